@@ -1,0 +1,195 @@
+"""The sweep behind `linear_policy_loss`: which rows run, in which order, and what comes out.
+
+Shape letters: N rows, M rows that reach a GEMM, D hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from care_kernels._head_chunks import Head, HeadChunks, HeadGradients
+from care_kernels._records import join, spread, take
+from care_kernels.objective import (
+    ClipRange,
+    SequenceGroups,
+    Surrogate,
+    sampled_kl,
+    sequence_surrogate,
+    token_surrogate,
+    weighted,
+)
+from care_kernels.row_softmax import LogitTransform, RowGradients, RowStatistics
+
+
+class RowTerms(NamedTuple):
+    """The constants of each row, [N] or [M], detached and in compute precision."""
+
+    advantages: Tensor
+    """Multiplied by the importance weights."""
+    old_log_probs: Tensor | None
+    ref_log_probs: Tensor | None
+    kl_weights: Tensor | None
+    entropy_weights: Tensor | None
+
+
+class RowOutcome(NamedTuple):
+    """What the sweep found for each row, [M], or [N] once the skipped rows are filled in."""
+
+    value: Tensor
+    log_probs: Tensor
+    entropy: Tensor | None
+    kl: Tensor | None
+    ratio: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+
+
+SKIPPED_ROW = (0.0, 0.0, 0.0, 0.0, 1.0, False, False)
+
+
+@dataclass(frozen=True)
+class PolicyProblem:
+    """One call's constants: everything but hidden, head weight and bias."""
+
+    target_ids: Tensor
+    terms: RowTerms
+    transform: LogitTransform
+    clip: ClipRange
+    kl_estimator: str
+    sequence_ids: Tensor | None
+    """[N], given where the ratio is a sequence's."""
+    ref_hidden: Tensor | None
+    ref_head_weight: Tensor | None
+    chunk_rows: int | None
+
+
+@torch.no_grad()
+def evaluate(
+    hidden: Tensor,
+    head: Head,
+    problem: PolicyProblem,
+    rows: Tensor,
+    wanted: tuple[bool, ...],
+) -> tuple[RowOutcome, HeadGradients | None]:
+    """Run the rows [M] and return their outcome spread over [N], with the wanted gradients.
+
+    `wanted` says which of (hidden, weight, bias) need a gradient; with none of them the sweep stops
+    at the statistics, one GEMM.
+    """
+    terms, reference = take(problem.terms, rows), _reference(head, problem)
+    if reference is not None and problem.kl_estimator != "exact":
+        sampled = HeadChunks(*reference, problem.target_ids, rows, problem.chunk_rows)
+        ref_log_probs = sampled.all_statistics().log_probs
+        terms = terms._replace(ref_log_probs=ref_log_probs.to(terms.advantages.dtype))
+        reference = None
+    chunks = HeadChunks(
+        hidden,
+        head,
+        problem.target_ids,
+        rows,
+        problem.chunk_rows,
+        with_entropy=terms.entropy_weights is not None,
+        reference=reference,
+    )
+    gradients = chunks.zero_gradients(wanted) if any(wanted) else None
+    outcome = _sweep(chunks, terms, problem, rows, gradients)
+    return spread(outcome, rows, hidden.shape[0], SKIPPED_ROW), gradients
+
+
+def active_rows(terms: RowTerms, sequence_ids: Tensor | None) -> Tensor:
+    """Indices [M] of the rows with a say: an advantage, a KL weight or an entropy weight.
+
+    With sequence ids a row also has a say in its neighbours' ratio, so sequences stay whole.
+    """
+    active = terms.advantages != 0
+    for weights in (terms.kl_weights, terms.entropy_weights):
+        if weights is not None:
+            active = active | (weights != 0)
+    if sequence_ids is not None:
+        groups = SequenceGroups.from_ids(sequence_ids)
+        active = groups.sum(active.to(terms.advantages.dtype)) > 0
+    return active.nonzero()[:, 0]
+
+
+def _sweep(
+    chunks: HeadChunks,
+    terms: RowTerms,
+    problem: PolicyProblem,
+    rows: Tensor,
+    gradients: HeadGradients | None,
+) -> RowOutcome:
+    """One pass, or two where a ratio needs whole sequences and gradients are wanted."""
+    groups = None
+    if problem.sequence_ids is not None:
+        groups = SequenceGroups.from_ids(problem.sequence_ids.index_select(0, rows))
+    surrogate, all_stats = None, None
+    if terms.old_log_probs is None:
+        surrogate = _surrogate(torch.zeros_like(terms.advantages), terms, problem.clip, groups)
+    elif groups is not None:
+        all_stats = chunks.all_statistics()
+        log_ratio = all_stats.log_probs - terms.old_log_probs
+        surrogate = _surrogate(log_ratio, terms, problem.clip, groups)
+        if gradients is None:
+            return _outcome(all_stats, surrogate, terms, problem.kl_estimator)[0]
+    outcomes: list[RowOutcome] = []
+    for chunk in chunks:
+        chunks.project(chunk)
+        stats = chunks.statistics(chunk) if all_stats is None else take(all_stats, chunk)
+        part = take(terms, chunk)
+        if surrogate is not None:
+            part_surrogate = take(surrogate, chunk)
+        else:
+            assert part.old_log_probs is not None
+            log_ratio = stats.log_probs - part.old_log_probs
+            part_surrogate = _surrogate(log_ratio, part, problem.clip, None)
+        outcome, upstream = _outcome(stats, part_surrogate, part, problem.kl_estimator)
+        outcomes.append(outcome)
+        if gradients is not None:
+            chunks.add_gradients(chunk, stats, upstream, gradients)
+    return join(outcomes)
+
+
+def _surrogate(
+    log_ratio: Tensor, terms: RowTerms, clip: ClipRange, groups: SequenceGroups | None
+) -> Surrogate:
+    if groups is None:
+        return token_surrogate(log_ratio, terms.advantages, clip)
+    return sequence_surrogate(log_ratio, terms.advantages, clip, groups)
+
+
+def _outcome(
+    stats: RowStatistics, surrogate: Surrogate, terms: RowTerms, kl_estimator: str
+) -> tuple[RowOutcome, RowGradients]:
+    """Put the summands of Eq. 13 together: each row's value, and its derivatives."""
+    kl, exact_kl_weights, g = stats.kl, None, -surrogate.grad_log_probs
+    if kl_estimator == "exact":
+        exact_kl_weights = terms.kl_weights
+    elif terms.kl_weights is not None:
+        assert terms.ref_log_probs is not None
+        kl, kl_slope = sampled_kl(kl_estimator, stats.log_probs, terms.ref_log_probs)
+        g = g + weighted(terms.kl_weights, kl_slope)
+    value = (
+        weighted(terms.kl_weights, kl)
+        - weighted(terms.entropy_weights, stats.entropy)
+        - surrogate.value
+    )
+    outcome = RowOutcome(
+        value,
+        stats.log_probs,
+        stats.entropy,
+        kl,
+        surrogate.ratio,
+        surrogate.clipped_low,
+        surrogate.clipped_high,
+    )
+    d_entropy = None if terms.entropy_weights is None else -terms.entropy_weights
+    return outcome, RowGradients(g, d_entropy, exact_kl_weights)
+
+
+def _reference(head: Head, problem: PolicyProblem) -> tuple[Tensor, Head] | None:
+    if problem.ref_hidden is None:
+        return None
+    weight = head.weight if problem.ref_head_weight is None else problem.ref_head_weight
+    return problem.ref_hidden, Head(weight, head.bias, head.transform)

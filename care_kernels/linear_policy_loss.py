@@ -1,0 +1,212 @@
+"""The whole policy loss of Eqs. 12-13 straight from hidden states and the head.
+
+    loss = sum_i [ -w_i min(rho_i a_i, clip(rho_i, 1 - clip_eps_low, 1 + clip_eps_high) a_i)
+                   + kl_weights_i KL_i - entropy_weights_i H_i ]
+
+A scalar loss receives a scalar upstream gradient, so the gradients are made in the forward, while
+a chunk's logits are at hand, and only scaled in the backward: three GEMMs (logits, dX, dW). A
+sequence-level ratio needs the log-probs of whole sequences first, which costs a fourth.
+
+Shape letters: N rows (one sampled token each), M rows that reach a GEMM, D hidden, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from care_kernels import _checks
+from care_kernels._head_chunks import Head
+from care_kernels._launch import compute_dtype, resolve_backend
+from care_kernels._policy_sweep import PolicyProblem, RowTerms, active_rows, evaluate
+from care_kernels.objective import ClipRange
+from care_kernels.row_softmax import LogitTransform
+
+
+class PolicyLoss(NamedTuple):
+    """The loss and what each row contributed; only `loss` carries gradient.
+
+    Rows that were skipped (see `linear_policy_loss`) read 0 in `log_probs`, `entropy` and `kl`, 1
+    in `ratio` and False in both flags.
+    """
+
+    loss: Tensor
+    """Scalar, the sum over rows."""
+    log_probs: Tensor
+    """[N]."""
+    entropy: Tensor | None
+    """[N]; None without entropy_weights."""
+    kl: Tensor | None
+    """[N], unweighted; None without kl_weights."""
+    ratio: Tensor
+    """[N]; at sequence level every row holds its sequence's ratio."""
+    clipped_low: Tensor
+    """[N] bool: a < 0 and the ratio under 1 - clip_eps_low."""
+    clipped_high: Tensor
+    """[N] bool: a > 0 and the ratio over 1 + clip_eps_high, or a < 0 and it is over dual_clip."""
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    target_ids: Tensor,
+    advantages: Tensor,
+    *,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_head_weight: Tensor | None = None,
+    kl_weights: Tensor | None = None,
+    kl_estimator: str = "k3",
+    entropy_weights: Tensor | None = None,
+    clip_eps_low: float = 0.2,
+    clip_eps_high: float = 0.28,
+    dual_clip: float | None = None,
+    ratio_level: str = "token",
+    sequence_ids: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """Eq. 12's clipped surrogate plus Eq. 13's KL and an entropy bonus, never holding [N, V].
+
+    Differentiable with respect to hidden, head_weight and bias; everything else is a constant.
+    A sum, not a mean: put 1/|S*| and any other normaliser into advantages and weights.
+
+    Rows with a_i w_i = 0 and no KL or entropy weight change nothing and never reach a GEMM. At
+    sequence level that holds only for a sequence whose rows are all so. A skipped row may hold any
+    target id. Finding them is the call's one host synchronisation on CUDA.
+
+    Args:
+        hidden: [N, D] bfloat16, float16 or float32 (float64 is computed in float64).
+        head_weight: [V, D]; frozen, its gradient is not computed. Not kept for the backward.
+        target_ids: [N] int, the sampled tokens.
+        advantages: [N], Eq. 11's a_it, already divided by its normaliser.
+        old_log_probs: [N]; None: the current ones, detached, so that every ratio is 1.
+        ref_log_probs: [N] of the reference; or give ref_hidden.
+        ref_hidden: [N, D'] of the reference; temperature, softcap, scale and bias are the policy's.
+        ref_head_weight: [V, D']; None: head_weight, detached.
+        kl_weights: [N], each row's coefficient of KL[pi || ref]; None: no KL.
+        kl_estimator: "k1", "k2", "k3" at the sampled token, or "exact" over the vocabulary
+            (needs ref_hidden).
+        entropy_weights: [N], each row's coefficient of the entropy; None: not computed.
+        clip_eps_low: the ratio is clipped from below at 1 - clip_eps_low.
+        clip_eps_high: and from above at 1 + clip_eps_high.
+        dual_clip: for a_i < 0 the ratio is also clipped at this bound > 1 (arXiv:1912.09729).
+        ratio_level: "token", or "sequence" for GSPO's exp(mean log-ratio) of each sequence.
+        sequence_ids: [N] int, which sequence a row belongs to; rows need not be adjacent.
+        importance_weights: [N] w_i >= 0, correcting for the sampler's own probabilities; None: 1.
+        temperature: divides the logits.
+        logit_softcap: z = cap * tanh(z / cap) before the temperature; None leaves it out.
+        logit_scale: multiplies the raw logits, before the softcap.
+        bias: [V], finite.
+        chunk_rows: rows of logits held at a time; None: at most 4096 and 256 MiB.
+        backend: None or "torch".
+
+    Returns:
+        `PolicyLoss`, all float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what came and what was wanted.
+    """
+    resolve_backend(backend)
+    _checks.check_head(hidden, head_weight, target_ids, bias)
+    _checks.check_transform(temperature, logit_softcap)
+    _checks.check_chunk_rows(chunk_rows)
+    _checks.check_clip(clip_eps_low, clip_eps_high, dual_clip)
+    _checks.check_ratio_level(ratio_level, sequence_ids)
+    _checks.check_kl(kl_estimator, kl_weights, ref_log_probs, ref_hidden, ref_head_weight)
+    _checks.check_row_constants(
+        hidden,
+        advantages=advantages,
+        old_log_probs=old_log_probs,
+        ref_log_probs=ref_log_probs,
+        kl_weights=kl_weights,
+        entropy_weights=entropy_weights,
+        importance_weights=importance_weights,
+    )
+    _checks.check_rows("sequence_ids", sequence_ids, hidden, _checks.INT_DTYPES)
+    _checks.check_not_negative("importance_weights", importance_weights)
+    _checks.check_reference(hidden, head_weight, ref_hidden, ref_head_weight)
+
+    problem = PolicyProblem(
+        target_ids=target_ids,
+        terms=_row_terms(
+            compute_dtype(hidden, head_weight),
+            advantages,
+            importance_weights,
+            old_log_probs,
+            ref_log_probs,
+            kl_weights,
+            entropy_weights,
+        ),
+        transform=LogitTransform(temperature, logit_softcap, logit_scale),
+        clip=ClipRange(clip_eps_low, clip_eps_high, dual_clip),
+        kl_estimator=kl_estimator,
+        sequence_ids=sequence_ids if ratio_level == "sequence" else None,
+        ref_hidden=None if ref_hidden is None else ref_hidden.detach(),
+        ref_head_weight=None if ref_head_weight is None else ref_head_weight.detach(),
+        chunk_rows=chunk_rows,
+    )
+    rows = active_rows(problem.terms, problem.sequence_ids)
+    _checks.check_targets_in_vocabulary(target_ids[rows], head_weight.shape[0])
+    return PolicyLoss(*LinearPolicyLoss.apply(hidden, head_weight, bias, problem, rows))
+
+
+class LinearPolicyLoss(torch.autograd.Function):
+    """Forward: the loss and its gradients. Backward: scale them by the upstream gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        bias: Tensor | None,
+        problem: PolicyProblem,
+        rows: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        """Return the fields of `PolicyLoss`."""
+        wanted = ctx.needs_input_grad[:3]
+        head = Head(head_weight, bias, problem.transform)
+        outcome, gradients = evaluate(hidden, head, problem, rows, wanted)
+        if gradients is not None:
+            # In compute precision: a loss scale must reach a gradient before float16 rounds it.
+            ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
+            ctx.dtypes = [None if x is None else x.dtype for x in (hidden, head_weight, bias)]
+        value, *per_row = outcome
+        ctx.mark_non_differentiable(*(field for field in per_row if field is not None))
+        return value.sum(), *per_row
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, upstream: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """dX, dW and db of the forward, times the upstream gradient of the loss."""
+        grads = (
+            None if grad is None else (grad * upstream).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *grads, None, None
+
+
+def _row_terms(
+    dtype: torch.dtype,
+    advantages: Tensor,
+    importance_weights: Tensor | None,
+    *others: Tensor | None,
+) -> RowTerms:
+    """The row constants detached and in compute precision, the importance weights moved inside."""
+
+    def constant(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.detach().to(dtype)
+
+    weighted_advantages = advantages.detach().to(dtype)
+    if importance_weights is not None:
+        weighted_advantages = weighted_advantages * importance_weights.detach().to(dtype)
+    return RowTerms(weighted_advantages, *(constant(value) for value in others))

@@ -1,0 +1,1 @@
+"""Algorithm 1 as a trainer: DeepSpeed optimisation, rollouts, verifier, evaluation, reports."""

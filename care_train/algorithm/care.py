@@ -1,0 +1,187 @@
+"""Algorithm 1 in order. Calls only: each equation lives where its name says.
+
+    select_subgroup      lines 3-10 and 21-25   selection.py, advantages.rescue_rewards
+    (the trainer samples the reflection)        reflection.reflection_prefix
+    merge_reflection     lines 15-19            reflection.py
+    subgroup_update      lines 26-41            advantages.py, region_weights.py
+
+Lines 42-43, the clipped surrogate and the KL (Eqs. 12-13), are `care_kernels.linear_policy_loss`.
+"""
+
+import torch
+
+from care_train.algorithm.advantages import (
+    equalize_factor,
+    normalize_rewards,
+    normalize_rewards_robust,
+    rescue_rewards,
+    scale_negative,
+)
+from care_train.algorithm.reflection import choose_reflected_negative, merge_reflection
+from care_train.algorithm.region_weights import normalize_weights, region_weights
+from care_train.algorithm.selection import (
+    failures,
+    positives,
+    select_anchor,
+    select_hard_negatives,
+    select_proxy_anchor,
+)
+from care_train.algorithm.settings import CareSettings
+from care_train.algorithm.types import (
+    GroupUpdate,
+    Member,
+    Rollout,
+    RolloutGroup,
+    Subgroup,
+    TrainSequence,
+    skipped_update,
+)
+
+
+def skip_before_forward(rollouts: tuple[Rollout, ...], settings: CareSettings) -> str | None:
+    """Why a group needs no forward of the old policy (line 7); None where it does."""
+    if positives(rollouts, settings.positive):
+        return None if failures(rollouts, settings.positive) else "all_correct"
+    num_failures = len(failures(rollouts, settings.positive))
+    if not settings.rescue.enabled or num_failures < 2:
+        return "all_wrong"
+    # A partially correct rollout carries a real signal: rescue is for groups without any.
+    return None if num_failures == len(rollouts) else "no_positives"
+
+
+def select_subgroup(
+    group: RolloutGroup, settings: CareSettings, generator: torch.Generator | None = None
+) -> Subgroup | str:
+    """Lines 3-10 and 21-25: S, or the reason the group is skipped."""
+    skipped = skip_before_forward(group.rollouts, settings)
+    if skipped is not None:
+        return skipped
+    if not positives(group.rollouts, settings.positive):
+        return _rescue_subgroup(group, settings, generator)
+    return _anchored_subgroup(group, settings, generator)
+
+
+def _anchored_subgroup(
+    group: RolloutGroup, settings: CareSettings, generator: torch.Generator | None
+) -> Subgroup:
+    rollouts = group.rollouts
+    pool = failures(rollouts, settings.positive)
+    anchor = select_anchor(rollouts, positives(rollouts, settings.positive), settings, generator)
+    count = min(settings.max_negatives, len(pool))  # Eq. 3
+    chosen = select_hard_negatives(pool, count, group.embeddings, anchor, settings, generator)
+    subgroup = Subgroup(
+        anchor=Member(rollouts[anchor], rollouts[anchor].reward, is_negative=False, index=anchor),
+        others=tuple(Member(rollouts[i], rollouts[i].reward, True, i) for i in chosen),
+    )
+    reflect_on = choose_reflected_negative(subgroup, settings.reflection, generator)
+    return Subgroup(subgroup.anchor, subgroup.others, reflect_on=reflect_on)
+
+
+def _rescue_subgroup(
+    group: RolloutGroup, settings: CareSettings, generator: torch.Generator | None
+) -> Subgroup | str:
+    rollouts, rescue = group.rollouts, settings.rescue
+    pool = failures(rollouts, settings.positive)
+    assert group.log_prob_sums is not None, "a rescue needs the old policy's log-probs"
+    proxy = select_proxy_anchor(rollouts, pool, group.log_prob_sums, rescue)
+    if proxy is None:
+        return "no_proxy_anchor"
+    rest = [i for i in pool if i != proxy]
+    count = min(settings.max_negatives, len(rest))
+    chosen = select_hard_negatives(rest, count, group.embeddings, proxy, settings, generator)
+    literal = rescue.num_negatives == "literal"
+    divisor = min(settings.max_negatives, len(pool)) if literal else count
+    shaped = rescue_rewards(count, rescue.delta, divisor).tolist()
+    members = [
+        Member(rollouts[i], r, is_negative=place > 0, index=i)
+        for place, (i, r) in enumerate(zip([proxy, *chosen], shaped, strict=True))
+    ]
+    return Subgroup(members[0], tuple(members[1:]), rescued=True)
+
+
+def subgroup_update(
+    subgroup: Subgroup, settings: CareSettings, reflected: Rollout | None = None
+) -> GroupUpdate:
+    """Lines 15-19 and 26-41: advantages and token weights of S*, or why there are none."""
+    if reflected is not None:
+        subgroup = merge_reflection(subgroup, reflected, settings.reflection)
+    num_negatives = count_negatives(subgroup, settings)  # line 26
+    if num_negatives == 0:
+        return skipped_update("no_negatives", rescued=subgroup.rescued)
+    raw = _raw_advantages(subgroup, settings)
+    factor = equalize_factor(num_negatives, settings.max_negatives) if settings.equalize else 1.0
+    if subgroup.rescued:
+        factor *= settings.rescue.scale
+    clamped = settings.clamp_anchor and raw[0] < 0
+    sequences = []
+    for place, (member, raw_advantage) in enumerate(zip(subgroup.members, raw, strict=True)):
+        is_anchor = place == 0
+        advantage = max(raw_advantage, 0.0) if is_anchor and clamped else raw_advantage
+        if not is_anchor and _is_penalized(member, settings):
+            advantage = scale_negative(raw_advantage, _scale_of(member, settings))
+        if advantage != 0:  # S* = {i : A[y_i] != 0}
+            sequences.append(
+                _train_sequence(member, subgroup, factor * advantage, raw_advantage, settings)
+            )
+    return GroupUpdate(
+        tuple(sequences),
+        num_sequences=len(sequences),
+        num_tokens=sum(len(sequence.rollout.token_ids) for sequence in sequences),
+        skipped=None if sequences else "no_signal",
+        num_negatives=num_negatives,
+        equalize_factor=factor,
+        anchor_clamped=clamped,
+        rescued=subgroup.rescued,
+    )
+
+
+def count_negatives(subgroup: Subgroup, settings: CareSettings) -> int:
+    """Line 26: K_S, the members that failed, or those rewarded below the anchor (`literal`)."""
+    if settings.count_negatives_by == "accuracy":
+        return subgroup.num_negatives
+    bar = subgroup.anchor.shaped_reward
+    return sum(member.shaped_reward < bar for member in subgroup.others)
+
+
+def _raw_advantages(subgroup: Subgroup, settings: CareSettings) -> list[float]:
+    shaped = torch.tensor([m.shaped_reward for m in subgroup.members], dtype=torch.float64)
+    if settings.robust:
+        return normalize_rewards_robust(shaped, settings.norm_eps, settings.robust_trim).tolist()
+    return normalize_rewards(shaped, settings.norm_eps).tolist()
+
+
+def _is_penalized(member: Member, settings: CareSettings) -> bool:
+    """Eq. 8 names the negatives; line 37 to the letter names all but the anchor."""
+    return member.is_negative or settings.reflection.success_advantage == "penalized"
+
+
+def _scale_of(member: Member, settings: CareSettings) -> float:
+    failed_reflection = member.rollout.reflected and member.is_negative
+    return settings.reflect_scale if failed_reflection else settings.neg_scale
+
+
+def _train_sequence(
+    member: Member,
+    subgroup: Subgroup,
+    advantage: float,
+    raw_advantage: float,
+    settings: CareSettings,
+) -> TrainSequence:
+    is_anchor = member is subgroup.anchor
+    # Line 40 reads acc: a pseudo-anchor is a failure, and its rationale earns nothing.
+    weights = region_weights(
+        member.rollout, not member.is_negative and not subgroup.rescued, settings
+    )
+    if member.rollout.reflected:
+        role = "reflected_failure" if member.is_negative else "reflected_success"
+    elif is_anchor:
+        role = "proxy_anchor" if subgroup.rescued else "anchor"
+    else:
+        role = "negative"
+    return TrainSequence(
+        rollout=member.rollout,
+        advantage=advantage,
+        token_weights=normalize_weights(weights, settings.weight_eps),
+        role=role,
+        raw_advantage=raw_advantage,
+    )

@@ -1,0 +1,175 @@
+"""Which rollouts form the subgroup: anchor, hard negatives, pseudo-anchor.
+
+Eqs. 2-4 (Secs. 3.2-3.3) and the first half of Sec. 3.7; Algorithm 1, lines 3-10 and 22-23.
+All choices are deterministic: remaining ties go to the lowest rollout index, and the random
+selectors take a generator. Nothing here is differentiated.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from care_train.algorithm.settings import CareSettings, RescueSettings, Selector
+from care_train.algorithm.types import Rollout
+
+
+def positives(rollouts: Sequence[Rollout], by: str = "accuracy") -> list[int]:
+    """P: indices with acc = 1 (Eq. 2), or with reward > 0 where `by` is "reward"."""
+    if by == "reward":
+        return [i for i, rollout in enumerate(rollouts) if rollout.reward > 0]
+    return [i for i, rollout in enumerate(rollouts) if rollout.accuracy == 1]
+
+
+def failures(rollouts: Sequence[Rollout], by: str = "accuracy") -> list[int]:
+    """F: indices with acc = 0 (Sec. 3.3), or with reward <= 0 where `by` is "reward"."""
+    if by == "reward":
+        return [i for i, rollout in enumerate(rollouts) if rollout.reward <= 0]
+    return [i for i, rollout in enumerate(rollouts) if rollout.accuracy == 0]
+
+
+def select_anchor(
+    rollouts: Sequence[Rollout],
+    candidates: Sequence[int],
+    settings: CareSettings,
+    generator: torch.Generator | None = None,
+) -> int:
+    """Eq. 2: the positive with the fewest think tokens, then the fewest answer tokens.
+
+    Args:
+        rollouts: the group.
+        candidates: P, not empty.
+        settings: `anchor_prefers_format` puts positives with fmt = 1 first.
+        generator: for `anchor: random`.
+    """
+    assert candidates, "an anchor needs a positive"
+    if settings.anchor_prefers_format:
+        best = max(rollouts[i].format_score for i in candidates)
+        if best == 1:
+            candidates = [i for i in candidates if rollouts[i].format_score == 1]
+    if settings.anchor == "random":
+        return candidates[_randint(len(candidates), generator)]
+    return min(
+        candidates,
+        key=lambda i: (rollouts[i].spans.think_length, rollouts[i].spans.answer_length, i),
+    )
+
+
+def pool_rationale(hidden: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
+    """Rationale embeddings (Sec. 3.3): mean over a span of hidden states, then unit L2 norm.
+
+    Args:
+        hidden: [B, T, D] final hidden states.
+        spans: [B, 2] int64 half-open position ranges; an empty range gives the zero vector, which
+            is at distance 1 from everything.
+
+    Returns:
+        [B, D] fp32, without gradient.
+    """
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    inside = (positions >= spans[:, :1]) & (positions < spans[:, 1:])
+    mean = torch.einsum("bt,btd->bd", inside.float(), hidden.detach().float())
+    return F.normalize(mean / inside.sum(1, keepdim=True).clamp(min=1), dim=-1)
+
+
+def cosine_distances(embeddings: torch.Tensor, anchor: int) -> torch.Tensor:
+    """Eq. 4: d_cos(i) = 1 - h_i . h_anchor, [G] from unit embeddings [G, D]."""
+    return 1.0 - embeddings @ embeddings[anchor]
+
+
+def select_hard_negatives(
+    pool: Sequence[int],
+    count: int,
+    embeddings: torch.Tensor | None,
+    anchor: int,
+    settings: CareSettings,
+    generator: torch.Generator | None = None,
+) -> list[int]:
+    """N: `count` members of the failure pool (Sec. 3.3, Eqs. 3-4), nearest to the anchor first.
+
+    Args:
+        pool: indices of failures.
+        count: K', at most len(pool).
+        embeddings: [G, D] unit vectors; may be None for `random`.
+        anchor: index of the anchor.
+        settings: selector, preselect_size and farthest_first_start.
+        generator: for `random`.
+    """
+    assert count <= len(pool)
+    if settings.selector == "random":
+        order = torch.randperm(len(pool), generator=generator).tolist()
+        return [pool[i] for i in order[:count]]
+    assert embeddings is not None, f"selector {settings.selector} needs rationale embeddings"
+    distance = cosine_distances(embeddings, anchor).tolist()
+    ranked = sorted(pool, key=lambda i: (distance[i], i))
+    if settings.selector == "cosine_diverse" and settings.preselect_size > count:
+        nearest = ranked[: settings.preselect_size]
+        chosen = farthest_first(nearest, count, embeddings, settings.farthest_first_start)
+    else:
+        chosen = _by_rank(ranked, count, settings.selector)
+    return sorted(chosen, key=lambda i: (distance[i], i))
+
+
+def farthest_first(
+    ranked: Sequence[int], count: int, embeddings: torch.Tensor, start: str = "nearest"
+) -> list[int]:
+    """The brief de-duplication of Sec. 3.3: greedy max-min cosine distance among the chosen.
+
+    Args:
+        ranked: preselected indices, nearest to the anchor first; ties go to the nearer.
+        count: how many to keep.
+        embeddings: [G, D] unit vectors.
+        start: begin with the nearest to the anchor, or with the farthest of the preselected.
+    """
+    if count >= len(ranked):
+        return list(ranked)
+    vectors = embeddings[list(ranked)]
+    between = 1.0 - vectors @ vectors.T
+    chosen = [0 if start == "nearest" else len(ranked) - 1]
+    while len(chosen) < count:
+        gap = between[:, chosen].min(dim=1).values
+        gap[chosen] = -torch.inf
+        # argmax of ties must be the first: the nearer to the anchor.
+        chosen.append(int((gap == gap.max()).nonzero()[0]))
+    return [ranked[i] for i in chosen]
+
+
+def _by_rank(ranked: Sequence[int], count: int, selector: Selector) -> list[int]:
+    if selector == "farthest":
+        return list(ranked[len(ranked) - count :])
+    if selector == "mixed":
+        near = (count + 1) // 2
+        far = count - near
+        return list(ranked[:near]) + list(ranked[len(ranked) - far :] if far else [])
+    return list(ranked[:count])
+
+
+def select_proxy_anchor(
+    rollouts: Sequence[Rollout],
+    pool: Sequence[int],
+    log_prob_sums: torch.Tensor,
+    settings: RescueSettings,
+) -> int | None:
+    """t (Sec. 3.7): the failure the old policy finds likeliest; None where none qualifies.
+
+    Args:
+        rollouts: the group.
+        pool: F.
+        log_prob_sums: [G] log pi_old(y | x).
+        settings: `score` (mean per token, or the sum) and `require_format`.
+    """
+    if settings.require_format:
+        pool = [i for i in pool if rollouts[i].format_score == 1]
+    if not pool:
+        return None
+    sums = log_prob_sums.tolist()
+
+    def score(i: int) -> float:
+        tokens = max(len(rollouts[i].token_ids), 1)
+        return sums[i] / tokens if settings.score == "mean" else sums[i]
+
+    return max(pool, key=lambda i: (score(i), -i))
+
+
+def _randint(high: int, generator: torch.Generator | None) -> int:
+    return int(torch.randint(high, (1,), generator=generator))

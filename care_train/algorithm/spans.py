@@ -1,0 +1,85 @@
+"""Where the rationale and the answer lie (Sec. 3.1; Algorithm 1, line 1).
+
+Tags are found in the decoded text, because BPE merges a tag's characters with their neighbours,
+and mapped to tokens by character offsets: a token belongs to a span when it touches one of its
+characters.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from care_train.algorithm.types import Spans
+
+CharRange = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TextSpans:
+    """Half-open character ranges in a response's text; tags included unless named content."""
+
+    think: CharRange | None
+    think_content: CharRange | None
+    answer: CharRange | None
+    answer_content: CharRange | None
+
+
+def parse_spans(text: str, think_tag: str = "think", answer_tag: str = "answer") -> TextSpans:
+    """The think span and the last complete answer pair; an unclosed think runs to the end."""
+    think, think_content = _first_pair(text, think_tag)
+    answer, answer_content = _last_pair(text, answer_tag)
+    return TextSpans(think, think_content, answer, answer_content)
+
+
+def _first_pair(text: str, tag: str) -> tuple[CharRange | None, CharRange | None]:
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    start = text.find(opening)
+    if start < 0:
+        return None, None
+    inner = start + len(opening)
+    end = text.find(closing, inner)
+    if end < 0:
+        return (start, len(text)), (inner, len(text))
+    return (start, end + len(closing)), (inner, end)
+
+
+def _last_pair(text: str, tag: str) -> tuple[CharRange | None, CharRange | None]:
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    end = text.rfind(closing)
+    start = text.rfind(opening, 0, end) if end >= 0 else -1
+    if start < 0:
+        return None, None
+    return (start, end + len(closing)), (start + len(opening), end)
+
+
+def token_spans(spans: TextSpans, token_ends: Sequence[int], num_prefix_tokens: int = 0) -> Spans:
+    """Character ranges mapped to the response's tokens.
+
+    Args:
+        spans: ranges in the text of prefix and response together.
+        token_ends: for each token of prefix and response, where its text ends: non-decreasing
+            character offsets. EOS, which has no text, may be left out.
+        num_prefix_tokens: how many of these were forced; ranges are relative to the first sampled
+            token, and a range that ends before it is None.
+    """
+
+    def to_tokens(span: CharRange | None) -> tuple[int, int] | None:
+        if span is None:
+            return None
+        start, end = span
+        # The first token ending after `start`, and one past the first token reaching `end`.
+        first = bisect_right(token_ends, start)
+        last = bisect_left(token_ends, end) + 1 if end > start else first
+        first, last = (
+            max(first - num_prefix_tokens, 0),
+            min(last, len(token_ends)) - num_prefix_tokens,
+        )
+        return (first, last) if last >= first else None
+
+    answer = to_tokens(spans.answer)
+    return Spans(
+        think=to_tokens(spans.think),
+        think_content=to_tokens(spans.think_content),
+        answer=answer,
+        answer_content=None if answer is None else to_tokens(spans.answer_content),
+    )

@@ -1,0 +1,150 @@
+"""The values Algorithm 1 works on: frozen, small, and free of any model or engine.
+
+Lengths are in tokens. Shape letters: G rollouts in a group, T tokens of a response, D hidden.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where a response's regions lie: half-open token ranges from its first sampled token."""
+
+    think: tuple[int, int] | None
+    """Tokens from `<think>` to `</think>`, tags included; None when the response never thinks."""
+    think_content: tuple[int, int] | None
+    """Tokens touching the text between the think tags: T_think is its length."""
+    answer: tuple[int, int] | None
+    """Tokens from `<answer>` to `</answer>`, tags included; None without a complete pair."""
+    answer_content: tuple[int, int] | None
+    """Tokens touching the text between the answer tags: T_ans is its length."""
+
+    @property
+    def think_length(self) -> int:
+        """T_think of Eq. 2."""
+        return _length(self.think_content)
+
+    @property
+    def answer_length(self) -> int:
+        """T_ans of Eq. 2."""
+        return _length(self.answer_content)
+
+    @property
+    def well_formed(self) -> bool:
+        """A complete answer span exists: without one, no token carries the answer's credit."""
+        return self.answer is not None
+
+
+def _length(span: tuple[int, int] | None) -> int:
+    return 0 if span is None else span[1] - span[0]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response y_i, scored."""
+
+    token_ids: tuple[int, ...]
+    """The sampled tokens, ending with EOS unless the length limit cut the response."""
+    text: str
+    """The decoded response without EOS; a reflected rollout's begins with its forced prefix."""
+    spans: Spans
+    accuracy: float
+    """acc in [0, 1]."""
+    format_score: float
+    """fmt in [0, 1]."""
+    reward: float
+    """r of Eq. 1."""
+    finished: bool = True
+    """Whether the last token is EOS."""
+    prefix_ids: tuple[int, ...] = ()
+    """Tokens forced between the prompt and the first sampled token (reflection, Sec. 3.6)."""
+    reflected: bool = False
+    """Whether this is y^rgr, the resample of a hard negative."""
+    verdict: str = ""
+    """The verifier's reason, for people."""
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """Y: the G rollouts of one prompt, with what the old policy's forward says of them."""
+
+    rollouts: tuple[Rollout, ...]
+    embeddings: torch.Tensor | None = None
+    """[G, D] fp32 unit vectors: the pooled rationale (Eq. 4). None where no selector needs them."""
+    log_prob_sums: torch.Tensor | None = None
+    """[G] fp32: log pi_old(y | x), summed over the response's tokens."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One sequence of the subgroup S and the role it plays there."""
+
+    rollout: Rollout
+    shaped_reward: float
+    """r~: the reward, or Eq. 14's pseudo-reward in a rescue."""
+    is_negative: bool
+    index: int | None = None
+    """Its place in the group; None for the reflected rollout."""
+
+
+@dataclass(frozen=True)
+class Subgroup:
+    """S: the anchor first, then the others in order of selection."""
+
+    anchor: Member
+    others: tuple[Member, ...]
+    rescued: bool = False
+    """Whether the anchor is the pseudo-anchor of Sec. 3.7."""
+    reflect_on: int | None = None
+    """Which of `others` reflection rewrites; None where it does not apply."""
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return (self.anchor, *self.others)
+
+    @property
+    def num_negatives(self) -> int:
+        """K_S: the negatives actually present."""
+        return sum(member.is_negative for member in self.others)
+
+
+@dataclass(frozen=True)
+class TrainSequence:
+    """One sequence the optimiser sees: the member of S* and its credit."""
+
+    rollout: Rollout
+    advantage: float
+    """A[y], sequence level (Eqs. 7-8 and the equalisation)."""
+    token_weights: torch.Tensor = field(repr=False)
+    """[T] fp32: w_t / (sum_u w_u + eps_w) of Eq. 11, or the baseline's own weights."""
+    role: str = "rollout"
+    """anchor | negative | reflected_success | reflected_failure | proxy_anchor | rollout."""
+    raw_advantage: float = 0.0
+    """A_raw[y] of Eq. 7."""
+
+
+@dataclass(frozen=True)
+class GroupUpdate:
+    """What Algorithm 1 makes of one group: the sequences to train, or why there are none."""
+
+    sequences: tuple[TrainSequence, ...]
+    num_sequences: int
+    """How many sequences the loss's denominator counts: |S*|, or all G for a baseline."""
+    num_tokens: int
+    """Their response tokens."""
+    skipped: str | None = None
+    """The reason a group was skipped: all_correct | no_negatives | no_proxy_anchor | no_signal."""
+    num_negatives: int = 0
+    """K_S."""
+    equalize_factor: float = 1.0
+    """sqrt(K / K_S), or 1."""
+    anchor_clamped: bool = False
+    """Whether the anchor's negative advantage was set to 0."""
+    rescued: bool = False
+
+
+def skipped_update(reason: str, rescued: bool = False) -> GroupUpdate:
+    """The update of a group that trains nothing and counts in no denominator."""
+    return GroupUpdate((), 0, 0, skipped=reason, rescued=rescued)

@@ -1,0 +1,118 @@
+"""care-train: the command line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from care_train.config import describe_keys, load_config
+from care_train.settings import Config
+
+_QUICKSTART_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+
+_COMMANDS = {
+    "quickstart": "teach a tiny vision-language model to read real images: cold start, CARE, report",
+    "sft": "cold start: supervised fine-tuning on rationale and answer",
+    "train": "reinforcement learning with CARE or a baseline, evaluated before and after",
+    "eval": "accuracy and format of a model: single decode, no reflection",
+}
+
+_EPILOG = """\
+examples:
+  care-train quickstart
+  care-train quickstart algorithm=grpo seed=1 name=grpo-1
+  care-train train --config configs/care.yaml model.path=/models/Qwen2.5-VL-3B-Instruct
+  deepspeed --num_gpus 8 --module care_train train --config configs/care.yaml
+
+Every run writes runs/<name>/: config.yaml, metrics.jsonl, summary.json, checkpoints/, final/ (a
+plain Hugging Face folder), learning_curves.png and report.md.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; user errors print one line and exit with 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        config = load_config(_config_path(options), options.overrides)
+        _run(options.command, config)
+    except ValueError as error:
+        print(f"care-train {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(command: str, config: Config) -> None:
+    _quiet_libraries()
+    # Imported here: --help and configuration errors need no torch.
+    from care_train import commands
+    from care_train.reporting import show_summary
+    from care_train.training.distributed import is_main
+
+    run = {
+        "quickstart": commands.quickstart,
+        "sft": commands.sft,
+        "train": commands.train,
+        "eval": commands.evaluate,
+    }[command]
+    summary = run(config)
+    if is_main():
+        show_summary(commands.run_dir_of(config), summary)
+
+
+def _config_path(options: argparse.Namespace) -> Path | None:
+    if options.config is None and options.command == "quickstart":
+        return _QUICKSTART_CONFIG
+    return options.config
+
+
+def _quiet_libraries() -> None:
+    """Progress and errors are ours to show; these must be set before the libraries load."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        # DeepSpeed otherwise warns that it found no accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="care-train",
+        description="Post-train vision-language models from verifiable rewards with CARE.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    keys = _keys_help()
+    for name, summary in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=keys,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--config", type=Path, help="a YAML file; see configs/")
+        # argparse strips options it knows; the launchers' own is ignored.
+        command.add_argument("--local_rank", help=argparse.SUPPRESS)
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="settings laid over the file's"
+        )
+    return parser
+
+
+def _keys_help() -> str:
+    lines = ["settings (key = default: meaning):"]
+    for key, default, description in describe_keys():
+        meaning = " ".join(description.split())
+        lines.append(f"  {key} = {default}\n      {meaning}".replace("%", "%%"))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

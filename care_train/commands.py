@@ -1,0 +1,157 @@
+"""What the command line runs: each command from a configuration to a run's folder."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from care_train.config import config_to_dict, config_to_yaml
+from care_train.data import Sample, load_samples
+from care_train.evaluation.evaluate import evaluate_both
+from care_train.reporting import (
+    MetricsLogger,
+    plot_learning_curves,
+    read_metrics,
+    write_report,
+    write_summary,
+)
+from care_train.settings import Config
+from care_train.training.distributed import initialize_process_group, is_main
+from care_train.training.rl import run_training
+from care_train.training.session import Session, model_folder, open_session
+from care_train.training.sft import run_sft
+
+Summary = dict[str, Any]
+
+
+def run_dir_of(config: Config) -> Path:
+    """`output_dir/name`, with the resolved configuration written there."""
+    folder = Path(config.output_dir) / config.name
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config_to_yaml(config))
+    return folder
+
+
+def sft(config: Config) -> Summary:
+    """`care-train sft`: cold start; the model goes to `final/`."""
+    device, start = initialize_process_group(), time.perf_counter()
+    run_dir = run_dir_of(config)
+    samples = load_samples(config.sft.data, config.seed)
+    folder = model_folder(config, run_dir, samples)
+    session = open_session(config, folder, config.sft.data, device)
+    with _metrics(run_dir, config) as metrics:
+        values = run_sft(session, samples, run_dir / "final", metrics, device)
+    summary = _basics(config) | {"loss": values["loss"], "steps": config.sft.steps}
+    return _finish(run_dir, config, summary, start)
+
+
+def train(config: Config) -> Summary:
+    """`care-train train`: reinforcement learning from `model.path`, evaluated before and after."""
+    device, start = initialize_process_group(), time.perf_counter()
+    run_dir = run_dir_of(config)
+    samples = load_samples(config.data, config.seed)
+    held_out = load_samples(config.eval.data, config.seed)
+    folder = model_folder(config, run_dir, samples)
+    with _metrics(run_dir, config) as metrics:
+        summary = _train_from(config, folder, run_dir, samples, held_out, metrics, device)
+    return _finish(run_dir, config, summary, start)
+
+
+def quickstart(config: Config) -> Summary:
+    """`care-train quickstart`: a tiny model, a short cold start, then `train` on real images."""
+    device, start = initialize_process_group(), time.perf_counter()
+    run_dir = run_dir_of(config)
+    cold_rows = load_samples(config.sft.data, config.seed)
+    samples = load_samples(config.data, config.seed)
+    held_out = load_samples(config.eval.data, config.seed)
+    base = model_folder(config, run_dir, [*cold_rows, *samples])
+    with _metrics(run_dir, config) as metrics:
+        session = open_session(config, base, config.sft.data, device)
+        run_sft(session, cold_rows, run_dir / "cold_start", metrics, device)
+        summary = _train_from(
+            config, run_dir / "cold_start", run_dir, samples, held_out, metrics, device
+        )
+    return _finish(run_dir, config, summary, start)
+
+
+def evaluate(config: Config) -> Summary:
+    """`care-train eval`: accuracy and format of `model.path` on `eval.data`."""
+    device, start = initialize_process_group(), time.perf_counter()
+    run_dir = run_dir_of(config)
+    held_out = load_samples(config.eval.data, config.seed)
+    folder = model_folder(config, run_dir, held_out)
+    session = open_session(config, folder, config.eval.data, device)
+    engine = session.rollout_engine(session.loaded, config.eval.batch_size)
+    values = evaluate_both(session, engine, held_out, device)
+    return _finish(run_dir, config, _basics(config) | values, start)
+
+
+def _train_from(
+    config: Config,
+    folder: Path,
+    run_dir: Path,
+    samples: Sequence[Sample],
+    held_out: Sequence[Sample],
+    metrics: MetricsLogger,
+    device: torch.device,
+) -> Summary:
+    session = open_session(config, folder, config.data, device)
+    before = _evaluate_session(session, held_out, device, "evaluate before")
+    metrics.log(0, before, phase="eval")
+    totals = run_training(session, samples, run_dir, metrics, device, resume=config.resume)
+    trained = open_session(config, run_dir / "final", config.data, device)
+    after = _evaluate_session(trained, held_out, device, "evaluate after")
+    metrics.log(config.train.steps, after, phase="eval")
+    counts = {key: int(value) for key, value in totals.items()}
+    return _basics(config) | _before_and_after(before, after) | counts
+
+
+def _evaluate_session(
+    session: Session, held_out: Sequence[Sample], device: torch.device, description: str
+) -> dict[str, float]:
+    engine = session.rollout_engine(session.loaded, session.config.eval.batch_size)
+    return evaluate_both(session, engine, held_out, device, description)
+
+
+def _before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> Summary:
+    names = {
+        "accuracy": "accuracy",
+        "format": "format",
+        "greedy": "greedy_accuracy",
+        "greedy_format": "greedy_format",
+    }
+    summary: Summary = {"num_questions": int(before["num_questions"])}
+    for short, key in names.items():
+        if key in before:
+            summary |= {f"{short}_before": before[key], f"{short}_after": after[key]}
+    return summary
+
+
+def _basics(config: Config) -> Summary:
+    return {
+        "name": config.name,
+        "algorithm": config.algorithm,
+        "preset": config.preset,
+        "seed": config.seed,
+        "model": config.model.path,
+    }
+
+
+def _metrics(run_dir: Path, config: Config) -> MetricsLogger:
+    return MetricsLogger(run_dir, config.logging, config_to_dict(config), enabled=is_main())
+
+
+def _finish(run_dir: Path, config: Config, summary: Summary, start: float) -> Summary:
+    """Write summary, plots and report; the wall time is the whole command's."""
+    summary = summary | {"wall_seconds": round(time.perf_counter() - start, 1)}
+    if is_main():
+        path = run_dir / "metrics.jsonl"
+        metrics = read_metrics(path) if path.is_file() else []
+        if metrics:
+            plot_learning_curves(metrics, run_dir / "learning_curves.png")
+        write_summary(run_dir, summary)
+        write_report(run_dir, summary, config_to_yaml(config), metrics)
+    return summary

@@ -1,0 +1,125 @@
+"""Read a configuration: defaults, the algorithm's and the preset's, YAML, then `a.b=c`."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from care_train.algorithm.settings import PRESETS
+from care_train.settings import TABLE_5, Config
+
+_ADAPTER = TypeAdapter(Config)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a run.
+
+    Args:
+        path: a YAML file, or None for the defaults.
+        overrides: `section.key=value` strings; values are read as YAML.
+
+    Raises:
+        ValueError: an unreadable file, an unknown key, or a wrong value: key, got and wanted.
+    """
+    values = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise ValueError(f"override {override!r}: wanted the form section.key=value")
+        values = merge(values, _nest(key.strip().split("."), _parse(text)))
+    return build_config(values, source=str(path) if path else "the command line")
+
+
+def build_config(values: Mapping[str, Any], source: str = "the configuration") -> Config:
+    """A checked `Config` from nested mappings over the algorithm's and the preset's values."""
+    known = _known_keys()
+    algorithm = values.get("algorithm", "care")
+    preset = values.get("preset", "default")
+    layered = merge(TABLE_5.get(algorithm, {}), PRESETS.get(preset, {}))
+    try:
+        return _ADAPTER.validate_python(merge(layered, values))
+    except ValidationError as error:
+        lines = [_explain(item, known) for item in error.errors()]
+        raise ValueError(f"{source}: " + "\n".join(lines)) from None
+
+
+def config_to_yaml(config: Config) -> str:
+    """The resolved configuration, readable by `load_config`."""
+    return yaml.safe_dump(_ADAPTER.dump_python(config, mode="json"), sort_keys=False)
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The resolved configuration as nested plain values."""
+    return asdict(config)
+
+
+def describe_keys() -> list[tuple[str, str, str]]:
+    """(key, default, description) of every setting, for `--help`."""
+    schema = _ADAPTER.json_schema()
+    return list(_walk(schema, schema, ""))
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` laid over `base`, mapping by mapping."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(below, Mapping)
+        merged[key] = merge(below, value) if both else value
+    return merged
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"config file {path}: not found")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config file {path}: not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"config file {path}: got {type(values).__name__}, wanted key: value lines"
+        )
+    return values
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        return text
+
+
+def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _known_keys() -> list[str]:
+    return [key for key, _, _ in describe_keys()]
+
+
+def _explain(error: Any, known: Sequence[str]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"unknown key {key!r}{hint} (`care-train train --help` lists all keys)"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{key}: got {error['input']!r}: {error['msg']}"
+
+
+def _walk(schema: Any, root: Any, prefix: str) -> Any:
+    for name, entry in schema.get("properties", {}).items():
+        key = f"{prefix}{name}"
+        reference = entry.get("$ref")
+        if reference:
+            yield from _walk(root["$defs"][reference.rsplit("/", 1)[1]], root, f"{key}.")
+        else:
+            yield key, str(entry.get("default", "")), entry.get("description", "")

@@ -1,0 +1,110 @@
+"""Decode images, which stay compressed until a prompt needs them. Image files are untrusted."""
+
+import io
+import struct
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from care_train.data.schema import ImageRef, Sample
+
+# An allow list: other decoders of Pillow are less exercised, and EPS runs Ghostscript.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Formats accepted."""
+
+_EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"}
+
+# What Pillow raises on damaged files, by format.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+
+_BOMB_ERRORS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def load_images(sample: Sample, max_pixels: int) -> list[Image.Image]:
+    """All images of a sample, in order, as RGB.
+
+    Raises:
+        ValueError: as `load_image`, naming the sample's row.
+    """
+    location = sample.location or sample.id
+    return [load_image(ref, location=location, max_pixels=max_pixels) for ref in sample.images]
+
+
+def load_image(ref: ImageRef, *, location: str, max_pixels: int) -> Image.Image:
+    """Decode one image: first frame, upright as its EXIF says, transparency laid over white.
+
+    Args:
+        ref: a path, encoded bytes, or an open image.
+        location: file and row, for errors.
+        max_pixels: largest width x height accepted, checked before any pixel is decoded.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        ValueError: a missing, damaged or oversize image, naming row, path and fix.
+    """
+    name = f"{location}: image {_name(ref)}"
+    try:
+        image = _open(ref, name)
+        _check_size(image, name, max_pixels)
+        return _to_rgb(image, name)
+    except _BOMB_ERRORS as error:
+        raise ValueError(
+            f"{name}: {error}: scale the image down to data.max_image_pixels = {max_pixels} pixels"
+        ) from None
+
+
+def _open(ref: ImageRef, name: str) -> Image.Image:
+    if isinstance(ref, Image.Image):
+        return ref
+    if isinstance(ref, (str, Path)) and not Path(ref).is_file():
+        raise ValueError(
+            f"{name}: no such file: correct the path (relative ones start at the data file's folder) "
+            "or drop the row"
+        )
+    try:
+        return Image.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref, formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"{name}: got no readable image, wanted {', '.join(IMAGE_FORMATS)}: replace the file or "
+            "drop the row"
+        ) from None
+    except _DECODE_ERRORS as error:
+        raise _damaged(name, error) from None
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{name}: got {width} x {height} = {width * height} pixels, wanted at most {max_pixels}: "
+            "scale the image down, drop the row, or raise data.max_image_pixels"
+        )
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode not in _EIGHT_BIT_MODES:
+        raise ValueError(
+            f"{name}: got mode {image.mode}, wanted 8 bits per channel (more would be clipped): "
+            "convert the image"
+        )
+    try:
+        image = ImageOps.exif_transpose(image)
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        # Line drawings are often black on transparent, where dropping alpha leaves black on black.
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    except _DECODE_ERRORS as error:
+        raise _damaged(name, error) from None
+
+
+def _damaged(name: str, error: Exception) -> ValueError:
+    return ValueError(f"{name}: damaged ({error}): replace the file or drop the row")
+
+
+def _name(ref: ImageRef) -> str:
+    if isinstance(ref, bytes):
+        return f"of {len(ref)} bytes"
+    return "in memory" if isinstance(ref, Image.Image) else repr(str(ref))

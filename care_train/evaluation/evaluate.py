@@ -1,0 +1,80 @@
+"""Evaluation: a single decode per question, no reflection (Sec. 8.3)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from care_train.data import Sample
+from care_train.reporting import track
+from care_train.rollout.types import Request, RolloutEngine, SamplingSettings, request_seed
+from care_train.settings import Config
+from care_train.training.distributed import all_sum, is_main, rank, world_size
+from care_train.training.session import Session, rank_share
+
+_EVAL_STEP = -1
+"""The step in evaluation seeds: one that training never has."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Means over `num_questions`, on all ranks."""
+
+    accuracy: float
+    format: float
+    num_questions: int
+
+
+def evaluate(
+    session: Session,
+    engine: RolloutEngine,
+    samples: Sequence[Sample],
+    device: torch.device,
+    *,
+    greedy: bool,
+    description: str = "evaluate",
+) -> EvalResult:
+    """Decode every question once, at the training temperature or greedily, and verify."""
+    config = session.config
+    share = rank_share(samples, rank(), world_size())
+    size = config.eval.batch_size
+    batches = [share[start : start + size] for start in range(0, len(share), size)]
+    sampling = _sampling(config, greedy)
+    correct = well_formed = 0.0
+    enabled = config.logging.progress and is_main()
+    for batch in track(batches, f"{description}{' (greedy)' if greedy else ''}", enabled):
+        prompts = session.encoder.encode(batch)
+        requests = [
+            Request(prompt, request_seed(config.seed, _EVAL_STEP, sample.id, 0))
+            for sample, prompt in zip(batch, prompts, strict=True)
+        ]
+        completions = engine.generate(requests, sampling)
+        for sample, completion in zip(batch, completions, strict=True):
+            rollout = session.scorer.score(sample, completion)
+            correct += rollout.accuracy
+            well_formed += rollout.format_score
+    correct, well_formed, count = all_sum([correct, well_formed, float(len(share))], device)
+    return EvalResult(correct / count, well_formed / count, int(count))
+
+
+def evaluate_both(
+    session: Session,
+    engine: RolloutEngine,
+    samples: Sequence[Sample],
+    device: torch.device,
+    description: str = "evaluate",
+) -> dict[str, float]:
+    """`accuracy` and `format` at the training temperature, and greedily where `eval.greedy`."""
+    sampled = evaluate(session, engine, samples, device, greedy=False, description=description)
+    values = {"accuracy": sampled.accuracy, "format": sampled.format}
+    if session.config.eval.greedy:
+        greedy = evaluate(session, engine, samples, device, greedy=True, description=description)
+        values |= {"greedy_accuracy": greedy.accuracy, "greedy_format": greedy.format}
+    return values | {"num_questions": float(sampled.num_questions)}
+
+
+def _sampling(config: Config, greedy: bool) -> SamplingSettings:
+    rollout = config.rollout
+    return SamplingSettings(
+        rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, greedy
+    )

@@ -1,0 +1,87 @@
+"""Load a policy, vision-language or text only, with what prepares its input."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+from care_train.settings import ModelSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its processor (None for a text model) and tokenizer."""
+
+    model: Any
+    processor: Any
+    tokenizer: Any
+
+    @property
+    def image_token_id(self) -> int | None:
+        """Placeholder of one merged image patch in the sequence; None without images."""
+        return getattr(self.model.config, "image_token_id", None)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a response."""
+        eos = self.model.generation_config.eos_token_id
+        if eos is None:
+            eos = self.tokenizer.eos_token_id
+        return tuple(eos) if isinstance(eos, list) else (eos,)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Filler for padded positions, always masked."""
+        pad = self.tokenizer.pad_token_id
+        return self.eos_token_ids[0] if pad is None else pad
+
+    def save(self, folder: str | Path) -> None:
+        """Write a plain Hugging Face folder: safetensors, config, tokenizer and processor."""
+        self.model.save_pretrained(folder)
+        (self.tokenizer if self.processor is None else self.processor).save_pretrained(folder)
+
+
+def load_model(settings: ModelSettings, folder: str | Path | None = None) -> LoadedModel:
+    """Load `folder`, or `settings.path`, in the settings' precision and attention.
+
+    Raises:
+        ValueError: a folder that does not exist or holds no model.
+    """
+    path = Path(folder if folder is not None else settings.path)
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"model.path: {path}: no config.json there; wanted a Hugging Face model folder "
+            "(download it first, for example with `hf download`)"
+        )
+    config = AutoConfig.from_pretrained(path)
+    has_vision = getattr(config, "vision_config", None) is not None
+    auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    model = auto_class.from_pretrained(
+        path, dtype=DTYPES[settings.dtype], attn_implementation=settings.attention
+    )
+    if has_vision:
+        processor = AutoProcessor.from_pretrained(path)
+        _limit_pixels(processor.image_processor, settings)
+        tokenizer = processor.tokenizer
+    else:
+        processor, tokenizer = None, AutoTokenizer.from_pretrained(path)
+    return LoadedModel(model, processor, tokenizer)
+
+
+def _limit_pixels(image_processor: Any, settings: ModelSettings) -> None:
+    size = dict(image_processor.size)
+    if settings.min_pixels is not None:
+        size["shortest_edge"] = settings.min_pixels
+    if settings.max_pixels is not None:
+        size["longest_edge"] = settings.max_pixels
+    image_processor.size = type(image_processor.size)(**size)

@@ -1,0 +1,72 @@
+"""The policy as one module: backbone, then only the head rows a loss or a log-prob needs.
+
+The head is a module of its own so that engines which shard parameters (ZeRO-3) gather its weight
+around the fused loss as they do around any layer.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from care_kernels import PolicyLoss, linear_log_probs, linear_policy_loss
+from care_train.algorithm.selection import pool_rationale
+from care_train.models.batch import ModelBatch
+
+
+class PolicyHead(nn.Module):
+    """The language-model head, never applied to more than a chunk of rows at a time."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        target_ids: torch.Tensor,
+        temperature: float,
+        loss_arguments: dict[str, Any] | None = None,
+    ) -> torch.Tensor | PolicyLoss:
+        """[N] log-probs of the targets, or the fused loss where its arguments are given."""
+        shared = {"temperature": temperature, "bias": self.bias}
+        if loss_arguments is None:
+            log_probs = linear_log_probs(hidden, self.weight, target_ids, **shared)
+            assert isinstance(log_probs, torch.Tensor)
+            return log_probs
+        return linear_policy_loss(hidden, self.weight, target_ids, **shared, **loss_arguments)
+
+
+class Policy(nn.Module):
+    """A transformers model whose logits are never held."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.head = PolicyHead(model.get_output_embeddings())
+
+    def forward(
+        self,
+        batch: ModelBatch,
+        temperature: float = 1.0,
+        loss_arguments: dict[str, Any] | None = None,
+        pool_spans: torch.Tensor | None = None,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """Log-probs [N] or the loss, and the pooled embeddings [B, D] where `pool_spans` is given.
+
+        Args:
+            batch: the padded sequences.
+            temperature: the rollouts' temperature: log-probs are those of the sampled distribution.
+            loss_arguments: keyword arguments of `linear_policy_loss`; None for log-probs.
+            pool_spans: [B, 2] position ranges of the rationales.
+        """
+        hidden = self.hidden_states(batch)
+        embeddings = None if pool_spans is None else pool_rationale(hidden, pool_spans)
+        rows = hidden.flatten(0, 1)[batch.rows]
+        return self.head(rows, batch.target_ids, temperature, loss_arguments), embeddings
+
+    def hidden_states(self, batch: ModelBatch) -> torch.Tensor:
+        """[B, T, D] final hidden states, after the last norm."""
+        outputs = self.model.base_model(**batch.inputs, use_cache=False)
+        return outputs.last_hidden_state

@@ -1,0 +1,133 @@
+"""From a row of data to the ids and pixels a model reads."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from care_train.data import Sample, load_images
+from care_train.models.load import LoadedModel
+from care_train.settings import DataSettings, PromptSettings
+
+_PLACEHOLDER = re.compile(r"<image>")
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as the model sees it, image placeholders expanded."""
+
+    token_ids: tuple[int, ...]
+    pixel_values: torch.Tensor | None = field(default=None, repr=False)
+    """[patches, patch_dim] of all its images."""
+    image_grid_thw: torch.Tensor | None = None
+    """[images, 3] int64: patches in time, height and width."""
+
+
+class PromptEncoder:
+    """Applies the chat template and the processor to samples."""
+
+    def __init__(self, loaded: LoadedModel, prompt: PromptSettings, data: DataSettings) -> None:
+        self._loaded = loaded
+        self._prompt = prompt
+        self._max_image_pixels = data.max_image_pixels
+
+    def encode(self, samples: Sequence[Sample]) -> list[EncodedPrompt]:
+        """Ids and pixels of samples; all images go through the image processor in one call.
+
+        Raises:
+            ValueError: naming the row: an unreadable image, images for a text model, a prompt that
+                holds special tokens, or one longer than `prompt.max_prompt_tokens`.
+        """
+        with_images = [sample for sample in samples if sample.images]
+        encoded = dict(zip(map(id, with_images), self._encode_images(with_images), strict=True))
+        prompts = []
+        for sample in samples:
+            prompt = encoded.get(id(sample))
+            if prompt is None:
+                prompt = EncodedPrompt(self.encode_text(self._render(sample)))
+            self._check(sample, prompt)
+            prompts.append(prompt)
+        return prompts
+
+    def _check(self, sample: Sample, encoded: EncodedPrompt) -> None:
+        self._check_image_tokens(sample, encoded)
+        limit = self._prompt.max_prompt_tokens
+        if len(encoded.token_ids) > limit:
+            raise ValueError(
+                f"{sample.location}: the prompt has {len(encoded.token_ids)} tokens, wanted at "
+                f"most {limit}: raise prompt.max_prompt_tokens, lower model.max_pixels or drop the "
+                "row "
+                "(prompts and images are never truncated)"
+            )
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Ids of text that follows a prompt, such as a reflection's prefix."""
+        return tuple(self._loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _render(self, sample: Sample) -> str:
+        messages: list[dict[str, Any]] = []
+        if self._prompt.system is not None:
+            messages.append({"role": "system", "content": self._prompt.system})
+        content = _content_parts(sample) if sample.images else sample.prompt
+        messages.append({"role": "user", "content": content})
+        template = self._loaded.processor or self._loaded.tokenizer
+        return template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def _encode_images(self, samples: Sequence[Sample]) -> list[EncodedPrompt]:
+        if not samples:
+            return []
+        texts = [self._render(sample) for sample in samples]
+        images = [self._images(sample, text) for sample, text in zip(samples, texts, strict=True)]
+        inputs = self._loaded.processor(text=texts, images=[i for row in images for i in row])
+        grids = torch.as_tensor(inputs["image_grid_thw"]).split([len(row) for row in images])
+        pixels = torch.as_tensor(inputs["pixel_values"])
+        patches = pixels.split([int(grid.prod(-1).sum()) for grid in grids])
+        return [
+            EncodedPrompt(tuple(ids), rows, grid)
+            for ids, rows, grid in zip(inputs["input_ids"], patches, grids, strict=True)
+        ]
+
+    def _images(self, sample: Sample, text: str) -> list[Image.Image]:
+        if self._loaded.processor is None:
+            raise ValueError(
+                f"{sample.location}: images: got {len(sample.images)}, wanted none: the model "
+                "reads text only; choose a vision-language model or drop the images"
+            )
+        images = load_images(sample, self._max_image_pixels)
+        placeholders = text.count(self._loaded.processor.image_token)
+        if placeholders != len(images):
+            raise ValueError(
+                f"{sample.location}: the rendered prompt has {placeholders} image placeholders, "
+                f"wanted {len(images)}, one per image: remove special tokens from the prompt's text"
+            )
+        return images
+
+    def _check_image_tokens(self, sample: Sample, encoded: EncodedPrompt) -> None:
+        got = sum(token == self._loaded.image_token_id for token in encoded.token_ids)
+        wanted = 0
+        if encoded.image_grid_thw is not None:
+            merge = self._loaded.processor.image_processor.merge_size**2
+            wanted = int(encoded.image_grid_thw.prod(-1).sum()) // merge
+        if got != wanted:
+            raise ValueError(
+                f"{sample.location}: the prompt has {got} image tokens, its images need {wanted}: "
+                "remove special tokens such as <|image_pad|> from the prompt's text"
+            )
+
+
+def _content_parts(sample: Sample) -> list[dict[str, str]]:
+    """The message's parts; without `<image>` placeholders the images come first."""
+    pieces = _PLACEHOLDER.split(sample.prompt)
+    if len(pieces) == 1:
+        parts = [{"type": "image"}] * len(sample.images)
+        return [*parts, {"type": "text", "text": sample.prompt}]
+    parts = []
+    for place, piece in enumerate(pieces):
+        if place:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts

@@ -1,0 +1,216 @@
+"""Tiny models built offline from the real architectures: what the quickstart and the tests train.
+
+Config, model, processor and tokenizer are transformers' own classes; only the sizes are small, the
+weights random, and the byte-level BPE vocabulary is trained on the text it is given.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+TINY_KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-qwen2")
+
+_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+# The layout of Qwen's chat format, for messages whose content is text or a list of parts.
+_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- else -%}{{ part.text }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}"""
+
+_CORPUS = (
+    "user assistant system First reason inside <think> </think>, then give the final answer "
+    "inside <answer> </answer>.",
+    "<think>the image shows a shape</think> <answer>yes</answer> <reasoning> </reasoning>",
+    "what is the color of the shape in the image? is there a circle, a triangle or a rectangle?",
+)
+
+
+def build_tiny_model(
+    kind: str,
+    folder: str | Path,
+    corpus: Iterable[str] = (),
+    *,
+    seed: int = 0,
+    hidden_size: int = 128,
+) -> Path:
+    """Write a tiny model, its tokenizer and its processor as a plain Hugging Face folder.
+
+    Args:
+        kind: one of `TINY_KINDS`.
+        folder: where to write.
+        corpus: text the tokenizer is trained on, besides the tags and the chat format.
+        seed: seeds the weights.
+        hidden_size: width of the language model, a multiple of 32.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind not in TINY_KINDS:
+        raise ValueError(
+            f"model.path: got {kind!r}, wanted a folder or one of {', '.join(TINY_KINDS)}"
+        )
+    tokenizer = _train_tokenizer([*_CORPUS, *corpus])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _MODELS[kind](tokenizer, hidden_size)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder)
+    _processor(kind, tokenizer).save_pretrained(folder)
+    return Path(folder)
+
+
+def _train_tokenizer(corpus: list[str]) -> Any:
+    # A bound far above what a small corpus can fill: training stops when no pair repeats.
+    tokenizer: Any = Qwen2Tokenizer().train_new_from_iterator(
+        corpus, vocab_size=2048, new_special_tokens=list(_SPECIAL), show_progress=False
+    )
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _text_sizes(tokenizer: Any, hidden_size: int) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_hidden_layers": 2,
+        "num_attention_heads": hidden_size // 32,
+        "num_key_value_heads": max(1, hidden_size // 64),
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _image_tokens(tokenizer: Any) -> dict[str, int]:
+    ids = tokenizer.convert_tokens_to_ids
+    return {
+        "image_token_id": ids("<|image_pad|>"),
+        "video_token_id": ids("<|video_pad|>"),
+        "vision_start_token_id": ids("<|vision_start|>"),
+        "vision_end_token_id": ids("<|vision_end|>"),
+    }
+
+
+def _qwen2_5_vl(tokenizer: Any, hidden_size: int) -> PreTrainedModel:
+    # head_dim 32 has 16 rotary pairs: time 4, height 6, width 6.
+    text = _text_sizes(tokenizer, hidden_size) | {
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
+    }
+    text.pop("head_dim")
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "patch_size": 14,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+        "out_hidden_size": hidden_size,
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=False,
+        **_image_tokens(tokenizer),
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen3_vl(tokenizer: Any, hidden_size: int) -> PreTrainedModel:
+    text = _text_sizes(tokenizer, hidden_size) | {
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [4, 6, 6],
+            "mrope_interleaved": True,
+            "rope_theta": 1e4,
+        }
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "patch_size": 14,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+        "out_hidden_size": hidden_size,
+    }
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=False,
+        **_image_tokens(tokenizer),
+    )
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def _qwen2(tokenizer: Any, hidden_size: int) -> PreTrainedModel:
+    sizes = _text_sizes(tokenizer, hidden_size)
+    sizes.pop("head_dim")
+    return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=False, **sizes))
+
+
+_MODELS = {"tiny-qwen2.5-vl": _qwen2_5_vl, "tiny-qwen3-vl": _qwen3_vl, "tiny-qwen2": _qwen2}
+
+
+def _processor(kind: str, tokenizer: Any) -> Any:
+    if kind == "tiny-qwen2":
+        return tokenizer
+    # One merged token covers 28 x 28 pixels.
+    images = Qwen2VLImageProcessor(
+        patch_size=14, merge_size=2, size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    )
+    if kind == "tiny-qwen3-vl":
+        videos = Qwen3VLVideoProcessor(patch_size=14, merge_size=2)
+        return Qwen3VLProcessor(images, tokenizer, videos, chat_template=_CHAT_TEMPLATE)
+    videos = Qwen2VLVideoProcessor(patch_size=14, merge_size=2)
+    return Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=_CHAT_TEMPLATE)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a Hugging Face folder."""
+    return AutoTokenizer.from_pretrained(folder)

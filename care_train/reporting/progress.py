@@ -1,0 +1,238 @@
+"""What a run shows while it works: progress bars on a terminal, plain lines in a log."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from care_train.reporting.samples import printable
+
+Item = TypeVar("Item")
+
+_SHOWN = {
+    "reward": ("reward", "{:.3f}"),
+    "accuracy": ("accuracy", "{:.1%}"),
+    "format": ("format", "{:.1%}"),
+    "kl": ("KL", "{:.4f}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+}
+_PLAIN_LINES = 10
+_WHOLE_RUN = 30 * 24 * 3600.0
+"""Seconds of history the ETA looks at. rich's default, 30, is shorter than one step can be."""
+
+# One console, because rich nests live displays (an evaluation inside a run) only within one.
+_CONSOLE = Console(stderr=True)
+
+
+class TrainProgress:
+    """A training run's bar with its latest numbers below; use it as a context manager."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        enabled: bool = True,
+        description: str = "Training",
+        *,
+        start_step: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        """Set up; `with` starts the display.
+
+        Args:
+            total_steps: steps of the whole run.
+            enabled: False shows and prints nothing (every rank but the first).
+            description: what goes on.
+            start_step: steps done before, where the run was resumed.
+            console: where to; standard error by default.
+        """
+        self._console = console or _CONSOLE
+        self._enabled = enabled
+        self._live = enabled and self._console.is_interactive
+        self._lines = _PlainLines(self._console, total_steps, description, start_step)
+        self._bar = _TrainBar(console=self._console)
+        self._task = self._bar.add_task(description, total=total_steps, completed=start_step)
+
+    def update(self, step: int, values: Mapping[str, Any]) -> None:
+        """Show where the run is.
+
+        Args:
+            step: steps done.
+            values: the step's numbers; those known here are shown, missing ones are left out.
+        """
+        if self._live:
+            self._bar.values = shown_values(values)
+            self._bar.update(self._task, completed=step)
+        elif self._enabled:
+            self._lines.update(step, shown_values(values))
+
+    def print(self, *objects: Any) -> None:
+        """Print above the bar; strings to the letter, for they may hold a model's words."""
+        if self._enabled:
+            self._console.print(*objects, markup=False, highlight=False)
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._bar.stop()
+
+
+def track(
+    iterable: Iterable[Item],
+    description: str,
+    enabled: bool = True,
+    *,
+    total: int | None = None,
+    console: Console | None = None,
+) -> Iterator[Item]:
+    """Yield the items of `iterable` and show how far that has come.
+
+    Args:
+        iterable: the work.
+        description: what goes on.
+        enabled: False shows nothing.
+        total: how many items, where `iterable` has no length.
+        console: where to; standard error by default.
+    """
+    console = console or _CONSOLE
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    if not enabled:
+        yield from iterable
+    elif console.is_interactive:
+        with Progress(*_columns(), console=console, transient=True) as bar:
+            yield from bar.track(iterable, total=total, description=description)
+    elif total is None:
+        console.print(Text(f"{description} ..."), soft_wrap=True)
+        yield from iterable
+    else:
+        lines = _PlainLines(console, total, description)
+        for done, item in enumerate(iterable, start=1):
+            yield item
+            lines.update(done, {})
+
+
+def show_sample(
+    target: Console | TrainProgress,
+    step: int,
+    prompt: str,
+    completion: str,
+    answer: str,
+    reward: float,
+    role: str,
+) -> None:
+    """Print one completion in a panel. Its text is shown to the letter, bounded in length.
+
+    Args:
+        target: a console, or the bar to print above.
+        step: the training step.
+        prompt: what was asked.
+        completion: what the model wrote: untrusted.
+        answer: the reference answer.
+        reward: r of Eq. 1.
+        role: the completion's part in the update.
+    """
+    rows = Table.grid(padding=(0, 1))
+    rows.add_column(style="dim", justify="right")
+    rows.add_column(overflow="fold")
+    rows.add_row("prompt", Text(printable(prompt, max_chars=400, max_lines=6)))
+    rows.add_row("completion", Text(printable(completion, max_chars=1500, max_lines=24)))
+    rows.add_row("reference", Text(printable(answer, max_chars=200, max_lines=3)))
+    title = Text(f"step {step} · {printable(role, max_chars=40, max_lines=1)} · {reward:+.2f}")
+    target.print(Panel(rows, title=title, title_align="left", border_style="dim"))
+
+
+def shown_values(values: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers a person follows, formatted, by their label.
+
+    Args:
+        values: a step's numbers; those missing or None are left out.
+    """
+    return {
+        label: form.format(float(values[key]))
+        for key, (label, form) in _SHOWN.items()
+        if values.get(key) is not None
+    }
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA", style="dim"),
+        TimeRemainingColumn(),
+    )
+
+
+class _TrainBar(Progress):
+    """Two lines: beside the bar, the numbers would not fit a terminal of 80 columns."""
+
+    def __init__(self, console: Console) -> None:
+        self.values: dict[str, str] = {}
+        super().__init__(
+            *_columns(), console=console, expand=True, speed_estimate_period=_WHOLE_RUN
+        )
+
+    def get_renderables(self) -> Iterator[Group]:
+        numbers = Text("  ")
+        for label, value in self.values.items():
+            numbers.append(f"{label} ", style="dim").append(f"{value}  ")
+        yield Group(self.make_tasks_table(self.tasks), numbers)
+
+
+class _PlainLines:
+    """About ten lines per run: a log keeps every redraw of a bar."""
+
+    def __init__(self, console: Console, total: int, description: str, start_step: int = 0) -> None:
+        self._console = console
+        self._total = total
+        self._description = description
+        self._first = start_step
+        self._printed: int | None = None
+        self._started = time.monotonic()
+
+    def update(self, step: int, values: Mapping[str, str]) -> None:
+        """Print where the first step, the last one, or a further tenth is reached."""
+        tenth = step * _PLAIN_LINES // max(self._total, 1)
+        if self._printed is not None and tenth <= self._printed:
+            return
+        self._printed = tenth
+        parts = [f"{self._description} {step}/{self._total}"]
+        parts += [f"{label} {value}" for label, value in values.items()]
+        self._console.print(Text("  ".join(parts + self._times(step))), soft_wrap=True)
+
+    def _times(self, step: int) -> list[str]:
+        elapsed = time.monotonic() - self._started
+        done = step - self._first
+        parts = [f"elapsed {timedelta(seconds=round(elapsed))}"]
+        if done > 0 and step < self._total:
+            left = elapsed / done * (self._total - step)
+            parts.append(f"ETA {timedelta(seconds=round(left))}")
+        return parts

@@ -1,0 +1,98 @@
+"""The embedded engine: transformers' `generate` on the training process's own model."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+
+from care_train.models.batch import image_inputs
+from care_train.models.load import LoadedModel
+from care_train.rollout.sampling import SeededSampler
+from care_train.rollout.types import Completion, Request, SamplingSettings
+
+
+class TransformersEngine:
+    """Left-padded batched sampling; image, vision and other special tokens are never sampled."""
+
+    def __init__(self, loaded: LoadedModel, batch_size: int) -> None:
+        self._loaded = loaded
+        self._model = loaded.model
+        self._batch_size = batch_size
+        eos = set(loaded.eos_token_ids)
+        special = loaded.tokenizer.added_tokens_decoder.items()
+        self._banned = [i for i, token in special if token.special and i not in eos]
+        # Ids above the tokenizer's are the head's padding, not tokens.
+        num_ids = loaded.model.get_output_embeddings().out_features
+        self._banned += range(len(loaded.tokenizer), num_ids)
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
+        """One completion per request, in order; longer contexts are batched together."""
+        order = sorted(range(len(requests)), key=lambda i: len(_context(requests[i])), reverse=True)
+        completions: dict[int, Completion] = {}
+        was_training = self._model.training
+        self._model.eval()
+        for start in range(0, len(order), self._batch_size):
+            places = order[start : start + self._batch_size]
+            batch = self._generate_batch([requests[i] for i in places], sampling)
+            completions.update(zip(places, batch, strict=True))
+        self._model.train(was_training)
+        return [completions[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def _generate_batch(
+        self, requests: Sequence[Request], sampling: SamplingSettings
+    ) -> list[Completion]:
+        inputs = self._inputs(requests)
+        width = inputs["input_ids"].shape[1]
+        sampler = SeededSampler(
+            [r.seed for r in requests], sampling, self._banned, width, self._model.device
+        )
+        if hasattr(self._model.base_model, "rope_deltas"):
+            # Left over from the last batch, they would shift a batch without images.
+            self._model.base_model.rope_deltas = None
+        output = self._model.generate(
+            **inputs,
+            generation_config=self._generation_config(sampling),
+            logits_processor=LogitsProcessorList([sampler]),
+        )
+        return [self._cut(row) for row in output[:, width:].tolist()]
+
+    def _generation_config(self, sampling: SamplingSettings) -> GenerationConfig:
+        # Everything the model's own generation_config could bend (Qwen2.5-VL ships a repetition
+        # penalty) is set: the sampled distribution must be the one the trainer scores.
+        return GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=1.0,
+            top_k=50,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            eos_token_id=list(self._loaded.eos_token_ids),
+            pad_token_id=self._loaded.pad_token_id,
+            use_cache=True,
+        )
+
+    def _inputs(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+        contexts = [_context(request) for request in requests]
+        width = max(len(context) for context in contexts)
+        input_ids = torch.full((len(contexts), width), self._loaded.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for place, context in enumerate(contexts):
+            input_ids[place, width - len(context) :] = torch.tensor(context)
+            attention_mask[place, width - len(context) :] = 1
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        prompts = [request.prompt for request in requests]
+        inputs |= image_inputs(prompts, input_ids, self._loaded.image_token_id)
+        return {key: value.to(self._model.device) for key, value in inputs.items()}
+
+    def _cut(self, row: list[int]) -> Completion:
+        for place, token in enumerate(row):
+            if token in self._loaded.eos_token_ids:
+                return Completion(tuple(row[: place + 1]), finished=True)
+        return Completion(tuple(row), finished=False)
+
+
+def _context(request: Request) -> tuple[int, ...]:
+    return request.prompt.token_ids + request.prefix_ids

@@ -1,0 +1,55 @@
+"""What every rollout engine takes and gives."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from care_train.models.prompts import EncodedPrompt
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are drawn."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """Ignored where `greedy`."""
+    top_p: float = 1.0
+    top_k: int = 0
+    greedy: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample."""
+
+    prompt: EncodedPrompt
+    seed: int
+    """The response depends on this seed, the prompt and the weights, not on what it is batched
+    with."""
+    prefix_ids: tuple[int, ...] = ()
+    """Tokens forced before the first sampled one."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The sampled tokens of one request."""
+
+    token_ids: tuple[int, ...]
+    """Ends with EOS where `finished`."""
+    finished: bool
+
+
+class RolloutEngine(Protocol):
+    """Samples responses from the current policy."""
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
+        """One completion per request, in order."""
+        ...
+
+
+def request_seed(run_seed: int, step: int, prompt_id: str, rollout_index: int) -> int:
+    """A 63-bit seed from run, step, prompt and rollout: the same whatever the ranks and batches."""
+    text = f"{run_seed}/{step}/{prompt_id}/{rollout_index}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

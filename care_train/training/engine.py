@@ -1,0 +1,235 @@
+"""DeepSpeed around the policy: the only module that imports it."""
+
+import copy
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from care_train.models.batch import ModelBatch, TokenSequence, collate
+from care_train.models.load import LoadedModel
+from care_train.models.policy import Policy
+from care_train.settings import DeepSpeedSettings
+from care_train.training.distributed import all_max, world_size
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# On CPUs DeepSpeed would compile a shared-memory all-reduce at first use: half a minute, and a C++
+# compiler, for what gloo does.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its schedule."""
+
+    learning_rate: float
+    total_steps: int
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    min_learning_rate: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences of one forward and backward, with the loss's arguments per row."""
+
+    batch: ModelBatch
+    loss_arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step says of itself; sums are over this rank's rows."""
+
+    loss: float
+    grad_norm: float
+    outputs: list[Any]
+    """The `PolicyLoss` of each micro-batch."""
+
+
+class PolicyEngine:
+    """Forwards, backwards and optimiser steps of the policy, sharded as the configuration says."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        optimizer: OptimizerSettings,
+        settings: DeepSpeedSettings,
+        device: torch.device,
+        *,
+        bf16: bool = False,
+        freeze_vision: bool = False,
+    ) -> None:
+        self.loaded = loaded
+        self.device = device
+        self.zero_stage = settings.zero_stage
+        loaded.model.to(device)
+        # ZeRO-3 shards the trained parameters; generation needs whole ones.
+        own_copy = settings.zero_stage == 3
+        self.rollout = replace(loaded, model=copy.deepcopy(loaded.model)) if own_copy else loaded
+        policy = Policy(loaded.model)
+        if freeze_vision:
+            _freeze_vision(loaded.model)
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        adamw = torch.optim.AdamW(
+            parameters,
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            weight_decay=optimizer.weight_decay,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(adamw, _learning_rate_factor(optimizer))
+        self._engine, _, _, self._schedule = deepspeed.initialize(
+            model=policy,
+            optimizer=adamw,
+            lr_scheduler=schedule,
+            config=_deepspeed_config(optimizer, settings, bf16),
+            dist_init_required=False,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        return self._engine.get_lr()[0]
+
+    def collate(self, sequences: Sequence[TokenSequence]) -> ModelBatch:
+        """One padded batch on this rank's device."""
+        batch = collate(sequences, self.loaded.pad_token_id, self.loaded.image_token_id)
+        return batch.to(self.device)
+
+    @torch.no_grad()
+    def score(
+        self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs [N] and, where spans are given, rationale embeddings [B, D]: one forward."""
+        self._engine.eval()
+        return self._engine(batch, temperature, pool_spans=pool_spans)
+
+    def step(self, micro_batches: Sequence[MicroBatch], temperature: float) -> StepResult:
+        """Accumulate over the micro-batches and update once.
+
+        The loss is a sum over rows whose weights already hold the global denominator, so gradients
+        are summed over ranks: DeepSpeed averages, hence the factor world_size. Ranks may have
+        different numbers of micro-batches; the short ones repeat their last with zero weights.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite.
+        """
+        assert micro_batches, "every rank needs a micro-batch"
+        self._engine.train()
+        count = all_max(len(micro_batches), self.device)
+        outputs, total = [], 0.0
+        for place in range(count):
+            self._engine.set_gradient_accumulation_boundary(place == count - 1)
+            is_filler = place >= len(micro_batches)
+            micro = micro_batches[-1] if is_filler else micro_batches[place]
+            arguments = _without_weight(micro.loss_arguments) if is_filler else micro.loss_arguments
+            output, _ = self._engine(micro.batch, temperature, arguments)
+            self._engine.backward(output.loss * world_size(), scale_wrt_gas=False)
+            total += float(output.loss.detach())
+            if not is_filler:
+                outputs.append(output)
+        grad_norm = self._grad_norm()
+        if not (math.isfinite(total) and math.isfinite(grad_norm)):
+            raise FloatingPointError(
+                f"loss {total}, gradient norm {grad_norm}: not finite, so no update was made; "
+                "lower train.learning_rate or resume from the last checkpoint"
+            )
+        self._engine.step()
+        return StepResult(total, self._last_grad_norm(grad_norm), outputs)
+
+    def _grad_norm(self) -> float:
+        """Norm before clipping; ZeRO shards gradients and reports its norm after the step."""
+        if self.zero_stage > 0 or self._engine.bfloat16_enabled():
+            return 0.0
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def _last_grad_norm(self, before: float) -> float:
+        reported = self._engine.get_global_grad_norm()
+        return before if reported is None else float(reported)
+
+    def sync_rollout_model(self) -> None:
+        """Bring the rollout model up to date: copies where ZeRO-3 keeps it apart."""
+        if self.zero_stage < 3:
+            return
+        with self.gathered(), torch.no_grad():
+            trained = dict(self.loaded.model.named_parameters())
+            for name, parameter in self.rollout.model.named_parameters():
+                parameter.copy_(trained[name])
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Whole parameters on every rank (a no-op below ZeRO-3), for copying or saving."""
+        if self.zero_stage < 3:
+            yield
+            return
+        with deepspeed.zero.GatheredParameters(list(self._engine.module.parameters())):
+            yield
+
+    def save_state(self, folder: str | Path, client_state: dict[str, Any]) -> None:
+        """DeepSpeed's own checkpoint: weights, optimiser and schedule of every rank."""
+        self._engine.save_checkpoint(str(folder), tag="state", client_state=client_state)
+
+    def load_state(self, folder: str | Path) -> dict[str, Any]:
+        """Restore what `save_state` wrote; returns the client state."""
+        path, client_state = self._engine.load_checkpoint(str(folder), tag="state")
+        if path is None:
+            raise ValueError(f"checkpoint {folder}: DeepSpeed found no state there")
+        return client_state
+
+
+def _deepspeed_config(
+    optimizer: OptimizerSettings, settings: DeepSpeedSettings, bf16: bool
+) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.max_grad_norm,
+        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 2**31,
+    }
+    for key, value in settings.config.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        base[key] = base[key] | value if both else value
+    return base
+
+
+def _learning_rate_factor(settings: OptimizerSettings) -> Any:
+    floor = settings.min_learning_rate / settings.learning_rate
+    decay_steps = max(settings.total_steps - settings.warmup_steps, 1)
+
+    def factor(step: int) -> float:
+        if step < settings.warmup_steps:
+            return (step + 1) / settings.warmup_steps
+        done = min((step - settings.warmup_steps) / decay_steps, 1.0)
+        if settings.schedule == "cosine":
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        return 1.0 if settings.schedule == "constant" else 1 - (1 - floor) * done
+
+    return factor
+
+
+def _without_weight(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same rows with nothing to learn: keeps ranks in step."""
+    silent = dict(arguments)
+    for key in ("advantages", "kl_weights", "entropy_weights"):
+        if silent.get(key) is not None:
+            silent[key] = torch.zeros_like(silent[key])
+    return silent
+
+
+def _freeze_vision(model: Any) -> None:
+    visual = getattr(model.base_model, "visual", None)
+    if visual is None:
+        raise ValueError("train.freeze_vision: got true, but the model has no vision tower")
+    visual.requires_grad_(False)

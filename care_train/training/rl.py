@@ -1,0 +1,155 @@
+"""The training loop: prompts in order, one step after the other, metrics, samples, checkpoints."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from care_train.data import PromptOrder, Sample
+from care_train.models.policy import Policy
+from care_train.reporting import (
+    MetricsLogger,
+    SampleRecord,
+    TrainProgress,
+    append_sample,
+    show_sample,
+)
+from care_train.settings import Config
+from care_train.training.distributed import is_main, rank, world_size
+from care_train.training.engine import OptimizerSettings, PolicyEngine
+from care_train.training.sampling import GroupSampler
+from care_train.training.saving import load_checkpoint, save_checkpoint, save_model
+from care_train.training.session import Session, rank_share
+from care_train.training.step import StepOutcome, TrainStep
+
+Evaluate = Callable[[], dict[str, float]]
+
+
+class PromptSource:
+    """Deals each rank its share of the next prompts; `position` is all a resume needs."""
+
+    def __init__(self, samples: Sequence[Sample], config: Config, position: int = 0) -> None:
+        count = config.train.prompts_per_step
+        if count < world_size():
+            raise ValueError(
+                f"train.prompts_per_step: got {count}, wanted at least one prompt for each of the "
+                f"{world_size()} ranks"
+            )
+        self._samples = samples
+        self._order = PromptOrder(len(samples), config.seed)
+        self._count = count
+        self.position = position
+
+    def draw(self) -> list[Sample]:
+        """The next `prompts_per_step` prompts, this rank's share of them."""
+        indices = self._order.take(self.position, self._count)
+        self.position += self._count
+        return rank_share([self._samples[i] for i in indices], rank(), world_size())
+
+
+def run_training(
+    session: Session,
+    samples: Sequence[Sample],
+    run_dir: Path,
+    metrics: MetricsLogger,
+    device: torch.device,
+    *,
+    resume: bool = False,
+    evaluate: Evaluate | None = None,
+) -> dict[str, float]:
+    """Train, save `final/`, and return the totals of the run.
+
+    Args:
+        session: the model to train, with its encoder and verifier.
+        samples: the training prompts.
+        run_dir: where checkpoints, samples and the final model go.
+        metrics: the run's log.
+        device: this rank's device.
+        resume: go on from the newest checkpoint in `run_dir`.
+        evaluate: called every `train.eval_every` steps on all ranks.
+    """
+    config = session.config
+    reference = _reference(session)
+    engine = _policy_engine(session, device)
+    rollout = session.rollout_engine(engine.rollout, config.rollout.batch_size)
+    sampler = GroupSampler(rollout, session.encoder, session.scorer, config)
+    train_step = TrainStep(config, engine, sampler, reference)
+    source = PromptSource(samples, config)
+    totals = {"steps": 0.0, "decoded_tokens": 0.0, "trained_sequences": 0.0}
+    totals["sampled_sequences"] = 0.0
+    if resume:
+        state = load_checkpoint(engine, run_dir / "checkpoints")
+        totals, source.position = state["totals"], state["position"]
+    first = int(totals["steps"])
+    train = config.train
+    enabled = config.logging.progress and is_main()
+    with TrainProgress(train.steps, enabled, config.algorithm, start_step=first) as progress:
+        for step in range(first, train.steps):
+            outcome = train_step.run(source.draw, step)
+            done = step + 1
+            totals = {key: totals[key] + outcome.metrics.get(key, 0.0) for key in totals}
+            totals["steps"] = float(done)
+            metrics.log(done, outcome.metrics)
+            progress.update(done, outcome.metrics)
+            if is_main():
+                _record_samples(outcome, done, run_dir, progress, config)
+            if evaluate is not None and train.eval_every and done % train.eval_every == 0:
+                metrics.log(done, evaluate(), phase="eval")
+            if (train.save_every and done % train.save_every == 0) or done == train.steps:
+                state = {"step": done, "position": source.position, "totals": totals}
+                save_checkpoint(engine, run_dir / "checkpoints", state, train.keep_checkpoints)
+    save_model(engine, run_dir / "final")
+    return totals
+
+
+def _reference(session: Session) -> Policy | None:
+    """pi_ref: a frozen copy of the policy before training; None where nothing reads it."""
+    if session.config.loss.kl_coef == 0:
+        return None
+    model = copy.deepcopy(session.loaded.model).eval()
+    return Policy(model.requires_grad_(False))
+
+
+def _policy_engine(session: Session, device: torch.device) -> PolicyEngine:
+    train = session.config.train
+    return PolicyEngine(
+        session.loaded,
+        OptimizerSettings(
+            learning_rate=train.learning_rate,
+            total_steps=train.steps * train.num_iterations * train.mini_batches,
+            warmup_steps=train.warmup_steps,
+            schedule=train.schedule,
+            min_learning_rate=train.min_learning_rate,
+            weight_decay=train.weight_decay,
+            betas=train.adam_betas,
+            max_grad_norm=train.max_grad_norm,
+        ),
+        session.config.deepspeed,
+        device,
+        bf16=session.config.model.dtype == "bfloat16",
+        freeze_vision=train.freeze_vision,
+    )
+
+
+def _record_samples(
+    outcome: StepOutcome, step: int, run_dir: Path, progress: TrainProgress, config: Config
+) -> None:
+    """Now and then, show one completion and keep it in samples.jsonl."""
+    every = config.logging.samples_every
+    if not every or step % every:
+        return
+    for group, update in zip(outcome.groups, outcome.updates, strict=True):
+        for sequence in update.sequences[:1]:
+            record = SampleRecord(
+                step=step,
+                prompt=group.sample.prompt,
+                completion=sequence.rollout.text,
+                answer=group.sample.answer,
+                reward=sequence.rollout.reward,
+                role=sequence.role,
+            )
+            append_sample(run_dir, record)
+            show_sample(progress, **asdict(record))
+            return

@@ -1,0 +1,160 @@
+"""Sample, decode and score rollouts (Algorithm 1, lines 1-2 and 13-14)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from care_train.algorithm.reflection import reflection_prefix
+from care_train.algorithm.spans import parse_spans, token_spans
+from care_train.algorithm.types import Rollout, Subgroup
+from care_train.data import Sample
+from care_train.models.batch import TokenSequence
+from care_train.models.prompts import EncodedPrompt, PromptEncoder
+from care_train.models.token_text import TokenText
+from care_train.rollout.types import (
+    Completion,
+    Request,
+    RolloutEngine,
+    SamplingSettings,
+    request_seed,
+)
+from care_train.settings import Config, PromptSettings
+from care_train.verifier import Verifier
+
+
+@dataclass(frozen=True)
+class SampledGroup:
+    """The G rollouts of one prompt."""
+
+    sample: Sample
+    prompt: EncodedPrompt = field(repr=False)
+    rollouts: tuple[Rollout, ...]
+
+    def sequence(
+        self, rollout: Rollout, prefix_ids: tuple[int, ...] | None = None
+    ) -> TokenSequence:
+        """Prompt, prefix and response of one rollout; `prefix_ids` replaces the forced prefix."""
+        prefix = rollout.prefix_ids if prefix_ids is None else prefix_ids
+        return TokenSequence(self.prompt, prefix, rollout.token_ids)
+
+
+class RolloutScorer:
+    """Turns completions into scored rollouts with spans."""
+
+    def __init__(self, token_text: TokenText, verifier: Verifier, prompt: PromptSettings) -> None:
+        self._token_text = token_text
+        self._verifier = verifier
+        self._tags = (prompt.think_tag, prompt.answer_tag)
+
+    def score(
+        self,
+        sample: Sample,
+        completion: Completion,
+        prefix_ids: tuple[int, ...] = (),
+        *,
+        reflected: bool = False,
+    ) -> Rollout:
+        """Decode, locate the spans, verify (Eq. 1)."""
+        text, ends = self._token_text.decode(prefix_ids + completion.token_ids)
+        if completion.finished:
+            ends = ends[:-1]
+        spans = token_spans(parse_spans(text, *self._tags), ends, len(prefix_ids))
+        score = self._verifier.score(text, sample, finished=completion.finished)
+        return Rollout(
+            token_ids=completion.token_ids,
+            text=text,
+            spans=spans,
+            accuracy=score.accuracy,
+            format_score=score.format_score,
+            reward=score.reward,
+            finished=completion.finished,
+            prefix_ids=prefix_ids,
+            reflected=reflected,
+            verdict=score.reason,
+        )
+
+
+class GroupSampler:
+    """Draws groups and reflections from the current policy."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        encoder: PromptEncoder,
+        scorer: RolloutScorer,
+        config: Config,
+    ) -> None:
+        self._engine = engine
+        self._encoder = encoder
+        self._scorer = scorer
+        self._config = config
+        rollout = config.rollout
+        self._sampling = SamplingSettings(
+            rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k
+        )
+
+    def sample_groups(self, samples: Sequence[Sample], step: int) -> list[SampledGroup]:
+        """Line 1: G rollouts of every prompt, in one batched call."""
+        prompts = self._encoder.encode(samples)
+        size = self._config.rollout.group_size
+        requests = [
+            Request(prompt, request_seed(self._config.seed, step, sample.id, index))
+            for sample, prompt in zip(samples, prompts, strict=True)
+            for index in range(size)
+        ]
+        completions = self._engine.generate(requests, self._sampling)
+        return [
+            SampledGroup(
+                sample,
+                prompt,
+                tuple(
+                    self._scorer.score(sample, completion)
+                    for completion in completions[place * size : (place + 1) * size]
+                ),
+            )
+            for place, (sample, prompt) in enumerate(zip(samples, prompts, strict=True))
+        ]
+
+    def reflect(
+        self, groups: Sequence[SampledGroup], subgroups: Sequence[Subgroup | str], step: int
+    ) -> list[Rollout | None]:
+        """Lines 12-14 for all groups in one batched call; None where a group does not reflect."""
+        settings, prompt = self._config.care.reflection, self._config.prompt
+        requests: dict[int, Request] = {}
+        for place, (group, subgroup) in enumerate(zip(groups, subgroups, strict=True)):
+            if isinstance(subgroup, str) or subgroup.reflect_on is None:
+                continue
+            negative = subgroup.others[subgroup.reflect_on].rollout
+            text = reflection_prefix(negative, settings.cue, prompt.think_tag, prompt.answer_tag)
+            prefix_ids = self._encoder.encode_text(text)
+            # Never truncate: a context over the limit does not reflect.
+            if len(group.prompt.token_ids) + len(prefix_ids) > self._context_limit:
+                continue
+            seed = request_seed(
+                self._config.seed, step, group.sample.id, self._config.rollout.group_size
+            )
+            requests[place] = Request(group.prompt, seed, prefix_ids)
+        completions = (
+            self._engine.generate(list(requests.values()), self._reflection_sampling)
+            if requests
+            else []
+        )
+        reflected: list[Rollout | None] = [None] * len(groups)
+        for (place, request), completion in zip(requests.items(), completions, strict=True):
+            reflected[place] = self._scorer.score(
+                groups[place].sample, completion, request.prefix_ids, reflected=True
+            )
+        return reflected
+
+    @property
+    def _context_limit(self) -> int:
+        return self._config.prompt.max_prompt_tokens + self._config.rollout.max_new_tokens
+
+    @property
+    def _reflection_sampling(self) -> SamplingSettings:
+        own, shared = self._config.care.reflection, self._sampling
+        return SamplingSettings(
+            shared.max_new_tokens if own.max_new_tokens is None else own.max_new_tokens,
+            shared.temperature if own.temperature is None else own.temperature,
+            shared.top_p if own.top_p is None else own.top_p,
+            shared.top_k,
+        )

@@ -1,0 +1,107 @@
+"""Forwards without gradient: old log-probs, rationale embeddings, reference log-probs."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from care_train.algorithm.care import skip_before_forward
+from care_train.algorithm.types import Rollout, RolloutGroup
+from care_train.models.batch import ModelBatch, TokenSequence
+from care_train.settings import Config
+from care_train.training.distributed import all_max
+from care_train.training.engine import PolicyEngine
+from care_train.training.sampling import SampledGroup
+
+Forward = Callable[
+    [ModelBatch, float, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]
+]
+
+
+class SequenceScorer:
+    """Runs sequences through a policy in micro-batches of similar length."""
+
+    def __init__(self, engine: PolicyEngine, config: Config) -> None:
+        self._engine = engine
+        self._config = config
+
+    def log_probs(
+        self,
+        forward: Forward,
+        sequences: Sequence[TokenSequence],
+        filler: TokenSequence,
+        pool_spans: Sequence[tuple[int, int]] | None = None,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Per sequence its tokens' log-probs [T] and, where spans are given, its embedding [D].
+
+        Every rank runs the same number of forwards, as sharded parameters require; one with fewer
+        sequences runs `filler`.
+        """
+        size = self._config.train.micro_batch_size
+        batches = length_sorted_batches(sequences, size)
+        count = all_max(len(batches), self._engine.device)
+        log_probs: dict[int, torch.Tensor] = {}
+        embeddings: dict[int, torch.Tensor] = {}
+        for turn in range(count):
+            if turn >= len(batches):
+                forward(self._engine.collate([filler]), self._config.rollout.temperature, None)
+                continue
+            places = batches[turn]
+            batch = self._engine.collate([sequences[i] for i in places])
+            spans = None
+            if pool_spans is not None:
+                spans = torch.tensor([pool_spans[i] for i in places], device=self._engine.device)
+            rows, pooled = forward(batch, self._config.rollout.temperature, spans)
+            lengths = [len(sequences[i].response_ids) for i in places]
+            log_probs.update(zip(places, rows.split(lengths), strict=True))
+            if pooled is not None:
+                embeddings.update(zip(places, pooled, strict=True))
+        order = range(len(sequences))
+        return [log_probs[i] for i in order], [embeddings[i] for i in order if embeddings]
+
+    def score_groups(self, groups: Sequence[SampledGroup]) -> list[RolloutGroup]:
+        """The old policy's one forward (Secs. 3.3, 3.7) over the groups that are not skipped."""
+        needed = [
+            place
+            for place, group in enumerate(groups)
+            if skip_before_forward(group.rollouts, self._config.care) is None
+        ]
+        sequences = [groups[g].sequence(r) for g in needed for r in groups[g].rollouts]
+        spans = [
+            rationale_positions(r, groups[g].sequence(r).response_start)
+            for g in needed
+            for r in groups[g].rollouts
+        ]
+        filler = groups[0].sequence(groups[0].rollouts[0])
+        log_probs, embeddings = self.log_probs(self._engine.score, sequences, filler, spans)
+        scored = [RolloutGroup(group.rollouts) for group in groups]
+        start = 0
+        for place in needed:
+            end = start + len(groups[place].rollouts)
+            scored[place] = RolloutGroup(
+                groups[place].rollouts,
+                torch.stack(embeddings[start:end]).cpu(),
+                torch.stack([row.sum() for row in log_probs[start:end]]).cpu(),
+            )
+            start = end
+        return scored
+
+
+def rationale_positions(rollout: Rollout, response_start: int) -> tuple[int, int]:
+    """Where the embedded rationale lies in the sequence: the think span's content tokens.
+
+    A response that never thinks is embedded by what precedes its answer, or as a whole.
+    """
+    spans = rollout.spans
+    if spans.think_content is not None:
+        start, end = spans.think_content
+    else:
+        start, end = 0, len(rollout.token_ids) if spans.answer is None else spans.answer[0]
+    return response_start + start, response_start + end
+
+
+def length_sorted_batches(sequences: Sequence[TokenSequence], size: int) -> list[list[int]]:
+    """Indices in batches of up to `size`, longest sequences first, so that padding is short."""
+    order = sorted(
+        range(len(sequences)), key=lambda i: (len(sequences[i].token_ids), i), reverse=True
+    )
+    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -1,0 +1,74 @@
+"""The parts a run is made of, put together once for training, cold start and evaluation."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from care_train.data import Sample
+from care_train.models.load import LoadedModel, load_model
+from care_train.models.prompts import PromptEncoder
+from care_train.models.tiny import TINY_KINDS, build_tiny_model
+from care_train.models.token_text import TokenText
+from care_train.rollout.transformers_engine import TransformersEngine
+from care_train.rollout.types import RolloutEngine
+from care_train.settings import Config, DataSettings
+from care_train.training.distributed import barrier, is_main
+from care_train.training.sampling import RolloutScorer
+from care_train.verifier import Verifier
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model with what feeds and judges it."""
+
+    config: Config
+    loaded: LoadedModel
+    encoder: PromptEncoder
+    scorer: RolloutScorer
+
+    def rollout_engine(self, loaded: LoadedModel, batch_size: int) -> RolloutEngine:
+        """The configured engine on `loaded`, whose weights it reads at every call."""
+        return TransformersEngine(loaded, batch_size)
+
+
+def open_session(config: Config, folder: Path, data: DataSettings, device: torch.device) -> Session:
+    """Load the model of `folder` with its prompt encoder and verifier."""
+    loaded = load_model(config.model, folder)
+    loaded.model.to(device)
+    return Session(
+        config,
+        loaded,
+        PromptEncoder(loaded, config.prompt, data),
+        RolloutScorer(
+            TokenText(loaded.tokenizer), Verifier(config.prompt, config.reward), config.prompt
+        ),
+    )
+
+
+def model_folder(config: Config, run_dir: Path, samples: Iterable[Sample]) -> Path:
+    """`model.path`, or the tiny model it names, built in the run's folder on the samples' text."""
+    if config.model.path not in TINY_KINDS:
+        return Path(config.model.path)
+    folder = run_dir / "base"
+    if is_main() and not (folder / "config.json").is_file():
+        build_tiny_model(config.model.path, folder, _corpus(config, samples), seed=config.seed)
+    barrier()
+    return folder
+
+
+def _corpus(config: Config, samples: Iterable[Sample]) -> list[str]:
+    think, answer = config.prompt.think_tag, config.prompt.answer_tag
+    lines = [config.prompt.system or "", config.care.reflection.cue]
+    for sample in samples:
+        lines.append(sample.prompt)
+        lines.append(
+            f"<{think}>{sample.rationale or ''}</{think}> <{answer}>{sample.answer}</{answer}>"
+        )
+    return lines
+
+
+def rank_share(samples: Sequence[Sample], rank: int, world_size: int) -> list[Sample]:
+    """This rank's part of a batch: every world_size-th sample."""
+    return list(samples[rank::world_size])

@@ -1,0 +1,140 @@
+"""One step of training: rollouts in, an updated policy and metrics out. Reads like Algorithm 1."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from care_train.algorithm import baselines, care
+from care_train.algorithm.types import GroupUpdate, Rollout, Subgroup
+from care_train.data import Sample
+from care_train.models.policy import Policy
+from care_train.rollout.types import request_seed
+from care_train.settings import Config
+from care_train.training.distributed import all_max
+from care_train.training.engine import PolicyEngine
+from care_train.training.sampling import GroupSampler, SampledGroup
+from care_train.training.scoring import SequenceScorer
+from care_train.training.statistics import StepStatistics
+from care_train.training.update import PolicyUpdater
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step leaves for people: metrics over all ranks, and this rank's groups."""
+
+    metrics: dict[str, float]
+    groups: list[SampledGroup]
+    updates: list[GroupUpdate]
+
+
+class TrainStep:
+    """Holds what a step needs; `run` is the step."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: PolicyEngine,
+        sampler: GroupSampler,
+        reference: Policy | None,
+    ) -> None:
+        self._config = config
+        self._engine = engine
+        self._sampler = sampler
+        self._scorer = SequenceScorer(engine, config)
+        self._updater = PolicyUpdater(engine, config, self._scorer, reference)
+
+    def run(self, draw: Callable[[], Sequence[Sample]], step: int) -> StepOutcome:
+        """Sample, score, select, reflect, weigh and update on this rank's prompts.
+
+        Args:
+            draw: deals this rank's next prompts; called again under dynamic sampling.
+            step: counts from 0; part of every rollout's seed.
+        """
+        clock = _Clock()
+        self._engine.sync_rollout_model()
+        groups = self._sample(draw, step)
+        clock.mark("generate")
+        reflected: list[Rollout | None] = [None] * len(groups)
+        if self._config.algorithm == "care":
+            scored = self._scorer.score_groups(groups)
+            clock.mark("old_forward")
+            subgroups = [
+                care.select_subgroup(group, self._config.care, self._generator(sampled, step))
+                for sampled, group in zip(groups, scored, strict=True)
+            ]
+            reflected = self._sampler.reflect(groups, subgroups, step)
+            updates = [
+                _care_update(subgroup, self._config, rollout)
+                for subgroup, rollout in zip(subgroups, reflected, strict=True)
+            ]
+            clock.mark("reflect")
+        else:
+            updates = [self._baseline_update(group) for group in groups]
+        results = self._updater.update(groups, updates)
+        clock.mark("update")
+        statistics = StepStatistics(groups, updates, reflected, results)
+        values = statistics.reduce(self._engine.device) | clock.seconds
+        values["learning_rate"] = self._engine.learning_rate
+        values["tokens_per_second"] = values["decoded_tokens"] / max(clock.total, 1e-9)
+        return StepOutcome(values, groups, updates)
+
+    def _sample(self, draw: Callable[[], Sequence[Sample]], step: int) -> list[SampledGroup]:
+        """One batch of groups; under dynamic sampling, of groups with mixed outcomes."""
+        samples = draw()
+        groups = self._sampler.sample_groups(samples, step)
+        if not self._config.train.dynamic_sampling:
+            return groups
+        wanted = len(samples)
+        mixed = [group for group in groups if baselines.has_mixed_outcomes(group.rollouts)]
+        for _ in range(self._config.train.max_resample_rounds):
+            # All ranks draw as long as one needs to, so that they stay at the same position.
+            if not all_max(len(mixed) < wanted, self._engine.device):
+                break
+            more = self._sampler.sample_groups(draw(), step)
+            mixed += [group for group in more if baselines.has_mixed_outcomes(group.rollouts)]
+        plain = [group for group in groups if not baselines.has_mixed_outcomes(group.rollouts)]
+        return (mixed + plain)[:wanted]
+
+    def _baseline_update(self, group: SampledGroup) -> GroupUpdate:
+        name = self._config.algorithm
+        return baselines.group_update(
+            group.rollouts,
+            divide_by_std=name != "dr_grpo",
+            length_normalized=name in ("grpo", "gspo"),
+            keep_without_signal=self._config.loss.kl_coef > 0,
+            norm_eps=self._config.care.norm_eps,
+        )
+
+    def _generator(self, group: SampledGroup, step: int) -> torch.Generator:
+        # Beyond the rollouts' and the reflection's own indices.
+        index = self._config.rollout.group_size + 1
+        seed = request_seed(self._config.seed, step, group.sample.id, index)
+        return torch.Generator().manual_seed(seed)
+
+
+def _care_update(
+    subgroup: Subgroup | str, config: Config, reflected: Rollout | None
+) -> GroupUpdate:
+    if isinstance(subgroup, str):
+        return care.skipped_update(subgroup)
+    return care.subgroup_update(subgroup, config.care, reflected)
+
+
+class _Clock:
+    """Wall seconds per part of a step."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def mark(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"seconds_{part}"] = now - self._last
+        self._last = now
+        self.seconds["seconds"] = now - self._start
+
+    @property
+    def total(self) -> float:
+        return self._last - self._start

@@ -1,0 +1,224 @@
+"""The optimiser's passes over one batch of rollouts (Algorithm 1, lines 42-43)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from care_train.algorithm.types import GroupUpdate, TrainSequence
+from care_train.models.batch import ModelBatch, TokenSequence
+from care_train.models.policy import Policy
+from care_train.settings import Config
+from care_train.training.distributed import all_sum
+from care_train.training.engine import MicroBatch, PolicyEngine, StepResult
+from care_train.training.loss import (
+    Denominators,
+    LossRows,
+    local_denominators,
+    loss_rows,
+    sequence_scale,
+)
+from care_train.training.sampling import SampledGroup
+from care_train.training.scoring import SequenceScorer, length_sorted_batches
+
+IMPORTANCE_CAP = 2.0
+"""Truncation of the importance weight of a reflection trained without its context."""
+
+
+@dataclass(frozen=True)
+class TrainItem:
+    """One sequence of S* ready for the optimiser."""
+
+    update: GroupUpdate
+    sequence: TrainSequence
+    tokens: TokenSequence = field(repr=False)
+    old_log_probs: torch.Tensor | None = field(default=None, repr=False)
+    ref_log_probs: torch.Tensor | None = field(default=None, repr=False)
+    importance_weights: torch.Tensor | None = field(default=None, repr=False)
+
+
+class PolicyUpdater:
+    """Scores what an update needs, then steps."""
+
+    def __init__(
+        self,
+        engine: PolicyEngine,
+        config: Config,
+        scorer: SequenceScorer,
+        reference: Policy | None,
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._scorer = scorer
+        self._reference = reference
+
+    def update(
+        self, groups: Sequence[SampledGroup], updates: Sequence[GroupUpdate]
+    ) -> list[StepResult]:
+        """`train.num_iterations` passes of `train.mini_batches` optimiser steps each."""
+        train = self._config.train
+        filler = groups[0].sequence(groups[0].rollouts[0])
+        items = self._items(groups, updates, filler)
+        size = -(-len(groups) // train.mini_batches)
+        results = []
+        for _ in range(train.num_iterations):
+            for part in range(train.mini_batches):
+                places = slice(part * size, (part + 1) * size)
+                members = {id(update) for update in updates[places]}
+                chosen = [item for item in items if id(item.update) in members]
+                result = self._update_once(chosen, updates[places], filler)
+                if result is not None:
+                    results.append(result)
+        return results
+
+    def _items(
+        self,
+        groups: Sequence[SampledGroup],
+        updates: Sequence[GroupUpdate],
+        filler: TokenSequence,
+    ) -> list[TrainItem]:
+        pairs = [(g, u, s) for g, u in zip(groups, updates, strict=True) for s in u.sequences]
+        tokens = [self._trained_tokens(group, sequence) for group, _, sequence in pairs]
+        old = self._old_log_probs(tokens, filler)
+        reference: Sequence[torch.Tensor | None] = [None] * len(pairs)
+        if self._reference is not None and self._config.loss.kl_estimator != "exact":
+            reference, _ = self._scorer.log_probs(self._score_reference, tokens, filler)
+        weights = self._importance_weights(pairs, tokens, filler)
+        return [
+            TrainItem(update, sequence, t, o, r, w)
+            for (_, update, sequence), t, o, r, w in zip(
+                pairs, tokens, old, reference, weights, strict=True
+            )
+        ]
+
+    def _trained_tokens(self, group: SampledGroup, sequence: TrainSequence) -> TokenSequence:
+        """The context a sequence is trained in: its own, or the prompt alone (`x_only`)."""
+        if self._trains_off_context(sequence):
+            # The response continues an open think span.
+            opening = self._opening_ids()
+            return group.sequence(sequence.rollout, opening)
+        return group.sequence(sequence.rollout)
+
+    def _trains_off_context(self, sequence: TrainSequence) -> bool:
+        return sequence.rollout.reflected and self._config.care.reflection.context == "x_only"
+
+    def _opening_ids(self) -> tuple[int, ...]:
+        tag = f"<{self._config.prompt.think_tag}>"
+        encoded = self._engine.loaded.tokenizer(tag, add_special_tokens=False)
+        return tuple(encoded["input_ids"])
+
+    def _old_log_probs(
+        self, tokens: Sequence[TokenSequence], filler: TokenSequence
+    ) -> Sequence[torch.Tensor | None]:
+        """One update per batch needs none: the old policy is the current one and the ratio 1."""
+        train = self._config.train
+        if train.num_iterations * train.mini_batches == 1:
+            return [None] * len(tokens)
+        return self._scorer.log_probs(self._engine.score, tokens, filler)[0]
+
+    def _importance_weights(
+        self, pairs: Sequence[Any], tokens: Sequence[TokenSequence], filler: TokenSequence
+    ) -> list[torch.Tensor | None]:
+        """min(pi(y | x) / pi(y | x, prefix, cue), cap) for reflections trained without context."""
+        weights: list[torch.Tensor | None] = [None] * len(pairs)
+        if self._config.care.reflection.context != "x_only" or self._config.algorithm != "care":
+            return weights
+        places = [i for i, (_, _, s) in enumerate(pairs) if self._trains_off_context(s)]
+        own = [pairs[i][0].sequence(pairs[i][2].rollout) for i in places]
+        sampled, _ = self._scorer.log_probs(self._engine.score, own, filler)
+        rooted, _ = self._scorer.log_probs(self._engine.score, [tokens[i] for i in places], filler)
+        for place, behind, target in zip(places, sampled, rooted, strict=True):
+            weights[place] = (target - behind).exp().clamp(max=IMPORTANCE_CAP)
+        return weights
+
+    @torch.no_grad()
+    def _score_reference(
+        self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert self._reference is not None
+        return self._reference(batch, temperature, pool_spans=pool_spans)
+
+    def _update_once(
+        self, items: Sequence[TrainItem], updates: Sequence[GroupUpdate], filler: TokenSequence
+    ) -> StepResult | None:
+        """One optimiser step; None where no rank has anything to train, so not even KL moves."""
+        local = [*local_denominators(updates), float(len(items))]
+        sequences, tokens, groups, trained = all_sum(local, self._engine.device)
+        if trained == 0:
+            return None
+        denominators = Denominators(sequences, tokens, groups)
+        batches = length_sorted_batches(
+            [item.tokens for item in items], self._config.train.micro_batch_size
+        )
+        micro = [self._micro_batch([items[i] for i in batch], denominators) for batch in batches]
+        if not micro:
+            micro = [self._silent_micro_batch(filler)]
+        return self._engine.step(micro, self._config.rollout.temperature)
+
+    def _micro_batch(self, items: Sequence[TrainItem], denominators: Denominators) -> MicroBatch:
+        config = self._config
+        per_group = config.algorithm == "care" and config.care.normalize_over == "group"
+        rows = [
+            loss_rows(
+                item.sequence,
+                sequence_scale(
+                    item.update,
+                    denominators,
+                    config.loss,
+                    config.rollout.max_new_tokens,
+                    per_group=per_group,
+                ),
+                config.loss,
+            )
+            for item in items
+        ]
+        batch = self._engine.collate([item.tokens for item in items])
+        return MicroBatch(batch, self._loss_arguments(items, rows, batch))
+
+    def _loss_arguments(
+        self, items: Sequence[TrainItem], rows: Sequence[LossRows], batch: ModelBatch
+    ) -> dict[str, Any]:
+        loss = self._config.loss
+        join = self._join
+        arguments: dict[str, Any] = {
+            "advantages": join([row.advantages for row in rows]),
+            "kl_weights": join([row.kl_weights for row in rows]),
+            "entropy_weights": join([row.entropy_weights for row in rows]),
+            "old_log_probs": join([item.old_log_probs for item in items]),
+            "ref_log_probs": join([item.ref_log_probs for item in items]),
+            "clip_eps_low": loss.clip_eps_low,
+            "clip_eps_high": loss.clip_eps_high,
+            "dual_clip": loss.dual_clip,
+            "kl_estimator": loss.kl_estimator,
+            "ratio_level": loss.ratio_level,
+        }
+        if any(item.importance_weights is not None for item in items):
+            ones = [torch.ones(len(item.tokens.response_ids)) for item in items]
+            arguments["importance_weights"] = join(
+                [
+                    one if item.importance_weights is None else item.importance_weights
+                    for item, one in zip(items, ones, strict=True)
+                ]
+            )
+        if loss.ratio_level == "sequence":
+            arguments["sequence_ids"] = batch.sequence_ids
+        if self._reference is not None and loss.kl_estimator == "exact":
+            with torch.no_grad():
+                hidden = self._reference.hidden_states(batch).flatten(0, 1)[batch.rows]
+            arguments["ref_hidden"] = hidden
+            arguments["ref_head_weight"] = self._reference.head.weight
+        return arguments
+
+    def _silent_micro_batch(self, filler: TokenSequence) -> MicroBatch:
+        batch = self._engine.collate([filler])
+        zeros = torch.zeros(len(filler.response_ids), device=self._engine.device)
+        return MicroBatch(batch, {"advantages": zeros})
+
+    def _join(self, rows: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        """[N] on this rank's device, or None where the sequences carry none."""
+        present = [row for row in rows if row is not None]
+        if not present:
+            return None
+        assert len(present) == len(rows)
+        return torch.cat([row.to(self._engine.device, torch.float32) for row in present])
