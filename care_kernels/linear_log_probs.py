@@ -134,7 +134,7 @@ class LinearLogProbs(torch.autograd.Function):
         if head_weight.shape != head_shape:
             raise RuntimeError(
                 f"head_weight: got shape {tuple(head_weight.shape)} in the backward; wanted "
-                f"{tuple(head_shape)}: keep a partitioned weight gathered until the backward has run"
+                f"{tuple(head_shape)}: keep a partitioned weight gathered until then"
             )
         stats = RowStatistics(*saved)
         upstream = RowGradients(grad_log_probs, grad_entropy if stats.entropy is not None else None)

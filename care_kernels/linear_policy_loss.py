@@ -155,7 +155,9 @@ def linear_policy_loss(
     )
     rows = active_rows(problem.terms, problem.sequence_ids)
     _checks.check_targets_in_vocabulary(target_ids[rows], head_weight.shape[0])
-    return PolicyLoss(*LinearPolicyLoss.apply(hidden, head_weight, bias, problem, rows))
+    # The Function itself always runs without grad mode, so it has to be told.
+    grad_mode = torch.is_grad_enabled()
+    return PolicyLoss(*LinearPolicyLoss.apply(hidden, head_weight, bias, problem, rows, grad_mode))
 
 
 class LinearPolicyLoss(torch.autograd.Function):
@@ -169,9 +171,10 @@ class LinearPolicyLoss(torch.autograd.Function):
         bias: Tensor | None,
         problem: PolicyProblem,
         rows: Tensor,
+        grad_mode: bool,
     ) -> tuple[Tensor | None, ...]:
         """Return the fields of `PolicyLoss`."""
-        wanted = ctx.needs_input_grad[:3]
+        wanted = tuple(grad_mode and needed for needed in ctx.needs_input_grad[:3])
         head = Head(head_weight, bias, problem.transform)
         outcome, gradients = evaluate(hidden, head, problem, rows, wanted)
         if gradients is not None:
@@ -192,7 +195,7 @@ class LinearPolicyLoss(torch.autograd.Function):
             None if grad is None else (grad * upstream).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 def _row_terms(

@@ -3,8 +3,9 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from care_train.config import describe_keys, load_config
 from care_train.settings import Config
@@ -12,7 +13,7 @@ from care_train.settings import Config
 _QUICKSTART_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
 _COMMANDS = {
-    "quickstart": "teach a tiny vision-language model to read real images: cold start, CARE, report",
+    "quickstart": "teach a tiny vision-language model to read images: cold start, CARE, report",
     "sft": "cold start: supervised fine-tuning on rationale and answer",
     "train": "reinforcement learning with CARE or a baseline, evaluated before and after",
     "eval": "accuracy and format of a model: single decode, no reflection",
@@ -46,7 +47,6 @@ def _run(command: str, config: Config) -> None:
     _quiet_libraries()
     # Imported here: --help and configuration errors need no torch.
     from care_train import commands
-    from care_train.reporting import show_summary
     from care_train.training.distributed import is_main
 
     run = {
@@ -57,7 +57,26 @@ def _run(command: str, config: Config) -> None:
     }[command]
     summary = run(config)
     if is_main():
-        show_summary(commands.run_dir_of(config), summary)
+        _show_summary(commands.run_dir_of(config), summary)
+
+
+def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
+    """Scores before and after on standard output, and where everything is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if "accuracy_before" in summary:
+        table = Table("held-out questions", "before", "after", "change", title_justify="left")
+        for name in ("accuracy", "format", "greedy", "greedy_format"):
+            if f"{name}_before" in summary:
+                before, after = summary[f"{name}_before"], summary[f"{name}_after"]
+                change = f"{100 * (after - before):+.1f} points"
+                table.add_row(name, f"{before:.1%}", f"{after:.1%}", change)
+        console.print(table)
+    elif "accuracy" in summary:
+        console.print(f"accuracy {summary['accuracy']:.1%}, format {summary['format']:.1%}")
+    console.print(f"[bold]{run_dir}[/bold]: report.md, summary.json, metrics.jsonl, final/")
 
 
 def _config_path(options: argparse.Namespace) -> Path | None:
@@ -98,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("--config", type=Path, help="a YAML file; see configs/")
-        # argparse strips options it knows; the launchers' own is ignored.
+        # The deepspeed launcher adds it; the rank comes from the environment.
         command.add_argument("--local_rank", help=argparse.SUPPRESS)
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings laid over the file's"

@@ -49,11 +49,12 @@ def easy_vqa_samples(split: str) -> list[Sample]:
     Raises:
         ValueError: another split.
     """
-    questions, answers, image_ids = _questions(split)
-    paths = easy_vqa.get_train_image_paths() if split == "train" else easy_vqa.get_test_image_paths()
+    rows = zip(*_questions(split), strict=True)
+    train = split == "train"
+    paths = easy_vqa.get_train_image_paths() if train else easy_vqa.get_test_image_paths()
     figures = derive_figures(split)
     samples = []
-    for row, (question, answer, image) in enumerate(zip(questions, answers, image_ids, strict=True), 1):
+    for row, (question, answer, image) in enumerate(rows, 1):
         id = f"easy_vqa/{split}/{row}"
         figure = figures[image]
         samples.append(
@@ -81,7 +82,7 @@ def derive_figures(split: str) -> dict[int, Figure | None]:
 
 
 def derive_figure(pairs: Iterable[tuple[str, str]]) -> Figure | None:
-    """The one figure that agrees with every (question, answer) pair of an image, if there is one."""
+    """The one figure that agrees with every (question, answer) pair, if exactly one does."""
     left = FIGURES
     for question, answer in pairs:
         left = tuple(figure for figure in left if agrees(figure, question, answer))
@@ -99,7 +100,7 @@ def agrees(figure: Figure, question: str, answer: str) -> bool:
     if answer not in ("yes", "no"):
         return named | {answer} <= figure.words
     negated = bool(words & {"no", "not"})
-    return (named <= figure.words) != negated == (answer == "yes")
+    return ((named <= figure.words) != negated) == (answer == "yes")
 
 
 def wrong_figure(figure: Figure, key: str) -> Figure:

@@ -1,6 +1,7 @@
 """Decode images, which stay compressed until a prompt needs them. Image files are untrusted."""
 
 import io
+import os.path
 import struct
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from care_train.data.schema import ImageRef, Sample
 # An allow list: other decoders of Pillow are less exercised, and EPS runs Ghostscript.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats accepted."""
+
+_NAME_CHARS = 300
 
 _EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"}
 
@@ -58,17 +61,18 @@ def load_image(ref: ImageRef, *, location: str, max_pixels: int) -> Image.Image:
 def _open(ref: ImageRef, name: str) -> Image.Image:
     if isinstance(ref, Image.Image):
         return ref
-    if isinstance(ref, (str, Path)) and not Path(ref).is_file():
+    # os.path.isfile is False where Path.is_file raises: text too long for a path, such as base64.
+    if isinstance(ref, (str, Path)) and not os.path.isfile(ref):
         raise ValueError(
-            f"{name}: no such file: correct the path (relative ones start at the data file's folder) "
-            "or drop the row"
+            f"{name}: no such file: correct the path (relative ones start at the data file's "
+            "folder) or drop the row"
         )
     try:
         return Image.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref, formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
         raise ValueError(
-            f"{name}: got no readable image, wanted {', '.join(IMAGE_FORMATS)}: replace the file or "
-            "drop the row"
+            f"{name}: got no readable image, wanted {', '.join(IMAGE_FORMATS)}: replace the file "
+            "or drop the row"
         ) from None
     except _DECODE_ERRORS as error:
         raise _damaged(name, error) from None
@@ -78,8 +82,8 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise ValueError(
-            f"{name}: got {width} x {height} = {width * height} pixels, wanted at most {max_pixels}: "
-            "scale the image down, drop the row, or raise data.max_image_pixels"
+            f"{name}: got {width} x {height} = {width * height} pixels, wanted at most "
+            f"{max_pixels}: scale the image down, drop the row, or raise data.max_image_pixels"
         )
 
 
@@ -107,4 +111,7 @@ def _damaged(name: str, error: Exception) -> ValueError:
 def _name(ref: ImageRef) -> str:
     if isinstance(ref, bytes):
         return f"of {len(ref)} bytes"
-    return "in memory" if isinstance(ref, Image.Image) else repr(str(ref))
+    if isinstance(ref, Image.Image):
+        return "in memory"
+    path = str(ref)
+    return repr(path if len(path) <= _NAME_CHARS else path[:_NAME_CHARS] + "...")

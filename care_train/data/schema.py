@@ -101,7 +101,8 @@ def _first_present(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None
 def _text(value: object, *, field: str, location: str) -> str:
     if not isinstance(value, str):
         raise ValueError(
-            f"{location}: {field}: got {_describe(value)}, wanted text: convert the column to strings"
+            f"{location}: {field}: got {_describe(value)}, wanted text: convert the column to "
+            "strings"
         )
     if not value.strip():
         raise ValueError(f"{location}: {field}: got empty text, wanted some: fill or drop the row")
@@ -135,9 +136,7 @@ def _answer(value: object, *, location: str) -> str:
     return _text(value, field="answer", location=location)
 
 
-def _images(
-    value: object, *, column: str, base_dir: Path, at: str
-) -> tuple[ImageRef, ...]:
+def _images(value: object, *, column: str, base_dir: Path, at: str) -> tuple[ImageRef, ...]:
     entries = value if isinstance(value, (list, tuple)) else [value]
     return tuple(_image_ref(entry, column=column, base_dir=base_dir, at=at) for entry in entries)
 
@@ -151,8 +150,8 @@ def _image_ref(value: object, *, column: str, base_dir: Path, at: str) -> ImageR
     if isinstance(value, (bytes, Image.Image)):
         return value
     raise ValueError(
-        f"{at}: {column}: got {_describe(value)}, wanted a path, encoded bytes, an image, or a list "
-        "of these: correct or drop the row"
+        f"{at}: {column}: got {_describe(value)}, wanted a path, encoded bytes, an image, or a "
+        "list of these: correct or drop the row"
     )
 
 

@@ -1,7 +1,10 @@
-"""What a run tells: metrics, progress, plots, the report."""
+"""What a run tells: metrics, progress, samples, plots, the report."""
 
+from care_train.reporting.interval import mean_interval, proportion_interval
 from care_train.reporting.metrics import MetricsLogger, read_metrics
+from care_train.reporting.plots import plot_comparison, plot_learning_curves
 from care_train.reporting.progress import TrainProgress, show_sample, track
+from care_train.reporting.report import write_report, write_summary
 from care_train.reporting.samples import SampleRecord, append_sample, read_samples
 
 __all__ = [
@@ -9,8 +12,14 @@ __all__ = [
     "SampleRecord",
     "TrainProgress",
     "append_sample",
+    "mean_interval",
+    "plot_comparison",
+    "plot_learning_curves",
+    "proportion_interval",
     "read_metrics",
     "read_samples",
     "show_sample",
     "track",
+    "write_report",
+    "write_summary",
 ]

@@ -23,7 +23,7 @@ class JsonlWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append `record` and flush: a reader sees whole lines while the run goes on."""
-        line = json.dumps(_finite(record), allow_nan=False)
+        line = json.dumps(finite(record), allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
 
@@ -76,12 +76,12 @@ def _drop_cut_line(path: Path) -> None:
         os.truncate(path, len(content) - len(rest))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with null for NaN and infinities, which JSON has no words for."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -30,6 +30,7 @@ _SHOWN = {
     "accuracy": ("accuracy", "{:.1%}"),
     "format": ("format", "{:.1%}"),
     "kl": ("KL", "{:.4f}"),
+    "loss": ("loss", "{:.3f}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
 }
 _PLAIN_LINES = 10
@@ -170,12 +171,13 @@ def shown_values(values: Mapping[str, Any]) -> dict[str, str]:
     """The numbers a person follows, formatted, by their label.
 
     Args:
-        values: a step's numbers; those missing or None are left out.
+        values: a step's numbers; those missing or None are left out. The loss is shown where
+            there is no reward: a policy gradient's value says nothing.
     """
     return {
         label: form.format(float(values[key]))
         for key, (label, form) in _SHOWN.items()
-        if values.get(key) is not None
+        if values.get(key) is not None and not (key == "loss" and "reward" in values)
     }
 
 

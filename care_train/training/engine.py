@@ -86,6 +86,7 @@ class PolicyEngine:
             betas=optimizer.betas,
             weight_decay=optimizer.weight_decay,
         )
+        self.optimizer = adamw
         schedule = torch.optim.lr_scheduler.LambdaLR(adamw, _learning_rate_factor(optimizer))
         self._engine, _, _, self._schedule = deepspeed.initialize(
             model=policy,

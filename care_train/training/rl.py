@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from care_train.algorithm.types import Rollout
 from care_train.data import PromptOrder, Sample
 from care_train.models.policy import Policy
 from care_train.reporting import (
@@ -19,7 +20,7 @@ from care_train.reporting import (
 from care_train.settings import Config
 from care_train.training.distributed import is_main, rank, world_size
 from care_train.training.engine import OptimizerSettings, PolicyEngine
-from care_train.training.sampling import GroupSampler
+from care_train.training.sampling import GroupSampler, SampledGroup
 from care_train.training.saving import load_checkpoint, save_checkpoint, save_model
 from care_train.training.session import Session, rank_share
 from care_train.training.step import StepOutcome, TrainStep
@@ -140,16 +141,22 @@ def _record_samples(
     every = config.logging.samples_every
     if not every or step % every:
         return
+    group, rollout, role = _pick_sample(outcome)
+    record = SampleRecord(
+        step=step,
+        prompt=group.sample.prompt,
+        completion=rollout.text,
+        answer=group.sample.answer,
+        reward=rollout.reward,
+        role=role,
+    )
+    append_sample(run_dir, record)
+    show_sample(progress, **asdict(record))
+
+
+def _pick_sample(outcome: StepOutcome) -> tuple[SampledGroup, Rollout, str]:
+    """The first trained sequence with its role, or where nothing trained, the first rollout."""
     for group, update in zip(outcome.groups, outcome.updates, strict=True):
-        for sequence in update.sequences[:1]:
-            record = SampleRecord(
-                step=step,
-                prompt=group.sample.prompt,
-                completion=sequence.rollout.text,
-                answer=group.sample.answer,
-                reward=sequence.rollout.reward,
-                role=sequence.role,
-            )
-            append_sample(run_dir, record)
-            show_sample(progress, **asdict(record))
-            return
+        if update.sequences:
+            return group, update.sequences[0].rollout, update.sequences[0].role
+    return outcome.groups[0], outcome.groups[0].rollouts[0], "untrained"

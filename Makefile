@@ -1,0 +1,42 @@
+# make quickstart   train a tiny vision-language model on real images and report the gain
+# make test         the test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Overrides for the run, for example: make quickstart ARGS="algorithm=grpo seed=1"
+ARGS ?=
+
+.PHONY: quickstart test test-slow lint type format bench clean
+
+quickstart: $(READY)
+	$(BIN)/care-train quickstart $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(READY)
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch comes first: deepspeed's build reads the installed one.
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "torch>=2.14,<2.15" "torchvision>=0.29,<0.30"
+	$(BIN)/python -m pip install --quiet setuptools wheel ninja hatchling editables py-cpuinfo psutil
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs

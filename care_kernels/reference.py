@@ -1,0 +1,172 @@
+"""Eqs. 12-13 in plain torch: the oracle.
+
+Full logits, autograd for every gradient, any dtype. Written from the equations and sharing no code
+with what it checks; meant for float64, small shapes and tests.
+
+Shape letters: N rows, D hidden, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ReferenceLoss(NamedTuple):
+    """The loss and what each row contributed, all in the autograd graph but the flags."""
+
+    loss: Tensor
+    log_probs: Tensor
+    entropy: Tensor
+    kl: Tensor | None
+    ratio: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+
+
+def reference_logits(
+    hidden: Tensor,
+    head_weight: Tensor,
+    *,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """[N, V] logits: cap * tanh(scale * (x W^T + b) / cap) / temperature."""
+    logits = torch.nn.functional.linear(hidden, head_weight, bias) * logit_scale
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    return logits / temperature
+
+
+def reference_log_probs(logits: Tensor, target_ids: Tensor) -> Tensor:
+    """[N] log-probs of the targets."""
+    return torch.log_softmax(logits, -1).gather(-1, target_ids.long().unsqueeze(-1)).squeeze(-1)
+
+
+def reference_entropy(logits: Tensor) -> Tensor:
+    """[N] entropies, in nats."""
+    log_p = torch.log_softmax(logits, -1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def reference_exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """[N] KL[pi || ref], summed over the vocabulary; the reference is a constant."""
+    log_p = torch.log_softmax(logits, -1)
+    log_q = torch.log_softmax(ref_logits.detach(), -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reference_sampled_kl(estimator: str, log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
+    """[N] k1, k2 or k3 estimate of KL[pi || ref] at the sampled token.
+
+    With r = pi_ref(y) / pi(y): k1 = -log r, k2 = (log r)^2 / 2, k3 = (r - 1) - log r.
+    Source: http://joschu.net/blog/kl-approx.html
+    """
+    log_r = ref_log_probs.detach() - log_probs
+    estimates = {"k1": -log_r, "k2": 0.5 * log_r**2, "k3": (log_r.exp() - 1) - log_r}
+    return estimates[estimator]
+
+
+def reference_ratio(
+    log_probs: Tensor, old_log_probs: Tensor | None, sequence_ids: Tensor | None = None
+) -> Tensor:
+    """[N] pi / pi_old of each token; with sequence ids GSPO's, exp(mean log-ratio), repeated."""
+    old = log_probs if old_log_probs is None else old_log_probs
+    log_ratio = log_probs - old.detach()
+    if sequence_ids is None:
+        return log_ratio.exp()
+    means = log_ratio
+    for sequence in sequence_ids.unique():
+        member = sequence_ids == sequence
+        means = torch.where(member, log_ratio[member].mean(), means)
+    return means.exp()
+
+
+def reference_surrogate(
+    ratio: Tensor,
+    advantages: Tensor,
+    clip_eps_low: float,
+    clip_eps_high: float,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """[N] Eq. 12's summand min(rho a, clip(rho) a); for a < 0 at least dual_clip * a."""
+    clipped = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
+    value = torch.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip is None:
+        return value
+    return torch.where(advantages < 0, torch.maximum(value, dual_clip * advantages), value)
+
+
+def reference_policy_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    target_ids: Tensor,
+    advantages: Tensor,
+    *,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_head_weight: Tensor | None = None,
+    kl_weights: Tensor | None = None,
+    kl_estimator: str = "k3",
+    entropy_weights: Tensor | None = None,
+    clip_eps_low: float = 0.2,
+    clip_eps_high: float = 0.28,
+    dual_clip: float | None = None,
+    ratio_level: str = "token",
+    sequence_ids: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    bias: Tensor | None = None,
+) -> ReferenceLoss:
+    """What `linear_policy_loss` promises, with every row computed.
+
+    Arguments as there, all in one dtype; the result is in that dtype.
+    """
+
+    def logits_of(inputs: Tensor, weight: Tensor) -> Tensor:
+        return reference_logits(
+            inputs,
+            weight,
+            temperature=temperature,
+            logit_softcap=logit_softcap,
+            logit_scale=logit_scale,
+            bias=bias,
+        )
+
+    logits = logits_of(hidden, head_weight)
+    log_probs = reference_log_probs(logits, target_ids)
+    ratio = reference_ratio(
+        log_probs, old_log_probs, sequence_ids if ratio_level == "sequence" else None
+    )
+    surrogate = reference_surrogate(ratio, advantages, clip_eps_low, clip_eps_high, dual_clip)
+    if importance_weights is not None:
+        surrogate = importance_weights * surrogate
+    entropy = reference_entropy(logits)
+    loss = -surrogate.sum()
+    if entropy_weights is not None:
+        loss = loss - (entropy_weights * entropy).sum()
+    kl = None
+    if kl_weights is not None:
+        if ref_hidden is None:
+            assert ref_log_probs is not None
+            kl = reference_sampled_kl(kl_estimator, log_probs, ref_log_probs)
+        else:
+            shared = head_weight if ref_head_weight is None else ref_head_weight
+            ref_logits = logits_of(ref_hidden, shared)
+            if kl_estimator == "exact":
+                kl = reference_exact_kl(logits, ref_logits)
+            else:
+                ref_log_probs = reference_log_probs(ref_logits, target_ids)
+                kl = reference_sampled_kl(kl_estimator, log_probs, ref_log_probs)
+        loss = loss + (kl_weights * kl).sum()
+
+    too_high = (advantages > 0) & (ratio > 1 + clip_eps_high)
+    if dual_clip is not None:
+        too_high = too_high | ((advantages < 0) & (ratio > dual_clip))
+    too_low = (advantages < 0) & (ratio < 1 - clip_eps_low)
+    return ReferenceLoss(loss, log_probs, entropy, kl, ratio, too_low, too_high)

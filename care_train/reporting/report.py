@@ -1,0 +1,232 @@
+"""The run's last word: report.md for people, summary.json for programs."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from care_train.reporting.interval import proportion_interval
+from care_train.reporting.jsonl import finite
+from care_train.reporting.samples import SAMPLES_FILE, SampleRecord, printable, read_samples
+
+Records = Sequence[Mapping[str, Any]]
+
+_MAX_SAMPLES = 4
+_FACTS = {
+    "algorithm": "Algorithm",
+    "preset": "Preset",
+    "model": "Model",
+    "seed": "Seed",
+    "steps": "Steps",
+    "num_questions": "Evaluation questions",
+    "sampled_sequences": "Responses sampled",
+    "trained_sequences": "Responses trained on",
+    "decoded_tokens": "Tokens decoded",
+}
+_SCORES = {
+    "accuracy": "Accuracy, sampled",
+    "greedy": "Accuracy, greedy",
+    "format": "Well-formed, sampled",
+    "greedy_format": "Well-formed, greedy",
+}
+_GROUPS = {
+    "groups": "Groups sampled",
+    "groups_all_correct": "All responses correct",
+    "groups_all_wrong": "All responses wrong",
+    "groups_rescued": "Trained through a rescue",
+    "groups_skipped": "Skipped",
+}
+_TIMES = {
+    "seconds_generate": "generation",
+    "seconds_score": "scoring",
+    "seconds_old_forward": "old policy's forward",
+    "seconds_update": "update",
+}
+
+
+def write_report(
+    run_dir: Path, summary: Mapping[str, Any], config_yaml: str, metrics: Records
+) -> None:
+    """Write report.md: what ran, what came of it, and how to run it again.
+
+    Args:
+        run_dir: the run's folder; its PNGs and samples.jsonl are taken in.
+        summary: the run's facts and scores; missing ones are left out.
+        config_yaml: the resolved configuration.
+        metrics: the run's records.
+    """
+    sections = [
+        f"# {summary.get('name', run_dir.name)}",
+        _headline(summary),
+        _facts(summary),
+        _time_use(metrics),
+        _scores(summary),
+        _pictures(run_dir),
+        _group_use(metrics),
+        _samples(read_samples(run_dir / SAMPLES_FILE)),
+        _reproduce(summary, config_yaml),
+    ]
+    _write_atomically(run_dir / "report.md", "\n\n".join(filter(None, sections)) + "\n")
+
+
+def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
+    """Write summary.json; a kill leaves the old file or the new one, never half of one.
+
+    Args:
+        run_dir: the run's folder; created.
+        summary: JSON values; NaN and infinities become null.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(finite(summary), indent=2, allow_nan=False)
+    _write_atomically(run_dir / "summary.json", text + "\n")
+
+
+def _headline(summary: Mapping[str, Any]) -> str:
+    if not _known(summary, "accuracy_before", "accuracy_after"):
+        return ""
+    before, after = summary["accuracy_before"], summary["accuracy_after"]
+    verb = "rose" if after > before else "fell" if after < before else "stayed"
+    change = f"from {before:.1%} to {after:.1%}" if after != before else f"at {after:.1%}"
+    return f"Accuracy {verb} {change}."
+
+
+def _facts(summary: Mapping[str, Any]) -> str:
+    rows = [(label, _number(summary[key])) for key, label in _FACTS.items() if key in summary]
+    if _known(summary, "wall_seconds"):
+        rows.append(("Wall time", str(timedelta(seconds=round(summary["wall_seconds"])))))
+    return _table(("", ""), rows)
+
+
+def _scores(summary: Mapping[str, Any]) -> str:
+    """Before and after where both are known, else the single evaluation's scores."""
+    total = summary.get("num_questions")
+    rows = []
+    for key, label in _SCORES.items():
+        if _known(summary, f"{key}_before", f"{key}_after"):
+            values = (summary[f"{key}_before"], summary[f"{key}_after"])
+            rows.append((label, *(_share(value, total) for value in values)))
+    if rows:
+        header = ("", "Before", "After")
+    else:
+        header = ("", "Score")
+        single = _SCORES | {"greedy_accuracy": _SCORES["greedy"]}
+        rows = [(single[k], _share(summary[k], total)) for k in single if _known(summary, k)]
+    note = f"\n\nBrackets: 95% Wilson interval over {total:,} questions." if total else ""
+    return f"## Scores\n\n{_table(header, rows)}{note}" if rows else ""
+
+
+def _share(value: float, total: int | None) -> str:
+    if not total:
+        return f"{value:.1%}"
+    low, high = proportion_interval(value * total, total)
+    return f"{value:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _pictures(run_dir: Path) -> str:
+    images = [
+        f"![{path.stem.replace('_', ' ')}]({path.name})" for path in sorted(run_dir.glob("*.png"))
+    ]
+    return "\n\n".join(["## Curves", *images]) if images else ""
+
+
+def _group_use(metrics: Records) -> str:
+    groups = _total(metrics, "groups")
+    if not groups:
+        return ""
+    rows = [
+        (label, f"{_total(metrics, key):,.0f}", f"{_total(metrics, key) / groups:.1%}")
+        for key, label in _GROUPS.items()
+    ]
+    reflections = _total(metrics, "reflections")
+    if reflections:
+        weighted = sum(
+            record["reflection_success"] * record["reflections"]
+            for record in metrics
+            if _known(record, "reflection_success", "reflections")
+        )
+        rows.append(("Reflections", f"{reflections:,.0f}", ""))
+        rows.append(
+            ("Reflections that succeeded", f"{weighted:,.0f}", f"{weighted / reflections:.1%}")
+        )
+    return f"## How the groups were used\n\n{_table(('', 'Count', 'Share'), rows)}"
+
+
+def _time_use(metrics: Records) -> str:
+    total = _total(metrics, "seconds")
+    if not total:
+        return ""
+    parts = [
+        f"{label} {_total(metrics, key) / total:.0%}"
+        for key, label in _TIMES.items()
+        if _total(metrics, key)
+    ]
+    steps = f"The training steps took {timedelta(seconds=round(total))}"
+    return f"{steps}, of which {', '.join(parts)}." if parts else f"{steps}."
+
+
+def _samples(samples: Sequence[SampleRecord]) -> str:
+    """The latest of each role, at most a few: late responses show what the run came to."""
+    latest = {sample.role: sample for sample in samples}
+    chosen = sorted(latest.values(), key=lambda sample: sample.step)[-_MAX_SAMPLES:]
+    if not chosen:
+        return ""
+    return "\n\n".join(["## Sample completions", *map(_sample, chosen)])
+
+
+def _sample(sample: SampleRecord) -> str:
+    text = "\n".join(
+        (
+            f"prompt:     {printable(sample.prompt, max_chars=400, max_lines=6)}",
+            f"reference:  {printable(sample.answer, max_chars=200, max_lines=3)}",
+            f"completion: {printable(sample.completion, max_chars=1500, max_lines=24)}",
+        )
+    )
+    title = f"Step {sample.step}, {sample.role.replace('_', ' ')}, reward {sample.reward:+.2f}"
+    return f"{title}:\n\n{_fenced(text, 'text')}"
+
+
+def _reproduce(summary: Mapping[str, Any], config_yaml: str) -> str:
+    parts = ["## Run it again"]
+    if "command" in summary:
+        parts.append(_fenced(str(summary["command"]), "sh"))
+    parts.append("Every setting of this run:")
+    parts.append(_fenced(config_yaml.rstrip(), "yaml"))
+    return "\n\n".join(parts)
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block that no backticks in `text` can end: it may hold a model's words."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(c.replace("|", r"\|") for c in row) + " |" for row in lines)
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _known(values: Mapping[str, Any], *keys: str) -> bool:
+    return all(values.get(key) is not None for key in keys)
+
+
+def _total(metrics: Records, key: str) -> float:
+    return sum(r[key] for r in metrics if r["phase"] == "train" and r.get(key) is not None)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,117 @@
+"""Region weights and Eq. 11 (Algorithm 1, lines 40-41)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from care_train.algorithm.region_weights import (
+    normalize_weights,
+    region_weights,
+    token_advantages,
+)
+from care_train.algorithm.settings import CareSettings
+from care_train.algorithm.types import Spans
+from tests.algorithm.builders import broken, make_rollout, right, wrong
+
+GAMMA = 0.005
+SETTINGS = CareSettings()
+
+
+def weights(rollout, is_positive, **changes) -> list[float]:
+    values = region_weights(rollout, is_positive, replace(SETTINGS, **changes))
+    assert values.dtype == torch.float32
+    return pytest.approx(values.tolist())
+
+
+def test_a_positive_earns_its_rationale_a_little_and_its_answer_fully():
+    """Line 40, acc = 1: gamma+ from <think> to </think>, 1 from <answer> to EOS."""
+    expected = [GAMMA] * 4 + [1.0] * 3 + [1.0]
+    assert weights(right(think=2, answer=1), True) == expected
+
+
+def test_a_negative_is_not_blamed_for_its_rationale():
+    """Line 40, acc = 0: the rationale weighs 0, the answer and EOS 1."""
+    assert weights(wrong(think=2, answer=1), False) == [0.0] * 4 + [1.0] * 3 + [1.0]
+
+
+def test_text_outside_both_spans_weighs_nothing():
+    """Line 40 names two regions; a token in neither has no weight."""
+    spans = Spans(think=(1, 3), think_content=(2, 2), answer=(4, 6), answer_content=(5, 5))
+    rollout = replace(right(think=2, answer=2), spans=spans, token_ids=tuple(range(8)))
+    assert weights(rollout, True) == [0, GAMMA, GAMMA, 0, 1, 1, 0, 1]
+
+
+def test_no_eos_where_the_length_limit_cut():
+    """An unfinished response's last token is no EOS."""
+    spans = Spans(None, None, answer=(0, 2), answer_content=(1, 1))
+    cut = replace(wrong(finished=False), spans=spans, token_ids=(1, 2, 3))
+    assert weights(cut, False) == [1, 1, 0]
+    assert weights(replace(cut, finished=True), False) == [1, 1, 1]
+
+
+def test_an_answer_inside_the_rationale_is_an_answer():
+    """Where regions overlap, the answer's weight wins."""
+    spans = Spans(think=(0, 7), think_content=(1, 6), answer=(2, 5), answer_content=(3, 4))
+    rollout = replace(right(), spans=spans, token_ids=tuple(range(7)), finished=False)
+    assert weights(rollout, True) == [GAMMA, GAMMA, 1, 1, 1, GAMMA, GAMMA]
+    assert weights(rollout, False) == [0, 0, 1, 1, 1, 0, 0]
+
+
+def test_a_tag_token_shared_with_content_weighs_as_content():
+    """A token that touches the content is content, whatever `tag_weight` says."""
+    spans = Spans(think=(0, 4), think_content=(1, 4), answer=(4, 7), answer_content=(4, 6))
+    rollout = replace(right(), spans=spans, token_ids=tuple(range(8)))
+    assert weights(rollout, True, tag_weight=0.0) == [0, GAMMA, GAMMA, GAMMA, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("is_positive", [True, False])
+def test_tag_weight_sets_tags_and_eos(is_positive):
+    """care.tag_weight: tags of both spans and EOS weigh this much in positives and negatives."""
+    think = GAMMA if is_positive else 0.0
+    expected = [0.3, think, think, 0.3, 0.3, 1.0, 0.3, 0.3]
+    assert weights(right(think=2, answer=1), is_positive, tag_weight=0.3) == expected
+
+
+def test_think_weight_is_gamma():
+    """care.think_weight is gamma+; 0 is the answer-only objective of Figure 8."""
+    assert weights(right(think=1, answer=0), True, think_weight=0.25)[0] == 0.25
+    assert weights(right(think=1, answer=0), True, think_weight=0.0) == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("malformed", "positive", "negative"),
+    [("penalize", 0.0, 1.0), ("ignore", 0.0, 0.0), ("uniform", 1.0, 1.0)],
+)
+def test_a_response_without_answer_span(malformed, positive, negative):
+    """care.malformed: what each token of a response without a complete answer pair weighs."""
+    assert weights(broken(), True, malformed=malformed) == [positive] * 6
+    assert weights(broken(), False, malformed=malformed) == [negative] * 6
+
+
+def test_a_response_of_eos_alone_is_malformed():
+    """Nothing but EOS: penalised on that one token."""
+    assert weights(make_rollout(0, 0, think=None, answer=None), False) == [1.0]
+
+
+def test_token_advantages_by_hand():
+    """Eq. 11: w = (.5, .5, 1), eps_w = 2: a = A w / (2 + 2)."""
+    normalized = normalize_weights(torch.tensor([0.5, 0.5, 1.0]), 2.0)
+    assert token_advantages(-8.0, normalized).tolist() == pytest.approx([-1.0, -1.0, -2.0])
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.005, 1.0]), min_size=1, max_size=30).filter(any),
+    st.floats(-3, 3),
+)
+def test_a_sequence_hands_out_its_whole_advantage(values, advantage):
+    """Eq. 11: over a sequence the a_t sum to A, however long it is."""
+    tokens = token_advantages(advantage, normalize_weights(torch.tensor(values), 1e-8))
+    assert float(tokens.sum()) == pytest.approx(advantage, rel=1e-4, abs=1e-6)
+
+
+def test_no_weight_is_no_advantage():
+    """eps_w: a sequence whose weights are all 0 gets zeros, not NaN."""
+    assert token_advantages(2.0, normalize_weights(torch.zeros(4), 1e-8)).tolist() == [0.0] * 4

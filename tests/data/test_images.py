@@ -1,0 +1,131 @@
+"""Untrusted image files become RGB images or an error that names row, file and fix."""
+
+import io
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from care_train.data import Sample, load_image, load_images
+
+ROW = "rows.jsonl: row 3"
+
+
+def encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def load(ref: object, max_pixels: int = 10_000) -> Image.Image:
+    return load_image(ref, location=ROW, max_pixels=max_pixels)  # type: ignore[arg-type]
+
+
+def test_every_kind_of_reference_loads(tmp_path: Path):
+    """A path, its text, bytes and an open image give the same RGB pixels."""
+    image = Image.new("RGB", (4, 3), "teal")
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(image))
+    sample = Sample(id="a", prompt="q", answer="x", images=(path, str(path), encode(image), image))
+    for loaded in load_images(sample, 100):
+        assert loaded.mode == "RGB"
+        assert loaded.tobytes() == image.tobytes()
+
+
+def test_missing_image(tmp_path: Path):
+    """A missing file is named with its row and path."""
+    path = tmp_path / "gone.png"
+    with pytest.raises(ValueError) as error:
+        load(path)
+    assert str(error.value).startswith(
+        f"{ROW}: image {str(path)!r}: no such file: correct the path"
+    )
+
+
+@pytest.mark.parametrize("ref", ["data:image/png;base64," + "A" * 5000, "a\0b.png", "/"])
+def test_text_that_is_no_path(ref: str):
+    """Base64, a null byte or a folder is a missing file with a short message, not a crash."""
+    with pytest.raises(ValueError, match=r"row 3: image .*no such file") as error:
+        load(ref)
+    assert len(str(error.value)) < 600
+
+
+def test_corrupt_image(tmp_path: Path):
+    """A truncated file is damaged, and text is no image; both name row, path and fix."""
+    path = tmp_path / "cut.png"
+    path.write_bytes(encode(Image.effect_noise((40, 40), 50))[:-300])
+    with pytest.raises(
+        ValueError, match=r"row 3: image '.*cut\.png': damaged .*: replace the file"
+    ):
+        load(path)
+    path.write_text("<html>404</html>")
+    with pytest.raises(
+        ValueError, match=r"row 3: image '.*cut\.png': got no readable image.* drop"
+    ):
+        load(path)
+
+
+def test_oversize_image_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch):
+    """The size is read from the header; no pixel is decoded."""
+    data = encode(Image.new("L", (200, 200)))
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError) as error:
+        load(data, max_pixels=39_999)
+    assert str(error.value).startswith(f"{ROW}: image of ")
+    assert "got 200 x 200 = 40000 pixels, wanted at most 39999: scale" in str(error.value)
+
+
+@pytest.mark.parametrize("as_error", [True, False])
+def test_decompression_bombs_are_errors(monkeypatch: pytest.MonkeyPatch, as_error: bool):
+    """What Pillow warns of, or refuses, is refused, however warnings are set."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30 * 30)
+    for side in (40, 100):
+        with warnings.catch_warnings(), pytest.raises(ValueError, match=r"row 3: image of .*scale"):
+            warnings.simplefilter("error" if as_error else "ignore", Image.DecompressionBombWarning)
+            load(encode(Image.new("L", (side, side))), max_pixels=1000)
+
+
+def test_transparency_lies_over_white():
+    """Black lines on a transparent ground stay visible."""
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((0, 0), (0, 0, 0, 255))
+    loaded = load(encode(image))
+    assert [loaded.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
+
+
+def test_photos_are_turned_upright():
+    """The EXIF orientation is applied."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert load(encode(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (4, 8)
+
+
+def test_deep_images_are_refused():
+    """16 bits per channel would be clipped to white, so they are refused."""
+    with pytest.raises(ValueError, match=r"row 3: .*got mode I;16, wanted 8 bits"):
+        load(encode(Image.new("I;16", (2, 2), 40_000)))
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_damage_never_escapes_as_another_error(format: str):
+    """Flipped and missing bytes give an image or a ValueError, in every accepted format."""
+    rng = random.Random(format)
+    whole = encode(Image.effect_noise((30, 20), 60).convert("RGB"), format)
+    for _ in range(60):
+        data = bytearray(whole[: rng.randrange(1, len(whole))] if rng.random() < 0.5 else whole)
+        for _ in range(rng.randrange(1, 8)):
+            data[rng.randrange(min(len(data), 300))] = rng.randrange(256)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                load(bytes(data))
+            except ValueError as error:
+                assert str(error).startswith(ROW)
+
+
+def test_other_formats_are_not_decoded():
+    """EPS, which Pillow hands to Ghostscript, is no accepted format."""
+    with pytest.raises(ValueError, match="got no readable image"):
+        load(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")

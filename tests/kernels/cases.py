@@ -1,0 +1,200 @@
+"""Random problems for the kernel tests, and how results are compared with the oracle."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from care_kernels import PolicyLoss, linear_policy_loss
+from care_kernels.reference import (
+    ReferenceLoss,
+    reference_log_probs,
+    reference_logits,
+    reference_policy_loss,
+)
+from tests.kernels.tolerances import FACTOR, FLOOR, SAME_MATHS, VALUE_FLOOR
+
+LEAVES = ("hidden", "head_weight", "bias")
+RUN_OPTIONS = ("chunk_rows", "backend")
+PER_ROW = ("log_probs", "entropy", "kl", "ratio")
+
+Case = dict[str, Any]
+
+
+def head_case(
+    num_rows: int = 63,
+    width: int = 16,
+    vocab_size: int = 211,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    spread: float = 2.0,
+    bias: bool = False,
+) -> Case:
+    """hidden, head_weight, target_ids and perhaps bias; logits have a deviation of `spread`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    case: Case = {
+        "hidden": normal(num_rows, width).to(dtype),
+        "head_weight": (spread * width**-0.5 * normal(vocab_size, width)).to(dtype),
+        "target_ids": torch.randint(vocab_size, (num_rows,), generator=generator),
+    }
+    if bias:
+        case["bias"] = (0.5 * normal(vocab_size)).to(dtype)
+    return case
+
+
+def policy_case(*args: Any, seed: int = 0, drift: float = 0.3, **kwargs: Any) -> Case:
+    """A `head_case` with advantages of both signs (some zero) and drifted old log-probs."""
+    case = head_case(*args, seed=seed, **kwargs)
+    generator = torch.Generator().manual_seed(seed + 1)
+    num_rows = case["hidden"].shape[0]
+    row_dtype = case["hidden"].dtype if case["hidden"].dtype == torch.float64 else torch.float32
+    current = reference_log_probs(double_logits(case), case["target_ids"])
+    noise = torch.randn(num_rows, generator=generator, dtype=torch.float64)
+    advantages = torch.randn(num_rows, generator=generator, dtype=torch.float64)
+    case["advantages"] = advantages.masked_fill(advantages.abs() < 0.2, 0.0).to(row_dtype)
+    case["old_log_probs"] = (current + drift * noise).to(row_dtype)
+    return case
+
+
+def row_vector(case: Case, low: float, high: float, seed: int = 7) -> Tensor:
+    """[N] uniform numbers in [low, high)."""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(case["hidden"].shape[0], generator=generator, dtype=torch.float64)
+    return (low + (high - low) * uniform).to(case["advantages"].dtype)
+
+
+def with_kl(case: Case, estimator: str, *, from_hidden: bool = True) -> Case:
+    """Add a reference: hidden states and a head of its own, or log-probs alone."""
+    reference = head_case(
+        *case["hidden"].shape, case["head_weight"].shape[0], case["hidden"].dtype, seed=11
+    )
+    added: Case = {"kl_estimator": estimator, "kl_weights": row_vector(case, 0.05, 0.2)}
+    ref_hidden = (case["hidden"].double() + 0.1 * reference["hidden"].double()).to(
+        case["hidden"].dtype
+    )
+    if from_hidden:
+        weight = case["head_weight"].double() + 0.1 * reference["head_weight"].double()
+        added |= {"ref_hidden": ref_hidden, "ref_head_weight": weight.to(case["hidden"].dtype)}
+    else:
+        logits = double_logits(case | {"hidden": ref_hidden})
+        ref_log_probs = reference_log_probs(logits, case["target_ids"])
+        added["ref_log_probs"] = ref_log_probs.to(case["advantages"].dtype)
+    return case | added
+
+
+def double_logits(case: Case) -> Tensor:
+    """[N, V] float64 logits of a case."""
+    names = ("temperature", "logit_softcap", "logit_scale", "bias")
+    options = {name: cast(case[name], torch.float64) for name in names if name in case}
+    return reference_logits(case["hidden"].double(), case["head_weight"].double(), **options)
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """A floating tensor in another dtype; anything else as it is."""
+    is_floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if is_floating else value
+
+
+def run_ours(
+    case: Case, *, upstream: float = 1.0, frozen: tuple[str, ...] = ()
+) -> tuple[PolicyLoss, dict[str, Tensor]]:
+    """`linear_policy_loss` on fresh leaves, and their gradients."""
+    leaves = {
+        name: case[name].detach().requires_grad_(name not in frozen)
+        for name in LEAVES
+        if name in case
+    }
+    loss = linear_policy_loss(**(case | leaves))
+    (upstream * loss.loss).backward()
+    return loss, _gradients(leaves)
+
+
+def run_reference(
+    case: Case, dtype: torch.dtype = torch.float64, *, upstream: float = 1.0
+) -> tuple[ReferenceLoss, dict[str, Tensor]]:
+    """The oracle on the same numbers, computed in `dtype`.
+
+    The leaves keep their own dtype unless that is float64, so that in float32 the gradients are
+    rounded to it once, as ours are.
+    """
+    leaves = {}
+    for name in LEAVES:
+        if name in case:
+            leaf_dtype = dtype if dtype == torch.float64 else case[name].dtype
+            leaves[name] = case[name].detach().to(leaf_dtype).requires_grad_()
+    options = {name: cast(value, dtype) for name, value in case.items() if name not in RUN_OPTIONS}
+    loss = reference_policy_loss(**(options | {n: leaf.to(dtype) for n, leaf in leaves.items()}))
+    (upstream * loss.loss).backward()
+    return loss, _gradients(leaves)
+
+
+def _gradients(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def error(got: Tensor, want: Tensor, least_scale: float = 0.0) -> float:
+    """Largest difference relative to the largest wanted entry, or to `least_scale` if larger."""
+    assert got.shape == want.shape
+    if want.numel() == 0:
+        return 0.0
+    got, want = got.detach().double(), want.detach().double()
+    difference = float((got - want).abs().max())
+    scale = max(float(want.abs().max()), least_scale)
+    return difference / scale if scale > 0 else difference
+
+
+def assert_close(got: Tensor, want: Tensor, torch_result: Tensor, *, is_gradient: bool) -> None:
+    """The rule of `tolerances`, for one tensor."""
+    assert torch.isfinite(got).all()
+    # Values are in nats: what matters is their absolute error, however small they are.
+    least_scale = 0.0 if is_gradient else 1.0
+    floor = (FLOOR if is_gradient else VALUE_FLOOR)[got.dtype]
+    allowed = FACTOR * error(torch_result, want, least_scale) + floor
+    assert error(got, want, least_scale) <= allowed
+
+
+def assert_same(got: Tensor, want: Tensor) -> None:
+    """The same maths in a different order."""
+    assert got.dtype == want.dtype
+    assert error(got, want) <= SAME_MATHS[got.dtype]
+
+
+def check_against_oracle(
+    case: Case, *, upstream: float = 1.0, frozen: tuple[str, ...] = ()
+) -> None:
+    """Loss, row statistics, flags and gradients of `case` follow the float64 oracle."""
+    ours, our_grads = run_ours(case, upstream=upstream, frozen=frozen)
+    oracle, oracle_grads = run_reference(case, upstream=upstream)
+    eager_dtype = ours.loss.dtype
+    eager, eager_grads = run_reference(case, eager_dtype, upstream=upstream)
+
+    assert ours.loss.dtype == eager_dtype
+    assert_close(ours.loss, oracle.loss, eager.loss, is_gradient=False)
+    rows = rows_that_count(case)
+    for name in PER_ROW:
+        got, want = getattr(ours, name), getattr(oracle, name)
+        if got is not None:
+            assert_close(got[rows], want[rows], getattr(eager, name)[rows], is_gradient=False)
+    for name in ("clipped_low", "clipped_high"):
+        assert torch.equal(getattr(ours, name), getattr(oracle, name))
+
+    assert set(our_grads) == {name for name in oracle_grads if name not in frozen}
+    for name, grad in our_grads.items():
+        assert grad.dtype == case[name].dtype
+        assert_close(grad, oracle_grads[name], eager_grads[name], is_gradient=True)
+
+
+def rows_that_count(case: Case) -> Tensor:
+    """[N] bool: the rows `linear_policy_loss` may not skip, worked out row by row."""
+    weights = [case.get("importance_weights", 1.0) * case["advantages"]]
+    weights += [case[name] for name in ("kl_weights", "entropy_weights") if name in case]
+    counts = torch.stack([weight != 0 for weight in weights]).any(0)
+    if case.get("ratio_level") == "sequence":
+        ids = case["sequence_ids"]
+        counts = torch.tensor([bool(counts[ids == own].any()) for own in ids], dtype=torch.bool)
+    return counts

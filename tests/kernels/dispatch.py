@@ -1,0 +1,33 @@
+"""Watch what torch really does: how many GEMMs run, and how large a tensor ever gets."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+GEMMS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default)
+
+
+class Watch(TorchDispatchMode):
+    """Counts GEMM multiply-adds and remembers the largest tensor that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.multiply_adds = 0
+        self.largest = 0
+        self.gemm_dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in GEMMS:
+            left, right = args[-2:]
+            self.multiply_adds += left.shape[0] * left.shape[1] * right.shape[1]
+            self.gemm_dtypes.add(left.dtype)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.largest = max(self.largest, leaf.numel())
+        return result

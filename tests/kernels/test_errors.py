@@ -1,0 +1,98 @@
+"""Wrong arguments: ValueError that names the argument, what came and what was wanted."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from care_kernels import linear_log_probs, linear_policy_loss
+from tests.kernels.cases import policy_case, with_kl
+
+ROWS = torch.zeros(63)
+
+WRONG_HEAD: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"hidden": torch.zeros(63)}, r"hidden: got shape \(63,\); wanted \(any, any\)"),
+    ({"hidden": torch.zeros(63, 16, dtype=torch.int64)}, "hidden: got dtype torch.int64"),
+    ({"head_weight": torch.zeros(211, 15)}, r"head_weight: got .*; wanted \(any, 16\)"),
+    ({"head_weight": torch.zeros(0, 16)}, "head_weight: got .*; wanted V >= 1"),
+    ({"head_weight": torch.zeros(211, 16, dtype=torch.complex64)}, "head_weight: got dtype"),
+    ({"head_weight": torch.zeros(211, 16, device="meta")}, "head_weight: got device meta"),
+    ({"target_ids": torch.zeros(62, dtype=torch.int64)}, r"target_ids: got .*; wanted \(63,\)"),
+    ({"target_ids": ROWS}, "target_ids: got dtype torch.float32; wanted one of uint8"),
+    (
+        {"target_ids": torch.full((63,), 211)},
+        "target_ids: got ids from 211 to 211; wanted 0 to 210",
+    ),
+    ({"target_ids": torch.full((63,), -1)}, "target_ids: got ids from -1 to -1"),
+    ({"bias": torch.zeros(3)}, r"bias: got shape \(3,\); wanted \(211,\)"),
+    ({"temperature": 0.0}, "temperature: got 0.0; wanted more than 0"),
+    ({"logit_softcap": -1.0}, "logit_softcap: got -1.0; wanted None or more than 0"),
+    ({"chunk_rows": 0}, "chunk_rows: got 0; wanted None or at least 1"),
+    ({"backend": "triton"}, "backend: got 'triton', which is not in this version yet"),
+    ({"backend": "cuda"}, "backend: got 'cuda'; wanted None, 'triton' or 'torch'"),
+)
+
+WRONG_POLICY: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"advantages": torch.zeros(63, 1)}, r"advantages: got shape \(63, 1\); wanted \(63,\)"),
+    ({"advantages": torch.zeros(63, dtype=torch.bool)}, "advantages: got dtype torch.bool"),
+    ({"old_log_probs": torch.zeros(1)}, r"old_log_probs: got shape \(1,\)"),
+    ({"importance_weights": ROWS - 1}, "importance_weights: got a minimum of -1.0; wanted 0"),
+    ({"importance_weights": torch.zeros(2)}, r"importance_weights: got shape \(2,\)"),
+    ({"entropy_weights": torch.zeros(2)}, r"entropy_weights: got shape \(2,\)"),
+    ({"clip_eps_low": -0.1}, "clip_eps_low: got -0.1; wanted 0 or more"),
+    ({"clip_eps_high": float("nan")}, "clip_eps_high: got nan; wanted 0 or more"),
+    ({"dual_clip": 1.0}, "dual_clip: got 1.0; wanted None or more than 1"),
+    ({"ratio_level": "word"}, "ratio_level: got 'word'; wanted one of"),
+    ({"ratio_level": "sequence"}, r"sequence_ids: got None; wanted \[N\] ids"),
+    ({"sequence_ids": ROWS}, "sequence_ids: got dtype torch.float32"),
+    ({"kl_estimator": "k4"}, "kl_estimator: got 'k4'; wanted one of"),
+    ({"ref_log_probs": ROWS}, r"kl_weights: got None; wanted \[N\] weights"),
+    ({"kl_weights": ROWS}, "ref_log_probs: got neither of ref_log_probs and ref_hidden"),
+    ({"kl_weights": torch.zeros(2), "ref_log_probs": ROWS}, r"kl_weights: got shape \(2,\)"),
+    ({"kl_weights": ROWS, "ref_log_probs": torch.zeros(2)}, r"ref_log_probs: got shape \(2,\)"),
+    (
+        {"kl_weights": ROWS, "ref_log_probs": ROWS, "ref_hidden": torch.zeros(63, 16)},
+        "ref_log_probs: got both of ref_log_probs and ref_hidden",
+    ),
+    ({"kl_weights": ROWS, "kl_estimator": "exact"}, r"ref_hidden: got None; wanted \[N, D\], for"),
+    (
+        {"kl_weights": ROWS, "ref_head_weight": torch.zeros(211, 16), "ref_log_probs": ROWS},
+        "ref_hidden: got None; wanted .* as ref_head_weight is given",
+    ),
+    (
+        {"kl_weights": ROWS, "ref_hidden": torch.zeros(63, 12)},
+        r"ref_hidden: got shape \(63, 12\); wanted \(63, 16\)",
+    ),
+    (
+        {
+            "kl_weights": ROWS,
+            "ref_hidden": torch.zeros(63, 12),
+            "ref_head_weight": torch.zeros(5, 12),
+        },
+        r"ref_head_weight: got shape \(5, 12\); wanted \(211, any\)",
+    ),
+)
+
+
+@pytest.mark.parametrize(("wrong", "message"), (*WRONG_HEAD, *WRONG_POLICY))
+def test_policy_loss_refuses(wrong: dict[str, Any], message: str) -> None:
+    """Every argument that does not fit is refused by name."""
+    case = policy_case() | {"advantages": torch.ones(63)}
+    with pytest.raises(ValueError, match=message):
+        linear_policy_loss(**(case | wrong))
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG_HEAD)
+def test_log_probs_refuse(wrong: dict[str, Any], message: str) -> None:
+    """The same for log-probs."""
+    case = policy_case()
+    head = {name: case[name] for name in ("hidden", "head_weight", "target_ids")}
+    with pytest.raises(ValueError, match=message):
+        linear_log_probs(**(head | wrong))
+
+
+def test_exact_kl_refuses_log_probs() -> None:
+    """The exact KL needs the reference's whole distribution, so log-probs would go unused."""
+    case = with_kl(policy_case(), "exact") | {"ref_log_probs": ROWS}
+    with pytest.raises(ValueError, match="ref_log_probs: got a tensor; wanted None"):
+        linear_policy_loss(**case)

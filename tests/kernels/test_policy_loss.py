@@ -1,0 +1,345 @@
+"""Promises of `linear_policy_loss` beyond agreement with the oracle."""
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from care_kernels import _policy_sweep, linear_policy_loss
+from care_kernels.reference import reference_log_probs
+from tests.kernels.cases import (
+    PER_ROW,
+    Case,
+    assert_same,
+    double_logits,
+    policy_case,
+    row_vector,
+    rows_that_count,
+    run_ours,
+    with_kl,
+)
+from tests.kernels.dispatch import Watch
+
+LEVELS = ("token", "sequence")
+
+
+def in_sequences(case: Case, level: str, length: int = 9) -> Case:
+    ids = torch.arange(case["hidden"].shape[0]) // length
+    return case | {"ratio_level": level, "sequence_ids": ids}
+
+
+def watched(case: Case, *, frozen: tuple[str, ...] = (), grad_mode: bool = True) -> Watch:
+    """Run forward and, in grad mode, backward under a `Watch`."""
+    with Watch() as watch, torch.set_grad_enabled(grad_mode):
+        leaves = {
+            name: case[name].clone().requires_grad_(name not in frozen)
+            for name in ("hidden", "head_weight")
+        }
+        loss = linear_policy_loss(**(case | leaves)).loss
+        if grad_mode:
+            loss.backward()
+    return watch
+
+
+def keep_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turn row compaction off."""
+    # By module name: the package's attribute of that name is the function.
+    monkeypatch.setattr(
+        import_module("care_kernels.linear_policy_loss"),
+        "active_rows",
+        lambda terms, sequence_ids: torch.arange(terms.advantages.numel()),
+    )
+
+
+@pytest.mark.parametrize(
+    ("level", "frozen", "grad_mode", "gemms"),
+    (
+        ("token", (), True, 3),
+        ("token", ("head_weight",), True, 2),
+        ("token", ("hidden",), True, 2),
+        ("token", (), False, 1),
+        ("sequence", (), True, 4),
+        ("sequence", (), False, 1),
+    ),
+)
+def test_number_of_gemms(level: str, frozen: tuple, grad_mode: bool, gemms: int) -> None:
+    """Three GEMMs with gradients, one fewer for a frozen input, one without; GSPO adds one."""
+    case = in_sequences(policy_case(), level)
+    case["advantages"] = row_vector(case, 0.5, 1.0)
+    num_rows, width = case["hidden"].shape
+    one = num_rows * width * case["head_weight"].shape[0]
+    assert watched(case, frozen=frozen, grad_mode=grad_mode).multiply_adds == gemms * one
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_sequence_ratio_without_old_log_probs_takes_one_pass(level: str) -> None:
+    """A ratio of 1 needs no first pass: three GEMMs at sequence level too."""
+    case = in_sequences(policy_case(), level)
+    case["advantages"] = row_vector(case, 0.5, 1.0)
+    del case["old_log_probs"]
+    one = case["hidden"].numel() * case["head_weight"].shape[0]
+    assert watched(case).multiply_adds == 3 * one
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("estimator", ("k3", "exact"))
+def test_never_holds_all_logits(estimator: str, level: str) -> None:
+    """No tensor grows to [N, V], whatever is computed, forward or backward."""
+    case = with_kl(in_sequences(policy_case(num_rows=400, width=8), level), estimator)
+    case |= {"chunk_rows": 16, "entropy_weights": row_vector(case, 0.0, 0.1)}
+    vocab_size = case["head_weight"].shape[0]
+    largest_allowed = max(16 * vocab_size, case["hidden"].numel(), case["head_weight"].numel())
+    assert watched(case).largest <= largest_allowed < 400 * vocab_size
+
+
+def test_default_chunk_is_bounded() -> None:
+    """By default the logits held stay within 256 MiB and 4096 rows, a reference's included."""
+    from care_kernels._launch import chunk_size
+
+    for vocab_size, with_ref, rows in (
+        (1000, False, 4096),
+        (152064, False, 441),
+        (152064, True, 220),
+        (10**9, False, 1),
+    ):
+        head = torch.empty(vocab_size, 1, device="meta")
+        assert chunk_size(None, head, torch.float32, with_ref) == rows
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_autocast_does_not_round_logits(dtype: torch.dtype) -> None:
+    """An enclosing autocast changes no bit, and every GEMM stays in float32."""
+    case = with_kl(policy_case(dtype=dtype), "exact")
+    plain, plain_grads = run_ours(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast, cast_grads = run_ours(case)
+        assert watched(case).gemm_dtypes == {torch.float32}
+    assert torch.equal(plain.log_probs, cast.log_probs)
+    assert torch.equal(plain.loss, cast.loss)
+    assert all(torch.equal(plain_grads[name], cast_grads[name]) for name in plain_grads)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("extra", ("none", "k3", "exact", "entropy"))
+def test_compaction_changes_nothing(
+    level: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Skipped rows have no say: loss, gradients and the other rows equal a run that skips none."""
+    case = in_sequences(policy_case(), level)
+    case["advantages"] = case["advantages"].clone()
+    case["advantages"][9:36] = 0
+    if extra in ("k3", "exact"):
+        case = with_kl(case, extra)
+        case["kl_weights"] = case["kl_weights"].masked_fill(torch.arange(63) % 63 < 20, 0.0)
+    elif extra == "entropy":
+        case["entropy_weights"] = torch.zeros(63).index_fill(0, torch.tensor([20, 40]), 0.1)
+    rows = rows_that_count(case)
+    assert 0 < int(rows.sum()) < 63
+
+    skipping, skipping_grads = run_ours(case)
+    keep_every_row(monkeypatch)
+    keeping, keeping_grads = run_ours(case)
+
+    assert_same(skipping.loss, keeping.loss)
+    for name in PER_ROW:
+        ours, theirs = getattr(skipping, name), getattr(keeping, name)
+        if ours is not None:
+            assert_same(ours[rows], theirs[rows])
+    for name, grad in skipping_grads.items():
+        assert_same(grad, keeping_grads[name])
+
+
+def test_skipped_rows_never_reach_a_gemm() -> None:
+    """Compute scales with the rows that count, and a skipped row reads as documented."""
+    case = policy_case() | {"entropy_weights": torch.zeros(63)}
+    case["advantages"] = torch.zeros(63).index_fill(0, torch.tensor([3, 50]), 1.0)
+    case["old_log_probs"] = torch.zeros(63) - 10.0
+    case["clip_eps_high"] = float("inf")
+    one_row = case["head_weight"].numel()
+    assert watched(case).multiply_adds == 3 * 2 * one_row
+
+    case["target_ids"] = case["target_ids"].index_fill(0, torch.tensor([4]), -100)
+    loss, grads = run_ours(case)
+    skipped = case["advantages"] == 0
+    assert (loss.log_probs[skipped] == 0).all()
+    assert loss.entropy is not None and (loss.entropy[skipped] == 0).all()
+    assert (loss.ratio[skipped] == 1).all()
+    assert not (loss.clipped_low | loss.clipped_high)[skipped].any()
+    assert (grads["hidden"][skipped] == 0).all()
+    assert (grads["hidden"][~skipped] != 0).any(1).all()
+
+
+def test_sequence_level_keeps_active_sequences_whole() -> None:
+    """GSPO's gradient reaches the rows of a sequence whose own advantage is zero."""
+    case = in_sequences(policy_case(), "sequence") | {"clip_eps_high": 10.0}
+    case["advantages"] = torch.zeros(63).index_fill(0, torch.tensor([12]), 1.0)
+    _, grads = run_ours(case)
+    reached = (grads["hidden"] != 0).any(1)
+    assert torch.equal(reached, case["sequence_ids"] == 1)
+
+
+@pytest.mark.parametrize("num_rows", (0, 5))
+@pytest.mark.parametrize("level", LEVELS)
+def test_nothing_to_learn_from(num_rows: int, level: str) -> None:
+    """No rows, or none that counts: a zero loss that still belongs to the graph."""
+    case = with_kl(in_sequences(policy_case(num_rows, bias=True), level), "exact")
+    for name in ("advantages", "kl_weights"):
+        case[name] = torch.zeros(num_rows)
+    loss, grads = run_ours(case)
+    assert loss.loss.requires_grad and loss.loss.item() == 0
+    for name in ("hidden", "head_weight", "bias"):
+        assert grads[name].shape == case[name].shape
+        assert (grads[name] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+def test_runs_are_bitwise_equal(level: str, dtype: torch.dtype) -> None:
+    """The same inputs give the same bits."""
+    case = with_kl(in_sequences(policy_case(dtype=dtype), level), "exact") | {"chunk_rows": 20}
+    (first, first_grads), (second, second_grads) = run_ours(case), run_ours(case)
+    assert all(torch.equal(getattr(first, n), getattr(second, n)) for n in ("loss", "log_probs"))
+    assert all(torch.equal(first_grads[name], second_grads[name]) for name in first_grads)
+
+
+def test_row_alone_equals_row_in_batch() -> None:
+    """A row's results do not depend on its neighbours."""
+    case = with_kl(policy_case(), "exact")
+    together, grads = run_ours(case)
+    for row in (0, 31, 62):
+        alone = {
+            name: value[row : row + 1]
+            if isinstance(value, Tensor) and name not in ("head_weight", "ref_head_weight")
+            else value
+            for name, value in case.items()
+        }
+        single, single_grads = run_ours(alone)
+        assert_same(single.log_probs, together.log_probs[row : row + 1])
+        assert_same(single_grads["hidden"], grads["hidden"][row : row + 1])
+
+
+@pytest.mark.parametrize("chunk_rows", (1, 10, 62, 63, 1000))
+@pytest.mark.parametrize("level", LEVELS)
+def test_chunk_size_changes_nothing(level: str, chunk_rows: int) -> None:
+    """Chunks are a matter of memory alone."""
+    case = with_kl(in_sequences(policy_case(), level), "k3")
+    whole, whole_grads = run_ours(case)
+    parts, part_grads = run_ours(case | {"chunk_rows": chunk_rows})
+    assert_same(parts.loss, whole.loss)
+    assert_same(parts.log_probs, whole.log_probs)
+    for name, grad in part_grads.items():
+        assert_same(grad, whole_grads[name])
+
+
+def test_vocabulary_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that divide no vocabulary give what one tile gives."""
+    case = with_kl(policy_case(), "exact") | {"entropy_weights": torch.full((63,), 0.1)}
+    whole, whole_grads = run_ours(case)
+    monkeypatch.setattr("care_kernels.row_softmax.VOCAB_TILE", 64)
+    tiled, tiled_grads = run_ours(case)
+    assert_same(tiled.loss, whole.loss)
+    for name, grad in tiled_grads.items():
+        assert_same(grad, whole_grads[name])
+
+
+def test_gradients_accumulate() -> None:
+    """Micro-batches add up to the gradient of the whole batch."""
+    case = policy_case()
+    _, whole = run_ours(case)
+    weight = case["head_weight"].clone().requires_grad_()
+    for rows in (slice(0, 20), slice(20, 63)):
+        part = {name: value[rows] for name, value in case.items() if name != "head_weight"}
+        linear_policy_loss(**part, head_weight=weight).loss.backward()
+    assert weight.grad is not None
+    assert_same(weight.grad, whole["head_weight"])
+
+
+def test_two_losses_share_a_graph() -> None:
+    """The loss is an ordinary node: it adds to others, and its graph can be walked twice."""
+    case = policy_case()
+    hidden = case["hidden"].clone().requires_grad_()
+    loss = linear_policy_loss(**(case | {"hidden": hidden * 2})).loss + hidden.square().sum()
+    (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (second,) = torch.autograd.grad(3 * loss, hidden)
+    assert_same(second, 3 * first)
+
+
+def test_only_the_loss_carries_gradient() -> None:
+    """Row statistics are detached; under no_grad so is the loss."""
+    case = with_kl(policy_case(), "k3") | {"entropy_weights": torch.full((63,), 0.1)}
+    case["hidden"].requires_grad_()
+    loss, *per_row = linear_policy_loss(**case)
+    assert loss.requires_grad
+    assert not any(field.requires_grad for field in per_row)
+    with torch.no_grad():
+        assert not linear_policy_loss(**case).loss.requires_grad
+
+
+def test_constants_receive_no_gradient() -> None:
+    """Old and reference log-probs, weights and advantages are constants, even when they ask."""
+    case = with_kl(policy_case(), "k3")
+    constants = ("advantages", "old_log_probs", "kl_weights", "ref_hidden", "ref_head_weight")
+    for name in (*constants, "hidden"):
+        case[name] = case[name].clone().requires_grad_()
+    linear_policy_loss(**case).loss.backward()
+    assert case["hidden"].grad is not None
+    assert all(case[name].grad is None for name in constants)
+
+
+def test_optional_outputs() -> None:
+    """Entropy comes with entropy weights, KL with KL weights; a zero weight still reports them."""
+    case = policy_case()
+    case["advantages"] = torch.ones(63)
+    loss = linear_policy_loss(**case)
+    assert loss.entropy is None and loss.kl is None
+    loss = linear_policy_loss(**(with_kl(case, "k3") | {"entropy_weights": torch.zeros(63)}))
+    assert loss.entropy is not None and (loss.entropy > 0).all()
+    assert loss.kl is not None and (loss.kl >= 0).all()
+
+
+def test_partitioned_weight_may_be_released_before_backward() -> None:
+    """The backward reads neither hidden nor head: a ZeRO-3 weight may be gone by then."""
+    case = policy_case()
+    _, grads = run_ours(case)
+    weight = torch.nn.Parameter(case["head_weight"].clone())
+    hidden = case["hidden"].clone().requires_grad_()
+    loss = linear_policy_loss(**(case | {"hidden": hidden, "head_weight": weight})).loss
+    gathered, weight.data = weight.data, torch.empty(0)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    weight.data = gathered
+    assert torch.equal(grad, grads["hidden"])
+
+
+def test_loss_scale_reaches_gradients_before_float16() -> None:
+    """A gradient too small for float16 survives when the upstream loss scale lifts it."""
+    case = policy_case(dtype=torch.float16)
+    scale = 2.0**16
+    case["advantages"] = case["advantages"] * 1e-9
+    _, tiny = run_ours(case)
+    _, scaled = run_ours(case, upstream=scale)
+    assert (tiny["hidden"] == 0).all()
+    assert (scaled["hidden"] != 0).any()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_infinite_ratio_stays_on_its_row(level: str) -> None:
+    """An overflowing ratio is clipped where a > 0 and silent where a row has no advantage."""
+    case: dict[str, Any] = in_sequences(policy_case(), level) | {
+        "kl_estimator": "k2",
+        "kl_weights": torch.full((63,), 0.1),
+    }
+    current = reference_log_probs(double_logits(case), case["target_ids"]).float()
+    case["ref_log_probs"] = current
+    case["advantages"] = (torch.arange(63) % 2).float()
+    case["old_log_probs"] = current - 1000.0
+    loss, grads = run_ours(case)
+    assert torch.isinf(loss.ratio).all()
+    assert torch.isfinite(loss.loss)
+    assert all(torch.isfinite(grad).all() for grad in grads.values())
+
+
+def test_skipped_row_defaults_match_the_outcome() -> None:
+    """`SKIPPED_ROW` has one entry for each field it fills."""
+    assert len(_policy_sweep.SKIPPED_ROW) == len(_policy_sweep.RowOutcome._fields)

@@ -1,0 +1,173 @@
+"""metrics.jsonl and the trackers."""
+
+import importlib
+import importlib.util
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from care_train.reporting import MetricsLogger, read_metrics
+from care_train.settings import LoggingSettings
+
+_QUIET = LoggingSettings(tensorboard=False)
+
+_FAKE_TRACKER = """
+calls = []
+
+class Run:
+    def define_metric(self, name, step_metric): calls.append(("define", name, step_metric))
+    def log(self, values): calls.append(("log", values))
+    def finish(self): calls.append(("finish",))
+
+def init(**kwargs):
+    calls.append(("init", kwargs))
+    return Run()
+
+def log(values, step): calls.append(("log", values, step))
+def finish(): calls.append(("finish",))
+"""
+
+
+def _logger(run_dir: Path, settings: LoggingSettings = _QUIET) -> MetricsLogger:
+    return MetricsLogger(run_dir, settings, {"seed": 0})
+
+
+def test_records_come_back(tmp_path: Path) -> None:
+    """What is logged is read back, at once, with its phase, its step and a time."""
+    with _logger(tmp_path) as metrics:
+        metrics.log(1, {"reward": 0.5, "groups": 4})
+        metrics.log(1, {"accuracy": 0.25}, phase="eval")
+        train, evaluation = read_metrics(tmp_path / "metrics.jsonl")
+    assert (train["phase"], train["step"], train["reward"], train["groups"]) == ("train", 1, 0.5, 4)
+    assert (evaluation["phase"], evaluation["accuracy"]) == ("eval", 0.25)
+    assert train["time"] > 0
+
+
+def test_non_finite_numbers_are_null(tmp_path: Path) -> None:
+    """NaN and infinities become null: every line stays JSON that any parser reads."""
+    with _logger(tmp_path) as metrics:
+        metrics.log(1, {"loss": math.nan, "kl": math.inf, "reward": 1.0})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert record["loss"] is None and record["kl"] is None and record["reward"] == 1.0
+
+
+@pytest.mark.parametrize("kept", range(1, 40, 7))
+def test_cut_last_line_is_dropped(tmp_path: Path, kept: int) -> None:
+    """A kill in the middle of a line loses that record alone, and the next run goes on."""
+    path = tmp_path / "metrics.jsonl"
+    with _logger(tmp_path) as metrics:
+        metrics.log(1, {"reward": 0.1})
+        whole = path.stat().st_size
+        metrics.log(2, {"reward": 0.2})
+    path.write_bytes(path.read_bytes()[: whole + kept])
+    assert [record["step"] for record in read_metrics(path)] == [1]
+    with _logger(tmp_path) as metrics:
+        metrics.log(2, {"reward": 0.3})
+    assert [record["reward"] for record in read_metrics(path)] == [0.1, 0.3]
+
+
+def test_last_line_without_newline_is_kept(tmp_path: Path) -> None:
+    """A whole last record counts even where its newline is missing, and stays when appended to."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"phase": "train", "step": 1}')
+    with _logger(tmp_path) as metrics:
+        metrics.log(2, {})
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "bad", ["{not json", "[1, 2]", '{"step": 1}', ""], ids=["syntax", "list", "phase", "blank"]
+)
+def test_other_bad_line_is_named(tmp_path: Path, bad: str) -> None:
+    """A bad line that no kill explains is an error naming file and line."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"phase": "train", "step": 1}}\n{bad}\n{{"phase": "train", "step": 3}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):
+        read_metrics(path)
+
+
+def test_restart_replaces_repeated_steps(tmp_path: Path) -> None:
+    """A run that restarts earlier logs steps again: the last record counts, in step order."""
+    for first, reward in ((1, 0.0), (3, 1.0)):
+        with _logger(tmp_path) as metrics:
+            for step in range(first, 5):
+                metrics.log(step, {"reward": reward})
+            metrics.log(4, {"accuracy": reward}, phase="eval")
+    train = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["phase"] == "train"]
+    assert [(r["step"], r["reward"]) for r in train] == [(1, 0), (2, 0), (3, 1), (4, 1)]
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    """A disabled logger leaves no trace, whatever the settings ask for."""
+    settings = LoggingSettings(wandb=True)
+    with MetricsLogger(tmp_path / "run", settings, {}, enabled=False) as metrics:
+        metrics.log(1, {"reward": 0.5})
+    assert not (tmp_path / "run").exists()
+
+
+def test_reserved_name_is_refused(tmp_path: Path) -> None:
+    """A metric cannot overwrite the step of its record."""
+    with _logger(tmp_path) as metrics, pytest.raises(ValueError, match="'step'"):
+        metrics.log(1, {"step": 2.0})
+
+
+def test_tensorboard_gets_each_phase(tmp_path: Path) -> None:
+    """TensorBoard has every number, a folder per phase, and hides steps logged again."""
+    for first, reward in ((1, 0.0), (2, 1.0)):
+        with _logger(tmp_path, LoggingSettings()) as metrics:
+            for step in range(first, 4):
+                metrics.log(step, {"reward": reward})
+            metrics.log(3, {"accuracy": reward}, phase="eval")
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "train")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 0), (2, 1), (3, 1)]
+    assert (tmp_path / "tensorboard" / "eval").is_dir()
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_missing_tracker_is_explained(
+    tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tracker asked for but not installed: the error names the setting and the remedy."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == package else find(name)
+    )
+    with pytest.raises(ValueError, match=rf"logging\.{package}.*`pip install {package}`"):
+        _logger(tmp_path, replace(_QUIET, **{package: True}))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def _fake(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Install a module that only records its calls."""
+    (tmp_path / f"{package}.py").write_text(_FAKE_TRACKER)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    return importlib.import_module(package).calls
+
+
+def test_wandb_run_survives_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each phase has its own step axis, and a restarted run asks for the same wandb run."""
+    calls = _fake("wandb", tmp_path, monkeypatch)
+    for _ in range(2):
+        with _logger(tmp_path / "run", LoggingSettings(tensorboard=False, wandb=True)) as metrics:
+            metrics.log(3, {"reward": 0.5})
+    first, again = (call[1] for call in calls if call[0] == "init")
+    assert first["id"] == again["id"] and first["resume"] == "allow" and first["name"] == "run"
+    assert ("define", "train/*", "train/step") in calls
+    assert ("log", {"train/step": 3, "train/reward": 0.5}) in calls
+    assert calls[-1] == ("finish",)
+
+
+def test_trackio_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """trackio has every number at its step, under the project's name."""
+    calls = _fake("trackio", tmp_path, monkeypatch)
+    with _logger(tmp_path / "run", LoggingSettings(tensorboard=False, trackio=True)) as metrics:
+        metrics.log(3, {"reward": 0.5})
+    assert calls[0][1]["project"] == "care" and calls[0][1]["config"] == {"seed": 0}
+    assert calls[1:] == [("log", {"train/reward": 0.5}, 3), ("finish",)]

@@ -1,0 +1,159 @@
+"""report.md, summary.json and samples.jsonl."""
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from care_train.reporting import (
+    SampleRecord,
+    append_sample,
+    read_samples,
+    write_report,
+    write_summary,
+)
+
+_SUMMARY: dict[str, Any] = {
+    "name": "demo",
+    "algorithm": "care",
+    "model": "tiny|model",
+    "seed": 3,
+    "steps": 20,
+    "num_questions": 10,
+    "accuracy_before": 0.5,
+    "accuracy_after": 0.8,
+    "greedy_before": 0.5,
+    "greedy_after": 1.0,
+    "decoded_tokens": 1234567,
+    "sampled_sequences": 4096,
+    "trained_sequences": 2048,
+    "wall_seconds": 3661.4,
+    "command": "care-train train configs/care.yaml",
+}
+_METRICS = [
+    {"phase": "train", "step": 1, "groups": 8, "groups_skipped": 2, "reflections": 4,
+     "reflection_success": 0.5, "seconds": 4.0, "seconds_generate": 3.0},
+    {"phase": "train", "step": 2, "groups": 8, "groups_skipped": 4, "reflections": 0},
+    {"phase": "eval", "step": 2, "groups": 100},
+]  # fmt: skip
+
+
+def _sample(role: str = "anchor", **changes: Any) -> SampleRecord:
+    return replace(SampleRecord(5, "q", "c", "a", 1.1, role), **changes)
+
+
+def _report(run_dir: Path, summary: dict[str, Any] = _SUMMARY) -> str:
+    write_report(run_dir, summary, "seed: 3\n", _METRICS)
+    return (run_dir / "report.md").read_text(encoding="utf-8")
+
+
+def test_report_says_what_ran(tmp_path: Path) -> None:
+    """The report has the facts, the scores with intervals, and the way to run it again."""
+    text = _report(tmp_path)
+    assert "Accuracy rose from 50.0% to 80.0%." in text
+    assert "80.0% [49.0, 94.3]" in text and "100.0% [72.2, 100.0]" in text
+    for shown in ("1,234,567", "4,096", "2,048", "1:01:01", r"tiny\|model", "seed: 3"):
+        assert shown in text
+    assert "care-train train configs/care.yaml" in text
+
+
+def test_report_counts_the_groups(tmp_path: Path) -> None:
+    """Groups are summed over training steps, reflections weighted by how many there were."""
+    text = _report(tmp_path)
+    assert "| Groups sampled | 16 | 100.0% |" in text
+    assert "| Skipped | 6 | 37.5% |" in text
+    assert "| Reflections that succeeded | 2 | 50.0% |" in text
+    assert "generation 75%" in text
+
+
+def test_report_embeds_the_figures(tmp_path: Path) -> None:
+    """Every picture of the run is embedded by relative path: the folder can move."""
+    (tmp_path / "learning_curves.png").touch()
+    assert "](learning_curves.png)" in _report(tmp_path)
+    assert str(tmp_path) not in _report(tmp_path)
+
+
+def test_report_of_an_evaluation(tmp_path: Path) -> None:
+    """A lone evaluation has one column of scores."""
+    summary = {"num_questions": 10, "accuracy": 0.8, "greedy_accuracy": 0.5}
+    text = _report(tmp_path, summary)
+    assert "| Accuracy, sampled | 80.0% [49.0, 94.3] |" in text
+    assert "| Accuracy, greedy | 50.0% [" in text
+
+
+def test_report_of_nothing(tmp_path: Path) -> None:
+    """Missing figures leave sections out."""
+    write_report(tmp_path, {}, "seed: 0", [])
+    text = (tmp_path / "report.md").read_text()
+    assert text.startswith(f"# {tmp_path.name}\n") and "## Scores" not in text
+
+
+def test_completion_cannot_leave_its_block(tmp_path: Path) -> None:
+    """Backticks in a completion do not end the block that shows it."""
+    append_sample(tmp_path, _sample(completion="```\n# not a heading\n```` <img src=x>"))
+    assert "`````text\n" in _report(tmp_path)
+
+
+def test_report_shows_a_few_samples(tmp_path: Path) -> None:
+    """The latest sample of each role is shown, at most a few."""
+    for step in range(1, 4):
+        append_sample(tmp_path, _sample(step=step))
+    for index in range(9):
+        append_sample(tmp_path, _sample(f"role_{index}", step=10 + index))
+    text = _report(tmp_path)
+    assert text.count("completion: c") == 4
+    assert "Step 18, role 8, reward +1.10" in text
+
+
+def test_samples_survive_a_cut_line(tmp_path: Path) -> None:
+    """Samples come back as written; a line cut by a kill is dropped, no file means none."""
+    path = tmp_path / "samples.jsonl"
+    assert read_samples(path) == []
+    sample = _sample(completion="línea\n\ud800")
+    append_sample(tmp_path, sample)
+    path.write_bytes(path.read_bytes() + b'{"step": 6')
+    assert read_samples(path) == [sample]
+    append_sample(tmp_path, sample)
+    assert read_samples(path) == [sample, sample]
+
+
+def test_bad_sample_is_named(tmp_path: Path) -> None:
+    """A sample without one of its fields is an error naming file, line and field."""
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"samples\.jsonl:1: no 'prompt'"):
+        read_samples(path)
+
+
+def test_report_survives_lone_surrogates(tmp_path: Path) -> None:
+    """A decoder's stray surrogate does not stop the report from being written."""
+    append_sample(tmp_path, _sample(completion="a\ud800b"))
+    assert "a\N{REPLACEMENT CHARACTER}b" in _report(tmp_path)
+
+
+def test_summary_is_json(tmp_path: Path) -> None:
+    """summary.json comes back as written, null for NaN, and leaves no temporary file."""
+    write_summary(tmp_path / "run", {"accuracy": 0.5, "loss": math.nan, "nested": [math.inf]})
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {
+        "accuracy": 0.5,
+        "loss": None,
+        "nested": [None],
+    }
+    assert os.listdir(tmp_path / "run") == ["summary.json"]
+
+
+def test_summary_survives_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where writing stops half way, the old summary is still whole."""
+    write_summary(tmp_path, {"step": 1})
+
+    def killed(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_summary(tmp_path, {"step": 2})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"step": 1}

@@ -1,0 +1,70 @@
+"""Short ways to make sessions, prompts and groups for the trainer's tests."""
+
+from pathlib import Path
+
+import torch
+
+from care_train.config import build_config, merge
+from care_train.data import Sample
+from care_train.models.load import LoadedModel, load_model
+from care_train.models.prompts import PromptEncoder
+from care_train.settings import Config, DataSettings, ModelSettings, PromptSettings
+from care_train.training.distributed import initialize_process_group
+from care_train.training.session import Session, open_session
+
+
+def make_config(values: dict | None = None) -> Config:
+    """A small configuration for a tiny model."""
+    base = {
+        "prompt": {"system": None, "max_prompt_tokens": 200},
+        "rollout": {"group_size": 4, "max_new_tokens": 12},
+        "train": {"steps": 2, "prompts_per_step": 4, "micro_batch_size": 8, "learning_rate": 1e-3},
+        "logging": {"progress": False, "tensorboard": False, "samples_every": 0},
+    }
+    return build_config(merge(base, values or {}))
+
+
+def make_session(folder: Path, values: dict | None = None) -> Session:
+    config = make_config(values)
+    return open_session(config, folder, DataSettings(), initialize_process_group())
+
+
+def load(folder: Path) -> LoadedModel:
+    return load_model(ModelSettings(path=str(folder)))
+
+
+def encoder_of(loaded: LoadedModel, **prompt) -> PromptEncoder:
+    return PromptEncoder(loaded, PromptSettings(system=None, **prompt), DataSettings())
+
+
+def image_sample(color: str = "red", index: int = 0, size: int = 64, **fields) -> Sample:
+    """A row with one drawn image."""
+    from PIL import Image
+
+    values = {
+        "id": f"sample/{index}",
+        "prompt": "what color is the image?",
+        "answer": color,
+        "images": (Image.new("RGB", (size, size), color),),
+        "location": f"rows.jsonl: row {index + 1}",
+    }
+    return Sample(**(values | fields))
+
+
+def text_sample(index: int = 0, **fields) -> Sample:
+    values = {
+        "id": f"text/{index}",
+        "prompt": "what color is the image?",
+        "answer": "red",
+        "location": f"rows.jsonl: row {index + 1}",
+    }
+    return Sample(**(values | fields))
+
+
+def full_log_probs(loaded: LoadedModel, token_ids, inputs=None, temperature: float = 1.0):
+    """[T-1, V] log-softmax of one unpadded sequence's full logits: the plain way."""
+    ids = torch.tensor([token_ids])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | (inputs or {})
+    with torch.no_grad():
+        logits = loaded.model(**batch).logits[0].float()
+    return (logits / temperature).log_softmax(-1)[:-1]

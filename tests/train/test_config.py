@@ -1,0 +1,88 @@
+"""Configuration: layers, presets, clear errors."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from care_train.config import build_config, config_to_yaml, describe_keys, load_config
+from care_train.settings import TABLE_5
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load(path):
+    """Every YAML file in configs/ is valid."""
+    load_config(path)
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_algorithm(tmp_path):
+    """defaults < algorithm's Table 5 < preset < YAML < a.b=c."""
+    path = tmp_path / "c.yaml"
+    path.write_text("algorithm: grpo\nloss: {kl_coef: 0.5}\ntrain: {steps: 7}\n")
+    config = load_config(path, ["train.steps=9", "rollout.top_p=0.9"])
+    assert (config.loss.clip_eps_high, config.loss.kl_coef) == (0.2, 0.5)
+    assert (config.train.steps, config.rollout.top_p) == (9, 0.9)
+
+
+def test_numbers_in_scientific_notation_are_numbers():
+    """YAML 1.1 reads 2e-4 as a string; the configuration does not."""
+    assert load_config(None, ["train.learning_rate=2e-4"]).train.learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.step=3", r"unknown key 'train\.step'; did you mean 'train\.steps'"),
+        ("care.reflection.cues=x", r"unknown key 'care\.reflection\.cues'; did you mean"),
+        ("train.steps=many", r"train\.steps: got 'many'.*integer"),
+        ("algorithm=ppo", r"algorithm: got 'ppo'.*'care', 'grpo'"),
+        ("reward.format_weight=0.5", r"reward\.format_weight: got 0\.5, wanted in \[0, 0\.5\)"),
+        ("care.neg_scale=0", r"care\.neg_scale: got 0\.0, wanted in \(0, 1\]"),
+        ("care.reflection.reflect_scale=0.9", r"reflect_scale: got 0\.9, wanted in \(0, neg_scale"),
+        ("rollout.temperature=0", r"rollout\.temperature: got 0\.0, wanted above 0"),
+        ("train.mini_batches=5", r"train\.mini_batches: got 5, wanted a divisor"),
+        ("steps", r"override 'steps': wanted the form section\.key=value"),
+    ],
+)
+def test_bad_settings_say_key_got_and_wanted(override, message):
+    """An unknown key or a wrong value is an error naming key, got and wanted."""
+    with pytest.raises(ValueError, match=message):
+        load_config(None, [override])
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    """A config file that is not there, or not a mapping, is named."""
+    with pytest.raises(ValueError, match=r"nowhere\.yaml: not found"):
+        load_config(tmp_path / "nowhere.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match=r"list\.yaml: got list, wanted key: value lines"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_the_resolved_config_reads_back_equal():
+    """config.yaml of a run is the run: loading it gives the same configuration."""
+    config = build_config({"algorithm": "gspo", "preset": "official", "train": {"steps": 3}})
+    assert build_config(yaml.safe_load(config_to_yaml(config))) == config
+
+
+def test_presets_change_what_they_name():
+    """`official` brings the token-mean loss; a user's own value still wins."""
+    assert build_config({"preset": "official"}).loss.aggregation == "token"
+    own = build_config({"preset": "official", "loss": {"aggregation": "sequence"}})
+    assert own.loss.aggregation == "sequence"
+    assert build_config({"preset": "literal"}).care.rescue.score == "sum"
+
+
+def test_every_algorithm_has_its_table_5_row():
+    """Each algorithm brings its clip range and KL coefficient (Table 5)."""
+    for name, layer in TABLE_5.items():
+        loss = build_config({"algorithm": name}).loss
+        for key, value in layer["loss"].items():
+            assert getattr(loss, key) == value
+
+
+def test_every_key_is_described():
+    """--help explains every setting."""
+    assert all(description for _, _, description in describe_keys())

@@ -1,0 +1,148 @@
+"""The optimiser step: gradients, accumulation, denominators, schedule, failures."""
+
+import copy
+
+import pytest
+import torch
+
+from care_kernels import reference
+from care_train.models.batch import TokenSequence
+from care_train.models.policy import Policy
+from care_train.settings import DeepSpeedSettings
+from care_train.training.distributed import initialize_process_group
+from care_train.training.engine import MicroBatch, OptimizerSettings, PolicyEngine
+from tests.train.builders import encoder_of, image_sample, load, text_sample
+
+LEARNING_RATE = 1e-2
+
+
+def _engine(loaded, *, max_grad_norm=1e9, zero_stage=0, **schedule):
+    optimizer = OptimizerSettings(
+        learning_rate=LEARNING_RATE, total_steps=10, max_grad_norm=max_grad_norm, **schedule
+    )
+    settings = DeepSpeedSettings(zero_stage=zero_stage)
+    return PolicyEngine(loaded, optimizer, settings, initialize_process_group())
+
+
+def _sequences(loaded, count=6):
+    samples = [image_sample("red", i) if i % 2 else text_sample(i) for i in range(count)]
+    generator = torch.Generator().manual_seed(1)
+    return [
+        TokenSequence(p, (), tuple(torch.randint(10, 60, (3 + i,), generator=generator).tolist()))
+        for i, p in enumerate(encoder_of(loaded).encode(samples))
+    ]
+
+
+def _micro(engine, sequences, advantages):
+    batch = engine.collate(sequences)
+    lengths = torch.tensor([len(s.response_ids) for s in sequences])
+    rows = torch.repeat_interleave(torch.tensor(advantages), lengths) / lengths.sum()
+    return MicroBatch(batch, {"advantages": rows})
+
+
+def test_one_step_is_adamw_on_the_reference_gradient(tiny_folder):
+    """Eq. 12's gradient through DeepSpeed and the fused loss equals autograd's on full logits."""
+    loaded = load(tiny_folder())
+    plain = copy.deepcopy(loaded.model)
+    engine = _engine(loaded)
+    sequences = _sequences(loaded)
+    micro = _micro(engine, sequences, [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
+
+    policy = Policy(plain)
+    rows = policy.hidden_states(micro.batch).flatten(0, 1)[micro.batch.rows]
+    loss = reference.reference_policy_loss(
+        rows, policy.head.weight, micro.batch.target_ids, micro.loss_arguments["advantages"]
+    ).loss
+    loss.backward()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    gradients = {n: p.grad.clone() for n, p in plain.named_parameters() if p.grad is not None}
+    optimizer.step()
+
+    result = engine.step([micro], temperature=1.0)
+    norm = torch.nn.utils.get_total_norm(gradients.values())
+    assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
+    for name, parameter in plain.named_parameters():
+        if name in gradients:
+            # AdamW's first step is the gradient's sign: compare where it is not rounding noise.
+            clear = gradients[name].abs() > 1e-6
+            trained = loaded.model.get_parameter(name)
+            torch.testing.assert_close(trained[clear], parameter[clear], rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_accumulate_to_the_whole_batch(tiny_folder):
+    """Six sequences at once, or in micro-batches of two: the same update."""
+    advantages = [1.0, -0.5, 2.0, -1.0, 0.25, 1.5]
+    norms = []
+    for size in (6, 2):
+        loaded = load(tiny_folder())
+        engine = _engine(loaded)
+        sequences = _sequences(loaded)
+        total = sum(len(s.response_ids) for s in sequences)
+        micro = []
+        for start in range(0, 6, size):
+            part = sequences[start : start + size]
+            one = _micro(engine, part, advantages[start : start + size])
+            share = sum(len(s.response_ids) for s in part) / total
+            rows = one.loss_arguments["advantages"] * share
+            micro.append(MicroBatch(one.batch, {"advantages": rows}))
+        norms.append(engine.step(micro, 1.0).grad_norm)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_gradients_are_clipped_to_the_norm(tiny_folder):
+    """Read off AdamW's first moment, which after one step is a tenth of the clipped gradient."""
+    loaded = load(tiny_folder())
+    engine = _engine(loaded, max_grad_norm=0.01)
+    micro = _micro(engine, _sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
+    result = engine.step([micro], 1.0)
+    assert result.grad_norm > 0.01
+    moments = [state["exp_avg"] for state in engine.optimizer.state.values()]
+    clipped = torch.nn.utils.get_total_norm(moments) / 0.1
+    assert float(clipped) == pytest.approx(0.01, rel=1e-2)
+
+
+def test_the_schedule_warms_up_and_decays(tiny_folder):
+    """Linear warm-up over 2 steps, then a cosine to the floor at total_steps."""
+    loaded = load(tiny_folder("tiny-qwen2"))
+    engine = _engine(
+        loaded, warmup_steps=2, schedule="cosine", min_learning_rate=0.1 * LEARNING_RATE
+    )
+    sequences = _sequences(loaded, 1)
+    rates = []
+    for _ in range(10):
+        rates.append(engine.learning_rate / LEARNING_RATE)
+        engine.step([_micro(engine, sequences, [1.0])], 1.0)
+    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert rates[6] == pytest.approx(0.55)
+    assert engine.learning_rate / LEARNING_RATE == pytest.approx(0.1)
+
+
+def test_a_loss_that_is_not_finite_updates_nothing(tiny_folder):
+    """NaN in, no update out: the error says so."""
+    loaded = load(tiny_folder())
+    engine = _engine(loaded)
+    before = {n: p.clone() for n, p in loaded.model.named_parameters()}
+    micro = _micro(engine, _sequences(loaded), [float("nan"), 1.0, 1.0, 1.0, 1.0, 1.0])
+    with pytest.raises(FloatingPointError, match="no update was made"):
+        engine.step([micro], 1.0)
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_zero_stages_take_the_same_step(zero_stage, tiny_folder):
+    """ZeRO moves where tensors live, not what is computed: same log-probs after an update."""
+    scores = []
+    for stage in (0, zero_stage):
+        loaded = load(tiny_folder())
+        engine = _engine(loaded, zero_stage=stage)
+        micro = _micro(engine, _sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
+        result = engine.step([micro], 1.0)
+        assert result.grad_norm > 0
+        scores.append(engine.score(micro.batch, 1.0)[0])
+        engine.sync_rollout_model()
+        own = dict(engine.rollout.model.named_parameters())
+        with engine.gathered():
+            for name, parameter in loaded.model.named_parameters():
+                assert torch.equal(own[name], parameter), name
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-3)

@@ -1,0 +1,76 @@
+"""Imports point down: the layers of the packages."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def _imports(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules.add(node.module)
+    return modules
+
+
+def _files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def test_algorithm_imports_torch_and_itself_only():
+    """`care_train/algorithm` is pure: torch, the standard library and its own modules."""
+    for path in _files("care_train/algorithm"):
+        for module in _imports(path):
+            top = module.split(".")[0]
+            allowed = top in sys.stdlib_module_names or top == "torch"
+            assert allowed or module.startswith("care_train.algorithm"), (path, module)
+
+
+def test_kernels_never_import_the_trainer():
+    """`care_kernels` needs torch and triton only: anyone can import it into their own trainer."""
+    for path in _files("care_kernels"):
+        for module in _imports(path):
+            top = module.split(".")[0]
+            known = top in sys.stdlib_module_names
+            assert known or top in ("torch", "triton", "care_kernels"), (path, module)
+
+
+def test_engines_stay_at_the_edges():
+    """deepspeed is imported by training/engine.py alone, care_kernels by models/policy.py alone."""
+    for path in _files("care_train"):
+        tops = {module.split(".")[0] for module in _imports(path)}
+        name = path.relative_to(ROOT / "care_train").as_posix()
+        assert "deepspeed" not in tops or name == "training/engine.py", path
+        assert "care_kernels" not in tops or name == "models/policy.py", path
+        assert "vllm" not in tops or name.startswith("rollout/"), path
+
+
+def test_no_layer_imports_one_above():
+    """cli -> commands -> training -> {rollout, verifier, algorithm, data, models, reporting}."""
+    order = ["algorithm", "data", "verifier", "models", "reporting", "rollout", "training"]
+    for path in _files("care_train"):
+        parts = path.relative_to(ROOT / "care_train").parts
+        if parts[0] not in order:
+            continue
+        for module in _imports(path):
+            names = module.split(".")
+            if names[0] == "care_train" and len(names) > 1 and names[1] in order:
+                assert order.index(names[1]) <= order.index(parts[0]), (path, module)
+
+
+def test_help_needs_no_torch():
+    """`care-train --help` answers without loading torch."""
+    code = "import sys, care_train.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_files_stay_short():
+    """No file grows beyond 350 lines."""
+    for folder in ("care_kernels", "care_train"):
+        for path in _files(folder):
+            assert len(path.read_text().splitlines()) <= 350, path

@@ -1,0 +1,142 @@
+"""Tiny real models, prompts and batches."""
+
+import pytest
+import torch
+from PIL import Image
+
+from care_train.models.batch import TokenSequence, collate, image_inputs
+from care_train.models.load import load_model
+from care_train.models.policy import Policy
+from care_train.models.tiny import TINY_KINDS, build_tiny_model
+from care_train.settings import ModelSettings
+from tests.train.builders import encoder_of, full_log_probs, image_sample, load, text_sample
+
+VISION_KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
+
+
+@pytest.mark.parametrize("kind", TINY_KINDS)
+def test_tiny_model_survives_a_save(kind, tiny_folder, tmp_path):
+    """A tiny model is a plain Hugging Face folder: loaded and saved, it has the same weights."""
+    loaded = load(tiny_folder(kind))
+    loaded.save(tmp_path)
+    again = load(tmp_path)
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.equal(parameter, again.model.get_parameter(name)), name
+    assert again.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
+
+
+def test_unknown_model_names_the_folder(tmp_path):
+    """A folder without a model is an error naming it; so is an unknown tiny kind."""
+    with pytest.raises(ValueError, match=r"model\.path.*nowhere.*config\.json"):
+        load_model(ModelSettings(path=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="tiny-qwen9"):
+        build_tiny_model("tiny-qwen9", tmp_path)
+
+
+@pytest.mark.parametrize("kind", VISION_KINDS)
+def test_several_images_keep_their_order_and_tokens(kind, tiny_folder):
+    """A row with two images has each one's tokens where its placeholder stood."""
+    loaded = load(tiny_folder(kind))
+    images = (Image.new("RGB", (56, 56), "red"), Image.new("RGB", (56, 112), "blue"))
+    sample = image_sample(images=images, prompt="first <image> then <image> done")
+    (prompt,) = encoder_of(loaded).encode([sample])
+    assert prompt.image_grid_thw.tolist() == [[1, 4, 4], [1, 8, 4]]
+    runs = _image_runs(prompt.token_ids, loaded.image_token_id)
+    assert runs == [4, 8]
+
+
+@pytest.mark.parametrize("kind", VISION_KINDS)
+def test_batched_encoding_equals_one_by_one(kind, tiny_folder):
+    """Encoding many rows at once changes nothing, text rows among them included."""
+    loaded = load(tiny_folder(kind))
+    encoder = encoder_of(loaded)
+    samples = [image_sample("red", 0), text_sample(1), image_sample("blue", 2, size=100)]
+    for sample, together in zip(samples, encoder.encode(samples), strict=True):
+        (alone,) = encoder.encode([sample])
+        assert alone.token_ids == together.token_ids
+        if sample.images:
+            torch.testing.assert_close(alone.pixel_values, together.pixel_values)
+
+
+@pytest.mark.parametrize("kind", TINY_KINDS)
+def test_log_probs_equal_full_logits(kind, tiny_folder):
+    """The policy's log-probs, batched and padded, are those of each sequence's full logits."""
+    loaded = load(tiny_folder(kind))
+    sequences = _mixed_sequences(loaded, with_images=kind != "tiny-qwen2")
+    batch = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
+    with torch.no_grad():
+        got, _ = Policy(loaded.model)(batch, temperature=0.7)
+    start = 0
+    for sequence in sequences:
+        ids = torch.tensor([sequence.token_ids])
+        inputs = image_inputs([sequence.prompt], ids, loaded.image_token_id)
+        full = full_log_probs(loaded, sequence.token_ids, inputs, temperature=0.7)
+        wanted = full.gather(1, ids[0, 1:, None])[sequence.response_start - 1 :, 0]
+        own = got[start : start + len(wanted)]
+        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
+        start += len(wanted)
+    assert start == len(got)
+
+
+def test_embedding_pools_the_states_at_the_rationale(tiny_folder):
+    """Sec. 3.3: mean of the final hidden states at the rationale's positions, L2-normalised."""
+    loaded = load(tiny_folder())
+    sequences = _mixed_sequences(loaded, with_images=True)
+    batch = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
+    policy = Policy(loaded.model)
+    spans = torch.tensor([[s.response_start + 1, s.response_start + 3] for s in sequences])
+    with torch.no_grad():
+        _, embeddings = policy(batch, pool_spans=spans)
+        hidden = policy.hidden_states(batch)
+    for row, (start, end) in enumerate(spans.tolist()):
+        mean = hidden[row, start:end].mean(0)
+        torch.testing.assert_close(embeddings[row], mean / mean.norm())
+
+
+def test_bad_rows_are_named(tiny_folder):
+    """Too long a prompt, special tokens in a prompt, images for a text model: row and fix."""
+    loaded = load(tiny_folder())
+    with pytest.raises(ValueError, match=r"rows\.jsonl: row 8: .*wanted at most 5.*max_prompt_tok"):
+        encoder_of(loaded, max_prompt_tokens=5).encode([image_sample(index=7)])
+    with pytest.raises(ValueError, match=r"row 3: .*2 image placeholders, wanted 1"):
+        encoder_of(loaded).encode([image_sample(index=2, prompt="see <|image_pad|>")])
+    with pytest.raises(ValueError, match=r"row 4: .*1 image tokens, its images need 0"):
+        encoder_of(loaded).encode([text_sample(index=3, prompt="see <|image_pad|>")])
+    text_only = load(tiny_folder("tiny-qwen2"))
+    with pytest.raises(ValueError, match=r"row 1: images: got 1, wanted none"):
+        encoder_of(text_only).encode([image_sample()])
+
+
+def test_missing_and_corrupt_images_are_named(tiny_folder, tmp_path):
+    """An image that is not there, or not an image, is an error naming row and path."""
+    encoder = encoder_of(load(tiny_folder()))
+    with pytest.raises(ValueError, match=r"row 1.*nothing\.png"):
+        encoder.encode([image_sample(images=(tmp_path / "nothing.png",))])
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG not really")
+    with pytest.raises(ValueError, match=r"row 1.*broken\.png"):
+        encoder.encode([image_sample(images=(tmp_path / "broken.png",))])
+
+
+def _image_runs(token_ids, image_token_id):
+    runs, last = [], None
+    for token in token_ids:
+        if token == image_token_id:
+            if last == token:
+                runs[-1] += 1
+            else:
+                runs.append(1)
+        last = token
+    return runs
+
+
+def _mixed_sequences(loaded, with_images):
+    samples = [text_sample(0), text_sample(1, prompt="is it red?")]
+    if with_images:
+        samples += [image_sample("red", 2), image_sample("blue", 3, size=100)]
+    generator = torch.Generator().manual_seed(0)
+    sequences = []
+    for place, prompt in enumerate(encoder_of(loaded).encode(samples)):
+        ids = torch.randint(10, 60, (5 + place,), generator=generator).tolist()
+        prefix = tuple(ids[:2]) if place % 2 else ()
+        sequences.append(TokenSequence(prompt, prefix, tuple(ids)))
+    return sequences

@@ -1,0 +1,148 @@
+"""The transformers engine: seeds, banned tokens, left padding, images kept."""
+
+import pytest
+import torch
+
+from care_train.models.batch import image_inputs
+from care_train.rollout.sampling import SeededSampler
+from care_train.rollout.transformers_engine import TransformersEngine
+from care_train.rollout.types import Request, SamplingSettings, request_seed
+from tests.train.builders import encoder_of, full_log_probs, image_sample, load, text_sample
+
+KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
+
+
+def _requests(loaded, count=6):
+    samples = [
+        text_sample(i) if i % 3 == 0 else image_sample("red", i, size=64 + 28 * (i % 2))
+        for i in range(count)
+    ]
+    prompts = encoder_of(loaded).encode(samples)
+    return [Request(p, request_seed(0, 0, str(i), i)) for i, p in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_response_depends_on_its_seed_not_on_its_batch(kind, tiny_folder):
+    """Alone, reversed, or in small batches, a request's response is the same."""
+    loaded = load(tiny_folder(kind))
+    requests, sampling = _requests(loaded), SamplingSettings(12)
+    together = TransformersEngine(loaded, 64).generate(requests, sampling)
+    small = TransformersEngine(loaded, 2)
+    assert small.generate(requests, sampling) == together
+    assert small.generate(requests[::-1], sampling) == together[::-1]
+    assert [small.generate([r], sampling)[0] for r in requests] == together
+
+
+def test_seeds_differ_over_run_step_prompt_and_rollout():
+    """No two of a run's rollouts share a seed."""
+    seeds = {
+        request_seed(run, step, prompt, index)
+        for run in range(3)
+        for step in range(5)
+        for prompt in ("a", "b", "1", "11")
+        for index in range(12)
+    }
+    assert len(seeds) == 3 * 5 * 4 * 12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_takes_the_argmax_of_the_training_forward(kind, tiny_folder):
+    """Left-padded generation with images sees what the right-padded training forward sees."""
+    loaded = load(tiny_folder(kind))
+    requests = _requests(loaded)
+    sampling = SamplingSettings(8, greedy=True)
+    banned = _special_ids(loaded)
+    for request, completion in zip(
+        requests, TransformersEngine(loaded, 64).generate(requests, sampling), strict=True
+    ):
+        ids = request.prompt.token_ids + completion.token_ids
+        inputs = image_inputs([request.prompt], torch.tensor([ids]), loaded.image_token_id)
+        full = full_log_probs(loaded, ids, inputs)[len(request.prompt.token_ids) - 1 :]
+        full[:, banned] = -torch.inf
+        assert full.argmax(-1).tolist() == list(completion.token_ids)
+
+
+def test_special_and_image_tokens_are_never_sampled(tiny_folder):
+    """A policy that wants to write <|image_pad|> cannot: the next forward would not survive it."""
+    loaded = load(tiny_folder())
+    head = loaded.model.get_output_embeddings()
+    with torch.no_grad():
+        # Every state points at the image token.
+        head.weight.zero_()
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    with torch.no_grad():
+        head.bias[loaded.image_token_id] = 50.0
+    completions = TransformersEngine(loaded, 64).generate(_requests(loaded), SamplingSettings(16))
+    sampled = {token for completion in completions for token in completion.token_ids}
+    assert sampled and not sampled & set(_special_ids(loaded))
+
+
+def test_the_models_own_generation_config_does_not_bend_sampling(tiny_folder):
+    """Published models ship repetition penalties and top-k; rollouts must not inherit them."""
+    loaded = load(tiny_folder())
+    requests, sampling = _requests(loaded), SamplingSettings(12)
+    plain = TransformersEngine(loaded, 64).generate(requests, sampling)
+    config = loaded.model.generation_config
+    config.repetition_penalty, config.top_k, config.temperature = 5.0, 1, 0.01
+    config.no_repeat_ngram_size, config.do_sample = 1, True
+    assert TransformersEngine(loaded, 64).generate(requests, sampling) == plain
+
+
+def test_a_text_batch_after_an_image_batch_is_unchanged(tiny_folder):
+    """Position offsets left by images do not leak into a later batch without any."""
+    loaded = load(tiny_folder())
+    engine, sampling = TransformersEngine(loaded, 64), SamplingSettings(8)
+    text = [r for r in _requests(loaded) if r.prompt.pixel_values is None]
+    before = engine.generate(text, sampling)
+    engine.generate(_requests(loaded), sampling)
+    assert engine.generate(text, sampling) == before
+
+
+def test_a_forced_prefix_continues_the_prompt(tiny_folder):
+    """A request with a prefix draws what the prompt extended by it would draw."""
+    from dataclasses import replace
+
+    loaded = load(tiny_folder())
+    engine, sampling = TransformersEngine(loaded, 64), SamplingSettings(8)
+    request = _requests(loaded, 2)[1]
+    prefixed = replace(request, prefix_ids=(20, 21, 22))
+    extended = replace(
+        request, prompt=replace(request.prompt, token_ids=request.prompt.token_ids + (20, 21, 22))
+    )
+    assert engine.generate([prefixed], sampling) == engine.generate([extended], sampling)
+
+
+def test_sampling_follows_the_distribution():
+    """Over many seeds, frequencies match softmax(logits / T) after top-k and top-p."""
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
+    sampling = SamplingSettings(1, temperature=0.8, top_p=0.95, top_k=4)
+    sampler = SeededSampler(range(20000), sampling, [1], 3, torch.device("cpu"))
+    scores = sampler(torch.zeros(20000, 3, dtype=torch.int64), logits.expand(20000, -1))
+    frequency = torch.bincount(scores.argmax(-1), minlength=5) / 20000
+    # Token 1 is banned; top-k 4 keeps 0, 2, 3, 4; top-p 0.95 drops the tail 4.
+    kept = (logits / 0.8)[[0, 2, 3]].softmax(0)
+    wanted = torch.tensor([kept[0], 0.0, kept[1], kept[2], 0.0])
+    torch.testing.assert_close(frequency, wanted, atol=0.012, rtol=0)
+
+
+def test_a_response_ends_at_eos(tiny_folder):
+    """EOS ends a response and is kept; the length limit leaves it unfinished."""
+    loaded = load(tiny_folder())
+    head = loaded.model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    with torch.no_grad():
+        head.bias[loaded.eos_token_ids[0]] = 4.0
+    completions = TransformersEngine(loaded, 64).generate(
+        _requests(loaded, 24), SamplingSettings(6)
+    )
+    assert {completion.finished for completion in completions} == {True, False}
+    for completion in completions:
+        ends = completion.token_ids[-1] == loaded.eos_token_ids[0]
+        assert completion.finished == ends
+        assert loaded.eos_token_ids[0] not in completion.token_ids[:-1]
+        assert completion.finished or len(completion.token_ids) == 6
+
+
+def _special_ids(loaded):
+    tokens = loaded.tokenizer.added_tokens_decoder.items()
+    return [i for i, token in tokens if token.special and i not in loaded.eos_token_ids]
