@@ -1,5 +1,8 @@
 """What the command line runs: each command from a configuration to a run's folder."""
 
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +21,7 @@ from care_train.reporting import (
     write_summary,
 )
 from care_train.settings import Config
-from care_train.training.distributed import initialize_process_group, is_main
+from care_train.training.distributed import barrier, initialize_process_group, is_main
 from care_train.training.rl import run_training
 from care_train.training.session import Session, model_folder, open_session
 from care_train.training.sft import run_sft
@@ -27,18 +30,37 @@ Summary = dict[str, Any]
 
 
 def run_dir_of(config: Config) -> Path:
-    """`output_dir/name`, with the resolved configuration written there."""
-    folder = Path(config.output_dir) / config.name
+    """`output_dir/name`."""
+    return Path(config.output_dir) / config.name
+
+
+def _open_run(config: Config) -> Path:
+    """The run's folder, holding the resolved configuration and nothing of an older run.
+
+    Raises:
+        ValueError: a run of that name exists, and neither `resume` nor `overwrite` is set.
+    """
+    folder = run_dir_of(config)
+    marker = folder / "config.yaml"
+    if marker.exists() and not (config.resume or config.overwrite):
+        raise ValueError(
+            f"name: {folder} already holds a run; choose another name, or set resume=true to go "
+            "on, or overwrite=true to replace it"
+        )
+    barrier()
     if is_main():
+        if marker.exists() and not config.resume:
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config_to_yaml(config))
+        marker.write_text(config_to_yaml(config))
+    barrier()
     return folder
 
 
 def sft(config: Config) -> Summary:
     """`care-train sft`: cold start; the model goes to `final/`."""
     device, start = initialize_process_group(), time.perf_counter()
-    run_dir = run_dir_of(config)
+    run_dir = _open_run(config)
     samples = load_samples(config.sft.data, config.seed)
     folder = model_folder(config, run_dir, samples)
     session = open_session(config, folder, config.sft.data, device)
@@ -51,7 +73,7 @@ def sft(config: Config) -> Summary:
 def train(config: Config) -> Summary:
     """`care-train train`: reinforcement learning from `model.path`, evaluated before and after."""
     device, start = initialize_process_group(), time.perf_counter()
-    run_dir = run_dir_of(config)
+    run_dir = _open_run(config)
     samples = load_samples(config.data, config.seed)
     held_out = load_samples(config.eval.data, config.seed)
     folder = model_folder(config, run_dir, samples)
@@ -63,7 +85,7 @@ def train(config: Config) -> Summary:
 def quickstart(config: Config) -> Summary:
     """`care-train quickstart`: a tiny model, a short cold start, then `train` on real images."""
     device, start = initialize_process_group(), time.perf_counter()
-    run_dir = run_dir_of(config)
+    run_dir = _open_run(config)
     cold_rows = load_samples(config.sft.data, config.seed)
     samples = load_samples(config.data, config.seed)
     held_out = load_samples(config.eval.data, config.seed)
@@ -80,7 +102,7 @@ def quickstart(config: Config) -> Summary:
 def evaluate(config: Config) -> Summary:
     """`care-train eval`: accuracy and format of `model.path` on `eval.data`."""
     device, start = initialize_process_group(), time.perf_counter()
-    run_dir = run_dir_of(config)
+    run_dir = _open_run(config)
     held_out = load_samples(config.eval.data, config.seed)
     folder = model_folder(config, run_dir, held_out)
     session = open_session(config, folder, config.eval.data, device)
@@ -101,7 +123,15 @@ def _train_from(
     session = open_session(config, folder, config.data, device)
     before = _evaluate_session(session, held_out, device, "evaluate before")
     metrics.log(0, before, phase="eval")
-    totals = run_training(session, samples, run_dir, metrics, device, resume=config.resume)
+    totals = run_training(
+        session,
+        samples,
+        run_dir,
+        metrics,
+        device,
+        resume=config.resume,
+        evaluate=lambda engine: evaluate_both(session, engine, held_out, device),
+    )
     trained = open_session(config, run_dir / "final", config.data, device)
     after = _evaluate_session(trained, held_out, device, "evaluate after")
     metrics.log(config.train.steps, after, phase="eval")
@@ -137,6 +167,7 @@ def _basics(config: Config) -> Summary:
         "preset": config.preset,
         "seed": config.seed,
         "model": config.model.path,
+        "command": shlex.join(["care-train", *sys.argv[1:]]),
     }
 
 

@@ -19,7 +19,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """The configuration of a run.
 
     Args:
-        path: a YAML file, or None for the defaults.
+        path: a YAML file, or None for the defaults. Its `extends` names a file it is laid over.
         overrides: `section.key=value` strings; values are read as YAML.
 
     Raises:
@@ -68,8 +68,9 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        both = isinstance(value, Mapping) and isinstance(below, Mapping)
-        merged[key] = merge(below, value) if both else value
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            value = merge(below, value)
+        merged[key] = value
     return merged
 
 
@@ -84,7 +85,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"config file {path}: got {type(values).__name__}, wanted key: value lines"
         )
-    return values
+    base = values.pop("extends", None)
+    return values if base is None else merge(_read_yaml(path.parent / base), values)
 
 
 def _parse(text: str) -> Any:

@@ -292,6 +292,8 @@ class Config:
     """`literal`: Algorithm 1 to the letter. `official`: the authors' released code."""
     resume: bool = False
     """Go on from the newest checkpoint in the run's folder."""
+    overwrite: bool = False
+    """Let a new run replace one of the same name; without it that is an error."""
     model: ModelSettings = field(default_factory=ModelSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     data: DataSettings = field(default_factory=DataSettings)

@@ -125,7 +125,7 @@ def _text_sizes(tokenizer: Any, hidden_size: int) -> dict[str, Any]:
     }
 
 
-def _image_tokens(tokenizer: Any) -> dict[str, int]:
+def _image_tokens(tokenizer: Any) -> dict[str, Any]:
     ids = tokenizer.convert_tokens_to_ids
     return {
         "image_token_id": ids("<|image_pad|>"),

@@ -1,6 +1,7 @@
 """Per-request seeded sampling as a logits processor for transformers' greedy decoding."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
@@ -27,7 +28,7 @@ class SeededSampler(LogitsProcessor):
         self._temperature = sampling.temperature
         self._prompt_width = prompt_width
         self._banned = torch.tensor(list(banned_ids), dtype=torch.int64, device=device)
-        self._filters: list[LogitsProcessor] = []
+        self._filters: list[Any] = []
         if sampling.top_k:
             self._filters.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
@@ -35,7 +36,8 @@ class SeededSampler(LogitsProcessor):
         if not self._greedy:
             self._uniforms = _uniforms(seeds, sampling.max_new_tokens).to(device)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """[rows, V] scores: -inf but for the drawn token; untouched but for bans where greedy."""
         scores = scores.float().index_fill(1, self._banned, -torch.inf)
         if self._greedy:
             return scores

@@ -87,14 +87,16 @@ class PolicyEngine:
             weight_decay=optimizer.weight_decay,
         )
         self.optimizer = adamw
-        schedule = torch.optim.lr_scheduler.LambdaLR(adamw, _learning_rate_factor(optimizer))
-        self._engine, _, _, self._schedule = deepspeed.initialize(
+        schedule: Any = torch.optim.lr_scheduler.LambdaLR(adamw, _learning_rate_factor(optimizer))
+        self._policy = policy
+        engine, *_ = deepspeed.initialize(
             model=policy,
             optimizer=adamw,
             lr_scheduler=schedule,
             config=_deepspeed_config(optimizer, settings, bf16),
             dist_init_required=False,
         )
+        self._engine: Any = engine
 
     @property
     def learning_rate(self) -> float:
@@ -150,7 +152,7 @@ class PolicyEngine:
         """Norm before clipping; ZeRO shards gradients and reports its norm after the step."""
         if self.zero_stage > 0 or self._engine.bfloat16_enabled():
             return 0.0
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._policy.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def _last_grad_norm(self, before: float) -> float:
@@ -172,7 +174,7 @@ class PolicyEngine:
         if self.zero_stage < 3:
             yield
             return
-        with deepspeed.zero.GatheredParameters(list(self._engine.module.parameters())):
+        with deepspeed.zero.GatheredParameters(list(self._policy.parameters())):
             yield
 
     def save_state(self, folder: str | Path, client_state: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from care_train.reporting import (
     append_sample,
     show_sample,
 )
+from care_train.rollout.types import RolloutEngine
 from care_train.settings import Config
 from care_train.training.distributed import is_main, rank, world_size
 from care_train.training.engine import OptimizerSettings, PolicyEngine
@@ -25,7 +26,7 @@ from care_train.training.saving import load_checkpoint, save_checkpoint, save_mo
 from care_train.training.session import Session, rank_share
 from care_train.training.step import StepOutcome, TrainStep
 
-Evaluate = Callable[[], dict[str, float]]
+Evaluate = Callable[[RolloutEngine], dict[str, float]]
 
 
 class PromptSource:
@@ -69,7 +70,7 @@ def run_training(
         metrics: the run's log.
         device: this rank's device.
         resume: go on from the newest checkpoint in `run_dir`.
-        evaluate: called every `train.eval_every` steps on all ranks.
+        evaluate: called every `train.eval_every` steps on all ranks, with the rollout engine.
     """
     config = session.config
     reference = _reference(session)
@@ -96,13 +97,19 @@ def run_training(
             progress.update(done, outcome.metrics)
             if is_main():
                 _record_samples(outcome, done, run_dir, progress, config)
-            if evaluate is not None and train.eval_every and done % train.eval_every == 0:
-                metrics.log(done, evaluate(), phase="eval")
-            if (train.save_every and done % train.save_every == 0) or done == train.steps:
+            if evaluate is not None and _is_due(done, train.eval_every, train.steps):
+                engine.sync_rollout_model()
+                metrics.log(done, evaluate(rollout), phase="eval")
+            if _is_due(done, train.save_every, train.steps) or done == train.steps:
                 state = {"step": done, "position": source.position, "totals": totals}
                 save_checkpoint(engine, run_dir / "checkpoints", state, train.keep_checkpoints)
     save_model(engine, run_dir / "final")
     return totals
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    """Whether step is one of every `every` before the last, which has its own turn."""
+    return every > 0 and step % every == 0 and step != last
 
 
 def _reference(session: Session) -> Policy | None:

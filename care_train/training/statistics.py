@@ -56,7 +56,7 @@ class StepStatistics:
         results: Sequence[StepResult],
     ) -> None:
         # Every rank sums the same keys, whatever its share of the batch holds.
-        self._sums = dict.fromkeys(_KEYS, 0.0)
+        self._sums: dict[str, float] = dict.fromkeys(_KEYS, 0.0)
         repairs = [rollout for rollout in reflected if rollout is not None]
         self._count_rollouts(groups, repairs)
         self._count_groups(groups, updates, repairs)

@@ -77,7 +77,7 @@ def test_tag_weight_sets_tags_and_eos(is_positive):
 
 def test_think_weight_is_gamma():
     """care.think_weight is gamma+; 0 is the answer-only objective of Figure 8."""
-    assert weights(right(think=1, answer=0), True, think_weight=0.25)[0] == 0.25
+    assert weights(right(think=1, answer=0), True, think_weight=0.25) == [0.25] * 3 + [1] * 3
     assert weights(right(think=1, answer=0), True, think_weight=0.0) == [0, 0, 0, 1, 1, 1]
 
 

@@ -174,3 +174,10 @@ def test_float64() -> None:
     """float64 inputs are computed in float64, so gradient checks mean something."""
     case = with_kl(policy_case(dtype=torch.float64, bias=True), "exact")
     check_against_oracle(case | {"logit_softcap": 4.0, "chunk_rows": 20})
+
+
+@pytest.mark.parametrize("level", ("token", "sequence"))
+def test_mixed_dtypes(level: str) -> None:
+    """A float32 head over bfloat16 hidden states: each gradient comes back in its own dtype."""
+    case = with_kl(at_level(policy_case(dtype=torch.bfloat16), level), "exact")
+    check_against_oracle(case | {"head_weight": case["head_weight"].float() * 1.001})

@@ -1,0 +1,15 @@
+"""Kernel tests run in torch's deterministic mode."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    """Fill uninitialised memory with NaN, and refuse operations that depend on thread order."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
