@@ -195,7 +195,7 @@ class TestTokens:
         assert (spans.answer, spans.answer_content) == ((0, 2), (0, 1))
 
     def test_an_answer_tag_split_at_the_prefix(self):
-        """A content that ended in the prefix is empty or none, and the tag's rest is in the span."""
+        """The tag's rest is in the span, but no content is left to the response."""
         spans = locate(["<answer>", "a", "</ans", "wer>"], 3)
         assert spans.answer == (0, 1) and spans.answer_length == 0
 

@@ -1,0 +1,114 @@
+"""The quickstart over algorithms and seeds: means, 95 % intervals, and the README's picture.
+
+    python -m bench.seeds
+    python -m bench.seeds --algorithms care grpo --seeds 0 1 2 --picture docs/learning_curves.png
+
+Every run is `care-train quickstart` in a process of its own: same cold start recipe, prompts and
+sampled sequences for every algorithm. Finished runs in the output folder are reused.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from care_train.reporting import mean_interval, plot_comparison, read_metrics
+
+_SCORES = ("accuracy_before", "accuracy_after", "format_before", "format_after", "greedy_after")
+_COLLAPSED_FORMAT = 0.7
+
+
+def main() -> int:
+    options = _options()
+    jobs = [(algorithm, seed) for algorithm in options.algorithms for seed in options.seeds]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = list(pool.map(lambda job: _run(job[0], job[1], options), jobs))
+    summaries = dict(zip(jobs, runs, strict=True))
+    figures = {
+        algorithm: _figures([summaries[algorithm, seed] for seed in options.seeds])
+        for algorithm in options.algorithms
+    }
+    _print_table(figures, len(options.seeds))
+    if options.picture is not None:
+        curves = {
+            algorithm: [
+                read_metrics(_folder(algorithm, seed, options) / "metrics.jsonl")
+                for seed in options.seeds
+            ]
+            for algorithm in options.algorithms
+        }
+        plot_comparison(curves, options.picture)
+    print(json.dumps({"seeds": options.seeds, "overrides": options.overrides, **figures}))
+    return 0
+
+
+def _run(algorithm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    folder = _folder(algorithm, seed, options)
+    if not (folder / "summary.json").is_file():
+        command = [sys.executable, "-m", "care_train", "quickstart", f"algorithm={algorithm}"]
+        command += [f"seed={seed}", f"name={folder.name}", f"output_dir={folder.parent}"]
+        threads = max((os.cpu_count() or 1) // options.jobs, 1)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        subprocess.run([*command, *options.overrides], check=True, env=environment)
+    return json.loads((folder / "summary.json").read_text())
+
+
+def _folder(algorithm: str, seed: int, options: argparse.Namespace) -> Path:
+    return options.output / f"{algorithm}-{seed}"
+
+
+def _figures(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for key in _SCORES:
+        mean, half_width = mean_interval([summary[key] for summary in summaries])
+        figures[key] = {"mean": round(mean, 4), "interval": round(half_width, 4)}
+    figures["accuracy_after_by_seed"] = [summary["accuracy_after"] for summary in summaries]
+    figures["format_after_by_seed"] = [summary["format_after"] for summary in summaries]
+    figures["collapsed_seeds"] = [
+        summary["seed"]
+        for summary in summaries
+        if summary["format_after"] < _COLLAPSED_FORMAT
+        or summary["accuracy_after"] < summary["accuracy_before"]
+    ]
+    for key in ("sampled_sequences", "trained_sequences", "decoded_tokens", "wall_seconds"):
+        figures[key] = round(sum(summary[key] for summary in summaries) / len(summaries))
+    return figures
+
+
+def _print_table(figures: dict[str, dict[str, Any]], num_seeds: int) -> None:
+    title = f"mean and 95 % interval over {num_seeds} seeds, in percent"
+    table = Table("algorithm", *[key.replace("_", " ") for key in _SCORES], title=title)
+    table.add_column("sampled")
+    table.add_column("trained")
+    for algorithm, values in figures.items():
+        scores = [
+            f"{100 * values[key]['mean']:.1f} ± {100 * values[key]['interval']:.1f}"
+            for key in _SCORES
+        ]
+        counts = [f"{values[key]:,}" for key in ("sampled_sequences", "trained_sequences")]
+        table.add_row(algorithm, *scores, *counts)
+    Console(width=120).print(table)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.seeds", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--algorithms", nargs="+", default=["care", "grpo"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--picture", type=Path, help="write the learning curves here")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
+    parser.add_argument("--overrides", nargs="*", default=[], metavar="key=value")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,690 @@
+"""What the paper leaves open: one test per decision, in both settings of its configuration key.
+
+Every setting is given as a user gives it (`section.key=value`), so that the key is tested with it.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from care_train.algorithm.care import select_subgroup, subgroup_update
+from care_train.algorithm.region_weights import region_weights
+from care_train.algorithm.settings import CareSettings
+from care_train.algorithm.spans import parse_spans
+from care_train.algorithm.types import GroupUpdate, Spans, Subgroup, TrainSequence
+from care_train.config import load_config
+from care_train.training.loss import loss_rows
+from tests.algorithm.builders import (
+    broken,
+    indices,
+    make_group,
+    make_rollout,
+    make_subgroup,
+    right,
+    with_reward,
+    wrong,
+)
+from tests.algorithm.fakes import PROMPT, THINK_ID, make_sampler, sampled_group, train
+
+ROOT2, ROOT3 = math.sqrt(2), math.sqrt(3)
+
+
+def care(*overrides: str) -> CareSettings:
+    """`care.` keys over the defaults."""
+    return load_config(None, [f"care.{override}" for override in overrides]).care
+
+
+def subgroup_of(group, settings: CareSettings, seed: int = 0) -> Subgroup:
+    subgroup = select_subgroup(group, settings, torch.Generator().manual_seed(seed))
+    assert isinstance(subgroup, Subgroup), subgroup
+    return subgroup
+
+
+def advantages(update: GroupUpdate) -> list[float]:
+    return pytest.approx([s.advantage for s in update.sequences], rel=1e-4)
+
+
+def update_of(settings: CareSettings, negatives=2, reflected=None, anchor=None) -> GroupUpdate:
+    """The update of an anchor and well-formed wrong negatives, the first of which reflects."""
+    subgroup = make_subgroup(anchor or right(), [wrong()] * negatives, reflect_on=0)
+    return subgroup_update(subgroup, settings, reflected)
+
+
+class TestPositiveAndFailure:
+    """care.positive: by acc alone; 0 < acc < 1 belongs to neither."""
+
+    GROUP = make_group([wrong(think=1), right(think=9), make_rollout(0.5, think=2), broken()])
+
+    def test_accuracy(self):
+        """A well-formed wrong answer is a failure, a partial answer is left out (A = 0)."""
+        assert indices(subgroup_of(self.GROUP, care())) == [1, 0, 3]
+
+    def test_reward(self):
+        """By reward > 0 the well-formed wrong answer becomes the anchor."""
+        assert indices(subgroup_of(self.GROUP, care("positive=reward"))) == [0, 3]
+
+
+class TestLambda:
+    """reward.format_weight: 0.1; 0.5 and more is a configuration error."""
+
+    def test_default(self):
+        assert load_config().reward.format_weight == 0.1
+
+    def test_bound(self):
+        """From 0.5 on a well-formed wrong answer can outrank a correct one."""
+        assert load_config(None, ["reward.format_weight=0.49"]).reward.format_weight == 0.49
+        with pytest.raises(ValueError, match=r"reward\.format_weight: got 0\.5"):
+            load_config(None, ["reward.format_weight=0.5"])
+
+
+class TestAnchor:
+    """care.anchor_prefers_format and care.anchor."""
+
+    GROUP = make_group(
+        [right(think=5), make_rollout(1.0, 0.0, think=None), right(think=4), wrong()]
+    )
+
+    def test_format_first(self):
+        """fmt = 1 first, then fewest think tokens."""
+        assert indices(subgroup_of(self.GROUP, care()))[0] == 2
+
+    def test_shortest_whatever_the_format(self):
+        """Eq. 2 to the letter."""
+        assert indices(subgroup_of(self.GROUP, care("anchor_prefers_format=false")))[0] == 1
+
+    def test_then_answer_then_index(self):
+        """Ties: fewest answer tokens, then the lowest index."""
+        rollouts = [right(answer=3), right(answer=2), right(answer=2), wrong()]
+        assert indices(subgroup_of(make_group(rollouts), care()))[0] == 1
+
+    def test_random(self):
+        """Sec. 9.2's control draws among the same positives."""
+        settings = care("anchor=random")
+        drawn = {indices(subgroup_of(self.GROUP, settings, seed))[0] for seed in range(30)}
+        assert drawn == {0, 2}
+
+
+class TestMalformed:
+    """care.malformed: a rollout without a complete answer span."""
+
+    GROUP = make_group([broken(1.0), broken(0.0), wrong()])
+
+    @pytest.mark.parametrize(
+        ("value", "anchor", "negative"),
+        [("penalize", 0.0, 1 / 6), ("ignore", 0.0, 0.0), ("uniform", 1 / 6, 1 / 6)],
+    )
+    def test_weights(self, value, anchor, negative):
+        """penalize: negatives on every token and positives on none; ignore: none; uniform: all."""
+        settings = care(f"malformed={value}")
+        update = subgroup_update(subgroup_of(self.GROUP, settings), settings)
+        by_role = {s.role: s for s in update.sequences if not s.rollout.spans.well_formed}
+        for role, weight in (("anchor", anchor), ("negative", negative)):
+            assert by_role[role].token_weights.tolist() == pytest.approx([weight] * 6)
+
+
+class TestPreselection:
+    """care.preselect_size: M, at most the number of failures; no pass where it is at most K'."""
+
+    # Failures at 10, 12, 14, 60 and 90 degrees from the anchor.
+    GROUP = make_group([right()] + [wrong()] * 5, [0, 10, 12, 14, 60, 90])
+
+    @pytest.mark.parametrize(
+        ("preselect_size", "chosen"),
+        [(1, [1, 2]), (2, [1, 2]), (3, [1, 3]), (4, [1, 4]), (5, [1, 5]), (50, [1, 5])],
+    )
+    def test_m(self, preselect_size, chosen):
+        """The farthest-first pass reaches as far as M lets it."""
+        settings = care("max_negatives=2", f"preselect_size={preselect_size}")
+        assert indices(subgroup_of(self.GROUP, settings))[1:] == chosen
+
+
+class TestFarthestFirst:
+    """care.farthest_first_start: the nearest to the anchor, or the farthest preselected."""
+
+    GROUP = make_group([right(), wrong(), wrong(), wrong()], [0, 10, 50, -60])
+
+    @pytest.mark.parametrize(("start", "chosen"), [("nearest", [1, 3]), ("farthest", [2, 3])])
+    def test_start(self, start, chosen):
+        """From 10 degrees -60 is farthest; from -60, 50 is."""
+        settings = care("max_negatives=2", f"farthest_first_start={start}")
+        assert indices(subgroup_of(self.GROUP, settings))[1:] == chosen
+
+    def test_ties_go_to_the_nearer(self):
+        """Right angles on both sides of the start are equally far from it: index 2 is nearer."""
+        vectors = torch.tensor(
+            [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [-0.5, 0.0, -1.0], [0.0, 0.0, 1.0]]
+        )
+        vectors[3] = torch.tensor([0.0, -1.0, 0.0])
+        group = replace(make_group([right()] + [wrong()] * 4), embeddings=vectors)
+        # From 1, all others are at distance 1; 2 is taken, then 3, which is opposite to 2.
+        assert indices(subgroup_of(group, care("max_negatives=3")))[1:] == [1, 2, 3]
+
+
+class TestSelectors:
+    """care.selector."""
+
+    # Nearest first: 2, 4, 1, 3, 5.
+    GROUP = make_group([right()] + [wrong()] * 5, [0, 40, 10, 80, 12, 170])
+
+    @pytest.mark.parametrize(
+        ("selector", "chosen"),
+        [
+            ("cosine_diverse", [2, 1, 5]),
+            ("cosine_topk", [2, 4, 1]),
+            ("nearest", [2, 4, 1]),
+            ("mixed", [2, 4, 5]),
+            ("farthest", [1, 3, 5]),
+        ],
+    )
+    def test_each(self, selector, chosen):
+        """Figure 5's selectors at K' = 3; diverse: 10, then 170, then 80 or 40 degrees."""
+        settings = care("max_negatives=3", f"selector={selector}")
+        expected = [2, 3, 5] if selector == "cosine_diverse" else chosen
+        assert indices(subgroup_of(self.GROUP, settings))[1:] == expected
+
+    def test_random(self):
+        """Three of the five failures, by the seed."""
+        settings = care("max_negatives=3", "selector=random")
+        drawn = [frozenset(indices(subgroup_of(self.GROUP, settings, s))[1:]) for s in range(60)]
+        assert all(len(one) == 3 and one <= {1, 2, 3, 4, 5} for one in drawn)
+        assert len(set(drawn)) == 10
+
+    def test_default(self):
+        """Sec. 3.3: cosine ranking with the farthest-first pass."""
+        assert care().selector == "cosine_diverse"
+
+
+class TestReflectingNegative:
+    """care.reflection.negative: the smallest d_cos, or a random one."""
+
+    GROUP = make_group([right(), wrong(), wrong(), wrong()], [0, 50, 20, -30])
+
+    def test_nearest(self):
+        """Line 12: the hardest by d_cos."""
+        subgroup = subgroup_of(self.GROUP, care())
+        assert subgroup.reflect_on is not None
+        assert subgroup.others[subgroup.reflect_on].index == 2
+
+    def test_random(self):
+        """Any of N."""
+        settings = care("reflection.negative=random")
+        drawn = set()
+        for seed in range(30):
+            subgroup = subgroup_of(self.GROUP, settings, seed)
+            assert subgroup.reflect_on is not None
+            drawn.add(subgroup.others[subgroup.reflect_on].index)
+        assert drawn == {1, 2, 3}
+
+    def test_off(self):
+        """care.reflection.enabled: false is "CARE w/o RGR"."""
+        assert subgroup_of(self.GROUP, care("reflection.enabled=false")).reflect_on is None
+
+
+class TestReflectionPrompt:
+    """care.reflection.cue: x, `<think>`, the failed rationale, the cue; the failed answer dropped."""
+
+    NEGATIVE = wrong(text="<think>they are equal</think> <answer>3</answer>")
+
+    def test_what_is_sampled_from(self):
+        """The prompt's own ids, then the forced prefix, with think left open."""
+        sampler, engine = make_sampler(care={"reflection": {"cue": "look again:"}})
+        subgroup = make_subgroup(right(), [self.NEGATIVE], reflect_on=0)
+        (reflected,) = sampler.reflect([sampled_group([right(), self.NEGATIVE])], [subgroup], 0)
+        (request,) = engine.requests
+        assert request.prompt is PROMPT
+        assert "".join(map(chr, request.prefix_ids)) == "<think>they are equal\nlook again:\n"
+        assert reflected is not None and reflected.reflected
+        assert reflected.prefix_ids == request.prefix_ids
+
+    def test_its_own_sampling_settings(self):
+        """care.reflection.temperature, top_p, max_new_tokens; None means the rollouts' own."""
+        groups = [sampled_group([right(), self.NEGATIVE])]
+        subgroups = [make_subgroup(right(), [self.NEGATIVE], reflect_on=0)]
+        rollout = {"temperature": 0.9, "top_p": 0.8, "max_new_tokens": 77}
+        own = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 512}
+        for reflection, expected in (({}, rollout), (own, own)):
+            sampler, engine = make_sampler(rollout=rollout, care={"reflection": reflection})
+            sampler.reflect(groups, subgroups, 0)
+            (sampling,) = engine.sampling
+            assert {key: getattr(sampling, key) for key in own} == expected
+
+
+class TestReflectionContext:
+    """care.reflection.context: log-probs under the context sampled from; prefix and cue weigh 0."""
+
+    REFLECTED = right(think=1, answer=1, reflected=True, prefix_ids=(7, 8, 9))
+
+    def trained(self, context: str):
+        weights = region_weights(self.REFLECTED, True, care())
+        sequence = TrainSequence(self.REFLECTED, 1.0, weights, "reflected_success")
+        update = GroupUpdate((sequence,), 1, len(self.REFLECTED.token_ids))
+        return train(
+            [update],
+            [sampled_group([right()])],
+            care={"reflection": {"context": context}},
+            loss={"kl_coef": 0.0},
+        )
+
+    def test_full(self):
+        """x + prefix + cue, so that the ratio is 1 at the first step; only sampled tokens count."""
+        engine, _ = self.trained("full")
+        response = list(self.REFLECTED.token_ids)
+        assert engine.trained_ids() == [[101, 102, 103, 7, 8, 9, *response]]
+        rows = engine.rows("advantages")
+        assert rows is not None and len(rows) == len(response)
+        assert engine.rows("importance_weights") is None
+
+    def test_x_only(self):
+        """x and an opened think, with importance weights truncated at 2."""
+        engine, _ = self.trained("x_only")
+        response = list(self.REFLECTED.token_ids)
+        assert engine.trained_ids() == [[101, 102, 103, THINK_ID, *response]]
+        weights = engine.rows("importance_weights")
+        # The fake log-probs are -6 under the full context and -4 under x: exp(2) is cut to 2.
+        assert weights is not None and weights.tolist() == [2.0] * len(response)
+
+
+class TestReflectionOverTheLimit:
+    """prompt.max_prompt_tokens + rollout.max_new_tokens: no reflection beyond, no truncation."""
+
+    def reflect(self, max_new_tokens: int):
+        sampler, engine = make_sampler(
+            prompt={"max_prompt_tokens": 10},
+            rollout={"max_new_tokens": max_new_tokens},
+            care={"reflection": {"cue": "look:"}},
+        )
+        negatives = [wrong(text="<think>x</think>"), wrong(text=f"<think>{'x' * 50}</think>")]
+        groups = [sampled_group([right(), n], name=str(i)) for i, n in enumerate(negatives)]
+        subgroups = [make_subgroup(right(), [n], reflect_on=0) for n in negatives]
+        return sampler.reflect(groups, subgroups, 0), engine
+
+    def test_the_long_one_is_left_out(self):
+        """Prompt of 3 and prefix of 15 tokens fit into 40; 3 and 64 do not."""
+        reflected, engine = self.reflect(30)
+        assert reflected[0] is not None and reflected[1] is None
+        assert len(engine.requests) == 1
+
+    def test_within_the_limit_both_reflect(self):
+        """And whole: nothing is cut from the prefix."""
+        reflected, engine = self.reflect(57)
+        assert None not in reflected
+        assert [len(r.prefix_ids) for r in engine.requests] == [15, 64]
+
+
+class TestReflectionSucceeded:
+    """care.reflection.success_advantage: A_raw, or line 37's -s |A_raw|."""
+
+    def test_raw(self):
+        """S = {1, 1, .1}: the repair is rewarded as the anchor is, and does not become it."""
+        update = update_of(care(), reflected=right(reflected=True, think=0))
+        assert [s.role for s in update.sequences] == ["anchor", "reflected_success", "negative"]
+        assert advantages(update) == [ROOT2, ROOT2, -ROOT2]
+
+    def test_penalized(self):
+        """To the letter a verified repair is punished: -s / sqrt 2, times sqrt(4/1)."""
+        settings = care("reflection.success_advantage=penalized")
+        update = update_of(settings, reflected=right(reflected=True))
+        assert advantages(update) == [ROOT2, -ROOT2 / 2, -ROOT2]
+
+
+class TestReflectionFailed:
+    """care.reflection.on_failure and reflect_scale: added to S with s_refl = s/2."""
+
+    def test_append(self):
+        """Line 18: S = {1, .1, .1, .1}, the last at s/2."""
+        update = update_of(care(), reflected=wrong(reflected=True))
+        factor = math.sqrt(4 / 3) / ROOT3
+        assert advantages(update) == [3 * factor, -factor / 2, -factor / 2, -factor / 4]
+
+    def test_replace(self):
+        """The released code: S = {1, .1, .1}, the first negative at s/2."""
+        update = update_of(care("reflection.on_failure=replace"), reflected=wrong(reflected=True))
+        assert [s.role for s in update.sequences] == ["anchor", "reflected_failure", "negative"]
+        assert advantages(update) == [2.0, -0.25, -0.5]
+
+    def test_scale(self):
+        """s_refl may be set, up to s."""
+        settings = care("reflection.on_failure=replace", "reflection.reflect_scale=0.4")
+        assert advantages(update_of(settings, reflected=wrong(reflected=True))) == [2.0, -0.4, -0.5]
+        assert care("neg_scale=0.8").reflect_scale == 0.4
+        with pytest.raises(ValueError, match="reflect_scale"):
+            care("reflection.reflect_scale=0.6")
+
+
+class TestCountOfNegatives:
+    """care.count_negatives_by: K_S counts acc = 0, or a reward below the anchor's (line 26)."""
+
+    REPAIRED = make_rollout(1.0, 0.0, reflected=True)
+
+    def test_accuracy(self):
+        """A repair with less format is no negative: K_S = 1, factor 2."""
+        update = update_of(care(), reflected=self.REPAIRED)
+        assert (update.num_negatives, update.equalize_factor) == (1, 2.0)
+
+    def test_reward(self):
+        """To the letter it is: K_S = 2, factor sqrt 2."""
+        update = update_of(care("count_negatives_by=reward"), reflected=self.REPAIRED)
+        assert (update.num_negatives, update.equalize_factor) == (2, pytest.approx(ROOT2))
+
+    def test_only_a_repair_left(self):
+        """S = {1, .9}: nothing to contrast with by accuracy, one negative to the letter."""
+        skipped = update_of(care(), negatives=1, reflected=self.REPAIRED)
+        assert skipped.skipped == "no_negatives"
+        literal = care("count_negatives_by=reward")
+        assert update_of(literal, negatives=1, reflected=self.REPAIRED).num_negatives == 1
+
+
+class TestEqualisation:
+    """care.equalize: sqrt(K / K_S), only where K_S < K."""
+
+    @pytest.mark.parametrize(("negatives", "factor"), [(1, 2.0), (2, ROOT2), (4, 1.0)])
+    def test_on(self, negatives, factor):
+        """Line 39."""
+        assert update_of(care(), negatives).equalize_factor == pytest.approx(factor)
+
+    def test_never_down(self):
+        """K_S = 5 > K = 4 after a failed reflection: 1, not sqrt(4/5)."""
+        update = update_of(care(), 4, wrong(reflected=True))
+        assert (update.num_negatives, update.equalize_factor) == (5, 1.0)
+
+    def test_off(self):
+        """Figure 9's control."""
+        update = update_of(care("equalize=false"))
+        assert update.equalize_factor == 1.0
+        assert advantages(update) == [ROOT2, -ROOT2 / 4, -ROOT2 / 4]
+
+
+class TestMeanAndStd:
+    """care.norm_eps: after reflection, population std, eps outside the root."""
+
+    def test_after_reflection(self):
+        """S = {1, 1, .1} has mean .7, whatever the replaced negative was worth."""
+        update = update_of(care(), reflected=right(reflected=True))
+        assert update.sequences[0].raw_advantage == pytest.approx(1 / ROOT2, rel=1e-5)
+
+    @pytest.mark.parametrize(("eps", "raw"), [(1e-6, ROOT2), (0.3 * ROOT2, ROOT2 / 2)])
+    def test_eps(self, eps, raw):
+        """S = {1, .1, .1} has std .3 sqrt 2: an eps of the same size halves A_raw."""
+        update = update_of(care(f"norm_eps={eps!r}"))
+        assert update.sequences[0].raw_advantage == pytest.approx(raw, rel=1e-4)
+
+
+class TestClamp:
+    """care.clamp_anchor: A(anchor) < 0 becomes 0 and is counted."""
+
+    ANCHOR = with_reward(right(), 0.5)
+
+    def test_on(self):
+        """S = {.5, 1, .1}: the anchor leaves S*."""
+        update = update_of(care(), reflected=right(reflected=True), anchor=self.ANCHOR)
+        assert update.anchor_clamped
+        assert [s.role for s in update.sequences] == ["reflected_success", "negative"]
+
+    def test_off(self):
+        """To the letter (line 34) it is pushed down."""
+        settings = care("clamp_anchor=false")
+        update = update_of(settings, reflected=right(reflected=True), anchor=self.ANCHOR)
+        assert not update.anchor_clamped
+        assert update.sequences[0].role == "anchor" and update.sequences[0].advantage < 0
+
+    def test_not_needed(self):
+        """An ordinary anchor is left alone and not counted."""
+        assert not update_of(care()).anchor_clamped
+
+
+class TestRobust:
+    """care.robust and robust_trim: off; trimmed mean and MAD; Eq. 6 where the MAD is 0."""
+
+    NEGATIVES = (wrong(), wrong(), broken(), broken())
+
+    @pytest.mark.parametrize(
+        ("overrides", "raw"),
+        [
+            ((), 0.76 / math.sqrt(0.1424)),
+            (("robust=true", "norm_eps=0"), (1 - 0.2 / 3) / 0.1),
+            (("robust=true", "robust_trim=0", "norm_eps=0"), (1 - 0.24) / 0.1),
+        ],
+    )
+    def test_values(self, overrides, raw):
+        """S = {1, .1, .1, 0, 0}: mean .24, variance .1424; trimmed mean .2/3, MAD .1."""
+        subgroup = make_subgroup(right(), self.NEGATIVES)
+        update = subgroup_update(subgroup, care(*overrides))
+        assert update.sequences[0].raw_advantage == pytest.approx(raw, rel=1e-5)
+
+    def test_fallback(self):
+        """S = {1, .1, .1}: MAD 0."""
+        assert advantages(update_of(care("robust=true"))) == [2.0, -0.5, -0.5]
+
+
+class TestRescueFires:
+    """care.rescue.enabled: where max acc = 0 in the group."""
+
+    ALL_WRONG = make_group([wrong(), wrong(), wrong()])
+
+    def test_on_and_off(self):
+        """lambda fmt keeps r > 0 here, so Sec. 3.7's "near zero" is read as acc."""
+        assert subgroup_of(self.ALL_WRONG, care()).rescued
+        assert isinstance(select_subgroup(self.ALL_WRONG, care("rescue.enabled=false")), str)
+
+    def test_a_partial_answer_is_no_all_negative_group(self):
+        """max acc = 0.5: skipped."""
+        group = make_group([wrong(), wrong(), make_rollout(0.5)])
+        assert isinstance(select_subgroup(group, care()), str)
+
+    def test_a_right_answer_is_no_all_negative_group(self):
+        """Anchored instead."""
+        assert not subgroup_of(make_group([wrong(), right()]), care()).rescued
+
+
+class TestPseudoAnchor:
+    """care.rescue.score and require_format."""
+
+    # Garbage of one token, likeliest both by sum and per token; then by sum, then per token.
+    GROUP = make_group(
+        [broken(think=None), wrong(think=0), wrong(think=16)], log_prob_sums=[-0.5, -8.0, -10.0]
+    )
+
+    @pytest.mark.parametrize(
+        ("overrides", "chosen"),
+        [
+            ((), 2),
+            (("rescue.score=sum",), 1),
+            (("rescue.require_format=false",), 0),
+            (("rescue.score=sum", "rescue.require_format=false"), 0),
+        ],
+    )
+    def test_choice(self, overrides, chosen):
+        """Well-formed and likeliest per token, unless told otherwise."""
+        assert indices(subgroup_of(self.GROUP, care(*overrides)))[0] == chosen
+
+    def test_no_candidate(self):
+        """None well-formed: no rescue."""
+        group = make_group([broken(), broken()])
+        assert select_subgroup(group, care()) == "no_proxy_anchor"
+        assert subgroup_of(group, care("rescue.require_format=false")).rescued
+
+
+class TestRescueSize:
+    """care.rescue.num_negatives: K' = min(K, failures - 1), the same in -delta/K'."""
+
+    GROUP = make_group([wrong()] * 3)
+
+    @pytest.mark.parametrize(
+        ("value", "shaped"),
+        [("available", [0.1, -0.05, -0.05]), ("literal", [0.1] + [-0.1 / 3] * 2)],
+    )
+    def test_few_failures(self, value, shaped):
+        """Three failures, K = 4: zero-sum, or line 23's K' = 3 with a rest."""
+        subgroup = subgroup_of(self.GROUP, care(f"rescue.num_negatives={value}"))
+        assert [m.shaped_reward for m in subgroup.members] == pytest.approx(shaped)
+
+    @pytest.mark.parametrize("value", ["available", "literal"])
+    def test_enough_failures(self, value):
+        """More than K failures: both are zero-sum."""
+        settings = care(f"rescue.num_negatives={value}", "max_negatives=2")
+        subgroup = subgroup_of(self.GROUP, settings)
+        assert [m.shaped_reward for m in subgroup.members] == pytest.approx([0.1, -0.05, -0.05])
+
+
+class TestDelta:
+    """care.rescue.delta and scale: the z-score cancels delta, so scale weakens a rescue."""
+
+    GROUP = make_group([wrong()] * 3)
+
+    def rescued(self, *overrides: str) -> GroupUpdate:
+        settings = care(*overrides)
+        return subgroup_update(subgroup_of(self.GROUP, settings), settings)
+
+    @pytest.mark.parametrize("delta", [0.1, 10])
+    def test_delta_cancels(self, delta):
+        """0.1 and 10 give the same advantages."""
+        assert advantages(self.rescued(f"rescue.delta={delta}")) == [2.0, -0.5, -0.5]
+
+    def test_scale(self):
+        """A quarter of the scale is a quarter of every advantage."""
+        assert advantages(self.rescued("rescue.scale=0.25")) == [0.5, -0.125, -0.125]
+
+    def test_scale_is_for_rescues_alone(self):
+        """An anchored group does not read it."""
+        assert advantages(update_of(care("rescue.scale=0.25"))) == [2.0, -0.5, -0.5]
+
+
+class TestDenominator:
+    """care.normalize_over: 1/|S*| over the whole step, or per group and then over groups."""
+
+    @pytest.mark.parametrize(
+        ("value", "shares"), [("step", [1 / 5] * 5), ("group", [1 / 6] * 3 + [1 / 4] * 2)]
+    )
+    def test_shares(self, value, shares):
+        """S* of 3 and of 2: each sequence's share of its advantage."""
+        updates = [update_of(care(), 2), update_of(care(), 1)]
+        engine, _ = train(updates, care={"normalize_over": value}, train={"micro_batch_size": 1})
+        found = [m.loss_arguments["advantages"].sum() for step in engine.steps for m in step]
+        sequences = [s for update in updates for s in update.sequences]
+        wanted = [s.advantage * share for s, share in zip(sequences, shares, strict=True)]
+        assert sorted(map(float, found)) == pytest.approx(sorted(wanted), rel=1e-5)
+
+
+class TestOutsideSStar:
+    """Eq. 7: A = 0 outside S: not forwarded, not trained."""
+
+    def test_only_s_star_reaches_the_engine(self):
+        """Of six rollouts with K = 2 the two others stay behind."""
+        rollouts = [right(think=i) if i < 3 else wrong(think=i) for i in range(6)]
+        settings = care("max_negatives=2")
+        group = make_group(rollouts)
+        update = subgroup_update(subgroup_of(group, settings), settings)
+        engine, scorer = train([update], [sampled_group(rollouts)], train={"num_iterations": 2})
+        assert [len(batch) for batch in scorer.scored] == [3, 3]
+        assert len(engine.trained_ids()) == 2 * 3
+
+
+class TestTagsAndEos:
+    """care.tag_weight: answer tags and EOS 1 and think tags like think, or one weight for all."""
+
+    @pytest.mark.parametrize(
+        ("overrides", "expected"),
+        [
+            ((), [0.005] * 3 + [1.0] * 4),
+            (("tag_weight=0",), [0, 0.005, 0, 0, 1, 0, 0]),
+            (("tag_weight=0.5",), [0.5, 0.005, 0.5, 0.5, 1, 0.5, 0.5]),
+        ],
+    )
+    def test_positive(self, overrides, expected):
+        """`<think>` t `</think>` `<answer>` t `</answer>` EOS."""
+        weights = region_weights(right(think=1, answer=1), True, care(*overrides))
+        assert weights.tolist() == pytest.approx(expected)
+
+    def test_negative(self):
+        """Think tags like think: 0 in a negative."""
+        weights = region_weights(wrong(think=1, answer=1), False, care())
+        assert weights.tolist() == [0, 0, 0, 1, 1, 1, 1]
+
+
+class TestSpansRow:
+    """Spans: by character offsets; the last complete answer pair; an unclosed think to the end."""
+
+    def test_last_pair_and_unclosed_think(self):
+        text = "<think>a <answer>1</answer> b <answer>2</answer> c <answer>3"
+        spans = parse_spans(text)
+        assert spans.think == (0, len(text))
+        assert spans.answer_content is not None and text[slice(*spans.answer_content)] == "2"
+
+
+class TestTags:
+    """prompt.think_tag and prompt.answer_tag."""
+
+    @pytest.mark.parametrize(
+        ("overrides", "think", "answer"),
+        [
+            ([], "think", "answer"),
+            (["prompt.think_tag=reasoning", "prompt.answer_tag=final"], "reasoning", "final"),
+        ],
+    )
+    def test_the_reflection_uses_them(self, overrides, think, answer):
+        """Sec. 8.2: <reasoning> for Qwen3-VL, in the prefix that reflection forces."""
+        prompt = load_config(None, overrides).prompt
+        assert (prompt.think_tag, prompt.answer_tag) == (think, answer)
+        sampler, engine = make_sampler(
+            prompt={"think_tag": think, "answer_tag": answer}, care={"reflection": {"cue": "c"}}
+        )
+        negative = wrong(text=f"<{think}>r</{think}><{answer}>3</{answer}>")
+        subgroup = make_subgroup(right(), [negative], reflect_on=0)
+        sampler.reflect([sampled_group([right(), negative])], [subgroup], 0)
+        assert "".join(map(chr, engine.requests[0].prefix_ids)) == f"<{think}>r\nc\n"
+
+
+class TestKl:
+    """loss.kl_coef and kl_estimator: k3 on all sampled tokens of S*, per sequence, then over S*."""
+
+    def test_defaults(self):
+        """beta = 0.02, k3."""
+        loss = load_config().loss
+        assert (loss.kl_coef, loss.kl_estimator) == (0.02, "k3")
+
+    @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
+    def test_estimators(self, estimator):
+        """All four are offered."""
+        loss = load_config(None, [f"loss.kl_estimator={estimator}"]).loss
+        assert loss.kl_estimator == estimator
+
+    def test_tokens_of_weight_zero_are_regularised_too(self):
+        """Every sampled token of S* has the same share of its sequence's KL."""
+        (_, negative, _) = update_of(care()).sequences
+        rows = loss_rows(negative, 1 / 3, load_config().loss)
+        assert (rows.advantages == 0).any()
+        assert rows.kl_weights is not None
+        length = len(negative.rollout.token_ids)
+        assert rows.kl_weights.tolist() == pytest.approx([0.02 / 3 / length] * length)
+
+    def test_a_skipped_group_has_no_kl(self):
+        """Only S* has KL rows: a skipped group adds none."""
+        trained, skipped = update_of(care()), update_of(care(), 1, right(reflected=True))
+        engine, _ = train([trained, skipped])
+        rows = engine.rows("kl_weights")
+        assert rows is not None and len(rows) == trained.num_tokens
+
+
+class TestOldPolicy:
+    """train.num_iterations and train.mini_batches: one step per batch needs no old log-probs."""
+
+    @pytest.mark.parametrize(
+        ("values", "scored"),
+        [({}, False), ({"num_iterations": 2}, True), ({"mini_batches": 2}, True)],
+    )
+    def test_when_old_is_current(self, values, scored):
+        """With one optimiser step the old policy is the current one: the ratio is 1."""
+        values = {"prompts_per_step": 2} | values
+        updates = [update_of(care()), update_of(care())]
+        engine, _ = train(updates, train=values, loss={"kl_coef": 0.0})
+        assert (engine.rows("old_log_probs") is not None) == scored
+        steps = values.get("num_iterations", 1) * values.get("mini_batches", 1)
+        assert len(engine.steps) == steps
+
+
+def test_a_response_that_only_answers_keeps_its_spans():
+    """Sanity of the builder these tests rely on: no think span, T_think = 0."""
+    rollout = make_rollout(think=None, answer=1)
+    assert rollout.spans == Spans(None, None, (0, 3), (1, 2))
