@@ -40,13 +40,18 @@ from care_train.algorithm.types import (
 
 def skip_before_forward(rollouts: tuple[Rollout, ...], settings: CareSettings) -> str | None:
     """Why a group needs no forward of the old policy (line 7); None where it does."""
-    if positives(rollouts, settings.positive):
-        return None if failures(rollouts, settings.positive) else "all_correct"
+    num_positives = len(positives(rollouts, settings.positive))
     num_failures = len(failures(rollouts, settings.positive))
-    if not settings.rescue.enabled or num_failures < 2:
-        return "all_wrong"
+    if num_positives:
+        if num_failures:
+            return None
+        return "all_correct" if num_positives == len(rollouts) else "no_failures"
+    all_wrong = num_failures == len(rollouts)
     # A partially correct rollout carries a real signal: rescue is for groups without any.
-    return None if num_failures == len(rollouts) else "no_positives"
+    rescuable = all_wrong or settings.partial == "literal"
+    if settings.rescue.enabled and rescuable and num_failures >= 2:
+        return None
+    return "all_wrong" if all_wrong else "no_positives"
 
 
 def select_subgroup(
@@ -68,6 +73,7 @@ def _anchored_subgroup(
     pool = failures(rollouts, settings.positive)
     anchor = select_anchor(rollouts, positives(rollouts, settings.positive), settings, generator)
     count = min(settings.max_negatives, len(pool))  # Eq. 3
+    assert group.embeddings is not None
     chosen = select_hard_negatives(pool, count, group.embeddings, anchor, settings, generator)
     subgroup = Subgroup(
         anchor=Member(rollouts[anchor], rollouts[anchor].reward, is_negative=False, index=anchor),
@@ -82,7 +88,7 @@ def _rescue_subgroup(
 ) -> Subgroup | str:
     rollouts, rescue = group.rollouts, settings.rescue
     pool = failures(rollouts, settings.positive)
-    assert group.log_prob_sums is not None, "a rescue needs the old policy's log-probs"
+    assert group.log_prob_sums is not None and group.embeddings is not None
     proxy = select_proxy_anchor(rollouts, pool, group.log_prob_sums, rescue)
     if proxy is None:
         return "no_proxy_anchor"
@@ -104,14 +110,13 @@ def subgroup_update(
 ) -> GroupUpdate:
     """Lines 15-19 and 26-41: advantages and token weights of S*, or why there are none."""
     if reflected is not None:
-        subgroup = merge_reflection(subgroup, reflected, settings.reflection)
+        subgroup = merge_reflection(subgroup, reflected, settings)
     num_negatives = count_negatives(subgroup, settings)  # line 26
     if num_negatives == 0:
         return skipped_update("no_negatives", rescued=subgroup.rescued)
     raw = _raw_advantages(subgroup, settings)
     factor = equalize_factor(num_negatives, settings.max_negatives) if settings.equalize else 1.0
-    if subgroup.rescued:
-        factor *= settings.rescue.scale
+    scale = factor * (settings.rescue.scale if subgroup.rescued else 1.0)
     clamped = settings.clamp_anchor and raw[0] < 0
     sequences = []
     for place, (member, raw_advantage) in enumerate(zip(subgroup.members, raw, strict=True)):
@@ -119,10 +124,9 @@ def subgroup_update(
         advantage = max(raw_advantage, 0.0) if is_anchor and clamped else raw_advantage
         if not is_anchor and _is_penalized(member, settings):
             advantage = scale_negative(raw_advantage, _scale_of(member, settings))
+        advantage *= scale
         if advantage != 0:  # S* = {i : A[y_i] != 0}
-            sequences.append(
-                _train_sequence(member, subgroup, factor * advantage, raw_advantage, settings)
-            )
+            sequences.append(_train_sequence(member, subgroup, advantage, raw_advantage, settings))
     return GroupUpdate(
         tuple(sequences),
         num_sequences=len(sequences),
@@ -170,7 +174,10 @@ def _train_sequence(
     is_anchor = member is subgroup.anchor
     # Line 40 reads acc: a pseudo-anchor is a failure, and its rationale earns nothing.
     weights = region_weights(
-        member.rollout, not member.is_negative and not subgroup.rescued, settings
+        member.rollout,
+        settings,
+        is_negative=member.is_negative,
+        earns_rationale=not member.is_negative and not subgroup.rescued,
     )
     if member.rollout.reflected:
         role = "reflected_failure" if member.is_negative else "reflected_success"

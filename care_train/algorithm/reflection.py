@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from care_train.algorithm.settings import ReflectionSettings
-from care_train.algorithm.spans import parse_spans
+from care_train.algorithm.selection import is_failure, is_positive
+from care_train.algorithm.settings import CareSettings, ReflectionSettings
 from care_train.algorithm.types import Member, Rollout, Subgroup
 
 
@@ -29,14 +29,14 @@ def reflection_prefix(negative: Rollout, cue: str, think_tag: str, answer_tag: s
     The think span stays open, so that the policy re-derives, and the failed answer is dropped. A
     failure that never thought contributes what it wrote before its answer.
     """
-    spans = parse_spans(negative.text, think_tag, answer_tag)
-    if spans.think_content is not None:
-        start, end = spans.think_content
-    else:
-        start, end = 0, len(negative.text)
-    if spans.answer is not None and spans.answer[0] >= start:
-        end = min(end, spans.answer[0])
-    return repair_prefix(negative.text[start:end], cue, think_tag)
+    before, opening, after = negative.text.partition(f"<{think_tag}>")
+    rationale = after if opening else before
+    for end in (f"</{think_tag}>", f"<{answer_tag}>"):
+        rationale = rationale.partition(end)[0]
+    # A tag left over would close or reopen the span that the cue belongs to.
+    for stray in (f"<{think_tag}>", f"</{answer_tag}>"):
+        rationale = rationale.replace(stray, "")
+    return repair_prefix(rationale, cue, think_tag)
 
 
 def repair_prefix(failed_rationale: str, cue: str, think_tag: str) -> str:
@@ -44,21 +44,21 @@ def repair_prefix(failed_rationale: str, cue: str, think_tag: str) -> str:
     return f"<{think_tag}>{failed_rationale.strip()}\n{cue}\n"
 
 
-def merge_reflection(
-    subgroup: Subgroup, reflected: Rollout, settings: ReflectionSettings
-) -> Subgroup:
+def merge_reflection(subgroup: Subgroup, reflected: Rollout, settings: CareSettings) -> Subgroup:
     """Lines 15-19: a verified repair replaces its negative; a failed one joins S.
 
-    The reflected rollout never becomes the anchor. One with 0 < acc < 1 is neither and is dropped.
+    The reflected rollout never becomes the anchor. One with 0 < acc < 1 is neither and is dropped,
+    unless `partial` is `literal`, where all that is not a success has failed.
     """
     position = subgroup.reflect_on
     assert position is not None
-    succeeded = reflected.accuracy == 1
-    if not succeeded and reflected.accuracy != 0:
+    succeeded = is_positive(reflected, settings.positive)
+    failed = is_failure(reflected, settings.positive) or settings.partial == "literal"
+    if not succeeded and not failed:
         return subgroup
     member = Member(reflected, reflected.reward, is_negative=not succeeded)
     others = list(subgroup.others)
-    if succeeded or settings.on_failure == "replace":
+    if succeeded or settings.reflection.on_failure == "replace":
         others[position] = member
     else:
         others.append(member)

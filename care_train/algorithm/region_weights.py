@@ -6,7 +6,9 @@ from care_train.algorithm.settings import CareSettings
 from care_train.algorithm.types import Rollout
 
 
-def region_weights(rollout: Rollout, is_positive: bool, settings: CareSettings) -> torch.Tensor:
+def region_weights(
+    rollout: Rollout, settings: CareSettings, *, is_negative: bool, earns_rationale: bool
+) -> torch.Tensor:
     """w_{i,t}: [T] fp32 over the response's sampled tokens.
 
     Answer tokens weigh 1; rationale tokens gamma+ in a positive and 0 in a negative. Tags weigh
@@ -14,16 +16,19 @@ def region_weights(rollout: Rollout, is_positive: bool, settings: CareSettings) 
 
     Args:
         rollout: the response.
-        is_positive: whether its rationale earns credit: acc = 1, and no pseudo-anchor.
-        settings: think_weight, tag_weight, malformed.
+        settings: think_weight, tag_weight, malformed, malformed_when.
+        is_negative: whether it is a negative of its subgroup.
+        earns_rationale: whether its rationale tokens weigh gamma+: acc = 1 (line 40), so neither a
+            negative nor a pseudo-anchor.
     """
     num_tokens = len(rollout.token_ids)
     spans = rollout.spans
-    if not spans.well_formed:
-        return torch.full((num_tokens,), _malformed_weight(is_positive, settings))
+    broken = settings.malformed_when == "bad_format" and rollout.format_score < 1
+    if not spans.well_formed or (broken and is_negative):
+        return torch.full((num_tokens,), _malformed_weight(is_negative, settings))
     weights = torch.zeros(num_tokens)
     tag = settings.tag_weight
-    think_weight = settings.think_weight if is_positive else 0.0
+    think_weight = settings.think_weight if earns_rationale else 0.0
     if spans.think is not None:
         weights[slice(*spans.think)] = think_weight if tag is None else tag
     if spans.think_content is not None:
@@ -47,7 +52,7 @@ def token_advantages(advantage: float, normalized_weights: torch.Tensor) -> torc
     return advantage * normalized_weights
 
 
-def _malformed_weight(is_positive: bool, settings: CareSettings) -> float:
+def _malformed_weight(is_negative: bool, settings: CareSettings) -> float:
     if settings.malformed == "uniform":
         return 1.0
-    return 1.0 if settings.malformed == "penalize" and not is_positive else 0.0
+    return 1.0 if settings.malformed == "penalize" and is_negative else 0.0

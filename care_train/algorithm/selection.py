@@ -14,18 +14,24 @@ from care_train.algorithm.settings import CareSettings, RescueSettings, Selector
 from care_train.algorithm.types import Rollout
 
 
+def is_positive(rollout: Rollout, by: str = "accuracy") -> bool:
+    """acc = 1 (Eq. 2), or reward > 0 where `by` is "reward"."""
+    return rollout.reward > 0 if by == "reward" else rollout.accuracy == 1
+
+
+def is_failure(rollout: Rollout, by: str = "accuracy") -> bool:
+    """acc = 0 (Sec. 3.3), or reward <= 0 where `by` is "reward"."""
+    return rollout.reward <= 0 if by == "reward" else rollout.accuracy == 0
+
+
 def positives(rollouts: Sequence[Rollout], by: str = "accuracy") -> list[int]:
-    """P: indices with acc = 1 (Eq. 2), or with reward > 0 where `by` is "reward"."""
-    if by == "reward":
-        return [i for i, rollout in enumerate(rollouts) if rollout.reward > 0]
-    return [i for i, rollout in enumerate(rollouts) if rollout.accuracy == 1]
+    """P: indices of the positives."""
+    return [i for i, rollout in enumerate(rollouts) if is_positive(rollout, by)]
 
 
 def failures(rollouts: Sequence[Rollout], by: str = "accuracy") -> list[int]:
-    """F: indices with acc = 0 (Sec. 3.3), or with reward <= 0 where `by` is "reward"."""
-    if by == "reward":
-        return [i for i, rollout in enumerate(rollouts) if rollout.reward <= 0]
-    return [i for i, rollout in enumerate(rollouts) if rollout.accuracy == 0]
+    """F: indices of the failures."""
+    return [i for i, rollout in enumerate(rollouts) if is_failure(rollout, by)]
 
 
 def select_anchor(
@@ -73,14 +79,14 @@ def pool_rationale(hidden: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
 
 
 def cosine_distances(embeddings: torch.Tensor, anchor: int) -> torch.Tensor:
-    """Eq. 4: d_cos(i) = 1 - h_i . h_anchor, [G] from unit embeddings [G, D]."""
-    return 1.0 - embeddings @ embeddings[anchor]
+    """Eq. 4: d_cos(i) = 1 - h_i . h_anchor, [G] fp64 from unit embeddings [G, D]."""
+    return _round(1.0 - embeddings.double() @ embeddings[anchor].double())
 
 
 def select_hard_negatives(
     pool: Sequence[int],
     count: int,
-    embeddings: torch.Tensor | None,
+    embeddings: torch.Tensor,
     anchor: int,
     settings: CareSettings,
     generator: torch.Generator | None = None,
@@ -90,7 +96,7 @@ def select_hard_negatives(
     Args:
         pool: indices of failures.
         count: K', at most len(pool).
-        embeddings: [G, D] unit vectors; may be None for `random`.
+        embeddings: [G, D] unit vectors.
         anchor: index of the anchor.
         settings: selector, preselect_size and farthest_first_start.
         generator: for `random`.
@@ -98,8 +104,7 @@ def select_hard_negatives(
     assert count <= len(pool)
     if settings.selector == "random":
         order = torch.randperm(len(pool), generator=generator).tolist()
-        return [pool[i] for i in order[:count]]
-    assert embeddings is not None, f"selector {settings.selector} needs rationale embeddings"
+        pool = [pool[i] for i in order[:count]]
     distance = cosine_distances(embeddings, anchor).tolist()
     ranked = sorted(pool, key=lambda i: (distance[i], i))
     if settings.selector == "cosine_diverse" and settings.preselect_size > count:
@@ -124,7 +129,7 @@ def farthest_first(
     if count >= len(ranked):
         return list(ranked)
     vectors = embeddings[list(ranked)]
-    between = 1.0 - vectors @ vectors.T
+    between = _round(1.0 - vectors.double() @ vectors.double().T)
     chosen = [0 if start == "nearest" else len(ranked) - 1]
     while len(chosen) < count:
         gap = between[:, chosen].min(dim=1).values
@@ -169,6 +174,11 @@ def select_proxy_anchor(
         return sums[i] / tokens if settings.score == "mean" else sums[i]
 
     return max(pool, key=lambda i: (score(i), -i))
+
+
+def _round(distances: torch.Tensor) -> torch.Tensor:
+    """To what fp32 embeddings resolve: equal rationales must tie, not differ in a last bit."""
+    return distances.round(decimals=6)
 
 
 def _randint(high: int, generator: torch.Generator | None) -> int:

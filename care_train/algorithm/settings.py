@@ -84,6 +84,10 @@ class CareSettings:
     """Where the farthest-first pass starts: the hardest negative, or the easiest (`official`)."""
     positive: Literal["accuracy", "reward"] = "accuracy"
     """What a positive is: acc = 1 (Eq. 2), or reward > 0 (`official`)."""
+    partial: Literal["neither", "literal"] = "neither"
+    """0 < acc < 1: neither positive nor failure, so that a group holding one is not rescued and a
+    reflection scoring so is dropped; or as Algorithm 1 branches (`literal`): such a reflection
+    failed, and a group without positives is rescued."""
     anchor: Literal["shortest_think", "random"] = "shortest_think"
     """The anchor among the positives: Eq. 2, or a random one (Sec. 9.2's control)."""
     anchor_prefers_format: bool = True
@@ -102,8 +106,12 @@ class CareSettings:
     tag_weight: float | None = None
     """Weight of tag and EOS tokens. None: answer tags and EOS 1, think tags like the rationale."""
     malformed: Literal["penalize", "ignore", "uniform"] = "penalize"
-    """A rollout without a complete answer span: negatives get weight 1 on every token and positives
-    0 (`penalize`), both get 0 (`ignore`: Algorithm 1 to the letter), or both 1 (`uniform`)."""
+    """A malformed rollout: negatives get weight 1 on every token and positives 0 (`penalize`), both
+    get 0 (`ignore`: Algorithm 1 to the letter), or both 1 (`uniform`)."""
+    malformed_when: Literal["no_answer", "bad_format"] = "no_answer"
+    """Malformed is a rollout without a complete answer span, or any with fmt < 1: a policy that
+    still breaks its think tags is corrected only by the second, for a negative's rationale weighs
+    0. Under `bad_format` a correct rollout keeps its region weights."""
     normalize_over: Literal["step", "group"] = "step"
     """1/|S*| over the whole optimiser step, on all ranks, or per group and then over groups."""
     robust: bool = False
@@ -149,6 +157,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "literal": {
         "care": {
+            "partial": "literal",
             "anchor_prefers_format": False,
             "count_negatives_by": "reward",
             "clamp_anchor": False,

@@ -45,11 +45,12 @@ def _first_pair(text: str, tag: str) -> tuple[CharRange | None, CharRange | None
 
 def _last_pair(text: str, tag: str) -> tuple[CharRange | None, CharRange | None]:
     opening, closing = f"<{tag}>", f"</{tag}>"
-    end = text.rfind(closing)
-    start = text.rfind(opening, 0, end) if end >= 0 else -1
+    start = text.rfind(opening, 0, max(text.rfind(closing), 0))
     if start < 0:
         return None, None
-    return (start, end + len(closing)), (start + len(opening), end)
+    inner = start + len(opening)
+    end = text.find(closing, inner)
+    return (start, end + len(closing)), (inner, end)
 
 
 def token_spans(spans: TextSpans, token_ends: Sequence[int], num_prefix_tokens: int = 0) -> Spans:
@@ -60,7 +61,7 @@ def token_spans(spans: TextSpans, token_ends: Sequence[int], num_prefix_tokens: 
         token_ends: for each token of prefix and response, where its text ends: non-decreasing
             character offsets. EOS, which has no text, may be left out.
         num_prefix_tokens: how many of these were forced; ranges are relative to the first sampled
-            token, and a range that ends before it is None.
+            token, and a range that ends with the prefix or before is None.
     """
 
     def to_tokens(span: CharRange | None) -> tuple[int, int] | None:
@@ -74,7 +75,7 @@ def token_spans(spans: TextSpans, token_ends: Sequence[int], num_prefix_tokens: 
             max(first - num_prefix_tokens, 0),
             min(last, len(token_ends)) - num_prefix_tokens,
         )
-        return (first, last) if last >= first else None
+        return (first, last) if last > 0 or not num_prefix_tokens else None
 
     answer = to_tokens(spans.answer)
     return Spans(

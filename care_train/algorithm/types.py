@@ -135,7 +135,8 @@ class GroupUpdate:
     num_tokens: int
     """Their response tokens."""
     skipped: str | None = None
-    """The reason a group was skipped: all_correct | no_negatives | no_proxy_anchor | no_signal."""
+    """Why a group was skipped: all_correct | no_failures | all_wrong | no_positives |
+    no_negatives | no_proxy_anchor | no_signal."""
     num_negatives: int = 0
     """K_S."""
     equalize_factor: float = 1.0

@@ -27,6 +27,7 @@ _KEYS = (
     "anchor_clamped",
     "trained_sequences",
     "reflections",
+    "reflection_skipped",
     "reflection_success/reflections",
     "_trained_groups",
     "num_negatives/_trained_groups",
@@ -53,6 +54,7 @@ class StepStatistics:
         groups: Sequence[SampledGroup],
         updates: Sequence[GroupUpdate],
         reflected: Sequence[Rollout | None],
+        num_reflections_wanted: int,
         results: Sequence[StepResult],
     ) -> None:
         # Every rank sums the same keys, whatever its share of the batch holds.
@@ -60,6 +62,7 @@ class StepStatistics:
         repairs = [rollout for rollout in reflected if rollout is not None]
         self._count_rollouts(groups, repairs)
         self._count_groups(groups, updates, repairs)
+        self._add("reflection_skipped", num_reflections_wanted - len(repairs))
         self._count_rows(results)
 
     def reduce(self, device: torch.device) -> dict[str, float]:

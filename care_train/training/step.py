@@ -57,6 +57,7 @@ class TrainStep:
         groups = self._sample(draw, step)
         clock.mark("generate")
         reflected: list[Rollout | None] = [None] * len(groups)
+        num_wanted = 0
         if self._config.algorithm == "care":
             scored = self._scorer.score_groups(groups)
             clock.mark("old_forward")
@@ -64,6 +65,10 @@ class TrainStep:
                 care.select_subgroup(group, self._config.care, self._generator(sampled, step))
                 for sampled, group in zip(groups, scored, strict=True)
             ]
+            num_wanted = sum(
+                not isinstance(subgroup, str) and subgroup.reflect_on is not None
+                for subgroup in subgroups
+            )
             reflected = self._sampler.reflect(groups, subgroups, step)
             updates = [
                 _care_update(subgroup, self._config, rollout)
@@ -74,7 +79,7 @@ class TrainStep:
             updates = [self._baseline_update(group) for group in groups]
         results = self._updater.update(groups, updates)
         clock.mark("update")
-        statistics = StepStatistics(groups, updates, reflected, results)
+        statistics = StepStatistics(groups, updates, reflected, num_wanted, results)
         values = statistics.reduce(self._engine.device) | clock.seconds
         values["learning_rate"] = self._engine.learning_rate
         values["tokens_per_second"] = values["decoded_tokens"] / max(clock.total, 1e-9)
