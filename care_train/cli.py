@@ -33,7 +33,7 @@ plain Hugging Face folder), learning_curves.png and report.md.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; user errors print one line and exit with 2."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         config = load_config(_config_path(options), options.overrides)
         _run(options.command, config)
@@ -41,6 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"care-train {options.command}: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options and overrides in any order, which argparse alone does not take."""
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if unknown := [argument for argument in more if argument.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += more
+    return options
 
 
 def _run(command: str, config: Config) -> None:

@@ -106,6 +106,21 @@ class TestSubgroup:
         assert (skip_before_forward(tuple(rollouts), settings) is not None) == skips
         assert isinstance(select_subgroup(make_group(rollouts), settings), str) == skips
 
+    @pytest.mark.parametrize(
+        ("accuracies", "reason"),
+        [
+            ((1, 1), "all_correct"),
+            ((1, 0.5), "no_failures"),
+            ((0,), "all_wrong"),
+            ((0, 0.5), "no_positives"),
+            ((0.5, 0.5), "no_positives"),
+        ],
+    )
+    def test_the_reason_is_true(self, accuracies, reason):
+        """A group is called all right or all wrong only where every rollout is."""
+        group = make_group([make_rollout(float(accuracy)) for accuracy in accuracies])
+        assert select_subgroup(group, SETTINGS) == reason
+
 
 class TestAdvantages:
     """Lines 26-39."""
@@ -260,3 +275,14 @@ class TestCredit:
         assert isinstance(subgroup, Subgroup)
         weights = subgroup_update(subgroup, SETTINGS).sequences[0].token_weights
         assert weights.tolist() == pytest.approx([0.0] * 5 + [0.2] * 5)
+
+    def test_a_malformed_pseudo_anchor_earns_nothing(self):
+        """Its advantage is positive: with weights, broken output would be rewarded."""
+        rescue = RescueSettings(require_format=False)
+        settings = replace(SETTINGS, rescue=rescue)
+        group = make_group([broken(), wrong(), wrong()], log_prob_sums=[-1.0, -90.0, -90.0])
+        subgroup = select_subgroup(group, settings)
+        assert isinstance(subgroup, Subgroup)
+        sequence = subgroup_update(subgroup, settings).sequences[0]
+        assert sequence.role == "proxy_anchor" and sequence.advantage > 0
+        assert sequence.token_weights.tolist() == [0.0] * 6

@@ -16,6 +16,7 @@ from care_train.algorithm.spans import parse_spans
 from care_train.algorithm.types import GroupUpdate, Spans, Subgroup, TrainSequence
 from care_train.config import load_config
 from care_train.training.loss import loss_rows
+from care_train.training.statistics import StepStatistics
 from tests.algorithm.builders import (
     broken,
     indices,
@@ -28,6 +29,7 @@ from tests.algorithm.builders import (
 )
 from tests.algorithm.fakes import PROMPT, THINK_ID, make_sampler, sampled_group, train
 
+SELECTORS = ("cosine_diverse", "cosine_topk", "random", "nearest", "mixed", "farthest")
 ROOT2, ROOT3 = math.sqrt(2), math.sqrt(3)
 
 
@@ -64,6 +66,27 @@ class TestPositiveAndFailure:
     def test_reward(self):
         """By reward > 0 the well-formed wrong answer becomes the anchor."""
         assert indices(subgroup_of(self.GROUP, care("positive=reward"))) == [0, 3]
+
+
+class TestPartial:
+    """care.partial: 0 < acc < 1 is neither, or not positive as Algorithm 1 branches."""
+
+    GROUP = make_group([wrong(), wrong(), make_rollout(0.5)])
+    REFLECTED = make_rollout(0.5, 1.0, reflected=True)
+
+    def test_neither(self):
+        """No rescue of a group with a partial answer; a partial reflection is dropped."""
+        assert select_subgroup(self.GROUP, care()) == "no_positives"
+        update = update_of(care(), reflected=self.REFLECTED)
+        assert [s.role for s in update.sequences] == ["anchor", "negative", "negative"]
+
+    def test_literal(self):
+        """Line 21 rescues where P is empty, from F alone; line 17 calls the reflection failed."""
+        settings = care("partial=literal")
+        subgroup = subgroup_of(self.GROUP, settings)
+        assert subgroup.rescued and sorted(i or 0 for i in indices(subgroup)) == [0, 1]
+        update = update_of(settings, reflected=self.REFLECTED)
+        assert [s.role for s in update.sequences][-1] == "reflected_failure"
 
 
 class TestLambda:
@@ -123,6 +146,16 @@ class TestMalformed:
         by_role = {s.role: s for s in update.sequences if not s.rollout.spans.well_formed}
         for role, weight in (("anchor", anchor), ("negative", negative)):
             assert by_role[role].token_weights.tolist() == pytest.approx([weight] * 6)
+
+    @pytest.mark.parametrize(
+        ("value", "weights"), [("no_answer", [0] * 3 + [0.25] * 4), ("bad_format", [1 / 7] * 7)]
+    )
+    def test_when(self, value, weights):
+        """care.malformed_when: no answer span, or fmt < 1 too (here: an answer, but no format)."""
+        negative = make_rollout(0.0, 0.0, think=1, answer=1)
+        settings = care(f"malformed_when={value}")
+        update = subgroup_update(make_subgroup(right(), [negative]), settings)
+        assert update.sequences[1].token_weights.tolist() == pytest.approx(weights)
 
 
 class TestPreselection:
@@ -205,6 +238,17 @@ class TestReflectingNegative:
         assert subgroup.reflect_on is not None
         assert subgroup.others[subgroup.reflect_on].index == 2
 
+    @pytest.mark.parametrize("selector", SELECTORS)
+    def test_nearest_whatever_the_selector(self, selector):
+        """The smallest d_cos of N, also where N was drawn at random."""
+        settings = care("max_negatives=2", f"selector={selector}")
+        distances = {1: 50, 2: 20, 3: 30}
+        for seed in range(10):
+            subgroup = subgroup_of(self.GROUP, settings, seed)
+            assert subgroup.reflect_on is not None
+            chosen = [distances[member.index or 0] for member in subgroup.others]
+            assert chosen[subgroup.reflect_on] == min(chosen)
+
     def test_random(self):
         """Any of N."""
         settings = care("reflection.negative=random")
@@ -255,7 +299,7 @@ class TestReflectionContext:
     REFLECTED = right(think=1, answer=1, reflected=True, prefix_ids=(7, 8, 9))
 
     def trained(self, context: str):
-        weights = region_weights(self.REFLECTED, True, care())
+        weights = region_weights(self.REFLECTED, care(), is_negative=False, earns_rationale=True)
         sequence = TrainSequence(self.REFLECTED, 1.0, weights, "reflected_success")
         update = GroupUpdate((sequence,), 1, len(self.REFLECTED.token_ids))
         return train(
@@ -303,6 +347,13 @@ class TestReflectionOverTheLimit:
         reflected, engine = self.reflect(30)
         assert reflected[0] is not None and reflected[1] is None
         assert len(engine.requests) == 1
+
+    def test_it_is_counted(self):
+        """Wanted less sampled, reported as reflection_skipped."""
+        reflected, _ = self.reflect(30)
+        statistics = StepStatistics([], [], reflected, 2, [])
+        values = statistics.reduce(torch.device("cpu"))
+        assert (values["reflection_skipped"], values["reflections"]) == (1, 1)
 
     def test_within_the_limit_both_reflect(self):
         """And whole: nothing is cut from the prefix."""
@@ -544,6 +595,15 @@ class TestDelta:
         """A quarter of the scale is a quarter of every advantage."""
         assert advantages(self.rescued("rescue.scale=0.25")) == [0.5, -0.125, -0.125]
 
+    def test_scale_is_no_equalisation(self):
+        """The factor reported is sqrt(K / K_S) alone."""
+        assert self.rescued("rescue.scale=0.25").equalize_factor == pytest.approx(ROOT2)
+
+    def test_scale_zero_trains_nothing(self):
+        """Eq. 12: S* = {A != 0}, or the KL would still pull at them."""
+        update = self.rescued("rescue.scale=0")
+        assert update.sequences == () and update.skipped == "no_signal"
+
     def test_scale_is_for_rescues_alone(self):
         """An anchored group does not read it."""
         assert advantages(update_of(care("rescue.scale=0.25"))) == [2.0, -0.5, -0.5]
@@ -592,12 +652,16 @@ class TestTagsAndEos:
     )
     def test_positive(self, overrides, expected):
         """`<think>` t `</think>` `<answer>` t `</answer>` EOS."""
-        weights = region_weights(right(think=1, answer=1), True, care(*overrides))
+        weights = region_weights(
+            right(think=1, answer=1), care(*overrides), is_negative=False, earns_rationale=True
+        )
         assert weights.tolist() == pytest.approx(expected)
 
     def test_negative(self):
         """Think tags like think: 0 in a negative."""
-        weights = region_weights(wrong(think=1, answer=1), False, care())
+        weights = region_weights(
+            wrong(think=1, answer=1), care(), is_negative=True, earns_rationale=False
+        )
         assert weights.tolist() == [0, 0, 0, 1, 1, 1, 1]
 
 

@@ -9,7 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from care_train.algorithm.care import select_subgroup, subgroup_update
-from care_train.algorithm.selection import select_anchor, select_proxy_anchor
+from care_train.algorithm.selection import (
+    select_anchor,
+    select_hard_negatives,
+    select_proxy_anchor,
+)
 from care_train.algorithm.settings import CareSettings, ReflectionSettings, RescueSettings
 from care_train.algorithm.types import RolloutGroup, Subgroup
 from tests.algorithm.builders import indices, make_group, make_rollout, right, wrong
@@ -51,6 +55,19 @@ class TestTies:
         group = RolloutGroup((right(), *[wrong()] * 4), vectors)
         care = replace(SETTINGS, max_negatives=3, selector="cosine_topk")
         assert indices(subgroup_of(group, care)) == [0, 3, 1, 2]
+
+    @pytest.mark.parametrize("selector", ["cosine_topk", "cosine_diverse"])
+    @pytest.mark.parametrize("width", [8, 64, 896])
+    def test_equal_rationales(self, selector, width):
+        """Identical embeddings tie, whatever the last bit of their products is."""
+        care = replace(SETTINGS, selector=selector)
+        for seed in range(8):
+            generator = torch.Generator().manual_seed(seed)
+            row = torch.nn.functional.normalize(torch.randn(width, generator=generator), dim=0)
+            for size in (6, 9, 16):
+                rows = row.repeat(size, 1)
+                chosen = select_hard_negatives(range(1, size), 4, rows, 0, care)
+                assert chosen == [1, 2, 3, 4]
 
     @pytest.mark.parametrize("score", ["mean", "sum"])
     def test_pseudo_anchor(self, score):

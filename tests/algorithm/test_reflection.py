@@ -10,11 +10,12 @@ from care_train.algorithm.reflection import (
     merge_reflection,
     reflection_prefix,
 )
-from care_train.algorithm.settings import ReflectionSettings
+from care_train.algorithm.settings import CareSettings, ReflectionSettings
 from care_train.algorithm.spans import parse_spans
 from tests.algorithm.builders import make_rollout, make_subgroup, right, wrong
 
 SETTINGS = ReflectionSettings()
+CARE = CareSettings()
 NEGATIVES = [wrong(verdict="a"), wrong(verdict="b"), wrong(verdict="c")]
 SUBGROUP = make_subgroup(right(), NEGATIVES, reflect_on=0)
 PREFIX = "<think>the sides are equal\nlook again:\n"
@@ -66,8 +67,26 @@ def test_the_default_cue_is_the_papers():
         "<think>the sides are equal",
         "the sides are equal <answer>3</answer>",
         "the sides are equal",
+        "the sides are equal</think> <answer>3</answer>",
+        "<think>the sides are equal<answer>1</answer> no <answer>2</answer>",
+        "<think>the sides are equal<answer>1",
+        "the sides are equal<answer>1</answer> no <answer>2</answer>",
+        "<think>the sides <think>are equal</answer></think>",
     ],
-    ids=["plain", "blanks", "unclosed", "answer inside", "cut", "never thought", "no tags"],
+    ids=[
+        "plain",
+        "blanks",
+        "unclosed",
+        "answer inside",
+        "cut",
+        "never thought",
+        "no tags",
+        "never opened",
+        "two answers",
+        "answer cut",
+        "never thought, two answers",
+        "stray tags",
+    ],
 )
 def test_the_prompt_is_failed_rationale_and_cue_with_think_left_open(text):
     """Line 13: `<think>`, what the failure reasoned, the cue; its answer is dropped."""
@@ -103,7 +122,7 @@ def test_the_reflected_response_continues_the_open_rationale():
 def test_a_success_replaces_its_negative():
     """Lines 15-16: S loses the failure it came from and gains a positive with its own reward."""
     repaired = right(reflected=True)
-    merged = merge_reflection(replace(SUBGROUP, reflect_on=1), repaired, SETTINGS)
+    merged = merge_reflection(replace(SUBGROUP, reflect_on=1), repaired, CARE)
     assert [m.rollout for m in merged.others] == [NEGATIVES[0], repaired, NEGATIVES[2]]
     assert [m.is_negative for m in merged.others] == [True, False, True]
     assert merged.others[1].shaped_reward == repaired.reward
@@ -113,14 +132,14 @@ def test_a_success_replaces_its_negative():
 def test_a_success_without_format_is_a_success():
     """Line 15 reads acc alone."""
     repaired = make_rollout(1.0, 0.0, reflected=True)
-    merged = merge_reflection(SUBGROUP, repaired, SETTINGS)
+    merged = merge_reflection(SUBGROUP, repaired, CARE)
     assert merged.num_negatives == 2 and not merged.others[0].is_negative
 
 
 def test_a_failure_joins_the_subgroup():
     """Lines 17-18: S keeps the original failure and gains the reflected one."""
     failed = wrong(reflected=True)
-    merged = merge_reflection(SUBGROUP, failed, SETTINGS)
+    merged = merge_reflection(SUBGROUP, failed, CARE)
     assert [m.rollout for m in merged.others] == [*NEGATIVES, failed]
     assert merged.num_negatives == 4
 
@@ -128,7 +147,8 @@ def test_a_failure_joins_the_subgroup():
 def test_a_failure_may_replace_its_negative():
     """`on_failure: replace`: the released code's rule."""
     failed = wrong(reflected=True)
-    merged = merge_reflection(SUBGROUP, failed, replace(SETTINGS, on_failure="replace"))
+    care = replace(CARE, reflection=replace(SETTINGS, on_failure="replace"))
+    merged = merge_reflection(SUBGROUP, failed, care)
     assert [m.rollout for m in merged.others] == [failed, *NEGATIVES[1:]]
     assert merged.others[0].is_negative
 
@@ -136,11 +156,29 @@ def test_a_failure_may_replace_its_negative():
 def test_a_partly_correct_reflection_is_neither():
     """0 < acc < 1 is neither success nor failure, and S stays as it was."""
     partial = make_rollout(0.5, 1.0, reflected=True)
-    assert merge_reflection(SUBGROUP, partial, SETTINGS) == SUBGROUP
+    assert merge_reflection(SUBGROUP, partial, CARE) == SUBGROUP
+
+
+def test_a_partly_correct_reflection_failed_to_the_letter():
+    """care.partial: literal: lines 15-18 know success and failure only."""
+    partial = make_rollout(0.5, 1.0, reflected=True)
+    merged = merge_reflection(SUBGROUP, partial, replace(CARE, partial="literal"))
+    assert merged.others[-1].rollout is partial and merged.others[-1].is_negative
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "format_score", "success"), [(0.0, 1.0, True), (0.5, 0.0, True), (0, 0, False)]
+)
+def test_success_by_reward(accuracy, format_score, success):
+    """care.positive: reward counts reward > 0 as success, for reflections as for rollouts."""
+    reflected = make_rollout(accuracy, format_score, reflected=True)
+    merged = merge_reflection(SUBGROUP, reflected, replace(CARE, positive="reward"))
+    assert (merged.others[0].rollout is reflected) == success
+    assert len(merged.others) == (3 if success else 4)
 
 
 @pytest.mark.parametrize("accuracy", [0.0, 1.0])
 def test_the_anchor_stays(accuracy):
     """A reflected rollout never becomes the anchor, however short and well-formed."""
     reflected = make_rollout(accuracy, 1.0, think=0, answer=0, reflected=True)
-    assert merge_reflection(SUBGROUP, reflected, SETTINGS).anchor is SUBGROUP.anchor
+    assert merge_reflection(SUBGROUP, reflected, CARE).anchor is SUBGROUP.anchor

@@ -21,7 +21,13 @@ SETTINGS = CareSettings()
 
 
 def weights(rollout, is_positive, **changes) -> list[float]:
-    values = region_weights(rollout, is_positive, replace(SETTINGS, **changes))
+    """Of a positive, or of a negative; a pseudo-anchor is tested apart."""
+    values = region_weights(
+        rollout,
+        replace(SETTINGS, **changes),
+        is_negative=not is_positive,
+        earns_rationale=is_positive,
+    )
     assert values.dtype == torch.float32
     return pytest.approx(values.tolist())
 
@@ -89,6 +95,33 @@ def test_a_response_without_answer_span(malformed, positive, negative):
     """care.malformed: what each token of a response without a complete answer pair weighs."""
     assert weights(broken(), True, malformed=malformed) == [positive] * 6
     assert weights(broken(), False, malformed=malformed) == [negative] * 6
+
+
+@pytest.mark.parametrize(("malformed", "weight"), [("penalize", 0), ("ignore", 0), ("uniform", 1)])
+def test_a_malformed_pseudo_anchor_earns_nothing(malformed, weight):
+    """A pseudo-anchor is rewarded: where malformed, as a positive is, on no token."""
+    settings = replace(SETTINGS, malformed=malformed)
+    found = region_weights(broken(), settings, is_negative=False, earns_rationale=False)
+    assert found.tolist() == [weight] * 6
+
+
+@pytest.mark.parametrize(("malformed", "weight"), [("penalize", 1), ("ignore", 0), ("uniform", 1)])
+def test_a_negative_of_bad_format(malformed, weight):
+    """care.malformed_when: bad_format: a negative with fmt < 1 is malformed, answer or not."""
+    negative = make_rollout(0.0, 0.0, think=2, answer=1)
+    plain = [0.0] * 4 + [1.0] * 4
+    assert weights(negative, False, malformed=malformed) == plain
+    changes = {"malformed": malformed, "malformed_when": "bad_format"}
+    assert weights(negative, False, **changes) == [weight] * 8
+    assert weights(wrong(think=2, answer=1), False, **changes) == plain
+
+
+@pytest.mark.parametrize("malformed", ["penalize", "ignore", "uniform"])
+def test_a_positive_of_bad_format_keeps_its_regions(malformed):
+    """care.malformed_when: bad_format is about negatives: a correct answer is still credited."""
+    positive = make_rollout(1.0, 0.0, think=2, answer=1)
+    changes = {"malformed": malformed, "malformed_when": "bad_format"}
+    assert weights(positive, True, **changes) == [GAMMA] * 4 + [1.0] * 4
 
 
 def test_a_response_of_eos_alone_is_malformed():

@@ -152,17 +152,19 @@ def test_mixed_takes_half_near_and_half_far(count, expected):
     assert select([0, 80, 10, -30, 170, 60], count, selector="mixed") == expected
 
 
-def test_random_takes_distinct_failures_and_needs_no_embeddings():
-    """Figure 5's RANDOM: K' different members of the pool, the same ones for the same seed."""
+def test_random_takes_distinct_failures_nearest_first():
+    """Figure 5's RANDOM: K' different members of the pool, in the order reflection relies on."""
     settings = replace(SETTINGS, selector="random")
+    vectors = unit_vectors([0, 40, 0, 30, 20, 0, 50, 10])
+    nearest_first = [7, 4, 3, 1, 6]
 
     def draw(seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
-        return select_hard_negatives([1, 3, 4, 6, 7], 3, None, 0, settings, generator)
+        return select_hard_negatives([1, 3, 4, 6, 7], 3, vectors, 0, settings, generator)
 
     drawn = [draw(seed) for seed in range(60)]
-    assert all(len(set(one)) == 3 for one in drawn)
-    assert {i for one in drawn for i in one} == {1, 3, 4, 6, 7}
+    assert {frozenset(one) for one in drawn} > {frozenset([7, 4, 3]), frozenset([3, 1, 6])}
+    assert all(one == [i for i in nearest_first if i in one] and len(one) == 3 for one in drawn)
     assert drawn == [draw(seed) for seed in range(60)]
 
 

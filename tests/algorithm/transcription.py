@@ -28,15 +28,14 @@ class Choices:
     eps_w: float = 1e-8
 
     positive_is: str = "acc is 1"  # or: "reward above 0"
+    partial_is: str = "neither"  # or: "not positive" (lines 17 and 21 are plain elses)
     well_formatted_anchor_first: bool = True
     selector: str = "cosine_diverse"
     farthest_first_start: str = "nearest"
     reflection: bool = True
     failed_reflection: str = "append"  # or: "replace"
-    partial_reflection: str = "drop"  # or: "failed" (line 17 has no third branch)
     repaired_advantage: str = "raw"  # or: "penalized" (line 37)
     rescue: bool = True
-    rescue_with_partial_answers: bool = False  # line 21 needs no positive, and nothing more
     rescue_scale: float = 1.0
     pseudo_anchor_score: str = "mean"  # or: "sum"
     pseudo_anchor_well_formatted: bool = True
@@ -48,6 +47,7 @@ class Choices:
     trim: float = 0.2
     tag_weight: float | None = None
     malformed: str = "penalize"  # or: "ignore", "uniform"
+    malformed_negative_is: str = "without answer"  # or: "of fmt below 1"
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def algorithm_1(
                 if is_positive(y_rgr.accuracy, r_rgr):  # lines 15-16
                     S[place] = Item(y_rgr, r_rgr, "rgr", failed=False, positive=True)
                 elif (
-                    is_failure(y_rgr.accuracy, r_rgr) or c.partial_reflection == "failed"
+                    is_failure(y_rgr.accuracy, r_rgr) or c.partial_is == "not positive"
                 ):  # lines 17-18
                     item = Item(y_rgr, r_rgr, "rgr", failed=True, positive=False)
                     if c.failed_reflection == "replace":
@@ -136,7 +136,7 @@ def algorithm_1(
     else:  # line 21
         if not c.rescue or not F:
             return None
-        if len(F) < len(Y) and not c.rescue_with_partial_answers:
+        if len(F) < len(Y) and c.partial_is == "neither":
             return None
         # line 22
         candidates = [i for i in F if Y[i].format_score == 1 or not c.pseudo_anchor_well_formatted]
@@ -272,7 +272,8 @@ def center_and_scale(r: list[float], c: Choices) -> tuple[float, float]:
 def weight(item: Item, t: int, c: Choices) -> float:
     """Line 40, and what tags, EOS and malformed responses weigh."""
     spans = item.y.spans
-    if spans.answer is None:
+    bad_format = item.failed and item.y.format_score < 1
+    if spans.answer is None or (c.malformed_negative_is == "of fmt below 1" and bad_format):
         if c.malformed == "penalize":
             return 1.0 if item.failed else 0.0
         return 1.0 if c.malformed == "uniform" else 0.0
@@ -300,9 +301,8 @@ DEFAULT = Choices()
 LITERAL = replace(
     DEFAULT,
     well_formatted_anchor_first=False,
-    partial_reflection="failed",
+    partial_is="not positive",
     repaired_advantage="penalized",
-    rescue_with_partial_answers=True,
     pseudo_anchor_score="sum",
     pseudo_anchor_well_formatted=False,
     rescue_negatives="failures",
