@@ -10,8 +10,6 @@ from typing import Any
 from care_train.config import describe_keys, load_config
 from care_train.settings import Config
 
-_QUICKSTART_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
-
 _COMMANDS = {
     "quickstart": "teach a tiny vision-language model to read images: cold start, CARE, report",
     "sft": "cold start: supervised fine-tuning on rationale and answer",
@@ -91,7 +89,10 @@ def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
 
 def _config_path(options: argparse.Namespace) -> Path | None:
     if options.config is None and options.command == "quickstart":
-        return _QUICKSTART_CONFIG
+        package = Path(__file__).resolve().parent
+        # Wheels carry configs/ inside the package; a checkout has it beside.
+        roots = (package, package.parent)
+        return next(r / "configs" / "quickstart.yaml" for r in roots if (r / "configs").is_dir())
     return options.config
 
 

@@ -307,6 +307,15 @@ class Config:
     deepspeed: DeepSpeedSettings = field(default_factory=DeepSpeedSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
+    def __post_init__(self) -> None:
+        per_group = self.algorithm == "care" and self.care.normalize_over == "group"
+        _check(
+            not per_group or self.loss.aggregation == "sequence",
+            "loss.aggregation",
+            self.loss.aggregation,
+            "'sequence' with care.normalize_over = 'group': a token mean has no per-group form",
+        )
+
 
 TABLE_5: dict[str, dict[str, Any]] = {
     "care": {"loss": {"clip_eps_low": 0.2, "clip_eps_high": 0.28, "kl_coef": 0.02}},

@@ -1,5 +1,6 @@
 """Reflection-guided resampling (Sec. 3.6; Algorithm 1, lines 11-20): what to ask, where it goes."""
 
+import re
 from dataclasses import replace
 
 import torch
@@ -30,12 +31,9 @@ def reflection_prefix(negative: Rollout, cue: str, think_tag: str, answer_tag: s
     failure that never thought contributes what it wrote before its answer.
     """
     before, opening, after = negative.text.partition(f"<{think_tag}>")
-    rationale = after if opening else before
-    for end in (f"</{think_tag}>", f"<{answer_tag}>"):
-        rationale = rationale.partition(end)[0]
-    # A tag left over would close or reopen the span that the cue belongs to.
-    for stray in (f"<{think_tag}>", f"</{answer_tag}>"):
-        rationale = rationale.replace(stray, "")
+    # Up to the first tag: one left in would close or reopen the span that the cue belongs to.
+    tags = rf"</?(?:{re.escape(think_tag)}|{re.escape(answer_tag)})>"
+    rationale = re.split(tags, after if opening else before, maxsplit=1)[0]
     return repair_prefix(rationale, cue, think_tag)
 
 

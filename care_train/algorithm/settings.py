@@ -128,6 +128,9 @@ class CareSettings:
     """All-negative rescue."""
 
     def __post_init__(self) -> None:
+        delta, scale = self.rescue.delta, self.rescue.scale
+        _check(delta > 0, "care.rescue.delta", delta, "above 0")
+        _check(scale >= 0, "care.rescue.scale", scale, "at least 0")
         _check(self.max_negatives >= 1, "care.max_negatives", self.max_negatives, "at least 1")
         _check(self.preselect_size >= 1, "care.preselect_size", self.preselect_size, "at least 1")
         _check(0 < self.neg_scale <= 1, "care.neg_scale", self.neg_scale, "in (0, 1]")
@@ -158,6 +161,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "literal": {
         "care": {
             "partial": "literal",
+            "normalize_over": "group",
             "anchor_prefers_format": False,
             "count_negatives_by": "reward",
             "clamp_anchor": False,

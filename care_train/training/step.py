@@ -103,11 +103,11 @@ class TrainStep:
         return (mixed + plain)[:wanted]
 
     def _baseline_update(self, group: SampledGroup) -> GroupUpdate:
-        name = self._config.algorithm
         return baselines.group_update(
             group.rollouts,
-            divide_by_std=name != "dr_grpo",
-            length_normalized=name in ("grpo", "gspo"),
+            divide_by_std=self._config.algorithm != "dr_grpo",
+            # A token mean or Dr. GRPO's constant divides by length itself.
+            length_normalized=self._config.loss.aggregation == "sequence",
             keep_without_signal=self._config.loss.kl_coef > 0,
             norm_eps=self._config.care.norm_eps,
         )

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from care_train.algorithm.types import GroupUpdate, Rollout
+from care_train.algorithm.types import GroupUpdate
 from care_train.config import build_config
 from care_train.data import Sample
 from care_train.models.batch import collate
@@ -13,6 +13,7 @@ from care_train.rollout.types import Completion
 from care_train.training.engine import StepResult
 from care_train.training.sampling import GroupSampler, SampledGroup
 from care_train.training.update import PolicyUpdater
+from tests.algorithm.builders import right, wrong
 
 PROMPT = EncodedPrompt((101, 102, 103))
 THINK_ID = 900
@@ -75,16 +76,10 @@ def train(updates: list[GroupUpdate], groups=None, **values) -> tuple[FakeEngine
     config = build_config(values)
     engine, scorer = FakeEngine(), FakeScorer()
     if groups is None:
-        groups = [sampled_group([make_filler()]) for _ in updates]
+        groups = [sampled_group([wrong()]) for _ in updates]
     reference = object() if config.loss.kl_coef else None
     PolicyUpdater(engine, config, scorer, reference).update(groups, updates)
     return engine, scorer
-
-
-def make_filler() -> Rollout:
-    from tests.algorithm.builders import wrong
-
-    return wrong()
 
 
 class FakeRollouts:
@@ -112,8 +107,6 @@ class FakeRolloutScorer:
     """Scores a completion as whatever the prefix makes it: a reflected rollout with its ids."""
 
     def score(self, sample, completion, prefix_ids=(), *, reflected=False):
-        from tests.algorithm.builders import right
-
         return right(prefix_ids=prefix_ids, reflected=reflected)
 
 

@@ -71,7 +71,8 @@ def test_the_default_cue_is_the_papers():
         "<think>the sides are equal<answer>1</answer> no <answer>2</answer>",
         "<think>the sides are equal<answer>1",
         "the sides are equal<answer>1</answer> no <answer>2</answer>",
-        "<think>the sides <think>are equal</answer></think>",
+        "<think>the sides are equal</answer> or <think>not</think>",
+        "<think>the sides are equal<think></th<answer>ink>",
     ],
     ids=[
         "plain",
@@ -86,6 +87,7 @@ def test_the_default_cue_is_the_papers():
         "answer cut",
         "never thought, two answers",
         "stray tags",
+        "tags in pieces",
     ],
 )
 def test_the_prompt_is_failed_rationale_and_cue_with_think_left_open(text):

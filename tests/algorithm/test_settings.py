@@ -33,6 +33,7 @@ def test_literal_changes_what_algorithm_1_says_differently():
     """`preset: literal` follows Algorithm 1 to the letter, in these keys and no others."""
     assert changed("literal") == {
         "care.partial": "literal",
+        "care.normalize_over": "group",
         "care.anchor_prefers_format": False,
         "care.count_negatives_by": "reward",
         "care.clamp_anchor": False,

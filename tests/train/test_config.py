@@ -26,6 +26,14 @@ def test_overrides_win_over_the_file_and_the_file_over_the_algorithm(tmp_path):
     assert (config.train.steps, config.rollout.top_p) == (9, 0.9)
 
 
+def test_a_file_extends_another(tmp_path):
+    """`extends` lays a file over the one it names, relative to itself."""
+    (tmp_path / "base.yaml").write_text("train: {steps: 7, learning_rate: 1e-4}\nseed: 3\n")
+    (tmp_path / "top.yaml").write_text("extends: base.yaml\ntrain: {steps: 9}\n")
+    config = load_config(tmp_path / "top.yaml")
+    assert (config.train.steps, config.train.learning_rate, config.seed) == (9, 1e-4, 3)
+
+
 def test_numbers_in_scientific_notation_are_numbers():
     """YAML 1.1 reads 2e-4 as a string; the configuration does not."""
     assert load_config(None, ["train.learning_rate=2e-4"]).train.learning_rate == 2e-4
@@ -43,13 +51,15 @@ def test_numbers_in_scientific_notation_are_numbers():
         ("care.reflection.reflect_scale=0.9", r"reflect_scale: got 0\.9, wanted in \(0, neg_scale"),
         ("rollout.temperature=0", r"rollout\.temperature: got 0\.0, wanted above 0"),
         ("train.mini_batches=5", r"train\.mini_batches: got 5, wanted a divisor"),
+        ("preset=literal loss.aggregation=token", r"loss\.aggregation: got 'token', wanted 'seq"),
+        ("care.rescue.scale=-1", r"care\.rescue\.scale: got -1\.0, wanted at least 0"),
         ("steps", r"override 'steps': wanted the form section\.key=value"),
     ],
 )
 def test_bad_settings_say_key_got_and_wanted(override, message):
     """An unknown key or a wrong value is an error naming key, got and wanted."""
     with pytest.raises(ValueError, match=message):
-        load_config(None, [override])
+        load_config(None, override.split())
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

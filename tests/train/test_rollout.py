@@ -106,9 +106,8 @@ def test_a_forced_prefix_continues_the_prompt(tiny_folder):
     engine, sampling = TransformersEngine(loaded, 64), SamplingSettings(8)
     request = _requests(loaded, 2)[1]
     prefixed = replace(request, prefix_ids=(20, 21, 22))
-    extended = replace(
-        request, prompt=replace(request.prompt, token_ids=request.prompt.token_ids + (20, 21, 22))
-    )
+    longer = (*request.prompt.token_ids, 20, 21, 22)
+    extended = replace(request, prompt=replace(request.prompt, token_ids=longer))
     assert engine.generate([prefixed], sampling) == engine.generate([extended], sampling)
 
 
