@@ -317,33 +317,16 @@ class Config:
         )
 
 
+def _loss(low: float, high: float, kl_coef: float, **more: Any) -> dict[str, Any]:
+    return {"loss": {"clip_eps_low": low, "clip_eps_high": high, "kl_coef": kl_coef, **more}}
+
+
 TABLE_5: dict[str, dict[str, Any]] = {
-    "care": {"loss": {"clip_eps_low": 0.2, "clip_eps_high": 0.28, "kl_coef": 0.02}},
-    "grpo": {"loss": {"clip_eps_low": 0.2, "clip_eps_high": 0.2, "kl_coef": 0.02}},
-    "dapo": {
-        "loss": {
-            "clip_eps_low": 0.2,
-            "clip_eps_high": 0.28,
-            "kl_coef": 0.0,
-            "aggregation": "token",
-        }
-    },
-    "gspo": {
-        "loss": {
-            "clip_eps_low": 3e-4,
-            "clip_eps_high": 4e-4,
-            "kl_coef": 0.0,
-            "ratio_level": "sequence",
-        }
-    },
-    "dr_grpo": {
-        "loss": {
-            "clip_eps_low": 0.2,
-            "clip_eps_high": 0.2,
-            "kl_coef": 0.0,
-            "aggregation": "max_length",
-        }
-    },
+    "care": _loss(0.2, 0.28, 0.02),
+    "grpo": _loss(0.2, 0.2, 0.02),
+    "dapo": _loss(0.2, 0.28, 0.0, aggregation="token"),
+    "gspo": _loss(3e-4, 4e-4, 0.0, ratio_level="sequence"),
+    "dr_grpo": _loss(0.2, 0.2, 0.0, aggregation="max_length"),
 }
 """The loss each algorithm brings, below the user's own settings. The paper's Table 5 has CARE,
 GRPO, DAPO and GSPO; Dr. GRPO (arXiv:2503.20783) drops the KL, the length and the std."""

@@ -125,6 +125,17 @@ def _text_sizes(tokenizer: Any, hidden_size: int) -> dict[str, Any]:
     }
 
 
+def _vision_sizes(hidden_size: int) -> dict[str, Any]:
+    return {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "patch_size": 14,
+        "out_hidden_size": hidden_size,
+    }
+
+
 def _image_tokens(tokenizer: Any) -> dict[str, Any]:
     ids = tokenizer.convert_tokens_to_ids
     return {
@@ -141,16 +152,7 @@ def _qwen2_5_vl(tokenizer: Any, hidden_size: int) -> PreTrainedModel:
         "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
     }
     text.pop("head_dim")
-    vision = {
-        "depth": 2,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_heads": 4,
-        "patch_size": 14,
-        "window_size": 56,
-        "fullatt_block_indexes": [1],
-        "out_hidden_size": hidden_size,
-    }
+    vision = _vision_sizes(hidden_size) | {"window_size": 56, "fullatt_block_indexes": [1]}
     config = Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision,
@@ -169,15 +171,9 @@ def _qwen3_vl(tokenizer: Any, hidden_size: int) -> PreTrainedModel:
             "rope_theta": 1e4,
         }
     }
-    vision = {
-        "depth": 2,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_heads": 4,
-        "patch_size": 14,
+    vision = _vision_sizes(hidden_size) | {
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0],
-        "out_hidden_size": hidden_size,
     }
     config = Qwen3VLConfig(
         text_config=text,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from care_train.algorithm.reflection import reflection_prefix
 from care_train.algorithm.spans import parse_spans, token_spans
-from care_train.algorithm.types import Rollout, Subgroup
+from care_train.algorithm.types import Member, Rollout, Subgroup
 from care_train.data import Sample
 from care_train.models.batch import TokenSequence
 from care_train.models.prompts import EncodedPrompt, PromptEncoder
@@ -118,36 +118,37 @@ class GroupSampler:
         self, groups: Sequence[SampledGroup], subgroups: Sequence[Subgroup | str], step: int
     ) -> list[Rollout | None]:
         """Lines 12-14 for all groups in one batched call; None where a group does not reflect."""
-        settings, prompt = self._config.care.reflection, self._config.prompt
         requests: dict[int, Request] = {}
         for place, (group, subgroup) in enumerate(zip(groups, subgroups, strict=True)):
             if isinstance(subgroup, str) or subgroup.reflect_on is None:
                 continue
-            negative = subgroup.others[subgroup.reflect_on].rollout
-            text = reflection_prefix(negative, settings.cue, prompt.think_tag, prompt.answer_tag)
-            prefix_ids = self._encoder.encode_text(text)
-            # Never truncate: a context over the limit does not reflect.
-            if len(group.prompt.token_ids) + len(prefix_ids) > self._context_limit:
-                continue
-            seed = request_seed(
-                self._config.seed, step, group.sample.id, self._config.rollout.group_size
-            )
-            requests[place] = Request(group.prompt, seed, prefix_ids)
-        completions = (
-            self._engine.generate(list(requests.values()), self._reflection_sampling)
-            if requests
-            else []
-        )
+            request = self._reflection_request(group, subgroup.others[subgroup.reflect_on], step)
+            if request is not None:
+                requests[place] = request
         reflected: list[Rollout | None] = [None] * len(groups)
+        if not requests:
+            return reflected
+        completions = self._engine.generate(list(requests.values()), self._reflection_sampling)
         for (place, request), completion in zip(requests.items(), completions, strict=True):
             reflected[place] = self._scorer.score(
                 groups[place].sample, completion, request.prefix_ids, reflected=True
             )
         return reflected
 
-    @property
-    def _context_limit(self) -> int:
-        return self._config.prompt.max_prompt_tokens + self._config.rollout.max_new_tokens
+    def _reflection_request(
+        self, group: SampledGroup, negative: Member, step: int
+    ) -> Request | None:
+        """Line 13; None where the context would be over the limit: it is never truncated."""
+        prompt, cue = self._config.prompt, self._config.care.reflection.cue
+        text = reflection_prefix(negative.rollout, cue, prompt.think_tag, prompt.answer_tag)
+        prefix_ids = self._encoder.encode_text(text)
+        limit = prompt.max_prompt_tokens + self._config.rollout.max_new_tokens
+        if len(group.prompt.token_ids) + len(prefix_ids) > limit:
+            return None
+        # The group's own rollouts have the indices below.
+        index = self._config.rollout.group_size
+        seed = request_seed(self._config.seed, step, group.sample.id, index)
+        return Request(group.prompt, seed, prefix_ids)
 
     @property
     def _reflection_sampling(self) -> SamplingSettings:
