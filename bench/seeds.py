@@ -3,12 +3,14 @@
     python -m bench.seeds
     python -m bench.seeds --algorithms care grpo --seeds 0 1 2 --picture docs/learning_curves.png
 
-Every run is `care-train quickstart` in a process of its own: same cold start recipe, prompts and
-sampled sequences for every algorithm. Finished runs in the output folder are reused.
+Every run is `care-train quickstart` in a process of its own, from the same cold start. The first
+algorithm's sampled sequences, reflections included, are the budget of the others: they get as many
+steps as it takes to sample at least as many. Finished runs in the output folder are reused.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from care_train.config import load_config
 from care_train.reporting import mean_interval, plot_comparison, read_metrics
 
 _SCORES = ("accuracy_before", "accuracy_after", "format_before", "format_after", "greedy_after")
@@ -28,14 +31,15 @@ _COLLAPSED_FORMAT = 0.7
 
 def main() -> int:
     options = _options()
-    jobs = [(algorithm, seed) for algorithm in options.algorithms for seed in options.seeds]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        runs = list(pool.map(lambda job: _run(job[0], job[1], options), jobs))
-    summaries = dict(zip(jobs, runs, strict=True))
-    figures = {
-        algorithm: _figures([summaries[algorithm, seed] for seed in options.seeds])
-        for algorithm in options.algorithms
-    }
+    figures: dict[str, dict[str, Any]] = {}
+    steps: list[str] = []
+    for algorithm in options.algorithms:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            tasks = [pool.submit(_run, algorithm, seed, steps, options) for seed in options.seeds]
+            summaries = [task.result() for task in tasks]
+        figures[algorithm] = _figures(summaries)
+        if not steps:
+            steps = [f"train.steps={_steps_to_match(summaries, options)}"]
     _print_table(figures, len(options.seeds))
     if options.picture is not None:
         curves = {
@@ -50,14 +54,24 @@ def main() -> int:
     return 0
 
 
-def _run(algorithm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def _steps_to_match(summaries: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:
+    """Steps after which an algorithm without reflection has sampled as many sequences."""
+    config = load_config(Path("configs/quickstart.yaml"), options.overrides)
+    per_step = config.train.prompts_per_step * config.rollout.group_size
+    sampled = sum(summary["sampled_sequences"] for summary in summaries) / len(summaries)
+    return math.ceil(sampled / per_step)
+
+
+def _run(
+    algorithm: str, seed: int, steps: Sequence[str], options: argparse.Namespace
+) -> dict[str, Any]:
     folder = _folder(algorithm, seed, options)
     if not (folder / "summary.json").is_file():
         command = [sys.executable, "-m", "care_train", "quickstart", f"algorithm={algorithm}"]
         command += [f"seed={seed}", f"name={folder.name}", f"output_dir={folder.parent}"]
         threads = max((os.cpu_count() or 1) // options.jobs, 1)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        subprocess.run([*command, *options.overrides], check=True, env=environment)
+        subprocess.run([*command, *options.overrides, *steps], check=True, env=environment)
     return json.loads((folder / "summary.json").read_text())
 
 

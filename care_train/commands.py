@@ -91,11 +91,11 @@ def quickstart(config: Config) -> Summary:
     held_out = load_samples(config.eval.data, config.seed)
     base = model_folder(config, run_dir, [*cold_rows, *samples])
     with _metrics(run_dir, config) as metrics:
-        session = open_session(config, base, config.sft.data, device)
-        run_sft(session, cold_rows, run_dir / "cold_start", metrics, device)
-        summary = _train_from(
-            config, run_dir / "cold_start", run_dir, samples, held_out, metrics, device
-        )
+        cold_start = run_dir / "cold_start"
+        if not cold_start.is_dir():  # a resumed run has it
+            session = open_session(config, base, config.sft.data, device)
+            run_sft(session, cold_rows, cold_start, metrics, device)
+        summary = _train_from(config, cold_start, run_dir, samples, held_out, metrics, device)
     return _finish(run_dir, config, summary, start)
 
 
