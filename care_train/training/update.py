@@ -30,6 +30,8 @@ IMPORTANCE_CAP = 2.0
 class TrainItem:
     """One sequence of S* ready for the optimiser."""
 
+    place: int
+    """Its group's place in the batch."""
     update: GroupUpdate
     sequence: TrainSequence
     tokens: TokenSequence = field(repr=False)
@@ -64,10 +66,10 @@ class PolicyUpdater:
         results = []
         for _ in range(train.num_iterations):
             for part in range(train.mini_batches):
-                places = slice(part * size, (part + 1) * size)
-                members = {id(update) for update in updates[places]}
-                chosen = [item for item in items if id(item.update) in members]
-                result = self._update_once(chosen, updates[places], filler)
+                places = range(part * size, (part + 1) * size)
+                chosen = [item for item in items if item.place in places]
+                part_updates = updates[places.start : places.stop]
+                result = self._update_once(chosen, part_updates, filler)
                 if result is not None:
                     results.append(result)
         return results
@@ -78,16 +80,18 @@ class PolicyUpdater:
         updates: Sequence[GroupUpdate],
         filler: TokenSequence,
     ) -> list[TrainItem]:
-        pairs = [(g, u, s) for g, u in zip(groups, updates, strict=True) for s in u.sequences]
-        tokens = [self._trained_tokens(group, sequence) for group, _, sequence in pairs]
+        pairs = [(p, s) for p, update in enumerate(updates) for s in update.sequences]
+        owners = [groups[place] for place, _ in pairs]
+        sequences = [sequence for _, sequence in pairs]
+        tokens = list(map(self._trained_tokens, owners, sequences))
         old = self._old_log_probs(tokens, filler)
-        reference: Sequence[torch.Tensor | None] = [None] * len(pairs)
+        reference: Sequence[torch.Tensor | None] = [None] * len(tokens)
         if self._reference is not None and self._config.loss.kl_estimator != "exact":
             reference, _ = self._scorer.log_probs(self._score_reference, tokens, filler)
-        weights = self._importance_weights(pairs, tokens, filler)
+        weights = self._importance_weights(owners, sequences, tokens, filler)
         return [
-            TrainItem(update, sequence, t, o, r, w)
-            for (_, update, sequence), t, o, r, w in zip(
+            TrainItem(place, updates[place], sequence, t, o, r, w)
+            for (place, sequence), t, o, r, w in zip(
                 pairs, tokens, old, reference, weights, strict=True
             )
         ]
@@ -118,14 +122,18 @@ class PolicyUpdater:
         return self._scorer.log_probs(self._engine.score, tokens, filler)[0]
 
     def _importance_weights(
-        self, pairs: Sequence[Any], tokens: Sequence[TokenSequence], filler: TokenSequence
+        self,
+        owners: Sequence[SampledGroup],
+        sequences: Sequence[TrainSequence],
+        tokens: Sequence[TokenSequence],
+        filler: TokenSequence,
     ) -> list[torch.Tensor | None]:
         """min(pi(y | x) / pi(y | x, prefix, cue), cap) for reflections trained without context."""
-        weights: list[torch.Tensor | None] = [None] * len(pairs)
+        weights: list[torch.Tensor | None] = [None] * len(tokens)
         if self._config.care.reflection.context != "x_only" or self._config.algorithm != "care":
             return weights
-        places = [i for i, (_, _, s) in enumerate(pairs) if self._trains_off_context(s)]
-        own = [pairs[i][0].sequence(pairs[i][2].rollout) for i in places]
+        places = [i for i, s in enumerate(sequences) if self._trains_off_context(s)]
+        own = [owners[i].sequence(sequences[i].rollout) for i in places]
         sampled, _ = self._scorer.log_probs(self._engine.score, own, filler)
         rooted, _ = self._scorer.log_probs(self._engine.score, [tokens[i] for i in places], filler)
         for place, behind, target in zip(places, sampled, rooted, strict=True):
