@@ -14,6 +14,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from care_train.config import load_config
+from care_train.data import load_samples
 from care_train.reporting import mean_interval, plot_comparison, read_metrics
+from care_train.settings import DataSettings
 
 _SCORES = ("accuracy_before", "accuracy_after", "format_before", "format_after", "greedy_after")
 _COLLAPSED_FORMAT = 0.7
@@ -50,8 +53,22 @@ def main() -> int:
             for algorithm in options.algorithms
         }
         plot_comparison(curves, options.picture)
-    print(json.dumps({"seeds": options.seeds, "overrides": options.overrides, **figures}))
+    guesser = round(_text_only_accuracy(), 4)
+    print(f"A guesser who never sees an image scores {guesser:.1%}.")
+    facts = {"seeds": options.seeds, "overrides": options.overrides, "text_only": guesser}
+    print(json.dumps(facts | figures))
     return 0
+
+
+def _text_only_accuracy() -> float:
+    """Test accuracy of each question's commonest training answer: what the images must beat."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for sample in load_samples(DataSettings(split="train")):
+        answers[sample.prompt][sample.answer] += 1
+    test = load_samples(DataSettings(split="test"))
+    guesses = [answers[sample.prompt].most_common(1) for sample in test]
+    right = [g[0][0] == s.answer for g, s in zip(guesses, test, strict=True) if g]
+    return sum(right) / len(test)
 
 
 def _steps_to_match(summaries: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:
