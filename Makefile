@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Overrides for the run, for example: make quickstart ARGS="algorithm=grpo seed=1"
 ARGS ?=
 
-.PHONY: quickstart test test-slow lint type format bench clean
+.PHONY: quickstart test test-slow lint type format clean
 
 quickstart: $(READY)
 	$(BIN)/care-train quickstart $(ARGS)
@@ -39,4 +39,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)

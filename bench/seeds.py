@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -83,13 +84,22 @@ def _run(
     algorithm: str, seed: int, steps: Sequence[str], options: argparse.Namespace
 ) -> dict[str, Any]:
     folder = _folder(algorithm, seed, options)
-    if not (folder / "summary.json").is_file():
-        command = [sys.executable, "-m", "care_train", "quickstart", f"algorithm={algorithm}"]
-        command += [f"seed={seed}", f"name={folder.name}", f"output_dir={folder.parent}"]
+    arguments = ["quickstart", f"algorithm={algorithm}", f"seed={seed}", f"name={folder.name}"]
+    arguments += [f"output_dir={folder.parent}", *options.overrides, *steps]
+    if not _is_finished(folder, arguments):
+        command = [sys.executable, "-m", "care_train", *arguments]
         threads = max((os.cpu_count() or 1) // options.jobs, 1)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        subprocess.run([*command, *options.overrides, *steps], check=True, env=environment)
+        subprocess.run(command, check=True, env=environment)
     return json.loads((folder / "summary.json").read_text())
+
+
+def _is_finished(folder: Path, arguments: Sequence[str]) -> bool:
+    """Whether the folder holds this very run: a changed override or budget runs anew."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        return False
+    return json.loads(path.read_text())["command"] == shlex.join(["care-train", *arguments])
 
 
 def _folder(algorithm: str, seed: int, options: argparse.Namespace) -> Path:

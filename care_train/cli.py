@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(_config_path(options), options.overrides)
         _run(options.command, config)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         print(f"care-train {options.command}: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -84,7 +84,9 @@ def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
         console.print(table)
     elif "accuracy" in summary:
         console.print(f"accuracy {summary['accuracy']:.1%}, format {summary['format']:.1%}")
-    console.print(f"[bold]{run_dir}[/bold]: report.md, summary.json, metrics.jsonl, final/")
+    names = ("report.md", "summary.json", "metrics.jsonl", "final")
+    written = ", ".join(name for name in names if (run_dir / name).exists())
+    console.print(f"[bold]{run_dir}[/bold]: {written}")
 
 
 def _config_path(options: argparse.Namespace) -> Path | None:
@@ -121,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    # Launchers put it before the command; the rank comes from the environment.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     keys = _keys_help()
     for name, summary in _COMMANDS.items():
@@ -132,8 +136,6 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("--config", type=Path, help="a YAML file; see configs/")
-        # The deepspeed launcher adds it; the rank comes from the environment.
-        command.add_argument("--local_rank", help=argparse.SUPPRESS)
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings laid over the file's"
         )

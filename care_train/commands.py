@@ -47,6 +47,7 @@ def _open_run(config: Config) -> Path:
             f"name: {folder} already holds a run; choose another name, or set resume=true to go "
             "on, or overwrite=true to replace it"
         )
+    _check_inputs_survive(config, folder)
     barrier()
     if is_main():
         if marker.exists() and not config.resume:
@@ -57,8 +58,29 @@ def _open_run(config: Config) -> Path:
     return folder
 
 
+def _refuse_resume(config: Config, command: str) -> None:
+    if config.resume:
+        raise ValueError(f"resume: got true, but `{command}` starts anew; only `train` can go on")
+
+
+def _check_inputs_survive(config: Config, folder: Path) -> None:
+    """A run must not replace the folder it reads from."""
+    if config.resume:
+        return
+    paths = {
+        "model.path": config.model.path,
+        "data.path": config.data.path,
+        "sft.data.path": config.sft.data.path,
+        "eval.data.path": config.eval.data.path,
+    }
+    for key, path in paths.items():
+        if Path(path).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{key}: {path} lies in {folder}, which this run writes; set name=...")
+
+
 def sft(config: Config) -> Summary:
     """`care-train sft`: cold start; the model goes to `final/`."""
+    _refuse_resume(config, "sft")
     device, start = initialize_process_group(), time.perf_counter()
     run_dir = _open_run(config)
     samples = load_samples(config.sft.data, config.seed)
@@ -92,7 +114,7 @@ def quickstart(config: Config) -> Summary:
     base = model_folder(config, run_dir, [*cold_rows, *samples])
     with _metrics(run_dir, config) as metrics:
         cold_start = run_dir / "cold_start"
-        if not cold_start.is_dir():  # a resumed run has it
+        if not (config.resume and cold_start.is_dir()):
             session = open_session(config, base, config.sft.data, device)
             run_sft(session, cold_rows, cold_start, metrics, device)
         summary = _train_from(config, cold_start, run_dir, samples, held_out, metrics, device)
@@ -101,6 +123,7 @@ def quickstart(config: Config) -> Summary:
 
 def evaluate(config: Config) -> Summary:
     """`care-train eval`: accuracy and format of `model.path` on `eval.data`."""
+    _refuse_resume(config, "eval")
     device, start = initialize_process_group(), time.perf_counter()
     run_dir = _open_run(config)
     held_out = load_samples(config.eval.data, config.seed)

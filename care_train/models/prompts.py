@@ -47,7 +47,9 @@ class PromptEncoder:
         for sample in samples:
             prompt = encoded.get(id(sample))
             if prompt is None:
-                prompt = EncodedPrompt(self.encode_text(self._render(sample)))
+                rendered = self._render(sample)
+                ids = self._loaded.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+                prompt = EncodedPrompt(tuple(ids))
             self._check(sample, prompt)
             prompts.append(prompt)
         return prompts
@@ -64,8 +66,12 @@ class PromptEncoder:
             )
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        """Ids of text that follows a prompt, such as a reflection's prefix."""
-        return tuple(self._loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Ids of text that follows a prompt, such as a reflection's prefix.
+
+        Such text is data or model output: what spells a special token in it stays text.
+        """
+        encoded = self._loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return tuple(encoded["input_ids"])
 
     def _render(self, sample: Sample) -> str:
         messages: list[dict[str, Any]] = []

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
@@ -205,8 +204,3 @@ def _processor(kind: str, tokenizer: Any) -> Any:
         return Qwen3VLProcessor(images, tokenizer, videos, chat_template=_CHAT_TEMPLATE)
     videos = Qwen2VLVideoProcessor(patch_size=14, merge_size=2)
     return Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=_CHAT_TEMPLATE)
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder."""
-    return AutoTokenizer.from_pretrained(folder)

@@ -49,13 +49,6 @@ def all_max(value: int, device: torch.device) -> int:
     return int(_reduce([float(value)], dist.ReduceOp.MAX, device)[0])
 
 
-def gather_objects(value: object) -> list[object]:
-    """Every rank's value, in rank order."""
-    gathered: list[object] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
 def _reduce(
     values: list[float], operation: dist.ReduceOp.RedOpType, device: torch.device
 ) -> list[float]:

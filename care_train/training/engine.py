@@ -140,13 +140,15 @@ class PolicyEngine:
             if not is_filler:
                 outputs.append(output)
         grad_norm = self._grad_norm()
-        if not (math.isfinite(total) and math.isfinite(grad_norm)):
-            raise FloatingPointError(
-                f"loss {total}, gradient norm {grad_norm}: not finite, so no update was made; "
-                "lower train.learning_rate or resume from the last checkpoint"
-            )
+        is_bad = not (math.isfinite(total) and math.isfinite(grad_norm))
+        # All ranks stop together: one alone would leave the others waiting.
+        if all_max(is_bad, self.device):
+            raise _not_finite(total, grad_norm)
         self._engine.step()
-        return StepResult(total, self._last_grad_norm(grad_norm), outputs)
+        grad_norm = self._last_grad_norm(grad_norm)
+        if not math.isfinite(grad_norm):  # ZeRO finds out itself, and skips the update
+            raise _not_finite(total, grad_norm)
+        return StepResult(total, grad_norm, outputs)
 
     def _grad_norm(self) -> float:
         """Norm before clipping; ZeRO shards gradients and reports its norm after the step."""
@@ -187,6 +189,13 @@ class PolicyEngine:
         if path is None:
             raise ValueError(f"checkpoint {folder}: DeepSpeed found no state there")
         return client_state
+
+
+def _not_finite(loss: float, grad_norm: float) -> FloatingPointError:
+    return FloatingPointError(
+        f"loss {loss}, gradient norm {grad_norm}: not finite, so no update was made; lower "
+        "train.learning_rate or resume from the last checkpoint"
+    )
 
 
 def _deepspeed_config(

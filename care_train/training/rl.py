@@ -34,10 +34,10 @@ class PromptSource:
 
     def __init__(self, samples: Sequence[Sample], config: Config, position: int = 0) -> None:
         count = config.train.prompts_per_step
-        if count < world_size():
+        if count % (config.train.mini_batches * world_size()):
             raise ValueError(
-                f"train.prompts_per_step: got {count}, wanted at least one prompt for each of the "
-                f"{world_size()} ranks"
+                f"train.prompts_per_step: got {count}, wanted a multiple of train.mini_batches x "
+                f"ranks = {config.train.mini_batches} x {world_size()}"
             )
         self._samples = samples
         self._order = PromptOrder(len(samples), config.seed)

@@ -247,6 +247,30 @@ def test_bad_input_is_one_clear_line(arguments, message, color_rows, tmp_path):
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_run_never_replaces_what_it_reads(color_rows, tmp_path):
+    """Evaluating a run's model under the run's own name is refused, and the model survives."""
+    final = tmp_path / "same" / "final"
+    final.mkdir(parents=True)
+    (tmp_path / "same" / "config.yaml").write_text("name: same\n")
+    done = _run(
+        "eval",
+        *_data(color_rows),
+        f"model.path={final}",
+        f"output_dir={tmp_path}",
+        "name=same",
+        "overwrite=true",
+    )
+    assert done.returncode == 2 and "set name=" in done.stderr
+    assert final.is_dir()
+
+
+def test_launchers_may_put_the_local_rank_first():
+    """`deepspeed --module care_train train` passes --local_rank before the command."""
+    from care_train.cli import main
+
+    assert main(["--local_rank=0", "train", "train.step=1"]) == 2
+
+
 def test_bad_rows_are_named(color_rows, tmp_path):
     """A missing image stops the run naming file, row and path."""
     rows = color_rows.read_text().replace('"0.png"', '"lost.png"')

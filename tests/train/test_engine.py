@@ -117,10 +117,11 @@ def test_the_schedule_warms_up_and_decays(tiny_folder):
     assert engine.learning_rate / LEARNING_RATE == pytest.approx(0.1)
 
 
-def test_a_loss_that_is_not_finite_updates_nothing(tiny_folder):
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_a_loss_that_is_not_finite_updates_nothing(zero_stage, tiny_folder):
     """NaN in, no update out: the error says so."""
     loaded = load(tiny_folder())
-    engine = _engine(loaded)
+    engine = _engine(loaded, zero_stage=zero_stage)
     before = {n: p.clone() for n, p in loaded.model.named_parameters()}
     micro = _micro(engine, _sequences(loaded), [float("nan"), 1.0, 1.0, 1.0, 1.0, 1.0])
     with pytest.raises(FloatingPointError, match="no update was made"):

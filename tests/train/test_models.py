@@ -107,6 +107,14 @@ def test_bad_rows_are_named(tiny_folder):
         encoder_of(text_only).encode([image_sample()])
 
 
+def test_text_after_a_prompt_never_becomes_special_tokens(tiny_folder):
+    """A policy that spells out <|image_pad|> must not put an image token into a reflection."""
+    loaded = load(tiny_folder())
+    ids = encoder_of(loaded).encode_text("see <|image_pad|><|im_end|>")
+    assert not {loaded.image_token_id, *loaded.eos_token_ids} & set(ids)
+    assert loaded.tokenizer.decode(ids) == "see <|image_pad|><|im_end|>"
+
+
 def test_missing_and_corrupt_images_are_named(tiny_folder, tmp_path):
     """An image that is not there, or not an image, is an error naming row and path."""
     encoder = encoder_of(load(tiny_folder()))
