@@ -3,9 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from care_train.algorithm.settings import CareSettings
-
-_STRICT = {"extra": "forbid", "use_attribute_docstrings": True}
+from care_train.algorithm.settings import STRICT, CareSettings, check
 
 Algorithm = Literal["care", "grpo", "dapo", "gspo", "dr_grpo"]
 
@@ -14,7 +12,7 @@ Algorithm = Literal["care", "grpo", "dapo", "gspo", "dr_grpo"]
 class ModelSettings:
     """Which model, and in which precision."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     path: str = "tiny-qwen2.5-vl"
     """A Hugging Face folder, or a tiny model made on the spot: tiny-qwen2.5-vl | tiny-qwen3-vl |
@@ -33,7 +31,7 @@ class ModelSettings:
 class PromptSettings:
     """How a row becomes a prompt, and which tags the response uses."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     system: str | None = (
         "First reason inside <think> </think>, then give the final answer inside "
@@ -52,7 +50,7 @@ class PromptSettings:
 class DataSettings:
     """Where rows come from."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     path: str = "easy_vqa"
     """`easy_vqa` (the published package), or a .jsonl, .json or .parquet file, or a folder saved by
@@ -69,7 +67,7 @@ class DataSettings:
 class RolloutSettings:
     """How responses are sampled."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     engine: Literal["transformers"] = "transformers"
     """What generates: `transformers` (embedded, any device)."""
@@ -87,24 +85,24 @@ class RolloutSettings:
     """Sequences generated at once on one rank."""
 
     def __post_init__(self) -> None:
-        _check(self.group_size >= 2, "rollout.group_size", self.group_size, "at least 2")
-        _check(self.temperature > 0, "rollout.temperature", self.temperature, "above 0")
-        _check(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
-        _check(self.top_k >= 0, "rollout.top_k", self.top_k, "at least 0")
-        _check(self.max_new_tokens >= 1, "rollout.max_new_tokens", self.max_new_tokens, ">= 1")
+        check(self.group_size >= 2, "rollout.group_size", self.group_size, "at least 2")
+        check(self.temperature > 0, "rollout.temperature", self.temperature, "above 0")
+        check(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
+        check(self.top_k >= 0, "rollout.top_k", self.top_k, "at least 0")
+        check(self.max_new_tokens >= 1, "rollout.max_new_tokens", self.max_new_tokens, ">= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSettings:
     """Eq. 1."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     format_weight: float = 0.1
     """lambda in [0, 0.5): below one half, every correct answer outranks every wrong one."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             0 <= self.format_weight < 0.5,
             "reward.format_weight",
             self.format_weight,
@@ -116,7 +114,7 @@ class RewardSettings:
 class LossSettings:
     """The surrogate and its regulariser (Eqs. 12-13). Table 5 sets the defaults per algorithm."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     clip_eps_low: float = 0.2
     """eps_low."""
@@ -141,7 +139,7 @@ class LossSettings:
 class TrainSettings:
     """The optimiser's loop."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     steps: int = 100
     """Rollout batches to train on."""
@@ -189,9 +187,9 @@ class TrainSettings:
             "micro_batch_size",
             "keep_checkpoints",
         ):
-            _check(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
-        _check(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
-        _check(
+            check(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
+        check(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
+        check(
             self.prompts_per_step % self.mini_batches == 0,
             "train.mini_batches",
             self.mini_batches,
@@ -203,7 +201,7 @@ class TrainSettings:
 class SftSettings:
     """Cold start (Sec. 3.1's format), before reinforcement learning."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     data: DataSettings = field(default_factory=DataSettings)
     """Rows with a `rationale`."""
@@ -232,7 +230,7 @@ class SftSettings:
 class EvalSettings:
     """Evaluation: single decode, no reflection (Sec. 8.3)."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     data: DataSettings = field(default_factory=lambda: DataSettings(split="test"))
     """Held-out rows."""
@@ -246,7 +244,7 @@ class EvalSettings:
 class DeepSpeedSettings:
     """What deepspeed.initialize gets."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     zero_stage: Literal[0, 1, 2, 3] = 0
     """ZeRO stage."""
@@ -258,7 +256,7 @@ class DeepSpeedSettings:
 class LoggingSettings:
     """What a run tells."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     tensorboard: bool = True
     """Write TensorBoard event files."""
@@ -278,7 +276,7 @@ class LoggingSettings:
 class Config:
     """A run."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     name: str = "care"
     """The run's folder below `output_dir`."""
@@ -309,7 +307,7 @@ class Config:
 
     def __post_init__(self) -> None:
         per_group = self.algorithm == "care" and self.care.normalize_over == "group"
-        _check(
+        check(
             not per_group or self.loss.aggregation == "sequence",
             "loss.aggregation",
             self.loss.aggregation,
@@ -330,8 +328,3 @@ TABLE_5: dict[str, dict[str, Any]] = {
 }
 """The loss each algorithm brings, below the user's own settings. The paper's Table 5 has CARE,
 GRPO, DAPO and GSPO; Dr. GRPO (arXiv:2503.20783) drops the KL, the length and the std."""
-
-
-def _check(holds: bool, key: str, got: object, wanted: str) -> None:
-    if not holds:
-        raise ValueError(f"{key}: got {got!r}, wanted {wanted}")

@@ -7,7 +7,8 @@ authors' released code (github.com/yongxinwang-ai/CARE at 8c6045c) where it diff
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-_STRICT = {"extra": "forbid", "use_attribute_docstrings": True}
+STRICT = {"extra": "forbid", "use_attribute_docstrings": True}
+"""How settings are validated: unknown keys are errors, docstrings are their descriptions."""
 
 Selector = Literal["cosine_diverse", "cosine_topk", "random", "nearest", "mixed", "farthest"]
 
@@ -16,7 +17,7 @@ Selector = Literal["cosine_diverse", "cosine_topk", "random", "nearest", "mixed"
 class ReflectionSettings:
     """Reflection-guided resampling (Sec. 3.6; Algorithm 1, lines 11-20)."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     enabled: bool = True
     """Resample one hard negative of every group that has a correct anchor. Off: "CARE w/o RGR"."""
@@ -49,7 +50,7 @@ class ReflectionSettings:
 class RescueSettings:
     """All-negative rescue (Sec. 3.7, Eq. 14; Algorithm 1, lines 22-24)."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     enabled: bool = True
     """Train groups in which every rollout is wrong."""
@@ -70,7 +71,7 @@ class RescueSettings:
 class CareSettings:
     """CARE's settings (paper Table 5 and Sec. 3)."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     max_negatives: int = 4
     """K: target number of hard negatives in the subgroup."""
@@ -129,15 +130,15 @@ class CareSettings:
 
     def __post_init__(self) -> None:
         delta, scale = self.rescue.delta, self.rescue.scale
-        _check(delta > 0, "care.rescue.delta", delta, "above 0")
-        _check(scale >= 0, "care.rescue.scale", scale, "at least 0")
-        _check(self.max_negatives >= 1, "care.max_negatives", self.max_negatives, "at least 1")
-        _check(self.preselect_size >= 1, "care.preselect_size", self.preselect_size, "at least 1")
-        _check(0 < self.neg_scale <= 1, "care.neg_scale", self.neg_scale, "in (0, 1]")
-        _check(self.think_weight >= 0, "care.think_weight", self.think_weight, "at least 0")
-        _check(0 <= self.robust_trim < 0.5, "care.robust_trim", self.robust_trim, "in [0, 0.5)")
+        check(delta > 0, "care.rescue.delta", delta, "above 0")
+        check(scale >= 0, "care.rescue.scale", scale, "at least 0")
+        check(self.max_negatives >= 1, "care.max_negatives", self.max_negatives, "at least 1")
+        check(self.preselect_size >= 1, "care.preselect_size", self.preselect_size, "at least 1")
+        check(0 < self.neg_scale <= 1, "care.neg_scale", self.neg_scale, "in (0, 1]")
+        check(self.think_weight >= 0, "care.think_weight", self.think_weight, "at least 0")
+        check(0 <= self.robust_trim < 0.5, "care.robust_trim", self.robust_trim, "in [0, 0.5)")
         scale = self.reflect_scale
-        _check(
+        check(
             0 < scale <= self.neg_scale,
             "care.reflection.reflect_scale",
             scale,
@@ -151,7 +152,8 @@ class CareSettings:
         return self.neg_scale / 2 if scale is None else scale
 
 
-def _check(holds: bool, key: str, got: object, wanted: str) -> None:
+def check(holds: bool, key: str, got: object, wanted: str) -> None:
+    """Raise ValueError naming key, got and wanted unless `holds`."""
     if not holds:
         raise ValueError(f"{key}: got {got!r}, wanted {wanted}")
 

@@ -32,7 +32,7 @@ Evaluate = Callable[[RolloutEngine], dict[str, float]]
 class PromptSource:
     """Deals each rank its share of the next prompts; `position` is all a resume needs."""
 
-    def __init__(self, samples: Sequence[Sample], config: Config, position: int = 0) -> None:
+    def __init__(self, samples: Sequence[Sample], config: Config) -> None:
         count = config.train.prompts_per_step
         if count % (config.train.mini_batches * world_size()):
             raise ValueError(
@@ -42,7 +42,7 @@ class PromptSource:
         self._samples = samples
         self._order = PromptOrder(len(samples), config.seed)
         self._count = count
-        self.position = position
+        self.position = 0
 
     def draw(self) -> list[Sample]:
         """The next `prompts_per_step` prompts, this rank's share of them."""
