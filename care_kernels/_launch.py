@@ -1,25 +1,36 @@
-"""How a call runs: which backend, how many rows of logits at a time, in which precision."""
+"""How a call runs: which backend and kernels, how many rows of logits at a time."""
+
+import os
 
 import torch
 
-# Each chunk reads and writes the whole head gradient, so chunks should be large.
+from care_kernels._logit_chunk import Head, LogitChunk, NativeChunk, TorchChunk
+from care_kernels._native_cpu import native_ops
+
+# Each chunk reads and writes the whole head gradient, so chunks should be large: with C rows a
+# float32 dW has C / 4 FLOP for each byte it moves, and a GPU wants several hundred.
 MAX_CHUNK_ROWS = 4096
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = {"cuda": 1024 * 2**20, "cpu": 512 * 2**20}
 
 
-def resolve_backend(backend: str | None) -> str:
-    """The backend that will run: `"torch"`, the only one in this version.
+def resolve_backend(backend: str | None, device: torch.device) -> str:
+    """The backend that will run: "triton" on CUDA and ROCm tensors, else "torch".
+
+    "triton" on CPU tensors runs under TRITON_INTERPRET=1 only.
 
     Raises:
-        ValueError: `backend` is `"triton"` or unknown.
+        ValueError: `backend` is unknown, or cannot run on `device`.
     """
-    if backend == "triton":
-        raise ValueError(
-            "backend: got 'triton', which is not in this version yet; wanted None or 'torch'"
-        )
-    if backend not in (None, "torch"):
+    if backend not in (None, "triton", "torch"):
         raise ValueError(f"backend: got {backend!r}; wanted None, 'triton' or 'torch'")
-    return "torch"
+    if backend is None:
+        return "triton" if device.type == "cuda" else "torch"
+    if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend: got 'triton' for tensors on {device}; wanted CUDA or ROCm tensors, or "
+            "TRITON_INTERPRET=1 in the environment"
+        )
+    return backend
 
 
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
@@ -28,18 +39,48 @@ def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     return torch.float64 if is_double else torch.float32
 
 
-def chunk_size(
-    chunk_rows: int | None, head_weight: torch.Tensor, dtype: torch.dtype, with_ref: bool = False
-) -> int:
-    """`chunk_rows`, or as many rows, from 1 to 4096, as keep the logits within 256 MiB.
+def chunk_size(chunk_rows: int | None, head_weight: torch.Tensor, *, with_ref: bool = False) -> int:
+    """`chunk_rows`, or as many rows, from 1 to 4096, as keep float32 logits within CHUNK_BYTES.
 
     Args:
         chunk_rows: the caller's choice.
         head_weight: [V, D].
-        dtype: of the logits buffer.
         with_ref: the reference's logits are held beside the policy's.
     """
     if chunk_rows is not None:
         return chunk_rows
-    row_bytes = head_weight.shape[0] * dtype.itemsize * (2 if with_ref else 1)
-    return max(1, min(MAX_CHUNK_ROWS, CHUNK_BYTES // row_bytes))
+    row_bytes = head_weight.shape[0] * 4 * (2 if with_ref else 1)
+    limit = CHUNK_BYTES.get(head_weight.device.type, CHUNK_BYTES["cpu"])
+    return max(1, min(MAX_CHUNK_ROWS, limit // row_bytes))
+
+
+def logit_chunk(
+    backend: str,
+    hidden_dtype: torch.dtype,
+    head: Head,
+    num_rows: int,
+    *,
+    with_entropy: bool,
+    ref_head: Head | None,
+) -> LogitChunk:
+    """The kernels for one call's chunks."""
+    weight = head.weight
+    options = {"with_entropy": with_entropy, "ref_head": ref_head}
+    refs = () if ref_head is None else (ref_head.weight,)
+    if backend == "torch" and _runs_natively(hidden_dtype, weight, *refs):
+        return NativeChunk(head, num_rows, **options)
+    dtype = torch.float64 if hidden_dtype == torch.float64 else compute_dtype(weight, *refs)
+    return TorchChunk(head, num_rows, dtype, **options)
+
+
+def _runs_natively(hidden_dtype: torch.dtype, *weights: torch.Tensor) -> bool:
+    """bfloat16 throughout, on a CPU, with rows that the C++ kernels can read in pairs."""
+    fits = hidden_dtype == torch.bfloat16 and all(
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and weight.shape[1] % 2 == 0
+        and weight.stride(1) == 1
+        and weight.stride(0) % 2 == 0
+        for weight in weights
+    )
+    return fits and native_ops() is not None

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from care_kernels._head_chunks import Head, HeadChunks, HeadGradients
-from care_kernels._records import join, spread, take
+from care_kernels._head_chunks import HeadChunks, HeadGradients
+from care_kernels._logit_chunk import Head
+from care_kernels._records import join, overwrite, spread, take
 from care_kernels.objective import (
     ClipRange,
     SequenceGroups,
@@ -63,6 +64,8 @@ class PolicyProblem:
     ref_hidden: Tensor | None
     ref_head_weight: Tensor | None
     chunk_rows: int | None
+    backend: str
+    report_all_rows: bool
 
 
 @torch.no_grad()
@@ -72,15 +75,38 @@ def evaluate(
     problem: PolicyProblem,
     rows: Tensor,
     wanted: tuple[bool, ...],
-) -> tuple[RowOutcome, HeadGradients | None]:
-    """Run the rows [M] and return their outcome spread over [N], with the wanted gradients.
+) -> tuple[Tensor, RowOutcome, HeadGradients | None]:
+    """Run the rows [M]; return the loss, their outcome spread over [N] and the wanted gradients.
+
+    The loss sums over the M rows alone, so that rows which are skipped do not even change the
+    order of its sum.
 
     `wanted` says which of (hidden, weight, bias) need a gradient; with none of them the sweep stops
     at the statistics, one GEMM.
     """
+    num_rows = hidden.shape[0]
+    outcome, gradients = _evaluate_rows(hidden, head, problem, rows, wanted)
+    loss = outcome.value.sum()
+    full = spread(outcome, rows, num_rows, SKIPPED_ROW)
+    if problem.report_all_rows:
+        others = torch.ones(num_rows, dtype=torch.bool, device=rows.device).index_fill_(
+            0, rows, False
+        )
+        rest = others.nonzero()[:, 0]
+        reported, _ = _evaluate_rows(hidden, head, problem, rest, (False, False, False))
+        full = overwrite(full, rest, reported)
+    return loss, full, gradients
+
+
+def _evaluate_rows(
+    hidden: Tensor, head: Head, problem: PolicyProblem, rows: Tensor, wanted: tuple[bool, ...]
+) -> tuple[RowOutcome, HeadGradients | None]:
+    """The outcome of the given rows [M], with the wanted gradients."""
     terms, reference = take(problem.terms, rows), _reference(head, problem)
     if reference is not None and problem.kl_estimator != "exact":
-        sampled = HeadChunks(*reference, problem.target_ids, rows, problem.chunk_rows)
+        sampled = HeadChunks(
+            *reference, problem.target_ids, rows, problem.chunk_rows, problem.backend
+        )
         ref_log_probs = sampled.all_statistics().log_probs
         terms = terms._replace(ref_log_probs=ref_log_probs.to(terms.advantages.dtype))
         reference = None
@@ -90,12 +116,13 @@ def evaluate(
         problem.target_ids,
         rows,
         problem.chunk_rows,
+        problem.backend,
         with_entropy=terms.entropy_weights is not None,
         reference=reference,
     )
-    gradients = chunks.zero_gradients(wanted) if any(wanted) else None
+    gradients = chunks.new_gradients(wanted) if any(wanted) else None
     outcome = _sweep(chunks, terms, problem, rows, gradients)
-    return spread(outcome, rows, hidden.shape[0], SKIPPED_ROW), gradients
+    return outcome, gradients
 
 
 def active_rows(terms: RowTerms, sequence_ids: Tensor | None) -> Tensor:
@@ -135,8 +162,7 @@ def _sweep(
             return _outcome(all_stats, surrogate, terms, problem.kl_estimator)[0]
     outcomes: list[RowOutcome] = []
     for chunk in chunks:
-        chunks.project(chunk)
-        stats = chunks.statistics(chunk) if all_stats is None else take(all_stats, chunk)
+        stats = chunks.project(chunk)
         part = take(terms, chunk)
         if surrogate is not None:
             part_surrogate = take(surrogate, chunk)

@@ -26,3 +26,11 @@ def spread(record: Record, rows: Tensor, num_rows: int, fill: Sequence[float | b
         None if field is None else field.new_full((num_rows,), default).index_copy_(0, rows, field)
         for field, default in zip(record, fill, strict=True)
     )
+
+
+def overwrite(record: Record, rows: Tensor, values: Record) -> Record:
+    """The record with `values` [M] in place of its numbers at `rows` [M]."""
+    return record._make(
+        None if field is None else field.index_copy(0, rows, value)
+        for field, value in zip(record, values, strict=True)
+    )

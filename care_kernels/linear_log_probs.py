@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from care_kernels import _checks
-from care_kernels._head_chunks import Head, HeadChunks
+from care_kernels._head_chunks import HeadChunks
 from care_kernels._launch import resolve_backend
+from care_kernels._logit_chunk import Head
 from care_kernels._records import take
 from care_kernels.row_softmax import LogitTransform, RowGradients, RowStatistics
 
@@ -80,7 +81,7 @@ def linear_log_probs(
         bias: [V], finite.
         return_entropy: also return each row's entropy.
         chunk_rows: rows of logits held at a time; None: chosen from V.
-        backend: None or "torch".
+        backend: None: chosen by device; "triton" or "torch".
 
     Returns:
         log_probs [N] float32, or (log_probs, entropy) both [N] float32.
@@ -88,14 +89,14 @@ def linear_log_probs(
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
-    resolve_backend(backend)
+    backend = resolve_backend(backend, hidden.device)
     _checks.check_head(hidden, head_weight, target_ids, bias)
     _checks.check_targets_in_vocabulary(target_ids, head_weight.shape[0])
     _checks.check_transform(temperature, logit_softcap)
     _checks.check_chunk_rows(chunk_rows)
     transform = LogitTransform(temperature, logit_softcap, logit_scale)
     log_probs, entropy = LinearLogProbs.apply(
-        hidden, head_weight, bias, target_ids, transform, chunk_rows, return_entropy
+        hidden, head_weight, bias, target_ids, transform, chunk_rows, backend, return_entropy
     )
     return (log_probs, entropy) if return_entropy else log_probs
 
@@ -112,15 +113,18 @@ class LinearLogProbs(torch.autograd.Function):
         target_ids: Tensor,
         transform: LogitTransform,
         chunk_rows: int | None,
+        backend: str,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Return log-probs [N] and, if asked for, entropies [N]."""
         head = Head(head_weight, bias, transform)
         rows = torch.arange(hidden.shape[0], device=hidden.device)
-        chunks = HeadChunks(hidden, head, target_ids, rows, chunk_rows, with_entropy=with_entropy)
+        chunks = HeadChunks(
+            hidden, head, target_ids, rows, chunk_rows, backend, with_entropy=with_entropy
+        )
         stats = chunks.all_statistics()
         ctx.save_for_backward(hidden, head_weight, bias, target_ids, *stats)
-        ctx.options = (transform, chunk_rows, head_weight.shape)
+        ctx.options = (transform, chunk_rows, backend, head_weight.shape)
         return stats.log_probs, stats.entropy
 
     @staticmethod
@@ -130,7 +134,7 @@ class LinearLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """dX, dW and db, from the same logits made again."""
         hidden, head_weight, bias, target_ids, *saved = ctx.saved_tensors
-        transform, chunk_rows, head_shape = ctx.options
+        transform, chunk_rows, backend, head_shape = ctx.options
         if head_weight.shape != head_shape:
             raise RuntimeError(
                 f"head_weight: got shape {tuple(head_weight.shape)} in the backward; wanted "
@@ -140,8 +144,8 @@ class LinearLogProbs(torch.autograd.Function):
         upstream = RowGradients(grad_log_probs, grad_entropy if stats.entropy is not None else None)
         rows = _rows_with_gradient(upstream)
         head = Head(head_weight, bias, transform)
-        chunks = HeadChunks(hidden, head, target_ids, rows, chunk_rows)
-        gradients = chunks.zero_gradients(ctx.needs_input_grad[:3])
+        chunks = HeadChunks(hidden, head, target_ids, rows, chunk_rows, backend)
+        gradients = chunks.new_gradients(ctx.needs_input_grad[:3])
         for chunk in chunks:
             chunks.project(chunk)
             picked = rows[chunk]
@@ -151,7 +155,7 @@ class LinearLogProbs(torch.autograd.Function):
             (gradients.weight, head_weight),
             (gradients.bias, bias),
         )
-        return *(None if grad is None else grad.to(x.dtype) for grad, x in pairs), *(None,) * 4
+        return *(None if grad is None else grad.to(x.dtype) for grad, x in pairs), *(None,) * 5
 
 
 def _rows_with_gradient(upstream: RowGradients) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from care_kernels import _checks
-from care_kernels._head_chunks import Head
 from care_kernels._launch import compute_dtype, resolve_backend
+from care_kernels._logit_chunk import Head
 from care_kernels._policy_sweep import PolicyProblem, RowTerms, active_rows, evaluate
 from care_kernels.objective import ClipRange
 from care_kernels.row_softmax import LogitTransform
@@ -28,7 +28,7 @@ class PolicyLoss(NamedTuple):
     """The loss and what each row contributed; only `loss` carries gradient.
 
     Rows that were skipped (see `linear_policy_loss`) read 0 in `log_probs`, `entropy` and `kl`, 1
-    in `ratio` and False in both flags.
+    in `ratio` and False in both flags, unless `report_all_rows` asks for them.
     """
 
     loss: Tensor
@@ -70,6 +70,7 @@ def linear_policy_loss(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     bias: Tensor | None = None,
+    report_all_rows: bool = False,
     chunk_rows: int | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
@@ -105,8 +106,11 @@ def linear_policy_loss(
         logit_softcap: z = cap * tanh(z / cap) before the temperature; None leaves it out.
         logit_scale: multiplies the raw logits, before the softcap.
         bias: [V], finite.
-        chunk_rows: rows of logits held at a time; None: at most 4096 and 256 MiB.
-        backend: None or "torch".
+        report_all_rows: also compute the statistics of the rows that change nothing, one GEMM for
+            them; loss and gradients are the same, bit for bit.
+        chunk_rows: rows of logits held at a time; None: at most 4096, and 512 MiB of float32 logits
+            on a CPU, 1 GiB elsewhere.
+        backend: None: chosen by device; "triton" or "torch".
 
     Returns:
         `PolicyLoss`, all float32 (float64 for float64 inputs).
@@ -114,7 +118,7 @@ def linear_policy_loss(
     Raises:
         ValueError: an argument does not fit; the message names it, what came and what was wanted.
     """
-    resolve_backend(backend)
+    backend = resolve_backend(backend, hidden.device)
     _checks.check_head(hidden, head_weight, target_ids, bias)
     _checks.check_transform(temperature, logit_softcap)
     _checks.check_chunk_rows(chunk_rows)
@@ -152,9 +156,13 @@ def linear_policy_loss(
         ref_hidden=None if ref_hidden is None else ref_hidden.detach(),
         ref_head_weight=None if ref_head_weight is None else ref_head_weight.detach(),
         chunk_rows=chunk_rows,
+        backend=backend,
+        report_all_rows=report_all_rows,
     )
     rows = active_rows(problem.terms, problem.sequence_ids)
-    _checks.check_targets_in_vocabulary(target_ids[rows], head_weight.shape[0])
+    _checks.check_targets_in_vocabulary(
+        target_ids if report_all_rows else target_ids[rows], head_weight.shape[0]
+    )
     # The Function itself always runs without grad mode, so it has to be told.
     grad_mode = torch.is_grad_enabled()
     return PolicyLoss(*LinearPolicyLoss.apply(hidden, head_weight, bias, problem, rows, grad_mode))
@@ -176,14 +184,14 @@ class LinearPolicyLoss(torch.autograd.Function):
         """Return the fields of `PolicyLoss`."""
         wanted = tuple(grad_mode and needed for needed in ctx.needs_input_grad[:3])
         head = Head(head_weight, bias, problem.transform)
-        outcome, gradients = evaluate(hidden, head, problem, rows, wanted)
+        loss, outcome, gradients = evaluate(hidden, head, problem, rows, wanted)
         if gradients is not None:
             # In compute precision: a loss scale must reach a gradient before float16 rounds it.
             ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
             ctx.dtypes = [None if x is None else x.dtype for x in (hidden, head_weight, bias)]
-        value, *per_row = outcome
+        per_row = outcome[1:]
         ctx.mark_non_differentiable(*(field for field in per_row if field is not None))
-        return value.sum(), *per_row
+        return loss, *per_row
 
     @staticmethod
     @once_differentiable
@@ -191,8 +199,10 @@ class LinearPolicyLoss(torch.autograd.Function):
         ctx: Any, upstream: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
         """dX, dW and db of the forward, times the upstream gradient of the loss."""
+        # Looking at a CUDA scalar would stall the device; scaling there costs next to nothing.
+        is_one = upstream.device.type == "cpu" and upstream.item() == 1
         grads = (
-            None if grad is None else (grad * upstream).to(dtype)
+            None if grad is None else (grad if is_one else grad * upstream).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *grads, None, None, None

@@ -1,4 +1,4 @@
-"""Softmax over the rows of one chunk of logits: statistics, then gradients in place.
+"""Softmax over the rows of one chunk of logits: statistics, then gradients.
 
 With p = softmax(z), l = log p_y, H = -sum_j p_j log p_j and K = sum_j p_j (log p_j - log q_j):
 
@@ -113,28 +113,30 @@ def row_statistics(
     return stats
 
 
-def logit_gradients_(
+def logit_gradients(
     logits: Tensor,
     target_ids: Tensor,
     stats: RowStatistics,
     gradients: RowGradients,
     transform: LogitTransform,
     *,
+    out: Tensor,
     ref_logits: Tensor | None = None,
 ) -> None:
-    """Overwrite z with the loss's derivative with respect to the raw logits x W^T + b.
+    """Write the loss's derivative with respect to the raw logits x W^T + b into `out`.
 
     Args:
-        logits: [C, V], z on entry, dL/draw on return.
+        logits: [C, V] of z.
         target_ids: [C] int64.
         stats: from `row_statistics` on these logits.
         gradients: g, dL/dH and kappa of each row.
         transform: what made z of the raw logits.
+        out: [C, V]; may be `logits` itself, or a narrower type over the same memory with the same
+            row stride in bytes.
         ref_logits: [C, V], needed where `gradients.kl` is given.
     """
     column = target_ids[:, None]
     g = gradients.log_probs[:, None]
-    at_target = g * transform.slope(logits.gather(1, column))
     for tile in vocab_tiles(logits.shape[1]):
         z = logits[:, tile]
         log_p = _log_softmax_tile(z, stats.max_logit, stats.log_total)
@@ -147,8 +149,12 @@ def logit_gradients_(
             log_ratio = _log_ratio_tile(log_p, ref_logits, tile, stats)
             weight = weight + gradients.kl[:, None] * log_ratio.sub_(stats.kl[:, None])
         slope = transform.slope(z)
-        z.copy_(log_p.exp_().mul_(weight).mul_(slope))
-    logits.scatter_(1, column, logits.gather(1, column) + at_target)
+        gradient = log_p.exp_().mul_(weight)
+        # The target's own g joins before anything is rounded to `out`'s type.
+        inside = (column >= tile.start) & (column < tile.stop)
+        at = (column - tile.start).clamp_(0, z.shape[1] - 1)
+        gradient.scatter_(1, at, gradient.gather(1, at) + torch.where(inside, g, 0.0))
+        out[:, tile] = gradient.mul_(slope)
 
 
 def _log_normalizer(logits: Tensor) -> tuple[Tensor, Tensor]:

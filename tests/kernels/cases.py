@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from care_kernels import PolicyLoss, linear_policy_loss
 from care_kernels.reference import (
@@ -120,7 +121,8 @@ def run_reference(
     """The oracle on the same numbers, computed in `dtype`.
 
     The leaves keep their own dtype unless that is float64, so that in float32 the gradients are
-    rounded to it once, as ours are.
+    rounded to it once, as ours are; and in bfloat16 the logits' gradient is too, as every bfloat16
+    GEMM takes it.
     """
     leaves = {}
     for name in LEAVES:
@@ -128,9 +130,27 @@ def run_reference(
             leaf_dtype = dtype if dtype == torch.float64 else case[name].dtype
             leaves[name] = case[name].detach().to(leaf_dtype).requires_grad_()
     options = {name: cast(value, dtype) for name, value in case.items() if name not in RUN_OPTIONS}
-    loss = reference_policy_loss(**(options | {n: leaf.to(dtype) for n, leaf in leaves.items()}))
+    operands = {n: leaf.to(dtype) for n, leaf in leaves.items()}
+    with RoundLogitGradient(leaves["hidden"].dtype):
+        loss = reference_policy_loss(**(options | operands))
     (upstream * loss.loss).backward()
     return loss, _gradients(leaves)
+
+
+class RoundLogitGradient(TorchFunctionMode):
+    """Round the gradient of every `linear` to bfloat16, where the leaves are bfloat16."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.rounds = dtype == torch.bfloat16
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.rounds and func is torch.nn.functional.linear and result.requires_grad:
+            result.register_hook(lambda grad: grad.bfloat16().to(grad.dtype))
+        return result
 
 
 def _gradients(leaves: dict[str, Tensor]) -> dict[str, Tensor]:

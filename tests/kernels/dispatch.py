@@ -7,7 +7,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-GEMMS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default)
+GEMMS = tuple(
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name, overload in (
+        ("mm", "default"),
+        ("mm", "out"),
+        ("addmm", "default"),
+        ("addmm_", "default"),
+    )
+)
 
 
 class Watch(TorchDispatchMode):
@@ -27,6 +35,9 @@ class Watch(TorchDispatchMode):
             left, right = args[-2:]
             self.multiply_adds += left.shape[0] * left.shape[1] * right.shape[1]
             self.gemm_dtypes.add(left.dtype)
+        if str(func) == "care_kernels.project.default":
+            inputs, weight = args[:2]
+            self.multiply_adds += inputs.shape[0] * weight.shape[0] * weight.shape[1]
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.largest = max(self.largest, leaf.numel())

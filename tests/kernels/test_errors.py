@@ -28,7 +28,7 @@ WRONG_HEAD: tuple[tuple[dict[str, Any], str], ...] = (
     ({"temperature": 0.0}, "temperature: got 0.0; wanted more than 0"),
     ({"logit_softcap": -1.0}, "logit_softcap: got -1.0; wanted None or more than 0"),
     ({"chunk_rows": 0}, "chunk_rows: got 0; wanted None or at least 1"),
-    ({"backend": "triton"}, "backend: got 'triton', which is not in this version yet"),
+    ({"backend": "triton"}, "backend: got 'triton' for tensors on cpu"),
     ({"backend": "cuda"}, "backend: got 'cuda'; wanted None, 'triton' or 'torch'"),
 )
 

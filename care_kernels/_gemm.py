@@ -1,0 +1,49 @@
+"""The two gradient GEMMs, dX = dZ W and dW += dZ^T X, in the precision that dZ comes in.
+
+dZ in the operands' own bfloat16 or float16 goes to a library GEMM, which accumulates in float32.
+dZ in float32 or float64 takes its partner upcast, tile by tile.
+"""
+
+import torch
+from torch import Tensor
+
+from care_kernels.row_softmax import vocab_tiles
+
+
+def back_project(grad_logits: Tensor, weight: Tensor) -> Tensor:
+    """dZ [C, V] times W [V, D], in dZ's dtype."""
+    if grad_logits.dtype == weight.dtype:
+        return grad_logits @ weight
+    out = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1])
+    for tile in vocab_tiles(weight.shape[0]):
+        out.addmm_(grad_logits[:, tile], weight[tile].to(grad_logits.dtype))
+    return out
+
+
+def add_weight_gradient(
+    grad_logits: Tensor, inputs: Tensor, into: Tensor, *, is_first: bool
+) -> None:
+    """into [V, D] += dZ^T [V, C] times X [C, D], or = for the first chunk.
+
+    Args:
+        grad_logits: dZ [C, V].
+        inputs: [C, D] in dZ's dtype.
+        into: [V, D] in any floating dtype; uninitialised where `is_first`.
+        is_first: nothing has been added yet.
+    """
+    if into.dtype == grad_logits.dtype:
+        if is_first:
+            torch.mm(grad_logits.T, inputs, out=into)
+        else:
+            into.addmm_(grad_logits.T, inputs)
+        return
+    if into.is_cuda and into.dtype == torch.float32:
+        beta = 0.0 if is_first else 1.0
+        torch.addmm(into, grad_logits.T, inputs, out_dtype=torch.float32, beta=beta, out=into)
+        return
+    for tile in vocab_tiles(grad_logits.shape[1]):
+        product = grad_logits[:, tile].T @ inputs
+        if is_first:
+            into[tile] = product
+        else:
+            into[tile] += product
