@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from care_kernels.objective import SAMPLED_KL_ESTIMATORS
+from care_kernels.vocab_parallel import VocabShard
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -83,13 +84,33 @@ def check_reference(
         check_matrix("ref_head_weight", ref_head_weight, hidden.device, num_rows=vocab_size)
 
 
-def check_targets_in_vocabulary(target_ids: Tensor, vocab_size: int) -> None:
-    """Ids within [0, vocab_size); read on the CPU only."""
+def check_targets_in_vocabulary(
+    target_ids: Tensor, head_weight: Tensor, vocab_shard: VocabShard | None = None
+) -> None:
+    """Ids within the vocabulary, read on the CPU only; a shard within it too."""
+    vocab_size = num_local = head_weight.shape[0]
+    if vocab_shard is not None:
+        vocab_size, start = vocab_shard.vocab_size, vocab_shard.start
+        if start < 0 or start + num_local > vocab_size:
+            raise ValueError(
+                f"vocab_shard: got rows {start} to {start + num_local}; wanted them within "
+                f"0 to {vocab_size}"
+            )
     if target_ids.device.type != "cpu" or target_ids.numel() == 0:
         return
     low, high = int(target_ids.min()), int(target_ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"target_ids: got ids from {low} to {high}; wanted 0 to {vocab_size - 1}")
+
+
+def check_weight_grad(weight_grad: Tensor, head_weight: Tensor) -> None:
+    """A buffer like head_weight, in any floating dtype, outside any graph."""
+    num_rows, num_columns = head_weight.shape
+    check_matrix(
+        "weight_grad", weight_grad, head_weight.device, num_rows=num_rows, num_columns=num_columns
+    )
+    if weight_grad.requires_grad:
+        raise ValueError("weight_grad: got a tensor that requires grad; wanted a plain buffer")
 
 
 def check_not_negative(name: str, value: Tensor | None) -> None:

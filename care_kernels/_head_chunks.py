@@ -17,15 +17,23 @@ from care_kernels._launch import chunk_size, logit_chunk
 from care_kernels._logit_chunk import Head
 from care_kernels._records import join
 from care_kernels.row_softmax import RowGradients, RowStatistics
+from care_kernels.vocab_parallel import VocabShard
 
 
 class HeadGradients:
     """dX [N, D], dW [V, D] and db [V] under construction; None where not wanted."""
 
-    def __init__(self, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        hidden: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *,
+        weight_is_new: bool = True,
+    ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.is_first = True
-        """Nothing has been added: dW holds no numbers yet."""
+        self.weight_is_new = weight_is_new
+        """dW holds no numbers yet: the first chunk overwrites it."""
 
 
 class HeadChunks:
@@ -45,6 +53,7 @@ class HeadChunks:
         *,
         with_entropy: bool = False,
         reference: tuple[Tensor, Head] | None = None,
+        vocab_shard: VocabShard | None = None,
     ) -> None:
         """
         Args:
@@ -56,12 +65,22 @@ class HeadChunks:
             backend: as `resolve_backend` returns it.
             with_entropy: whether statistics include the entropy.
             reference: hidden states [N, D'] and head of the reference, for the exact KL.
+            vocab_shard: which part of the vocabulary these heads are; None: all of it.
         """
         self._hidden, self._head, self._rows = hidden, head, rows
         self._ref_hidden = None if reference is None else reference[0]
-        self._targets = target_ids.index_select(0, rows).long()
+        self._shard = vocab_shard
+        targets = target_ids.index_select(0, rows).long()
+        # A shard reads statistics at a target of its own, and has a gradient at none of another's.
+        self._targets = self._own_targets = targets
+        if vocab_shard is not None:
+            num_local = head.weight.shape[0]
+            self._targets, self._own_targets = vocab_shard.local_targets(targets, num_local)
         num_rows = rows.numel()
-        self._chunk_rows = chunk_size(chunk_rows, head.weight, with_ref=reference is not None)
+        vocab_size = head.weight.shape[0] if vocab_shard is None else vocab_shard.usual_size
+        self._chunk_rows = chunk_size(
+            chunk_rows, vocab_size, hidden.device, with_ref=reference is not None
+        )
         self._logits = logit_chunk(
             backend,
             hidden.dtype,
@@ -77,8 +96,10 @@ class HeadChunks:
         for start in range(0, max(num_rows, 1), self._chunk_rows):
             yield slice(start, min(start + self._chunk_rows, num_rows))
 
-    def new_gradients(self, wanted: tuple[bool, ...]) -> HeadGradients:
-        """Room for each of (hidden, weight, bias) that is wanted.
+    def new_gradients(
+        self, wanted: tuple[bool, ...], weight_grad: Tensor | None = None
+    ) -> HeadGradients:
+        """Room for each of (hidden, weight, bias) that is wanted; dW is added to `weight_grad`.
 
         Several chunks add up in float32; a lone one is rounded to its own type by its GEMM.
         """
@@ -87,14 +108,16 @@ class HeadChunks:
         narrow = self._logits.grad_dtype if self._logits.grad_dtype == torch.bfloat16 else wide
         is_one_chunk = self._rows.numel() <= self._chunk_rows
         dtypes = (narrow, narrow if is_one_chunk else wide)
-        num_vocab = self._head.weight.shape[0]
-        new = self._hidden.new_zeros
+        shape, new = self._head.weight.shape, self._hidden.new_zeros
+        if weight and weight_grad is None:
+            new_weight = self._head.weight.new_empty(shape, dtype=dtypes[1])
+        else:
+            new_weight = weight_grad
         return HeadGradients(
             new(self._hidden.shape, dtype=dtypes[0]) if hidden else None,
-            self._head.weight.new_empty(self._head.weight.shape, dtype=dtypes[1])
-            if weight
-            else None,
-            new(num_vocab, dtype=wide) if bias and self._head.bias is not None else None,
+            new_weight,
+            new(shape[0], dtype=wide) if bias and self._head.bias is not None else None,
+            weight_is_new=weight_grad is None,
         )
 
     @torch.no_grad()
@@ -105,7 +128,10 @@ class HeadChunks:
                 None if self._ref_hidden is None else _select(self._ref_hidden, self._rows[chunk])
             )
             inputs = _select(self._hidden, self._rows[chunk])
-            return self._logits.project(inputs, self._targets[chunk], ref_inputs)
+            stats = self._logits.project(inputs, self._targets[chunk], ref_inputs)
+        if self._shard is None:
+            return stats
+        return self._shard.combine(stats, self._own_targets[chunk] >= 0)
 
     def all_statistics(self) -> RowStatistics:
         """Statistics of all selected rows, [M]."""
@@ -117,17 +143,19 @@ class HeadChunks:
     ) -> None:
         """Consume the logits that `project(chunk)` has made; add to dX, dW and db."""
         rows = self._rows[chunk]
-        grad_logits = self._logits.gradients(self._targets[chunk], stats, upstream)
+        grad_logits = self._logits.gradients(self._own_targets[chunk], stats, upstream)
         with torch.autocast(self._hidden.device.type, enabled=False):
             if into.hidden is not None:
                 grad_inputs = back_project(grad_logits, self._head.weight)
+                if self._shard is not None:
+                    grad_inputs = self._shard.sum(grad_inputs)
                 into.hidden.index_copy_(0, rows, grad_inputs.to(into.hidden.dtype))
             if into.weight is not None:
                 inputs = _select(self._hidden, rows).to(grad_logits.dtype)
-                add_weight_gradient(grad_logits, inputs, into.weight, is_first=into.is_first)
+                add_weight_gradient(grad_logits, inputs, into.weight, is_first=into.weight_is_new)
         if into.bias is not None:
             into.bias.add_(grad_logits.sum(0, dtype=into.bias.dtype))
-        into.is_first = False
+        into.weight_is_new = False
 
 
 def _select(hidden: Tensor, rows: Tensor) -> Tensor:

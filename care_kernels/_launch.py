@@ -39,18 +39,21 @@ def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     return torch.float64 if is_double else torch.float32
 
 
-def chunk_size(chunk_rows: int | None, head_weight: torch.Tensor, *, with_ref: bool = False) -> int:
+def chunk_size(
+    chunk_rows: int | None, vocab_size: int, device: torch.device, *, with_ref: bool = False
+) -> int:
     """`chunk_rows`, or as many rows, from 1 to 4096, as keep float32 logits within CHUNK_BYTES.
 
     Args:
         chunk_rows: the caller's choice.
-        head_weight: [V, D].
+        vocab_size: V, of this rank's part where ranks share the vocabulary.
+        device: where the logits live.
         with_ref: the reference's logits are held beside the policy's.
     """
     if chunk_rows is not None:
         return chunk_rows
-    row_bytes = head_weight.shape[0] * 4 * (2 if with_ref else 1)
-    limit = CHUNK_BYTES.get(head_weight.device.type, CHUNK_BYTES["cpu"])
+    row_bytes = vocab_size * 4 * (2 if with_ref else 1)
+    limit = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
     return max(1, min(MAX_CHUNK_ROWS, limit // row_bytes))
 
 

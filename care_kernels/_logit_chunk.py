@@ -44,7 +44,10 @@ class LogitChunk(Protocol):
         ...
 
     def gradients(self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients) -> Tensor:
-        """dL/draw [C, V] of the logits made last, which are gone afterwards."""
+        """dL/draw [C, V] of the logits made last, which are gone afterwards.
+
+        A target of -1 is none of this head's rows: no part of g lands there.
+        """
         ...
 
 
@@ -120,7 +123,9 @@ class NativeChunk(TorchChunk):
             head, num_rows, torch.float32, with_entropy=with_entropy, ref_head=ref_head
         )
         self.grad_dtype = torch.bfloat16
-        self._ops = native_ops()
+        ops = native_ops()
+        assert ops is not None, "chosen only where the kernels run"
+        self._ops = ops
 
     def project(
         self, inputs: Tensor, target_ids: Tensor, ref_inputs: Tensor | None = None

@@ -22,6 +22,7 @@ from care_kernels.objective import (
     weighted,
 )
 from care_kernels.row_softmax import LogitTransform, RowGradients, RowStatistics
+from care_kernels.vocab_parallel import VocabShard
 
 
 class RowTerms(NamedTuple):
@@ -66,6 +67,8 @@ class PolicyProblem:
     chunk_rows: int | None
     backend: str
     report_all_rows: bool
+    vocab_shard: VocabShard | None
+    weight_grad: Tensor | None
 
 
 @torch.no_grad()
@@ -105,7 +108,12 @@ def _evaluate_rows(
     terms, reference = take(problem.terms, rows), _reference(head, problem)
     if reference is not None and problem.kl_estimator != "exact":
         sampled = HeadChunks(
-            *reference, problem.target_ids, rows, problem.chunk_rows, problem.backend
+            *reference,
+            problem.target_ids,
+            rows,
+            problem.chunk_rows,
+            problem.backend,
+            vocab_shard=problem.vocab_shard,
         )
         ref_log_probs = sampled.all_statistics().log_probs
         terms = terms._replace(ref_log_probs=ref_log_probs.to(terms.advantages.dtype))
@@ -119,8 +127,9 @@ def _evaluate_rows(
         problem.backend,
         with_entropy=terms.entropy_weights is not None,
         reference=reference,
+        vocab_shard=problem.vocab_shard,
     )
-    gradients = chunks.new_gradients(wanted) if any(wanted) else None
+    gradients = chunks.new_gradients(wanted, problem.weight_grad) if any(wanted) else None
     outcome = _sweep(chunks, terms, problem, rows, gradients)
     return outcome, gradients
 

@@ -6,6 +6,7 @@ all, in exchange for accepting any loss on top.
 Shape letters: N rows, D hidden, V vocabulary.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -18,6 +19,7 @@ from care_kernels._launch import resolve_backend
 from care_kernels._logit_chunk import Head
 from care_kernels._records import take
 from care_kernels.row_softmax import LogitTransform, RowGradients, RowStatistics
+from care_kernels.vocab_parallel import VocabShard
 
 
 @overload
@@ -31,6 +33,7 @@ def linear_log_probs(
     logit_scale: float = 1.0,
     bias: Tensor | None = None,
     return_entropy: Literal[False] = False,
+    vocab_shard: VocabShard | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -47,6 +50,7 @@ def linear_log_probs(
     logit_scale: float = 1.0,
     bias: Tensor | None = None,
     return_entropy: Literal[True],
+    vocab_shard: VocabShard | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -62,6 +66,7 @@ def linear_log_probs(
     logit_scale: float = 1.0,
     bias: Tensor | None = None,
     return_entropy: bool = False,
+    vocab_shard: VocabShard | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -80,6 +85,8 @@ def linear_log_probs(
         logit_scale: multiplies the raw logits.
         bias: [V], finite.
         return_entropy: also return each row's entropy.
+        vocab_shard: which part of the vocabulary head_weight and bias are, where ranks share it;
+            forward and backward are then collective calls.
         chunk_rows: rows of logits held at a time; None: chosen from V.
         backend: None: chosen by device; "triton" or "torch".
 
@@ -91,14 +98,22 @@ def linear_log_probs(
     """
     backend = resolve_backend(backend, hidden.device)
     _checks.check_head(hidden, head_weight, target_ids, bias)
-    _checks.check_targets_in_vocabulary(target_ids, head_weight.shape[0])
+    _checks.check_targets_in_vocabulary(target_ids, head_weight, vocab_shard)
     _checks.check_transform(temperature, logit_softcap)
     _checks.check_chunk_rows(chunk_rows)
     transform = LogitTransform(temperature, logit_softcap, logit_scale)
-    log_probs, entropy = LinearLogProbs.apply(
-        hidden, head_weight, bias, target_ids, transform, chunk_rows, backend, return_entropy
-    )
+    options = _Options(transform, chunk_rows, backend, vocab_shard, return_entropy)
+    log_probs, entropy = LinearLogProbs.apply(hidden, head_weight, bias, target_ids, options)
     return (log_probs, entropy) if return_entropy else log_probs
+
+
+@dataclass(frozen=True)
+class _Options:
+    transform: LogitTransform
+    chunk_rows: int | None
+    backend: str
+    vocab_shard: VocabShard | None
+    with_entropy: bool
 
 
 class LinearLogProbs(torch.autograd.Function):
@@ -111,20 +126,24 @@ class LinearLogProbs(torch.autograd.Function):
         head_weight: Tensor,
         bias: Tensor | None,
         target_ids: Tensor,
-        transform: LogitTransform,
-        chunk_rows: int | None,
-        backend: str,
-        with_entropy: bool,
+        options: _Options,
     ) -> tuple[Tensor, Tensor | None]:
         """Return log-probs [N] and, if asked for, entropies [N]."""
-        head = Head(head_weight, bias, transform)
+        head = Head(head_weight, bias, options.transform)
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         chunks = HeadChunks(
-            hidden, head, target_ids, rows, chunk_rows, backend, with_entropy=with_entropy
+            hidden,
+            head,
+            target_ids,
+            rows,
+            options.chunk_rows,
+            options.backend,
+            with_entropy=options.with_entropy,
+            vocab_shard=options.vocab_shard,
         )
         stats = chunks.all_statistics()
         ctx.save_for_backward(hidden, head_weight, bias, target_ids, *stats)
-        ctx.options = (transform, chunk_rows, backend, head_weight.shape)
+        ctx.options, ctx.head_shape = options, head_weight.shape
         return stats.log_probs, stats.entropy
 
     @staticmethod
@@ -134,17 +153,25 @@ class LinearLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """dX, dW and db, from the same logits made again."""
         hidden, head_weight, bias, target_ids, *saved = ctx.saved_tensors
-        transform, chunk_rows, backend, head_shape = ctx.options
-        if head_weight.shape != head_shape:
+        options: _Options = ctx.options
+        if head_weight.shape != ctx.head_shape:
             raise RuntimeError(
                 f"head_weight: got shape {tuple(head_weight.shape)} in the backward; wanted "
-                f"{tuple(head_shape)}: keep a partitioned weight gathered until then"
+                f"{tuple(ctx.head_shape)}: keep a partitioned weight gathered until then"
             )
         stats = RowStatistics(*saved)
         upstream = RowGradients(grad_log_probs, grad_entropy if stats.entropy is not None else None)
         rows = _rows_with_gradient(upstream)
-        head = Head(head_weight, bias, transform)
-        chunks = HeadChunks(hidden, head, target_ids, rows, chunk_rows, backend)
+        head = Head(head_weight, bias, options.transform)
+        chunks = HeadChunks(
+            hidden,
+            head,
+            target_ids,
+            rows,
+            options.chunk_rows,
+            options.backend,
+            vocab_shard=options.vocab_shard,
+        )
         gradients = chunks.new_gradients(ctx.needs_input_grad[:3])
         for chunk in chunks:
             chunks.project(chunk)
@@ -155,7 +182,7 @@ class LinearLogProbs(torch.autograd.Function):
             (gradients.weight, head_weight),
             (gradients.bias, bias),
         )
-        return *(None if grad is None else grad.to(x.dtype) for grad, x in pairs), *(None,) * 5
+        return *(None if grad is None else grad.to(x.dtype) for grad, x in pairs), None, None
 
 
 def _rows_with_gradient(upstream: RowGradients) -> Tensor:

@@ -22,6 +22,7 @@ from care_kernels._logit_chunk import Head
 from care_kernels._policy_sweep import PolicyProblem, RowTerms, active_rows, evaluate
 from care_kernels.objective import ClipRange
 from care_kernels.row_softmax import LogitTransform
+from care_kernels.vocab_parallel import VocabShard
 
 
 class PolicyLoss(NamedTuple):
@@ -71,6 +72,8 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     bias: Tensor | None = None,
     report_all_rows: bool = False,
+    vocab_shard: VocabShard | None = None,
+    weight_grad: Tensor | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
@@ -108,6 +111,11 @@ def linear_policy_loss(
         bias: [V], finite.
         report_all_rows: also compute the statistics of the rows that change nothing, one GEMM for
             them; loss and gradients are the same, bit for bit.
+        vocab_shard: which part of the vocabulary head_weight, ref_head_weight and bias are, where
+            ranks share it; the call is then a collective one.
+        weight_grad: [V, D], any floating dtype: dW is added to it during this call instead of
+            reaching head_weight.grad through the backward, whose upstream gradient it does not see.
+            For gradient accumulation without a second [V, D] buffer.
         chunk_rows: rows of logits held at a time; None: at most 4096, and 512 MiB of float32 logits
             on a CPU, 1 GiB elsewhere.
         backend: None: chosen by device; "triton" or "torch".
@@ -137,6 +145,8 @@ def linear_policy_loss(
     _checks.check_rows("sequence_ids", sequence_ids, hidden, _checks.INT_DTYPES)
     _checks.check_not_negative("importance_weights", importance_weights)
     _checks.check_reference(hidden, head_weight, ref_hidden, ref_head_weight)
+    if weight_grad is not None:
+        _checks.check_weight_grad(weight_grad, head_weight)
 
     problem = PolicyProblem(
         target_ids=target_ids,
@@ -158,10 +168,12 @@ def linear_policy_loss(
         chunk_rows=chunk_rows,
         backend=backend,
         report_all_rows=report_all_rows,
+        vocab_shard=vocab_shard,
+        weight_grad=weight_grad,
     )
     rows = active_rows(problem.terms, problem.sequence_ids)
     _checks.check_targets_in_vocabulary(
-        target_ids if report_all_rows else target_ids[rows], head_weight.shape[0]
+        target_ids if report_all_rows else target_ids[rows], head_weight, vocab_shard
     )
     # The Function itself always runs without grad mode, so it has to be told.
     grad_mode = torch.is_grad_enabled()
@@ -187,7 +199,9 @@ class LinearPolicyLoss(torch.autograd.Function):
         loss, outcome, gradients = evaluate(hidden, head, problem, rows, wanted)
         if gradients is not None:
             # In compute precision: a loss scale must reach a gradient before float16 rounds it.
-            ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
+            # What went into the caller's own buffer is not autograd's to hand on.
+            weight = None if problem.weight_grad is not None else gradients.weight
+            ctx.save_for_backward(gradients.hidden, weight, gradients.bias)
             ctx.dtypes = [None if x is None else x.dtype for x in (hidden, head_weight, bias)]
         per_row = outcome[1:]
         ctx.mark_non_differentiable(*(field for field in per_row if field is not None))

@@ -189,7 +189,8 @@ void logit_gradients(
         return log_p.exp().neg() * factor * transform.slope(value);
       };
       float at_target[Vec::size()];
-      const int64_t y = target[i], lane = y % Vec::size(), y_start = y - lane;
+      // No target (-1) where the vocabulary is shared and another rank has it.
+      const int64_t y = target[i], y_start = std::max<int64_t>(y, 0) / Vec::size() * Vec::size();
       const Vec near = Vec::loadu(row + y_start, std::min<int64_t>(Vec::size(), vocab - y_start));
       (gradient(near) + g * transform.slope(near)).store(at_target);
       int64_t j = 0;
@@ -203,7 +204,7 @@ void logit_gradients(
         gradient(Vec(row[j])).store(lanes);
         out[j] = lanes[0];
       }
-      out[y] = at_target[lane];
+      if (y >= 0) out[y] = at_target[y - y_start];
     }
   });
 }
