@@ -52,6 +52,7 @@ class HeadChunks:
         backend: str,
         *,
         with_entropy: bool = False,
+        with_gradients: bool = False,
         reference: tuple[Tensor, Head] | None = None,
         vocab_shard: VocabShard | None = None,
     ) -> None:
@@ -64,6 +65,7 @@ class HeadChunks:
             chunk_rows: C, at least 1; None: chosen.
             backend: as `resolve_backend` returns it.
             with_entropy: whether statistics include the entropy.
+            with_gradients: whether `add_gradients` will be called.
             reference: hidden states [N, D'] and head of the reference, for the exact KL.
             vocab_shard: which part of the vocabulary these heads are; None: all of it.
         """
@@ -87,6 +89,7 @@ class HeadChunks:
             head,
             min(self._chunk_rows, num_rows),
             with_entropy=with_entropy,
+            with_gradients=with_gradients,
             ref_head=None if reference is None else reference[1],
         )
 

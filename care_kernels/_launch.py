@@ -1,6 +1,7 @@
 """How a call runs: which backend and kernels, how many rows of logits at a time."""
 
 import os
+from typing import Any
 
 import torch
 
@@ -64,15 +65,31 @@ def logit_chunk(
     num_rows: int,
     *,
     with_entropy: bool,
+    with_gradients: bool,
     ref_head: Head | None,
 ) -> LogitChunk:
-    """The kernels for one call's chunks."""
-    weight = head.weight
-    options = {"with_entropy": with_entropy, "ref_head": ref_head}
-    refs = () if ref_head is None else (ref_head.weight,)
-    if backend == "torch" and _runs_natively(hidden_dtype, weight, *refs):
+    """The kernels for one call's chunks.
+
+    Triton's fused projection where it applies, else a GEMM with float32 logits: C++ on a CPU that
+    has it, else torch's; after it Triton's row kernels, C++ or torch operations.
+    """
+    weights = [head.weight] if ref_head is None else [head.weight, ref_head.weight]
+    dtype = torch.float64 if hidden_dtype == torch.float64 else compute_dtype(*weights)
+    options: dict[str, Any] = {"with_entropy": with_entropy, "ref_head": ref_head}
+    if backend == "triton" and dtype == torch.float32:
+        from care_kernels.triton_backend.chunk import FusedChunk, RowKernelChunk
+        from care_kernels.triton_backend.fused_projection import supports
+
+        with_kl = ref_head is not None
+        if supports(
+            hidden_dtype, head.weight, with_exact_kl=with_kl, with_gradients=with_gradients
+        ):
+            return FusedChunk(
+                head, num_rows, with_entropy=with_entropy, with_gradients=with_gradients
+            )
+        return RowKernelChunk(head, num_rows, dtype, **options)
+    if backend == "torch" and _runs_natively(hidden_dtype, *weights):
         return NativeChunk(head, num_rows, **options)
-    dtype = torch.float64 if hidden_dtype == torch.float64 else compute_dtype(weight, *refs)
     return TorchChunk(head, num_rows, dtype, **options)
 
 

@@ -6,7 +6,7 @@ Shape letters: C rows of the chunk, D hidden, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -83,18 +83,39 @@ class TorchChunk:
     ) -> RowStatistics:
         """See `LogitChunk`."""
         logits = self._logits[: inputs.shape[0]]
-        _project(inputs, self._head, logits)
-        ref_logits = self._project_reference(ref_inputs)
-        return row_statistics(
-            logits, target_ids, with_entropy=self._with_entropy, ref_logits=ref_logits
-        )
+        self._project(inputs, self._head, logits)
+        ref_logits = None
+        if ref_inputs is not None:
+            assert self._ref_head is not None and self._ref_logits is not None
+            ref_logits = self._ref_logits[: inputs.shape[0]]
+            self._project(ref_inputs, self._ref_head, ref_logits)
+        return self._statistics(logits, target_ids, ref_logits)
 
     def gradients(self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients) -> Tensor:
         """See `LogitChunk`."""
         num_rows = target_ids.shape[0]
-        logits = self._logits[:num_rows]
-        out = in_place(logits, self.grad_dtype)
         ref_logits = None if self._ref_logits is None else self._ref_logits[:num_rows]
+        return self._gradients(self._logits[:num_rows], target_ids, stats, upstream, ref_logits)
+
+    def _project(self, inputs: Tensor, head: Head, out: Tensor) -> Any:
+        _project(inputs, head, out)
+
+    def _statistics(
+        self, logits: Tensor, target_ids: Tensor, ref_logits: Tensor | None
+    ) -> RowStatistics:
+        return row_statistics(
+            logits, target_ids, with_entropy=self._with_entropy, ref_logits=ref_logits
+        )
+
+    def _gradients(
+        self,
+        logits: Tensor,
+        target_ids: Tensor,
+        stats: RowStatistics,
+        upstream: RowGradients,
+        ref_logits: Tensor | None,
+    ) -> Tensor:
+        out = in_place(logits, self.grad_dtype)
         logit_gradients(
             logits,
             target_ids,
@@ -105,14 +126,6 @@ class TorchChunk:
             ref_logits=ref_logits,
         )
         return out
-
-    def _project_reference(self, ref_inputs: Tensor | None) -> Tensor | None:
-        if ref_inputs is None:
-            return None
-        assert self._ref_head is not None and self._ref_logits is not None
-        ref_logits = self._ref_logits[: ref_inputs.shape[0]]
-        _project(ref_inputs, self._ref_head, ref_logits)
-        return ref_logits
 
 
 class NativeChunk(TorchChunk):
@@ -131,24 +144,24 @@ class NativeChunk(TorchChunk):
         self, inputs: Tensor, target_ids: Tensor, ref_inputs: Tensor | None = None
     ) -> RowStatistics:
         """See `LogitChunk`."""
+        if ref_inputs is not None:
+            return super().project(inputs, target_ids, ref_inputs)
         logits = self._logits[: inputs.shape[0]]
         max_logit, log_total, entropy = self._project(inputs, self._head, logits)
-        if ref_inputs is not None:
-            assert self._ref_head is not None and self._ref_logits is not None
-            ref_logits = self._ref_logits[: inputs.shape[0]]
-            self._project(ref_inputs, self._ref_head, ref_logits)
-            return row_statistics(
-                logits, target_ids, with_entropy=self._with_entropy, ref_logits=ref_logits
-            )
         target_logit = logits.gather(1, target_ids[:, None])[:, 0]
         log_probs = (target_logit - max_logit) - log_total
         return RowStatistics(log_probs, max_logit, log_total, entropy, None, None, None)
 
-    def gradients(self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients) -> Tensor:
-        """See `LogitChunk`."""
+    def _gradients(
+        self,
+        logits: Tensor,
+        target_ids: Tensor,
+        stats: RowStatistics,
+        upstream: RowGradients,
+        ref_logits: Tensor | None,
+    ) -> Tensor:
         if upstream.kl is not None:
-            return super().gradients(target_ids, stats, upstream)
-        logits = self._logits[: target_ids.shape[0]]
+            return super()._gradients(logits, target_ids, stats, upstream, ref_logits)
         self._ops.logit_gradients(
             logits,
             target_ids,
@@ -161,7 +174,7 @@ class NativeChunk(TorchChunk):
         )
         return in_place(logits, torch.bfloat16)
 
-    def _project(self, inputs: Tensor, head: Head, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, inputs: Tensor, head: Head, out: Tensor) -> Any:
         bias = None if head.bias is None else head.bias.float()
         return self._ops.project(
             inputs, head.weight, bias, *_options(head.transform), self._with_entropy, out

@@ -126,6 +126,7 @@ def _evaluate_rows(
         problem.chunk_rows,
         problem.backend,
         with_entropy=terms.entropy_weights is not None,
+        with_gradients=any(wanted),
         reference=reference,
         vocab_shard=problem.vocab_shard,
     )
@@ -157,51 +158,76 @@ def _sweep(
     gradients: HeadGradients | None,
 ) -> RowOutcome:
     """One pass, or two where a ratio needs whole sequences and gradients are wanted."""
-    groups = None
+    surrogate = None
     if problem.sequence_ids is not None:
         groups = SequenceGroups.from_ids(problem.sequence_ids.index_select(0, rows))
-    surrogate, all_stats = None, None
-    if terms.old_log_probs is None:
-        surrogate = _surrogate(torch.zeros_like(terms.advantages), terms, problem.clip, groups)
-    elif groups is not None:
-        all_stats = chunks.all_statistics()
-        log_ratio = all_stats.log_probs - terms.old_log_probs
-        surrogate = _surrogate(log_ratio, terms, problem.clip, groups)
-        if gradients is None:
-            return _outcome(all_stats, surrogate, terms, problem.kl_estimator)[0]
+        log_ratio, stats = torch.zeros_like(terms.advantages), None
+        if terms.old_log_probs is not None:
+            stats = chunks.all_statistics()
+            log_ratio = stats.log_probs - terms.old_log_probs
+        surrogate = sequence_surrogate(log_ratio, terms.advantages, problem.clip, groups)
+        if stats is not None and gradients is None:
+            return _outcome(stats, surrogate, terms, problem.kl_estimator)[0]
     outcomes: list[RowOutcome] = []
     for chunk in chunks:
-        stats = chunks.project(chunk)
-        part = take(terms, chunk)
-        if surrogate is not None:
-            part_surrogate = take(surrogate, chunk)
+        stats, part = chunks.project(chunk), take(terms, chunk)
+        if surrogate is None:
+            outcome, upstream = _token_outcome(stats, part, problem)
         else:
-            assert part.old_log_probs is not None
-            log_ratio = stats.log_probs - part.old_log_probs
-            part_surrogate = _surrogate(log_ratio, part, problem.clip, None)
-        outcome, upstream = _outcome(stats, part_surrogate, part, problem.kl_estimator)
+            part_surrogate = take(surrogate, chunk)
+            outcome, upstream = _outcome(stats, part_surrogate, part, problem.kl_estimator)
         outcomes.append(outcome)
         if gradients is not None:
             chunks.add_gradients(chunk, stats, upstream, gradients)
     return join(outcomes)
 
 
-def _surrogate(
-    log_ratio: Tensor, terms: RowTerms, clip: ClipRange, groups: SequenceGroups | None
-) -> Surrogate:
-    if groups is None:
-        return token_surrogate(log_ratio, terms.advantages, clip)
-    return sequence_surrogate(log_ratio, terms.advantages, clip, groups)
+def _token_outcome(
+    stats: RowStatistics, terms: RowTerms, problem: PolicyProblem
+) -> tuple[RowOutcome, RowGradients]:
+    """`_outcome` where each row's ratio is its own: one Triton kernel, or torch operations."""
+    if problem.backend == "triton" and terms.advantages.dtype == torch.float32:
+        return _triton_outcome(stats, terms, problem)
+    old = stats.log_probs if terms.old_log_probs is None else terms.old_log_probs
+    surrogate = token_surrogate(stats.log_probs - old, terms.advantages, problem.clip)
+    return _outcome(stats, surrogate, terms, problem.kl_estimator)
+
+
+def _triton_outcome(
+    stats: RowStatistics, terms: RowTerms, problem: PolicyProblem
+) -> tuple[RowOutcome, RowGradients]:
+    from care_kernels.triton_backend.row_objective import row_objective
+
+    row = row_objective(
+        stats.log_probs,
+        terms.advantages,
+        problem.clip,
+        old_log_probs=terms.old_log_probs,
+        kl_estimator=problem.kl_estimator,
+        kl_weights=terms.kl_weights,
+        ref_log_probs=terms.ref_log_probs,
+        exact_kl=stats.kl,
+        entropy=stats.entropy,
+        entropy_weights=terms.entropy_weights,
+    )
+    outcome = RowOutcome(
+        row.value,
+        stats.log_probs,
+        stats.entropy,
+        row.kl,
+        row.ratio,
+        row.clipped_low,
+        row.clipped_high,
+    )
+    return outcome, _row_gradients(row.grad_log_probs, terms, problem.kl_estimator)
 
 
 def _outcome(
     stats: RowStatistics, surrogate: Surrogate, terms: RowTerms, kl_estimator: str
 ) -> tuple[RowOutcome, RowGradients]:
     """Put the summands of Eq. 13 together: each row's value, and its derivatives."""
-    kl, exact_kl_weights, g = stats.kl, None, -surrogate.grad_log_probs
-    if kl_estimator == "exact":
-        exact_kl_weights = terms.kl_weights
-    elif terms.kl_weights is not None:
+    kl, g = stats.kl, -surrogate.grad_log_probs
+    if kl_estimator != "exact" and terms.kl_weights is not None:
         assert terms.ref_log_probs is not None
         kl, kl_slope = sampled_kl(kl_estimator, stats.log_probs, terms.ref_log_probs)
         g = g + weighted(terms.kl_weights, kl_slope)
@@ -219,8 +245,12 @@ def _outcome(
         surrogate.clipped_low,
         surrogate.clipped_high,
     )
+    return outcome, _row_gradients(g, terms, kl_estimator)
+
+
+def _row_gradients(g: Tensor, terms: RowTerms, kl_estimator: str) -> RowGradients:
     d_entropy = None if terms.entropy_weights is None else -terms.entropy_weights
-    return outcome, RowGradients(g, d_entropy, exact_kl_weights)
+    return RowGradients(g, d_entropy, terms.kl_weights if kl_estimator == "exact" else None)
 
 
 def _reference(head: Head, problem: PolicyProblem) -> tuple[Tensor, Head] | None:

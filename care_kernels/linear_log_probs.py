@@ -170,6 +170,8 @@ class LinearLogProbs(torch.autograd.Function):
             rows,
             options.chunk_rows,
             options.backend,
+            with_entropy=stats.entropy is not None,
+            with_gradients=True,
             vocab_shard=options.vocab_shard,
         )
         gradients = chunks.new_gradients(ctx.needs_input_grad[:3])
