@@ -35,7 +35,7 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "torch>=2.14,<2.15" "torchvision>=0.29,<0.30"
 	$(BIN)/python -m pip install --quiet setuptools wheel ninja hatchling editables py-cpuinfo psutil
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,dev]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,bench,dev]"
 	touch $(READY)
 
 clean:

@@ -1,0 +1,263 @@
+"""A GRPOTrainer on these kernels computes what TRL alone does."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("trl", reason="trl is not installed: pip install 'trl>=1.16,<1.17'")
+
+from trl import GRPOTrainer
+
+from care_kernels.integrations import trl as integration
+from care_kernels.integrations.trl import choose_path, use_care_kernels
+from tests.integrations.trl_runs import (
+    build_trainer,
+    loss_and_gradients,
+    micro_batch,
+    tie_often,
+    train,
+)
+
+# Two float32 computations of the same sums in another order.
+CLOSE = {"rtol": 2e-5, "atol": 2e-6}
+
+FUSED: list[dict[str, Any]] = [
+    {},
+    *({"loss_type": name} for name in ("grpo", "bnpo", "dr_grpo", "luspo")),
+    {"beta": 0.1, "use_bias_correction_kl": False},
+    {"beta": 0.1, "use_bias_correction_kl": False, "loss_type": "grpo"},
+    {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+    {"importance_sampling_level": "sequence", "loss_type": "luspo"},
+    {
+        "importance_sampling_level": "sequence",
+        "loss_type": "grpo",
+        "beta": 0.1,
+        "use_bias_correction_kl": False,
+    },
+    {"epsilon": 0.1, "epsilon_high": 0.3},
+    {"delta": 1.2},
+    {"temperature": 0.7},
+    {"entropy_coef": 0.05},
+    {"entropy_coef": 0.05, "beta": 0.1, "use_bias_correction_kl": False},
+]
+LOG_PROBS: list[dict[str, Any]] = [
+    *({"loss_type": name} for name in ("cispo", "sapo", "vespo")),
+    {"beta": 0.1, "use_bias_correction_kl": True},
+    {"delta": 1.02, "epsilon_high": 0.3},
+    {"top_entropy_quantile": 0.4},
+    {"off_policy_mask_threshold": 0.05},
+    {"use_adaptive_entropy": True, "entropy_target": 10.0, "entropy_coef": 0.05},
+]
+
+
+def _name(settings: dict[str, Any]) -> str:
+    return ",".join(f"{key}={value}" for key, value in settings.items()) or "defaults"
+
+
+@pytest.fixture
+def pair(tiny_folder, tmp_path):
+    """TRL's trainer and one on these kernels, from the same settings."""
+
+    def build(kind: str = "tiny-qwen2", path: str | None = None, **settings: Any):
+        plain = build_trainer(tiny_folder(kind), tmp_path, **settings)
+        ours = build_trainer(tiny_folder(kind), tmp_path, **settings)
+        return plain, ours, use_care_kernels(ours, path)
+
+    return build
+
+
+def _assert_same(plain: GRPOTrainer, ours: GRPOTrainer, batch: dict[str, torch.Tensor]) -> None:
+    loss, gradients, metrics = loss_and_gradients(plain, batch)
+    our_loss, our_gradients, our_metrics = loss_and_gradients(ours, batch)
+    torch.testing.assert_close(our_loss, loss, **CLOSE)
+    torch.testing.assert_close(our_gradients, gradients, **CLOSE)
+    assert our_metrics.keys() == metrics.keys()
+    assert our_metrics == pytest.approx(metrics, rel=CLOSE["rtol"], abs=CLOSE["atol"])
+
+
+@pytest.mark.parametrize("settings", FUSED, ids=_name)
+def test_fused_loss_gradients_and_metrics(settings, pair):
+    """Each option the fused loss expresses: TRL's loss, gradients and metrics to round-off."""
+    plain, ours, choice = pair(**settings)
+    assert choice.path == "fused"
+    _assert_same(plain, ours, micro_batch(plain))
+
+
+@pytest.mark.parametrize("settings", [{}, FUSED[7], FUSED[-1], *LOG_PROBS], ids=_name)
+def test_log_prob_loss_gradients_and_metrics(settings, pair):
+    """The options that need TRL's own formula, and some that do not, on the other path."""
+    plain, ours, choice = pair(path="log_probs" if settings in FUSED else None, **settings)
+    assert choice.path == "log_probs"
+    _assert_same(plain, ours, micro_batch(plain))
+
+
+@pytest.mark.parametrize("path", ["fused", "log_probs"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_sampler_correction_tool_mask_and_token_advantages(path, level, pair):
+    """What only some set-ups put into a micro-batch: vLLM's ratios, tools, [B, T] advantages."""
+    plain, ours, _ = pair(path=path, importance_sampling_level=level, loss_type="grpo")
+    generator = torch.Generator().manual_seed(1)
+    batch = micro_batch(
+        plain,
+        importance_sampling_ratio=2 * torch.rand(4, 6, generator=generator),
+        tool_mask=torch.tensor([[1, 1, 0, 0, 1, 1]] * 4),
+        advantages=torch.randn(4, 6, generator=generator),
+    )
+    plain.use_vllm = ours.use_vllm = True
+    assert plain.vllm_importance_sampling_correction
+    _assert_same(plain, ours, batch)
+
+
+@pytest.mark.parametrize("path", ["fused", "log_probs"])
+def test_on_policy_and_empty_micro_batches(path, pair):
+    """Without old log-probs every ratio is 1; with nothing to train on the gradient is zero."""
+    plain, ours, _ = pair(path=path)
+    batch = micro_batch(plain)
+    del batch["old_per_token_logps"]
+    _assert_same(plain, ours, batch)
+    _assert_same(plain, ours, batch | {"advantages": torch.zeros(4)})
+    empty = batch | {"completion_mask": torch.zeros(4, 6, dtype=torch.long)}
+    loss, gradients, _ = loss_and_gradients(ours, empty)
+    assert loss == 0 and not any(gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize(
+    ("path", "settings"),
+    [
+        ("fused", {}),
+        ("fused", {"beta": 0.05, "use_bias_correction_kl": False}),
+        ("log_probs", {"beta": 0.05}),
+        ("fused", {"reward": tie_often}),
+    ],
+    ids=["fused", "fused with KL", "log-probs with KL", "zero advantages"],
+)
+def test_training_run(path, settings, tiny_folder, tmp_path):
+    """Two updates on each batch: losses, gradient norms, metrics and weights as without us."""
+    settings = {"num_iterations": 2, "steps_per_generation": 2, "max_steps": 4} | settings
+    metrics, weights = train(tiny_folder("tiny-qwen2"), tmp_path, None, **settings)
+    our_metrics, our_weights = train(tiny_folder("tiny-qwen2"), tmp_path, path, **settings)
+    assert len(metrics) == 4 and any(entry["clip_ratio/region_mean"] > 0 for entry in metrics)
+    for ours, theirs in zip(our_metrics, metrics, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    torch.testing.assert_close(our_weights, weights, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+@pytest.mark.parametrize("path", ["fused", "log_probs"])
+def test_images(kind, path, tiny_folder, tmp_path):
+    """A vision-language model with images trains as without us, on both paths."""
+    settings = {"num_iterations": 2, "steps_per_generation": 2}
+    settings |= {"loss_type": "cispo", "beta": 0.05} if path == "log_probs" else {}
+    metrics, weights = train(tiny_folder(kind), tmp_path, None, **settings)
+    our_metrics, our_weights = train(tiny_folder(kind), tmp_path, path, **settings)
+    for ours, theirs in zip(our_metrics, metrics, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    torch.testing.assert_close(our_weights, weights, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_and_generation_are_trls(pair):
+    """Without gradients the fused trainer evaluates TRL's loss; a plain forward has logits."""
+    plain, ours, _ = pair()
+    batch = micro_batch(plain)
+    losses = []
+    for trainer in (plain, ours):
+        trainer.model.eval()
+        with torch.no_grad():
+            losses.append(trainer.compute_loss(trainer.model, dict(batch)))
+    torch.testing.assert_close(losses[1], losses[0], **CLOSE)
+    outputs = [
+        t.model(input_ids=batch["prompt_ids"], labels=batch["prompt_ids"]) for t in (plain, ours)
+    ]
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    assert torch.equal(outputs[0].loss, outputs[1].loss)
+
+
+def test_router_loss(pair, tiny_folder):
+    """A mixture of experts keeps its load-balancing loss."""
+    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    vocab_size = len(AutoTokenizer.from_pretrained(tiny_folder("tiny-qwen2")))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 16, "num_experts": 4}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "moe_intermediate_size": 16}
+    config = Qwen3MoeConfig(vocab_size=vocab_size, num_experts_per_tok=2, **sizes)
+    torch.manual_seed(0)
+    weights = Qwen3MoeForCausalLM(config).state_dict()
+    model = Qwen3MoeForCausalLM(config)
+    model.load_state_dict(weights)
+    plain, ours, choice = pair(model=model, router_aux_loss_coef=0.1)
+    assert choice.path == "log_probs" and "router" in choice.reason
+    _assert_same(plain, ours, micro_batch(plain))
+
+
+def test_choice_is_logged_with_its_reason(tiny_folder, tmp_path, caplog):
+    """One line says which path runs and why."""
+    trainer = build_trainer(tiny_folder("tiny-qwen2"), tmp_path, loss_type="sapo")
+    with caplog.at_level(logging.INFO, logger=integration.__name__):
+        use_care_kernels(trainer)
+    (message,) = (r.getMessage() for r in caplog.records if r.name == integration.__name__)
+    assert "log_probs" in message and "loss_type='sapo'" in message
+
+
+def test_subclass_with_its_own_loss_keeps_it(tiny_folder, tmp_path):
+    """An overridden `_compute_loss` runs on our log-probs."""
+
+    class Doubled(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return 2 * super()._compute_loss(model, inputs)
+
+    folder = tiny_folder("tiny-qwen2")
+    plain = build_trainer(folder, tmp_path, trainer_class=Doubled)
+    ours = build_trainer(folder, tmp_path, trainer_class=Doubled)
+    assert "Doubled" in use_care_kernels(ours).reason
+    _assert_same(plain, ours, micro_batch(plain))
+
+
+def test_disagreement_with_trl_stops_the_run(pair, monkeypatch):
+    """A term read differently from TRL is an error, not a silently different run."""
+    plain, ours, _ = pair()
+    terms = integration.policy_terms
+
+    def misread(trainer, inputs):
+        result = terms(trainer, inputs)
+        result.per_token["advantages"] = 1.5 * result.per_token["advantages"]
+        return result
+
+    monkeypatch.setattr(integration, "policy_terms", misread)
+    with pytest.raises(RuntimeError, match=r"fused loss .* path='log_probs'"):
+        loss_and_gradients(ours, micro_batch(plain))
+
+
+class _AdaptedHead(nn.Module):
+    """Stands for PEFT's LoRA layer."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.weight = base_layer.weight
+        self.bias = base_layer.bias
+
+
+def test_errors_name_what_came(tiny_folder, tmp_path, monkeypatch):
+    """An adapter on the head, quantisation, versions, paths and options that cannot be."""
+    trainer = build_trainer(tiny_folder("tiny-qwen2"), tmp_path, loss_type="cispo")
+    with pytest.raises(ValueError, match=r"'fused' with loss_type='cispo' .*grpo, bnpo"):
+        use_care_kernels(trainer, "fused")
+    with pytest.raises(ValueError, match="path: got 'fast'"):
+        choose_path(trainer, "fast")
+    with pytest.raises(ValueError, match="got object; wanted a GRPOTrainer"):
+        use_care_kernels(object())  # pyright: ignore[reportArgumentType]
+    head = trainer.model.lm_head
+    trainer.model.lm_head = _AdaptedHead(head)
+    with pytest.raises(ValueError, match="adapter on its output head"):
+        use_care_kernels(trainer)
+    quantised = nn.Linear(2, 2)
+    quantised.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
+    trainer.model.lm_head = quantised
+    with pytest.raises(ValueError, match=r"quantised output head \(torch.uint8\)"):
+        use_care_kernels(trainer)
+    monkeypatch.setattr(integration.trl, "__version__", "1.9.2")
+    with pytest.raises(ValueError, match=r"trl: got version 1\.9\.2; wanted 1\.16\.x"):
+        use_care_kernels(trainer)
