@@ -7,6 +7,7 @@ dZ in float32 or float64 takes its partner upcast, tile by tile.
 import torch
 from torch import Tensor
 
+from care_kernels._native_cpu import native_ops
 from care_kernels.row_softmax import vocab_tiles
 
 
@@ -31,19 +32,22 @@ def add_weight_gradient(
         into: [V, D] in any floating dtype; uninitialised where `is_first`.
         is_first: nothing has been added yet.
     """
-    if into.dtype == grad_logits.dtype:
+    if grad_logits.dtype == torch.bfloat16 and not grad_logits.is_cuda:
+        ops = native_ops()
+        assert ops is not None, "bfloat16 logits on a CPU come from the C++ kernels"
+        ops.add_weight_gradient(grad_logits, inputs, into, is_first)
+    elif into.dtype == grad_logits.dtype:
         if is_first:
             torch.mm(grad_logits.T, inputs, out=into)
         else:
             into.addmm_(grad_logits.T, inputs)
-        return
-    if into.is_cuda and into.dtype == torch.float32:
+    elif into.is_cuda and into.dtype == torch.float32:
         beta = 0.0 if is_first else 1.0
         torch.addmm(into, grad_logits.T, inputs, out_dtype=torch.float32, beta=beta, out=into)
-        return
-    for tile in vocab_tiles(grad_logits.shape[1]):
-        product = grad_logits[:, tile].T @ inputs
-        if is_first:
-            into[tile] = product
-        else:
-            into[tile] += product
+    else:
+        for tile in vocab_tiles(grad_logits.shape[1]):
+            product = grad_logits[:, tile].T @ inputs
+            if is_first:
+                into[tile] = product
+            else:
+                into[tile] += product

@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,8 +47,7 @@ def native_ops() -> Any | None:
             stacklevel=2,
         )
         return None
-    ops = torch.ops.care_kernels
-    return SimpleNamespace(project=ops.project, logit_gradients=ops.logit_gradients)
+    return torch.ops.care_kernels
 
 
 def _build() -> Path:

@@ -1,11 +1,12 @@
-"""Eqs. 12-13 in plain torch: the oracle.
+"""Eqs. 4 and 11-13 in plain torch: the oracle.
 
 Full logits, autograd for every gradient, any dtype. Written from the equations and sharing no code
 with what it checks; meant for float64, small shapes and tests.
 
-Shape letters: N rows, D hidden, V vocabulary.
+Shape letters: N rows, B sequences, T tokens, D hidden, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -170,3 +171,51 @@ def reference_policy_loss(
         too_high = too_high | ((advantages < 0) & (ratio > dual_clip))
     too_low = (advantages < 0) & (ratio < 1 - clip_eps_low)
     return ReferenceLoss(loss, log_probs, entropy, kl, ratio, too_low, too_high)
+
+
+def reference_token_advantages(
+    advantages: Tensor,
+    think_spans: Tensor,
+    answer_spans: Tensor,
+    is_positive: Tensor,
+    seq_lens: Sequence[int],
+    *,
+    think_weight: float = 0.005,
+    weight_eps: float = 1e-8,
+) -> list[Tensor]:
+    """Eq. 11, token by token: a [T_i] float64 vector for each sequence.
+
+    Arguments as in `token_advantages`, with the sequences' lengths.
+    """
+    per_sequence = []
+    for i, seq_len in enumerate(seq_lens):
+        weights = []
+        for t in range(seq_len):
+            if answer_spans[i, 0] <= t < answer_spans[i, 1]:
+                weights.append(1.0)
+            elif think_spans[i, 0] <= t < think_spans[i, 1]:
+                weights.append(think_weight if is_positive[i] else 0.0)
+            else:
+                weights.append(0.0)
+        total = sum(weights) + weight_eps
+        per_token = [float(advantages[i]) * weight / total for weight in weights]
+        per_sequence.append(torch.tensor(per_token, dtype=torch.float64))
+    return per_sequence
+
+
+def reference_rationale_distance(
+    hidden: Sequence[Tensor], think_spans: Tensor, anchors: Tensor
+) -> Tensor:
+    """Eq. 4, sequence by sequence: [B] float64.
+
+    Arguments as in `rationale_distance`, with a [T_i, D] tensor for each sequence.
+    """
+    embeddings = []
+    for states, (start, end) in zip(hidden, think_spans.tolist(), strict=True):
+        embedding = torch.zeros(states.shape[1], dtype=torch.float64)
+        for t in range(start, end):
+            embedding = embedding + states[t].double() / (end - start)
+        length = embedding.dot(embedding).sqrt()
+        embeddings.append(embedding / length if length > 0 else embedding)
+    distances = [1 - float(embeddings[i].dot(embeddings[a])) for i, a in enumerate(anchors)]
+    return torch.tensor(distances, dtype=torch.float64)

@@ -209,6 +209,85 @@ void logit_gradients(
   });
 }
 
+// Columns [first, first + n) of rows x[0..C) as the micro-kernel's right operand: pairs of
+// neighbouring rows side by side, [ceil(C / 2), kColumns, 2], zeros beyond the edges.
+void pack_rows(
+    const BFloat16* x, int64_t stride, int64_t num_rows, int64_t first, int64_t n,
+    BFloat16* packed) {
+  for (int64_t i = 0; i < num_rows + num_rows % 2; ++i) {
+    BFloat16* pair = packed + i / 2 * 2 * kColumns + i % 2;
+    for (int64_t j = 0; j < n; ++j) {
+      pair[2 * j] = i < num_rows ? x[i * stride + first + j] : BFloat16(0);
+    }
+  }
+}
+
+template <typename scalar>
+void add_rows(
+    const float* tile, int64_t m, int64_t n, scalar* out, int64_t stride, bool overwrite) {
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      scalar& entry = out[i * stride + j];
+      const float sum = tile[i * kColumns + j] + (overwrite ? 0.0f : float(entry));
+      entry = scalar(sum);
+    }
+  }
+}
+
+// into [V, D] (= or +=) dZ^T [V, C] x [C, D], every sum in float32 before it is stored.
+void add_weight_gradient(
+    const Tensor& grad_logits, const Tensor& inputs, Tensor into, bool overwrite) {
+  const int64_t num_rows = inputs.size(0), width = inputs.size(1), vocab = into.size(0);
+  const int64_t depth = num_rows + num_rows % 2;
+  const int64_t num_panels = (width + kColumns - 1) / kColumns;
+  const int64_t num_blocks = (vocab + kRows - 1) / kRows;
+  const auto* dz = grad_logits.const_data_ptr<BFloat16>();
+  const auto* x = inputs.const_data_ptr<BFloat16>();
+  const int64_t dz_stride = grad_logits.stride(0), stride = into.stride(0);
+  const bool is_wide = into.scalar_type() == at::kFloat;
+  void* out = into.mutable_data_ptr();
+  std::vector<BFloat16> packed(num_panels * depth * kColumns, BFloat16(0));
+  at::parallel_for(0, num_panels, 1, [&](int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t column = panel * kColumns;
+      pack_rows(
+          x, inputs.stride(0), num_rows, column, std::min(kColumns, width - column),
+          packed.data() + panel * depth * kColumns);
+    }
+  });
+
+  at::parallel_for(0, num_blocks, 1, [&](int64_t first, int64_t last) {
+    std::vector<BFloat16> turned(kRows * depth, BFloat16(0));
+    std::vector<float> tile(kRows * kColumns, 0.0f);
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t row = block * kRows, m = std::min(kRows, vocab - row);
+      for (int64_t i = 0; i < num_rows; i += 32) {
+        for (int64_t j = 0; j < m; j += 32) {
+          at::vec::transpose_mxn<BFloat16>(
+              dz + i * dz_stride + row + j, dz_stride, turned.data() + j * depth + i, depth,
+              static_cast<int>(std::min<int64_t>(32, num_rows - i)),
+              static_cast<int>(std::min<int64_t>(32, m - j)));
+        }
+      }
+      for (int64_t panel = 0; panel < num_panels; ++panel) {
+        const int64_t column = panel * kColumns, n = std::min(kColumns, width - column);
+        if (depth > 0) {
+          at::native::cpublas::brgemm(
+              m, n, depth, depth, kColumns, kColumns, /*add_C=*/false, turned.data(),
+              packed.data() + panel * depth * kColumns, tile.data());
+        }
+        const int64_t at = row * stride + column;
+        if (is_wide) {
+          add_rows(tile.data(), m, n, static_cast<float*>(out) + at, stride, overwrite);
+        } else {
+          add_rows(tile.data(), m, n, static_cast<BFloat16*>(out) + at, stride, overwrite);
+        }
+      }
+    }
+    at::native::cpublas::brgemm_release();
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY(care_kernels, library) {
@@ -219,9 +298,13 @@ TORCH_LIBRARY(care_kernels, library) {
       "logit_gradients(Tensor(a!) logits, Tensor target_ids, Tensor max_logit, Tensor log_total, "
       "Tensor grad_log_probs, Tensor? grad_entropy, Tensor? entropy, float scale, float softcap, "
       "float temperature) -> ()");
+  library.def(
+      "add_weight_gradient(Tensor grad_logits, Tensor inputs, Tensor(a!) into, bool overwrite) "
+      "-> ()");
 }
 
 TORCH_LIBRARY_IMPL(care_kernels, CPU, library) {
   library.impl("project", &project);
   library.impl("logit_gradients", &logit_gradients);
+  library.impl("add_weight_gradient", &add_weight_gradient);
 }

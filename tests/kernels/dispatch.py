@@ -38,6 +38,9 @@ class Watch(TorchDispatchMode):
         if str(func) == "care_kernels.project.default":
             inputs, weight = args[:2]
             self.multiply_adds += inputs.shape[0] * weight.shape[0] * weight.shape[1]
+        if str(func) == "care_kernels.add_weight_gradient.default":
+            grad_logits, inputs = args[:2]
+            self.multiply_adds += grad_logits.shape[1] * inputs.shape[0] * inputs.shape[1]
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.largest = max(self.largest, leaf.numel())
