@@ -80,7 +80,9 @@ def linear_policy_loss(
     """Eq. 12's clipped surrogate plus Eq. 13's KL and an entropy bonus, never holding [N, V].
 
     Differentiable with respect to hidden, head_weight and bias; everything else is a constant.
-    A sum, not a mean: put 1/|S*| and any other normaliser into advantages and weights.
+    A sum, not a mean: put 1/|S*| and any other normaliser into advantages and weights. A bfloat16
+    gradient is rounded where its GEMM ends, and again by an upstream gradient that is no power of
+    two.
 
     Rows with a_i w_i = 0 and no KL or entropy weight change nothing and never reach a GEMM. At
     sequence level that holds only for a sequence whose rows are all so. A skipped row may hold any

@@ -1,0 +1,19 @@
+"""These tests run the kernels on the GPU where there is one, else in Triton's interpreter."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.kernels.triton_backend.interpreter import import_interpreted, interpreting
+
+# Before the test modules import them.
+import_interpreted(
+    "row_statistics", "logit_gradients", "row_objective", "fused_projection", "exp_gradients"
+)
+
+
+@pytest.fixture(autouse=True)
+def interpreter() -> Iterator[None]:
+    """Triton's own functions follow the interpreter, for one test."""
+    with interpreting():
+        yield

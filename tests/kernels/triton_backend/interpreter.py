@@ -1,0 +1,119 @@
+"""Run Triton kernels on CPU tensors, in a process where Triton may be loaded already.
+
+Triton chooses between compiler and interpreter as it decorates a function, and it decorates its own
+`tl.sum` and `tl.max` too. So the kernels are imported, and for each test Triton's own functions
+replaced, with the interpreter chosen; everything else in the process keeps the compiler. Where a
+GPU is present nothing here does anything: the tests then run the compiled kernels.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.experimental.gluon  # A launch would load it, and it wants compiled functions.
+import triton.language as tl
+from triton import knobs
+from triton.runtime import interpreter
+
+PACKAGE = "care_kernels.triton_backend"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IS_INTERPRETED = DEVICE == "cpu"
+
+
+def import_interpreted(*names: str) -> None:
+    """Import modules of the package with the interpreter chosen, afresh if they were compiled."""
+    if not IS_INTERPRETED:
+        return
+    loaded = {name: module for name, module in sys.modules.items() if name.startswith(PACKAGE)}
+    if any(_is_compiled(member) for module in loaded.values() for member in vars(module).values()):
+        for name in loaded:
+            del sys.modules[name]
+    with knobs.runtime.scope():
+        knobs.runtime.interpret = True
+        for name in names:
+            importlib.import_module(f"{PACKAGE}.{name}")
+
+
+def decorate(kernel: Callable[..., None]) -> Any:
+    """`triton.jit` of a test's own kernel, in the mode of the package's."""
+    with knobs.runtime.scope():
+        knobs.runtime.interpret = IS_INTERPRETED
+        return triton.jit(kernel)
+
+
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """Triton's own functions interpreted, bfloat16 rounded as a device rounds; undone on leaving.
+
+    The interpreter cuts float32 down to bfloat16 where every device rounds to nearest.
+    """
+    if not IS_INTERPRETED:
+        yield
+        return
+    patched = (
+        tl,
+        tl.core,
+        tl.math,
+        tl.standard,
+        tl.tensor,
+        tl.dtype,
+        tl.core.tensor_descriptor_base,
+    )
+    before = [dict(vars(owner)) for owner in patched]
+    convert = interpreter._convert_float
+    try:
+        for name, member in vars(_interpreted_standard()).items():
+            if isinstance(member, interpreter.InterpretedFunction):
+                setattr(tl.standard, name, member)
+                if hasattr(tl, name):
+                    setattr(tl, name, member)
+        interpreter._convert_float = _rounding(convert)
+        yield
+    finally:
+        interpreter._convert_float = convert
+        for owner, members in zip(patched, before, strict=True):
+            _restore(owner, members)
+
+
+@cache
+def _interpreted_standard() -> ModuleType:
+    """Triton's standard functions, decorated once more with the interpreter chosen."""
+    path = tl.standard.__file__
+    assert path is not None
+    spec = importlib.util.spec_from_file_location("triton.language.interpreted_standard", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with knobs.runtime.scope():
+        knobs.runtime.interpret = True
+        spec.loader.exec_module(module)
+    return module
+
+
+def _rounding(convert: Any) -> Any:
+    def convert_float(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+        if source == tl.float32 and target == tl.bfloat16:
+            values = torch.from_numpy(np.ascontiguousarray(data)).bfloat16()
+            return values.view(torch.int16).numpy().view(np.uint16)
+        return convert(data, source, target, mode)
+
+    return convert_float
+
+
+def _restore(owner: Any, members: dict[str, Any]) -> None:
+    for name in set(vars(owner)) - set(members):
+        delattr(owner, name)
+    for name, member in members.items():
+        if vars(owner)[name] is not member:
+            setattr(owner, name, member)
+
+
+def _is_compiled(member: Any) -> bool:
+    return isinstance(member, triton.JITFunction)

@@ -1,0 +1,133 @@
+"""The public functions on `backend="triton"`: the same oracle and the same promises as on torch."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from care_kernels import care_loss, linear_log_probs, linear_policy_loss
+from tests.kernels import test_log_probs as log_probs
+from tests.kernels.cases import (
+    check_against_oracle,
+    head_case,
+    policy_case,
+    row_vector,
+    run_ours,
+    with_kl,
+)
+from tests.kernels.test_policy_loss_oracle import at_level
+from tests.kernels.triton_backend.interpreter import DEVICE, import_interpreted
+
+import_interpreted("chunk")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="cases are built on the CPU")
+
+
+@pytest.fixture(autouse=True)
+def allow_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors reach the Triton kernels under the interpreter only."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def on_triton(case: dict[str, Any]) -> dict[str, Any]:
+    return case | {"backend": "triton"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("level", ("token", "sequence"))
+@pytest.mark.parametrize("estimator", (None, "k1", "k2", "k3", "exact"))
+def test_loss_and_gradients(dtype: torch.dtype, level: str, estimator: str | None) -> None:
+    """Eqs. 12-13 with every KL, through both paths, in chunks smaller than the batch."""
+    case = at_level(policy_case(23, dtype=dtype) | {"chunk_rows": 17}, level)
+    if estimator is not None:
+        case = with_kl(case, estimator)
+    check_against_oracle(on_triton(case))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    ("num_rows", "width", "vocab_size"), ((0, 16, 211), (1, 5, 1), (5, 7, 17), (33, 34, 1000))
+)
+def test_shapes(num_rows: int, width: int, vocab_size: int, dtype: torch.dtype) -> None:
+    """No shape is special."""
+    case = policy_case(num_rows, width, vocab_size, dtype)
+    check_against_oracle(on_triton(case | {"entropy_weights": row_vector(case, 0.0, 0.1)}))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_everything_at_once(dtype: torch.dtype) -> None:
+    """Bias, softcap, scale, temperature, dual clip, importance weights, entropy and k3."""
+    case = policy_case(33, dtype=dtype, bias=True, drift=0.5)
+    case |= {
+        "dual_clip": 1.4,
+        "importance_weights": row_vector(case, 0.0, 2.0),
+        "entropy_weights": row_vector(case, -0.1, 0.1, seed=3),
+        "temperature": 1.3,
+        "logit_softcap": 5.0,
+        "logit_scale": 2.0,
+    }
+    # A power of two: any other factor rounds a bfloat16 gradient a second time.
+    check_against_oracle(on_triton(with_kl(case, "k3")), upstream=-0.5)
+
+
+def test_old_is_current() -> None:
+    """Without old log-probs every ratio is 1."""
+    case = policy_case(23)
+    del case["old_log_probs"]
+    check_against_oracle(on_triton(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_probs(dtype: torch.dtype) -> None:
+    """`linear_log_probs` and its backward, entropy included."""
+    log_probs.check(on_triton(head_case(23, dtype=dtype, bias=True) | {"chunk_rows": 13}))
+
+
+def test_float64_runs_in_torch() -> None:
+    """Triton's kernels are float32; float64 keeps its precision."""
+    case = policy_case(7, dtype=torch.float64)
+    check_against_oracle(on_triton(case))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_skipping_and_repeating_change_no_bit(dtype: torch.dtype) -> None:
+    """A second run, and one that reports the skipped rows, give the same bits."""
+    case = on_triton(policy_case(23, dtype=dtype))
+    first, first_grads = run_ours(case)
+    for again in (case, case | {"report_all_rows": True}):
+        loss, grads = run_ours(again)
+        assert torch.equal(first.loss, loss.loss)
+        assert all(torch.equal(first_grads[name], grads[name]) for name in first_grads)
+
+
+def test_log_probs_without_gradients_hold_no_logits() -> None:
+    """The fused projection leaves a few numbers for each row and vocabulary tile."""
+    from tests.kernels.dispatch import Watch
+
+    case = on_triton(head_case(40, 16, 3000, torch.bfloat16))
+    with Watch() as watch, torch.no_grad():
+        linear_log_probs(**case)
+    assert watch.largest < 40 * 3000
+
+
+def test_care_loss_is_the_same_on_both_backends() -> None:
+    """Eqs. 11-13 in one call, Triton's Eq. 11 kernel included."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 9, 16, generator=generator)
+    weight = torch.randn(50, 16, generator=generator)
+    spans = torch.tensor([[2, 5], [3, 3], [1, 4]]), torch.tensor([[5, 8], [3, 9], [4, 6]])
+    arguments = (torch.tensor([1.0, -0.5, -0.5]), *spans, torch.tensor([True, False, False]))
+    ids = torch.randint(50, (3, 9), generator=generator)
+    results = [
+        care_loss(hidden, weight, ids, *arguments, backend=backend)
+        for backend in ("triton", "torch")
+    ]
+    assert torch.equal(results[0].token_advantages, results[1].token_advantages)
+    torch.testing.assert_close(results[0].loss, results[1].loss, rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_backend() -> None:
+    """Only backends that exist."""
+    with pytest.raises(ValueError, match="backend: got 'cuda'; wanted None, 'triton' or 'torch'"):
+        linear_policy_loss(**(policy_case(3) | {"backend": "cuda"}))
