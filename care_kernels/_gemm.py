@@ -32,7 +32,8 @@ def add_weight_gradient(
         into: [V, D] in any floating dtype; uninitialised where `is_first`.
         is_first: nothing has been added yet.
     """
-    if grad_logits.dtype == torch.bfloat16 and not grad_logits.is_cuda:
+    is_native = grad_logits.dtype == torch.bfloat16 and not grad_logits.is_cuda
+    if is_native and into.dtype in (torch.float32, torch.bfloat16) and into.stride(1) == 1:
         ops = native_ops()
         assert ops is not None, "bfloat16 logits on a CPU come from the C++ kernels"
         ops.add_weight_gradient(grad_logits, inputs, into, is_first)

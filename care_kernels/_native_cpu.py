@@ -50,6 +50,14 @@ def native_ops() -> Any | None:
     return torch.ops.care_kernels
 
 
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`torch.empty` for something large, on huge pages where the CPU kernels run."""
+    fresh = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and (ops := native_ops()) is not None:
+        ops.advise_huge_pages(fresh)
+    return fresh
+
+
 def _build() -> Path:
     """The shared library's path. Concurrent builders each rename a finished file into place."""
     source = _SOURCE.read_text()

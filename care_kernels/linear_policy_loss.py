@@ -117,6 +117,7 @@ def linear_policy_loss(
             ranks share it; the call is then a collective one.
         weight_grad: [V, D], any floating dtype: dW is added to it during this call instead of
             reaching head_weight.grad through the backward, whose upstream gradient it does not see.
+            Also where head_weight needs no gradient itself; not under no_grad.
             For gradient accumulation without a second [V, D] buffer.
         chunk_rows: rows of logits held at a time; None: at most 4096, and 512 MiB of float32 logits
             on a CPU, 1 GiB elsewhere.
@@ -196,7 +197,10 @@ class LinearPolicyLoss(torch.autograd.Function):
         grad_mode: bool,
     ) -> tuple[Tensor | None, ...]:
         """Return the fields of `PolicyLoss`."""
-        wanted = tuple(grad_mode and needed for needed in ctx.needs_input_grad[:3])
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # The caller's own buffer is filled even where head_weight is a detached copy.
+        needs_weight = needs_weight or problem.weight_grad is not None
+        wanted = tuple(grad_mode and needed for needed in (needs_hidden, needs_weight, needs_bias))
         head = Head(head_weight, bias, problem.transform)
         loss, outcome, gradients = evaluate(hidden, head, problem, rows, wanted)
         if gradients is not None:
