@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -51,9 +52,10 @@ def native_ops() -> Any | None:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`torch.empty` for something large, on huge pages where the CPU kernels run."""
+    """`torch.empty` for something large, on huge pages once the CPU kernels are loaded."""
     fresh = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and (ops := native_ops()) is not None:
+    is_loaded = native_ops.cache_info().currsize > 0
+    if device.type == "cpu" and is_loaded and (ops := native_ops()) is not None:
         ops.advise_huge_pages(fresh)
     return fresh
 
@@ -66,8 +68,8 @@ def _build() -> Path:
     library = folder / f"head_cpu_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or _compiler()
+    if not compiler:
         raise FileNotFoundError("no C++ compiler: neither $CXX, c++ nor g++")
     folder.mkdir(parents=True, exist_ok=True)
     torch_dir = Path(torch.__file__).parent
@@ -76,13 +78,18 @@ def _build() -> Path:
         paths = (f"-isystem{torch_dir}/include", str(_SOURCE), "-o", str(built))
         libraries = (f"-L{torch_dir}/lib", "-ltorch_cpu", "-lc10")
         subprocess.run(
-            (compiler, *_FLAGS, *paths, *libraries),
+            (*compiler, *_FLAGS, *paths, *libraries),
             check=True,
             capture_output=True,
             text=True,
         )
         built.replace(library)
     return library
+
+
+def _compiler() -> list[str]:
+    found = shutil.which("c++") or shutil.which("g++")
+    return [] if found is None else [found]
 
 
 def _cpu_flags() -> str:

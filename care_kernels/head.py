@@ -1,0 +1,182 @@
+"""The weight and bias that a language-model head applies, whatever wraps it.
+
+`linear_policy_loss` and `linear_log_probs` take a weight [V, D], not a module. A plain `nn.Linear`
+has one; under PEFT, FSDP2 or tensor parallelism it has to be put together first:
+
+    W = W_base + sum_adapters scaling * B A,    dA = scaling * B^T dW,    dB = scaling * dW A^T
+
+Shape letters: V vocabulary, D hidden, r rank of an adapter.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from care_kernels._checks import FLOAT_DTYPES
+
+
+def head_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The effective weight [V, D] and bias [V] of a language-model head, inside the graph.
+
+    Gradients reach whatever the weight is made of: the parameter itself (tied or not), the shards
+    of a `DTensor`, a LoRA adapter's A and B, the base weight under it unless that is frozen.
+
+    - `nn.Linear`, or any module whose `weight` is [V, D] and applied as x W^T + b: its own tensors,
+      nothing is copied. An optional `bias` is taken along.
+    - `DTensor` parameters (FSDP2, tensor parallelism) are gathered, a collective call. Their
+      gradient is the mean over the ranks of the mesh, which is FSDP's rule where ranks hold
+      different data and changes nothing where they hold the same. Inside the forward of a module
+      that FSDP manages the weight is gathered already and this function is not needed.
+    - A PEFT LoRA layer: base weight plus every active adapter, as the layer's own forward adds
+      them; the base alone where adapters are merged or disabled. Also PEFT's `modules_to_save`.
+
+    Cost: a gathered weight takes [V, D]; an adapter forms the sum, another [V, D], and its backward
+    the gradient dW [V, D], from which dA and dB follow in 2 V D r multiply-adds each. For LoRA on
+    the head that dW is what a plain head would have needed too, but not what LoRA users expect.
+    The sum is in the wider type of base and adapter: rounded to bfloat16 it would lose every delta
+    under 1/512 of the weight it joins. Cast it if bfloat16 GEMMs matter more.
+
+    Args:
+        module: the head, such as `model.get_output_embeddings()`.
+
+    Returns:
+        weight [V, D] and bias [V] or None, plain tensors.
+
+    Raises:
+        ValueError: no such pair of tensors does what the module does: lora_dropout while training,
+            a LoRA variant (DoRA and others), lora_bias, another PEFT method, a quantised or
+            partitioned weight, no 2-D weight at all. The message names what came.
+    """
+    module = _without_copies(module)
+    if hasattr(module, "base_layer"):
+        return _adapted(module)
+    name = type(module).__name__
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            f"module: got {name} without a weight tensor; wanted a head with a weight [V, D], such "
+            "as model.get_output_embeddings(), not quantised"
+        )
+    bias = getattr(module, "bias", None)
+    return _plain(f"{name}.weight", weight, 2), (
+        _plain(f"{name}.bias", bias, 1) if isinstance(bias, Tensor) else None
+    )
+
+
+class _Adapter(NamedTuple):
+    """One active LoRA adapter: scaling * up [V, r] down [r, D]."""
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+
+
+def _adapted(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Base and adapters of a PEFT layer; read by attributes, so that peft is never imported."""
+    weight, bias = head_parameters(module.base_layer)
+    if getattr(module, "disable_adapters", False):
+        if getattr(module, "merged", False):
+            raise ValueError(
+                f"module: got {type(module).__name__} with adapters disabled but still merged into "
+                "its base weight; wanted unmerge() first"
+            )
+        return weight, bias
+    if getattr(module, "merged", False):
+        return weight, bias
+    for adapter in _active_adapters(module):
+        dtype = torch.promote_types(weight.dtype, adapter.up.dtype)
+        up, down = adapter.up.to(dtype), adapter.down.to(dtype)
+        # Autocast would round the sum to its own type.
+        with torch.autocast(weight.device.type, enabled=False):
+            weight = torch.addmm(weight.to(dtype), up, down, alpha=adapter.scaling)
+    return weight, bias
+
+
+def _active_adapters(module: Any) -> Iterator[_Adapter]:
+    """The adapters that the layer's forward would add.
+
+    Raises:
+        ValueError: the layer does something else, or more.
+    """
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    is_lora = all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling"))
+    if not is_lora or hasattr(module, "parameter_name"):
+        raise ValueError(
+            f"module: got {kind}; wanted a plain head or a LoRA linear layer: merge this adapter, "
+            "or keep it off the head"
+        )
+    if getattr(module, "fan_in_fan_out", False):
+        raise ValueError(f"module: got {kind} with fan_in_fan_out; wanted a weight [V, D]")
+    for name in module.active_adapters:
+        if name in getattr(module, "lora_embedding_A", ()):
+            raise ValueError(f"module: got {kind}, LoRA on an embedding; wanted it on a linear")
+        if name in module.lora_A:
+            _check_expressible(module, name)
+            yield _Adapter(
+                _plain(f"lora_A[{name!r}]", module.lora_A[name].weight, 2),
+                _plain(f"lora_B[{name!r}]", module.lora_B[name].weight, 2),
+                module.scaling[name],
+            )
+
+
+def _check_expressible(module: Any, name: str) -> None:
+    """scaling * B A says all that adapter `name` does."""
+    variant = getattr(module, "lora_variant", {}).get(name)
+    if variant is not None or getattr(module, "use_dora", {}).get(name, False):
+        got = "DoRA" if variant is None else type(variant).__name__
+        raise ValueError(
+            f"module: got adapter {name!r} of the LoRA variant {got}; wanted plain LoRA"
+        )
+    if getattr(module.lora_B[name], "bias", None) is not None:
+        raise ValueError(f"module: got adapter {name!r} with lora_bias=True; wanted False")
+    dropout = getattr(module, "lora_dropout", {})
+    dropout = dropout[name] if name in dropout else None
+    probability = getattr(dropout, "p", 0.0)
+    if dropout is not None and dropout.training and probability > 0:
+        raise ValueError(
+            f"module: got adapter {name!r} with lora_dropout {probability} while training; wanted "
+            "0 on the head (dropout masks each row, which no weight expresses), or eval()"
+        )
+
+
+def _without_copies(module: Any) -> Any:
+    """The module that runs where PEFT keeps a trained copy beside the original."""
+    if not hasattr(module, "original_module"):
+        return module
+    if not hasattr(module, "modules_to_save"):
+        raise ValueError(f"module: got {type(module).__name__}; wanted a plain head or LoRA")
+    active = module.active_adapters
+    if module.disable_adapters or not active or active[0] not in module.modules_to_save:
+        return module.original_module
+    return module.modules_to_save[active[0]]
+
+
+def _plain(name: str, value: Tensor, num_dims: int) -> Tensor:
+    """`value` as an ordinary tensor, gathered if it is a `DTensor`."""
+    if hasattr(value, "full_tensor"):
+        value = _gathered(value)
+    # Quantised weights are subclasses that dequantise on use, or floats that hold packed bits.
+    is_ordinary = type(value) in (Tensor, nn.Parameter) and not hasattr(value, "quant_state")
+    if not is_ordinary or value.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"{name}: got a {type(value).__name__} of {value.dtype}; wanted an ordinary floating "
+            "tensor: dequantise the head"
+        )
+    if value.dim() != num_dims:
+        hint = " (a partitioned weight: gather it first)" if hasattr(value, "ds_id") else ""
+        wanted = "[V, D]" if num_dims == 2 else "[V]"
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}{hint}; wanted {wanted}")
+    return value
+
+
+def _gathered(value: Any) -> Tensor:
+    """A `DTensor` in full; its gradient is the mean over the mesh, sent back to the shards."""
+    from torch.distributed.tensor import Partial
+
+    mesh = value.device_mesh
+    full = value.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda grad: grad / mesh.size())
+    return full

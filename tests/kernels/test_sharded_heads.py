@@ -1,0 +1,335 @@
+"""A head spread over two ranks, by vocabulary, FSDP2 or ZeRO-3, gives what one process gives."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from care_kernels import linear_log_probs, linear_policy_loss
+from care_kernels.head import head_parameters
+from care_kernels.vocab_parallel import VocabShard
+from tests.kernels.cases import (
+    LEAVES,
+    PER_ROW,
+    Case,
+    assert_same,
+    error,
+    head_case,
+    policy_case,
+    row_vector,
+    run_ours,
+    with_kl,
+)
+from tests.kernels.ranks import NUM_RANKS, on_ranks
+from tests.kernels.tolerances import SAME_MATHS
+
+SPLITS = {"even": (0, 106, 212), "uneven": (0, 170, 211)}
+"""Where each rank's part of the vocabulary begins, and where the last one ends."""
+OVER_VOCABULARY = ("head_weight", "ref_head_weight", "bias", "weight_grad")
+DTYPES = (torch.float32, torch.bfloat16)
+LEARNING_RATE = 0.01
+
+
+@functools.cache
+def vocab_cases() -> dict[str, tuple[str, Case]]:
+    """Every problem, by name, with the split it runs under; the same numbers on every rank."""
+    cases: dict[str, tuple[str, Case]] = {}
+    for split, (*_, vocab_size) in SPLITS.items():
+        for dtype in DTYPES:
+
+            def base(vocab_size: int = vocab_size, dtype: torch.dtype = dtype, **options) -> Case:
+                return policy_case(vocab_size=vocab_size, dtype=dtype, **options)
+
+            entropy = {"entropy_weights": row_vector(base(), 0.0, 0.1)}
+            transform = {"logit_softcap": 4.0, "logit_scale": 1.5, "temperature": 1.2}
+            sequences = {"ratio_level": "sequence", "sequence_ids": torch.arange(63) // 9}
+            variants = {
+                "plain": base(),
+                "k3": with_kl(base(), "k3") | entropy,
+                "exact": with_kl(base(bias=True), "exact") | entropy | {"chunk_rows": 20},
+                "softcap": base(bias=True) | transform | entropy,
+                "sequence": with_kl(base(), "k3") | sequences | {"chunk_rows": 20},
+                "report_all": base() | entropy | {"report_all_rows": True},
+                "chunks": base(bias=True) | {"chunk_rows": 7},
+            }
+            name = f"{split}-{str(dtype).removeprefix('torch.')}"
+            cases |= {f"{name}-{kind}": (split, case) for kind, case in variants.items()}
+    return cases
+
+
+def rows_of(split: str, rank: int) -> slice:
+    """Which rows of the head a rank holds."""
+    return slice(SPLITS[split][rank], SPLITS[split][rank + 1])
+
+
+def part_of(case: Case, split: str) -> Case:
+    """This rank's share of a case."""
+    assert dist.group.WORLD is not None
+    rows = rows_of(split, dist.get_rank())
+    shard = VocabShard(dist.group.WORLD, rows.start, SPLITS[split][-1])
+    parts = {name: case[name][rows].clone() for name in OVER_VOCABULARY if name in case}
+    return case | parts | {"vocab_shard": shard}
+
+
+def log_probs_and_gradients(case: Case) -> dict[str, Tensor]:
+    """`linear_log_probs` with entropy, under weights of both signs on both."""
+    leaves = {name: case[name].clone().requires_grad_() for name in LEAVES if name in case}
+    log_probs, entropy = linear_log_probs(**(case | leaves), return_entropy=True)
+    ramp = torch.linspace(-1, 1, log_probs.numel())
+    (ramp * log_probs + ramp.flip(0).square() * entropy).sum().backward()
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {"log_probs": log_probs.detach(), "entropy": entropy.detach()} | gradients
+
+
+def vocab_rank() -> dict[str, Any]:
+    """All vocabulary-sharded runs of one rank."""
+    results: dict[str, Any] = {}
+    for name, (split, case) in vocab_cases().items():
+        loss, gradients = run_ours(part_of(case, split))
+        values = {key: value for key, value in loss._asdict().items() if value is not None}
+        results[name] = (values, gradients)
+    for split, (*_, vocab_size) in SPLITS.items():
+        for dtype in DTYPES:
+            case = head_case(vocab_size=vocab_size, dtype=dtype, bias=True) | {"chunk_rows": 20}
+            results[f"log_probs-{split}-{dtype}"] = log_probs_and_gradients(part_of(case, split))
+    case = policy_case(vocab_size=SPLITS["uneven"][-1])
+    part = part_of(case | {"weight_grad": torch.ones_like(case["head_weight"])}, "uneven")
+    run_ours(part)
+    results["weight_grad"] = part["weight_grad"]
+    return results
+
+
+class TinyPolicy(nn.Module):
+    """A layer, and a head that is a module of its own around the fused operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        case = data_parallel_case()
+        width, vocab_size = case["hidden"].shape[1], case["head_weight"].shape[0]
+        self.body = nn.Linear(width, width)
+        self.head = TinyHead(width, vocab_size)
+        generator = torch.Generator().manual_seed(3)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+
+    def forward(self, case: Case, fused: bool) -> Tensor:
+        """The scalar loss of these rows."""
+        return self.head(case | {"hidden": self.body(case["hidden"])}, fused)
+
+
+class TinyHead(nn.Module):
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        self.bias = nn.Parameter(torch.empty(vocab_size))
+
+    def forward(self, case: Case, fused: bool) -> Tensor:
+        return loss_of(case, self.weight, self.bias, fused)
+
+
+def loss_of(case: Case, weight: Tensor, bias: Tensor | None, fused: bool) -> Tensor:
+    """`linear_policy_loss`, or the same surrogate on top of `linear_log_probs`."""
+    if fused:
+        loss = linear_policy_loss(**(case | {"head_weight": weight, "bias": bias}))
+        return loss.loss
+    log_probs, entropy = linear_log_probs(
+        case["hidden"], weight, case["target_ids"], bias=bias, return_entropy=True, chunk_rows=20
+    )
+    return -(case["advantages"] * log_probs + 0.1 * entropy).sum()
+
+
+def data_parallel_case() -> Case:
+    """64 rows; the old log-probs are the current ones, whatever the model is."""
+    case = policy_case(num_rows=64) | {"chunk_rows": 20}
+    del case["old_log_probs"]
+    return case
+
+
+def share_of(case: Case, rank: int) -> Case:
+    """This rank's half of the rows."""
+    half = case["hidden"].shape[0] // NUM_RANKS
+    rows = slice(rank * half, (rank + 1) * half)
+    constants = ("head_weight", "chunk_rows")
+    return {name: value if name in constants else value[rows] for name, value in case.items()}
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Each parameter's gradient, put together from its shards."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        assert grad is not None, name
+        gradients[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad  # pyright: ignore[reportAttributeAccessIssue]
+    return gradients
+
+
+def fsdp_rank() -> dict[str, dict[str, Tensor]]:
+    """Gradients under FSDP2 of every form; data parallel, so they are means over ranks."""
+    from torch.distributed.fsdp import fully_shard
+
+    share, results = share_of(data_parallel_case(), dist.get_rank()), {}
+    for form in ("fused", "log_probs", "outside_fused", "outside_log_probs"):
+        model = TinyPolicy()
+        fully_shard(model.body)
+        fully_shard(model.head)
+        fused = form.endswith("fused")
+        if form.startswith("outside"):
+            weight, bias = head_parameters(model.head)
+            loss = loss_of(share | {"hidden": model.body(share["hidden"])}, weight, bias, fused)
+        else:
+            fully_shard(model)
+            loss = model(share, fused)
+        loss.backward()
+        results[f"fsdp-{form}"] = gradients_of(model)
+    return results
+
+
+def zero3_rank() -> dict[str, dict[str, Tensor]]:
+    """Gradients under ZeRO-3 and the weights after one step of SGD."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    share, results = share_of(data_parallel_case(), dist.get_rank()), {}
+    for form in ("fused", "log_probs"):
+        model = TinyPolicy()
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=LEARNING_RATE),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_allow_untested_optimizer": True,
+                "gradient_clipping": 0.0,
+                # Nothing is too small to be partitioned.
+                "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            },
+            dist_init_required=False,
+        )
+        assert model.head.weight.numel() == 0, "partitioned"
+        engine.backward(engine(share, form == "fused"))
+        parameters = dict(model.named_parameters())
+        gradients = {name: safe_get_full_grad(value) for name, value in parameters.items()}
+        results[f"zero3-{form}"] = {name: value.clone() for name, value in gradients.items()}
+        engine.step()
+        with deepspeed.zero.GatheredParameters(list(parameters.values())):
+            results[f"zero3-{form}-step"] = {
+                n: value.detach().clone() for n, value in parameters.items()
+            }
+        assert model.head.weight.numel() == 0, "partitioned again"
+    return results
+
+
+@functools.cache
+def unsharded(fused: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One process's mean gradients over the ranks' rows, and the weights after one step."""
+    model = TinyPolicy()
+    losses = [model(share_of(data_parallel_case(), rank), fused) for rank in range(NUM_RANKS)]
+    (sum(losses) / NUM_RANKS).backward()
+    gradients = gradients_of(model)
+    steps = {
+        name: (value - LEARNING_RATE * gradients[name]).detach()
+        for name, value in model.named_parameters()
+    }
+    return gradients, steps
+
+
+def every_run() -> dict[str, Any]:
+    """One rank's results of all the runs below: starting ranks costs more than the runs."""
+    return vocab_rank() | fsdp_rank() | zero3_rank()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(every_run, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", vocab_cases())
+def test_vocabulary_shards(name: str, results: list[dict[str, Any]]) -> None:
+    """Loss, every field, dX and each rank's rows of dW and db equal a single process."""
+    split, case = vocab_cases()[name]
+    starts = torch.tensor(SPLITS[split][1:-1])
+    assert torch.bucketize(case["target_ids"], starts, right=True).unique().numel() == NUM_RANKS
+    whole, whole_gradients = run_ours(case)
+    for rank, result in enumerate(results):
+        rows, (values, gradients) = rows_of(split, rank), result[name]
+        assert_same(values["loss"], whole.loss.detach())
+        for field in PER_ROW:
+            want = getattr(whole, field)
+            assert (want is None) == (field not in values)
+            if want is not None:
+                # In nats, like the values of `assert_close`.
+                assert error(values[field], want, 1.0) <= SAME_MATHS[torch.float32]
+        for field in ("clipped_low", "clipped_high"):
+            assert torch.equal(values[field], getattr(whole, field))
+        assert set(gradients) == set(whole_gradients)
+        for leaf, gradient in gradients.items():
+            want = whole_gradients[leaf]
+            assert_same(gradient, want if leaf == "hidden" else want[rows])
+
+
+@pytest.mark.parametrize("name", vocab_cases())
+def test_ranks_agree_bit_for_bit(name: str, results: list[dict[str, Any]]) -> None:
+    """Loss, row fields and dX are the same bits on every rank: replicas never drift apart."""
+    (first, first_gradients), (second, second_gradients) = (r[name] for r in results)
+    assert all(torch.equal(first[field], second[field]) for field in first)
+    assert torch.equal(first_gradients["hidden"], second_gradients["hidden"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("split", SPLITS)
+def test_log_probs_over_vocabulary_shards(
+    split: str, dtype: torch.dtype, results: list[dict[str, Any]]
+) -> None:
+    """`linear_log_probs`: values, entropies and their gradients equal a single process."""
+    case = head_case(vocab_size=SPLITS[split][-1], dtype=dtype, bias=True) | {"chunk_rows": 20}
+    whole = log_probs_and_gradients(case)
+    for rank, result in enumerate(results):
+        got = result[f"log_probs-{split}-{dtype}"]
+        assert set(got) == set(whole)
+        for name, value in got.items():
+            rows = rows_of(split, rank) if name in OVER_VOCABULARY else slice(None)
+            assert_same(value, whole[name][rows])
+
+
+def test_weight_grad_over_vocabulary_shards(results: list[dict[str, Any]]) -> None:
+    """Each rank's buffer receives its own rows."""
+    case = policy_case(vocab_size=SPLITS["uneven"][-1])
+    _, gradients = run_ours(case)
+    got = torch.cat([result["weight_grad"] for result in results])
+    assert_same(got, 1 + gradients["head_weight"])
+
+
+@pytest.mark.parametrize(("start", "vocab_size"), ((-1, 300), (100, 300), (0, 210)))
+def test_shard_outside_the_vocabulary(start: int, vocab_size: int) -> None:
+    """A part that does not lie within the vocabulary is refused before anything is sent."""
+    case = policy_case()
+    shard = VocabShard(None, start, vocab_size)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="vocab_shard: got rows"):
+        linear_policy_loss(**case, vocab_shard=shard)
+    case = head_case()
+    with pytest.raises(ValueError, match="vocab_shard: got rows"):
+        linear_log_probs(**case, vocab_shard=shard)
+
+
+@pytest.mark.parametrize("form", ("fused", "log_probs", "outside_fused", "outside_log_probs"))
+def test_fsdp2(form: str, results: list[dict[str, Any]]) -> None:
+    """FSDP2 gathers a head module's weight around the fused operations; outside the module
+    `head_parameters` does, and sends each shard the mean gradient."""
+    want, _ = unsharded(form.endswith("fused"))
+    for result in results:
+        for name, gradient in result[f"fsdp-{form}"].items():
+            assert_same(gradient, want[name])
+
+
+@pytest.mark.parametrize("form", ("fused", "log_probs"))
+def test_zero3(form: str, results: list[dict[str, Any]]) -> None:
+    """ZeRO-3 gathers a head module's weight for the forward and for the recomputing backward;
+    gradients and one optimiser step are the unsharded ones."""
+    gradients, steps = unsharded(form == "fused")
+    for result in results:
+        for name in gradients:
+            assert_same(result[f"zero3-{form}"][name], gradients[name])
+            assert_same(result[f"zero3-{form}-step"][name], steps[name])

@@ -1,0 +1,209 @@
+"""`weight_grad`: the head's gradient goes straight into a buffer of the caller's."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from care_kernels import linear_policy_loss
+from tests.kernels.cases import Case, assert_same, error, policy_case, run_ours, with_kl
+from tests.kernels.tolerances import SAME_MATHS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BUFFER_DTYPES = (*DTYPES, torch.float64)
+
+
+class Allocations(TorchDispatchMode):
+    """Remembers the largest tensor in memory of its own that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor)
+        }
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, leaf.numel())
+        return result
+
+
+def run_into(case: Case, buffer: Tensor, *, upstream: float = 1.0) -> dict[str, Tensor | None]:
+    """One call with `weight_grad` and its backward; the leaves' own gradients."""
+    leaves = {name: case[name].clone().requires_grad_() for name in ("hidden", "head_weight")}
+    loss = linear_policy_loss(**(case | leaves), weight_grad=buffer).loss
+    (upstream * loss).backward()
+    return {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def started(case: Case, dtype: torch.dtype, seed: int = 3) -> Tensor:
+    """A buffer that already holds numbers of the gradient's size."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(case["head_weight"].shape, generator=generator).to(dtype)
+
+
+def parts(case: Case, count: int = 3) -> list[Case]:
+    """Micro-batches: consecutive rows of a case."""
+    sizes = [chunk.numel() for chunk in torch.arange(case["hidden"].shape[0]).chunk(count)]
+    shared = ("head_weight", "ref_head_weight")
+    columns = {
+        name: value.split(sizes) if isinstance(value, Tensor) and name not in shared else None
+        for name, value in case.items()
+    }
+    return [
+        case | {name: column[index] for name, column in columns.items() if column is not None}
+        for index in range(count)
+    ]
+
+
+@pytest.mark.parametrize("buffer_dtype", BUFFER_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("chunk_rows", (None, 20), ids=("one_chunk", "chunks"))
+def test_adds_what_the_backward_would(
+    dtype: torch.dtype, buffer_dtype: torch.dtype, chunk_rows: int | None
+) -> None:
+    """The buffer, of any floating type, gains dW; dX is untouched; head_weight.grad stays None."""
+    case = with_kl(policy_case(width=18, dtype=dtype), "exact") | {"chunk_rows": chunk_rows}
+    _, plain = run_ours(case)
+    buffer = started(case, buffer_dtype)
+    want = buffer.double() + plain["head_weight"].double()
+    grads = run_into(case, buffer)
+    assert grads["head_weight"] is None
+    assert grads["hidden"] is not None and torch.equal(grads["hidden"], plain["hidden"])
+    coarser = max(SAME_MATHS[dtype], SAME_MATHS[buffer_dtype])
+    assert error(buffer, want) <= coarser
+
+
+@pytest.mark.parametrize("level", ("token", "sequence"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_accumulates_over_calls(dtype: torch.dtype, level: str) -> None:
+    """Micro-batches add up in the buffer as they would in `.grad`; in float32 without rounding."""
+    case = with_kl(policy_case(dtype=dtype), "k3")
+    case |= {"ratio_level": level, "sequence_ids": torch.arange(63) // 9}
+    buffer = torch.zeros(case["head_weight"].shape)
+    weight = case["head_weight"].clone().requires_grad_()
+    for part in parts(case):
+        run_into(part, buffer)
+        linear_policy_loss(**(part | {"head_weight": weight})).loss.backward()
+    assert weight.grad is not None
+    assert_same(buffer.to(dtype), weight.grad)
+
+    exact = case | {
+        n: v.float() for n, v in case.items() if torch.is_tensor(v) and v.dtype == dtype
+    }
+    wide = started(case, torch.float32) * 0
+    for part in parts(exact):
+        run_into(part, wide)
+    assert error(buffer, wide) <= SAME_MATHS[dtype]
+
+
+def test_small_contributions_survive_in_float32() -> None:
+    """A float32 buffer keeps what bfloat16 would round away, call after call."""
+    case = policy_case(dtype=torch.bfloat16)
+    buffer = torch.full(case["head_weight"].shape, 100.0)
+    once = torch.zeros_like(buffer)
+    run_into(case, once)
+    small = case | {"advantages": case["advantages"] * 1e-2}
+    for _ in range(10):
+        run_into(small, buffer)
+    assert error(buffer - 100.0, 0.1 * once) <= SAME_MATHS[torch.bfloat16]
+
+
+def test_strided_buffer() -> None:
+    """A buffer need not be contiguous."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = policy_case(dtype=dtype)
+        _, plain = run_ours(case)
+        shape = case["head_weight"].shape
+        turned = torch.zeros(shape[::-1]).T
+        padded = torch.zeros(shape[0], shape[1] + 3)[:, 1:-2]
+        for buffer in (turned, padded):
+            assert not buffer.is_contiguous()
+            run_into(case, buffer)
+            assert error(buffer, plain["head_weight"]) <= SAME_MATHS[dtype]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "buffer_dtype"),
+    (
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+    ),
+    ids=str,
+)
+def test_no_second_gradient_buffer(dtype: torch.dtype, buffer_dtype: torch.dtype) -> None:
+    """Nothing else of [V, D] is allocated, forward or backward."""
+    case = policy_case(num_rows=40, width=32, vocab_size=9000, dtype=dtype) | {"chunk_rows": 8}
+    buffer = torch.zeros(case["head_weight"].shape, dtype=buffer_dtype)
+    leaves = {name: case[name].clone().requires_grad_() for name in ("hidden", "head_weight")}
+    with Allocations() as watch:
+        linear_policy_loss(**(case | leaves), weight_grad=buffer).loss.backward()
+    assert 8 * 9000 <= watch.largest <= buffer.numel() // 2
+    with Allocations() as watch:
+        linear_policy_loss(**(case | leaves)).loss.backward()
+    assert watch.largest == buffer.numel()
+
+
+def test_upstream_gradient_does_not_reach_it() -> None:
+    """The buffer is filled in the forward: a factor on the loss scales dX alone."""
+    case = policy_case()
+    once, thrice = (torch.zeros(case["head_weight"].shape) for _ in range(2))
+    grads = run_into(case, once)["hidden"]
+    tripled = run_into(case, thrice, upstream=3.0)["hidden"]
+    assert torch.equal(once, thrice)
+    assert grads is not None and tripled is not None
+    assert_same(tripled, 3 * grads)
+
+
+def test_detached_inputs() -> None:
+    """Neither a detached head nor detached hidden states keep dW from the buffer; no_grad does."""
+    case = policy_case()
+    _, plain = run_ours(case)
+    for trained in (("hidden",), ()):
+        leaves = {name: case[name].clone().requires_grad_() for name in trained}
+        buffer = torch.zeros(case["head_weight"].shape)
+        linear_policy_loss(**(case | leaves), weight_grad=buffer)
+        assert_same(buffer, plain["head_weight"])
+    with torch.no_grad():
+        before = buffer.clone()
+        linear_policy_loss(**case, weight_grad=buffer)
+        assert torch.equal(buffer, before)
+
+
+def test_nothing_to_learn_from_leaves_it_alone() -> None:
+    """Without a row that counts, and with statistics of every row, the buffer keeps its bits."""
+    case = policy_case()
+    case["advantages"] = torch.zeros(63)
+    buffer = started(case, torch.float32)
+    before = buffer.clone()
+    run_into(case | {"report_all_rows": True}, buffer)
+    assert torch.equal(buffer, before)
+
+
+@pytest.mark.parametrize(
+    ("buffer", "message"),
+    (
+        (torch.zeros(16, 211), r"weight_grad: got shape \(16, 211\); wanted \(211, 16\)"),
+        (torch.zeros(211 * 16), r"weight_grad: got shape \(3376,\)"),
+        (torch.zeros(211, 16, dtype=torch.int32), r"weight_grad: got dtype torch\.int32"),
+        (torch.zeros(211, 16, device="meta"), r"weight_grad: got device meta; wanted cpu"),
+        (torch.zeros(211, 16, requires_grad=True), r"weight_grad: got a tensor that requires grad"),
+    ),
+    ids=("transposed", "flat", "integer", "elsewhere", "in_a_graph"),
+)
+def test_errors(buffer: Tensor, message: str) -> None:
+    """What cannot take dW is refused by name."""
+    with pytest.raises(ValueError, match=message):
+        linear_policy_loss(**policy_case(), weight_grad=buffer)
