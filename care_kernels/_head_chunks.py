@@ -15,7 +15,6 @@ from torch import Tensor
 from care_kernels._gemm import add_weight_gradient, back_project
 from care_kernels._launch import chunk_size, logit_chunk
 from care_kernels._logit_chunk import Head
-from care_kernels._native_cpu import empty
 from care_kernels._records import join
 from care_kernels.row_softmax import RowGradients, RowStatistics
 from care_kernels.vocab_parallel import VocabShard
@@ -114,7 +113,7 @@ class HeadChunks:
         dtypes = (narrow, narrow if is_one_chunk else wide)
         shape, new = self._head.weight.shape, self._hidden.new_zeros
         if weight and weight_grad is None:
-            new_weight = empty(shape, dtypes[1], self._head.weight.device)
+            new_weight = self._head.weight.new_empty(shape, dtype=dtypes[1])
         else:
             new_weight = weight_grad
         return HeadGradients(

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from care_kernels._native_cpu import empty, native_ops
+from care_kernels._native_cpu import native_ops
 from care_kernels.row_softmax import (
     LogitTransform,
     RowGradients,
@@ -73,10 +73,8 @@ class TorchChunk:
         """
         weight = head.weight
         self._head, self._ref_head, self._with_entropy = head, ref_head, with_entropy
-        self._logits = empty((num_rows, weight.shape[0]), dtype, weight.device)
-        self._ref_logits = (
-            None if ref_head is None else empty(tuple(self._logits.shape), dtype, weight.device)
-        )
+        self._logits = torch.empty(num_rows, weight.shape[0], dtype=dtype, device=weight.device)
+        self._ref_logits = None if ref_head is None else torch.empty_like(self._logits)
         # CPUs without a fast bfloat16 GEMM multiply float32 tiles instead.
         self.grad_dtype = weight.dtype if weight.is_cuda and dtype == torch.float32 else dtype
 

@@ -51,15 +51,6 @@ def native_ops() -> Any | None:
     return torch.ops.care_kernels
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`torch.empty` for something large, on huge pages once the CPU kernels are loaded."""
-    fresh = torch.empty(shape, dtype=dtype, device=device)
-    is_loaded = native_ops.cache_info().currsize > 0
-    if device.type == "cpu" and is_loaded and (ops := native_ops()) is not None:
-        ops.advise_huge_pages(fresh)
-    return fresh
-
-
 def _build() -> Path:
     """The shared library's path. Concurrent builders each rename a finished file into place."""
     source = _SOURCE.read_text()

@@ -12,7 +12,6 @@
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -291,16 +290,6 @@ void add_weight_gradient(
   });
 }
 
-// Ask for huge pages under a new tensor. A gigabyte in pages of 4 KiB costs a quarter of a million
-// page faults, as much time as a GEMM of a hundred rows. Only a hint: refusals do not matter.
-void advise_huge_pages(Tensor fresh) {
-  constexpr uintptr_t page = 4096;
-  const auto first = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
-  const uintptr_t start = (first + page - 1) / page * page;
-  const uintptr_t end = (first + fresh.nbytes()) / page * page;
-  if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
-}
-
 }  // namespace
 
 TORCH_LIBRARY(care_kernels, library) {
@@ -311,7 +300,6 @@ TORCH_LIBRARY(care_kernels, library) {
       "logit_gradients(Tensor(a!) logits, Tensor target_ids, Tensor max_logit, Tensor log_total, "
       "Tensor grad_log_probs, Tensor? grad_entropy, Tensor? entropy, float scale, float softcap, "
       "float temperature) -> ()");
-  library.def("advise_huge_pages(Tensor(a!) fresh) -> ()");
   library.def(
       "add_weight_gradient(Tensor grad_logits, Tensor inputs, Tensor(a!) into, bool overwrite) "
       "-> ()");
@@ -320,6 +308,5 @@ TORCH_LIBRARY(care_kernels, library) {
 TORCH_LIBRARY_IMPL(care_kernels, CPU, library) {
   library.impl("project", &project);
   library.impl("logit_gradients", &logit_gradients);
-  library.impl("advise_huge_pages", &advise_huge_pages);
   library.impl("add_weight_gradient", &add_weight_gradient);
 }
