@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from care_kernels._logit_chunk import Head, LogitChunk, NativeChunk, TorchChunk
+from care_kernels._logit_chunk import Head, LogitChunk, NativeChunk, NativeKlChunk, TorchChunk
 from care_kernels._native_cpu import native_ops
 
 # Each chunk reads and writes the whole head gradient, so chunks should be large: with C rows a
@@ -89,7 +89,9 @@ def logit_chunk(
             )
         return RowKernelChunk(head, num_rows, dtype, **options)
     if backend == "torch" and _runs_natively(hidden_dtype, *weights):
-        return NativeChunk(head, num_rows, **options)
+        if ref_head is not None:
+            return NativeKlChunk(head, num_rows, with_entropy=with_entropy, ref_head=ref_head)
+        return NativeChunk(head, num_rows, with_entropy=with_entropy, with_gradients=with_gradients)
     return TorchChunk(head, num_rows, dtype, **options)
 
 

@@ -97,7 +97,7 @@ class TorchChunk:
         ref_logits = None if self._ref_logits is None else self._ref_logits[:num_rows]
         return self._gradients(self._logits[:num_rows], target_ids, stats, upstream, ref_logits)
 
-    def _project(self, inputs: Tensor, head: Head, out: Tensor) -> Any:
+    def _project(self, inputs: Tensor, head: Head, out: Tensor) -> None:
         _project(inputs, head, out)
 
     def _statistics(
@@ -128,57 +128,84 @@ class TorchChunk:
         return out
 
 
-class NativeChunk(TorchChunk):
-    """The C++ CPU kernels: bfloat16 GEMMs with float32 logits, one pass for all statistics."""
+class NativeChunk:
+    """The C++ CPU kernels: a bfloat16 GEMM with float32 statistics, the chunk in exponentials.
 
-    def __init__(self, head: Head, num_rows: int, *, with_entropy: bool, ref_head: Head | None):
-        super().__init__(
-            head, num_rows, torch.float32, with_entropy=with_entropy, ref_head=ref_head
-        )
-        self.grad_dtype = torch.bfloat16
-        ops = native_ops()
-        assert ops is not None, "chosen only where the kernels run"
-        self._ops = ops
+    Where no gradients are wanted it holds nothing of size [C, V] at all.
+    """
+
+    grad_dtype = torch.bfloat16
+
+    def __init__(
+        self, head: Head, num_rows: int, *, with_entropy: bool, with_gradients: bool
+    ) -> None:
+        self._head, self._with_entropy = head, with_entropy
+        shape = (num_rows, head.weight.shape[0])
+        self._exps = torch.empty(shape, dtype=torch.bfloat16) if with_gradients else None
+        self._target_logit = self._block_max = torch.empty(0)
 
     def project(
         self, inputs: Tensor, target_ids: Tensor, ref_inputs: Tensor | None = None
     ) -> RowStatistics:
         """See `LogitChunk`."""
-        if ref_inputs is not None:
-            return super().project(inputs, target_ids, ref_inputs)
-        logits = self._logits[: inputs.shape[0]]
-        max_logit, log_total, entropy = self._project(inputs, self._head, logits)
-        target_logit = logits.gather(1, target_ids[:, None])[:, 0]
-        log_probs = (target_logit - max_logit) - log_total
+        assert ref_inputs is None, "the exact KL takes NativeKlChunk"
+        exps = None if self._exps is None else self._exps[: inputs.shape[0]]
+        self._target_logit, max_logit, log_total, entropy, self._block_max = native_project(
+            inputs, self._head, target_ids, with_entropy=self._with_entropy, exps=exps
+        )
+        log_probs = (self._target_logit - max_logit) - log_total
         return RowStatistics(log_probs, max_logit, log_total, entropy, None, None, None)
 
-    def _gradients(
-        self,
-        logits: Tensor,
-        target_ids: Tensor,
-        stats: RowStatistics,
-        upstream: RowGradients,
-        ref_logits: Tensor | None,
-    ) -> Tensor:
-        if upstream.kl is not None:
-            return super()._gradients(logits, target_ids, stats, upstream, ref_logits)
-        self._ops.logit_gradients(
-            logits,
+    def gradients(self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients) -> Tensor:
+        """See `LogitChunk`."""
+        ops = native_ops()
+        assert ops is not None and self._exps is not None
+        exps = self._exps[: target_ids.shape[0]]
+        ops.exp_gradients(
+            exps,
+            self._block_max,
             target_ids,
+            self._target_logit,
+            stats.log_probs,
             stats.max_logit,
             stats.log_total,
             upstream.log_probs.contiguous(),
-            upstream.entropy,
+            None if upstream.entropy is None else upstream.entropy.contiguous(),
             stats.entropy,
             *_options(self._head.transform),
         )
-        return in_place(logits, torch.bfloat16)
+        return exps
 
-    def _project(self, inputs: Tensor, head: Head, out: Tensor) -> Any:
-        bias = None if head.bias is None else head.bias.float()
-        return self._ops.project(
-            inputs, head.weight, bias, *_options(head.transform), self._with_entropy, out
-        )
+
+class NativeKlChunk(TorchChunk):
+    """The C++ GEMM with float32 logits of both models, for the exact KL; torch does the rest."""
+
+    def __init__(self, head: Head, num_rows: int, *, with_entropy: bool, ref_head: Head) -> None:
+        options: dict[str, Any] = {"with_entropy": with_entropy, "ref_head": ref_head}
+        super().__init__(head, num_rows, torch.float32, **options)
+        self.grad_dtype = torch.bfloat16
+
+    def _project(self, inputs: Tensor, head: Head, out: Tensor) -> None:
+        # Any target will do: torch's statistics read their own.
+        targets = torch.zeros(inputs.shape[0], dtype=torch.int64)
+        native_project(inputs, head, targets, with_entropy=False, logits=out)
+
+
+def native_project(
+    inputs: Tensor,
+    head: Head,
+    target_ids: Tensor,
+    *,
+    with_entropy: bool,
+    logits: Tensor | None = None,
+    exps: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """`project` of `native/head_cpu.cpp`, which says what comes back."""
+    ops = native_ops()
+    assert ops is not None, "chosen only where the kernels run"
+    bias = None if head.bias is None else head.bias.float().contiguous()
+    options = _options(head.transform)
+    return ops.project(inputs, head.weight, bias, target_ids, *options, with_entropy, logits, exps)
 
 
 def in_place(logits: Tensor, dtype: torch.dtype) -> Tensor:

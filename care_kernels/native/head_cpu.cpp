@@ -1,5 +1,5 @@
 // The head over one chunk of rows on a CPU: a bfloat16 GEMM that keeps its float32 accumulators, with
-// the row statistics taken while a block of logits is still in cache, and the logits' gradient.
+// the row statistics taken while a block of logits is still in cache, the logits' gradient, and dW.
 //
 // torch has no CPU GEMM with bfloat16 operands and a float32 result. The micro-kernel under both its
 // GEMMs and its attention (oneDNN's brgemm: AVX-512 or AMX) has, and libtorch exports it.
@@ -14,8 +14,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
-#include <limits>
 #include <optional>
 #include <vector>
 
@@ -64,52 +64,76 @@ float largest(const float* z, int64_t n) {
   return at::vec::reduce_all<float>([](Vec a, Vec b) { return at::vec::maximum(a, b); }, z, n);
 }
 
-// Per row and block of the vocabulary: the largest logit m, sum of e^(z - m), and, for the
-// entropy, sum of (z - m) e^(z - m).
+float sum(const float* values) {
+  Vec total(0);
+  for (int64_t j = 0; j < kColumns; j += Vec::size()) total = total + Vec::loadu(values + j);
+  return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, total);
+}
+
+void store(const float* values, int64_t n, BFloat16* out) {
+  constexpr int64_t step = 2 * Vec::size();
+  for (int64_t j = 0; j < n; j += step) {
+    const Vec low = Vec::loadu(values + j), high = Vec::loadu(values + j + Vec::size());
+    at::vec::convert_from_float<BFloat16>(low, high).store(out + j, std::min(step, n - j));
+  }
+}
+
+// What a row's block of the vocabulary leaves behind: the largest logit m, sum of e^(z - m) and,
+// for the entropy, sum of (z - m) e^(z - m). One entry for each row and block.
 struct BlockStatistics {
-  std::vector<float> max, total, weighted;
+  float* max;
+  std::vector<float> total, weighted;
 
-  BlockStatistics(int64_t count, bool with_entropy)
-      : max(count), total(count), weighted(with_entropy ? count : 0) {}
+  BlockStatistics(float* max, int64_t count, bool with_entropy)
+      : max(max), total(count), weighted(with_entropy ? count : 0) {}
 
-  void add(int64_t at, const float* z, int64_t n) {
+  // Takes z[0, n); leaves the exponentials in e[0, kColumns), zeros beyond n.
+  void add(int64_t at, const float* z, int64_t n, float* e) {
     const float m = largest(z, n);
-    Vec total_vec(0), weighted_vec(0);
-    for (int64_t j = 0; j < n; j += Vec::size()) {
-      const int64_t size = std::min<int64_t>(Vec::size(), n - j);
-      // Lanes beyond the row hold -inf, whose exponential is 0.
-      const Vec shifted = Vec::set(Vec(-INFINITY), Vec::loadu(z + j, size) - Vec(m), size);
-      const Vec e = shifted.exp();
-      total_vec = total_vec + e;
-      if (!weighted.empty()) {
-        weighted_vec = weighted_vec + Vec::set(Vec(0), shifted * e, size);
-      }
+    float moments[kColumns];
+    for (int64_t j = 0; j < kColumns; j += Vec::size()) {
+      const int64_t size = std::clamp<int64_t>(n - j, 0, Vec::size());
+      const Vec inside = size > 0 ? Vec::loadu(z + j, size) - Vec(m) : Vec(0);
+      const Vec value = Vec::set(Vec(0), inside.exp(), size);
+      value.store(e + j);
+      if (!weighted.empty()) Vec::set(Vec(0), inside * value, size).store(moments + j);
     }
-    const auto plus = [](Vec a, Vec b) { return a + b; };
     max[at] = m;
-    total[at] = at::vec::vec_reduce_all<float>(plus, total_vec);
-    if (!weighted.empty()) weighted[at] = at::vec::vec_reduce_all<float>(plus, weighted_vec);
+    total[at] = sum(e);
+    if (!weighted.empty()) weighted[at] = sum(moments);
   }
 };
 
-// Logits z = transform(inputs weight^T + bias) [C, V] and their row statistics [C]: the largest
-// logit, the logarithm of sum e^(z - max), and the entropy where asked for.
-std::tuple<Tensor, Tensor, std::optional<Tensor>> project(
-    const Tensor& inputs, const Tensor& weight, const std::optional<Tensor>& bias, double scale,
-    double softcap, double temperature, bool with_entropy, Tensor logits) {
+// z = transform(inputs weight^T + bias), of which the caller may keep the float32 `logits` [C, V] or
+// the bfloat16 exponentials `exps` [C, V] of z minus its block's maximum, or neither.
+//
+// Returns, [C] each: the target's logit, the largest logit, the logarithm of sum e^(z - max), the
+// entropy where asked for; and [C, blocks] the blocks' maxima.
+std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, Tensor> project(
+    const Tensor& inputs, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& target_ids, double scale, double softcap, double temperature, bool with_entropy,
+    std::optional<Tensor> logits, std::optional<Tensor> exps) {
   const int64_t num_rows = inputs.size(0), width = inputs.size(1), vocab = weight.size(0);
   const int64_t num_blocks = (vocab + kColumns - 1) / kColumns;
   const Transform transform{float(scale), float(softcap), float(temperature)};
   const auto* x = inputs.const_data_ptr<BFloat16>();
   const auto* w = weight.const_data_ptr<BFloat16>();
   const auto* b = bias ? bias->const_data_ptr<float>() : nullptr;
-  auto* z = logits.mutable_data_ptr<float>();
-  const int64_t z_stride = logits.stride(0);
-  BlockStatistics blocks(num_rows * num_blocks, with_entropy);
+  const auto* target = target_ids.const_data_ptr<int64_t>();
+  auto* z_out = logits ? logits->mutable_data_ptr<float>() : nullptr;
+  auto* e_out = exps ? exps->mutable_data_ptr<BFloat16>() : nullptr;
+  const int64_t z_stride = logits ? logits->stride(0) : 0, e_stride = exps ? exps->stride(0) : 0;
+  const auto options = inputs.options().dtype(at::kFloat);
+  Tensor target_logit = at::empty({num_rows}, options);
+  Tensor block_max = at::empty({num_rows, num_blocks}, options);
+  auto* at_target = target_logit.mutable_data_ptr<float>();
+  BlockStatistics blocks(
+      block_max.mutable_data_ptr<float>(), num_rows * num_blocks, with_entropy);
 
   at::parallel_for(0, num_blocks, 1, [&](int64_t first, int64_t last) {
     std::vector<BFloat16> packed(width * kColumns);
     std::vector<float> tile(kRows * kColumns);
+    float e[kColumns];
     for (int64_t block = first; block < last; ++block) {
       const int64_t column = block * kColumns, n = std::min(kColumns, vocab - column);
       pack(w + column * weight.stride(0), weight.stride(0), n, width, packed.data());
@@ -118,32 +142,34 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> project(
         at::native::cpublas::brgemm(
             m, n, width, inputs.stride(0), kColumns, kColumns, /*add_C=*/false,
             x + row * inputs.stride(0), packed.data(), tile.data());
-        for (int64_t i = 0; i < m; ++i) {
-          float* out = z + (row + i) * z_stride + column;
+        for (int64_t i = row; i < row + m; ++i) {
+          float* z = tile.data() + (i - row) * kColumns;
           for (int64_t j = 0; j < n; j += Vec::size()) {
             const int64_t size = std::min<int64_t>(Vec::size(), n - j);
-            Vec raw = Vec::loadu(tile.data() + i * kColumns + j, size);
+            Vec raw = Vec::loadu(z + j, size);
             if (b != nullptr) raw = raw + Vec::loadu(b + column + j, size);
-            transform.apply(raw).store(out + j, size);
+            transform.apply(raw).store(z + j, size);
           }
-          blocks.add((row + i) * num_blocks + block, out, n);
+          if (target[i] >= column && target[i] < column + n) at_target[i] = z[target[i] - column];
+          blocks.add(i * num_blocks + block, z, n, e);
+          if (z_out != nullptr) std::copy(z, z + n, z_out + i * z_stride + column);
+          if (e_out != nullptr) store(e, n, e_out + i * e_stride + column);
         }
       }
     }
     at::native::cpublas::brgemm_release();
   });
 
-  Tensor max_logit = at::empty({num_rows}, logits.options());
-  Tensor log_total = at::empty({num_rows}, logits.options());
+  Tensor max_logit = at::empty({num_rows}, options), log_total = at::empty({num_rows}, options);
   std::optional<Tensor> entropy;
-  if (with_entropy) entropy = at::empty({num_rows}, logits.options());
+  if (with_entropy) entropy = at::empty({num_rows}, options);
   auto* max_out = max_logit.mutable_data_ptr<float>();
   auto* total_out = log_total.mutable_data_ptr<float>();
   auto* entropy_out = with_entropy ? entropy->mutable_data_ptr<float>() : nullptr;
   at::parallel_for(0, num_rows, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t start = i * num_blocks;
-      const float m = largest(blocks.max.data() + start, num_blocks);
+      const float m = largest(blocks.max + start, num_blocks);
       double total = 0, weighted = 0;
       for (int64_t k = start; k < start + num_blocks; ++k) {
         const double shift = double(blocks.max[k]) - m;
@@ -158,53 +184,64 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> project(
       if (with_entropy) entropy_out[i] = float(std::log(total) - weighted / total);
     }
   });
-  return {max_logit, log_total, entropy};
+  return {target_logit, max_logit, log_total, entropy, block_max};
 }
 
-// dL/draw = (1[y] g - p (g + dH (log p + H))) dz/draw, written as bfloat16 over the logits' own
-// memory: entry j of a row lies at byte 2 j, behind what is still to be read.
-void logit_gradients(
-    Tensor logits, const Tensor& target_ids, const Tensor& max_logit, const Tensor& log_total,
+// dL/draw = (1[y] g - p (g + dH (log p + H))) dz/draw over the exponentials that `project` kept,
+// in their place. log p comes back from an exponential, rounded to 2^-9 of itself, for the entropy
+// and the softcap's slope only; the target's own entry comes from the float32 statistics.
+void exp_gradients(
+    Tensor exps, const Tensor& block_max, const Tensor& target_ids, const Tensor& target_logit,
+    const Tensor& log_probs, const Tensor& max_logit, const Tensor& log_total,
     const Tensor& grad_log_probs, const std::optional<Tensor>& grad_entropy,
     const std::optional<Tensor>& entropy, double scale, double softcap, double temperature) {
-  const int64_t num_rows = logits.size(0), vocab = logits.size(1), stride = logits.stride(0);
+  const int64_t num_rows = exps.size(0), vocab = exps.size(1), stride = exps.stride(0);
+  const int64_t num_blocks = block_max.size(1);
   const Transform transform{float(scale), float(softcap), float(temperature)};
-  auto* z = logits.mutable_data_ptr<float>();
+  auto* e = exps.mutable_data_ptr<BFloat16>();
+  const auto* maxima = block_max.const_data_ptr<float>();
   const auto* target = target_ids.const_data_ptr<int64_t>();
+  const auto* z_in = target_logit.const_data_ptr<float>();
+  const auto* l_in = log_probs.const_data_ptr<float>();
   const auto* max_in = max_logit.const_data_ptr<float>();
   const auto* total_in = log_total.const_data_ptr<float>();
   const auto* g_in = grad_log_probs.const_data_ptr<float>();
   const auto* dh_in = grad_entropy ? grad_entropy->const_data_ptr<float>() : nullptr;
   const auto* h_in = grad_entropy ? entropy->const_data_ptr<float>() : nullptr;
+  const bool needs_logits = dh_in != nullptr || transform.softcap != 0;
+  constexpr int64_t step = 2 * Vec::size();
 
   at::parallel_for(0, num_rows, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      float* row = z + i * stride;
-      auto* out = reinterpret_cast<BFloat16*>(row);
-      const Vec m(max_in[i]), total(total_in[i]), g(g_in[i]);
-      const auto gradient = [&](Vec value) {
-        const Vec log_p = value - m - total;
-        Vec factor = g;
-        if (dh_in != nullptr) factor = factor + Vec(dh_in[i]) * (log_p + Vec(h_in[i]));
-        return log_p.exp().neg() * factor * transform.slope(value);
-      };
-      float at_target[Vec::size()];
+      BFloat16* row = e + i * stride;
+      const float g = g_in[i], dh = dh_in != nullptr ? dh_in[i] : 0;
+      const float h = dh_in != nullptr ? h_in[i] : 0;
+      for (int64_t block = 0; block < num_blocks; ++block) {
+        const float m = maxima[i * num_blocks + block];
+        const float log_share = (m - max_in[i]) - total_in[i], share = std::exp(log_share);
+        const auto gradient = [&](Vec exp) {
+          if (!needs_logits) return exp * Vec(-g * share) * transform.slope(Vec(0));
+          // Where the exponential is 0 so is p, and any finite logarithm will do.
+          const Vec log_exp = Vec::blendv(exp, Vec(1), exp == Vec(0)).log();
+          const Vec factor = Vec(g) + Vec(dh) * (log_exp + Vec(log_share + h));
+          return exp * Vec(-share) * factor * transform.slope(log_exp + Vec(m));
+        };
+        const int64_t end = std::min((block + 1) * kColumns, vocab);
+        for (int64_t j = block * kColumns; j < end; j += step) {
+          const int64_t size = std::min(step, end - j);
+          const auto [low, high] = at::vec::convert_to_float<BFloat16>(
+              at::vec::Vectorized<BFloat16>::loadu(row + j, size));
+          at::vec::convert_from_float<BFloat16>(gradient(low), gradient(high))
+              .store(row + j, size);
+        }
+      }
       // No target (-1) where the vocabulary is shared and another rank has it.
-      const int64_t y = target[i], y_start = std::max<int64_t>(y, 0) / Vec::size() * Vec::size();
-      const Vec near = Vec::loadu(row + y_start, std::min<int64_t>(Vec::size(), vocab - y_start));
-      (gradient(near) + g * transform.slope(near)).store(at_target);
-      int64_t j = 0;
-      for (; j + 2 * Vec::size() <= vocab; j += 2 * Vec::size()) {
-        const Vec low = gradient(Vec::loadu(row + j));
-        const Vec high = gradient(Vec::loadu(row + j + Vec::size()));
-        at::vec::convert_from_float<BFloat16>(low, high).store(out + j);
-      }
-      for (; j < vocab; ++j) {
-        float lanes[Vec::size()];
-        gradient(Vec(row[j])).store(lanes);
-        out[j] = lanes[0];
-      }
-      if (y >= 0) out[y] = at_target[y - y_start];
+      if (target[i] < 0) continue;
+      const float at_target =
+          -g * std::expm1(l_in[i]) - dh * std::exp(l_in[i]) * (l_in[i] + h);
+      float slope[Vec::size()];
+      transform.slope(Vec(z_in[i])).store(slope);
+      row[target[i]] = at_target * slope[0];
     }
   });
 }
@@ -294,12 +331,14 @@ void add_weight_gradient(
 
 TORCH_LIBRARY(care_kernels, library) {
   library.def(
-      "project(Tensor inputs, Tensor weight, Tensor? bias, float scale, float softcap, "
-      "float temperature, bool with_entropy, Tensor(a!) logits) -> (Tensor, Tensor, Tensor?)");
+      "project(Tensor inputs, Tensor weight, Tensor? bias, Tensor target_ids, float scale, "
+      "float softcap, float temperature, bool with_entropy, Tensor(a!)? logits, Tensor(b!)? exps) "
+      "-> (Tensor, Tensor, Tensor, Tensor?, Tensor)");
   library.def(
-      "logit_gradients(Tensor(a!) logits, Tensor target_ids, Tensor max_logit, Tensor log_total, "
-      "Tensor grad_log_probs, Tensor? grad_entropy, Tensor? entropy, float scale, float softcap, "
-      "float temperature) -> ()");
+      "exp_gradients(Tensor(a!) exps, Tensor block_max, Tensor target_ids, Tensor target_logit, "
+      "Tensor log_probs, Tensor max_logit, Tensor log_total, Tensor grad_log_probs, "
+      "Tensor? grad_entropy, Tensor? entropy, float scale, float softcap, float temperature) "
+      "-> ()");
   library.def(
       "add_weight_gradient(Tensor grad_logits, Tensor inputs, Tensor(a!) into, bool overwrite) "
       "-> ()");
@@ -307,6 +346,6 @@ TORCH_LIBRARY(care_kernels, library) {
 
 TORCH_LIBRARY_IMPL(care_kernels, CPU, library) {
   library.impl("project", &project);
-  library.impl("logit_gradients", &logit_gradients);
+  library.impl("exp_gradients", &exp_gradients);
   library.impl("add_weight_gradient", &add_weight_gradient);
 }

@@ -24,3 +24,6 @@ VALUE_FLOOR = {torch.float64: 1e-12} | dict.fromkeys(
 
 SAME_MATHS = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """Two runs of the same code that may only differ in the order of sums, or one final rounding."""
+
+TWO_ROUNDINGS = 2**-8 + 2e-5
+"""Of a logit's gradient made from a bfloat16 exponential: each of the two is rounded by up to 2^-9."""

@@ -1,0 +1,143 @@
+"""The bench commands end to end, at sizes that take seconds, without compilers or peers."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import accuracy, loss, peers
+from bench.peers import CONTENDERS, Contender, Outcome, Problem
+
+_COMPILED = ("torch_compiled", "cut_cross_entropy")
+_SLOW = (*_COMPILED, "liger_grpo", "liger_scaled_ce", "trl_chunked", "torch_linear_cross_entropy")
+_SKIP = ["--devices", "cpu", "--skip-peer", *_SLOW]
+_LOSS = ["--size", "32", "503", "--rows", "8", "16", "--repeats", "2"]
+_ACCURACY = ["--width", "32", "--vocab", "503", "--rows", "16"]
+
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run a bench module's `main` with these arguments."""
+
+    def command(module: Any, *arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["bench", *arguments])
+        return module.main()
+
+    return command
+
+
+def _doubled(problem: Problem) -> Outcome:
+    outcome = peers.ours(problem)
+    return outcome._replace(grad_weight=2 * outcome.grad_weight)
+
+
+def test_accuracy_prints_a_table_and_its_figures(run: Command, capsys: Any) -> None:
+    assert run(accuracy, *_ACCURACY, *_SKIP) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("linear_policy_loss" in line for line in lines[:-1])
+    figures = json.loads(lines[-1])
+    assert figures["log_prob_rms"] < 1e-4
+    assert figures["skipped"] == list(_SLOW)
+    cpu = figures["devices"]["cpu"]
+    assert cpu["contenders"].keys() == CONTENDERS.keys() - set(_SLOW)
+    assert cpu["contenders"]["ours"]["grad_weight"] < 0.01
+    assert cpu["rounding"]["grad_weight"] <= cpu["contenders"]["ours"]["grad_weight"]
+
+
+def test_loss_prints_tables_its_figures_and_csv(run: Command, capsys: Any, tmp_path: Path) -> None:
+    path = tmp_path / "figures.csv"
+    assert run(loss, *_LOSS, *_SKIP, "--no-memory", "--csv", str(path)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("three bare GEMMs" in line for line in lines[:-1])
+    figures = json.loads(lines[-1])
+    assert figures["ratio_to_gemms"] > 0
+    assert figures["fastest_peer"] in ("torch", "torch_bfloat16")
+    assert figures["fastest_peer_ratio"] > 0
+    assert figures["quarter_active_ratio"] > 0
+    assert figures["headline"] == {"rows": 16, "width": 32, "vocab": 503}
+    timed = figures["devices"]["cpu"]["cells"][0]["contenders"]["ours"]
+    assert timed["runs"] == 2
+    rows = list(csv.DictReader(path.open()))
+    assert {"provider": "ours", "metric": "seconds", "rows": "8"}.items() <= rows[1].items()
+    assert all(float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
+
+
+def test_loss_with_all_peers_skipped_says_so(run: Command, capsys: Any) -> None:
+    skip = ["--devices", "cpu", "--skip-peer", *peers.PEERS]
+    assert run(loss, *_LOSS, "--no-memory", *skip) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["fastest_peer"] is None
+    assert figures["fastest_peer_ratio"] is None
+    assert figures["skipped"] == list(peers.PEERS)
+
+
+@pytest.mark.parametrize("module", [accuracy, loss])
+def test_a_missing_peer_is_named(
+    module: Any, run: Command, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = Contender(peers.trl_chunked, "no-such-package", "a peer")
+    monkeypatch.setitem(CONTENDERS, "trl_chunked", missing)
+    assert run(module, "--devices", "cpu") == 1
+    output = capsys.readouterr()
+    assert "trl_chunked" in output.err
+    assert "--skip-peer trl_chunked" in output.err
+    assert output.out == ""
+
+
+def test_a_failing_peer_is_named(
+    run: Command, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(problem: Problem) -> Outcome:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setitem(CONTENDERS, "torch", Contender(broken, "torch", "broken"))
+    assert run(accuracy, *_ACCURACY, *_SKIP) == 1
+    assert "torch failed: out of luck" in capsys.readouterr().err
+
+
+def test_no_time_for_a_wrong_gradient(
+    run: Command, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONTENDERS, "torch", Contender(_doubled, "torch", "doubled"))
+    assert run(loss, *_LOSS, *_SKIP, "--no-memory") == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    wrong = figures["devices"]["cpu"]["cells"][0]["contenders"]["torch"]
+    assert "wrong gradient: dW" in wrong["note"]
+    assert "seconds" not in wrong
+    assert figures["fastest_peer"] == "torch_bfloat16"
+
+
+def test_a_peer_over_its_budget_is_skipped_at_more_rows(run: Command, capsys: Any) -> None:
+    assert run(loss, *_LOSS, *_SKIP, "--no-memory", "--budget", "1e-9") == 0
+    first, second = json.loads(capsys.readouterr().out.splitlines()[-1])["devices"]["cpu"]["cells"]
+    assert first["contenders"]["torch"]["runs"] == 1
+    assert second["contenders"]["torch"]["note"].startswith("skipped: about")
+    assert second["contenders"]["ours"]["runs"] == 1
+
+
+def test_our_own_wrong_gradient_ends_the_run(
+    run: Command, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONTENDERS, "ours", Contender(_doubled, "torch", "doubled"))
+    assert run(loss, *_LOSS, *_SKIP, "--no-memory") == 1
+    output = capsys.readouterr()
+    assert "ours at 8 rows: wrong gradient: dW" in output.err
+    assert output.out == ""
+
+
+def test_truth_is_autograd_in_float64() -> None:
+    problem = peers.make_problem(12, 16, 20_000)
+    hidden, weight = problem.hidden.double(), problem.head_weight.double()
+    log_probs = (hidden @ weight.T).log_softmax(-1).gather(-1, problem.target_ids[:, None])
+    loss_value = -(problem.advantages * log_probs.squeeze(-1)).sum()
+    grads = torch.autograd.grad(loss_value, (hidden, weight))
+    truth = accuracy.true_outcome(problem)
+    torch.testing.assert_close(truth.log_probs, log_probs.detach().squeeze(-1))
+    torch.testing.assert_close(truth.grad_hidden, grads[0])
+    torch.testing.assert_close(truth.grad_weight, grads[1].float())
