@@ -26,4 +26,4 @@ SAME_MATHS = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 8e-3, t
 """Two runs of the same code that may only differ in the order of sums, or one final rounding."""
 
 TWO_ROUNDINGS = 2**-8 + 2e-5
-"""Of a logit's gradient made from a bfloat16 exponential: each of the two is rounded by up to 2^-9."""
+"""A logit's gradient made from a bfloat16 exponential: each of the two is rounded by up to 2^-9."""
