@@ -1,0 +1,71 @@
+"""Every kernel compiles for every target without a GPU, and keeps its numbers in registers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import triton
+import triton.language as tl
+
+from bench.compiled import Outcome, figures, roofline_ms
+from bench.inspection import TARGETS, Target, compile_for
+from care_kernels.triton_backend.compile_cases import CompileCase, compile_case
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_every_kernel_fits_every_target(target: Target) -> None:
+    """At Qwen2.5-VL-7B's shapes: machine code, no register spilled, shared memory as there is."""
+    command = [sys.executable, "-m", "bench.compiled", "--target", target.name, "--skip-peers"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    last = json.loads(result.stdout.splitlines()[-1])
+    assert last["spills"] == 0 and last["not_compiled"] == []
+    assert last["kernels"] == len(last["figures"]) >= 20
+    for row in last["figures"]:
+        assert row["shared_bytes"] <= target.shared_kib * 1024, row["kernel"]
+        assert bool(row["matrix"]) == row["kernel"].startswith("project"), row["kernel"]
+
+
+@triton.jit
+def _spilling_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + lanes)
+    tl.store(out_ptr + lanes, x - tl.sum(x))
+
+
+def _spilling_case() -> CompileCase:
+    types = {"x_ptr": "*fp32", "out_ptr": "*fp32"}
+    return compile_case(
+        "spilling",
+        _spilling_kernel,
+        types,
+        {"BLOCK": 16384},
+        num_warps=1,
+        grid="1",
+        hbm_bytes=2 * 4 * 16384,
+    )
+
+
+@pytest.mark.skipif(
+    not isinstance(_spilling_kernel, triton.JITFunction), reason="Triton is interpreting"
+)
+def test_spills_are_seen() -> None:
+    """512 numbers for each thread do not fit 255 registers, and count as a failure."""
+    resources = compile_for(_spilling_case(), TARGETS["sm_90"])
+    assert resources.spills and resources.spilled_bytes > 0 and resources.local_accesses > 0
+    outcome = Outcome("spilling", "sm_90", True, 0, 1, resources, None)
+    assert outcome.failed and figures([outcome])["spills"] == 1
+
+
+def test_what_does_not_compile_is_a_failure() -> None:
+    """A kernel without machine code is counted and named, never dropped."""
+    outcome = Outcome("broken", "sm_90", True, 0, 1, None, "CompilationError: no")
+    assert outcome.failed
+    assert figures([outcome])["not_compiled"] == ["broken sm_90"]
+
+
+def test_roofline() -> None:
+    """The larger of compute and traffic, at an H100's peak figures."""
+    assert roofline_ms(989e12, 0) == pytest.approx(1000)
+    assert roofline_ms(0, 3.35e12) == pytest.approx(1000)
