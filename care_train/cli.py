@@ -1,13 +1,14 @@
 """care-train: the command line."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from care_train.config import describe_keys, load_config
+from care_train.config import describe_keys, load_config, names_run
 from care_train.settings import Config
 
 _COMMANDS = {
@@ -17,15 +18,25 @@ _COMMANDS = {
     "eval": "accuracy and format of a model: single decode, no reflection",
 }
 
+_RESUMABLE = ("quickstart", "sft", "train")
+
+_EXPORT = "write a checkpoint as a plain Hugging Face folder, from any ZeRO stage"
+
 _EPILOG = """\
 examples:
   care-train quickstart
   care-train quickstart algorithm=grpo seed=1 name=grpo-1
   care-train train --config configs/care.yaml model.path=/models/Qwen2.5-VL-3B-Instruct
   deepspeed --num_gpus 8 --module care_train train --config configs/care.yaml
+  care-train train --config configs/care.yaml --resume
+  care-train export --run runs/care --checkpoint best --out care-best
 
 Every run writes runs/<name>/: config.yaml, metrics.jsonl, summary.json, checkpoints/, final/ (a
 plain Hugging Face folder), learning_curves.png and report.md.
+
+SIGTERM or Ctrl-C ends the current step, saves a checkpoint and exits with 75; a second one, more
+than a second later, ends the run at once. Errors in input exit with 2. (torchrun's own status is 1
+for either.)
 """
 
 
@@ -33,8 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; user errors print one line and exit with 2."""
     options = _parse(arguments)
     try:
-        config = load_config(_config_path(options), options.overrides)
-        _run(options.command, config)
+        if options.command == "export":
+            _export(options)
+        else:
+            config = load_config(_config_path(options), options.overrides)
+            return _run(options.command, config)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # A checkpoint that does not fit says more, and cleans up.
+        print(f"care-train {options.command}: error: {error}", file=sys.stderr)
+        return 2
     except (ValueError, FloatingPointError) as error:
         print(f"care-train {options.command}: error: {error}", file=sys.stderr)
         return 2
@@ -47,15 +67,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, more = parser.parse_known_args(arguments)
     if unknown := [argument for argument in more if argument.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.command == "export":
+        if more:
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        return options
     options.overrides += more
+    if getattr(options, "resume", False):
+        given = any(override.split("=")[0].strip() == "resume" for override in options.overrides)
+        options.overrides += [] if given else ["resume=true"]
     return options
 
 
-def _run(command: str, config: Config) -> None:
+def _run(command: str, config: Config) -> int:
     _quiet_libraries()
     # Imported here: --help and configuration errors need no torch.
     from care_train import commands
-    from care_train.training.distributed import is_main
+    from care_train.training.distributed import barrier, is_main
+    from care_train.training.stopping import STOPPED_STATUS, Stopped
 
     run = {
         "quickstart": commands.quickstart,
@@ -63,9 +91,25 @@ def _run(command: str, config: Config) -> None:
         "train": commands.train,
         "eval": commands.evaluate,
     }[command]
-    summary = run(config)
+    try:
+        summary = run(config)
+    except Stopped as stopped:
+        if is_main():
+            print(f"{stopped}; go on with the same command and --resume, or with", file=sys.stderr)
+            print(f"  care-train {command} resume={stopped.run_dir}", file=sys.stderr)
+        # Launchers kill the other ranks when the first one leaves: not before it is said.
+        barrier()
+        return STOPPED_STATUS
     if is_main():
         _show_summary(commands.run_dir_of(config), summary)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from care_train import commands
+
+    commands.export(options.run, options.checkpoint, options.out)
 
 
 def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
@@ -90,7 +134,8 @@ def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
 
 
 def _config_path(options: argparse.Namespace) -> Path | None:
-    if options.config is None and options.command == "quickstart":
+    has_own = options.config is None and not names_run(options.overrides)
+    if has_own and options.command == "quickstart":
         package = Path(__file__).resolve().parent
         # Wheels carry configs/ inside the package; a checkout has it beside.
         roots = (package, package.parent)
@@ -136,9 +181,21 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("--config", type=Path, help="a YAML file; see configs/")
+        if name in _RESUMABLE:
+            command.add_argument(
+                "--resume",
+                action="store_true",
+                help="go on from the run's newest usable checkpoint; from step 0 if it has none",
+            )
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings laid over the file's"
         )
+    export = commands.add_parser("export", help=_EXPORT, description=_EXPORT)
+    export.add_argument("--run", type=Path, required=True, help="the run's folder")
+    export.add_argument(
+        "--checkpoint", default="last", help="step_NNNNNN, best or last (the default)"
+    )
+    export.add_argument("--out", type=Path, required=True, help="the folder to write")
     return parser
 
 

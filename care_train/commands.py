@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from care_train.config import config_to_dict, config_to_yaml
+from care_train.config import config_to_dict, config_to_yaml, load_config
 from care_train.data import Sample, load_samples
 from care_train.evaluation.evaluate import evaluate_both
+from care_train.models.load import load_skeleton
 from care_train.reporting import (
     MetricsLogger,
     plot_learning_curves,
@@ -21,10 +22,21 @@ from care_train.reporting import (
     write_summary,
 )
 from care_train.settings import Config
+from care_train.training.checkpoint import SKELETON, Checkpoint, Checkpoints
 from care_train.training.distributed import barrier, initialize_process_group, is_main
-from care_train.training.rl import run_training
+from care_train.training.engine_state import read_weights
+from care_train.training.folders import clean_up, write_file, write_folder
+from care_train.training.resume import (
+    check_progress,
+    check_settings,
+    cold_start_logs,
+    cut_logs,
+    settings_of,
+)
+from care_train.training.rl import open_checkpoints, run_training
+from care_train.training.rng import seed_all
 from care_train.training.session import Session, model_folder, open_session
-from care_train.training.sft import run_sft
+from care_train.training.sft import cold_start_checkpoints, run_sft
 
 Summary = dict[str, Any]
 
@@ -53,14 +65,60 @@ def _open_run(config: Config) -> Path:
         if marker.exists() and not config.resume:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        marker.write_text(config_to_yaml(config))
+        write_file(marker, config_to_yaml(config))
     barrier()
     return folder
 
 
+def _open_resumable(
+    config: Config, cold_start: str | None = None
+) -> tuple[Path, Checkpoint | None]:
+    """`_open_run`, and the checkpoint to go on from: None starts at step 0.
+
+    So a job script may always say `--resume`, whenever the run before was killed.
+
+    Args:
+        config: the run's settings.
+        cold_start: the folder that ends a cold start, where the run has one: while it is not
+            there, the checkpoint is the cold start's.
+
+    Raises:
+        ValueError: no checkpoint is usable, or a setting is not what it was.
+    """
+    seed_all(config.seed)
+    folder = run_dir_of(config)
+    marker = folder / "config.yaml"
+    if not (config.resume and marker.is_file()):
+        return _open_run(config), None
+    if is_main():
+        clean_up(folder)
+    in_cold_start = cold_start is not None and not (folder / cold_start).is_dir()
+    checkpoints = (cold_start_checkpoints if in_cold_start else open_checkpoints)(config, folder)
+    if not in_cold_start:
+        cold_start_checkpoints(config, folder).remove()
+    checkpoints.clean_up()
+    checkpoint = checkpoints.newest()
+    free = () if cold_start else ("sft",)
+    if checkpoint is None:
+        check_settings(settings_of(load_config(marker)), config, where=marker, free=free)
+        cut_logs(folder, cold_start_logs(folder, cold_start))
+    else:
+        settings, where = checkpoint.state["settings"], checkpoint.folder
+        check_settings(settings, config, where=where, free=free)
+        section = "sft" if in_cold_start else "train"
+        check_progress(checkpoint, f"{section}.steps", getattr(config, section).steps)
+        cut_logs(folder, checkpoint.state["logs"])
+    if is_main():
+        start = "step 0: no checkpoint yet" if checkpoint is None else str(checkpoint.folder)
+        print(f"resuming {folder} from {start}", file=sys.stderr)
+        if config.logging.wandb or config.logging.trackio:
+            print("wandb and trackio show later steps a second time", file=sys.stderr)
+    return _open_run(config), checkpoint
+
+
 def _refuse_resume(config: Config, command: str) -> None:
     if config.resume:
-        raise ValueError(f"resume: got true, but `{command}` starts anew; only `train` can go on")
+        raise ValueError(f"resume: got true, but `{command}` starts anew")
 
 
 def _check_inputs_survive(config: Config, folder: Path) -> None:
@@ -80,14 +138,19 @@ def _check_inputs_survive(config: Config, folder: Path) -> None:
 
 def sft(config: Config) -> Summary:
     """`care-train sft`: cold start; the model goes to `final/`."""
-    _refuse_resume(config, "sft")
     device, start = initialize_process_group(), time.perf_counter()
-    run_dir = _open_run(config)
+    run_dir, checkpoint = _open_resumable(config, "final")
     samples = load_samples(config.sft.data, config.seed)
     folder = model_folder(config, run_dir, samples)
+    if config.resume and (run_dir / "final").is_dir():
+        # It had ended: all that a kill can have cut short is the report.
+        loss = read_metrics(run_dir / "metrics.jsonl")[-1]["loss"]
+        return _finish(
+            run_dir, config, _basics(config) | {"loss": loss, "steps": config.sft.steps}, start
+        )
     session = open_session(config, folder, config.sft.data, device)
     with _metrics(run_dir, config) as metrics:
-        values = run_sft(session, samples, run_dir / "final", metrics, device)
+        values = run_sft(session, samples, run_dir / "final", metrics, device, checkpoint)
     summary = _basics(config) | {"loss": values["loss"], "steps": config.sft.steps}
     return _finish(run_dir, config, summary, start)
 
@@ -95,19 +158,21 @@ def sft(config: Config) -> Summary:
 def train(config: Config) -> Summary:
     """`care-train train`: reinforcement learning from `model.path`, evaluated before and after."""
     device, start = initialize_process_group(), time.perf_counter()
-    run_dir = _open_run(config)
+    run_dir, checkpoint = _open_resumable(config)
     samples = load_samples(config.data, config.seed)
     held_out = load_samples(config.eval.data, config.seed)
     folder = model_folder(config, run_dir, samples)
     with _metrics(run_dir, config) as metrics:
-        summary = _train_from(config, folder, run_dir, samples, held_out, metrics, device)
+        summary = _train_from(
+            config, folder, run_dir, samples, held_out, metrics, device, checkpoint
+        )
     return _finish(run_dir, config, summary, start)
 
 
 def quickstart(config: Config) -> Summary:
     """`care-train quickstart`: a tiny model, a short cold start, then `train` on real images."""
     device, start = initialize_process_group(), time.perf_counter()
-    run_dir = _open_run(config)
+    run_dir, checkpoint = _open_resumable(config, "cold_start")
     cold_rows = load_samples(config.sft.data, config.seed)
     samples = load_samples(config.data, config.seed)
     held_out = load_samples(config.eval.data, config.seed)
@@ -116,8 +181,11 @@ def quickstart(config: Config) -> Summary:
         cold_start = run_dir / "cold_start"
         if not (config.resume and cold_start.is_dir()):
             session = open_session(config, base, config.sft.data, device)
-            run_sft(session, cold_rows, cold_start, metrics, device)
-        summary = _train_from(config, cold_start, run_dir, samples, held_out, metrics, device)
+            run_sft(session, cold_rows, cold_start, metrics, device, checkpoint)
+            checkpoint = None
+        summary = _train_from(
+            config, cold_start, run_dir, samples, held_out, metrics, device, checkpoint
+        )
     return _finish(run_dir, config, summary, start)
 
 
@@ -134,6 +202,25 @@ def evaluate(config: Config) -> Summary:
     return _finish(run_dir, config, _basics(config) | values, start)
 
 
+def export(run_dir: Path, name: str, folder: Path) -> None:
+    """`care-train export`: a checkpoint's weights as a plain Hugging Face folder.
+
+    Args:
+        run_dir: the run's folder.
+        name: `step_…`, `best` or `last`.
+        folder: where to; must not exist.
+
+    Raises:
+        ValueError: no such checkpoint, a damaged one, or `folder` exists.
+    """
+    if folder.exists():
+        raise ValueError(f"--out: {folder} exists; choose another folder")
+    checkpoint = Checkpoints(run_dir / "checkpoints").find(name)
+    loaded = load_skeleton(checkpoint.folder / SKELETON, read_weights(checkpoint.folder))
+    write_folder(folder, loaded.save)
+    print(f"{folder}: {checkpoint.folder}, {checkpoint.step} steps")
+
+
 def _train_from(
     config: Config,
     folder: Path,
@@ -142,24 +229,43 @@ def _train_from(
     held_out: Sequence[Sample],
     metrics: MetricsLogger,
     device: torch.device,
+    checkpoint: Checkpoint | None,
 ) -> Summary:
     session = open_session(config, folder, config.data, device)
-    before = _evaluate_session(session, held_out, device, "evaluate before")
-    metrics.log(0, before, phase="eval")
+    before = _logged_before(config, run_dir, checkpoint)
+    if before is None:
+        before = _evaluate_session(session, held_out, device, "evaluate before")
+        metrics.log(0, before, phase="eval")
     totals = run_training(
         session,
         samples,
         run_dir,
         metrics,
         device,
-        resume=config.resume,
+        checkpoint=checkpoint,
         evaluate=lambda engine: evaluate_both(session, engine, held_out, device),
     )
     trained = open_session(config, run_dir / "final", config.data, device)
     after = _evaluate_session(trained, held_out, device, "evaluate after")
     metrics.log(config.train.steps, after, phase="eval")
+    open_checkpoints(config, run_dir).mark_best(config.train.steps, after)
     counts = {key: int(value) for key, value in totals.items()}
     return _basics(config) | _before_and_after(before, after) | counts
+
+
+def _logged_before(
+    config: Config, run_dir: Path, checkpoint: Checkpoint | None
+) -> dict[str, float] | None:
+    """The evaluation before training that a resumed run finds in its log; None to repeat it."""
+    if checkpoint is None:
+        return None
+    now, saved = settings_of(config), checkpoint.state["settings"]
+    if any(saved.get(key) != value for key, value in now.items() if key.startswith("eval.")):
+        return None
+    for record in read_metrics(run_dir / "metrics.jsonl"):
+        if (record["phase"], record["step"]) == ("eval", 0):
+            return {k: v for k, v in record.items() if k not in ("phase", "step", "time")}
+    return None
 
 
 def _evaluate_session(

@@ -20,18 +20,32 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
     Args:
         path: a YAML file, or None for the defaults. Its `extends` names a file it is laid over.
-        overrides: `section.key=value` strings; values are read as YAML.
+        overrides: `section.key=value` strings; values are read as YAML. `resume=FOLDER` goes on
+            with the run there: it sets `output_dir` and `name`, and stands in for `path`.
 
     Raises:
         ValueError: an unreadable file, an unknown key, or a wrong value: key, got and wanted.
     """
-    values = _read_yaml(Path(path)) if path is not None else {}
+    values: dict[str, Any] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
             raise ValueError(f"override {override!r}: wanted the form section.key=value")
         values = merge(values, _nest(key.strip().split("."), _parse(text)))
+    if isinstance(values.get("resume"), str):
+        run = Path(values["resume"])
+        path = run / "config.yaml" if path is None else path
+        if not (run / "config.yaml").is_file():
+            raise ValueError(f"resume: {run}: no config.yaml there, so no run to go on with")
+        values |= {"resume": True, "output_dir": str(run.parent), "name": run.name}
+    values = merge(_read_yaml(Path(path)), values) if path is not None else values
     return build_config(values, source=str(path) if path else "the command line")
+
+
+def names_run(overrides: Sequence[str]) -> bool:
+    """Whether they say `resume=FOLDER`, whose config.yaml then is the configuration."""
+    values = [o.partition("=")[2] for o in overrides if o.partition("=")[0].strip() == "resume"]
+    return bool(values) and isinstance(_parse(values[-1]), str)
 
 
 def build_config(values: Mapping[str, Any], source: str = "the configuration") -> Config:

@@ -175,6 +175,9 @@ class TrainSettings:
     """Steps between checkpoints; 0 keeps the final one only."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints are kept."""
+    keep_best: Literal["accuracy", "format", "greedy_accuracy", "greedy_format"] | None = None
+    """Also keep the checkpoint that was best in this number of the evaluations every `eval_every`
+    steps, saved whenever one beats those before; `checkpoints/best.json` names it."""
     eval_every: int = 0
     """Steps between evaluations on `eval.data`; 0: before and after only."""
 
@@ -189,6 +192,12 @@ class TrainSettings:
         ):
             check(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
         check(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
+        check(
+            self.keep_best is None or self.eval_every > 0,
+            "train.keep_best",
+            self.keep_best,
+            "null, or train.eval_every above 0: without evaluations none is best",
+        )
         check(
             self.prompts_per_step % self.mini_batches == 0,
             "train.mini_batches",
@@ -221,6 +230,8 @@ class SftSettings:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    save_every: int = 0
+    """Steps between checkpoints, deleted at the cold start's end; 0 saves where a signal asks."""
     repair_share: float = 0.0
     """Share of rows shown as a repair: a wrong rationale, the cue, then the right one. A model that
     cannot follow instructions yet learns there what the cue asks for."""
@@ -289,7 +300,12 @@ class Config:
     preset: Literal["default", "literal", "official"] = "default"
     """`literal`: Algorithm 1 to the letter. `official`: the authors' released code."""
     resume: bool = False
-    """Go on from the newest checkpoint in the run's folder."""
+    """Go on from the newest usable checkpoint of the run (also `--resume`). `resume=runs/x` names
+    its folder, and without a `--config` takes its config.yaml."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Keys and sections that `resume` may find changed although they decide where the run goes.
+    Those of `eval`, `logging` and checkpoints may change anyway, and train.steps under a constant
+    schedule."""
     overwrite: bool = False
     """Let a new run replace one of the same name; without it that is an error."""
     model: ModelSettings = field(default_factory=ModelSettings)

@@ -1,5 +1,6 @@
 """Load a policy, vision-language or text only, with what prepares its input."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
 )
 
 from care_train.settings import ModelSettings
@@ -48,6 +50,15 @@ class LoadedModel:
     def save(self, folder: str | Path) -> None:
         """Write a plain Hugging Face folder: safetensors, config, tokenizer and processor."""
         self.model.save_pretrained(folder)
+        self._save_preparation(folder)
+
+    def save_skeleton(self, folder: str | Path) -> None:
+        """All of `save` but the weights: what `load_skeleton` makes a model of."""
+        self.model.config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)
+        self._save_preparation(folder)
+
+    def _save_preparation(self, folder: str | Path) -> None:
         (self.tokenizer if self.processor is None else self.processor).save_pretrained(folder)
 
 
@@ -76,6 +87,30 @@ def load_model(settings: ModelSettings, folder: str | Path | None = None) -> Loa
     else:
         processor, tokenizer = None, AutoTokenizer.from_pretrained(path)
     return LoadedModel(model, processor, tokenizer)
+
+
+def load_skeleton(folder: str | Path, weights: Mapping[str, torch.Tensor]) -> LoadedModel:
+    """A model of what `save_skeleton` wrote and `weights`, in the precision it was trained in.
+
+    Raises:
+        ValueError: the weights are not those of such a model.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    has_vision = getattr(config, "vision_config", None) is not None
+    auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    cast = {name: tensor.to(config.dtype) for name, tensor in weights.items()}
+    result = model.load_state_dict(cast, strict=False, assign=True)
+    model.tie_weights()
+    lost = [n for n, p in model.named_parameters() if p.is_meta] + result.unexpected_keys
+    if lost:
+        raise ValueError(f"{folder}: the weights and the model differ in {lost[0]!r}")
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    if not has_vision:
+        return LoadedModel(model, None, AutoTokenizer.from_pretrained(folder))
+    processor = AutoProcessor.from_pretrained(folder)
+    return LoadedModel(model, processor, processor.tokenizer)
 
 
 def _limit_pixels(image_processor: Any, settings: ModelSettings) -> None:

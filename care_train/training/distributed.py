@@ -2,9 +2,12 @@
 
 import os
 import socket
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Value = TypeVar("Value")
 
 
 def initialize_process_group() -> torch.device:
@@ -37,6 +40,15 @@ def is_main() -> bool:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def gather(value: Value) -> list[Value]:
+    """Every rank's value, in the order of ranks, on every rank; any picklable object."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_sum(values: list[float], device: torch.device) -> list[float]:

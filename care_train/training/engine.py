@@ -1,4 +1,4 @@
-"""DeepSpeed around the policy: the only module that imports it."""
+"""DeepSpeed around the policy: this module and `engine_state` alone import it."""
 
 import copy
 import logging
@@ -16,7 +16,8 @@ from care_train.models.batch import ModelBatch, TokenSequence, collate
 from care_train.models.load import LoadedModel
 from care_train.models.policy import Policy
 from care_train.settings import DeepSpeedSettings
-from care_train.training.distributed import all_max, world_size
+from care_train.training.distributed import all_max, all_sum, is_main, world_size
+from care_train.training.engine_state import load_engine, save_engine, tensor_bytes
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # On CPUs DeepSpeed would compile a shared-memory all-reduce at first use: half a minute, and a C++
@@ -72,6 +73,7 @@ class PolicyEngine:
         self.loaded = loaded
         self.device = device
         self.zero_stage = settings.zero_stage
+        self._settings = optimizer
         loaded.model.to(device)
         # ZeRO-3 shards the trained parameters; generation needs whole ones.
         own_copy = settings.zero_stage == 3
@@ -179,16 +181,38 @@ class PolicyEngine:
         with deepspeed.zero.GatheredParameters(list(self._policy.parameters())):
             yield
 
-    def save_state(self, folder: str | Path, client_state: dict[str, Any]) -> None:
-        """DeepSpeed's own checkpoint: weights, optimiser and schedule of every rank."""
-        self._engine.save_checkpoint(str(folder), tag="state", client_state=client_state)
+    def checkpoint_bytes(self) -> int:
+        """About what `save_state` writes on all ranks together."""
+        own = tensor_bytes(list(self.optimizer.state.values()))
+        if self.zero_stage > 0 or self._engine.bfloat16_enabled():
+            # The shards of fp32 weights that the optimiser works on.
+            own += tensor_bytes([group["params"] for group in self.optimizer.param_groups])
+        elif not is_main():
+            own = 0
+        if is_main() or self.zero_stage == 3:
+            own += tensor_bytes(list(self._policy.parameters()))
+        return int(all_sum([float(own)], self.device)[0])
 
-    def load_state(self, folder: str | Path) -> dict[str, Any]:
-        """Restore what `save_state` wrote; returns the client state."""
-        path, client_state = self._engine.load_checkpoint(str(folder), tag="state")
-        if path is None:
-            raise ValueError(f"checkpoint {folder}: DeepSpeed found no state there")
-        return client_state
+    def save_state(self, folder: str | Path) -> None:
+        """DeepSpeed's own checkpoint: weights, optimiser and schedule of every rank.
+
+        Raises:
+            OSError: this rank could not write its part. Other ranks return.
+        """
+        save_engine(self._engine, folder)
+
+    def load_state(self, folder: str | Path) -> None:
+        """Restore what `save_state` wrote, under the optimiser's settings of this run."""
+        load_engine(self._engine, folder)
+        # They come with the saved state, and would hide settings that a resume may change.
+        settings, schedule = self._settings, self._engine.lr_scheduler
+        factor = _learning_rate_factor(settings)(schedule.last_epoch)
+        schedule.base_lrs = [settings.learning_rate for _ in schedule.base_lrs]
+        for group in self._engine.optimizer.param_groups:
+            group |= {"initial_lr": settings.learning_rate, "betas": settings.betas}
+            group |= {"lr": settings.learning_rate * factor, "weight_decay": settings.weight_decay}
+        if hasattr(self._engine.optimizer, "clip_grad"):
+            self._engine.optimizer.clip_grad = self._engine.gradient_clipping()
 
 
 def _not_finite(loss: float, grad_norm: float) -> FloatingPointError:

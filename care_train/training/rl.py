@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,12 +20,15 @@ from care_train.reporting import (
 )
 from care_train.rollout.types import RolloutEngine
 from care_train.settings import Config
+from care_train.training.checkpoint import Checkpoint, Checkpoints
 from care_train.training.distributed import is_main, rank, world_size
 from care_train.training.engine import OptimizerSettings, PolicyEngine
+from care_train.training.resume import check_identity, identity, log_sizes
 from care_train.training.sampling import GroupSampler, SampledGroup
-from care_train.training.saving import load_checkpoint, save_checkpoint, save_model
+from care_train.training.saving import save_model
 from care_train.training.session import Session, rank_share
 from care_train.training.step import StepOutcome, TrainStep
+from care_train.training.stopping import Stopped, StopSignals
 
 Evaluate = Callable[[RolloutEngine], dict[str, float]]
 
@@ -58,7 +62,7 @@ def run_training(
     metrics: MetricsLogger,
     device: torch.device,
     *,
-    resume: bool = False,
+    checkpoint: Checkpoint | None = None,
     evaluate: Evaluate | None = None,
 ) -> dict[str, float]:
     """Train, save `final/`, and return the totals of the run.
@@ -69,42 +73,125 @@ def run_training(
         run_dir: where checkpoints, samples and the final model go.
         metrics: the run's log.
         device: this rank's device.
-        resume: go on from the newest checkpoint in `run_dir`.
+        checkpoint: where to go on from; its log lines must be cut already.
         evaluate: called every `train.eval_every` steps on all ranks, with the rollout engine.
+
+    Raises:
+        Stopped: a signal asked for it; a checkpoint is saved.
     """
-    config = session.config
-    reference = _reference(session)
-    engine = _policy_engine(session, device)
-    rollout = session.rollout_engine(engine.rollout, config.rollout.batch_size)
-    sampler = GroupSampler(rollout, session.encoder, session.scorer, config)
-    train_step = TrainStep(config, engine, sampler, reference)
-    source = PromptSource(samples, config)
-    totals = {"steps": 0.0, "decoded_tokens": 0.0, "trained_sequences": 0.0}
-    totals["sampled_sequences"] = 0.0
-    if resume:
-        state = load_checkpoint(engine, run_dir / "checkpoints")
-        totals, source.position = state["totals"], state["position"]
-    first = int(totals["steps"])
+    loop = _Loop(session, samples, run_dir, metrics, device, evaluate)
+    if checkpoint is not None:
+        loop.restore(checkpoint)
+    loop.run()
+    save_model(loop.engine, run_dir / "final")
+    return loop.totals
+
+
+class _Loop:
+    """The run's moving parts; what `state` returns and `engine` hold decides its future."""
+
+    def __init__(
+        self,
+        session: Session,
+        samples: Sequence[Sample],
+        run_dir: Path,
+        metrics: MetricsLogger,
+        device: torch.device,
+        evaluate: Evaluate | None,
+    ) -> None:
+        config = session.config
+        self._config, self._run_dir, self._metrics = config, run_dir, metrics
+        self._device, self._evaluate = device, evaluate
+        self._identity = identity(config, samples, session.loaded.model)
+        reference = _reference(session)
+        self.engine = _policy_engine(session, device)
+        self._rollout = session.rollout_engine(self.engine.rollout, config.rollout.batch_size)
+        sampler = GroupSampler(self._rollout, session.encoder, session.scorer, config)
+        self._train_step = TrainStep(config, self.engine, sampler, reference)
+        self._source = PromptSource(samples, config)
+        self._checkpoints = open_checkpoints(config, run_dir)
+        self._owes_evaluation = False
+        self.totals = {"steps": 0.0, "decoded_tokens": 0.0, "trained_sequences": 0.0}
+        self.totals["sampled_sequences"] = 0.0
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Be where the run was when it saved `checkpoint`."""
+        check_identity(checkpoint, self._identity, "data.path", self._config)
+        state = checkpoint.state
+        self.totals, self._source.position = state["totals"], state["position"]
+        self._owes_evaluation = state["owes_evaluation"]
+        checkpoint.restore(self.engine)
+
+    def run(self) -> None:
+        """The steps that are left, each with what is due after it."""
+        config = self._config
+        first, last = int(self.totals["steps"]), config.train.steps
+        enabled = config.logging.progress and is_main()
+        display = TrainProgress(last, enabled, config.algorithm, start_step=first)
+        with StopSignals() as signals, display as progress:
+            if self._owes_evaluation:
+                self._after_step(first, signals)
+            for step in range(first, last):
+                outcome = self._train_step.run(self._source.draw, step)
+                self._record(outcome, step + 1, progress)
+                self._owes_evaluation = self._is_evaluation_due(step + 1)
+                self._after_step(step + 1, signals)
+
+    def _record(self, outcome: StepOutcome, done: int, progress: TrainProgress) -> None:
+        values = outcome.metrics
+        self.totals = {key: self.totals[key] + values.get(key, 0.0) for key in self.totals}
+        self.totals["steps"] = float(done)
+        self._metrics.log(done, values)
+        progress.update(done, values)
+        if is_main():
+            _record_samples(outcome, done, self._run_dir, progress, self._config)
+
+    def _after_step(self, done: int, signals: StopSignals) -> None:
+        """Evaluate and save where that is due; stop where it was asked for."""
+        train, scores = self._config.train, None
+        stop = signals.requested(self._device)
+        if self._owes_evaluation and not stop:
+            scores = self._run_evaluation(done)
+            stop = signals.requested(self._device)
+        is_due = _is_due(done, train.save_every, train.steps) or done == train.steps
+        is_best = scores is not None and self._checkpoints.is_best(scores)
+        if is_due or is_best or stop:
+            saved = self._checkpoints.save(self.engine, self._state(done), scores)
+            if stop:
+                raise Stopped(stop, done, train.steps, self._run_dir, saved)
+
+    def _is_evaluation_due(self, done: int) -> bool:
+        train = self._config.train
+        return self._evaluate is not None and _is_due(done, train.eval_every, train.steps)
+
+    def _run_evaluation(self, done: int) -> dict[str, float]:
+        assert self._evaluate is not None
+        self.engine.sync_rollout_model()
+        scores = self._evaluate(self._rollout)
+        self._metrics.log(done, scores, phase="eval")
+        self._owes_evaluation = False
+        return scores
+
+    def _state(self, done: int) -> dict[str, Any]:
+        return self._identity | {
+            "step": done,
+            "position": self._source.position,
+            "totals": self.totals,
+            "owes_evaluation": self._owes_evaluation,
+            "logs": log_sizes(self._run_dir),
+        }
+
+
+def open_checkpoints(config: Config, run_dir: Path) -> Checkpoints:
+    """The run's checkpoints, under its settings.
+
+    Raises:
+        ValueError: the best one is to be kept by a number that evaluations do not have.
+    """
     train = config.train
-    enabled = config.logging.progress and is_main()
-    with TrainProgress(train.steps, enabled, config.algorithm, start_step=first) as progress:
-        for step in range(first, train.steps):
-            outcome = train_step.run(source.draw, step)
-            done = step + 1
-            totals = {key: totals[key] + outcome.metrics.get(key, 0.0) for key in totals}
-            totals["steps"] = float(done)
-            metrics.log(done, outcome.metrics)
-            progress.update(done, outcome.metrics)
-            if is_main():
-                _record_samples(outcome, done, run_dir, progress, config)
-            if evaluate is not None and _is_due(done, train.eval_every, train.steps):
-                engine.sync_rollout_model()
-                metrics.log(done, evaluate(rollout), phase="eval")
-            if _is_due(done, train.save_every, train.steps) or done == train.steps:
-                state = {"step": done, "position": source.position, "totals": totals}
-                save_checkpoint(engine, run_dir / "checkpoints", state, train.keep_checkpoints)
-    save_model(engine, run_dir / "final")
-    return totals
+    if train.keep_best in ("greedy_accuracy", "greedy_format") and not config.eval.greedy:
+        raise ValueError(f"train.keep_best: got {train.keep_best!r}, which needs eval.greedy=true")
+    return Checkpoints(run_dir / "checkpoints", train.keep_checkpoints, train.keep_best)
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

@@ -15,6 +15,7 @@ from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.types import RolloutEngine
 from care_train.settings import Config, DataSettings
 from care_train.training.distributed import barrier, is_main
+from care_train.training.folders import PARTIAL
 from care_train.training.sampling import RolloutScorer
 from care_train.verifier import Verifier
 
@@ -53,7 +54,9 @@ def model_folder(config: Config, run_dir: Path, samples: Iterable[Sample]) -> Pa
         return Path(config.model.path)
     folder = run_dir / "base"
     if is_main() and not (folder / "config.json").is_file():
-        build_tiny_model(config.model.path, folder, _corpus(config, samples), seed=config.seed)
+        partial = folder.with_name(folder.name + PARTIAL)
+        build_tiny_model(config.model.path, partial, _corpus(config, samples), seed=config.seed)
+        partial.rename(folder)
     barrier()
     return folder
 

@@ -12,11 +12,14 @@ from care_train.data import PromptOrder, Sample, require_rationales
 from care_train.models.batch import TokenSequence
 from care_train.reporting import MetricsLogger, TrainProgress
 from care_train.settings import Config
+from care_train.training.checkpoint import Checkpoint, Checkpoints
 from care_train.training.distributed import all_sum, is_main, rank, world_size
 from care_train.training.engine import MicroBatch, OptimizerSettings, PolicyEngine
+from care_train.training.resume import check_identity, identity, log_sizes
 from care_train.training.saving import save_model
 from care_train.training.scoring import length_sorted_batches
 from care_train.training.session import Session, rank_share
+from care_train.training.stopping import Stopped, StopSignals
 
 
 def run_sft(
@@ -25,19 +28,67 @@ def run_sft(
     folder: Path,
     metrics: MetricsLogger,
     device: torch.device,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, float]:
     """Fine-tune on rows with a rationale and write the model to `folder`.
+
+    Args:
+        session: the model to fine-tune, with its encoder.
+        samples: rows, of which those with a rationale are learnt.
+        folder: where to; its parent is the run's folder.
+        metrics: the run's log.
+        device: this rank's device.
+        checkpoint: where to go on from; its log lines must be cut already.
 
     Returns:
         The last step's metrics.
 
     Raises:
         ValueError: no row has a rationale.
+        Stopped: a signal asked for it; a checkpoint is saved.
     """
     config, sft = session.config, session.config.sft
     require_rationales(samples)
     rows = [sample for sample in samples if sample.rationale is not None]
-    engine = PolicyEngine(
+    run_identity = identity(config, samples, session.loaded.model)
+    engine = _policy_engine(session, device)
+    checkpoints = cold_start_checkpoints(config, folder.parent)
+    order = PromptOrder(len(rows), config.seed)
+    values: dict[str, float] = {}
+    first = 0
+    if checkpoint is not None:
+        check_identity(checkpoint, run_identity, "sft.data.path", config)
+        first, values = checkpoint.step, checkpoint.state["values"]
+        checkpoint.restore(engine)
+    enabled = config.logging.progress and is_main()
+    display = TrainProgress(sft.steps, enabled, "cold start", start_step=first)
+    with StopSignals() as signals, display as progress:
+        for step in range(first, sft.steps):
+            indices = order.take(step * sft.batch_size, sft.batch_size)
+            batch = rank_share([rows[i] for i in indices], rank(), world_size())
+            values = _sft_step(session, engine, batch, step)
+            done = step + 1
+            metrics.log(done, values, phase="sft")
+            progress.update(done, values)
+            stop = signals.requested(device)
+            if stop or (sft.save_every and done % sft.save_every == 0 and done < sft.steps):
+                state = {"step": done, "values": values, "logs": log_sizes(folder.parent)}
+                saved = checkpoints.save(engine, run_identity | state)
+                if stop:
+                    raise Stopped(stop, done, sft.steps, folder.parent, saved)
+    save_model(engine, folder)
+    checkpoints.remove()
+    return values
+
+
+def cold_start_checkpoints(config: Config, run_dir: Path) -> Checkpoints:
+    """The cold start's own checkpoints, there until it ends."""
+    return Checkpoints(run_dir / "cold_start_checkpoints", config.train.keep_checkpoints)
+
+
+def _policy_engine(session: Session, device: torch.device) -> PolicyEngine:
+    sft = session.config.sft
+    return PolicyEngine(
         session.loaded,
         OptimizerSettings(
             learning_rate=sft.learning_rate,
@@ -47,22 +98,10 @@ def run_sft(
             weight_decay=sft.weight_decay,
             max_grad_norm=sft.max_grad_norm,
         ),
-        config.deepspeed,
+        session.config.deepspeed,
         device,
-        bf16=config.model.dtype == "bfloat16",
+        bf16=session.config.model.dtype == "bfloat16",
     )
-    order = PromptOrder(len(rows), config.seed)
-    values: dict[str, float] = {}
-    enabled = config.logging.progress and is_main()
-    with TrainProgress(sft.steps, enabled, "cold start") as progress:
-        for step in range(sft.steps):
-            indices = order.take(step * sft.batch_size, sft.batch_size)
-            batch = rank_share([rows[i] for i in indices], rank(), world_size())
-            values = _sft_step(session, engine, batch, step)
-            metrics.log(step + 1, values, phase="sft")
-            progress.update(step + 1, values)
-    save_model(engine, folder)
-    return values
 
 
 def _sft_step(

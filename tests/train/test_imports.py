@@ -47,11 +47,11 @@ def test_kernels_never_import_the_trainer():
 
 
 def test_engines_stay_at_the_edges():
-    """deepspeed is imported by training/engine.py alone, care_kernels by models/policy.py alone."""
+    """deepspeed is imported by training/engine*.py alone, care_kernels by models/policy.py."""
     for path in _files("care_train"):
         tops = {module.split(".")[0] for module in _imports(path)}
         name = path.relative_to(ROOT / "care_train").as_posix()
-        assert "deepspeed" not in tops or name == "training/engine.py", path
+        assert "deepspeed" not in tops or name.startswith("training/engine"), path
         assert "care_kernels" not in tops or name == "models/policy.py", path
         assert "vllm" not in tops or name.startswith("rollout/"), path
 

@@ -1,0 +1,246 @@
+"""Checkpoints of a run: written whole, verified before use, the newest and the best kept."""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from care_train.training.distributed import barrier, is_main, rank
+from care_train.training.engine import PolicyEngine
+from care_train.training.folders import (
+    SaveError,
+    clean_up,
+    remove_folder,
+    write_file,
+    write_folder,
+)
+from care_train.training.manifest import find_damage, write_manifest
+from care_train.training.rng import restore_rng_state, rng_state
+
+STATE_FILE = "trainer_state.json"
+BEST_FILE = "best.json"
+SKELETON = "model"
+DAMAGED = ".damaged"
+_NAME = re.compile(r"step_\d{6,}")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole, verified checkpoint."""
+
+    folder: Path
+    state: dict[str, Any]
+    """What its `trainer_state.json` holds."""
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+    def restore(self, engine: PolicyEngine) -> None:
+        """Load this rank's weights, optimiser, schedule and random number generators."""
+        engine.load_state(self.folder)
+        restore_rng_state(torch.load(self.folder / _rank_file(), weights_only=True)["rng"])
+
+
+class Checkpoints:
+    """The checkpoints of one folder."""
+
+    def __init__(self, folder: Path, keep: int = 1, metric: str | None = None) -> None:
+        """Look at what is there; every rank makes one, and all before one of them saves.
+
+        Args:
+            folder: where checkpoints are, or will be.
+            keep: how many of the newest are kept.
+            metric: the evaluation's number whose best checkpoint is kept too; higher is better.
+        """
+        self.folder = folder
+        self._keep = keep
+        self._metric = metric
+        self._best = self._read_best()
+        barrier()
+
+    def list(self) -> list[Path]:
+        """Checkpoint folders, oldest first, without unfinished and damaged ones."""
+        found = (path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name))
+        return sorted(found, key=_step_of)
+
+    def is_best(self, scores: Mapping[str, float]) -> bool:
+        """Whether an evaluation beats that of every checkpoint so far."""
+        if self._metric is None:
+            return False
+        return self._best is None or scores[self._metric] > self._best["value"]
+
+    def save(
+        self, engine: PolicyEngine, state: dict[str, Any], scores: Mapping[str, float] | None = None
+    ) -> Path:
+        """Write step `state["step"]`, mark it where it is the best, drop what is not kept.
+
+        Args:
+            engine: what to save.
+            state: the trainer's part, in JSON's types.
+            scores: the evaluation after this step, where there was one.
+
+        Raises:
+            SaveError: it could not be written; older checkpoints are untouched.
+        """
+        folder = self.folder / f"step_{state['step']:06d}"
+        state = state | {"scores": dict(scores) if scores else None}
+
+        def write(partial: Path) -> None:
+            engine.save_state(partial)
+            _save_tensors({"rng": rng_state()}, partial / _rank_file())
+            if is_main():
+                engine.loaded.save_skeleton(partial / SKELETON)
+                (partial / STATE_FILE).write_text(json.dumps(state))
+
+        try:
+            write_folder(folder, write, write_manifest, needed=engine.checkpoint_bytes())
+        except SaveError as error:
+            older = self.list()
+            hint = f"; free space and resume from {older[-1]}" if older else ""
+            raise SaveError(f"{error}{hint}") from None
+        if scores is not None:
+            self.mark_best(state["step"], scores)
+        self._rotate()
+        return folder
+
+    def mark_best(self, step: int, scores: Mapping[str, float]) -> None:
+        """Let `best.json` name the checkpoint of `step` where its evaluation is the best so far."""
+        if not self.is_best(scores):
+            return
+        assert self._metric is not None
+        name, value = f"step_{step:06d}", scores[self._metric]
+        self._best = {"checkpoint": name, "metric": self._metric, "value": value}
+        if is_main():
+            write_file(self.folder / BEST_FILE, json.dumps(self._best))
+        barrier()
+
+    def remove(self) -> None:
+        """Delete all of them."""
+        if is_main():
+            remove_folder(self.folder)
+        barrier()
+
+    def clean_up(self) -> None:
+        """Delete what killed writes and deletions left behind."""
+        if is_main() and self.folder.is_dir():
+            clean_up(self.folder)
+        barrier()
+
+    def newest(self) -> Checkpoint | None:
+        """The newest undamaged checkpoint, or None where there is none of any kind.
+
+        Damaged ones are named in a warning and set aside as `step_….damaged`.
+
+        Raises:
+            ValueError: all are damaged; the message names each and why.
+        """
+        damaged: dict[Path, str] = {}
+        for folder in reversed(self.list()):
+            problem = find_damage(folder)
+            if problem is None:
+                self._set_aside(damaged, folder)
+                return _open(folder)
+            damaged[folder] = problem
+        if damaged:
+            lines = "".join(f"\n  {folder}: {problem}" for folder, problem in damaged.items())
+            raise ValueError(f"resume: no usable checkpoint in {self.folder}:{lines}")
+        return None
+
+    def find(self, name: str) -> Checkpoint:
+        """The checkpoint named `step_…`, `best` or `last`, verified.
+
+        Raises:
+            ValueError: there is none of that name, or it is damaged.
+        """
+        known = {path.name: path for path in self.list()}
+        if name == "last" and known:
+            folder = list(known.values())[-1]
+        elif name == "best" and self._best is not None:
+            folder = known[self._best["checkpoint"]]
+        elif name in known:
+            folder = known[name]
+        else:
+            wanted = ", ".join([*known, *(["last"] if known else [])])
+            wanted += ", best" if self._best else ""
+            raise ValueError(f"checkpoint: got {name}, {self.folder} has {wanted or 'none'}")
+        if problem := find_damage(folder):
+            raise ValueError(f"checkpoint {folder}: {problem}")
+        return _open(folder)
+
+    def _set_aside(self, damaged: Mapping[Path, str], used: Path) -> None:
+        for folder, problem in damaged.items():
+            if is_main():
+                aside = folder.with_name(folder.name + DAMAGED)
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+                logger.warning("warning: %s: %s; using %s", folder, problem, used.name)
+        if damaged:
+            barrier()
+            self._best = self._read_best()
+            barrier()
+
+    def _rotate(self) -> None:
+        """Delete all but the newest and the best, and a damaged one that was written again."""
+        if is_main():
+            best = self._best["checkpoint"] if self._best else None
+            for folder in self.list()[: -self._keep]:
+                if folder.name != best:
+                    remove_folder(folder)
+            for folder in self.list():
+                remove_folder(folder.with_name(folder.name + DAMAGED))
+        barrier()
+
+    def _read_best(self) -> dict[str, Any] | None:
+        """What `best.json` says and the checkpoints' own scores, whichever is best.
+
+        A kill may come between writing a checkpoint and marking it.
+        """
+        found = []
+        path = self.folder / BEST_FILE
+        if path.is_file():
+            entry = json.loads(path.read_text())
+            if (self.folder / entry["checkpoint"]).is_dir():
+                found.append(entry)
+        metric = self._metric or (found[0]["metric"] if found else None)
+        for folder in self.list() if metric else []:
+            value = (_state_of(folder).get("scores") or {}).get(metric)
+            if value is not None:
+                found.append({"checkpoint": folder.name, "metric": metric, "value": value})
+        found = [entry for entry in found if entry["metric"] == metric]
+        return max(found, key=lambda entry: entry["value"], default=None)
+
+
+def _open(folder: Path) -> Checkpoint:
+    return Checkpoint(folder, json.loads((folder / STATE_FILE).read_text()))
+
+
+def _state_of(folder: Path) -> dict[str, Any]:
+    """The trainer's state of a checkpoint that may be damaged."""
+    try:
+        return json.loads((folder / STATE_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _save_tensors(value: Any, path: Path) -> None:
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:  # torch's zip writer knows no OSError
+        raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _rank_file() -> str:
+    return f"rank_{rank():05d}.pt"
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))

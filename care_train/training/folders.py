@@ -1,0 +1,126 @@
+"""Folders that appear whole or not at all: a temporary sibling, synced, then renamed."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from care_train.training.distributed import gather, is_main
+
+PARTIAL = ".partial"
+"""Ends the name of a folder still being written."""
+REPLACED = ".replaced"
+"""Ends the name of a folder on its way out."""
+
+
+class SaveError(ValueError):
+    """A folder could not be written; what it was to replace is untouched."""
+
+
+def write_folder(folder: Path, *writes: Callable[[Path], None], needed: int = 0) -> None:
+    """Let all ranks fill a temporary sibling of `folder`, which then takes its name.
+
+    Args:
+        folder: where to; an older one is replaced once the new one is whole.
+        writes: called in turn with the temporary folder, by every rank; the next one starts when
+            all ranks are done with the one before. Where one raises an `OSError` all ranks stop.
+        needed: bytes the folder will take, about; checked against the disk's free ones first.
+
+    Raises:
+        SaveError: it could not be written. The temporary folder is gone.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+    steps = (lambda: _begin(partial, needed), *(lambda w=w: w(partial) for w in writes))
+    try:
+        for step in (*steps, lambda: _finish(partial, folder)):
+            _together(step, folder, needed)
+    except BaseException:
+        if is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete `folder` so that a kill leaves it whole, or as a leftover that `clean_up` knows."""
+    if folder.exists():
+        doomed = folder.with_name(folder.name + REPLACED)
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def clean_up(folder: Path) -> None:
+    """Delete what killed writes and deletions left in `folder`."""
+    for path in [*folder.glob(f"*{PARTIAL}"), *folder.glob(f"*{REPLACED}")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write `path` whole: a kill leaves the old content or the new."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(text)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _together(action: Callable[[], None], folder: Path, needed: int) -> None:
+    """Run `action`; where it fails on one rank, all ranks raise: none is left waiting."""
+    problem = None
+    try:
+        action()
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    problems = [text for text in gather(problem) if text is not None]
+    if problems:
+        size = f"needs about {needed:,} bytes, " if needed else ""
+        raise SaveError(
+            f"{folder}: could not be saved ({problems[0]}): {size}"
+            f"{_free_bytes(folder):,} bytes are free there"
+        )
+
+
+def _begin(partial: Path, needed: int) -> None:
+    if not is_main():
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    if needed > _free_bytes(partial):
+        raise OSError("the disk is full")
+    partial.mkdir()
+
+
+def _finish(partial: Path, folder: Path) -> None:
+    if not is_main():
+        return
+    for path in [*partial.rglob("*"), partial]:
+        sync(path)
+    # The old folder stays whole until the new one is.
+    replaced = folder.with_name(folder.name + REPLACED)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    partial.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _free_bytes(path: Path) -> int:
+    """Free bytes of the disk that holds `path`, or will."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -1,0 +1,110 @@
+"""Start, kill and compare whole runs of `python -m care_train`."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+SMALL = (
+    "prompt.system=null",
+    "rollout.group_size=4",
+    "rollout.max_new_tokens=24",
+    "train.prompts_per_step=4",
+    "train.micro_batch_size=8",
+    "train.learning_rate=2e-4",
+    "train.warmup_steps=0",
+    "train.schedule=cosine",
+    "eval.greedy=false",
+    "logging.tensorboard=false",
+    "logging.progress=false",
+    "logging.samples_every=2",
+)
+COLD_START = ("sft.steps=30", "sft.batch_size=8", "sft.learning_rate=3e-3", "sft.warmup_steps=0")
+
+_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Run:
+    """The ranks of one run; without a launcher, so that a test may kill any of them."""
+
+    def __init__(self, *arguments: str, ranks: int = 1) -> None:
+        # Tests that ran in this process may have left it a process group's variables.
+        inherited = {k: v for k, v in os.environ.items() if k not in _GROUP}
+        environment = inherited | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+        command = [sys.executable, "-m", "care_train", *arguments]
+        self._processes = []
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(ranks):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+            own = {key: str(value) for key, value in place.items()} if ranks > 1 else {}
+            self._processes.append(
+                subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env=environment | own,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> bool:
+        """Whether `condition` came true before the run ended."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if condition():
+                return True
+            if self._processes[0].poll() is not None:
+                return False
+            time.sleep(0.0005)
+        raise TimeoutError("the run neither ended nor got there")
+
+    def send(self, number: int, rank: int | None = None) -> None:
+        """Signal one rank, or all."""
+        for process in self._processes if rank is None else [self._processes[rank]]:
+            process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL to all ranks."""
+        self.send(signal.SIGKILL)
+        self.end()
+
+    def end(self, seconds: float = 300) -> tuple[int, str]:
+        """Wait; the exit status and standard error of rank 0."""
+        outputs = [process.communicate(timeout=seconds) for process in self._processes]
+        return self._processes[0].returncode, outputs[0][1]
+
+
+def run(*arguments: str, ranks: int = 1) -> str:
+    """A run that must succeed; its standard error."""
+    status, errors = Run(*arguments, ranks=ranks).end()
+    assert status == 0, errors
+    return errors
+
+
+def data_arguments(rows: Path) -> list[str]:
+    return [f"{section}.path={rows}" for section in ("data", "sft.data", "eval.data")]
+
+
+def timeless(run_dir: Path, log: str = "metrics.jsonl") -> list[dict]:
+    """A log's records without what the clock says."""
+    records = map(json.loads, (run_dir / log).read_text().splitlines())
+    clock = ("time", "seconds", "tokens_per_second")
+    return [{k: v for k, v in r.items() if not k.startswith(clock)} for r in records]
+
+
+def assert_same_runs(one: Path, other: Path) -> None:
+    """Same weights bit for bit, same metrics and samples, nothing missing, nothing twice."""
+    for log in ("metrics.jsonl", "samples.jsonl"):
+        assert timeless(one, log) == timeless(other, log), log
+    weights = [(path / "final" / "model.safetensors").read_bytes() for path in (one, other)]
+    assert weights[0] == weights[1]

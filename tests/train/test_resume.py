@@ -1,0 +1,185 @@
+"""Kill real runs, resume them, and compare with runs that nothing interrupted."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from care_train.cli import main
+from care_train.training import sft
+from tests.train.runs import (
+    COLD_START,
+    SMALL,
+    Run,
+    assert_same_runs,
+    data_arguments,
+    run,
+    timeless,
+)
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, color_rows) -> list[str]:
+    """Arguments of runs from a tiny model that has seen the format, so that it earns rewards."""
+    out = tmp_path_factory.mktemp("resume")
+    common = [*SMALL, *data_arguments(color_rows), f"output_dir={out}"]
+    assert main(["sft", *common, *COLD_START, "name=cold"]) == 0
+    return ["train", *common, f"model.path={out / 'cold' / 'final'}"]
+
+
+@pytest.fixture(scope="module")
+def whole(start) -> Path:
+    """A run of STEPS steps that nothing interrupted."""
+    run(*start, *_schedule(), "name=whole")
+    folder = _folder(start, "whole")
+    assert any(record.get("grad_norm", 0) > 0 for record in timeless(folder))
+    return folder
+
+
+def _schedule(steps: int = STEPS) -> list[str]:
+    return [f"train.steps={steps}", "train.save_every=2", "train.eval_every=2"]
+
+
+def _folder(start: list[str], name: str) -> Path:
+    out = next(a for a in start if a.startswith("output_dir="))
+    return Path(out.partition("=")[2]) / name
+
+
+def _steps_logged(run_dir: Path) -> int:
+    try:
+        return (run_dir / "metrics.jsonl").read_text().count('"phase": "train"')
+    except FileNotFoundError:
+        return 0
+
+
+def test_killed_in_a_save_then_stopped_by_sigterm_a_run_ends_the_same(start, whole):
+    """SIGKILL inside the second checkpoint write, --resume, SIGTERM, resume=FOLDER: same bits."""
+    folder = _folder(start, "killed")
+    arguments = [*start, *_schedule(), "name=killed"]
+    partial = folder / "checkpoints" / "step_000004.partial"
+    first = Run(*arguments)
+    assert first.wait_for(partial.exists)
+    first.kill()
+    assert [path.name for path in sorted((folder / "checkpoints").glob("step_*"))][:1] == [
+        "step_000002"
+    ]
+    second = Run(*arguments, "--resume")
+    assert second.wait_for(lambda: _resumed_at_four(folder))
+    second.send(signal.SIGTERM)
+    status, errors = second.end()
+    assert status == 75, errors
+    assert "SIGTERM: stopped after step" in errors and f"resume={folder}" in errors
+    assert not partial.exists()
+    run("train", f"resume={folder}")
+    assert_same_runs(folder, whole)
+
+
+def _resumed_at_four(folder: Path) -> bool:
+    """The killed run logged 4 steps or more; the resumed one, cut to 2, logs the third anew."""
+    return (folder / "checkpoints" / "step_000004").exists() or _steps_logged(folder) == 3
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(start, whole, caplog):
+    """One flipped byte in the newest: a warning, then the same run from the one before.
+
+    Also: what the run exports is what it trained.
+    """
+    folder = _folder(start, "whole")
+    before = timeless(folder), load_file(folder / "final" / "model.safetensors")
+    states = folder / "checkpoints" / f"step_{STEPS:06d}" / "state" / "mp_rank_00_model_states.pt"
+    content = bytearray(states.read_bytes())
+    content[len(content) // 2] ^= 1
+    states.write_bytes(content)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert main(["train", f"resume={folder}"]) == 0
+    torch.set_num_threads(threads)
+    assert f"step_{STEPS:06d}" in caplog.text and "checksum" in caplog.text
+    assert timeless(folder) == before[0]
+    out = folder.parent / "exported"
+    assert main(["export", f"--run={folder}", f"--out={out}"]) == 0
+    for path in (folder / "final", out):
+        again = load_file(path / "model.safetensors")
+        assert all((again[name] == tensor).all() for name, tensor in before[1].items())
+    AutoModelForImageTextToText.from_pretrained(out)
+    AutoProcessor.from_pretrained(out)
+
+
+def test_a_cold_start_goes_on_too(start, color_rows, monkeypatch):
+    """Cut off in step 18 with checkpoints every 10, resumed: the weights of one that ran through.
+
+    Resumed once more it has nothing to do.
+    """
+    out = _folder(start, "cold").parent
+    arguments = ["sft", *SMALL, *data_arguments(color_rows), *COLD_START, f"output_dir={out}"]
+    arguments += ["name=cut", "sft.save_every=10"]
+    real = sft._sft_step
+
+    def cut(session, engine, samples, step):
+        if step == 17:
+            raise KeyboardInterrupt
+        return real(session, engine, samples, step)
+
+    monkeypatch.setattr(sft, "_sft_step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments)
+    monkeypatch.setattr(sft, "_sft_step", real)
+    assert _saves(out / "cut", "cold_start_checkpoints") == {"step_000010"}
+    for _ in range(2):
+        assert main([*arguments, "--resume"]) == 0
+        assert timeless(out / "cut") == timeless(out / "cold")
+    weights = [
+        (out / name / "final" / "model.safetensors").read_bytes() for name in ("cut", "cold")
+    ]
+    assert weights[0] == weights[1]
+    assert not (out / "cut" / "cold_start_checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kills_at_random_lose_nothing(ranks, stage, start):
+    """Five SIGKILLs at random moments for each of one and two ranks, ZeRO-2 and ZeRO-3: 20."""
+    draw = random.Random(f"{ranks}/{stage}")
+    arguments = [
+        *(*start, f"deepspeed.zero_stage={stage}", "train.steps=40"),
+        *("train.save_every=1", "train.eval_every=5", "train.keep_best=accuracy"),
+    ]
+    names = [f"{kind}-{ranks}-{stage}" for kind in ("calm", "killed")]
+    run(*arguments, f"name={names[0]}", ranks=ranks)
+    folder = _folder(start, names[1])
+    for _ in range(5):
+        attempt = Run(*arguments, f"name={names[1]}", "--resume", ranks=ranks)
+        known = _saves(folder)
+        assert attempt.wait_for(lambda known=known: bool(_saves(folder) - known)), attempt.end()
+        time.sleep(draw.uniform(0, 0.8))
+        attempt.kill()
+    assert _steps_logged(folder) < 40, "the kills came too late to mean anything"
+    run(*arguments, f"name={names[1]}", "--resume", ranks=ranks)
+    assert_same_runs(folder, _folder(start, names[0]))
+
+
+def _saves(run_dir: Path, folder: str = "checkpoints") -> set[str]:
+    return {path.name for path in (run_dir / folder).glob("step_*")}
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_both(start):
+    """Two ranks under ZeRO-3, SIGTERM to the second alone: both save together and leave."""
+    arguments = [*start, *_schedule(40), "deepspeed.zero_stage=3", "name=one-of-two"]
+    folder = _folder(start, "one-of-two")
+    both = Run(*arguments, ranks=2)
+    assert both.wait_for(lambda: _steps_logged(folder) >= 3)
+    both.send(signal.SIGTERM, rank=1)
+    status, errors = both.end(seconds=60)
+    assert status == 75, errors
+    status, errors = Run("train", f"resume={folder}").end()
+    assert status == 2 and "was saved by 2 ranks, got 1" in errors
