@@ -5,12 +5,17 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before transformers and deepspeed load: quiet, offline, on the CPU.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+# The same examples in every run; `--hypothesis-profile=default` looks for new ones.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 COLORS = ("red", "green", "blue", "yellow")
 

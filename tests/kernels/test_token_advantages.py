@@ -13,7 +13,7 @@ from care_train.algorithm import region_weights as trainer
 from care_train.algorithm.settings import CareSettings
 from tests.algorithm.builders import right, wrong
 from tests.kernels.cases import error
-from tests.kernels.span_cases import SpanBatch, pad, span_batches
+from tests.kernels.span_cases import SpanBatch, normal_floats, pad, span_batches
 from tests.kernels.tolerances import FLOOR
 
 GAMMA = 0.005
@@ -63,7 +63,7 @@ def test_the_answer_wins_where_spans_overlap() -> None:
     torch.testing.assert_close(got, torch.tensor([[0.5, 0.5, 1, 1, 1, 0]]) / 4)
 
 
-@given(span_batches(), st.floats(0, 2), st.sampled_from((1e-8, 1e-3, 1.0)))
+@given(span_batches(), normal_floats(0, 2), st.sampled_from((1e-8, 1e-3, 1.0)))
 def test_follows_the_oracle(batch: SpanBatch, think_weight: float, weight_eps: float) -> None:
     """Padded and packed, float32 and float64, whatever the spans."""
     options = {"think_weight": think_weight, "weight_eps": weight_eps}
@@ -76,7 +76,7 @@ def test_follows_the_oracle(batch: SpanBatch, think_weight: float, weight_eps: f
         assert error(packed(batch, **options), torch.cat(want)) <= FLOOR[dtype]
 
 
-@given(span_batches(), st.floats(0, 2))
+@given(span_batches(), normal_floats(0, 2))
 def test_sums_to_the_advantage(batch: SpanBatch, think_weight: float) -> None:
     """sum_t a_it = A_i W_i / (W_i + eps): A_i itself wherever a sequence has any weight."""
     batch = batch.to(advantages=batch.advantages.double())
@@ -87,7 +87,7 @@ def test_sums_to_the_advantage(batch: SpanBatch, think_weight: float) -> None:
     torch.testing.assert_close(got, batch.advantages * total / (total + 0.25))
 
 
-@given(span_batches(), st.floats(0, 2))
+@given(span_batches(), normal_floats(0, 2))
 def test_a_negative_is_not_blamed_for_its_rationale(batch: SpanBatch, think_weight: float) -> None:
     """Rationale tokens of negatives, and tokens outside both spans, get exactly 0."""
     got = padded(batch, think_weight=think_weight)
@@ -119,7 +119,7 @@ def test_shifted_spans_shift_the_result(batch: SpanBatch, shift: int) -> None:
     st.lists(
         st.tuples(st.integers(0, 6), st.integers(1, 4), st.booleans()), min_size=1, max_size=5
     ),
-    st.floats(0, 1),
+    normal_floats(0, 1),
 )
 def test_agrees_with_the_trainer(shapes: list[tuple[int, int, bool]], think_weight: float) -> None:
     """On well-formed rollouts whose tags and EOS weigh 0, the trainer's own Eq. 11."""

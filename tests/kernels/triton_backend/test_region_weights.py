@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from care_kernels.region_weights import token_advantages
-from tests.kernels.span_cases import SpanBatch, random_spans, span_batches
+from tests.kernels.span_cases import SpanBatch, normal_floats, random_spans, span_batches
 from tests.kernels.triton_backend.interpreter import DEVICE, import_interpreted
 
 import_interpreted("region_weights")
@@ -50,7 +50,7 @@ def check(batch: SpanBatch, *, room: int = 0, think_weight: float = 0.005) -> No
         assert torch.equal(got, token_advantages(*arguments, **options, backend="torch"))
 
 
-@given(span_batches(), st.integers(0, 3), st.floats(0, 2))
+@given(span_batches(), st.integers(0, 3), normal_floats(0, 2))
 @FEW_EXAMPLES
 def test_same_bits_as_torch(batch: SpanBatch, room: int, think_weight: float) -> None:
     """Any spans, overlapping or empty, in any layout."""
