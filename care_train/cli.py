@@ -20,6 +20,11 @@ _COMMANDS = {
 
 _RESUMABLE = ("quickstart", "sft", "train")
 
+_INSPECTIONS = {
+    "plan": "predict memory per rank and time per step, without loading the model",
+    "doctor": "check machine, model, data and settings before a run",
+}
+
 _EXPORT = "write a checkpoint as a plain Hugging Face folder, from any ZeRO stage"
 
 _EPILOG = """\
@@ -27,6 +32,8 @@ examples:
   care-train quickstart
   care-train quickstart algorithm=grpo seed=1 name=grpo-1
   care-train train --config configs/care.yaml model.path=/models/Qwen2.5-VL-3B-Instruct
+  care-train plan --config configs/care.yaml --gpus 8 --gpu h100
+  care-train doctor --config configs/care.yaml
   deepspeed --num_gpus 8 --module care_train train --config configs/care.yaml
   care-train train --config configs/care.yaml --resume
   care-train export --run runs/care --checkpoint best --out care-best
@@ -48,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _export(options)
         else:
             config = load_config(_config_path(options), options.overrides)
+            if options.command in _INSPECTIONS:
+                return _inspect(options, config)
             return _run(options.command, config)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -102,6 +111,18 @@ def _run(command: str, config: Config) -> int:
         return STOPPED_STATUS
     if is_main():
         _show_summary(commands.run_dir_of(config), summary)
+    return 0
+
+
+def _inspect(options: argparse.Namespace, config: Config) -> int:
+    _quiet_libraries()
+    if options.command == "doctor":
+        from care_train.doctor.run import doctor
+
+        return doctor(config, options.gpus, as_json=options.json)
+    from care_train.planning.command import plan
+
+    plan(config, options)
     return 0
 
 
@@ -172,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     keys = _keys_help()
-    for name, summary in _COMMANDS.items():
+    for name, summary in (_COMMANDS | _INSPECTIONS).items():
         command = commands.add_parser(
             name,
             help=summary,
@@ -190,6 +211,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings laid over the file's"
         )
+        if name in _INSPECTIONS:
+            _add_inspection_options(command, name)
     export = commands.add_parser("export", help=_EXPORT, description=_EXPORT)
     export.add_argument("--run", type=Path, required=True, help="the run's folder")
     export.add_argument(
@@ -197,6 +220,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--out", type=Path, required=True, help="the folder to write")
     return parser
+
+
+def _add_inspection_options(command: argparse.ArgumentParser, name: str) -> None:
+    add = command.add_argument
+    add("--json", action="store_true", help="print one JSON object")
+    if name == "doctor":
+        add("--gpus", type=int, help="ranks of the run; default: the launcher's, or all GPUs here")
+        return
+    add("--gpus", type=int, default=8, help="ranks (default 8)")
+    add("--gpu", default="h100", help="which: b200, h200, h100, a100, a100-40, l40s, rtx4090")
+    add("--table", action="store_true", help="1 to 64 GPUs under every ZeRO stage")
+    add("--images", type=int, default=1, help="images per prompt (default 1)")
+    add("--image-size", metavar="WxH", help="pixels; default: the largest that are not scaled down")
+    add("--text-tokens", type=int, default=256, help="mean text of a prompt, for times only")
+    add("--response-tokens", type=int, help="mean response, for times only; default: half the most")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None)
+    add("--lora-rank", type=int, help="LoRA on all linear layers of the language model; 0: none")
 
 
 def _keys_help() -> str:

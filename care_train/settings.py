@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from care_train.algorithm.settings import STRICT, CareSettings, check
+from care_train.rollout.settings import RolloutSettings
 
 Algorithm = Literal["care", "grpo", "dapo", "gspo", "dr_grpo"]
 
@@ -64,35 +65,6 @@ class DataSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutSettings:
-    """How responses are sampled."""
-
-    __pydantic_config__ = STRICT
-
-    engine: Literal["transformers"] = "transformers"
-    """What generates: `transformers` (embedded, any device)."""
-    group_size: int = 8
-    """G: rollouts per prompt."""
-    temperature: float = 1.0
-    """Sampling temperature; also used at evaluation (Sec. 8.2)."""
-    top_p: float = 1.0
-    """Nucleus threshold in (0, 1]; 1 keeps everything."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
-    max_new_tokens: int = 1024
-    """Longest response in tokens."""
-    batch_size: int = 256
-    """Sequences generated at once on one rank."""
-
-    def __post_init__(self) -> None:
-        check(self.group_size >= 2, "rollout.group_size", self.group_size, "at least 2")
-        check(self.temperature > 0, "rollout.temperature", self.temperature, "above 0")
-        check(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
-        check(self.top_k >= 0, "rollout.top_k", self.top_k, "at least 0")
-        check(self.max_new_tokens >= 1, "rollout.max_new_tokens", self.max_new_tokens, ">= 1")
-
-
-@dataclass(frozen=True, kw_only=True)
 class RewardSettings:
     """Eq. 1."""
 
@@ -133,6 +105,16 @@ class LossSettings:
     aggregation: Literal["sequence", "token", "max_length"] = "sequence"
     """What the summed loss is divided by: sequences trained, their response tokens, or sequences
     times `rollout.max_new_tokens` (Dr. GRPO)."""
+    importance_sampling: Literal["none", "token", "sequence"] = "token"
+    """Weigh by pi_trainer / pi_engine, per token or per response, where the rollout engine returns
+    log-probs (vLLM): it computes the policy a little differently."""
+    importance_cap: float = 2.0
+    """Largest such weight."""
+    importance_over_cap: Literal["truncate", "mask"] = "truncate"
+    """What happens above the cap: the weight is the cap, or 0."""
+
+    def __post_init__(self) -> None:
+        check(self.importance_cap > 0, "loss.importance_cap", self.importance_cap, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,8 @@ class Rollout:
     """Whether this is y^rgr, the resample of a hard negative."""
     verdict: str = ""
     """The verifier's reason, for people."""
+    log_probs: tuple[float, ...] | None = field(default=None, repr=False)
+    """Per token, the log-prob by the engine that sampled it. None where it keeps none."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ class EncodedPrompt:
     """[patches, patch_dim] of all its images."""
     image_grid_thw: torch.Tensor | None = None
     """[images, 3] int64: patches in time, height and width."""
+    images: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
+    """The images themselves, for engines that process them on their own."""
+    location: str = field(default="", compare=False)
+    """File and row, for errors."""
 
 
 class PromptEncoder:
@@ -49,7 +53,7 @@ class PromptEncoder:
             if prompt is None:
                 rendered = self._render(sample)
                 ids = self._loaded.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-                prompt = EncodedPrompt(tuple(ids))
+                prompt = EncodedPrompt(tuple(ids), location=sample.location or sample.id)
             self._check(sample, prompt)
             prompts.append(prompt)
         return prompts
@@ -92,8 +96,10 @@ class PromptEncoder:
         pixels = torch.as_tensor(inputs["pixel_values"])
         patches = pixels.split([int(grid.prod(-1).sum()) for grid in grids])
         return [
-            EncodedPrompt(tuple(ids), rows, grid)
-            for ids, rows, grid in zip(inputs["input_ids"], patches, grids, strict=True)
+            EncodedPrompt(tuple(ids), rows, grid, tuple(row), sample.location or sample.id)
+            for ids, rows, grid, row, sample in zip(
+                inputs["input_ids"], patches, grids, images, samples, strict=True
+            )
         ]
 
     def _images(self, sample: Sample, text: str) -> list[Image.Image]:

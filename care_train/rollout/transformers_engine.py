@@ -1,12 +1,13 @@
 """The embedded engine: transformers' `generate` on the training process's own model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from care_train.models.batch import image_inputs
 from care_train.models.load import LoadedModel
+from care_train.rollout.banned import banned_token_ids
 from care_train.rollout.sampling import SeededSampler
 from care_train.rollout.types import Completion, Request, SamplingSettings
 
@@ -14,16 +15,19 @@ from care_train.rollout.types import Completion, Request, SamplingSettings
 class TransformersEngine:
     """Left-padded batched sampling; image, vision and other special tokens are never sampled."""
 
-    def __init__(self, loaded: LoadedModel, batch_size: int) -> None:
+    def __init__(self, loaded: LoadedModel, batch_size: int, *, is_copy: bool = False) -> None:
+        """Generate with `loaded`: the policy itself, or a copy of it that `sync` brings up to date.
+
+        Args:
+            loaded: the model.
+            batch_size: sequences generated at once.
+            is_copy: the policy's own parameters are elsewhere.
+        """
         self._loaded = loaded
         self._model = loaded.model
         self._batch_size = batch_size
-        eos = set(loaded.eos_token_ids)
-        special = loaded.tokenizer.added_tokens_decoder.items()
-        self._banned = [i for i, token in special if token.special and i not in eos]
-        # Ids above the tokenizer's are the head's padding, not tokens.
-        num_ids = loaded.model.get_output_embeddings().out_features
-        self._banned += range(len(loaded.tokenizer), num_ids)
+        self._is_copy = is_copy
+        self._banned = banned_token_ids(loaded)
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
         """One completion per request, in order; longer contexts are batched together."""
@@ -37,6 +41,18 @@ class TransformersEngine:
             completions.update(zip(places, batch, strict=True))
         self._model.train(was_training)
         return [completions[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
+        """Copies where the model is a copy; otherwise it is the policy itself."""
+        if self._is_copy:
+            own = dict(self._model.named_parameters())
+            for name, tensor in weights:
+                own[name].copy_(tensor)
+        return {}
+
+    def rest(self) -> None:
+        """Nothing to free: the model is the policy's, or stays whole beside it."""
 
     @torch.no_grad()
     def _generate_batch(

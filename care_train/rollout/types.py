@@ -1,9 +1,11 @@
 """What every rollout engine takes and gives."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import torch
 
 from care_train.models.prompts import EncodedPrompt
 
@@ -39,6 +41,9 @@ class Completion:
     token_ids: tuple[int, ...]
     """Ends with EOS where `finished`."""
     finished: bool
+    log_probs: tuple[float, ...] | None = None
+    """Per token, its log-prob under the distribution it was drawn from: after bans, temperature,
+    top-k and top-p (greedy: after bans, at temperature 1). None where the engine keeps none."""
 
 
 class RolloutEngine(Protocol):
@@ -46,6 +51,22 @@ class RolloutEngine(Protocol):
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
         """One completion per request, in order."""
+        ...
+
+    def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
+        """Take over the policy's weights; due before generating after every optimiser step.
+
+        Args:
+            weights: each parameter's name in a Hugging Face folder and its whole tensor, which is
+                valid until the next is asked for. An engine that needs none asks for none.
+
+        Returns:
+            What there is to log of it.
+        """
+        ...
+
+    def rest(self) -> None:
+        """Nothing is generated until the next `sync`: free memory for training."""
         ...
 
 

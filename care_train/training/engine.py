@@ -18,6 +18,7 @@ from care_train.models.policy import Policy
 from care_train.settings import DeepSpeedSettings
 from care_train.training.distributed import all_max, all_sum, is_main, world_size
 from care_train.training.engine_state import load_engine, save_engine, tensor_bytes
+from care_train.training.weights import policy_weights, stream
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # On CPUs DeepSpeed would compile a shared-memory all-reduce at first use: half a minute, and a C++
@@ -69,15 +70,31 @@ class PolicyEngine:
         *,
         bf16: bool = False,
         freeze_vision: bool = False,
+        copy_for_rollouts: bool = True,
     ) -> None:
+        """Shard `loaded` and make its optimiser.
+
+        Args:
+            loaded: the policy.
+            optimizer: AdamW and its schedule.
+            settings: what DeepSpeed gets.
+            device: this rank's.
+            bf16: train in bfloat16 with fp32 master weights.
+            freeze_vision: train the language model alone.
+            copy_for_rollouts: under ZeRO-3 keep a whole copy for engines that generate with the
+                policy's own model.
+        """
         self.loaded = loaded
         self.device = device
         self.zero_stage = settings.zero_stage
         self._settings = optimizer
         loaded.model.to(device)
         # ZeRO-3 shards the trained parameters; generation needs whole ones.
-        own_copy = settings.zero_stage == 3
-        self.rollout = replace(loaded, model=copy.deepcopy(loaded.model)) if own_copy else loaded
+        self.rollout_is_copy = settings.zero_stage == 3 and copy_for_rollouts
+        self.rollout = loaded
+        if self.rollout_is_copy:
+            self.rollout = replace(loaded, model=copy.deepcopy(loaded.model))
+        self._weights = policy_weights(loaded.model)
         policy = Policy(loaded.model)
         if freeze_vision:
             _freeze_vision(loaded.model)
@@ -163,22 +180,21 @@ class PolicyEngine:
         reported = self._engine.get_global_grad_norm()
         return before if reported is None else float(reported)
 
-    def sync_rollout_model(self) -> None:
-        """Bring the rollout model up to date: copies where ZeRO-3 keeps it apart."""
-        if self.zero_stage < 3:
-            return
-        with self.gathered(), torch.no_grad():
-            trained = dict(self.loaded.model.named_parameters())
-            for name, parameter in self.rollout.model.named_parameters():
-                parameter.copy_(trained[name])
+    def weights(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The policy's weights for a rollout engine, gathered a bucket at a time under ZeRO-3.
+
+        Every rank must take all of them or none.
+        """
+        return stream(self._weights, bucket_bytes, self.gathered)
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Whole parameters on every rank (a no-op below ZeRO-3), for copying or saving."""
+    def gathered(self, parameters: Sequence[torch.nn.Parameter] | None = None) -> Iterator[None]:
+        """Whole parameters, by default all, on every rank (a no-op below ZeRO-3)."""
         if self.zero_stage < 3:
             yield
             return
-        with deepspeed.zero.GatheredParameters(list(self._policy.parameters())):
+        chosen = list(self._policy.parameters() if parameters is None else parameters)
+        with deepspeed.zero.GatheredParameters(chosen):
             yield
 
     def checkpoint_bytes(self) -> int:

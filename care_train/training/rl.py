@@ -105,9 +105,11 @@ class _Loop:
         self._identity = identity(config, samples, session.loaded.model)
         reference = _reference(session)
         self.engine = _policy_engine(session, device)
-        self._rollout = session.rollout_engine(self.engine.rollout, config.rollout.batch_size)
-        sampler = GroupSampler(self._rollout, session.encoder, session.scorer, config)
-        self._train_step = TrainStep(config, self.engine, sampler, reference)
+        self._rollout = session.new_engine(
+            self.engine.rollout, config.rollout.batch_size, is_copy=self.engine.rollout_is_copy
+        )
+        self._sampler = GroupSampler(self._rollout, session.encoder, session.scorer, config)
+        self._train_step = TrainStep(config, self.engine, self._sampler, reference)
         self._source = PromptSource(samples, config)
         self._checkpoints = open_checkpoints(config, run_dir)
         self._owes_evaluation = False
@@ -166,8 +168,9 @@ class _Loop:
 
     def _run_evaluation(self, done: int) -> dict[str, float]:
         assert self._evaluate is not None
-        self.engine.sync_rollout_model()
+        self._sampler.sync(self.engine)
         scores = self._evaluate(self._rollout)
+        self._sampler.rest()
         self._metrics.log(done, scores, phase="eval")
         self._owes_evaluation = False
         return scores
@@ -225,6 +228,7 @@ def _policy_engine(session: Session, device: torch.device) -> PolicyEngine:
         device,
         bf16=session.config.model.dtype == "bfloat16",
         freeze_vision=train.freeze_vision,
+        copy_for_rollouts=session.config.rollout.engine == "transformers",
     )
 
 

@@ -18,6 +18,7 @@ from care_train.rollout.types import (
     request_seed,
 )
 from care_train.settings import Config, PromptSettings
+from care_train.training.engine import PolicyEngine
 from care_train.verifier import Verifier
 
 
@@ -70,6 +71,7 @@ class RolloutScorer:
             prefix_ids=prefix_ids,
             reflected=reflected,
             verdict=score.reason,
+            log_probs=completion.log_probs,
         )
 
 
@@ -91,6 +93,15 @@ class GroupSampler:
         self._sampling = SamplingSettings(
             rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k
         )
+
+    def sync(self, policy: PolicyEngine) -> dict[str, float]:
+        """Bring the rollout engine up to date with the policy; returns what there is to log."""
+        bucket_bytes = self._config.rollout.vllm.sync_bucket_mib << 20
+        return self._engine.sync(policy.weights(bucket_bytes))
+
+    def rest(self) -> None:
+        """This batch is sampled: the engine may free memory until the next `sync`."""
+        self._engine.rest()
 
     def sample_groups(self, samples: Sequence[Sample], step: int) -> list[SampledGroup]:
         """Line 1: G rollouts of every prompt, in one batched call."""

@@ -10,6 +10,7 @@ from care_train.models.batch import ModelBatch, TokenSequence
 from care_train.settings import Config
 from care_train.training.distributed import all_max
 from care_train.training.engine import PolicyEngine
+from care_train.training.mismatch import Mismatch
 from care_train.training.sampling import SampledGroup
 
 Forward = Callable[
@@ -58,7 +59,9 @@ class SequenceScorer:
         order = range(len(sequences))
         return [log_probs[i] for i in order], [embeddings[i] for i in order if embeddings]
 
-    def score_groups(self, groups: Sequence[SampledGroup]) -> list[RolloutGroup]:
+    def score_groups(
+        self, groups: Sequence[SampledGroup], mismatch: Mismatch
+    ) -> list[RolloutGroup]:
         """The old policy's one forward (Secs. 3.3, 3.7) over the groups that are not skipped."""
         needed = [
             place
@@ -73,6 +76,9 @@ class SequenceScorer:
         ]
         filler = groups[0].sequence(groups[0].rollouts[0])
         log_probs, embeddings = self.log_probs(self._engine.score, sequences, filler, spans)
+        rollouts = [(groups[g], r) for g in needed for r in groups[g].rollouts]
+        for (group, rollout), row in zip(rollouts, log_probs, strict=True):
+            mismatch.add(group, rollout, row)
         scored = [RolloutGroup(group.rollouts) for group in groups]
         start = 0
         for place in needed:

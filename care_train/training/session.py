@@ -13,6 +13,7 @@ from care_train.models.tiny import TINY_KINDS, build_tiny_model
 from care_train.models.token_text import TokenText
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.types import RolloutEngine
+from care_train.rollout.vllm_engine import VllmEngine
 from care_train.settings import Config, DataSettings
 from care_train.training.distributed import barrier, is_main
 from care_train.training.folders import PARTIAL
@@ -30,8 +31,35 @@ class Session:
     scorer: RolloutScorer
 
     def rollout_engine(self, loaded: LoadedModel, batch_size: int) -> RolloutEngine:
-        """The configured engine on `loaded`, whose weights it reads at every call."""
-        return TransformersEngine(loaded, batch_size)
+        """The configured engine, ready to generate with `loaded` as it is."""
+        engine = self.new_engine(loaded, batch_size)
+        engine.sync(loaded.model.named_parameters())
+        return engine
+
+    def new_engine(
+        self, loaded: LoadedModel, batch_size: int, *, is_copy: bool = False
+    ) -> RolloutEngine:
+        """The configured engine, which generates once it had a `sync`.
+
+        Args:
+            loaded: the policy; its weights may be sharded where the engine is vLLM.
+            batch_size: sequences generated at once.
+            is_copy: `loaded` is a copy of the policy, updated by `sync`.
+        """
+        rollout = self.config.rollout
+        if rollout.engine == "transformers":
+            return TransformersEngine(loaded, batch_size, is_copy=is_copy)
+        reflection = self.config.care.reflection.max_new_tokens or 0
+        return VllmEngine(
+            loaded,
+            rollout.vllm,
+            # A reflection's prompt and prefix together have as many as a prompt and a response.
+            max_context=self.config.prompt.max_prompt_tokens
+            + rollout.max_new_tokens
+            + max(rollout.max_new_tokens, reflection),
+            # The same for training and evaluation, which then share one vLLM.
+            batch_size=max(rollout.batch_size, self.config.eval.batch_size),
+        )
 
 
 def open_session(config: Config, folder: Path, data: DataSettings, device: torch.device) -> Session:

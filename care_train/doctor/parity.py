@@ -1,0 +1,137 @@
+"""Step 0: the rollout engine and the trainer give the same tokens the same log-probs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from care_train.doctor.finding import Finding, Subject, spread
+from care_train.models.batch import TokenSequence, collate
+from care_train.models.policy import Policy
+from care_train.models.prompts import EncodedPrompt, PromptEncoder
+from care_train.rollout.banned import banned_token_ids
+from care_train.rollout.types import (
+    Completion,
+    Request,
+    RolloutEngine,
+    SamplingSettings,
+    request_seed,
+)
+
+_NAME = "log-prob parity"
+_NUM_PROMPTS = 4
+_NUM_TOKENS = 16
+_ERROR_GAP = 0.5
+"""Mean gap in nats beyond which the engine samples from another policy."""
+_WARNING_GAP = {"float32": 0.01, "bfloat16": 0.05}
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far apart engine and trainer are, in nats."""
+
+    mean: float
+    largest: float
+    token_id: int
+    """Of the largest."""
+    place: int
+    """Which prompt it came from."""
+    num_tokens: int
+
+
+def check_parity(subject: Subject) -> Finding:
+    """Log-probs of a few sampled tokens: rollout engine against the trainer's forward.
+
+    An engine that keeps no log-probs samples greedily instead, where the trainer must find no
+    token likelier than the engine's.
+    """
+    encoder = PromptEncoder(subject.model, subject.config.prompt, subject.config.data)
+    rows = spread(subject.rows, _NUM_PROMPTS)
+    prompts = encoder.encode(rows)
+    engine = _rollout_engine(subject, encoder)
+    rollout = subject.config.rollout
+    length = min(_NUM_TOKENS, rollout.max_new_tokens)
+    requests = [
+        Request(prompt, request_seed(subject.config.seed, 0, row.id, 0))
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
+    completions = engine.generate(requests, SamplingSettings(length, rollout.temperature))
+    if any(completion.log_probs is None for completion in completions):
+        completions = engine.generate(requests, SamplingSettings(length, greedy=True))
+    gap = measure_gap(subject, prompts, completions)
+    return _judge(subject, gap, rows[gap.place].location or rows[gap.place].id)
+
+
+@torch.no_grad()
+def measure_gap(
+    subject: Subject, prompts: Sequence[EncodedPrompt], completions: Sequence[Completion]
+) -> Gap:
+    """The gaps of all sampled tokens: |engine - trainer|, or below the trainer's best token."""
+    loaded, temperature = subject.model, subject.config.rollout.temperature
+    sequences = [
+        TokenSequence(prompt, (), completion.token_ids)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    batch = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
+    batch = batch.to(loaded.model.device)
+    was_training = loaded.model.training
+    loaded.model.eval()
+    policy = Policy(loaded.model)
+    hidden = policy.hidden_states(batch).flatten(0, 1)[batch.rows]
+    logits = torch.nn.functional.linear(hidden, policy.head.weight, policy.head.bias).float()
+    loaded.model.train(was_training)
+    # The engine's distribution is the one after bans.
+    banned = torch.tensor(banned_token_ids(loaded), dtype=torch.int64, device=logits.device)
+    logits.index_fill_(1, banned, -torch.inf)
+    kept = [completion.log_probs for completion in completions]
+    chosen = batch.target_ids[:, None]
+    if any(row is None for row in kept):
+        gaps = logits.max(1).values - logits.gather(1, chosen)[:, 0]
+    else:
+        own = (logits / temperature).log_softmax(1).gather(1, chosen)[:, 0]
+        theirs = torch.tensor([x for row in kept if row is not None for x in row])
+        gaps = (theirs.to(own) - own).abs()
+    worst = int(gaps.argmax())
+    return Gap(
+        mean=float(gaps.mean()),
+        largest=float(gaps[worst]),
+        token_id=int(batch.target_ids[worst]),
+        place=int(batch.sequence_ids[worst]),
+        num_tokens=len(gaps),
+    )
+
+
+def _judge(subject: Subject, gap: Gap, where: str) -> Finding:
+    token = subject.model.tokenizer.convert_ids_to_tokens(gap.token_id)
+    text = (
+        f"over {gap.num_tokens} tokens, rollouts and trainer differ by {gap.mean:.2g} nats on "
+        f"average, {gap.largest:.2g} at most ({token!r} in {where})"
+    )
+    if not gap.mean <= _ERROR_GAP:  # NaN is no parity either
+        return Finding(
+            "error",
+            _NAME,
+            text,
+            "the engine does not sample the policy that is trained: check its version, "
+            "model.attention and the processor; try rollout.engine=transformers",
+        )
+    if gap.mean > _WARNING_GAP[subject.config.model.dtype]:
+        return Finding("warning", _NAME, text, "try model.dtype=float32 or another model.attention")
+    return Finding("ok", _NAME, text)
+
+
+def _rollout_engine(subject: Subject, encoder: PromptEncoder) -> RolloutEngine:
+    # Imported here: DeepSpeed comes with it, and where that is broken this one check is.
+    from care_train.models.token_text import TokenText
+    from care_train.training.distributed import initialize_process_group
+    from care_train.training.sampling import RolloutScorer
+    from care_train.training.session import Session
+    from care_train.verifier import Verifier
+
+    # vLLM joins the process group that a run has.
+    initialize_process_group()
+    config = subject.config
+    verifier = Verifier(config.prompt, config.reward)
+    scorer = RolloutScorer(TokenText(subject.model.tokenizer), verifier, config.prompt)
+    session = Session(config, subject.model, encoder, scorer)
+    return session.rollout_engine(subject.model, config.rollout.batch_size)

@@ -1,0 +1,84 @@
+"""Checks of the data: rows readable, images too, prompts short enough, rewards fast."""
+
+import time
+from collections.abc import Sequence
+
+from care_train.data import Sample, load_images, load_samples
+from care_train.doctor.finding import Finding, Subject, spread
+from care_train.models.prompts import PromptEncoder
+from care_train.verifier import Verifier
+
+_NUM_ROWS = 32
+_MAX_REWARD_SECONDS = 0.05
+"""Per response: more would be felt beside generation."""
+
+
+def check_rows(subject: Subject) -> Finding:
+    """Some training rows, their images included, become prompts of allowed length."""
+    rows = spread(subject.rows, _NUM_ROWS)
+    encoder = PromptEncoder(subject.model, subject.config.prompt, subject.config.data)
+    start = time.perf_counter()
+    prompts = encoder.encode(rows)
+    seconds = (time.perf_counter() - start) / len(rows)
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    images = sum(len(row.images) for row in rows)
+    return Finding(
+        "ok",
+        "training rows",
+        f"{len(subject.rows)} rows; {len(rows)} read with {images} images: prompts of "
+        f"{min(lengths)} to {max(lengths)} tokens, {1000 * seconds:.0f} ms each",
+    )
+
+
+def check_evaluation_rows(subject: Subject) -> Finding:
+    """The held-out rows are there, readable, and not the training rows."""
+    config, name = subject.config, "evaluation rows"
+    held_out = load_samples(config.eval.data, config.seed)
+    rows = spread(held_out, _NUM_ROWS)
+    for row in rows:
+        load_images(row, config.eval.data.max_image_pixels)
+    same = _where(config.data) == _where(config.eval.data)
+    if same:
+        return Finding(
+            "warning",
+            name,
+            "eval.data is the training data: accuracy will be that of seen rows",
+            "set eval.data.path or eval.data.split to held-out rows",
+        )
+    return Finding("ok", name, f"{len(held_out)} rows; {len(rows)} read with their images")
+
+
+def check_rewards(subject: Subject) -> Finding:
+    """The verifier gives each key full marks in a well-formed response, and quickly."""
+    config, name = subject.config, "rewards"
+    think, answer = config.prompt.think_tag, config.prompt.answer_tag
+    verifier = Verifier(config.prompt, config.reward)
+    rows = spread(subject.rows, _NUM_ROWS)
+    start = time.perf_counter()
+    scores = [
+        verifier.score(f"<{think}>so</{think}> <{answer}>{row.answer}</{answer}>", row)
+        for row in rows
+    ]
+    seconds = (time.perf_counter() - start) / len(rows)
+    failed = [row for row, score in zip(rows, scores, strict=True) if score.reward < 1]
+    if failed:
+        return Finding(
+            "error",
+            name,
+            f"{_place(failed)}: its own answer {failed[0].answer[:60]!r} scores less than 1 in a "
+            "well-formed response",
+            f"take <{answer}> and <{think}> out of the answers: keys are the bare answer",
+        )
+    if seconds > _MAX_REWARD_SECONDS:
+        return Finding(
+            "warning", name, f"{1000 * seconds:.0f} ms per response", "shorten the answers"
+        )
+    return Finding("ok", name, f"keys score 1, {1e6 * seconds:.0f} us per response")
+
+
+def _where(data: object) -> tuple[str, str]:
+    return getattr(data, "path", ""), getattr(data, "split", "")
+
+
+def _place(rows: Sequence[Sample]) -> str:
+    return rows[0].location or rows[0].id

@@ -1,0 +1,138 @@
+"""The vLLM engine, in process: every rank has its own, or shares one by tensor parallelism."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from care_train.models.load import LoadedModel
+from care_train.rollout.settings import VllmSettings
+from care_train.rollout.types import Completion, Request, SamplingSettings
+from care_train.rollout.vllm_inputs import check_expansion, unexpanded_ids, vllm_prompt
+from care_train.rollout.vllm_process import untouched_process, vllm_process
+from care_train.rollout.weight_sync import send_weights
+
+
+class VllmEngine:
+    """Samples with vLLM from weights that `sync` sent; special tokens are never sampled."""
+
+    def __init__(
+        self, loaded: LoadedModel, settings: VllmSettings, *, max_context: int, batch_size: int
+    ) -> None:
+        """Start vLLM, or take the one this process runs for such a model.
+
+        Args:
+            loaded: gives configuration, tokenizer, processor and precision; its weights come by
+                `sync`.
+            settings: `rollout.vllm`.
+            max_context: longest prompt, forced prefix and response together, in tokens.
+            batch_size: sequences generated at once.
+        """
+        self._loaded = loaded
+        self._dtype = loaded.model.dtype
+        self._process = vllm_process(loaded, settings, max_context, batch_size)
+        self._llm = self._process.llm
+        # vLLM has no sleep mode on CPUs, whose memory it does not reserve either.
+        self._sleeps = settings.sleep and torch.cuda.is_available()
+        self._merge_size = 1
+        if loaded.processor is not None:
+            self._merge_size = loaded.processor.image_processor.merge_size
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
+        """One completion per request, in order, with the log-probs of what was sampled.
+
+        Raises:
+            ValueError: a context over the limit, or one that vLLM expands otherwise than the
+                trainer; named.
+            RuntimeError: the weights are not this engine's: `sync` comes first.
+        """
+        if self._process.owner is not self:
+            raise RuntimeError("vLLM has no weights of this policy: wanted a sync before generate")
+        for request in requests:
+            self._check_length(request, sampling)
+        mine, everyone = self._gathered(list(requests))
+        short = {
+            id(r.prompt): unexpanded_ids(r.prompt, self._loaded.image_token_id, self._merge_size)
+            for r in everyone
+        }
+        prompts = [vllm_prompt(request, short[id(request.prompt)]) for request in everyone]
+        parameters = [self._parameters(request, sampling) for request in everyone]
+        with untouched_process():
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False) if prompts else []
+        for request, output in zip(everyone, outputs, strict=True):
+            check_expansion(request, output.prompt_token_ids)
+        return [self._completion(output.outputs[0]) for output in outputs[mine]]
+
+    def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
+        """Send all weights to vLLM and check that it holds them.
+
+        Raises:
+            RuntimeError: it does not; names the tensor.
+        """
+        self._process.owner = None
+        if self._process.asleep:
+            self._llm.wake_up()
+            self._process.asleep = False
+        with untouched_process():
+            report = send_weights(self._llm, weights, self._dtype)
+        self._process.owner = self
+        return {"sync_bytes": float(report.num_bytes)}
+
+    def rest(self) -> None:
+        """Free vLLM's weights and caches; the next `sync` brings them back. Nothing on CPUs."""
+        if self._sleeps and not self._process.asleep:
+            # Level 2 drops the weights instead of keeping them in main memory: they are old.
+            self._llm.sleep(level=2)
+            self._process.asleep, self._process.owner = True, None
+
+    def _parameters(self, request: Request, sampling: SamplingSettings) -> Any:
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+        is_greedy = sampling.greedy
+        return SamplingParams(
+            n=1,
+            max_tokens=sampling.max_new_tokens,
+            temperature=0.0 if is_greedy else sampling.temperature,
+            top_p=1.0 if is_greedy else sampling.top_p,
+            top_k=0 if is_greedy else sampling.top_k,
+            seed=request.seed,
+            # The trainer's EOS ids and no others.
+            ignore_eos=True,
+            stop_token_ids=list(self._loaded.eos_token_ids),
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            skip_clone=True,
+        )
+
+    def _check_length(self, request: Request, sampling: SamplingSettings) -> None:
+        length = len(request.prompt.token_ids) + len(request.prefix_ids)
+        limit = self._process.max_context
+        if length + sampling.max_new_tokens > limit:
+            raise ValueError(
+                f"{request.prompt.location or 'prompt'}: a context of {length} tokens and "
+                f"max_new_tokens {sampling.max_new_tokens} exceed the {limit} that vLLM was "
+                "started for: the model's positions, or prompt.max_prompt_tokens and "
+                "rollout.max_new_tokens, are fewer"
+            )
+
+    def _completion(self, output: Any) -> Completion:
+        ids = tuple(output.token_ids)
+        flat = output.logprobs
+        log_probs = tuple(flat.logprobs[start] for start in flat.start_indices)
+        assert len(log_probs) == len(ids)
+        return Completion(ids, ids[-1] in self._loaded.eos_token_ids, log_probs)
+
+    def _gathered(self, requests: list[Request]) -> tuple[slice, list[Request]]:
+        """All requests of the ranks that share a vLLM, and where this rank's are among them."""
+        from vllm.distributed import get_tp_group  # pyright: ignore[reportMissingImports]
+
+        group = get_tp_group()
+        if group.world_size == 1:
+            return slice(None), requests
+        parts: list[Any] = [None] * group.world_size
+        dist.all_gather_object(parts, requests, group=group.cpu_group)
+        start = sum(len(part) for part in parts[: group.rank_in_group])
+        everyone = [request for part in parts for request in part]
+        return slice(start, start + len(requests)), everyone

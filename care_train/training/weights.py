@@ -1,0 +1,109 @@
+"""The policy's weights under the names of its Hugging Face folder, a bucket at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of the folder and the parameters it is made of."""
+
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+    make: Callable[[], torch.Tensor]
+    """Call it while the parameters are whole."""
+
+    @property
+    def num_bytes(self) -> int:
+        # Sharded parameters are empty here; DeepSpeed keeps their size aside.
+        sizes = (getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.parameters)
+        return sum(sizes)
+
+
+def policy_weights(model: Any) -> list[Weight]:
+    """All weights of a model; adapters of a peft model are merged into what they adapt.
+
+    Raises:
+        ValueError: an adapter that is not a plain sum (DoRA).
+    """
+    if not hasattr(model, "peft_config"):
+        return [_plain(name, parameter) for name, parameter in model.named_parameters()]
+    adapted = {name: m for name, m in model.named_modules() if hasattr(m, "get_delta_weight")}
+    weights = []
+    for name, parameter in model.named_parameters():
+        owner = next((o for o in adapted if name.startswith(f"{o}.")), None)
+        if owner is None:
+            if ".original_module." not in name:
+                weights.append(_plain(_folder_name(name), parameter))
+        elif name == f"{owner}.base_layer.weight":
+            weights.append(_merged(_folder_name(f"{owner}.weight"), parameter, adapted[owner]))
+        elif name.startswith(f"{owner}.base_layer."):
+            weights.append(_plain(_folder_name(name.replace(".base_layer.", ".")), parameter))
+    return weights
+
+
+def stream(
+    weights: Sequence[Weight],
+    bucket_bytes: int,
+    gathered: Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and whole tensors; each is valid until the next is asked for.
+
+    Args:
+        weights: what to stream; the same on every rank.
+        bucket_bytes: how much is gathered at once.
+        gathered: makes parameters whole inside its block.
+    """
+    for bucket in buckets(weights, bucket_bytes):
+        with gathered([p for weight in bucket for p in weight.parameters]):
+            for weight in bucket:
+                with torch.no_grad():
+                    tensor = weight.make()
+                yield weight.name, tensor
+
+
+def buckets(weights: Sequence[Weight], bucket_bytes: int) -> list[list[Weight]]:
+    """In order, as many as fit into `bucket_bytes`; a larger one alone."""
+    result: list[list[Weight]] = []
+    free = 0
+    for weight in weights:
+        if not result or weight.num_bytes > free:
+            result.append([])
+            free = bucket_bytes
+        result[-1].append(weight)
+        free -= weight.num_bytes
+    return result
+
+
+def _plain(name: str, parameter: nn.Parameter) -> Weight:
+    return Weight(name, (parameter,), lambda: parameter.detach())
+
+
+def _merged(name: str, base: nn.Parameter, layer: Any) -> Weight:
+    adapters = list(layer.active_adapters)
+    if any(getattr(layer, "use_dora", {}).get(adapter) for adapter in adapters):
+        raise ValueError(f"{name}: a DoRA adapter; wanted LoRA, which merges by addition")
+    own = tuple(p for n, p in layer.named_parameters() if not n.startswith("base_layer."))
+
+    def make() -> torch.Tensor:
+        merged = base.detach().clone()
+        for adapter in adapters:
+            merged += layer.get_delta_weight(adapter).to(merged.dtype)
+        return merged
+
+    return Weight(name, (base, *own), make)
+
+
+def _folder_name(name: str) -> str:
+    parts = name.removeprefix(_PEFT_PREFIX).split(".")
+    if "modules_to_save" in parts:
+        place = parts.index("modules_to_save")
+        del parts[place : place + 2]
+    return ".".join(parts)

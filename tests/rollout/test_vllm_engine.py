@@ -1,0 +1,200 @@
+"""vLLM against transformers and the training forward: tokens, log-probs, bans, seeds, prompts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from care_train.models.batch import image_inputs
+from care_train.rollout.banned import banned_token_ids
+from care_train.rollout.transformers_engine import TransformersEngine
+from care_train.rollout.types import SamplingSettings
+from tests.train.builders import full_log_probs
+
+KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
+GREEDY = SamplingSettings(16, greedy=True)
+
+
+def trainer_log_probs(loaded, request, completion, temperature=1.0):
+    """[T] log-probs of the completion by the training forward, banned ids left out."""
+    context = request.prompt.token_ids + request.prefix_ids
+    ids = context + completion.token_ids
+    inputs = image_inputs([request.prompt], torch.tensor([ids]), loaded.image_token_id)
+    full = full_log_probs(loaded, ids, inputs, temperature)[len(context) - 1 :]
+    full[:, banned_token_ids(loaded)] = -torch.inf
+    return full.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+
+
+def largest_gap(pair, requests, completions, temperature=1.0):
+    gaps = [
+        (trainer_log_probs(pair.loaded, r, c, temperature) - torch.tensor(c.log_probs)).abs().max()
+        for r, c in zip(requests, completions, strict=True)
+    ]
+    return max(float(gap) for gap in gaps)
+
+
+def tokens(completions):
+    return [(c.token_ids, c.finished) for c in completions]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_outputs_equal_transformers_after_every_sync(kind, pair):
+    """Images and text, before and after five changes of all weights; log-probs agree too."""
+    model = pair(kind)
+    transformers = TransformersEngine(model.loaded, 64)
+    requests, seen = model.requests(), set()
+    for seed in range(6):
+        completions = model.engine.generate(requests, GREEDY)
+        assert tokens(completions) == tokens(transformers.generate(requests, GREEDY))
+        assert largest_gap(model, requests, completions) < 1e-3
+        seen.add(tuple(tokens(completions)))
+        model.change_weights(seed)
+        model.sync()
+    assert len(seen) == 6, "the changes of weights were too small to see"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_the_sampled_distribution(kind, temperature, pair):
+    """At any temperature they match the training forward's at that temperature."""
+    model = pair(kind)
+    requests = model.requests()
+    completions = model.engine.generate(requests, SamplingSettings(16, temperature))
+    assert largest_gap(model, requests, completions, temperature) < 1e-3
+
+
+def test_log_probs_follow_top_k(pair):
+    """With top-k 1 there is one choice: log-prob 0."""
+    model = pair()
+    completions = model.engine.generate(model.requests(), SamplingSettings(8, top_k=1))
+    assert {value for c in completions for value in c.log_probs} == {0.0}
+
+
+def test_an_image_seen_before_a_sync_is_seen_anew(pair):
+    """Only the vision tower changes: cached image features or prefixes would give old outputs."""
+    model = pair()
+    requests = [r for r in model.requests() if r.prompt.images]
+    model.engine.generate(requests, GREEDY)
+    with torch.no_grad():
+        for parameter in model.loaded.model.base_model.visual.parameters():
+            parameter.mul_(1.5)
+    before = model.engine.generate(requests, GREEDY)
+    assert largest_gap(model, requests, before) > 1e-3
+    model.sync()
+    after = model.engine.generate(requests, GREEDY)
+    assert largest_gap(model, requests, after) < 1e-3
+
+
+def test_seeds_reproduce_whatever_the_batch(pair):
+    """Same seed, same response: alone, reversed, again; other seeds give others."""
+    model, sampling = pair(), SamplingSettings(12)
+    requests = model.requests()
+    together = tokens(model.engine.generate(requests, sampling))
+    assert tokens(model.engine.generate(requests[::-1], sampling)) == together[::-1]
+    assert [tokens(model.engine.generate([r], sampling))[0] for r in requests] == together
+    assert tokens(model.engine.generate(model.requests(step=1), sampling)) != together
+
+
+def test_prompts_split_over_steps_change_nothing(pair):
+    """More prompt tokens than vLLM takes in one step: some wait half-read, seeds still hold."""
+    model, sampling = pair(), SamplingSettings(4)
+    requests = [replace(model.requests(1)[0], prefix_ids=tuple(range(20, 320)), seed=3)]
+    alone = tokens(model.engine.generate(requests, sampling))[0]
+    many = [replace(requests[0], prefix_ids=(i, *requests[0].prefix_ids)) for i in range(40)]
+    together = tokens(model.engine.generate([*many, *requests], sampling))
+    assert together[-1] == alone
+    assert together[0] == tokens(model.engine.generate(many[:1], sampling))[0]
+    assert together[17] == tokens(model.engine.generate(many[17:18], sampling))[0]
+
+
+def test_sampling_follows_the_distribution(pair):
+    """Frequencies of the first token over many seeds are its probabilities."""
+    model = pair()
+    with torch.no_grad():
+        model.loaded.model.get_output_embeddings().weight.mul_(8)
+    model.sync()
+    request = model.requests(1)[0]
+    requests = [replace(request, seed=seed) for seed in range(2000)]
+    completions = model.engine.generate(requests, SamplingSettings(1))
+    counts = torch.bincount(torch.tensor([c.token_ids[0] for c in completions]), minlength=400)
+    ids = counts.argsort(descending=True)[:5]
+    wanted = {c.token_ids[0]: c.log_probs[0] for c in completions}
+    for token in ids.tolist():
+        share = torch.tensor(wanted[token]).exp()
+        error = (share * (1 - share) / 2000).sqrt()
+        assert abs(counts[token] / 2000 - share) < 4 * error
+
+
+def test_special_and_image_tokens_are_never_sampled(pair):
+    """The head's rows of image tokens and EOS swap scale: a policy that wants them cannot."""
+    model = pair()
+    head = model.loaded.model.get_output_embeddings().weight
+    banned = banned_token_ids(model.loaded)
+    with torch.no_grad():
+        # Whatever the state, some banned id has by far the largest logit.
+        head[banned[0]], head[banned[1]] = 100 * head[7], -100 * head[7]
+    model.sync()
+    for sampling in (SamplingSettings(16), GREEDY):
+        completions = model.engine.generate(model.requests(), sampling)
+        sampled = {token for c in completions for token in c.token_ids}
+        assert sampled and not sampled & set(banned)
+        assert all(torch.tensor(c.log_probs).isfinite().all() for c in completions)
+
+
+def test_a_response_ends_at_eos_and_keeps_it(pair):
+    """EOS is the last token of finished responses and of no others."""
+    model = pair()
+    head = model.loaded.model.get_output_embeddings().weight
+    eos = model.loaded.eos_token_ids[0]
+    with torch.no_grad():
+        head[eos] *= 20
+    model.sync()
+    completions = model.engine.generate(model.requests(24), SamplingSettings(8))
+    assert {c.finished for c in completions} == {True, False}
+    for completion in completions:
+        assert completion.finished == (completion.token_ids[-1] == eos)
+        assert eos not in completion.token_ids[:-1]
+        assert completion.finished or len(completion.token_ids) == 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forced_prefix_continues_the_prompt(kind, pair):
+    """A reflection's prefix is context: greedy outputs equal transformers', log-probs too."""
+    model = pair(kind)
+    requests = [replace(r, prefix_ids=(20, 21, 22)) for r in model.requests()]
+    completions = model.engine.generate(requests, GREEDY)
+    wanted = TransformersEngine(model.loaded, 64).generate(requests, GREEDY)
+    assert tokens(completions) == tokens(wanted)
+    assert largest_gap(model, requests, completions) < 1e-3
+
+
+def test_a_prompt_that_vllm_expands_otherwise_is_an_error(pair):
+    """Named: the sample, both lengths, the first position."""
+    from PIL import Image
+
+    model = pair()
+    request = model.requests(1)[0]
+    other = replace(request.prompt, images=(Image.new("RGB", (112, 112)),))
+    with pytest.raises(ValueError, match=r"rows.jsonl: row 1: .* to \d+ tokens.*position \d+"):
+        model.engine.generate([replace(request, prompt=other)], GREEDY)
+    assert model.engine.generate([request], GREEDY)
+
+
+def test_a_context_over_the_limit_is_an_error(pair):
+    """Responses are never cut short silently."""
+    model = pair()
+    with pytest.raises(ValueError, match=r"row 1: a context of"):
+        model.engine.generate(model.requests(1), SamplingSettings(400))
+
+
+def test_the_process_is_left_as_it_was(pair):
+    """Global generators and thread settings are the trainer's."""
+    model = pair()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    model.engine.generate(model.requests(), SamplingSettings(4))
+    model.sync()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(threads)
