@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from care_train.training.distributed import LAUNCHER_VARIABLES
+
 MIB = 2**20
 
 
@@ -106,7 +108,9 @@ def main() -> int:
 def compare(case: Case) -> Comparison:
     """Measure a case in a fresh process, beside its prediction."""
     command = [sys.executable, "-m", "bench.plan", "--child", json.dumps(asdict(case))]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
+    # One process of its own, whatever group this one belongs to.
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    environment |= {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
     # Freed memory goes back at once, so that the peak is what was in use.
     environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
     done = subprocess.run(

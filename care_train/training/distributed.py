@@ -9,6 +9,9 @@ import torch.distributed as dist
 
 Value = TypeVar("Value")
 
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What launchers tell a process of its group; a child that is a run of its own must not have them."""
+
 
 def initialize_process_group() -> torch.device:
     """Join the launcher's group, or make a group of one; returns this process's device."""

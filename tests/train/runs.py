@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from care_train.training.distributed import LAUNCHER_VARIABLES
+
 ROOT = Path(__file__).parents[2]
 
 SMALL = (
@@ -28,15 +30,13 @@ SMALL = (
 )
 COLD_START = ("sft.steps=30", "sft.batch_size=8", "sft.learning_rate=3e-3", "sft.warmup_steps=0")
 
-_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 
 class Run:
     """The ranks of one run; without a launcher, so that a test may kill any of them."""
 
     def __init__(self, *arguments: str, ranks: int = 1) -> None:
         # Tests that ran in this process may have left it a process group's variables.
-        inherited = {k: v for k, v in os.environ.items() if k not in _GROUP}
+        inherited = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
         environment = inherited | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
         command = [sys.executable, "-m", "care_train", *arguments]
         self._processes = []

@@ -1,0 +1,77 @@
+"""Every setting of a run, one frozen dataclass per section; `config.py` fills them."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from care_train.algorithm.settings import STRICT, CareSettings, check
+from care_train.rollout.settings import RolloutSettings
+from care_train.settings.data import DataSettings, EvalSettings
+from care_train.settings.logging import LoggingSettings
+from care_train.settings.model import ModelSettings, PromptSettings
+from care_train.settings.objective import TABLE_5, Algorithm, LossSettings, RewardSettings
+from care_train.settings.training import DeepSpeedSettings, SftSettings, TrainSettings
+
+__all__ = [
+    "TABLE_5",
+    "Algorithm",
+    "Config",
+    "DataSettings",
+    "DeepSpeedSettings",
+    "EvalSettings",
+    "LoggingSettings",
+    "LossSettings",
+    "ModelSettings",
+    "PromptSettings",
+    "RewardSettings",
+    "RolloutSettings",
+    "SftSettings",
+    "TrainSettings",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run."""
+
+    __pydantic_config__ = STRICT
+
+    name: str = "care"
+    """The run's folder below `output_dir`."""
+    output_dir: str = "runs"
+    """Where runs are written."""
+    seed: int = 0
+    """Seeds the model's first weights, the order of rows and every rollout."""
+    algorithm: Algorithm = "care"
+    """care | grpo | dapo | gspo | dr_grpo, configured as in Table 5."""
+    preset: Literal["default", "literal", "official"] = "default"
+    """`literal`: Algorithm 1 to the letter. `official`: the authors' released code."""
+    resume: bool = False
+    """Go on from the newest usable checkpoint of the run (also `--resume`). `resume=runs/x` names
+    its folder, and without a `--config` takes its config.yaml."""
+    allow_changes: list[str] = field(default_factory=list)
+    """Keys and sections that `resume` may find changed although they decide where the run goes.
+    Those of `eval`, `logging` and checkpoints may change anyway, and train.steps under a constant
+    schedule."""
+    overwrite: bool = False
+    """Let a new run replace one of the same name; without it that is an error."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    prompt: PromptSettings = field(default_factory=PromptSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    care: CareSettings = field(default_factory=CareSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    sft: SftSettings = field(default_factory=SftSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    deepspeed: DeepSpeedSettings = field(default_factory=DeepSpeedSettings)
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+
+    def __post_init__(self) -> None:
+        per_group = self.algorithm == "care" and self.care.normalize_over == "group"
+        check(
+            not per_group or self.loss.aggregation == "sequence",
+            "loss.aggregation",
+            self.loss.aggregation,
+            "'sequence' with care.normalize_over = 'group': a token mean has no per-group form",
+        )

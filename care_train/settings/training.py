@@ -1,0 +1,121 @@
+"""Settings of the optimisers' loops and of DeepSpeed."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from care_train.algorithm.settings import STRICT, check
+from care_train.settings.data import DataSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The optimiser's loop."""
+
+    __pydantic_config__ = STRICT
+
+    steps: int = 100
+    """Rollout batches to train on."""
+    prompts_per_step: int = 32
+    """Prompts per rollout batch, over all ranks."""
+    num_iterations: int = 1
+    """Passes over each rollout batch."""
+    mini_batches: int = 1
+    """Optimiser steps per pass; the batch is split by prompts."""
+    micro_batch_size: int = 64
+    """Sequences per forward and backward on one rank; gradients accumulate over them."""
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the end of a cosine or linear schedule."""
+    warmup_steps: int = 10
+    """Optimiser steps of linear warm-up."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    freeze_vision: bool = False
+    """Train the language model alone."""
+    dynamic_sampling: bool = False
+    """Draw more prompts until every group of the batch has both right and wrong rollouts (DAPO)."""
+    max_resample_rounds: int = 3
+    """Rounds of dynamic sampling before the batch is trained as it is."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 keeps the final one only."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+    keep_best: Literal["accuracy", "format", "greedy_accuracy", "greedy_format"] | None = None
+    """Also keep the checkpoint that was best in this number of the evaluations every `eval_every`
+    steps, saved whenever one beats those before; `checkpoints/best.json` names it."""
+    eval_every: int = 0
+    """Steps between evaluations on `eval.data`; 0: before and after only."""
+
+    def __post_init__(self) -> None:
+        for key in (
+            "steps",
+            "prompts_per_step",
+            "num_iterations",
+            "mini_batches",
+            "micro_batch_size",
+            "keep_checkpoints",
+        ):
+            check(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
+        check(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
+        check(
+            self.keep_best is None or self.eval_every > 0,
+            "train.keep_best",
+            self.keep_best,
+            "null, or train.eval_every above 0: without evaluations none is best",
+        )
+        check(
+            self.prompts_per_step % self.mini_batches == 0,
+            "train.mini_batches",
+            self.mini_batches,
+            f"a divisor of train.prompts_per_step = {self.prompts_per_step}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftSettings:
+    """Cold start (Sec. 3.1's format), before reinforcement learning."""
+
+    __pydantic_config__ = STRICT
+
+    data: DataSettings = field(default_factory=DataSettings)
+    """Rows with a `rationale`."""
+    steps: int = 160
+    """Optimiser steps."""
+    batch_size: int = 64
+    """Rows per step, over all ranks."""
+    micro_batch_size: int = 64
+    """Rows per forward and backward on one rank."""
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    save_every: int = 0
+    """Steps between checkpoints, deleted at the cold start's end; 0 saves where a signal asks."""
+    repair_share: float = 0.0
+    """Share of rows shown as a repair: a wrong rationale, the cue, then the right one. A model that
+    cannot follow instructions yet learns there what the cue asks for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedSettings:
+    """What deepspeed.initialize gets."""
+
+    __pydantic_config__ = STRICT
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """More DeepSpeed keys, merged over those made here (for example `zero_optimization`)."""
