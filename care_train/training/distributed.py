@@ -10,7 +10,7 @@ import torch.distributed as dist
 Value = TypeVar("Value")
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What launchers tell a process of its group; a child that is a run of its own must not have them."""
+"""What launchers tell a process of its group; a run of its own must not inherit them."""
 
 
 def initialize_process_group() -> torch.device:
