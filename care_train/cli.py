@@ -130,7 +130,7 @@ def _export(options: argparse.Namespace) -> None:
     _quiet_libraries()
     from care_train import commands
 
-    commands.export(options.run, options.checkpoint, options.out)
+    commands.export(options.run, options.checkpoint, options.out, adapter=options.adapter)
 
 
 def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
@@ -219,6 +219,9 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", default="last", help="step_NNNNNN, best or last (the default)"
     )
     export.add_argument("--out", type=Path, required=True, help="the folder to write")
+    export.add_argument(
+        "--adapter", action="store_true", help="the LoRA adapter alone, not the merged model"
+    )
     return parser
 
 

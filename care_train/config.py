@@ -135,6 +135,10 @@ def _walk(schema: Any, root: Any, prefix: str) -> Any:
     for name, entry in schema.get("properties", {}).items():
         key = f"{prefix}{name}"
         reference = entry.get("$ref")
+        for option in entry.get("anyOf", []):
+            if "$ref" in option:  # a section that may be null
+                yield key, str(entry.get("default", "")), entry.get("description", "")
+                reference = option["$ref"]
         if reference:
             yield from _walk(root["$defs"][reference.rsplit("/", 1)[1]], root, f"{key}.")
         else:
