@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from care_train.models.batch import ModelBatch, TokenSequence, collate
 from care_train.models.load import LoadedModel
@@ -106,12 +107,7 @@ class PolicyEngine:
         if freeze_vision:
             _freeze_vision(loaded.model)
         parameters = [p for p in policy.parameters() if p.requires_grad]
-        adamw = torch.optim.AdamW(
-            parameters,
-            lr=optimizer.learning_rate,
-            betas=optimizer.betas,
-            weight_decay=optimizer.weight_decay,
-        )
+        adamw = _adamw(parameters, optimizer, settings)
         self.optimizer = adamw
         schedule: Any = torch.optim.lr_scheduler.LambdaLR(adamw, _learning_rate_factor(optimizer))
         self._policy = policy
@@ -253,6 +249,24 @@ def _not_finite(loss: float, grad_norm: float) -> FloatingPointError:
         f"loss {loss}, gradient norm {grad_norm}: not finite, so no update was made; lower "
         "train.learning_rate or resume from the last checkpoint"
     )
+
+
+def _adamw(
+    parameters: list[torch.nn.Parameter], optimizer: OptimizerSettings, settings: DeepSpeedSettings
+) -> torch.optim.Optimizer:
+    """torch's AdamW, or where its states are in main memory DeepSpeed's for CPUs.
+
+    The latter is built by the C++ compiler at first use, which takes a minute or two;
+    `zero_force_ds_cpu_optimizer: false` asks for torch's, several times slower.
+    """
+    shared: dict[str, Any] = {
+        "lr": optimizer.learning_rate,
+        "betas": optimizer.betas,
+        "weight_decay": optimizer.weight_decay,
+    }
+    if settings.offloads_optimizer and settings.config.get("zero_force_ds_cpu_optimizer", True):
+        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **shared)
+    return torch.optim.AdamW(parameters, **shared)
 
 
 def _deepspeed_config(
