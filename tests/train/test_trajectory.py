@@ -36,7 +36,7 @@ def start(tmp_path_factory, color_rows) -> Path:
     """A model that earns some rewards."""
     out = tmp_path_factory.mktemp("trajectory")
     common = [*SMALL, *data_arguments(color_rows), f"output_dir={out}", "name=cold"]
-    assert care_train(["sft", *common, *COLD_START]) == 0
+    assert care_train(["sft", *common, *COLD_START, "sft.steps=45"]) == 0
     return out / "cold" / "final"
 
 
@@ -57,6 +57,7 @@ def _distance(start: Path, one: Path, other: Path) -> float:
 def _check_metrics(one: Path, other: Path) -> None:
     ours, theirs = (torch.load(path, weights_only=True)["metrics"] for path in (one, other))
     assert len(ours) == len(theirs) == STEPS and all(m["grad_norm"] > 0 for m in ours)
+    assert sum(m["trained_sequences"] for m in ours) >= 20
     for mine, its in zip(ours, theirs, strict=True):
         for key in ("loss", "kl", "grad_norm"):
             assert mine[key] == pytest.approx(its[key], rel=1e-3, abs=1e-4), key

@@ -26,8 +26,6 @@ from care_train.training.step import TrainStep
 
 STEPS = 3
 SETTINGS = (
-    # Every sequence is trained, if only by the KL.
-    "algorithm=grpo",
     "prompt.system=null",
     "rollout.group_size=6",
     "rollout.max_new_tokens=24",
@@ -41,15 +39,15 @@ SETTINGS = (
 
 
 class Replay:
-    """A rollout engine that repeats what another run sampled, by prompt and seed."""
+    """A rollout engine that repeats what another run sampled, by prompt, prefix and seed."""
 
     def __init__(self, inner: RolloutEngine, tape: dict | None) -> None:
         self._inner = inner
         self._tape = tape
-        self.recorded: dict[tuple[str, int], Completion] = {}
+        self.recorded: dict[tuple[str, int, tuple[int, ...]], Completion] = {}
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
-        keys = [(request.prompt.location, request.seed) for request in requests]
+        keys = [(r.prompt.location, r.seed, r.prefix_ids) for r in requests]
         if self._tape is not None:
             return [self._tape[key] for key in keys]
         completions = self._inner.generate(requests, sampling)
