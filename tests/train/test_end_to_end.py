@@ -1,7 +1,6 @@
 """Whole runs through the command line, on tiny real models and drawn images."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from care_train.training.distributed import own_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +42,7 @@ def _command(command: str, *arguments: str, ranks: int = 1) -> list[str]:
 
 
 def _run(command: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = own_environment() | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         _command(command, *arguments, ranks=ranks),
         cwd=ROOT,
