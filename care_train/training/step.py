@@ -9,12 +9,12 @@ import torch
 from care_train.algorithm import baselines, care
 from care_train.algorithm.types import GroupUpdate, Rollout, Subgroup
 from care_train.data import Sample
-from care_train.models.policy import Policy
 from care_train.rollout.types import request_seed
 from care_train.settings import Config
 from care_train.training.distributed import all_max
 from care_train.training.engine import PolicyEngine
 from care_train.training.mismatch import Mismatch, check_parity
+from care_train.training.reference import Reference
 from care_train.training.sampling import GroupSampler, SampledGroup
 from care_train.training.scoring import SequenceScorer
 from care_train.training.statistics import StepStatistics
@@ -38,7 +38,7 @@ class TrainStep:
         config: Config,
         engine: PolicyEngine,
         sampler: GroupSampler,
-        reference: Policy | None,
+        reference: Reference | None,
     ) -> None:
         self._config = config
         self._engine = engine

@@ -8,7 +8,6 @@ import torch
 
 from care_train.algorithm.types import GroupUpdate, Rollout, TrainSequence
 from care_train.models.batch import ModelBatch, TokenSequence
-from care_train.models.policy import Policy
 from care_train.settings import Config
 from care_train.training.distributed import all_sum
 from care_train.training.engine import MicroBatch, PolicyEngine, StepResult
@@ -20,6 +19,7 @@ from care_train.training.loss import (
     sequence_scale,
 )
 from care_train.training.mismatch import Mismatch, importance_weights
+from care_train.training.reference import Reference
 from care_train.training.sampling import SampledGroup
 from care_train.training.scoring import SequenceScorer, length_sorted_batches
 
@@ -49,7 +49,7 @@ class PolicyUpdater:
         engine: PolicyEngine,
         config: Config,
         scorer: SequenceScorer,
-        reference: Policy | None,
+        reference: Reference | None,
     ) -> None:
         self._engine = engine
         self._config = config
@@ -102,7 +102,7 @@ class PolicyUpdater:
         old = self._old_log_probs(tokens, filler)
         reference: Sequence[torch.Tensor | None] = [None] * len(tokens)
         if self._reference is not None and self._config.loss.kl_estimator != "exact":
-            reference, _ = self._scorer.log_probs(self._score_reference, tokens, filler)
+            reference, _ = self._scorer.log_probs(self._reference.score, tokens, filler)
         self._measure(owners, sequences, filler, mismatch)
         weights = [
             self._corrected(weight, sequence.rollout, mismatch)
@@ -194,13 +194,6 @@ class PolicyUpdater:
         correction = importance_weights(trainer, rollout.log_probs, self._config.loss)
         return correction if weight is None else weight.cpu() * correction
 
-    @torch.no_grad()
-    def _score_reference(
-        self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert self._reference is not None
-        return self._reference(batch, temperature, pool_spans=pool_spans)
-
     def _update_once(
         self, items: Sequence[TrainItem], updates: Sequence[GroupUpdate], filler: TokenSequence
     ) -> StepResult | None:
@@ -266,10 +259,7 @@ class PolicyUpdater:
         if loss.ratio_level == "sequence":
             arguments["sequence_ids"] = batch.sequence_ids
         if self._reference is not None and loss.kl_estimator == "exact":
-            with torch.no_grad():
-                hidden = self._reference.hidden_states(batch).flatten(0, 1)[batch.rows]
-            arguments["ref_hidden"] = hidden
-            arguments["ref_head_weight"] = self._reference.head.weight
+            arguments |= self._reference.exact_kl_arguments(batch)
         return arguments
 
     def _silent_micro_batch(self, filler: TokenSequence) -> MicroBatch:
