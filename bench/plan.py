@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from care_train.cli import quiet_libraries
 from care_train.training.distributed import LAUNCHER_VARIABLES
 
 MIB = 2**20
@@ -83,6 +84,7 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    quiet_libraries()
     if options.child:
         print(json.dumps(measure(Case(**json.loads(options.child)))))
         return 0

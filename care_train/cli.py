@@ -97,7 +97,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(command: str, config: Config) -> int:
-    _quiet_libraries()
+    quiet_libraries()
     # Imported here: --help and configuration errors need no torch.
     from care_train import commands
     from care_train.training.distributed import barrier, is_main
@@ -124,7 +124,7 @@ def _run(command: str, config: Config) -> int:
 
 
 def _inspect(options: argparse.Namespace, config: Config) -> int:
-    _quiet_libraries()
+    quiet_libraries()
     if options.command == "doctor":
         from care_train.doctor.run import doctor
 
@@ -143,7 +143,7 @@ def _serve(options: argparse.Namespace, config: Config) -> int:
 
 
 def _export(options: argparse.Namespace) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     from care_train import commands
 
     commands.export(options.run, options.checkpoint, options.out)
@@ -180,7 +180,7 @@ def _config_path(options: argparse.Namespace) -> Path | None:
     return options.config
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Progress and errors are ours to show; these must be set before the libraries load."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

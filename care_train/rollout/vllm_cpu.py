@@ -6,13 +6,16 @@ import torch
 
 
 def patch_cpu_backend() -> None:
-    """Weights that can be read back, seeds that survive split prompts, no C++ compiler."""
+    """Weights that can be read back, seeds that survive split prompts, no C++ compiler, no binding
+    of memory."""
     import vllm.model_executor.layers.utils as layers  # pyright: ignore[reportMissingImports]
     from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
     layers.dispatch_cpu_unquantized_gemm = _keep_weight
     # Compiling would take seconds, and a compiler, for one comparison of log-probs.
     type(current_platform).simple_compile_backend = "eager"
+    # It would bind all memory of this process, the trainer's too, to one NUMA node.
+    torch.ops._C.init_cpu_memory_env = _bind_nothing  # pyright: ignore[reportAttributeAccessIssue]
     _rewind_without_offset()
 
 
@@ -23,6 +26,10 @@ def _keep_weight(layer: Any, remove_weight: bool) -> None:
     live model, nor read back to check it. torch's own matmul computes as the trainer does.
     """
     layer.cpu_linear = torch.nn.functional.linear
+
+
+def _bind_nothing(nodes: list[int]) -> None:
+    """In place of vLLM's binding."""
 
 
 def _rewind_without_offset() -> None:
