@@ -55,16 +55,16 @@ def send_weights(
         for parameter in _load(llm, name, whole):
             placed.setdefault(parameter, []).append(sent)
         num_bytes += whole.numel() * whole.element_size()
-    for failures in llm.collective_rpc(_failures, args=(placed,)):
+    for failures in llm.collective_rpc(find_failures, args=(placed,)):
         if failures:
             raise RuntimeError(f"weight sync: {failures[0]}")
-    _reset_caches(llm)
+    reset_caches(llm)
     return SyncReport(sum(len({t.name for t in parts}) for parts in placed.values()), num_bytes)
 
 
 def _load(llm: Any, name: str, tensor: torch.Tensor) -> set[str]:
     try:
-        filled = llm.collective_rpc(_load_tensor, args=(name, tensor))[0]
+        filled = llm.collective_rpc(load_tensor, args=(name, tensor))[0]
     # What vLLM's loaders raise on unknown names and wrong shapes.
     except (ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         raise RuntimeError(
@@ -75,7 +75,7 @@ def _load(llm: Any, name: str, tensor: torch.Tensor) -> set[str]:
     return filled
 
 
-def _reset_caches(llm: Any) -> None:
+def reset_caches(llm: Any) -> None:
     """Forget keys, values and image features of the old weights.
 
     With the image cache alone kept, vLLM believes in features that its encoder no longer has.
@@ -87,12 +87,12 @@ def _reset_caches(llm: Any) -> None:
 
 
 @torch.inference_mode()
-def _load_tensor(worker: Any, name: str, tensor: torch.Tensor) -> set[str]:
+def load_tensor(worker: Any, name: str, tensor: torch.Tensor) -> set[str]:
     """In vLLM's worker: the parameters that one tensor went to."""
     return set(worker.model_runner.get_model().load_weights([(name, tensor)]))
 
 
-def _failures(worker: Any, placed: dict[str, list[SentTensor]]) -> list[str]:
+def find_failures(worker: Any, placed: dict[str, list[SentTensor]]) -> list[str]:
     """In vLLM's worker: what is wrong with the model after a sync."""
     model = worker.model_runner.get_model()
     parameters = dict(model.named_parameters())
