@@ -18,6 +18,7 @@ from care_train.rollout.types import (
     request_seed,
 )
 from care_train.settings import Config, PromptSettings
+from care_train.training.clock import Mark, no_mark
 from care_train.training.engine import PolicyEngine
 from care_train.verifier import Verifier
 
@@ -103,7 +104,9 @@ class GroupSampler:
         """This batch is sampled: the engine may free memory until the next `sync`."""
         self._engine.rest()
 
-    def sample_groups(self, samples: Sequence[Sample], step: int) -> list[SampledGroup]:
+    def sample_groups(
+        self, samples: Sequence[Sample], step: int, mark: Mark = no_mark
+    ) -> list[SampledGroup]:
         """Line 1: G rollouts of every prompt, in one batched call."""
         prompts = self._encoder.encode(samples)
         size = self._config.rollout.group_size
@@ -112,8 +115,10 @@ class GroupSampler:
             for sample, prompt in zip(samples, prompts, strict=True)
             for index in range(size)
         ]
+        mark("prepare")
         completions = self._engine.generate(requests, self._sampling)
-        return [
+        mark("generate")
+        groups = [
             SampledGroup(
                 sample,
                 prompt,
@@ -124,9 +129,15 @@ class GroupSampler:
             )
             for place, (sample, prompt) in enumerate(zip(samples, prompts, strict=True))
         ]
+        mark("score")
+        return groups
 
     def reflect(
-        self, groups: Sequence[SampledGroup], subgroups: Sequence[Subgroup | str], step: int
+        self,
+        groups: Sequence[SampledGroup],
+        subgroups: Sequence[Subgroup | str],
+        step: int,
+        mark: Mark = no_mark,
     ) -> list[Rollout | None]:
         """Lines 12-14 for all groups in one batched call; None where a group does not reflect."""
         requests: dict[int, Request] = {}
@@ -139,11 +150,14 @@ class GroupSampler:
         reflected: list[Rollout | None] = [None] * len(groups)
         if not requests:
             return reflected
+        mark("prepare")
         completions = self._engine.generate(list(requests.values()), self._reflection_sampling)
+        mark("reflect")
         for (place, request), completion in zip(requests.items(), completions, strict=True):
             reflected[place] = self._scorer.score(
                 groups[place].sample, completion, request.prefix_ids, reflected=True
             )
+        mark("score")
         return reflected
 
     def _reflection_request(
