@@ -47,6 +47,10 @@ class RolloutScorer:
         self._verifier = verifier
         self._tags = (prompt.think_tag, prompt.answer_tag)
 
+    def text(self, completion: Completion) -> str:
+        """The response's text, without special tokens."""
+        return self._token_text.decode(completion.token_ids)[0]
+
     def score(
         self,
         sample: Sample,
