@@ -104,12 +104,7 @@ class _Loop:
         self._config, self._run_dir, self._metrics = config, run_dir, metrics
         self._device, self._evaluate = device, evaluate
         self._identity = identity(config, samples, session.loaded.model)
-        copied = _copied_reference(session)
-        self.engine = _policy_engine(session, device)
-        reference = _reference(session, self.engine, copied)
-        self._rollout = session.new_engine(
-            self.engine.rollout, config.rollout.batch_size, is_copy=self.engine.rollout_is_copy
-        )
+        self.engine, self._rollout, reference = open_policy(session, device)
         self._sampler = GroupSampler(self._rollout, session.encoder, session.scorer, config)
         self._train_step = TrainStep(config, self.engine, self._sampler, reference)
         self._source = PromptSource(samples, config)
@@ -204,21 +199,25 @@ def _is_due(step: int, every: int, last: int) -> bool:
     return every > 0 and step % every == 0 and step != last
 
 
-def _copied_reference(session: Session) -> Reference | None:
-    """pi_ref as a frozen copy, made before the engine takes the model; None without need."""
-    if session.config.loss.kl_coef == 0 or session.config.model.lora is not None:
-        return None
-    model = copy.deepcopy(session.loaded.model).eval()
-    return FrozenCopy(Policy(model.requires_grad_(False)))
+def open_policy(
+    session: Session, device: torch.device
+) -> tuple[PolicyEngine, RolloutEngine, Reference | None]:
+    """What trains the session's model, what samples from it, and pi_ref, None if nothing reads it.
 
-
-def _reference(
-    session: Session, engine: PolicyEngine, copied: Reference | None
-) -> Reference | None:
-    """pi_ref; None where nothing reads it."""
-    if session.config.loss.kl_coef == 0 or session.config.model.lora is None:
-        return copied
-    return WithoutAdapters(engine)
+    With LoRA the reference is the policy without its adapters; otherwise a copy made before.
+    """
+    config, reference = session.config, None
+    has_lora = config.model.lora is not None
+    if config.loss.kl_coef and not has_lora:
+        model = copy.deepcopy(session.loaded.model).eval()
+        reference = FrozenCopy(Policy(model.requires_grad_(False)))
+    engine = _policy_engine(session, device)
+    if config.loss.kl_coef and has_lora:
+        reference = WithoutAdapters(engine)
+    rollout = session.new_engine(
+        engine.rollout, config.rollout.batch_size, is_copy=engine.rollout_is_copy
+    )
+    return engine, rollout, reference
 
 
 def _policy_engine(session: Session, device: torch.device) -> PolicyEngine:
