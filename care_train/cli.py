@@ -136,7 +136,7 @@ def _inspect(options: argparse.Namespace, config: Config) -> int:
 
 
 def _serve(options: argparse.Namespace, config: Config) -> int:
-    _quiet_libraries()
+    quiet_libraries()
     from care_train.serve import serve
 
     return 0 if serve(config, options.host, options.port) else 1

@@ -12,6 +12,7 @@ from care_train.data import Sample
 from care_train.models.policy import Policy
 from care_train.rollout.types import request_seed
 from care_train.settings import Config
+from care_train.training.ahead import RolloutsAhead
 from care_train.training.distributed import all_max
 from care_train.training.engine import PolicyEngine
 from care_train.training.mismatch import Mismatch, check_parity
@@ -39,10 +40,12 @@ class TrainStep:
         engine: PolicyEngine,
         sampler: GroupSampler,
         reference: Policy | None,
+        ahead: RolloutsAhead | None = None,
     ) -> None:
         self._config = config
         self._engine = engine
         self._sampler = sampler
+        self._ahead = ahead
         self._scorer = SequenceScorer(engine, config)
         self._updater = PolicyUpdater(engine, config, self._scorer, reference)
         self._is_checked = config.rollout.engine == "transformers"
@@ -93,6 +96,8 @@ class TrainStep:
 
     def _sample(self, draw: Callable[[], Sequence[Sample]], step: int) -> list[SampledGroup]:
         """One batch of groups; under dynamic sampling, of groups with mixed outcomes."""
+        if self._ahead is not None:
+            return self._ahead.take(step)
         samples = draw()
         groups = self._sampler.sample_groups(samples, step)
         if not self._config.train.dynamic_sampling:
