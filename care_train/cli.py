@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from care_train.config import describe_keys, load_config, names_run
+from care_train.config import configs_folder, describe_keys, load_config, names_run
 from care_train.rollout.server_client import RolloutServerError
 from care_train.settings import Config
 
@@ -146,7 +146,7 @@ def _export(options: argparse.Namespace) -> None:
     quiet_libraries()
     from care_train import commands
 
-    commands.export(options.run, options.checkpoint, options.out)
+    commands.export(options.run, options.checkpoint, options.out, adapter=options.adapter)
 
 
 def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
@@ -173,10 +173,7 @@ def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
 def _config_path(options: argparse.Namespace) -> Path | None:
     has_own = options.config is None and not names_run(options.overrides)
     if has_own and options.command == "quickstart":
-        package = Path(__file__).resolve().parent
-        # Wheels carry configs/ inside the package; a checkout has it beside.
-        roots = (package, package.parent)
-        return next(r / "configs" / "quickstart.yaml" for r in roots if (r / "configs").is_dir())
+        return configs_folder() / "quickstart.yaml"
     return options.config
 
 
@@ -244,6 +241,9 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", default="last", help="step_NNNNNN, best or last (the default)"
     )
     export.add_argument("--out", type=Path, required=True, help="the folder to write")
+    export.add_argument(
+        "--adapter", action="store_true", help="the LoRA adapter alone, not the merged model"
+    )
     return parser
 
 

@@ -15,7 +15,8 @@ from transformers import (
     GenerationConfig,
 )
 
-from care_train.settings import ModelSettings
+from care_train.models.lora import add_adapters
+from care_train.settings import LoraSettings, ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -47,9 +48,15 @@ class LoadedModel:
         pad = self.tokenizer.pad_token_id
         return self.eos_token_ids[0] if pad is None else pad
 
-    def save(self, folder: str | Path) -> None:
-        """Write a plain Hugging Face folder: safetensors, config, tokenizer and processor."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: str | Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write a plain Hugging Face folder: safetensors, config, tokenizer and processor.
+
+        Args:
+            folder: where to.
+            weights: under the model's own names; None where the model holds them whole.
+        """
+        state = None if weights is None else dict(weights)
+        self.model.save_pretrained(folder, state_dict=state)
         self._save_preparation(folder)
 
     def save_skeleton(self, folder: str | Path) -> None:
@@ -119,8 +126,17 @@ def _with_preparation(model: Any, path: Path, settings: ModelSettings) -> Loaded
     return LoadedModel(model, processor, tokenizer)
 
 
-def load_skeleton(folder: str | Path, weights: Mapping[str, torch.Tensor]) -> LoadedModel:
+def load_skeleton(
+    folder: str | Path,
+    weights: Mapping[str, torch.Tensor],
+    lora: LoraSettings | None = None,
+) -> LoadedModel:
     """A model of what `save_skeleton` wrote and `weights`, in the precision it was trained in.
+
+    Args:
+        folder: the skeleton.
+        weights: by name; those of adapters too.
+        lora: the adapters it was trained with.
 
     Raises:
         ValueError: the weights are not those of such a model.
@@ -128,6 +144,8 @@ def load_skeleton(folder: str | Path, weights: Mapping[str, torch.Tensor]) -> Lo
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = _auto_class(config).from_config(config)
+        if lora is not None:
+            add_adapters(model, lora, seed=0)
     cast = {name: tensor.to(config.dtype) for name, tensor in weights.items()}
     result = model.load_state_dict(cast, strict=False, assign=True)
     model.tie_weights()

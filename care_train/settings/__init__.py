@@ -6,10 +6,11 @@ from typing import Literal
 from care_train.algorithm.settings import STRICT, CareSettings, check
 from care_train.rollout.settings import RolloutSettings
 from care_train.settings.data import DataSettings, EvalSettings
+from care_train.settings.deepspeed import DeepSpeedSettings
 from care_train.settings.logging import LoggingSettings
-from care_train.settings.model import ModelSettings, PromptSettings
+from care_train.settings.model import LoraSettings, ModelSettings, PromptSettings
 from care_train.settings.objective import TABLE_5, Algorithm, LossSettings, RewardSettings
-from care_train.settings.training import DeepSpeedSettings, SftSettings, TrainSettings
+from care_train.settings.training import SftSettings, TrainSettings
 
 __all__ = [
     "TABLE_5",
@@ -19,6 +20,7 @@ __all__ = [
     "DeepSpeedSettings",
     "EvalSettings",
     "LoggingSettings",
+    "LoraSettings",
     "LossSettings",
     "ModelSettings",
     "PromptSettings",
@@ -68,6 +70,13 @@ class Config:
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
     def __post_init__(self) -> None:
+        check(
+            not (self.train.freeze_vision and self.model.lora and self.model.lora.vision),
+            "train.freeze_vision",
+            True,
+            "false with model.lora.vision = true, which trains the vision tower's adapters",
+        )
+        self.deepspeed.check_dtype(self.model.dtype)
         per_group = self.algorithm == "care" and self.care.normalize_over == "group"
         check(
             not per_group or self.loss.aggregation == "sequence",

@@ -1,7 +1,7 @@
 """Settings of the optimisers' loops and of DeepSpeed."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from care_train.algorithm.settings import STRICT, check
 from care_train.settings.data import DataSettings
@@ -110,15 +110,3 @@ class SftSettings:
     repair_share: float = 0.0
     """Share of rows shown as a repair: a wrong rationale, the cue, then the right one. A model that
     cannot follow instructions yet learns there what the cue asks for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeepSpeedSettings:
-    """What deepspeed.initialize gets."""
-
-    __pydantic_config__ = STRICT
-
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """ZeRO stage."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """More DeepSpeed keys, merged over those made here (for example `zero_optimization`)."""

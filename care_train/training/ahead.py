@@ -11,6 +11,7 @@ from typing import Any
 from care_train.data import Sample
 from care_train.rollout.server_client import RolloutServerError
 from care_train.rollout.types import Completion
+from care_train.training.clock import Mark, no_mark
 from care_train.training.sampling import GroupSampler, SampledGroup, StartedGroups
 
 
@@ -37,14 +38,14 @@ class RolloutsAhead:
         """Whether the prompts drawn last are still to be trained on."""
         return self._next is not None
 
-    def take(self, step: int) -> list[SampledGroup]:
+    def take(self, step: int, mark: Mark = no_mark) -> list[SampledGroup]:
         """The rollouts of `step`; those of the one after it begin, with the weights synced last."""
-        started = self._next or self._sampler.start_groups(self._draw(), step)
+        started = self._next or self._sampler.start_groups(self._draw(), step, mark)
         assert started.step == step
-        groups = self._sampler.finish_groups(started)
+        groups = self._sampler.finish_groups(started, mark)
         self._next = None
         if step + 1 < self._steps:
-            self._next = self._sampler.start_groups(self._draw(), step + 1)
+            self._next = self._sampler.start_groups(self._draw(), step + 1, mark)
         return groups
 
     def state(self) -> dict[str, Any]:

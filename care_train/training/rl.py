@@ -26,6 +26,7 @@ from care_train.training.ahead import RolloutsAhead
 from care_train.training.checkpoint import Checkpoint, Checkpoints
 from care_train.training.distributed import is_main, rank, world_size
 from care_train.training.engine import OptimizerSettings, PolicyEngine
+from care_train.training.reference import FrozenCopy, Reference, WithoutAdapters
 from care_train.training.resume import check_identity, identity, log_sizes
 from care_train.training.sampling import GroupSampler, SampledGroup
 from care_train.training.saving import save_model
@@ -106,8 +107,9 @@ class _Loop:
         self._config, self._run_dir, self._metrics = config, run_dir, metrics
         self._device, self._evaluate = device, evaluate
         self._identity = identity(config, samples, session.loaded.model)
-        reference = _reference(session)
+        copied = _copied_reference(session)
         self.engine = _policy_engine(session, device)
+        reference = _reference(session, self.engine, copied)
         self._rollout = session.new_engine(
             self.engine.rollout, config.rollout.batch_size, is_copy=self.engine.rollout_is_copy
         )
@@ -223,12 +225,21 @@ def _is_due(step: int, every: int, last: int) -> bool:
     return every > 0 and step % every == 0 and step != last
 
 
-def _reference(session: Session) -> Policy | None:
-    """pi_ref: a frozen copy of the policy before training; None where nothing reads it."""
-    if session.config.loss.kl_coef == 0:
+def _copied_reference(session: Session) -> Reference | None:
+    """pi_ref as a frozen copy, made before the engine takes the model; None without need."""
+    if session.config.loss.kl_coef == 0 or session.config.model.lora is not None:
         return None
     model = copy.deepcopy(session.loaded.model).eval()
-    return Policy(model.requires_grad_(False))
+    return FrozenCopy(Policy(model.requires_grad_(False)))
+
+
+def _reference(
+    session: Session, engine: PolicyEngine, copied: Reference | None
+) -> Reference | None:
+    """pi_ref; None where nothing reads it."""
+    if session.config.loss.kl_coef == 0 or session.config.model.lora is None:
+        return copied
+    return WithoutAdapters(engine)
 
 
 def _policy_engine(session: Session, device: torch.device) -> PolicyEngine:
@@ -249,6 +260,8 @@ def _policy_engine(session: Session, device: torch.device) -> PolicyEngine:
         device,
         bf16=session.config.model.dtype == "bfloat16",
         freeze_vision=train.freeze_vision,
+        lora=session.config.model.lora,
+        seed=session.config.seed,
         copy_for_rollouts=session.config.rollout.engine == "transformers",
     )
 

@@ -20,6 +20,7 @@ from care_train.rollout.types import (
     request_seed,
 )
 from care_train.settings import Config, PromptSettings
+from care_train.training.clock import Mark, no_mark
 from care_train.training.engine import PolicyEngine
 from care_train.verifier import Verifier
 
@@ -109,27 +110,40 @@ class GroupSampler:
 
     def sync(self, policy: PolicyEngine) -> dict[str, float]:
         """Bring the rollout engine up to date with the policy; returns what there is to log."""
-        if self._in_flight is not None:
-            # They are to be of the weights before.
-            self._in_flight.result()
+        self.wait()
         bucket_bytes = self._config.rollout.vllm.sync_bucket_mib << 20
         return self._engine.sync(policy.weights(bucket_bytes))
+
+    def wait(self) -> None:
+        """Until what was started is sampled: it is to be of the weights before the next `sync`."""
+        if self._in_flight is not None:
+            self._in_flight.result()
 
     def rest(self) -> None:
         """This batch is sampled: the engine may free memory until the next `sync`."""
         self._engine.rest()
 
-    def sample_groups(self, samples: Sequence[Sample], step: int) -> list[SampledGroup]:
+    def sample_groups(
+        self, samples: Sequence[Sample], step: int, mark: Mark = no_mark
+    ) -> list[SampledGroup]:
         """Line 1: G rollouts of every prompt, in one batched call."""
         prompts = self._encoder.encode(samples)
-        completions = self._engine.generate(self._requests(samples, prompts, step), self._sampling)
-        return self._groups(samples, prompts, completions)
+        requests = self._requests(samples, prompts, step)
+        mark("prepare")
+        completions = self._engine.generate(requests, self._sampling)
+        mark("generate")
+        groups = self._groups(samples, prompts, completions)
+        mark("score")
+        return groups
 
-    def start_groups(self, samples: Sequence[Sample], step: int) -> StartedGroups:
+    def start_groups(
+        self, samples: Sequence[Sample], step: int, mark: Mark = no_mark
+    ) -> StartedGroups:
         """`sample_groups` in the background, with the weights that the engine has now."""
         prompts = self._encoder.encode(samples)
         requests = self._requests(samples, prompts, step)
         self._in_flight = in_background(lambda: self._engine.generate(requests, self._sampling))
+        mark("prepare")
         return StartedGroups(step, samples, prompts, self._in_flight)
 
     def resume_groups(
@@ -140,9 +154,13 @@ class GroupSampler:
         done.set_result(completions)
         return StartedGroups(step, samples, self._encoder.encode(samples), done)
 
-    def finish_groups(self, started: StartedGroups) -> list[SampledGroup]:
+    def finish_groups(self, started: StartedGroups, mark: Mark = no_mark) -> list[SampledGroup]:
         """Wait for the samples and score them."""
-        return self._groups(started.samples, started.prompts, started.completions.result())
+        completions = started.completions.result()
+        mark("generate")
+        groups = self._groups(started.samples, started.prompts, completions)
+        mark("score")
+        return groups
 
     def _requests(
         self, samples: Sequence[Sample], prompts: Sequence[EncodedPrompt], step: int
@@ -173,7 +191,11 @@ class GroupSampler:
         ]
 
     def reflect(
-        self, groups: Sequence[SampledGroup], subgroups: Sequence[Subgroup | str], step: int
+        self,
+        groups: Sequence[SampledGroup],
+        subgroups: Sequence[Subgroup | str],
+        step: int,
+        mark: Mark = no_mark,
     ) -> list[Rollout | None]:
         """Lines 12-14 for all groups in one batched call; None where a group does not reflect."""
         requests: dict[int, Request] = {}
@@ -186,11 +208,14 @@ class GroupSampler:
         reflected: list[Rollout | None] = [None] * len(groups)
         if not requests:
             return reflected
+        mark("prepare")
         completions = self._engine.generate(list(requests.values()), self._reflection_sampling)
+        mark("reflect")
         for (place, request), completion in zip(requests.items(), completions, strict=True):
             reflected[place] = self._scorer.score(
                 groups[place].sample, completion, request.prefix_ids, reflected=True
             )
+        mark("score")
         return reflected
 
     def _reflection_request(

@@ -8,8 +8,8 @@ import torch
 
 from care_train.algorithm.types import GroupUpdate, Rollout, TrainSequence
 from care_train.models.batch import ModelBatch, TokenSequence
-from care_train.models.policy import Policy
 from care_train.settings import Config
+from care_train.training.clock import Mark, no_mark
 from care_train.training.distributed import all_sum
 from care_train.training.engine import MicroBatch, PolicyEngine, StepResult
 from care_train.training.loss import (
@@ -20,6 +20,7 @@ from care_train.training.loss import (
     sequence_scale,
 )
 from care_train.training.mismatch import Mismatch, importance_weights
+from care_train.training.reference import Reference
 from care_train.training.sampling import SampledGroup
 from care_train.training.scoring import SequenceScorer, length_sorted_batches
 
@@ -49,7 +50,7 @@ class PolicyUpdater:
         engine: PolicyEngine,
         config: Config,
         scorer: SequenceScorer,
-        reference: Policy | None,
+        reference: Reference | None,
     ) -> None:
         self._engine = engine
         self._config = config
@@ -62,6 +63,7 @@ class PolicyUpdater:
         updates: Sequence[GroupUpdate],
         mismatch: Mismatch | None = None,
         check: Callable[[Mismatch], None] = lambda mismatch: None,
+        mark: Mark = no_mark,
     ) -> list[StepResult]:
         """`train.num_iterations` passes of `train.mini_batches` optimiser steps each.
 
@@ -70,11 +72,12 @@ class PolicyUpdater:
             updates: what each group trains.
             mismatch: gets the trained sequences that it does not have yet.
             check: called with it before the first step.
+            mark: told where the time goes.
         """
         mismatch = Mismatch() if mismatch is None else mismatch
         train = self._config.train
         filler = groups[0].sequence(groups[0].rollouts[0])
-        items = self._items(groups, updates, filler, mismatch)
+        items = self._items(groups, updates, filler, mismatch, mark)
         check(mismatch)
         size = -(-len(groups) // train.mini_batches)
         results = []
@@ -83,7 +86,7 @@ class PolicyUpdater:
                 places = range(part * size, (part + 1) * size)
                 chosen = [item for item in items if item.place in places]
                 part_updates = updates[places.start : places.stop]
-                result = self._update_once(chosen, part_updates, filler)
+                result = self._update_once(chosen, part_updates, filler, mark)
                 if result is not None:
                     results.append(result)
         return results
@@ -94,15 +97,18 @@ class PolicyUpdater:
         updates: Sequence[GroupUpdate],
         filler: TokenSequence,
         mismatch: Mismatch,
+        mark: Mark,
     ) -> list[TrainItem]:
         pairs = [(p, s) for p, update in enumerate(updates) for s in update.sequences]
         owners = [groups[place] for place, _ in pairs]
         sequences = [sequence for _, sequence in pairs]
         tokens = list(map(self._trained_tokens, owners, sequences))
         old = self._old_log_probs(tokens, filler)
+        mark("old_forward")
         reference: Sequence[torch.Tensor | None] = [None] * len(tokens)
         if self._reference is not None and self._config.loss.kl_estimator != "exact":
-            reference, _ = self._scorer.log_probs(self._score_reference, tokens, filler)
+            reference, _ = self._scorer.log_probs(self._reference.score, tokens, filler)
+        mark("reference")
         self._measure(owners, sequences, filler, mismatch)
         weights = [
             self._corrected(weight, sequence.rollout, mismatch)
@@ -110,6 +116,7 @@ class PolicyUpdater:
                 self._importance_weights(owners, sequences, tokens, filler), sequences, strict=True
             )
         ]
+        mark("gap")
         return [
             TrainItem(place, updates[place], sequence, t, o, r, w)
             for (place, sequence), t, o, r, w in zip(
@@ -194,15 +201,12 @@ class PolicyUpdater:
         correction = importance_weights(trainer, rollout.log_probs, self._config.loss)
         return correction if weight is None else weight.cpu() * correction
 
-    @torch.no_grad()
-    def _score_reference(
-        self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert self._reference is not None
-        return self._reference(batch, temperature, pool_spans=pool_spans)
-
     def _update_once(
-        self, items: Sequence[TrainItem], updates: Sequence[GroupUpdate], filler: TokenSequence
+        self,
+        items: Sequence[TrainItem],
+        updates: Sequence[GroupUpdate],
+        filler: TokenSequence,
+        mark: Mark,
     ) -> StepResult | None:
         """One optimiser step; None where no rank has anything to train, so not even KL moves."""
         local = [*local_denominators(updates), float(len(items))]
@@ -216,7 +220,8 @@ class PolicyUpdater:
         micro = [self._micro_batch([items[i] for i in batch], denominators) for batch in batches]
         if not micro:
             micro = [self._silent_micro_batch(filler)]
-        return self._engine.step(micro, self._config.rollout.temperature)
+        mark("collate")
+        return self._engine.step(micro, self._config.rollout.temperature, mark)
 
     def _micro_batch(self, items: Sequence[TrainItem], denominators: Denominators) -> MicroBatch:
         config = self._config
@@ -266,10 +271,7 @@ class PolicyUpdater:
         if loss.ratio_level == "sequence":
             arguments["sequence_ids"] = batch.sequence_ids
         if self._reference is not None and loss.kl_estimator == "exact":
-            with torch.no_grad():
-                hidden = self._reference.hidden_states(batch).flatten(0, 1)[batch.rows]
-            arguments["ref_hidden"] = hidden
-            arguments["ref_head_weight"] = self._reference.head.weight
+            arguments |= self._reference.exact_kl_arguments(batch)
         return arguments
 
     def _silent_micro_batch(self, filler: TokenSequence) -> MicroBatch:

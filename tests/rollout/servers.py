@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from care_train.training.distributed import LAUNCHER_VARIABLES
+from care_train.training.distributed import own_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,12 +18,11 @@ class Server:
     """A server process, ready when made."""
 
     def __init__(self, *arguments: str, port: int = 0, seconds: float = 180) -> None:
-        inherited = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
         self._log = tempfile.NamedTemporaryFile(suffix=".log")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "care_train", "serve", f"--port={port}", *arguments],
             cwd=ROOT,
-            env=inherited | {"OMP_NUM_THREADS": "1"},
+            env=own_environment() | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=self._log.file,
         )

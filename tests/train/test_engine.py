@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from care_kernels import reference
-from care_train.models.batch import TokenSequence
 from care_train.models.policy import Policy
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.settings import DeepSpeedSettings
 from care_train.training.distributed import initialize_process_group
 from care_train.training.engine import MicroBatch, OptimizerSettings, PolicyEngine
-from tests.train.builders import encoder_of, image_sample, load, text_sample
+from tests.train.builders import load, random_sequences
 
 LEARNING_RATE = 1e-2
 
@@ -23,15 +22,6 @@ def _engine(loaded, *, max_grad_norm=1e9, zero_stage=0, **schedule):
     )
     settings = DeepSpeedSettings(zero_stage=zero_stage)
     return PolicyEngine(loaded, optimizer, settings, initialize_process_group())
-
-
-def _sequences(loaded, count=6):
-    samples = [image_sample("red", i) if i % 2 else text_sample(i) for i in range(count)]
-    generator = torch.Generator().manual_seed(1)
-    return [
-        TokenSequence(p, (), tuple(torch.randint(10, 60, (3 + i,), generator=generator).tolist()))
-        for i, p in enumerate(encoder_of(loaded).encode(samples))
-    ]
 
 
 def _micro(engine, sequences, advantages):
@@ -46,7 +36,7 @@ def test_one_step_is_adamw_on_the_reference_gradient(tiny_folder):
     loaded = load(tiny_folder())
     plain = copy.deepcopy(loaded.model)
     engine = _engine(loaded)
-    sequences = _sequences(loaded)
+    sequences = random_sequences(loaded)
     micro = _micro(engine, sequences, [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
 
     policy = Policy(plain)
@@ -77,7 +67,7 @@ def test_micro_batches_accumulate_to_the_whole_batch(tiny_folder):
     for size in (6, 2):
         loaded = load(tiny_folder())
         engine = _engine(loaded)
-        sequences = _sequences(loaded)
+        sequences = random_sequences(loaded)
         total = sum(len(s.response_ids) for s in sequences)
         micro = []
         for start in range(0, 6, size):
@@ -94,7 +84,7 @@ def test_gradients_are_clipped_to_the_norm(tiny_folder):
     """Read off AdamW's first moment, which after one step is a tenth of the clipped gradient."""
     loaded = load(tiny_folder())
     engine = _engine(loaded, max_grad_norm=0.01)
-    micro = _micro(engine, _sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
+    micro = _micro(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
     result = engine.step([micro], 1.0)
     assert result.grad_norm > 0.01
     moments = [state["exp_avg"] for state in engine.optimizer.state.values()]
@@ -108,7 +98,7 @@ def test_the_schedule_warms_up_and_decays(tiny_folder):
     engine = _engine(
         loaded, warmup_steps=2, schedule="cosine", min_learning_rate=0.1 * LEARNING_RATE
     )
-    sequences = _sequences(loaded, 1)
+    sequences = random_sequences(loaded, 1)
     rates = []
     for _ in range(10):
         rates.append(engine.learning_rate / LEARNING_RATE)
@@ -124,7 +114,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(zero_stage, tiny_folder):
     loaded = load(tiny_folder())
     engine = _engine(loaded, zero_stage=zero_stage)
     before = {n: p.clone() for n, p in loaded.model.named_parameters()}
-    micro = _micro(engine, _sequences(loaded), [float("nan"), 1.0, 1.0, 1.0, 1.0, 1.0])
+    micro = _micro(engine, random_sequences(loaded), [float("nan"), 1.0, 1.0, 1.0, 1.0, 1.0])
     with pytest.raises(FloatingPointError, match="no update was made"):
         engine.step([micro], 1.0)
     for name, parameter in loaded.model.named_parameters():
@@ -138,7 +128,7 @@ def test_zero_stages_take_the_same_step(zero_stage, tiny_folder):
     for stage in (0, zero_stage):
         loaded = load(tiny_folder())
         engine = _engine(loaded, zero_stage=stage)
-        micro = _micro(engine, _sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
+        micro = _micro(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
         result = engine.step([micro], 1.0)
         assert result.grad_norm > 0
         scores.append(engine.score(micro.batch, 1.0)[0])
