@@ -206,9 +206,8 @@ class GroupSampler:
             if request is not None:
                 requests[place] = request
         reflected: list[Rollout | None] = [None] * len(groups)
-        if not requests:
-            return reflected
         mark("prepare")
+        # Also without requests: ranks that share a vLLM by tensor parallelism generate together.
         completions = self._engine.generate(list(requests.values()), self._reflection_sampling)
         mark("reflect")
         for (place, request), completion in zip(requests.items(), completions, strict=True):
