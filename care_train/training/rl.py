@@ -103,8 +103,8 @@ class _Loop:
         self._config, self._run_dir, self._metrics = config, run_dir, metrics
         self._device, self._evaluate = device, evaluate
         self._identity = identity(config, samples, session.loaded.model)
-        reference = _reference(session)
-        self.engine = _policy_engine(session, device)
+        reference = reference_policy(session)
+        self.engine = policy_engine(session, device)
         self._rollout = session.new_engine(
             self.engine.rollout, config.rollout.batch_size, is_copy=self.engine.rollout_is_copy
         )
@@ -202,7 +202,7 @@ def _is_due(step: int, every: int, last: int) -> bool:
     return every > 0 and step % every == 0 and step != last
 
 
-def _reference(session: Session) -> Policy | None:
+def reference_policy(session: Session) -> Policy | None:
     """pi_ref: a frozen copy of the policy before training; None where nothing reads it."""
     if session.config.loss.kl_coef == 0:
         return None
@@ -210,7 +210,7 @@ def _reference(session: Session) -> Policy | None:
     return Policy(model.requires_grad_(False))
 
 
-def _policy_engine(session: Session, device: torch.device) -> PolicyEngine:
+def policy_engine(session: Session, device: torch.device) -> PolicyEngine:
     train = session.config.train
     return PolicyEngine(
         session.loaded,
