@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from care_train.cli import quiet_libraries
-from care_train.training.distributed import LAUNCHER_VARIABLES
+from care_train.training.distributed import own_environment
 
 MIB = 2**20
 
@@ -110,9 +109,7 @@ def main() -> int:
 def compare(case: Case) -> Comparison:
     """Measure a case in a fresh process, beside its prediction."""
     command = [sys.executable, "-m", "bench.plan", "--child", json.dumps(asdict(case))]
-    # One process of its own, whatever group this one belongs to.
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-    environment |= {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = own_environment() | {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
     # Freed memory goes back at once, so that the peak is what was in use.
     environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
     done = subprocess.run(

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from care_train.config import describe_keys, load_config, names_run
+from care_train.config import configs_folder, describe_keys, load_config, names_run
+from care_train.rollout.server_client import RolloutServerError
 from care_train.settings import Config
 
 _COMMANDS = {
@@ -25,6 +26,8 @@ _INSPECTIONS = {
     "doctor": "check machine, model, data and settings before a run",
 }
 
+_SERVE = "generate for runs: a vLLM that gets its weights from the run (rollout.vllm.server)"
+
 _EXPORT = "write a checkpoint as a plain Hugging Face folder, from any ZeRO stage"
 
 _EPILOG = """\
@@ -36,6 +39,7 @@ examples:
   care-train doctor --config configs/care.yaml
   deepspeed --num_gpus 8 --module care_train train --config configs/care.yaml
   care-train train --config configs/care.yaml --resume
+  care-train serve --config configs/care.yaml --port 8000
   care-train export --run runs/care --checkpoint best --out care-best
 
 Every run writes runs/<name>/: config.yaml, metrics.jsonl, summary.json, checkpoints/, final/ (a
@@ -57,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = load_config(_config_path(options), options.overrides)
             if options.command in _INSPECTIONS:
                 return _inspect(options, config)
+            if options.command == "serve":
+                return _serve(options, config)
             return _run(options.command, config)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -67,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FloatingPointError) as error:
         print(f"care-train {options.command}: error: {error}", file=sys.stderr)
         return 2
+    except RolloutServerError as error:
+        print(f"care-train {options.command}: error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -126,11 +135,18 @@ def _inspect(options: argparse.Namespace, config: Config) -> int:
     return 0
 
 
+def _serve(options: argparse.Namespace, config: Config) -> int:
+    quiet_libraries()
+    from care_train.serve import serve
+
+    return 0 if serve(config, options.host, options.port) else 1
+
+
 def _export(options: argparse.Namespace) -> None:
     quiet_libraries()
     from care_train import commands
 
-    commands.export(options.run, options.checkpoint, options.out)
+    commands.export(options.run, options.checkpoint, options.out, adapter=options.adapter)
 
 
 def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
@@ -157,10 +173,7 @@ def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
 def _config_path(options: argparse.Namespace) -> Path | None:
     has_own = options.config is None and not names_run(options.overrides)
     if has_own and options.command == "quickstart":
-        package = Path(__file__).resolve().parent
-        # Wheels carry configs/ inside the package; a checkout has it beside.
-        roots = (package, package.parent)
-        return next(r / "configs" / "quickstart.yaml" for r in roots if (r / "configs").is_dir())
+        return configs_folder() / "quickstart.yaml"
     return options.config
 
 
@@ -193,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     keys = _keys_help()
-    for name, summary in (_COMMANDS | _INSPECTIONS).items():
+    for name, summary in (_COMMANDS | _INSPECTIONS | {"serve": _SERVE}).items():
         command = commands.add_parser(
             name,
             help=summary,
@@ -213,12 +226,24 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name in _INSPECTIONS:
             _add_inspection_options(command, name)
+        if name == "serve":
+            command.add_argument(
+                "--host",
+                default="127.0.0.1",
+                help="where to listen; default %(default)s, 0.0.0.0 for other machines' trainers",
+            )
+            command.add_argument(
+                "--port", type=int, default=8000, help="default %(default)s; 0: a free one"
+            )
     export = commands.add_parser("export", help=_EXPORT, description=_EXPORT)
     export.add_argument("--run", type=Path, required=True, help="the run's folder")
     export.add_argument(
         "--checkpoint", default="last", help="step_NNNNNN, best or last (the default)"
     )
     export.add_argument("--out", type=Path, required=True, help="the folder to write")
+    export.add_argument(
+        "--adapter", action="store_true", help="the LoRA adapter alone, not the merged model"
+    )
     return parser
 
 

@@ -14,6 +14,7 @@ from care_train.config import config_to_dict, config_to_yaml, load_config
 from care_train.data import Sample, load_samples
 from care_train.evaluation.evaluate import evaluate_both
 from care_train.models.load import load_skeleton
+from care_train.models.lora import save_adapter
 from care_train.reporting import (
     MetricsLogger,
     plot_learning_curves,
@@ -31,12 +32,14 @@ from care_train.training.resume import (
     check_settings,
     cold_start_logs,
     cut_logs,
+    saved_lora,
     settings_of,
 )
 from care_train.training.rl import open_checkpoints, run_training
 from care_train.training.rng import seed_all
 from care_train.training.session import Session, model_folder, open_session
 from care_train.training.sft import cold_start_checkpoints, run_sft
+from care_train.training.weights import whole_weights
 
 Summary = dict[str, Any]
 
@@ -202,23 +205,39 @@ def evaluate(config: Config) -> Summary:
     return _finish(run_dir, config, _basics(config) | values, start)
 
 
-def export(run_dir: Path, name: str, folder: Path) -> None:
-    """`care-train export`: a checkpoint's weights as a plain Hugging Face folder.
+def export(run_dir: Path, name: str, folder: Path, *, adapter: bool = False) -> None:
+    """`care-train export`: a checkpoint's weights as a plain Hugging Face folder, LoRA merged.
 
     Args:
         run_dir: the run's folder.
         name: `step_…`, `best` or `last`.
         folder: where to; must not exist.
+        adapter: write the LoRA adapter alone, as peft and vLLM read it.
 
     Raises:
-        ValueError: no such checkpoint, a damaged one, or `folder` exists.
+        ValueError: no such checkpoint, a damaged one, or `folder` exists; `adapter` without LoRA.
     """
     if folder.exists():
         raise ValueError(f"--out: {folder} exists; choose another folder")
     checkpoint = Checkpoints(run_dir / "checkpoints").find(name)
-    loaded = load_skeleton(checkpoint.folder / SKELETON, read_weights(checkpoint.folder))
-    write_folder(folder, loaded.save)
+    lora = saved_lora(checkpoint.state["settings"])
+    if adapter and lora is None:
+        raise ValueError(f"--adapter: {run_dir} trained all weights (model.lora=null)")
+    loaded = load_skeleton(checkpoint.folder / SKELETON, read_weights(checkpoint.folder), lora)
+    if adapter:
+        base = _base_of(run_dir, checkpoint.state["settings"]["model.path"])
+        write_folder(folder, lambda partial: save_adapter(loaded.model, partial, str(base)))
+    else:
+        write_folder(folder, lambda partial: loaded.save(partial, whole_weights(loaded.model)))
     print(f"{folder}: {checkpoint.folder}, {checkpoint.step} steps")
+
+
+def _base_of(run_dir: Path, model_path: str) -> Path:
+    """The model that the adapters of a run belong to."""
+    for name in ("cold_start", "base"):
+        if (run_dir / name).is_dir():
+            return (run_dir / name).resolve()
+    return Path(model_path)
 
 
 def _train_from(

@@ -22,23 +22,27 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         path: a YAML file, or None for the defaults. Its `extends` names a file it is laid over.
         overrides: `section.key=value` strings; values are read as YAML. `resume=FOLDER` goes on
             with the run there: it sets `output_dir` and `name`, and stands in for `path`.
+            `deepspeed=NAME`, like `deepspeed: NAME` in a file, takes that section from a file.
 
     Raises:
         ValueError: an unreadable file, an unknown key, or a wrong value: key, got and wanted.
     """
-    values: dict[str, Any] = {}
+    layers = []
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
             raise ValueError(f"override {override!r}: wanted the form section.key=value")
-        values = merge(values, _nest(key.strip().split("."), _parse(text)))
-    if isinstance(values.get("resume"), str):
-        run = Path(values["resume"])
+        layers.append(_nest(key.strip().split("."), _parse(text)))
+    resume = [layer["resume"] for layer in layers if "resume" in layer]
+    if resume and isinstance(resume[-1], str):
+        run = Path(resume[-1])
         path = run / "config.yaml" if path is None else path
         if not (run / "config.yaml").is_file():
             raise ValueError(f"resume: {run}: no config.yaml there, so no run to go on with")
-        values |= {"resume": True, "output_dir": str(run.parent), "name": run.name}
-    values = merge(_read_yaml(Path(path)), values) if path is not None else values
+        layers.append({"resume": True, "output_dir": str(run.parent), "name": run.name})
+    values = {} if path is None else _read_yaml(Path(path))
+    for layer in layers:
+        values = _lay(values, layer)
     return build_config(values, source=str(path) if path else "the command line")
 
 
@@ -100,7 +104,34 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"config file {path}: got {type(values).__name__}, wanted key: value lines"
         )
     base = values.pop("extends", None)
-    return values if base is None else merge(_read_yaml(path.parent / base), values)
+    return _lay({} if base is None else _read_yaml(path.parent / base), values)
+
+
+def _lay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`merge`, where a `deepspeed` that is a name replaces the whole section by a file's."""
+    name = top.get("deepspeed")
+    if isinstance(name, str):
+        base = {**base, "deepspeed": {}}
+        top = {**top, "deepspeed": _read_yaml(_deepspeed_file(name))}
+    return merge(base, top)
+
+
+def _deepspeed_file(name: str) -> Path:
+    """`configs/deepspeed/NAME.yaml`, or the user's own file."""
+    shipped = {path.stem: path for path in (configs_folder() / "deepspeed").glob("*.yaml")}
+    if name in shipped:
+        return shipped[name]
+    if not Path(name).is_file():
+        known = ", ".join(sorted(shipped))
+        raise ValueError(f"deepspeed: got {name!r}, wanted one of {known}, or a YAML file's path")
+    return Path(name)
+
+
+def configs_folder() -> Path:
+    """Where the shipped configurations are."""
+    package = Path(__file__).resolve().parent
+    # Wheels carry configs/ inside the package; a checkout has it beside.
+    return next(r / "configs" for r in (package, package.parent) if (r / "configs").is_dir())
 
 
 def _parse(text: str) -> Any:
@@ -135,6 +166,10 @@ def _walk(schema: Any, root: Any, prefix: str) -> Any:
     for name, entry in schema.get("properties", {}).items():
         key = f"{prefix}{name}"
         reference = entry.get("$ref")
+        for option in entry.get("anyOf", []):
+            if "$ref" in option:  # a section that may be null
+                yield key, str(entry.get("default", "")), entry.get("description", "")
+                reference = option["$ref"]
         if reference:
             yield from _walk(root["$defs"][reference.rsplit("/", 1)[1]], root, f"{key}.")
         else:

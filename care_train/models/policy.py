@@ -52,6 +52,8 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         loss_arguments: dict[str, Any] | None = None,
         pool_spans: torch.Tensor | None = None,
+        *,
+        rows_only: bool = False,
     ) -> tuple[Any, torch.Tensor | None]:
         """Log-probs [N] or the loss, and the pooled embeddings [B, D] where `pool_spans` is given.
 
@@ -60,10 +62,13 @@ class Policy(nn.Module):
             temperature: the rollouts' temperature: log-probs are those of the sampled distribution.
             loss_arguments: keyword arguments of `linear_policy_loss`; None for log-probs.
             pool_spans: [B, 2] position ranges of the rationales.
+            rows_only: the rows' final hidden states [N, D] in place of what the head makes of them.
         """
         hidden = self.hidden_states(batch)
         embeddings = None if pool_spans is None else pool_rationale(hidden, pool_spans)
         rows = hidden.flatten(0, 1)[batch.rows]
+        if rows_only:
+            return rows, embeddings
         return self.head(rows, batch.target_ids, temperature, loss_arguments), embeddings
 
     def hidden_states(self, batch: ModelBatch) -> torch.Tensor:

@@ -186,7 +186,10 @@ def plan_table(
 
 def _with_stage(config: Config, stage: int):
     values = dict(config.deepspeed.config)
-    zero = {k: v for k, v in values.get("zero_optimization", {}).items() if k != "stage"}
+    # What the stage cannot offload stays where it is.
+    drop = {"stage"} | ({"offload_param"} if stage < 3 else set())
+    drop |= {"offload_optimizer"} if stage < 1 else set()
+    zero = {k: v for k, v in values.get("zero_optimization", {}).items() if k not in drop}
     return replace(
         config.deepspeed,
         zero_stage=stage,  # pyright: ignore[reportArgumentType]

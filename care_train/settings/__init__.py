@@ -6,10 +6,11 @@ from typing import Literal
 from care_train.algorithm.settings import STRICT, CareSettings, check
 from care_train.rollout.settings import RolloutSettings
 from care_train.settings.data import DataSettings, EvalSettings
+from care_train.settings.deepspeed import DeepSpeedSettings
 from care_train.settings.logging import LoggingSettings
-from care_train.settings.model import ModelSettings, PromptSettings
+from care_train.settings.model import LoraSettings, ModelSettings, PromptSettings
 from care_train.settings.objective import TABLE_5, Algorithm, LossSettings, RewardSettings
-from care_train.settings.training import DeepSpeedSettings, SftSettings, TrainSettings
+from care_train.settings.training import SftSettings, TrainSettings
 
 __all__ = [
     "TABLE_5",
@@ -19,6 +20,7 @@ __all__ = [
     "DeepSpeedSettings",
     "EvalSettings",
     "LoggingSettings",
+    "LoraSettings",
     "LossSettings",
     "ModelSettings",
     "PromptSettings",
@@ -68,6 +70,13 @@ class Config:
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
     def __post_init__(self) -> None:
+        check(
+            not (self.train.freeze_vision and self.model.lora and self.model.lora.vision),
+            "train.freeze_vision",
+            True,
+            "false with model.lora.vision = true, which trains the vision tower's adapters",
+        )
+        self.deepspeed.check_dtype(self.model.dtype)
         per_group = self.algorithm == "care" and self.care.normalize_over == "group"
         check(
             not per_group or self.loss.aggregation == "sequence",
@@ -75,3 +84,15 @@ class Config:
             self.loss.aggregation,
             "'sequence' with care.normalize_over = 'group': a token mean has no per-group form",
         )
+        if self.train.rollouts_ahead:
+            self._check_rollouts_ahead()
+
+    def _check_rollouts_ahead(self) -> None:
+        has_server = self.rollout.engine == "vllm" and self.rollout.vllm.server is not None
+        wanted = "0 without rollout.engine=vllm and rollout.vllm.server: other engines generate in "
+        wanted += "the process that trains"
+        check(has_server, "train.rollouts_ahead", 1, wanted)
+        wanted = "0 with loss.importance_sampling=none: those rollouts are one update old"
+        check(self.loss.importance_sampling != "none", "train.rollouts_ahead", 1, wanted)
+        wanted = "0 with train.dynamic_sampling, which decides by one step's rollouts how many more"
+        check(not self.train.dynamic_sampling, "train.rollouts_ahead", 1, wanted)

@@ -1,9 +1,43 @@
 """Settings of the model and of what it is shown."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from care_train.algorithm.settings import STRICT
+from care_train.algorithm.settings import STRICT, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Low-rank adapters (arXiv:2106.09685), trained in place of the weights they sit beside."""
+
+    __pydantic_config__ = STRICT
+
+    rank: int = 16
+    """r: the adapters' inner dimension."""
+    alpha: float = 32.0
+    """Adapters count alpha / rank times."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs dropped in training. Above 0 the policy that is trained is not
+    the one that sampled: meant for a cold start."""
+    target_modules: str | list[str] = "all-linear"
+    """`all-linear`, or ends of the names of linear layers (`[q_proj, v_proj]`); never the head."""
+    vision: bool = False
+    """Adapt the vision tower's linear layers too."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Ends of the names of modules that are trained whole beside the adapters (`[merger]`); not the
+    head."""
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 1, "model.lora.rank", self.rank, "at least 1")
+        check(self.alpha > 0, "model.lora.alpha", self.alpha, "above 0")
+        check(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "in [0, 1)")
+        is_known = isinstance(self.target_modules, list) or self.target_modules == "all-linear"
+        check(
+            bool(self.target_modules) and is_known,
+            "model.lora.target_modules",
+            self.target_modules,
+            "'all-linear' or a list of names",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +57,9 @@ class ModelSettings:
     """Smallest image area in pixels the image processor scales to. None: the processor's own."""
     max_pixels: int | None = None
     """Largest image area in pixels the image processor scales to. None: the processor's own."""
+    lora: LoraSettings | None = None
+    """Train adapters alone; the reference of the KL is then the model without them, at no memory of
+    its own. None: train all weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Settings of the optimisers' loops and of DeepSpeed."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from care_train.algorithm.settings import STRICT, check
 from care_train.settings.data import DataSettings
@@ -43,6 +43,9 @@ class TrainSettings:
     """Draw more prompts until every group of the batch has both right and wrong rollouts (DAPO)."""
     max_resample_rounds: int = 3
     """Rounds of dynamic sampling before the batch is trained as it is."""
+    rollouts_ahead: Literal[0, 1] = 0
+    """1: while a step trains, the next one's rollouts are sampled with the weights before its
+    update, and weighed for it by `loss.importance_sampling`. Needs `rollout.vllm.server`."""
     save_every: int = 0
     """Steps between checkpoints; 0 keeps the final one only."""
     keep_checkpoints: int = 2
@@ -107,15 +110,3 @@ class SftSettings:
     repair_share: float = 0.0
     """Share of rows shown as a repair: a wrong rationale, the cue, then the right one. A model that
     cannot follow instructions yet learns there what the cue asks for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeepSpeedSettings:
-    """What deepspeed.initialize gets."""
-
-    __pydantic_config__ = STRICT
-
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """ZeRO stage."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """More DeepSpeed keys, merged over those made here (for example `zero_optimization`)."""

@@ -4,18 +4,21 @@ import copy
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from care_train.models.batch import ModelBatch, TokenSequence, collate
 from care_train.models.load import LoadedModel
+from care_train.models.lora import add_adapters, without_adapters
 from care_train.models.policy import Policy
-from care_train.settings import DeepSpeedSettings
+from care_train.settings import DeepSpeedSettings, LoraSettings
 from care_train.training.clock import Mark, no_mark
 from care_train.training.distributed import all_max, all_sum, is_main, world_size
 from care_train.training.engine_state import load_engine, save_engine, tensor_bytes
@@ -25,6 +28,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # On CPUs DeepSpeed would compile a shared-memory all-reduce at first use: half a minute, and a C++
 # compiler, for what gloo does.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# bfloat16 under ZeRO-0 would begin with an AdamW step on zero gradients: the first update then has
+# the second one's bias correction, a quarter too small, and weight decay counts twice.
+FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class PolicyEngine:
         *,
         bf16: bool = False,
         freeze_vision: bool = False,
+        lora: LoraSettings | None = None,
+        seed: int = 0,
         copy_for_rollouts: bool = True,
     ) -> None:
         """Shard `loaded` and make its optimiser.
@@ -82,6 +90,8 @@ class PolicyEngine:
             device: this rank's.
             bf16: train in bfloat16 with fp32 master weights.
             freeze_vision: train the language model alone.
+            lora: put such adapters into the policy and train them alone.
+            seed: of the adapters' first weights.
             copy_for_rollouts: under ZeRO-3 keep a whole copy for engines that generate with the
                 policy's own model.
         """
@@ -95,17 +105,14 @@ class PolicyEngine:
         self.rollout = loaded
         if self.rollout_is_copy:
             self.rollout = replace(loaded, model=copy.deepcopy(loaded.model))
+        if lora is not None:  # after the copy, which gets merged weights
+            add_adapters(loaded.model, lora, seed)
         self._weights = policy_weights(loaded.model)
         policy = Policy(loaded.model)
         if freeze_vision:
             _freeze_vision(loaded.model)
         parameters = [p for p in policy.parameters() if p.requires_grad]
-        adamw = torch.optim.AdamW(
-            parameters,
-            lr=optimizer.learning_rate,
-            betas=optimizer.betas,
-            weight_decay=optimizer.weight_decay,
-        )
+        adamw = _adamw(parameters, optimizer, settings)
         self.optimizer = adamw
         schedule: Any = torch.optim.lr_scheduler.LambdaLR(adamw, _learning_rate_factor(optimizer))
         self._policy = policy
@@ -134,6 +141,16 @@ class PolicyEngine:
         """Log-probs [N] and, where spans are given, rationale embeddings [B, D]: one forward."""
         self._engine.eval()
         return self._engine(batch, temperature, pool_spans=pool_spans)
+
+    @torch.no_grad()
+    def rows(self, batch: ModelBatch) -> torch.Tensor:
+        """Final hidden states [N, D] of the batch's rows."""
+        self._engine.eval()
+        return self._engine(batch, rows_only=True)[0]
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """A block in which `score` and `rows` are those of the model without its adapters."""
+        return without_adapters(self.loaded.model)
 
     def step(
         self, micro_batches: Sequence[MicroBatch], temperature: float, mark: Mark = no_mark
@@ -241,6 +258,24 @@ def _not_finite(loss: float, grad_norm: float) -> FloatingPointError:
         f"loss {loss}, gradient norm {grad_norm}: not finite, so no update was made; lower "
         "train.learning_rate or resume from the last checkpoint"
     )
+
+
+def _adamw(
+    parameters: list[torch.nn.Parameter], optimizer: OptimizerSettings, settings: DeepSpeedSettings
+) -> torch.optim.Optimizer:
+    """torch's AdamW, or where its states are in main memory DeepSpeed's for CPUs.
+
+    The latter is built by the C++ compiler at first use, which takes a minute or two;
+    `zero_force_ds_cpu_optimizer: false` asks for torch's, several times slower.
+    """
+    shared: dict[str, Any] = {
+        "lr": optimizer.learning_rate,
+        "betas": optimizer.betas,
+        "weight_decay": optimizer.weight_decay,
+    }
+    if settings.offloads_optimizer and settings.config.get("zero_force_ds_cpu_optimizer", True):
+        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **shared)
+    return torch.optim.AdamW(parameters, **shared)
 
 
 def _deepspeed_config(

@@ -12,7 +12,7 @@ import torch
 
 from care_train.config import config_to_dict
 from care_train.data import Sample
-from care_train.settings import Config
+from care_train.settings import Config, LoraSettings
 from care_train.training.checkpoint import Checkpoint
 from care_train.training.distributed import barrier, is_main, world_size
 
@@ -26,12 +26,23 @@ FREE = (
         "train.keep_checkpoints",
         "train.keep_best",
         "train.eval_every",
+        "rollout.vllm.server",
+        "rollout.vllm.server_timeout",
     ),
 )
 """Keys and sections that decide nothing about the weights: a resumed run may change them."""
 
-_FIXED = ("deepspeed.zero_stage",)
+_FIXED = (
+    "deepspeed.zero_stage",
+    "model.lora.rank",
+    "model.lora.target_modules",
+    "model.lora.vision",
+    "model.lora.modules_to_save",
+)
 """Keys that the files of a checkpoint depend on."""
+
+_MAY_GO = ("deepspeed.config.", "model.lora.")
+"""Starts of keys that a configuration may lack."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +50,13 @@ logger = logging.getLogger(__name__)
 def settings_of(config: Config) -> dict[str, Any]:
     """The resolved configuration, flat, in JSON's types: what a checkpoint remembers."""
     return dict(_flatten(json.loads(json.dumps(config_to_dict(config))), ""))
+
+
+def saved_lora(settings: Mapping[str, Any]) -> LoraSettings | None:
+    """`model.lora` of a checkpoint's `settings_of`."""
+    prefix = "model.lora."
+    values = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
+    return LoraSettings(**values) if values else None
 
 
 def check_settings(
@@ -63,7 +81,7 @@ def check_settings(
         # Nothing else asks how many steps there will be.
         free = (*free, "train.steps")
     lines = []
-    gone = {key: None for key in saved if key.startswith("deepspeed.config.")}
+    gone = {key: None for key in saved if key.startswith(_MAY_GO)}
     for key, value in (gone | now).items():
         before = saved.get(key, defaults.get(key))
         if before == value or _within(key, (*FREE, *free)):
@@ -74,7 +92,7 @@ def check_settings(
         raise ValueError(
             f"resume: {where} was made with other settings, under which the run would have gone "
             f"another way:\n  " + "\n  ".join(lines) + "\nset them back, or accept the changes "
-            "with allow_changes=[key,...] (deepspeed.zero_stage cannot change)"
+            f"with allow_changes=[key,...] ({', '.join(_FIXED)} cannot change)"
         )
 
 

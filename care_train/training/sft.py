@@ -101,6 +101,8 @@ def _policy_engine(session: Session, device: torch.device) -> PolicyEngine:
         session.config.deepspeed,
         device,
         bf16=session.config.model.dtype == "bfloat16",
+        lora=session.config.model.lora,
+        seed=session.config.seed,
     )
 
 

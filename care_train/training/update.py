@@ -1,14 +1,13 @@
 """The optimiser's passes over one batch of rollouts (Algorithm 1, lines 42-43)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from care_train.algorithm.types import GroupUpdate, Rollout, TrainSequence
 from care_train.models.batch import ModelBatch, TokenSequence
-from care_train.models.policy import Policy
 from care_train.settings import Config
 from care_train.training.clock import Mark, no_mark
 from care_train.training.distributed import all_sum
@@ -21,6 +20,7 @@ from care_train.training.loss import (
     sequence_scale,
 )
 from care_train.training.mismatch import Mismatch, importance_weights
+from care_train.training.reference import Reference
 from care_train.training.sampling import SampledGroup
 from care_train.training.scoring import SequenceScorer, length_sorted_batches
 
@@ -50,7 +50,7 @@ class PolicyUpdater:
         engine: PolicyEngine,
         config: Config,
         scorer: SequenceScorer,
-        reference: Policy | None,
+        reference: Reference | None,
     ) -> None:
         self._engine = engine
         self._config = config
@@ -107,7 +107,7 @@ class PolicyUpdater:
         mark("old_forward")
         reference: Sequence[torch.Tensor | None] = [None] * len(tokens)
         if self._reference is not None and self._config.loss.kl_estimator != "exact":
-            reference, _ = self._scorer.log_probs(self._score_reference, tokens, filler)
+            reference, _ = self._scorer.log_probs(self._reference.score, tokens, filler)
         mark("reference")
         self._measure(owners, sequences, filler, mismatch)
         weights = [
@@ -201,13 +201,6 @@ class PolicyUpdater:
         correction = importance_weights(trainer, rollout.log_probs, self._config.loss)
         return correction if weight is None else weight.cpu() * correction
 
-    @torch.no_grad()
-    def _score_reference(
-        self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert self._reference is not None
-        return self._reference(batch, temperature, pool_spans=pool_spans)
-
     def _update_once(
         self,
         items: Sequence[TrainItem],
@@ -228,7 +221,9 @@ class PolicyUpdater:
         if not micro:
             micro = [self._silent_micro_batch(filler)]
         mark("collate")
-        return self._engine.step(micro, self._config.rollout.temperature, mark)
+        result = self._engine.step(micro, self._config.rollout.temperature, mark)
+        # The filler's rows are none of the step's.
+        return result if items else replace(result, outputs=[])
 
     def _micro_batch(self, items: Sequence[TrainItem], denominators: Denominators) -> MicroBatch:
         config = self._config
@@ -278,10 +273,7 @@ class PolicyUpdater:
         if loss.ratio_level == "sequence":
             arguments["sequence_ids"] = batch.sequence_ids
         if self._reference is not None and loss.kl_estimator == "exact":
-            with torch.no_grad():
-                hidden = self._reference.hidden_states(batch).flatten(0, 1)[batch.rows]
-            arguments["ref_hidden"] = hidden
-            arguments["ref_head_weight"] = self._reference.head.weight
+            arguments |= self._reference.exact_kl_arguments(batch)
         return arguments
 
     def _silent_micro_batch(self, filler: TokenSequence) -> MicroBatch:

@@ -49,6 +49,18 @@ def policy_weights(model: Any) -> list[Weight]:
     return weights
 
 
+def whole_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Everything a Hugging Face folder holds, of a model that is whole, on its device."""
+    with torch.no_grad():
+        return {weight.name: weight.make() for weight in policy_weights(model)} | buffers(model)
+
+
+def buffers(model: Any) -> dict[str, torch.Tensor]:
+    """What a folder holds beside the parameters."""
+    saved = model.state_dict()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
 def stream(
     weights: Sequence[Weight],
     bucket_bytes: int,
@@ -93,10 +105,11 @@ def _merged(name: str, base: nn.Parameter, layer: Any) -> Weight:
     own = tuple(p for n, p in layer.named_parameters() if not n.startswith("base_layer."))
 
     def make() -> torch.Tensor:
-        merged = base.detach().clone()
+        # Summed in fp32 and rounded once: a delta is often smaller than bfloat16's steps.
+        merged = base.detach().to(torch.float32, copy=True)
         for adapter in adapters:
-            merged += layer.get_delta_weight(adapter).to(merged.dtype)
-        return merged
+            merged += layer.get_delta_weight(adapter)
+        return merged.to(base.dtype)
 
     return Weight(name, (base, *own), make)
 

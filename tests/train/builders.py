@@ -6,6 +6,7 @@ import torch
 
 from care_train.config import build_config, merge
 from care_train.data import Sample
+from care_train.models.batch import TokenSequence
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.prompts import PromptEncoder
 from care_train.settings import Config, DataSettings, ModelSettings, PromptSettings
@@ -59,6 +60,19 @@ def text_sample(index: int = 0, **fields) -> Sample:
         "location": f"rows.jsonl: row {index + 1}",
     }
     return Sample(**(values | fields))
+
+
+def random_sequences(loaded: LoadedModel, count: int = 6) -> list[TokenSequence]:
+    """Rows with and without an image in turn, with responses of 3 tokens and more."""
+    generator = torch.Generator().manual_seed(1)
+    has_image = loaded.processor is not None
+    samples = [
+        image_sample("red", i) if i % 2 and has_image else text_sample(i) for i in range(count)
+    ]
+    return [
+        TokenSequence(p, (), tuple(torch.randint(10, 60, (3 + i,), generator=generator).tolist()))
+        for i, p in enumerate(encoder_of(loaded).encode(samples))
+    ]
 
 
 def full_log_probs(loaded: LoadedModel, token_ids, inputs=None, temperature: float = 1.0):

@@ -96,3 +96,84 @@ def test_every_algorithm_has_its_table_5_row():
 def test_every_key_is_described():
     """--help explains every setting."""
     assert all(description for _, _, description in describe_keys())
+
+
+SHIPPED_ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
+
+
+@pytest.mark.parametrize("name", SHIPPED_ZERO)
+def test_a_deepspeed_name_brings_the_whole_section(name, tmp_path):
+    """`deepspeed=NAME` replaces what a file below says, and can be changed after it."""
+    path = tmp_path / "c.yaml"
+    path.write_text("deepspeed: {zero_stage: 1, config: {zero_optimization: {stage: 1}}}\n")
+    config = load_config(path, [f"deepspeed={name}", "deepspeed.config.wall_clock_breakdown=true"])
+    shipped = next(folder for folder in CONFIGS if folder.stem == "care").parent / "deepspeed"
+    section = yaml.safe_load((shipped / f"{name}.yaml").read_text())
+    assert config.deepspeed.zero_stage == int(name[4]) == section["zero_stage"]
+    assert config.deepspeed.config == section["config"] | {"wall_clock_breakdown": True}
+    assert config.deepspeed.offloads_optimizer == name.endswith("offload")
+    # In a file the same.
+    path.write_text(f"deepspeed: {name}\n")
+    assert load_config(path).deepspeed.zero == config.deepspeed.zero
+
+
+def test_every_shipped_deepspeed_section_is_tested():
+    """The names above are all there are."""
+    assert {p.stem for p in (CONFIGS[0].parent / "deepspeed").glob("*")} == set(SHIPPED_ZERO)
+
+
+def test_an_own_deepspeed_file_and_a_wrong_name(tmp_path):
+    """A path is taken as it is; an unknown name lists the known ones."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("zero_stage: 2\n")
+    assert load_config(None, [f"deepspeed={path}"]).deepspeed.zero_stage == 2
+    with pytest.raises(ValueError, match="deepspeed: got 'zero4', wanted one of zero1, zero2, z"):
+        load_config(None, ["deepspeed=zero4"])
+
+
+ZERO = "deepspeed.config.zero_optimization"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["deepspeed.zero_stage=3", f"{ZERO}.stage=2"], rf"{ZERO}\.stage: got 2, wanted 3"),
+        ([f"{ZERO}.stage=2"], rf"{ZERO}\.stage: got 2, wanted 0, which is deepspeed.zero_stage"),
+        (["deepspeed.config.bf16.enabled=true"], r"bf16\.enabled: got True, wanted false with"),
+        (
+            ["model.dtype=bfloat16", "deepspeed.config.bf16.enabled=false"],
+            r"bf16\.enabled: got False, wanted true with model.dtype = bfloat16",
+        ),
+        (["deepspeed.config.fp16.enabled=true"], r"fp16: .* wanted no such key: model.dtype"),
+        (["deepspeed.config.gradient_clipping=1"], r"gradient_clipping: .* train.max_grad_norm"),
+        (["deepspeed.config.train_batch_size=8"], r"train_batch_size: .* train.prompts_per_step"),
+        (
+            [f"{ZERO}.offload_optimizer.device=cpu"],
+            r"offload_optimizer: .*zero_stage 1, got stage",
+        ),
+        (
+            ["deepspeed=zero2", f"{ZERO}.offload_param.device=cpu"],
+            r"offload_param: .*zero_stage 3, got stage 2",
+        ),
+        (
+            ["model.lora.vision=true", "train.freeze_vision=true"],
+            r"train\.freeze_vision: got True, wanted false with model\.lora\.vision",
+        ),
+        (["model.lora.rank=0"], r"model\.lora\.rank: got 0, wanted at least 1"),
+        (["model.lora.target_modules=all"], r"target_modules: got 'all', wanted 'all-linear' or"),
+        (["model.lora.ranks=4"], r"unknown key 'model\.lora\.ranks'; did you mean"),
+    ],
+)
+def test_contradictions_name_their_key(overrides, message):
+    """What DeepSpeed or LoRA is told against the run's own settings is an error, by key."""
+    with pytest.raises(ValueError, match=message):
+        load_config(None, overrides)
+
+
+def test_lora_is_off_until_a_key_of_it_is_set():
+    """`model.lora.rank=8` alone turns it on, and a run's config.yaml says so."""
+    assert build_config({}).model.lora is None
+    config = load_config(None, ["model.lora.rank=8"])
+    assert config.model.lora is not None and config.model.lora.rank == 8
+    assert build_config(yaml.safe_load(config_to_yaml(config))) == config
+    assert "model.lora.rank" in {key for key, _, _ in describe_keys()}

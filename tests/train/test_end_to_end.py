@@ -1,7 +1,6 @@
 """Whole runs through the command line, on tiny real models and drawn images."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from care_train.training.clock import StepClock
+from care_train.training.distributed import own_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +43,7 @@ def _command(command: str, *arguments: str, ranks: int = 1) -> list[str]:
 
 
 def _run(command: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = own_environment() | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         _command(command, *arguments, ranks=ranks),
         cwd=ROOT,

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from care_kernels import reference
-from care_train.models.batch import TokenSequence
+from care_train.models.load import load_model
 from care_train.models.policy import Policy
 from care_train.rollout.transformers_engine import TransformersEngine
-from care_train.settings import DeepSpeedSettings
+from care_train.settings import DeepSpeedSettings, ModelSettings
 from care_train.training.distributed import initialize_process_group
 from care_train.training.engine import MicroBatch, OptimizerSettings, PolicyEngine
-from tests.train.builders import encoder_of, image_sample, load, text_sample
+from tests.train.builders import load, random_sequences
 
 LEARNING_RATE = 1e-2
 
@@ -23,15 +23,6 @@ def _engine(loaded, *, max_grad_norm=1e9, zero_stage=0, **schedule):
     )
     settings = DeepSpeedSettings(zero_stage=zero_stage)
     return PolicyEngine(loaded, optimizer, settings, initialize_process_group())
-
-
-def _sequences(loaded, count=6):
-    samples = [image_sample("red", i) if i % 2 else text_sample(i) for i in range(count)]
-    generator = torch.Generator().manual_seed(1)
-    return [
-        TokenSequence(p, (), tuple(torch.randint(10, 60, (3 + i,), generator=generator).tolist()))
-        for i, p in enumerate(encoder_of(loaded).encode(samples))
-    ]
 
 
 def _micro(engine, sequences, advantages):
@@ -46,7 +37,7 @@ def test_one_step_is_adamw_on_the_reference_gradient(tiny_folder):
     loaded = load(tiny_folder())
     plain = copy.deepcopy(loaded.model)
     engine = _engine(loaded)
-    sequences = _sequences(loaded)
+    sequences = random_sequences(loaded)
     micro = _micro(engine, sequences, [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
 
     policy = Policy(plain)
@@ -77,7 +68,7 @@ def test_micro_batches_accumulate_to_the_whole_batch(tiny_folder):
     for size in (6, 2):
         loaded = load(tiny_folder())
         engine = _engine(loaded)
-        sequences = _sequences(loaded)
+        sequences = random_sequences(loaded)
         total = sum(len(s.response_ids) for s in sequences)
         micro = []
         for start in range(0, 6, size):
@@ -94,7 +85,7 @@ def test_gradients_are_clipped_to_the_norm(tiny_folder):
     """Read off AdamW's first moment, which after one step is a tenth of the clipped gradient."""
     loaded = load(tiny_folder())
     engine = _engine(loaded, max_grad_norm=0.01)
-    micro = _micro(engine, _sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
+    micro = _micro(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
     result = engine.step([micro], 1.0)
     assert result.grad_norm > 0.01
     moments = [state["exp_avg"] for state in engine.optimizer.state.values()]
@@ -108,7 +99,7 @@ def test_the_schedule_warms_up_and_decays(tiny_folder):
     engine = _engine(
         loaded, warmup_steps=2, schedule="cosine", min_learning_rate=0.1 * LEARNING_RATE
     )
-    sequences = _sequences(loaded, 1)
+    sequences = random_sequences(loaded, 1)
     rates = []
     for _ in range(10):
         rates.append(engine.learning_rate / LEARNING_RATE)
@@ -124,7 +115,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(zero_stage, tiny_folder):
     loaded = load(tiny_folder())
     engine = _engine(loaded, zero_stage=zero_stage)
     before = {n: p.clone() for n, p in loaded.model.named_parameters()}
-    micro = _micro(engine, _sequences(loaded), [float("nan"), 1.0, 1.0, 1.0, 1.0, 1.0])
+    micro = _micro(engine, random_sequences(loaded), [float("nan"), 1.0, 1.0, 1.0, 1.0, 1.0])
     with pytest.raises(FloatingPointError, match="no update was made"):
         engine.step([micro], 1.0)
     for name, parameter in loaded.model.named_parameters():
@@ -138,7 +129,7 @@ def test_zero_stages_take_the_same_step(zero_stage, tiny_folder):
     for stage in (0, zero_stage):
         loaded = load(tiny_folder())
         engine = _engine(loaded, zero_stage=stage)
-        micro = _micro(engine, _sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
+        micro = _micro(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
         result = engine.step([micro], 1.0)
         assert result.grad_norm > 0
         scores.append(engine.score(micro.batch, 1.0)[0])
@@ -149,3 +140,21 @@ def test_zero_stages_take_the_same_step(zero_stage, tiny_folder):
             for name, parameter in loaded.model.named_parameters():
                 assert torch.equal(own[name], parameter), name
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_the_first_bfloat16_update_is_the_learning_rate(zero_stage, tiny_folder):
+    """AdamW's first step moves each fp32 master weight by the learning rate, its decay once.
+
+    DeepSpeed's optimiser for bfloat16 under ZeRO-0 would begin with a step on zero gradients.
+    """
+    loaded = load_model(ModelSettings(path=str(tiny_folder()), dtype="bfloat16"))
+    head = loaded.model.lm_head.weight.detach().float().clone()
+    optimizer = OptimizerSettings(learning_rate=1e-2, total_steps=10, weight_decay=0.1)
+    settings, device = DeepSpeedSettings(zero_stage=zero_stage), initialize_process_group()
+    engine = PolicyEngine(loaded, optimizer, settings, device, bf16=True)
+    micro = _micro(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
+    engine.step([micro], 1.0)
+    moved = dict(engine.weights(1 << 20))["lm_head.weight"].float() - head * (1 - 1e-3)
+    # Half of bfloat16's step at these weights.
+    assert float(moved.abs().median()) == pytest.approx(1e-2, abs=5e-4)
