@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from care_train.config import load_config
 from care_train.data import PromptOrder, Sample, load_samples
 from care_train.models.load import LoadedModel
+from care_train.reporting import MetricsLogger
 from care_train.rollout.banned import banned_token_ids
 from care_train.settings import Config
+from care_train.training.distributed import initialize_process_group
 from care_train.training.rng import seed_all
 from care_train.training.session import model_folder, open_session
 from care_train.training.sft import run_sft
@@ -95,6 +94,8 @@ def case_config(case: Case, overrides: Sequence[str] = ()) -> Config:
         f"rollout.max_new_tokens={case.length}",
         f"rollout.batch_size={case.sequences}",
         f"train.micro_batch_size={case.micro_batch}",
+        # The engine's log-probs are those without EOS, the trainer's with it.
+        "rollout.max_log_prob_gap=null",
         "logging.progress=false",
         "logging.tensorboard=false",
         # The schedule's end, never reached.
@@ -111,32 +112,34 @@ def prepare(folder: Path, cold_steps: int, num_rows: int = 4096) -> Setup:
         cold_steps: steps of supervised fine-tuning; 0 leaves the weights random.
         num_rows: distinct training rows to draw from.
     """
-    config = case_config(Case(), [f"sft.steps={max(cold_steps, 1)}"])
+    config = load_config(
+        QUICKSTART, [f"sft.steps={max(cold_steps, 1)}", "logging.tensorboard=false"]
+    )
     seed_all(config.seed)
     samples = load_samples(config.data, config.seed)
-    order = PromptOrder(len(samples), config.seed).take(0, num_rows)
+    cold_rows = load_samples(config.sft.data, config.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    base = model_folder(config, folder, samples)
+    base = model_folder(config, folder, [*cold_rows, *samples])
+    rows = draw_rows(num_rows)
     if not cold_steps:
-        return Setup(base, [samples[i] for i in order])
+        return Setup(base, rows)
     cold = folder / f"cold_{cold_steps}"
     if not cold.is_dir():
-        rows = load_samples(config.sft.data, config.seed)
-        session = open_session(config, base, config.sft.data, torch.device("cpu"))
-        run_sft(session, rows, cold, _NoMetrics(), torch.device("cpu"))  # pyright: ignore[reportArgumentType]
-    return Setup(cold, [samples[i] for i in order])
+        device = initialize_process_group()
+        session = open_session(config, base, config.sft.data, device)
+        with MetricsLogger(folder, config.logging, {}) as metrics:
+            run_sft(session, cold_rows, cold, metrics, device)
+    return Setup(cold, rows)
 
 
-class _NoMetrics:
-    """A metrics log that keeps nothing."""
-
-    def log(self, *arguments: Any, **named: Any) -> None: ...
+def draw_rows(count: int) -> list[Sample]:
+    """The quickstart's first `count` training rows in the order it draws them."""
+    config = load_config(QUICKSTART)
+    samples = load_samples(config.data, config.seed)
+    return [samples[i] for i in PromptOrder(len(samples), config.seed).take(0, count)]
 
 
 def end_never(loaded: LoadedModel) -> list[int]:
-    """Put EOS out of reach; returns the ids that must not be sampled, the real EOS among them.
-
-    The id that ends a response becomes one that no row of the head stands for.
-    """
-    loaded.model.generation_config.eos_token_id = loaded.model.get_output_embeddings().out_features
+    """Put EOS out of reach; returns the ids that must not be sampled, the real EOS among them."""
+    loaded.model.generation_config.eos_token_id = []
     return banned_token_ids(loaded)

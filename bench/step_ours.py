@@ -1,13 +1,13 @@
-"""Our training step as `bench.step` measures it: the trainer's own parts, put together as it does."""
+"""Our training step as `bench.step` measures it: the trainer's own parts, put together alike."""
 
 import time
 from collections.abc import Sequence
 
 from bench.step_case import Case, FixedLengthVerifier, Setup, StepFigures, case_config, end_never
-from care_train.models.token_text import TokenText
 from care_train.data import Sample
+from care_train.models.token_text import TokenText
 from care_train.training.distributed import initialize_process_group, rank, world_size
-from care_train.training.rl import policy_engine, reference_policy
+from care_train.training.rl import open_policy
 from care_train.training.sampling import GroupSampler, RolloutScorer
 from care_train.training.session import Session, open_session, rank_share
 from care_train.training.step import TrainStep
@@ -31,17 +31,10 @@ class OurTrainer:
         verifier = FixedLengthVerifier(config.prompt, config.reward)
         scorer = RolloutScorer(TokenText(opened.loaded.tokenizer), verifier, config.prompt)
         session = Session(config, opened.loaded, opened.encoder, scorer)
-        reference = reference_policy(session)
-        engine = policy_engine(session, device)
-        rollout = session.new_engine(
-            engine.rollout, config.rollout.batch_size, is_copy=engine.rollout_is_copy
-        )
+        engine, rollout, reference = open_policy(session, device)
         sampler = GroupSampler(rollout, session.encoder, scorer, config)
         self._step = TrainStep(config, engine, sampler, reference)
         self._setup, self._case, self._done = setup, case, 0
-        self.kl_coef = config.loss.kl_coef
-        self.learning_rate = config.train.learning_rate
-        self.max_grad_norm = config.train.max_grad_norm
 
     def run(self) -> StepFigures:
         """One step, timed.
@@ -57,8 +50,8 @@ class OurTrainer:
         tokens, sequences = int(metrics["decoded_tokens"]), int(metrics["sampled_sequences"])
         if tokens != sequences * self._case.length:
             raise RuntimeError(
-                f"bench.step: got {tokens} tokens of {sequences} sequences, wanted {self._case.length} "
-                "of each"
+                f"bench.step: got {tokens} tokens of {sequences} sequences, wanted "
+                f"{self._case.length} of each"
             )
         parts = {
             key.removeprefix("seconds_"): value

@@ -1,19 +1,22 @@
 """TRL's GRPOTrainer as `bench.step` measures it, on its fastest settings for this step."""
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset, Features, Image, List, Value
-from transformers import AutoProcessor, TrainerCallback
+from transformers import AutoProcessor, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from bench.step_case import Case, FixedLengthVerifier, Setup, StepFigures, case_config, end_never
 from care_train.models.load import load_model
+from care_train.training.distributed import own_environment
 
-Turn = Callable[[StepFigures], bool]
-"""Called after each of TRL's steps with its figures; whether to go on."""
+Turn = Callable[[StepFigures], None]
+"""Called after each of TRL's steps with its figures."""
 
 
 def run_trl(
@@ -44,46 +47,55 @@ def run_trl(
     banned = end_never(loaded)
     rewards = _Rewards(setup, case)
     size = micro_batch or case.micro_batch
-    arguments = GRPOConfig(
-        **{
-            "output_dir": output_dir,
-            "use_cpu": not torch.cuda.is_available(),
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "max_steps": steps,
-            "learning_rate": config.train.learning_rate,
-            "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": config.train.warmup_steps,
-            "weight_decay": config.train.weight_decay,
-            "max_grad_norm": config.train.max_grad_norm,
-            "per_device_train_batch_size": size,
-            "gradient_accumulation_steps": case.sequences // size,
-            "num_generations": case.group_size,
-            "max_completion_length": case.length,
-            "temperature": config.rollout.temperature,
-            "beta": config.loss.kl_coef,
-            "loss_type": "grpo",
-            "shuffle_dataset": False,
-            "seed": config.seed,
-            "generation_kwargs": {"suppress_tokens": banned},
-        }
-        | settings
-    )
+    arguments: dict[str, Any] = {
+        "output_dir": output_dir,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "max_steps": steps,
+        "learning_rate": config.train.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": config.train.warmup_steps,
+        "weight_decay": config.train.weight_decay,
+        "max_grad_norm": config.train.max_grad_norm,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": case.sequences // size,
+        "num_generations": case.group_size,
+        "max_completion_length": case.length,
+        "temperature": config.rollout.temperature,
+        "beta": config.loss.kl_coef,
+        "loss_type": "grpo",
+        "shuffle_dataset": False,
+        "seed": config.seed,
+        "generation_kwargs": {"suppress_tokens": banned},
+    }
     driver = _Driver(rewards, turn)
-    trainer = GRPOTrainer(
-        model=loaded.model,
-        reward_funcs=rewards,
-        args=arguments,
-        train_dataset=_dataset(setup, case.prompts * steps),
-        processing_class=AutoProcessor.from_pretrained(setup.folder, padding_side="left"),
-        callbacks=[driver],
-    )
+    with _no_group():
+        trainer = GRPOTrainer(
+            model=loaded.model,
+            reward_funcs=rewards,
+            args=GRPOConfig(**(arguments | settings)),
+            train_dataset=_dataset(setup, case.prompts * steps),
+            processing_class=AutoProcessor.from_pretrained(setup.folder, padding_side="left"),
+            callbacks=[driver],
+        )
+    trainer.remove_callback(PrinterCallback)
     driver.watch(trainer)
     trainer.train()
+
+
+@contextmanager
+def _no_group() -> Iterator[None]:
+    """Hide this process's group of one, around which TRL would wrap DistributedDataParallel."""
+    hidden = {key: os.environ.pop(key) for key in os.environ.keys() - own_environment().keys()}
+    try:
+        yield
+    finally:
+        os.environ |= hidden
 
 
 def _dataset(setup: Setup, count: int) -> Dataset:
@@ -116,7 +128,7 @@ class _Rewards:
         completion_ids: list[list[int]],
         row: list[int],
         **_: Any,
-    ) -> list[float]:
+    ) -> list[float | None]:
         lengths = {len(ids) for ids in completion_ids}
         if lengths != {self._length}:
             raise RuntimeError(f"bench.step: TRL sampled {lengths} tokens, wanted {self._length}")
@@ -164,15 +176,14 @@ class _Driver(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._start = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         seconds = time.perf_counter() - self._start
         figures = StepFigures(
             seconds, self._rewards.tokens, self._parts(seconds), self._rewards.sequences
         )
         self._spent = {}
-        control.should_training_stop = not self._turn(figures)
+        self._turn(figures)
         self._start = time.perf_counter()
-        return control
 
     def _parts(self, seconds: float) -> dict[str, float]:
         spent = self._spent
