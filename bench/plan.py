@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from care_train.training.distributed import LAUNCHER_VARIABLES
+from care_train.cli import quiet_libraries
+from care_train.training.distributed import own_environment
 
 MIB = 2**20
 
@@ -83,6 +83,7 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    quiet_libraries()
     if options.child:
         print(json.dumps(measure(Case(**json.loads(options.child)))))
         return 0
@@ -108,9 +109,7 @@ def main() -> int:
 def compare(case: Case) -> Comparison:
     """Measure a case in a fresh process, beside its prediction."""
     command = [sys.executable, "-m", "bench.plan", "--child", json.dumps(asdict(case))]
-    # One process of its own, whatever group this one belongs to.
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-    environment |= {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = own_environment() | {"DS_ACCELERATOR": "cpu", "TRANSFORMERS_VERBOSITY": "error"}
     # Freed memory goes back at once, so that the peak is what was in use.
     environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
     done = subprocess.run(

@@ -9,21 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from care_train.config import configs_folder, describe_keys, load_config, names_run
+from care_train.rollout.server_client import RolloutServerError
 from care_train.settings import Config
 
 _COMMANDS = {
     "quickstart": "teach a tiny vision-language model to read images: cold start, CARE, report",
     "sft": "cold start: supervised fine-tuning on rationale and answer",
     "train": "reinforcement learning with CARE or a baseline, evaluated before and after",
-    "eval": "accuracy and format of a model: single decode, no reflection",
+    "eval": "score a model on the paper's benchmarks or held-out rows: single decode",
 }
 
-_RESUMABLE = ("quickstart", "sft", "train")
+_RESUMABLE = ("quickstart", "sft", "train", "eval")
 
 _INSPECTIONS = {
     "plan": "predict memory per rank and time per step, without loading the model",
     "doctor": "check machine, model, data and settings before a run",
 }
+
+_SERVE = "generate for runs: a vLLM that gets its weights from the run (rollout.vllm.server)"
 
 _EXPORT = "write a checkpoint as a plain Hugging Face folder, from any ZeRO stage"
 
@@ -36,6 +39,8 @@ examples:
   care-train doctor --config configs/care.yaml
   deepspeed --num_gpus 8 --module care_train train --config configs/care.yaml
   care-train train --config configs/care.yaml --resume
+  care-train eval --config configs/eval.yaml --benchmarks mathvista,mmmu model.path=runs/care/final
+  care-train serve --config configs/care.yaml --port 8000
   care-train export --run runs/care --checkpoint best --out care-best
 
 Every run writes runs/<name>/: config.yaml, metrics.jsonl, summary.json, checkpoints/, final/ (a
@@ -57,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = load_config(_config_path(options), options.overrides)
             if options.command in _INSPECTIONS:
                 return _inspect(options, config)
+            if options.command == "serve":
+                return _serve(options, config)
             return _run(options.command, config)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -67,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FloatingPointError) as error:
         print(f"care-train {options.command}: error: {error}", file=sys.stderr)
         return 2
+    except RolloutServerError as error:
+        print(f"care-train {options.command}: error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -84,11 +94,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if getattr(options, "resume", False):
         given = any(override.split("=")[0].strip() == "resume" for override in options.overrides)
         options.overrides += [] if given else ["resume=true"]
+    if getattr(options, "benchmarks", None) is not None:
+        options.overrides.append(f"eval.benchmarks=[{options.benchmarks}]")
     return options
 
 
 def _run(command: str, config: Config) -> int:
-    _quiet_libraries()
+    quiet_libraries()
     # Imported here: --help and configuration errors need no torch.
     from care_train import commands
     from care_train.training.distributed import barrier, is_main
@@ -115,7 +127,7 @@ def _run(command: str, config: Config) -> int:
 
 
 def _inspect(options: argparse.Namespace, config: Config) -> int:
-    _quiet_libraries()
+    quiet_libraries()
     if options.command == "doctor":
         from care_train.doctor.run import doctor
 
@@ -126,8 +138,15 @@ def _inspect(options: argparse.Namespace, config: Config) -> int:
     return 0
 
 
+def _serve(options: argparse.Namespace, config: Config) -> int:
+    quiet_libraries()
+    from care_train.serve import serve
+
+    return 0 if serve(config, options.host, options.port) else 1
+
+
 def _export(options: argparse.Namespace) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     from care_train import commands
 
     commands.export(options.run, options.checkpoint, options.out, adapter=options.adapter)
@@ -147,9 +166,16 @@ def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
                 change = f"{100 * (after - before):+.1f} points"
                 table.add_row(name, f"{before:.1%}", f"{after:.1%}", change)
         console.print(table)
+    elif "benchmarks" in summary:
+        table = Table("benchmark", "accuracy")
+        for name, accuracy in summary["benchmarks"].items():
+            table.add_row(name, f"{accuracy:.1%}")
+        if "macro_accuracy" in summary:
+            table.add_row("macro average", f"{summary['macro_accuracy']:.1%}")
+        console.print(table)
     elif "accuracy" in summary:
         console.print(f"accuracy {summary['accuracy']:.1%}, format {summary['format']:.1%}")
-    names = ("report.md", "summary.json", "metrics.jsonl", "final")
+    names = ("results.md", "results.json", "report.md", "summary.json", "metrics.jsonl", "final")
     written = ", ".join(name for name in names if (run_dir / name).exists())
     console.print(f"[bold]{run_dir}[/bold]: {written}")
 
@@ -161,7 +187,7 @@ def _config_path(options: argparse.Namespace) -> Path | None:
     return options.config
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Progress and errors are ours to show; these must be set before the libraries load."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -190,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     keys = _keys_help()
-    for name, summary in (_COMMANDS | _INSPECTIONS).items():
+    for name, summary in (_COMMANDS | _INSPECTIONS | {"serve": _SERVE}).items():
         command = commands.add_parser(
             name,
             help=summary,
@@ -203,13 +229,31 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--resume",
                 action="store_true",
-                help="go on from the run's newest usable checkpoint; from step 0 if it has none",
+                help="go on from the run's newest usable checkpoint; from step 0 if it has none"
+                if name != "eval"
+                else "go on after the last response that the run wrote",
             )
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings laid over the file's"
         )
+        if name == "eval":
+            command.add_argument(
+                "--benchmarks",
+                metavar="NAME,...",
+                help="mathvista, mathverse, math_vision, mmmu, mmmu_pro_standard, mmmu_pro_vision; "
+                "data: the rows of eval.data",
+            )
         if name in _INSPECTIONS:
             _add_inspection_options(command, name)
+        if name == "serve":
+            command.add_argument(
+                "--host",
+                default="127.0.0.1",
+                help="where to listen; default %(default)s, 0.0.0.0 for other machines' trainers",
+            )
+            command.add_argument(
+                "--port", type=int, default=8000, help="default %(default)s; 0: a free one"
+            )
     export = commands.add_parser("export", help=_EXPORT, description=_EXPORT)
     export.add_argument("--run", type=Path, required=True, help="the run's folder")
     export.add_argument(

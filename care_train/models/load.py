@@ -75,19 +75,49 @@ def load_model(settings: ModelSettings, folder: str | Path | None = None) -> Loa
     Raises:
         ValueError: a folder that does not exist or holds no model.
     """
+    path = _checked_path(settings, folder)
+    auto_class = _auto_class(AutoConfig.from_pretrained(path))
+    model = auto_class.from_pretrained(
+        path, dtype=DTYPES[settings.dtype], attn_implementation=settings.attention
+    )
+    return _with_preparation(model, path, settings)
+
+
+def load_without_weights(settings: ModelSettings, folder: str | Path | None = None) -> LoadedModel:
+    """`load_model` with parameters on the meta device: what starts an engine that gets weights.
+
+    Raises:
+        ValueError: a folder that does not exist or holds no model.
+    """
+    path = _checked_path(settings, folder)
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model = _auto_class(config).from_config(config, dtype=DTYPES[settings.dtype])
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return _with_preparation(model, path, settings)
+
+
+def _checked_path(settings: ModelSettings, folder: str | Path | None) -> Path:
     path = Path(folder if folder is not None else settings.path)
     if not (path / "config.json").is_file():
         raise ValueError(
             f"model.path: {path}: no config.json there; wanted a Hugging Face model folder "
             "(download it first, for example with `hf download`)"
         )
-    config = AutoConfig.from_pretrained(path)
-    has_vision = getattr(config, "vision_config", None) is not None
-    auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
-    model = auto_class.from_pretrained(
-        path, dtype=DTYPES[settings.dtype], attn_implementation=settings.attention
-    )
-    if has_vision:
+    return path
+
+
+def _auto_class(config: Any) -> Any:
+    return AutoModelForImageTextToText if _has_vision(config) else AutoModelForCausalLM
+
+
+def _has_vision(config: Any) -> bool:
+    return getattr(config, "vision_config", None) is not None
+
+
+def _with_preparation(model: Any, path: Path, settings: ModelSettings) -> LoadedModel:
+    if _has_vision(model.config):
         processor = AutoProcessor.from_pretrained(path)
         _limit_pixels(processor.image_processor, settings)
         tokenizer = processor.tokenizer
@@ -112,10 +142,8 @@ def load_skeleton(
         ValueError: the weights are not those of such a model.
     """
     config = AutoConfig.from_pretrained(folder)
-    has_vision = getattr(config, "vision_config", None) is not None
-    auto_class = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
     with torch.device("meta"):
-        model = auto_class.from_config(config)
+        model = _auto_class(config).from_config(config)
         if lora is not None:
             add_adapters(model, lora, seed=0)
     cast = {name: tensor.to(config.dtype) for name, tensor in weights.items()}
@@ -125,7 +153,7 @@ def load_skeleton(
     if lost:
         raise ValueError(f"{folder}: the weights and the model differ in {lost[0]!r}")
     model.generation_config = GenerationConfig.from_pretrained(folder)
-    if not has_vision:
+    if not _has_vision(config):
         return LoadedModel(model, None, AutoTokenizer.from_pretrained(folder))
     processor = AutoProcessor.from_pretrained(folder)
     return LoadedModel(model, processor, processor.tokenizer)

@@ -56,6 +56,7 @@ _LABELS = {
     "greedy_format": "well-formed greedy responses",
     "kl": "KL to the reference (nats per token)",
     "response_length": "response length (tokens)",
+    "gap_mean": "trainer and rollouts apart (nats per token)",
     "loss": "loss (nats per token)",
 }
 _PLACES = {"train": "on the training rollouts", "eval": "on the evaluation questions"}
@@ -139,6 +140,8 @@ def _panels(metrics: Records) -> list[Callable[[Axes], None]]:
     ]
     if _has(metrics, "train", "groups"):
         panels.append(lambda axis: _draw_groups(axis, metrics))
+    if _has(metrics, "train", "gap_mean"):
+        panels.append(_curve_panel(metrics, "train", "gap_mean"))
     if not panels and _has(metrics, "sft", "loss"):
         panels.append(_curve_panel(metrics, "sft", "loss"))
     return panels
@@ -281,7 +284,7 @@ def _label_axis(axis: Axes, key: str) -> None:
     axis.set_xlabel("step")
     if key in _SHARES:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    elif key in ("kl", "response_length"):
+    elif key in ("kl", "response_length", "gap_mean"):
         axis.set_ylim(bottom=min(0.0, axis.dataLim.y0))
 
 

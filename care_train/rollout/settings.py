@@ -2,22 +2,30 @@
 
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 from care_train.algorithm.settings import STRICT, check
 
 
 @dataclass(frozen=True, kw_only=True)
 class VllmSettings:
-    """What `rollout.engine: vllm` needs to know."""
+    """What `rollout.engine: vllm` and `care-train serve` need to know."""
 
     __pydantic_config__ = STRICT
 
+    server: str | None = None
+    """`http://host:port` of a `care-train serve`, which then generates for all ranks. None: vLLM
+    runs in the training processes."""
+    server_timeout: float = 600.0
+    """Seconds that one request to the server may take, a whole batch or a bucket of weights; after
+    them the run stops."""
     kv_cache_gib: float | None = None
     """Size of the KV cache in GiB. None: 1 on CPUs; on GPUs what gpu_memory_utilization leaves."""
     gpu_memory_utilization: float = 0.4
     """Share of each GPU's memory that vLLM may take, weights included; training has the rest."""
     tensor_parallel_size: int = 1
-    """Ranks that share one copy of vLLM's weights; they sample each other's prompts too."""
+    """GPUs that share one copy of vLLM's weights. In the training processes they are ranks, which
+    sample each other's prompts too; a server starts so many workers."""
     enforce_eager: bool = False
     """Without CUDA graphs: slower, less memory. CPUs are always eager."""
     sleep: bool = True
@@ -31,6 +39,10 @@ class VllmSettings:
         share, kv_cache = self.gpu_memory_utilization, self.kv_cache_gib
         check(0 < share <= 1, "rollout.vllm.gpu_memory_utilization", share, "in (0, 1]")
         check(kv_cache is None or kv_cache > 0, "rollout.vllm.kv_cache_gib", kv_cache, "above 0")
+        url = urlsplit(self.server or "http://x")
+        is_url = url.scheme in ("http", "https") and bool(url.hostname)
+        check(is_url, "rollout.vllm.server", self.server, "http://host:port")
+        check(self.server_timeout > 0, "rollout.vllm.server_timeout", self.server_timeout, "> 0")
         for key in ("tensor_parallel_size", "sync_bucket_mib"):
             check(getattr(self, key) >= 1, f"rollout.vllm.{key}", getattr(self, key), "at least 1")
 
@@ -42,8 +54,9 @@ class RolloutSettings:
     __pydantic_config__ = STRICT
 
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What generates: `transformers` (embedded, any device) or `vllm` (in the training process; on
-    every rank its own, with the weights sent after every optimiser step)."""
+    """What generates: `transformers` (embedded, any device) or `vllm` (in the training process, on
+    every rank its own, or as a server: `vllm.server`), with the weights sent after every optimiser
+    step."""
     group_size: int = 8
     """G: rollouts per prompt."""
     temperature: float = 1.0

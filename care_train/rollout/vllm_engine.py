@@ -9,7 +9,15 @@ import torch.distributed as dist
 from care_train.models.load import LoadedModel
 from care_train.rollout.settings import VllmSettings
 from care_train.rollout.types import Completion, Request, SamplingSettings
-from care_train.rollout.vllm_inputs import check_expansion, unexpanded_ids, vllm_prompt
+from care_train.rollout.vllm_inputs import (
+    check_expansion,
+    check_length,
+    merge_size_of,
+    sampled_log_probs,
+    sampling_parameters,
+    unexpanded_ids,
+    vllm_prompt,
+)
 from care_train.rollout.vllm_process import untouched_process, vllm_process
 from care_train.rollout.weight_sync import send_weights
 
@@ -35,9 +43,7 @@ class VllmEngine:
         self._llm = self._process.llm
         # vLLM has no sleep mode on CPUs, whose memory it does not reserve either.
         self._sleeps = settings.sleep and torch.cuda.is_available()
-        self._merge_size = 1
-        if loaded.processor is not None:
-            self._merge_size = loaded.processor.image_processor.merge_size
+        self._merge_size = merge_size_of(loaded)
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
         """One completion per request, in order, with the log-probs of what was sampled.
@@ -50,14 +56,15 @@ class VllmEngine:
         if self._process.owner is not self:
             raise RuntimeError("vLLM has no weights of this policy: wanted a sync before generate")
         for request in requests:
-            self._check_length(request, sampling)
+            check_length(request, sampling, self._process.max_context)
         mine, everyone = self._gathered(list(requests))
         short = {
             id(r.prompt): unexpanded_ids(r.prompt, self._loaded.image_token_id, self._merge_size)
             for r in everyone
         }
         prompts = [vllm_prompt(request, short[id(request.prompt)]) for request in everyone]
-        parameters = [self._parameters(request, sampling) for request in everyone]
+        eos_ids = self._loaded.eos_token_ids
+        parameters = [sampling_parameters(sampling, request.seed, eos_ids) for request in everyone]
         with untouched_process():
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False) if prompts else []
         for request, output in zip(everyone, outputs, strict=True):
@@ -86,43 +93,9 @@ class VllmEngine:
             self._llm.sleep(level=2)
             self._process.asleep, self._process.owner = True, None
 
-    def _parameters(self, request: Request, sampling: SamplingSettings) -> Any:
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
-
-        is_greedy = sampling.greedy
-        return SamplingParams(
-            n=1,
-            max_tokens=sampling.max_new_tokens,
-            temperature=0.0 if is_greedy else sampling.temperature,
-            top_p=1.0 if is_greedy else sampling.top_p,
-            top_k=0 if is_greedy else sampling.top_k,
-            seed=request.seed,
-            # The trainer's EOS ids and no others.
-            ignore_eos=True,
-            stop_token_ids=list(self._loaded.eos_token_ids),
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            skip_clone=True,
-        )
-
-    def _check_length(self, request: Request, sampling: SamplingSettings) -> None:
-        length = len(request.prompt.token_ids) + len(request.prefix_ids)
-        limit = self._process.max_context
-        if length + sampling.max_new_tokens > limit:
-            raise ValueError(
-                f"{request.prompt.location or 'prompt'}: a context of {length} tokens and "
-                f"max_new_tokens {sampling.max_new_tokens} exceed the {limit} that vLLM was "
-                "started for: the model's positions, or prompt.max_prompt_tokens and "
-                "rollout.max_new_tokens, are fewer"
-            )
-
     def _completion(self, output: Any) -> Completion:
         ids = tuple(output.token_ids)
-        flat = output.logprobs
-        log_probs = tuple(flat.logprobs[start] for start in flat.start_indices)
-        assert len(log_probs) == len(ids)
-        return Completion(ids, ids[-1] in self._loaded.eos_token_ids, log_probs)
+        return Completion(ids, ids[-1] in self._loaded.eos_token_ids, sampled_log_probs(output))
 
     def _gathered(self, requests: list[Request]) -> tuple[slice, list[Request]]:
         """All requests of the ranks that share a vLLM, and where this rank's are among them."""

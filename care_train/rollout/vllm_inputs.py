@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
+from care_train.models.load import LoadedModel
 from care_train.models.prompts import EncodedPrompt
-from care_train.rollout.types import Request
+from care_train.rollout.types import Request, SamplingSettings
 
 
 def unexpanded_ids(
@@ -41,6 +42,62 @@ def vllm_prompt(request: Request, ids: tuple[int, ...]) -> dict[str, Any]:
     if request.prompt.images:
         prompt["multi_modal_data"] = {"image": list(request.prompt.images)}
     return prompt
+
+
+def sampling_parameters(sampling: SamplingSettings, seed: int, eos_ids: Sequence[int]) -> Any:
+    """vLLM's `SamplingParams` of one request."""
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+    is_greedy = sampling.greedy
+    return SamplingParams(
+        n=1,
+        max_tokens=sampling.max_new_tokens,
+        temperature=0.0 if is_greedy else sampling.temperature,
+        top_p=1.0 if is_greedy else sampling.top_p,
+        top_k=0 if is_greedy else sampling.top_k,
+        seed=seed,
+        # The trainer's EOS ids and no others.
+        ignore_eos=True,
+        stop_token_ids=list(eos_ids),
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        skip_clone=True,
+    )
+
+
+def sampled_log_probs(output: Any) -> tuple[float, ...]:
+    """Per sampled token of one of vLLM's `CompletionOutput`s, its log-prob."""
+    flat = output.logprobs
+    log_probs = tuple(flat.logprobs[start] for start in flat.start_indices)
+    assert len(log_probs) == len(output.token_ids)
+    return log_probs
+
+
+def check_length(request: Request, sampling: SamplingSettings, limit: int) -> None:
+    """Refuse a context that vLLM would cut short.
+
+    Args:
+        request: what is to be sampled.
+        sampling: says how long the response may get.
+        limit: the longest context vLLM was started for.
+
+    Raises:
+        ValueError: prompt, prefix and response can exceed it; names the sample.
+    """
+    length = len(request.prompt.token_ids) + len(request.prefix_ids)
+    if length + sampling.max_new_tokens > limit:
+        raise ValueError(
+            f"{request.prompt.location or 'prompt'}: a context of {length} tokens and "
+            f"max_new_tokens {sampling.max_new_tokens} exceed the {limit} that vLLM was "
+            "started for: the model's positions, or prompt.max_prompt_tokens and "
+            "rollout.max_new_tokens, are fewer"
+        )
+
+
+def merge_size_of(loaded: LoadedModel) -> int:
+    """Patches that become one image token, per side; 1 for a text model."""
+    return 1 if loaded.processor is None else loaded.processor.image_processor.merge_size
 
 
 def check_expansion(request: Request, expanded: Sequence[int]) -> None:

@@ -61,8 +61,24 @@ def vllm_process(
         return _running[key]
     positions = loaded.model.config.get_text_config().max_position_embeddings
     max_context = min(max_context, positions)
-    with untouched_process(), _quiet(settings):
-        llm = _start(loaded, folder.name, settings, max_context, batch_size)
+    size, ranks = settings.tensor_parallel_size, int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks % size:
+        raise ValueError(
+            f"rollout.vllm.tensor_parallel_size: got {size}, wanted a divisor of the number of "
+            f"ranks, {ranks}"
+        )
+    # The launcher's variables; without one, those of a single process.
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    llm = start_vllm(
+        loaded,
+        folder.name,
+        settings,
+        max_context,
+        batch_size,
+        # Ranks are processes already, each drives its own worker.
+        distributed_executor_backend="external_launcher",
+    )
     _running[key] = VllmProcess(llm, folder, max_context)
     return _running[key]
 
@@ -74,47 +90,58 @@ def _fingerprint(folder: Path, *more: object) -> str:
     return content.hexdigest()
 
 
-def _start(
-    loaded: LoadedModel, folder: str, settings: VllmSettings, max_context: int, batch_size: int
+def start_vllm(
+    loaded: LoadedModel,
+    folder: str,
+    settings: VllmSettings,
+    max_context: int,
+    batch_size: int,
+    **more: Any,
 ) -> Any:
+    """vLLM's `LLM`, empty, with everything that makes its samples those of the trainer's policy.
+
+    Args:
+        loaded: gives precision and banned tokens.
+        folder: configuration, tokenizer and processor; no weights.
+        settings: `rollout.vllm`.
+        max_context: longest prompt and response together, in tokens.
+        batch_size: sequences generated at once.
+        more: arguments of `LLM` that say where its workers run.
+
+    Raises:
+        ValueError: vLLM is not installed.
+    """
     _set_environment(settings)
     on_gpu = torch.cuda.is_available()
-    llm_class = _import_llm(on_gpu)
-    size, ranks = settings.tensor_parallel_size, int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks % size:
-        raise ValueError(
-            f"rollout.vllm.tensor_parallel_size: got {size}, wanted a divisor of the number of "
-            f"ranks, {ranks}"
-        )
     kv_cache = settings.kv_cache_gib
     if kv_cache is None and not on_gpu:
         kv_cache = 1.0
-    return llm_class(
-        model=folder,
-        load_format="dummy",
-        dtype=str(loaded.model.dtype).removeprefix("torch."),
-        # Ranks are processes already, each drives its own worker.
-        distributed_executor_backend="external_launcher",
-        tensor_parallel_size=size,
-        max_model_len=max_context,
-        max_num_seqs=batch_size,
-        kv_cache_memory_bytes=None if kv_cache is None else int(kv_cache * _GIB),
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        enforce_eager=settings.enforce_eager or not on_gpu,
-        enable_sleep_mode=settings.sleep and on_gpu,
-        enable_prefix_caching=True,
-        # The model's own generation_config must not bend sampling.
-        generation_config="vllm",
-        # Those of the distribution sampled from: after bans, temperature, top-k and top-p.
-        logprobs_mode="processed_logprobs",
-        logits_processors=["care_train.rollout.vllm_banned:BannedTokens"],
-        additional_config={"care_banned_token_ids": banned_token_ids(loaded)},
-        # The pixels are the trainer's to the bit; and vLLM's own mean and deviation would be among
-        # what it starts without.
-        mm_device_do_normalize=False,
-        limit_mm_per_prompt={} if loaded.processor is None else {"video": 0},
-        seed=0,
-    )
+    with untouched_process(), _quiet(settings):
+        return _import_llm(on_gpu)(
+            model=folder,
+            load_format="dummy",
+            dtype=str(loaded.model.dtype).removeprefix("torch."),
+            tensor_parallel_size=settings.tensor_parallel_size,
+            max_model_len=max_context,
+            max_num_seqs=batch_size,
+            kv_cache_memory_bytes=None if kv_cache is None else int(kv_cache * _GIB),
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            enforce_eager=settings.enforce_eager or not on_gpu,
+            enable_sleep_mode=settings.sleep and on_gpu,
+            enable_prefix_caching=True,
+            # The model's own generation_config must not bend sampling.
+            generation_config="vllm",
+            # Of the distribution sampled from: after bans, temperature, top-k and top-p.
+            logprobs_mode="processed_logprobs",
+            logits_processors=["care_train.rollout.vllm_banned:BannedTokens"],
+            additional_config={"care_banned_token_ids": banned_token_ids(loaded)},
+            # The pixels are the trainer's to the bit; and vLLM's own mean and deviation would be
+            # among what it starts without.
+            mm_device_do_normalize=False,
+            limit_mm_per_prompt={} if loaded.processor is None else {"video": 0},
+            seed=0,
+            **more,
+        )
 
 
 def _set_environment(settings: VllmSettings) -> None:
@@ -130,9 +157,6 @@ def _set_environment(settings: VllmSettings) -> None:
     }
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
-    # The launcher's variables; without one, those of a single process.
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("LOCAL_RANK", "0")
 
 
 def _import_llm(on_gpu: bool) -> Any:

@@ -9,8 +9,7 @@ import torch.distributed as dist
 
 Value = TypeVar("Value")
 
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What launchers tell a process of its group; a run of its own must not inherit them."""
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def initialize_process_group() -> torch.device:
@@ -25,6 +24,11 @@ def initialize_process_group() -> torch.device:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if has_gpu else "gloo")
     return device
+
+
+def own_environment() -> dict[str, str]:
+    """This process's environment for a child that is a run of its own: without its group."""
+    return {key: value for key, value in os.environ.items() if key not in _LAUNCHER_VARIABLES}
 
 
 def rank() -> int:

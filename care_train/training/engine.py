@@ -19,6 +19,7 @@ from care_train.models.load import LoadedModel
 from care_train.models.lora import add_adapters, without_adapters
 from care_train.models.policy import Policy
 from care_train.settings import DeepSpeedSettings, LoraSettings
+from care_train.training.clock import Mark, no_mark
 from care_train.training.distributed import all_max, all_sum, is_main, world_size
 from care_train.training.engine_state import load_engine, save_engine, tensor_bytes
 from care_train.training.weights import policy_weights, stream
@@ -151,7 +152,9 @@ class PolicyEngine:
         """A block in which `score` and `rows` are those of the model without its adapters."""
         return without_adapters(self.loaded.model)
 
-    def step(self, micro_batches: Sequence[MicroBatch], temperature: float) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[MicroBatch], temperature: float, mark: Mark = no_mark
+    ) -> StepResult:
         """Accumulate over the micro-batches and update once.
 
         The loss is a sum over rows whose weights already hold the global denominator, so gradients
@@ -175,6 +178,7 @@ class PolicyEngine:
             total += float(output.loss.detach())
             if not is_filler:
                 outputs.append(output)
+        mark("update")
         grad_norm = self._grad_norm()
         is_bad = not (math.isfinite(total) and math.isfinite(grad_norm))
         # All ranks stop together: one alone would leave the others waiting.
@@ -184,6 +188,7 @@ class PolicyEngine:
         grad_norm = self._last_grad_norm(grad_norm)
         if not math.isfinite(grad_norm):  # ZeRO finds out itself, and skips the update
             raise _not_finite(total, grad_norm)
+        mark("optimizer")
         return StepResult(total, grad_norm, outputs)
 
     def _grad_norm(self) -> float:

@@ -14,6 +14,7 @@ from care_train.models.token_text import TokenText
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.types import RolloutEngine
 from care_train.rollout.vllm_engine import VllmEngine
+from care_train.rollout.vllm_server import VllmServerEngine
 from care_train.settings import Config, DataSettings
 from care_train.training.distributed import barrier, is_main
 from care_train.training.folders import PARTIAL
@@ -49,17 +50,20 @@ class Session:
         rollout = self.config.rollout
         if rollout.engine == "transformers":
             return TransformersEngine(loaded, batch_size, is_copy=is_copy)
-        reflection = self.config.care.reflection.max_new_tokens or 0
-        return VllmEngine(
-            loaded,
-            rollout.vllm,
-            # A reflection's prompt and prefix together have as many as a prompt and a response.
-            max_context=self.config.prompt.max_prompt_tokens
-            + rollout.max_new_tokens
-            + max(rollout.max_new_tokens, reflection),
-            # The same for training and evaluation, which then share one vLLM.
-            batch_size=max(rollout.batch_size, self.config.eval.batch_size),
-        )
+        if rollout.vllm.server is not None:
+            return VllmServerEngine(loaded, rollout.vllm)
+        max_context, batch_size = vllm_limits(self.config)
+        return VllmEngine(loaded, rollout.vllm, max_context=max_context, batch_size=batch_size)
+
+
+def vllm_limits(config: Config) -> tuple[int, int]:
+    """The longest context in tokens and the sequences at once that vLLM must be ready for."""
+    rollout = config.rollout
+    longest = max(rollout.max_new_tokens, config.care.reflection.max_new_tokens or 0)
+    # A reflection's prompt and prefix together have as many as a prompt and a response.
+    max_context = config.prompt.max_prompt_tokens + rollout.max_new_tokens + longest
+    # The same for training and evaluation, which then share one vLLM.
+    return max_context, max(rollout.batch_size, config.eval.batch_size)
 
 
 def open_session(config: Config, folder: Path, data: DataSettings, device: torch.device) -> Session:
@@ -83,13 +87,14 @@ def model_folder(config: Config, run_dir: Path, samples: Iterable[Sample]) -> Pa
     folder = run_dir / "base"
     if is_main() and not (folder / "config.json").is_file():
         partial = folder.with_name(folder.name + PARTIAL)
-        build_tiny_model(config.model.path, partial, _corpus(config, samples), seed=config.seed)
+        build_tiny_model(config.model.path, partial, tiny_corpus(config, samples), seed=config.seed)
         partial.rename(folder)
     barrier()
     return folder
 
 
-def _corpus(config: Config, samples: Iterable[Sample]) -> list[str]:
+def tiny_corpus(config: Config, samples: Iterable[Sample]) -> list[str]:
+    """What a tiny model's tokenizer is made from."""
     think, answer = config.prompt.think_tag, config.prompt.answer_tag
     lines = [config.prompt.system or "", config.care.reflection.cue]
     for sample in samples:

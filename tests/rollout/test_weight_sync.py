@@ -37,7 +37,7 @@ def test_a_corrupted_tensor_is_caught_and_named(kind, pair, monkeypatch):
     """One bit, in a fused parameter, after loading: the run stops, and generates nothing more."""
     model = pair(kind)
     name = "model.language_model.layers.1.self_attn.k_proj.weight"
-    load = weight_sync._load_tensor
+    load = weight_sync.load_tensor
 
     def corrupt(worker, sent, tensor):
         filled = load(worker, sent, tensor)
@@ -50,7 +50,7 @@ def test_a_corrupted_tensor_is_caught_and_named(kind, pair, monkeypatch):
                 bits[0] ^= 1
         return filled
 
-    monkeypatch.setattr(weight_sync, "_load_tensor", corrupt)
+    monkeypatch.setattr(weight_sync, "load_tensor", corrupt)
     with pytest.raises(RuntimeError, match=f"{name}.*other numbers than were sent"):
         model.sync()
     monkeypatch.undo()

@@ -1,7 +1,6 @@
 """Start, kill and compare whole runs of `python -m care_train`."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -10,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from care_train.training.distributed import LAUNCHER_VARIABLES
+from care_train.training.distributed import own_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,8 +35,7 @@ class Run:
 
     def __init__(self, *arguments: str, ranks: int = 1) -> None:
         # Tests that ran in this process may have left it a process group's variables.
-        inherited = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-        environment = inherited | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+        environment = own_environment() | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
         command = [sys.executable, "-m", "care_train", *arguments]
         self._processes = []
         with socket.socket() as probe:

@@ -1,0 +1,75 @@
+"""In the workers of a `care-train serve`: weights in, each bucket by one broadcast, and checked.
+
+vLLM mixes this class into its worker (`worker_extension_cls`) and imports it in every worker
+process before the model is made.
+"""
+
+import torch
+
+from care_train.rollout.vllm_cpu import patch_cpu_backend
+from care_train.rollout.weight_channel import Broadcast, open_channel
+from care_train.rollout.weight_sync import SentTensor, find_failures, load_tensor
+
+if not torch.cuda.is_available():
+    patch_cpu_backend()
+
+TensorNote = tuple[str, str, list[int], int]
+"""What a bucket says of a tensor: its name, dtype, shape and checksum."""
+
+
+class WeightReceiver:
+    """The worker's side of a weight sync: `care_open` once, then begin, receive..., end."""
+
+    device: torch.device
+    _care_broadcast: Broadcast | None = None
+    _care_placed: dict[str, list[SentTensor]]
+
+    def care_open(self, backend: str, host: str, port: int, timeout: float) -> None:
+        """Join the trainer's group."""
+        from vllm.distributed import get_tp_group  # pyright: ignore[reportMissingImports]
+
+        group = get_tp_group()
+        rank, size = 1 + group.rank_in_group, 1 + group.world_size
+        self._care_broadcast = open_channel(backend, host, port, rank, size, timeout)
+
+    def care_begin(self) -> None:
+        """Forget what was sent before."""
+        self._care_placed = {}
+
+    def care_receive(self, notes: list[TensorNote], num_bytes: int) -> str | None:
+        """Take one bucket and load its tensors; says what could not be loaded.
+
+        Args:
+            notes: the tensors, in the order in which they lie in the bucket, none aligned.
+            num_bytes: size of the bucket.
+        """
+        assert self._care_broadcast is not None
+        bucket = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        self._care_broadcast(bucket)
+        start = 0
+        for name, dtype_name, shape, checksum in notes:
+            dtype = getattr(torch, dtype_name)
+            end = start + torch.Size(shape).numel() * dtype.itemsize
+            # A copy: the pieces of a bucket need not start where their dtype may.
+            tensor = bucket[start:end].clone().view(dtype).reshape(shape)
+            start = end
+            problem = self._care_load(SentTensor(name, tuple(shape), checksum), tensor)
+            if problem is not None:
+                return problem
+        return None
+
+    def care_failures(self) -> list[str]:
+        """What is wrong with the model after all buckets."""
+        return find_failures(self, self._care_placed)
+
+    def _care_load(self, sent: SentTensor, tensor: torch.Tensor) -> str | None:
+        try:
+            filled = load_tensor(self, sent.name, tensor)
+        # What vLLM's loaders raise on unknown names and wrong shapes.
+        except (ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
+            return f"{sent.name!r} {sent.shape}: vLLM could not load it: {error}"
+        if not filled:
+            return f"{sent.name!r}: vLLM has no parameter of this name"
+        for parameter in filled:
+            self._care_placed.setdefault(parameter, []).append(sent)
+        return None

@@ -1,0 +1,51 @@
+"""`care-train serve`: vLLM in a process of its own, for the run of a configuration."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from care_train.data import load_samples
+from care_train.models.load import load_without_weights
+from care_train.models.tiny import TINY_KINDS, build_tiny_model
+from care_train.rollout.serving import serve as serve_model
+from care_train.settings import Config
+from care_train.training.session import tiny_corpus, vllm_limits
+
+
+def serve(config: Config, host: str, port: int) -> bool:
+    """Serve until a signal; whether vLLM was well to the end.
+
+    The run that uses it sends the weights: it need not be started before.
+
+    Raises:
+        ValueError: no model at `model.path`, no vLLM, or the port is taken.
+    """
+    with tempfile.TemporaryDirectory(prefix="care-serve-") as temporary:
+        folder = _model_folder(config, Path(temporary))
+        loaded = load_without_weights(config.model, folder)
+    max_context, batch_size = vllm_limits(config)
+    return serve_model(
+        loaded,
+        config.rollout.vllm,
+        max_context=max_context,
+        batch_size=batch_size,
+        host=host,
+        port=port,
+        announce=lambda url: _announce(config, url),
+    )
+
+
+def _model_folder(config: Config, temporary: Path) -> Path:
+    """`model.path`, or the tiny model that `quickstart` makes under the same settings."""
+    if config.model.path not in TINY_KINDS:
+        return Path(config.model.path)
+    rows = [*load_samples(config.sft.data, config.seed), *load_samples(config.data, config.seed)]
+    corpus = tiny_corpus(config, rows)
+    return build_tiny_model(config.model.path, temporary / "model", corpus, seed=config.seed)
+
+
+def _announce(config: Config, url: str) -> None:
+    print(f"serving {config.model.path} at {url}", file=sys.stderr, flush=True)
+    print(
+        f"  train with rollout.engine=vllm rollout.vllm.server={url}", file=sys.stderr, flush=True
+    )

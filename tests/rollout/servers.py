@@ -1,0 +1,62 @@
+"""Start and stop real `care-train serve` processes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from pathlib import Path
+
+from care_train.training.distributed import own_environment
+
+ROOT = Path(__file__).parents[2]
+
+
+class Server:
+    """A server process, ready when made."""
+
+    def __init__(self, *arguments: str, port: int = 0, seconds: float = 180) -> None:
+        self._log = tempfile.NamedTemporaryFile(suffix=".log")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "care_train", "serve", f"--port={port}", *arguments],
+            cwd=ROOT,
+            env=own_environment() | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=self._log.file,
+        )
+        # A test that fails leaves no server behind.
+        weakref.finalize(self, self.process.kill)
+        self.url = self._wait(seconds)
+
+    def _wait(self, seconds: float) -> str:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if found := re.search(r"serving .* at (http\S+)", self.errors()):
+                return found[1]
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.05)
+        self.stop()
+        raise AssertionError(f"the server did not start:\n{self.errors()}")
+
+    def errors(self) -> str:
+        """What it wrote so far."""
+        return Path(self._log.name).read_text()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
