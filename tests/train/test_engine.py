@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import yaml
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from care_kernels import reference
 from care_train.models.load import load_model
@@ -13,6 +15,7 @@ from care_train.settings import DeepSpeedSettings, ModelSettings
 from care_train.training.distributed import initialize_process_group
 from care_train.training.engine import MicroBatch, OptimizerSettings, PolicyEngine
 from tests.train.builders import load, random_sequences
+from tests.train.runs import ROOT
 
 LEARNING_RATE = 1e-2
 
@@ -158,3 +161,39 @@ def test_the_first_bfloat16_update_is_the_learning_rate(zero_stage, tiny_folder)
     moved = dict(engine.weights(1 << 20))["lm_head.weight"].float() - head * (1 - 1e-3)
     # Half of bfloat16's step at these weights.
     assert float(moved.abs().median()) == pytest.approx(1e-2, abs=5e-4)
+
+
+OFFLOAD = "configs/deepspeed/zero3_offload.yaml"
+
+
+@pytest.mark.parametrize(
+    "own_adam",
+    # DeepSpeed's is built by the C++ compiler at first use: a minute or two.
+    [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    ids=["torch", "deepspeed"],
+)
+def test_offload_takes_the_same_steps(own_adam, tiny_folder, tmp_path):
+    """The shipped zero3_offload, with either AdamW, beside ZeRO-0; and its checkpoint resumes."""
+    section = yaml.safe_load((ROOT / OFFLOAD).read_text())
+    more = {} if own_adam else {"zero_force_ds_cpu_optimizer": False}
+    offload = DeepSpeedSettings(zero_stage=3, config=section["config"] | more)
+    assert offload.offloads_optimizer
+    optimizer = OptimizerSettings(learning_rate=1e-3, total_steps=10)
+    engines = [
+        PolicyEngine(load(tiny_folder()), optimizer, settings, initialize_process_group())
+        for settings in (DeepSpeedSettings(), offload, offload)
+    ]
+    assert isinstance(engines[1].optimizer, DeepSpeedCPUAdam) == own_adam
+    before = {name: p.detach().clone() for name, p in load(tiny_folder()).model.named_parameters()}
+    for engine in engines[:2]:
+        for _ in range(2):
+            sequences = random_sequences(engine.loaded)
+            engine.step([_micro(engine, sequences, [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])], 1.0)
+    engines[1].save_state(tmp_path)
+    engines[2].load_state(tmp_path)
+    plain, offloaded, loaded = ({n: t.clone() for n, t in e.weights(1 << 20)} for e in engines)
+    apart = sum(float((plain[n] - offloaded[n]).square().sum()) for n in plain)
+    moved = sum(float((plain[n] - before[n]).square().sum()) for n in plain)
+    # As far apart as orders of summation make them: see test_trajectory.
+    assert (apart / moved) ** 0.5 < 1e-4
+    assert all(torch.equal(offloaded[name], loaded[name]) for name in plain)
