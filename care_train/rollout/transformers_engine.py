@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from care_train.models.batch import image_inputs
+from care_train.models.images import image_inputs, with_encoded_images
 from care_train.models.load import LoadedModel
 from care_train.rollout.banned import banned_token_ids
 from care_train.rollout.sampling import SeededSampler
@@ -67,7 +67,7 @@ class TransformersEngine:
             # Left over from the last batch, they would shift a batch without images.
             self._model.base_model.rope_deltas = None
         output = self._model.generate(
-            **inputs,
+            **with_encoded_images(self._model.base_model, inputs),
             generation_config=self._generation_config(sampling),
             logits_processor=LogitsProcessorList([sampler]),
         )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from care_train.models.batch import image_inputs
+from care_train.models.images import image_inputs
 from care_train.rollout.sampling import SeededSampler
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.types import Request, SamplingSettings, request_seed
