@@ -15,7 +15,8 @@ def image_inputs(
     """Pixels, grids and token types of a batch; nothing where no row has an image.
 
     `pixel_values` holds the distinct prompts' images alone. Where prompts repeat, `image_places`
-    [images] says which of those each of the batch's images is, and `with_encoded_images` has to
+    [images] says which of those each of the batch's images is, `prompt_places` [B] which distinct
+    prompt each row has and `image_counts` [B] with how many images; `with_encoded_images` has to
     follow before a model takes the inputs.
     """
     with_images = [prompt for prompt in prompts if prompt.pixel_values is not None]
@@ -40,23 +41,36 @@ def image_inputs(
         "mm_token_type_ids": (input_ids == image_token_id).int(),
     }
     if num_distinct < len(places):
-        inputs["image_places"] = torch.tensor(places)
+        order = {key: place for place, key in enumerate(dict.fromkeys(map(id, prompts)))}
+        inputs |= {
+            "image_places": torch.tensor(places),
+            "prompt_places": torch.tensor([order[id(prompt)] for prompt in prompts]),
+            "image_counts": torch.tensor([_num_images(prompt) for prompt in prompts]),
+        }
     return inputs
 
 
-def with_encoded_images(backbone: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+def _num_images(prompt: EncodedPrompt) -> int:
+    return 0 if prompt.image_grid_thw is None else len(prompt.image_grid_thw)
+
+
+def with_encoded_images(
+    backbone: Any, inputs: dict[str, Any], *, left_padded: bool = False
+) -> dict[str, Any]:
     """The inputs with images encoded, each distinct one once, where the batch repeats any.
 
     Gradients reach the encoder through every row that shows the image.
 
     Args:
         backbone: a transformers vision-language model without its head.
-        inputs: its keyword arguments and perhaps `image_places`.
+        inputs: its keyword arguments, with the places that `image_inputs` adds where images repeat.
+        left_padded: the backbone then has to find the positions of every row itself.
     """
     if "image_places" not in inputs:
         return inputs
     inputs = dict(inputs)
     places = inputs.pop("image_places").tolist()
+    prompts, counts = inputs.pop("prompt_places").tolist(), inputs.pop("image_counts")
     pixels, grid = inputs.pop("pixel_values"), inputs["image_grid_thw"]
     first = [places.index(place) for place in range(max(places) + 1)]
     if "mm_encoder_outputs" not in inspect.signature(backbone.forward).parameters:
@@ -68,4 +82,31 @@ def with_encoded_images(backbone: Any, inputs: dict[str, Any]) -> dict[str, Any]
         features.deepstack_features = [
             tuple(layer[place] for place in places) for layer in features.deepstack_features
         ]
-    return inputs | {"mm_encoder_outputs": {"image": features}}
+    inputs["mm_encoder_outputs"] = {"image": features}
+    if not left_padded:
+        inputs["position_ids"] = _position_ids(backbone, inputs, prompts, counts)
+    return inputs
+
+
+def _position_ids(
+    backbone: Any, inputs: dict[str, Any], prompts: list[int], counts: torch.Tensor
+) -> torch.Tensor:
+    """[3, B, T] multimodal positions of right-padded rows, worked out for each prompt's longest.
+
+    Behind the prompt there is only text: a shorter row has the longest one's positions as far as
+    it goes, and its padding, which is masked, may have any.
+    """
+    lengths = inputs["attention_mask"].sum(-1).tolist()
+    longest: dict[int, int] = {}
+    for row, prompt in enumerate(prompts):
+        if prompt not in longest or lengths[row] > lengths[longest[prompt]]:
+            longest[prompt] = row
+    rows = [longest[prompt] for prompt in sorted(longest)]
+    grids = inputs["image_grid_thw"].split(counts.tolist())
+    positions, _ = backbone.get_rope_index(
+        inputs["input_ids"][rows],
+        image_grid_thw=torch.cat([grids[row] for row in rows]),
+        attention_mask=inputs["attention_mask"][rows],
+        mm_token_type_ids=inputs["mm_token_type_ids"][rows],
+    )
+    return positions[:, prompts]
