@@ -9,8 +9,11 @@ group size, response length (EOS is out of reach, so all sample equally many tok
 learning rate and KL term, one optimiser step per batch, float32. Steps are taken in turns in one
 process: TRL, ours, TRL, ours. The ratio is that of tokens per second, reflections' tokens counted
 as sampled, in the same round; its median over the rounds is reported. TRL generates with
-transformers: its vLLM mode does not run on CPUs (it loads weights that vLLM's CPU backend has
-packed away), and does not accept this vLLM release.
+transformers: its vLLM mode starts on a CPU but stops at the first weight sync ("'Parameter' object
+has no attribute 'weight_loader'": vLLM's CPU backend has packed the weights away by then).
+
+Where other processes keep the cores busy, OpenMP threads wait for each other and steps take many
+times as long; OMP_NUM_THREADS=1 then gives steadier ratios.
 
 `overhead` is the share of our CARE step that is neither generation nor a forward or backward. The
 last line is one JSON object; the exit code is 1 where something could not be measured.
@@ -110,12 +113,13 @@ def compare(
             for _ in range(total):
                 turn(None)
     counted = {name: figures[WARM_UP:] for name, figures in taken.items() if figures}
-    return {name: _result(name, figures, counted) for name, figures in counted.items()}
+    return {name: summarize(name, figures, counted) for name, figures in counted.items()}
 
 
-def _result(
+def summarize(
     name: str, figures: Sequence[StepFigures], counted: dict[str, list[StepFigures]]
 ) -> Result:
+    """Medians of one contender's steps, and its ratios to TRL's among those `counted`."""
     seconds = sum(f.seconds for f in figures)
     parts = {part for f in figures for part in f.parts}
     ratios = [
@@ -200,7 +204,7 @@ def _scaling(setup: Setup, case: Case, options: argparse.Namespace) -> list[dict
     for ranks in options.ranks:
         figures = measure_ranks(setup, case, OURS[name], ranks, WARM_UP + options.scaling_rounds)
         counted = figures[WARM_UP:]
-        result = _result(name, counted, {})
+        result = summarize(name, counted, {})
         rows.append(_row(f"{ranks} ranks of {_threads(ranks)} threads", case, ranks, result))
     for row in rows:
         ratio = "" if row["ratio_to_trl"] is None else f"{row['ratio_to_trl']:.2f}"
