@@ -41,7 +41,7 @@ from rich.table import Table  # noqa: E402
 from bench.measure import describe, machine_facts  # noqa: E402
 from bench.step_case import Case, Setup, StepFigures, prepare  # noqa: E402
 from bench.step_ours import OurTrainer  # noqa: E402
-from bench.step_ranks import measure_ranks  # noqa: E402
+from bench.step_ranks import measure_ranks, threads_of  # noqa: E402
 from care_train.training.clock import StepClock  # noqa: E402
 
 OURS = {
@@ -177,7 +177,7 @@ def _measure(setup: Setup, case: Case, options: argparse.Namespace) -> dict[str,
         for name, r in results.items()
     }
     if options.scaling:
-        figures["scaling"] = _scaling(setup, case, options)
+        figures["scaling"] = _scaling(setup, case, options, main_one)
     return figures
 
 
@@ -185,8 +185,10 @@ def _rounded(shares: dict[str, float]) -> dict[str, float]:
     return {part: round(share, 4) for part, share in shares.items()}
 
 
-def _scaling(setup: Setup, case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """How the step's cost grows: group size, length, ranks."""
+def _scaling(
+    setup: Setup, case: Case, options: argparse.Namespace, base: Result
+) -> list[dict[str, Any]]:
+    """How the step's cost grows from `base`, the case's own: group size, length, ranks."""
     name = options.ours[0]
     grown = {
         "half the group": replace(case, group_size=case.group_size // 2),
@@ -197,7 +199,7 @@ def _scaling(setup: Setup, case: Case, options: argparse.Namespace) -> list[dict
     table = Table(title=f"How a step's cost grows ({name})")
     for column in ("", "group", "length", "ranks", "seconds", "tokens/s", "x TRL"):
         table.add_column(column, justify="left" if not column else "right")
-    rows = []
+    rows = [_row("the step above", case, 1, base)]
     for label, larger in grown.items():
         result = compare(setup, larger, [name], options.scaling_rounds)[name]
         rows.append(_row(label, larger, 1, result))
@@ -205,7 +207,9 @@ def _scaling(setup: Setup, case: Case, options: argparse.Namespace) -> list[dict
         figures = measure_ranks(setup, case, OURS[name], ranks, WARM_UP + options.scaling_rounds)
         counted = figures[WARM_UP:]
         result = summarize(name, counted, {})
-        rows.append(_row(f"{ranks} ranks of {_threads(ranks)} threads", case, ranks, result))
+        rows.append(
+            _row(f"ranks: {ranks}, threads of each: {threads_of(ranks)}", case, ranks, result)
+        )
     for row in rows:
         ratio = "" if row["ratio_to_trl"] is None else f"{row['ratio_to_trl']:.2f}"
         cells = (row["group_size"], row["length"], row["ranks"])
@@ -213,10 +217,6 @@ def _scaling(setup: Setup, case: Case, options: argparse.Namespace) -> list[dict
         table.add_row(row["case"], *map(str, cells), *times, ratio)
     Console(width=100).print(table)
     return rows
-
-
-def _threads(ranks: int) -> int:
-    return max(machine_facts("cpu")["cores"] // ranks, 1)
 
 
 def _row(label: str, case: Case, ranks: int, result: Result) -> dict[str, Any]:
