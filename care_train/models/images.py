@@ -8,6 +8,8 @@ import torch
 
 from care_train.models.prompts import EncodedPrompt
 
+_REPEATS = ("image_places", "prompt_places", "image_counts")
+
 
 def image_inputs(
     prompts: Sequence[EncodedPrompt], input_ids: torch.Tensor, image_token_id: int | None
@@ -17,7 +19,7 @@ def image_inputs(
     `pixel_values` holds the distinct prompts' images alone. Where prompts repeat, `image_places`
     [images] says which of those each of the batch's images is, `prompt_places` [B] which distinct
     prompt each row has and `image_counts` [B] with how many images; `with_encoded_images` has to
-    follow before a model takes the inputs.
+    follow before a model takes them.
     """
     with_images = [prompt for prompt in prompts if prompt.pixel_values is not None]
     if not with_images:
@@ -57,21 +59,23 @@ def _num_images(prompt: EncodedPrompt) -> int:
 def with_encoded_images(
     backbone: Any, inputs: dict[str, Any], *, left_padded: bool = False
 ) -> dict[str, Any]:
-    """The inputs with images encoded, each distinct one once, where the batch repeats any.
+    """The inputs with images encoded, each distinct one once.
 
-    Gradients reach the encoder through every row that shows the image.
+    Gradients reach the encoder through every row that shows the image. Batches without repeats go
+    the same way: ranks that share parameters (ZeRO-3) must gather them in one order, and inside
+    the backbone's forward the encoder would come after the embedding.
 
     Args:
         backbone: a transformers vision-language model without its head.
         inputs: its keyword arguments, with the places that `image_inputs` adds where images repeat.
         left_padded: the backbone then has to find the positions of every row itself.
     """
-    if "image_places" not in inputs:
+    if "pixel_values" not in inputs:
         return inputs
     inputs = dict(inputs)
-    places = inputs.pop("image_places").tolist()
-    prompts, counts = inputs.pop("prompt_places").tolist(), inputs.pop("image_counts")
+    repeats = {key: inputs.pop(key) for key in _REPEATS if key in inputs}
     pixels, grid = inputs.pop("pixel_values"), inputs["image_grid_thw"]
+    places = repeats["image_places"].tolist() if repeats else list(range(len(grid)))
     first = [places.index(place) for place in range(max(places) + 1)]
     if "mm_encoder_outputs" not in inspect.signature(backbone.forward).parameters:
         images = pixels.split(grid[first].prod(-1).tolist())
@@ -83,7 +87,8 @@ def with_encoded_images(
             tuple(layer[place] for place in places) for layer in features.deepstack_features
         ]
     inputs["mm_encoder_outputs"] = {"image": features}
-    if not left_padded:
+    if repeats and not left_padded:
+        prompts, counts = repeats["prompt_places"].tolist(), repeats["image_counts"]
         inputs["position_ids"] = _position_ids(backbone, inputs, prompts, counts)
     return inputs
 
