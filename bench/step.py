@@ -9,8 +9,11 @@ group size, response length (EOS is out of reach, so all sample equally many tok
 learning rate and KL term, one optimiser step per batch, float32. Steps are taken in turns in one
 process: TRL, ours, TRL, ours. The ratio is that of tokens per second, reflections' tokens counted
 as sampled, in the same round; its median over the rounds is reported. TRL generates with
-transformers: its vLLM mode does not run on CPUs (it loads weights that vLLM's CPU backend has
-packed away), and does not accept this vLLM release.
+transformers: its vLLM mode starts on a CPU but stops at the first weight sync ("'Parameter' object
+has no attribute 'weight_loader'": vLLM's CPU backend has packed the weights away by then).
+
+Where other processes keep the cores busy, OpenMP threads wait for each other and steps take many
+times as long; OMP_NUM_THREADS=1 then gives steadier ratios.
 
 `overhead` is the share of our CARE step that is neither generation nor a forward or backward. The
 last line is one JSON object; the exit code is 1 where something could not be measured.
@@ -38,7 +41,7 @@ from rich.table import Table  # noqa: E402
 from bench.measure import describe, machine_facts  # noqa: E402
 from bench.step_case import Case, Setup, StepFigures, prepare  # noqa: E402
 from bench.step_ours import OurTrainer  # noqa: E402
-from bench.step_ranks import measure_ranks  # noqa: E402
+from bench.step_ranks import measure_ranks, threads_of  # noqa: E402
 from care_train.training.clock import StepClock  # noqa: E402
 
 OURS = {
@@ -110,12 +113,13 @@ def compare(
             for _ in range(total):
                 turn(None)
     counted = {name: figures[WARM_UP:] for name, figures in taken.items() if figures}
-    return {name: _result(name, figures, counted) for name, figures in counted.items()}
+    return {name: summarize(name, figures, counted) for name, figures in counted.items()}
 
 
-def _result(
+def summarize(
     name: str, figures: Sequence[StepFigures], counted: dict[str, list[StepFigures]]
 ) -> Result:
+    """Medians of one contender's steps, and its ratios to TRL's among those `counted`."""
     seconds = sum(f.seconds for f in figures)
     parts = {part for f in figures for part in f.parts}
     ratios = [
@@ -173,7 +177,7 @@ def _measure(setup: Setup, case: Case, options: argparse.Namespace) -> dict[str,
         for name, r in results.items()
     }
     if options.scaling:
-        figures["scaling"] = _scaling(setup, case, options)
+        figures["scaling"] = _scaling(setup, case, options, main_one)
     return figures
 
 
@@ -181,8 +185,10 @@ def _rounded(shares: dict[str, float]) -> dict[str, float]:
     return {part: round(share, 4) for part, share in shares.items()}
 
 
-def _scaling(setup: Setup, case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """How the step's cost grows: group size, length, ranks."""
+def _scaling(
+    setup: Setup, case: Case, options: argparse.Namespace, base: Result
+) -> list[dict[str, Any]]:
+    """How the step's cost grows from `base`, the case's own: group size, length, ranks."""
     name = options.ours[0]
     grown = {
         "half the group": replace(case, group_size=case.group_size // 2),
@@ -193,15 +199,17 @@ def _scaling(setup: Setup, case: Case, options: argparse.Namespace) -> list[dict
     table = Table(title=f"How a step's cost grows ({name})")
     for column in ("", "group", "length", "ranks", "seconds", "tokens/s", "x TRL"):
         table.add_column(column, justify="left" if not column else "right")
-    rows = []
+    rows = [_row("the step above", case, 1, base)]
     for label, larger in grown.items():
         result = compare(setup, larger, [name], options.scaling_rounds)[name]
         rows.append(_row(label, larger, 1, result))
     for ranks in options.ranks:
         figures = measure_ranks(setup, case, OURS[name], ranks, WARM_UP + options.scaling_rounds)
         counted = figures[WARM_UP:]
-        result = _result(name, counted, {})
-        rows.append(_row(f"{ranks} ranks of {_threads(ranks)} threads", case, ranks, result))
+        result = summarize(name, counted, {})
+        rows.append(
+            _row(f"ranks: {ranks}, threads of each: {threads_of(ranks)}", case, ranks, result)
+        )
     for row in rows:
         ratio = "" if row["ratio_to_trl"] is None else f"{row['ratio_to_trl']:.2f}"
         cells = (row["group_size"], row["length"], row["ranks"])
@@ -209,10 +217,6 @@ def _scaling(setup: Setup, case: Case, options: argparse.Namespace) -> list[dict
         table.add_row(row["case"], *map(str, cells), *times, ratio)
     Console(width=100).print(table)
     return rows
-
-
-def _threads(ranks: int) -> int:
-    return max(machine_facts("cpu")["cores"] // ranks, 1)
 
 
 def _row(label: str, case: Case, ranks: int, result: Result) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from bench.step_case import Case, Setup, StepFigures, draw_rows
 from bench.step_ours import OurTrainer
 from care_train.training.distributed import is_main, own_environment
@@ -34,8 +36,7 @@ def measure_ranks(
     launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
     command = [sys.executable, *launch, "-m", "bench.step_ranks", json.dumps(task)]
     environment = own_environment()
-    cores = len(os.sched_getaffinity(0))
-    environment["OMP_NUM_THREADS"] = str(max(cores // ranks, 1))
+    environment["OMP_NUM_THREADS"] = str(threads_of(ranks))
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1]
     )
@@ -43,6 +44,11 @@ def measure_ranks(
         raise RuntimeError(f"bench.step on {ranks} ranks: {done.stderr[-2000:]}")
     steps_taken = json.loads(done.stdout.strip().splitlines()[-1])
     return [StepFigures(**figures) for figures in steps_taken]
+
+
+def threads_of(ranks: int) -> int:
+    """Of each rank: the cores shared evenly, and no more than this process uses."""
+    return min(max(len(os.sched_getaffinity(0)) // ranks, 1), torch.get_num_threads())
 
 
 def _run(task: dict) -> None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from care_train.models.images import image_inputs
 from care_train.models.prompts import EncodedPrompt
 
 
@@ -32,7 +32,7 @@ class ModelBatch:
     """Right-padded inputs and the N = sum of response lengths rows that a loss reads."""
 
     inputs: dict[str, torch.Tensor]
-    """Keyword arguments of the model's backbone."""
+    """Keyword arguments of the model's backbone, after `with_encoded_images`."""
     rows: torch.Tensor
     """[N] int64 into the flattened [B*T] hidden states: the state that predicts each token."""
     target_ids: torch.Tensor
@@ -78,19 +78,3 @@ def collate(
         torch.repeat_interleave(torch.arange(len(ids)), torch.tensor(lengths)),
         starts,
     )
-
-
-def image_inputs(
-    prompts: Sequence[EncodedPrompt], input_ids: torch.Tensor, image_token_id: int | None
-) -> dict[str, Any]:
-    """Pixels, grids and token types of a batch; nothing where no row has an image."""
-    pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
-    if not pixels:
-        return {}
-    return {
-        "pixel_values": torch.cat(pixels),
-        "image_grid_thw": torch.cat(
-            [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
-        ),
-        "mm_token_type_ids": (input_ids == image_token_id).int(),
-    }

@@ -12,6 +12,7 @@ from torch import nn
 from care_kernels import PolicyLoss, linear_log_probs, linear_policy_loss
 from care_train.algorithm.selection import pool_rationale
 from care_train.models.batch import ModelBatch
+from care_train.models.images import with_encoded_images
 
 
 class PolicyHead(nn.Module):
@@ -73,5 +74,7 @@ class Policy(nn.Module):
 
     def hidden_states(self, batch: ModelBatch) -> torch.Tensor:
         """[B, T, D] final hidden states, after the last norm."""
-        outputs = self.model.base_model(**batch.inputs, use_cache=False)
+        backbone = self.model.base_model
+        inputs = with_encoded_images(backbone, batch.inputs)
+        outputs = backbone(**inputs, use_cache=False)
         return outputs.last_hidden_state

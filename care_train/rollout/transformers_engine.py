@@ -1,11 +1,12 @@
 """The embedded engine: transformers' `generate` on the training process's own model."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from care_train.models.batch import image_inputs
+from care_train.models.images import image_inputs, with_encoded_images
 from care_train.models.load import LoadedModel
 from care_train.rollout.banned import banned_token_ids
 from care_train.rollout.sampling import SeededSampler
@@ -63,15 +64,43 @@ class TransformersEngine:
         sampler = SeededSampler(
             [r.seed for r in requests], sampling, self._banned, width, self._model.device
         )
-        if hasattr(self._model.base_model, "rope_deltas"):
-            # Left over from the last batch, they would shift a batch without images.
-            self._model.base_model.rope_deltas = None
         output = self._model.generate(
-            **inputs,
+            **self._with_prefill(requests, inputs),
             generation_config=self._generation_config(sampling),
             logits_processor=LogitsProcessorList([sampler]),
         )
         return [self._cut(row) for row in output[:, width:].tolist()]
+
+    def _with_prefill(
+        self, requests: Sequence[Request], inputs: dict[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """What `generate` takes: where contexts repeat, as a group's do, with each one's keys and
+        values computed once, for all of it but the last token."""
+        backbone = self._model.base_model
+        if hasattr(backbone, "rope_deltas"):
+            # Left over from the last batch, they would shift a batch without images.
+            backbone.rope_deltas = None
+        contexts = [(id(request.prompt), request.prefix_ids) for request in requests]
+        place_of = {context: place for place, context in enumerate(dict.fromkeys(contexts))}
+        if len(place_of) == len(requests):
+            return with_encoded_images(backbone, inputs, left_padded=True)
+        distinct = [contexts.index(context) for context in place_of]
+        part = self._inputs([requests[i] for i in distinct], inputs["input_ids"].shape[1])
+        for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            if key in part:
+                part[key] = part[key][:, :-1]
+        if "pixel_values" not in part:
+            part["position_ids"] = (part["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        part = with_encoded_images(backbone, part, left_padded=True)
+        filled = backbone(**part, use_cache=True)
+        places = torch.tensor([place_of[context] for context in contexts])
+        places = places.to(self._model.device)
+        filled.past_key_values.batch_select_indices(places)
+        deltas = getattr(backbone, "rope_deltas", None)
+        if deltas is not None:
+            backbone.rope_deltas = deltas[places]
+        kept = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        return kept | {"past_key_values": filled.past_key_values}
 
     def _generation_config(self, sampling: SamplingSettings) -> GenerationConfig:
         # Everything the model's own generation_config could bend (Qwen2.5-VL ships a repetition
@@ -90,9 +119,10 @@ class TransformersEngine:
             use_cache=True,
         )
 
-    def _inputs(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+    def _inputs(self, requests: Sequence[Request], width: int = 0) -> dict[str, torch.Tensor]:
+        """Left-padded to the longest context, or `width`."""
         contexts = [_context(request) for request in requests]
-        width = max(len(context) for context in contexts)
+        width = max(width, *(len(context) for context in contexts))
         input_ids = torch.full((len(contexts), width), self._loaded.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
         for place, context in enumerate(contexts):

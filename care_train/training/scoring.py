@@ -106,8 +106,13 @@ def rationale_positions(rollout: Rollout, response_start: int) -> tuple[int, int
 
 
 def length_sorted_batches(sequences: Sequence[TokenSequence], size: int) -> list[list[int]]:
-    """Indices in batches of up to `size`, longest sequences first, so that padding is short."""
+    """Indices in batches of up to `size`, longest sequences first, so that padding is short.
+
+    A batch that is not full comes first: of the longest, which few reflections are, it pads fewest.
+    """
     order = sorted(
         range(len(sequences)), key=lambda i: (len(sequences[i].token_ids), i), reverse=True
     )
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    first = len(order) % size
+    batches = [order[start : start + size] for start in range(first, len(order), size)]
+    return [order[:first], *batches] if first else batches

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from care_train.models.batch import image_inputs
+from care_train.models.images import image_inputs
 from care_train.rollout.banned import banned_token_ids
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.types import SamplingSettings

@@ -1,10 +1,13 @@
 """Tiny real models, prompts and batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 
-from care_train.models.batch import TokenSequence, collate, image_inputs
+from care_train.models.batch import TokenSequence, collate
+from care_train.models.images import image_inputs
 from care_train.models.load import load_model
 from care_train.models.policy import Policy
 from care_train.models.tiny import TINY_KINDS, build_tiny_model
@@ -76,6 +79,41 @@ def test_log_probs_equal_full_logits(kind, tiny_folder):
         torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
         start += len(wanted)
     assert start == len(got)
+
+
+@pytest.mark.parametrize("kind", VISION_KINDS)
+def test_images_of_a_group_are_encoded_once(kind, tiny_folder):
+    """Rows of one prompt share its images' features: same log-probs and gradients, less work."""
+    loaded = load(tiny_folder(kind))
+    both = tuple(Image.new("RGB", (size, 64), color) for size, color in ((64, "red"), (92, "blue")))
+    samples = [image_sample("red"), image_sample("blue", 1, 92), image_sample("red", images=both)]
+    prompts = encoder_of(loaded).encode([*samples, text_sample()])
+    sequences = [
+        TokenSequence(prompts[i], (17, 18) * (i + row % 2), tuple(range(20, 24 + row)))
+        for row, i in enumerate((1, 0, 3, 2, 1, 2, 3, 1))
+    ]
+    alone = [
+        replace(s, prompt=replace(s.prompt, pixel_values=_copy(s.prompt.pixel_values)))
+        for s in sequences
+    ]
+    patches, results = [], []
+    visual = loaded.model.base_model.visual
+    visual.register_forward_pre_hook(lambda module, inputs: patches.append(len(inputs[0])))
+    for rows in (sequences, alone):
+        loaded.model.zero_grad()
+        batch = collate(rows, loaded.pad_token_id, loaded.image_token_id)
+        log_probs, _ = Policy(loaded.model)(batch)
+        log_probs.sum().backward()
+        gradients = {name: p.grad.clone() for name, p in visual.named_parameters()}
+        results.append((log_probs.detach(), gradients))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    counts = [0 if p.pixel_values is None else len(p.pixel_values) for p in prompts]
+    assert patches == [sum(counts), sum(counts[i] for i in (1, 0, 3, 2, 1, 2, 3, 1))]
+
+
+def _copy(pixels: torch.Tensor | None) -> torch.Tensor | None:
+    return None if pixels is None else pixels.clone()
 
 
 def test_embedding_pools_the_states_at_the_rationale(tiny_folder):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from care_train.models.batch import image_inputs
+from care_train.models.images import image_inputs
 from care_train.rollout.sampling import SeededSampler
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.types import Request, SamplingSettings, request_seed
@@ -31,6 +31,34 @@ def test_a_response_depends_on_its_seed_not_on_its_batch(kind, tiny_folder):
     assert small.generate(requests, sampling) == together
     assert small.generate(requests[::-1], sampling) == together[::-1]
     assert [small.generate([r], sampling)[0] for r in requests] == together
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "tiny-qwen2"])
+def test_a_group_shares_its_prefill(kind, tiny_folder):
+    """Repeated contexts are computed once, with and without images, and change no response."""
+    loaded = load(tiny_folder(kind))
+    samples = [text_sample(0), text_sample(1, prompt="yes, what is it?")]
+    if kind != "tiny-qwen2":
+        samples += [image_sample("red", 2), image_sample("blue", 3, size=92)]
+    prompts = encoder_of(loaded).encode(samples)
+    contexts = [(prompt, prefix) for prompt in prompts for prefix in ((), (17, 18))]
+    requests = [
+        Request(prompt, request_seed(0, 0, str(place), index), prefix)
+        for index in range(3)
+        for place, (prompt, prefix) in enumerate(contexts)
+    ]
+    sampling, engine = SamplingSettings(8), TransformersEngine(loaded, 64)
+    alone = [engine.generate([request], sampling)[0] for request in requests]
+    shapes = []
+    backbone = loaded.model.base_model
+    handle = backbone.register_forward_pre_hook(
+        lambda module, _, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    together = engine.generate(requests, sampling)
+    handle.remove()
+    assert together == alone
+    width = max(len(prompt.token_ids) + len(prefix) for prompt, prefix in contexts)
+    assert shapes[:2] == [(len(contexts), width - 1), (len(requests), 1)]
 
 
 def test_seeds_differ_over_run_step_prompt_and_rollout():

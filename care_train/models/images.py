@@ -1,0 +1,117 @@
+"""A batch's images, each distinct one encoded once: a group's rollouts ask about the same image."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from care_train.models.prompts import EncodedPrompt
+
+_REPEATS = ("image_places", "prompt_places", "image_counts")
+
+
+def image_inputs(
+    prompts: Sequence[EncodedPrompt], input_ids: torch.Tensor, image_token_id: int | None
+) -> dict[str, Any]:
+    """Pixels, grids and token types of a batch; nothing where no row has an image.
+
+    `pixel_values` holds the distinct prompts' images alone. Where prompts repeat, `image_places`
+    [images] says which of those each of the batch's images is, `prompt_places` [B] which distinct
+    prompt each row has and `image_counts` [B] with how many images; `with_encoded_images` has to
+    follow before a model takes them.
+    """
+    with_images = [prompt for prompt in prompts if prompt.pixel_values is not None]
+    if not with_images:
+        return {}
+    first: dict[int, int] = {}
+    pixels, grids, places = [], [], []
+    num_distinct = 0
+    for prompt in with_images:
+        grid, patches = prompt.image_grid_thw, prompt.pixel_values
+        assert grid is not None and patches is not None
+        if id(patches) not in first:
+            first[id(patches)] = num_distinct
+            num_distinct += len(grid)
+            pixels.append(patches)
+        grids.append(grid)
+        start = first[id(patches)]
+        places += range(start, start + len(grid))
+    inputs = {
+        "pixel_values": torch.cat(pixels),
+        "image_grid_thw": torch.cat(grids),
+        "mm_token_type_ids": (input_ids == image_token_id).int(),
+    }
+    if num_distinct < len(places):
+        order = {key: place for place, key in enumerate(dict.fromkeys(map(id, prompts)))}
+        inputs |= {
+            "image_places": torch.tensor(places),
+            "prompt_places": torch.tensor([order[id(prompt)] for prompt in prompts]),
+            "image_counts": torch.tensor([_num_images(prompt) for prompt in prompts]),
+        }
+    return inputs
+
+
+def _num_images(prompt: EncodedPrompt) -> int:
+    return 0 if prompt.image_grid_thw is None else len(prompt.image_grid_thw)
+
+
+def with_encoded_images(
+    backbone: Any, inputs: dict[str, Any], *, left_padded: bool = False
+) -> dict[str, Any]:
+    """The inputs with images encoded, each distinct one once.
+
+    Gradients reach the encoder through every row that shows the image. Batches without repeats go
+    the same way: ranks that share parameters (ZeRO-3) must gather them in one order, and inside
+    the backbone's forward the encoder would come after the embedding.
+
+    Args:
+        backbone: a transformers vision-language model without its head.
+        inputs: its keyword arguments, with the places that `image_inputs` adds where images repeat.
+        left_padded: the backbone then has to find the positions of every row itself.
+    """
+    if "pixel_values" not in inputs:
+        return inputs
+    inputs = dict(inputs)
+    repeats = {key: inputs.pop(key) for key in _REPEATS if key in inputs}
+    pixels, grid = inputs.pop("pixel_values"), inputs["image_grid_thw"]
+    places = repeats["image_places"].tolist() if repeats else list(range(len(grid)))
+    first = [places.index(place) for place in range(max(places) + 1)]
+    if "mm_encoder_outputs" not in inspect.signature(backbone.forward).parameters:
+        images = pixels.split(grid[first].prod(-1).tolist())
+        return inputs | {"pixel_values": torch.cat([images[place] for place in places])}
+    features = backbone.get_image_features(pixels, grid[first])
+    features.pooler_output = tuple(features.pooler_output[place] for place in places)
+    if getattr(features, "deepstack_features", None) is not None:
+        features.deepstack_features = [
+            tuple(layer[place] for place in places) for layer in features.deepstack_features
+        ]
+    inputs["mm_encoder_outputs"] = {"image": features}
+    if repeats and not left_padded:
+        prompts, counts = repeats["prompt_places"].tolist(), repeats["image_counts"]
+        inputs["position_ids"] = _position_ids(backbone, inputs, prompts, counts)
+    return inputs
+
+
+def _position_ids(
+    backbone: Any, inputs: dict[str, Any], prompts: list[int], counts: torch.Tensor
+) -> torch.Tensor:
+    """[3, B, T] multimodal positions of right-padded rows, worked out for each prompt's longest.
+
+    Behind the prompt there is only text: a shorter row has the longest one's positions as far as
+    it goes, and its padding, which is masked, may have any.
+    """
+    lengths = inputs["attention_mask"].sum(-1).tolist()
+    longest: dict[int, int] = {}
+    for row, prompt in enumerate(prompts):
+        if prompt not in longest or lengths[row] > lengths[longest[prompt]]:
+            longest[prompt] = row
+    rows = [longest[prompt] for prompt in sorted(longest)]
+    grids = inputs["image_grid_thw"].split(counts.tolist())
+    positions, _ = backbone.get_rope_index(
+        inputs["input_ids"][rows],
+        image_grid_thw=torch.cat([grids[row] for row in rows]),
+        attention_mask=inputs["attention_mask"][rows],
+        mm_token_type_ids=inputs["mm_token_type_ids"][rows],
+    )
+    return positions[:, prompts]
