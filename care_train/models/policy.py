@@ -12,7 +12,7 @@ from torch import nn
 from care_kernels import PolicyLoss, linear_log_probs, linear_policy_loss
 from care_train.algorithm.selection import pool_rationale
 from care_train.models.batch import ModelBatch
-from care_train.models.images import with_encoded_images
+from care_train.models.images import has_vision_tower, with_encoded_images
 
 
 class PolicyHead(nn.Module):
@@ -42,10 +42,18 @@ class PolicyHead(nn.Module):
 class Policy(nn.Module):
     """A transformers model whose logits are never held."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, always_sees: bool = False) -> None:
+        """Wrap `model`.
+
+        Args:
+            model: from transformers.
+            always_sees: run the vision tower for batches without images too, so that ranks which
+                share weights or gradients run the same layers.
+        """
         super().__init__()
         self.model = model
         self.head = PolicyHead(model.get_output_embeddings())
+        self._always_sees = always_sees and has_vision_tower(model.base_model)
 
     def forward(
         self,
@@ -59,22 +67,24 @@ class Policy(nn.Module):
         """Log-probs [N] or the loss, and the pooled embeddings [B, D] where `pool_spans` is given.
 
         Args:
-            batch: the padded sequences.
+            batch: the sequences, padded or packed.
             temperature: the rollouts' temperature: log-probs are those of the sampled distribution.
             loss_arguments: keyword arguments of `linear_policy_loss`; None for log-probs.
-            pool_spans: [B, 2] position ranges of the rationales.
+            pool_spans: [B, 2] position ranges of the rationales, from each sequence's start.
             rows_only: the rows' final hidden states [N, D] in place of what the head makes of them.
         """
         hidden = self.hidden_states(batch)
-        embeddings = None if pool_spans is None else pool_rationale(hidden, pool_spans)
+        embeddings = None
+        if pool_spans is not None:
+            embeddings = pool_rationale(hidden, pool_spans + batch.row_starts[:, None])
         rows = hidden.flatten(0, 1)[batch.rows]
         if rows_only:
             return rows, embeddings
         return self.head(rows, batch.target_ids, temperature, loss_arguments), embeddings
 
     def hidden_states(self, batch: ModelBatch) -> torch.Tensor:
-        """[B, T, D] final hidden states, after the last norm."""
+        """[B, T, D] final hidden states, after the last norm; [1, T, D] of a packed batch."""
         backbone = self.model.base_model
-        inputs = with_encoded_images(backbone, batch.inputs)
+        inputs = with_encoded_images(backbone, batch.inputs, always=self._always_sees)
         outputs = backbone(**inputs, use_cache=False)
         return outputs.last_hidden_state
