@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from care_kernels import PolicyLoss, linear_log_probs, linear_policy_loss
+from care_kernels.integrations._output_head import logit_options, output_head
 from care_train.algorithm.selection import pool_rationale
 from care_train.models.batch import ModelBatch
 from care_train.models.images import has_vision_tower, with_encoded_images
@@ -18,10 +19,17 @@ from care_train.models.images import has_vision_tower, with_encoded_images
 class PolicyHead(nn.Module):
     """The language-model head, never applied to more than a chunk of rows at a time."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, model: Any) -> None:
+        """The head of `model`, with how its family scales or caps logits (Granite, Cohere, Gemma).
+
+        Raises:
+            ValueError: a head that is more than one plain matrix; the message names the model.
+        """
         super().__init__()
+        linear = output_head(model)
         self.weight = linear.weight
         self.bias = linear.bias
+        self._options = logit_options(model.config.get_text_config())
 
     def forward(
         self,
@@ -31,12 +39,19 @@ class PolicyHead(nn.Module):
         loss_arguments: dict[str, Any] | None = None,
     ) -> torch.Tensor | PolicyLoss:
         """[N] log-probs of the targets, or the fused loss where its arguments are given."""
-        shared = {"temperature": temperature, "bias": self.bias}
+        shared = {"temperature": temperature, "bias": self.bias} | self._options
         if loss_arguments is None:
             log_probs = linear_log_probs(hidden, self.weight, target_ids, **shared)
             assert isinstance(log_probs, torch.Tensor)
             return log_probs
         return linear_policy_loss(hidden, self.weight, target_ids, **shared, **loss_arguments)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, V] fp32 before the temperature, all at once: for checks of a few tokens."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias).float()
+        logits = logits * self._options["logit_scale"]
+        cap = self._options["logit_softcap"]
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class Policy(nn.Module):
@@ -52,7 +67,7 @@ class Policy(nn.Module):
         """
         super().__init__()
         self.model = model
-        self.head = PolicyHead(model.get_output_embeddings())
+        self.head = PolicyHead(model)
         self._always_sees = always_sees and has_vision_tower(model.base_model)
 
     def forward(
