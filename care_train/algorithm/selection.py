@@ -65,7 +65,7 @@ def pool_rationale(hidden: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
     """Rationale embeddings (Sec. 3.3): mean over a span of hidden states, then unit L2 norm.
 
     Args:
-        hidden: [B, T, D] final hidden states.
+        hidden: [B, T, D] final hidden states, or [1, T, D] that holds all sequences.
         spans: [B, 2] int64 half-open position ranges; an empty range gives the zero vector, which
             is at distance 1 from everything.
 

@@ -78,7 +78,7 @@ def measure_gap(
     loaded.model.eval()
     policy = Policy(loaded.model)
     hidden = policy.hidden_states(batch).flatten(0, 1)[batch.rows]
-    logits = torch.nn.functional.linear(hidden, policy.head.weight, policy.head.bias).float()
+    logits = policy.head.logits(hidden)
     loaded.model.train(was_training)
     # The engine's distribution is the one after bans.
     banned = torch.tensor(banned_token_ids(loaded), dtype=torch.int64, device=logits.device)

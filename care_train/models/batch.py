@@ -1,7 +1,8 @@
-"""Padded batches of prompt and response, and which rows of hidden state predict which token."""
+"""Batches of prompt and response, padded or packed, and which hidden state predicts which token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -27,9 +28,13 @@ class TokenSequence:
         return len(self.prompt.token_ids) + len(self.prefix_ids)
 
 
+Positions = Callable[[Sequence[TokenSequence]], torch.Tensor]
+"""[R, sum of lengths] int64: R kinds of position ids, the first counts each sequence from 0."""
+
+
 @dataclass(frozen=True)
 class ModelBatch:
-    """Right-padded inputs and the N = sum of response lengths rows that a loss reads."""
+    """A backbone's inputs and the N = sum of response lengths rows that a loss reads."""
 
     inputs: dict[str, torch.Tensor]
     """Keyword arguments of the model's backbone, after `with_encoded_images`."""
@@ -39,8 +44,8 @@ class ModelBatch:
     """[N] int64: the response tokens, sequence after sequence."""
     sequence_ids: torch.Tensor
     """[N] int64: which sequence of the batch each row belongs to."""
-    response_starts: tuple[int, ...]
-    """Position of each sequence's first response token."""
+    row_starts: torch.Tensor
+    """[B] int64: where a sequence starts in its row of the inputs; zeros but where packed."""
 
     def to(self, device: torch.device) -> "ModelBatch":
         return ModelBatch(
@@ -48,33 +53,66 @@ class ModelBatch:
             self.rows.to(device),
             self.target_ids.to(device),
             self.sequence_ids.to(device),
-            self.response_starts,
+            self.row_starts.to(device),
         )
 
 
 def collate(
     sequences: Sequence[TokenSequence], pad_token_id: int, image_token_id: int | None
 ) -> ModelBatch:
-    """Right-pad sequences into one batch."""
+    """Right-pad sequences into one batch: inputs [B, T], T the longest."""
     ids = [sequence.token_ids for sequence in sequences]
-    width = max(len(row) for row in ids)
+    width = max(map(len, ids))
     input_ids = torch.full((len(ids), width), pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros((len(ids), width), dtype=torch.int64)
     for place, row in enumerate(ids):
         input_ids[place, : len(row)] = torch.tensor(row, dtype=torch.int64)
         attention_mask[place, : len(row)] = 1
-    starts = tuple(sequence.response_start for sequence in sequences)
-    lengths = [len(sequence.response_ids) for sequence in sequences]
-    rows = [
-        torch.arange(place * width + start - 1, place * width + start - 1 + length)
-        for place, (start, length) in enumerate(zip(starts, lengths, strict=True))
-    ]
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     inputs |= image_inputs([sequence.prompt for sequence in sequences], input_ids, image_token_id)
+    starts = [place * width for place in range(len(ids))]
+    return _batch(sequences, inputs, starts, row_starts=[0] * len(ids))
+
+
+def pack(
+    sequences: Sequence[TokenSequence], positions: Positions, image_token_id: int | None
+) -> ModelBatch:
+    """Lay sequences end to end without padding: inputs [1, sum of lengths].
+
+    There is no attention mask: a first kind of position that begins anew is what makes
+    transformers (masking_utils.py, modeling_flash_attention_utils.py) keep sequences apart.
+
+    Args:
+        sequences: what to pack.
+        positions: of `models/positions.py`.
+        image_token_id: placeholder of an image's tokens.
+    """
+    ids = [sequence.token_ids for sequence in sequences]
+    input_ids = torch.tensor([[token for row in ids for token in row]], dtype=torch.int64)
+    position_ids = positions(sequences)
+    if len(position_ids) > 1:
+        position_ids = position_ids.unsqueeze(1)
+    inputs = {"input_ids": input_ids, "position_ids": position_ids}
+    inputs |= image_inputs([sequence.prompt for sequence in sequences], input_ids, image_token_id)
+    starts = [0, *accumulate(map(len, ids[:-1]))]
+    return _batch(sequences, inputs, starts, row_starts=starts)
+
+
+def _batch(
+    sequences: Sequence[TokenSequence],
+    inputs: dict[str, torch.Tensor],
+    starts: Sequence[int],
+    row_starts: Sequence[int],
+) -> ModelBatch:
+    """Rows and targets of sequences that start at `starts` in the flattened hidden states."""
+    lengths = [len(sequence.response_ids) for sequence in sequences]
+    # The state before a token predicts it.
+    firsts = [s + q.response_start - 1 for s, q in zip(starts, sequences, strict=True)]
+    rows = [torch.arange(f, f + n) for f, n in zip(firsts, lengths, strict=True)]
     return ModelBatch(
         inputs,
         torch.cat(rows),
         torch.tensor([t for s in sequences for t in s.response_ids], dtype=torch.int64),
-        torch.repeat_interleave(torch.arange(len(ids)), torch.tensor(lengths)),
-        starts,
+        torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(lengths)),
+        torch.tensor(row_starts),
     )

@@ -56,8 +56,13 @@ def _num_images(prompt: EncodedPrompt) -> int:
     return 0 if prompt.image_grid_thw is None else len(prompt.image_grid_thw)
 
 
+def has_vision_tower(backbone: Any) -> bool:
+    """Whether a transformers model without its head reads images."""
+    return getattr(backbone, "visual", None) is not None
+
+
 def with_encoded_images(
-    backbone: Any, inputs: dict[str, Any], *, left_padded: bool = False
+    backbone: Any, inputs: dict[str, Any], *, left_padded: bool = False, always: bool = False
 ) -> dict[str, Any]:
     """The inputs with images encoded, each distinct one once.
 
@@ -69,28 +74,60 @@ def with_encoded_images(
         backbone: a transformers vision-language model without its head.
         inputs: its keyword arguments, with the places that `image_inputs` adds where images repeat.
         left_padded: the backbone then has to find the positions of every row itself.
+        always: encode also where there is no image: a grey one, of which nothing is passed on, so
+            that the backbone computes what it would have and the encoder's gradients are zero.
+            Ranks that share weights or gradients wait for each other at every layer; one whose
+            rows have no image would let those wait that have some.
     """
     if "pixel_values" not in inputs:
-        return inputs
+        return _with_nothing_seen(backbone, inputs) if always else inputs
+    # In the same order on all ranks: the encoder first.
     inputs = dict(inputs)
-    repeats = {key: inputs.pop(key) for key in _REPEATS if key in inputs}
-    pixels, grid = inputs.pop("pixel_values"), inputs["image_grid_thw"]
-    places = repeats["image_places"].tolist() if repeats else list(range(len(grid)))
-    first = [places.index(place) for place in range(max(places) + 1)]
+    grid = inputs["image_grid_thw"]
+    places = _pop_list(inputs, "image_places")
+    prompts, counts = _pop_list(inputs, "prompt_places"), inputs.pop("image_counts", None)
+    repeats = len(places) > 0
+    first = [places.index(place) for place in range(max(places) + 1)] if repeats else slice(None)
+    pixels = inputs.pop("pixel_values")
     if "mm_encoder_outputs" not in inspect.signature(backbone.forward).parameters:
-        images = pixels.split(grid[first].prod(-1).tolist())
-        return inputs | {"pixel_values": torch.cat([images[place] for place in places])}
-    features = backbone.get_image_features(pixels, grid[first])
+        if repeats:
+            images = pixels.split(grid[first].prod(-1).tolist())
+            pixels = torch.cat([images[place] for place in places])
+        return inputs | {"pixel_values": pixels}
+    features = backbone.get_image_features(pixels, grid[first], return_dict=True)
+    inputs["mm_encoder_outputs"] = {"image": _taken(features, places) if repeats else features}
+    if repeats and not left_padded and "position_ids" not in inputs:
+        inputs["position_ids"] = _position_ids(backbone, inputs, prompts, counts)
+    return inputs
+
+
+def _pop_list(inputs: dict[str, Any], key: str) -> list[int]:
+    return inputs.pop(key).tolist() if key in inputs else []
+
+
+def _taken(features: Any, places: Sequence[int]) -> Any:
+    """The encoder's output with its images at `places`, at every depth that it reports."""
     features.pooler_output = tuple(features.pooler_output[place] for place in places)
     if getattr(features, "deepstack_features", None) is not None:
         features.deepstack_features = [
             tuple(layer[place] for place in places) for layer in features.deepstack_features
         ]
-    inputs["mm_encoder_outputs"] = {"image": features}
-    if repeats and not left_padded:
-        prompts, counts = repeats["prompt_places"].tolist(), repeats["image_counts"]
-        inputs["position_ids"] = _position_ids(backbone, inputs, prompts, counts)
-    return inputs
+    return features
+
+
+def _with_nothing_seen(backbone: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with what the encoder makes of a grey image of one merged token, without its rows."""
+    device = inputs["input_ids"].device
+    vision = backbone.config.vision_config
+    side = vision.spatial_merge_size
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.zeros(side * side, width, device=device)
+    grid = torch.tensor([[1, side, side]], device=device)
+    features = backbone.get_image_features(pixels, grid, return_dict=True)
+    features.pooler_output = (features.pooler_output[0][:0],)
+    if getattr(features, "deepstack_features", None) is not None:
+        features.deepstack_features = [(layer[0][:0],) for layer in features.deepstack_features]
+    return inputs | {"mm_encoder_outputs": {"image": features}}
 
 
 def _position_ids(

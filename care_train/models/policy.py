@@ -10,18 +10,26 @@ import torch
 from torch import nn
 
 from care_kernels import PolicyLoss, linear_log_probs, linear_policy_loss
+from care_kernels.integrations._output_head import logit_options, output_head
 from care_train.algorithm.selection import pool_rationale
 from care_train.models.batch import ModelBatch
-from care_train.models.images import with_encoded_images
+from care_train.models.images import has_vision_tower, with_encoded_images
 
 
 class PolicyHead(nn.Module):
     """The language-model head, never applied to more than a chunk of rows at a time."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, model: Any) -> None:
+        """The head of `model`, with how its family scales or caps logits (Granite, Cohere, Gemma).
+
+        Raises:
+            ValueError: a head that is more than one plain matrix; the message names the model.
+        """
         super().__init__()
+        linear = output_head(model)
         self.weight = linear.weight
         self.bias = linear.bias
+        self._options = logit_options(model.config.get_text_config())
 
     def forward(
         self,
@@ -31,21 +39,36 @@ class PolicyHead(nn.Module):
         loss_arguments: dict[str, Any] | None = None,
     ) -> torch.Tensor | PolicyLoss:
         """[N] log-probs of the targets, or the fused loss where its arguments are given."""
-        shared = {"temperature": temperature, "bias": self.bias}
+        shared = {"temperature": temperature, "bias": self.bias} | self._options
         if loss_arguments is None:
             log_probs = linear_log_probs(hidden, self.weight, target_ids, **shared)
             assert isinstance(log_probs, torch.Tensor)
             return log_probs
         return linear_policy_loss(hidden, self.weight, target_ids, **shared, **loss_arguments)
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, V] fp32 before the temperature, all at once: for checks of a few tokens."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias).float()
+        logits = logits * self._options["logit_scale"]
+        cap = self._options["logit_softcap"]
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
 
 class Policy(nn.Module):
     """A transformers model whose logits are never held."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, always_sees: bool = False) -> None:
+        """Wrap `model`.
+
+        Args:
+            model: from transformers.
+            always_sees: run the vision tower for batches without images too, so that ranks which
+                share weights or gradients run the same layers.
+        """
         super().__init__()
         self.model = model
-        self.head = PolicyHead(model.get_output_embeddings())
+        self.head = PolicyHead(model)
+        self._always_sees = always_sees and has_vision_tower(model.base_model)
 
     def forward(
         self,
@@ -59,22 +82,24 @@ class Policy(nn.Module):
         """Log-probs [N] or the loss, and the pooled embeddings [B, D] where `pool_spans` is given.
 
         Args:
-            batch: the padded sequences.
+            batch: the sequences, padded or packed.
             temperature: the rollouts' temperature: log-probs are those of the sampled distribution.
             loss_arguments: keyword arguments of `linear_policy_loss`; None for log-probs.
-            pool_spans: [B, 2] position ranges of the rationales.
+            pool_spans: [B, 2] position ranges of the rationales, from each sequence's start.
             rows_only: the rows' final hidden states [N, D] in place of what the head makes of them.
         """
         hidden = self.hidden_states(batch)
-        embeddings = None if pool_spans is None else pool_rationale(hidden, pool_spans)
+        embeddings = None
+        if pool_spans is not None:
+            embeddings = pool_rationale(hidden, pool_spans + batch.row_starts[:, None])
         rows = hidden.flatten(0, 1)[batch.rows]
         if rows_only:
             return rows, embeddings
         return self.head(rows, batch.target_ids, temperature, loss_arguments), embeddings
 
     def hidden_states(self, batch: ModelBatch) -> torch.Tensor:
-        """[B, T, D] final hidden states, after the last norm."""
+        """[B, T, D] final hidden states, after the last norm; [1, T, D] of a packed batch."""
         backbone = self.model.base_model
-        inputs = with_encoded_images(backbone, batch.inputs)
+        inputs = with_encoded_images(backbone, batch.inputs, always=self._always_sees)
         outputs = backbone(**inputs, use_cache=False)
         return outputs.last_hidden_state

@@ -77,6 +77,7 @@ class Config:
             "false with model.lora.vision = true, which trains the vision tower's adapters",
         )
         self.deepspeed.check_dtype(self.model.dtype)
+        self._check_micro_batch_tokens()
         per_group = self.algorithm == "care" and self.care.normalize_over == "group"
         check(
             not per_group or self.loss.aggregation == "sequence",
@@ -86,6 +87,17 @@ class Config:
         )
         if self.train.rollouts_ahead:
             self._check_rollouts_ahead()
+
+    def _check_micro_batch_tokens(self) -> None:
+        """Any sequence must fit: one that does not would end the run hours in."""
+        rollout, care, got = self.rollout, self.care, self.train.micro_batch_tokens
+        longest = self.prompt.max_prompt_tokens + rollout.max_new_tokens
+        if self.algorithm == "care" and care.reflection.enabled:
+            # Its prompt and prefix together have as many as a prompt and a response.
+            longest += care.reflection.max_new_tokens or rollout.max_new_tokens
+        wanted = f"null, or at least {longest}: the longest sequence by prompt.max_prompt_tokens "
+        wanted += "and rollout.max_new_tokens"
+        check(got is None or got >= longest, "train.micro_batch_tokens", got, wanted)
 
     def _check_rollouts_ahead(self) -> None:
         has_server = self.rollout.engine == "vllm" and self.rollout.vllm.server is not None

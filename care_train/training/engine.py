@@ -14,10 +14,11 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
-from care_train.models.batch import ModelBatch, TokenSequence, collate
+from care_train.models.batch import ModelBatch, TokenSequence, collate, pack
 from care_train.models.load import LoadedModel
 from care_train.models.lora import add_adapters, without_adapters
 from care_train.models.policy import Policy
+from care_train.models.positions import packed_positions
 from care_train.settings import DeepSpeedSettings, LoraSettings
 from care_train.training.clock import Mark, no_mark
 from care_train.training.distributed import all_max, all_sum, is_main, world_size
@@ -79,6 +80,8 @@ class PolicyEngine:
         freeze_vision: bool = False,
         lora: LoraSettings | None = None,
         seed: int = 0,
+        packing: bool = False,
+        gradient_checkpointing: bool = False,
         copy_for_rollouts: bool = True,
     ) -> None:
         """Shard `loaded` and make its optimiser.
@@ -92,6 +95,8 @@ class PolicyEngine:
             freeze_vision: train the language model alone.
             lora: put such adapters into the policy and train them alone.
             seed: of the adapters' first weights.
+            packing: `collate` packs instead of padding.
+            gradient_checkpointing: compute layers again in the backward instead of keeping them.
             copy_for_rollouts: under ZeRO-3 keep a whole copy for engines that generate with the
                 policy's own model.
         """
@@ -108,7 +113,11 @@ class PolicyEngine:
         if lora is not None:  # after the copy, which gets merged weights
             add_adapters(loaded.model, lora, seed)
         self._weights = policy_weights(loaded.model)
-        policy = Policy(loaded.model)
+        self._positions = packed_positions(loaded.model) if packing else None
+        if gradient_checkpointing:
+            loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Alone, a rank waits for nobody.
+        policy = Policy(loaded.model, always_sees=world_size() > 1)
         if freeze_vision:
             _freeze_vision(loaded.model)
         parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -130,8 +139,12 @@ class PolicyEngine:
         return self._engine.get_lr()[0]
 
     def collate(self, sequences: Sequence[TokenSequence]) -> ModelBatch:
-        """One padded batch on this rank's device."""
-        batch = collate(sequences, self.loaded.pad_token_id, self.loaded.image_token_id)
+        """One batch on this rank's device, padded or packed."""
+        image_token_id = self.loaded.image_token_id
+        if self._positions is not None:
+            batch = pack(sequences, self._positions, image_token_id)
+        else:
+            batch = collate(sequences, self.loaded.pad_token_id, image_token_id)
         return batch.to(self.device)
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ class WorstToken:
 
 
 class Mismatch:
-    """The gaps of one batch on this rank, and the trainer's log-probs they were taken from."""
+    """The trainer's log-probs of one batch on this rank, and their gaps to the engine's."""
 
     def __init__(self) -> None:
         self._log_probs: dict[int, torch.Tensor] = {}
@@ -42,18 +42,20 @@ class Mismatch:
         self._worst = WorstToken(-1.0, "", 0, 0, 0.0, 0.0)
 
     def add(self, group: SampledGroup, rollout: Rollout, log_probs: torch.Tensor) -> None:
-        """Count a rollout once, where its engine gave log-probs.
+        """Keep a rollout's log-probs, and count the gap where its engine gave some, once.
 
         Args:
             group: the rollout's.
             rollout: a response of the batch.
             log_probs: [T] the trainer's, at the sampling temperature, in the sampled context.
         """
-        if rollout.log_probs is None or id(rollout) in self._log_probs:
+        if id(rollout) in self._log_probs:
             return
         trainer = log_probs.detach().float().cpu()
-        engine = torch.tensor(rollout.log_probs)
         self._log_probs[id(rollout)] = trainer
+        if rollout.log_probs is None:
+            return
+        engine = torch.tensor(rollout.log_probs)
         difference = trainer - engine
         gaps = difference.abs()
         for place, values in enumerate((gaps, difference.exp() - 1 - difference)):
@@ -71,7 +73,7 @@ class Mismatch:
             )
 
     def trainer_log_probs(self, rollout: Rollout) -> torch.Tensor | None:
-        """What `add` got for a rollout; None where it was not measured."""
+        """[T] fp32 on the CPU: what `add` got for a rollout; None where it got nothing."""
         return self._log_probs.get(id(rollout))
 
     def reduce(self, device: torch.device) -> tuple[dict[str, float], WorstToken | None]:

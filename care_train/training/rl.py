@@ -261,6 +261,8 @@ def _policy_engine(session: Session, device: torch.device) -> PolicyEngine:
         freeze_vision=train.freeze_vision,
         lora=session.config.model.lora,
         seed=session.config.seed,
+        packing=train.packing,
+        gradient_checkpointing=train.gradient_checkpointing,
         copy_for_rollouts=session.config.rollout.engine == "transformers",
     )
 

@@ -8,8 +8,8 @@ from care_train.algorithm.care import skip_before_forward
 from care_train.algorithm.types import Rollout, RolloutGroup
 from care_train.models.batch import ModelBatch, TokenSequence
 from care_train.settings import Config
-from care_train.training.distributed import all_max
 from care_train.training.engine import PolicyEngine
+from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
 from care_train.training.mismatch import Mismatch
 from care_train.training.sampling import SampledGroup
 
@@ -19,7 +19,7 @@ Forward = Callable[
 
 
 class SequenceScorer:
-    """Runs sequences through a policy in micro-batches of similar length."""
+    """Runs sequences through a policy in micro-batches."""
 
     def __init__(self, engine: PolicyEngine, config: Config) -> None:
         self._engine = engine
@@ -37,9 +37,8 @@ class SequenceScorer:
         Every rank runs the same number of forwards, as sharded parameters require; one with fewer
         sequences runs `filler`.
         """
-        size = self._config.train.micro_batch_size
-        batches = length_sorted_batches(sequences, size)
-        count = all_max(len(batches), self._engine.device)
+        limits = MicroBatchLimits.of(self._config.train)
+        batches, count = agreed_micro_batches(sequences, limits, self._engine.device)
         log_probs: dict[int, torch.Tensor] = {}
         embeddings: dict[int, torch.Tensor] = {}
         for turn in range(count):
@@ -103,16 +102,3 @@ def rationale_positions(rollout: Rollout, response_start: int) -> tuple[int, int
     else:
         start, end = 0, len(rollout.token_ids) if spans.answer is None else spans.answer[0]
     return response_start + start, response_start + end
-
-
-def length_sorted_batches(sequences: Sequence[TokenSequence], size: int) -> list[list[int]]:
-    """Indices in batches of up to `size`, longest sequences first, so that padding is short.
-
-    A batch that is not full comes first: of the longest, which few reflections are, it pads fewest.
-    """
-    order = sorted(
-        range(len(sequences)), key=lambda i: (len(sequences[i].token_ids), i), reverse=True
-    )
-    first = len(order) % size
-    batches = [order[start : start + size] for start in range(first, len(order), size)]
-    return [order[:first], *batches] if first else batches

@@ -15,9 +15,9 @@ from care_train.settings import Config
 from care_train.training.checkpoint import Checkpoint, Checkpoints
 from care_train.training.distributed import all_sum, is_main, rank, world_size
 from care_train.training.engine import MicroBatch, OptimizerSettings, PolicyEngine
+from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
 from care_train.training.resume import check_identity, identity, log_sizes
 from care_train.training.saving import save_model
-from care_train.training.scoring import length_sorted_batches
 from care_train.training.session import Session, rank_share
 from care_train.training.stopping import Stopped, StopSignals
 
@@ -103,6 +103,8 @@ def _policy_engine(session: Session, device: torch.device) -> PolicyEngine:
         bf16=session.config.model.dtype == "bfloat16",
         lora=session.config.model.lora,
         seed=session.config.seed,
+        packing=session.config.train.packing,
+        gradient_checkpointing=session.config.train.gradient_checkpointing,
     )
 
 
@@ -119,8 +121,8 @@ def _sft_step(
     own_tokens = sum(len(sequence.response_ids) for sequence in sequences)
     tokens = all_sum([float(own_tokens)], engine.device)[0]
     micro_batches = []
-    size = session.config.sft.micro_batch_size
-    for places in length_sorted_batches(sequences, size):
+    limits = MicroBatchLimits.of_cold_start(session.config.sft, session.config.train)
+    for places in agreed_micro_batches(sequences, limits, engine.device)[0]:
         batch = engine.collate([sequences[i] for i in places])
         weights = torch.full((len(batch.rows),), 1.0 / tokens, device=engine.device)
         micro_batches.append(MicroBatch(batch, {"advantages": weights}))

@@ -19,10 +19,11 @@ from care_train.training.loss import (
     loss_rows,
     sequence_scale,
 )
+from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
 from care_train.training.mismatch import Mismatch, importance_weights
 from care_train.training.reference import Reference
 from care_train.training.sampling import SampledGroup
-from care_train.training.scoring import SequenceScorer, length_sorted_batches
+from care_train.training.scoring import SequenceScorer
 
 IMPORTANCE_CAP = 2.0
 """Truncation of the importance weight of a reflection trained without its context."""
@@ -103,26 +104,64 @@ class PolicyUpdater:
         owners = [groups[place] for place, _ in pairs]
         sequences = [sequence for _, sequence in pairs]
         tokens = list(map(self._trained_tokens, owners, sequences))
-        old = self._old_log_probs(tokens, filler)
-        mark("old_forward")
+        rooted = self._score_missing(owners, sequences, tokens, filler, mismatch)
+        mark("old_forward" if self._has_several_updates else "gap")
         reference: Sequence[torch.Tensor | None] = [None] * len(tokens)
         if self._reference is not None and self._config.loss.kl_estimator != "exact":
             reference, _ = self._scorer.log_probs(self._reference.score, tokens, filler)
         mark("reference")
-        self._measure(owners, sequences, filler, mismatch)
-        weights = [
-            self._corrected(weight, sequence.rollout, mismatch)
-            for weight, sequence in zip(
-                self._importance_weights(owners, sequences, tokens, filler), sequences, strict=True
-            )
-        ]
+        items = []
+        for i, ((place, sequence), ref) in enumerate(zip(pairs, reference, strict=True)):
+            sampled, trained = mismatch.trainer_log_probs(sequence.rollout), rooted.get(i)
+            # One update per batch needs none: the old policy is the current one and the ratio 1.
+            old = None
+            if self._has_several_updates:
+                old = sampled if trained is None else trained
+            weights = None
+            if trained is not None:
+                # min(pi(y | x) / pi(y | x, prefix, cue), cap): trained without its context.
+                assert sampled is not None
+                weights = (trained - sampled).exp().clamp(max=IMPORTANCE_CAP)
+            weights = self._corrected(weights, sequence.rollout, sampled)
+            items.append(TrainItem(place, updates[place], sequence, tokens[i], old, ref, weights))
         mark("gap")
-        return [
-            TrainItem(place, updates[place], sequence, t, o, r, w)
-            for (place, sequence), t, o, r, w in zip(
-                pairs, tokens, old, reference, weights, strict=True
-            )
+        return items
+
+    @property
+    def _has_several_updates(self) -> bool:
+        train = self._config.train
+        return train.num_iterations * train.mini_batches > 1
+
+    def _score_missing(
+        self,
+        owners: Sequence[SampledGroup],
+        sequences: Sequence[TrainSequence],
+        tokens: Sequence[TokenSequence],
+        filler: TokenSequence,
+        mismatch: Mismatch,
+    ) -> dict[int, torch.Tensor]:
+        """One forward of the old policy over what it was not asked about yet.
+
+        Puts log-probs in the sampled context into `mismatch`, for all sequences where an old policy
+        or an engine's log-probs are compared with them; returns those in the context of training,
+        by index, of the sequences whose context is another.
+        """
+        elsewhere = [i for i, s in enumerate(sequences) if self._trains_off_context(s)]
+        every = self._has_several_updates or self._config.rollout.engine != "transformers"
+        missing = [
+            i
+            for i in (range(len(sequences)) if every else elsewhere)
+            if mismatch.trainer_log_probs(sequences[i].rollout) is None
         ]
+        wanted = [owners[i].sequence(sequences[i].rollout) for i in missing]
+        wanted += [tokens[i] for i in elsewhere]
+        if not every and not self._may_train_off_context:
+            return {}  # by the configuration: all ranks must agree on running forwards
+        rows, _ = self._scorer.log_probs(self._engine.score, wanted, filler)
+        for i, row in zip(missing, rows[: len(missing)], strict=True):
+            mismatch.add(owners[i], sequences[i].rollout, row)
+        trained = [row.float().cpu() for row in rows[len(missing) :]]
+        return dict(zip(elsewhere, trained, strict=True))
 
     def _trained_tokens(self, group: SampledGroup, sequence: TrainSequence) -> TokenSequence:
         """The context a sequence is trained in: its own, or the prompt alone (`x_only`)."""
@@ -133,73 +172,28 @@ class PolicyUpdater:
         return group.sequence(sequence.rollout)
 
     def _trains_off_context(self, sequence: TrainSequence) -> bool:
-        return sequence.rollout.reflected and self._config.care.reflection.context == "x_only"
+        return sequence.rollout.reflected and self._may_train_off_context
+
+    @property
+    def _may_train_off_context(self) -> bool:
+        config = self._config
+        return config.algorithm == "care" and config.care.reflection.context == "x_only"
 
     def _opening_ids(self) -> tuple[int, ...]:
         tag = f"<{self._config.prompt.think_tag}>"
         encoded = self._engine.loaded.tokenizer(tag, add_special_tokens=False)
         return tuple(encoded["input_ids"])
 
-    def _old_log_probs(
-        self, tokens: Sequence[TokenSequence], filler: TokenSequence
-    ) -> Sequence[torch.Tensor | None]:
-        """One update per batch needs none: the old policy is the current one and the ratio 1."""
-        train = self._config.train
-        if train.num_iterations * train.mini_batches == 1:
-            return [None] * len(tokens)
-        return self._scorer.log_probs(self._engine.score, tokens, filler)[0]
-
-    def _importance_weights(
-        self,
-        owners: Sequence[SampledGroup],
-        sequences: Sequence[TrainSequence],
-        tokens: Sequence[TokenSequence],
-        filler: TokenSequence,
-    ) -> list[torch.Tensor | None]:
-        """min(pi(y | x) / pi(y | x, prefix, cue), cap) for reflections trained without context."""
-        weights: list[torch.Tensor | None] = [None] * len(tokens)
-        if self._config.care.reflection.context != "x_only" or self._config.algorithm != "care":
-            return weights
-        places = [i for i, s in enumerate(sequences) if self._trains_off_context(s)]
-        own = [owners[i].sequence(sequences[i].rollout) for i in places]
-        sampled, _ = self._scorer.log_probs(self._engine.score, own, filler)
-        rooted, _ = self._scorer.log_probs(self._engine.score, [tokens[i] for i in places], filler)
-        for place, behind, target in zip(places, sampled, rooted, strict=True):
-            weights[place] = (target - behind).exp().clamp(max=IMPORTANCE_CAP)
-        return weights
-
-    def _measure(
-        self,
-        owners: Sequence[SampledGroup],
-        sequences: Sequence[TrainSequence],
-        filler: TokenSequence,
-        mismatch: Mismatch,
-    ) -> None:
-        """Score what is trained and was not scored yet, where the engine gives log-probs."""
-        # By the configuration: all ranks must agree on running forwards.
-        if self._config.rollout.engine == "transformers":
-            return
-        missing = [
-            (owner, s.rollout)
-            for owner, s in zip(owners, sequences, strict=True)
-            if mismatch.trainer_log_probs(s.rollout) is None
-        ]
-        own = [owner.sequence(rollout) for owner, rollout in missing]
-        rows, _ = self._scorer.log_probs(self._engine.score, own, filler)
-        for (owner, rollout), row in zip(missing, rows, strict=True):
-            mismatch.add(owner, rollout, row)
-
     def _corrected(
-        self, weight: torch.Tensor | None, rollout: Rollout, mismatch: Mismatch
+        self, weights: torch.Tensor | None, rollout: Rollout, trainer: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """`weight` times the correction for an engine that computes otherwise."""
-        trainer = mismatch.trainer_log_probs(rollout)
+        """`weights` times the correction for an engine that computes otherwise."""
         if trainer is None or rollout.log_probs is None:
-            return weight
+            return weights
         if self._config.loss.importance_sampling == "none":
-            return weight
+            return weights
         correction = importance_weights(trainer, rollout.log_probs, self._config.loss)
-        return correction if weight is None else weight.cpu() * correction
+        return correction if weights is None else weights * correction
 
     def _update_once(
         self,
@@ -214,9 +208,9 @@ class PolicyUpdater:
         if trained == 0:
             return None
         denominators = Denominators(sequences, tokens, groups)
-        batches = length_sorted_batches(
-            [item.tokens for item in items], self._config.train.micro_batch_size
-        )
+        limits = MicroBatchLimits.of(self._config.train)
+        own = [item.tokens for item in items]
+        batches, _ = agreed_micro_batches(own, limits, self._engine.device)
         micro = [self._micro_batch([items[i] for i in batch], denominators) for batch in batches]
         if not micro:
             micro = [self._silent_micro_batch(filler)]

@@ -106,3 +106,31 @@ def assert_same_runs(one: Path, other: Path) -> None:
         assert timeless(one, log) == timeless(other, log), log
     weights = [(path / "final" / "model.safetensors").read_bytes() for path in (one, other)]
     assert weights[0] == weights[1]
+
+
+def run_ranks(module: str, *arguments: object, ranks: int, seconds: float = 300) -> None:
+    """`python -m MODULE ARGUMENTS` on each rank: all must succeed in time; none stays behind."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in range(ranks):
+        place = shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, arguments)],
+                cwd=ROOT,
+                env=own_environment() | {key: str(value) for key, value in place.items()},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        for process in processes:
+            text, _ = process.communicate(timeout=seconds)
+            assert process.returncode == 0, text
+    finally:
+        for process in processes:
+            process.kill()

@@ -1,0 +1,161 @@
+"""Which sequences go through the model together.
+
+Sharded weights make ranks wait for each other at every layer, so all must run the same number of
+micro-batches: each says how many it needs, all take the largest, and each spreads what it has.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from care_train.models.batch import TokenSequence
+from care_train.settings import SftSettings, TrainSettings
+from care_train.training.distributed import all_max
+
+
+@dataclass(frozen=True)
+class MicroBatchLimits:
+    """What one micro-batch may hold."""
+
+    sequences: int
+    """At most so many, unless `tokens` is given."""
+    tokens: int | None = None
+    """At most so many positions: those of the sequences, and padding where there is any."""
+    packed: bool = False
+    """Sequences lie end to end: no padding."""
+    section: str = "train"
+    """Where in the settings the limits come from."""
+
+    @classmethod
+    def of(cls, train: TrainSettings) -> "MicroBatchLimits":
+        """Those of scoring and training."""
+        return cls(train.micro_batch_size, train.micro_batch_tokens, train.packing)
+
+    @classmethod
+    def of_cold_start(cls, sft: SftSettings, train: TrainSettings) -> "MicroBatchLimits":
+        """Those of supervised fine-tuning."""
+        return cls(sft.micro_batch_size, sft.micro_batch_tokens, train.packing, "sft")
+
+
+def agreed_micro_batches(
+    sequences: Sequence[TokenSequence], limits: MicroBatchLimits, device: torch.device
+) -> tuple[list[list[int]], int]:
+    """This rank's micro-batches as indices into `sequences`, and how many every rank runs.
+
+    A collective call. A rank that has fewer sequences than others have micro-batches gets one for
+    each of them, and has to fill up.
+
+    Raises:
+        ValueError: a sequence has more tokens than a micro-batch may hold.
+    """
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    count = all_max(len(split(lengths, limits)), device)
+    return split(lengths, limits, at_least=count), count
+
+
+def split(lengths: Sequence[int], limits: MicroBatchLimits, at_least: int = 0) -> list[list[int]]:
+    """Indices in as few micro-batches as keep the limits, the largest first.
+
+    Args:
+        lengths: tokens of each sequence.
+        limits: of a micro-batch.
+        at_least: make so many, or one per sequence where there are fewer.
+
+    Raises:
+        ValueError: a length is over `limits.tokens`.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i), reverse=True)
+    at_least = min(at_least, len(order))
+    if limits.tokens is None:
+        return _divide(lengths, _chunks(order, limits.sequences), at_least)
+    if not order:
+        return []
+    longest = lengths[order[0]]
+    if longest > limits.tokens:
+        raise ValueError(
+            f"{limits.section}.micro_batch_tokens: got {limits.tokens}, wanted at least {longest}, "
+            "the tokens of the longest sequence, which are never cut"
+        )
+    if limits.packed:
+        parts = _spread(lengths, order, limits.tokens, at_least)
+    else:
+        parts = _cut(lengths, order, limits.tokens, at_least)
+    size = num_tokens if limits.packed else padded_tokens
+    return sorted(parts, key=lambda part: size(lengths, part), reverse=True)
+
+
+def num_tokens(lengths: Sequence[int], part: Sequence[int]) -> int:
+    """Positions of a packed micro-batch."""
+    return sum(lengths[i] for i in part)
+
+
+def padded_tokens(lengths: Sequence[int], part: Sequence[int]) -> int:
+    """Positions of a padded micro-batch: every row as wide as the longest."""
+    return len(part) * max(lengths[i] for i in part)
+
+
+def _chunks(order: Sequence[int], size: int) -> list[list[int]]:
+    """Neighbours together. The chunk that is not full comes first: of the longest sequences, which
+    few reflections are, it pads fewest."""
+    first = len(order) % size
+    chunks = [list(order[start : start + size]) for start in range(first, len(order), size)]
+    return [list(order[:first]), *chunks] if first else chunks
+
+
+def _spread(
+    lengths: Sequence[int], order: Sequence[int], budget: int, at_least: int
+) -> list[list[int]]:
+    """The longest sequence that is left to the emptiest micro-batch, in as many as it takes.
+
+    Source: R. L. Graham, "Bounds on multiprocessing timing anomalies" (1969): the fullest is then
+    at most 4/3 of the best possible.
+    """
+    total = sum(lengths)
+    for count in range(max(-(-total // budget), at_least), len(order) + 1):
+        parts: list[list[int]] = [[] for _ in range(count)]
+        filled = [0] * count
+        for i in order:
+            emptiest = filled.index(min(filled))
+            parts[emptiest].append(i)
+            filled[emptiest] += lengths[i]
+        if max(filled) <= budget:
+            return parts
+    raise AssertionError("one sequence each always fits")
+
+
+def _cut(
+    lengths: Sequence[int], order: Sequence[int], budget: int, at_least: int
+) -> list[list[int]]:
+    """Neighbours in length together, in parts whose largest padded size is the smallest possible
+    for their number."""
+    count = max(len(_fill(lengths, order, budget)), at_least)
+    low, high = lengths[order[0]], budget
+    while low < high:  # a larger budget never needs more parts
+        middle = (low + high) // 2
+        if len(_fill(lengths, order, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    return _divide(lengths, _fill(lengths, order, low), count)
+
+
+def _divide(lengths: Sequence[int], parts: list[list[int]], count: int) -> list[list[int]]:
+    """Halve the largest until there are `count`."""
+    while len(parts) < count:
+        divisible = [part for part in parts if len(part) > 1]
+        largest = max(divisible, key=lambda part: padded_tokens(lengths, part))
+        place, half = parts.index(largest), (len(largest) + 1) // 2
+        parts[place : place + 1] = [largest[:half], largest[half:]]
+    return parts
+
+
+def _fill(lengths: Sequence[int], order: Sequence[int], budget: int) -> list[list[int]]:
+    """From the longest on, as many sequences into each part as `budget` allows."""
+    parts: list[list[int]] = []
+    for i in order:
+        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= budget:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
