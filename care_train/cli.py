@@ -16,10 +16,10 @@ _COMMANDS = {
     "quickstart": "teach a tiny vision-language model to read images: cold start, CARE, report",
     "sft": "cold start: supervised fine-tuning on rationale and answer",
     "train": "reinforcement learning with CARE or a baseline, evaluated before and after",
-    "eval": "accuracy and format of a model: single decode, no reflection",
+    "eval": "score a model on the paper's benchmarks or held-out rows: single decode",
 }
 
-_RESUMABLE = ("quickstart", "sft", "train")
+_RESUMABLE = ("quickstart", "sft", "train", "eval")
 
 _INSPECTIONS = {
     "plan": "predict memory per rank and time per step, without loading the model",
@@ -39,6 +39,7 @@ examples:
   care-train doctor --config configs/care.yaml
   deepspeed --num_gpus 8 --module care_train train --config configs/care.yaml
   care-train train --config configs/care.yaml --resume
+  care-train eval --config configs/eval.yaml --benchmarks mathvista,mmmu model.path=runs/care/final
   care-train serve --config configs/care.yaml --port 8000
   care-train export --run runs/care --checkpoint best --out care-best
 
@@ -93,6 +94,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if getattr(options, "resume", False):
         given = any(override.split("=")[0].strip() == "resume" for override in options.overrides)
         options.overrides += [] if given else ["resume=true"]
+    if getattr(options, "benchmarks", None) is not None:
+        options.overrides.append(f"eval.benchmarks=[{options.benchmarks}]")
     return options
 
 
@@ -163,9 +166,16 @@ def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
                 change = f"{100 * (after - before):+.1f} points"
                 table.add_row(name, f"{before:.1%}", f"{after:.1%}", change)
         console.print(table)
+    elif "benchmarks" in summary:
+        table = Table("benchmark", "accuracy")
+        for name, accuracy in summary["benchmarks"].items():
+            table.add_row(name, f"{accuracy:.1%}")
+        if "macro_accuracy" in summary:
+            table.add_row("macro average", f"{summary['macro_accuracy']:.1%}")
+        console.print(table)
     elif "accuracy" in summary:
         console.print(f"accuracy {summary['accuracy']:.1%}, format {summary['format']:.1%}")
-    names = ("report.md", "summary.json", "metrics.jsonl", "final")
+    names = ("results.md", "results.json", "report.md", "summary.json", "metrics.jsonl", "final")
     written = ", ".join(name for name in names if (run_dir / name).exists())
     console.print(f"[bold]{run_dir}[/bold]: {written}")
 
@@ -219,11 +229,20 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--resume",
                 action="store_true",
-                help="go on from the run's newest usable checkpoint; from step 0 if it has none",
+                help="go on from the run's newest usable checkpoint; from step 0 if it has none"
+                if name != "eval"
+                else "go on after the last response that the run wrote",
             )
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings laid over the file's"
         )
+        if name == "eval":
+            command.add_argument(
+                "--benchmarks",
+                metavar="NAME,...",
+                help="mathvista, mathverse, math_vision, mmmu, mmmu_pro_standard, mmmu_pro_vision; "
+                "data: the rows of eval.data",
+            )
         if name in _INSPECTIONS:
             _add_inspection_options(command, name)
         if name == "serve":

@@ -12,6 +12,7 @@ import torch
 
 from care_train.config import config_to_dict, config_to_yaml, load_config
 from care_train.data import Sample, load_samples
+from care_train.evaluation.benchmark_run import benchmark_summary, evaluate_benchmarks
 from care_train.evaluation.evaluate import evaluate_both
 from care_train.models.load import load_skeleton
 from care_train.models.lora import save_adapter
@@ -193,13 +194,18 @@ def quickstart(config: Config) -> Summary:
 
 
 def evaluate(config: Config) -> Summary:
-    """`care-train eval`: accuracy and format of `model.path` on `eval.data`."""
-    _refuse_resume(config, "eval")
+    """`care-train eval`: `model.path` on `eval.benchmarks`, or on `eval.data`."""
+    if not config.eval.benchmarks:
+        _refuse_resume(config, "eval without eval.benchmarks")
     device, start = initialize_process_group(), time.perf_counter()
     run_dir = _open_run(config)
-    held_out = load_samples(config.eval.data, config.seed)
+    is_data_read = not config.eval.benchmarks or "data" in config.eval.benchmarks
+    held_out = load_samples(config.eval.data, config.seed) if is_data_read else []
     folder = model_folder(config, run_dir, held_out)
     session = open_session(config, folder, config.eval.data, device)
+    if config.eval.benchmarks:
+        results = evaluate_benchmarks(session, run_dir, device)
+        return _finish(run_dir, config, _basics(config) | benchmark_summary(results), start)
     engine = session.rollout_engine(session.loaded, config.eval.batch_size)
     values = evaluate_both(session, engine, held_out, device)
     return _finish(run_dir, config, _basics(config) | values, start)

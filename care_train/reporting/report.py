@@ -43,7 +43,11 @@ _TIMES = {
     "seconds_generate": "generation",
     "seconds_score": "scoring",
     "seconds_old_forward": "old policy's forward",
-    "seconds_update": "update",
+    "seconds_reflect": "reflection",
+    "seconds_reference": "reference",
+    "seconds_update": "forward and backward",
+    "seconds_optimizer": "optimiser",
+    "seconds_sync": "weight sync",
 }
 
 

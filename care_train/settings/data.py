@@ -1,8 +1,19 @@
 """Settings of the rows: where they come from, and the held-out ones."""
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-from care_train.algorithm.settings import STRICT
+from care_train.algorithm.settings import STRICT, check
+
+BenchmarkName = Literal[
+    "mathvista",
+    "mathverse",
+    "math_vision",
+    "mmmu",
+    "mmmu_pro_standard",
+    "mmmu_pro_vision",
+    "data",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,3 +45,56 @@ class EvalSettings:
     """Report greedy decoding too, beside the training temperature."""
     batch_size: int = 256
     """Sequences generated at once on one rank."""
+    benchmarks: list[BenchmarkName] = field(default_factory=list)
+    """What `care-train eval` scores (also `--benchmarks a,b`): benchmarks of Table 1, and `data`
+    for the rows of eval.data. Empty: eval.data alone, at the training temperature and greedily."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where a benchmark's rows are, by its name: a downloaded folder, a .parquet, .jsonl or .json
+    file, or the id of a data set on the Hub. A benchmark not named: its published id."""
+    max_questions: int | None = None
+    """Take this many questions of each benchmark, chosen by the run's seed. None: all."""
+    decode: Literal["sampled", "greedy"] = "sampled"
+    """How benchmarks are decoded: as rollouts are (Sec. 8.2), or greedily."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """One pass over the benchmarks per seed; from two on there is a 95 % interval over them."""
+    samples: int = 1
+    """Responses to each question under each seed. Accuracy is their mean; more than one allow
+    pass@k and majority@k."""
+    k: list[int] = field(default_factory=list)
+    """For which k pass@k (unbiased) and majority@k are reported; each at most eval.samples."""
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
+        check(self.samples >= 1, "eval.samples", self.samples, "at least 1")
+        check(
+            bool(self.seeds) and len(set(self.seeds)) == len(self.seeds),
+            "eval.seeds",
+            self.seeds,
+            "at least one seed, each once",
+        )
+        repeats = len(self.seeds) > 1 or self.samples > 1
+        check(
+            not (self.decode == "greedy" and repeats),
+            "eval.decode",
+            self.decode,
+            "'sampled' with several eval.seeds or eval.samples: greedy responses are all the same",
+        )
+        check(
+            all(1 <= k <= self.samples for k in self.k),
+            "eval.k",
+            self.k,
+            f"numbers from 1 to eval.samples = {self.samples}",
+        )
+        check(
+            self.max_questions is None or self.max_questions >= 1,
+            "eval.max_questions",
+            self.max_questions,
+            "at least 1, or null for all",
+        )
+        unknown = sorted(set(self.sources) - set(get_args(BenchmarkName)))
+        check(
+            not unknown,
+            "eval.sources",
+            unknown[0] if unknown else "",
+            f"one of {', '.join(get_args(BenchmarkName))}",
+        )

@@ -12,12 +12,14 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from care_train.models.batch import ModelBatch, TokenSequence, collate
 from care_train.models.load import LoadedModel
 from care_train.models.lora import add_adapters, without_adapters
 from care_train.models.policy import Policy
 from care_train.settings import DeepSpeedSettings, LoraSettings
+from care_train.training.clock import Mark, no_mark
 from care_train.training.distributed import all_max, all_sum, is_main, world_size
 from care_train.training.engine_state import load_engine, save_engine, tensor_bytes
 from care_train.training.weights import policy_weights, stream
@@ -26,6 +28,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # On CPUs DeepSpeed would compile a shared-memory all-reduce at first use: half a minute, and a C++
 # compiler, for what gloo does.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# bfloat16 under ZeRO-0 would begin with an AdamW step on zero gradients: the first update then has
+# the second one's bias correction, a quarter too small, and weight decay counts twice.
+FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,9 @@ class PolicyEngine:
         """A block in which `score` and `rows` are those of the model without its adapters."""
         return without_adapters(self.loaded.model)
 
-    def step(self, micro_batches: Sequence[MicroBatch], temperature: float) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[MicroBatch], temperature: float, mark: Mark = no_mark
+    ) -> StepResult:
         """Accumulate over the micro-batches and update once.
 
         The loss is a sum over rows whose weights already hold the global denominator, so gradients
@@ -171,6 +178,7 @@ class PolicyEngine:
             total += float(output.loss.detach())
             if not is_filler:
                 outputs.append(output)
+        mark("update")
         grad_norm = self._grad_norm()
         is_bad = not (math.isfinite(total) and math.isfinite(grad_norm))
         # All ranks stop together: one alone would leave the others waiting.
@@ -180,6 +188,7 @@ class PolicyEngine:
         grad_norm = self._last_grad_norm(grad_norm)
         if not math.isfinite(grad_norm):  # ZeRO finds out itself, and skips the update
             raise _not_finite(total, grad_norm)
+        mark("optimizer")
         return StepResult(total, grad_norm, outputs)
 
     def _grad_norm(self) -> float:

@@ -1,6 +1,5 @@
 """One step of training: rollouts in, an updated policy and metrics out. Reads like Algorithm 1."""
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,8 @@ from care_train.algorithm.types import GroupUpdate, Rollout, Subgroup
 from care_train.data import Sample
 from care_train.rollout.types import request_seed
 from care_train.settings import Config
+from care_train.training.ahead import RolloutsAhead
+from care_train.training.clock import Mark, StepClock
 from care_train.training.distributed import all_max
 from care_train.training.engine import PolicyEngine
 from care_train.training.mismatch import Mismatch, check_parity
@@ -39,10 +40,12 @@ class TrainStep:
         engine: PolicyEngine,
         sampler: GroupSampler,
         reference: Reference | None,
+        ahead: RolloutsAhead | None = None,
     ) -> None:
         self._config = config
         self._engine = engine
         self._sampler = sampler
+        self._ahead = ahead
         self._scorer = SequenceScorer(engine, config)
         self._updater = PolicyUpdater(engine, config, self._scorer, reference)
         self._is_checked = config.rollout.engine == "transformers"
@@ -54,12 +57,14 @@ class TrainStep:
             draw: deals this rank's next prompts; called again under dynamic sampling.
             step: counts from 0; part of every rollout's seed.
         """
-        clock = _Clock()
+        clock = StepClock()
+        if self._ahead is not None:
+            self._sampler.wait()
+            clock.mark("generate")
         sync = self._sampler.sync(self._engine)
         clock.mark("sync")
-        groups = self._sample(draw, step)
+        groups = self._sample(draw, step, clock.mark)
         mismatch = Mismatch()
-        clock.mark("generate")
         reflected: list[Rollout | None] = [None] * len(groups)
         num_wanted = 0
         if self._config.algorithm == "care":
@@ -73,28 +78,35 @@ class TrainStep:
                 not isinstance(subgroup, str) and subgroup.reflect_on is not None
                 for subgroup in subgroups
             )
-            reflected = self._sampler.reflect(groups, subgroups, step)
+            clock.mark("select")
+            reflected = self._sampler.reflect(groups, subgroups, step, clock.mark)
             updates = [
                 _care_update(subgroup, self._config, rollout)
                 for subgroup, rollout in zip(subgroups, reflected, strict=True)
             ]
-            clock.mark("reflect")
         else:
             updates = [self._baseline_update(group) for group in groups]
+        clock.mark("select")
         self._sampler.rest()
-        results = self._updater.update(groups, updates, mismatch, self._check_parity)
-        clock.mark("update")
+        clock.mark("sync")
+        results = self._updater.update(groups, updates, mismatch, self._check_parity, clock.mark)
         gaps, _ = mismatch.reduce(self._engine.device)
         statistics = StepStatistics(groups, updates, reflected, num_wanted, results)
-        values = statistics.reduce(self._engine.device) | clock.seconds | sync | gaps
+        values = statistics.reduce(self._engine.device)
+        clock.mark("other")
+        values |= clock.values() | sync | gaps
         values["learning_rate"] = self._engine.learning_rate
         values["tokens_per_second"] = values["decoded_tokens"] / max(clock.total, 1e-9)
         return StepOutcome(values, groups, updates)
 
-    def _sample(self, draw: Callable[[], Sequence[Sample]], step: int) -> list[SampledGroup]:
+    def _sample(
+        self, draw: Callable[[], Sequence[Sample]], step: int, mark: Mark
+    ) -> list[SampledGroup]:
         """One batch of groups; under dynamic sampling, of groups with mixed outcomes."""
+        if self._ahead is not None:
+            return self._ahead.take(step, mark)
         samples = draw()
-        groups = self._sampler.sample_groups(samples, step)
+        groups = self._sampler.sample_groups(samples, step, mark)
         if not self._config.train.dynamic_sampling:
             return groups
         wanted = len(samples)
@@ -103,7 +115,7 @@ class TrainStep:
             # All ranks draw as long as one needs to, so that they stay at the same position.
             if not all_max(len(mixed) < wanted, self._engine.device):
                 break
-            more = self._sampler.sample_groups(draw(), step)
+            more = self._sampler.sample_groups(draw(), step, mark)
             mixed += [group for group in more if baselines.has_mixed_outcomes(group.rollouts)]
         plain = [group for group in groups if not baselines.has_mixed_outcomes(group.rollouts)]
         return (mixed + plain)[:wanted]
@@ -139,21 +151,3 @@ def _care_update(
     if isinstance(subgroup, str):
         return care.skipped_update(subgroup)
     return care.subgroup_update(subgroup, config.care, reflected)
-
-
-class _Clock:
-    """Wall seconds per part of a step."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def mark(self, part: str) -> None:
-        now = time.perf_counter()
-        self.seconds[f"seconds_{part}"] = now - self._last
-        self._last = now
-        self.seconds["seconds"] = now - self._start
-
-    @property
-    def total(self) -> float:
-        return self._last - self._start

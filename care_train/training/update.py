@@ -1,7 +1,7 @@
 """The optimiser's passes over one batch of rollouts (Algorithm 1, lines 42-43)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from care_train.algorithm.types import GroupUpdate, Rollout, TrainSequence
 from care_train.models.batch import ModelBatch, TokenSequence
 from care_train.settings import Config
+from care_train.training.clock import Mark, no_mark
 from care_train.training.distributed import all_sum
 from care_train.training.engine import MicroBatch, PolicyEngine, StepResult
 from care_train.training.loss import (
@@ -62,6 +63,7 @@ class PolicyUpdater:
         updates: Sequence[GroupUpdate],
         mismatch: Mismatch | None = None,
         check: Callable[[Mismatch], None] = lambda mismatch: None,
+        mark: Mark = no_mark,
     ) -> list[StepResult]:
         """`train.num_iterations` passes of `train.mini_batches` optimiser steps each.
 
@@ -70,11 +72,12 @@ class PolicyUpdater:
             updates: what each group trains.
             mismatch: gets the trained sequences that it does not have yet.
             check: called with it before the first step.
+            mark: told where the time goes.
         """
         mismatch = Mismatch() if mismatch is None else mismatch
         train = self._config.train
         filler = groups[0].sequence(groups[0].rollouts[0])
-        items = self._items(groups, updates, filler, mismatch)
+        items = self._items(groups, updates, filler, mismatch, mark)
         check(mismatch)
         size = -(-len(groups) // train.mini_batches)
         results = []
@@ -83,7 +86,7 @@ class PolicyUpdater:
                 places = range(part * size, (part + 1) * size)
                 chosen = [item for item in items if item.place in places]
                 part_updates = updates[places.start : places.stop]
-                result = self._update_once(chosen, part_updates, filler)
+                result = self._update_once(chosen, part_updates, filler, mark)
                 if result is not None:
                     results.append(result)
         return results
@@ -94,15 +97,18 @@ class PolicyUpdater:
         updates: Sequence[GroupUpdate],
         filler: TokenSequence,
         mismatch: Mismatch,
+        mark: Mark,
     ) -> list[TrainItem]:
         pairs = [(p, s) for p, update in enumerate(updates) for s in update.sequences]
         owners = [groups[place] for place, _ in pairs]
         sequences = [sequence for _, sequence in pairs]
         tokens = list(map(self._trained_tokens, owners, sequences))
         old = self._old_log_probs(tokens, filler)
+        mark("old_forward")
         reference: Sequence[torch.Tensor | None] = [None] * len(tokens)
         if self._reference is not None and self._config.loss.kl_estimator != "exact":
             reference, _ = self._scorer.log_probs(self._reference.score, tokens, filler)
+        mark("reference")
         self._measure(owners, sequences, filler, mismatch)
         weights = [
             self._corrected(weight, sequence.rollout, mismatch)
@@ -110,6 +116,7 @@ class PolicyUpdater:
                 self._importance_weights(owners, sequences, tokens, filler), sequences, strict=True
             )
         ]
+        mark("gap")
         return [
             TrainItem(place, updates[place], sequence, t, o, r, w)
             for (place, sequence), t, o, r, w in zip(
@@ -195,7 +202,11 @@ class PolicyUpdater:
         return correction if weight is None else weight.cpu() * correction
 
     def _update_once(
-        self, items: Sequence[TrainItem], updates: Sequence[GroupUpdate], filler: TokenSequence
+        self,
+        items: Sequence[TrainItem],
+        updates: Sequence[GroupUpdate],
+        filler: TokenSequence,
+        mark: Mark,
     ) -> StepResult | None:
         """One optimiser step; None where no rank has anything to train, so not even KL moves."""
         local = [*local_denominators(updates), float(len(items))]
@@ -209,7 +220,10 @@ class PolicyUpdater:
         micro = [self._micro_batch([items[i] for i in batch], denominators) for batch in batches]
         if not micro:
             micro = [self._silent_micro_batch(filler)]
-        return self._engine.step(micro, self._config.rollout.temperature)
+        mark("collate")
+        result = self._engine.step(micro, self._config.rollout.temperature, mark)
+        # The filler's rows are none of the step's.
+        return result if items else replace(result, outputs=[])
 
     def _micro_batch(self, items: Sequence[TrainItem], denominators: Denominators) -> MicroBatch:
         config = self._config

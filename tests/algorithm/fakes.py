@@ -10,6 +10,7 @@ from care_train.data import Sample
 from care_train.models.batch import collate
 from care_train.models.prompts import EncodedPrompt
 from care_train.rollout.types import Completion
+from care_train.training.clock import no_mark
 from care_train.training.engine import StepResult
 from care_train.training.sampling import GroupSampler, SampledGroup
 from care_train.training.update import PolicyUpdater
@@ -38,7 +39,7 @@ class FakeEngine:
     def collate(self, sequences):
         return collate(sequences, 0, None)
 
-    def step(self, micro_batches, temperature):
+    def step(self, micro_batches, temperature, mark=no_mark):
         self.steps.append(list(micro_batches))
         return StepResult(0.0, 0.0, [])
 
@@ -77,7 +78,7 @@ def train(updates: list[GroupUpdate], groups=None, **values) -> tuple[FakeEngine
     engine, scorer = FakeEngine(), FakeScorer()
     if groups is None:
         groups = [sampled_group([wrong()]) for _ in updates]
-    reference = object() if config.loss.kl_coef else None
+    reference = SimpleNamespace(score=None) if config.loss.kl_coef else None
     PolicyUpdater(engine, config, scorer, reference).update(groups, updates)
     return engine, scorer
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from care_train.training.clock import StepClock
 from care_train.training.distributed import own_environment
 
 ROOT = Path(__file__).parents[2]
@@ -99,12 +100,26 @@ def test_a_run_leaves_everything_it_promises(cold_start, color_rows, tmp_path):
     assert summary["sampled_sequences"] >= 3 * 4 * 4
     assert summary["decoded_tokens"] > 0 and summary["wall_seconds"] > 0
     assert len(_metrics(run)) == 3 and len(_metrics(run, "eval")) == 2
+    _assert_times_add_up(_metrics(run))
     model = AutoModelForImageTextToText.from_pretrained(run / "final")
     AutoProcessor.from_pretrained(run / "final")
     assert model.config.model_type == "qwen2_5_vl"
     # What it prints: scores before and after, no warnings, no tracebacks.
     assert "accuracy" in done.stdout and "before" in done.stdout
     assert "arning" not in done.stderr, done.stderr
+
+
+def _assert_times_add_up(metrics: list[dict]) -> None:
+    """Every moment of a step is in exactly one part, and overhead is what no model computes in."""
+    wanted = {"sync", "prepare", "generate", "score", "old_forward", "select", "collate", "update"}
+    for values in metrics:
+        parts = {k.removeprefix("seconds_"): v for k, v in values.items() if "seconds_" in k}
+        overhead = parts.pop("overhead")
+        assert wanted | {"optimizer", "other"} <= parts.keys()
+        assert all(seconds >= 0 for seconds in parts.values())
+        assert sum(parts.values()) == pytest.approx(values["seconds"])
+        model = sum(seconds for part, seconds in parts.items() if part in StepClock.MODEL_PARTS)
+        assert overhead == pytest.approx(values["seconds"] - model)
 
 
 def test_runs_repeat_bit_for_bit(cold_start, color_rows, tmp_path):

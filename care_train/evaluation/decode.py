@@ -1,0 +1,181 @@
+"""Answer a benchmark's questions, one record per response, written as soon as it is there."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from care_train.algorithm.spans import parse_spans
+from care_train.evaluation.question import Judgement, Question
+from care_train.evaluation.question_set import QuestionSet
+from care_train.reporting import track
+from care_train.reporting.jsonl import JsonlWriter, read_jsonl
+from care_train.rollout.types import (
+    Completion,
+    Request,
+    RolloutEngine,
+    SamplingSettings,
+    request_seed,
+)
+from care_train.settings import Config
+from care_train.training.distributed import all_max, barrier, gather, is_main, rank, world_size
+from care_train.training.session import Session
+from care_train.training.stopping import Stopped, StopSignals
+from care_train.verifier import format_score
+
+_EVAL_STEP = -1
+"""The step in evaluation seeds: one that training never has."""
+
+Job = tuple[int, int, int]
+"""A question's place, a seed of `eval.seeds`, and which of `eval.samples` responses."""
+Record = Mapping[str, Any]
+
+
+def answer_questions(
+    session: Session,
+    engine: RolloutEngine,
+    questions: QuestionSet,
+    folder: Path,
+    device: torch.device,
+) -> list[Record]:
+    """Every record of a benchmark: those found in `folder`, and the missing ones made now.
+
+    Args:
+        session: the model with its prompt encoder.
+        engine: generates with it.
+        questions: the benchmark's.
+        folder: where this run's records of it are; each rank appends to a file of its own.
+        device: this rank's.
+
+    Returns:
+        All records on every rank, in the order of seeds, questions and samples.
+
+    Raises:
+        ValueError: a record found was made from another question.
+        Stopped: a signal asked for it; what is written stays.
+    """
+    config = session.config
+    ids = questions.ids
+    jobs = list(_jobs(config, len(ids)))
+    found = _found(folder)
+    _check_found(found, questions, folder)
+    missing = [job for job in jobs if (ids[job[0]], job[1], job[2]) not in found]
+    own = missing[rank() :: world_size()]
+    size = config.eval.batch_size
+    batches = [own[start : start + size] for start in range(0, len(own), size)]
+    # Ranks that share a vLLM generate together, so each has the same number of turns.
+    turns = all_max(len(batches), device)
+    bar = track(range(turns), questions.name, config.logging.progress and is_main())
+    answered = 0
+    with StopSignals() as signals, closing(JsonlWriter(folder / f"rank_{rank()}.jsonl")) as log:
+        for turn in bar:
+            batch = batches[turn] if turn < len(batches) else []
+            for record in _answer(session, engine, questions, batch):
+                log.write(record)
+            answered += len(batch)
+            if stop := signals.requested(device):
+                have = len(jobs) - len(missing) + sum(gather(answered))
+                raise Stopped(stop, have, len(jobs), folder.parents[1], folder)
+    barrier()
+    records = _found(folder)
+    return [records[ids[place], seed, sample] for place, seed, sample in jobs]
+
+
+def decoding(config: Config) -> SamplingSettings:
+    """How benchmarks are decoded: as rollouts are (Sec. 8.2), or greedily."""
+    rollout = config.rollout
+    return SamplingSettings(
+        rollout.max_new_tokens,
+        rollout.temperature,
+        rollout.top_p,
+        rollout.top_k,
+        config.eval.decode == "greedy",
+    )
+
+
+def _jobs(config: Config, count: int) -> Iterator[Job]:
+    for seed in config.eval.seeds:
+        for place in range(count):
+            for sample in range(config.eval.samples):
+                yield place, seed, sample
+
+
+def _answer(
+    session: Session, engine: RolloutEngine, questions: QuestionSet, batch: Sequence[Job]
+) -> Iterator[Record]:
+    """Decode and judge a batch; its questions' images are read once however often it is asked."""
+    asked = {place: questions.read(place) for place, _, _ in batch}
+    encoded = session.encoder.encode([question.sample for question in asked.values()])
+    prompts = dict(zip(asked, encoded, strict=True))
+    requests = [
+        Request(prompts[place], request_seed(seed, _EVAL_STEP, questions.ids[place], sample))
+        for place, seed, sample in batch
+    ]
+    completions = engine.generate(requests, decoding(session.config))
+    for job, completion in zip(batch, completions, strict=True):
+        yield _record(session, questions, asked[job[0]], job, completion)
+
+
+def _record(
+    session: Session, questions: QuestionSet, question: Question, job: Job, completion: Completion
+) -> Record:
+    place, seed, sample = job
+    prompt = session.config.prompt
+    text = session.scorer.text(completion)
+    span = parse_spans(text, prompt.think_tag, prompt.answer_tag).answer_content
+    answer = None if span is None else text[span[0] : span[1]]
+    judgement = _judge(questions, question, answer, completion.finished)
+    form = format_score(text, prompt.think_tag, prompt.answer_tag) if completion.finished else 0.0
+    return {
+        "id": questions.ids[place],
+        "seed": seed,
+        "sample": sample,
+        "digest": questions.digests[place],
+        "group": question.group,
+        "expected": question.sample.answer,
+        "answer": answer,
+        "accuracy": judgement.accuracy,
+        "exact": judgement.is_exact,
+        "format": form,
+        "finished": completion.finished,
+        "tokens": len(completion.token_ids),
+        "reason": judgement.reason,
+        "vote": judgement.vote,
+        "response": text,
+    }
+
+
+def _judge(
+    questions: QuestionSet, question: Question, answer: str | None, finished: bool
+) -> Judgement:
+    """Only the answer span counts (Sec. 8.3); without one nothing is right."""
+    if answer is None:
+        cut = "" if finished else ": cut by the length limit"
+        return Judgement(0.0, False, f"no complete answer span{cut}", "")
+    if not answer.strip():
+        return Judgement(0.0, False, "empty answer", "")
+    return questions.judge(answer, question)
+
+
+def _found(folder: Path) -> dict[tuple[str, int, int], Record]:
+    """Records by question, seed and sample, whatever ranks wrote them."""
+    records: dict[tuple[str, int, int], Record] = {}
+    for path in sorted(folder.glob("rank_*.jsonl")):
+        for record in read_jsonl(path):
+            records[record["id"], record["seed"], record["sample"]] = record
+    return records
+
+
+def _check_found(
+    found: Mapping[tuple[str, int, int], Record], questions: QuestionSet, folder: Path
+) -> None:
+    digests = dict(zip(questions.ids, questions.digests, strict=True))
+    for (id, _, _), record in found.items():
+        if digests.get(id, record["digest"]) != record["digest"]:
+            raise ValueError(
+                f"{folder}: the record of {id!r} answers another question than the one that "
+                f"{questions.source} has now: restore those rows, or choose another name for the "
+                "run"
+            )

@@ -1,0 +1,214 @@
+"""`care-train eval --benchmarks`: answers, resume, results, over real engines and ranks."""
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from bench.protocol_fixtures import math_vision_rows, write_parquet, write_training
+from care_train.cli import main
+from care_train.evaluation.benchmarks import BENCHMARKS
+from care_train.models.tiny import build_tiny_model
+from tests.train.runs import Run, run
+
+ALL = ",".join(BENCHMARKS)
+SMALL = (
+    "prompt.system=null",
+    "rollout.max_new_tokens=16",
+    "eval.batch_size=4",
+    "logging.progress=false",
+    "logging.tensorboard=false",
+)
+
+
+def _arguments(repositories: dict[str, Path], model: Path, out: Path, name: str) -> list[str]:
+    sources = ", ".join(f"{key}: '{path}'" for key, path in repositories.items())
+    return [
+        *("eval", "--benchmarks", ALL, *SMALL, f"eval.sources={{{sources}}}"),
+        *(f"model.path={model}", f"output_dir={out}", f"name={name}"),
+    ]
+
+
+def _records(run_dir: Path) -> dict[tuple, dict]:
+    records = {}
+    for path in run_dir.glob("answers/*/rank_*.jsonl"):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            key = (path.parent.name, record["id"], record["seed"], record["sample"])
+            assert key not in records, f"answered twice: {key}"
+            records[key] = record
+    return records
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, repositories, tiny_folder) -> Path:
+    """A run over all six benchmarks, two seeds with two responses each."""
+    out = tmp_path_factory.mktemp("eval")
+    assert main([*_arguments(repositories, tiny_folder(), out, "whole"), *_SAMPLES]) == 0
+    return out / "whole"
+
+
+_SAMPLES = ("eval.seeds=[0,1]", "eval.samples=2", "eval.k=[1,2]")
+_NUM_RESPONSES = (4 + 3 + 3 + 8 + 4 + 4) * 2 * 2
+
+
+def test_all_six_benchmarks_are_answered_and_reported(whole):
+    """Every question under every seed, a results file for programs and one for people."""
+    assert len(_records(whole)) == _NUM_RESPONSES
+    results = json.loads((whole / "results.json").read_text())
+    assert list(results["benchmarks"]) == list(BENCHMARKS)
+    for summary in results["benchmarks"].values():
+        assert 0 <= summary["accuracy"] <= 1 and len(summary["per_seed"]) == 2
+        assert set(summary["pass@k"]) == {"1", "2"} == set(summary["majority@k"])
+        assert summary["half_width"] is not None
+    assert results["macro"]["benchmarks"] == list(BENCHMARKS)
+    table = (whole / "results.md").read_text()
+    assert "| **whole (this run)** |" in table and "| Qwen2.5-VL-7B + CARE | 74.7 |" in table
+    assert "pass@2" in table and "Mean of 2 decodes, temperature 1" in table
+    summary = json.loads((whole / "summary.json").read_text())
+    assert set(summary["benchmarks"]) == set(BENCHMARKS) and "macro_accuracy" in summary
+
+
+def test_numbers_follow_from_the_records(whole):
+    """A benchmark's accuracy is the mean of its records'; responses cut short are counted."""
+    results = json.loads((whole / "results.json").read_text())
+    records = _records(whole)
+    for name, summary in results["benchmarks"].items():
+        own = [record for key, record in records.items() if key[0] == name]
+        assert summary["accuracy"] == pytest.approx(sum(r["accuracy"] for r in own) / len(own))
+        assert summary["truncated"] == pytest.approx(
+            1 - sum(record["finished"] for record in own) / len(own)
+        )
+
+
+def test_a_killed_run_goes_on_after_its_last_answer(whole, repositories, tiny_folder, tmp_path):
+    """SIGKILL amid the answers and `--resume`: no question twice, the answers those of one run."""
+    arguments = [*_arguments(repositories, tiny_folder(), tmp_path, "part"), *_SAMPLES]
+    first, part = Run(*arguments), tmp_path / "part"
+    assert first.wait_for(lambda: (part / "answers" / "mathverse" / "rank_0.jsonl").exists())
+    first.kill()
+    before = _records(part)
+    assert 0 < len(before) < _NUM_RESPONSES
+    # What a kill leaves of a half-written line is dropped.
+    with next(part.glob("answers/mathvista/rank_0.jsonl")).open("a") as log:
+        log.write('{"id": "1", "see')
+    assert main([*arguments, "--resume"]) == 0
+    after = _records(part)
+    assert before.items() <= after.items()
+    assert after == _records(whole)
+    results = [json.loads((path / "results.json").read_text()) for path in (part, whole)]
+    assert results[0]["benchmarks"] == results[1]["benchmarks"]
+
+
+def test_a_signal_ends_between_batches(repositories, tiny_folder, tmp_path):
+    """SIGTERM: the batch is written, the status says that the run can go on."""
+    arguments = _arguments(repositories, tiny_folder(), tmp_path, "stopped")
+    stopped = Run(*arguments, "eval.samples=40", "eval.batch_size=2")
+    log = tmp_path / "stopped" / "answers" / "mathvista" / "rank_0.jsonl"
+    assert stopped.wait_for(lambda: log.exists() and log.stat().st_size > 0)
+    stopped.send(signal.SIGTERM)
+    status, errors = stopped.end()
+    assert status == 75 and "resume=" in errors, errors
+    assert not (tmp_path / "stopped" / "results.json").exists()
+
+
+def test_more_seeds_and_benchmarks_can_be_added(repositories, tiny_folder, tmp_path):
+    """A resumed run answers what is missing under the new settings, and keeps what it has."""
+    arguments = _arguments(repositories, tiny_folder(), tmp_path, "grown")
+    assert main([*arguments, "--benchmarks", "mathvista"]) == 0
+    before = _records(tmp_path / "grown")
+    more = ("--benchmarks", "mathvista,math_vision", "eval.seeds=[0,5]", "--resume")
+    assert main([*arguments, *more]) == 0
+    after = _records(tmp_path / "grown")
+    assert before.items() <= after.items()
+    assert {(key[0], key[2]) for key in after} == {
+        (name, seed) for name in ("mathvista", "math_vision") for seed in (0, 5)
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("rollout.temperature=0.5", "rollout.temperature: .* has answers made with 1.0, got 0.5"),
+        ("eval.decode=greedy", "eval.decode: .* has answers made with 'sampled', got 'greedy'"),
+        ("prompt.think_tag=reasoning", "prompt.think_tag"),
+    ],
+)
+def test_answers_made_otherwise_are_not_mixed(
+    change, message, whole, repositories, tiny_folder, capfd
+):
+    """Another temperature, decoding or prompt is another evaluation."""
+    arguments = _arguments(repositories, tiny_folder(), whole.parent, whole.name)
+    assert main([*arguments, "--resume", change]) == 2
+    assert re.search(message, capfd.readouterr().err)
+
+
+def test_another_model_under_the_same_path_is_refused(repositories, tmp_path, capfd):
+    """Answers of two models never share a run, though both were at `model.path`."""
+    model = tmp_path / "model"
+    arguments = _arguments(repositories, model, tmp_path, "models")
+    arguments[2] = "math_vision"
+    build_tiny_model("tiny-qwen2.5-vl", model, seed=1, hidden_size=32)
+    assert main(arguments) == 0
+    shutil.rmtree(model)
+    build_tiny_model("tiny-qwen2.5-vl", model, seed=2, hidden_size=32)
+    assert main([*arguments, "--resume"]) == 2
+    assert "model.path's weights" in capfd.readouterr().err
+
+
+def test_changed_questions_are_refused(repositories, tiny_folder, tmp_path, capfd):
+    """An answer on file belongs to the question it was given to."""
+    rows = math_vision_rows()
+    path = write_parquet("math_vision", rows, tmp_path / "test.parquet")
+    arguments = _arguments({"math_vision": path}, tiny_folder(), tmp_path, "rows")
+    arguments[2] = "math_vision"
+    assert main(arguments) == 0
+    write_parquet("math_vision", [row | {"question": "other?"} for row in rows], path)
+    assert main([*arguments, "--resume"]) == 2
+    assert "answers another question" in capfd.readouterr().err
+
+
+def test_two_ranks_answer_as_one(whole, repositories, tiny_folder, tmp_path):
+    """Ranks share the questions; each response depends on its seed alone."""
+    arguments = _arguments(repositories, tiny_folder(), tmp_path, "ranks")
+    run(*arguments, *_SAMPLES, ranks=2)
+    assert len(list((tmp_path / "ranks").glob("answers/*/rank_1.jsonl"))) == 6
+    one, two = _records(whole), _records(tmp_path / "ranks")
+    assert {key: record["response"] for key, record in one.items()} == {
+        key: record["response"] for key, record in two.items()
+    }
+
+
+def test_greedy_decoding_and_rows_of_a_file(tiny_folder, tmp_path):
+    """`eval.decode=greedy`; `data` scores eval.data through the same records."""
+    write_training(tmp_path, count=12)
+    arguments = [
+        *("eval", "--benchmarks", "data", *SMALL, "eval.decode=greedy"),
+        f"eval.data.path={tmp_path / 'test.jsonl'}",
+        *(f"model.path={tiny_folder()}", f"output_dir={tmp_path}", "name=data"),
+    ]
+    assert main(arguments) == 0
+    results = json.loads((tmp_path / "data" / "results.json").read_text())
+    assert results["benchmarks"]["data"]["num_questions"] == 3
+    assert results["decoding"]["greedy"] and results["macro"] is None
+    assert "greedy" in (tmp_path / "data" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.benchmarks=[mathvista,chartqa]", "eval.benchmarks"),
+        ("eval.k=[2]", "eval.k: got [2], wanted numbers from 1 to eval.samples = 1"),
+        ("eval.seeds=[]", "eval.seeds"),
+        ("eval.seeds=[1,1]", "each once"),
+        ("eval.sources={mmu: x}", "eval.sources"),
+        ("eval.max_questions=0", "eval.max_questions"),
+    ],
+)
+def test_wrong_settings_are_named(override, message, capfd):
+    """Before anything is loaded."""
+    assert main(["eval", override]) == 2
+    assert message in capfd.readouterr().err

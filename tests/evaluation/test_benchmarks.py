@@ -1,0 +1,255 @@
+"""The benchmarks' adapters: published schemas, sources, and schema changes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict, Features
+
+from bench.protocol_fixtures import FEATURES, benchmark_rows, write_parquet
+from care_train.config import build_config
+from care_train.data import load_images
+from care_train.data.schema import IMAGE_PLACEHOLDER
+from care_train.evaluation.benchmarks import BENCHMARKS
+from care_train.evaluation.question_set import open_questions
+from care_train.evaluation.rows import open_rows
+
+NAMES = list(BENCHMARKS)
+
+
+def _open(name: str, source: Path, **values):
+    return open_questions(name, build_config({"eval": {"sources": {name: str(source)}} | values}))
+
+
+def _questions(name: str, source: Path) -> list:
+    opened = _open(name, source)
+    return [opened.read(place) for place in range(len(opened.ids))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_downloaded_repository_is_read(name, repositories):
+    """Every benchmark's published columns become questions whose images can be opened."""
+    questions = _questions(name, repositories[name])
+    assert len(questions) == len(benchmark_rows()[name]) * (2 if name == "mmmu" else 1)
+    for question in questions:
+        images = load_images(question.sample, 10**6)
+        assert images and all(image.mode == "RGB" for image in images)
+        assert question.sample.prompt.count(IMAGE_PLACEHOLDER) in (0, len(images))
+        assert question.sample.answer and question.sample.location.startswith(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["parquet", "arrow", "arrow_dict", "jsonl", "json"])
+def test_files_give_the_same_questions(name, form, tmp_path):
+    """Parquet, Arrow folders and JSON hold the same rows as the repository, image for image."""
+    rows = benchmark_rows()[name]
+    split = BENCHMARKS[name].split
+    path = write_parquet(name, rows, tmp_path / "rows.parquet")
+    wanted = _questions(name, path)
+    if form.startswith("arrow"):
+        whole = [dict.fromkeys(FEATURES[name]) | row for row in rows]
+        saved = Dataset.from_list(whole, features=FEATURES[name])
+        path = tmp_path / "saved"
+        (DatasetDict({split: saved}) if form == "arrow_dict" else saved).save_to_disk(path)
+    elif form != "parquet":
+        whole = [dict.fromkeys(FEATURES[name]) | row for row in rows]
+        path = _write_json(whole, tmp_path / f"{split}.{form}")
+    for got, want in zip(_questions(name, path), wanted, strict=True):
+        assert (got.sample.prompt, got.options, got.kind) == (
+            want.sample.prompt,
+            want.options,
+            want.kind,
+        )
+        images = zip(load_images(got.sample, 10**6), load_images(want.sample, 10**6), strict=True)
+        assert all(one.tobytes() == other.tobytes() for one, other in images)
+
+
+def _write_json(rows: list[dict], path: Path) -> Path:
+    """Images as files beside it, named by relative paths."""
+    plain = []
+    for number, row in enumerate(rows):
+        values = dict(row)
+        for column, value in row.items():
+            if hasattr(value, "save"):
+                values[column] = f"{number}_{column}.png"
+                value.save(path.parent / values[column])
+        plain.append(values)
+    lines = [json.dumps(row) for row in plain]
+    path.write_text("\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "column"), [(name, column) for name in NAMES for column in BENCHMARKS[name].columns]
+)
+def test_a_missing_column_is_named(name, column, tmp_path):
+    """A column that the publishers drop or rename stops the run, named with what it should hold."""
+    rows = [{k: v for k, v in row.items() if k != column} for row in benchmark_rows()[name]]
+    kept = {key for row in rows for key in row} | set(FEATURES[name])
+    features = {key: FEATURES[name][key] for key in kept - {column}}
+    whole = [dict.fromkeys(features) | row for row in rows]
+    path = tmp_path / "rows.parquet"
+    Dataset.from_list(whole, features=Features(features)).to_parquet(path)
+    with pytest.raises(ValueError, match=f"{name}: rows.parquet: row 1: column '{column}'") as info:
+        _open(name, path)
+    assert BENCHMARKS[name].columns[column].wanted in str(info.value)
+    assert "got none" in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "value", "got"),
+    [
+        ("mathvista", "choices", "['red']", "str \"['red']\""),
+        ("mathvista", "precision", "1", "str '1'"),
+        ("mathvista", "decoded_image", None, "null"),
+        ("mathverse", "answer", 14, "int 14"),
+        ("math_vision", "options", None, "null"),
+        ("math_vision", "answer", "", "str ''"),
+        ("mmmu", "options", {"A": "red"}, "an object with 'A'"),
+        ("mmmu_pro_standard", "image_1", 7, "int 7"),
+        ("mmmu_pro_vision", "image", [], "a list of nothing"),
+    ],
+)
+def test_a_changed_type_is_named(name, column, value, got, tmp_path):
+    """Another type names benchmark, row, column, what it got and what it wanted."""
+    rows = benchmark_rows()[name]
+    row = dict.fromkeys(FEATURES[name]) | rows[0] | {column: value}
+    path = _write_json([row], tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError) as info:
+        _open(name, path)
+    wanted = BENCHMARKS[name].columns[column].wanted
+    assert str(info.value) == (
+        f"{name}: rows.jsonl: row 1: column {column!r}: got {got}, wanted {wanted}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("mathvista", {"answer": "purple"}, "wanted one of 'choices'"),
+        ("math_vision", {"answer": "F"}, "the letter of one of 4 options"),
+        ("mmmu", {"options": "['red', 'blue'"}, "wanted text that spells a list of texts"),
+        ("mmmu", {"answer": "Z"}, "the letter of one of 4 options"),
+        ("mmmu", {"image_2": None}, "the image that <image 2> names"),
+        ("mmmu_pro_vision", {"options": "[1, 2]"}, "wanted text that spells a list of texts"),
+    ],
+)
+def test_values_that_cannot_be_scored_are_named(name, changes, message, tmp_path):
+    """A key among no options, broken option lists, missing images: before the first answer."""
+    rows = [dict.fromkeys(FEATURES[name]) | benchmark_rows()[name][0] | changes]
+    path = _write_json(rows, tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=f"{name}: rows.jsonl: row 1") as info:
+        _open(name, path)
+    assert message in str(info.value)
+
+
+def test_mmmu_images_stand_where_they_are_named(repositories):
+    """In question and options, in the order of mention; a second mention is words."""
+    questions = {q.sample.id: q for q in _questions("mmmu", repositories["mmmu"])}
+    compared, options, twice, _ = (questions[f"validation_Math_{n}"].sample for n in (1, 2, 3, 4))
+    assert compared.prompt.startswith("compare <image> and <image>: what color")
+    assert [i.getpixel((32, 32)) for i in load_images(compared, 10**6)] == [
+        (255, 0, 0),
+        (0, 128, 0),
+    ]
+    assert "(A) <image>\n(B) <image>" in options.prompt
+    # The options name the second image first.
+    assert [i.getpixel((32, 32)) for i in load_images(options, 10**6)] == [(0, 128, 0), (255, 0, 0)]
+    assert twice.prompt.startswith("<image> what color is image 1? not that of <image>")
+
+
+def test_an_image_never_named_comes_first(tmp_path):
+    """Nothing is lost where the text forgets an image."""
+    row = benchmark_rows()["mmmu_pro_standard"][0] | {"question": "what color is the shape?"}
+    path = write_parquet("mmmu_pro_standard", [row], tmp_path / "rows.parquet")
+    (question,) = _questions("mmmu_pro_standard", path)
+    assert question.sample.prompt.startswith("<image>what color")
+    assert len(question.options) == 10
+
+
+def test_mmmu_reads_every_subject(repositories):
+    """The subjects are configurations of one data set; each is a group."""
+    groups = {question.group for question in _questions("mmmu", repositories["mmmu"])}
+    assert groups == {"Math", "Art"}
+
+
+def test_mathverse_reads_choices_of_questions_within_the_image(repositories):
+    """The Vision Only version has no question text; its options come from `question_for_eval`."""
+    last = _questions("mathverse", repositories["mathverse"])[-1]
+    assert last.group == "Vision Only" and last.options == ("red", "green", "blue", "yellow")
+
+
+def test_the_hub_is_asked_for_published_ids(monkeypatch):
+    """Without a source the published id, configuration and split are loaded.
+
+    There is no network here: the library's calls are recorded, their answers are local rows.
+    """
+    asked = []
+
+    def load_dataset(source, name, split):
+        asked.append((source, name, split))
+        key = {"standard (10 options)": "mmmu_pro_standard", "Art": "mmmu", "Math": "mmmu"}[name]
+        rows = [dict.fromkeys(FEATURES[key]) | row for row in benchmark_rows()[key]]
+        rows = [row | {"id": f"{row['id']}_{name}"} for row in rows]
+        return Dataset.from_list(rows, features=FEATURES[key])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.get_dataset_config_names", lambda source: ["Art", "Math"])
+    assert len(open_questions("mmmu_pro_standard", build_config({})).ids) == 4
+    assert len(open_questions("mmmu", build_config({})).ids) == 8
+    assert asked == [
+        ("MMMU/MMMU_Pro", "standard (10 options)", "test"),
+        ("MMMU/MMMU", "Art", "validation"),
+        ("MMMU/MMMU", "Math", "validation"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere/at/all", "no such file or folder"),
+        ("nowhere.parquet", "no such file or folder"),
+        ("empty", "no testmini.parquet"),
+        ("broken.parquet", "not a Parquet file"),
+        ("broken.jsonl", "not JSON"),
+        ("rows.csv", "ends with '.csv'"),
+        ("none.jsonl", "got no rows"),
+    ],
+)
+def test_sources_that_cannot_be_read_are_named(source, message, tmp_path, monkeypatch):
+    """The path and what was wanted, in one line."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    for name in ("broken.parquet", "broken.jsonl", "rows.csv"):
+        Path(name).write_text("{oops")
+    Path("none.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=message):
+        _open("mathvista", Path(source))
+
+
+def test_ids_are_unique(tmp_path):
+    """Two questions of one id would share their answers."""
+    rows = [row | {"pid": "1"} for row in benchmark_rows()["mathvista"]]
+    path = write_parquet("mathvista", rows, tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"row 2: id: got '1', already used by .*row 1"):
+        _open("mathvista", path)
+
+
+def test_max_questions_takes_some_by_seed(repositories):
+    """The same few for one seed; of the whole set, not its beginning alone."""
+    config = {"sources": {"mmmu": str(repositories["mmmu"])}, "max_questions": 3}
+    chosen = [
+        open_questions("mmmu", build_config({"seed": seed, "eval": config})).ids
+        for seed in (0, 0, 1, 2)
+    ]
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 3
+    assert len(set(chosen)) > 1
+
+
+def test_a_parquet_file_of_many_row_groups_is_read_in_order(tmp_path):
+    """Row groups are read one at a time, in any order of rows."""
+    path = tmp_path / "rows.parquet"
+    Dataset.from_list([{"n": n} for n in range(25)]).to_parquet(path, batch_size=4)
+    (rows,) = open_rows(str(path), (), "test")
+    places = [*range(25), 3, 24, 0]
+    assert [rows.read(place)["n"] for place in places] == places
