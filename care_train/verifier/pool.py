@@ -164,4 +164,7 @@ _POOLS: dict[tuple[int, int, float], WorkerPool] = {}
 
 def shared_pool(workers: int = 2, timeout: float = 5.0) -> WorkerPool:
     """This process's pool with these limits; a forked child has its own."""
-    return _POOLS.setdefault((os.getpid(), workers, timeout), WorkerPool(workers, timeout))
+    key = (os.getpid(), workers, timeout)
+    if key not in _POOLS:
+        _POOLS[key] = WorkerPool(workers, timeout)
+    return _POOLS[key]
