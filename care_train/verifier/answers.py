@@ -27,6 +27,7 @@ from care_train.verifier.numbers import (
     same_quantity,
 )
 from care_train.verifier.types import AnswerType, Item, Verdict
+from care_train.verifier.units import Unit, parse_unit
 
 MAX_ANSWER_CHARS = 1024
 """An answer longer than this, and than twice its key, is wrong unread."""
@@ -147,7 +148,7 @@ def _math(item: Item, symbolic: Symbolic) -> str:
         return "the same expression"
     name, got_right = split_equation(got)
     key_name, key_right = split_equation(wanted)
-    if name and key_name and name != key_name:
+    if name != key_name and "=" in got and "=" in wanted:
         return _symbolic(got, wanted, symbolic)
     if name or key_name:
         got, wanted = got_right, key_right
@@ -156,12 +157,23 @@ def _math(item: Item, symbolic: Symbolic) -> str:
     quantity, key = parse_quantity(got), parse_quantity(wanted)
     if quantity and key:
         return same_quantity(quantity, key, None)
+    (got, unit), (wanted, key_unit) = _without_unit(got), _without_unit(wanted)
+    if unit and key_unit and unit != key_unit:
+        return ""
     pair, key_pair = split_tuple(got), split_tuple(wanted)
     if key_pair is not None:
         return _tuple(pair, key_pair, got, item, symbolic)
     if pair is not None or "," in re.sub(r"\{[^{}]*\}", "", got):
         return ""
     return _symbolic(got, wanted, symbolic)
+
+
+def _without_unit(text: str) -> tuple[str, Unit | None]:
+    """`9\\pi` and centimetres of `9\\pi cm`."""
+    front, _, last = text.rpartition(" ")
+    unit = parse_unit(last.casefold()) if front and len(last) > 1 and last.isascii() else None
+    known = unit is not None and unit.known and last[0].isalpha()
+    return (front, unit) if known else (text, None)
 
 
 def _tuple(
@@ -233,8 +245,8 @@ def _yes_no(item: Item, symbolic: Symbolic) -> str:
     said = {_YES_NO[word] for word in words if word in _YES_NO}
     # The word itself, or the word before a comma or stop with its explanation.
     leads = re.match(r"(?:yes|no|true|false)(?:$|[,.;:!])", normalize(item.predicted))
-    hedges = {"not", "unknown", "maybe", "unless", "but", "or"} & set(words)
-    return "the same" if leads and said == {wanted} and not hedges else ""
+    hedges = {"unknown", "maybe", "unless", "but", "or"} | ({"not"} if wanted else set())
+    return "the same" if leads and said == {wanted} and hedges.isdisjoint(words) else ""
 
 
 def _text(item: Item, symbolic: Symbolic) -> str:
@@ -248,9 +260,18 @@ def _text(item: Item, symbolic: Symbolic) -> str:
     quantity, key = parse_quantity(got), parse_quantity(wanted)
     if quantity and key:
         return same_quantity(quantity, key, None)
-    words = normalize_words(wanted)
-    is_word = len(words) >= 3 and any(char.isalpha() for char in words)
-    return "the same words" if is_word and normalize_words(got) == words else ""
+    return "the same words" if _same_words(got, wanted) else ""
+
+
+def _same_words(got: str, wanted: str) -> bool:
+    got, wanted = (re.sub(r"\s*([-:/])\s*", r"\1", normalize(text)) for text in (got, wanted))
+    if got == wanted:
+        return True
+    words, key = normalize_words(got), normalize_words(wanted)
+    if len(key) < 2 or not any(char.isalpha() for char in key):
+        return False
+    joined = "-" in got + wanted and words.replace(" ", "") == key.replace(" ", "")
+    return words == key or joined
 
 
 _BY_TYPE: dict[AnswerType, Callable[[Item, Symbolic], str]] = {

@@ -4,13 +4,16 @@ import re
 from collections.abc import Sequence
 
 from care_train.verifier.normalize import normalize, normalize_words
+from care_train.verifier.notation import plain_latex
+from care_train.verifier.numbers import parse_quantity, same_quantity
 
 _LETTER = re.compile(r"\(([a-z])\)|\[([a-z])\]|([a-z])[.):]?", re.IGNORECASE)
 _LETTER_AND_TEXT = re.compile(
-    r"(?:\(([A-Z])\)\s*|\[([A-Z])\]\s*|([A-Z])\)\s*|([A-Z])\s*[.:]\s+|([A-Z])\s+[-\u2013\u2014]\s+)(\S.*)",
+    r"(?:\(([A-Za-z])\)\s*|\[([A-Za-z])\]\s*|([A-Z])\)\s*|([A-Z])\s*[.:]\s+|([A-Z])\s+[-\u2013\u2014]\s+)(\S.*)",
     re.DOTALL,
 )
 _NAMED = re.compile(r"(?:option|choice|answer)\s+(?=[(\[]?[A-Za-z][)\].:]?(?:\s|$))", re.IGNORECASE)
+_EXPLAINED = re.compile(r"\(?([A-Z])\)?[,.]? (?:because|since) (?!.*\b[A-Z]\b)", re.DOTALL)
 # A second letter in the text after the first: a hedge between options.
 _OTHER_LETTER = re.compile(r"(?:^|[\s,/&])(?:\([A-Z]\)|\[[A-Z]\]|[A-Z][).:](?=\s|$))")
 
@@ -33,8 +36,10 @@ def split_choice(text: str) -> tuple[str, str]:
     stripped = text.rstrip(",; ").removesuffix(".") or text
     if match := _LETTER.fullmatch(stripped):
         return match[match.lastindex or 0].upper(), ""
+    if match := _EXPLAINED.match(text):
+        return match[1], ""
     if match := _LETTER_AND_TEXT.fullmatch(text):
-        letter = next(group for group in match.groups()[:5] if group)
+        letter = next(group for group in match.groups()[:5] if group).upper()
         rest = match[6].strip().strip("*").strip()
         if _LETTER.fullmatch(rest.removesuffix(".")) or _OTHER_LETTER.search(rest):
             return "", ""
@@ -57,7 +62,9 @@ def same_choice(predicted: str, expected: str, options: Sequence[str]) -> tuple[
             return 0.0, f"chose {letter} with another option's text"
         return 1.0, "same choice"
     if text and wanted_text and _same_text(text, wanted_text):
-        if options and sum(_same_text(text, option) for option in options) > 1:
+        others = [option for option in options if option != wanted_text]
+        exact = normalize(text) == normalize(wanted_text)
+        if not exact and any(_same_text(text, option) for option in others):
             return 0.0, "the text of several options"
         return 1.0, "the option's text"
     return 0.0, "no single choice"
@@ -77,6 +84,9 @@ def _option_of(text: str, options: Sequence[str]) -> int | None:
 def _same_text(got: str, wanted: str) -> bool:
     if normalize(got) == normalize(wanted):
         return True
+    quantity, key = parse_quantity(plain_latex(got)), parse_quantity(plain_latex(wanted))
+    if quantity and key:
+        return bool(same_quantity(quantity, key, None))
     words = normalize_words(wanted)
     return (
         len(words) >= 3 and any(char.isalpha() for char in words) and normalize_words(got) == words

@@ -9,6 +9,8 @@ MAX_EXPRESSION_CHARS = 400
 
 _MAX_DEPTH = 24
 _COMMANDS = re.compile(r"\\[a-zA-Z]+")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[a-z]{1,12}\}")
+_FORMULA = re.compile(r"(?:[A-Z][a-z]?[0-9]{0,3}){2,}")
 _WORD = re.compile(r"[A-Za-z]{3,}")
 _FUNCTIONS = set(
     "sin cos tan cot sec csc arcsin arccos arctan asin acos atan sinh cosh tanh log ln exp sqrt "
@@ -32,6 +34,7 @@ _PLAIN = [
     (re.compile(r"(?<![\\a-zA-Z])(pi|theta|alpha|beta|gamma)(?![a-zA-Z])"), r"\\\1 "),
     (re.compile(r"(?<![\\a-zA-Z])(?:inf|infty|infinity)(?![a-zA-Z])|∞"), r"\\infty "),
     (re.compile(r"π"), r"\\pi "),
+    (re.compile(r"\s*°"), r"^{\\circ}"),
     (re.compile(r"θ"), r"\\theta "),
     (re.compile(r"\^\(([^()]*)\)"), r"^{\1}"),
     (re.compile(r"\^(-?[0-9]+)"), r"^{\1}"),
@@ -62,15 +65,18 @@ def looks_mathematical(text: str) -> bool:
     """
     if has_words(text) or len(text) > MAX_EXPRESSION_CHARS:
         return False
-    if _MATH_MARKS.search(text):
+    if _MATH_MARKS.search(text) or _ENVIRONMENT.search(text):
         return True
+    # A chemical formula, or the letters of points.
+    if _FORMULA.fullmatch(text):
+        return False
     has_letter = re.search(r"(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])|[0-9][a-zA-Z](?![a-zA-Z])", text)
     return bool(has_letter and re.search(r"[-+*/=<>^]|\\[a-z]+|[0-9][a-zA-Z]", text))
 
 
 def has_words(text: str) -> bool:
     """Whether it holds words that no formula has."""
-    bare = _COMMANDS.sub(" ", text)
+    bare = _COMMANDS.sub(" ", _ENVIRONMENT.sub(" ", text))
     return any(word.lower() not in _FUNCTIONS for word in _WORD.findall(bare) if not word.isupper())
 
 

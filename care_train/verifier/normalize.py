@@ -3,6 +3,8 @@
 import re
 import unicodedata
 
+from care_train.verifier.number_words import COUNTS
+
 # Only whole pairs are dropped: a lone quote is a prime, feet or inches.
 _PAIRS = ('""', "''", "``", "\u201c\u201d", "\u2018\u2019", "«»", "**")
 
@@ -18,13 +20,6 @@ _SUPERSCRIPTS = str.maketrans({"⁰": "0", "¹": "1", "²": "2", "³": "3"}) | {
 }
 _SUPERSCRIPT_RUN = re.compile("⁻?[⁰¹²³⁴-⁹]+")
 _VULGAR = re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
-
-_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-    "fifteen sixteen seventeen eighteen nineteen twenty"
-).split()
-NUMBER_WORDS = {word: str(value) for value, word in enumerate(_WORDS)}
-"""Counts written as words."""
 
 
 def normalize(text: str) -> str:
@@ -66,7 +61,7 @@ def normalize_words(text: str) -> str:
     text = fold(text)
     text = re.sub(r"(?<![0-9])[.,]|[.,](?![0-9])|[^\w\s.,%$°+/<>=^-]", "", text)
     text = re.sub(r"(?<=\w)-(?=[^\W\d])", " ", text)
-    words = (NUMBER_WORDS.get(word, word) for word in text.split())
+    words = (COUNTS.get(word, word) for word in text.split())
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 

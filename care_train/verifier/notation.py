@@ -5,7 +5,8 @@ import re
 from care_train.verifier.normalize import unfold_case
 
 _PHRASE = re.compile(
-    r"(?:so |thus,? |therefore,? |hence,? )?(?:the |my )?(?:final |correct |right )?"
+    r"(?:it is |it's )(?=\S)|(?:so |thus,? |therefore,? |hence,? )?(?:the |my )?"
+    r"(?:final |correct |right )?"
     r"(?:answer|option|choice)(?: is|:|=)+\s*:?\s*(?=\S)",
     re.IGNORECASE,
 )
@@ -16,14 +17,19 @@ _REWRITES = [
     (re.compile(r"\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits)(?![a-zA-Z])"), ""),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])"), "°"),
     (re.compile(r"\{,\}|(?<=[0-9])\\[,!](?=[0-9]{3})"), ","),
-    (re.compile(r"\\(?:[,;:! ]|quad|qquad)(?![a-zA-Z])|~"), " "),
+    (re.compile(r"(?<!\\)\\(?:[,;:! ]|quad|qquad)(?![a-zA-Z])|~"), " "),
     (re.compile(r"\\(?:approx|sim|simeq)(?![a-zA-Z])"), "≈"),
     (re.compile(r"\\([%$#&_])"), r"\1"),
     (re.compile(r"\\(?:le|leq|leqslant)(?![a-zA-Z])|≤"), r"\\leq "),
     (re.compile(r"\\(?:ge|geq|geqslant)(?![a-zA-Z])|≥"), r"\\geq "),
-    (re.compile(r"\\(?:pm)(?![a-zA-Z])"), "±"),
+    (re.compile(r"\\pm(?![a-zA-Z])"), "±"),
+    (re.compile(r"(?<=[a-zA-Z])\s+\^"), "^"),
+    (re.compile(r"^([A-Za-z]) (?:equals|is equal to) (?=\S)"), r"\1 = "),
 ]
-_LEFT_SIDE = re.compile(r"([A-Za-z](?:_?\{?[A-Za-z0-9]{1,3}\}?)?|\\[a-z]{2,7}|[∠△]\w{1,4})\s*=\s*")
+_LEFT_SIDE = re.compile(
+    r"([A-Za-z](?:_?\{?[A-Za-z0-9]{1,3}\}?)?|[a-z]\([a-z]\)|\\(?!angle)[a-z]{2,7}"
+    r"|m?\s*(?:[∠△]|\\angle|\\triangle)\s*\w{1,4})\s*=\s*"
+)
 
 
 def unwrap(text: str) -> str:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from care_train.verifier.normalize import NUMBER_WORDS
+from care_train.verifier.number_words import read_words
 from care_train.verifier.units import Unit, parse_unit
 
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
@@ -33,7 +33,8 @@ _BODIES = [
     ("plain", rf"({_DECIMAL})"),
 ]
 _PATTERNS = [(kind, re.compile(pattern)) for kind, pattern in _BODIES]
-_VARIABLES = tuple("nkatvwj")
+_VARIABLES = tuple("nkatvwj'\"")
+_REMARK = re.compile(r" ?\(([a-z][a-z ]*)\)$")
 _ABOUT = re.compile(r"(?:≈|about |approximately |around |roughly |approx\.? )\s*")
 _SCALE = re.compile(r"(hundred|thousand|million|billion|trillion|mn|bn)s?(?![a-z])")
 _SCALES = {
@@ -60,7 +61,7 @@ class Quantity:
     percent: bool = False
     unit: Unit | None = None
     is_variable: bool = False
-    """The unit is a lower-case letter that is rather a variable: 5n, 3t."""
+    """The unit may be none: a variable in 5n and 3t, a mark in 5'."""
 
 
 def parse_quantity(text: str) -> Quantity | None:
@@ -75,14 +76,15 @@ def parse_quantity(text: str) -> Quantity | None:
     text = text.strip()
     if not text or len(text) > _MAX_CHARS:
         return None
-    last, text = text[-1], text.casefold()
-    text = NUMBER_WORDS.get(text, text)
+    last, text = text[-1], _without_remark(text.casefold())
     text = _ABOUT.sub("", text, count=1) if _ABOUT.match(text) else text
     sign, text = _sign(text)
     currency = re.match(_CURRENCY, text)
     if currency:
         text = text[currency.end() :].lstrip()
     more, text = _sign(text) if sign == 1 else (1, text)
+    if words := read_words(text):
+        return _with_tail(Quantity(sign * words[0], None, 0), words[1].strip(), "")
     for kind, pattern in _PATTERNS:
         match = pattern.match(text)
         if match is None:
@@ -123,6 +125,20 @@ def same_quantity(got: Quantity, wanted: Quantity, tolerance: Fraction | None) -
         return ""
     same = _close(value / 100, key, tolerance) if got.percent else _close(value, key / 100, None)
     return "equal percentages" if same else ""
+
+
+def _without_remark(text: str) -> str:
+    """Without words in brackets at the end, which repeat or explain: 5 (five)."""
+    match = _REMARK.search(text)
+    if match is None or match.start() == 0:
+        return text
+    repeated = read_words(match[1])
+    if repeated is not None:
+        said = parse_quantity(text[: match.start()])
+        same = said is not None and said.value == repeated[0] and not repeated[1].strip()
+        return text[: match.start()] if same else text
+    hedged = not set(match[1].split()).isdisjoint(("or", "not", "maybe", "and", "but"))
+    return text if hedged else text[: match.start()]
 
 
 def _sign(text: str) -> tuple[int, str]:

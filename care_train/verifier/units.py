@@ -15,8 +15,8 @@ _SCALES: dict[str, dict[str, str]] = {
         "mm millimeter millimetre": "1/1000",
         "μm um micrometer micrometre micron": "1/1000000",
         "nm nanometer nanometre": "1/1000000000",
-        "in inch inches": "254/10000",
-        "ft foot feet": "3048/10000",
+        'in inch inches "': "254/10000",
+        "ft foot feet '": "3048/10000",
         "yd yard": "9144/10000",
         "mi mile": "1609344/1000",
     },
@@ -64,6 +64,7 @@ _KNOWN = {
     for name in names.split()
     for spelling in {name, name + "s" if len(name) > 2 and not name.endswith("s") else name}
 }
+_ALIASES = {"mph": "mile/hour", "kph": "km/hour", "kmh": "km/hour"}
 _PREFIXES = {"square": 2, "sq": 2, "sq.": 2, "cubic": 3, "cu": 3}
 _FACTOR = re.compile(r"([^\s^/*·0-9.-][^\s^/*·0-9]*?)\.?(?:\^?\{?(-?[1-9])\}?)?")
 # A word that changes the number's value or hedges is no unit.
@@ -89,6 +90,7 @@ def parse_unit(text: str) -> Unit | None:
     None for what is no unit: more than three words, symbols, single letters, hedges.
     """
     text = text.strip().removesuffix(".")
+    text = _ALIASES.get(text, text)
     if len(text) > 60:
         return None
     dimensions: dict[str, int] = {}
