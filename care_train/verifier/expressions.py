@@ -91,7 +91,7 @@ def why_not_parsed(text: str) -> str:
         return "too long an expression"
     if depth(text) > _MAX_DEPTH or text.count("^") > 20:
         return "too deep an expression"
-    if _HUGE.search(text):
+    if _HUGE.search(text.replace("**", "^")):
         return "too large a number"
     if has_words(text):
         return "words, not an expression"

@@ -37,6 +37,7 @@ class _Worker:
         self.pid = self._process.pid
         self.ready = False
         self.index: int | None = None
+        self.started = 0.0
         self.deadline = time.monotonic() + _START_SECONDS
 
     def send(self, index: int, item: Item, timeout: float) -> bool:
@@ -47,6 +48,7 @@ class _Worker:
         except OSError:
             return False
         self.index, self.deadline = index, time.monotonic() + timeout
+        self.started = time.monotonic()
         return True
 
     def kill(self) -> None:
@@ -71,6 +73,8 @@ class WorkerPool:
         self._lock = threading.Lock()
         self.timeouts = 0
         self.crashes = 0
+        self.longest = 0.0
+        """Seconds from an item's start to its verdict, at most."""
         atexit.register(self.close)
 
     @property
@@ -136,6 +140,7 @@ class WorkerPool:
         if worker.index is None:
             worker.ready = True
             return
+        self._record_time(worker)
         reply = json.loads(message)
         kind = reply["answer_type"]
         verdicts[worker.index] = Verdict(
@@ -150,9 +155,13 @@ class WorkerPool:
                 "reward: no worker process for symbolic answers: got none that started, wanted "
                 f"one from `{sys.executable} -m care_train.verifier.worker`: run it to see why"
             )
+        self._record_time(worker)
         verdicts[worker.index] = Verdict(0.0, reason)
         self.timeouts += reason.startswith("timeout")
         self.crashes += reason.startswith("crashed")
+
+    def _record_time(self, worker: _Worker) -> None:
+        self.longest = max(self.longest, time.monotonic() - worker.started)
 
     def _remove(self, worker: _Worker) -> None:
         self._workers.remove(worker)
