@@ -59,7 +59,7 @@ _SLOW = (
 
 
 def hostile_answers(count: int, seed: int = 0) -> Iterator[str]:
-    """`count` answers: one in a hundred of megabytes, one in five hundred hard to compute."""
+    """`count` answers: one in a hundred of megabytes, one in a thousand hard to compute."""
     rng = random.Random(seed)
     kinds: list[Callable[[random.Random], str]] = [
         _braces,
@@ -78,7 +78,7 @@ def hostile_answers(count: int, seed: int = 0) -> Iterator[str]:
             yield (
                 rng.choice(("9", "{", "\\frac{1}{", "a b ", "\u202e", "1,", "<answer>")) * 1_000_000
             )
-        elif place % 500 == 0:
+        elif place % 1000 == 0:
             yield rng.choice(_SLOW).format(a=rng.randint(2, 9), b=rng.randint(2, 7))
         else:
             yield rng.choice(kinds)(rng)
@@ -125,7 +125,7 @@ def _digits(rng: random.Random) -> str:
 
 def _expression(rng: random.Random, depth: int = 0) -> str:
     """Well-formed, so that the parser has work to do."""
-    if depth == 5 or rng.random() < 0.15:
+    if depth == 4 or rng.random() < 0.15:
         return rng.choice(("x", "y", "2", "\\pi", "7", "\\sqrt{3}"))
     left, right = _expression(rng, depth + 1), _expression(rng, depth + 1)
     form = rng.choice(("{} + {}", "{} \\cdot {}", "\\frac{{{}}}{{{}}}", "({}) - ({})"))

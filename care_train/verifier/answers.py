@@ -113,7 +113,7 @@ def _choice(item: Item, symbolic: Symbolic) -> str:
 
 
 def _number(item: Item, symbolic: Symbolic) -> str:
-    tolerance = None if item.tolerance is None else Fraction(item.tolerance)
+    tolerance = None if item.tolerance is None else _exact(item.tolerance)
     name, got_text = split_equation(plain_latex(item.predicted))
     key_name, key_text = split_equation(plain_latex(item.expected))
     if name and key_name and name != key_name:
@@ -134,7 +134,7 @@ def _number(item: Item, symbolic: Symbolic) -> str:
 
 
 def _relaxed(item: Item, symbolic: Symbolic) -> str:
-    tolerance = CHARTQA_TOLERANCE if item.tolerance is None else Fraction(item.tolerance)
+    tolerance = CHARTQA_TOLERANCE if item.tolerance is None else _exact(item.tolerance)
     got = parse_quantity(plain_latex(item.predicted))
     wanted = parse_quantity(plain_latex(item.expected))
     if got is None or wanted is None:
@@ -284,6 +284,11 @@ _BY_TYPE: dict[AnswerType, Callable[[Item, Symbolic], str]] = {
     AnswerType.YES_NO: _yes_no,
     AnswerType.TEXT: _text,
 }
+
+
+def _exact(number: float) -> Fraction:
+    # As written: the nearest binary number to 0.03 is below it.
+    return Fraction(repr(number))
 
 
 def _shorten(text: str) -> str:

@@ -9,7 +9,7 @@ from care_train.verifier.numbers import parse_quantity, same_quantity
 
 _LETTER = re.compile(r"\(([a-z])\)|\[([a-z])\]|([a-z])[.):]?", re.IGNORECASE)
 _LETTER_AND_TEXT = re.compile(
-    r"(?:\(([A-Za-z])\)\s*|\[([A-Za-z])\]\s*|([A-Z])\)\s*|([A-Z])\s*[.:]\s+|([A-Z])\s+[-\u2013\u2014]\s+)(\S.*)",
+    r"(?:\(([A-Za-z])\)\s*|\[([A-Za-z])\]\s*|([A-Za-z])\)\s*|([A-Z])\s*[.:]\s+|([A-Z])\s+[-\u2013\u2014]\s+)(\S.*)",
     re.DOTALL,
 )
 _NAMED = re.compile(r"(?:option|choice|answer)\s+(?=[(\[]?[A-Za-z][)\].:]?(?:\s|$))", re.IGNORECASE)
