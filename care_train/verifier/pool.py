@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 
+from care_train.verifier.messages import TAKEN
 from care_train.verifier.types import AnswerType, Item, Verdict
 
 _START_SECONDS = 120.0
+_MAX_FAILED_STARTS = 3
 
 
 class _Worker:
@@ -37,6 +39,7 @@ class _Worker:
         self.pid = self._process.pid
         self.ready = False
         self.index: int | None = None
+        self.has_taken = False
         self.started = 0.0
         self.deadline = time.monotonic() + _START_SECONDS
 
@@ -48,6 +51,7 @@ class _Worker:
         except OSError:
             return False
         self.index, self.deadline = index, time.monotonic() + timeout
+        self.has_taken = False
         self.started = time.monotonic()
         return True
 
@@ -71,6 +75,7 @@ class WorkerPool:
         self._timeout = timeout
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
+        self._failed_starts = 0
         self.timeouts = 0
         self.crashes = 0
         self.longest = 0.0
@@ -94,7 +99,7 @@ class WorkerPool:
             try:
                 while len(verdicts) < len(items):
                     self._assign(pending, items)
-                    self._collect(verdicts, items)
+                    self._collect(pending, verdicts)
             finally:
                 # After an interrupt, a late reply must not answer the next batch.
                 for worker in [w for w in self._workers if w.index is not None]:
@@ -117,7 +122,7 @@ class WorkerPool:
                 else:
                     self._remove(worker)
 
-    def _collect(self, verdicts: dict[int, Verdict], items: Sequence[Item]) -> None:
+    def _collect(self, pending: deque[int], verdicts: dict[int, Verdict]) -> None:
         waited = [
             worker for worker in self._workers if worker.index is not None or not worker.ready
         ]
@@ -127,18 +132,27 @@ class WorkerPool:
         ready = wait([w.replies for w in waited], max(0.0, first - time.monotonic()))
         for worker in waited:
             if worker.replies in ready:
-                self._receive(worker, verdicts)
+                self._receive(worker, pending, verdicts)
             elif time.monotonic() >= worker.deadline:
                 self._end(worker, verdicts, f"timeout: over {self._timeout:g} s")
 
-    def _receive(self, worker: _Worker, verdicts: dict[int, Verdict]) -> None:
+    def _receive(self, worker: _Worker, pending: deque[int], verdicts: dict[int, Verdict]) -> None:
         try:
             message = worker.replies.recv_bytes()
         except (EOFError, OSError):
+            if worker.index is not None and not worker.has_taken:
+                # It died before it read the item, which another worker gets.
+                self._remove(worker)
+                pending.appendleft(worker.index)
+                return
             self._end(worker, verdicts, "crashed: the comparison ended its process")
             return
         if worker.index is None:
             worker.ready = True
+            self._failed_starts = 0
+            return
+        if message == TAKEN:
+            worker.has_taken = True
             return
         self._record_time(worker)
         reply = json.loads(message)
@@ -151,8 +165,11 @@ class WorkerPool:
     def _end(self, worker: _Worker, verdicts: dict[int, Verdict], reason: str) -> None:
         self._remove(worker)
         if worker.index is None:
+            self._failed_starts += 1
+            if self._failed_starts < _MAX_FAILED_STARTS:
+                return
             raise ValueError(
-                "reward: no worker process for symbolic answers: got none that started, wanted "
+                "reward: no worker process for symbolic answers: got none that starts, wanted "
                 f"one from `{sys.executable} -m care_train.verifier.worker`: run it to see why"
             )
         self._record_time(worker)

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from multiprocessing.connection import Connection
 
 from care_train.verifier.answers import compare
+from care_train.verifier.messages import READY, TAKEN
 from care_train.verifier.symbolic import MathVerify
 from care_train.verifier.types import AnswerType, Item
 
@@ -36,12 +37,13 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent, symbolic = os.getppid(), MathVerify()
     symbolic.equal("\\frac{1}{2}", "x")
-    replies.send_bytes(b"ready")
+    replies.send_bytes(READY)
     while _wait(requests, parent):
         try:
             request = json.loads(requests.recv_bytes())
         except EOFError:
             return
+        replies.send_bytes(TAKEN)
         replies.send_bytes(json.dumps(_answer(request, symbolic)).encode())
 
 

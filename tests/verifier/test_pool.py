@@ -26,7 +26,7 @@ ENDLESS = Item("\\prod_{n=1}^{999} (x+n)", "x^2+1")
 
 @pytest.fixture
 def pool() -> Iterator[WorkerPool]:
-    pool = WorkerPool(workers=2, timeout=1.0)
+    pool = WorkerPool(workers=2, timeout=4.0)
     yield pool
     pool.close()
 
@@ -50,10 +50,8 @@ def test_a_hung_worker_costs_its_verdict_alone(pool: WorkerPool):
     before = set(pool.pids)
     verdicts = pool.run([EASY[0], ENDLESS, *EASY[1:], ENDLESS, EASY[2]])
     assert [v.accuracy for v in verdicts] == [1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
-    assert [v.reason for v in verdicts if v.reason.startswith("timeout")] == [
-        "timeout: over 1 s"
-    ] * 2
-    assert pool.timeouts == 2 and pool.longest < 1.5
+    assert [verdicts[place].reason for place in (1, 4)] == ["timeout: over 4 s"] * 2
+    assert pool.timeouts == 2 and pool.longest < 5.0
     killed = before - set(pool.pids)
     assert killed and not any(map(_alive, killed))
     assert [v.accuracy for v in pool.run(EASY)] == EASY_VERDICTS
@@ -103,9 +101,9 @@ def test_workers_die_with_the_parent(item: str):
         "import threading, time\n"
         "from care_train.verifier import WorkerPool\n"
         "from tests.verifier.test_pool import EASY, ENDLESS\n"
-        "pool = WorkerPool(workers=1, timeout=1.0)\n"
+        "pool = WorkerPool(workers=1, timeout=20.0)\n"
         "pool.run(EASY[:1])\n"
-        "pool._timeout = 3.0\n"
+        "pool._timeout = 4.0\n"
         f"threading.Thread(target=pool.run, args=([{item}],), daemon=True).start()\n"
         "time.sleep(0.3)\n"
         "print(*pool.pids, flush=True)\n"
