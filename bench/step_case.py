@@ -1,7 +1,7 @@
 """What both trainers of `bench.step` get: the model, the rows, the lengths and the reward."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from care_train.config import load_config
@@ -14,8 +14,7 @@ from care_train.training.distributed import initialize_process_group
 from care_train.training.rng import seed_all
 from care_train.training.session import model_folder, open_session
 from care_train.training.sft import run_sft
-from care_train.verifier import Verifier
-from care_train.verifier.score import Score
+from care_train.verifier import Response, Score, Verifier
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
@@ -79,11 +78,16 @@ class FixedLengthVerifier(Verifier):
     before the end of the first answer counts, as if EOS came there.
     """
 
-    def score(self, text: str, sample: Sample, finished: bool = True) -> Score:
-        """Score the response up to its first closing answer tag."""
+    def score_batch(self, responses: Sequence[Response]) -> list[Score]:
+        """Score each response up to its first closing answer tag."""
         tag = f"</{self._answer_tag}>"
-        response, closed, _ = text.partition(tag)
-        return super().score(response + closed, sample, finished=True)
+        ended = [one.text.partition(tag) for one in responses]
+        return super().score_batch(
+            [
+                replace(one, text=text + closed, finished=True)
+                for one, (text, closed, _) in zip(responses, ended, strict=True)
+            ]
+        )
 
 
 def case_config(case: Case, overrides: Sequence[str] = ()) -> Config:

@@ -28,6 +28,8 @@ _INSPECTIONS = {
 
 _SERVE = "generate for runs: a vLLM that gets its weights from the run (rollout.vllm.server)"
 
+_VERIFY = "score JSON lines with response, answer and optional type on standard input"
+
 _EXPORT = "write a checkpoint as a plain Hugging Face folder, from any ZeRO stage"
 
 _EPILOG = """\
@@ -41,6 +43,7 @@ examples:
   care-train train --config configs/care.yaml --resume
   care-train eval --config configs/eval.yaml --benchmarks mathvista,mmmu model.path=runs/care/final
   care-train serve --config configs/care.yaml --port 8000
+  care-train verify < answers.jsonl
   care-train export --run runs/care --checkpoint best --out care-best
 
 Every run writes runs/<name>/: config.yaml, metrics.jsonl, summary.json, checkpoints/, final/ (a
@@ -64,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _inspect(options, config)
             if options.command == "serve":
                 return _serve(options, config)
+            if options.command == "verify":
+                return _verify(config)
             return _run(options.command, config)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -145,6 +150,14 @@ def _serve(options: argparse.Namespace, config: Config) -> int:
     return 0 if serve(config, options.host, options.port) else 1
 
 
+def _verify(config: Config) -> int:
+    # Without quiet_libraries, which loads torch: this command starts at once.
+    from care_train.verifier import command
+
+    command.run(config)
+    return 0
+
+
 def _export(options: argparse.Namespace) -> None:
     quiet_libraries()
     from care_train import commands
@@ -216,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     keys = _keys_help()
-    for name, summary in (_COMMANDS | _INSPECTIONS | {"serve": _SERVE}).items():
+    for name, summary in (_COMMANDS | _INSPECTIONS | {"serve": _SERVE, "verify": _VERIFY}).items():
         command = commands.add_parser(
             name,
             help=summary,

@@ -49,8 +49,8 @@ def evaluate(
             for sample, prompt in zip(batch, prompts, strict=True)
         ]
         completions = engine.generate(requests, sampling)
-        for sample, completion in zip(batch, completions, strict=True):
-            rollout = session.scorer.score(sample, completion)
+        answered = [(*pair, ()) for pair in zip(batch, completions, strict=True)]
+        for rollout in session.scorer.score_all(answered):
             correct += rollout.accuracy
             well_formed += rollout.format_score
     correct, well_formed, count = all_sum([correct, well_formed, float(len(share))], device)

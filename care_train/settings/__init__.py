@@ -9,7 +9,8 @@ from care_train.settings.data import DataSettings, EvalSettings
 from care_train.settings.deepspeed import DeepSpeedSettings
 from care_train.settings.logging import LoggingSettings
 from care_train.settings.model import LoraSettings, ModelSettings, PromptSettings
-from care_train.settings.objective import TABLE_5, Algorithm, LossSettings, RewardSettings
+from care_train.settings.objective import TABLE_5, Algorithm, LossSettings
+from care_train.settings.reward import JudgeSettings, RewardFunctionSettings, RewardSettings
 from care_train.settings.training import SftSettings, TrainSettings
 
 __all__ = [
@@ -19,11 +20,13 @@ __all__ = [
     "DataSettings",
     "DeepSpeedSettings",
     "EvalSettings",
+    "JudgeSettings",
     "LoggingSettings",
     "LoraSettings",
     "LossSettings",
     "ModelSettings",
     "PromptSettings",
+    "RewardFunctionSettings",
     "RewardSettings",
     "RolloutSettings",
     "SftSettings",

@@ -1,4 +1,4 @@
-"""Settings of what is maximised: reward and loss, with each algorithm's own."""
+"""Settings of the loss, with each algorithm's own."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -6,24 +6,6 @@ from typing import Any, Literal
 from care_train.algorithm.settings import STRICT, check
 
 Algorithm = Literal["care", "grpo", "dapo", "gspo", "dr_grpo"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardSettings:
-    """Eq. 1."""
-
-    __pydantic_config__ = STRICT
-
-    format_weight: float = 0.1
-    """lambda in [0, 0.5): below one half, every correct answer outranks every wrong one."""
-
-    def __post_init__(self) -> None:
-        check(
-            0 <= self.format_weight < 0.5,
-            "reward.format_weight",
-            self.format_weight,
-            "in [0, 0.5): from 0.5 on, a well-formatted wrong answer can outrank a correct one",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

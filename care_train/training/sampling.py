@@ -22,7 +22,7 @@ from care_train.rollout.types import (
 from care_train.settings import Config, PromptSettings
 from care_train.training.clock import Mark, no_mark
 from care_train.training.engine import PolicyEngine
-from care_train.verifier import Verifier
+from care_train.verifier import Response, Score, Verifier
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,44 @@ class RolloutScorer:
         *,
         reflected: bool = False,
     ) -> Rollout:
-        """Decode, locate the spans, verify (Eq. 1)."""
-        text, ends = self._token_text.decode(prefix_ids + completion.token_ids)
+        """`score_all` of one completion."""
+        return self.score_all([(sample, completion, prefix_ids)], reflected=reflected)[0]
+
+    def score_all(
+        self,
+        completions: Sequence[tuple[Sample, Completion, tuple[int, ...]]],
+        *,
+        reflected: bool = False,
+    ) -> list[Rollout]:
+        """Decode, locate the spans, verify (Eq. 1): all at once, each with its forced prefix."""
+        decoded = [
+            self._token_text.decode(prefix_ids + completion.token_ids)
+            for _, completion, prefix_ids in completions
+        ]
+        responses = [
+            Response(text, sample, completion.finished, len(completion.token_ids))
+            for (text, _), (sample, completion, _) in zip(decoded, completions, strict=True)
+        ]
+        scores = self._verifier.score_batch(responses)
+        return [
+            self._rollout(completion, prefix_ids, *text_and_ends, score, reflected)
+            for (_, completion, prefix_ids), text_and_ends, score in zip(
+                completions, decoded, scores, strict=True
+            )
+        ]
+
+    def _rollout(
+        self,
+        completion: Completion,
+        prefix_ids: tuple[int, ...],
+        text: str,
+        ends: Sequence[int],
+        score: Score,
+        reflected: bool,
+    ) -> Rollout:
         if completion.finished:
             ends = ends[:-1]
         spans = token_spans(parse_spans(text, *self._tags), ends, len(prefix_ids))
-        score = self._verifier.score(text, sample, finished=completion.finished)
         return Rollout(
             token_ids=completion.token_ids,
             text=text,
@@ -182,15 +214,11 @@ class GroupSampler:
         completions: Sequence[Completion],
     ) -> list[SampledGroup]:
         size = self._config.rollout.group_size
+        rollouts = self._scorer.score_all(
+            [(samples[i // size], completion, ()) for i, completion in enumerate(completions)]
+        )
         return [
-            SampledGroup(
-                sample,
-                prompt,
-                tuple(
-                    self._scorer.score(sample, completion)
-                    for completion in completions[place * size : (place + 1) * size]
-                ),
-            )
+            SampledGroup(sample, prompt, tuple(rollouts[place * size : (place + 1) * size]))
             for place, (sample, prompt) in enumerate(zip(samples, prompts, strict=True))
         ]
 
@@ -214,10 +242,15 @@ class GroupSampler:
         # Also without requests: ranks that share a vLLM by tensor parallelism generate together.
         completions = self._engine.generate(list(requests.values()), self._reflection_sampling)
         mark("reflect")
-        for (place, request), completion in zip(requests.items(), completions, strict=True):
-            reflected[place] = self._scorer.score(
-                groups[place].sample, completion, request.prefix_ids, reflected=True
-            )
+        scored = self._scorer.score_all(
+            [
+                (groups[place].sample, completion, request.prefix_ids)
+                for (place, request), completion in zip(requests.items(), completions, strict=True)
+            ],
+            reflected=True,
+        )
+        for place, rollout in zip(requests, scored, strict=True):
+            reflected[place] = rollout
         mark("score")
         return reflected
 

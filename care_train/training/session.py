@@ -75,7 +75,9 @@ def open_session(config: Config, folder: Path, data: DataSettings, device: torch
         loaded,
         PromptEncoder(loaded, config.prompt, data),
         RolloutScorer(
-            TokenText(loaded.tokenizer), Verifier(config.prompt, config.reward), config.prompt
+            TokenText(loaded.tokenizer),
+            Verifier(config.prompt, config.reward, config.data.max_image_pixels),
+            config.prompt,
         ),
     )
 

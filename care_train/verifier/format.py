@@ -7,16 +7,25 @@ def format_score(text: str, think_tag: str = "think", answer_tag: str = "answer"
     Both must hold text, and only whitespace may stand around them. Each tag occurs once, so
     nested, repeated and unclosed spans score 0. Takes time linear in the text.
     """
+    return float(not format_fault(text, think_tag, answer_tag))
+
+
+def format_fault(text: str, think_tag: str = "think", answer_tag: str = "answer") -> str:
+    """What is wrong with a response's form, or "" where its `format_score` is 1."""
     text = text.strip()
     tags = [f"<{think_tag}>", f"</{think_tag}>", f"<{answer_tag}>", f"</{answer_tag}>"]
-    if any(text.count(tag) != 1 for tag in tags):
-        return 0.0
+    for tag in tags:
+        if (count := text.count(tag)) != 1:
+            return f"{count} {tag}, wanted 1"
     starts = [text.find(tag) for tag in tags]
     if starts != sorted(starts):
-        return 0.0
+        return "tags out of order"
     before, rest = text.split(tags[0])
     think, rest = rest.split(tags[1])
     between, rest = rest.split(tags[2])
     answer, after = rest.split(tags[3])
-    outside = f"{before}{between}{after}"
-    return float(not outside.strip() and bool(think.strip()) and bool(answer.strip()))
+    if before.strip() or between.strip() or after.strip():
+        return "text outside the spans"
+    if not think.strip() or not answer.strip():
+        return "an empty span"
+    return ""

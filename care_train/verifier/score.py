@@ -1,13 +1,20 @@
-"""The verifier V: accuracy, format and reward of a response (Eq. 1; Algorithm 1, line 2)."""
+"""The verifier V: accuracy, format and reward of responses (Eq. 1; Algorithm 1, line 2)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from care_train.algorithm.reward import reward
 from care_train.algorithm.spans import parse_spans
 from care_train.data import Sample
-from care_train.settings import PromptSettings, RewardSettings
-from care_train.verifier.answers import Verdict, compare
-from care_train.verifier.format import format_score
+from care_train.settings import DataSettings, PromptSettings, RewardSettings
+from care_train.verifier.answers import MAX_ANSWER_CHARS
+from care_train.verifier.format import format_fault
+from care_train.verifier.functions import RewardFunction
+from care_train.verifier.judge import Case, Judge
+from care_train.verifier.pool import shared_pool
+from care_train.verifier.responses import Response, item_of
+from care_train.verifier.types import Item, Verdict
+from care_train.verifier.verify import verify_batch
 
 
 @dataclass(frozen=True)
@@ -19,15 +26,22 @@ class Score:
     format_score: float
     """fmt in [0, 1]."""
     reward: float
-    """r of Eq. 1."""
+    """r of Eq. 1, and the bonuses."""
     reason: str
     """Why the accuracy is what it is, for people."""
+    format_reason: str = "as asked"
+    """Why the format is what it is."""
 
 
 class Verifier:
-    """Scores decoded responses, which are untrusted, in time linear in their length."""
+    """Scores decoded responses, which are untrusted: in training and in evaluation."""
 
-    def __init__(self, prompt: PromptSettings, reward: RewardSettings) -> None:
+    def __init__(
+        self,
+        prompt: PromptSettings,
+        reward: RewardSettings,
+        max_image_pixels: int = DataSettings.max_image_pixels,
+    ) -> None:
         if not prompt.think_tag or not prompt.answer_tag or prompt.think_tag == prompt.answer_tag:
             raise ValueError(
                 f"prompt.think_tag, prompt.answer_tag: got {prompt.think_tag!r} and "
@@ -35,29 +49,104 @@ class Verifier:
             )
         self._think_tag = prompt.think_tag
         self._answer_tag = prompt.answer_tag
-        self._format_weight = reward.format_weight
+        self._settings = reward
+        self._functions = [RewardFunction(one, max_image_pixels) for one in reward.functions]
+        self._judge = Judge(reward.judge) if reward.judge else None
 
     def score(self, text: str, sample: Sample, finished: bool = True) -> Score:
-        """Score one response; only its answer span counts for accuracy.
+        """`score_batch` of one response."""
+        return self.score_batch([Response(text, sample, finished)])[0]
 
-        Args:
-            text: the decoded response, without EOS, a forced prefix included.
-            sample: the row whose answer is the key.
-            finished: False when the length limit cut the response, which makes fmt 0.
+    def score_batch(self, responses: Sequence[Response]) -> list[Score]:
+        """A score per response, in order; only the answer span counts for the verifier's accuracy.
+
+        Raises:
+            ValueError: a row's column or a reward function's result that cannot be used, or a judge
+                that does not answer.
         """
-        verdict = self._verdict(text, sample.answer, finished)
-        form = format_score(text, self._think_tag, self._answer_tag) if finished else 0.0
-        return Score(
-            accuracy=verdict.accuracy,
-            format_score=form,
-            reward=reward(verdict.accuracy, form, self._format_weight),
-            reason=verdict.reason,
-        )
+        if not responses:
+            return []
+        verdicts = self._verdicts(responses)
+        forms = [self._form(response) for response in responses]
+        results = [(f.settings, f(responses)) for f in self._functions]
+        scores = []
+        for place, (verdict, fault) in enumerate(zip(verdicts, forms, strict=True)):
+            own = [(settings, found[place]) for settings, found in results]
+            accurate = [
+                (s.weight, found.value)
+                for s, found in own
+                if s.target == "accuracy" and found.value is not None
+            ]
+            weight = self._settings.verifier_weight
+            if weight or not accurate:
+                accurate.append((weight or 1.0, verdict.accuracy))
+            accuracy = _mean(accurate)
+            given = [(s.weight, f.format_score) for s, f in own if f.format_score is not None]
+            form = _mean(given) if given else float(not fault)
+            bonus = sum(s.weight * (f.value or 0.0) for s, f in own if s.target == "bonus")
+            scores.append(
+                Score(
+                    accuracy,
+                    form,
+                    reward(accuracy, form, self._settings.format_weight) + bonus,
+                    self._reason(verdict, own),
+                    "by reward.functions" if given else fault or "as asked",
+                )
+            )
+        return scores
 
-    def _verdict(self, text: str, expected: str, finished: bool) -> Verdict:
-        span = parse_spans(text, self._think_tag, self._answer_tag).answer_content
-        if span is None:
-            cut = "" if finished else ": cut by the length limit"
-            return Verdict(0.0, f"no complete <{self._answer_tag}> span{cut}")
-        start, end = span
-        return compare(text[start:end], expected)
+    def _reason(self, verdict: Verdict, own: Sequence[tuple]) -> str:
+        parts = [
+            f"{settings.function.rpartition(':')[2]} {found.value:g}"
+            for settings, found in own
+            if found.value is not None
+        ]
+        return "; ".join([*parts, verdict.reason])
+
+    def _form(self, response: Response) -> str:
+        if not response.finished:
+            return "cut by the length limit"
+        return format_fault(response.text, self._think_tag, self._answer_tag)
+
+    def _verdicts(self, responses: Sequence[Response]) -> list[Verdict]:
+        answers = [self._answer(response) for response in responses]
+        asked: dict[int, Item] = {
+            place: item_of(answer, responses[place].sample, self._settings.tolerance)
+            for place, answer in enumerate(answers)
+            if answer is not None
+        }
+        pool = shared_pool(self._settings.workers, self._settings.timeout)
+        found = dict(zip(asked, verify_batch(list(asked.values()), pool), strict=True))
+        if self._judge is not None:
+            found |= self._judged(self._judge, responses, asked, found)
+        return [found.get(place) or self._missing(one) for place, one in enumerate(responses)]
+
+    def _judged(
+        self,
+        judge: Judge,
+        responses: Sequence[Response],
+        asked: dict[int, Item],
+        found: dict[int, Verdict],
+    ) -> dict[int, Verdict]:
+        """The judge's verdicts where the verifier found no match in a type it judges."""
+        types = self._settings.judge.types if self._settings.judge else []
+        cases = {
+            place: Case(responses[place].sample.prompt, item.expected, item.predicted.strip())
+            for place, item in asked.items()
+            if found[place].accuracy == 0
+            and found[place].answer_type in types
+            and len(item.predicted) <= max(MAX_ANSWER_CHARS, 2 * len(item.expected))
+        }
+        return dict(zip(cases, judge.judge(list(cases.values())), strict=True))
+
+    def _answer(self, response: Response) -> str | None:
+        span = parse_spans(response.text, self._think_tag, self._answer_tag).answer_content
+        return None if span is None else response.text[span[0] : span[1]]
+
+    def _missing(self, response: Response) -> Verdict:
+        cut = "" if response.finished else ": cut by the length limit"
+        return Verdict(0.0, f"no complete <{self._answer_tag}> span{cut}")
+
+
+def _mean(weighted: Sequence[tuple[float, float]]) -> float:
+    return sum(w * value for w, value in weighted) / sum(w for w, _ in weighted)

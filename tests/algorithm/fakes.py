@@ -107,8 +107,8 @@ class FakeEncoder:
 class FakeRolloutScorer:
     """Scores a completion as whatever the prefix makes it: a reflected rollout with its ids."""
 
-    def score(self, sample, completion, prefix_ids=(), *, reflected=False):
-        return right(prefix_ids=prefix_ids, reflected=reflected)
+    def score_all(self, completions, *, reflected=False):
+        return [right(prefix_ids=prefix, reflected=reflected) for _, _, prefix in completions]
 
 
 def make_sampler(**values) -> tuple[GroupSampler, FakeRollouts]:

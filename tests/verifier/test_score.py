@@ -40,7 +40,8 @@ def test_signals(text: str, accuracy: float, form: float):
 def test_cut_responses_have_no_format():
     """A response cut by the length limit has fmt 0, even if what is there looks complete."""
     text = "<think>so</think><answer>blue</answer>"
-    assert VERIFIER.score(text, BLUE, finished=False) == Score(1.0, 0.0, 0.8, "exact match")
+    cut = "cut by the length limit"
+    assert VERIFIER.score(text, BLUE, finished=False) == Score(1.0, 0.0, 0.8, "exact match", cut)
     reason = VERIFIER.score("<think>so", BLUE, finished=False).reason
     assert reason == "no complete <answer> span: cut by the length limit"
 

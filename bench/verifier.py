@@ -1,0 +1,225 @@
+"""The verifier against hand-checked pairs, math-verify alone and exact match; and under attack.
+
+    python -m bench.verifier
+
+Pairs are in verifier_pairs.jsonl: key, answer, whether a person calls it right, and the type where
+the row of a data set would give one. Those marked `held_out` were written after the last change to
+the verifier and changed nothing. Prints tables, then one JSON object:
+
+- precision, recall: of our verdicts; held_out_* of the held-out pairs alone
+- math_verify_*, exact_*: of math-verify alone, in the better of two ways to call it, and of text
+  that is the same
+- per_second: verdicts per second on one core, the mix of the pairs; in_process_per_second: of those
+  that need no algebra; symbolic_per_second: of those that do
+- hangs: hostile answers whose verdict took longer than the time limit and half a second;
+  crashes: those that raised; leaked_processes: workers alive after the pool is closed
+- timeouts, worker_crashes: verdicts that cost a worker, as they should
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench.hostile import hostile_answers
+from care_train.reporting import track
+from care_train.verifier import AnswerType, Item, WorkerPool, verify_batch
+from care_train.verifier.verify import verify_in_process
+
+PAIRS = Path(__file__).parent / "verifier_pairs.jsonl"
+KEYS = (
+    "B",
+    "5",
+    "x^2+1",
+    "{1, 2}",
+    "yes",
+    "blue",
+    "\\frac{\\sqrt{2}}{2}",
+    "(1, 2)",
+    "3.46",
+    "x > 3",
+)
+"""What hostile answers are compared with, one of each kind."""
+
+_SLACK_SECONDS = 0.5
+_BATCH = 250
+_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An answer, its key, and what a person says."""
+
+    item: Item
+    correct: bool
+    category: str
+    held_out: bool
+
+
+def read_pairs(path: Path = PAIRS) -> list[Pair]:
+    """All pairs, in order."""
+    pairs = []
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        kind = AnswerType(row["type"]) if "type" in row else None
+        item = Item(row["predicted"], row["answer"], kind, tuple(row.get("options", ())))
+        pairs.append(Pair(item, row["correct"], row["category"], row.get("held_out", False)))
+    return pairs
+
+
+def precision_recall(pairs: Sequence[Pair], verdicts: Sequence[bool]) -> tuple[float, float]:
+    """Share of accepted answers that are right, share of right answers that are accepted."""
+    accepted_right = sum(v and p.correct for p, v in zip(pairs, verdicts, strict=True))
+    right = sum(pair.correct for pair in pairs)
+    accepted = sum(verdicts)
+    return accepted_right / accepted if accepted else 1.0, accepted_right / right if right else 1.0
+
+
+def math_verify_verdicts(pairs: Sequence[Pair]) -> list[bool]:
+    """math-verify on key and answer, as they are or as inline math: whichever has the better F1."""
+    from math_verify import (
+        ExprExtractionConfig,
+        LatexExtractionConfig,
+        StringExtractionConfig,
+        parse,
+        verify,
+    )
+
+    letters = StringExtractionConfig(strings=tuple("ABCDEFGHIJ"))
+    targets = [LatexExtractionConfig(), ExprExtractionConfig(), letters]
+
+    def run(form: str) -> list[bool]:
+        return [
+            verify(
+                parse(form.format(pair.item.expected), targets),
+                parse(form.format(pair.item.predicted), targets),
+            )
+            for pair in pairs
+        ]
+
+    def f1(verdicts: list[bool]) -> float:
+        precision, recall = precision_recall(pairs, verdicts)
+        return precision * recall / max(precision + recall, 1e-9)
+
+    return max((run("{}"), run("${}$")), key=f1)
+
+
+def compare_pairs(pairs: Sequence[Pair], pool: WorkerPool) -> dict[str, Any]:
+    """Precision and recall of the three, printed by type."""
+    found = verify_batch([pair.item for pair in pairs], pool)
+    verdicts = {
+        "ours": [verdict.accuracy == 1.0 for verdict in found],
+        "math-verify": math_verify_verdicts(pairs),
+        "exact": [pair.item.predicted.strip() == pair.item.expected.strip() for pair in pairs],
+    }
+    groups: dict[str, list[int]] = {}
+    for place, pair in enumerate(pairs):
+        groups.setdefault(pair.category, []).append(place)
+    groups["all"] = list(range(len(pairs)))
+    groups["held out"] = [place for place, pair in enumerate(pairs) if pair.held_out]
+    print(
+        f"{'':<10}{'pairs':>6}{'right':>6}" + "".join(f"{name + ' P / R':>20}" for name in verdicts)
+    )
+    figures: dict[str, Any] = {"pairs": len(pairs)}
+    for name, places in groups.items():
+        chosen = [pairs[place] for place in places]
+        line = f"{name:<10}{len(chosen):>6}{sum(pair.correct for pair in chosen):>6}"
+        for who, all_verdicts in verdicts.items():
+            scores = precision_recall(chosen, [all_verdicts[place] for place in places])
+            line += f"{scores[0]:>12.3f} /{scores[1]:>6.3f}"
+            if name in ("all", "held out"):
+                prefix = {"ours": "", "math-verify": "math_verify_", "exact": "exact_"}[who]
+                prefix = prefix if name == "all" else f"held_out_{prefix}"
+                figures |= {f"{prefix}precision": scores[0], f"{prefix}recall": scores[1]}
+        print(line)
+    for pair, right in zip(pairs, verdicts["ours"], strict=True):
+        if right != pair.correct:
+            kind = "wrongly accepted" if right else "missed"
+            print(f"  {kind}: {pair.item.predicted!r} for {pair.item.expected!r}")
+    return figures
+
+
+def throughput(pairs: Sequence[Pair]) -> dict[str, float]:
+    """Verdicts per second on one core: one process works at a time."""
+    items = [pair.item for pair in pairs]
+    symbolic = [item for item in items if verify_in_process(item) is None]
+    plain = [item for item in items if verify_in_process(item) is not None]
+    pool = WorkerPool(workers=1)
+    figures = {}
+    for name, chosen in (("", items), ("in_process_", plain), ("symbolic_", symbolic)):
+        verify_batch(symbolic[:1], pool)
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < _SECONDS:
+            count += len(verify_batch(chosen, pool))
+        figures[f"{name}per_second"] = round(count / (time.perf_counter() - start), 1)
+    pool.close()
+    figures["share_symbolic"] = len(symbolic) / len(items)
+    return figures
+
+
+def attack(count: int, timeout: float) -> dict[str, Any]:
+    """Hostile answers against keys of every kind."""
+    before = set(psutil.Process().children(recursive=True))
+    pool = WorkerPool(workers=2, timeout=timeout)
+    items = [Item(text, KEYS[i % len(KEYS)]) for i, text in enumerate(hostile_answers(count))]
+    limit = timeout + _SLACK_SECONDS
+    hangs = crashes = accepted = to_worker = 0
+    start = time.perf_counter()
+    for first in track(range(0, count, _BATCH), "hostile answers", True):
+        batch = items[first : first + _BATCH]
+        waiting = []
+        for item in batch:
+            begun = time.perf_counter()
+            try:
+                verdict = verify_in_process(item)
+            except Exception as error:  # the bench counts what must not happen
+                print(f"  raised {error!r}: {item.predicted[:60]!r} for {item.expected!r}")
+                crashes += 1
+                continue
+            hangs += time.perf_counter() - begun > limit
+            accepted += verdict is not None and verdict.accuracy == 1.0
+            waiting += [item] if verdict is None else []
+        to_worker += len(waiting)
+        accepted += sum(verdict.accuracy == 1.0 for verdict in pool.run(waiting))
+    seconds = time.perf_counter() - start
+    hangs += pool.longest > limit
+    pool.close()
+    leaked = [p for p in psutil.Process().children(recursive=True) if p not in before]
+    return {
+        "hostile": count,
+        "hostile_seconds": round(seconds, 1),
+        "to_worker": to_worker,
+        "accepted": accepted,
+        "timeouts": pool.timeouts,
+        "worker_crashes": pool.crashes,
+        "longest_seconds": round(pool.longest, 3),
+        "timeout_seconds": timeout,
+        "hangs": hangs,
+        "crashes": crashes,
+        "leaked_processes": len(leaked),
+    }
+
+
+def main() -> int:
+    """Run all parts and print the figures."""
+    parser = argparse.ArgumentParser(description="precision, recall, speed, attack")
+    parser.add_argument("--hostile", type=int, default=10_000, help="hostile answers")
+    parser.add_argument("--timeout", type=float, default=1.0, help="seconds per hostile answer")
+    options = parser.parse_args()
+    pairs, pool = read_pairs(), WorkerPool()
+    figures = compare_pairs(pairs, pool)
+    pool.close()
+    figures |= throughput(pairs)
+    figures |= attack(options.hostile, options.timeout)
+    print(json.dumps(figures))
+    bad = figures["hangs"] + figures["crashes"] + figures["leaked_processes"]
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,56 @@
+"""bench.verifier: its pairs, its figures, and what the verifier makes of them."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from bench import verifier as bench
+from bench.hostile import hostile_answers
+from care_train.verifier import AnswerType, WorkerPool, verify_batch
+
+PAIRS = bench.read_pairs()
+
+
+def test_pairs_cover_all_types():
+    """At least 400 pairs, of every type, right and wrong, none twice."""
+    assert len(PAIRS) >= 400 and len({pair.item for pair in PAIRS}) == len(PAIRS)
+    counts = Counter((pair.category, pair.correct) for pair in PAIRS)
+    assert all(counts[kind, right] >= 5 for kind in AnswerType for right in (True, False))
+
+
+def test_verdicts_on_the_pairs():
+    """Nothing wrong is accepted, and what is missed of the pairs stays below 5 %."""
+    pool = WorkerPool(timeout=60.0)
+    verdicts = [v.accuracy == 1.0 for v in verify_batch([pair.item for pair in PAIRS], pool)]
+    pool.close()
+    accepted = [p.item for p, v in zip(PAIRS, verdicts, strict=True) if v and not p.correct]
+    assert accepted == []
+    assert bench.precision_recall(PAIRS, verdicts)[1] > 0.95
+
+
+def test_precision_and_recall():
+    """Of two accepted one is right, and of two right ones one is accepted."""
+    right, wrong = (next(p for p in PAIRS if p.correct is value) for value in (True, False))
+    figures = bench.precision_recall([right, right, wrong, wrong], [True, False, True, False])
+    assert figures == (0.5, 0.5)
+
+
+def test_hostile_answers_are_the_same_each_time():
+    """Deterministic, and some of megabytes."""
+    answers = list(hostile_answers(200))
+    assert answers == list(hostile_answers(200))
+    assert max(map(len, answers)) >= 1_000_000
+
+
+def test_figures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The last line is the JSON object the issue asks for; a small attack does no harm."""
+    few = [pair for pair in PAIRS if pair.category in ("number", "math")][:40]
+    monkeypatch.setattr(bench, "read_pairs", lambda: few)
+    monkeypatch.setattr(bench, "_SECONDS", 0.2)
+    monkeypatch.setattr("sys.argv", ["bench", "--hostile", "150", "--timeout", "20"])
+    assert bench.main() == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["precision"] == 1.0 and figures["per_second"] > 0
+    assert figures["hangs"] == figures["crashes"] == figures["leaked_processes"] == 0
+    assert {"recall", "math_verify_precision", "math_verify_recall"} <= figures.keys()

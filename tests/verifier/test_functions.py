@@ -1,0 +1,173 @@
+"""Users' own rewards, in the forms of EasyR1, TRL and verl."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from care_train.config import build_config
+from care_train.data import Sample
+from care_train.settings import PromptSettings, RewardFunctionSettings, RewardSettings
+from care_train.verifier import Response, Verifier
+
+GOOD = "<think>so</think><answer>blue</answer>"
+WRONG = "<think>so</think><answer>red</answer>"
+
+EASYR1_BATCH = """
+def compute_score(reward_inputs, format_weight=0.1):
+    if not isinstance(reward_inputs, list):
+        raise ValueError("Please use `reward_type=batch`.")
+    scores = []
+    for row in reward_inputs:
+        assert isinstance(row["response"], str) and isinstance(row["response_length"], int)
+        accuracy = float(row["ground_truth"] in row["response"])
+        scores.append({"overall": 0.5, "format": 0.25, "accuracy": accuracy})
+    return scores
+"""
+
+EASYR1_SEQUENTIAL = """
+def compute_score(reward_input, format_weight=0.5):
+    if not isinstance(reward_input, dict):
+        raise ValueError("Please use `reward_type=sequential`.")
+    accuracy = float(reward_input["ground_truth"] in reward_input["response"])
+    return {"overall": accuracy, "accuracy": accuracy, "format": 1.0}
+"""
+
+TRL = """
+def length(completions, difficulty, **columns):
+    assert len(columns["prompts"]) == len(completions) == len(difficulty)
+    return [len(text) / 1000 * hard for text, hard in zip(completions, difficulty)]
+
+def chat(completions, **columns):
+    return [float("blue" in one[0]["content"]) for one in completions]
+
+def some(completions, answer):
+    return [1.0 if "blue" in text else None for text in completions]
+"""
+
+VERL = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, bound=1.0):
+    assert data_source == "colors" and extra_info["difficulty"] == 2
+    return bound * float(ground_truth in solution_str)
+"""
+
+IMAGES = """
+def sees(reward_inputs):
+    return [float(row["images"][0].getpixel((0, 0)) == (0, 0, 255)) for row in reward_inputs]
+"""
+
+
+def _score(tmp_path: Path, source: str, name: str, texts: list[str], **more: Any):
+    settings = {key: more.pop(key) for key in ("verifier_weight", "format_weight") if key in more}
+    path = tmp_path / "rewards.py"
+    path.write_text(source)
+    function = RewardFunctionSettings(function=f"{path}:{name}", **more)
+    verifier = Verifier(PromptSettings(), RewardSettings(functions=[function], **settings))
+    sample = Sample(
+        id="a",
+        prompt="which color?",
+        answer="blue",
+        source="colors",
+        images=(Image.new("RGB", (4, 4), (0, 0, 255)),),
+        columns={"difficulty": 2},
+    )
+    return verifier.score_batch([Response(text, sample, True, 7) for text in texts])
+
+
+def test_easyr1_batch(tmp_path: Path):
+    """`list[dict] -> list[dict]`: accuracy is acc, format is fmt, Eq. 1 makes the reward."""
+    right, wrong = _score(tmp_path, EASYR1_BATCH, "compute_score", [GOOD, WRONG])
+    assert (right.accuracy, right.format_score) == (1.0, 0.25)
+    assert right.reward == pytest.approx(0.9 + 0.1 * 0.25)
+    assert (wrong.accuracy, wrong.reward) == (0.0, pytest.approx(0.025))
+    assert right.reason.startswith("compute_score 1; ")
+    assert right.format_reason == "by reward.functions"
+
+
+def test_easyr1_sequential(tmp_path: Path):
+    """`dict -> dict`, called once per response, with its own arguments."""
+    scores = _score(
+        tmp_path, EASYR1_SEQUENTIAL, "compute_score", [GOOD, WRONG], arguments={"format_weight": 0}
+    )
+    assert [score.accuracy for score in scores] == [1.0, 0.0]
+
+
+def test_trl_bonus_with_columns(tmp_path: Path):
+    """`f(completions, **columns)`: a bonus is added to the reward and does not touch acc."""
+    scores = _score(tmp_path, TRL, "length", [GOOD, WRONG], target="bonus", weight=0.5)
+    assert [score.accuracy for score in scores] == [1.0, 0.0]
+    assert scores[0].reward == pytest.approx(1.0 + 0.5 * len(GOOD) / 1000 * 2)
+    assert scores[1].reward == pytest.approx(0.1 + 0.5 * len(WRONG) / 1000 * 2)
+
+
+def test_trl_messages_and_no_opinion(tmp_path: Path):
+    """Chat messages on request; None leaves the verdict to the verifier."""
+    assert [s.accuracy for s in _score(tmp_path, TRL, "chat", [GOOD, WRONG], messages=True)] == [
+        1,
+        0,
+    ]
+    assert [s.accuracy for s in _score(tmp_path, TRL, "some", [GOOD, WRONG])] == [1.0, 0.0]
+
+
+def test_verl(tmp_path: Path):
+    """`f(data_source, solution_str, ground_truth, extra_info)`."""
+    scores = _score(tmp_path, VERL, "compute_score", [GOOD, WRONG], arguments={"bound": 0.5})
+    assert [score.accuracy for score in scores] == [0.5, 0.0]
+
+
+def test_images_are_decoded_when_asked_for(tmp_path: Path):
+    """Functions get the row's images as RGB."""
+    assert _score(tmp_path, IMAGES, "sees", [WRONG])[0].accuracy == 1.0
+
+
+def test_weights(tmp_path: Path):
+    """acc is the weighted mean, the verifier's verdict among them on request."""
+    source = "def half(reward_inputs):\n    return [0.5 for _ in reward_inputs]\n"
+    scores = _score(tmp_path, source, "half", [GOOD, WRONG], weight=3.0, verifier_weight=1.0)
+    assert [score.accuracy for score in scores] == [pytest.approx(0.625), pytest.approx(0.375)]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def f(reward_inputs):\n    return [2.0]\n", r"got 2\.0, wanted a number in \[0, 1\]"),
+        ("def f(reward_inputs):\n    return [float('nan')]\n", "got nan, wanted a number"),
+        ("def f(reward_inputs):\n    return []\n", "got 0 results, wanted a list of 1"),
+        ("def f(reward_inputs):\n    return [{'x': 1}]\n", "wanted a key accuracy, overall or"),
+        ("def f(reward_inputs):\n    return ['no']\n", "got no, wanted a number"),
+        ("def f(x, y):\n    return [1]\n", "got the parameters x, y, wanted compute_score"),
+        ("def g():\n    return [1]\n", "got no function f in it, wanted one of g"),
+        ("async def f(completions):\n    return [1]\n", "wanted compute_score"),
+    ],
+)
+def test_errors_name_the_function(tmp_path: Path, source: str, message: str):
+    """What cannot be used is an error that names the function, never a reward."""
+    with pytest.raises(ValueError, match=r"^reward\.functions: .*rewards\.py:f: ") as caught:
+        _score(tmp_path, source, "f", [GOOD])
+    assert caught.match(message)
+
+
+def test_a_functions_own_error_comes_through(tmp_path: Path):
+    """With its traceback and the function's name."""
+    with pytest.raises(ZeroDivisionError) as caught:
+        _score(tmp_path, "def f(reward_inputs):\n    return 1 / 0\n", "f", [GOOD])
+    assert "rewards.py:f" in caught.value.__notes__[0]
+
+
+def test_settings_from_a_file(tmp_path: Path):
+    """The list in a configuration becomes checked settings; wrong ones are errors by key."""
+    path = tmp_path / "r.py"
+    path.write_text(EASYR1_BATCH)
+    values = {"reward": {"functions": [{"function": f"{path}:compute_score", "weight": 2.0}]}}
+    config = build_config(values)
+    assert config.reward.functions[0].weight == 2.0
+    with pytest.raises(
+        ValueError, match=r"reward\.functions\.function: .* wanted file\.py:function"
+    ):
+        build_config({"reward": {"functions": [{"function": "compute_score"}]}})
+    with pytest.raises(ValueError, match=r"reward\.verifier_weight"):
+        build_config({"reward": {"verifier_weight": 0.0}})
+    with pytest.raises(ValueError, match="got no file"):
+        missing = RewardFunctionSettings(function="/nowhere/r.py:f")
+        Verifier(PromptSettings(), RewardSettings(functions=[missing]))
