@@ -1,0 +1,10 @@
+"""What the Parquet file of `care-train data build` looks like: written there, read here."""
+
+BUILT_KEY = b"care_train.data_build"
+"""The key in the file's metadata by which it is known: its rows were checked, and have digests."""
+
+DIGEST_COLUMN = "digest"
+"""Each row's `sample_digest`."""
+
+OTHER_COLUMNS = "other_columns"
+"""The source's columns that the schema has no place for, as one JSON object."""
