@@ -3,6 +3,7 @@
 import io
 import os.path
 import struct
+import warnings
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,8 +22,6 @@ _EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGB
 
 # What Pillow raises on damaged files, by format.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
-
-_BOMB_ERRORS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def load_images(sample: Sample, max_pixels: int) -> list[Image.Image]:
@@ -57,7 +56,7 @@ def load_image(
         image = _open(ref, name)
         _check_size(image, name, max_pixels, limit_key)
         return _to_rgb(image, name)
-    except _BOMB_ERRORS as error:
+    except Image.DecompressionBombError as error:
         raise RowError(
             "image_too_large",
             f"{name}: {error}: scale the image down to {limit_key} = {max_pixels} pixels",
@@ -75,7 +74,10 @@ def _open(ref: ImageRef, name: str) -> Image.Image:
             "folder) or drop the row",
         )
     try:
-        return Image.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref, formats=IMAGE_FORMATS)
+        # Its own warning would come before our limit has been looked at.
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            file = io.BytesIO(ref) if isinstance(ref, bytes) else ref
+            return Image.open(file, formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
         raise RowError(
             "image_unreadable",

@@ -4,7 +4,7 @@ datasets and pyarrow take seconds to load, so they are imported only by the read
 """
 
 import json
-import mmap
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,8 +55,6 @@ def open_rows(path: Path, split: str) -> RowFile:
 
 
 def _open_jsonl(path: Path) -> RowFile:
-    from array import array
-
     numbers, starts, position = array("q"), array("q"), 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -64,13 +62,11 @@ def _open_jsonl(path: Path) -> RowFile:
                 numbers.append(number)
                 starts.append(position)
             position += len(line)
-        # An empty file cannot be mapped.
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if position else b""
+    lines = path.open("rb")
 
     def read(place: int) -> object:
-        start = starts[place]
-        end = data.find(b"\n", start)
-        return json.loads(data[start : end if end >= 0 else len(data)])
+        lines.seek(starts[place])
+        return json.loads(lines.readline())
 
     return RowFile(numbers, read)
 
@@ -94,7 +90,8 @@ def _open_parquet(path: Path) -> RowFile:
     from pyarrow import parquet
 
     try:
-        file = parquet.ParquetFile(path, memory_map=True)
+        # Mapped pages would count as this process's memory once touched.
+        file = parquet.ParquetFile(path, memory_map=False, pre_buffer=False)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: not a Parquet file ({error}): write it again") from None
     metadata = file.schema_arrow.metadata or {}

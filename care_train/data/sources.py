@@ -10,7 +10,12 @@ from care_train.data.lazy import LazySamples, samples_where
 from care_train.data.order import permutation
 from care_train.data.row_files import RowFile, open_rows
 from care_train.data.schema import Sample, sample_digest, sample_from_row
-from care_train.data.table_format import DIGEST_COLUMN, OTHER_COLUMNS
+from care_train.data.table_format import (
+    BUILT_COLUMNS,
+    BUILT_FIELDS,
+    DIGEST_COLUMN,
+    OTHER_COLUMNS,
+)
 from care_train.settings import DataSettings
 
 _NUM_ERRORS_SHOWN = 5
@@ -90,10 +95,14 @@ def _built_reader(rows: RowFile, path: Path) -> Any:
     def read(place: int) -> Sample:
         location = f"{path.name}: row {rows.numbers[place]}"
         row = dict(_row(rows, place, location))
-        digest = row.pop(DIGEST_COLUMN)
-        row |= json.loads(row.pop(OTHER_COLUMNS))
-        sample = sample_from_row(
-            row, location=location, base_dir=path.parent, id=row["id"], source=row["source"]
+        digest, other = row.pop(DIGEST_COLUMN), json.loads(row.pop(OTHER_COLUMNS))
+        # Its columns come first: the source may have had an `id` or a `source` of its own.
+        columns = {**other, **{name: row[name] for name in BUILT_COLUMNS}}
+        sample = Sample(
+            **{name: row[name] for name in BUILT_FIELDS},
+            images=tuple(image["bytes"] for image in row["images"]),
+            location=location,
+            columns=columns,
         )
         if (got := sample_digest(sample)) != digest:
             raise ValueError(

@@ -8,3 +8,9 @@ DIGEST_COLUMN = "digest"
 
 OTHER_COLUMNS = "other_columns"
 """The source's columns that the schema has no place for, as one JSON object."""
+
+BUILT_FIELDS = ("id", "prompt", "answer", "rationale", "failed_rationale", "source")
+"""The columns that are a sample's own fields, beside `images`."""
+
+BUILT_COLUMNS = ("answer_type", "options", "origin")
+"""The columns that are among a sample's `columns`, beside those of OTHER_COLUMNS."""

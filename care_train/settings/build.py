@@ -28,7 +28,7 @@ class SourceSettings:
     """The Hugging Face revision to download. None: the newest."""
     image_dir: list[str] = field(default_factory=list)
     """Folders or .zip files that relative image paths start from, tried in order. Empty: the data
-    file's folder."""
+    file's folder, then the .zip files in it."""
     where: dict[str, Any] = field(default_factory=dict)
     """Take only rows whose columns have these values; how many were left out is counted."""
     expected_rows: int | None = None
@@ -79,8 +79,9 @@ class DedupSettings:
     """Reject duplicates; the source named first keeps its row."""
     hash_size: int = 16
     """Side of the perceptual hash: 16 gives 256 bits, which tell diagrams apart that 64 do not."""
-    max_distance: int = 6
-    """Bits in which the perceptual hashes of one image may differ. 0: none."""
+    max_distance: int = 8
+    """Bits in which the perceptual hashes of one image may differ: 6 is what encoding it anew as
+    JPEG and scaling it changes. 0: none."""
 
     def __post_init__(self) -> None:
         check(8 <= self.hash_size <= 32, "dedup.hash_size", self.hash_size, "8 to 32")

@@ -215,7 +215,7 @@ def _from_roots(path: Path, roots: Sequence[Path]) -> bytes:
     raise FileNotFoundError(path)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _archive(path: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 

@@ -98,7 +98,8 @@ def _pieces(
 def _task(settings: BuildSettings, source: SourceSettings, file: InputFile) -> Task:
     path = file.stream.path
     own = path if path.is_dir() else path.parent
-    roots = tuple(Path(root).expanduser() for root in source.image_dir) or (own,)
+    named = tuple(Path(root).expanduser() for root in source.image_dir)
+    roots = named or (own, *sorted(own.glob("*.zip")))
     return Task(
         source=source.name,
         adapter=source.adapter,
