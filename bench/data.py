@@ -55,7 +55,7 @@ class Run:
 
     seconds: float
     cpu_seconds: float
-    """Of the command and its workers; 0 where it was killed. Other load leaves it about the same."""
+    """Of the command and its workers, which other load changes little; 0 where it was killed."""
     peak_mib: float
     leaked: int
     """Processes that outlived a killed build by ten seconds."""
