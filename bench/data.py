@@ -31,7 +31,7 @@ from care_train.data.building.readers import CHUNK_ROWS
 MIB = 2**20
 
 _READ = """
-import json, random, resource, sys, time
+import json, sys, time
 from care_train.data import PromptOrder, load_images, load_samples, sample_digests
 from care_train.settings import DataSettings
 start = time.perf_counter()
@@ -44,7 +44,9 @@ start = time.perf_counter()
 for index in draws:
     load_images(samples[index], 50_000_000)
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# getrusage's maximum would begin with the parent's.
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+peak = int(status["VmHWM"].split()[0]) / 1024
 print(json.dumps({"peak_mib": peak, "open_s": opened, "ms_per_row": 1000 * seconds / len(draws)}))
 """
 
@@ -124,7 +126,11 @@ def _build(corpus: Corpus, output: Path, workers: int, kill_at: int | None = Non
     config.write_text(build_config(corpus, output))
     command = [sys.executable, "-m", "care_train", "data", "build", "--config", str(config)]
     start, before, peak = time.perf_counter(), _children_cpu(), 0
-    process = subprocess.Popen([*command, f"workers={workers}"], stdout=subprocess.DEVNULL)
+    # A killed parent's leftovers are reported by Python on standard error.
+    errors = None if kill_at is None else subprocess.DEVNULL
+    process = subprocess.Popen(
+        [*command, f"workers={workers}"], stdout=subprocess.DEVNULL, stderr=errors
+    )
     family = psutil.Process(process.pid)
     while process.poll() is None:
         members = [family, *family.children(recursive=True)]

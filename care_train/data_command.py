@@ -19,7 +19,9 @@ def build_data(settings: BuildSettings) -> dict[str, Any]:
         ValueError: as `build`.
     """
     columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    hidden = not console.is_interactive
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task("rows", total=None)
         manifest = build(
             settings, lambda done, total: progress.update(task, completed=done, total=total)
