@@ -48,8 +48,7 @@ def run_sft(
         Stopped: a signal asked for it; a checkpoint is saved.
     """
     config, sft = session.config, session.config.sft
-    require_rationales(samples)
-    rows = [sample for sample in samples if sample.rationale is not None]
+    rows = require_rationales(samples)
     run_identity = identity(config, samples, session.loaded.model)
     engine = _policy_engine(session, device)
     checkpoints = cold_start_checkpoints(config, folder.parent)
