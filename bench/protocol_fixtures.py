@@ -276,8 +276,13 @@ def write_parquet(name: str, rows: Sequence[dict[str, Any]], path: Path) -> Path
     return path
 
 
-def write_training(folder: Path, count: int = 48, seed: int = 0) -> None:
-    """`cold_start.json` (conversations), `train.jsonl` and `test.jsonl`, with their images."""
+def write_training(folder: Path, count: int = 64, seed: int = 0) -> None:
+    """Rows of both training stages and held-out ones, with their images.
+
+    Three quarters are for training: `cold_start.json` in Vision-R1-cold's conversations and
+    `cold_start.jsonl` in columns, `train.jsonl` without rationales. `cold_start_test.jsonl` and
+    `test.jsonl` are the rest.
+    """
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     conversations, rows = [], []
@@ -292,10 +297,18 @@ def write_training(folder: Path, count: int = 48, seed: int = 0) -> None:
             {"from": "gpt", "value": f"<think>{thought}</think> <answer>{color}</answer>"},
         ]
         conversations.append({"image": image, "conversations": turns})
-        rows.append({"problem": question, "answer": color, "images": [image]})
-    (folder / "cold_start.json").write_text(json.dumps(conversations))
-    for name, part in (("train", rows[: count * 3 // 4]), ("test", rows[count * 3 // 4 :])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        row = {"problem": question, "answer": color, "images": [image]}
+        rows.append(row | {"rationale": thought})
+    end = count * 3 // 4
+    (folder / "cold_start.json").write_text(json.dumps(conversations[:end]))
+    bare = [{k: v for k, v in row.items() if k != "rationale"} for row in rows]
+    for name, part in (("cold_start", rows), ("", bare)):
+        _write_jsonl(folder / f"{name or 'train'}.jsonl", part[:end])
+        _write_jsonl(folder / f"{name}_test.jsonl".removeprefix("_"), part[end:])
+
+
+def _write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main() -> None:
@@ -305,8 +318,8 @@ def main() -> None:
     folder = parser.parse_args().folder
     disable_progress_bars()
     write_training(folder)
-    written = write_benchmarks(folder)
-    print(f"{folder}: cold_start.json, train.jsonl, test.jsonl, {', '.join(sorted(written))}")
+    write_benchmarks(folder)
+    print(f"{folder}: {', '.join(sorted({path.name for path in folder.iterdir()}))}")
 
 
 if __name__ == "__main__":
