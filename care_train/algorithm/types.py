@@ -3,9 +3,14 @@
 Lengths are in tokens. Shape letters: G rollouts in a group, T tokens of a response, D hidden.
 """
 
-from dataclasses import dataclass, field
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+# The verifier's processes and command read spans, and start fast without torch.
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

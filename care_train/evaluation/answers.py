@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 
 from care_train.evaluation.question import Judgement, letters
-from care_train.verifier import compare
-from care_train.verifier.answers import MAX_ANSWER_CHARS, normalize
+from care_train.verifier import normalize, verify
+from care_train.verifier.answers import MAX_ANSWER_CHARS
 
 
 def judge_free_form(predicted: str, expected: str, is_exact: bool = False) -> Judgement:
@@ -19,7 +19,7 @@ def judge_free_form(predicted: str, expected: str, is_exact: bool = False) -> Ju
     vote = normalize(predicted[:MAX_ANSWER_CHARS])
     if is_exact:
         return Judgement(1.0, True, "exact match", vote)
-    verdict = compare(predicted, expected)
+    verdict = verify(predicted, expected)
     return Judgement(verdict.accuracy, False, verdict.reason, vote)
 
 

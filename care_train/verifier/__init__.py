@@ -1,7 +1,25 @@
 """Eq. 1: score a response against its row's answer, treating model output as untrusted."""
 
-from care_train.verifier.answers import Verdict, compare
+from care_train.verifier.answers import infer_type
 from care_train.verifier.format import format_score
+from care_train.verifier.normalize import normalize, normalize_mmmu, normalize_words
+from care_train.verifier.pool import WorkerPool
 from care_train.verifier.score import Score, Verifier
+from care_train.verifier.types import AnswerType, Item, Verdict
+from care_train.verifier.verify import verify, verify_batch
 
-__all__ = ["Score", "Verdict", "Verifier", "compare", "format_score"]
+__all__ = [
+    "AnswerType",
+    "Item",
+    "Score",
+    "Verdict",
+    "Verifier",
+    "WorkerPool",
+    "format_score",
+    "infer_type",
+    "normalize",
+    "normalize_mmmu",
+    "normalize_words",
+    "verify",
+    "verify_batch",
+]

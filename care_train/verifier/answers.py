@@ -1,111 +1,268 @@
 """acc of Eq. 1: does an answer equal the key? Model output is untrusted, so nothing is evaluated.
 
-Exact match after normalisation, then choice letters, then plain decimal numbers.
+Symbolic equality is asked of the caller: a worker process has it, the trainer's never.
 """
 
 import re
-import unicodedata
-from dataclasses import dataclass
-from decimal import Decimal
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from typing import Protocol
+
+from care_train.verifier.choices import is_choice_key, same_choice
+from care_train.verifier.expressions import (
+    canonical,
+    looks_mathematical,
+    split_set,
+    split_tuple,
+    wants_evaluation,
+    why_not_parsed,
+)
+from care_train.verifier.normalize import normalize, normalize_words
+from care_train.verifier.notation import plain_latex, split_equation, split_top, unwrap
+from care_train.verifier.numbers import (
+    CHARTQA_TOLERANCE,
+    Quantity,
+    parse_quantity,
+    same_quantity,
+)
+from care_train.verifier.types import AnswerType, Item, Verdict
 
 MAX_ANSWER_CHARS = 1024
 """An answer longer than this, and than twice its key, is wrong unread."""
 
-RELATIVE_TOLERANCE = Decimal("1e-6")
-"""How far a decimal number may lie from the key, relative to the key."""
+_MAX_ELEMENTS = 32
 
-# Only whole pairs are dropped: a lone quote is a prime, feet or inches.
-_PAIRS = ('""', "''", "``", "\u201c\u201d", "\u2018\u2019", "«»", "**")
-
-# Without `!`, which is a factorial after a number.
-_FINAL_PUNCTUATION = ".,;: "
-
-# An article goes only before a longer word: in "a b", `a` may be a choice.
-_ARTICLE = re.compile(r"(?:a|an|the) (?=\w\w)")
-
-_CHOICE = re.compile(r"\(([a-z])\)|\[([a-z])\]|([a-z])\)?")
-
-_NUMBER = re.compile(r"([+-]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)) ?(%?)")
+_YES_NO = {"yes": True, "true": True, "no": False, "false": False}
+_AS_LETTER = re.compile(r"\(([a-z])\)|\[([a-z])\]|([a-z])\)?")
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether an answer is right, and why."""
+class Symbolic(Protocol):
+    """Symbolic algebra, as verifier.symbolic has it."""
 
-    accuracy: float
-    """acc in [0, 1]."""
-    reason: str
-    """For people."""
+    def equal(self, predicted: str, expected: str) -> bool:
+        """Whether two expressions are equal."""
+        ...
+
+    def value(self, text: str) -> str:
+        """The decimal value of a constant expression, or ""."""
+        ...
 
 
-def compare(predicted: str, expected: str) -> Verdict:
-    """Compare an answer with its key.
+def compare(item: Item, symbolic: Symbolic) -> Verdict:
+    """Compare an answer with its key; docs/verifier.md says what counts as equal.
 
-    Equal are: texts that differ in case, spacing, Unicode form, surrounding quotes, a final
-    `.,;:` or a leading article; one choice letter written as B, (B), [B], B. or B); whole numbers
-    of the same value; and decimals within a relative 1e-6. Commas may group thousands. A percentage
-    equals the same number without its sign, or that number over 100.
-
-    Args:
-        predicted: the text of the answer span, of any length.
-        expected: the key, trusted.
+    Raises:
+        whatever `symbolic` raises; nothing else, whatever the answer.
     """
+    predicted, expected = item.predicted, item.expected
     if len(predicted) > max(MAX_ANSWER_CHARS, 2 * len(expected)):
         return Verdict(0.0, f"answer too long: {len(predicted)} characters")
     if not predicted.strip():
         return Verdict(0.0, "empty answer")
-    got, wanted = normalize(predicted), normalize(expected)
-    if got == wanted:
-        return Verdict(1.0, "exact match")
-    choice = _choice(wanted)
-    if choice is not None and _choice(got) == choice:
-        return Verdict(1.0, "same choice")
-    if _same_number(got, wanted):
-        return Verdict(1.0, "equal numbers")
-    return Verdict(0.0, f"got {_shorten(predicted)}, wanted {_shorten(expected)}")
+    kind = item.answer_type or infer_type(expected, item.options)
+    if kind is not AnswerType.MATH and normalize(predicted) == normalize(expected):
+        return Verdict(1.0, "exact match", kind)
+    item = replace(item, predicted=unwrap(predicted), expected=unwrap(expected), answer_type=kind)
+    reason = _BY_TYPE[kind](item, symbolic)
+    if reason:
+        return Verdict(1.0, reason, kind)
+    return Verdict(0.0, f"got {_shorten(predicted)}, wanted {_shorten(expected)}", kind)
 
 
-def normalize(text: str) -> str:
-    """Text with what does not change an answer taken away; never empty unless `text` is blank."""
-    folded = unicodedata.normalize("NFKC", text).casefold().replace("\N{MINUS SIGN}", "-")
-    plain = " ".join(folded.split())
-    bare = plain
-    while True:
-        inner = bare.strip().rstrip(_FINAL_PUNCTUATION)
-        if len(inner) >= 2 and inner[0] + inner[-1] in _PAIRS:
-            inner = inner[1:-1]
-        if inner == bare:
-            break
-        bare = inner
-    return _ARTICLE.sub("", bare, count=1) if _ARTICLE.match(bare) else bare or plain
+def infer_type(expected: str, options: tuple[str, ...] = ()) -> AnswerType:
+    """The type of a key that has none: words unless it clearly is something else."""
+    text = unwrap(expected)
+    if is_choice_key(text, options):
+        return AnswerType.CHOICE
+    if normalize(text) in _YES_NO:
+        return AnswerType.YES_NO
+    plain = plain_latex(text)
+    bare = split_equation(plain)[1]
+    quantity = parse_quantity(bare)
+    if quantity and not quantity.is_variable and (quantity.unit is None or quantity.unit.known):
+        return AnswerType.NUMBER
+    if re.fullmatch(r"(?:[A-Za-z]\s*(?:=|\\in|∈)\s*)?\\?\{.*\}", plain) and "," in plain:
+        return AnswerType.SET
+    if _is_enumeration(plain) or ("±" in plain and looks_mathematical(plain + "^")):
+        return AnswerType.SET
+    if looks_mathematical(plain) or _is_numeric_tuple(plain):
+        return AnswerType.MATH
+    return AnswerType.TEXT
 
 
-def _choice(text: str) -> str | None:
-    match = _CHOICE.fullmatch(text)
-    return match[match.lastindex or 0] if match else None
-
-
-def _same_number(got: str, wanted: str) -> bool:
-    got_match, wanted_match = _NUMBER.fullmatch(got), _NUMBER.fullmatch(wanted)
-    if got_match is None or wanted_match is None:
+def _is_enumeration(text: str) -> bool:
+    parts = split_top(re.sub(r",?\s+(?:and|or)\s+", ", ", text))
+    if not 1 < len(parts) <= _MAX_ELEMENTS:
         return False
-    value, key = _decimal(got_match[1]), _decimal(wanted_match[1])
-    if _close(value, key):
+    return all(part and (parse_quantity(part) or looks_mathematical(part)) for part in parts)
+
+
+def _is_numeric_tuple(text: str) -> bool:
+    found = split_tuple(text)
+    return found is not None and all(
+        parse_quantity(part) or looks_mathematical(part) or re.fullmatch(r"[-+]?[a-zA-Z∞]", part)
+        for part in found[1]
+    )
+
+
+def _choice(item: Item, symbolic: Symbolic) -> str:
+    accuracy, reason = same_choice(item.predicted, item.expected, item.options)
+    return reason if accuracy else ""
+
+
+def _number(item: Item, symbolic: Symbolic) -> str:
+    tolerance = None if item.tolerance is None else Fraction(item.tolerance)
+    name, got_text = split_equation(plain_latex(item.predicted))
+    key_name, key_text = split_equation(plain_latex(item.expected))
+    if name and key_name and name != key_name:
+        return ""
+    wanted = parse_quantity(key_text)
+    if wanted is None:
+        return _math(item, symbolic)
+    got = parse_quantity(got_text)
+    if got is not None:
+        return same_quantity(got, wanted, tolerance)
+    if not wants_evaluation(got_text) or why_not_parsed(got_text):
+        return ""
+    value = parse_quantity(symbolic.value(got_text))
+    if value is None:
+        return ""
+    # An expression is exact: it may be rounded to the key, but is no decimal itself.
+    return same_quantity(Quantity(value.value, None, 0), wanted, tolerance)
+
+
+def _relaxed(item: Item, symbolic: Symbolic) -> str:
+    tolerance = CHARTQA_TOLERANCE if item.tolerance is None else Fraction(item.tolerance)
+    got = parse_quantity(plain_latex(item.predicted))
+    wanted = parse_quantity(plain_latex(item.expected))
+    if got is None or wanted is None:
+        return _text(item, symbolic)
+    return same_quantity(got, wanted, tolerance)
+
+
+def _math(item: Item, symbolic: Symbolic) -> str:
+    got, wanted = plain_latex(item.predicted), plain_latex(item.expected)
+    if canonical(got) == canonical(wanted):
+        return "the same expression"
+    name, got_right = split_equation(got)
+    key_name, key_right = split_equation(wanted)
+    if name and key_name and name != key_name:
+        return _symbolic(got, wanted, symbolic)
+    if name or key_name:
+        got, wanted = got_right, key_right
+        if canonical(got) == canonical(wanted):
+            return "the same expression"
+    quantity, key = parse_quantity(got), parse_quantity(wanted)
+    if quantity and key:
+        return same_quantity(quantity, key, None)
+    pair, key_pair = split_tuple(got), split_tuple(wanted)
+    if key_pair is not None:
+        return _tuple(pair, key_pair, got, item, symbolic)
+    if pair is not None or "," in re.sub(r"\{[^{}]*\}", "", got):
+        return ""
+    return _symbolic(got, wanted, symbolic)
+
+
+def _tuple(
+    pair: tuple[str, list[str], str] | None,
+    key: tuple[str, list[str], str],
+    got: str,
+    item: Item,
+    symbolic: Symbolic,
+) -> str:
+    opening, wanted, closing = key
+    if pair is None:
+        # The brackets of a point may be missing, those of an interval say which ends are in.
+        parts = split_top(got) if (opening, closing) == ("(", ")") else []
+    else:
+        parts = pair[1] if (pair[0], pair[2]) == (opening, closing) else []
+    return _in_order(parts, wanted, item, symbolic)
+
+
+def _in_order(parts: list[str], wanted: list[str], item: Item, symbolic: Symbolic) -> str:
+    if len(parts) != len(wanted) or len(wanted) > _MAX_ELEMENTS:
+        return ""
+    same = all(_same(*pair, item, symbolic) for pair in zip(parts, wanted, strict=True))
+    return "equal parts" if same else ""
+
+
+def _symbolic(got: str, wanted: str, symbolic: Symbolic) -> str:
+    if why_not_parsed(got) or why_not_parsed(wanted):
+        return ""
+    return "equal expressions" if symbolic.equal(got, wanted) else ""
+
+
+def _set(item: Item, symbolic: Symbolic) -> str:
+    got, wanted = split_set(item.predicted), split_set(item.expected)
+    if not got or not wanted or max(len(got), len(wanted)) > _MAX_ELEMENTS:
+        return ""
+    # Cheap ways to differ come before any symbolic comparison.
+    if len(set(map(canonical, got))) < len(set(map(canonical, wanted))) / 2:
+        return ""
+    found = all(any(_same(one, key, item, symbolic) for one in got) for key in wanted)
+    known = found and all(any(_same(one, key, item, symbolic) for key in wanted) for one in got)
+    return "the same set" if known else ""
+
+
+def _list(item: Item, symbolic: Symbolic) -> str:
+    def elements(text: str) -> list[str]:
+        text = plain_latex(text)
+        found = split_tuple(text)
+        inner = found[1] if found else split_top(re.sub(r",?\s+and\s+", ", ", text))
+        return [part for part in inner if part]
+
+    parts, wanted = elements(item.predicted), elements(item.expected)
+    return "equal parts" if _in_order(parts, wanted, item, symbolic) else ""
+
+
+def _same(got: str, wanted: str, item: Item, symbolic: Symbolic) -> bool:
+    """Whether one element equals another, as the types of elements say."""
+    kind = infer_type(wanted)
+    if kind in (AnswerType.SET, AnswerType.CHOICE):
+        kind = AnswerType.TEXT
+    if normalize(got) == normalize(wanted):
         return True
-    if got_match[2] == wanted_match[2]:
-        return False
-    return _close(value / 100, key) if got_match[2] else _close(value, key / 100)
+    element = Item(got, wanted, kind, tolerance=item.tolerance)
+    return bool(_BY_TYPE[kind](element, symbolic))
 
 
-def _decimal(text: str) -> Decimal:
-    return Decimal(text.replace(",", ""))
+def _yes_no(item: Item, symbolic: Symbolic) -> str:
+    wanted = _YES_NO.get(normalize(item.expected))
+    words = re.findall(r"[a-z']+", normalize(item.predicted))
+    said = {_YES_NO[word] for word in words if word in _YES_NO}
+    # The word itself, or the word before a comma or stop with its explanation.
+    leads = re.match(r"(?:yes|no|true|false)(?:$|[,.;:!])", normalize(item.predicted))
+    hedges = {"not", "unknown", "maybe", "unless", "but", "or"} & set(words)
+    return "the same" if leads and said == {wanted} and not hedges else ""
 
 
-def _close(value: Decimal, key: Decimal) -> bool:
-    # Counts and large whole numbers are exact: a tolerance would accept 10000001 for 10000000.
-    if value == value.to_integral_value() and key == key.to_integral_value():
-        return value == key
-    return abs(value - key) <= RELATIVE_TOLERANCE * abs(key)
+def _text(item: Item, symbolic: Symbolic) -> str:
+    got, wanted = plain_latex(item.predicted), plain_latex(item.expected)
+    if normalize(got) == normalize(wanted):
+        return "exact match"
+    letters = _AS_LETTER.fullmatch(normalize(got)), _AS_LETTER.fullmatch(normalize(wanted))
+    if letters[0] and letters[1]:
+        same = letters[0][letters[0].lastindex or 0] == letters[1][letters[1].lastindex or 0]
+        return "same choice" if same else ""
+    quantity, key = parse_quantity(got), parse_quantity(wanted)
+    if quantity and key:
+        return same_quantity(quantity, key, None)
+    words = normalize_words(wanted)
+    is_word = len(words) >= 3 and any(char.isalpha() for char in words)
+    return "the same words" if is_word and normalize_words(got) == words else ""
+
+
+_BY_TYPE: dict[AnswerType, Callable[[Item, Symbolic], str]] = {
+    AnswerType.CHOICE: _choice,
+    AnswerType.NUMBER: _number,
+    AnswerType.RELAXED: _relaxed,
+    AnswerType.MATH: _math,
+    AnswerType.SET: _set,
+    AnswerType.LIST: _list,
+    AnswerType.YES_NO: _yes_no,
+    AnswerType.TEXT: _text,
+}
 
 
 def _shorten(text: str) -> str:

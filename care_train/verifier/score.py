@@ -6,8 +6,9 @@ from care_train.algorithm.reward import reward
 from care_train.algorithm.spans import parse_spans
 from care_train.data import Sample
 from care_train.settings import PromptSettings, RewardSettings
-from care_train.verifier.answers import Verdict, compare
 from care_train.verifier.format import format_score
+from care_train.verifier.types import Verdict
+from care_train.verifier.verify import verify
 
 
 @dataclass(frozen=True)
@@ -60,4 +61,4 @@ class Verifier:
             cut = "" if finished else ": cut by the length limit"
             return Verdict(0.0, f"no complete <{self._answer_tag}> span{cut}")
         start, end = span
-        return compare(text[start:end], expected)
+        return verify(text[start:end], expected)

@@ -1,0 +1,200 @@
+"""Numbers in any notation, exactly, with percent signs and units."""
+
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from care_train.verifier.normalize import NUMBER_WORDS
+from care_train.verifier.units import Unit, parse_unit
+
+RELATIVE_TOLERANCE = Fraction(1, 10**6)
+"""How far a decimal number may lie from the key, relative to the key."""
+
+CHARTQA_TOLERANCE = Fraction(1, 20)
+"""ChartQA's relaxed accuracy (Masry et al., 2022; Methani et al., 2020)."""
+
+_MAX_CHARS = 1100
+_MAX_EXPONENT = 300
+
+_DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+_INTEGER = r"[0-9]+"
+_POWER = r"(?:\{([+-]?[0-9]{1,3})\}|([+-]?[0-9]{1,3}))"
+_CURRENCY = r"(?:us\$|[$€£¥])"
+_BODIES = [
+    ("mixed", rf"({_INTEGER})(?: +| ?and )({_INTEGER}) ?/ ?({_INTEGER})(?![0-9.])"),
+    ("mixed", rf"({_INTEGER}) ?\\frac ?\{{ ?({_INTEGER}) ?\}} ?\{{ ?({_INTEGER}) ?\}}"),
+    ("ratio", rf"\\frac ?\{{ ?(-?{_DECIMAL}) ?\}} ?\{{ ?({_DECIMAL}) ?\}}"),
+    ("ratio", r"\\frac ?([0-9]) ?([0-9])(?![0-9.])"),
+    ("ratio", rf"({_DECIMAL}) ?/ ?({_DECIMAL})(?![0-9.])"),
+    ("ratio", rf"\( ?({_DECIMAL}) ?/ ?({_DECIMAL}) ?\)"),
+    ("power", rf"({_DECIMAL}) ?(?:\\times|\\cdot|\*|\u00d7|\u00b7|x) ?10 ?\^ ?{_POWER}"),
+    ("power", rf"()10 ?\^ ?{_POWER}"),
+    ("power", rf"({_DECIMAL})e{_POWER}"),
+    ("plain", rf"({_DECIMAL})"),
+]
+_PATTERNS = [(kind, re.compile(pattern)) for kind, pattern in _BODIES]
+_VARIABLES = tuple("nkatvwj")
+_ABOUT = re.compile(r"(?:≈|about |approximately |around |roughly |approx\.? )\s*")
+_SCALE = re.compile(r"(hundred|thousand|million|billion|trillion|mn|bn)s?(?![a-z])")
+_SCALES = {
+    "hundred": 10**2,
+    "thousand": 10**3,
+    "million": 10**6,
+    "mn": 10**6,
+    "billion": 10**9,
+    "bn": 10**9,
+    "trillion": 10**12,
+}
+_PERCENT = re.compile(r"(?:%|percent(?:age)?(?: points?)?|per cent)(?![a-z])\.?")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number with what stood around it."""
+
+    value: Fraction
+    decimals: int | None
+    """Digits after the point of a plain decimal, else None."""
+    significant: int
+    """Digits of a plain number, leading zeros left out."""
+    percent: bool = False
+    unit: Unit | None = None
+    is_variable: bool = False
+    """The unit is a lower-case letter that is rather a variable: 5n, 3t."""
+
+
+def parse_quantity(text: str) -> Quantity | None:
+    """The one number that `text` is, or None.
+
+    Reads 5, 1,234.5, -3/4, 1 1/2, 2.5e3, 1.2 × 10^3, 3 million, five, $5, 5 %, 5 cm and LaTeX of
+    these, exactly. Arithmetic is not done: `2+3` is no number.
+
+    Args:
+        text: with LaTeX in plain form, untrusted.
+    """
+    text = text.strip()
+    if not text or len(text) > _MAX_CHARS:
+        return None
+    last, text = text[-1], text.casefold()
+    text = NUMBER_WORDS.get(text, text)
+    text = _ABOUT.sub("", text, count=1) if _ABOUT.match(text) else text
+    sign, text = _sign(text)
+    currency = re.match(_CURRENCY, text)
+    if currency:
+        text = text[currency.end() :].lstrip()
+    more, text = _sign(text) if sign == 1 else (1, text)
+    for kind, pattern in _PATTERNS:
+        match = pattern.match(text)
+        if match is None:
+            continue
+        value = _value(kind, match)
+        if value is None:
+            return None
+        decimals, significant = _digits(match[0]) if kind == "plain" else (None, 0)
+        quantity = Quantity(sign * more * value, decimals, significant)
+        tail = text[match.end() :].strip()
+        quantity = _with_tail(quantity, tail, currency[0] if currency else "")
+        is_variable = tail == last and tail in _VARIABLES
+        return quantity and replace(quantity, is_variable=is_variable)
+    return None
+
+
+def same_quantity(got: Quantity, wanted: Quantity, tolerance: Fraction | None) -> str:
+    """Why `got` equals `wanted`, or "" where it does not.
+
+    Whole numbers must be equal; decimals lie within the relative tolerance, or round to a key of at
+    least two decimals and three digits. Percentages equal the same number without the sign, or over
+    100. A unit may be missing on one side; two units must be worth the same.
+    """
+    value, key = got.value, wanted.value
+    if got.unit is not None and wanted.unit is not None:
+        if got.unit.dimensions != wanted.unit.dimensions:
+            return ""
+        if got.unit.worth != wanted.unit.worth:
+            value *= got.unit.worth / wanted.unit.worth
+            return "equal in another unit" if _close(value, key, tolerance) else ""
+    elif got.is_variable or wanted.is_variable:
+        return ""
+    if _close(value, key, tolerance):
+        return "equal numbers" if tolerance is None else f"within {float(tolerance):.3g} of the key"
+    if _rounds_to(got, wanted):
+        return "equal to the key's decimals"
+    if got.percent == wanted.percent:
+        return ""
+    same = _close(value / 100, key, tolerance) if got.percent else _close(value, key / 100, None)
+    return "equal percentages" if same else ""
+
+
+def _sign(text: str) -> tuple[int, str]:
+    if text[:1] in ("+", "-"):
+        return (-1 if text[0] == "-" else 1), text[1:].lstrip()
+    return 1, text
+
+
+def _value(kind: str, match: re.Match[str]) -> Fraction | None:
+    parts = [None if part is None else part.replace(",", "") for part in match.groups()]
+    if kind == "plain":
+        return _number(parts[0] or "")
+    if kind == "power":
+        exponent = int(parts[1] or parts[2] or "0")
+        if abs(exponent) > _MAX_EXPONENT:
+            return None
+        return _number(parts[0] or "1") * Fraction(10) ** exponent
+    below = _number(parts[-1] or "")
+    if below == 0:
+        return None
+    above = _number(parts[-2] or "") / below
+    return _number(parts[0] or "") + above if kind == "mixed" else above
+
+
+def _number(text: str) -> Fraction:
+    sign = -1 if text.startswith("-") else 1
+    whole, _, rest = text.lstrip("-").partition(".")
+    return sign * Fraction(int((whole + rest) or "0"), 10 ** len(rest))
+
+
+def _digits(text: str) -> tuple[int | None, int]:
+    plain = text.replace(",", "")
+    rest = plain.partition(".")[2] if "." in plain else None
+    digits = plain.replace(".", "").lstrip("0")
+    return (len(rest) if rest is not None else None), len(digits)
+
+
+def _with_tail(quantity: Quantity, tail: str, currency: str) -> Quantity | None:
+    value = quantity.value
+    scale = _SCALE.match(tail)
+    if scale:
+        value *= _SCALES[scale[1]]
+        tail = tail[scale.end() :].strip()
+        quantity = Quantity(value, None, 0)
+    percent = _PERCENT.match(tail)
+    if percent:
+        tail = tail[percent.end() :].strip()
+    unit = parse_unit(currency) if currency else None
+    if tail.strip(" .)"):
+        if unit is not None and not _same_currency(unit, tail):
+            return None
+        unit = unit or parse_unit(tail)
+        if unit is None:
+            return None
+    return Quantity(value, quantity.decimals, quantity.significant, bool(percent), unit)
+
+
+def _same_currency(unit: Unit, tail: str) -> bool:
+    other = parse_unit(tail)
+    return other is not None and other.dimensions == unit.dimensions
+
+
+def _close(value: Fraction, key: Fraction, tolerance: Fraction | None) -> bool:
+    # Counts and large whole numbers are exact: a tolerance would accept 10000001 for 10000000.
+    if tolerance is None and value.denominator == 1 and key.denominator == 1:
+        return value == key
+    return abs(value - key) <= (tolerance or RELATIVE_TOLERANCE) * abs(key)
+
+
+def _rounds_to(got: Quantity, wanted: Quantity) -> bool:
+    """The key is the finer answer, rounded: 3.14159 or 22/7 for a key of 3.14."""
+    if (wanted.decimals or 0) < 2 or wanted.significant < 3 or got.percent != wanted.percent:
+        return False
+    finer = got.decimals is None or got.decimals > (wanted.decimals or 0)
+    return finer and abs(got.value - wanted.value) <= Fraction(1, 2 * 10 ** (wanted.decimals or 0))

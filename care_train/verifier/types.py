@@ -1,0 +1,53 @@
+"""What is asked of the verifier, and what it answers."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class AnswerType(StrEnum):
+    """How an answer is compared with its key; docs/verifier.md has examples of each."""
+
+    CHOICE = "choice"
+    """A letter, a letter with the option's text, or the text alone."""
+    NUMBER = "number"
+    """A number with or without unit, in any notation."""
+    RELAXED = "relaxed"
+    """ChartQA's measure: a number within 5 %, or else the same text."""
+    MATH = "math"
+    """An expression, equation, point or interval, compared symbolically."""
+    SET = "set"
+    """Several answers in any order."""
+    LIST = "list"
+    """Several answers in this order."""
+    YES_NO = "yes_no"
+    """Yes or no, true or false."""
+    TEXT = "text"
+    """Words."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One answer and its key."""
+
+    predicted: str
+    """The text of the answer span: untrusted, of any length."""
+    expected: str
+    """The key, trusted."""
+    answer_type: AnswerType | None = None
+    """None: inferred from the key and the options."""
+    options: tuple[str, ...] = ()
+    """The texts of a multiple-choice question, in the order of their letters."""
+    tolerance: float | None = None
+    """Largest distance of a number, relative to the key. None: the type's own."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an answer is right, and why."""
+
+    accuracy: float
+    """acc in [0, 1]."""
+    reason: str
+    """For people."""
+    answer_type: AnswerType | None = None
+    """As what it was compared; None where it was not."""
