@@ -279,9 +279,8 @@ def write_parquet(name: str, rows: Sequence[dict[str, Any]], path: Path) -> Path
 def write_training(folder: Path, count: int = 64, seed: int = 0) -> None:
     """Rows of both training stages and held-out ones, with their images.
 
-    Three quarters are for training: `cold_start.json` in Vision-R1-cold's conversations and
-    `cold_start.jsonl` in columns, `train.jsonl` without rationales. `cold_start_test.jsonl` and
-    `test.jsonl` are the rest.
+    Three quarters are for training: `cold_start.json` has Vision-R1-cold's conversations,
+    `train.jsonl` rows without rationales. `cold_start_test.json` and `test.jsonl` are the rest.
     """
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -297,18 +296,12 @@ def write_training(folder: Path, count: int = 64, seed: int = 0) -> None:
             {"from": "gpt", "value": f"<think>{thought}</think> <answer>{color}</answer>"},
         ]
         conversations.append({"image": image, "conversations": turns})
-        row = {"problem": question, "answer": color, "images": [image]}
-        rows.append(row | {"rationale": thought})
+        rows.append({"problem": question, "answer": color, "images": [image]})
     end = count * 3 // 4
-    (folder / "cold_start.json").write_text(json.dumps(conversations[:end]))
-    bare = [{k: v for k, v in row.items() if k != "rationale"} for row in rows]
-    for name, part in (("cold_start", rows), ("", bare)):
-        _write_jsonl(folder / f"{name or 'train'}.jsonl", part[:end])
-        _write_jsonl(folder / f"{name}_test.jsonl".removeprefix("_"), part[end:])
-
-
-def _write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, part in (("", slice(end)), ("_test", slice(end, None))):
+        (folder / f"cold_start{name}.json").write_text(json.dumps(conversations[part]))
+        lines = [json.dumps(row) + "\n" for row in rows[part]]
+        (folder / f"{name.removeprefix('_') or 'train'}.jsonl").write_text("".join(lines))
 
 
 def main() -> None:

@@ -8,7 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from care_train.config import configs_folder, describe_keys, load_config, names_run
+from care_train.config import (
+    configs_folder,
+    describe_build_keys,
+    describe_keys,
+    load_build_settings,
+    load_config,
+    names_run,
+)
 from care_train.rollout.server_client import RolloutServerError
 from care_train.settings import Config
 
@@ -28,6 +35,8 @@ _INSPECTIONS = {
 
 _SERVE = "generate for runs: a vLLM that gets its weights from the run (rollout.vllm.server)"
 
+_DATA_BUILD = "clean and deduplicate many sources into one checked Parquet file"
+
 _EXPORT = "write a checkpoint as a plain Hugging Face folder, from any ZeRO stage"
 
 _EPILOG = """\
@@ -41,6 +50,7 @@ examples:
   care-train train --config configs/care.yaml --resume
   care-train eval --config configs/eval.yaml --benchmarks mathvista,mmmu model.path=runs/care/final
   care-train serve --config configs/care.yaml --port 8000
+  care-train data build --config configs/data/rl.yaml
   care-train export --run runs/care --checkpoint best --out care-best
 
 Every run writes runs/<name>/: config.yaml, metrics.jsonl, summary.json, checkpoints/, final/ (a
@@ -58,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "export":
             _export(options)
+        elif options.command == "data":
+            _build_data(options)
         else:
             config = load_config(_config_path(options), options.overrides)
             if options.command in _INSPECTIONS:
@@ -152,6 +164,13 @@ def _export(options: argparse.Namespace) -> None:
     commands.export(options.run, options.checkpoint, options.out, adapter=options.adapter)
 
 
+def _build_data(options: argparse.Namespace) -> None:
+    # No torch: the workers of a build start fast.
+    from care_train.data_command import build_data
+
+    build_data(load_build_settings(options.config, options.overrides))
+
+
 def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """Scores before and after on standard output, and where everything is."""
     from rich.console import Console
@@ -215,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     # Launchers put it before the command; the rank comes from the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    keys = _keys_help()
+    keys = _keys_help(describe_keys())
     for name, summary in (_COMMANDS | _INSPECTIONS | {"serve": _SERVE}).items():
         command = commands.add_parser(
             name,
@@ -254,6 +273,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--port", type=int, default=8000, help="default %(default)s; 0: a free one"
             )
+    _add_data(commands)
     export = commands.add_parser("export", help=_EXPORT, description=_EXPORT)
     export.add_argument("--run", type=Path, required=True, help="the run's folder")
     export.add_argument(
@@ -264,6 +284,21 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", action="store_true", help="the LoRA adapter alone, not the merged model"
     )
     return parser
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="`data build`: " + _DATA_BUILD)
+    build = data.add_subparsers(dest="action", required=True, metavar="build").add_parser(
+        "build",
+        help=_DATA_BUILD,
+        description=f"{_DATA_BUILD.capitalize()}. A killed build goes on where it was.",
+        epilog=_keys_help(describe_build_keys()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    build.add_argument("--config", type=Path, required=True, help="see configs/data/")
+    build.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings laid over the file's"
+    )
 
 
 def _add_inspection_options(command: argparse.ArgumentParser, name: str) -> None:
@@ -283,9 +318,9 @@ def _add_inspection_options(command: argparse.ArgumentParser, name: str) -> None
     add("--lora-rank", type=int, help="LoRA on all linear layers of the language model; 0: none")
 
 
-def _keys_help() -> str:
+def _keys_help(keys: Sequence[tuple[str, str, str]]) -> str:
     lines = ["settings (key = default: meaning):"]
-    for key, default, description in describe_keys():
+    for key, default, description in keys:
         meaning = " ".join(description.split())
         lines.append(f"  {key} = {default}\n      {meaning}".replace("%", "%%"))
     return "\n".join(lines)

@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def quickstart(config: Config) -> Summary:
     cold_rows = load_samples(config.sft.data, config.seed)
     samples = load_samples(config.data, config.seed)
     held_out = load_samples(config.eval.data, config.seed)
-    base = model_folder(config, run_dir, [*cold_rows, *samples])
+    base = model_folder(config, run_dir, chain(cold_rows, samples))
     with _metrics(run_dir, config) as metrics:
         cold_start = run_dir / "cold_start"
         if not (config.resume and cold_start.is_dir()):

@@ -11,8 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from care_train.algorithm.settings import PRESETS
 from care_train.settings import TABLE_5, Config
+from care_train.settings.build import BuildSettings
 
 _ADAPTER = TypeAdapter(Config)
+_BUILD_ADAPTER = TypeAdapter(BuildSettings)
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -27,12 +29,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ValueError: an unreadable file, an unknown key, or a wrong value: key, got and wanted.
     """
-    layers = []
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key.strip():
-            raise ValueError(f"override {override!r}: wanted the form section.key=value")
-        layers.append(_nest(key.strip().split("."), _parse(text)))
+    layers = [_layer(override) for override in overrides]
     resume = [layer["resume"] for layer in layers if "resume" in layer]
     if resume and isinstance(resume[-1], str):
         run = Path(resume[-1])
@@ -44,6 +41,25 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     for layer in layers:
         values = _lay(values, layer)
     return build_config(values, source=str(path) if path else "the command line")
+
+
+def load_build_settings(path: str | Path, overrides: Sequence[str] = ()) -> BuildSettings:
+    """The settings of `care-train data build`; arguments and errors as `load_config`'s.
+
+    `sources.NAME.key=value` changes the source of that name.
+    """
+    values = _read_yaml(Path(path))
+    for layer in map(_layer, overrides):
+        changes = layer.get("sources")
+        if isinstance(changes, Mapping):
+            layer["sources"] = _lay_sources(values.get("sources", []), changes)
+        values = merge(values, layer)
+    known = [key for key, _, _ in describe_keys(_BUILD_ADAPTER)]
+    try:
+        return _BUILD_ADAPTER.validate_python(values)
+    except ValidationError as error:
+        lines = [_explain(item, known, "data build") for item in error.errors()]
+        raise ValueError(f"{path}: " + "\n".join(lines)) from None
 
 
 def names_run(overrides: Sequence[str]) -> bool:
@@ -75,10 +91,15 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
-def describe_keys() -> list[tuple[str, str, str]]:
+def describe_keys(adapter: TypeAdapter[Any] = _ADAPTER) -> list[tuple[str, str, str]]:
     """(key, default, description) of every setting, for `--help`."""
-    schema = _ADAPTER.json_schema()
+    schema = adapter.json_schema()
     return list(_walk(schema, schema, ""))
+
+
+def describe_build_keys() -> list[tuple[str, str, str]]:
+    """`describe_keys` of `care-train data build`."""
+    return describe_keys(_BUILD_ADAPTER)
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,12 +172,28 @@ def _known_keys() -> list[str]:
     return [key for key, _, _ in describe_keys()]
 
 
-def _explain(error: Any, known: Sequence[str]) -> str:
+def _layer(override: str) -> dict[str, Any]:
+    """`a.b=c` as nested mappings."""
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ValueError(f"override {override!r}: wanted the form section.key=value")
+    return _nest(key.strip().split("."), _parse(text))
+
+
+def _lay_sources(sources: Sequence[Any], changes: Mapping[str, Any]) -> list[Any]:
+    """Each source with what `changes` says under its name."""
+    names = [source.get("name") for source in sources]
+    if unknown := [name for name in changes if name not in names]:
+        raise ValueError(f"sources.{unknown[0]}: no such source, there are {', '.join(names)}")
+    return [merge(source, changes.get(source.get("name"), {})) for source in sources]
+
+
+def _explain(error: Any, known: Sequence[str], command: str = "train") -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"unknown key {key!r}{hint} (`care-train train --help` lists all keys)"
+        return f"unknown key {key!r}{hint} (`care-train {command} --help` lists all keys)"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     return f"{key}: got {error['input']!r}: {error['msg']}"
@@ -170,7 +207,10 @@ def _walk(schema: Any, root: Any, prefix: str) -> Any:
             if "$ref" in option:  # a section that may be null
                 yield key, str(entry.get("default", "")), entry.get("description", "")
                 reference = option["$ref"]
-        if reference:
+        if item := entry.get("items", {}).get("$ref"):
+            yield key, str(entry.get("default", "")), entry.get("description", "")
+            yield from _walk(root["$defs"][item.rsplit("/", 1)[1]], root, f"{key}.NAME.")
+        elif reference:
             yield from _walk(root["$defs"][reference.rsplit("/", 1)[1]], root, f"{key}.")
         else:
             yield key, str(entry.get("default", "")), entry.get("description", "")

@@ -3,11 +3,14 @@
 import io
 import os.path
 import struct
+import warnings
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from care_train.data.schema import ImageRef, Sample
+from care_train.data.image_refs import ImageRef
+from care_train.data.row_error import RowError
+from care_train.data.schema import Sample
 
 # An allow list: other decoders of Pillow are less exercised, and EPS runs Ghostscript.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -20,41 +23,43 @@ _EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGB
 # What Pillow raises on damaged files, by format.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
-_BOMB_ERRORS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-
 
 def load_images(sample: Sample, max_pixels: int) -> list[Image.Image]:
     """All images of a sample, in order, as RGB.
 
     Raises:
-        ValueError: as `load_image`, naming the sample's row.
+        RowError: as `load_image`, naming the sample's row.
     """
     location = sample.location or sample.id
     return [load_image(ref, location=location, max_pixels=max_pixels) for ref in sample.images]
 
 
-def load_image(ref: ImageRef, *, location: str, max_pixels: int) -> Image.Image:
+def load_image(
+    ref: ImageRef, *, location: str, max_pixels: int, limit_key: str = "data.max_image_pixels"
+) -> Image.Image:
     """Decode one image: first frame, upright as its EXIF says, transparency laid over white.
 
     Args:
         ref: a path, encoded bytes, or an open image.
         location: file and row, for errors.
         max_pixels: largest width x height accepted, checked before any pixel is decoded.
+        limit_key: the setting that says so, for errors.
 
     Returns:
         An RGB image.
 
     Raises:
-        ValueError: a missing, damaged or oversize image, naming row, path and fix.
+        RowError: a missing, damaged or oversize image, naming row, path and fix.
     """
     name = f"{location}: image {_name(ref)}"
     try:
         image = _open(ref, name)
-        _check_size(image, name, max_pixels)
+        _check_size(image, name, max_pixels, limit_key)
         return _to_rgb(image, name)
-    except _BOMB_ERRORS as error:
-        raise ValueError(
-            f"{name}: {error}: scale the image down to data.max_image_pixels = {max_pixels} pixels"
+    except Image.DecompressionBombError as error:
+        raise RowError(
+            "image_too_large",
+            f"{name}: {error}: scale the image down to {limit_key} = {max_pixels} pixels",
         ) from None
 
 
@@ -63,35 +68,42 @@ def _open(ref: ImageRef, name: str) -> Image.Image:
         return ref
     # os.path.isfile is False where Path.is_file raises: text too long for a path, such as base64.
     if isinstance(ref, (str, Path)) and not os.path.isfile(ref):
-        raise ValueError(
+        raise RowError(
+            "image_missing",
             f"{name}: no such file: correct the path (relative ones start at the data file's "
-            "folder) or drop the row"
+            "folder) or drop the row",
         )
     try:
-        return Image.open(io.BytesIO(ref) if isinstance(ref, bytes) else ref, formats=IMAGE_FORMATS)
+        # Its own warning would come before our limit has been looked at.
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            file = io.BytesIO(ref) if isinstance(ref, bytes) else ref
+            return Image.open(file, formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
-        raise ValueError(
+        raise RowError(
+            "image_unreadable",
             f"{name}: got no readable image, wanted {', '.join(IMAGE_FORMATS)}: replace the file "
-            "or drop the row"
+            "or drop the row",
         ) from None
     except _DECODE_ERRORS as error:
         raise _damaged(name, error) from None
 
 
-def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+def _check_size(image: Image.Image, name: str, max_pixels: int, limit_key: str) -> None:
     width, height = image.size
     if width * height > max_pixels:
-        raise ValueError(
+        raise RowError(
+            "image_too_large",
             f"{name}: got {width} x {height} = {width * height} pixels, wanted at most "
-            f"{max_pixels}: scale the image down, drop the row, or raise data.max_image_pixels"
+            f"{max_pixels}: scale the image down, drop the row, or raise {limit_key}",
         )
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode not in _EIGHT_BIT_MODES:
-        raise ValueError(
+        raise RowError(
+            "image_mode",
             f"{name}: got mode {image.mode}, wanted 8 bits per channel (more would be clipped): "
-            "convert the image"
+            "convert the image",
         )
     try:
         image = ImageOps.exif_transpose(image)
@@ -104,8 +116,10 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise _damaged(name, error) from None
 
 
-def _damaged(name: str, error: Exception) -> ValueError:
-    return ValueError(f"{name}: damaged ({error}): replace the file or drop the row")
+def _damaged(name: str, error: Exception) -> RowError:
+    return RowError(
+        "image_unreadable", f"{name}: damaged ({error}): replace the file or drop the row"
+    )
 
 
 def _name(ref: ImageRef) -> str:

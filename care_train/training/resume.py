@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from care_train.config import config_to_dict
-from care_train.data import Sample
+from care_train.data import Sample, sample_digests
 from care_train.settings import Config, LoraSettings
 from care_train.training.checkpoint import Checkpoint
 from care_train.training.distributed import barrier, is_main, world_size
@@ -212,10 +212,10 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]
 
 
 def _rows_digest(samples: Iterable[Sample]) -> str:
+    """Over the texts and images of all rows, in order."""
     digest = hashlib.blake2b(digest_size=8)
-    for sample in samples:
-        fields = (sample.id, sample.prompt, sample.answer, len(sample.images))
-        digest.update(json.dumps(fields).encode())
+    for row in sample_digests(samples):
+        digest.update(row.encode())
     return digest.hexdigest()
 
 

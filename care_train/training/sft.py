@@ -50,8 +50,7 @@ def run_sft(
         Stopped: a signal asked for it; a checkpoint is saved.
     """
     config, sft = session.config, session.config.sft
-    require_rationales(samples)
-    rows = [sample for sample in samples if sample.rationale is not None]
+    rows = require_rationales(samples)
     counts = count_rows(samples, rows)
     held_out = HeldOutRows(session) if sft.eval_data is not None else None
     run_identity = identity(config, samples, session.loaded.model)

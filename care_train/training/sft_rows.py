@@ -11,7 +11,7 @@ from care_train.models.prompts import EncodedPrompt
 from care_train.settings import PromptSettings
 from care_train.training.distributed import all_max, all_sum, is_main, rank, world_size
 from care_train.training.engine import PolicyEngine
-from care_train.training.session import Session, rank_share
+from care_train.training.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -52,22 +52,21 @@ class HeldOutRows:
         """
         config = session.config
         assert config.sft.eval_data is not None
-        samples = load_samples(config.sft.eval_data, config.seed)
-        require_rationales(samples)
-        self._rows = [sample for sample in samples if sample.rationale is not None]
+        self._rows = require_rationales(load_samples(config.sft.eval_data, config.seed))
         self._session = session
 
     @torch.no_grad()
     def loss(self, engine: PolicyEngine) -> float:
         """Mean negative log-likelihood in nats per response token, over all ranks."""
         size = self._session.config.sft.micro_batch_size
-        own = rank_share(self._rows, rank(), world_size())
+        own = range(rank(), len(self._rows), world_size())
         chunks = [own[start : start + size] for start in range(0, len(own), size)]
         total, tokens = 0.0, 0.0
         # Sharded parameters want as many forwards on every rank.
         for turn in range(all_max(len(chunks), engine.device)):
-            chunk = chunks[turn] if turn < len(chunks) else self._rows[:1]
-            log_probs, _ = engine.score(engine.collate(self._sequences(chunk)), 1.0)
+            chunk = chunks[turn] if turn < len(chunks) else range(1)
+            samples = [self._rows[place] for place in chunk]
+            log_probs, _ = engine.score(engine.collate(self._sequences(samples)), 1.0)
             if turn < len(chunks):
                 total -= float(log_probs.sum())
                 tokens += len(log_probs)

@@ -64,7 +64,11 @@ def test_wrong_answers_are_named(value: Any, got: str):
         ({"answer": "x"}, "row 12: prompt: got columns 'answer', wanted one of prompt, problem"),
         ({}, "row 12: prompt: got columns none"),
         ({"question": "  ", "answer": "x"}, "row 12: question: got empty text"),
-        ({"prompt": [{"role": "user"}], "answer": "x"}, "row 12: prompt: got a list, wanted text"),
+        ({"prompt": ["q"], "answer": "x"}, "row 12: prompt: got a list, wanted text or chat"),
+        (
+            {"prompt": [{"role": "user"}], "answer": "x"},
+            "row 12: prompt: message 1: content: got nothing, wanted text or a list of parts",
+        ),
         ({"prompt": "q", "answer": "x", "rationale": 3}, "row 12: rationale: got a int"),
         ({"prompt": "q", "answer": "x", "image": 3}, "row 12: image: got a int, wanted a path"),
         ({"prompt": "q", "answer": "x", "images": [None]}, "row 12: images: got nothing"),

@@ -185,7 +185,7 @@ def test_require_rationales():
     """A missing rationale is an error only where no row has one."""
     bare = [Sample(id=str(i), prompt="q", answer="x", location=f"r: row {i}") for i in range(5)]
     told = Sample(id="t", prompt="q", answer="x", rationale="because")
-    assert require_rationales([*bare, told]) == 1
+    assert require_rationales([*bare, told]) == [told]
     with pytest.raises(ValueError, match=r"rationale: got none in 5 rows \(r: row 0, .*, \.\.\.\)"):
         require_rationales(bare)
 

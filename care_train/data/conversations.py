@@ -1,0 +1,134 @@
+"""Chat messages, as TRL, verl and LLaMA-Factory write them, to one prompt and one response."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from care_train.data.row_error import RowError, describe
+
+IMAGE_PLACEHOLDER = "<image>"
+"""Where an image goes in a prompt's text."""
+
+_USER, _ASSISTANT, _SYSTEM = ("user", "human"), ("assistant", "gpt"), ("system",)
+
+_THINK = re.compile(r"<(think|thinking|reasoning)>(.*?)</\1>", re.DOTALL)
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_FINAL = re.compile(r"^\s*\**\s*(?:the\s+)?final\s+answer\s*\**\s*:\s*\**\s*", re.IGNORECASE)
+_BOXED = re.compile(r"\$?\s*\\boxed\s*\{(.*)\}\s*\$?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A question and, where there is one, its answer."""
+
+    prompt: str
+    """The user's text; `<image>` where a part held an image."""
+    images: tuple[object, ...] = ()
+    """What the parts' images held, in order; none where an images column has them."""
+    system: str | None = None
+    response: str | None = None
+    """The assistant's text."""
+
+
+def is_conversation(value: object) -> bool:
+    """Whether a column's value is a list of chat messages."""
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping)
+
+
+def read_conversation(messages: Sequence[Any], *, column: str, at: str) -> Conversation:
+    """One user turn, a system turn before it and an assistant turn after it, if any.
+
+    Messages have `role` and `content`, or `from` and `value`; contents are text or lists of parts.
+
+    Raises:
+        RowError: another shape, an unknown role, or more than one question.
+    """
+    texts: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
+    images: list[object] = []
+    for number, message in enumerate(messages, 1):
+        where = f"{at}: {column}: message {number}"
+        if not isinstance(message, Mapping):
+            raise RowError("message", f"{where}: got {describe(message)}, wanted role and content")
+        role = _role(message, where)
+        texts[role].append(_content(message, images, where))
+    if len(texts["user"]) != 1 or len(texts["assistant"]) > 1:
+        raise RowError(
+            "several_turns",
+            f"{at}: {column}: got {len(texts['user'])} user and {len(texts['assistant'])} "
+            "assistant turns, wanted one question with at most one response: split the "
+            "conversation",
+        )
+    return Conversation(
+        texts["user"][0],
+        tuple(images),
+        "\n".join(texts["system"]) or None,
+        texts["assistant"][0] if texts["assistant"] else None,
+    )
+
+
+def split_response(text: str) -> tuple[str | None, str | None]:
+    """(rationale, answer) of a response with tags; None for what it does not have.
+
+    `<think>`, `<thinking>` or `<reasoning>` holds the rationale. The answer is the last `<answer>`
+    span, without a leading "Final Answer:".
+    """
+    think, answers = _THINK.search(text), _ANSWER.findall(text)
+    rationale = think[2].strip() if think else None
+    answer = strip_final(answers[-1]) if answers else None
+    return rationale or None, answer or None
+
+
+def strip_final(answer: str) -> str:
+    """An answer without a leading "Final Answer:"."""
+    return _FINAL.sub("", answer).strip()
+
+
+def strip_boxed(answer: str) -> str:
+    """The content of a `\\boxed{...}` around the whole answer."""
+    match = _BOXED.fullmatch(answer.strip())
+    if match is None:
+        return answer
+    depth = 0
+    for char in match[1]:
+        depth += {"{": 1, "}": -1}.get(char, 0)
+        if depth < 0:
+            # Two boxes: the first one's brace is not the last one's.
+            return answer
+    return match[1].strip() if depth == 0 else answer
+
+
+def _role(message: Mapping[str, Any], where: str) -> str:
+    role = message.get("role") or message.get("from")
+    for name, known in (("user", _USER), ("assistant", _ASSISTANT), ("system", _SYSTEM)):
+        if role in known:
+            return name
+    raise RowError(
+        "message",
+        f"{where}: role: got {role!r}, wanted one of {', '.join((*_USER, *_ASSISTANT, *_SYSTEM))}",
+    )
+
+
+def _content(message: Mapping[str, Any], images: list[object], where: str) -> str:
+    content = message.get("content")
+    content = message.get("value") if content is None else content
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        raise RowError(
+            "message", f"{where}: content: got {describe(content)}, wanted text or a list of parts"
+        )
+    return "".join(_part(part, images, where) for part in content)
+
+
+def _part(part: object, images: list[object], where: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(part, Mapping) and kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if isinstance(part, Mapping) and kind in ("image", "image_url"):
+        held = {key: part.get(key) for key in ("image", "image_url", "bytes", "path", "url")}
+        if any(held.values()):
+            images.append(held)
+        return IMAGE_PLACEHOLDER
+    got = repr(kind) if isinstance(part, Mapping) else describe(part)
+    raise RowError("message", f"{where}: content: got a part of type {got}, wanted text or image")

@@ -1,0 +1,193 @@
+"""The same bytes on any number of workers and after a kill; no build is mistaken for another."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from care_train.cli import main
+from care_train.data.building.readers import CHUNK_ROWS, ParquetStream, read_json_list, rows_of
+from tests.data.published import build_from, drawing, write_jsonl
+
+NAMES = ("train.parquet", "quarantine.jsonl", "manifest.json")
+
+
+def contents(output: Path) -> list[bytes]:
+    return [(output / name).read_bytes() for name in NAMES]
+
+
+def many_rows(folder: Path, count: int) -> list[dict[str, Any]]:
+    """A source of several chunks with duplicates and rejected rows in most."""
+    for number in range(40):
+        drawing(number).save(folder / f"{number}.png")
+    rows = [
+        {"prompt": f"What is {i % 700}?", "answer": str(i % 7), "image": f"{i % 45}.png"}
+        for i in range(count)
+    ]
+    path = write_jsonl(folder / "rows.jsonl", rows)
+    return [{"name": "mine", "path": str(path)}]
+
+
+def test_the_same_bytes_on_any_number_of_workers(tmp_path: Path):
+    """One process or two: the same data, quarantine and manifest."""
+    sources = many_rows(tmp_path, 3 * CHUNK_ROWS + 5)
+    outputs = [
+        build_from(tmp_path, sources, output=tmp_path / f"w{workers}", workers=workers)[1]
+        for workers in (1, 2)
+    ]
+    assert contents(outputs[0]) == contents(outputs[1])
+
+
+def test_a_build_stopped_anywhere_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stopped before or after any file is written, or while joining: the end is the same."""
+    from care_train.data.building import run
+
+    sources = many_rows(tmp_path, 3 * CHUNK_ROWS + 5)
+    _, whole = build_from(tmp_path, sources, output=tmp_path / "whole")
+
+    class StopError(Exception):
+        pass
+
+    def stop_at(name: str, call: int, after: bool) -> None:
+        function, calls = getattr(run, name), iter(range(1, 1000))
+
+        def stopping(*args: Any) -> Any:
+            now = next(calls) == call
+            if now and not after:
+                raise StopError
+            result = function(*args)
+            if now:
+                raise StopError
+            return result
+
+        monkeypatch.setattr(run, name, stopping)
+
+    cases = [("_write_part_files", 1, False), ("_write_part_files", 3, True)]
+    cases += [("join_parts", 1, False), ("join_parts", 1, True), ("manifest_of", 1, True)]
+    for number, case in enumerate(cases):
+        output = tmp_path / f"stopped{number}"
+        with monkeypatch.context():
+            stop_at(*case)
+            with pytest.raises(StopError):
+                build_from(tmp_path, sources, output=output)
+            monkeypatch.undo()
+        assert not (output / "manifest.json").exists()
+        build_from(tmp_path, sources, output=output)
+        assert contents(output) == contents(whole), case
+        assert sorted(path.name for path in output.iterdir()) == sorted(NAMES)
+
+
+def test_a_killed_command_goes_on_and_leaves_no_process(tmp_path: Path):
+    """SIGKILL amid the chunks ends the workers too; the command again ends with the same bytes."""
+    sources = many_rows(tmp_path, 12 * CHUNK_ROWS)
+    _, whole = build_from(tmp_path, sources, output=tmp_path / "whole")
+    output, config = tmp_path / "killed", tmp_path / "killed.yaml"
+    config.write_text(json.dumps({"output": str(output), "workers": 2, "sources": sources}))
+    arguments = ["data", "build", "--config", str(config)]
+    process = subprocess.Popen([sys.executable, "-m", "care_train", *arguments])
+    deadline = time.monotonic() + 120
+    while len(list(output.glob(".unfinished/*.arrow"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert workers and not psutil.wait_procs(workers, timeout=30)[1]
+    assert not (output / "train.parquet").exists()
+    assert main(arguments) == 0
+    assert contents(output) == contents(whole)
+
+
+def test_a_finished_build_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The same settings do nothing, others are an error unless overwrite says so."""
+    sources = many_rows(tmp_path, 50)
+    manifest, output = build_from(tmp_path, sources)
+    written = (output / "train.parquet").stat().st_mtime_ns
+    assert build_from(tmp_path, sources, workers=2)[0] == manifest
+    assert (output / "train.parquet").stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="holds a build of other settings: choose another folder"):
+        build_from(tmp_path, sources, clean={"max_answer_chars": 9})
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "q", "answer": "1"}])
+    with pytest.raises(ValueError, match="holds a build of other inputs"):
+        build_from(tmp_path, sources)
+    manifest, _ = build_from(tmp_path, sources, overwrite=True)
+    assert manifest["counts"]["total"]["kept"] == 1
+
+
+def test_an_unfinished_build_of_other_settings_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Going on under other settings would mix two data sets: the changed key is named."""
+    from care_train.data.building import run
+
+    sources = many_rows(tmp_path, 50)
+    monkeypatch.setattr(run, "join_parts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build_from(tmp_path, sources)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"settings\.clean\.max_answer_chars: saved 256, got 9"):
+        build_from(tmp_path, sources, clean={"max_answer_chars": 9})
+    build_from(tmp_path, sources)
+
+
+def test_chunks_are_the_same_from_any_start(tmp_path: Path):
+    """Chunks do not depend on row groups, nor on where reading begins."""
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({"n": range(1000)})
+    parquet.write_table(table, tmp_path / "t.parquet", row_group_size=77)
+    stream = ParquetStream(tmp_path / "t.parquet")
+    chunks = list(stream.chunks(0))
+    assert [(chunk.first, chunk.num_rows) for chunk in chunks] == [
+        (start + 1, min(CHUNK_ROWS, 1000 - start)) for start in range(0, 1000, CHUNK_ROWS)
+    ]
+    rows = [row["n"] for chunk in chunks for _, row in rows_of(chunk)]
+    assert rows == list(range(1000))
+    for place in range(len(chunks)):
+        later = list(stream.chunks(place * CHUNK_ROWS))
+        assert [chunk.first for chunk in later] == [chunk.first for chunk in chunks[place:]]
+        assert [row["n"] for chunk in later for _, row in rows_of(chunk)] == rows[
+            later[0].first - 1 :
+        ]
+    assert list(stream.chunks(1000)) == []
+
+
+def test_json_lists_are_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Rows across reads, nested brackets, a byte order mark; a damaged row is named."""
+    from care_train.data.building import readers
+
+    monkeypatch.setattr(readers, "_READ_BYTES", 16)
+    rows = [{"a": ["]", {"b": "}, {"}]}, {"long": "x" * 500}, {}, {"c": -1.5}]
+    path = tmp_path / "r.json"
+    for text in (json.dumps(rows), json.dumps(rows, indent=2), "\ufeff" + json.dumps(rows) + "\n"):
+        path.write_text(text, encoding="utf-8")
+        assert list(read_json_list(path)) == rows
+    path.write_text('[{"a": 1}, {"b": }]')
+    with pytest.raises(ValueError, match=r"r\.json: row 2: not JSON"):
+        list(read_json_list(path))
+
+
+def test_the_command_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Counts as a table, the expected number, where it all is; user errors exit with 2."""
+    sources = many_rows(tmp_path, 50)
+    config = tmp_path / "c.yaml"
+    values = {"output": str(tmp_path / "out"), "workers": 1, "sources": sources}
+    config.write_text(json.dumps(values))
+    arguments = ["data", "build", "--config", str(config)]
+    assert main([*arguments, "sources.mine.expected_rows=51"]) == 0
+    said = capsys.readouterr().out
+    assert "mine: 45 usable rows, expected 51" in said
+    assert main([*arguments, "sources.mine.colour=red", "overwrite=true"]) == 2
+    assert "unknown key 'sources.0.colour'" in capsys.readouterr().err
+    assert main([*arguments, "sources.yours.path=x"]) == 2
+    assert "sources.yours: no such source, there are mine" in capsys.readouterr().err
+    assert main([*arguments, "dedup.max_distance=16"]) == 2
+    assert "dedup.max_distance: got 16, wanted 0 to dedup.hash_size - 1" in capsys.readouterr().err

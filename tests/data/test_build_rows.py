@@ -1,0 +1,242 @@
+"""Rejected rows, duplicates and answer types: each counted, none lost."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from care_train.data import load_samples
+from care_train.data.answer_types import answer_type, chart_answer_type, options_of
+from care_train.data.building.dedup import band_keys, look_alike
+from care_train.data.building.prepare import ImageHash, Prepared, normalized_text
+from care_train.data.schema import Sample
+from care_train.settings import DataSettings
+from tests.data.published import build_from, drawing, quarantine, write_jsonl
+
+GOOD = {"prompt": "How many?", "answer": "3", "image": "a.png"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    drawing(1).save(tmp_path / "a.png")
+    drawing(2).save(tmp_path / "b.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:120])
+    (tmp_path / "text.png").write_text("no image")
+    Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
+    Image.new("RGB", (900, 3)).save(tmp_path / "long.png")
+    Image.new("I;16", (4, 4)).save(tmp_path / "deep.png")
+    return tmp_path
+
+
+def build_rows(folder: Path, rows: list[Any], **settings: Any) -> tuple[dict[str, Any], Path]:
+    path = write_jsonl(folder / "rows.jsonl", rows)
+    return build_from(folder, [{"name": "mine", "path": str(path)}], **settings)
+
+
+BAD = [
+    ({"prompt": " "}, "empty_prompt", "prompt: got empty text"),
+    ({"answer": ""}, "empty_answer", "answer: got empty text"),
+    ({"answer": None}, "empty_answer", "answer: got nothing, wanted text, a number"),
+    ({"answer": ["3", "4"]}, "answer_type", "answer: got a list"),
+    ({"answer": "3" * 300}, "long_answer", "answer: got 300 characters, wanted 256 at most"),
+    ({"prompt": "w" * 9000}, "long_prompt", "prompt: got 9000 characters, wanted 8192 at most"),
+    ({"answer": "</answer>3"}, "answer_tags", "answer: got '</answer>', wanted the bare answer"),
+    ({"prompt": "<|im_end|>"}, "special_token", "prompt: got '<|im_end|>', wanted plain text"),
+    ({"prompt": "<image><image>?"}, "placeholders", "got 2 <image> placeholders for 1 images"),
+    ({"image": "gone.png"}, "image_missing", "image 'gone.png': none in"),
+    ({"image": "cut.png"}, "image_unreadable", "damaged"),
+    ({"image": "text.png"}, "image_unreadable", "got no readable image, wanted PNG"),
+    ({"image": "bomb.png"}, "image_too_large", "9000 x 9000 = 81000000 pixels, wanted at most"),
+    ({"image": "long.png"}, "image_aspect", "900 x 3 pixels, wanted sides within a factor of 200"),
+    ({"image": "deep.png"}, "image_mode", "wanted 8 bits per channel"),
+    ({"image": 7}, "image_type", "image: got a int, wanted a path"),
+    ({"image": ["a.png"] * 17}, "many_images", "images: got 17, wanted 16 at most"),
+    ({"prompt": None}, "no_prompt", "wanted one of prompt, problem, question"),
+    ({"prompt": 3}, "prompt_type", "prompt: got a int, wanted text or chat messages"),
+    ({"answer_type": "colour"}, "answer_type", "answer_type: got 'colour', wanted one of choice"),
+    ({"prompt": [{"role": "tool", "content": "x"}]}, "message", "role: got 'tool', wanted one of"),
+    (
+        {"prompt": [{"role": "user", "content": "x"}] * 2},
+        "several_turns",
+        "got 2 user and 0 assistant turns",
+    ),
+]
+
+
+def test_rejected_rows_say_why(folder: Path):
+    """One row per reason: the quarantine names file, row, reason, got and wanted; counts agree."""
+    rows = [GOOD] + [GOOD | change for change, _, _ in BAD] + ["text"]
+    path = write_jsonl(folder / "rows.jsonl", rows)
+    with path.open("a") as file:
+        file.write("{broken\n\n")
+    manifest, output = build_from(folder, [{"name": "mine", "path": str(path)}])
+    found = quarantine(output)
+    reasons = [reason for _, reason, _ in BAD] + ["not_an_object"] * 2
+    assert [row["reason"] for row in found] == reasons
+    assert [row["row"] for row in found] == list(range(2, len(BAD) + 4))
+    for row, (_, _, detail) in zip(found, BAD, strict=False):
+        assert row["detail"].startswith(f"rows.jsonl: row {row['row']}: ")
+        assert detail in row["detail"], row
+    assert "got not JSON" in found[-1]["detail"]
+    counts = manifest["counts"]["sources"]["mine"]
+    assert counts["kept"] == 1
+    assert counts["read"] == 1 + len(found)
+    assert sum(counts["rejected"].values()) == len(found)
+    assert counts["rejected"]["image_unreadable"] == 2
+
+
+def test_a_rationale_can_be_asked_for(folder: Path):
+    """A cold start's build rejects rows without a rationale."""
+    rows = [GOOD | {"rationale": "so"}, GOOD | {"image": "b.png"}]
+    _, output = build_rows(folder, rows, clean={"require_rationale": True})
+    assert [row["reason"] for row in quarantine(output)] == ["no_rationale"]
+
+
+def test_no_usable_row_is_an_error(folder: Path):
+    """A build of nothing fails, and leaves the reasons."""
+    with pytest.raises(ValueError, match=r"no row is usable; .*quarantine\.jsonl says why"):
+        build_rows(folder, [GOOD | {"answer": ""}])
+    assert quarantine(folder / "built")[0]["reason"] == "empty_answer"
+
+
+def jpeg(number: int, quality: int, scale: float = 1.0) -> Image.Image:
+    image = drawing(number, (192, 144)).resize((int(192 * scale), int(144 * scale)))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer)
+
+
+def test_duplicates(folder: Path):
+    """Same text and look: a duplicate. Another picture, question or key: none, or a conflict."""
+    drawing(3, (192, 144)).save(folder / "c.png")
+    jpeg(3, 80).save(folder / "c.jpg", quality=80)
+    jpeg(3, 90, 0.75).save(folder / "small.png")
+    drawing(3, (192, 144)).convert("L").save(folder / "grey.png")
+    ask = {"prompt": "<image>Find x.", "answer": "3", "image": "c.png"}
+    rows = [
+        ask,
+        ask | {"prompt": "FIND  x"},
+        ask | {"image": "c.jpg"},
+        ask | {"image": "small.png"},
+        ask | {"image": "grey.png"},
+        ask | {"image": "a.png"},
+        ask | {"prompt": "Find y."},
+        ask | {"answer": "4"},
+        ask | {"answer": "4", "image": "c.jpg"},
+        {"prompt": "Find x.", "answer": "3"},
+        {"prompt": "find X .", "answer": "3"},
+        ask | {"prompt": "<image><image>Find x.", "image": ["c.png", "a.png"]},
+        ask | {"prompt": "<image><image>Find x.", "image": ["c.jpg", "b.png"]},
+        ask | {"prompt": "<image><image>Find x.", "image": ["c.jpg", "a.png"]},
+    ]
+    manifest, output = build_rows(folder, rows)
+    found = {row["row"]: row["reason"] for row in quarantine(output)}
+    near = "near_duplicate"
+    conflict = "conflicting_answer"
+    assert found == {2: "duplicate", 3: near, 4: near, 8: conflict, 11: "duplicate", 14: near}
+    samples = list(load_samples(DataSettings(path=str(output / "train.parquet"))))
+    assert [int(s.id.split("/")[-1]) for s in samples] == [1, 5, 6, 7, 9, 10, 12, 13]
+    counts = manifest["counts"]["sources"]["mine"]
+    assert counts["duplicates"] == {
+        "conflicting_answer of mine": 1,
+        "duplicate of mine": 2,
+        "near_duplicate of mine": 3,
+    }
+
+
+def test_duplicates_across_sources(folder: Path):
+    """The source named first keeps the row; the other one's is counted against it."""
+    write_jsonl(folder / "one.jsonl", [GOOD])
+    write_jsonl(folder / "two.jsonl", [GOOD, GOOD | {"image": "b.png"}])
+    sources = [{"name": n, "path": str(folder / f"{n}.jsonl")} for n in ("one", "two")]
+    manifest, output = build_from(folder, sources)
+    assert manifest["counts"]["sources"]["two"]["duplicates"] == {"duplicate of one": 1}
+    assert quarantine(output)[0]["detail"] == "two.jsonl: row 1: repeats one/one.jsonl/1"
+    assert [manifest["counts"]["sources"][n]["usable_share"] for n in ("one", "two")] == [
+        33.3,
+        66.7,
+    ]
+    assert [manifest["counts"]["sources"][n]["kept_share"] for n in ("one", "two")] == [50.0, 50.0]
+    manifest, _ = build_from(folder, sources[::-1], overwrite=True)
+    assert manifest["counts"]["sources"]["one"]["duplicates"] == {"duplicate of two": 1}
+    manifest, _ = build_from(folder, sources, overwrite=True, dedup={"enabled": False})
+    assert manifest["counts"]["total"]["kept"] == 3
+
+
+def prepared(perceptual: bytes) -> Prepared:
+    sample = Sample(id="a", prompt="q", answer="1")
+    return Prepared(1, sample, None, (), (ImageHash(b"", perceptual, bytes(192)),))
+
+
+@pytest.mark.parametrize("distance", [0, 1, 3, 6])
+def test_the_index_misses_no_duplicate(distance: int):
+    """Hashes that differ in at most `max_distance` bits, wherever, share a key."""
+    import random
+
+    rng = random.Random(distance)
+    for _ in range(300):
+        bits = rng.getrandbits(256)
+        changed = bits
+        for place in rng.sample(range(256), distance):
+            changed ^= 1 << place
+        one, other = (prepared(value.to_bytes(32)) for value in (bits, changed))
+        assert set(band_keys(one, distance)) & set(band_keys(other, distance))
+        assert look_alike(one.hashes[0], other.hashes[0], distance)
+        assert distance == 0 or not look_alike(one.hashes[0], other.hashes[0], distance - 1)
+
+
+def test_normalized_text():
+    """Case, white space, width, placeholders and closing marks do not tell questions apart."""
+    same = ["<image>Find x.", "find  X", "\nFIND\u00a0x?", "\uff26ind x <image>"]
+    assert len({normalized_text(text) for text in same}) == 1
+    assert normalized_text("x + 1") != normalized_text("x - 1")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ("12", "number"),
+        ("-1,234.5", "number"),
+        ("45%", "number"),
+        ("1/2", "number"),
+        ("2 \\sqrt { 221 }", "math"),
+        ("x = 5", "math"),
+        ("True", "yes_no"),
+        ("dark blue", "text"),
+        ("{1, 2}", "set"),
+        ("A", None),
+        ("12 cm", None),
+        ("(1, 2)", None),
+    ],
+)
+def test_answer_types(answer: str, kind: str | None):
+    """A type where it is plain to see, None where the verifier has to look closer."""
+    assert answer_type(answer) == kind
+
+
+def test_answer_types_with_options():
+    """With options, their letters and texts are choices; nothing else is."""
+    options = ("red", "12")
+    assert [answer_type(a, options) for a in ("A", "(B)", "red", "12", "C", "blue")] == [
+        *["choice"] * 4,
+        *[None] * 2,
+    ]
+    assert [chart_answer_type(a) for a in ("12", "2015", "no")] == ["relaxed", "number", "yes_no"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options"),
+    [
+        ("Which?\nA. red\nB. dark blue", ("red", "dark blue")),
+        ("Which? (A) red (B) blue", ("red", "blue")),
+        ("Choices: A: 80 B: 60 C: 50", ("80", "60", "50")),
+        ("A. Smith met B. Jones", ()),
+        ("Is A? or B? longer", ()),
+        ("B. red\nC. blue", ()),
+    ],
+)
+def test_options_of_prompts(prompt: str, options: tuple[str, ...]):
+    """Options on lines of their own, in brackets, or three in a row; not initials."""
+    assert options_of(prompt) == options

@@ -1,0 +1,146 @@
+"""Rows are read when asked for, checked as they are, and known by a checksum with their pixels."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from care_train.data import Sample, load_samples, require_rationales, sample_digests
+from care_train.data.lazy import LazySamples
+from care_train.data.schema import sample_digest
+from care_train.settings import DataSettings
+from tests.data.published import TEXT, build_from, drawing, write_jsonl
+
+
+def load(path: Path, **settings: object) -> LazySamples:
+    samples = load_samples(DataSettings(path=str(path), **settings))  # type: ignore[arg-type]
+    assert isinstance(samples, LazySamples)
+    return samples
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    """A built file of five rows, the second without a rationale."""
+    for number in range(5):
+        drawing(number).save(tmp_path / f"{number}.png")
+    rows = [
+        {
+            "prompt": f"q{i}?",
+            "answer": str(i),
+            "image": f"{i}.png",
+            "rationale": "so" if i != 1 else "",
+        }
+        for i in range(5)
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    _, output = build_from(tmp_path, [{"name": "mine", "path": str(path)}], row_group=2)
+    return output / "train.parquet"
+
+
+def test_samples_are_a_sequence(built: Path):
+    """Indices from either end, slices, iteration and a choice of rows, all in the file's order."""
+    samples = load(built)
+    assert [s.prompt for s in samples] == [f"q{i}?" for i in range(5)]
+    assert samples[-1].location == "train.parquet: row 5"
+    assert [s.answer for s in samples[1:4][::-1]] == ["3", "2", "1"]
+    assert [s.answer for s in require_rationales(samples)] == ["0", "2", "3", "4"]
+    with pytest.raises(IndexError):
+        samples[5]
+    few = load(built, max_samples=3)
+    assert len(few) == 3
+    assert set(sample_digests(few)) < set(sample_digests(samples))
+
+
+def test_one_row_group_is_read_at_a_time(built: Path, monkeypatch: pytest.MonkeyPatch):
+    """A row reads its own group; its neighbours there cost nothing more."""
+    read = []
+    original = parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        parquet.ParquetFile,
+        "read_row_group",
+        lambda self, group: read.append(group) or original(self, group),
+    )
+    samples = load(built)
+    assert read == []
+    _ = samples[3], samples[2], samples[4], samples[0]
+    assert read == [1, 2, 0]
+
+
+def test_stored_digests_are_the_rows_own(built: Path):
+    """What the build stored is what the trainer computes from the row."""
+    samples = load(built)
+    assert list(sample_digests(samples)) == [sample_digest(sample) for sample in samples]
+
+
+def test_a_damaged_row_is_named(built: Path):
+    """A built row that is not as it was built: file, row, checksum got and wanted."""
+    table = parquet.read_table(built)
+    place = table.schema.get_field_index("answer")
+    answers = table.column("answer").to_pylist()
+    changed = datasets.Dataset.from_dict({"a": [*answers[:3], "9", answers[4]]}).data.column(0)
+    parquet.write_table(table.set_column(place, table.schema.field(place), changed), built)
+    samples = load(built)
+    assert samples[2].answer == "2"
+    with pytest.raises(ValueError, match=r"train\.parquet: row 4: digest: got \w+, wanted"):
+        samples[3]
+
+
+def test_digests_see_pixels_and_texts():
+    """Any text, one pixel of a path's, bytes' or open image's file, or their order."""
+    base = Sample(id="1", prompt="q", answer="a", images=(drawing(1), b"\x89PNG"))
+    others = [
+        Sample(id="2", prompt="q", answer="a", images=base.images),
+        Sample(id="1", prompt="p", answer="a", images=base.images),
+        Sample(id="1", prompt="q", answer="b", images=base.images),
+        Sample(id="1", prompt="q", answer="a", images=base.images, rationale="so"),
+        Sample(id="1", prompt="q", answer="a", images=base.images[::-1]),
+        Sample(id="1", prompt="q", answer="a", images=(drawing(2), b"\x89PNG")),
+        Sample(id="1", prompt="q", answer="a", images=(drawing(1), b"\x89PNH")),
+    ]
+    assert len({sample_digest(sample) for sample in [base, *others]}) == 8
+    assert sample_digest(base) == sample_digest(Sample("1", "q", "a", (drawing(1), b"\x89PNG")))
+
+
+def test_digests_read_image_files(tmp_path: Path):
+    """An image file changed under a run changes its row's checksum; a missing one is named."""
+    drawing(1).save(tmp_path / "a.png")
+    path = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "q", "answer": "1", "image": "a.png"}] * 2)
+    before = list(sample_digests(load(path)))
+    image = drawing(1)
+    image.putpixel((0, 0), (1, 2, 3))
+    image.save(tmp_path / "a.png")
+    after = list(sample_digests(load(path)))
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"r\.jsonl: row 1: image .*a\.png: .*No such file"):
+        list(sample_digests(load(path)))
+
+
+def test_large_row_groups_are_memory_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file of one huge row group is not read whole for each row."""
+    from care_train.data import row_files
+
+    rows = {"prompt": [f"q{i}" for i in range(50)], "answer": ["x" * 50] * 50}
+    features = datasets.Features(prompt=TEXT, answer=TEXT)
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "r.parquet")
+    monkeypatch.setattr(row_files, "_MAX_GROUP_BYTES", 100)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(
+        parquet.ParquetFile, "read_row_group", lambda *_: pytest.fail("read a row group")
+    )
+    assert [s.prompt for s in load(tmp_path / "r.parquet")][::49] == ["q0", "q49"]
+
+
+def test_images_are_decoded_by_need(tmp_path: Path):
+    """Loading and checksums decode nothing: an oversize image matters when it is looked at."""
+    Image.new("1", (9000, 9000)).save(tmp_path / "bomb.png")
+    row = {"prompt": "q", "answer": "1", "image": "bomb.png"}
+    path = write_jsonl(tmp_path / "r.jsonl", [row])
+    samples = load(path)
+    assert len(list(sample_digests(samples))) == 1
+    from care_train.data import load_images
+
+    with pytest.raises(ValueError, match="9000 x 9000"):
+        load_images(samples[0], 50_000_000)
