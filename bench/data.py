@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -53,6 +54,8 @@ class Run:
     """One build, or what was left of one."""
 
     seconds: float
+    cpu_seconds: float
+    """Of the command and its workers, which other load changes little; 0 where it was killed."""
     peak_mib: float
     leaked: int
     """Processes that outlived a killed build by ten seconds."""
@@ -95,6 +98,7 @@ def measure(folder: Path, rows: int, small: int, workers: int) -> dict[str, Any]
         "rows": rows,
         "workers": workers,
         "seconds": round(once.seconds, 1),
+        "cpu_seconds": round(once.cpu_seconds, 1),
         "rows_per_second": round(rows / once.seconds),
         "peak_mib": round(once.peak_mib),
         "small_rows": small,
@@ -119,7 +123,7 @@ def _build(corpus: Corpus, output: Path, workers: int, kill_at: int | None = Non
     config = output.with_suffix(".yaml")
     config.write_text(build_config(corpus, output))
     command = [sys.executable, "-m", "care_train", "data", "build", "--config", str(config)]
-    start, peak = time.perf_counter(), 0
+    start, before, peak = time.perf_counter(), _children_cpu(), 0
     process = subprocess.Popen([*command, f"workers={workers}"], stdout=subprocess.DEVNULL)
     family = psutil.Process(process.pid)
     while process.poll() is None:
@@ -129,11 +133,16 @@ def _build(corpus: Corpus, output: Path, workers: int, kill_at: int | None = Non
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             left = psutil.wait_procs(members[1:], timeout=10)[1]
-            return Run(time.perf_counter() - start, peak / MIB, len(left))
+            return Run(time.perf_counter() - start, 0.0, peak / MIB, len(left))
         time.sleep(0.05)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-    return Run(time.perf_counter() - start, peak / MIB, 0)
+    return Run(time.perf_counter() - start, _children_cpu() - before, peak / MIB, 0)
+
+
+def _children_cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _resident(process: psutil.Process) -> int:
@@ -166,7 +175,8 @@ def _wrong_counts(corpus: Corpus, counts: dict[str, Any]) -> list[str]:
 
 
 def _say(what: str, run: Run) -> None:
-    print(f"{what}: {run.seconds:.1f} s, peak {run.peak_mib:.0f} MiB", flush=True)
+    cpu = f" ({run.cpu_seconds:.1f} s of CPU)" if run.cpu_seconds else ""
+    print(f"{what}: {run.seconds:.1f} s{cpu}, peak {run.peak_mib:.0f} MiB", flush=True)
 
 
 def _say_counts(counts: dict[str, Any], wrong: list[str]) -> None:

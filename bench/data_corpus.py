@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 from PIL import Image, ImageDraw
 
-_SIZE = (224, 168)
+_SIZE = (160, 120)
 _BLOCK = 1000
 _NUM_BACKGROUNDS = 64
 
@@ -191,7 +191,7 @@ def _jpeg(key: str, quality: int = 85) -> bytes:
 
 
 def _drawing(key: str) -> Image.Image:
-    """Bars and lines over a grainy background, so that a file has about 10 kB as scans do."""
+    """Bars and lines over a grainy background, so that a file has about 7 kB."""
     rng = numpy.random.default_rng(_seed(key))
     image = _background(int(rng.integers(_NUM_BACKGROUNDS))).copy()
     draw = ImageDraw.Draw(image)

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "export":
             _export(options)
         elif options.command == "data":
-            _build_data(options)
+            return _build_data(options)
         else:
             config = load_config(_config_path(options), options.overrides)
             if options.command in _INSPECTIONS:
@@ -164,11 +164,16 @@ def _export(options: argparse.Namespace) -> None:
     commands.export(options.run, options.checkpoint, options.out, adapter=options.adapter)
 
 
-def _build_data(options: argparse.Namespace) -> None:
+def _build_data(options: argparse.Namespace) -> int:
     # No torch: the workers of a build start fast.
     from care_train.data_command import build_data
 
-    build_data(load_build_settings(options.config, options.overrides))
+    try:
+        build_data(load_build_settings(options.config, options.overrides))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
 
 
 def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:

@@ -55,6 +55,8 @@ class PromptEncoder:
             ValueError: naming the row: an unreadable image, images for a text model, a prompt that
                 holds special tokens, or one longer than `prompt.max_prompt_tokens`.
         """
+        # A lazy sequence reads a row anew each time: one object per row here.
+        samples = list(samples)
         with_images = [sample for sample in samples if sample.images]
         encoded = dict(zip(map(id, with_images), self._encode_images(with_images), strict=True))
         prompts = []

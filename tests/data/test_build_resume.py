@@ -13,9 +13,11 @@ import psutil
 import pytest
 
 from care_train.cli import main
+from care_train.config import load_build_settings
 from care_train.data.building.readers import CHUNK_ROWS, ParquetStream, read_json_list, rows_of
 from tests.data.published import build_from, drawing, write_jsonl
 
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
 NAMES = ("train.parquet", "quarantine.jsonl", "manifest.json")
 
 
@@ -137,6 +139,25 @@ def test_an_unfinished_build_of_other_settings_is_an_error(
     build_from(tmp_path, sources)
 
 
+def test_two_builds_at_once_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A second process on the same output would write over the first one's parts."""
+    from care_train.data.building import run
+
+    sources = many_rows(tmp_path, 50)
+    config = tmp_path / "build.yaml"
+
+    def other_build(*_: Any) -> None:
+        command = [sys.executable, "-m", "care_train", "data", "build", "--config", str(config)]
+        said = subprocess.run(command, capture_output=True, text=True)
+        assert said.returncode == 2
+        assert "does another process build there?" in said.stderr
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "join_parts", other_build)
+    with pytest.raises(KeyboardInterrupt):
+        build_from(tmp_path, sources)
+
+
 def test_chunks_are_the_same_from_any_start(tmp_path: Path):
     """Chunks do not depend on row groups, nor on where reading begins."""
     import pyarrow
@@ -173,6 +194,12 @@ def test_json_lists_are_read_row_by_row(tmp_path: Path, monkeypatch: pytest.Monk
     path.write_text('[{"a": 1}, {"b": }]')
     with pytest.raises(ValueError, match=r"r\.json: row 2: not JSON"):
         list(read_json_list(path))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_load(path: Path):
+    """Every YAML file in configs/data/ is valid."""
+    assert load_build_settings(path).output.startswith("data/")
 
 
 def test_the_command_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

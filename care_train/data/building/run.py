@@ -56,12 +56,13 @@ def build(settings: BuildSettings, report: Report | None = None) -> dict[str, An
         _check_schema(source, files)
     output = Path(settings.output).expanduser()
     fingerprint = fingerprint_of(settings, [list(file_checksums(files)) for files in sources])
-    if settings.overwrite:
-        _remove(output, settings)
-    elif (finished := read_manifest(output)) is not None:
-        return _same_build(output, settings, finished, fingerprint)
+    finished = read_manifest(output)
+    if finished is not None and not settings.overwrite:
+        return _same_build(output, finished, fingerprint)
     state = BuildState(output / _WORK, settings, fingerprint)
     try:
+        for name in ("manifest.json", settings.file_name, QUARANTINE):
+            (output / name).unlink(missing_ok=True)
         _write_parts(settings, sources, state, output / _WORK, report)
         return _finish(settings, state, output, fingerprint)
     finally:
@@ -201,7 +202,7 @@ def _finish(
 
 
 def _same_build(
-    output: Path, settings: BuildSettings, finished: dict[str, Any], fingerprint: dict[str, Any]
+    output: Path, finished: dict[str, Any], fingerprint: dict[str, Any]
 ) -> dict[str, Any]:
     now = json.loads(json.dumps(fingerprint))
     changed = [key for key in now if finished.get(key) != now[key]]
@@ -211,9 +212,3 @@ def _same_build(
             "or build anew with overwrite=true"
         )
     return finished
-
-
-def _remove(output: Path, settings: BuildSettings) -> None:
-    for name in ("manifest.json", settings.file_name, QUARANTINE):
-        (output / name).unlink(missing_ok=True)
-    shutil.rmtree(output / _WORK, ignore_errors=True)

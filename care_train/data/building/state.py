@@ -17,27 +17,45 @@ class BuildState:
         self, folder: Path, settings: BuildSettings, fingerprint: Mapping[str, Any]
     ) -> None:
         """
+        Args:
+            folder: where the parts are.
+            settings: the build's; `overwrite` forgets what is there.
+            fingerprint: all that decides the output.
+
         Raises:
-            ValueError: the folder holds a build of other settings, inputs or library versions.
+            ValueError: the folder holds a build of other settings, inputs or library versions, or
+                another process writes to it.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        self.connection = sqlite3.connect(folder / "state.sqlite")
-        self.connection.execute("PRAGMA journal_mode=WAL")
-        self.connection.execute(
-            "CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value TEXT)"
-        )
         self.next_part = 0
         """How many parts are done."""
         self.position = (0, 0, 0)
         """Source, file and row (from 0) where the next chunk begins."""
         self.counts = {source.name: SourceCounts() for source in settings.sources}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.connection = _locked(folder)
+        try:
+            if settings.overwrite:
+                self._forget(folder)
+            self._go_on(folder, json.loads(json.dumps(fingerprint)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _forget(self, folder: Path) -> None:
+        for table in ("state", "kept", "bands"):
+            self.connection.execute(f"DROP TABLE IF EXISTS {table}")
+        for part in [*folder.glob("*.arrow"), *folder.glob("*.jsonl")]:
+            part.unlink()
+
+    def _go_on(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.connection.execute(
+            "CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value TEXT)"
+        )
         saved = dict(self.connection.execute("SELECT key, value FROM state"))
         if not saved:
             self._put("fingerprint", fingerprint)
             self.connection.commit()
-        elif changes := _changes(
-            json.loads(saved["fingerprint"]), json.loads(json.dumps(fingerprint))
-        ):
+        elif changes := _changes(json.loads(saved["fingerprint"]), fingerprint):
             raise ValueError(
                 f"output: {folder.parent} holds an unfinished build of another kind: "
                 + "; ".join(changes)
@@ -65,6 +83,21 @@ class BuildState:
         self.connection.execute(
             "INSERT OR REPLACE INTO state VALUES (?, ?)", (key, json.dumps(value))
         )
+
+
+def _locked(folder: Path) -> sqlite3.Connection:
+    """The folder's database, for this process alone."""
+    connection = sqlite3.connect(folder / "state.sqlite", timeout=1)
+    connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("CREATE TABLE IF NOT EXISTS locked (by_this_process INTEGER)")
+    except sqlite3.OperationalError as error:
+        connection.close()
+        raise ValueError(
+            f"output: {folder.parent}: {error}: does another process build there?"
+        ) from None
+    return connection
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
