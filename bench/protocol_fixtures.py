@@ -276,8 +276,12 @@ def write_parquet(name: str, rows: Sequence[dict[str, Any]], path: Path) -> Path
     return path
 
 
-def write_training(folder: Path, count: int = 48, seed: int = 0) -> None:
-    """`cold_start.json` (conversations), `train.jsonl` and `test.jsonl`, with their images."""
+def write_training(folder: Path, count: int = 64, seed: int = 0) -> None:
+    """Rows of both training stages and held-out ones, with their images.
+
+    Three quarters are for training: `cold_start.json` has Vision-R1-cold's conversations,
+    `train.jsonl` rows without rationales. `cold_start_test.json` and `test.jsonl` are the rest.
+    """
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     conversations, rows = [], []
@@ -293,9 +297,11 @@ def write_training(folder: Path, count: int = 48, seed: int = 0) -> None:
         ]
         conversations.append({"image": image, "conversations": turns})
         rows.append({"problem": question, "answer": color, "images": [image]})
-    (folder / "cold_start.json").write_text(json.dumps(conversations))
-    for name, part in (("train", rows[: count * 3 // 4]), ("test", rows[count * 3 // 4 :])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    end = count * 3 // 4
+    for name, part in (("", slice(end)), ("_test", slice(end, None))):
+        (folder / f"cold_start{name}.json").write_text(json.dumps(conversations[part]))
+        lines = [json.dumps(row) + "\n" for row in rows[part]]
+        (folder / f"{name.removeprefix('_') or 'train'}.jsonl").write_text("".join(lines))
 
 
 def main() -> None:
@@ -305,8 +311,8 @@ def main() -> None:
     folder = parser.parse_args().folder
     disable_progress_bars()
     write_training(folder)
-    written = write_benchmarks(folder)
-    print(f"{folder}: cold_start.json, train.jsonl, test.jsonl, {', '.join(sorted(written))}")
+    write_benchmarks(folder)
+    print(f"{folder}: {', '.join(sorted({path.name for path in folder.iterdir()}))}")
 
 
 if __name__ == "__main__":

@@ -156,8 +156,9 @@ def sft(config: Config) -> Summary:
     session = open_session(config, folder, config.sft.data, device)
     with _metrics(run_dir, config) as metrics:
         values = run_sft(session, samples, run_dir / "final", metrics, device, checkpoint)
-    summary = _basics(config) | {"loss": values["loss"], "steps": config.sft.steps}
-    return _finish(run_dir, config, summary, start)
+    kept = ("loss", "eval_loss", "rows", "rows_without_rationale")
+    scores = {key: values[key] for key in kept if key in values}
+    return _finish(run_dir, config, _basics(config) | scores | {"steps": config.sft.steps}, start)
 
 
 def train(config: Config) -> Summary:

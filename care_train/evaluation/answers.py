@@ -4,22 +4,25 @@ import re
 from collections.abc import Sequence
 
 from care_train.evaluation.question import Judgement, letters
-from care_train.verifier import normalize, verify
+from care_train.verifier import AnswerType, normalize, verify
 from care_train.verifier.answers import MAX_ANSWER_CHARS
 
 
-def judge_free_form(predicted: str, expected: str, is_exact: bool = False) -> Judgement:
+def judge_free_form(
+    predicted: str, expected: str, is_exact: bool = False, answer_type: AnswerType | None = None
+) -> Judgement:
     """Right by the benchmark's own rule, or else as the verifier reads it (Eq. 1).
 
     Args:
         predicted: the answer span's text.
         expected: the key.
         is_exact: what the benchmark's own exact match says.
+        answer_type: how the verifier compares them; None infers it from the key.
     """
     vote = normalize(predicted[:MAX_ANSWER_CHARS])
     if is_exact:
         return Judgement(1.0, True, "exact match", vote)
-    verdict = verify(predicted, expected)
+    verdict = verify(predicted, expected, answer_type)
     return Judgement(verdict.accuracy, False, verdict.reason, vote)
 
 

@@ -62,13 +62,14 @@ def open_questions(name: str, config: Config) -> QuestionSet:
 
 
 def _from_samples(samples: Sequence[Sample], source: str) -> QuestionSet:
-    questions = [Question(sample, group=sample.source) for sample in samples]
+    def read(place: int) -> Question:
+        sample = samples[place]
+        return Question(sample, group=sample.source)
 
     def judge(predicted: str, question: Question) -> Judgement:
         return judge_free_form(predicted, question.sample.answer)
 
-    read = questions.__getitem__
-    return _question_set(DATA, "held-out rows", source, len(questions), read, judge)
+    return _question_set(DATA, "held-out rows", source, len(samples), read, judge)
 
 
 def _question_set(

@@ -1,14 +1,15 @@
 """A benchmark's rows: from the Hugging Face Hub, a downloaded repository, or a file.
 
-Images stay as they are stored, and a Parquet file is read a row group at a time.
+Images stay as they are stored, and rows are read one at a time.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from care_train.data.row_files import RowFile
+from care_train.data.row_files import open_rows as open_row_file
 
 Read = Callable[[int], Mapping[str, Any]]
 
@@ -62,16 +63,30 @@ def open_rows(source: str, subsets: Sequence[str], split: str) -> list[Rows]:
 
 
 def _open_file(path: Path, name: str) -> Rows:
-    opener = {".parquet": _parquet, ".jsonl": _jsonl, ".json": _json}.get(path.suffix.lower())
-    if opener is None:
+    if path.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"{path}: ends with {path.suffix!r}, wanted {', '.join(_SUFFIXES)}")
-    count, read = opener(path)
-    return Rows(name, path.parent, count, read)
+    return _from_row_file(open_row_file(path, ""), name, path.parent)
+
+
+def _from_row_file(rows: RowFile, name: str, base_dir: Path) -> Rows:
+    def read(place: int) -> Mapping[str, Any]:
+        try:
+            row = rows.read(place)
+        except ValueError as error:
+            raise ValueError(f"{name}: row {place + 1}: not JSON ({error})") from None
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"{name}: row {place + 1}: got a {type(row).__name__}, wanted an object with named "
+                "columns"
+            )
+        return row
+
+    return Rows(name, base_dir, len(rows.numbers), read)
 
 
 def _open_folder(path: Path, subsets: Sequence[str], split: str) -> list[Rows]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return [_saved(path, split)]
+        return [_from_row_file(open_row_file(path, split), path.name, path)]
     folders = [path / subset for subset in subsets if (path / subset).is_dir()] or [path]
     files = [file for folder in folders for file in _split_files(folder, split)]
     if not files:
@@ -89,73 +104,17 @@ def _split_files(folder: Path, split: str) -> Iterator[Path]:
             yield file
 
 
-def _saved(path: Path, split: str) -> Rows:
-    import datasets
-
-    loaded = datasets.load_from_disk(str(path))
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise ValueError(f"{path}: no split {split!r}, it has {', '.join(map(str, loaded))}")
-        loaded = loaded[split]
-    return _from_datasets(loaded, path.name, path)
-
-
 def _open_hub(source: str, subsets: Sequence[str], split: str) -> list[Rows]:
     import datasets
 
     names = subsets or datasets.get_dataset_config_names(source)
     return [
-        _from_datasets(
-            datasets.load_dataset(source, name, split=split), f"{source} {name} {split}", Path()
-        )
+        _from_datasets(datasets.load_dataset(source, name, split=split), f"{source} {name} {split}")
         for name in names
     ]
 
 
-def _from_datasets(loaded: Any, name: str, base_dir: Path) -> Rows:
+def _from_datasets(loaded: Any, name: str) -> Rows:
     # Arrow rows keep images as they were stored; the plain format would decode them.
     rows = loaded.with_format("arrow")
-    return Rows(name, base_dir, len(loaded), lambda place: rows[place].to_pylist()[0])
-
-
-def _parquet(path: Path) -> tuple[int, Read]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path, memory_map=True)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}: not a Parquet file ({error})") from None
-    sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    places = [(group, row) for group, size in enumerate(sizes) for row in range(size)]
-    group_of = lru_cache(maxsize=1)(file.read_row_group)
-
-    def read(place: int) -> Mapping[str, Any]:
-        group, row = places[place]
-        return group_of(group).slice(row, 1).to_pylist()[0]
-
-    return len(places), read
-
-
-def _jsonl(path: Path) -> tuple[int, Read]:
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-
-    def read(place: int) -> Mapping[str, Any]:
-        return _parse(lines[place], f"{path}: row {place + 1}")
-
-    return len(lines), read
-
-
-def _json(path: Path) -> tuple[int, Read]:
-    values = _parse(path.read_bytes(), str(path))
-    rows = list(values.values()) if isinstance(values, dict) else values
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: got a {type(rows).__name__} at the top, wanted a list of rows")
-    return len(rows), rows.__getitem__
-
-
-def _parse(text: bytes, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{name}: not JSON ({error})") from None
+    return Rows(name, Path(), len(loaded), lambda place: rows[place].to_pylist()[0])

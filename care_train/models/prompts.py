@@ -14,6 +14,9 @@ from care_train.settings import DataSettings, PromptSettings
 
 _PLACEHOLDER = re.compile(r"<image>")
 
+# An opening tag, or an empty pair where the template keeps the model from thinking.
+_OPENED = re.compile(r"<(?P<tag>\w+)>\s*(?:</(?P=tag)>\s*)?$")
+
 
 @dataclass(frozen=True)
 class EncodedPrompt:
@@ -34,9 +37,16 @@ class PromptEncoder:
     """Applies the chat template and the processor to samples."""
 
     def __init__(self, loaded: LoadedModel, prompt: PromptSettings, data: DataSettings) -> None:
+        """Set up; one template is for the cold start, reinforcement learning and evaluation.
+
+        Raises:
+            ValueError: the chat template opens a rationale with another tag than
+                `prompt.think_tag`.
+        """
         self._loaded = loaded
         self._prompt = prompt
         self._max_image_pixels = data.max_image_pixels
+        self._opening = self._opened_rationale()
 
     def encode(self, samples: Sequence[Sample]) -> list[EncodedPrompt]:
         """Ids and pixels of samples; all images go through the image processor in one call.
@@ -85,8 +95,33 @@ class PromptEncoder:
             messages.append({"role": "system", "content": self._prompt.system})
         content = _content_parts(sample) if sample.images else sample.prompt
         messages.append({"role": "user", "content": content})
+        return self._apply_template(messages, True).removesuffix(self._opening)
+
+    def _apply_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         template = self._loaded.processor or self._loaded.tokenizer
-        return template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return template.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+    def _opened_rationale(self) -> str:
+        """What the chat template begins the response with, such as Qwen3-VL Thinking's `<think>`.
+
+        It is left out of the prompt: the response has its tags itself, so that they are learnt,
+        rewarded and read like the rest of it.
+        """
+        probe = [{"role": "user", "content": "?"}]
+        begun = self._apply_template(probe, True)
+        begun = begun.removeprefix(self._apply_template(probe, False))
+        opened = _OPENED.search(begun)
+        if opened is None:
+            return ""
+        if opened["tag"] != self._prompt.think_tag:
+            raise ValueError(
+                f"prompt.think_tag: got {self._prompt.think_tag!r}, but the model's chat template "
+                f"begins every response with <{opened['tag']}>: set prompt.think_tag="
+                f"{opened['tag']}, or choose the Instruct model"
+            )
+        return opened[0]
 
     def _encode_images(self, samples: Sequence[Sample]) -> list[EncodedPrompt]:
         if not samples:

@@ -121,6 +121,10 @@ class SftSettings:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    eval_data: DataSettings | None = None
+    """Held-out rows with a `rationale`, whose loss is logged as `eval_loss`. None: none."""
+    eval_every: int = 0
+    """Steps between their evaluations; 0: after the last step only."""
     save_every: int = 0
     """Steps between checkpoints, deleted at the cold start's end; 0 saves where a signal asks."""
     repair_share: float = 0.0

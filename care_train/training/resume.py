@@ -22,6 +22,8 @@ FREE = (
     *("name", "output_dir", "resume", "overwrite", "allow_changes", "logging", "eval"),
     *(
         "sft.save_every",
+        "sft.eval_data",
+        "sft.eval_every",
         "train.save_every",
         "train.keep_checkpoints",
         "train.keep_best",

@@ -19,6 +19,7 @@ from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_bat
 from care_train.training.resume import check_identity, identity, log_sizes
 from care_train.training.saving import save_model
 from care_train.training.session import Session, rank_share
+from care_train.training.sft_rows import HeldOutRows, count_rows, response_text, target_sequence
 from care_train.training.stopping import Stopped, StopSignals
 
 
@@ -41,7 +42,8 @@ def run_sft(
         checkpoint: where to go on from; its log lines must be cut already.
 
     Returns:
-        The last step's metrics.
+        The last step's metrics, `eval_loss` among them where `sft.eval_data` is set; `rows`, and of
+        them `rows_without_rationale`, which are not learnt.
 
     Raises:
         ValueError: no row has a rationale.
@@ -49,6 +51,8 @@ def run_sft(
     """
     config, sft = session.config, session.config.sft
     rows = require_rationales(samples)
+    counts = count_rows(samples, rows)
+    held_out = HeldOutRows(session) if sft.eval_data is not None else None
     run_identity = identity(config, samples, session.loaded.model)
     engine = _policy_engine(session, device)
     checkpoints = cold_start_checkpoints(config, folder.parent)
@@ -67,6 +71,9 @@ def run_sft(
             batch = rank_share([rows[i] for i in indices], rank(), world_size())
             values = _sft_step(session, engine, batch, step)
             done = step + 1
+            is_due = done == sft.steps or (sft.eval_every and done % sft.eval_every == 0)
+            if held_out is not None and is_due:
+                values["eval_loss"] = held_out.loss(engine)
             metrics.log(done, values, phase="sft")
             progress.update(done, values)
             stop = signals.requested(device)
@@ -77,7 +84,7 @@ def run_sft(
                     raise Stopped(stop, done, sft.steps, folder.parent, saved)
     save_model(engine, folder)
     checkpoints.remove()
-    return values
+    return values | counts
 
 
 def cold_start_checkpoints(config: Config, run_dir: Path) -> Checkpoints:
@@ -140,19 +147,18 @@ def _target_sequences(
 ) -> list[TokenSequence]:
     """Prompt, and the response to learn; a repair row's failed rationale and cue are only read."""
     prompts = session.encoder.encode(samples)
-    sequences = []
-    for sample, prompt in zip(samples, prompts, strict=True):
-        prefix, response = sft_target(session.config, sample, step)
-        ids = session.encoder.encode_text(response) + session.loaded.eos_token_ids[:1]
-        sequences.append(TokenSequence(prompt, session.encoder.encode_text(prefix), ids))
-    return sequences
+    return [
+        target_sequence(session, prompt, *sft_target(session.config, sample, step))
+        for sample, prompt in zip(samples, prompts, strict=True)
+    ]
 
 
 def sft_target(config: Config, sample: Sample, step: int) -> tuple[str, str]:
     """(read only, learned) text after the prompt: Sec. 3.1's format, or a repair of it."""
-    think, answer = config.prompt.think_tag, config.prompt.answer_tag
-    response = f"{sample.rationale}</{think}> <{answer}>{sample.answer}</{answer}>"
+    think, opening = config.prompt.think_tag, f"<{config.prompt.think_tag}>"
+    response = response_text(config.prompt, sample)
     draw = random.Random(f"{config.seed}/{step}/{sample.id}").random()
     if sample.failed_rationale is None or draw >= config.sft.repair_share:
-        return "", f"<{think}>{response}"
-    return repair_prefix(sample.failed_rationale, config.care.reflection.cue, think), response
+        return "", response
+    prefix = repair_prefix(sample.failed_rationale, config.care.reflection.cue, think)
+    return prefix, response.removeprefix(opening)

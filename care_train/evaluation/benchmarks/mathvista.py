@@ -14,6 +14,7 @@ from care_train.data import Sample
 from care_train.evaluation.answers import edit_distance, judge_choice, judge_free_form
 from care_train.evaluation.columns import FILLED_TEXT, IMAGE, NUMBER_OR_NULL, TEXTS, optional
 from care_train.evaluation.question import Benchmark, Judgement, Question, image_ref, letters
+from care_train.verifier import AnswerType
 
 _MAX_COMPARED = 256
 """Characters of an answer that are compared with the options."""
@@ -51,7 +52,9 @@ def judge(predicted: str, question: Question) -> Judgement:
         letter = letters(question.options.index(expected) + 1)[-1]
         return judge_choice(place, letter, predicted)
     normalized = _normalize_number(predicted, question)
-    return judge_free_form(predicted, expected, normalized == expected.strip())
+    # Numbers are inferred from the key; a list in brackets could be an interval.
+    answer_type = AnswerType.LIST if question.kind == "list" else None
+    return judge_free_form(predicted, expected, normalized == expected.strip(), answer_type)
 
 
 def _nearest_option(predicted: str, options: tuple[str, ...]) -> int | None:

@@ -1,0 +1,155 @@
+"""A model of LMMs-Eval (github.com/EvolvingLMMs-Lab/lmms-eval): its tasks run on our engines.
+
+With both packages installed, `python -m lmms_eval --model care_train --model_args
+path=runs/care/final,config=configs/eval.yaml --tasks mmmu_val` finds this class through the entry
+point `lmms_eval.models`. Imported by LMMs-Eval alone, which is no dependency of this package.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
+from PIL import Image
+
+from care_train.algorithm.spans import parse_spans
+from care_train.config import load_config
+from care_train.data import Sample
+from care_train.data.schema import IMAGE_PLACEHOLDER
+from care_train.evaluation.decode import decoding
+from care_train.rollout.types import Request, SamplingSettings, request_seed
+from care_train.training.distributed import initialize_process_group, rank, world_size
+from care_train.training.session import open_session
+
+_SEED_STEP = -2
+"""The step in these requests' seeds: neither training's nor `care-train eval`'s."""
+
+
+class CareTrainModel(lmms):
+    """Answers LMMs-Eval's `generate_until` requests with a checkpoint of ours."""
+
+    is_simple = True
+
+    def __init__(
+        self,
+        path: str,
+        config: str | None = None,
+        batch_size: int | str | None = None,
+        answer_only: bool | str = True,
+        device: str | None = None,
+        **overrides: Any,
+    ) -> None:
+        """Load the checkpoint.
+
+        Args:
+            path: a Hugging Face folder, such as a run's `final/`.
+            config: a YAML file with prompt, tags, engine and lengths; None: the defaults.
+            batch_size: sequences generated at once; None: the config's eval.batch_size.
+            answer_only: return the answer span's text where a response has one, for tasks that
+                parse answers and no reasoning; False returns whole responses.
+            device: taken and ignored: LMMs-Eval passes one, the launcher's rank decides.
+            overrides: more settings, with `__` for the dots that LMMs-Eval's arguments cannot have.
+
+        Raises:
+            ValueError: an unknown setting, or no model at `path`.
+        """
+        super().__init__()
+        settings = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+        if batch_size is not None:
+            settings.append(f"eval.batch_size={int(batch_size)}")
+        self._config = load_config(config, [*settings, f"model.path={path}"])
+        self._answer_only = str(answer_only).lower() in ("true", "1")
+        process = initialize_process_group()
+        self._session = open_session(self._config, Path(path), self._config.eval.data, process)
+        self._engine = self._session.rollout_engine(
+            self._session.loaded, self._config.eval.batch_size
+        )
+        self._rank, self._world_size = rank(), world_size()
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """One response per request, in order."""
+        texts: list[str] = []
+        size = self._config.eval.batch_size
+        for start in range(0, len(requests), size):
+            texts += self._respond(requests[start : start + size])
+        return texts
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Not offered: the protocol is one decode per question.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("care_train answers in one round")
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Not offered: answers are generated.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("care_train generates answers; it scores no continuations")
+
+    def _respond(self, requests: Sequence[Any]) -> list[str]:
+        arguments = [request.args for request in requests]
+        samples = [self._sample(*argument) for argument in arguments]
+        encoded = self._session.encoder.encode(samples)
+        # Requests of one task share their generation settings; a batch may hold several tasks.
+        by_settings: dict[SamplingSettings, list[int]] = {}
+        for place, (_, generation, *_) in enumerate(arguments):
+            by_settings.setdefault(self._sampling(generation), []).append(place)
+        texts = [""] * len(requests)
+        for sampling, places in by_settings.items():
+            asked = [
+                Request(encoded[i], request_seed(self._config.seed, _SEED_STEP, samples[i].id, 0))
+                for i in places
+            ]
+            for place, completion in zip(
+                places, self._engine.generate(asked, sampling), strict=True
+            ):
+                text = self._session.scorer.text(completion)
+                texts[place] = self._shown(text, arguments[place][1])
+        return texts
+
+    def _sample(
+        self, context: str, generation: Any, doc_to_visual: Any, doc_id: Any, task: str, split: str
+    ) -> Sample:
+        visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+        for visual in visuals:
+            if not isinstance(visual, (Image.Image, str)):
+                raise ValueError(
+                    f"{task} {doc_id}: got a {type(visual).__name__}, wanted images: care_train "
+                    "reads no video or audio"
+                )
+        # Some tasks mark images in the text. Marks that do not fit them put the images first.
+        if context.count(IMAGE_PLACEHOLDER) != len(visuals):
+            context = context.replace(IMAGE_PLACEHOLDER, "")
+        name = f"{task}/{split}/{doc_id}"
+        return Sample(id=name, prompt=context, answer="", images=tuple(visuals), location=name)
+
+    def _sampling(self, generation: Mapping[str, Any]) -> SamplingSettings:
+        """The task's temperature where it has one; the config's length.
+
+        Tasks' own lengths are meant for answers without reasoning.
+        """
+        own = decoding(self._config)
+        temperature = generation.get("temperature")
+        is_greedy = generation.get("do_sample") is False or temperature == 0
+        return replace(
+            own,
+            temperature=own.temperature if not temperature else float(temperature),
+            top_p=float(generation.get("top_p") or own.top_p),
+            greedy=own.greedy or is_greedy,
+        )
+
+    def _shown(self, text: str, generation: Mapping[str, Any]) -> str:
+        prompt = self._config.prompt
+        span = parse_spans(text, prompt.think_tag, prompt.answer_tag).answer_content
+        if self._answer_only and span is not None:
+            return text[span[0] : span[1]].strip()
+        until = generation.get("until") or []
+        # The end-of-text token is none of ours to find: it has no text.
+        for stop in [until] if isinstance(until, str) else until:
+            text = text.split(stop)[0] if stop else text
+        return text

@@ -1,0 +1,82 @@
+"""The cold start's rows: what is learnt of each, how many have none, and the held-out loss."""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from care_train.data import Sample, load_samples, require_rationales
+from care_train.models.batch import TokenSequence
+from care_train.models.prompts import EncodedPrompt
+from care_train.settings import PromptSettings
+from care_train.training.distributed import all_max, all_sum, is_main, rank, world_size
+from care_train.training.engine import PolicyEngine
+from care_train.training.session import Session
+
+logger = logging.getLogger(__name__)
+
+
+def response_text(prompt: PromptSettings, sample: Sample) -> str:
+    """A row's rationale and answer in Sec. 3.1's format and the tags of all other stages."""
+    think, answer = prompt.think_tag, prompt.answer_tag
+    return f"<{think}>{sample.rationale}</{think}> <{answer}>{sample.answer}</{answer}>"
+
+
+def target_sequence(
+    session: Session, prompt: EncodedPrompt, prefix: str, response: str
+) -> TokenSequence:
+    """Prompt, text that is only read, and the response to learn with the token that ends it."""
+    encode = session.encoder.encode_text
+    ids = encode(response) + session.loaded.eos_token_ids[:1]
+    return TokenSequence(prompt, encode(prefix), ids)
+
+
+def count_rows(samples: Sequence[Sample], rows: Sequence[Sample]) -> dict[str, float]:
+    """How many rows there are, and how many of them have no rationale; says so if any."""
+    missing = len(samples) - len(rows)
+    if missing and is_main():
+        logger.warning(
+            "%d of %d cold-start rows have no rationale and are not learnt", missing, len(samples)
+        )
+    return {"rows": float(len(samples)), "rows_without_rationale": float(missing)}
+
+
+class HeldOutRows:
+    """The rows of `sft.eval_data`, which the cold start does not learn."""
+
+    def __init__(self, session: Session) -> None:
+        """Load them.
+
+        Raises:
+            ValueError: none has a rationale.
+        """
+        config = session.config
+        assert config.sft.eval_data is not None
+        self._rows = require_rationales(load_samples(config.sft.eval_data, config.seed))
+        self._session = session
+
+    @torch.no_grad()
+    def loss(self, engine: PolicyEngine) -> float:
+        """Mean negative log-likelihood in nats per response token, over all ranks."""
+        size = self._session.config.sft.micro_batch_size
+        own = range(rank(), len(self._rows), world_size())
+        chunks = [own[start : start + size] for start in range(0, len(own), size)]
+        total, tokens = 0.0, 0.0
+        # Sharded parameters want as many forwards on every rank.
+        for turn in range(all_max(len(chunks), engine.device)):
+            chunk = chunks[turn] if turn < len(chunks) else range(1)
+            samples = [self._rows[place] for place in chunk]
+            log_probs, _ = engine.score(engine.collate(self._sequences(samples)), 1.0)
+            if turn < len(chunks):
+                total -= float(log_probs.sum())
+                tokens += len(log_probs)
+        total, tokens = all_sum([total, tokens], engine.device)
+        return total / tokens
+
+    def _sequences(self, samples: Sequence[Sample]) -> list[TokenSequence]:
+        session = self._session
+        prompts = session.encoder.encode(samples)
+        return [
+            target_sequence(session, prompt, "", response_text(session.config.prompt, sample))
+            for sample, prompt in zip(samples, prompts, strict=True)
+        ]

@@ -1,0 +1,225 @@
+"""The cold start: held-out loss, rows without a rationale, LoRA, chat templates and tags."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken
+
+from care_train.cli import main
+from care_train.data import load_samples
+from care_train.models.token_text import TokenText
+from care_train.settings import DataSettings, SftSettings
+from care_train.training.sft import sft_target
+from care_train.training.sft_rows import response_text, target_sequence
+from care_train.verifier import format_score
+from tests.train.builders import (
+    encoder_of,
+    full_log_probs,
+    image_sample,
+    load,
+    make_config,
+    make_session,
+    text_sample,
+)
+
+SMALL = (
+    "prompt.system=null",
+    "sft.batch_size=8",
+    "sft.learning_rate=3e-3",
+    "sft.warmup_steps=0",
+    "logging.tensorboard=false",
+    "logging.progress=false",
+)
+
+
+def _sft(folder: Path, rows: Path, out: Path, *arguments: str) -> Path:
+    done = main(
+        [
+            *("sft", *SMALL, f"sft.data.path={rows}", f"model.path={folder}"),
+            *(f"output_dir={out}", "name=cold", *arguments),
+        ]
+    )
+    assert done == 0
+    return out / "cold"
+
+
+def _metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_held_out_loss_is_logged_and_falls(tiny_folder, color_rows, tmp_path):
+    """`sft.eval_data`: every `sft.eval_every` steps and after the last; in the summary too."""
+    run = _sft(
+        tiny_folder(),
+        color_rows,
+        tmp_path,
+        *("sft.steps=25", "sft.eval_every=10", f"sft.eval_data={{path: {color_rows}}}"),
+    )
+    losses = {r["step"]: r["eval_loss"] for r in _metrics(run) if "eval_loss" in r}
+    assert list(losses) == [10, 20, 25]
+    assert losses[25] < 0.8 * losses[10]
+    assert json.loads((run / "summary.json").read_text())["eval_loss"] == losses[25]
+
+
+def test_the_held_out_loss_is_that_of_the_plain_model(tiny_folder, color_rows, tmp_path):
+    """Mean negative log-likelihood per response token, EOS included, in whatever micro-batches."""
+    eval_data = {"path": str(color_rows), "max_samples": 5}
+    run = _sft(
+        tiny_folder(),
+        color_rows,
+        tmp_path,
+        *("sft.steps=2", "sft.micro_batch_size=3", f"sft.eval_data={json.dumps(eval_data)}"),
+    )
+    session = make_session(run / "final", {"prompt": {"max_prompt_tokens": 2048}})
+    total = tokens = 0.0
+    for sample in load_samples(DataSettings(**eval_data)):
+        (prompt,) = session.encoder.encode([sample])
+        text = response_text(session.config.prompt, sample)
+        sequence = target_sequence(session, prompt, "", text)
+        inputs = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+        image = session.loaded.image_token_id
+        inputs["mm_token_type_ids"] = _token_types(sequence.token_ids, image)
+        rows = full_log_probs(session.loaded, sequence.token_ids, inputs)
+        start = sequence.response_start
+        for place, token in enumerate(sequence.response_ids):
+            total -= float(rows[start - 1 + place, token])
+            tokens += 1
+    assert _metrics(run)[-1]["eval_loss"] == pytest.approx(total / tokens, rel=1e-4)
+
+
+def _token_types(token_ids, image_token_id):
+    return torch.tensor([[int(token == image_token_id) for token in token_ids]])
+
+
+def test_rows_without_a_rationale_are_counted(tiny_folder, color_rows, tmp_path, caplog):
+    """They are not learnt, which is said and lands in the summary."""
+    rows = [json.loads(line) for line in color_rows.read_text().splitlines()]
+    for row in rows[:6]:
+        del row["rationale"]
+    partly = color_rows.parent / "partly.jsonl"
+    partly.write_text("\n".join(map(json.dumps, rows)))
+    run = _sft(tiny_folder(), partly, tmp_path, "sft.steps=1")
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["rows"], summary["rows_without_rationale"]) == (16, 6)
+    assert "6 of 16 cold-start rows have no rationale" in caplog.text
+
+
+def test_a_held_out_file_without_rationales_is_an_error(tiny_folder, color_rows, tmp_path, capfd):
+    """Not a loss of nothing."""
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text(json.dumps({"prompt": "?", "answer": "red"}))
+    arguments = ["sft", *SMALL, f"sft.data.path={color_rows}", f"model.path={tiny_folder()}"]
+    arguments += [f"sft.eval_data={{path: {bare}}}", f"output_dir={tmp_path}", "name=bare"]
+    assert main(arguments) == 2
+    assert "rationale: got none in 1 rows" in capfd.readouterr().err
+
+
+def test_lora_learns_too(tiny_folder, color_rows, tmp_path):
+    """Adapters alone: the loss falls, and `final/` is a plain model with them merged."""
+    run = _sft(
+        tiny_folder(),
+        color_rows,
+        tmp_path,
+        *("sft.steps=20", "model.lora={rank: 8}", f"sft.eval_data={{path: {color_rows}}}"),
+        "sft.eval_every=1",
+    )
+    losses = [record["eval_loss"] for record in _metrics(run)]
+    assert losses[-1] < 0.9 * losses[0]
+    session = make_session(run / "final")
+    assert not any("lora" in name for name, _ in session.loaded.model.named_parameters())
+
+
+def _with_template(loaded, template: str):
+    loaded.tokenizer.chat_template = template
+    if loaded.processor is not None:
+        loaded.processor.chat_template = template
+    return loaded
+
+
+def _published(name: str) -> str:
+    """A model's own template, as TRL ships it for comparison."""
+    return files("trl").joinpath("chat_templates", name).read_text()
+
+
+THINKING = "{{- '<|im_start|>assistant\\n' }}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "system"),
+    [
+        (
+            "tiny-qwen2.5-vl",
+            "qwen2_5_vl.jinja",
+            # Qwen2.5-VL's template has a system message where none is given.
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        ),
+        ("tiny-qwen3-vl", "qwen3_vl.jinja", ""),
+    ],
+)
+def test_published_templates_end_where_the_response_begins(kind, template, system, tiny_folder):
+    """Qwen2.5-VL's and Qwen3-VL Instruct's own templates: the response has both tags itself."""
+    loaded = _with_template(load(tiny_folder(kind)), _published(template))
+    sample = image_sample(prompt="<image>what color?")
+    (prompt,) = encoder_of(loaded).encode([sample])
+    text = loaded.tokenizer.decode(prompt.token_ids)
+    images = "<|image_pad|>" * 4
+    assert text == (
+        f"{system}<|im_start|>user\n<|vision_start|>{images}<|vision_end|>what color?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("opening", ["<think>\\n", "<think>\\n\\n</think>\\n\\n"])
+def test_a_template_that_begins_to_think_leaves_that_to_the_response(opening, tiny_folder):
+    """Qwen3-VL Thinking's prompt ends with `<think>`; a second one would break every response."""
+    plain = _published("qwen3_vl.jinja")
+    thinking = plain.replace(THINKING, THINKING.replace("assistant\\n", f"assistant\\n{opening}"))
+    assert thinking != plain
+    prompts = []
+    for template in (plain, thinking):
+        loaded = _with_template(load(tiny_folder("tiny-qwen3-vl")), template)
+        prompts.append(encoder_of(loaded).encode([text_sample(), image_sample()]))
+    assert [p.token_ids for p in prompts[0]] == [p.token_ids for p in prompts[1]]
+
+
+def test_another_tag_than_the_templates_is_refused(tiny_folder):
+    """`<reasoning>` is for Qwen3-VL Instruct: after a Thinking template's `<think>` it is wrong."""
+    thinking = _published("qwen3_vl.jinja").replace(
+        THINKING, THINKING.replace("assistant\\n", "assistant\\n<think>\\n")
+    )
+    loaded = _with_template(load(tiny_folder("tiny-qwen3-vl")), thinking)
+    with pytest.raises(ValueError, match=r"prompt.think_tag: got 'reasoning'.*begins every"):
+        encoder_of(loaded, think_tag="reasoning")
+
+
+@pytest.mark.parametrize("tag", ["think", "reasoning"])
+def test_what_the_cold_start_teaches_is_what_the_verifier_wants(tag, tiny_folder):
+    """Tags are shared: the learnt text is well-formed by reinforcement learning's own rule."""
+    config = make_config({"prompt": {"think_tag": tag}})
+    sample = text_sample(rationale="it is red")
+    prefix, response = sft_target(config, sample, step=0)
+    assert prefix == "" and format_score(response, tag) == 1.0
+    wrong = text_sample(rationale="it is red", failed_rationale="it is blue")
+    repair = make_config({"prompt": {"think_tag": tag}, "sft": {"repair_share": 1.0}})
+    prefix, response = sft_target(repair, wrong, step=0)
+    assert prefix.startswith(f"<{tag}>it is blue") and format_score(prefix + response, tag) == 1.0
+
+
+def test_tags_that_are_tokens_are_learnt_as_tokens(tiny_folder, tmp_path):
+    """Qwen3 has `<think>` as one token, no special one: encoded as it, and read back whole."""
+    loaded = load(tiny_folder("tiny-qwen3-vl"))
+    tags = [AddedToken(tag, special=False) for tag in ("<think>", "</think>")]
+    loaded.tokenizer.add_tokens(tags)
+    text = response_text(make_config().prompt, text_sample(rationale="it is red"))
+    ids = encoder_of(loaded).encode_text(text)
+    for tag in ("<think>", "</think>"):
+        assert ids.count(loaded.tokenizer.convert_tokens_to_ids(tag)) == 1
+    assert TokenText(loaded.tokenizer).decode(ids)[0] == text
+
+
+def test_no_held_out_rows_by_default():
+    """Evaluating the cold start is asked for."""
+    assert SftSettings().eval_data is None
