@@ -75,9 +75,7 @@ class Result:
         return 1 - sum(self.shares.get(part, 0.0) for part in StepClock.MODEL_PARTS)
 
 
-def compare(
-    setup: Setup, case: Case, ours: Sequence[str], rounds: int, *, with_trl: bool = True
-) -> dict[str, Result]:
+def compare(setup: Setup, case: Case, ours: Sequence[str], rounds: int) -> dict[str, Result]:
     """Take `rounds` counted steps of TRL and each of ours, in turns.
 
     Args:
@@ -85,7 +83,6 @@ def compare(
         case: sizes.
         ours: names in `OURS`.
         rounds: steps that count.
-        with_trl: False measures ours alone.
     """
     trainers = {name: OurTrainer(setup, case, OURS[name]) for name in ours}
     taken: dict[str, list[StepFigures]] = {name: [] for name in ("trl", *ours)}
@@ -94,25 +91,20 @@ def compare(
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"{case.group_size} x {case.length} tokens", total=total)
 
-        def turn(theirs: StepFigures | None) -> None:
-            if theirs is not None:
-                taken["trl"].append(theirs)
+        def turn(theirs: StepFigures) -> None:
+            taken["trl"].append(theirs)
             shift = progress.tasks[0].completed % max(len(ours), 1)
             for name in [*ours[int(shift) :], *ours[: int(shift)]]:
                 taken[name].append(trainers[name].run())
             progress.advance(task)
 
-        if with_trl:
-            with warnings.catch_warnings():
-                # TRL asks for another vLLM release, which it is not told to use.
-                warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
-                from bench.step_trl import run_trl
-            with tempfile.TemporaryDirectory() as folder:
-                run_trl(setup, case, total, folder, turn)
-        else:
-            for _ in range(total):
-                turn(None)
-    counted = {name: figures[WARM_UP:] for name, figures in taken.items() if figures}
+        with warnings.catch_warnings():
+            # TRL asks for another vLLM release, which it is not told to use.
+            warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
+            from bench.step_trl import run_trl
+        with tempfile.TemporaryDirectory() as folder:
+            run_trl(setup, case, total, folder, turn)
+    counted = {name: figures[WARM_UP:] for name, figures in taken.items()}
     return {name: summarize(name, figures, counted) for name, figures in counted.items()}
 
 

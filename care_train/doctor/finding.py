@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from care_train.data import Sample
 from care_train.models.load import LoadedModel
@@ -35,8 +35,6 @@ class Subject:
     """None where it could not be loaded."""
     samples: Sequence[Sample] = field(default=(), repr=False)
     """Training rows; empty where they could not be read."""
-    device: Any = None
-    """torch.device of this process."""
 
     @property
     def run_dir(self) -> Path:

@@ -37,8 +37,8 @@ def check_evaluation_rows(subject: Subject) -> Finding:
     rows = spread(held_out, _NUM_ROWS)
     for row in rows:
         load_images(row, config.eval.data.max_image_pixels)
-    same = _where(config.data) == _where(config.eval.data)
-    if same:
+    data, own = config.eval.data, config.data
+    if (data.path, data.split) == (own.path, own.split):
         return Finding(
             "warning",
             name,
@@ -74,10 +74,6 @@ def check_rewards(subject: Subject) -> Finding:
             "warning", name, f"{1000 * seconds:.0f} ms per response", "shorten the answers"
         )
     return Finding("ok", name, f"keys score 1, {1e6 * seconds:.0f} us per response")
-
-
-def _where(data: object) -> tuple[str, str]:
-    return getattr(data, "path", ""), getattr(data, "split", "")
 
 
 def _place(rows: Sequence[Sample]) -> str:

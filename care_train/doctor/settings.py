@@ -33,13 +33,12 @@ def check_batches(subject: Subject) -> Finding:
             "repeats rows",
             "lower train.prompts_per_step or add rows",
         )
-    vllm = getattr(config.rollout, "vllm", None)
-    if config.rollout.engine == "vllm" and vllm and ranks % vllm.tensor_parallel_size:
+    size = config.rollout.vllm.tensor_parallel_size
+    if config.rollout.engine == "vllm" and ranks % size:
         return Finding(
             "error",
             _NAME,
-            f"rollout.vllm.tensor_parallel_size = {vllm.tensor_parallel_size} does not divide "
-            f"{ranks} ranks",
+            f"rollout.vllm.tensor_parallel_size = {size} does not divide {ranks} ranks",
             "set it to a divisor",
         )
     prompts = train.prompts_per_step // ranks

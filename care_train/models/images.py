@@ -116,7 +116,7 @@ def _taken(features: Any, places: Sequence[int]) -> Any:
 
 
 def _with_nothing_seen(backbone: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs with what the encoder makes of a grey image of one merged token, without its rows."""
+    """The inputs with the encoder run on a grey image of one merged token, its rows left out."""
     device = inputs["input_ids"].device
     vision = backbone.config.vision_config
     side = vision.spatial_merge_size

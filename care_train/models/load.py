@@ -76,11 +76,10 @@ def load_model(settings: ModelSettings, folder: str | Path | None = None) -> Loa
         ValueError: a folder that does not exist or holds no model.
     """
     path = _checked_path(settings, folder)
-    auto_class = _auto_class(AutoConfig.from_pretrained(path))
-    model = auto_class.from_pretrained(
+    model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(
         path, dtype=DTYPES[settings.dtype], attn_implementation=settings.attention
     )
-    return _with_preparation(model, path, settings)
+    return _limited(_with_preparation(model, path), settings)
 
 
 def load_without_weights(settings: ModelSettings, folder: str | Path | None = None) -> LoadedModel:
@@ -92,10 +91,10 @@ def load_without_weights(settings: ModelSettings, folder: str | Path | None = No
     path = _checked_path(settings, folder)
     config = AutoConfig.from_pretrained(path)
     with torch.device("meta"):
-        model = _auto_class(config).from_config(config, dtype=DTYPES[settings.dtype])
+        model = auto_class(config).from_config(config, dtype=DTYPES[settings.dtype])
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
-    return _with_preparation(model, path, settings)
+    return _limited(_with_preparation(model, path), settings)
 
 
 def _checked_path(settings: ModelSettings, folder: str | Path | None) -> Path:
@@ -108,7 +107,8 @@ def _checked_path(settings: ModelSettings, folder: str | Path | None) -> Path:
     return path
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
+    """The class of transformers' that makes the model of a configuration."""
     return AutoModelForImageTextToText if _has_vision(config) else AutoModelForCausalLM
 
 
@@ -116,14 +116,12 @@ def _has_vision(config: Any) -> bool:
     return getattr(config, "vision_config", None) is not None
 
 
-def _with_preparation(model: Any, path: Path, settings: ModelSettings) -> LoadedModel:
-    if _has_vision(model.config):
-        processor = AutoProcessor.from_pretrained(path)
-        _limit_pixels(processor.image_processor, settings)
-        tokenizer = processor.tokenizer
-    else:
-        processor, tokenizer = None, AutoTokenizer.from_pretrained(path)
-    return LoadedModel(model, processor, tokenizer)
+def _with_preparation(model: Any, folder: str | Path) -> LoadedModel:
+    """The model with the tokenizer, and the processor of models that see, of a folder."""
+    if not _has_vision(model.config):
+        return LoadedModel(model, None, AutoTokenizer.from_pretrained(folder))
+    processor = AutoProcessor.from_pretrained(folder)
+    return LoadedModel(model, processor, processor.tokenizer)
 
 
 def load_skeleton(
@@ -143,7 +141,7 @@ def load_skeleton(
     """
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        model = _auto_class(config).from_config(config)
+        model = auto_class(config).from_config(config)
         if lora is not None:
             add_adapters(model, lora, seed=0)
     cast = {name: tensor.to(config.dtype) for name, tensor in weights.items()}
@@ -153,16 +151,18 @@ def load_skeleton(
     if lost:
         raise ValueError(f"{folder}: the weights and the model differ in {lost[0]!r}")
     model.generation_config = GenerationConfig.from_pretrained(folder)
-    if not _has_vision(config):
-        return LoadedModel(model, None, AutoTokenizer.from_pretrained(folder))
-    processor = AutoProcessor.from_pretrained(folder)
-    return LoadedModel(model, processor, processor.tokenizer)
+    return _with_preparation(model, folder)
 
 
-def _limit_pixels(image_processor: Any, settings: ModelSettings) -> None:
+def _limited(loaded: LoadedModel, settings: ModelSettings) -> LoadedModel:
+    """With the settings' bounds on the area images are scaled to."""
+    if loaded.processor is None:
+        return loaded
+    image_processor = loaded.processor.image_processor
     size = dict(image_processor.size)
     if settings.min_pixels is not None:
         size["shortest_edge"] = settings.min_pixels
     if settings.max_pixels is not None:
         size["longest_edge"] = settings.max_pixels
     image_processor.size = type(image_processor.size)(**size)
+    return loaded

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig
 
+from care_train.models.load import auto_class
 from care_train.models.tiny import TINY_KINDS, build_tiny_model
 
 BACKBONES = tuple(
@@ -91,10 +92,8 @@ def read_architecture(path: str) -> Architecture:
         ValueError: neither a folder with a config.json nor a known name.
     """
     config = _read_config(path)
-    vision = getattr(config, "vision_config", None)
-    auto_class = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
     with torch.device("meta"):
-        model: Any = auto_class.from_config(config)
+        model = auto_class(config).from_config(config)
     return describe(model, Path(path).name)
 
 

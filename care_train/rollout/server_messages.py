@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from care_train.rollout.types import Completion, Request, SamplingSettings
-from care_train.rollout.vllm_inputs import unexpanded_ids
+from care_train.rollout.vllm_inputs import unexpanded_ids, vllm_prompt
 
 
 def pack_requests(
@@ -42,15 +42,11 @@ def pack_requests(
 def unpack_prompts(message: dict[str, Any]) -> list[dict[str, Any]]:
     """What vLLM takes for each request of a batch; requests of a prompt share its images."""
     images = [[_decode_image(text) for text in p["images"]] for p in message["prompts"]]
-    prompts = []
-    for request in message["requests"]:
-        place = request["prompt"]
-        ids = [*message["prompts"][place]["token_ids"], *request["prefix_ids"]]
-        prompt: dict[str, Any] = {"prompt_token_ids": ids}
-        if images[place]:
-            prompt["multi_modal_data"] = {"image": images[place]}
-        prompts.append(prompt)
-    return prompts
+    ids = [prompt["token_ids"] for prompt in message["prompts"]]
+    return [
+        vllm_prompt(ids[request["prompt"]], request["prefix_ids"], images[request["prompt"]])
+        for request in message["requests"]
+    ]
 
 
 def pack_expansions(

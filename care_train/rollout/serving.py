@@ -12,7 +12,7 @@ from care_train.rollout.model_identity import model_identity
 from care_train.rollout.server_app import RolloutServer, build_app
 from care_train.rollout.server_engine import EngineLoop
 from care_train.rollout.settings import VllmSettings
-from care_train.rollout.vllm_process import start_vllm
+from care_train.rollout.vllm_process import context_within, start_vllm
 
 _GRACE_SECONDS = 5
 """For answers under way when the server is told to end."""
@@ -42,8 +42,7 @@ def serve(
     Raises:
         ValueError: vLLM is not installed, or the port is taken.
     """
-    positions = loaded.model.config.get_text_config().max_position_embeddings
-    max_context = min(max_context, positions)
+    max_context = context_within(loaded, max_context)
     # The port first: vLLM takes long to start.
     with _listen(host, port) as listening, tempfile.TemporaryDirectory("-care-vllm") as folder:
         loaded.save_skeleton(folder)

@@ -62,7 +62,9 @@ class VllmEngine:
             id(r.prompt): unexpanded_ids(r.prompt, self._loaded.image_token_id, self._merge_size)
             for r in everyone
         }
-        prompts = [vllm_prompt(request, short[id(request.prompt)]) for request in everyone]
+        prompts = [
+            vllm_prompt(short[id(r.prompt)], r.prefix_ids, r.prompt.images) for r in everyone
+        ]
         eos_ids = self._loaded.eos_token_ids
         parameters = [sampling_parameters(sampling, request.seed, eos_ids) for request in everyone]
         with untouched_process():

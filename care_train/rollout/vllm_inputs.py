@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
+from PIL import Image
+
 from care_train.models.load import LoadedModel
 from care_train.models.prompts import EncodedPrompt
 from care_train.rollout.types import Request, SamplingSettings
@@ -36,11 +38,13 @@ def unexpanded_ids(
     return (*ids, *prompt.token_ids[place:])
 
 
-def vllm_prompt(request: Request, ids: tuple[int, ...]) -> dict[str, Any]:
+def vllm_prompt(
+    ids: Sequence[int], prefix_ids: Sequence[int], images: Sequence[Image.Image]
+) -> dict[str, Any]:
     """What `LLM.generate` takes: unexpanded ids with the forced prefix, and the images."""
-    prompt: dict[str, Any] = {"prompt_token_ids": [*ids, *request.prefix_ids]}
-    if request.prompt.images:
-        prompt["multi_modal_data"] = {"image": list(request.prompt.images)}
+    prompt: dict[str, Any] = {"prompt_token_ids": [*ids, *prefix_ids]}
+    if images:
+        prompt["multi_modal_data"] = {"image": list(images)}
     return prompt
 
 

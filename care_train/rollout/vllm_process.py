@@ -59,8 +59,7 @@ def vllm_process(
     if key in _running:
         folder.cleanup()
         return _running[key]
-    positions = loaded.model.config.get_text_config().max_position_embeddings
-    max_context = min(max_context, positions)
+    max_context = context_within(loaded, max_context)
     size, ranks = settings.tensor_parallel_size, int(os.environ.get("WORLD_SIZE", "1"))
     if ranks % size:
         raise ValueError(
@@ -81,6 +80,11 @@ def vllm_process(
     )
     _running[key] = VllmProcess(llm, folder, max_context)
     return _running[key]
+
+
+def context_within(loaded: LoadedModel, max_context: int) -> int:
+    """`max_context`, or the model's positions where they are fewer, which vLLM refuses to pass."""
+    return min(max_context, loaded.model.config.get_text_config().max_position_embeddings)
 
 
 def _fingerprint(folder: Path, *more: object) -> str:

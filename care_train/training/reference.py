@@ -37,7 +37,7 @@ class FrozenCopy:
 
     @torch.no_grad()
     def exact_kl_arguments(self, batch: ModelBatch) -> dict[str, Any]:
-        hidden = self._policy.hidden_states(batch).flatten(0, 1)[batch.rows]
+        hidden, _ = self._policy(batch, rows_only=True)
         return {"ref_hidden": hidden, "ref_head_weight": self._policy.head.weight}
 
 

