@@ -2,7 +2,7 @@
 
     python -m bench.verifier
 
-Pairs are in verifier_pairs.jsonl: key, answer, whether a person calls it right, and the type where
+Pairs are in verifier_pairs.jsonl: key, answer, whether it was read as right, and the type where
 the row of a data set would give one. Those marked `held_out` were written after the last change to
 the verifier and changed nothing. Prints tables, then one JSON object:
 
@@ -53,7 +53,7 @@ _SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Pair:
-    """An answer, its key, and what a person says."""
+    """An answer, its key, and whether it was read as right."""
 
     item: Item
     correct: bool

@@ -21,7 +21,7 @@ EASY = [
     Item("1+x^2+x", "x^2+x+1"),
 ]
 EASY_VERDICTS = [1.0, 0.0, 1.0]
-ENDLESS = Item("\\prod_{n=1}^{999} (x+n)", "x^2+1")
+ENDLESS = Item("(x+y+z+2)^{700}", "x^2+1")
 
 
 @pytest.fixture
@@ -120,9 +120,8 @@ def test_workers_die_with_the_parent(item: str):
 
 
 def test_an_unstartable_worker_is_an_error(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch):
-    """Without math-verify nothing is silently wrong: the error names the command to try."""
-    monkeypatch.setattr("sys.path", ["/nonexistent"])
-    monkeypatch.chdir("/")
+    """Where workers end at once nothing is silently wrong: the error names the command to try."""
+    monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(ValueError, match=r"^reward: no worker process .* -m care_train\.verifier"):
         pool.run(EASY)
 
