@@ -21,6 +21,7 @@ from care_train.settings import DeepSpeedSettings, LoraSettings
 from care_train.training.clock import Mark, no_mark
 from care_train.training.distributed import all_max, all_sum, is_main, world_size
 from care_train.training.engine_state import load_engine, save_engine, tensor_bytes
+from care_train.training.failures import NotFiniteError
 from care_train.training.weights import policy_weights, stream
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -158,7 +159,7 @@ class PolicyEngine:
         different numbers of micro-batches; the short ones repeat their last with zero weights.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite.
+            NotFiniteError: the loss or the gradient is not finite.
         """
         assert micro_batches, "every rank needs a micro-batch"
         self._engine.train()
@@ -249,8 +250,8 @@ class PolicyEngine:
             self._engine.optimizer.clip_grad = self._engine.gradient_clipping()
 
 
-def _not_finite(loss: float, grad_norm: float) -> FloatingPointError:
-    return FloatingPointError(
+def _not_finite(loss: float, grad_norm: float) -> NotFiniteError:
+    return NotFiniteError(
         f"loss {loss}, gradient norm {grad_norm}: not finite, so no update was made; lower "
         "train.learning_rate or resume from the last checkpoint"
     )

@@ -23,6 +23,7 @@ from care_train.settings import Config
 from care_train.training.checkpoint import Checkpoint, Checkpoints
 from care_train.training.distributed import is_main, rank, world_size
 from care_train.training.engine import OptimizerSettings, PolicyEngine
+from care_train.training.phase import at_step
 from care_train.training.reference import FrozenCopy, Reference, WithoutAdapters
 from care_train.training.resume import check_identity, identity, log_sizes
 from care_train.training.sampling import GroupSampler, SampledGroup
@@ -84,7 +85,9 @@ def run_training(
     if checkpoint is not None:
         loop.restore(checkpoint)
     loop.run()
-    save_model(loop.engine, run_dir / "final")
+    steps = session.config.train.steps
+    with at_step(steps, steps, run_dir):
+        save_model(loop.engine, run_dir / "final")
     return loop.totals
 
 
@@ -134,12 +137,15 @@ class _Loop:
         display = TrainProgress(last, enabled, config.algorithm, start_step=first)
         with StopSignals() as signals, display as progress:
             if self._owes_evaluation:
-                self._after_step(first, signals)
+                with at_step(first, last, self._run_dir):
+                    self._after_step(first, signals)
             for step in range(first, last):
-                outcome = self._train_step.run(self._source.draw, step)
-                self._record(outcome, step + 1, progress)
+                with at_step(step + 1, last, self._run_dir):
+                    outcome = self._train_step.run(self._source.draw, step)
+                    self._record(outcome, step + 1, progress)
                 self._owes_evaluation = self._is_evaluation_due(step + 1)
-                self._after_step(step + 1, signals)
+                with at_step(step + 1, last, self._run_dir):
+                    self._after_step(step + 1, signals)
 
     def _record(self, outcome: StepOutcome, done: int, progress: TrainProgress) -> None:
         values = outcome.metrics

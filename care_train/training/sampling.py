@@ -20,6 +20,7 @@ from care_train.rollout.types import (
 from care_train.settings import Config, PromptSettings
 from care_train.training.clock import Mark, no_mark
 from care_train.training.engine import PolicyEngine
+from care_train.training.phase import phase
 from care_train.verifier import Verifier
 
 
@@ -98,7 +99,8 @@ class GroupSampler:
     def sync(self, policy: PolicyEngine) -> dict[str, float]:
         """Bring the rollout engine up to date with the policy; returns what there is to log."""
         bucket_bytes = self._config.rollout.vllm.sync_bucket_mib << 20
-        return self._engine.sync(policy.weights(bucket_bytes))
+        with phase("sync"):
+            return self._engine.sync(policy.weights(bucket_bytes))
 
     def rest(self) -> None:
         """This batch is sampled: the engine may free memory until the next `sync`."""
@@ -116,19 +118,21 @@ class GroupSampler:
             for index in range(size)
         ]
         mark("prepare")
-        completions = self._engine.generate(requests, self._sampling)
+        with phase("generate"):
+            completions = self._engine.generate(requests, self._sampling)
         mark("generate")
-        groups = [
-            SampledGroup(
-                sample,
-                prompt,
-                tuple(
-                    self._scorer.score(sample, completion)
-                    for completion in completions[place * size : (place + 1) * size]
-                ),
-            )
-            for place, (sample, prompt) in enumerate(zip(samples, prompts, strict=True))
-        ]
+        with phase("reward"):
+            groups = [
+                SampledGroup(
+                    sample,
+                    prompt,
+                    tuple(
+                        self._scorer.score(sample, completion)
+                        for completion in completions[place * size : (place + 1) * size]
+                    ),
+                )
+                for place, (sample, prompt) in enumerate(zip(samples, prompts, strict=True))
+            ]
         mark("score")
         return groups
 
@@ -151,12 +155,15 @@ class GroupSampler:
         if not requests:
             return reflected
         mark("prepare")
-        completions = self._engine.generate(list(requests.values()), self._reflection_sampling)
+        with phase("generate"):
+            wanted = list(requests.values())
+            completions = self._engine.generate(wanted, self._reflection_sampling)
         mark("reflect")
-        for (place, request), completion in zip(requests.items(), completions, strict=True):
-            reflected[place] = self._scorer.score(
-                groups[place].sample, completion, request.prefix_ids, reflected=True
-            )
+        with phase("reward"):
+            for (place, request), completion in zip(requests.items(), completions, strict=True):
+                reflected[place] = self._scorer.score(
+                    groups[place].sample, completion, request.prefix_ids, reflected=True
+                )
         mark("score")
         return reflected
 

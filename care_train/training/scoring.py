@@ -11,6 +11,7 @@ from care_train.settings import Config
 from care_train.training.distributed import all_max
 from care_train.training.engine import PolicyEngine
 from care_train.training.mismatch import Mismatch
+from care_train.training.phase import phase
 from care_train.training.sampling import SampledGroup
 
 Forward = Callable[
@@ -39,6 +40,17 @@ class SequenceScorer:
         """
         size = self._config.train.micro_batch_size
         batches = length_sorted_batches(sequences, size)
+        with phase("forward"):
+            return self._run(forward, sequences, batches, filler, pool_spans)
+
+    def _run(
+        self,
+        forward: Forward,
+        sequences: Sequence[TokenSequence],
+        batches: Sequence[Sequence[int]],
+        filler: TokenSequence,
+        pool_spans: Sequence[tuple[int, int]] | None,
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         count = all_max(len(batches), self._engine.device)
         log_probs: dict[int, torch.Tensor] = {}
         embeddings: dict[int, torch.Tensor] = {}

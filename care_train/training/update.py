@@ -20,6 +20,7 @@ from care_train.training.loss import (
     sequence_scale,
 )
 from care_train.training.mismatch import Mismatch, importance_weights
+from care_train.training.phase import phase
 from care_train.training.reference import Reference
 from care_train.training.sampling import SampledGroup
 from care_train.training.scoring import SequenceScorer, length_sorted_batches
@@ -221,7 +222,8 @@ class PolicyUpdater:
         if not micro:
             micro = [self._silent_micro_batch(filler)]
         mark("collate")
-        return self._engine.step(micro, self._config.rollout.temperature, mark)
+        with phase("update"):
+            return self._engine.step(micro, self._config.rollout.temperature, mark)
 
     def _micro_batch(self, items: Sequence[TrainItem], denominators: Denominators) -> MicroBatch:
         config = self._config

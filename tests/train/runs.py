@@ -33,10 +33,20 @@ COLD_START = ("sft.steps=30", "sft.batch_size=8", "sft.learning_rate=3e-3", "sft
 class Run:
     """The ranks of one run; without a launcher, so that a test may kill any of them."""
 
-    def __init__(self, *arguments: str, ranks: int = 1) -> None:
+    def __init__(self, *arguments: str, ranks: int = 1, before: str = "") -> None:
+        """Start.
+
+        Args:
+            arguments: of `care-train`.
+            ranks: how many processes.
+            before: code that each of them runs first, to break something.
+        """
         # Tests that ran in this process may have left it a process group's variables.
         environment = own_environment() | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
         command = [sys.executable, "-m", "care_train", *arguments]
+        if before:
+            code = f"{before}\nfrom care_train.cli import main\nraise SystemExit(main())"
+            command = [sys.executable, "-c", code, *arguments]
         self._processes = []
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -78,8 +88,17 @@ class Run:
 
     def end(self, seconds: float = 300) -> tuple[int, str]:
         """Wait; the exit status and standard error of rank 0."""
-        outputs = [process.communicate(timeout=seconds) for process in self._processes]
-        return self._processes[0].returncode, outputs[0][1]
+        return self.end_all(seconds)[0]
+
+    def end_all(self, seconds: float = 300) -> list[tuple[int, str]]:
+        """Wait; the exit status and standard error of every rank."""
+        try:
+            outputs = [process.communicate(timeout=seconds) for process in self._processes]
+        finally:
+            for process in self._processes:
+                process.kill()
+        statuses = [process.returncode for process in self._processes]
+        return [(status, errors) for status, (_, errors) in zip(statuses, outputs, strict=True)]
 
 
 def run(*arguments: str, ranks: int = 1) -> str:
