@@ -87,7 +87,7 @@ def _model_items(
         Item("optimiser states", states.optimizer_bytes(architecture, training), _RESIDENT),
         Item("gradients", gradients, gradient_phases),
         Item("gradient reduce buckets", buckets, keeps),
-        Item("reference model", whole if work.has_reference else 0.0, PHASES),
+        Item("reference model", whole if _copies_reference(training, work) else 0.0, PHASES),
         Item(
             "parameters gathered by ZeRO-3",
             states.gathered_bytes(architecture, training),
@@ -159,3 +159,8 @@ def _passing_items(
             ("score",),
         ),
     ]
+
+
+def _copies_reference(training: Training, work: Workload) -> bool:
+    """With LoRA the reference is the policy without its adapters."""
+    return work.has_reference and not training.lora_rank

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -10,7 +10,6 @@ from care_train.rollout.server_engine import AbortedError, Batch, EngineDeadErro
 from care_train.rollout.server_messages import pack_expansions, unpack_prompts
 from care_train.rollout.types import SamplingSettings
 from care_train.rollout.vllm_inputs import sampled_log_probs, sampling_parameters
-from care_train.rollout.weight_receiver import first_problem
 from care_train.rollout.weight_sync import reset_caches
 
 _ASK_SECONDS = 1.0
@@ -86,15 +85,14 @@ class RolloutServer:
     async def bucket(self, message: dict[str, Any], is_gone: Any) -> dict[str, Any]:
         """Take the bucket that the trainer broadcasts meanwhile."""
         self._check_sender(message)
-        answers = await self._call("care_receive", (message["tensors"], message["num_bytes"]))
-        _check_sync(first_problem(answers))
+        _check_sync(await self._call("care_receive", (message["tensors"], message["num_bytes"])))
         return {}
 
     async def end(self, message: dict[str, Any], is_gone: Any) -> dict[str, Any]:
         """Compare what the workers hold with what was sent; then the weights count."""
         self._check_sender(message)
-        answers = await self._call("care_failures", ())
-        _check_sync(first_problem([first_problem(answer) for answer in answers]))
+        failures = await self._call("care_failures", ())
+        _check_sync([failure for worker in failures for failure in worker])
         await asyncio.wrap_future(self._loop.call(reset_caches))
         self._version = message["version"]
         return {}
@@ -123,9 +121,10 @@ class RolloutServer:
             raise RefusedError("another run has taken this server over: one run at a time")
 
 
-def _check_sync(problem: str | None) -> None:
-    if problem is not None:
-        raise RefusedError(f"weight sync: {problem}")
+def _check_sync(problems: Sequence[str | None]) -> None:
+    for problem in problems:
+        if problem is not None:
+            raise RefusedError(f"weight sync: {problem}")
 
 
 def build_app(server: RolloutServer) -> Any:

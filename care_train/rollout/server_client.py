@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 CONNECT_SECONDS = 10.0
 CONNECT_RETRIES = 5
-"""Attempts to connect after the first, over about 15 seconds. Nothing was sent then: a request that
+"""Attempts to connect after the first, over about 8 seconds. Nothing was sent then: a request that
 the server may have begun is never repeated."""
 
 

@@ -1,7 +1,6 @@
 """The vLLM engine in a server: each rank asks it for its rollouts, rank 0 sends the weights."""
 
 import socket
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from care_train.models.load import LoadedModel
+from care_train.rollout.background import in_background
 from care_train.rollout.checksum import checksum
 from care_train.rollout.model_identity import first_difference, model_identity
 from care_train.rollout.server_client import RolloutServerError, ServerClient
@@ -172,21 +172,6 @@ def _buckets(
         size += num_bytes
     if notes:
         yield notes, torch.cat(parts)
-
-
-def in_background(work: Callable[[], Value]) -> Future[Value]:
-    """Run `work` in a thread that does not keep a process from ending."""
-    future: Future[Value] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        # It belongs to whoever waits for the result.
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def _is_first_rank() -> bool:

@@ -4,8 +4,6 @@ vLLM mixes this class into its worker (`worker_extension_cls`) and imports it in
 process before the model is made.
 """
 
-from typing import Any
-
 import torch
 
 from care_train.rollout.vllm_cpu import patch_cpu_backend
@@ -75,8 +73,3 @@ class WeightReceiver:
         for parameter in filled:
             self._care_placed.setdefault(parameter, []).append(sent)
         return None
-
-
-def first_problem(answers: list[Any]) -> str | None:
-    """Of all workers' answers."""
-    return next((answer for answer in answers if answer), None)

@@ -104,17 +104,18 @@ def find_failures(worker: Any, placed: dict[str, list[SentTensor]]) -> list[str]
     tensor_parallel = _tensor_parallel()
     order = getattr(model, "packed_modules_mapping", {})
     for name, parts in placed.items():
-        pieces = _pieces(parameters[name], _in_fused_order(name, parts, order), tensor_parallel)
+        segments = _segments(model, name, _in_fused_order(name, parts, order))
+        pieces = _pieces(parameters[name], segments, tensor_parallel)
         # vLLM pads a vocabulary with zeros.
         if parts[0].shape and parameters[name][sum(piece.rows for piece in pieces) :].any():
             sent = ", ".join(part.name for part in parts)
             failures.append(f"vLLM's {name!r} was sent in part only: {sent}")
         failures += [
-            f"{piece.sent.name!r}: vLLM's {name!r} holds other numbers than were sent (checksum "
-            f"{held & (2**64 - 1):016x}, sent {piece.sent.checksum & (2**64 - 1):016x})"
-            for piece in pieces
-            if (held := _held_checksum(parameters[name], piece, tensor_parallel))
-            != piece.sent.checksum
+            f"{part.name!r}: vLLM's {name!r} holds other numbers than were sent (checksum "
+            f"{held & (2**64 - 1):016x}, sent {part.checksum & (2**64 - 1):016x})"
+            for part in parts
+            if (held := _held_checksum(parameters[name], part, pieces, tensor_parallel))
+            != part.checksum
         ]
     return failures
 
@@ -144,8 +145,17 @@ def _tensor_parallel() -> _TensorParallel:
 
 
 @dataclass(frozen=True)
+class _Segment:
+    """Rows of a sent tensor that tensor parallelism splits on their own."""
+
+    sent: SentTensor
+    first_row: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class _Piece:
-    """Where in this rank's parameter a sent tensor, or this rank's share of it, lies."""
+    """Where in this rank's parameter a segment, or this rank's share of it, lies."""
 
     sent: SentTensor
     start: int
@@ -169,25 +179,37 @@ def _in_fused_order(
     return sorted(parts, key=lambda part: names.index(part.name.split(".")[-2]))
 
 
-def _pieces(
-    parameter: torch.Tensor, parts: list[SentTensor], parallel: _TensorParallel
-) -> list[_Piece]:
-    """Which rows of the parameter hold which part; vLLM may pad below the last."""
+def _segments(model: Any, parameter: str, parts: list[SentTensor]) -> list[_Segment]:
+    """The parts; of one that is fused in the folder already (a vision tower's qkv), its own."""
     rows = [part.shape[0] if part.shape else 1 for part in parts]
+    owner = model.get_submodule(parameter.rpartition(".")[0])
+    inner = getattr(owner, "output_sizes", None)
+    if len(parts) > 1 or not inner or sum(inner) != rows[0]:
+        return [_Segment(part, 0, count) for part, count in zip(parts, rows, strict=True)]
+    starts = [sum(inner[:place]) for place in range(len(inner))]
+    return [_Segment(parts[0], first, count) for first, count in zip(starts, inner, strict=True)]
+
+
+def _pieces(
+    parameter: torch.Tensor, segments: list[_Segment], parallel: _TensorParallel
+) -> list[_Piece]:
+    """Which rows of the parameter hold which segment; vLLM may pad below the last."""
+    rows = [segment.rows for segment in segments]
     local, split_columns = list(rows), 0
     if parallel.size > 1:
-        last, first = prod(parameter.shape[1:]), prod(parts[0].shape[1:])
+        last, first = prod(parameter.shape[1:]), prod(segments[0].sent.shape[1:])
         split_columns = last if last != first else 0
         if not split_columns and parameter.shape[0] < sum(rows):
             local = _split_rows(parameter.shape[0], rows, parallel.size)
     pieces, start = [], 0
-    for part, whole, own in zip(parts, rows, local, strict=True):
+    for segment, whole, own in zip(segments, rows, local, strict=True):
         copies = max(1, parallel.size * own // whole) if own != whole else parallel.size
         copies = 1 if split_columns else copies
         first_row = parallel.rank // copies * own if own != whole else 0
         first_column = parallel.rank * split_columns
         own = max(0, min(own, whole - first_row))
-        pieces.append(_Piece(part, start, own, first_row, first_column, copies))
+        place = segment.first_row + first_row
+        pieces.append(_Piece(segment.sent, start, own, place, first_column, copies))
         start += own
     return pieces
 
@@ -205,7 +227,15 @@ def _split_rows(held: int, rows: list[int], size: int) -> list[int]:
     return [even[0]] + [(held - even[0]) // (len(rows) - 1)] * (len(rows) - 1)
 
 
-def _held_checksum(parameter: torch.Tensor, piece: _Piece, parallel: _TensorParallel) -> int:
+def _held_checksum(
+    parameter: torch.Tensor, part: SentTensor, pieces: list[_Piece], parallel: _TensorParallel
+) -> int:
+    """Of what the workers hold of one sent tensor together."""
+    own = [piece for piece in pieces if piece.sent is part]
+    return wrapped(sum(_piece_checksum(parameter, piece, parallel) for piece in own))
+
+
+def _piece_checksum(parameter: torch.Tensor, piece: _Piece, parallel: _TensorParallel) -> int:
     held = parameter.detach()
     if piece.sent.shape:
         held = held[piece.start : piece.start + piece.rows]

@@ -87,3 +87,15 @@ class Config:
             self.loss.aggregation,
             "'sequence' with care.normalize_over = 'group': a token mean has no per-group form",
         )
+        if self.train.rollouts_ahead:
+            self._check_rollouts_ahead()
+
+    def _check_rollouts_ahead(self) -> None:
+        has_server = self.rollout.engine == "vllm" and self.rollout.vllm.server is not None
+        wanted = "0 without rollout.engine=vllm and rollout.vllm.server: other engines generate in "
+        wanted += "the process that trains"
+        check(has_server, "train.rollouts_ahead", 1, wanted)
+        wanted = "0 with loss.importance_sampling=none: those rollouts are one update old"
+        check(self.loss.importance_sampling != "none", "train.rollouts_ahead", 1, wanted)
+        wanted = "0 with train.dynamic_sampling, which decides by one step's rollouts how many more"
+        check(not self.train.dynamic_sampling, "train.rollouts_ahead", 1, wanted)

@@ -43,6 +43,9 @@ class TrainSettings:
     """Draw more prompts until every group of the batch has both right and wrong rollouts (DAPO)."""
     max_resample_rounds: int = 3
     """Rounds of dynamic sampling before the batch is trained as it is."""
+    rollouts_ahead: Literal[0, 1] = 0
+    """1: while a step trains, the next one's rollouts are sampled with the weights before its
+    update, and weighed for it by `loss.importance_sampling`. Needs `rollout.vllm.server`."""
     save_every: int = 0
     """Steps between checkpoints; 0 keeps the final one only."""
     keep_checkpoints: int = 2

@@ -43,10 +43,16 @@ class Checkpoint:
     def step(self) -> int:
         return self.state["step"]
 
-    def restore(self, engine: PolicyEngine) -> None:
-        """Load this rank's weights, optimiser, schedule and random number generators."""
+    def restore(self, engine: PolicyEngine) -> dict[str, Any]:
+        """Load this rank's weights, optimiser, schedule and random number generators.
+
+        Returns:
+            What else of this rank was saved: `own` of `Checkpoints.save`.
+        """
         engine.load_state(self.folder)
-        restore_rng_state(torch.load(self.folder / _rank_file(), weights_only=True)["rng"])
+        own = torch.load(self.folder / _rank_file(), weights_only=True)
+        restore_rng_state(own.pop("rng"))
+        return own
 
 
 class Checkpoints:
@@ -78,7 +84,11 @@ class Checkpoints:
         return self._best is None or scores[self._metric] > self._best["value"]
 
     def save(
-        self, engine: PolicyEngine, state: dict[str, Any], scores: Mapping[str, float] | None = None
+        self,
+        engine: PolicyEngine,
+        state: dict[str, Any],
+        scores: Mapping[str, float] | None = None,
+        own: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write step `state["step"]`, mark it where it is the best, drop what is not kept.
 
@@ -86,6 +96,7 @@ class Checkpoints:
             engine: what to save.
             state: the trainer's part, in JSON's types.
             scores: the evaluation after this step, where there was one.
+            own: more of this rank, in plain types and tensors.
 
         Raises:
             SaveError: it could not be written; older checkpoints are untouched.
@@ -95,7 +106,7 @@ class Checkpoints:
 
         def write(partial: Path) -> None:
             engine.save_state(partial)
-            _save_tensors({"rng": rng_state()}, partial / _rank_file())
+            _save_tensors({"rng": rng_state(), **(own or {})}, partial / _rank_file())
             if is_main():
                 engine.loaded.save_skeleton(partial / SKELETON)
                 (partial / STATE_FILE).write_text(json.dumps(state))

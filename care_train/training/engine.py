@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from care_train.models.batch import ModelBatch, TokenSequence, collate
 from care_train.models.load import LoadedModel
@@ -28,6 +29,9 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # On CPUs DeepSpeed would compile a shared-memory all-reduce at first use: half a minute, and a C++
 # compiler, for what gloo does.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# bfloat16 under ZeRO-0 would begin with an AdamW step on zero gradients: the first update then has
+# the second one's bias correction, a quarter too small, and weight decay counts twice.
+FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import psutil
 
@@ -56,11 +57,14 @@ class Guard:
         self._found = threading.Event()
         self._fault: Fault | None = None
         self._number = 0
+        self._handler: Any = None
         self._heard: dict[int, tuple[int, float]] = {}
         self._last: dict[int, Beat] = {}
         self._thread = threading.Thread(target=self._watch, name="care-guard", daemon=True)
 
     def __enter__(self) -> Self:
+        if self._board is not None and threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._on_signal)
         self._thread.start()
         return self
 
@@ -75,18 +79,27 @@ class Guard:
             self._found.wait(_ANSWER)
         self._leaving.set()
         self._thread.join()
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
         faulthandler.cancel_dump_traceback_later()
         if self._board is None:
             return
         if error is None or isinstance(error, Stopped):
             self._end_together(self._board)
         elif isinstance(error, RuntimeError) and self._fault is not None:
+            self._leave_last()
             raise _as_error(self._fault) from error
         else:
             self._tell(self._board, error)
 
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        """A launcher sends it where a rank died: then the cause is known in a moment."""
+        if not self._found.wait(3 * _TICK):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
     def _watch(self) -> None:
-        while not self._leaving.wait(self._tick):
+        while not self._leaving.is_set():
             if self._limits.rank > 0:
                 # A thread of C: code that never gives the interpreter back stops this one too.
                 faulthandler.dump_traceback_later(self._limits.rank, exit=True)
@@ -94,6 +107,7 @@ class Guard:
             if fault is not None:
                 self._end(fault)
                 return
+            self._leaving.wait(self._tick)
 
     def _look(self) -> Fault | None:
         own = self._own_beat()
@@ -180,6 +194,8 @@ class Guard:
     def _report(self, fault: Fault) -> Fault:
         assert self._board is not None
         try:
+            if fault.status == RANK_LOST_STATUS:
+                self._board.end(fault.rank)  # it cannot say so itself
             return self._board.report(fault)
         except RuntimeError:  # nobody hears it any more; they find out themselves
             return fault
@@ -191,12 +207,14 @@ class Guard:
         self._fault = fault
         self._acknowledge()
         self._found.set()
-        if self._leaving.wait(_GRACE):
+        # Where it hangs there is nothing to wait for.
+        if not fault.hung and self._leaving.wait(_GRACE):
             return
         rank = 0 if self._board is None else self._board.rank
         # One rank speaks; the failed one has, or cannot.
         if rank == (1 if fault.rank == 0 and not fault.hung else 0):
             print(f"\ncare-train: error: {_as_error(fault)}", file=sys.stderr, flush=True)
+        self._leave_last()
         for child in psutil.Process().children(recursive=True):
             child.kill()
         os._exit(fault.status)
@@ -207,6 +225,11 @@ class Guard:
                 self._board.end()
             except RuntimeError:  # rank 0 is gone
                 return
+
+    def _leave_last(self) -> None:
+        """Rank 0 keeps the store until the others know the cause."""
+        if self._board is not None and self._board.rank == 0:
+            self._await_others(self._board, _ANSWER)
 
     def _dump_stacks(self) -> None:
         rank = 0 if self._board is None else self._board.rank

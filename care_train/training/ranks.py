@@ -89,9 +89,9 @@ class RankBoard:
         values = self._get("fault")
         return None if values is None else Fault(**values)
 
-    def end(self) -> None:
-        """This rank has nothing more to do with the others, or knows that it fails."""
-        self._set(f"end/{self.rank}", True)
+    def end(self, rank: int | None = None) -> None:
+        """This rank, or a lost one, has nothing more to do with the others."""
+        self._set(f"end/{self.rank if rank is None else rank}", True)
 
     def has_ended(self, rank: int) -> bool:
         """Whether `end` was said there."""

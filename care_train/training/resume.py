@@ -26,6 +26,8 @@ FREE = (
         "train.keep_checkpoints",
         "train.keep_best",
         "train.eval_every",
+        "rollout.vllm.server",
+        "rollout.vllm.server_timeout",
     ),
 )
 """Keys and sections that decide nothing about the weights: a resumed run may change them."""

@@ -20,6 +20,7 @@ from care_train.reporting import (
 )
 from care_train.rollout.types import RolloutEngine
 from care_train.settings import Config
+from care_train.training.ahead import RolloutsAhead
 from care_train.training.checkpoint import Checkpoint, Checkpoints
 from care_train.training.distributed import is_main, rank, world_size
 from care_train.training.engine import OptimizerSettings, PolicyEngine
@@ -47,13 +48,13 @@ class PromptSource:
             )
         self._samples = samples
         self._order = PromptOrder(len(samples), config.seed)
-        self._count = count
+        self.count = count
         self.position = 0
 
     def draw(self) -> list[Sample]:
         """The next `prompts_per_step` prompts, this rank's share of them."""
-        indices = self._order.take(self.position, self._count)
-        self.position += self._count
+        indices = self._order.take(self.position, self.count)
+        self.position += self.count
         return rank_share([self._samples[i] for i in indices], rank(), world_size())
 
 
@@ -107,15 +108,12 @@ class _Loop:
         self._config, self._run_dir, self._metrics = config, run_dir, metrics
         self._device, self._evaluate = device, evaluate
         self._identity = identity(config, samples, session.loaded.model)
-        copied = _copied_reference(session)
-        self.engine = _policy_engine(session, device)
-        reference = _reference(session, self.engine, copied)
-        self._rollout = session.new_engine(
-            self.engine.rollout, config.rollout.batch_size, is_copy=self.engine.rollout_is_copy
-        )
+        self.engine, self._rollout, reference = open_policy(session, device)
         self._sampler = GroupSampler(self._rollout, session.encoder, session.scorer, config)
-        self._train_step = TrainStep(config, self.engine, self._sampler, reference)
         self._source = PromptSource(samples, config)
+        self._ahead = RolloutsAhead(self._sampler, self._source.draw, config.train.steps)
+        ahead = self._ahead if config.train.rollouts_ahead else None
+        self._train_step = TrainStep(config, self.engine, self._sampler, reference, ahead)
         self._checkpoints = open_checkpoints(config, run_dir)
         self._owes_evaluation = False
         self.totals = {"steps": 0.0, "decoded_tokens": 0.0, "trained_sequences": 0.0}
@@ -127,7 +125,9 @@ class _Loop:
         state = checkpoint.state
         self.totals, self._source.position = state["totals"], state["position"]
         self._owes_evaluation = state["owes_evaluation"]
-        checkpoint.restore(self.engine)
+        own = checkpoint.restore(self.engine)
+        if self._config.train.rollouts_ahead:
+            self._ahead.restore(own.get("ahead", {}))
 
     def run(self) -> None:
         """The steps that are left, each with what is due after it."""
@@ -166,7 +166,8 @@ class _Loop:
         is_due = _is_due(done, train.save_every, train.steps) or done == train.steps
         is_best = scores is not None and self._checkpoints.is_best(scores)
         if is_due or is_best or stop:
-            saved = self._checkpoints.save(self.engine, self._state(done), scores)
+            own = {"ahead": self._ahead.state()}
+            saved = self._checkpoints.save(self.engine, self._state(done), scores, own)
             if stop:
                 raise Stopped(stop, done, train.steps, self._run_dir, saved)
 
@@ -186,7 +187,8 @@ class _Loop:
     def _state(self, done: int) -> dict[str, Any]:
         return self._identity | {
             "step": done,
-            "position": self._source.position,
+            # Before the prompts whose rollouts wait for the next step: a resume draws them again.
+            "position": self._source.position - self._source.count * self._ahead.has_next,
             "totals": self.totals,
             "owes_evaluation": self._owes_evaluation,
             "logs": log_sizes(self._run_dir),
@@ -210,21 +212,25 @@ def _is_due(step: int, every: int, last: int) -> bool:
     return every > 0 and step % every == 0 and step != last
 
 
-def _copied_reference(session: Session) -> Reference | None:
-    """pi_ref as a frozen copy, made before the engine takes the model; None without need."""
-    if session.config.loss.kl_coef == 0 or session.config.model.lora is not None:
-        return None
-    model = copy.deepcopy(session.loaded.model).eval()
-    return FrozenCopy(Policy(model.requires_grad_(False)))
+def open_policy(
+    session: Session, device: torch.device
+) -> tuple[PolicyEngine, RolloutEngine, Reference | None]:
+    """What trains the session's model, what samples from it, and pi_ref, None if nothing reads it.
 
-
-def _reference(
-    session: Session, engine: PolicyEngine, copied: Reference | None
-) -> Reference | None:
-    """pi_ref; None where nothing reads it."""
-    if session.config.loss.kl_coef == 0 or session.config.model.lora is None:
-        return copied
-    return WithoutAdapters(engine)
+    With LoRA the reference is the policy without its adapters; otherwise a copy made before.
+    """
+    config, reference = session.config, None
+    has_lora = config.model.lora is not None
+    if config.loss.kl_coef and not has_lora:
+        model = copy.deepcopy(session.loaded.model).eval()
+        reference = FrozenCopy(Policy(model.requires_grad_(False)))
+    engine = _policy_engine(session, device)
+    if config.loss.kl_coef and has_lora:
+        reference = WithoutAdapters(engine)
+    rollout = session.new_engine(
+        engine.rollout, config.rollout.batch_size, is_copy=engine.rollout_is_copy
+    )
+    return engine, rollout, reference
 
 
 def _policy_engine(session: Session, device: torch.device) -> PolicyEngine:

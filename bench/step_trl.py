@@ -1,0 +1,199 @@
+"""TRL's GRPOTrainer as `bench.step` measures it, on its fastest settings for this step."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from transformers import AutoProcessor, PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from bench.step_case import Case, FixedLengthVerifier, Setup, StepFigures, case_config, end_never
+from care_train.models.load import load_model
+from care_train.training.distributed import own_environment
+
+Turn = Callable[[StepFigures], None]
+"""Called after each of TRL's steps with its figures."""
+
+
+def run_trl(
+    setup: Setup,
+    case: Case,
+    steps: int,
+    output_dir: str,
+    turn: Turn,
+    *,
+    micro_batch: int | None = None,
+    **settings: Any,
+) -> None:
+    """Train with GRPOTrainer; the time `turn` takes is not TRL's.
+
+    Args:
+        setup: policy and rows.
+        case: sizes.
+        steps: at most.
+        output_dir: for TRL, which writes nothing there.
+        turn: called after every step.
+        micro_batch: sequences of a forward and backward; `case.micro_batch` by default.
+        settings: more of GRPOConfig.
+    """
+    config = case_config(case)
+    loaded = load_model(config.model, setup.folder)
+    # No EOS and no image token can be sampled: the first for equal lengths; of the second TRL's
+    # next forward would not survive one.
+    banned = end_never(loaded)
+    rewards = _Rewards(setup, case)
+    size = micro_batch or case.micro_batch
+    arguments: dict[str, Any] = {
+        "output_dir": output_dir,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "max_steps": steps,
+        "learning_rate": config.train.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": config.train.warmup_steps,
+        "weight_decay": config.train.weight_decay,
+        "max_grad_norm": config.train.max_grad_norm,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": case.sequences // size,
+        "num_generations": case.group_size,
+        "max_completion_length": case.length,
+        "temperature": config.rollout.temperature,
+        "beta": config.loss.kl_coef,
+        "loss_type": "grpo",
+        "shuffle_dataset": False,
+        "seed": config.seed,
+        "generation_kwargs": {"suppress_tokens": banned},
+    }
+    driver = _Driver(rewards, turn)
+    with _no_group():
+        trainer = GRPOTrainer(
+            model=loaded.model,
+            reward_funcs=rewards,
+            args=GRPOConfig(**(arguments | settings)),
+            train_dataset=_dataset(setup, case.prompts * steps),
+            processing_class=AutoProcessor.from_pretrained(setup.folder, padding_side="left"),
+            callbacks=[driver],
+        )
+    trainer.remove_callback(PrinterCallback)
+    driver.watch(trainer)
+    trainer.train()
+
+
+@contextmanager
+def _no_group() -> Iterator[None]:
+    """Hide this process's group of one, around which TRL would wrap DistributedDataParallel."""
+    hidden = {key: os.environ.pop(key) for key in os.environ.keys() - own_environment().keys()}
+    try:
+        yield
+    finally:
+        os.environ |= hidden
+
+
+def _dataset(setup: Setup, count: int) -> Dataset:
+    """The rows with their images as files, opened when a batch is made, as our trainer does."""
+    rows = setup.prompts(0, count)
+    content = Features({"role": Value("string"), "content": Value("string")})
+    features = Features({"prompt": List(content), "images": List(Image()), "row": Value("int64")})
+    columns = {
+        "prompt": [[{"role": "user", "content": row.prompt}] for row in rows],
+        "images": [[str(image) for image in row.images] for row in rows],
+        "row": list(range(count)),
+    }
+    return Dataset.from_dict(columns, features=features)
+
+
+class _Rewards:
+    """Our verifier as a reward function; counts what was sampled."""
+
+    __name__ = "verifier"
+
+    def __init__(self, setup: Setup, case: Case) -> None:
+        config = case_config(case)
+        self._setup, self._length = setup, case.length
+        self._verifier = FixedLengthVerifier(config.prompt, config.reward)
+        self.tokens = self.sequences = 0
+
+    def __call__(
+        self,
+        completions: list[list[dict[str, str]]],
+        completion_ids: list[list[int]],
+        row: list[int],
+        **_: Any,
+    ) -> list[float | None]:
+        lengths = {len(ids) for ids in completion_ids}
+        if lengths != {self._length}:
+            raise RuntimeError(f"bench.step: TRL sampled {lengths} tokens, wanted {self._length}")
+        self.tokens = sum(len(ids) for ids in completion_ids)
+        self.sequences = len(completion_ids)
+        samples = [self._setup.prompts(i, 1)[0] for i in row]
+        return [
+            self._verifier.score(completion[0]["content"], sample).reward
+            for completion, sample in zip(completions, samples, strict=True)
+        ]
+
+
+class _Driver(TrainerCallback):
+    """Times TRL's steps from the end of one to the end of the next, less the turns between."""
+
+    def __init__(self, rewards: _Rewards, turn: Turn) -> None:
+        self._rewards, self._turn = rewards, turn
+        self._start = 0.0
+        self._spent: dict[str, float] = {}
+
+    def watch(self, trainer: GRPOTrainer) -> None:
+        """Take the time of the trainer's parts."""
+        for part, name in (
+            ("generate", "_generate_single_turn"),
+            ("score", "_calculate_rewards"),
+            ("rollouts", "_generate_and_score_completions"),
+            ("forward", "_get_per_token_logps_and_entropies"),
+            ("step", "training_step"),
+        ):
+            setattr(trainer, name, self._timed(part, getattr(trainer, name)))
+
+    def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return call(*arguments, **named)
+            finally:
+                # The loss's own forward is part of forward and backward.
+                if part != "forward" or not torch.is_grad_enabled():
+                    spent = self._spent.get(part, 0.0)
+                    self._spent[part] = spent + time.perf_counter() - start
+
+        return timed
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        seconds = time.perf_counter() - self._start
+        figures = StepFigures(
+            seconds, self._rewards.tokens, self._parts(seconds), self._rewards.sequences
+        )
+        self._spent = {}
+        self._turn(figures)
+        self._start = time.perf_counter()
+
+    def _parts(self, seconds: float) -> dict[str, float]:
+        spent = self._spent
+        known = {part: spent.get(part, 0.0) for part in ("generate", "score")}
+        reference = spent.get("forward", 0.0)
+        rollouts = spent["rollouts"]
+        return known | {
+            "reference": reference,
+            "prepare": rollouts - sum(known.values()) - reference,
+            "update": spent["step"] - rollouts,
+            # The data loader, the optimiser and the loop.
+            "other": seconds - spent["step"],
+        }
