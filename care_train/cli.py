@@ -11,7 +11,7 @@ from typing import Any
 from care_train.config import configs_folder, describe_keys, load_config, names_run
 from care_train.rollout.server_client import RolloutServerError
 from care_train.settings import Config
-from care_train.training.failures import RunError
+from care_train.training.failures import ENGINE_STATUS, RunError
 
 _COMMANDS = {
     "quickstart": "teach a tiny vision-language model to read images: cold start, CARE, report",
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except RolloutServerError as error:
         print(f"care-train {options.command}: error: {error}", file=sys.stderr)
-        return 1
+        return ENGINE_STATUS
     return 0
 
 

@@ -19,6 +19,7 @@ from care_train.training.distributed import initialize_process_group, ranks_stor
 from care_train.training.failures import (
     HUNG_STATUS,
     RANK_LOST_STATUS,
+    EngineError,
     RankLostError,
     RunError,
     resume_hint,
@@ -74,7 +75,8 @@ class Guard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, RuntimeError) and self._board is not None:
+        is_vague = isinstance(error, (RuntimeError, EngineError))
+        if is_vague and self._board is not None:
             # Perhaps it only says that another rank is gone: which one, the thread knows soon.
             self._found.wait(_ANSWER)
         self._leaving.set()
@@ -86,7 +88,7 @@ class Guard:
             return
         if error is None or isinstance(error, Stopped):
             self._end_together(self._board)
-        elif isinstance(error, RuntimeError) and self._fault is not None:
+        elif is_vague and self._fault is not None:
             self._leave_last()
             raise _as_error(self._fault) from error
         else:

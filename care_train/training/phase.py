@@ -8,7 +8,8 @@ from pathlib import Path
 
 from care_train.rollout.memory import is_out_of_memory
 from care_train.rollout.server_client import RolloutServerError
-from care_train.training.failures import OutOfMemoryError, RunError, newest_checkpoint
+from care_train.rollout.types import RolloutError
+from care_train.training.failures import EngineError, OutOfMemoryError, RunError, newest_checkpoint
 
 _GENERATION = (
     "lower rollout.batch_size (eval.batch_size in evaluations) or rollout.max_new_tokens, and "
@@ -62,6 +63,8 @@ def at_step(step: int, total: int, run_dir: Path) -> Iterator[None]:
         raise error.at(step, total, run_dir) from error
     except RolloutServerError as error:
         raise error.during(step, total, run_dir, newest_checkpoint(run_dir)) from error
+    except RolloutError as error:
+        raise EngineError(str(error)).at(step, total, run_dir) from error
     finally:
         begin_step(None)
 
@@ -79,7 +82,7 @@ def phase(name: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if isinstance(error, RolloutServerError) or not is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines() or ["no memory"]
         advice = _ADVICE.get(name, _TRAINING)

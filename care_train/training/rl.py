@@ -246,6 +246,7 @@ def _policy_engine(session: Session, device: torch.device) -> PolicyEngine:
             weight_decay=train.weight_decay,
             betas=train.adam_betas,
             max_grad_norm=train.max_grad_norm,
+            max_skipped_updates=train.max_skipped_updates,
         ),
         session.config.deepspeed,
         device,

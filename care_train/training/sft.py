@@ -126,14 +126,16 @@ def _sft_step(
     for places in length_sorted_batches(sequences, size):
         batch = engine.collate([sequences[i] for i in places])
         weights = torch.full((len(batch.rows),), 1.0 / tokens, device=engine.device)
-        micro_batches.append(MicroBatch(batch, {"advantages": weights}))
+        labels = tuple(sequences[i].prompt.location or "a prompt" for i in places)
+        micro_batches.append(MicroBatch(batch, {"advantages": weights}, labels))
+    learning_rate = engine.learning_rate  # the one used here; the step sets the next one's
     with phase("update"):
         result = engine.step(micro_batches, temperature=1.0)
     own_loss = -sum(float(output.log_probs.sum()) for output in result.outputs)
     return {
         "loss": all_sum([own_loss], engine.device)[0] / tokens,
         "grad_norm": result.grad_norm,
-        "learning_rate": engine.learning_rate,
+        "learning_rate": learning_rate,
         "tokens_per_second": tokens / (time.perf_counter() - start),
     }
 

@@ -245,7 +245,8 @@ class PolicyUpdater:
             for item in items
         ]
         batch = self._engine.collate([item.tokens for item in items])
-        return MicroBatch(batch, self._loss_arguments(items, rows, batch))
+        labels = tuple(item.tokens.prompt.location or "a prompt" for item in items)
+        return MicroBatch(batch, self._loss_arguments(items, rows, batch), labels)
 
     def _loss_arguments(
         self, items: Sequence[TrainItem], rows: Sequence[LossRows], batch: ModelBatch

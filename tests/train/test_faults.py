@@ -11,8 +11,13 @@ import psutil
 import pytest
 
 from care_train.training.distributed import own_environment
-from care_train.training.failures import HUNG_STATUS, RANK_LOST_STATUS
-from tests.train.runs import ROOT, SMALL, FastRun, data_arguments
+from care_train.training.failures import (
+    HUNG_STATUS,
+    NOT_FINITE_STATUS,
+    OUT_OF_MEMORY_STATUS,
+    RANK_LOST_STATUS,
+)
+from tests.train.runs import ROOT, SMALL, FastRun, data_arguments, timeless
 
 IN_REWARD = """
 import os, time
@@ -123,3 +128,93 @@ def test_launchers_end_with_the_cause(launcher, arguments, tmp_path):
     assert process.wait(60) != 0
     log_text = (tmp_path / "log").read_text()
     assert "rank 1: its process" in log_text and f"resume={tmp_path / 'run'}" in log_text
+
+
+LIMITED = """
+import resource
+from {module} import {owner}
+real = {owner}.{name}
+def limited(self, *arguments, **more):
+    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + ({spare} << 20), resource.RLIM_INFINITY))
+    try:
+        return real(self, *arguments, **more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+{owner}.{name} = limited
+"""
+GENERATE = {
+    "module": "care_train.rollout.transformers_engine",
+    "owner": "TransformersEngine",
+    "name": "generate",
+}
+STEP = {"module": "care_train.training.engine", "owner": "PolicyEngine", "name": "step"}
+LARGE = (
+    *("algorithm=grpo", "train.steps=1", "rollout.max_new_tokens=3", "rollout.group_size=128"),
+    *("train.prompts_per_step=8", "rollout.batch_size=1024", "train.micro_batch_size=1024"),
+)
+
+
+def test_generation_that_runs_out_of_memory_is_halved_once(arguments, tmp_path):
+    """The operating system refuses memory: half as many sequences at once, the same tokens."""
+    errors = ""
+    for spare in (16, 22, 31, 43, 60, 84, 118):  # half of it must fit, all of it not
+        before = LIMITED.format(**GENERATE, spare=spare)
+        run = FastRun(*arguments, *LARGE, "overwrite=true", before=before)
+        [(status, errors)] = run.end()
+        if status == 0:
+            break
+        assert status == OUT_OF_MEMORY_STATUS, errors
+    assert "out of memory while 1024 responses were generated" in errors
+    assert "going on with 512 at once; set rollout.batch_size" in errors
+    [(status, calm)] = FastRun(*arguments, *LARGE, "name=calm").end()
+    assert status == 0 and "memory" not in calm, calm
+    assert timeless(tmp_path / "run") == timeless(tmp_path / "calm")
+
+
+@pytest.mark.parametrize(
+    ("what", "advice"), [(GENERATE, "rollout.batch_size"), (STEP, "train.micro_batch_size")]
+)
+def test_a_run_that_has_no_memory_says_what_to_lower(what, advice, arguments, tmp_path):
+    """Not enough for half of it, or none to train: step, phase, settings to lower, status 71."""
+    before = LIMITED.format(**what, spare=0)
+    [(status, errors)] = FastRun(*arguments, *LARGE, before=before).end()
+    assert status == OUT_OF_MEMORY_STATUS and "Traceback" not in errors, errors
+    phase = "update" if what is STEP else "generate"
+    assert f"step 1 of 1: out of memory in {phase} (" in errors and f"lower {advice}" in errors
+    assert "care-train plan" in errors or phase == "generate"
+    assert f"resume={tmp_path / 'run'}" in errors
+
+
+NOT_FINITE = """
+import os
+from care_train.training import update
+real, calls = update.loss_rows, []
+def loss_rows(*arguments):
+    rows = real(*arguments)
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 9:
+        rows.kl_weights[2] = float("nan")
+    return rows
+update.loss_rows = loss_rows
+"""
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_a_loss_that_is_not_finite_ends_all_ranks_or_is_left_out(allowed, arguments, tmp_path):
+    """NaN on rank 1 in step 2: the row, the token and the quantity are named on both ranks; where
+    it may be left out, the run goes on, counts it, and its metrics stay finite."""
+    more = ("algorithm=grpo", "train.steps=3", f"train.max_skipped_updates={allowed}")
+    outputs = FastRun(*arguments, *more, ranks=2, before=NOT_FINITE).end()
+    cause = "first: kl_weights is nan at response token 2 of "
+    if allowed:
+        assert [status for status, _ in outputs] == [0, 0], outputs
+        assert cause in outputs[0][1] and "1 of 1 allowed" in outputs[0][1]
+        records = [r for r in timeless(tmp_path / "run") if r["phase"] == "train"]
+        assert [r["skipped_updates"] for r in records] == [0, 1, 0]
+        assert all(r["loss"] is not None for r in records)
+        return
+    for status, errors in outputs:
+        assert status == NOT_FINITE_STATUS and "Traceback" not in errors, errors
+        assert "step 2 of 3: loss nan" in errors and cause in errors and "on rank 1" in errors
+        assert "rows.jsonl: row " in errors
