@@ -18,6 +18,7 @@ from care_train.config import (
 )
 from care_train.rollout.server_client import RolloutServerError
 from care_train.settings import Config
+from care_train.training.failures import ENGINE_STATUS, RunError
 
 _COMMANDS = {
     "quickstart": "teach a tiny vision-language model to read images: cold start, CARE, report",
@@ -87,12 +88,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A checkpoint that does not fit says more, and cleans up.
         print(f"care-train {options.command}: error: {error}", file=sys.stderr)
         return 2
-    except (ValueError, FloatingPointError) as error:
+    except RunError as error:
+        print(f"care-train {options.command}: error: {error}", file=sys.stderr)
+        return error.status
+    except ValueError as error:
         print(f"care-train {options.command}: error: {error}", file=sys.stderr)
         return 2
     except RolloutServerError as error:
         print(f"care-train {options.command}: error: {error}", file=sys.stderr)
-        return 1
+        return ENGINE_STATUS
     return 0
 
 
@@ -120,6 +124,7 @@ def _run(command: str, config: Config) -> int:
     # Imported here: --help and configuration errors need no torch.
     from care_train import commands
     from care_train.training.distributed import barrier, is_main
+    from care_train.training.guard import guarded
     from care_train.training.stopping import STOPPED_STATUS, Stopped
 
     run = {
@@ -129,7 +134,8 @@ def _run(command: str, config: Config) -> int:
         "eval": commands.evaluate,
     }[command]
     try:
-        summary = run(config)
+        with guarded(config.limits, commands.run_dir_of(config)):
+            summary = run(config)
     except Stopped as stopped:
         if is_main():
             print(f"{stopped}; go on with the same command and --resume, or with", file=sys.stderr)
@@ -226,6 +232,8 @@ def _config_path(options: argparse.Namespace) -> Path | None:
 def quiet_libraries() -> None:
     """Progress and errors are ours to show; these must be set before the libraries load."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Else torch reports with stacks that a rank is gone, which the guard says better.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import warnings

@@ -10,6 +10,7 @@ from care_train.reporting import track
 from care_train.rollout.types import Request, RolloutEngine, SamplingSettings, request_seed
 from care_train.settings import Config
 from care_train.training.distributed import all_sum, is_main, rank, world_size
+from care_train.training.phase import phase
 from care_train.training.session import Session, rank_share
 
 _EVAL_STEP = -1
@@ -48,7 +49,8 @@ def evaluate(
             Request(prompt, request_seed(config.seed, _EVAL_STEP, sample.id, 0))
             for sample, prompt in zip(batch, prompts, strict=True)
         ]
-        completions = engine.generate(requests, sampling)
+        with phase("generate"):
+            completions = engine.generate(requests, sampling)
         answered = [(*pair, ()) for pair in zip(batch, completions, strict=True)]
         for rollout in session.scorer.score_all(answered):
             correct += rollout.accuracy

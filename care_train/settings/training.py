@@ -48,6 +48,9 @@ class TrainSettings:
     """AdamW's betas."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    max_skipped_updates: int = 0
+    """Updates whose loss or gradient is not finite that are left out with a warning, counted since
+    the run began or went on; one more ends it."""
     freeze_vision: bool = False
     """Train the language model alone."""
     dynamic_sampling: bool = False

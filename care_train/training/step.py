@@ -89,13 +89,14 @@ class TrainStep:
         clock.mark("select")
         self._sampler.rest()
         clock.mark("sync")
+        learning_rate = self._engine.learning_rate  # the first update's, which sets the next one's
         results = self._updater.update(groups, updates, mismatch, self._check_parity, clock.mark)
         gaps, _ = mismatch.reduce(self._engine.device)
         statistics = StepStatistics(groups, updates, reflected, num_wanted, results)
         values = statistics.reduce(self._engine.device)
         clock.mark("other")
         values |= clock.values() | sync | gaps
-        values["learning_rate"] = self._engine.learning_rate
+        values["learning_rate"] = learning_rate
         values["tokens_per_second"] = values["decoded_tokens"] / max(clock.total, 1e-9)
         return StepOutcome(values, groups, updates)
 

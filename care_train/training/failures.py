@@ -1,0 +1,83 @@
+"""How a run fails: errors that say what happened, where, and how to go on; one status each."""
+
+import re
+from pathlib import Path
+from typing import Self
+
+NOT_FINITE_STATUS = 65
+RANK_LOST_STATUS = 69
+HUNG_STATUS = 70
+OUT_OF_MEMORY_STATUS = 71
+ENGINE_STATUS = 72
+DISK_FULL_STATUS = 74
+
+_CHECKPOINT = re.compile(r"step_\d{6,}")
+
+
+class RunError(Exception):
+    """A run cannot go on. `status` is its exit status."""
+
+    status = 1
+
+    def at(self, step: int, total: int, run_dir: Path) -> Self:
+        """The same error, with where the run was and how it goes on.
+
+        Args:
+            step: which one could not be finished, from 1.
+            total: how many there will be.
+            run_dir: the run's folder.
+        """
+        named = type(self)(f"step {step} of {total}: {self}; {resume_hint(run_dir)}")
+        named.status = self.status
+        return named
+
+
+class NotFiniteError(RunError, FloatingPointError):
+    """A loss or a gradient is NaN or infinite."""
+
+    status = NOT_FINITE_STATUS
+
+
+class OutOfMemoryError(RunError):
+    """No memory for a forward, a backward or a generation."""
+
+    status = OUT_OF_MEMORY_STATUS
+
+
+class EngineError(RunError):
+    """The rollout engine failed."""
+
+    status = ENGINE_STATUS
+
+
+class DiskFullError(RunError):
+    """A log could not be written."""
+
+    status = DISK_FULL_STATUS
+
+
+class RankLostError(RunError):
+    """Another rank of the run failed, died or fell silent."""
+
+    status = RANK_LOST_STATUS
+
+
+class HungError(RunError):
+    """A phase of a step took longer than its limit."""
+
+    status = HUNG_STATUS
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The last one that was written, of the cold start where training has none yet."""
+    for folder in (run_dir / "checkpoints", run_dir / "cold_start_checkpoints"):
+        if found := sorted(p for p in folder.glob("step_*") if _CHECKPOINT.fullmatch(p.name)):
+            return found[-1]
+    return None
+
+
+def resume_hint(run_dir: Path) -> str:
+    """From what and how a run that ended goes on."""
+    newest = newest_checkpoint(run_dir)
+    kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest}"
+    return f"{kept}; go on with the same command and --resume, or with resume={run_dir}"
