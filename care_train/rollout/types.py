@@ -10,10 +10,6 @@ import torch
 from care_train.models.prompts import EncodedPrompt
 
 
-class RolloutError(RuntimeError):
-    """A rollout engine failed; the message says in what and how."""
-
-
 @dataclass(frozen=True)
 class SamplingSettings:
     """How tokens are drawn."""

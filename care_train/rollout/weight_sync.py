@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from care_train.rollout.checksum import checksum, wrapped
-from care_train.rollout.types import RolloutError
+from care_train.rollout.errors import RolloutError
 
 
 @dataclass(frozen=True)

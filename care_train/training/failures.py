@@ -1,9 +1,13 @@
 """How a run fails: errors that say what happened, where, and how to go on; one status each."""
 
+import errno
 import re
 from pathlib import Path
 from typing import Self
 
+from care_train.rollout.errors import RolloutError
+
+INPUT_STATUS = 2
 NOT_FINITE_STATUS = 65
 RANK_LOST_STATUS = 69
 HUNG_STATUS = 70
@@ -51,7 +55,7 @@ class EngineError(RunError):
 
 
 class DiskFullError(RunError):
-    """A log could not be written."""
+    """There is no room for a log or a sample."""
 
     status = DISK_FULL_STATUS
 
@@ -62,10 +66,20 @@ class RankLostError(RunError):
     status = RANK_LOST_STATUS
 
 
-class HungError(RunError):
-    """A phase of a step took longer than its limit."""
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write found no room, on the disk or in the user's quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
-    status = HUNG_STATUS
+
+def status_of(error: BaseException) -> int:
+    """With what status a command ends by this error."""
+    if isinstance(error, RunError):
+        return error.status
+    if isinstance(error, RolloutError):
+        return ENGINE_STATUS
+    if is_disk_full(error):
+        return DISK_FULL_STATUS
+    return INPUT_STATUS if isinstance(error, ValueError) else 1
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

@@ -23,6 +23,7 @@ from care_train.training.failures import (
     RankLostError,
     RunError,
     resume_hint,
+    status_of,
 )
 from care_train.training.phase import begin_step, current_place
 from care_train.training.ranks import Beat, Fault, RankBoard
@@ -242,12 +243,9 @@ class Guard:
 
     def _tell(self, board: RankBoard, error: BaseException) -> None:
         """Let the other ranks end with this one's error, before it leaves."""
-        status = error.status if isinstance(error, RunError) else 2
-        if not isinstance(error, (RunError, ValueError)):
-            status = 1
         text = str(error) or type(error).__name__
         try:
-            board.report(Fault(board.rank, text, status))
+            board.report(Fault(board.rank, text, status_of(error)))
             board.end()
             self._await_others(board, _ANSWER)
         except RuntimeError:  # they are gone already

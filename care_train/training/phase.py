@@ -6,10 +6,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from care_train.rollout.errors import RolloutError
 from care_train.rollout.memory import is_out_of_memory
-from care_train.rollout.server_client import RolloutServerError
-from care_train.rollout.types import RolloutError
-from care_train.training.failures import EngineError, OutOfMemoryError, RunError, newest_checkpoint
+from care_train.training.failures import (
+    DiskFullError,
+    EngineError,
+    OutOfMemoryError,
+    RunError,
+    is_disk_full,
+)
 
 _GENERATION = (
     "lower rollout.batch_size (eval.batch_size in evaluations) or rollout.max_new_tokens, and "
@@ -61,10 +66,12 @@ def at_step(step: int, total: int, run_dir: Path) -> Iterator[None]:
         yield
     except RunError as error:
         raise error.at(step, total, run_dir) from error
-    except RolloutServerError as error:
-        raise error.during(step, total, run_dir, newest_checkpoint(run_dir)) from error
     except RolloutError as error:
-        raise EngineError(str(error)).at(step, total, run_dir) from error
+        raise EngineError(f"{error}{error.advice}").at(step, total, run_dir) from error
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFullError(str(error)).at(step, total, run_dir) from error
     finally:
         begin_step(None)
 
@@ -82,7 +89,7 @@ def phase(name: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RolloutServerError) or not is_out_of_memory(error):
+        if isinstance(error, RolloutError) or not is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines() or ["no memory"]
         advice = _ADVICE.get(name, _TRAINING)

@@ -21,15 +21,15 @@ from tests.train.runs import ROOT, SMALL, FastRun, data_arguments, timeless
 
 IN_REWARD = """
 import os, time
-from care_train.training.sampling import RolloutScorer
-real, calls = RolloutScorer.score, []
-def score(self, *arguments, **more):
+from care_train.verifier import Verifier
+real, calls = Verifier.score_batch, []
+def score_batch(self, responses):
     calls.append(1)
-    # The first questions are evaluated.
-    if len(calls) > {after} and os.environ.get("RANK", "0") == "{rank}":
+    # The first is of the evaluation before training.
+    if len(calls) > 2 and os.environ.get("RANK", "0") == "{rank}":
         {fault}
-    return real(self, *arguments, **more)
-RolloutScorer.score = score
+    return real(self, responses)
+Verifier.score_batch = score_batch
 """
 
 
@@ -68,7 +68,7 @@ def test_a_killed_rank_ends_the_others_within_seconds(killed, arguments, tmp_pat
 def test_an_error_of_one_rank_ends_all_with_its_message(arguments, tmp_path):
     """A verifier that fails on rank 1: rank 0 stops too, with the same message and status."""
     fault = "raise ValueError('rows.jsonl: row 3: no verdict')"
-    before = IN_REWARD.format(after=20, rank=1, fault=fault)
+    before = IN_REWARD.format(rank=1, fault=fault)
     outputs = FastRun(*arguments, ranks=2, before=before).end(seconds=60)
     for status, errors in outputs:
         assert status == 2 and "Traceback" not in errors, errors
@@ -79,7 +79,7 @@ def test_an_error_of_one_rank_ends_all_with_its_message(arguments, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_hung_verifier_is_ended_and_located(ranks, arguments, tmp_path):
     """Over limits.reward: phase, step, stacks of all threads, status 70; on every rank."""
-    before = IN_REWARD.format(after=20, rank=ranks - 1, fault="time.sleep(600)")
+    before = IN_REWARD.format(rank=ranks - 1, fault="time.sleep(600)")
     run = FastRun(*arguments, "limits.reward=2", "limits.forward=1", ranks=ranks, before=before)
     outputs = run.end(seconds=90)
     assert [status for status, _ in outputs] == [HUNG_STATUS] * ranks, outputs
@@ -87,15 +87,15 @@ def test_a_hung_verifier_is_ended_and_located(ranks, arguments, tmp_path):
     assert f"rank {ranks - 1} has been in reward of step" in errors, errors
     assert "limits.reward = 2" in errors and f"resume={tmp_path / 'run'}" in errors
     stacks = tmp_path / "run" / "stacks" / f"rank_{ranks - 1:05d}.txt"
-    assert "in score" in stacks.read_text()
+    assert "in score_batch" in stacks.read_text()
 
 
 def test_code_that_never_yields_is_ended_too(arguments):
     """A regular expression that backtracks for ever holds the interpreter: stacks, then the end."""
     fault = "__import__('re').match('(a+)+$', 'a' * 60 + 'b')"
-    before = IN_REWARD.format(after=20, rank=0, fault=fault)
+    before = IN_REWARD.format(rank=0, fault=fault)
     [(status, errors)] = FastRun(*arguments, "limits.rank=2", before=before).end()
-    assert status == 1 and "Timeout (0:00:02)" in errors and "in score" in errors
+    assert status == 1 and "Timeout (0:00:02)" in errors and "in score_batch" in errors
 
 
 @pytest.mark.slow
