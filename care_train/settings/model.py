@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from care_train.algorithm.settings import STRICT, check
+from care_train.algorithm.settings import STRICT, check, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,3 +79,6 @@ class PromptSettings:
     """Name of the answer's tag."""
     max_prompt_tokens: int = 2048
     """Longest prompt in tokens, images expanded; a longer one is an error naming the row."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "prompt", max_prompt_tokens=1)
