@@ -153,7 +153,7 @@ def sft(config: Config) -> Summary:
         return _finish(
             run_dir, config, _basics(config) | {"loss": loss, "steps": config.sft.steps}, start
         )
-    session = open_session(config, folder, config.sft.data, device)
+    session = open_session(config, folder, device)
     with _metrics(run_dir, config) as metrics:
         values = run_sft(session, samples, run_dir / "final", metrics, device, checkpoint)
     kept = ("loss", "eval_loss", "rows", "rows_without_rationale")
@@ -186,7 +186,7 @@ def quickstart(config: Config) -> Summary:
     with _metrics(run_dir, config) as metrics:
         cold_start = run_dir / "cold_start"
         if not (config.resume and cold_start.is_dir()):
-            session = open_session(config, base, config.sft.data, device)
+            session = open_session(config, base, device)
             run_sft(session, cold_rows, cold_start, metrics, device, checkpoint)
             checkpoint = None
         summary = _train_from(
@@ -204,7 +204,7 @@ def evaluate(config: Config) -> Summary:
     is_data_read = not config.eval.benchmarks or "data" in config.eval.benchmarks
     held_out = load_samples(config.eval.data, config.seed) if is_data_read else []
     folder = model_folder(config, run_dir, held_out)
-    session = open_session(config, folder, config.eval.data, device)
+    session = open_session(config, folder, device)
     if config.eval.benchmarks:
         results = evaluate_benchmarks(session, run_dir, device)
         return _finish(run_dir, config, _basics(config) | benchmark_summary(results), start)
@@ -258,7 +258,7 @@ def _train_from(
     device: torch.device,
     checkpoint: Checkpoint | None,
 ) -> Summary:
-    session = open_session(config, folder, config.data, device)
+    session = open_session(config, folder, device)
     before = _logged_before(config, run_dir, checkpoint)
     if before is None:
         before = _evaluate_session(session, held_out, device, "evaluate before")
@@ -272,7 +272,7 @@ def _train_from(
         checkpoint=checkpoint,
         evaluate=lambda engine: evaluate_both(session, engine, held_out, device),
     )
-    trained = open_session(config, run_dir / "final", config.data, device)
+    trained = open_session(config, run_dir / "final", device)
     after = _evaluate_session(trained, held_out, device, "evaluate after")
     metrics.log(config.train.steps, after, phase="eval")
     open_checkpoints(config, run_dir).mark_best(config.train.steps, after)

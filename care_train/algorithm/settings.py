@@ -132,9 +132,8 @@ class CareSettings:
         delta, scale = self.rescue.delta, self.rescue.scale
         check(delta > 0, "care.rescue.delta", delta, "above 0")
         check(scale >= 0, "care.rescue.scale", scale, "at least 0")
-        check_at_least(self, "care", max_negatives=1, preselect_size=1, think_weight=0)
-        for key in ("norm_eps", "weight_eps"):
-            check(getattr(self, key) > 0, f"care.{key}", getattr(self, key), "above 0")
+        check_at_least(self, "care", max_negatives=1, preselect_size=1, think_weight=0, norm_eps=0)
+        check(self.weight_eps > 0, "care.weight_eps", self.weight_eps, "above 0")
         check(0 < self.neg_scale <= 1, "care.neg_scale", self.neg_scale, "in (0, 1]")
         check(0 <= self.robust_trim < 0.5, "care.robust_trim", self.robust_trim, "in [0, 0.5)")
         scale = self.reflect_scale

@@ -22,7 +22,7 @@ from care_train.training.session import Session
 _ANSWERS = "answers"
 _MADE_WITH = "made_with.json"
 
-_DECIDING = ("prompt", "model", "rollout", "eval.decode", "data.max_image_pixels", "seed")
+_DECIDING = ("prompt", "model", "rollout", "eval.decode", "seed")
 """Keys and sections that decide what is answered."""
 
 _INDIFFERENT = ("model.path", "model.lora", "rollout.group_size", "rollout.batch_size")

@@ -61,7 +61,7 @@ class CareTrainModel(lmms):
         self._config = load_config(config, [*settings, f"model.path={path}"])
         self._answer_only = str(answer_only).lower() in ("true", "1")
         process = initialize_process_group()
-        self._session = open_session(self._config, Path(path), self._config.eval.data, process)
+        self._session = open_session(self._config, Path(path), process)
         self._engine = self._session.rollout_engine(
             self._session.loaded, self._config.eval.batch_size
         )

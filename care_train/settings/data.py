@@ -29,11 +29,9 @@ class DataSettings:
     """Split, where the source has several."""
     max_samples: int | None = None
     """Take this many rows, chosen by the run's seed. None: all."""
-    max_image_pixels: int = 50_000_000
-    """Largest image accepted, in pixels: model input is untrusted."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, "data", max_samples=1, max_image_pixels=1)
+        check_at_least(self, "data", max_samples=1)
 
 
 @dataclass(frozen=True, kw_only=True)

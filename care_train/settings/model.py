@@ -79,6 +79,8 @@ class PromptSettings:
     """Name of the answer's tag."""
     max_prompt_tokens: int = 2048
     """Longest prompt in tokens, images expanded; a longer one is an error naming the row."""
+    max_image_pixels: int = 50_000_000
+    """Largest image accepted, in pixels: rows are untrusted."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, "prompt", max_prompt_tokens=1)
+        check_at_least(self, "prompt", max_prompt_tokens=1, max_image_pixels=1)

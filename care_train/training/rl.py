@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,11 @@ class PromptSource:
 
     def draw(self) -> list[Sample]:
         """The next `prompts_per_step` prompts, this rank's share of them."""
-        indices = self._order.take(self.position, self.count)
-        self.position += self.count
-        return rank_share([self._samples[i] for i in indices], rank(), world_size())
+        first, self.position = self.position, self.position + self.count
+        indices = self._order.take(first, self.count)
+        own = rank_share(list(enumerate(indices, start=first)), rank(), world_size())
+        size = len(self._samples)
+        return [replace(self._samples[i], visit=place // size) for place, i in own]
 
 
 def run_training(

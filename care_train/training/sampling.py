@@ -208,7 +208,7 @@ class GroupSampler:
         self, samples: Sequence[Sample], prompts: Sequence[EncodedPrompt], step: int
     ) -> list[Request]:
         return [
-            Request(prompt, request_seed(self._config.seed, step, sample.id, index))
+            Request(prompt, request_seed(self._config.seed, step, sample.draw, index))
             for sample, prompt in zip(samples, prompts, strict=True)
             for index in range(self._config.rollout.group_size)
         ]
@@ -274,7 +274,7 @@ class GroupSampler:
             return None
         # The group's own rollouts have the indices below.
         index = self._config.rollout.group_size
-        seed = request_seed(self._config.seed, step, group.sample.id, index)
+        seed = request_seed(self._config.seed, step, group.sample.draw, index)
         return Request(group.prompt, seed, prefix_ids)
 
     @property

@@ -57,11 +57,23 @@ class StepStatistics:
         reflected: Sequence[Rollout | None],
         num_reflections_wanted: int,
         results: Sequence[StepResult],
+        dropped: Sequence[SampledGroup] = (),
     ) -> None:
+        """Count.
+
+        Args:
+            groups: the batch.
+            updates: what each group trains.
+            reflected: each group's reflection.
+            num_reflections_wanted: reflections that groups asked for.
+            results: of the optimiser's steps.
+            dropped: groups that dynamic sampling sampled beside the batch: they cost as much, and
+                say as much about the policy.
+        """
         # Every rank sums the same keys, whatever its share of the batch holds.
         self._sums: dict[str, float] = dict.fromkeys(_KEYS, 0.0)
         repairs = [rollout for rollout in reflected if rollout is not None]
-        self._count_rollouts(groups, repairs)
+        self._count_rollouts([*groups, *dropped], repairs)
         self._count_groups(groups, updates, repairs)
         self._add("reflection_skipped", num_reflections_wanted - len(repairs))
         self._count_rows(results)

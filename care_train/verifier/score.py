@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from care_train.algorithm.reward import reward
 from care_train.algorithm.spans import parse_spans
 from care_train.data import Sample
-from care_train.settings import DataSettings, PromptSettings, RewardSettings
+from care_train.settings import PromptSettings, RewardSettings
 from care_train.verifier.answers import MAX_ANSWER_CHARS
 from care_train.verifier.format import format_fault
 from care_train.verifier.functions import RewardFunction
@@ -40,7 +40,6 @@ class Verifier:
         self,
         prompt: PromptSettings,
         reward: RewardSettings,
-        max_image_pixels: int = DataSettings.max_image_pixels,
     ) -> None:
         if not prompt.think_tag or not prompt.answer_tag or prompt.think_tag == prompt.answer_tag:
             raise ValueError(
@@ -50,7 +49,7 @@ class Verifier:
         self._think_tag = prompt.think_tag
         self._answer_tag = prompt.answer_tag
         self._settings = reward
-        self._functions = [RewardFunction(one, max_image_pixels) for one in reward.functions]
+        self._functions = [RewardFunction(one, prompt.max_image_pixels) for one in reward.functions]
         self._judge = Judge(reward.judge) if reward.judge else None
 
     def score(self, text: str, sample: Sample, finished: bool = True) -> Score:
