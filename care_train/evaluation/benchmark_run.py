@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from care_train.evaluation.decode import answer_questions, decoding
+from care_train.evaluation.decode import answer_questions
+from care_train.evaluation.decoding import decoding
 from care_train.evaluation.question_set import DATA, open_questions
 from care_train.evaluation.statistics import macro_average, summarize
 from care_train.evaluation.table import results_markdown

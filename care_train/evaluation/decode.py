@@ -8,25 +8,17 @@ from typing import Any
 import torch
 
 from care_train.algorithm.spans import parse_spans
+from care_train.evaluation.decoding import EVAL_STEP, decoding, equal_batches
 from care_train.evaluation.question import Judgement, Question
 from care_train.evaluation.question_set import QuestionSet
 from care_train.reporting import track
 from care_train.reporting.jsonl import JsonlWriter, read_jsonl
-from care_train.rollout.types import (
-    Completion,
-    Request,
-    RolloutEngine,
-    SamplingSettings,
-    request_seed,
-)
+from care_train.rollout.types import Completion, Request, RolloutEngine, request_seed
 from care_train.settings import Config
-from care_train.training.distributed import all_max, barrier, gather, is_main, rank, world_size
+from care_train.training.distributed import barrier, gather, is_main, rank, world_size
 from care_train.training.session import Session
 from care_train.training.stopping import Stopped, StopSignals
 from care_train.verifier import format_score
-
-_EVAL_STEP = -1
-"""The step in evaluation seeds: one that training never has."""
 
 Job = tuple[int, int, int]
 """A question's place, a seed of `eval.seeds`, and which of `eval.samples` responses."""
@@ -63,15 +55,11 @@ def answer_questions(
     _check_found(found, questions, folder)
     missing = [job for job in jobs if (ids[job[0]], job[1], job[2]) not in found]
     own = missing[rank() :: world_size()]
-    size = config.eval.batch_size
-    batches = [own[start : start + size] for start in range(0, len(own), size)]
-    # Ranks that share a vLLM generate together, so each has the same number of turns.
-    turns = all_max(len(batches), device)
-    bar = track(range(turns), questions.name, config.logging.progress and is_main())
+    batches = equal_batches(own, config.eval.batch_size, device)
+    bar = track(batches, questions.name, config.logging.progress and is_main())
     answered = 0
     with StopSignals() as signals, closing(JsonlWriter(folder / f"rank_{rank()}.jsonl")) as log:
-        for turn in bar:
-            batch = batches[turn] if turn < len(batches) else []
+        for batch in bar:
             for record in _answer(session, engine, questions, batch):
                 log.write(record)
             answered += len(batch)
@@ -81,18 +69,6 @@ def answer_questions(
     barrier()
     records = _found(folder)
     return [records[ids[place], seed, sample] for place, seed, sample in jobs]
-
-
-def decoding(config: Config) -> SamplingSettings:
-    """How benchmarks are decoded: as rollouts are (Sec. 8.2), or greedily."""
-    rollout = config.rollout
-    return SamplingSettings(
-        rollout.max_new_tokens,
-        rollout.temperature,
-        rollout.top_p,
-        rollout.top_k,
-        config.eval.decode == "greedy",
-    )
 
 
 def _jobs(config: Config, count: int) -> Iterator[Job]:
@@ -110,7 +86,7 @@ def _answer(
     encoded = session.encoder.encode([question.sample for question in asked.values()])
     prompts = dict(zip(asked, encoded, strict=True))
     requests = [
-        Request(prompts[place], request_seed(seed, _EVAL_STEP, questions.ids[place], sample))
+        Request(prompts[place], request_seed(seed, EVAL_STEP, questions.ids[place], sample))
         for place, seed, sample in batch
     ]
     completions = engine.generate(requests, decoding(session.config))

@@ -12,7 +12,7 @@ from bench.protocol_fixtures import math_vision_rows, write_parquet, write_train
 from care_train.cli import main
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.models.tiny import build_tiny_model
-from tests.train.runs import Run, run
+from tests.train.runs import Run, run, run_ranks
 
 ALL = ",".join(BENCHMARKS)
 SMALL = (
@@ -171,15 +171,30 @@ def test_changed_questions_are_refused(repositories, tiny_folder, tmp_path, capf
     assert "answers another question" in capfd.readouterr().err
 
 
-def test_two_ranks_answer_as_one(whole, repositories, tiny_folder, tmp_path):
+@pytest.fixture(scope="module")
+def two_ranks(repositories, tiny_folder, color_rows, tmp_path_factory) -> Path:
+    """What two ranks leave behind."""
+    out = tmp_path_factory.mktemp("ranks")
+    arguments = _arguments(repositories, tiny_folder(), out, "ranks")
+    own = (tiny_folder(), color_rows, out)
+    run_ranks("tests.evaluation.ranks", *own, *arguments, *_SAMPLES, ranks=2, seconds=120)
+    return out
+
+
+def test_two_ranks_answer_as_one(whole, two_ranks):
     """Ranks share the questions; each response depends on its seed alone."""
-    arguments = _arguments(repositories, tiny_folder(), tmp_path, "ranks")
-    run(*arguments, *_SAMPLES, ranks=2)
-    assert len(list((tmp_path / "ranks").glob("answers/*/rank_1.jsonl"))) == 6
-    one, two = _records(whole), _records(tmp_path / "ranks")
+    assert len(list((two_ranks / "ranks").glob("answers/*/rank_1.jsonl"))) == 6
+    one, two = _records(whole), _records(two_ranks / "ranks")
     assert {key: record["response"] for key, record in one.items()} == {
         key: record["response"] for key, record in two.items()
     }
+
+
+def test_every_rank_generates_as_often(two_ranks):
+    """Five questions in batches of two: 3 and 2 a rank, but two calls of `generate` on either, as
+    ranks that share a vLLM need; each question counts once."""
+    found = [json.loads((two_ranks / f"evaluate_{rank}.json").read_text()) for rank in (0, 1)]
+    assert found == [{"num_calls": 2, "num_questions": 5}] * 2
 
 
 @pytest.mark.slow
