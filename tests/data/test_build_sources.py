@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
 import pytest
 from PIL import Image
-from pyarrow import parquet
 
 from care_train.data import Sample, load_images, load_samples
 from care_train.settings import DataSettings, PromptSettings, RewardSettings
@@ -272,69 +270,6 @@ def test_text_image_and_multi_image_rows_mix(tmp_path: Path):
     assert total["images"] == 6
     shares = [manifest["counts"]["sources"][name]["usable_share"] for name in ("virl", "geo")]
     assert shares == [50.0, 50.0]
-
-
-def change(name: str, values: list[Any], kind: Any) -> Any:
-    def write(folder: Path) -> Path:
-        path = published.geometry3k(folder) / "data" / "train-00000-of-00001.parquet"
-        table = parquet.read_table(path)
-        place = table.schema.get_field_index(name)
-        parquet.write_table(table.set_column(place, name, pyarrow.array(values, kind)), path)
-        return folder
-
-    return write
-
-
-def without(name: str) -> Any:
-    def write(folder: Path) -> Path:
-        path = published.geometry3k(folder) / "data" / "train-00000-of-00001.parquet"
-        parquet.write_table(parquet.read_table(path).drop_columns([name]), path)
-        return folder
-
-    return write
-
-
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (
-            change("answer", [1.0, 2.0, 3.0], pyarrow.float64()),
-            "column 'answer': got number, wanted text",
-        ),
-        (
-            change("problem", [["q"]] * 3, pyarrow.list_(pyarrow.string())),
-            "column 'problem': got list of text, wanted text",
-        ),
-        (
-            change("images", [1, 2, 3], pyarrow.int64()),
-            "column 'images': got number, wanted list of image or list of bytes or list of text",
-        ),
-        (without("problem"), "column 'problem': got none, wanted text; the file has images"),
-    ],
-)
-def test_changed_schemas_are_named(tmp_path: Path, write: Any, message: str):
-    """A published schema that changed: source, file, column, the type got and the type wanted."""
-    source = {"name": "geo", "adapter": "geometry3k", "path": str(write(tmp_path))}
-    with pytest.raises(ValueError) as error:
-        build_from(tmp_path, [source])
-    where = "source geo (geometry3k): data/train-00000-of-00001.parquet: "
-    assert where + message in str(error.value)
-
-
-def test_changed_json_schemas_are_named(tmp_path: Path):
-    """Without a schema in the file, the first row tells; a later odd row is quarantined."""
-    rows = [{"question": "q?", "answer": "1", "image": []}] * 2
-    path = write_jsonl(tmp_path / "v.jsonl", [rows[0] | {"answer": 3}, rows[1]])
-    source = {"name": "virl", "adapter": "virl39k", "path": str(path)}
-    with pytest.raises(
-        ValueError, match=r"virl39k\): v\.jsonl: column 'answer': got number, wanted"
-    ):
-        build_from(tmp_path, [source])
-    path = write_jsonl(tmp_path / "v.jsonl", [rows[0], rows[1] | {"answer": ["a", "b"]}])
-    _, output = build_from(tmp_path, [source], overwrite=True)
-    [row] = quarantine(output)
-    assert (row["row"], row["reason"]) == (2, "answer_type")
-    assert row["detail"].startswith("v.jsonl: row 2: answer: got a list, wanted text, a number or")
 
 
 @pytest.mark.parametrize(
