@@ -23,11 +23,14 @@ from care_train.training.session import Session
 _ANSWERS = "answers"
 _MADE_WITH = "made_with.json"
 
-_DECIDING = ("prompt", "model", "rollout", "eval.decode", "data.max_image_pixels", "seed")
-"""Keys and sections that decide what is answered."""
+_DECIDING = ("prompt", "model", "rollout", "reward", "eval.decode", "data.max_image_pixels", "seed")
+"""Keys and sections that decide what is answered, and what of it is right."""
 
 _INDIFFERENT = ("model.path", "model.lora", "rollout.group_size", "rollout.batch_size")
-_INDIFFERENT += ("rollout.vllm", "rollout.max_log_prob_gap")
+_INDIFFERENT += ("rollout.vllm", "rollout.max_log_prob_gap", "reward.workers")
+_INDIFFERENT += tuple(
+    f"reward.judge.{key}" for key in ("api_key_env", "timeout", "retries", "concurrency")
+)
 
 
 def evaluate_benchmarks(session: Session, run_dir: Path, device: torch.device) -> dict[str, Any]:

@@ -25,6 +25,11 @@ class Question:
     group: str = ""
     """The part of the benchmark it is reported under, such as a subject."""
 
+    @property
+    def is_choice(self) -> bool:
+        """Whether one of several options is asked for; they may be in the image alone."""
+        return bool(self.options) or self.kind == "choice"
+
 
 @dataclass(frozen=True)
 class Judgement:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.protocol_fixtures import math_vision_rows, write_parquet, write_training
+from bench.protocol_fixtures import draw, math_vision_rows, write_parquet, write_training
 from care_train.cli import main
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.models.tiny import build_tiny_model
@@ -135,12 +135,13 @@ def test_more_seeds_and_benchmarks_can_be_added(repositories, tiny_folder, tmp_p
         ("rollout.temperature=0.5", "rollout.temperature: .* has answers made with 1.0, got 0.5"),
         ("eval.decode=greedy", "eval.decode: .* has answers made with 'sampled', got 'greedy'"),
         ("prompt.think_tag=reasoning", "prompt.think_tag"),
+        ("reward.tolerance=0.1", "reward.tolerance: .* has answers made with None, got 0.1"),
     ],
 )
 def test_answers_made_otherwise_are_not_mixed(
     change, message, whole, repositories, tiny_folder, capfd
 ):
-    """Another temperature, decoding or prompt is another evaluation."""
+    """Another temperature, decoding, prompt or rule is another evaluation."""
     arguments = _arguments(repositories, tiny_folder(), whole.parent, whole.name)
     assert main([*arguments, "--resume", change]) == 2
     assert re.search(message, capfd.readouterr().err)
@@ -159,14 +160,15 @@ def test_another_model_under_the_same_path_is_refused(repositories, tmp_path, ca
     assert "model.path's weights" in capfd.readouterr().err
 
 
-def test_changed_questions_are_refused(repositories, tiny_folder, tmp_path, capfd):
-    """An answer on file belongs to the question it was given to."""
+@pytest.mark.parametrize("change", [{"question": "other?"}, {"decoded_image": draw("teal")}])
+def test_changed_questions_are_refused(change, repositories, tiny_folder, tmp_path, capfd):
+    """An answer on file belongs to the words and pixels it was given to."""
     rows = math_vision_rows()
     path = write_parquet("math_vision", rows, tmp_path / "test.parquet")
     arguments = _arguments({"math_vision": path}, tiny_folder(), tmp_path, "rows")
     arguments[2] = "math_vision"
     assert main(arguments) == 0
-    write_parquet("math_vision", [row | {"question": "other?"} for row in rows], path)
+    write_parquet("math_vision", [row | change for row in rows], path)
     assert main([*arguments, "--resume"]) == 2
     assert "answers another question" in capfd.readouterr().err
 
