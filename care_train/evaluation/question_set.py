@@ -34,6 +34,11 @@ class QuestionSet:
     judge: Callable[[str, Question], Judgement] | None
     """The benchmark's rule; None: the run's own verifier and rewards."""
 
+    @property
+    def digest(self) -> str:
+        """Of all questions: evaluations with the same one asked the same."""
+        return hashlib.blake2b("".join(self.digests).encode(), digest_size=8).hexdigest()
+
 
 def open_questions(name: str, config: Config) -> QuestionSet:
     """The questions of a benchmark, every row checked.
