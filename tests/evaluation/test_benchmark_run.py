@@ -192,11 +192,22 @@ def test_two_ranks_answer_as_one(whole, two_ranks):
     }
 
 
+def _found(two_ranks: Path) -> list[dict]:
+    return [json.loads((two_ranks / f"found_{rank}.json").read_text()) for rank in (0, 1)]
+
+
 def test_every_rank_generates_as_often(two_ranks):
     """Five questions in batches of two: 3 and 2 a rank, but two calls of `generate` on either, as
     ranks that share a vLLM need; each question counts once."""
-    found = [json.loads((two_ranks / f"evaluate_{rank}.json").read_text()) for rank in (0, 1)]
-    assert found == [{"num_calls": 2, "num_questions": 5}] * 2
+    for found in _found(two_ranks):
+        assert (found["num_calls"], found["num_questions"]) == (2, 5)
+
+
+def test_lmms_eval_counts_and_waits_through_the_adapter(two_ranks):
+    """On several ranks its evaluator needs the model's accelerator, device, rank and world size."""
+    zero, one = _found(two_ranks)
+    assert zero["ranks"] == one["ranks"] == 2
+    assert (len(zero["answers"]), len(one["answers"])) == (2, 1)
 
 
 @pytest.mark.slow
