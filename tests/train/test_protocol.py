@@ -53,9 +53,10 @@ def test_the_protocol_in_miniature(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_documented_commands_run(tmp_path):
-    """docs/protocol.md's first block to the letter, in an empty folder with the configs."""
+    """README.md's block to the letter, in an empty folder with the configs."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    block = re.search(r"```bash\n(.*?)```", (ROOT / "docs" / "protocol.md").read_text(), re.DOTALL)
+    pattern = r"```bash\n(python -m bench\.protocol_fixtures .*?)```"
+    block = re.search(pattern, (ROOT / "README.md").read_text(), re.DOTALL)
     assert block is not None
     environment = own_environment() | {"OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
