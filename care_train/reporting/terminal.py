@@ -28,6 +28,8 @@ def show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
         console.print(table)
     elif "accuracy" in summary:
         console.print(f"accuracy {summary['accuracy']:.1%}, format {summary['format']:.1%}")
+    elif "eval_loss" in summary:
+        console.print(f"loss {summary['loss']:.3f}, on held-out rows {summary['eval_loss']:.3f}")
     names = ("results.md", "results.json", "report.md", "summary.json", "metrics.jsonl", "final")
     written = ", ".join(name for name in names if (run_dir / name).exists())
     console.print(f"[bold]{run_dir}[/bold]: {written}")

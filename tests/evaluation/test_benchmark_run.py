@@ -177,7 +177,7 @@ def test_changed_questions_are_refused(change, repositories, tiny_folder, tmp_pa
 def two_ranks(repositories, tiny_folder, color_rows, tmp_path_factory) -> Path:
     """What two ranks leave behind."""
     out = tmp_path_factory.mktemp("ranks")
-    arguments = _arguments(repositories, tiny_folder(), out, "ranks")
+    arguments = [*_arguments(repositories, tiny_folder(), out, "ranks"), "eval.batch_size=16"]
     own = (tiny_folder(), color_rows, out)
     run_ranks("tests.evaluation.ranks", *own, *arguments, *_SAMPLES, ranks=2, seconds=120)
     return out
