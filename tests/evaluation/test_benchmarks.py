@@ -139,6 +139,7 @@ def test_a_changed_type_is_named(name, column, value, got, tmp_path):
     ("name", "changes", "message"),
     [
         ("mathvista", {"answer": "purple"}, "wanted one of 'choices'"),
+        ("mathverse", {"image": "nowhere.png"}, "nowhere.png"),
         ("math_vision", {"answer": "F"}, "the letter of one of 4 options"),
         ("mmmu", {"options": "['red', 'blue'"}, "wanted text that spells a list of texts"),
         ("mmmu", {"answer": "Z"}, "the letter of one of 4 options"),
