@@ -28,6 +28,8 @@ _DATA_BUILD = "clean and deduplicate many sources into one checked Parquet file"
 
 _EXPORT = "write a checkpoint as a plain Hugging Face folder, from any ZeRO stage"
 
+_TABLE = "means over the evaluations of several trainings, beside the paper's Tables 1 and 2"
+
 _EPILOG = """\
 examples:
   care-train quickstart
@@ -42,6 +44,7 @@ examples:
   care-train verify < answers.jsonl
   care-train data build --config configs/data/rl.yaml
   care-train export --run runs/care --checkpoint best --out care-best
+  care-train table care=runs/score-0,runs/score-1 grpo=runs/score-2,runs/score-3
 
 Every run writes runs/<name>/: config.yaml, metrics.jsonl, summary.json, checkpoints/, final/ (a
 plain Hugging Face folder), learning_curves.png and report.md.
@@ -61,7 +64,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, more = parser.parse_known_args(arguments)
     if unknown := [argument for argument in more if argument.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if options.command == "export":
+    if options.command in ("export", "table"):
         if more:
             parser.error(f"unrecognized arguments: {' '.join(more)}")
         return options
@@ -132,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True, help="the folder to write")
     export.add_argument(
         "--adapter", action="store_true", help="the LoRA adapter alone, not the merged model"
+    )
+    table = commands.add_parser(
+        "table", help=_TABLE, description=_TABLE[0].upper() + _TABLE[1:] + "."
+    )
+    table.add_argument(
+        "groups", nargs="+", metavar="NAME=RUN,RUN", help="a row's name and its eval runs"
     )
     return parser
 

@@ -3,9 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from care_train.arguments import INSPECTIONS, parse_arguments
 from care_train.config import configs_folder, load_build_settings, load_config, names_run
@@ -22,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _export(options)
         elif options.command == "data":
             return _build_data(options)
+        elif options.command == "table":
+            return _table(options)
         else:
             config = load_config(_config_path(options), options.overrides)
             if options.command in INSPECTIONS:
@@ -43,6 +44,7 @@ def _run(command: str, config: Config) -> int:
     quiet_libraries()
     # Imported here: --help and configuration errors need no torch.
     from care_train import commands
+    from care_train.reporting.terminal import show_summary
     from care_train.training.distributed import barrier, is_main
     from care_train.training.guard import guarded
     from care_train.training.stopping import STOPPED_STATUS, Stopped
@@ -64,7 +66,7 @@ def _run(command: str, config: Config) -> int:
         barrier()
         return STOPPED_STATUS
     if is_main():
-        _show_summary(commands.run_dir_of(config), summary)
+        show_summary(commands.run_dir_of(config), summary)
     return 0
 
 
@@ -102,6 +104,19 @@ def _export(options: argparse.Namespace) -> None:
     commands.export(options.run, options.checkpoint, options.out, adapter=options.adapter)
 
 
+def _table(options: argparse.Namespace) -> int:
+    from care_train.evaluation.over_runs import combine_runs, table_markdown
+
+    groups = {}
+    for group in options.groups:
+        name, separator, folders = group.partition("=")
+        if not (name and separator and folders):
+            raise ValueError(f"table: got {group!r}, wanted NAME=RUN,RUN,...")
+        groups[name] = combine_runs([Path(folder) for folder in folders.split(",")])
+    print(table_markdown(groups), end="")
+    return 0
+
+
 def _build_data(options: argparse.Namespace) -> int:
     # No torch: the workers of a build start fast.
     from care_train.data_command import build_data
@@ -112,34 +127,6 @@ def _build_data(options: argparse.Namespace) -> int:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
-
-
-def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
-    """Scores before and after on standard output, and where everything is."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if "accuracy_before" in summary:
-        table = Table("held-out questions", "before", "after", "change", title_justify="left")
-        for name in ("accuracy", "format", "greedy", "greedy_format"):
-            if f"{name}_before" in summary:
-                before, after = summary[f"{name}_before"], summary[f"{name}_after"]
-                change = f"{100 * (after - before):+.1f} points"
-                table.add_row(name, f"{before:.1%}", f"{after:.1%}", change)
-        console.print(table)
-    elif "benchmarks" in summary:
-        table = Table("benchmark", "accuracy")
-        for name, accuracy in summary["benchmarks"].items():
-            table.add_row(name, f"{accuracy:.1%}")
-        if "macro_accuracy" in summary:
-            table.add_row("macro average", f"{summary['macro_accuracy']:.1%}")
-        console.print(table)
-    elif "accuracy" in summary:
-        console.print(f"accuracy {summary['accuracy']:.1%}, format {summary['format']:.1%}")
-    names = ("results.md", "results.json", "report.md", "summary.json", "metrics.jsonl", "final")
-    written = ", ".join(name for name in names if (run_dir / name).exists())
-    console.print(f"[bold]{run_dir}[/bold]: {written}")
 
 
 def _config_path(options: argparse.Namespace) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from care_train.config import config_to_dict, config_to_yaml, load_config
-from care_train.data import Sample, load_samples
+from care_train.data import Sample, load_samples, require_rationales
 from care_train.evaluation.benchmark_run import benchmark_summary, evaluate_benchmarks
 from care_train.evaluation.evaluate import evaluate_both
 from care_train.models.load import load_skeleton
@@ -41,6 +41,7 @@ from care_train.training.rl import open_checkpoints, run_training
 from care_train.training.rng import seed_all
 from care_train.training.session import Session, model_folder, open_session
 from care_train.training.sft import cold_start_checkpoints, run_sft
+from care_train.training.sft_rows import count_rows
 from care_train.training.weights import whole_weights
 
 Summary = dict[str, Any]
@@ -149,13 +150,13 @@ def sft(config: Config) -> Summary:
     folder = model_folder(config, run_dir, samples)
     if config.resume and (run_dir / "final").is_dir():
         # It had ended: all that a kill can have cut short is the report.
-        loss = read_metrics(run_dir / "metrics.jsonl")[-1]["loss"]
-        return _finish(
-            run_dir, config, _basics(config) | {"loss": loss, "steps": config.sft.steps}, start
+        values = read_metrics(run_dir / "metrics.jsonl")[-1] | count_rows(
+            samples, require_rationales(samples)
         )
-    session = open_session(config, folder, device)
-    with _metrics(run_dir, config) as metrics:
-        values = run_sft(session, samples, run_dir / "final", metrics, device, checkpoint)
+    else:
+        session = open_session(config, folder, device)
+        with _metrics(run_dir, config) as metrics:
+            values = run_sft(session, samples, run_dir / "final", metrics, device, checkpoint)
     kept = ("loss", "eval_loss", "rows", "rows_without_rationale")
     scores = {key: values[key] for key in kept if key in values}
     return _finish(run_dir, config, _basics(config) | scores | {"steps": config.sft.steps}, start)

@@ -7,10 +7,9 @@ from care_train.algorithm.reward import reward
 from care_train.algorithm.spans import parse_spans
 from care_train.data import Sample
 from care_train.settings import PromptSettings, RewardSettings
-from care_train.verifier.answers import MAX_ANSWER_CHARS
 from care_train.verifier.format import format_fault
 from care_train.verifier.functions import RewardFunction
-from care_train.verifier.judge import Case, Judge
+from care_train.verifier.judge import Judge, case_of
 from care_train.verifier.pool import shared_pool
 from care_train.verifier.responses import Response, item_of
 from care_train.verifier.types import Item, Verdict
@@ -130,11 +129,11 @@ class Verifier:
         """The judge's verdicts where the verifier found no match in a type it judges."""
         types = self._settings.judge.types if self._settings.judge else []
         cases = {
-            place: Case(responses[place].sample.prompt, item.expected, item.predicted.strip())
+            place: case
             for place, item in asked.items()
             if found[place].accuracy == 0
             and found[place].answer_type in types
-            and len(item.predicted) <= max(MAX_ANSWER_CHARS, 2 * len(item.expected))
+            and (case := case_of(responses[place].sample.prompt, item))
         }
         return dict(zip(cases, judge.judge(list(cases.values())), strict=True))
 

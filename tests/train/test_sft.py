@@ -242,3 +242,17 @@ def test_tags_that_are_tokens_are_learnt_as_tokens(tiny_folder, tmp_path):
 def test_no_held_out_rows_by_default():
     """Evaluating the cold start is asked for."""
     assert SftSettings().eval_data is None
+
+
+def test_an_ended_cold_start_keeps_its_summary(tiny_folder, color_rows, tmp_path):
+    """`--resume` of a run that is done writes the report again, with all that it said."""
+    arguments = ("sft.steps=2", f"sft.eval_data={{path: {color_rows}}}")
+    run = _sft(tiny_folder(), color_rows, tmp_path, *arguments)
+    before = json.loads((run / "summary.json").read_text())
+    _sft(tiny_folder(), color_rows, tmp_path, *arguments, "resume=true")
+    after = json.loads((run / "summary.json").read_text())
+    changing = ("wall_seconds", "command")
+    assert {k: v for k, v in after.items() if k not in changing} == {
+        k: v for k, v in before.items() if k not in changing
+    }
+    assert {"loss", "eval_loss", "rows", "rows_without_rationale"} <= after.keys()

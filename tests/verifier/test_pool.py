@@ -1,6 +1,7 @@
 """Worker processes: limited, replaced, and gone when they should be."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,8 +122,8 @@ def test_workers_die_with_the_parent(item: str):
 
 def test_an_unstartable_worker_is_an_error(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch):
     """Without math-verify nothing is silently wrong: the error names the command to try."""
-    monkeypatch.setattr("sys.path", ["/nonexistent"])
-    monkeypatch.chdir("/")
+    # What a worker that cannot import its libraries does, also where this package is installed.
+    monkeypatch.setattr("sys.executable", shutil.which("false"))
     with pytest.raises(ValueError, match=r"^reward: no worker process .* -m care_train\.verifier"):
         pool.run(EASY)
 
