@@ -12,11 +12,12 @@ ARGS ?=
 quickstart: $(READY)
 	$(BIN)/care-train quickstart $(ARGS)
 
+# Two at a time: each may hold a vLLM or several ranks. A file's tests share what they set up.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -259,13 +259,13 @@ def _prompt(loaded: Any, case: Case) -> Any:
 
     from care_train.data import Sample
     from care_train.models.prompts import EncodedPrompt, PromptEncoder
-    from care_train.settings import DataSettings, PromptSettings
+    from care_train.settings import PromptSettings
 
     if not case.image_side:
         return EncodedPrompt(tuple(20 + i % 40 for i in range(case.prompt)))
     drawn = Image.new("RGB", (case.image_side, case.image_side), "red")
     sample = Sample(id="0", prompt="what is it?", answer="red", images=(drawn,))
-    return PromptEncoder(loaded, PromptSettings(), DataSettings()).encode([sample])[0]
+    return PromptEncoder(loaded, PromptSettings()).encode([sample])[0]
 
 
 def _config(case: Case) -> Any:

@@ -98,10 +98,12 @@ FILES = {
 """Where a downloaded repository has the rows."""
 
 
-def draw(color: str, shape: str = "square", size: int = 64) -> PillowImage.Image:
-    """A shape in a colour on white."""
+def draw(
+    color: str, shape: str = "square", size: int = 64, box: tuple[int, int, int, int] | None = None
+) -> PillowImage.Image:
+    """A shape in a colour on white, in `box` or all but the margin."""
     image = PillowImage.new("RGB", (size, size), "white")
-    pen, box = ImageDraw.Draw(image), (size // 8, size // 8, size * 7 // 8, size * 7 // 8)
+    pen, box = ImageDraw.Draw(image), box or (size // 8, size // 8, size * 7 // 8, size * 7 // 8)
     (pen.ellipse if shape == "circle" else pen.rectangle)(box, fill=color)
     return image
 
@@ -288,7 +290,10 @@ def write_training(folder: Path, count: int = 64, seed: int = 0) -> None:
     for number in range(count):
         color, shape = rng.choice(COLORS), rng.choice(SHAPES)
         image = f"images/{number}.png"
-        draw(color, shape).save(folder / image)
+        # In other places: those that look the same are duplicates to `care-train data build`.
+        left, top, side = rng.randrange(14), rng.randrange(14), rng.randrange(44, 50)
+        box = (left, top, left + side, top + side)
+        draw(color, shape, box=box).save(folder / image)
         question = "what color is the shape?"
         thought = f"the shape is a {color} {shape}"
         turns = [

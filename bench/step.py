@@ -259,7 +259,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--scaling-rounds", type=int, default=3)
     parser.add_argument("--no-scaling", dest="scaling", action="store_false")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--cold-steps", type=int, default=60, help="of the cold start")
+    parser.add_argument("--cold-steps", type=int, default=100, help="the quickstart's")
     parser.add_argument("--folder", type=Path, help="keep the cold-started model here")
     for key in ("prompts", "group_size", "length", "micro_batch"):
         name = f"--{key.replace('_', '-')}"

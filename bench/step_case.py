@@ -130,7 +130,7 @@ def prepare(folder: Path, cold_steps: int, num_rows: int = 4096) -> Setup:
     cold = folder / f"cold_{cold_steps}"
     if not cold.is_dir():
         device = initialize_process_group()
-        session = open_session(config, base, config.sft.data, device)
+        session = open_session(config, base, device)
         with MetricsLogger(folder, config.logging, {}) as metrics:
             run_sft(session, cold_rows, cold, metrics, device)
     return Setup(cold, rows)

@@ -26,7 +26,7 @@ class OurTrainer:
         """
         device = initialize_process_group()
         config = case_config(case, overrides)
-        opened = open_session(config, setup.folder, config.data, device)
+        opened = open_session(config, setup.folder, device)
         end_never(opened.loaded)
         verifier = FixedLengthVerifier(config.prompt, config.reward)
         scorer = RolloutScorer(TokenText(opened.loaded.tokenizer), verifier, config.prompt)

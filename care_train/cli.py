@@ -1,125 +1,52 @@
 """care-train: the command line."""
 
 import argparse
-import errno
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from care_train.config import (
-    configs_folder,
-    describe_build_keys,
-    describe_keys,
-    load_build_settings,
-    load_config,
-    names_run,
-)
-from care_train.rollout.server_client import RolloutServerError
+from care_train.arguments import INSPECTIONS, parse_arguments
+from care_train.config import configs_folder, load_build_settings, load_config, names_run
+from care_train.rollout.errors import RolloutError
 from care_train.settings import Config
-
-_COMMANDS = {
-    "quickstart": "teach a tiny vision-language model to read images: cold start, CARE, report",
-    "sft": "cold start: supervised fine-tuning on rationale and answer",
-    "train": "reinforcement learning with CARE or a baseline, evaluated before and after",
-    "eval": "score a model on the paper's benchmarks or held-out rows: single decode",
-}
-
-_RESUMABLE = ("quickstart", "sft", "train", "eval")
-
-_INSPECTIONS = {
-    "plan": "predict memory per rank and time per step, without loading the model",
-    "doctor": "check machine, model, data and settings before a run",
-}
-
-_SERVE = "generate for runs: a vLLM that gets its weights from the run (rollout.vllm.server)"
-
-_VERIFY = "score JSON lines with response, answer and optional type on standard input"
-_DATA_BUILD = "clean and deduplicate many sources into one checked Parquet file"
-
-_EXPORT = "write a checkpoint as a plain Hugging Face folder, from any ZeRO stage"
-
-_EPILOG = """\
-examples:
-  care-train quickstart
-  care-train quickstart algorithm=grpo seed=1 name=grpo-1
-  care-train train --config configs/care.yaml model.path=/models/Qwen2.5-VL-3B-Instruct
-  care-train plan --config configs/care.yaml --gpus 8 --gpu h100
-  care-train doctor --config configs/care.yaml
-  deepspeed --num_gpus 8 --module care_train train --config configs/care.yaml
-  care-train train --config configs/care.yaml --resume
-  care-train eval --config configs/eval.yaml --benchmarks mathvista,mmmu model.path=runs/care/final
-  care-train serve --config configs/care.yaml --port 8000
-  care-train verify < answers.jsonl
-  care-train data build --config configs/data/rl.yaml
-  care-train export --run runs/care --checkpoint best --out care-best
-
-Every run writes runs/<name>/: config.yaml, metrics.jsonl, summary.json, checkpoints/, final/ (a
-plain Hugging Face folder), learning_curves.png and report.md.
-
-SIGTERM or Ctrl-C ends the current step, saves a checkpoint and exits with 75; a second one, more
-than a second later, ends the run at once. Errors in input exit with 2. (torchrun's own status is 1
-for either.)
-"""
+from care_train.training.failures import RunError, is_disk_full, status_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; user errors print one line and exit with 2."""
-    options = _parse(arguments)
+    options = parse_arguments(arguments)
     try:
         if options.command == "export":
             _export(options)
         elif options.command == "data":
             return _build_data(options)
+        elif options.command == "table":
+            return _table(options)
         else:
             config = load_config(_config_path(options), options.overrides)
-            if options.command in _INSPECTIONS:
+            if options.command in INSPECTIONS:
                 return _inspect(options, config)
             if options.command == "serve":
                 return _serve(options, config)
             if options.command == "verify":
                 return _verify(config)
             return _run(options.command, config)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (RunError, RolloutError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and not is_disk_full(error):
             raise
-        # A checkpoint that does not fit says more, and cleans up.
         print(f"care-train {options.command}: error: {error}", file=sys.stderr)
-        return 2
-    except (ValueError, FloatingPointError) as error:
-        print(f"care-train {options.command}: error: {error}", file=sys.stderr)
-        return 2
-    except RolloutServerError as error:
-        print(f"care-train {options.command}: error: {error}", file=sys.stderr)
-        return 1
+        return status_of(error)
     return 0
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Options and overrides in any order, which argparse alone does not take."""
-    parser = _parser()
-    options, more = parser.parse_known_args(arguments)
-    if unknown := [argument for argument in more if argument.startswith("-")]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if options.command == "export":
-        if more:
-            parser.error(f"unrecognized arguments: {' '.join(more)}")
-        return options
-    options.overrides += more
-    if getattr(options, "resume", False):
-        given = any(override.split("=")[0].strip() == "resume" for override in options.overrides)
-        options.overrides += [] if given else ["resume=true"]
-    if getattr(options, "benchmarks", None) is not None:
-        options.overrides.append(f"eval.benchmarks=[{options.benchmarks}]")
-    return options
 
 
 def _run(command: str, config: Config) -> int:
     quiet_libraries()
     # Imported here: --help and configuration errors need no torch.
     from care_train import commands
+    from care_train.reporting.terminal import show_summary
     from care_train.training.distributed import barrier, is_main
+    from care_train.training.guard import guarded
     from care_train.training.stopping import STOPPED_STATUS, Stopped
 
     run = {
@@ -129,7 +56,8 @@ def _run(command: str, config: Config) -> int:
         "eval": commands.evaluate,
     }[command]
     try:
-        summary = run(config)
+        with guarded(config.limits, commands.run_dir_of(config)):
+            summary = run(config)
     except Stopped as stopped:
         if is_main():
             print(f"{stopped}; go on with the same command and --resume, or with", file=sys.stderr)
@@ -138,7 +66,7 @@ def _run(command: str, config: Config) -> int:
         barrier()
         return STOPPED_STATUS
     if is_main():
-        _show_summary(commands.run_dir_of(config), summary)
+        show_summary(commands.run_dir_of(config), summary)
     return 0
 
 
@@ -176,6 +104,19 @@ def _export(options: argparse.Namespace) -> None:
     commands.export(options.run, options.checkpoint, options.out, adapter=options.adapter)
 
 
+def _table(options: argparse.Namespace) -> int:
+    from care_train.evaluation.over_runs import combine_runs, table_markdown
+
+    groups = {}
+    for group in options.groups:
+        name, separator, folders = group.partition("=")
+        if not (name and separator and folders):
+            raise ValueError(f"table: got {group!r}, wanted NAME=RUN,RUN,...")
+        groups[name] = combine_runs([Path(folder) for folder in folders.split(",")])
+    print(table_markdown(groups), end="")
+    return 0
+
+
 def _build_data(options: argparse.Namespace) -> int:
     # No torch: the workers of a build start fast.
     from care_train.data_command import build_data
@@ -188,34 +129,6 @@ def _build_data(options: argparse.Namespace) -> int:
     return 0
 
 
-def _show_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
-    """Scores before and after on standard output, and where everything is."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if "accuracy_before" in summary:
-        table = Table("held-out questions", "before", "after", "change", title_justify="left")
-        for name in ("accuracy", "format", "greedy", "greedy_format"):
-            if f"{name}_before" in summary:
-                before, after = summary[f"{name}_before"], summary[f"{name}_after"]
-                change = f"{100 * (after - before):+.1f} points"
-                table.add_row(name, f"{before:.1%}", f"{after:.1%}", change)
-        console.print(table)
-    elif "benchmarks" in summary:
-        table = Table("benchmark", "accuracy")
-        for name, accuracy in summary["benchmarks"].items():
-            table.add_row(name, f"{accuracy:.1%}")
-        if "macro_accuracy" in summary:
-            table.add_row("macro average", f"{summary['macro_accuracy']:.1%}")
-        console.print(table)
-    elif "accuracy" in summary:
-        console.print(f"accuracy {summary['accuracy']:.1%}, format {summary['format']:.1%}")
-    names = ("results.md", "results.json", "report.md", "summary.json", "metrics.jsonl", "final")
-    written = ", ".join(name for name in names if (run_dir / name).exists())
-    console.print(f"[bold]{run_dir}[/bold]: {written}")
-
-
 def _config_path(options: argparse.Namespace) -> Path | None:
     has_own = options.config is None and not names_run(options.overrides)
     if has_own and options.command == "quickstart":
@@ -226,6 +139,8 @@ def _config_path(options: argparse.Namespace) -> Path | None:
 def quiet_libraries() -> None:
     """Progress and errors are ours to show; these must be set before the libraries load."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Else torch reports with stacks that a rank is gone, which the guard says better.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import warnings
@@ -239,108 +154,6 @@ def quiet_libraries() -> None:
     if not torch.cuda.is_available():
         # DeepSpeed otherwise warns that it found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="care-train",
-        description="Post-train vision-language models from verifiable rewards with CARE.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    # Launchers put it before the command; the rank comes from the environment.
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    keys = _keys_help(describe_keys())
-    for name, summary in (_COMMANDS | _INSPECTIONS | {"serve": _SERVE, "verify": _VERIFY}).items():
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            epilog=keys,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_argument("--config", type=Path, help="a YAML file; see configs/")
-        if name in _RESUMABLE:
-            command.add_argument(
-                "--resume",
-                action="store_true",
-                help="go on from the run's newest usable checkpoint; from step 0 if it has none"
-                if name != "eval"
-                else "go on after the last response that the run wrote",
-            )
-        command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="settings laid over the file's"
-        )
-        if name == "eval":
-            command.add_argument(
-                "--benchmarks",
-                metavar="NAME,...",
-                help="mathvista, mathverse, math_vision, mmmu, mmmu_pro_standard, mmmu_pro_vision; "
-                "data: the rows of eval.data",
-            )
-        if name in _INSPECTIONS:
-            _add_inspection_options(command, name)
-        if name == "serve":
-            command.add_argument(
-                "--host",
-                default="127.0.0.1",
-                help="where to listen; default %(default)s, 0.0.0.0 for other machines' trainers",
-            )
-            command.add_argument(
-                "--port", type=int, default=8000, help="default %(default)s; 0: a free one"
-            )
-    _add_data(commands)
-    export = commands.add_parser("export", help=_EXPORT, description=_EXPORT)
-    export.add_argument("--run", type=Path, required=True, help="the run's folder")
-    export.add_argument(
-        "--checkpoint", default="last", help="step_NNNNNN, best or last (the default)"
-    )
-    export.add_argument("--out", type=Path, required=True, help="the folder to write")
-    export.add_argument(
-        "--adapter", action="store_true", help="the LoRA adapter alone, not the merged model"
-    )
-    return parser
-
-
-def _add_data(commands: Any) -> None:
-    data = commands.add_parser("data", help="`data build`: " + _DATA_BUILD)
-    build = data.add_subparsers(dest="action", required=True, metavar="build").add_parser(
-        "build",
-        help=_DATA_BUILD,
-        description=f"{_DATA_BUILD.capitalize()}. A killed build goes on where it was.",
-        epilog=_keys_help(describe_build_keys()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    build.add_argument("--config", type=Path, required=True, help="see configs/data/")
-    build.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings laid over the file's"
-    )
-
-
-def _add_inspection_options(command: argparse.ArgumentParser, name: str) -> None:
-    add = command.add_argument
-    add("--json", action="store_true", help="print one JSON object")
-    if name == "doctor":
-        add("--gpus", type=int, help="ranks of the run; default: the launcher's, or all GPUs here")
-        return
-    add("--gpus", type=int, default=8, help="ranks (default 8)")
-    add("--gpu", default="h100", help="which: b200, h200, h100, a100, a100-40, l40s, rtx4090")
-    add("--table", action="store_true", help="1 to 64 GPUs under every ZeRO stage")
-    add("--images", type=int, default=1, help="images per prompt (default 1)")
-    add("--image-size", metavar="WxH", help="pixels; default: the largest that are not scaled down")
-    add("--text-tokens", type=int, default=256, help="mean text of a prompt, for times only")
-    add("--response-tokens", type=int, help="mean response, for times only; default: half the most")
-    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None)
-    add("--lora-rank", type=int, help="LoRA on all linear layers of the language model; 0: none")
-
-
-def _keys_help(keys: Sequence[tuple[str, str, str]]) -> str:
-    lines = ["settings (key = default: meaning):"]
-    for key, default, description in keys:
-        meaning = " ".join(description.split())
-        lines.append(f"  {key} = {default}\n      {meaning}".replace("%", "%%"))
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

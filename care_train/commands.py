@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from care_train.config import config_to_dict, config_to_yaml, load_config
-from care_train.data import Sample, load_samples
+from care_train.data import Sample, load_samples, require_rationales
 from care_train.evaluation.benchmark_run import benchmark_summary, evaluate_benchmarks
 from care_train.evaluation.evaluate import evaluate_both
 from care_train.models.load import load_skeleton
@@ -41,6 +41,7 @@ from care_train.training.rl import open_checkpoints, run_training
 from care_train.training.rng import seed_all
 from care_train.training.session import Session, model_folder, open_session
 from care_train.training.sft import cold_start_checkpoints, run_sft
+from care_train.training.sft_rows import count_rows
 from care_train.training.weights import whole_weights
 
 Summary = dict[str, Any]
@@ -149,13 +150,13 @@ def sft(config: Config) -> Summary:
     folder = model_folder(config, run_dir, samples)
     if config.resume and (run_dir / "final").is_dir():
         # It had ended: all that a kill can have cut short is the report.
-        loss = read_metrics(run_dir / "metrics.jsonl")[-1]["loss"]
-        return _finish(
-            run_dir, config, _basics(config) | {"loss": loss, "steps": config.sft.steps}, start
+        values = read_metrics(run_dir / "metrics.jsonl")[-1] | count_rows(
+            samples, require_rationales(samples)
         )
-    session = open_session(config, folder, config.sft.data, device)
-    with _metrics(run_dir, config) as metrics:
-        values = run_sft(session, samples, run_dir / "final", metrics, device, checkpoint)
+    else:
+        session = open_session(config, folder, device)
+        with _metrics(run_dir, config) as metrics:
+            values = run_sft(session, samples, run_dir / "final", metrics, device, checkpoint)
     kept = ("loss", "eval_loss", "rows", "rows_without_rationale")
     scores = {key: values[key] for key in kept if key in values}
     return _finish(run_dir, config, _basics(config) | scores | {"steps": config.sft.steps}, start)
@@ -186,7 +187,7 @@ def quickstart(config: Config) -> Summary:
     with _metrics(run_dir, config) as metrics:
         cold_start = run_dir / "cold_start"
         if not (config.resume and cold_start.is_dir()):
-            session = open_session(config, base, config.sft.data, device)
+            session = open_session(config, base, device)
             run_sft(session, cold_rows, cold_start, metrics, device, checkpoint)
             checkpoint = None
         summary = _train_from(
@@ -204,7 +205,7 @@ def evaluate(config: Config) -> Summary:
     is_data_read = not config.eval.benchmarks or "data" in config.eval.benchmarks
     held_out = load_samples(config.eval.data, config.seed) if is_data_read else []
     folder = model_folder(config, run_dir, held_out)
-    session = open_session(config, folder, config.eval.data, device)
+    session = open_session(config, folder, device)
     if config.eval.benchmarks:
         results = evaluate_benchmarks(session, run_dir, device)
         return _finish(run_dir, config, _basics(config) | benchmark_summary(results), start)
@@ -258,7 +259,7 @@ def _train_from(
     device: torch.device,
     checkpoint: Checkpoint | None,
 ) -> Summary:
-    session = open_session(config, folder, config.data, device)
+    session = open_session(config, folder, device)
     before = _logged_before(config, run_dir, checkpoint)
     if before is None:
         before = _evaluate_session(session, held_out, device, "evaluate before")
@@ -272,7 +273,7 @@ def _train_from(
         checkpoint=checkpoint,
         evaluate=lambda engine: evaluate_both(session, engine, held_out, device),
     )
-    trained = open_session(config, run_dir / "final", config.data, device)
+    trained = open_session(config, run_dir / "final", device)
     after = _evaluate_session(trained, held_out, device, "evaluate after")
     metrics.log(config.train.steps, after, phase="eval")
     open_checkpoints(config, run_dir).mark_best(config.train.steps, after)

@@ -132,10 +132,9 @@ class CareSettings:
         delta, scale = self.rescue.delta, self.rescue.scale
         check(delta > 0, "care.rescue.delta", delta, "above 0")
         check(scale >= 0, "care.rescue.scale", scale, "at least 0")
-        check(self.max_negatives >= 1, "care.max_negatives", self.max_negatives, "at least 1")
-        check(self.preselect_size >= 1, "care.preselect_size", self.preselect_size, "at least 1")
+        check_at_least(self, "care", max_negatives=1, preselect_size=1, think_weight=0, norm_eps=0)
+        check(self.weight_eps > 0, "care.weight_eps", self.weight_eps, "above 0")
         check(0 < self.neg_scale <= 1, "care.neg_scale", self.neg_scale, "in (0, 1]")
-        check(self.think_weight >= 0, "care.think_weight", self.think_weight, "at least 0")
         check(0 <= self.robust_trim < 0.5, "care.robust_trim", self.robust_trim, "in [0, 0.5)")
         scale = self.reflect_scale
         check(
@@ -156,6 +155,13 @@ def check(holds: bool, key: str, got: object, wanted: str) -> None:
     """Raise ValueError naming key, got and wanted unless `holds`."""
     if not holds:
         raise ValueError(f"{key}: got {got!r}, wanted {wanted}")
+
+
+def check_at_least(settings: object, section: str, **least: float) -> None:
+    """`check` that numbers of a section are not below these; one that is null has no bound."""
+    for key, bound in least.items():
+        got = getattr(settings, key)
+        check(got is None or got >= bound, f"{section}.{key}", got, f"at least {bound:g}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -1,58 +1,45 @@
-"""How a key should be compared, where that is plain to see; the verifier infers the rest.
+"""The types of answers, and what can be told of a row's before anything is verified.
 
-The names are those of the verifier's answer types.
+The verifier infers the type of a key from the key and the options; a row says it where that would
+be wrong.
 """
 
 import re
-import unicodedata
+from enum import StrEnum
 
-CHOICE, NUMBER, RELAXED, MATH = "choice", "number", "relaxed", "math"
-SET, LIST, YES_NO, TEXT = "set", "list", "yes_no", "text"
-
-ANSWER_TYPES = (CHOICE, NUMBER, RELAXED, MATH, SET, LIST, YES_NO, TEXT)
-
-_YES_NO = {"yes", "no", "true", "false"}
-_NUMBER = re.compile(r"[-+]?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?\s*(?:%|°)?")
-_FRACTION = re.compile(r"[-+]?\d+\s*/\s*\d+")
-_MATH = re.compile(r"\\[a-zA-Z]+|[\^=√π]|\d\s*[a-z]\b")
-_WORDS = re.compile(r"[^\W\d_][\w'\u2019.-]*(?:[\s,&/-]+[^\W_][\w'\u2019.-]*)*")
+_NUMBER = re.compile(r"[-+]?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?\s*%?")
+_YEAR = re.compile(r"(?:1[89]|20|21)\d\d")
 _OPTION = re.compile(
     r"(?:^|\n|(?<=\s))\(?([A-J])[).:]\s*(\S[^\n]*?)(?=\s*(?:\n|$|\s\(?[A-J][).:]\s))"
 )
-_LETTER = re.compile(r"\(?([A-J])\)?\.?")
-_YEAR = re.compile(r"(?:1[89]|20|21)\d\d")
 
 
-def answer_type(answer: str, options: tuple[str, ...] = ()) -> str | None:
-    """The type of a key, or None where it could be more than one.
+class AnswerType(StrEnum):
+    """How an answer is compared with its key; docs/verifier.md has examples of each."""
 
-    Args:
-        answer: the key.
-        options: the texts of a multiple-choice question, in the order of their letters.
-    """
-    text = unicodedata.normalize("NFKC", answer).strip().strip("$").strip()
-    if options:
-        letter = _LETTER.fullmatch(text)
-        known = letter is not None and ord(letter[1]) - ord("A") < len(options)
-        return CHOICE if known or text in options else None
-    if text.lower() in _YES_NO:
-        return YES_NO
-    if any(char.isdigit() for char in text) and (
-        _NUMBER.fullmatch(text) or _FRACTION.fullmatch(text)
-    ):
-        return NUMBER
-    if text.startswith(("{", "\\{")) and text.endswith("}") and "," in text:
-        return SET
-    if _MATH.search(text):
-        return MATH
-    # A single letter may name an option, a point or a variable.
-    return TEXT if len(text) > 1 and _WORDS.fullmatch(text) else None
+    CHOICE = "choice"
+    """A letter, a letter with the option's text, or the text alone."""
+    NUMBER = "number"
+    """A number with or without unit, in any notation."""
+    RELAXED = "relaxed"
+    """ChartQA's measure: a number within 5 %, or else the same text."""
+    MATH = "math"
+    """An expression, equation, point or interval, compared symbolically."""
+    SET = "set"
+    """Several answers in any order."""
+    LIST = "list"
+    """Several answers in this order."""
+    YES_NO = "yes_no"
+    """Yes or no, true or false."""
+    TEXT = "text"
+    """Words."""
 
 
-def chart_answer_type(answer: str) -> str | None:
+def chart_answer_type(answer: str) -> AnswerType | None:
     """ChartQA's: its measure allows numbers 5 %, which no year should have."""
-    kind = answer_type(answer)
-    return RELAXED if kind == NUMBER and not _YEAR.fullmatch(answer.strip()) else kind
+    text = answer.strip()
+    is_number = any(char.isdigit() for char in text) and _NUMBER.fullmatch(text)
+    return AnswerType.RELAXED if is_number and not _YEAR.fullmatch(text) else None
 
 
 def options_of(prompt: str) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ def load_images(sample: Sample, max_pixels: int) -> list[Image.Image]:
 
 
 def load_image(
-    ref: ImageRef, *, location: str, max_pixels: int, limit_key: str = "data.max_image_pixels"
+    ref: ImageRef, *, location: str, max_pixels: int, limit_key: str = "prompt.max_image_pixels"
 ) -> Image.Image:
     """Decode one image: first frame, upright as its EXIF says, transparency laid over white.
 

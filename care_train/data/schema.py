@@ -34,7 +34,7 @@ class Sample:
     """One prompt with its images and the answer a verifier compares with."""
 
     id: str
-    """Stable over runs: seeds are derived from it."""
+    """Stable over runs: seeds are derived from it (`draw`)."""
     prompt: str
     """The user's text. `<image>` marks where each image goes; without one, images come first."""
     answer: str
@@ -49,6 +49,13 @@ class Sample:
     """File and row, as errors name them: `train.jsonl: row 12`."""
     columns: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
     """The row's other columns."""
+    visit: int = 0
+    """How often training had gone through all rows before it came to this one again."""
+
+    @property
+    def draw(self) -> str:
+        """What seeds are made from: a prompt that a step shows twice gets other rollouts."""
+        return f"{self.id}/{self.visit}" if self.visit else self.id
 
     def __post_init__(self) -> None:
         placeholders = self.prompt.count(IMAGE_PLACEHOLDER)

@@ -11,6 +11,7 @@ import torch
 from packaging.requirements import Requirement
 
 from care_train.doctor.finding import Finding, Subject
+from care_train.models.fast_paths import runnable
 from care_train.planning.architecture import describe
 from care_train.planning.hardware import GIB
 from care_train.planning.states import checkpoint_bytes, export_bytes
@@ -76,13 +77,11 @@ def _tested_ranges() -> dict[str, Requirement]:
 def check_devices(subject: Subject) -> Finding:
     """Enough devices, which can do what the configuration asks of them."""
     config, count = subject.config, torch.cuda.device_count()
-    if config.model.attention == "flash_attention_2" and installed("flash-attn") is None:
-        return Finding(
-            "error",
-            "devices",
-            "model.attention is flash_attention_2, but flash-attn is not installed",
-            "pip install flash-attn, or set model.attention=sdpa",
-        )
+    kind = None if subject.loaded is None else subject.loaded.model.config.model_type
+    _, replaced = runnable(config.model, kind)
+    if replaced:
+        fix = "run where they can, or set model.attention=sdpa and model.liger=false"
+        return Finding("warning", "devices", "; ".join(replaced), fix)
     if not torch.cuda.is_available():
         if subject.loaded is not None and _num_parameters(subject) > 500e6:
             return Finding(

@@ -143,7 +143,7 @@ def check_image_tokens(subject: Subject) -> Finding:
     sample = Sample(
         id="doctor", prompt="what is it?", answer="red", images=(drawn,), location="a drawn image"
     )
-    encoder = PromptEncoder(loaded, subject.config.prompt, subject.config.data)
+    encoder = PromptEncoder(loaded, subject.config.prompt)
     (encoded,) = encoder.encode([sample])
     messages = _messages(subject, [{"type": "image"}, {"type": "text", "text": sample.prompt}])
     rendered = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

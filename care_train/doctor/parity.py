@@ -45,7 +45,7 @@ def check_parity(subject: Subject) -> Finding:
     An engine that keeps no log-probs samples greedily instead, where the trainer must find no
     token likelier than the engine's.
     """
-    encoder = PromptEncoder(subject.model, subject.config.prompt, subject.config.data)
+    encoder = PromptEncoder(subject.model, subject.config.prompt)
     rows = spread(subject.rows, _NUM_PROMPTS)
     prompts = encoder.encode(rows)
     engine = _rollout_engine(subject, encoder)

@@ -16,7 +16,7 @@ _MAX_REWARD_SECONDS = 0.05
 def check_rows(subject: Subject) -> Finding:
     """Some training rows, their images included, become prompts of allowed length."""
     rows = spread(subject.rows, _NUM_ROWS)
-    encoder = PromptEncoder(subject.model, subject.config.prompt, subject.config.data)
+    encoder = PromptEncoder(subject.model, subject.config.prompt)
     start = time.perf_counter()
     prompts = encoder.encode(rows)
     seconds = (time.perf_counter() - start) / len(rows)
@@ -36,7 +36,7 @@ def check_evaluation_rows(subject: Subject) -> Finding:
     held_out = load_samples(config.eval.data, config.seed)
     rows = spread(held_out, _NUM_ROWS)
     for row in rows:
-        load_images(row, config.eval.data.max_image_pixels)
+        load_images(row, config.prompt.max_image_pixels)
     data, own = config.eval.data, config.data
     if (data.path, data.split) == (own.path, own.split):
         return Finding(

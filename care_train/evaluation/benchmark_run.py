@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from care_train.evaluation.decode import answer_questions, decoding
+from care_train.evaluation.decode import answer_questions
+from care_train.evaluation.decoding import decoding
 from care_train.evaluation.question_set import DATA, open_questions
 from care_train.evaluation.statistics import macro_average, summarize
 from care_train.evaluation.table import results_markdown
@@ -22,11 +23,14 @@ from care_train.training.session import Session
 _ANSWERS = "answers"
 _MADE_WITH = "made_with.json"
 
-_DECIDING = ("prompt", "model", "rollout", "eval.decode", "data.max_image_pixels", "seed")
-"""Keys and sections that decide what is answered."""
+_DECIDING = ("prompt", "model", "rollout", "reward", "eval.decode", "seed")
+"""Keys and sections that decide what is answered, and what of it is right."""
 
 _INDIFFERENT = ("model.path", "model.lora", "rollout.group_size", "rollout.batch_size")
-_INDIFFERENT += ("rollout.vllm", "rollout.max_log_prob_gap")
+_INDIFFERENT += ("rollout.vllm", "rollout.max_log_prob_gap", "reward.workers")
+_INDIFFERENT += tuple(
+    f"reward.judge.{key}" for key in ("api_key_env", "timeout", "retries", "concurrency")
+)
 
 
 def evaluate_benchmarks(session: Session, run_dir: Path, device: torch.device) -> dict[str, Any]:
@@ -53,22 +57,23 @@ def evaluate_benchmarks(session: Session, run_dir: Path, device: torch.device) -
     # All rows are read before the first answer: a wrong file must not stop the last benchmark.
     chosen = list(dict.fromkeys(config.eval.benchmarks))
     question_sets = [open_questions(name, config) for name in chosen]
-    _check_made_with(session, run_dir)
+    weights = identity(config, (), session.loaded.model)["weights"]
+    _check_made_with(session, weights, run_dir)
     engine = session.rollout_engine(session.loaded, config.eval.batch_size)
     summaries: dict[str, dict[str, Any]] = {}
-    sources = {}
     for questions in question_sets:
         folder = run_dir / _ANSWERS / questions.name
         records = answer_questions(session, engine, questions, folder, device)
         summaries[questions.name] = summarize(records, config.eval.k)
-        sources[questions.name] = questions.source
     averaged = {name: summary for name, summary in summaries.items() if name != DATA}
     results = {
         "model": config.model.path,
+        "weights": weights,
         "seeds": config.eval.seeds,
         "samples": config.eval.samples,
         "decoding": asdict(decoding(config)),
-        "sources": sources,
+        "sources": {questions.name: questions.source for questions in question_sets},
+        "questions": {questions.name: questions.digest for questions in question_sets},
         "benchmarks": summaries,
         "macro": macro_average(averaged) if averaged else None,
     }
@@ -87,12 +92,9 @@ def benchmark_summary(results: Mapping[str, Any]) -> dict[str, Any]:
     return {"benchmarks": scores} | ({"macro_accuracy": macro["accuracy"]} if macro else {})
 
 
-def _check_made_with(session: Session, run_dir: Path) -> None:
+def _check_made_with(session: Session, weights: Any, run_dir: Path) -> None:
     """Note what answers are made with; refuse to add to those made otherwise."""
-    now = {
-        "settings": _deciding(session.config),
-        "weights": identity(session.config, (), session.loaded.model)["weights"],
-    }
+    now = {"settings": _deciding(session.config), "weights": weights}
     path = run_dir / _ANSWERS / _MADE_WITH
     if path.is_file():
         saved = json.loads(path.read_text())

@@ -7,26 +7,18 @@ from typing import Any
 
 import torch
 
-from care_train.algorithm.spans import parse_spans
-from care_train.evaluation.question import Judgement, Question
+from care_train.evaluation.decoding import EVAL_STEP, decoding, equal_batches
+from care_train.evaluation.judging import Judged, judge_responses
+from care_train.evaluation.question import Question
 from care_train.evaluation.question_set import QuestionSet
 from care_train.reporting import track
 from care_train.reporting.jsonl import JsonlWriter, read_jsonl
-from care_train.rollout.types import (
-    Completion,
-    Request,
-    RolloutEngine,
-    SamplingSettings,
-    request_seed,
-)
+from care_train.rollout.types import Completion, Request, RolloutEngine, request_seed
 from care_train.settings import Config
-from care_train.training.distributed import all_max, barrier, gather, is_main, rank, world_size
+from care_train.training.distributed import barrier, gather, is_main, rank, world_size
 from care_train.training.session import Session
 from care_train.training.stopping import Stopped, StopSignals
-from care_train.verifier import format_score
-
-_EVAL_STEP = -1
-"""The step in evaluation seeds: one that training never has."""
+from care_train.verifier.judge import Judge
 
 Job = tuple[int, int, int]
 """A question's place, a seed of `eval.seeds`, and which of `eval.samples` responses."""
@@ -63,16 +55,13 @@ def answer_questions(
     _check_found(found, questions, folder)
     missing = [job for job in jobs if (ids[job[0]], job[1], job[2]) not in found]
     own = missing[rank() :: world_size()]
-    size = config.eval.batch_size
-    batches = [own[start : start + size] for start in range(0, len(own), size)]
-    # Ranks that share a vLLM generate together, so each has the same number of turns.
-    turns = all_max(len(batches), device)
-    bar = track(range(turns), questions.name, config.logging.progress and is_main())
+    batches = equal_batches(own, config.eval.batch_size, device)
+    judge = Judge(config.reward.judge) if config.reward.judge else None
+    bar = track(batches, questions.name, config.logging.progress and is_main())
     answered = 0
     with StopSignals() as signals, closing(JsonlWriter(folder / f"rank_{rank()}.jsonl")) as log:
-        for turn in bar:
-            batch = batches[turn] if turn < len(batches) else []
-            for record in _answer(session, engine, questions, batch):
+        for batch in bar:
+            for record in _answer(session, engine, questions, judge, batch):
                 log.write(record)
             answered += len(batch)
             if stop := signals.requested(device):
@@ -83,18 +72,6 @@ def answer_questions(
     return [records[ids[place], seed, sample] for place, seed, sample in jobs]
 
 
-def decoding(config: Config) -> SamplingSettings:
-    """How benchmarks are decoded: as rollouts are (Sec. 8.2), or greedily."""
-    rollout = config.rollout
-    return SamplingSettings(
-        rollout.max_new_tokens,
-        rollout.temperature,
-        rollout.top_p,
-        rollout.top_k,
-        config.eval.decode == "greedy",
-    )
-
-
 def _jobs(config: Config, count: int) -> Iterator[Job]:
     for seed in config.eval.seeds:
         for place in range(count):
@@ -103,31 +80,34 @@ def _jobs(config: Config, count: int) -> Iterator[Job]:
 
 
 def _answer(
-    session: Session, engine: RolloutEngine, questions: QuestionSet, batch: Sequence[Job]
-) -> Iterator[Record]:
+    session: Session,
+    engine: RolloutEngine,
+    questions: QuestionSet,
+    judge: Judge | None,
+    batch: Sequence[Job],
+) -> list[Record]:
     """Decode and judge a batch; its questions' images are read once however often it is asked."""
     asked = {place: questions.read(place) for place, _, _ in batch}
     encoded = session.encoder.encode([question.sample for question in asked.values()])
     prompts = dict(zip(asked, encoded, strict=True))
     requests = [
-        Request(prompts[place], request_seed(seed, _EVAL_STEP, questions.ids[place], sample))
+        Request(prompts[place], request_seed(seed, EVAL_STEP, questions.ids[place], sample))
         for place, seed, sample in batch
     ]
     completions = engine.generate(requests, decoding(session.config))
-    for job, completion in zip(batch, completions, strict=True):
-        yield _record(session, questions, asked[job[0]], job, completion)
+    responses = [(asked[job[0]], c) for job, c in zip(batch, completions, strict=True)]
+    judged = judge_responses(session, questions, judge, responses)
+    return [
+        _record(questions, job, *response, one)
+        for job, response, one in zip(batch, responses, judged, strict=True)
+    ]
 
 
 def _record(
-    session: Session, questions: QuestionSet, question: Question, job: Job, completion: Completion
+    questions: QuestionSet, job: Job, question: Question, completion: Completion, judged: Judged
 ) -> Record:
     place, seed, sample = job
-    prompt = session.config.prompt
-    text = session.scorer.text(completion)
-    span = parse_spans(text, prompt.think_tag, prompt.answer_tag).answer_content
-    answer = None if span is None else text[span[0] : span[1]]
-    judgement = _judge(questions, question, answer, completion.finished)
-    form = format_score(text, prompt.think_tag, prompt.answer_tag) if completion.finished else 0.0
+    judgement = judged.judgement
     return {
         "id": questions.ids[place],
         "seed": seed,
@@ -135,28 +115,16 @@ def _record(
         "digest": questions.digests[place],
         "group": question.group,
         "expected": question.sample.answer,
-        "answer": answer,
+        "answer": judged.answer,
         "accuracy": judgement.accuracy,
         "exact": judgement.is_exact,
-        "format": form,
+        "format": judged.format_score,
         "finished": completion.finished,
         "tokens": len(completion.token_ids),
         "reason": judgement.reason,
         "vote": judgement.vote,
-        "response": text,
+        "response": judged.text,
     }
-
-
-def _judge(
-    questions: QuestionSet, question: Question, answer: str | None, finished: bool
-) -> Judgement:
-    """Only the answer span counts (Sec. 8.3); without one nothing is right."""
-    if answer is None:
-        cut = "" if finished else ": cut by the length limit"
-        return Judgement(0.0, False, f"no complete answer span{cut}", "")
-    if not answer.strip():
-        return Judgement(0.0, False, "empty answer", "")
-    return questions.judge(answer, question)
 
 
 def _found(folder: Path) -> dict[tuple[str, int, int], Record]:

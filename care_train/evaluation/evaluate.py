@@ -6,14 +6,12 @@ from dataclasses import dataclass
 import torch
 
 from care_train.data import Sample
+from care_train.evaluation.decoding import EVAL_STEP, decoding, equal_batches
 from care_train.reporting import track
-from care_train.rollout.types import Request, RolloutEngine, SamplingSettings, request_seed
-from care_train.settings import Config
+from care_train.rollout.types import Request, RolloutEngine, request_seed
 from care_train.training.distributed import all_sum, is_main, rank, world_size
+from care_train.training.phase import phase
 from care_train.training.session import Session, rank_share
-
-_EVAL_STEP = -1
-"""The step in evaluation seeds: one that training never has."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +35,18 @@ def evaluate(
     """Decode every question once, at the training temperature or greedily, and verify."""
     config = session.config
     share = rank_share(samples, rank(), world_size())
-    size = config.eval.batch_size
-    batches = [share[start : start + size] for start in range(0, len(share), size)]
-    sampling = _sampling(config, greedy)
+    batches = equal_batches(share, config.eval.batch_size, device)
+    sampling = decoding(config, greedy)
     correct = well_formed = 0.0
     enabled = config.logging.progress and is_main()
     for batch in track(batches, f"{description}{' (greedy)' if greedy else ''}", enabled):
         prompts = session.encoder.encode(batch)
         requests = [
-            Request(prompt, request_seed(config.seed, _EVAL_STEP, sample.id, 0))
+            Request(prompt, request_seed(config.seed, EVAL_STEP, sample.id, 0))
             for sample, prompt in zip(batch, prompts, strict=True)
         ]
-        completions = engine.generate(requests, sampling)
+        with phase("generate"):
+            completions = engine.generate(requests, sampling)
         answered = [(*pair, ()) for pair in zip(batch, completions, strict=True)]
         for rollout in session.scorer.score_all(answered):
             correct += rollout.accuracy
@@ -71,10 +69,3 @@ def evaluate_both(
         greedy = evaluate(session, engine, samples, device, greedy=True, description=description)
         values |= {"greedy_accuracy": greedy.accuracy, "greedy_format": greedy.format}
     return values | {"num_questions": float(sampled.num_questions)}
-
-
-def _sampling(config: Config, greedy: bool) -> SamplingSettings:
-    rollout = config.rollout
-    return SamplingSettings(
-        rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, greedy
-    )

@@ -5,11 +5,14 @@ path=runs/care/final,config=configs/eval.yaml --tasks mmmu_val` finds this class
 point `lmms_eval.models`. Imported by LMMs-Eval alone, which is no dependency of this package.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
@@ -17,7 +20,7 @@ from care_train.algorithm.spans import parse_spans
 from care_train.config import load_config
 from care_train.data import Sample
 from care_train.data.schema import IMAGE_PLACEHOLDER
-from care_train.evaluation.decode import decoding
+from care_train.evaluation.decoding import decoding
 from care_train.rollout.types import Request, SamplingSettings, request_seed
 from care_train.training.distributed import initialize_process_group, rank, world_size
 from care_train.training.session import open_session
@@ -38,6 +41,7 @@ class CareTrainModel(lmms):
         batch_size: int | str | None = None,
         answer_only: bool | str = True,
         device: str | None = None,
+        max_batch_size: int | str | None = None,
         **overrides: Any,
     ) -> None:
         """Load the checkpoint.
@@ -45,10 +49,12 @@ class CareTrainModel(lmms):
         Args:
             path: a Hugging Face folder, such as a run's `final/`.
             config: a YAML file with prompt, tags, engine and lengths; None: the defaults.
-            batch_size: sequences generated at once; None: the config's eval.batch_size.
+            batch_size: sequences generated at once; None or `auto`: the config's eval.batch_size.
+                LMMs-Eval's own default is 1, which it passes.
             answer_only: return the answer span's text where a response has one, for tasks that
                 parse answers and no reasoning; False returns whole responses.
             device: taken and ignored: LMMs-Eval passes one, the launcher's rank decides.
+            max_batch_size: taken and ignored.
             overrides: more settings, with `__` for the dots that LMMs-Eval's arguments cannot have.
 
         Raises:
@@ -56,23 +62,34 @@ class CareTrainModel(lmms):
         """
         super().__init__()
         settings = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
-        if batch_size is not None:
+        if batch_size not in (None, "auto"):
             settings.append(f"eval.batch_size={int(batch_size)}")
         self._config = load_config(config, [*settings, f"model.path={path}"])
         self._answer_only = str(answer_only).lower() in ("true", "1")
-        process = initialize_process_group()
-        self._session = open_session(self._config, Path(path), self._config.eval.data, process)
+        # On several ranks LMMs-Eval counts requests and waits through these two.
+        self._device = initialize_process_group()
+        self.accelerator = Accelerator(cpu=self._device.type == "cpu")
+        self._session = open_session(self._config, Path(path), self._device)
         self._engine = self._session.rollout_engine(
             self._session.loaded, self._config.eval.batch_size
         )
         self._rank, self._world_size = rank(), world_size()
 
+    @property
+    def device(self) -> torch.device:
+        """This rank's."""
+        return self._device
+
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """One response per request, in order."""
+        """One response per request, in order; a document asked again gets another sample.
+
+        LMMs-Eval asks again for its `repeats`, and to give each rank as many requests.
+        """
         texts: list[str] = []
+        asked: Counter[str] = Counter()
         size = self._config.eval.batch_size
         for start in range(0, len(requests), size):
-            texts += self._respond(requests[start : start + size])
+            texts += self._respond(requests[start : start + size], asked)
         return texts
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
@@ -91,23 +108,24 @@ class CareTrainModel(lmms):
         """
         raise NotImplementedError("care_train generates answers; it scores no continuations")
 
-    def _respond(self, requests: Sequence[Any]) -> list[str]:
+    def _respond(self, requests: Sequence[Any], asked: Counter[str]) -> list[str]:
         arguments = [request.args for request in requests]
         samples = [self._sample(*argument) for argument in arguments]
         encoded = self._session.encoder.encode(samples)
+        seeds = []
+        for sample in samples:
+            seeds.append(request_seed(self._config.seed, _SEED_STEP, sample.id, asked[sample.id]))
+            asked[sample.id] += 1
         # Requests of one task share their generation settings; a batch may hold several tasks.
         by_settings: dict[SamplingSettings, list[int]] = {}
         for place, (_, generation, *_) in enumerate(arguments):
             by_settings.setdefault(self._sampling(generation), []).append(place)
         texts = [""] * len(requests)
         for sampling, places in by_settings.items():
-            asked = [
-                Request(encoded[i], request_seed(self._config.seed, _SEED_STEP, samples[i].id, 0))
-                for i in places
-            ]
-            for place, completion in zip(
-                places, self._engine.generate(asked, sampling), strict=True
-            ):
+            completions = self._engine.generate(
+                [Request(encoded[i], seeds[i]) for i in places], sampling
+            )
+            for place, completion in zip(places, completions, strict=True):
                 text = self._session.scorer.text(completion)
                 texts[place] = self._shown(text, arguments[place][1])
         return texts

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from care_train.data import ImageRef, Sample
+from care_train.data.image_refs import image_refs
 from care_train.evaluation.columns import Kind, describe
 
 
@@ -24,6 +25,11 @@ class Question:
     """Decimals an answer is rounded to."""
     group: str = ""
     """The part of the benchmark it is reported under, such as a subject."""
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether one of several options is asked for; they may be in the image alone."""
+        return bool(self.options) or self.kind == "choice"
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,9 @@ class Benchmark:
     """Configurations to read; none: the only one, or all."""
 
 
-def image_ref(value: Any, base_dir: Path) -> ImageRef:
+def image_ref(value: Any, base_dir: Path, location: str) -> ImageRef:
     """An image column's value as the rest of the code takes it; checked by `check_row` before."""
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value["path"]
-    return base_dir / value if isinstance(value, (str, Path)) else value
+    return image_refs(value, column="image", base_dir=base_dir, at=location)[0]
 
 
 def decode_texts(value: Any, *, column: str, location: str) -> tuple[str, ...]:

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from care_train.data import Sample, load_samples
+from care_train.data import ImageRef, Sample, load_samples, sample_digest
 from care_train.data.order import permutation
-from care_train.evaluation.answers import judge_free_form
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.evaluation.columns import check_row
 from care_train.evaluation.question import Benchmark, Judgement, Question
@@ -30,9 +29,15 @@ class QuestionSet:
     """Where the rows are from."""
     ids: tuple[str, ...]
     digests: tuple[str, ...]
-    """Of each question's words, options and key: what a record of its answer was made from."""
+    """Of each question's words, images and key: what a record of its answer was made from."""
     read: Callable[[int], Question]
-    judge: Callable[[str, Question], Judgement]
+    judge: Callable[[str, Question], Judgement] | None
+    """The benchmark's rule; None: the run's own verifier and rewards."""
+
+    @property
+    def digest(self) -> str:
+        """Of all questions: evaluations with the same one asked the same."""
+        return hashlib.blake2b("".join(self.digests).encode(), digest_size=8).hexdigest()
 
 
 def open_questions(name: str, config: Config) -> QuestionSet:
@@ -66,10 +71,7 @@ def _from_samples(samples: Sequence[Sample], source: str) -> QuestionSet:
         sample = samples[place]
         return Question(sample, group=sample.source)
 
-    def judge(predicted: str, question: Question) -> Judgement:
-        return judge_free_form(predicted, question.sample.answer)
-
-    return _question_set(DATA, "held-out rows", source, len(samples), read, judge)
+    return _question_set(DATA, "held-out rows", source, len(samples), read, None)
 
 
 def _question_set(
@@ -78,11 +80,11 @@ def _question_set(
     source: str,
     count: int,
     read: Callable[[int], Question],
-    judge: Callable[[str, Question], Judgement],
+    judge: Callable[[str, Question], Judgement] | None,
 ) -> QuestionSet:
-    """Read every question once, so that a bad row is found before the first answer."""
+    """Read every question once, so that a bad row or path is found before the first answer."""
     locations: dict[str, str] = {}
-    digests = []
+    digests, image_digests = [], {}
     for place in range(count):
         question = read(place)
         sample = question.sample
@@ -92,14 +94,15 @@ def _question_set(
                 f"{locations[sample.id]}, wanted unique ids"
             )
         locations[sample.id] = sample.location
-        digests.append(_digest(question))
+        digests.append(_digest(question, image_digests))
     return QuestionSet(name, title, source, tuple(locations), tuple(digests), read, judge)
 
 
-def _digest(question: Question) -> str:
+def _digest(question: Question, image_digests: dict[ImageRef, str]) -> str:
     sample = question.sample
-    parts = (sample.prompt, sample.answer, len(sample.images), question.options, question.kind)
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+    parts = (sample_digest(sample, image_digests), question.options, question.kind, sample.columns)
+    text = json.dumps(parts, default=str, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _reader(benchmark: Benchmark, parts: Sequence[Rows]) -> Callable[[int], Question]:

@@ -20,7 +20,7 @@ def results_markdown(name: str, results: Mapping[str, Any]) -> str:
     summaries: Summaries = results["benchmarks"]
     sections = [
         f"# {name}: accuracy, percent",
-        _comparison(name, results),
+        comparison({f"{name} (this run)": results}),
         _note(results),
         "## Behind the numbers",
         _details(summaries),
@@ -29,15 +29,24 @@ def results_markdown(name: str, results: Mapping[str, Any]) -> str:
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _comparison(name: str, results: Mapping[str, Any]) -> str:
-    summaries: Summaries = results["benchmarks"]
+def comparison(own: Mapping[str, Mapping[str, Any]]) -> str:
+    """Rows of ours by their names, above the paper's.
+
+    Args:
+        own: of each row the `benchmarks` with `accuracy` and `half_width`, and their `macro`.
+    """
     header = ["", *(b.title for b in BENCHMARKS.values()), "macro average"]
-    own = [f"**{name} (this run)**"]
-    own += [_score(summaries[key]) if key in summaries else "—" for key in BENCHMARKS]
+    rows = [_own_row(name, results) for name, results in own.items()]
+    rows += map(_paper_row, sorted(TABLE_1 + TABLE_2, key=_backbone))
+    return markdown_table(header, rows)
+
+
+def _own_row(name: str, results: Mapping[str, Any]) -> list[str]:
+    summaries: Summaries = results["benchmarks"]
+    row = [f"**{name}**"]
+    row += [score(summaries[key]) if key in summaries else "—" for key in BENCHMARKS]
     macro = results["macro"]
-    own.append(_score(macro) if macro and set(BENCHMARKS) <= set(summaries) else "—")
-    rows = [own, *map(_paper_row, sorted(TABLE_1 + TABLE_2, key=_backbone))]
-    return _table(header, rows)
+    return [*row, score(macro) if macro and set(BENCHMARKS) <= set(summaries) else "—"]
 
 
 def _note(results: Mapping[str, Any]) -> str:
@@ -69,14 +78,14 @@ def _details(summaries: Summaries) -> str:
             [
                 BENCHMARKS[key].title if key in BENCHMARKS else key,
                 f"{summary['num_questions']:,}",
-                f"{_score(summary)} [{100 * low:.1f}, {100 * high:.1f}]",
+                f"{score(summary)} [{100 * low:.1f}, {100 * high:.1f}]",
                 *(_percent(summary[name]) for name in ("exact", "format", "truncated")),
                 f"{summary['tokens']:,.0f}",
                 *(_percent(summary["pass@k"][k]) for k in ks),
                 *(_percent(summary["majority@k"][k]) for k in ks),
             ]
         )
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _group_section(results: Mapping[str, Any], key: str) -> str:
@@ -88,7 +97,7 @@ def _group_section(results: Mapping[str, Any], key: str) -> str:
         for name, group in groups.items()
     ]
     title = BENCHMARKS[key].title if key in BENCHMARKS else key
-    return f"### {title}\n\n{_table(['', 'questions', 'accuracy'], rows)}"
+    return f"### {title}\n\n{markdown_table(['', 'questions', 'accuracy'], rows)}"
 
 
 def _paper_row(row: Row) -> list[str]:
@@ -103,7 +112,8 @@ def _backbone(row: Row) -> bool:
     return not row[0].startswith(("Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Qwen3-VL-8B-Instruct"))
 
 
-def _score(summary: Mapping[str, Any]) -> str:
+def score(summary: Mapping[str, Any]) -> str:
+    """Percent, with the half width of its interval where there is one."""
     half = summary["half_width"]
     return _percent(summary["accuracy"]) + ("" if half is None else f" ± {100 * half:.1f}")
 
@@ -112,6 +122,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Numbers aligned to the right, the first column to the left."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(c.replace("|", r"\|") for c in row) + " |" for row in lines)

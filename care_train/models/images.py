@@ -8,8 +8,6 @@ import torch
 
 from care_train.models.prompts import EncodedPrompt
 
-_REPEATS = ("image_places", "prompt_places", "image_counts")
-
 
 def image_inputs(
     prompts: Sequence[EncodedPrompt], input_ids: torch.Tensor, image_token_id: int | None

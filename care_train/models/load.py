@@ -15,6 +15,7 @@ from transformers import (
     GenerationConfig,
 )
 
+from care_train.models.fast_paths import apply_liger, runnable_and_said
 from care_train.models.lora import add_adapters
 from care_train.settings import LoraSettings, ModelSettings
 
@@ -70,15 +71,21 @@ class LoadedModel:
 
 
 def load_model(settings: ModelSettings, folder: str | Path | None = None) -> LoadedModel:
-    """Load `folder`, or `settings.path`, in the settings' precision and attention.
+    """Load `folder`, or `settings.path`, in the settings' precision, attention and kernels.
+
+    What this machine cannot run is replaced, and said.
 
     Raises:
         ValueError: a folder that does not exist or holds no model.
     """
     path = _checked_path(settings, folder)
-    model = auto_class(AutoConfig.from_pretrained(path)).from_pretrained(
+    config = AutoConfig.from_pretrained(path)
+    settings = runnable_and_said(settings, config.model_type)
+    model = auto_class(config).from_pretrained(
         path, dtype=DTYPES[settings.dtype], attn_implementation=settings.attention
     )
+    if settings.liger:
+        apply_liger(model)
     return _limited(_with_preparation(model, path), settings)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from care_train.data import Sample, load_images
 from care_train.models.load import LoadedModel
-from care_train.settings import DataSettings, PromptSettings
+from care_train.settings import PromptSettings
 
 _PLACEHOLDER = re.compile(r"<image>")
 
@@ -36,7 +36,7 @@ class EncodedPrompt:
 class PromptEncoder:
     """Applies the chat template and the processor to samples."""
 
-    def __init__(self, loaded: LoadedModel, prompt: PromptSettings, data: DataSettings) -> None:
+    def __init__(self, loaded: LoadedModel, prompt: PromptSettings) -> None:
         """Set up; one template is for the cold start, reinforcement learning and evaluation.
 
         Raises:
@@ -45,7 +45,6 @@ class PromptEncoder:
         """
         self._loaded = loaded
         self._prompt = prompt
-        self._max_image_pixels = data.max_image_pixels
         self._opening = self._opened_rationale()
 
     def encode(self, samples: Sequence[Sample]) -> list[EncodedPrompt]:
@@ -145,7 +144,7 @@ class PromptEncoder:
                 f"{sample.location}: images: got {len(sample.images)}, wanted none: the model "
                 "reads text only; choose a vision-language model or drop the images"
             )
-        images = load_images(sample, self._max_image_pixels)
+        images = load_images(sample, self._prompt.max_image_pixels)
         placeholders = text.count(self._loaded.processor.image_token)
         if placeholders != len(images):
             raise ValueError(

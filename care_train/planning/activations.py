@@ -42,15 +42,27 @@ def vision_layer_bytes(vision: VisionShape, b: int) -> int:
 
 
 def mask_bytes(work: Workload, text: TextShape, b: int, length: int) -> float:
-    """The padding mask [B, 1, T, T], as booleans and as the numbers that attention adds."""
-    return work.micro_batch * length**2 * (1 + b)
+    """The mask [B, 1, T, T], as booleans and as the numbers that attention adds.
+
+    FlashAttention needs lengths alone.
+    """
+    if work.attention == "flash_attention_2":
+        return 0.0
+    return _pairs(work, length) * (1 + b)
+
+
+def _pairs(work: Workload, length: int) -> float:
+    """Places of the score matrices of a micro-batch: B x T x T, packed 1 x (B T) x (B T)."""
+    if work.packing:
+        return (work.micro_batch * length) ** 2
+    return work.micro_batch * length**2
 
 
 def score_matrix_bytes(work: Workload, text: TextShape, b: int, length: int) -> float:
     """Per layer, [B, heads, T, T] kept by `eager` attention: fp32 softmax, and what it becomes."""
     if work.attention != "eager":
         return 0.0
-    return work.micro_batch * text.num_heads * length**2 * (4.0 if b == 4 else 4.0 + 2 * b)
+    return text.num_heads * _pairs(work, length) * (4.0 if b == 4 else 4.0 + 2 * b)
 
 
 def text_activation_bytes(architecture: Architecture, training: Training, work: Workload) -> float:
@@ -72,14 +84,14 @@ def text_activation_bytes(architecture: Architecture, training: Training, work: 
 def vision_activation_bytes(
     architecture: Architecture, training: Training, work: Workload
 ) -> float:
-    """The vision tower over one micro-batch's images; every sequence brings its own.
+    """The vision tower over one micro-batch's images; every prompt brings its own.
 
     Frozen, it keeps nothing and passes one block's through.
     """
     vision, b = architecture.vision, training.parameter_bytes
     if vision is None or not work.patches:
         return 0.0
-    patches = work.micro_batch * work.patches
+    patches = work.encoded_prompts * work.patches
     block = patches * vision_layer_bytes(vision, b)
     is_frozen = training.freeze_vision or bool(training.lora_rank)
     pixels = patches * 3 * 2 * vision.patch**2 * (4 + b)
@@ -126,7 +138,7 @@ def scoring_bytes(
     layer = tokens * (3 * b * text.intermediate + 3 * b * text.hidden)
     passing = 0.0
     if architecture.vision is not None and work.patches:
-        patches = work.micro_batch * work.patches
+        patches = work.encoded_prompts * work.patches
         passing = patches * vision_layer_bytes(architecture.vision, b)
     widest = max(layer + score_matrix_bytes(work, text, b, work.context), passing)
     return (

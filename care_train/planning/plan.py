@@ -117,9 +117,10 @@ def _checkpoint(training: Training, work: Workload) -> Changed:
 
 
 def _fewer_sequences(training: Training, work: Workload) -> Changed:
-    for size in (work.micro_batch // 4, 1):
-        if 1 <= size < work.micro_batch:
-            yield f"set train.micro_batch_size={size}", training, with_micro_batch(work, size)
+    for share in (0.25, 0.0):
+        setting, smaller = with_micro_batch(work, share)
+        if smaller.micro_batch < work.micro_batch:
+            yield f"set {setting}", training, smaller
 
 
 def _generate_fewer(training: Training, work: Workload) -> Changed:

@@ -11,6 +11,7 @@ from care_train.planning.hardware import GIB
 from care_train.planning.memory import PHASES
 from care_train.planning.plan import Plan
 from care_train.planning.timing import Efficiencies
+from care_train.planning.workload import Workload
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -93,6 +94,13 @@ def table_to_json(rows: list[tuple[int, dict[int, Plan]]]) -> str:
     return json.dumps(entries)
 
 
+def _at_once(work: Workload) -> str:
+    packed = ", packed" if work.packing else ""
+    if work.micro_batch_tokens is None:
+        return f"{work.micro_batch:g} at a time{packed}"
+    return f"{work.micro_batch_tokens} tokens at a time{packed}"
+
+
 def _headline(plan: Plan) -> str:
     training, work, model = plan.training, plan.work, plan.architecture
     trained = states.num_trained(model, training)
@@ -103,8 +111,7 @@ def _headline(plan: Plan) -> str:
         + (", gradient checkpointing" if training.checkpointing else "")
         + (f", LoRA of rank {training.lora_rank}" if training.lora_rank else ""),
         f"per rank and step: {work.prompts:g} prompts x {work.group_size} responses, up to "
-        f"{work.prompts * work.trained_per_group:g} sequences trained, {work.micro_batch} at a "
-        "time",
+        f"{work.prompts * work.trained_per_group:g} sequences trained, {_at_once(work)}",
         f"memory for sequences of up to {work.context} tokens ({work.prompt} prompt, "
         f"{work.patches} image patches); time for {work.mean_length:.0f} on average",
         f"assumed: {Efficiencies().describe()}",

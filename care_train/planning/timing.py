@@ -194,8 +194,8 @@ def communication_seconds(
     trained = states.num_trained(architecture, training) * b
     held = states.num_held(architecture, training) * b
     per_pass = work.prompts * work.trained_per_group
-    micro_batches = work.passes * max(1.0, per_pass / work.micro_batch)
-    scored = work.prompts * work.group_size * work.is_care / work.micro_batch
+    micro_batches = work.passes * max(1.0, per_pass / work.mean_micro_batch)
+    scored = work.prompts * work.group_size * work.is_care / work.mean_micro_batch
     if training.stage < 2:
         moved = 2.0 * trained * work.optimizer_steps
     elif training.stage == 2:

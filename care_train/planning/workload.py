@@ -78,9 +78,14 @@ class Workload:
     group_size: int
     trained_per_group: float
     """Sequences per prompt that reach the optimiser, at most."""
-    micro_batch: int
+    micro_batch: float
+    """Sequences in one forward and backward, all as long as the longest."""
     generated_at_once: int
     """Sequences."""
+    micro_batch_tokens: int | None = None
+    """What `micro_batch` times `context` is bounded by, instead of a number of sequences."""
+    packing: bool = False
+    """A micro-batch is one row: its attention mask is as wide as all its sequences."""
     passes: int = 1
     optimizer_steps: int = 1
     attention: str = "sdpa"
@@ -97,6 +102,24 @@ class Workload:
         """Of a sequence."""
         return self.mean_prompt + self.mean_response
 
+    @property
+    def mean_micro_batch(self) -> float:
+        """Sequences of average length in one forward and backward."""
+        if self.micro_batch_tokens is None:
+            return self.micro_batch
+        return self.micro_batch_tokens / self.mean_length
+
+    @property
+    def encoded_prompts(self) -> float:
+        """Most prompts whose images one forward encodes; those that repeat are encoded once.
+
+        Where tokens are bounded, each brings its shortest response.
+        """
+        sequences = self.micro_batch
+        if self.micro_batch_tokens is not None:
+            sequences = max(1.0, self.micro_batch_tokens // (self.mean_prompt + 1))
+        return min(sequences, max(1.0, self.prompts))
+
 
 def training_of(config: Config, scenario: Scenario) -> Training:
     """What DeepSpeed will do; `deepspeed.config` goes before the settings' own."""
@@ -104,9 +127,7 @@ def training_of(config: Config, scenario: Scenario) -> Training:
     is_bf16 = config.model.dtype == "bfloat16"
     stage = int(zero.get("stage", config.deepspeed.zero_stage))
     lora = getattr(config.model, "lora", None)
-    checkpointing = getattr(config.model, "gradient_checkpointing", None)
-    if checkpointing is None:
-        checkpointing = getattr(config.train, "gradient_checkpointing", False)
+    checkpointing = config.train.gradient_checkpointing
     if scenario.gradient_checkpointing is not None:
         checkpointing = scenario.gradient_checkpointing
     rank = scenario.lora_rank if scenario.lora_rank is not None else getattr(lora, "rank", 0)
@@ -117,7 +138,7 @@ def training_of(config: Config, scenario: Scenario) -> Training:
         has_master=is_bf16 or stage >= 1,
         freeze_vision=config.train.freeze_vision,
         lora_rank=rank or 0,
-        checkpointing=bool(checkpointing),
+        checkpointing=checkpointing,
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_parameters=_offloads(zero, "offload_param"),
         reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),
@@ -138,20 +159,24 @@ def workload_of(config: Config, architecture: Architecture, scenario: Scenario) 
     merged = patches // architecture.vision.merge**2 if architecture.vision else 0
     prompt = config.prompt.max_prompt_tokens
     reflection = (care.reflection.max_new_tokens or rollout.max_new_tokens) if reflects else 0
+    context = prompt + rollout.max_new_tokens + reflection
+    tokens = train.micro_batch_tokens
     trained = rollout.group_size
     if is_care:
         trained = min(trained, care.max_negatives + 1) + reflects
     return Workload(
         prompt=prompt,
         response=rollout.max_new_tokens,
-        context=prompt + rollout.max_new_tokens + reflection,
+        context=context,
         patches=patches,
         mean_prompt=min(prompt, merged + scenario.text_tokens),
         mean_response=max(1.0, rollout.max_new_tokens * scenario.mean_response_share),
         prompts=train.prompts_per_step / scenario.gpus,
         group_size=rollout.group_size,
         trained_per_group=trained,
-        micro_batch=train.micro_batch_size,
+        micro_batch=train.micro_batch_size if tokens is None else max(1.0, tokens / context),
+        micro_batch_tokens=tokens,
+        packing=train.packing,
         generated_at_once=rollout.batch_size,
         passes=train.num_iterations,
         optimizer_steps=train.num_iterations * train.mini_batches,
@@ -164,9 +189,14 @@ def workload_of(config: Config, architecture: Architecture, scenario: Scenario) 
     )
 
 
-def with_micro_batch(work: Workload, size: int) -> Workload:
-    """The same with another `train.micro_batch_size`."""
-    return replace(work, micro_batch=size)
+def with_micro_batch(work: Workload, share: float) -> tuple[str, Workload]:
+    """The setting that makes micro-batches `share` of what they are, and the workload with it."""
+    if work.micro_batch_tokens is None:
+        size = max(1, int(work.micro_batch * share))
+        return f"train.micro_batch_size={size}", replace(work, micro_batch=size)
+    tokens = max(work.context, int(work.micro_batch_tokens * share))
+    smaller = replace(work, micro_batch=tokens / work.context, micro_batch_tokens=tokens)
+    return f"train.micro_batch_tokens={tokens}", smaller
 
 
 def _offloads(zero: dict[str, Any], key: str) -> bool:

@@ -2,9 +2,10 @@
 
 import json
 import socket
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from care_train.rollout.errors import RolloutError
 
 CONNECT_SECONDS = 10.0
 CONNECT_RETRIES = 5
@@ -12,23 +13,10 @@ CONNECT_RETRIES = 5
 the server may have begun is never repeated."""
 
 
-class RolloutServerError(RuntimeError):
+class RolloutServerError(RolloutError):
     """The server is gone, late, or could not do what it was asked."""
 
-    def during(self, step: int, total: int, run_dir: Path, last: Path | None) -> Exception:
-        """The same, with where the run was and how it goes on.
-
-        Args:
-            step: which one could not be finished, from 1.
-            total: `train.steps`.
-            run_dir: the run's folder.
-            last: its newest checkpoint.
-        """
-        kept = f"the newest checkpoint is {last}" if last else "there is no checkpoint yet"
-        return type(self)(
-            f"step {step} of {total}: {self}; {kept}. Start the server again (care-train serve), "
-            f"then go on with the same command and --resume, or with resume={run_dir}"
-        )
+    advice = "; start the server again (care-train serve)"
 
 
 class ServerClient:

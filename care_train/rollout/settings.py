@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from care_train.algorithm.settings import STRICT, check
+from care_train.algorithm.settings import STRICT, check, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,14 @@ class RolloutSettings:
     vllm: VllmSettings = field(default_factory=VllmSettings)
 
     def __post_init__(self) -> None:
-        check(self.group_size >= 2, "rollout.group_size", self.group_size, "at least 2")
         check(self.temperature > 0, "rollout.temperature", self.temperature, "above 0")
         check(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
-        check(self.top_k >= 0, "rollout.top_k", self.top_k, "at least 0")
-        check(self.max_new_tokens >= 1, "rollout.max_new_tokens", self.max_new_tokens, ">= 1")
+        check_at_least(
+            self,
+            "rollout",
+            group_size=2,
+            top_k=0,
+            max_new_tokens=1,
+            batch_size=1,
+            max_log_prob_gap=0,
+        )

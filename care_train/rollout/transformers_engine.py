@@ -1,5 +1,6 @@
 """The embedded engine: transformers' `generate` on the training process's own model."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,8 +10,11 @@ from transformers import GenerationConfig, LogitsProcessorList
 from care_train.models.images import image_inputs, with_encoded_images
 from care_train.models.load import LoadedModel
 from care_train.rollout.banned import banned_token_ids
+from care_train.rollout.memory import is_out_of_memory
 from care_train.rollout.sampling import SeededSampler
 from care_train.rollout.types import Completion, Request, SamplingSettings
+
+logger = logging.getLogger(__name__)
 
 
 class TransformersEngine:
@@ -28,20 +32,47 @@ class TransformersEngine:
         self._model = loaded.model
         self._batch_size = batch_size
         self._is_copy = is_copy
+        self._is_halved = False
         self._banned = banned_token_ids(loaded)
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
-        """One completion per request, in order; longer contexts are batched together."""
+        """One completion per request, in order; longer contexts are batched together.
+
+        Where memory runs out, the batches are halved once, and stay so: the seeds are the requests'
+        own, so the responses do not change.
+        """
         order = sorted(range(len(requests)), key=lambda i: len(_context(requests[i])), reverse=True)
         completions: dict[int, Completion] = {}
         was_training = self._model.training
         self._model.eval()
-        for start in range(0, len(order), self._batch_size):
+        while len(completions) < len(order):
+            start = len(completions)
             places = order[start : start + self._batch_size]
-            batch = self._generate_batch([requests[i] for i in places], sampling)
-            completions.update(zip(places, batch, strict=True))
+            batch = self._generate_or_halve([requests[i] for i in places], sampling)
+            completions.update(zip(places, batch, strict=False))
         self._model.train(was_training)
         return [completions[i] for i in range(len(requests))]
+
+    def _generate_or_halve(
+        self, requests: Sequence[Request], sampling: SamplingSettings
+    ) -> list[Completion]:
+        """Completions of the requests, or of none where the batch size was halved instead."""
+        try:
+            return self._generate_batch(requests, sampling)
+        except (MemoryError, RuntimeError) as error:
+            if self._is_halved or len(requests) < 2 or not is_out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or ["no memory"])[0]
+        self._is_halved = True
+        self._batch_size = len(requests) // 2
+        logger.warning(
+            "warning: out of memory while %d responses were generated (%s): going on with %d at "
+            "once; set rollout.batch_size (or eval.batch_size) so",
+            *(len(requests), reason, self._batch_size),
+        )
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return []
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:

@@ -1,12 +1,15 @@
 """The vLLM engine, in process: every rank has its own, or shares one by tensor parallelism."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from care_train.models.load import LoadedModel
+from care_train.rollout.errors import RolloutError
+from care_train.rollout.memory import is_out_of_memory
 from care_train.rollout.settings import VllmSettings
 from care_train.rollout.types import Completion, Request, SamplingSettings
 from care_train.rollout.vllm_inputs import (
@@ -52,6 +55,7 @@ class VllmEngine:
             ValueError: a context over the limit, or one that vLLM expands otherwise than the
                 trainer; named.
             RuntimeError: the weights are not this engine's: `sync` comes first.
+            RolloutError: vLLM failed, for want of anything but memory.
         """
         if self._process.owner is not self:
             raise RuntimeError("vLLM has no weights of this policy: wanted a sync before generate")
@@ -67,7 +71,7 @@ class VllmEngine:
         ]
         eos_ids = self._loaded.eos_token_ids
         parameters = [sampling_parameters(sampling, request.seed, eos_ids) for request in everyone]
-        with untouched_process():
+        with untouched_process(), _explained("generating"):
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False) if prompts else []
         for request, output in zip(everyone, outputs, strict=True):
             check_expansion(request, output.prompt_token_ids)
@@ -81,7 +85,8 @@ class VllmEngine:
         """
         self._process.owner = None
         if self._process.asleep:
-            self._llm.wake_up()
+            with _explained("waking up"):
+                self._llm.wake_up()
             self._process.asleep = False
         with untouched_process():
             report = send_weights(self._llm, weights, self._dtype)
@@ -111,3 +116,16 @@ class VllmEngine:
         start = sum(len(part) for part in parts[: group.rank_in_group])
         everyone = [request for part in parts for request in part]
         return slice(start, start + len(requests)), everyone
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    # What vLLM's workers raise is not ours to list; running out of memory has an answer of its own.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        kind = type(error).__name__
+        raise RolloutError(f"vLLM failed while {what}: {kind}: {reason}") from error

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from care_train.rollout.checksum import checksum, wrapped
+from care_train.rollout.errors import RolloutError
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def send_weights(
         num_bytes += whole.numel() * whole.element_size()
     for failures in llm.collective_rpc(find_failures, args=(placed,)):
         if failures:
-            raise RuntimeError(f"weight sync: {failures[0]}")
+            raise RolloutError(f"weight sync: {failures[0]}")
     reset_caches(llm)
     return SyncReport(sum(len({t.name for t in parts}) for parts in placed.values()), num_bytes)
 
@@ -67,11 +68,11 @@ def _load(llm: Any, name: str, tensor: torch.Tensor) -> set[str]:
         filled = llm.collective_rpc(load_tensor, args=(name, tensor))[0]
     # What vLLM's loaders raise on unknown names and wrong shapes.
     except (ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
-        raise RuntimeError(
+        raise RolloutError(
             f"weight sync: {name!r} {tuple(tensor.shape)}: vLLM could not load it: {error}"
         ) from error
     if not filled:
-        raise RuntimeError(f"weight sync: {name!r}: vLLM has no parameter of this name")
+        raise RolloutError(f"weight sync: {name!r}: vLLM has no parameter of this name")
     return filled
 
 
@@ -81,7 +82,7 @@ def reset_caches(llm: Any) -> None:
     With the image cache alone kept, vLLM believes in features that its encoder no longer has.
     """
     if not llm.reset_prefix_cache():
-        raise RuntimeError("weight sync: vLLM could not reset its prefix cache: requests still run")
+        raise RolloutError("weight sync: vLLM could not reset its prefix cache: requests still run")
     llm.llm_engine.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
 

@@ -7,6 +7,7 @@ from care_train.algorithm.settings import STRICT, CareSettings, check
 from care_train.rollout.settings import RolloutSettings
 from care_train.settings.data import DataSettings, EvalSettings
 from care_train.settings.deepspeed import DeepSpeedSettings
+from care_train.settings.limits import LimitSettings
 from care_train.settings.logging import LoggingSettings
 from care_train.settings.model import LoraSettings, ModelSettings, PromptSettings
 from care_train.settings.objective import TABLE_5, Algorithm, LossSettings
@@ -21,6 +22,7 @@ __all__ = [
     "DeepSpeedSettings",
     "EvalSettings",
     "JudgeSettings",
+    "LimitSettings",
     "LoggingSettings",
     "LoraSettings",
     "LossSettings",
@@ -70,6 +72,7 @@ class Config:
     sft: SftSettings = field(default_factory=SftSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     deepspeed: DeepSpeedSettings = field(default_factory=DeepSpeedSettings)
+    limits: LimitSettings = field(default_factory=LimitSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from care_train.algorithm.settings import STRICT, check
+from care_train.algorithm.settings import STRICT, check, check_at_least
 
 BenchmarkName = Literal[
     "mathvista",
@@ -29,8 +29,9 @@ class DataSettings:
     """Split, where the source has several."""
     max_samples: int | None = None
     """Take this many rows, chosen by the run's seed. None: all."""
-    max_image_pixels: int = 50_000_000
-    """Largest image accepted, in pixels: model input is untrusted."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "data", max_samples=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +65,7 @@ class EvalSettings:
     """For which k pass@k (unbiased) and majority@k are reported; each at most eval.samples."""
 
     def __post_init__(self) -> None:
-        check(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
-        check(self.samples >= 1, "eval.samples", self.samples, "at least 1")
+        check_at_least(self, "eval", batch_size=1, samples=1, max_questions=1)
         check(
             bool(self.seeds) and len(set(self.seeds)) == len(self.seeds),
             "eval.seeds",
@@ -84,12 +84,6 @@ class EvalSettings:
             "eval.k",
             self.k,
             f"numbers from 1 to eval.samples = {self.samples}",
-        )
-        check(
-            self.max_questions is None or self.max_questions >= 1,
-            "eval.max_questions",
-            self.max_questions,
-            "at least 1, or null for all",
         )
         unknown = sorted(set(self.sources) - set(get_args(BenchmarkName)))
         check(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from care_train.algorithm.settings import STRICT
+from care_train.algorithm.settings import STRICT, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +23,6 @@ class LoggingSettings:
     """Steps between printed sample completions; 0: never."""
     progress: bool = True
     """Show progress bars."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "logging", samples_every=0)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from care_train.algorithm.settings import STRICT, check
+from care_train.algorithm.settings import STRICT, check, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,11 @@ class ModelSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and activations; bfloat16 keeps fp32 master weights in the optimiser."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """transformers' attention implementation."""
+    """transformers' attention implementation. flash_attention_2 needs a GPU, flash-attn and
+    bfloat16; where it cannot run, a message says why and sdpa is used."""
+    liger: bool = False
+    """Liger's kernels for RMSNorm, SwiGLU and rotary embeddings (liger-kernel, on GPUs) in place of
+    transformers' own; where they cannot run, a message says why. The loss is this package's."""
     min_pixels: int | None = None
     """Smallest image area in pixels the image processor scales to. None: the processor's own."""
     max_pixels: int | None = None
@@ -79,3 +83,8 @@ class PromptSettings:
     """Name of the answer's tag."""
     max_prompt_tokens: int = 2048
     """Longest prompt in tokens, images expanded; a longer one is an error naming the row."""
+    max_image_pixels: int = 50_000_000
+    """Largest image accepted, in pixels: rows are untrusted."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "prompt", max_prompt_tokens=1, max_image_pixels=1)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from care_train.algorithm.settings import STRICT, check
+from care_train.algorithm.settings import STRICT, check, check_at_least
 
 Algorithm = Literal["care", "grpo", "dapo", "gspo", "dr_grpo"]
 
@@ -40,6 +40,8 @@ class LossSettings:
     """What happens above the cap: the weight is the cap, or 0."""
 
     def __post_init__(self) -> None:
+        check(0 <= self.clip_eps_low <= 1, "loss.clip_eps_low", self.clip_eps_low, "in [0, 1]")
+        check_at_least(self, "loss", clip_eps_high=0, dual_clip=1, kl_coef=0, entropy_coef=0)
         check(self.importance_cap > 0, "loss.importance_cap", self.importance_cap, "above 0")
 
 

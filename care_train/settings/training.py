@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from care_train.algorithm.settings import STRICT, check
+from care_train.algorithm.settings import STRICT, check, check_at_least
 from care_train.settings.data import DataSettings
 
 
@@ -48,6 +48,9 @@ class TrainSettings:
     """AdamW's betas."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    max_skipped_updates: int = 0
+    """Updates whose loss or gradient is not finite that are left out with a warning, counted since
+    the run began or went on; one more ends it."""
     freeze_vision: bool = False
     """Train the language model alone."""
     dynamic_sampling: bool = False
@@ -68,18 +71,26 @@ class TrainSettings:
     """Steps between evaluations on `eval.data`; 0: before and after only."""
 
     def __post_init__(self) -> None:
-        for key in (
-            "steps",
-            "prompts_per_step",
-            "num_iterations",
-            "mini_batches",
-            "micro_batch_size",
-            "keep_checkpoints",
-        ):
-            check(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
-        tokens = self.micro_batch_tokens
-        check(tokens is None or tokens >= 1, "train.micro_batch_tokens", tokens, "at least 1")
-        check(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
+        check_at_least(
+            self,
+            "train",
+            steps=1,
+            prompts_per_step=1,
+            num_iterations=1,
+            mini_batches=1,
+            micro_batch_size=1,
+            micro_batch_tokens=1,
+            keep_checkpoints=1,
+            min_learning_rate=0,
+            warmup_steps=0,
+            weight_decay=0,
+            max_skipped_updates=0,
+            max_resample_rounds=1,
+            save_every=0,
+            eval_every=0,
+        )
+        for key in ("learning_rate", "max_grad_norm"):
+            check(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "above 0")
         check(
             self.keep_best is None or self.eval_every > 0,
             "train.keep_best",
@@ -130,3 +141,20 @@ class SftSettings:
     repair_share: float = 0.0
     """Share of rows shown as a repair: a wrong rationale, the cue, then the right one. A model that
     cannot follow instructions yet learns there what the cue asks for."""
+
+    def __post_init__(self) -> None:
+        check_at_least(
+            self,
+            "sft",
+            steps=1,
+            batch_size=1,
+            micro_batch_size=1,
+            micro_batch_tokens=1,
+            warmup_steps=0,
+            weight_decay=0,
+            eval_every=0,
+            save_every=0,
+        )
+        for key in ("learning_rate", "max_grad_norm"):
+            check(getattr(self, key) > 0, f"sft.{key}", getattr(self, key), "above 0")
+        check(0 <= self.repair_share <= 1, "sft.repair_share", self.repair_share, "in [0, 1]")

@@ -14,7 +14,6 @@ import torch
 from care_train.training.distributed import barrier, is_main, rank
 from care_train.training.engine import PolicyEngine
 from care_train.training.folders import (
-    SaveError,
     clean_up,
     remove_folder,
     write_file,
@@ -112,12 +111,7 @@ class Checkpoints:
                 engine.loaded.save_skeleton(partial / SKELETON)
                 (partial / STATE_FILE).write_text(json.dumps(state))
 
-        try:
-            write_folder(folder, write, write_manifest, needed=engine.checkpoint_bytes())
-        except SaveError as error:
-            older = self.list()
-            hint = f"; free space and resume from {older[-1]}" if older else ""
-            raise SaveError(f"{error}{hint}") from None
+        write_folder(folder, write, write_manifest, needed=engine.checkpoint_bytes())
         if scores is not None:
             self.mark_best(state["step"], scores)
         self._rotate()

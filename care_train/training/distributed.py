@@ -2,6 +2,7 @@
 
 import os
 import socket
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +13,22 @@ Value = TypeVar("Value")
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def initialize_process_group() -> torch.device:
-    """Join the launcher's group, or make a group of one; returns this process's device."""
+_store: dist.Store | None = None
+
+
+def initialize_process_group(
+    start_seconds: float = 600.0, collective_seconds: float = 1800.0
+) -> torch.device:
+    """Join the launcher's group, or make a group of one; returns this process's device.
+
+    Args:
+        start_seconds: how long ranks may take to find each other.
+        collective_seconds: how long one collective may take.
+
+    Raises:
+        ValueError: not all ranks came.
+    """
+    global _store
     has_gpu = torch.cuda.is_available()
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -22,8 +37,36 @@ def initialize_process_group() -> torch.device:
     if has_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if has_gpu else "gloo")
+        _store, own, size = _rendezvous(start_seconds)
+        dist.init_process_group(
+            "nccl" if has_gpu else "gloo",
+            store=_store,
+            rank=own,
+            world_size=size,
+            timeout=timedelta(seconds=collective_seconds),
+        )
     return device
+
+
+def _rendezvous(seconds: float) -> tuple[dist.Store, int, int]:
+    try:
+        store, own, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    except dist.DistError as error:
+        ranks, place = os.environ["WORLD_SIZE"], "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+        raise ValueError(
+            f"rank {os.environ['RANK']}: not all of {ranks} ranks came to {place} within "
+            f"limits.start = {seconds:g} s: look at the first error of the others ({error})"
+        ) from error
+    return store, own, size
+
+
+def ranks_store() -> tuple[dist.Store, int, int] | None:
+    """The group's store for use in another thread, this rank and how many; None for one rank."""
+    if _store is None or world_size() == 1:
+        return None
+    store = _store.clone()
+    store.set_timeout(timedelta(seconds=30))
+    return dist.PrefixStore("care", store), rank(), world_size()
 
 
 def own_environment() -> dict[str, str]:

@@ -23,6 +23,7 @@ from care_train.settings import DeepSpeedSettings, LoraSettings
 from care_train.training.clock import Mark, no_mark
 from care_train.training.distributed import all_max, all_sum, is_main, world_size
 from care_train.training.engine_state import load_engine, save_engine, tensor_bytes
+from care_train.training.finite import LeftOut, cause_of
 from care_train.training.weights import policy_weights, stream
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -46,6 +47,7 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
+    max_skipped_updates: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class MicroBatch:
 
     batch: ModelBatch
     loss_arguments: dict[str, Any]
+    labels: tuple[str, ...] = ()
+    """What messages call each sequence."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class StepResult:
     grad_norm: float
     outputs: list[Any]
     """The `PolicyLoss` of each micro-batch."""
+    applied: bool = True
+    """False: it was not finite, and left out."""
 
 
 class PolicyEngine:
@@ -133,6 +139,7 @@ class PolicyEngine:
             dist_init_required=False,
         )
         self._engine: Any = engine
+        self._left_out = LeftOut(optimizer.max_skipped_updates)
 
     @property
     def learning_rate(self) -> float:
@@ -174,46 +181,54 @@ class PolicyEngine:
         are summed over ranks: DeepSpeed averages, hence the factor world_size. Ranks may have
         different numbers of micro-batches; the short ones repeat their last with zero weights.
 
+        An update that is not finite is left out as often as `max_skipped_updates` allows.
+
         Raises:
-            FloatingPointError: the loss or the gradient is not finite.
+            NotFiniteError: the loss or the gradient is not finite; nothing was updated.
         """
         assert micro_batches, "every rank needs a micro-batch"
         self._engine.train()
         count = all_max(len(micro_batches), self.device)
-        outputs, total = [], 0.0
+        outputs, total, cause = [], 0.0, None
         for place in range(count):
             self._engine.set_gradient_accumulation_boundary(place == count - 1)
             is_filler = place >= len(micro_batches)
             micro = micro_batches[-1] if is_filler else micro_batches[place]
             arguments = _without_weight(micro.loss_arguments) if is_filler else micro.loss_arguments
             output, _ = self._engine(micro.batch, temperature, arguments)
-            self._engine.backward(output.loss * world_size(), scale_wrt_gas=False)
+            loss = output.loss * world_size()
             total += float(output.loss.detach())
+            if cause is None and not math.isfinite(total):
+                weights = dict(self._policy.named_parameters())
+                rows = micro.batch.sequence_ids
+                cause = cause_of(weights, micro.loss_arguments, output, rows, micro.labels)
+            if place == count - 1 and all_max(not math.isfinite(total), self.device):
+                # Every gradient, on all ranks, becomes one that is not applied.
+                loss = loss * math.nan
+            self._engine.backward(loss, scale_wrt_gas=False)
             if not is_filler:
                 outputs.append(output)
         mark("update")
-        grad_norm = self._grad_norm()
-        is_bad = not (math.isfinite(total) and math.isfinite(grad_norm))
-        # All ranks stop together: one alone would leave the others waiting.
-        if all_max(is_bad, self.device):
-            raise _not_finite(total, grad_norm)
-        self._engine.step()
-        grad_norm = self._last_grad_norm(grad_norm)
-        if not math.isfinite(grad_norm):  # ZeRO finds out itself, and skips the update
-            raise _not_finite(total, grad_norm)
+        grad_norm, applied = self._apply()
+        if not applied:
+            self._left_out.add(cause, total, grad_norm)
         mark("optimizer")
-        return StepResult(total, grad_norm, outputs)
+        return StepResult(total, grad_norm, outputs, applied)
 
-    def _grad_norm(self) -> float:
-        """Norm before clipping; ZeRO shards gradients and reports its norm after the step."""
-        if self.zero_stage > 0 or self._engine.bfloat16_enabled():
-            return 0.0
-        gradients = [p.grad for p in self._policy.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
-
-    def _last_grad_norm(self, before: float) -> float:
-        reported = self._engine.get_global_grad_norm()
-        return before if reported is None else float(reported)
+    def _apply(self) -> tuple[float, bool]:
+        """Update, where the gradient is finite; its norm before clipping, and whether it was."""
+        if self.zero_stage == 0 and not self._engine.bfloat16_enabled():
+            gradients = [p.grad for p in self._policy.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
+                self._engine.zero_grad()
+                return norm, False
+            self._engine.step()
+            return norm, True
+        # DeepSpeed's other optimisers find out themselves, and skip the update.
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        return norm, self._engine.was_step_applied() and math.isfinite(norm)
 
     def weights(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's weights for a rollout engine, gathered a bucket at a time under ZeRO-3.
@@ -266,13 +281,6 @@ class PolicyEngine:
             self._engine.optimizer.clip_grad = self._engine.gradient_clipping()
 
 
-def _not_finite(loss: float, grad_norm: float) -> FloatingPointError:
-    return FloatingPointError(
-        f"loss {loss}, gradient norm {grad_norm}: not finite, so no update was made; lower "
-        "train.learning_rate or resume from the last checkpoint"
-    )
-
-
 def _adamw(
     parameters: list[torch.nn.Parameter], optimizer: OptimizerSettings, settings: DeepSpeedSettings
 ) -> torch.optim.Optimizer:
@@ -300,7 +308,8 @@ def _deepspeed_config(
         "gradient_clipping": optimizer.max_grad_norm,
         "zero_optimization": {"stage": settings.zero_stage},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": bf16},
+        # ZeRO-1 and 2 otherwise apply bfloat16 gradients that are not finite.
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "steps_per_print": 2**31,
     }
     for key, value in settings.config.items():

@@ -8,6 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from care_train.training.distributed import gather, is_main
+from care_train.training.failures import DISK_FULL_STATUS, RunError
+from care_train.training.phase import phase
 
 PARTIAL = ".partial"
 """Ends the name of a folder still being written."""
@@ -15,8 +17,10 @@ REPLACED = ".replaced"
 """Ends the name of a folder on its way out."""
 
 
-class SaveError(ValueError):
+class SaveError(RunError):
     """A folder could not be written; what it was to replace is untouched."""
+
+    status = DISK_FULL_STATUS
 
 
 def write_folder(folder: Path, *writes: Callable[[Path], None], needed: int = 0) -> None:
@@ -34,8 +38,9 @@ def write_folder(folder: Path, *writes: Callable[[Path], None], needed: int = 0)
     partial = folder.with_name(folder.name + PARTIAL)
     steps = (lambda: _begin(partial, needed), *(lambda w=w: w(partial) for w in writes))
     try:
-        for step in (*steps, lambda: _finish(partial, folder)):
-            _together(step, folder, needed)
+        with phase("save"):
+            for step in (*steps, lambda: _finish(partial, folder)):
+                _together(step, folder, needed)
     except BaseException:
         if is_main():
             shutil.rmtree(partial, ignore_errors=True)
@@ -90,7 +95,7 @@ def _together(action: Callable[[], None], folder: Path, needed: int) -> None:
         size = f"needs about {needed:,} bytes, " if needed else ""
         raise SaveError(
             f"{folder}: could not be saved ({problems[0]}): {size}"
-            f"{_free_bytes(folder):,} bytes are free there"
+            f"{_free_bytes(folder):,} bytes are free there; older ones are untouched"
         )
 
 

@@ -19,7 +19,7 @@ from care_train.training.distributed import barrier, is_main, world_size
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 FREE = (
-    *("name", "output_dir", "resume", "overwrite", "allow_changes", "logging", "eval"),
+    *("name", "output_dir", "resume", "overwrite", "allow_changes", "limits", "logging", "eval"),
     *(
         "sft.save_every",
         "sft.eval_data",

@@ -1,9 +1,8 @@
 """The training loop: prompts in order, one step after the other, metrics, samples, checkpoints."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from care_train.reporting import (
     append_sample,
     show_sample,
 )
-from care_train.rollout.server_client import RolloutServerError
 from care_train.rollout.types import RolloutEngine
 from care_train.settings import Config
 from care_train.training.ahead import RolloutsAhead
 from care_train.training.checkpoint import Checkpoint, Checkpoints
 from care_train.training.distributed import is_main, rank, world_size
 from care_train.training.engine import OptimizerSettings, PolicyEngine
+from care_train.training.phase import at_step
 from care_train.training.reference import FrozenCopy, Reference, WithoutAdapters
 from care_train.training.resume import check_identity, identity, log_sizes
 from care_train.training.sampling import GroupSampler, SampledGroup
@@ -54,9 +53,11 @@ class PromptSource:
 
     def draw(self) -> list[Sample]:
         """The next `prompts_per_step` prompts, this rank's share of them."""
-        indices = self._order.take(self.position, self.count)
-        self.position += self.count
-        return rank_share([self._samples[i] for i in indices], rank(), world_size())
+        first, self.position = self.position, self.position + self.count
+        indices = self._order.take(first, self.count)
+        own = rank_share(list(enumerate(indices, start=first)), rank(), world_size())
+        size = len(self._samples)
+        return [replace(self._samples[i], visit=place // size) for place, i in own]
 
 
 def run_training(
@@ -87,7 +88,9 @@ def run_training(
     if checkpoint is not None:
         loop.restore(checkpoint)
     loop.run()
-    save_model(loop.engine, run_dir / "final")
+    steps = session.config.train.steps
+    with at_step(steps, steps, run_dir):
+        save_model(loop.engine, run_dir / "final")
     return loop.totals
 
 
@@ -136,24 +139,14 @@ class _Loop:
         display = TrainProgress(last, enabled, config.algorithm, start_step=first)
         with StopSignals() as signals, display as progress:
             if self._owes_evaluation:
-                self._after_step(first, signals)
+                with at_step(first, last, self._run_dir):
+                    self._after_step(first, signals)
             for step in range(first, last):
-                with self._naming_step(step + 1):
+                with at_step(step + 1, last, self._run_dir):
                     outcome = self._train_step.run(self._source.draw, step)
-                self._record(outcome, step + 1, progress)
-                self._owes_evaluation = self._is_evaluation_due(step + 1)
-                with self._naming_step(step + 1):
+                    self._record(outcome, step + 1, progress)
+                    self._owes_evaluation = self._is_evaluation_due(step + 1)
                     self._after_step(step + 1, signals)
-
-    @contextmanager
-    def _naming_step(self, step: int) -> Iterator[None]:
-        """Let an error of the rollout server say when it came, and how the run goes on."""
-        try:
-            yield
-        except RolloutServerError as error:
-            last = next(reversed(self._checkpoints.list()), None)
-            steps = self._config.train.steps
-            raise error.during(step, steps, self._run_dir, last) from error
 
     def _record(self, outcome: StepOutcome, done: int, progress: TrainProgress) -> None:
         values = outcome.metrics
@@ -254,6 +247,7 @@ def _policy_engine(session: Session, device: torch.device) -> PolicyEngine:
             weight_decay=train.weight_decay,
             betas=train.adam_betas,
             max_grad_norm=train.max_grad_norm,
+            max_skipped_updates=train.max_skipped_updates,
         ),
         session.config.deepspeed,
         device,

@@ -22,6 +22,7 @@ from care_train.rollout.types import (
 from care_train.settings import Config, PromptSettings
 from care_train.training.clock import Mark, no_mark
 from care_train.training.engine import PolicyEngine
+from care_train.training.phase import phase
 from care_train.verifier import Response, Score, Verifier
 
 
@@ -74,6 +75,7 @@ class RolloutScorer:
         """`score_all` of one completion."""
         return self.score_all([(sample, completion, prefix_ids)], reflected=reflected)[0]
 
+    @phase("reward")
     def score_all(
         self,
         completions: Sequence[tuple[Sample, Completion, tuple[int, ...]]],
@@ -148,12 +150,14 @@ class GroupSampler:
         """Bring the rollout engine up to date with the policy; returns what there is to log."""
         self.wait()
         bucket_bytes = self._config.rollout.vllm.sync_bucket_mib << 20
-        return self._engine.sync(policy.weights(bucket_bytes))
+        with phase("sync"):
+            return self._engine.sync(policy.weights(bucket_bytes))
 
     def wait(self) -> None:
         """Until what was started is sampled: it is to be of the weights before the next `sync`."""
         if self._in_flight is not None:
-            self._in_flight.result()
+            with phase("generate"):
+                self._in_flight.result()
 
     def rest(self) -> None:
         """This batch is sampled: the engine may free memory until the next `sync`."""
@@ -166,7 +170,8 @@ class GroupSampler:
         prompts = self._encoder.encode(samples)
         requests = self._requests(samples, prompts, step)
         mark("prepare")
-        completions = self._engine.generate(requests, self._sampling)
+        with phase("generate"):
+            completions = self._engine.generate(requests, self._sampling)
         mark("generate")
         groups = self._groups(samples, prompts, completions)
         mark("score")
@@ -192,7 +197,8 @@ class GroupSampler:
 
     def finish_groups(self, started: StartedGroups, mark: Mark = no_mark) -> list[SampledGroup]:
         """Wait for the samples and score them."""
-        completions = started.completions.result()
+        with phase("generate"):
+            completions = started.completions.result()
         mark("generate")
         groups = self._groups(started.samples, started.prompts, completions)
         mark("score")
@@ -202,7 +208,7 @@ class GroupSampler:
         self, samples: Sequence[Sample], prompts: Sequence[EncodedPrompt], step: int
     ) -> list[Request]:
         return [
-            Request(prompt, request_seed(self._config.seed, step, sample.id, index))
+            Request(prompt, request_seed(self._config.seed, step, sample.draw, index))
             for sample, prompt in zip(samples, prompts, strict=True)
             for index in range(self._config.rollout.group_size)
         ]
@@ -240,7 +246,9 @@ class GroupSampler:
         reflected: list[Rollout | None] = [None] * len(groups)
         mark("prepare")
         # Also without requests: ranks that share a vLLM by tensor parallelism generate together.
-        completions = self._engine.generate(list(requests.values()), self._reflection_sampling)
+        wanted = list(requests.values())
+        with phase("generate"):
+            completions = self._engine.generate(wanted, self._reflection_sampling)
         mark("reflect")
         scored = self._scorer.score_all(
             [
@@ -266,7 +274,7 @@ class GroupSampler:
             return None
         # The group's own rollouts have the indices below.
         index = self._config.rollout.group_size
-        seed = request_seed(self._config.seed, step, group.sample.id, index)
+        seed = request_seed(self._config.seed, step, group.sample.draw, index)
         return Request(group.prompt, seed, prefix_ids)
 
     @property

@@ -11,6 +11,7 @@ from care_train.settings import Config
 from care_train.training.engine import PolicyEngine
 from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
 from care_train.training.mismatch import Mismatch
+from care_train.training.phase import phase
 from care_train.training.sampling import SampledGroup
 
 Forward = Callable[
@@ -25,6 +26,7 @@ class SequenceScorer:
         self._engine = engine
         self._config = config
 
+    @phase("forward")
     def log_probs(
         self,
         forward: Forward,

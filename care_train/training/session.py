@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -15,11 +16,13 @@ from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.types import RolloutEngine
 from care_train.rollout.vllm_engine import VllmEngine
 from care_train.rollout.vllm_server import VllmServerEngine
-from care_train.settings import Config, DataSettings
+from care_train.settings import Config
 from care_train.training.distributed import barrier, is_main
 from care_train.training.folders import PARTIAL
 from care_train.training.sampling import RolloutScorer
 from care_train.verifier import Verifier
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -66,17 +69,17 @@ def vllm_limits(config: Config) -> tuple[int, int]:
     return max_context, max(rollout.batch_size, config.eval.batch_size)
 
 
-def open_session(config: Config, folder: Path, data: DataSettings, device: torch.device) -> Session:
+def open_session(config: Config, folder: Path, device: torch.device) -> Session:
     """Load the model of `folder` with its prompt encoder and verifier."""
     loaded = load_model(config.model, folder)
     loaded.model.to(device)
     return Session(
         config,
         loaded,
-        PromptEncoder(loaded, config.prompt, data),
+        PromptEncoder(loaded, config.prompt),
         RolloutScorer(
             TokenText(loaded.tokenizer),
-            Verifier(config.prompt, config.reward, config.data.max_image_pixels),
+            Verifier(config.prompt, config.reward),
             config.prompt,
         ),
     )
@@ -107,6 +110,6 @@ def tiny_corpus(config: Config, samples: Iterable[Sample]) -> list[str]:
     return lines
 
 
-def rank_share(samples: Sequence[Sample], rank: int, world_size: int) -> list[Sample]:
-    """This rank's part of a batch: every world_size-th sample."""
-    return list(samples[rank::world_size])
+def rank_share(batch: Sequence[Item], rank: int, world_size: int) -> list[Item]:
+    """This rank's part of a batch: every world_size-th of its items."""
+    return list(batch[rank::world_size])

@@ -16,6 +16,7 @@ from care_train.training.checkpoint import Checkpoint, Checkpoints
 from care_train.training.distributed import all_sum, is_main, rank, world_size
 from care_train.training.engine import MicroBatch, OptimizerSettings, PolicyEngine
 from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
+from care_train.training.phase import at_step, phase
 from care_train.training.resume import check_identity, identity, log_sizes
 from care_train.training.saving import save_model
 from care_train.training.session import Session, rank_share
@@ -67,22 +68,24 @@ def run_sft(
     display = TrainProgress(sft.steps, enabled, "cold start", start_step=first)
     with StopSignals() as signals, display as progress:
         for step in range(first, sft.steps):
-            indices = order.take(step * sft.batch_size, sft.batch_size)
-            batch = rank_share([rows[i] for i in indices], rank(), world_size())
-            values = _sft_step(session, engine, batch, step)
-            done = step + 1
-            is_due = done == sft.steps or (sft.eval_every and done % sft.eval_every == 0)
-            if held_out is not None and is_due:
-                values["eval_loss"] = held_out.loss(engine)
-            metrics.log(done, values, phase="sft")
-            progress.update(done, values)
-            stop = signals.requested(device)
-            if stop or (sft.save_every and done % sft.save_every == 0 and done < sft.steps):
-                state = {"step": done, "values": values, "logs": log_sizes(folder.parent)}
-                saved = checkpoints.save(engine, run_identity | state)
-                if stop:
-                    raise Stopped(stop, done, sft.steps, folder.parent, saved)
-    save_model(engine, folder)
+            with at_step(step + 1, sft.steps, folder.parent):
+                indices = order.take(step * sft.batch_size, sft.batch_size)
+                batch = rank_share([rows[i] for i in indices], rank(), world_size())
+                values = _sft_step(session, engine, batch, step)
+                done = step + 1
+                is_due = done == sft.steps or (sft.eval_every and done % sft.eval_every == 0)
+                if held_out is not None and is_due:
+                    values["eval_loss"] = held_out.loss(engine)
+                metrics.log(done, values, phase="sft")
+                progress.update(done, values)
+                stop = signals.requested(device)
+                if stop or (sft.save_every and done % sft.save_every == 0 and done < sft.steps):
+                    state = {"step": done, "values": values, "logs": log_sizes(folder.parent)}
+                    saved = checkpoints.save(engine, run_identity | state)
+                    if stop:
+                        raise Stopped(stop, done, sft.steps, folder.parent, saved)
+    with at_step(sft.steps, sft.steps, folder.parent):
+        save_model(engine, folder)
     checkpoints.remove()
     return values | counts
 
@@ -131,13 +134,16 @@ def _sft_step(
     for places in agreed_micro_batches(sequences, limits, engine.device)[0]:
         batch = engine.collate([sequences[i] for i in places])
         weights = torch.full((len(batch.rows),), 1.0 / tokens, device=engine.device)
-        micro_batches.append(MicroBatch(batch, {"advantages": weights}))
-    result = engine.step(micro_batches, temperature=1.0)
+        labels = tuple(sequences[i].prompt.location or "a prompt" for i in places)
+        micro_batches.append(MicroBatch(batch, {"advantages": weights}, labels))
+    learning_rate = engine.learning_rate  # the one used here; the step sets the next one's
+    with phase("update"):
+        result = engine.step(micro_batches, temperature=1.0)
     own_loss = -sum(float(output.log_probs.sum()) for output in result.outputs)
     return {
         "loss": all_sum([own_loss], engine.device)[0] / tokens,
         "grad_norm": result.grad_norm,
-        "learning_rate": engine.learning_rate,
+        "learning_rate": learning_rate,
         "tokens_per_second": tokens / (time.perf_counter() - start),
     }
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from care_train.algorithm.types import GroupUpdate, Rollout
-from care_train.training.distributed import all_sum
+from care_train.training.distributed import all_sum, world_size
 from care_train.training.engine import StepResult
 from care_train.training.sampling import SampledGroup
 
@@ -35,6 +35,7 @@ _KEYS = (
     "anchor_raw_advantage/_anchor",
     "_negative",
     "negative_raw_advantage/_negative",
+    "skipped_updates",
     "_updates",
     "loss",
     "grad_norm/_updates",
@@ -56,11 +57,23 @@ class StepStatistics:
         reflected: Sequence[Rollout | None],
         num_reflections_wanted: int,
         results: Sequence[StepResult],
+        dropped: Sequence[SampledGroup] = (),
     ) -> None:
+        """Count.
+
+        Args:
+            groups: the batch.
+            updates: what each group trains.
+            reflected: each group's reflection.
+            num_reflections_wanted: reflections that groups asked for.
+            results: of the optimiser's steps.
+            dropped: groups that dynamic sampling sampled beside the batch: they cost as much, and
+                say as much about the policy.
+        """
         # Every rank sums the same keys, whatever its share of the batch holds.
         self._sums: dict[str, float] = dict.fromkeys(_KEYS, 0.0)
         repairs = [rollout for rollout in reflected if rollout is not None]
-        self._count_rollouts(groups, repairs)
+        self._count_rollouts([*groups, *dropped], repairs)
         self._count_groups(groups, updates, repairs)
         self._add("reflection_skipped", num_reflections_wanted - len(repairs))
         self._count_rows(results)
@@ -124,10 +137,13 @@ class StepStatistics:
                     )
 
     def _count_rows(self, results: Sequence[StepResult]) -> None:
-        self._add("_updates", len(results))
-        self._add("loss", sum(result.loss for result in results))
-        self._add("grad_norm/_updates", sum(result.grad_norm for result in results))
-        for output in [output for result in results for output in result.outputs]:
+        applied = [result for result in results if result.applied]
+        # Every rank makes the same updates, of which each has a part of the loss.
+        self._add("skipped_updates", (len(results) - len(applied)) / world_size())
+        self._add("_updates", len(applied))
+        self._add("loss", sum(result.loss for result in applied) / max(len(applied), 1))
+        self._add("grad_norm/_updates", sum(result.grad_norm for result in applied))
+        for output in [output for result in applied for output in result.outputs]:
             self._add("_rows", len(output.log_probs))
             self._add("clipped_low/_rows", output.clipped_low.sum())
             self._add("clipped_high/_rows", output.clipped_high.sum())

@@ -63,7 +63,7 @@ class TrainStep:
             clock.mark("generate")
         sync = self._sampler.sync(self._engine)
         clock.mark("sync")
-        groups = self._sample(draw, step, clock.mark)
+        groups, dropped = self._sample(draw, step, clock.mark)
         mismatch = Mismatch()
         reflected: list[Rollout | None] = [None] * len(groups)
         num_wanted = 0
@@ -89,36 +89,38 @@ class TrainStep:
         clock.mark("select")
         self._sampler.rest()
         clock.mark("sync")
+        learning_rate = self._engine.learning_rate  # the first update's, which sets the next one's
         results = self._updater.update(groups, updates, mismatch, self._check_parity, clock.mark)
         gaps, _ = mismatch.reduce(self._engine.device)
-        statistics = StepStatistics(groups, updates, reflected, num_wanted, results)
+        statistics = StepStatistics(groups, updates, reflected, num_wanted, results, dropped)
         values = statistics.reduce(self._engine.device)
         clock.mark("other")
         values |= clock.values() | sync | gaps
-        values["learning_rate"] = self._engine.learning_rate
+        values["learning_rate"] = learning_rate
         values["tokens_per_second"] = values["decoded_tokens"] / max(clock.total, 1e-9)
         return StepOutcome(values, groups, updates)
 
     def _sample(
         self, draw: Callable[[], Sequence[Sample]], step: int, mark: Mark
-    ) -> list[SampledGroup]:
-        """One batch of groups; under dynamic sampling, of groups with mixed outcomes."""
+    ) -> tuple[list[SampledGroup], list[SampledGroup]]:
+        """One batch of groups; under dynamic sampling, of groups with mixed outcomes, and those
+        that were sampled but are not of the batch."""
         if self._ahead is not None:
-            return self._ahead.take(step, mark)
+            return self._ahead.take(step, mark), []
         samples = draw()
         groups = self._sampler.sample_groups(samples, step, mark)
         if not self._config.train.dynamic_sampling:
-            return groups
+            return groups, []
         wanted = len(samples)
-        mixed = [group for group in groups if baselines.has_mixed_outcomes(group.rollouts)]
         for _ in range(self._config.train.max_resample_rounds):
             # All ranks draw as long as one needs to, so that they stay at the same position.
-            if not all_max(len(mixed) < wanted, self._engine.device):
+            mixed = sum(baselines.has_mixed_outcomes(group.rollouts) for group in groups)
+            if not all_max(mixed < wanted, self._engine.device):
                 break
-            more = self._sampler.sample_groups(draw(), step, mark)
-            mixed += [group for group in more if baselines.has_mixed_outcomes(group.rollouts)]
-        plain = [group for group in groups if not baselines.has_mixed_outcomes(group.rollouts)]
-        return (mixed + plain)[:wanted]
+            groups += self._sampler.sample_groups(draw(), step, mark)
+        # A stable sort: the mixed ones first, each kind in the order of sampling.
+        groups.sort(key=lambda group: not baselines.has_mixed_outcomes(group.rollouts))
+        return groups[:wanted], groups[wanted:]
 
     def _check_parity(self, mismatch: Mismatch) -> None:
         """The gate of this process's first measured step, before anything is updated."""
@@ -141,7 +143,7 @@ class TrainStep:
     def _generator(self, group: SampledGroup, step: int) -> torch.Generator:
         # Beyond the rollouts' and the reflection's own indices.
         index = self._config.rollout.group_size + 1
-        seed = request_seed(self._config.seed, step, group.sample.id, index)
+        seed = request_seed(self._config.seed, step, group.sample.draw, index)
         return torch.Generator().manual_seed(seed)
 
 

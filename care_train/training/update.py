@@ -21,6 +21,7 @@ from care_train.training.loss import (
 )
 from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
 from care_train.training.mismatch import Mismatch, importance_weights
+from care_train.training.phase import phase
 from care_train.training.reference import Reference
 from care_train.training.sampling import SampledGroup
 from care_train.training.scoring import SequenceScorer
@@ -215,7 +216,8 @@ class PolicyUpdater:
         if not micro:
             micro = [self._silent_micro_batch(filler)]
         mark("collate")
-        result = self._engine.step(micro, self._config.rollout.temperature, mark)
+        with phase("update"):
+            result = self._engine.step(micro, self._config.rollout.temperature, mark)
         # The filler's rows are none of the step's.
         return result if items else replace(result, outputs=[])
 
@@ -237,7 +239,8 @@ class PolicyUpdater:
             for item in items
         ]
         batch = self._engine.collate([item.tokens for item in items])
-        return MicroBatch(batch, self._loss_arguments(items, rows, batch))
+        labels = tuple(item.tokens.prompt.location or "a prompt" for item in items)
+        return MicroBatch(batch, self._loss_arguments(items, rows, batch), labels)
 
     def _loss_arguments(
         self, items: Sequence[TrainItem], rows: Sequence[LossRows], batch: ModelBatch

@@ -30,7 +30,7 @@ def verify_lines(config: Config, source: TextIO, target: TextIO) -> None:
     Raises:
         ValueError: a bad line, after the verdicts of those before it.
     """
-    verifier = Verifier(config.prompt, config.reward, config.data.max_image_pixels)
+    verifier = Verifier(config.prompt, config.reward)
     for lines in _batches(source):
         responses, fault = [], None
         for number, line in lines:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from care_train.settings import JudgeSettings
-from care_train.verifier.types import Verdict
+from care_train.verifier.answers import MAX_ANSWER_CHARS
+from care_train.verifier.types import Item, Verdict
 
 _FIELD = re.compile(r"\{(question|answer|response)\}")
 _WORD = re.compile(r"\b(IN)?CORRECT\b")
@@ -24,6 +25,13 @@ class Case:
     expected: str
     predicted: str
     """Untrusted, of bounded length."""
+
+
+def case_of(question: str, item: Item) -> Case | None:
+    """An answer as the judge is asked about it; None where it is too long to be one."""
+    if len(item.predicted) > max(MAX_ANSWER_CHARS, 2 * len(item.expected)):
+        return None
+    return Case(question, item.expected, item.predicted.strip())
 
 
 class Judge:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from care_train.algorithm.reward import reward
 from care_train.algorithm.spans import parse_spans
 from care_train.data import Sample
-from care_train.settings import DataSettings, PromptSettings, RewardSettings
-from care_train.verifier.answers import MAX_ANSWER_CHARS
+from care_train.settings import PromptSettings, RewardSettings
 from care_train.verifier.format import format_fault
 from care_train.verifier.functions import RewardFunction
-from care_train.verifier.judge import Case, Judge
+from care_train.verifier.judge import Judge, case_of
 from care_train.verifier.pool import shared_pool
 from care_train.verifier.responses import Response, item_of
 from care_train.verifier.types import Item, Verdict
@@ -40,7 +39,6 @@ class Verifier:
         self,
         prompt: PromptSettings,
         reward: RewardSettings,
-        max_image_pixels: int = DataSettings.max_image_pixels,
     ) -> None:
         if not prompt.think_tag or not prompt.answer_tag or prompt.think_tag == prompt.answer_tag:
             raise ValueError(
@@ -50,7 +48,7 @@ class Verifier:
         self._think_tag = prompt.think_tag
         self._answer_tag = prompt.answer_tag
         self._settings = reward
-        self._functions = [RewardFunction(one, max_image_pixels) for one in reward.functions]
+        self._functions = [RewardFunction(one, prompt.max_image_pixels) for one in reward.functions]
         self._judge = Judge(reward.judge) if reward.judge else None
 
     def score(self, text: str, sample: Sample, finished: bool = True) -> Score:
@@ -131,11 +129,11 @@ class Verifier:
         """The judge's verdicts where the verifier found no match in a type it judges."""
         types = self._settings.judge.types if self._settings.judge else []
         cases = {
-            place: Case(responses[place].sample.prompt, item.expected, item.predicted.strip())
+            place: case
             for place, item in asked.items()
             if found[place].accuracy == 0
             and found[place].answer_type in types
-            and len(item.predicted) <= max(MAX_ANSWER_CHARS, 2 * len(item.expected))
+            and (case := case_of(responses[place].sample.prompt, item))
         }
         return dict(zip(cases, judge.judge(list(cases.values())), strict=True))
 

@@ -1,28 +1,8 @@
 """What is asked of the verifier, and what it answers."""
 
 from dataclasses import dataclass
-from enum import StrEnum
 
-
-class AnswerType(StrEnum):
-    """How an answer is compared with its key; docs/verifier.md has examples of each."""
-
-    CHOICE = "choice"
-    """A letter, a letter with the option's text, or the text alone."""
-    NUMBER = "number"
-    """A number with or without unit, in any notation."""
-    RELAXED = "relaxed"
-    """ChartQA's measure: a number within 5 %, or else the same text."""
-    MATH = "math"
-    """An expression, equation, point or interval, compared symbolically."""
-    SET = "set"
-    """Several answers in any order."""
-    LIST = "list"
-    """Several answers in this order."""
-    YES_NO = "yes_no"
-    """Yes or no, true or false."""
-    TEXT = "text"
-    """Words."""
+from care_train.data.answer_types import AnswerType
 
 
 @dataclass(frozen=True)

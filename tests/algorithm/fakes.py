@@ -31,6 +31,7 @@ class FakeEngine:
 
     device = torch.device("cpu")
     score = None
+    learning_rate = 1e-6
     loaded = SimpleNamespace(tokenizer=lambda text, **_: {"input_ids": [THINK_ID]})
 
     def __init__(self) -> None:

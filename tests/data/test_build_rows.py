@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from care_train.data import load_samples
-from care_train.data.answer_types import answer_type, chart_answer_type, options_of
+from care_train.data.answer_types import chart_answer_type, options_of
 from care_train.data.building.dedup import band_keys, look_alike
 from care_train.data.building.prepare import ImageHash, Prepared, normalized_text
 from care_train.data.schema import Sample
@@ -197,33 +197,13 @@ def test_normalized_text():
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
-        ("12", "number"),
-        ("-1,234.5", "number"),
-        ("45%", "number"),
-        ("1/2", "number"),
-        ("2 \\sqrt { 221 }", "math"),
-        ("x = 5", "math"),
-        ("True", "yes_no"),
-        ("dark blue", "text"),
-        ("{1, 2}", "set"),
-        ("A", None),
-        ("12 cm", None),
-        ("(1, 2)", None),
+        *[(text, "relaxed") for text in ("12", "-1,234.5", "45%", "$3", ".5", "1750", "2200")],
+        *[(text, None) for text in ("2015", "1999", "Yes", "dark blue", "3/4", "%", "12 and 13")],
     ],
 )
-def test_answer_types(answer: str, kind: str | None):
-    """A type where it is plain to see, None where the verifier has to look closer."""
-    assert answer_type(answer) == kind
-
-
-def test_answer_types_with_options():
-    """With options, their letters and texts are choices; nothing else is."""
-    options = ("red", "12")
-    assert [answer_type(a, options) for a in ("A", "(B)", "red", "12", "C", "blue")] == [
-        *["choice"] * 4,
-        *[None] * 2,
-    ]
-    assert [chart_answer_type(a) for a in ("12", "2015", "no")] == ["relaxed", "number", "yes_no"]
+def test_charts_allow_five_percent_of_numbers(answer: str, kind: str | None):
+    """ChartQA's measure, but not for years; every other type is the verifier's to infer."""
+    assert chart_answer_type(answer) == kind
 
 
 @pytest.mark.parametrize(

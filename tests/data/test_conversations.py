@@ -7,7 +7,6 @@ from typing import Any, get_args
 import pytest
 
 from care_train.data import RowError, sample_from_row
-from care_train.data.answer_types import ANSWER_TYPES
 from care_train.data.building.adapters import ADAPTERS
 from care_train.data.conversations import read_conversation, split_response, strip_boxed
 from care_train.data.image_refs import image_refs
@@ -125,9 +124,3 @@ def test_open_images_are_taken(tmp_path: Path):
 def test_adapters_are_settings():
     """The settings accept every adapter and no other."""
     assert set(get_args(Adapter)) == set(ADAPTERS)
-
-
-def test_answer_types_are_the_verifiers():
-    """A type that a build writes is one that the verifier knows."""
-    types = pytest.importorskip("care_train.verifier.types")
-    assert set(ANSWER_TYPES) <= {kind.value for kind in types.AnswerType}

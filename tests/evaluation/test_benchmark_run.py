@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.protocol_fixtures import math_vision_rows, write_parquet, write_training
+from bench.protocol_fixtures import draw, math_vision_rows, write_parquet, write_training
 from care_train.cli import main
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.models.tiny import build_tiny_model
-from tests.train.runs import Run, run
+from tests.train.runs import Run, run, run_ranks
 
 ALL = ",".join(BENCHMARKS)
 SMALL = (
@@ -135,12 +135,13 @@ def test_more_seeds_and_benchmarks_can_be_added(repositories, tiny_folder, tmp_p
         ("rollout.temperature=0.5", "rollout.temperature: .* has answers made with 1.0, got 0.5"),
         ("eval.decode=greedy", "eval.decode: .* has answers made with 'sampled', got 'greedy'"),
         ("prompt.think_tag=reasoning", "prompt.think_tag"),
+        ("reward.tolerance=0.1", "reward.tolerance: .* has answers made with None, got 0.1"),
     ],
 )
 def test_answers_made_otherwise_are_not_mixed(
     change, message, whole, repositories, tiny_folder, capfd
 ):
-    """Another temperature, decoding or prompt is another evaluation."""
+    """Another temperature, decoding, prompt or rule is another evaluation."""
     arguments = _arguments(repositories, tiny_folder(), whole.parent, whole.name)
     assert main([*arguments, "--resume", change]) == 2
     assert re.search(message, capfd.readouterr().err)
@@ -159,27 +160,54 @@ def test_another_model_under_the_same_path_is_refused(repositories, tmp_path, ca
     assert "model.path's weights" in capfd.readouterr().err
 
 
-def test_changed_questions_are_refused(repositories, tiny_folder, tmp_path, capfd):
-    """An answer on file belongs to the question it was given to."""
+@pytest.mark.parametrize("change", [{"question": "other?"}, {"decoded_image": draw("teal")}])
+def test_changed_questions_are_refused(change, repositories, tiny_folder, tmp_path, capfd):
+    """An answer on file belongs to the words and pixels it was given to."""
     rows = math_vision_rows()
     path = write_parquet("math_vision", rows, tmp_path / "test.parquet")
     arguments = _arguments({"math_vision": path}, tiny_folder(), tmp_path, "rows")
     arguments[2] = "math_vision"
     assert main(arguments) == 0
-    write_parquet("math_vision", [row | {"question": "other?"} for row in rows], path)
+    write_parquet("math_vision", [row | change for row in rows], path)
     assert main([*arguments, "--resume"]) == 2
     assert "answers another question" in capfd.readouterr().err
 
 
-def test_two_ranks_answer_as_one(whole, repositories, tiny_folder, tmp_path):
+@pytest.fixture(scope="module")
+def two_ranks(repositories, tiny_folder, color_rows, tmp_path_factory) -> Path:
+    """What two ranks leave behind."""
+    out = tmp_path_factory.mktemp("ranks")
+    arguments = [*_arguments(repositories, tiny_folder(), out, "ranks"), "eval.batch_size=16"]
+    own = (tiny_folder(), color_rows, out)
+    run_ranks("tests.evaluation.ranks", *own, *arguments, *_SAMPLES, ranks=2, seconds=120)
+    return out
+
+
+def test_two_ranks_answer_as_one(whole, two_ranks):
     """Ranks share the questions; each response depends on its seed alone."""
-    arguments = _arguments(repositories, tiny_folder(), tmp_path, "ranks")
-    run(*arguments, *_SAMPLES, ranks=2)
-    assert len(list((tmp_path / "ranks").glob("answers/*/rank_1.jsonl"))) == 6
-    one, two = _records(whole), _records(tmp_path / "ranks")
+    assert len(list((two_ranks / "ranks").glob("answers/*/rank_1.jsonl"))) == 6
+    one, two = _records(whole), _records(two_ranks / "ranks")
     assert {key: record["response"] for key, record in one.items()} == {
         key: record["response"] for key, record in two.items()
     }
+
+
+def _found(two_ranks: Path) -> list[dict]:
+    return [json.loads((two_ranks / f"found_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_every_rank_generates_as_often(two_ranks):
+    """Five questions in batches of two: 3 and 2 a rank, but two calls of `generate` on either, as
+    ranks that share a vLLM need; each question counts once."""
+    for found in _found(two_ranks):
+        assert (found["num_calls"], found["num_questions"]) == (2, 5)
+
+
+def test_lmms_eval_counts_and_waits_through_the_adapter(two_ranks):
+    """On several ranks its evaluator needs the model's accelerator, device, rank and world size."""
+    zero, one = _found(two_ranks)
+    assert zero["ranks"] == one["ranks"] == 2
+    assert (len(zero["answers"]), len(one["answers"])) == (2, 1)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from care_train.evaluation.question_set import open_questions
 from care_train.evaluation.rows import open_rows
 
 NAMES = list(BENCHMARKS)
+COLUMNS = [(name, column) for name in NAMES for column in BENCHMARKS[name].columns]
 
 
 def _open(name: str, source: Path, **values):
@@ -79,9 +80,7 @@ def _write_json(rows: list[dict], path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("name", "column"), [(name, column) for name in NAMES for column in BENCHMARKS[name].columns]
-)
+@pytest.mark.parametrize(("name", "column"), COLUMNS)
 def test_a_missing_column_is_named(name, column, tmp_path):
     """A column that the publishers drop or rename stops the run, named with what it should hold."""
     rows = [{k: v for k, v in row.items() if k != column} for row in benchmark_rows()[name]]
@@ -94,6 +93,19 @@ def test_a_missing_column_is_named(name, column, tmp_path):
         _open(name, path)
     assert BENCHMARKS[name].columns[column].wanted in str(info.value)
     assert "got none" in str(info.value)
+
+
+@pytest.mark.parametrize(("name", "column"), COLUMNS)
+def test_every_column_of_another_type_is_named(name, column, tmp_path):
+    """Whatever is read: benchmark, row, column, what it got and what it wanted."""
+    row = dict.fromkeys(FEATURES[name]) | benchmark_rows()[name][0] | {column: {"x": 1}}
+    path = _write_json([row], tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError) as info:
+        _open(name, path)
+    wanted = BENCHMARKS[name].columns[column].wanted
+    assert str(info.value) == (
+        f"{name}: rows.jsonl: row 1: column {column!r}: got an object with 'x', wanted {wanted}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +123,7 @@ def test_a_missing_column_is_named(name, column, tmp_path):
     ],
 )
 def test_a_changed_type_is_named(name, column, value, got, tmp_path):
-    """Another type names benchmark, row, column, what it got and what it wanted."""
+    """The type got in words, with the value where it is short."""
     rows = benchmark_rows()[name]
     row = dict.fromkeys(FEATURES[name]) | rows[0] | {column: value}
     path = _write_json([row], tmp_path / "rows.jsonl")
@@ -127,6 +139,7 @@ def test_a_changed_type_is_named(name, column, value, got, tmp_path):
     ("name", "changes", "message"),
     [
         ("mathvista", {"answer": "purple"}, "wanted one of 'choices'"),
+        ("mathverse", {"image": "nowhere.png"}, "nowhere.png"),
         ("math_vision", {"answer": "F"}, "the letter of one of 4 options"),
         ("mmmu", {"options": "['red', 'blue'"}, "wanted text that spells a list of texts"),
         ("mmmu", {"answer": "Z"}, "the letter of one of 4 options"),

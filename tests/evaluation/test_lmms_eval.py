@@ -1,73 +1,20 @@
-"""The LMMs-Eval adapter, against a re-statement of the interface that it is written for.
+"""The LMMs-Eval adapter, against a re-statement of the interface that it is written for."""
 
-LMMs-Eval itself is not installed here. Restated are its abstract model, the arguments of a
-`generate_until` request and the registration payload (lmms_eval/api/model.py, api/instance.py,
-models/registry_v2.py, read in November 2026); what its evaluator does around them is not covered.
-"""
-
-import abc
 import importlib
 import sys
-from dataclasses import dataclass
-from types import ModuleType
 
 import pytest
 
 from bench.protocol_fixtures import draw
-
-
-class _Lmms(abc.ABC):
-    is_simple = True
-
-    def __init__(self):
-        self._rank, self._world_size, self.task_dict = 0, 1, {}
-
-    @abc.abstractmethod
-    def loglikelihood(self, requests): ...
-
-    @abc.abstractmethod
-    def generate_until(self, requests): ...
-
-    @abc.abstractmethod
-    def generate_until_multi_round(self, requests): ...
-
-    @property
-    def rank(self):
-        return self._rank
-
-    @classmethod
-    def create_from_arg_string(cls, text, additional_config=None):
-        arguments = dict(part.split("=", 1) for part in text.split(",") if part)
-        more = {k: v for k, v in (additional_config or {}).items() if v is not None}
-        return cls(**arguments, **more)
-
-
-@dataclass(frozen=True)
-class _Instance:
-    args: tuple
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    model_id: str
-    simple_class_path: str | None = None
-    chat_class_path: str | None = None
-    aliases: tuple = ()
+from tests.evaluation.lmms_interface import Instance, Lmms, modules
 
 
 @pytest.fixture
 def adapter(monkeypatch):
     """The adapter's module, its base class restated."""
-    contents = {
-        "lmms_eval": {},
-        "lmms_eval.api": {},
-        "lmms_eval.api.model": {"lmms": _Lmms},
-        "lmms_eval.models": {},
-        "lmms_eval.models.registry_v2": {"ModelManifest": _Manifest},
-    }
-    for name, values in contents.items():
-        module = ModuleType(name)
-        vars(module).update(values)
+    # Accelerate otherwise takes all cores for this process.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name, module in modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     name = "care_train.evaluation.lmms_eval_model"
     monkeypatch.delitem(sys.modules, name, raising=False)
@@ -75,10 +22,10 @@ def adapter(monkeypatch):
     sys.modules.pop(name, None)
 
 
-def _requests(model, contexts: list[str], images: list[list], generation: dict) -> list[_Instance]:
+def _requests(model, contexts: list[str], images: list[list], generation: dict) -> list[Instance]:
     model.task_dict["colors"] = {"test": [{"images": row} for row in images]}
     return [
-        _Instance((context, generation, lambda doc: doc["images"], place, "colors", "test"))
+        Instance((context, generation, lambda doc: doc["images"], place, "colors", "test"))
         for place, context in enumerate(contexts)
     ]
 
@@ -89,7 +36,7 @@ _ARGUMENTS = "prompt__system=null,rollout__max_new_tokens=12"
 @pytest.fixture
 def model(adapter, tiny_folder):
     arguments = f"path={tiny_folder()},{_ARGUMENTS}"
-    config = {"batch_size": 2, "device": "cuda:0"}
+    config = {"batch_size": 2, "max_batch_size": 8, "device": "cuda:0"}
     return adapter.CareTrainModel.create_from_arg_string(arguments, config)
 
 
@@ -100,11 +47,21 @@ def test_requests_are_answered_in_order_whatever_the_batch(model, adapter, tiny_
     requests = _requests(model, contexts, images, {"temperature": 0, "max_new_tokens": 16})
     answers = model.generate_until(requests)
     assert len(answers) == 4 and all(isinstance(answer, str) for answer in answers)
-    other = adapter.CareTrainModel(path=str(tiny_folder()), prompt__system="null", batch_size="8")
+    other = adapter.CareTrainModel(
+        path=str(tiny_folder()), prompt__system="null", batch_size="auto"
+    )
     other.task_dict = model.task_dict
     longer = other.generate_until(requests)
     for answer, long_answer in zip(answers, longer, strict=True):
         assert long_answer.startswith(answer)
+
+
+def test_a_document_asked_again_gets_another_sample(model):
+    """LMMs-Eval's `repeats`: the same request several times over, in one batch or two."""
+    requests = _requests(model, ["what color?"], [[draw("red")]], {"temperature": 1.0})
+    answers = model.generate_until(requests * 5)
+    assert len(set(answers)) > 1
+    assert model.generate_until(requests * 5) == answers
 
 
 def test_sampling_follows_the_task(model):
@@ -154,4 +111,4 @@ def test_it_registers_under_its_name(adapter):
     payload = manifest()
     module, name = payload.simple_class_path.rsplit(".", 1)
     assert payload.model_id == "care_train" and module == adapter.__name__
-    assert issubclass(getattr(adapter, name), _Lmms) and getattr(adapter, name).is_simple
+    assert issubclass(getattr(adapter, name), Lmms) and getattr(adapter, name).is_simple

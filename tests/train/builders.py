@@ -9,7 +9,7 @@ from care_train.data import Sample
 from care_train.models.batch import TokenSequence
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.prompts import PromptEncoder
-from care_train.settings import Config, DataSettings, ModelSettings, PromptSettings
+from care_train.settings import Config, ModelSettings, PromptSettings
 from care_train.training.distributed import initialize_process_group
 from care_train.training.session import Session, open_session
 
@@ -27,7 +27,7 @@ def make_config(values: dict | None = None) -> Config:
 
 def make_session(folder: Path, values: dict | None = None) -> Session:
     config = make_config(values)
-    return open_session(config, folder, DataSettings(), initialize_process_group())
+    return open_session(config, folder, initialize_process_group())
 
 
 def load(folder: Path) -> LoadedModel:
@@ -35,7 +35,7 @@ def load(folder: Path) -> LoadedModel:
 
 
 def encoder_of(loaded: LoadedModel, **prompt) -> PromptEncoder:
-    return PromptEncoder(loaded, PromptSettings(system=None, **prompt), DataSettings())
+    return PromptEncoder(loaded, PromptSettings(system=None, **prompt))
 
 
 def image_sample(color: str = "red", index: int = 0, size: int = 64, **fields) -> Sample:

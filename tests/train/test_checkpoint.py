@@ -165,7 +165,7 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatch):
         _save(checkpoints, 2)
     for text in (str(error.value), str(early.value)):
         assert str(tmp_path / "step_000002") in text and "1,000 bytes" in text
-        assert f"resume from {tmp_path / 'step_000001'}" in text
+        assert "older ones are untouched" in text
     assert "999 bytes are free" in str(early.value)
     assert _names(tmp_path) == ["step_000001"]
     newest = checkpoints.newest()

@@ -1,5 +1,6 @@
 """Configuration: layers, presets, clear errors."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,29 @@ def test_bad_settings_say_key_got_and_wanted(override, message):
     """An unknown key or a wrong value is an error naming key, got and wanted."""
     with pytest.raises(ValueError, match=message):
         load_config(None, override.split())
+
+
+NUMBERS = [
+    (key, default)
+    for key, default, _ in describe_keys()
+    if re.fullmatch(r"-?[0-9.]+(e-?[0-9]+)?", default)
+]
+
+
+@pytest.mark.parametrize("key", [key for key, _ in NUMBERS])
+def test_no_number_is_negative_or_not_a_number(key):
+    """-1 where numbers start at 0 or above, and .nan, are refused by key; seeds may be anything."""
+    with pytest.raises(ValueError, match=re.escape(key.split(".")[-1])):
+        load_config(None, [f"{key}=.nan"])
+    if key != "seed":
+        with pytest.raises(ValueError, match=re.escape(key.split(".")[-1])):
+            load_config(None, [f"{key}=-1"])
+
+
+def test_there_are_numbers_to_test():
+    """The list above is made from the settings: nearly all sections have some."""
+    sections = {key.split(".")[0] for key, _ in NUMBERS}
+    assert {"train", "sft", "rollout", "loss", "care", "reward", "eval", "limits"} <= sections
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

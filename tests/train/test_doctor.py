@@ -79,11 +79,13 @@ def test_missing_and_untested_packages(subject, monkeypatch):
     assert finding.level == "warning" and "torch 0.0.1, tested" in finding.message
 
 
-def test_flash_attention_that_is_not_there(subject, monkeypatch):
-    """flash_attention_2 without its package names the fallback."""
-    monkeypatch.setattr(machine, "installed", lambda name: None)
-    finding = machine.check_devices(_with(subject, model={"attention": "flash_attention_2"}))
-    assert finding.level == "error" and "model.attention=sdpa" in finding.fix
+def test_what_this_machine_cannot_run(subject):
+    """flash_attention_2 and Liger's kernels without a GPU: why, and what is used instead."""
+    asked = {"attention": "flash_attention_2", "liger": True}
+    finding = machine.check_devices(_with(subject, model=asked))
+    assert finding.level == "warning" and "no GPU; sdpa is used" in finding.message
+    assert "model.liger cannot run" in finding.message
+    assert "model.attention=sdpa" in finding.fix and "model.liger=false" in finding.fix
 
 
 def test_a_full_disk(subject, monkeypatch):

@@ -132,15 +132,30 @@ def test_runs_repeat_bit_for_bit(cold_start, color_rows, tmp_path):
         assert torch.equal(parameter, weights[1].get_parameter(name)), name
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_follow_one(stage, cold_start, color_rows, tmp_path):
-    """Two gloo ranks under ZeRO-2 or ZeRO-3 take one process's trajectory at the same batch.
+@pytest.mark.parametrize(
+    ("stage", "batches"),
+    [
+        (2, ()),
+        (
+            3,
+            (
+                "train.packing=true",
+                "train.micro_batch_tokens=264",
+                "train.gradient_checkpointing=true",
+            ),
+        ),
+    ],
+    ids=["zero2", "zero3-packed"],
+)
+def test_two_ranks_follow_one(stage, batches, cold_start, color_rows, tmp_path):
+    """Two gloo ranks under ZeRO-2, or under ZeRO-3 with packs of a token budget and checkpointing,
+    take one process's trajectory at the same batch: scores, reference and training.
 
     Rollouts are seeded per request, so both sample the same responses; what differs is the order
     of float32 sums over micro-batches and ranks, which AdamW's division by sqrt(v) can amplify in
     weights whose gradient is near zero: hence 1e-3 on losses of order 1 over three steps.
     """
-    arguments = ("loss.kl_coef=0.1", "train.mini_batches=2")
+    arguments = ("loss.kl_coef=0.1", "train.mini_batches=2", "prompt.max_prompt_tokens=200")
     _, single = _train(tmp_path, "single", cold_start, color_rows, *arguments)
     _, double = _train(
         tmp_path,
@@ -149,6 +164,7 @@ def test_two_ranks_follow_one(stage, cold_start, color_rows, tmp_path):
         color_rows,
         *arguments,
         f"deepspeed.zero_stage={stage}",
+        *batches,
         ranks=2,
     )
     for one, two in zip(_metrics(single), _metrics(double), strict=True):

@@ -112,19 +112,6 @@ def test_the_schedule_warms_up_and_decays(tiny_folder):
     assert engine.learning_rate / LEARNING_RATE == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
-def test_a_loss_that_is_not_finite_updates_nothing(zero_stage, tiny_folder):
-    """NaN in, no update out: the error says so."""
-    loaded = load(tiny_folder())
-    engine = _engine(loaded, zero_stage=zero_stage)
-    before = {n: p.clone() for n, p in loaded.model.named_parameters()}
-    micro = _micro(engine, random_sequences(loaded), [float("nan"), 1.0, 1.0, 1.0, 1.0, 1.0])
-    with pytest.raises(FloatingPointError, match="no update was made"):
-        engine.step([micro], 1.0)
-    for name, parameter in loaded.model.named_parameters():
-        assert torch.equal(parameter, before[name]), name
-
-
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_zero_stages_take_the_same_step(zero_stage, tiny_folder):
     """ZeRO moves where tensors live, not what is computed: same log-probs after an update."""

@@ -21,7 +21,7 @@ CASES = {
     "packed": {"stage": 3, "packing": True},
     "frozen": {"stage": 3, "freeze_vision": True},
     "checkpointing": {"stage": 3, "gradient_checkpointing": True},
-    "lora": {"stage": 3, "lora": {"rank": 4}},
+    "lora": {"stage": 3, "lora": {"rank": 4}, "gradient_checkpointing": True},
 }
 
 

@@ -260,3 +260,41 @@ def test_the_plan_of_a_config_prints_and_is_json(capsys, tmp_path):
     assert cli.main(["plan", "--config", str(path), "--table"]) == 0
     assert "ZeRO-3" in capsys.readouterr().out
     assert cli.main(["plan", "--config", str(path), "--image-size", "big"]) == 2
+
+
+def test_a_token_budget_bounds_a_micro_batch(backbones):
+    """Activations go with `train.micro_batch_tokens`, and the advice is to lower it; packed, the
+    attention mask is as wide as the pack, which FlashAttention does without."""
+    model = backbones["Qwen2.5-VL-3B-Instruct"]
+    context = 2048 + 2 * 1024
+
+    def plan(**train):
+        attention = train.pop("attention", "sdpa")
+        values = {"train": PAPER["train"] | train}
+        values["model"] = PAPER["model"] | {"attention": attention}
+        return _plan(model, values=values)
+
+    def language(**train):
+        return plan(**train).memory.item_bytes("activations of the language model")
+
+    four = language(micro_batch_size=4)
+    assert language(micro_batch_size=64, micro_batch_tokens=4 * context) == four
+    wider = language(micro_batch_tokens=4 * context, packing=True) - four
+    assert wider == pytest.approx((4 * 4 - 4) * context**2 * 3)
+    packed = {"micro_batch_tokens": 4 * context, "packing": True}
+    no_mask = language(attention="flash_attention_2", **packed)
+    assert no_mask == pytest.approx(four - 4 * context**2 * 3)
+    advice = plan(micro_batch_tokens=64 * context).advice
+    assert any(f"set train.micro_batch_tokens={16 * context}" in line for line in advice)
+
+
+def test_a_prompts_images_are_counted_once(backbones):
+    """A rank with one prompt encodes one image, however many rollouts it trains at a time."""
+    model = backbones["Qwen2.5-VL-3B-Instruct"]
+    sizes = [
+        _plan(
+            model, values={"train": {"prompts_per_step": count, "micro_batch_size": 8}}
+        ).memory.item_bytes("activations of the vision tower")
+        for count in (8, 16, 64, 128)
+    ]
+    assert sizes[1] == 2 * sizes[0] and sizes[2] == sizes[3] == 8 * sizes[0]

@@ -12,11 +12,13 @@ import pytest
 
 from bench.protocol_fixtures import write_benchmarks, write_training
 from care_train.cli import main
+from care_train.config import load_build_settings, load_config
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.training.distributed import own_environment
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "protocol"
+QUIET = ("logging.progress=false", "logging.tensorboard=false", "logging.samples_every=0")
 
 
 def _check(runs: Path, questions: int) -> None:
@@ -39,23 +41,59 @@ def test_the_protocol_in_miniature(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_training(Path("runs/fixtures"), count=32)
     write_benchmarks(Path("runs/fixtures"))
-    quiet = ("logging.progress=false", "logging.tensorboard=false", "logging.samples_every=0")
     stages = (
         ("sft", "cold_start", "sft.steps=40", "sft.batch_size=16"),
         ("train", "care", "train.steps=2", "train.prompts_per_step=4", "eval.greedy=false"),
         ("eval", "eval", "eval.max_questions=2", "eval.seeds=[0]"),
     )
     for command, config, *overrides in stages:
-        arguments = [command, "--config", str(CONFIGS / f"{config}.yaml"), *overrides, *quiet]
+        arguments = [command, "--config", str(CONFIGS / f"{config}.yaml"), *overrides, *QUIET]
         assert main(arguments) == 0
     _check(tmp_path / "runs", questions=2 * len(BENCHMARKS))
 
 
+def test_built_data_goes_through_both_stages(tmp_path, monkeypatch):
+    """`care-train data build` on the fixtures, whose schemas are the published ones: what it writes
+    is what the cold start learns and CARE trains on."""
+    monkeypatch.chdir(tmp_path)
+    write_training(Path("raw"), count=32)
+    sources = {"cold": ("vision_r1_cold", "cold_start.json"), "rl": ("rows", "train.jsonl")}
+    for name, (adapter, file) in sources.items():
+        source = {"name": name, "adapter": adapter, "path": f"raw/{file}"}
+        config = {"output": name, "workers": 1, "sources": [source]}
+        Path(f"{name}.yaml").write_text(json.dumps(config))
+        assert main(["data", "build", "--config", f"{name}.yaml"]) == 0
+        counts = json.loads(Path(name, "manifest.json").read_text())["counts"]["total"]
+        assert counts["read"] == counts["kept"] == 24
+    built = ["sft.data.path=cold/train.parquet", "data.path=rl/train.parquet"]
+    built += ["eval.data.path=raw/test.jsonl", *QUIET]
+    for command, config, *overrides in (
+        ("sft", "cold_start", "sft.steps=2", "sft.eval_data=null"),
+        ("train", "care", "train.steps=1", "train.prompts_per_step=4", "eval.greedy=false"),
+    ):
+        arguments = [command, "--config", str(CONFIGS / f"{config}.yaml"), *built, *overrides]
+        assert main(arguments) == 0
+    summary = json.loads(Path("runs/protocol-cold-start/summary.json").read_text())
+    assert summary["rows"] == 24 and summary["rows_without_rationale"] == 0
+
+
+def test_the_full_size_configurations_fit_together():
+    """Where the builds write is where the cold start reads, and all stages share tags."""
+    build = load_build_settings(ROOT / "configs" / "data" / "cold_start.yaml")
+    cold, care, last = (
+        load_config(ROOT / "configs" / f"{name}.yaml") for name in ("cold_start", "care", "eval")
+    )
+    assert cold.sft.data.path == f"{build.output}/train.parquet"
+    assert cold.prompt.think_tag == care.prompt.think_tag == last.prompt.think_tag
+    assert cold.prompt.system == care.prompt.system == last.prompt.system
+
+
 @pytest.mark.slow
 def test_the_documented_commands_run(tmp_path):
-    """docs/protocol.md's first block to the letter, in an empty folder with the configs."""
+    """README.md's block to the letter, in an empty folder with the configs."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    block = re.search(r"```bash\n(.*?)```", (ROOT / "docs" / "protocol.md").read_text(), re.DOTALL)
+    pattern = r"```bash\n(python -m bench\.protocol_fixtures .*?)```"
+    block = re.search(pattern, (ROOT / "README.md").read_text(), re.DOTALL)
     assert block is not None
     environment = own_environment() | {"OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])

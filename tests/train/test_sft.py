@@ -64,6 +64,25 @@ def test_the_held_out_loss_is_logged_and_falls(tiny_folder, color_rows, tmp_path
     assert json.loads((run / "summary.json").read_text())["eval_loss"] == losses[25]
 
 
+def test_packs_learn_what_padded_rows_do(tiny_folder, color_rows, tmp_path):
+    """`train.packing` and `sft.micro_batch_tokens`: the same losses, from images and text."""
+    rows = tmp_path / "mixed.jsonl"
+    images = [json.loads(line) for line in color_rows.read_text().splitlines()[:8]]
+    texts = [{k: v for k, v in row.items() if k != "images"} for row in images[:4]]
+    for row in images:
+        row["images"] = [str(color_rows.parent / name) for name in row["images"]]
+    rows.write_text("\n".join(map(json.dumps, texts + images)))
+    packed = ("train.packing=true", "sft.micro_batch_tokens=300")
+    packed += ("train.gradient_checkpointing=true",)
+    found = []
+    for name, arguments in (("padded", ()), ("packed", packed)):
+        run = _sft(tiny_folder(), rows, tmp_path / name, "sft.steps=3", *arguments)
+        found.append([(r["loss"], r["grad_norm"]) for r in _metrics(run)])
+    assert len(found[0]) == 3
+    for one, two in zip(*found, strict=True):
+        assert two == pytest.approx(one, rel=1e-3)
+
+
 def test_the_held_out_loss_is_that_of_the_plain_model(tiny_folder, color_rows, tmp_path):
     """Mean negative log-likelihood per response token, EOS included, in whatever micro-batches."""
     eval_data = {"path": str(color_rows), "max_samples": 5}
@@ -223,3 +242,17 @@ def test_tags_that_are_tokens_are_learnt_as_tokens(tiny_folder, tmp_path):
 def test_no_held_out_rows_by_default():
     """Evaluating the cold start is asked for."""
     assert SftSettings().eval_data is None
+
+
+def test_an_ended_cold_start_keeps_its_summary(tiny_folder, color_rows, tmp_path):
+    """`--resume` of a run that is done writes the report again, with all that it said."""
+    arguments = ("sft.steps=2", f"sft.eval_data={{path: {color_rows}}}")
+    run = _sft(tiny_folder(), color_rows, tmp_path, *arguments)
+    before = json.loads((run / "summary.json").read_text())
+    _sft(tiny_folder(), color_rows, tmp_path, *arguments, "resume=true")
+    after = json.loads((run / "summary.json").read_text())
+    changing = ("wall_seconds", "command")
+    assert {k: v for k, v in after.items() if k not in changing} == {
+        k: v for k, v in before.items() if k not in changing
+    }
+    assert {"loss", "eval_loss", "rows", "rows_without_rationale"} <= after.keys()

@@ -67,7 +67,7 @@ def run_case(out: Path, name: str, overrides: Sequence[str], model: str, rows: s
     config = load_config(None, [*SETTINGS, f"model.path={model}", *paths, *overrides])
     seed_all(config.seed)
     device = initialize_process_group()
-    session = open_session(config, Path(model), config.data, device)
+    session = open_session(config, Path(model), device)
     engine, rollout, reference = open_policy(session, device)
     tape_file = out / "tape.pkl"
     replay = Replay(rollout, pickle.loads(tape_file.read_bytes()) if tape_file.exists() else None)

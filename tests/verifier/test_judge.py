@@ -1,70 +1,24 @@
 """The judge over a real local HTTP server that speaks the OpenAI protocol."""
 
-import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 
+from care_train.config import build_config
 from care_train.data import Sample
 from care_train.settings import JudgeSettings, PromptSettings, RewardSettings
-from care_train.verifier import Response, Verifier
+from care_train.settings.reward import AnswerTypeName
+from care_train.verifier import AnswerType, Response, Verifier
 from care_train.verifier.judge import read_reply
-
-
-class Server(ThreadingHTTPServer):
-    """Counts requests; `reply` makes the text of an answer or a failing status from a prompt."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.prompts: list[str] = []
-        self.reply: Callable[[str], str | int] = lambda prompt: "CORRECT"
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions" and body["temperature"] == 0.0
-        prompt = body["messages"][0]["content"]
-        self.server.prompts.append(prompt)
-        reply = self.server.reply(prompt)
-        status, content = (reply, "") if isinstance(reply, int) else (200, reply)
-        choice = {
-            "index": 0,
-            "finish_reason": "stop",
-            "message": {"role": "assistant", "content": content},
-        }
-        data = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
-        encoded = json.dumps(data | {"choices": [choice]}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(encoded)))
-        self.end_headers()
-        self.wfile.write(encoded)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+from tests.verifier.judge_server import Server, serving
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving() as server:
+        yield server
 
 
 def _score(server: Server, *pairs: tuple[str, str], **settings: object):
@@ -154,3 +108,10 @@ def test_replies(reply: str, accuracy: float, reason: str):
     """The last of the two words counts; without one the answer is wrong and the reason says so."""
     verdict = read_reply(reply)
     assert verdict.accuracy == accuracy and reason in verdict.reason
+
+
+def test_types_are_settings():
+    """`reward.judge.types` takes every answer type and no other name."""
+    assert set(get_args(AnswerTypeName)) == set(AnswerType)
+    with pytest.raises(ValueError, match=r"reward\.judge\.types"):
+        build_config({"reward": {"judge": {"base_url": "x", "model": "m", "types": ["txt"]}}})

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from care_train.data.answer_types import ANSWER_TYPES, answer_type, options_of
+from care_train.data.answer_types import AnswerType, options_of
 from care_train.data.building.adapters import ADAPTERS
 from care_train.data.building.readers import Chunk, rows_of
 from care_train.data.conversations import IMAGE_PLACEHOLDER
@@ -124,7 +124,7 @@ def _prepare(task: Task, number: int, row: Any) -> Prepared | Rejected:
         return Rejected(number, error.reason, str(error), prompt[:200], answer[:200])
     columns = dict(sample.columns)
     options = _options(columns.pop("options", None), sample.prompt)
-    kind = columns.pop("answer_type", None) or answer_type(sample.answer, options)
+    kind = columns.pop("answer_type", None)
     stored = Sample(
         id=sample.id,
         prompt=sample.prompt,
@@ -178,8 +178,8 @@ def _check_texts(sample: Sample, clean: CleanSettings, at: str) -> None:
 
 
 def _check_type(kind: object, at: str) -> None:
-    if kind is not None and kind not in ANSWER_TYPES:
-        wanted = ", ".join(ANSWER_TYPES)
+    if kind is not None and kind not in list(AnswerType):
+        wanted = ", ".join(AnswerType)
         raise RowError("answer_type", f"{at}: answer_type: got {kind!r}, wanted one of {wanted}")
 
 

@@ -51,7 +51,7 @@ def to_question(row: Mapping[str, Any], location: str, base_dir: Path) -> Questi
             id=row["id"],
             prompt=prompt,
             answer=row["answer"],
-            images=(image_ref(row["decoded_image"], base_dir),),
+            images=(image_ref(row["decoded_image"], base_dir, location),),
             source="math_vision",
             location=location,
         ),

@@ -25,7 +25,7 @@ def to_question(row: Mapping[str, Any], location: str, base_dir: Path) -> Questi
             id=row["sample_index"],
             prompt=row["query_cot"],
             answer=row["answer"],
-            images=(image_ref(row["image"], base_dir),),
+            images=(image_ref(row["image"], base_dir, location),),
             source="mathverse",
             location=location,
         ),

@@ -33,7 +33,7 @@ def to_question(row: Mapping[str, Any], location: str, base_dir: Path) -> Questi
             id=row["pid"],
             prompt=row["query"],
             answer=row["answer"],
-            images=(image_ref(row["decoded_image"], base_dir),),
+            images=(image_ref(row["decoded_image"], base_dir, location),),
             source="mathvista",
             location=location,
         ),

@@ -23,6 +23,7 @@ from care_train.evaluation.question import (
     letters,
     list_options,
 )
+from care_train.verifier import normalize_mmmu
 from care_train.verifier.answers import MAX_ANSWER_CHARS
 
 _IMAGE_COLUMNS = tuple(f"image_{number}" for number in range(1, 8))
@@ -76,7 +77,7 @@ def to_vision_question(row: Mapping[str, Any], location: str, base_dir: Path) ->
             id=row["id"],
             prompt=_VISION_HINT,
             answer=row["answer"],
-            images=(image_ref(row["image"], base_dir),),
+            images=(image_ref(row["image"], base_dir, location),),
             source="mmmu_pro_vision",
             location=location,
         ),
@@ -119,7 +120,7 @@ def _interleave(
 
     text = _REFERENCE.sub(place, text)
     unnamed = [name for name in available if name not in named]
-    images = tuple(image_ref(available[name], base_dir) for name in (*unnamed, *named))
+    images = tuple(image_ref(available[name], base_dir, location) for name in (*unnamed, *named))
     return IMAGE_PLACEHOLDER * len(unnamed) + text, images
 
 
@@ -141,13 +142,11 @@ def _keys(expected: str) -> tuple[str, ...]:
 def _holds(predicted: str, keys: tuple[str, ...]) -> bool:
     """A number of the answer equals the key at two decimals, or one of its phrases holds it."""
     phrases = _phrases(predicted)
-    numbers = [_number(text) for phrase in phrases for text in (phrase, *_NUMBER.findall(phrase))]
-    for key in keys:
-        value = _number(key)
-        if value is not None:
-            if value in numbers:
-                return True
-        elif any(_within(key.strip().lower(), phrase) for phrase in phrases):
+    said = {normalize_mmmu(t) for phrase in phrases for t in (phrase, *_NUMBER.findall(phrase))}
+    for key in map(normalize_mmmu, keys):
+        if key in said:
+            return True
+        if not _NUMBER.fullmatch(key) and any(_within(key, phrase) for phrase in phrases):
             return True
     return False
 
@@ -169,13 +168,6 @@ def _phrases(predicted: str) -> list[str]:
         if tails and (tail := min(tails, key=len)).strip(":,.!?;'"):
             found.append(tail)
     return found or [text.lower()]
-
-
-def _number(text: str) -> float | None:
-    try:
-        return round(float(text.strip().replace(",", "")), 2)
-    except ValueError:
-        return None
 
 
 _MMMU_COLUMNS = {

@@ -1,0 +1,97 @@
+"""How a run fails: errors that say what happened, where, and how to go on; one status each."""
+
+import errno
+import re
+from pathlib import Path
+from typing import Self
+
+from care_train.rollout.errors import RolloutError
+
+INPUT_STATUS = 2
+NOT_FINITE_STATUS = 65
+RANK_LOST_STATUS = 69
+HUNG_STATUS = 70
+OUT_OF_MEMORY_STATUS = 71
+ENGINE_STATUS = 72
+DISK_FULL_STATUS = 74
+
+_CHECKPOINT = re.compile(r"step_\d{6,}")
+
+
+class RunError(Exception):
+    """A run cannot go on. `status` is its exit status."""
+
+    status = 1
+
+    def at(self, step: int, total: int, run_dir: Path) -> Self:
+        """The same error, with where the run was and how it goes on.
+
+        Args:
+            step: which one could not be finished, from 1.
+            total: how many there will be.
+            run_dir: the run's folder.
+        """
+        named = type(self)(f"step {step} of {total}: {self}; {resume_hint(run_dir)}")
+        named.status = self.status
+        return named
+
+
+class NotFiniteError(RunError, FloatingPointError):
+    """A loss or a gradient is NaN or infinite."""
+
+    status = NOT_FINITE_STATUS
+
+
+class OutOfMemoryError(RunError):
+    """No memory for a forward, a backward or a generation."""
+
+    status = OUT_OF_MEMORY_STATUS
+
+
+class EngineError(RunError):
+    """The rollout engine failed."""
+
+    status = ENGINE_STATUS
+
+
+class DiskFullError(RunError):
+    """There is no room for a log or a sample."""
+
+    status = DISK_FULL_STATUS
+
+
+class RankLostError(RunError):
+    """Another rank of the run failed, died or fell silent."""
+
+    status = RANK_LOST_STATUS
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write found no room, on the disk or in the user's quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def status_of(error: BaseException) -> int:
+    """With what status a command ends by this error."""
+    if isinstance(error, RunError):
+        return error.status
+    if isinstance(error, RolloutError):
+        return ENGINE_STATUS
+    if is_disk_full(error):
+        return DISK_FULL_STATUS
+    return INPUT_STATUS if isinstance(error, ValueError) else 1
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The last one that was written, of the cold start where training has none yet."""
+    for folder in (run_dir / "checkpoints", run_dir / "cold_start_checkpoints"):
+        if found := sorted(p for p in folder.glob("step_*") if _CHECKPOINT.fullmatch(p.name)):
+            return found[-1]
+    return None
+
+
+def resume_hint(run_dir: Path) -> str:
+    """From what and how a run that ended goes on."""
+    newest = newest_checkpoint(run_dir)
+    kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest}"
+    return f"{kept}; go on with the same command and --resume, or with resume={run_dir}"

@@ -1,0 +1,132 @@
+"""A published schema that changes is an error with column, type got and type wanted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from care_train.data.building.adapters import ADAPTERS
+from tests.data import published
+from tests.data.published import build_from, quarantine, write_jsonl
+
+PUBLISHED = {name: adapter for name, adapter in ADAPTERS.items() if adapter.columns}
+COLUMNS = [(name, c) for name, adapter in PUBLISHED.items() for c in adapter.columns]
+REQUIRED = [(name, column) for name, column in COLUMNS if column.required]
+
+
+def _id(value: Any) -> str:
+    return getattr(value, "name", value)
+
+
+def _write(name: str, folder: Path, column: str, *, drop: bool) -> Path:
+    """The adapter's published file with a column dropped, or of structs."""
+    source = getattr(published, name)(folder / name)
+    path = sorted([*source.rglob("*.parquet"), *source.rglob("*.json")])[0]
+    if path.suffix == ".json":
+        rows = json.loads(path.read_text())
+        for row in rows:
+            row.pop(column, None)
+            row |= {} if drop else {column: {"x": 1}}
+        path.write_text(json.dumps(rows))
+        return path
+    table = parquet.read_table(path)
+    place = table.schema.get_field_index(column)
+    structs = pyarrow.array([{"x": 1}] * len(table))
+    if drop:
+        table = table.remove_column(place)
+    elif place < 0:
+        table = table.append_column(column, structs)
+    else:
+        table = table.set_column(place, column, structs)
+    # The datasets library's note still says what the columns were.
+    parquet.write_table(table.replace_schema_metadata(None), path)
+    return path
+
+
+@pytest.mark.parametrize(("name", "column"), COLUMNS, ids=_id)
+def test_every_column_of_another_type_is_named(name: str, column: Any, tmp_path: Path):
+    """Whatever is read: source, file, column, the type got and those wanted, before any output."""
+    path = _write(name, tmp_path, column.name, drop=False)
+    with pytest.raises(ValueError) as error:
+        build_from(tmp_path, [{"name": "s", "adapter": name, "path": str(path)}])
+    assert str(error.value) == (
+        f"source s ({name}): {path.name}: column {column.name!r}: got struct, wanted "
+        + " or ".join(column.kinds)
+    )
+
+
+@pytest.mark.parametrize(("name", "column"), REQUIRED, ids=_id)
+def test_every_missing_column_is_named(name: str, column: Any, tmp_path: Path):
+    """A required column that is gone: what was wanted, and what the file has instead."""
+    path = _write(name, tmp_path, column.name, drop=True)
+    with pytest.raises(ValueError) as error:
+        build_from(tmp_path, [{"name": "s", "adapter": name, "path": str(path)}])
+    wanted = " or ".join(column.kinds)
+    start = f"source s ({name}): {path.name}: column {column.name!r}: got none, wanted {wanted}; "
+    assert str(error.value).startswith(start + "the file has ")
+
+
+def change(name: str, values: list[Any], kind: Any) -> Any:
+    def write(folder: Path) -> Path:
+        path = published.geometry3k(folder) / "data" / "train-00000-of-00001.parquet"
+        table = parquet.read_table(path)
+        place = table.schema.get_field_index(name)
+        parquet.write_table(table.set_column(place, name, pyarrow.array(values, kind)), path)
+        return folder
+
+    return write
+
+
+def without(name: str) -> Any:
+    def write(folder: Path) -> Path:
+        path = published.geometry3k(folder) / "data" / "train-00000-of-00001.parquet"
+        parquet.write_table(parquet.read_table(path).drop_columns([name]), path)
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (
+            change("answer", [1.0, 2.0, 3.0], pyarrow.float64()),
+            "column 'answer': got number, wanted text",
+        ),
+        (
+            change("problem", [["q"]] * 3, pyarrow.list_(pyarrow.string())),
+            "column 'problem': got list of text, wanted text",
+        ),
+        (
+            change("images", [1, 2, 3], pyarrow.int64()),
+            "column 'images': got number, wanted list of image or list of bytes or list of text",
+        ),
+        (without("problem"), "column 'problem': got none, wanted text; the file has images"),
+    ],
+)
+def test_changed_schemas_are_named(tmp_path: Path, write: Any, message: str):
+    """A published schema that changed: source, file, column, the type got and the type wanted."""
+    source = {"name": "geo", "adapter": "geometry3k", "path": str(write(tmp_path))}
+    with pytest.raises(ValueError) as error:
+        build_from(tmp_path, [source])
+    where = "source geo (geometry3k): data/train-00000-of-00001.parquet: "
+    assert where + message in str(error.value)
+
+
+def test_changed_json_schemas_are_named(tmp_path: Path):
+    """Without a schema in the file, the first row tells; a later odd row is quarantined."""
+    rows = [{"question": "q?", "answer": "1", "image": []}] * 2
+    path = write_jsonl(tmp_path / "v.jsonl", [rows[0] | {"answer": 3}, rows[1]])
+    source = {"name": "virl", "adapter": "virl39k", "path": str(path)}
+    with pytest.raises(
+        ValueError, match=r"virl39k\): v\.jsonl: column 'answer': got number, wanted"
+    ):
+        build_from(tmp_path, [source])
+    path = write_jsonl(tmp_path / "v.jsonl", [rows[0], rows[1] | {"answer": ["a", "b"]}])
+    _, output = build_from(tmp_path, [source], overwrite=True)
+    [row] = quarantine(output)
+    assert (row["row"], row["reason"]) == (2, "answer_type")
+    assert row["detail"].startswith("v.jsonl: row 2: answer: got a list, wanted text, a number or")

@@ -1,0 +1,143 @@
+"""FlashAttention, Liger's kernels and gradient checkpointing."""
+
+import copy
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from liger_kernel.transformers import liger_rotary_pos_emb
+
+from care_train.models import fast_paths
+from care_train.models.batch import TokenSequence, collate, pack
+from care_train.models.fast_paths import apply_liger, runnable
+from care_train.models.load import load_model
+from care_train.models.lora import add_adapters
+from care_train.models.policy import Policy
+from care_train.models.positions import packed_positions
+from care_train.models.tiny import TINY_KINDS
+from care_train.settings import LoraSettings, ModelSettings
+from tests.train.builders import load, random_sequences
+
+ASKED = ModelSettings(attention="flash_attention_2", liger=True, dtype="bfloat16")
+
+
+def test_a_model_loads_with_what_can_run_and_says_so_once(tiny_folder, caplog, monkeypatch):
+    """No GPU: sdpa and transformers' own layers, one line each however often a model is loaded."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("RANK", "0")
+    fast_paths._say.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        load_model(ASKED, tiny_folder("tiny-qwen2"))
+        model = load_model(ASKED, tiny_folder("tiny-qwen2")).model
+    assert model.config._attn_implementation == "sdpa"
+    assert not any("Liger" in m._get_name() for m in model.modules())
+    lines = [r.getMessage() for r in caplog.records if "cannot run" in r.getMessage()]
+    assert len(lines) == 2
+    assert "model.attention=flash_attention_2" in lines[0] and "sdpa is used" in lines[0]
+    assert "model.liger" in lines[1] and "there is no GPU" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "dtype", "kind", "reasons"),
+    [
+        ((9, 0), True, "bfloat16", "qwen2_5_vl", []),
+        ((7, 5), True, "bfloat16", "qwen3_vl", ["older than Ampere"]),
+        ((9, 0), False, "bfloat16", "qwen2", ["flash-attn is not", "liger-kernel is not"]),
+        ((9, 0), True, "float32", "qwen2", ["model.dtype is float32"]),
+        ((9, 0), True, "bfloat16", "llama", ["not tested with llama"]),
+    ],
+)
+def test_reasons_on_gpus(capability, installed, dtype, kind, reasons, monkeypatch):
+    """An old GPU, a missing package, a precision and a model kind are each named."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
+    monkeypatch.setattr(fast_paths.importlib.util, "find_spec", lambda name: installed or None)
+    asked = ModelSettings(attention="flash_attention_2", liger=True, dtype=dtype)
+    used, notes = runnable(asked, kind)
+    assert len(notes) == len(reasons)
+    for note, reason in zip(notes, reasons, strict=True):
+        assert reason in note
+    assert (used == asked) == (not reasons)
+
+
+@pytest.fixture
+def transformers_as_it_was():
+    """Undo what Liger replaces in transformers' modules."""
+    names = [f"transformers.models.{k}.modeling_{k}" for k in fast_paths.LIGER_KINDS]
+    before = {n: dict(vars(sys.modules[n])) for n in names if n in sys.modules}
+    yield
+    for name, values in before.items():
+        vars(sys.modules[name]).update(values)
+
+
+@pytest.mark.parametrize("kind", TINY_KINDS)
+def test_liger_replaces_norms_mlps_and_rotary_embeddings(kind, tiny_folder, transformers_as_it_was):
+    """By Liger's own functions for the model's kind, in copies of the model too; not its loss."""
+    model = load(tiny_folder(kind)).model
+    forward = type(model).forward
+    apply_liger(model)
+    model = copy.deepcopy(model)
+    layers = getattr(model.base_model, "language_model", model.base_model).layers
+    for layer in layers:
+        names = (layer.input_layernorm._get_name(), layer.post_attention_layernorm._get_name())
+        assert names == ("LigerRMSNorm", "LigerRMSNorm")
+        assert layer.mlp.forward.__func__.__qualname__ == "LigerSwiGLUMLP.forward"
+        assert layer.mlp.forward.__self__ is layer.mlp
+    attention = type(layers[0].self_attn).forward
+    assert attention.__globals__["apply_rotary_pos_emb"] is liger_rotary_pos_emb
+    assert type(model).forward is forward and "forward" not in vars(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TINY_KINDS)
+def test_ligers_kernels_compute_what_transformers_does(kind, tiny_folder):
+    """Log-probs and gradients of text and images, under Triton's interpreter."""
+    command = [sys.executable, "-m", "tests.train.liger_kernels", str(tiny_folder(kind))]
+    subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True, timeout=200)
+
+
+@pytest.mark.parametrize("variant", ["padded", "packed", "lora"])
+@pytest.mark.parametrize("kind", TINY_KINDS)
+def test_checkpointing_keeps_less_and_changes_no_gradient(kind, variant, tiny_folder):
+    """The same gradients bit for bit, of images shared by two rollouts too, from less than half
+    the tensors kept for the backward."""
+    loaded = load(tiny_folder(kind))
+    if variant == "lora":
+        add_adapters(loaded.model, LoraSettings(rank=2), seed=0)
+    sequences = random_sequences(loaded, 2)
+    sequences.append(TokenSequence(sequences[-1].prompt, (), (11, 12, 13, 14, 15)))
+    if variant == "packed":
+        batch = pack(sequences, packed_positions(loaded.model), loaded.image_token_id)
+    else:
+        batch = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
+    assert ("image_places" in batch.inputs) == (kind != "tiny-qwen2")
+    results = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(loaded.model).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        results.append(_gradients_and_kept_bytes(Policy(model), batch))
+    (wanted, whole), (found, kept) = results
+    assert found.keys() == wanted.keys() and len(found) > 10
+    for name, gradient in found.items():
+        assert torch.equal(gradient, wanted[name]), name
+    assert kept < 0.5 * whole
+
+
+def _gradients_and_kept_bytes(policy, batch):
+    kept = 0
+
+    def keep(tensor):
+        nonlocal kept
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = policy(batch)[0].sum()
+    total.backward()
+    return {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}, kept

@@ -1,0 +1,63 @@
+"""A real local HTTP server that speaks the OpenAI protocol, in place of a judge."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class Server(ThreadingHTTPServer):
+    """Counts requests; `reply` makes the text of an answer or a failing status from a prompt."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.prompts: list[str] = []
+        self.reply: Callable[[str], str | int] = lambda prompt: "CORRECT"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/v1/chat/completions" and body["temperature"] == 0.0
+        prompt = body["messages"][0]["content"]
+        self.server.prompts.append(prompt)
+        reply = self.server.reply(prompt)
+        status, content = (reply, "") if isinstance(reply, int) else (200, reply)
+        choice = {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": content},
+        }
+        data = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
+        encoded = json.dumps(data | {"choices": [choice]}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(encoded)))
+        self.end_headers()
+        self.wfile.write(encoded)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    """A running server."""
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
