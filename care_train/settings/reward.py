@@ -40,6 +40,9 @@ class RewardFunctionSettings:
     number, added to the reward."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """More keyword arguments of the function."""
+    timeout: float = 300.0
+    """Seconds for one call: of one response in EasyR1's one-by-one and verl's form, of a batch in
+    the others. One that takes longer is ended, with the function's process; a new one follows."""
     messages: bool = False
     """Give a TRL-style function each completion as a list of chat messages, not as text."""
 
@@ -49,6 +52,7 @@ class RewardFunctionSettings:
         check(good, "reward.functions.function", self.function, "file.py:function")
         positive = self.weight > 0 or self.target == "bonus"
         check(positive, "reward.functions.weight", self.weight, "above 0")
+        check(self.timeout > 0, "reward.functions.timeout", self.timeout, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Users' own rewards, in the signatures of EasyR1, TRL and verl."""
+"""Users' own rewards, in the signatures of EasyR1, TRL and verl: what runs in their process."""
 
 import importlib.util
 import inspect
@@ -27,6 +27,8 @@ class FunctionScore:
 
     value: float | None
     format_score: float | None = None
+    note: str = ""
+    """Why the value is no result of the function's."""
 
 
 class RowImages(Sequence[Image.Image]):
@@ -50,7 +52,7 @@ class RowImages(Sequence[Image.Image]):
         return load_image(ref, location=place, max_pixels=self._max_pixels)
 
 
-class RewardFunction:
+class UserFunction:
     """A function of the user's, called with responses and every column of their rows."""
 
     def __init__(self, settings: RewardFunctionSettings, max_image_pixels: int) -> None:
@@ -78,6 +80,8 @@ class RewardFunction:
                 f"{', '.join(parameters) or 'none'}, wanted {_FORMS}"
             )
         self._form: Callable[[Sequence[Response]], Sequence[Any]] = form
+        self.is_per_response = form in (self._easyr1_sequential, self._verl)
+        """Called with one response at a time."""
 
     def __call__(self, responses: Sequence[Response]) -> list[FunctionScore]:
         """A score per response, in order.

@@ -3,15 +3,15 @@
 import atexit
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 
+from care_train.verifier.child import Child
 from care_train.verifier.messages import TAKEN
 from care_train.verifier.types import AnswerType, Item, Verdict
 
@@ -19,24 +19,11 @@ _START_SECONDS = 120.0
 _MAX_FAILED_STARTS = 3
 
 
-class _Worker:
+class _Worker(Child):
     """A process and the item it is at."""
 
     def __init__(self) -> None:
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "care_train.verifier.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-        )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._requests = Connection(os.dup(self._process.stdin.fileno()), readable=False)
-        self.replies = Connection(os.dup(self._process.stdout.fileno()), writable=False)
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self.pid = self._process.pid
+        super().__init__("care_train.verifier.worker", {"CUDA_VISIBLE_DEVICES": ""}, is_silent=True)
         self.ready = False
         self.index: int | None = None
         self.has_taken = False
@@ -47,20 +34,13 @@ class _Worker:
         """Give it an item; False where the process is gone."""
         message = json.dumps(asdict(item) | {"timeout": timeout}).encode()
         try:
-            self._requests.send_bytes(message)
+            self.requests.send_bytes(message)
         except OSError:
             return False
         self.index, self.deadline = index, time.monotonic() + timeout
         self.has_taken = False
         self.started = time.monotonic()
         return True
-
-    def kill(self) -> None:
-        """End the process now and wait until it is gone."""
-        self._process.kill()
-        self._process.wait()
-        self._requests.close()
-        self.replies.close()
 
 
 class WorkerPool:

@@ -8,7 +8,7 @@ from care_train.algorithm.spans import parse_spans
 from care_train.data import Sample
 from care_train.settings import PromptSettings, RewardSettings
 from care_train.verifier.format import format_fault
-from care_train.verifier.functions import RewardFunction
+from care_train.verifier.function_process import RewardFunction
 from care_train.verifier.judge import Judge, case_of
 from care_train.verifier.pool import shared_pool
 from care_train.verifier.responses import Response, item_of
@@ -95,7 +95,7 @@ class Verifier:
 
     def _reason(self, verdict: Verdict, own: Sequence[tuple]) -> str:
         parts = [
-            f"{settings.function.rpartition(':')[2]} {found.value:g}"
+            f"{settings.function.rpartition(':')[2]} {found.value:g}{found.note}"
             for settings, found in own
             if found.value is not None
         ]
