@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Self
 
-from care_train.rollout.errors import RolloutError
+from care_train.rollout.errors import NotFiniteLogitsError, RolloutError
 
 INPUT_STATUS = 2
 NOT_FINITE_STATUS = 65
@@ -37,7 +37,7 @@ class RunError(Exception):
 
 
 class NotFiniteError(RunError, FloatingPointError):
-    """A loss or a gradient is NaN or infinite."""
+    """A loss, a gradient or the policy's logits are NaN or infinite."""
 
     status = NOT_FINITE_STATUS
 
@@ -67,14 +67,17 @@ class RankLostError(RunError):
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a write found no room, on the disk or in the user's quota."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Whether a write found no room: on the disk, in the user's quota, or under `ulimit -f`."""
+    no_room = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, OSError) and error.errno in no_room
 
 
 def status_of(error: BaseException) -> int:
     """With what status a command ends by this error."""
     if isinstance(error, RunError):
         return error.status
+    if isinstance(error, NotFiniteLogitsError):
+        return NOT_FINITE_STATUS
     if isinstance(error, RolloutError):
         return ENGINE_STATUS
     if is_disk_full(error):
