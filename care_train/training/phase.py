@@ -80,8 +80,8 @@ def at_step(step: int, total: int, run_dir: Path) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         raise DiskFullError(str(error)).at(step, total, run_dir) from error
-    finally:
-        begin_step(None)
+    # Not after an error: the guard still says where it was.
+    begin_step(None)
 
 
 @contextmanager
@@ -102,5 +102,5 @@ def phase(name: str) -> Iterator[None]:
         reason = str(error).strip().splitlines() or ["no memory"]
         advice = _ADVICE.get(name, _ELSEWHERE)
         raise OutOfMemoryError(f"out of memory in {name} ({reason[0]}): {advice}") from error
-    finally:
-        _place = replace(before, since=time.monotonic())
+    # Not after an error, as above.
+    _place = replace(before, since=time.monotonic())
