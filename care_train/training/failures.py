@@ -15,6 +15,9 @@ OUT_OF_MEMORY_STATUS = 71
 ENGINE_STATUS = 72
 DISK_FULL_STATUS = 74
 
+CHANGES = "a run that goes on takes a changed key with allow_changes=[KEY]"
+"""Of settings that decide where a run goes."""
+
 _CHECKPOINT = re.compile(r"step_\d{6,}")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from care_train.models.finite import first_broken_weight
 from care_train.training.distributed import gather, is_main
-from care_train.training.failures import NotFiniteError
+from care_train.training.failures import CHANGES, NotFiniteError
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class LeftOut:
         self._count += 1
         if self._count > self._allowed:
             raise NotFiniteError(
-                f"{text} ({where}); lower train.learning_rate, or let train.max_skipped_updates "
-                f"(now {self._allowed}) leave such updates out"
+                f"{text} ({where}); let train.max_skipped_updates (now {self._allowed}) leave such "
+                f"updates out, or lower train.learning_rate: {CHANGES}"
             )
         if is_main():
             logger.warning(

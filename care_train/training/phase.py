@@ -9,6 +9,7 @@ from pathlib import Path
 from care_train.rollout.errors import NotFiniteLogitsError, RolloutError
 from care_train.rollout.memory import is_out_of_memory
 from care_train.training.failures import (
+    CHANGES,
     DiskFullError,
     EngineError,
     NotFiniteError,
@@ -22,8 +23,8 @@ _GENERATION = (
     "under rollout.engine=vllm rollout.vllm.gpu_memory_utilization or rollout.vllm.kv_cache_gib"
 )
 _TRAINING = (
-    "lower train.micro_batch_size (sft.micro_batch_size in a cold start) or raise "
-    "deepspeed.zero_stage; `care-train plan` says what fits"
+    "lower train.micro_batch_size (sft.micro_batch_size in a cold start), or start anew with a "
+    "higher deepspeed.zero_stage; `care-train plan` says what fits"
 )
 _ADVICE = {
     "generate": _GENERATION,
@@ -100,7 +101,7 @@ def phase(name: str) -> Iterator[None]:
         if isinstance(error, RolloutError) or not is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines() or ["no memory"]
-        advice = _ADVICE.get(name, _ELSEWHERE)
+        advice = f"{_ADVICE[name]}; {CHANGES}" if name in _ADVICE else _ELSEWHERE
         raise OutOfMemoryError(f"out of memory in {name} ({reason[0]}): {advice}") from error
     # Not after an error, as above.
     _place = replace(before, since=time.monotonic())

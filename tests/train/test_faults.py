@@ -247,6 +247,11 @@ def test_a_run_that_has_no_memory_says_what_to_lower(what, advice, arguments, tm
     assert f"step 1 of 1: out of memory in {phase} (" in errors and f"lower {advice}" in errors
     assert "care-train plan" in errors or phase == "generate"
     assert f"resume={tmp_path / 'run'}" in errors
+    key = "allow_changes=[rollout.batch_size,train.micro_batch_size]"
+    assert "allow_changes=[KEY]" in errors
+    lowered = ("rollout.batch_size=64", "train.micro_batch_size=64", key, "--resume")
+    [(status, errors)] = FastRun(*arguments, *LARGE, *lowered).end()
+    assert status == 0, errors
 
 
 NOT_FINITE = """
