@@ -195,7 +195,9 @@ def test_launchers_end_with_the_cause(launcher, arguments, tmp_path):
 
 
 LIMITED = """
-import resource
+import ctypes, resource
+# M_MMAP_THRESHOLD: large tensors always ask the system, never what was freed before.
+ctypes.CDLL(None).mallopt(-3, 1 << 18)
 from {module} import {owner}
 real = {owner}.{name}
 def limited(self, *arguments, **more):
