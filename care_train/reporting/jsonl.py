@@ -18,14 +18,19 @@ class JsonlWriter:
             path: the file; its folder is created.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+        # Unbuffered: what a full disk refused must not be tried again, and raise again, in `close`.
+        self._file = path.open("ab", buffering=0)
         _drop_cut_line(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append `record` and flush: a reader sees whole lines while the run goes on."""
-        line = json.dumps(finite(record), allow_nan=False)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        """Append `record` at once: a reader sees whole lines while the run goes on.
+
+        Raises:
+            OSError: no room; the half line that may be there is dropped when it is opened again.
+        """
+        rest = json.dumps(finite(record), allow_nan=False).encode() + b"\n"
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     def close(self) -> None:
         """Close the file."""

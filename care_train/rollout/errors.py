@@ -6,3 +6,7 @@ class RolloutError(RuntimeError):
 
     advice = ""
     """What to do before the run can go on, after the message."""
+
+
+class NotFiniteLogitsError(RolloutError):
+    """The policy's logits are NaN or infinite: no token can be sampled from them."""

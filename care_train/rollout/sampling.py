@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from care_train.rollout.errors import NotFiniteLogitsError
 from care_train.rollout.types import SamplingSettings
 
 
@@ -37,7 +38,14 @@ class SeededSampler(LogitsProcessor):
             self._uniforms = _uniforms(seeds, sampling.max_new_tokens).to(device)
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """[rows, V] scores: -inf but for the drawn token; untouched but for bans where greedy."""
+        """[rows, V] scores: -inf but for the drawn token; untouched but for bans where greedy.
+
+        Raises:
+            NotFiniteLogitsError: a row has a NaN or +inf, or nothing but -inf.
+        """
+        place = input_ids.shape[1] - self._prompt_width
+        if not bool(scores.amax(-1).isfinite().all()):
+            raise NotFiniteLogitsError(f"the logits of response token {place} are not finite")
         scores = scores.float().index_fill(1, self._banned, -torch.inf)
         if self._greedy:
             return scores
@@ -45,7 +53,7 @@ class SeededSampler(LogitsProcessor):
         for warp in self._filters:
             scores = warp(input_ids, scores)
         cumulative = scores.double().softmax(-1).cumsum(-1)
-        uniform = self._uniforms[:, input_ids.shape[1] - self._prompt_width, None]
+        uniform = self._uniforms[:, place, None]
         # Scaled by the total, which rounding keeps from being exactly 1: u < 1 cannot run past it.
         token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)

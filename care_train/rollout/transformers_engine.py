@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
+from care_train.models.finite import first_broken_weight
 from care_train.models.images import image_inputs, with_encoded_images
 from care_train.models.load import LoadedModel
 from care_train.rollout.banned import banned_token_ids
+from care_train.rollout.errors import NotFiniteLogitsError
 from care_train.rollout.memory import is_out_of_memory
 from care_train.rollout.sampling import SeededSampler
 from care_train.rollout.types import Completion, Request, SamplingSettings
@@ -40,6 +42,9 @@ class TransformersEngine:
 
         Where memory runs out, the batches are halved once, and stay so: the seeds are the requests'
         own, so the responses do not change.
+
+        Raises:
+            NotFiniteLogitsError: names the first weight that is not finite, if one is.
         """
         order = sorted(range(len(requests)), key=lambda i: len(_context(requests[i])), reverse=True)
         completions: dict[int, Completion] = {}
@@ -95,11 +100,16 @@ class TransformersEngine:
         sampler = SeededSampler(
             [r.seed for r in requests], sampling, self._banned, width, self._model.device
         )
-        output = self._model.generate(
-            **self._with_prefill(requests, inputs),
-            generation_config=self._generation_config(sampling),
-            logits_processor=LogitsProcessorList([sampler]),
-        )
+        try:
+            output = self._model.generate(
+                **self._with_prefill(requests, inputs),
+                generation_config=self._generation_config(sampling),
+                logits_processor=LogitsProcessorList([sampler]),
+            )
+        except NotFiniteLogitsError as error:
+            broken = first_broken_weight(self._model)
+            why = "though all weights are" if broken is None else f"nor is the weight {broken}"
+            raise NotFiniteLogitsError(f"{error}, {why}") from error
         return [self._cut(row) for row in output[:, width:].tolist()]
 
     def _with_prefill(

@@ -199,9 +199,8 @@ class PolicyEngine:
             loss = output.loss * world_size()
             total += float(output.loss.detach())
             if cause is None and not math.isfinite(total):
-                weights = dict(self._policy.named_parameters())
                 rows = micro.batch.sequence_ids
-                cause = cause_of(weights, micro.loss_arguments, output, rows, micro.labels)
+                cause = cause_of(self._policy, micro.loss_arguments, output, rows, micro.labels)
             if place == count - 1 and all_max(not math.isfinite(total), self.device):
                 # Every gradient, on all ranks, becomes one that is not applied.
                 loss = loss * math.nan

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Self
 
-from care_train.rollout.errors import RolloutError
+from care_train.rollout.errors import NotFiniteLogitsError, RolloutError
 
 INPUT_STATUS = 2
 NOT_FINITE_STATUS = 65
@@ -14,6 +14,9 @@ HUNG_STATUS = 70
 OUT_OF_MEMORY_STATUS = 71
 ENGINE_STATUS = 72
 DISK_FULL_STATUS = 74
+
+CHANGES = "a run that goes on takes a changed key with allow_changes=[KEY]"
+"""Of settings that decide where a run goes."""
 
 _CHECKPOINT = re.compile(r"step_\d{6,}")
 
@@ -37,7 +40,7 @@ class RunError(Exception):
 
 
 class NotFiniteError(RunError, FloatingPointError):
-    """A loss or a gradient is NaN or infinite."""
+    """A loss, a gradient or the policy's logits are NaN or infinite."""
 
     status = NOT_FINITE_STATUS
 
@@ -67,14 +70,17 @@ class RankLostError(RunError):
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a write found no room, on the disk or in the user's quota."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Whether a write found no room: on the disk, in the user's quota, or under `ulimit -f`."""
+    no_room = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, OSError) and error.errno in no_room
 
 
 def status_of(error: BaseException) -> int:
     """With what status a command ends by this error."""
     if isinstance(error, RunError):
         return error.status
+    if isinstance(error, NotFiniteLogitsError):
+        return NOT_FINITE_STATUS
     if isinstance(error, RolloutError):
         return ENGINE_STATUS
     if is_disk_full(error):

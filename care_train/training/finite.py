@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from care_train.models.finite import first_broken_weight
 from care_train.training.distributed import gather, is_main
-from care_train.training.failures import NotFiniteError
+from care_train.training.failures import CHANGES, NotFiniteError
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ class LeftOut:
         self._count += 1
         if self._count > self._allowed:
             raise NotFiniteError(
-                f"{text} ({where}); lower train.learning_rate, or let train.max_skipped_updates "
-                f"(now {self._allowed}) leave such updates out"
+                f"{text} ({where}); let train.max_skipped_updates (now {self._allowed}) leave such "
+                f"updates out, or lower train.learning_rate: {CHANGES}"
             )
         if is_main():
             logger.warning(
@@ -59,14 +60,14 @@ class LeftOut:
 
 
 def cause_of(
-    weights: Mapping[str, torch.Tensor],
+    model: torch.nn.Module,
     arguments: Mapping[str, Any],
     output: Any,
     sequence_ids: torch.Tensor,
     labels: Sequence[str],
 ) -> str:
     """What made a micro-batch's loss one that is not finite; arguments as below."""
-    broken = first_broken_weight(weights)
+    broken = first_broken_weight(model)
     if broken is not None:
         return f"the weight {broken} is not finite already"
     return first_not_finite(arguments, output, sequence_ids, labels) or "the loss"
@@ -93,14 +94,4 @@ def first_not_finite(
         start = int((sequence_ids == sequence).nonzero()[0])
         label = labels[sequence] if labels else f"sequence {sequence} of the micro-batch"
         return f"{name} is {float(values[row])} at response token {row - start} of {label}"
-    return None
-
-
-def first_broken_weight(parameters: Mapping[str, torch.Tensor]) -> str | None:
-    """The first weight that is not finite."""
-    for name, parameter in parameters.items():
-        # Under ZeRO-3 this rank's shard.
-        own = getattr(parameter, "ds_tensor", parameter)
-        if own.numel() and not bool(own.isfinite().all()):
-            return name
     return None

@@ -140,7 +140,7 @@ class Guard:
                 return self._death(board, *dead)
             time.sleep(0.1)
         reason = str(error).splitlines()[0]
-        return _lost(0, f"the ranks' store does not answer any more ({reason})", self._run_dir)
+        return self._lost(0, f"the ranks' store does not answer any more ({reason})")
 
     def _own_beat(self) -> Beat:
         self._number += 1
@@ -182,7 +182,7 @@ class Guard:
             elif 0 < self._limits.rank < now - since:
                 where = "" if beat is None else f"; it was in {beat}"
                 text = f"no sign of life for limits.rank = {self._limits.rank:g} s{where}"
-                return _lost(rank, text, self._run_dir)
+                return self._lost(rank, text)
         return None
 
     def _death(self, board: RankBoard, rank: int, pid: int) -> Fault:
@@ -192,7 +192,14 @@ class Guard:
             beat = self._last.get(rank)
         where = "" if beat is None else f" in {beat}"
         text = f"its process {pid} died{where} (the kernel's log says whether memory ran out)"
-        return _lost(rank, text, self._run_dir)
+        return self._lost(rank, text)
+
+    def _lost(self, rank: int, text: str) -> Fault:
+        # The lost rank's last sign of life may be of an earlier step, or there may be none.
+        assert self._board is not None
+        place = f"meanwhile rank {self._board.rank} was in {self._own_beat()}"
+        message = f"{text}; {place}; {resume_hint(self._run_dir)}"
+        return Fault(rank, message, RANK_LOST_STATUS)
 
     def _report(self, fault: Fault) -> Fault:
         assert self._board is not None
@@ -270,10 +277,6 @@ class Guard:
                 return self._report(self._death(board, *dead))
             time.sleep(0.05)
         return None
-
-
-def _lost(rank: int, text: str, run_dir: Path) -> Fault:
-    return Fault(rank, f"{text}; {resume_hint(run_dir)}", RANK_LOST_STATUS)
 
 
 def _as_error(fault: Fault) -> RunError:

@@ -12,6 +12,7 @@ import torch
 from care_train.algorithm.types import Rollout
 from care_train.settings import LossSettings
 from care_train.training.distributed import all_sum, gather
+from care_train.training.failures import EngineError
 from care_train.training.sampling import SampledGroup
 
 
@@ -91,11 +92,11 @@ def check_parity(values: dict[str, float], worst: WorstToken | None, limit: floa
     """Stop a run whose engine samples from another policy than the trainer's.
 
     Raises:
-        RuntimeError: the mean gap is over `rollout.max_log_prob_gap`, or not finite.
+        EngineError: the mean gap is over `rollout.max_log_prob_gap`, or not finite.
     """
     if worst is None or limit is None or values["gap_mean"] <= limit:
         return
-    raise RuntimeError(
+    raise EngineError(
         f"rollout.max_log_prob_gap: trainer and engine are {values['gap_mean']:.4g} nats per token "
         f"apart, wanted at most {limit:g}: they do not compute the same policy. Worst: {worst}"
     )

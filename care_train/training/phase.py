@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from care_train.rollout.errors import RolloutError
+from care_train.rollout.errors import NotFiniteLogitsError, RolloutError
 from care_train.rollout.memory import is_out_of_memory
 from care_train.training.failures import (
+    CHANGES,
     DiskFullError,
     EngineError,
+    NotFiniteError,
     OutOfMemoryError,
     RunError,
     is_disk_full,
@@ -21,10 +23,16 @@ _GENERATION = (
     "under rollout.engine=vllm rollout.vllm.gpu_memory_utilization or rollout.vllm.kv_cache_gib"
 )
 _TRAINING = (
-    "lower train.micro_batch_size (sft.micro_batch_size in a cold start) or raise "
-    "deepspeed.zero_stage; `care-train plan` says what fits"
+    "lower train.micro_batch_size (sft.micro_batch_size in a cold start), or start anew with a "
+    "higher deepspeed.zero_stage; `care-train plan` says what fits"
 )
-_ADVICE = {"generate": _GENERATION, "sync": _GENERATION}
+_ADVICE = {
+    "generate": _GENERATION,
+    "sync": _GENERATION,
+    "forward": _TRAINING,
+    "update": _TRAINING,
+}
+_ELSEWHERE = "make room: fewer ranks on one machine, or fewer other programs beside them"
 
 
 @dataclass(frozen=True)
@@ -67,13 +75,14 @@ def at_step(step: int, total: int, run_dir: Path) -> Iterator[None]:
     except RunError as error:
         raise error.at(step, total, run_dir) from error
     except RolloutError as error:
-        raise EngineError(f"{error}{error.advice}").at(step, total, run_dir) from error
+        kind = NotFiniteError if isinstance(error, NotFiniteLogitsError) else EngineError
+        raise kind(f"{error}{error.advice}").at(step, total, run_dir) from error
     except OSError as error:
         if not is_disk_full(error):
             raise
         raise DiskFullError(str(error)).at(step, total, run_dir) from error
-    finally:
-        begin_step(None)
+    # Not after an error: the guard still says where it was.
+    begin_step(None)
 
 
 @contextmanager
@@ -92,7 +101,7 @@ def phase(name: str) -> Iterator[None]:
         if isinstance(error, RolloutError) or not is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines() or ["no memory"]
-        advice = _ADVICE.get(name, _TRAINING)
+        advice = f"{_ADVICE[name]}; {CHANGES}" if name in _ADVICE else _ELSEWHERE
         raise OutOfMemoryError(f"out of memory in {name} ({reason[0]}): {advice}") from error
-    finally:
-        _place = replace(before, since=time.monotonic())
+    # Not after an error, as above.
+    _place = replace(before, since=time.monotonic())

@@ -24,6 +24,7 @@ FREE = (
         "sft.save_every",
         "sft.eval_data",
         "sft.eval_every",
+        "train.max_skipped_updates",
         "train.save_every",
         "train.keep_checkpoints",
         "train.keep_best",
@@ -32,7 +33,8 @@ FREE = (
         "rollout.vllm.server_timeout",
     ),
 )
-"""Keys and sections that decide nothing about the weights: a resumed run may change them."""
+"""Keys and sections that a resumed run may change: they decide nothing about its weights, but for
+`train.max_skipped_updates`, which decides where it ends."""
 
 _FIXED = (
     "deepspeed.zero_stage",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from care_train.settings import LossSettings
+from care_train.training.failures import EngineError
 from care_train.training.mismatch import Mismatch, check_parity, importance_weights
 from tests.algorithm.builders import right
 from tests.algorithm.fakes import sampled_group
@@ -46,7 +47,7 @@ def test_an_absurd_gap_stops_the_run_and_names_the_token(trainer):
     mismatch = Mismatch()
     rollout = _rollout([-1.0, -1.0])
     mismatch.add(sampled_group([rollout]), rollout, torch.tensor([-1.0, trainer]))
-    with pytest.raises(RuntimeError, match=r"rows.jsonl: row 1: response token 1 \(id 51\).*-1.0"):
+    with pytest.raises(EngineError, match=r"rows.jsonl: row 1: response token 1 \(id 51\).*-1.0"):
         check_parity(*mismatch.reduce(CPU), 0.2)
     check_parity(*mismatch.reduce(CPU), None)
 

@@ -1,7 +1,9 @@
 """A real `care-train serve` beside the trainer: tokens, log-probs, weights, errors."""
 
+import time
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
@@ -197,4 +199,11 @@ def test_two_workers_hold_the_weights_together(tiny_folder):
     model.engine._broadcast = corrupt
     with pytest.raises(RolloutServerError, match="other numbers"):
         model.sync()
-    assert server.stop() == 0
+    model.sync()
+    workers = psutil.Process(server.process.pid).children(recursive=True)
+    next(process for process in reversed(workers) if "VLLM" in process.name().upper()).kill()
+    start = time.monotonic()
+    with pytest.raises(RolloutServerError, match=server.url):
+        model.engine.generate(requests, SamplingSettings(48))
+    assert time.monotonic() - start < 60
+    assert server.process.wait(60) not in (0, None)

