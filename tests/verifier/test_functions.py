@@ -171,3 +171,38 @@ def test_settings_from_a_file(tmp_path: Path):
     with pytest.raises(ValueError, match="got no file"):
         missing = RewardFunctionSettings(function="/nowhere/r.py:f")
         Verifier(PromptSettings(), RewardSettings(functions=[missing]))
+
+
+FAULTY = """
+import os, time
+
+def compute_score(reward_input):
+    if "red" in reward_input["response"]:
+        {fault}
+    return {{"accuracy": 1.0}}
+
+def batch(reward_inputs):
+    if any("red" in row["response"] for row in reward_inputs):
+        {fault}
+    return [1.0 for _ in reward_inputs]
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("time.sleep(600)", "got nothing in 2 s"), ("os._exit(1)", "got the end of its process")],
+)
+def test_a_function_that_hangs_or_dies_is_replaced(tmp_path: Path, caplog, fault, reason):
+    """One response at a time: it costs that response alone, with a warning that names the row."""
+    texts = [GOOD, WRONG, GOOD]
+    scores = _score(tmp_path, FAULTY.format(fault=fault), "compute_score", texts, timeout=2.0)
+    assert [score.accuracy for score in scores] == [1.0, 0.0, 1.0]
+    assert reason in scores[1].reason
+    assert f"rewards.py:compute_score: a: {reason}" in caplog.text
+
+
+def test_a_function_of_batches_that_hangs_is_an_error(tmp_path: Path):
+    """No reward is made up for the others of its batch: function and row are named."""
+    source = FAULTY.format(fault="time.sleep(600)")
+    with pytest.raises(ValueError, match=r"rewards\.py:batch: a: got nothing in 2 s, wanted 2"):
+        _score(tmp_path, source, "batch", [GOOD, WRONG], timeout=2.0)
