@@ -104,8 +104,9 @@ class Guard:
     def _watch(self) -> None:
         while not self._leaving.is_set():
             if self._limits.rank > 0:
-                # A thread of C: code that never gives the interpreter back stops this one too.
-                faulthandler.dump_traceback_later(self._limits.rank, exit=True)
+                # A thread of C: code that never gives the interpreter back stops this one too. To
+                # standard error itself: what stands in for it in a notebook may have no file.
+                faulthandler.dump_traceback_later(self._limits.rank, exit=True, file=2)
             fault = self._look()
             if fault is not None:
                 self._end(fault)
