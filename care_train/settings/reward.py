@@ -67,7 +67,7 @@ class JudgeSettings:
     """The model's name there."""
     prompt: str = JUDGE_PROMPT
     """What it is asked. {question}, {answer} (the key) and {response} (the answer span) are filled
-    in; its last word of CORRECT or INCORRECT counts."""
+    in; the reply's last line must be CORRECT or INCORRECT."""
     types: list[AnswerTypeName] = field(default_factory=lambda: ["text"])
     """Answer types it is asked about."""
     api_key_env: str = "OPENAI_API_KEY"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from care_train.verifier.answers import MAX_ANSWER_CHARS
 from care_train.verifier.types import Item, Verdict
 
 _FIELD = re.compile(r"\{(question|answer|response)\}")
-_WORD = re.compile(r"\b(IN)?CORRECT\b")
+_VERDICT = re.compile(r"\W*(?:VERDICT\W+)?(IN)?CORRECT\W*", re.IGNORECASE)
 _TAGS = re.compile(r"</?(?:question|reference|candidate)>", re.IGNORECASE)
 _MAX_CACHED = 100_000
 
@@ -56,11 +57,11 @@ class Judge:
         self._known: dict[Case, Verdict] = {}
 
     def judge(self, cases: Sequence[Case]) -> list[Verdict]:
-        """A verdict per case, in order; a reply without either word is a wrong answer.
+        """A verdict per case, in order; a reply that ends with neither word is a wrong answer.
 
         Raises:
-            ValueError: the endpoint does not answer: an unreachable judge must not look like wrong
-                answers.
+            ValueError: the endpoint does not answer, or answers with something that is no chat
+                completion: a broken judge must not look like wrong answers.
         """
         asked = [case for case in dict.fromkeys(cases) if case not in self._known]
         if asked:
@@ -78,6 +79,16 @@ class Judge:
             "response": _TAGS.sub("", case.predicted),
         }
         content = _FIELD.sub(lambda match: fields[match[1]], self._settings.prompt)
+        for attempt in range(self._settings.retries + 1):
+            if attempt:
+                time.sleep(min(0.5 * 2 ** (attempt - 1), 8.0))
+            text, fault = self._complete(content)
+            if not fault:
+                return read_reply(text)
+        raise self._failed(fault)
+
+    def _complete(self, content: str) -> tuple[str, str]:
+        """The reply's text and no fault, or none and what came instead."""
         try:
             reply: Any = self._client.chat.completions.create(
                 model=self._settings.model,
@@ -86,18 +97,33 @@ class Judge:
                 max_tokens=self._settings.max_tokens,
             )
         except self._openai.OpenAIError as error:
-            raise ValueError(
-                f"reward.judge: {self._settings.base_url}: got {type(error).__name__}: {error} "
-                f"after {self._settings.retries + 1} tries, wanted a reply: start the server, or "
-                "correct reward.judge"
-            ) from None
-        return read_reply(reply.choices[0].message.content or "")
+            raise self._failed(f"{type(error).__name__}: {error}") from None
+        except ValueError as error:
+            return "", f"a body that is no JSON ({error})"
+        choices = getattr(reply, "choices", None)
+        message = getattr(choices[0], "message", None) if choices else None
+        if message is None:
+            got = reply.model_dump_json() if hasattr(reply, "model_dump_json") else repr(reply)
+            return "", f"no choices with a message in {got[:200]}"
+        return message.content or "", ""
+
+    def _failed(self, got: str) -> ValueError:
+        return ValueError(
+            f"reward.judge: {self._settings.base_url}: {self._settings.model}: got {got} after "
+            f"{self._settings.retries + 1} tries, wanted a reply: start the server, or correct "
+            "reward.judge"
+        )
 
 
 def read_reply(text: str) -> Verdict:
-    """CORRECT or INCORRECT, whichever comes last."""
-    words = _WORD.findall(text.upper())
-    if not words:
-        return Verdict(0.0, f"the judge said neither CORRECT nor INCORRECT: {text[:60]!r}")
-    right = words[-1] == ""
+    """CORRECT or INCORRECT, which the last line must be: elsewhere they are no verdict.
+
+    Case, emphasis, punctuation and a leading `Verdict:` change nothing.
+    """
+    lines = text.strip().splitlines()
+    verdict = _VERDICT.fullmatch(lines[-1]) if lines else None
+    if verdict is None:
+        said = f"{lines[-1][-60:]!r}" if lines else "nothing"
+        return Verdict(0.0, f"the judge's last line is neither CORRECT nor INCORRECT: {said}")
+    right = verdict[1] is None
     return Verdict(float(right), "the judge agrees" if right else "the judge disagrees")

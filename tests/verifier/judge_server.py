@@ -8,14 +8,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server(ThreadingHTTPServer):
-    """Counts requests; `reply` makes the text of an answer or a failing status from a prompt."""
+    """Counts requests; `reply` makes an answer from a prompt.
+
+    An answer is a text, a failing status, or a whole body as bytes.
+    """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.prompts: list[str] = []
-        self.reply: Callable[[str], str | int] = lambda prompt: "CORRECT"
+        self.reply: Callable[[str], str | int | bytes] = lambda prompt: "CORRECT"
 
     @property
     def url(self) -> str:
@@ -31,14 +34,8 @@ class _Handler(BaseHTTPRequestHandler):
         prompt = body["messages"][0]["content"]
         self.server.prompts.append(prompt)
         reply = self.server.reply(prompt)
-        status, content = (reply, "") if isinstance(reply, int) else (200, reply)
-        choice = {
-            "index": 0,
-            "finish_reason": "stop",
-            "message": {"role": "assistant", "content": content},
-        }
-        data = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
-        encoded = json.dumps(data | {"choices": [choice]}).encode()
+        status = reply if isinstance(reply, int) else 200
+        encoded = reply if isinstance(reply, bytes) else _completion(body["model"], reply)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(encoded)))
@@ -47,6 +44,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+def _completion(model: str, content: str | int) -> bytes:
+    choice = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": content if isinstance(content, str) else ""},
+    }
+    data = {"id": "1", "object": "chat.completion", "created": 0, "model": model}
+    return json.dumps(data | {"choices": [choice]}).encode()
 
 
 @contextmanager
