@@ -1,10 +1,10 @@
-"""The verifier against hand-checked pairs, math-verify alone and exact match; and under attack.
+"""The verifier against labelled pairs, math-verify alone and exact match; and under attack.
 
     python -m bench.verifier
 
-Pairs are in verifier_pairs.jsonl: key, answer, whether it was read as right, and the type where
-the row of a data set would give one. Those marked `held_out` were written after the last change to
-the verifier and changed nothing. Prints tables, then one JSON object:
+Pairs are in verifier_pairs.jsonl: key, answer, its label (right or wrong), and the type where the
+row of a data set would give one. Labels were read by the developers. No change to the verifier was
+made for those marked `held_out`. Prints tables, then one JSON object:
 
 - precision, recall: of our verdicts; held_out_* of the held-out pairs alone
 - math_verify_*, exact_*: of math-verify alone, in the better of two ways to call it, and of text
@@ -14,10 +14,14 @@ the verifier and changed nothing. Prints tables, then one JSON object:
 - hangs: hostile answers whose verdict took longer than the time limit and half a second;
   crashes: those that raised; leaked_processes: workers alive after the pool is closed
 - timeouts, worker_crashes: verdicts that cost a worker, as they should
+
+A precision of null: nothing was accepted. Ends with 1 after a hang, crash or leak, and with 2 where
+there are fewer than 400 pairs or the verifier's own precision cannot be measured.
 """
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +35,7 @@ from care_train.reporting import track
 from care_train.verifier import AnswerType, Item, WorkerPool, verify_batch
 from care_train.verifier.verify import verify_in_process
 
+MIN_PAIRS = 400
 PAIRS = Path(__file__).parent / "verifier_pairs.jsonl"
 KEYS = (
     "B",
@@ -72,12 +77,20 @@ def read_pairs(path: Path = PAIRS) -> list[Pair]:
     return pairs
 
 
-def precision_recall(pairs: Sequence[Pair], verdicts: Sequence[bool]) -> tuple[float, float]:
-    """Share of accepted answers that are right, share of right answers that are accepted."""
+def precision_recall(
+    pairs: Sequence[Pair], verdicts: Sequence[bool]
+) -> tuple[float | None, float | None]:
+    """Share of accepted answers that are right, share of right answers that are accepted.
+
+    None where there are none to take a share of.
+    """
     accepted_right = sum(v and p.correct for p, v in zip(pairs, verdicts, strict=True))
     right = sum(pair.correct for pair in pairs)
     accepted = sum(verdicts)
-    return accepted_right / accepted if accepted else 1.0, accepted_right / right if right else 1.0
+    return (
+        accepted_right / accepted if accepted else None,
+        accepted_right / right if right else None,
+    )
 
 
 def math_verify_verdicts(pairs: Sequence[Pair]) -> list[bool]:
@@ -104,7 +117,7 @@ def math_verify_verdicts(pairs: Sequence[Pair]) -> list[bool]:
 
     def f1(verdicts: list[bool]) -> float:
         precision, recall = precision_recall(pairs, verdicts)
-        return precision * recall / max(precision + recall, 1e-9)
+        return 0.0 if not precision or not recall else precision * recall / (precision + recall)
 
     return max((run("{}"), run("${}$")), key=f1)
 
@@ -131,7 +144,8 @@ def compare_pairs(pairs: Sequence[Pair], pool: WorkerPool) -> dict[str, Any]:
         line = f"{name:<10}{len(chosen):>6}{sum(pair.correct for pair in chosen):>6}"
         for who, all_verdicts in verdicts.items():
             scores = precision_recall(chosen, [all_verdicts[place] for place in places])
-            line += f"{scores[0]:>12.3f} /{scores[1]:>6.3f}"
+            shown = ["-" if score is None else f"{score:.3f}" for score in scores]
+            line += f"{shown[0]:>12} /{shown[1]:>6}"
             if name in ("all", "held out"):
                 prefix = {"ours": "", "math-verify": "math_verify_", "exact": "exact_"}[who]
                 prefix = prefix if name == "all" else f"held_out_{prefix}"
@@ -212,8 +226,18 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=1.0, help="seconds per hostile answer")
     options = parser.parse_args()
     pairs, pool = read_pairs(), WorkerPool()
+    if len(pairs) < MIN_PAIRS:
+        print(f"{PAIRS}: got {len(pairs)} pairs, wanted at least {MIN_PAIRS}", file=sys.stderr)
+        return 2
     figures = compare_pairs(pairs, pool)
     pool.close()
+    if figures["precision"] is None:
+        print(
+            f"precision: got no accepted answer among {len(pairs)} pairs, wanted at least one: "
+            "there is nothing to measure",
+            file=sys.stderr,
+        )
+        return 2
     figures |= throughput(pairs)
     figures |= attack(options.hostile, options.timeout)
     print(json.dumps(figures))

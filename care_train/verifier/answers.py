@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 from typing import Protocol
 
 from care_train.verifier.choices import is_choice_key, same_choice
@@ -19,7 +20,7 @@ from care_train.verifier.expressions import (
     why_not_parsed,
 )
 from care_train.verifier.normalize import normalize, normalize_words
-from care_train.verifier.notation import plain_latex, split_equation, split_top, unwrap
+from care_train.verifier.notation import depth, plain_latex, split_equation, split_top, unwrap
 from care_train.verifier.numbers import (
     CHARTQA_TOLERANCE,
     Quantity,
@@ -33,8 +34,13 @@ MAX_ANSWER_CHARS = 1024
 """An answer longer than this, and than twice its key, is wrong unread."""
 
 _MAX_ELEMENTS = 32
+_MAX_NESTING = 8
 
 _YES_NO = {"yes": True, "true": True, "no": False, "false": False}
+# The word itself, or the word before its explanation.
+_LEADING_WORD = re.compile(
+    r"(?:yes|no|true|false)(?:$|[,.;:!]|\s+[-\u2013\u2014]\s|\s+(?:because|since)\s)"
+)
 _AS_LETTER = re.compile(r"\(([a-z])\)|\[([a-z])\]|([a-z])\)?")
 
 
@@ -212,15 +218,18 @@ def _set(item: Item, symbolic: Symbolic) -> str:
     # Cheap ways to differ come before any symbolic comparison.
     if len(set(map(canonical, got))) < len(set(map(canonical, wanted))) / 2:
         return ""
-    found = all(any(_same(one, key, item, symbolic) for one in got) for key in wanted)
-    known = found and all(any(_same(one, key, item, symbolic) for key in wanted) for one in got)
+    # Each pair once: sets within sets would be compared twice as often at each level.
+    same = cache(lambda one, key: _same(one, key, item, symbolic))
+    found = all(any(same(one, key) for one in got) for key in wanted)
+    known = found and all(any(same(one, key) for key in wanted) for one in got)
     return "the same set" if known else ""
 
 
 def _list(item: Item, symbolic: Symbolic) -> str:
     def elements(text: str) -> list[str]:
         text = plain_latex(text)
-        found = split_tuple(text)
+        # A list of one has brackets without a comma.
+        found = split_tuple(text) or split_tuple(f"{text[:-1]},{text[-1:]}")
         inner = found[1] if found else split_top(re.sub(r",?\s+and\s+", ", ", text))
         return [part for part in inner if part]
 
@@ -231,7 +240,9 @@ def _list(item: Item, symbolic: Symbolic) -> str:
 def _same(got: str, wanted: str, item: Item, symbolic: Symbolic) -> bool:
     """Whether one element equals another, as the types of elements say."""
     kind = infer_type(wanted)
-    if kind in (AnswerType.SET, AnswerType.CHOICE):
+    # Shorter and not deep: the comparison of sets within sets ends.
+    is_nested = len(wanted) < len(item.expected) and depth(wanted) <= _MAX_NESTING
+    if kind is AnswerType.CHOICE or (kind is AnswerType.SET and not is_nested):
         kind = AnswerType.TEXT
     if normalize(got) == normalize(wanted):
         return True
@@ -243,8 +254,7 @@ def _yes_no(item: Item, symbolic: Symbolic) -> str:
     wanted = _YES_NO.get(normalize(item.expected))
     words = re.findall(r"[a-z']+", normalize(item.predicted))
     said = {_YES_NO[word] for word in words if word in _YES_NO}
-    # The word itself, or the word before a comma or stop with its explanation.
-    leads = re.match(r"(?:yes|no|true|false)(?:$|[,.;:!])", normalize(item.predicted))
+    leads = _LEADING_WORD.match(normalize(item.predicted))
     hedges = {"unknown", "maybe", "unless", "but", "or"} | ({"not"} if wanted else set())
     return "the same" if leads and said == {wanted} and hedges.isdisjoint(words) else ""
 

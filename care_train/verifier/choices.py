@@ -9,13 +9,23 @@ from care_train.verifier.numbers import parse_quantity, same_quantity
 
 _LETTER = re.compile(r"\(([a-z])\)|\[([a-z])\]|([a-z])[.):]?", re.IGNORECASE)
 _LETTER_AND_TEXT = re.compile(
-    r"(?:\(([A-Za-z])\)\s*|\[([A-Za-z])\]\s*|([A-Za-z])\)\s*|([A-Z])\s*[.:]\s+|([A-Z])\s+[-\u2013\u2014]\s+)(\S.*)",
+    r"(?:\(([A-Za-z])\)\s*|\[([A-Za-z])\]\s*|([A-Za-z])\)\s*|([A-Z])\s*(?:[.:]\s+|:(?=[A-Za-z][a-z]))|([A-Z])\s+[-\u2013\u2014]\s+)(\S.*)",
     re.DOTALL,
 )
 _NAMED = re.compile(r"(?:option|choice|answer)\s+(?=[(\[]?[A-Za-z][)\].:]?(?:\s|$))", re.IGNORECASE)
 _EXPLAINED = re.compile(r"\(?([A-Z])\)?[,.]? (?:because|since) (?!.*\b[A-Z]\b)", re.DOTALL)
 # A second letter in the text after the first: a hedge between options.
-_OTHER_LETTER = re.compile(r"(?:^|[\s,/&])(?:\([A-Z]\)|\[[A-Z]\]|[A-Z][).:](?=\s|$))")
+_OTHER_LETTER = re.compile(
+    r"(?:^|[\s,;|/&])(?:\([A-Z]\)|\[[A-Z]\]|[A-Z][).:](?=\s|$)|[a-j]:(?=\s))"
+)
+# Where no option's text is known, what in the text may take the letter back: another letter as an
+# alternative or as the answer. A letter within the text (vitamin C, points A and C) is no choice.
+_CHOOSES = re.compile(
+    r"(?:\b(?:or|maybe|perhaps|possibly|option|choice|answer(?: is)?:?)\s+|[;|/]\s*|\n\s*"
+    r"|\w\w,\s*(?=\S\W*$))([A-J])(?=$|[\s.,;!?])"
+    r"|\b([A-J]) is (?:right|correct|true|the (?:\w+ )?(?:answer|option|choice)\b)",
+)
+_TAKES_BACK = re.compile(r"is (?:not|wrong|incorrect|false)\b|.*\b(?:not sure|unsure)\b")
 
 
 def is_choice_key(key: str, options: Sequence[str]) -> bool:
@@ -60,6 +70,8 @@ def same_choice(predicted: str, expected: str, options: Sequence[str]) -> tuple[
             return 0.0, f"chose {letter}, wanted {wanted_letter or wanted_text}"
         if text and wanted_text and not _same_text(text, wanted_text):
             return 0.0, f"chose {letter} with another option's text"
+        if not wanted_text and _contradicts(text, letter):
+            return 0.0, f"chose {letter} and took it back or named another"
         return 1.0, "same choice"
     if text and wanted_text and _same_text(text, wanted_text):
         others = [option for option in options if option != wanted_text]
@@ -68,6 +80,12 @@ def same_choice(predicted: str, expected: str, options: Sequence[str]) -> tuple[
             return 0.0, "the text of several options"
         return 1.0, "the option's text"
     return 0.0, "no single choice"
+
+
+def _contradicts(text: str, letter: str) -> bool:
+    """Whether what follows a letter, of which no option's text is known, unsays it."""
+    chosen = {group for match in _CHOOSES.finditer(text) for group in match.groups() if group}
+    return bool(chosen - {letter} or _TAKES_BACK.match(text))
 
 
 def _place(letter: str, key: str, options: Sequence[str]) -> int | None:

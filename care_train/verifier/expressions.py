@@ -2,7 +2,7 @@
 
 import re
 
-from care_train.verifier.notation import depth, plain_latex, split_top, unwrap
+from care_train.verifier.notation import closing_brace, depth, plain_latex, split_top, unwrap
 
 MAX_EXPRESSION_CHARS = 400
 """Longer ones are not parsed symbolically."""
@@ -116,7 +116,7 @@ def split_set(text: str) -> list[str]:
     """The elements of {1, 2}, of `1, 2 and 3`, of `x = 1 or x = 2`, of ±3."""
     text = plain_latex(unwrap(text)).replace("\\{", "{").replace("\\}", "}")
     text = re.sub(r"^[A-Za-z]\s*(?:=|\\in|∈)\s*(?=\{)", "", text)
-    if text.startswith("{") and text.endswith("}"):
+    if text.startswith("{") and closing_brace(text, 0) == len(text) - 1:
         text = text[1:-1]
     text = re.sub(r",?\s+(?:and|or)\s+|\s*&\s*", ", ", text)
     parts = [part for part in split_top(text) if part]

@@ -26,7 +26,8 @@ def test_verdicts_on_the_pairs():
     pool.close()
     accepted = [p.item for p, v in zip(PAIRS, verdicts, strict=True) if v and not p.correct]
     assert accepted == []
-    assert bench.precision_recall(PAIRS, verdicts)[1] > 0.95
+    precision, recall = bench.precision_recall(PAIRS, verdicts)
+    assert precision == 1.0 and recall is not None and recall > 0.95
 
 
 def test_precision_and_recall():
@@ -34,6 +35,8 @@ def test_precision_and_recall():
     right, wrong = (next(p for p in PAIRS if p.correct is value) for value in (True, False))
     figures = bench.precision_recall([right, right, wrong, wrong], [True, False, True, False])
     assert figures == (0.5, 0.5)
+    assert bench.precision_recall([right, wrong], [False, False]) == (None, 0.0)
+    assert bench.precision_recall([wrong], [True]) == (0.0, None)
 
 
 def test_hostile_answers_are_the_same_each_time():
@@ -47,6 +50,7 @@ def test_figures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     """The last line is the JSON object the issue asks for; a small attack does no harm."""
     few = [pair for pair in PAIRS if pair.category in ("number", "math")][:40]
     monkeypatch.setattr(bench, "read_pairs", lambda: few)
+    monkeypatch.setattr(bench, "MIN_PAIRS", 40)
     monkeypatch.setattr(bench, "_SECONDS", 0.2)
     monkeypatch.setattr("sys.argv", ["bench", "--hostile", "150", "--timeout", "20"])
     assert bench.main() == 0
@@ -54,3 +58,20 @@ def test_figures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert figures["precision"] == 1.0 and figures["per_second"] > 0
     assert figures["hangs"] == figures["crashes"] == figures["leaked_processes"] == 0
     assert {"recall", "math_verify_precision", "math_verify_recall"} <= figures.keys()
+
+
+def test_what_cannot_be_measured_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Too few pairs, and a verifier that accepts nothing, are no perfect precision."""
+    monkeypatch.setattr("sys.argv", ["bench"])
+    monkeypatch.setattr(bench, "read_pairs", lambda: PAIRS[:399])
+    assert bench.main() == 2
+    assert "got 399 pairs, wanted at least 400" in capsys.readouterr().err
+    wrong = [pair for pair in PAIRS if pair.category == "text" and not pair.correct][:5]
+    monkeypatch.setattr(bench, "read_pairs", lambda: wrong)
+    monkeypatch.setattr(bench, "MIN_PAIRS", 5)
+    assert bench.main() == 2
+    captured = capsys.readouterr()
+    assert "precision: got no accepted answer among 5 pairs" in captured.err
+    assert "{" not in captured.out.splitlines()[-1]
