@@ -1,6 +1,7 @@
 """`care-train verify`: verdicts of the lines on standard input, in order, as they come."""
 
 import json
+import math
 import queue
 import sys
 import threading
@@ -11,6 +12,7 @@ from care_train.data import Sample
 from care_train.settings import Config
 from care_train.verifier.responses import Response, item_of
 from care_train.verifier.score import Score, Verifier
+from care_train.verifier.types import AnswerType
 
 _BATCH = 256
 _WANTED = '{"response": text, "answer": text}, with optional type, options and tolerance'
@@ -28,10 +30,12 @@ def verify_lines(config: Config, source: TextIO, target: TextIO) -> None:
         target: gets `acc`, `fmt`, `reason`, `fmt_reason` and `reward`.
 
     Raises:
-        ValueError: a bad line, after the verdicts of those before it.
+        ValueError: a bad line, after the verdicts of those before it, or no line at all.
     """
+    is_empty = True
     verifier = Verifier(config.prompt, config.reward)
     for lines in _batches(source):
+        is_empty = False
         responses, fault = [], None
         for number, line in lines:
             try:
@@ -44,6 +48,8 @@ def verify_lines(config: Config, source: TextIO, target: TextIO) -> None:
         target.flush()
         if fault is not None:
             raise fault
+    if is_empty:
+        raise ValueError(f"standard input: got no line, wanted {_WANTED} on each")
 
 
 def run(config: Config) -> None:
@@ -82,21 +88,28 @@ def _batches(source: TextIO) -> Iterator[list[tuple[int, str]]]:
 
 def _read(line: str, place: str) -> Response:
     try:
-        row = json.loads(line)
+        # Some editors begin a file with a byte order mark.
+        row = json.loads(line.removeprefix("\ufeff"))
+    except json.JSONDecodeError as error:
+        at = f"{error.msg} at character {error.pos + 1}"
+        raise ValueError(
+            f"{place}: got no JSON ({at} of {_show(line)}), wanted {_WANTED}"
+        ) from None
     except ValueError as error:
+        # A number of thousands of digits.
         raise ValueError(f"{place}: got no JSON ({error}), wanted {_WANTED}") from None
     except RecursionError:
         raise ValueError(f"{place}: got JSON nested too deeply, wanted {_WANTED}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: got a {type(row).__name__}, wanted {_WANTED}")
-    response = _text(row, "response", place)
+        raise ValueError(f"{place}: got {_show(row)}, wanted {_WANTED}")
+    response, answer = _response(row, place), _answer(row, place)
     columns: dict[str, Any] = {k: v for k, v in row.items() if k not in ("response", "answer")}
     if "type" in columns:
-        columns["answer_type"] = columns.pop("type")
+        columns["answer_type"] = _type(columns.pop("type"), place)
     sample = Sample(
         id=place,
         prompt=str(row.get("prompt", "")),
-        answer=_text(row, "answer", place),
+        answer=answer,
         location=place,
         columns=columns,
     )
@@ -105,16 +118,42 @@ def _read(line: str, place: str) -> Response:
     return Response(response, sample)
 
 
-def _text(row: dict[str, Any], field: str, place: str) -> str:
-    value = row.get(field)
-    if isinstance(value, bool) and field == "answer":
-        return "yes" if value else "no"
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and field == "answer":
-        return str(value)
+def _response(row: dict[str, Any], place: str) -> str:
+    value = row.get("response")
     if not isinstance(value, str):
-        got = "nothing" if field not in row else f"a {type(value).__name__}"
-        raise ValueError(f"{place}: {field}: got {got}, wanted text: {_WANTED}")
+        raise ValueError(f"{place}: response: got {_got(row, 'response')}, wanted text")
     return value
+
+
+def _answer(row: dict[str, Any], place: str) -> str:
+    value = row.get("answer")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    if is_number or (isinstance(value, str) and value.strip()):
+        return str(value)
+    wanted = "text that is not blank, a number, true or false"
+    if isinstance(value, list):
+        wanted += ': write a list as text, such as "1, 2", with type list or set'
+    raise ValueError(f"{place}: answer: got {_got(row, 'answer')}, wanted {wanted}")
+
+
+def _type(name: Any, place: str) -> Any:
+    if name in (None, "", *AnswerType):
+        return name
+    raise ValueError(f"{place}: type: got {_show(name)}, wanted one of {', '.join(AnswerType)}")
+
+
+def _got(row: dict[str, Any], field: str) -> str:
+    """What is in a field, or which fields there are."""
+    if field in row:
+        return _show(row[field])
+    return f"nothing, only {', '.join(row) or 'an empty object'}"
+
+
+def _show(value: Any) -> str:
+    shown = repr(value.strip() if isinstance(value, str) else value)
+    return shown if len(shown) <= 80 else shown[:80] + "..."
 
 
 def _record(score: Score) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """`care-train verify`: lines in, verdicts out."""
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from care_train.settings import Config
+from care_train.verifier.command import verify_lines
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,21 +49,52 @@ def test_verdicts_in_order():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{", r"line 2: got no JSON"),
-        ("[]", r"line 2: got a list, wanted"),
-        ('{"answer": "x"}', "line 2: response: got nothing, wanted text"),
-        ('{"response": "x", "answer": null}', "line 2: answer: got a NoneType, wanted text"),
-        ('{"response": "x", "answer": "x", "type": "maths"}', "line 2: answer_type: got 'maths'"),
+        ("{", "line 2: got no JSON (Expecting property name enclosed in double quotes at char"),
+        ("<think>", "line 2: got no JSON (Expecting value at character 1 of '<think>'), wanted {"),
+        ('{"answer": ' + "1" * 5000 + "}", "line 2: got no JSON (Exceeds the limit"),
+        ("[" * 100_000, "line 2: got JSON nested too deeply"),
+        ("[]", "line 2: got [], wanted {"),
+        ('{"answer": "x"}', "line 2: response: got nothing, only answer, wanted text"),
+        ('{"respons": "x", "answer": "x"}', "response: got nothing, only respons, answer, wanted"),
+        ('{"response": 5, "answer": "x"}', "line 2: response: got 5, wanted text"),
+        ('{"response": "x", "answer": null}', "line 2: answer: got None, wanted text that is not"),
+        ('{"response": "x", "answer": " "}', "line 2: answer: got '', wanted text that is not"),
+        ('{"response": "x", "answer": NaN}', "line 2: answer: got nan, wanted text that is not"),
+        ('{"response": "x", "answer": [1]}', "line 2: answer: got [1], wanted text that is not"),
+        ('{"response": "x", "answer": "x", "type": "maths"}', "line 2: type: got 'maths', wanted"),
+        ('{"response": "x", "answer": "x", "type": [1]}', "line 2: type: got [1], wanted one of"),
         ('{"response": "x", "answer": "x", "tolerance": "5%"}', "line 2: tolerance: got '5%'"),
         ('{"response": "x", "answer": "x", "options": 3}', "line 2: options: got 3, wanted a list"),
     ],
 )
 def test_bad_lines(bad: str, message: str):
     """A bad line is an error that names it, after the verdicts before it."""
-    code, verdicts, error = _run(f"{_line('5', 5)}\n{bad}\n{_line('5', 5)}\n")
+    lines = f"{_line('5', 5)}\n{bad}\n{_line('5', 5)}\n"
+    output = io.StringIO()
+    with pytest.raises(ValueError, match=r"^standard input: line 2: ") as error:
+        verify_lines(Config(), io.StringIO(lines), output)
+    assert message in str(error.value)
+    assert len(output.getvalue().splitlines()) == 1
+
+
+def test_errors_end_the_command():
+    """Status 2 and one line on standard error, without a traceback; so does an empty input."""
+    code, verdicts, error = _run(f"{_line('5', 5)}\n{{\n")
     assert code == 2 and len(verdicts) == 1
-    assert f"care-train verify: error: standard input: {message}" in error
+    assert error.startswith("care-train verify: error: standard input: line 2: got no JSON")
     assert "Traceback" not in error
+    for nothing in ("", "\n \n"):
+        code, verdicts, error = _run(nothing)
+        assert code == 2 and not verdicts and "standard input: got no line, wanted {" in error
+
+
+def test_many_lines_and_what_editors_add():
+    """5,000 lines keep their order; a byte order mark and carriage returns are no content."""
+    lines = [_line(str(i), i + (i % 7 == 0)) for i in range(5000)]
+    output = io.StringIO()
+    verify_lines(Config(), io.StringIO("\ufeff" + "\r\n".join(lines)), output)
+    accuracies = [json.loads(line)["acc"] for line in output.getvalue().splitlines()]
+    assert accuracies == [float(i % 7 != 0) for i in range(5000)]
 
 
 def test_settings_apply():
