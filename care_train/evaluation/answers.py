@@ -2,16 +2,17 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from care_train.evaluation.question import Judgement, letters
-from care_train.verifier import AnswerType, normalize, verify
+from care_train.verifier import AnswerType, Item, WorkerPool, normalize, verify_batch
 from care_train.verifier.answers import MAX_ANSWER_CHARS
 
 
 def judge_free_form(
     predicted: str, expected: str, is_exact: bool = False, answer_type: AnswerType | None = None
 ) -> Judgement:
-    """Right by the benchmark's own rule, or else as the verifier reads it (Eq. 1).
+    """Right by the benchmark's own rule, or else as the verifier reads it: `settle` asks it.
 
     Args:
         predicted: the answer span's text.
@@ -22,8 +23,26 @@ def judge_free_form(
     vote = normalize(predicted[:MAX_ANSWER_CHARS])
     if is_exact:
         return Judgement(1.0, True, "exact match", vote)
-    verdict = verify(predicted, expected, answer_type)
-    return Judgement(verdict.accuracy, False, verdict.reason, vote)
+    return Judgement(0.0, False, "", vote, (Item(predicted, expected, answer_type),))
+
+
+def settle(judgements: Sequence[Judgement], pool: WorkerPool | None = None) -> list[Judgement]:
+    """Ask the verifier (Eq. 1) what the judgements leave open, all at once; in order.
+
+    Args:
+        judgements: of a batch.
+        pool: compares what needs algebra, several at a time; None: this process's own.
+    """
+    items = [item for judgement in judgements for item in judgement.asked]
+    verdicts = iter(verify_batch(items, pool))
+    settled = []
+    for judgement in judgements:
+        found = [next(verdicts) for _ in judgement.asked]
+        if found:
+            best = max(found, key=lambda verdict: verdict.accuracy)
+            judgement = replace(judgement, accuracy=best.accuracy, reason=best.reason, asked=())
+        settled.append(judgement)
+    return settled
 
 
 def judge_choice(place: int | None, expected: str, predicted: str) -> Judgement:

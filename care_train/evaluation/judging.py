@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from care_train.algorithm.spans import parse_spans
+from care_train.evaluation.answers import settle
 from care_train.evaluation.question import Judgement, Question
 from care_train.evaluation.question_set import QuestionSet
 from care_train.rollout.types import Completion
 from care_train.training.session import Session
 from care_train.verifier import format_score, infer_type, normalize
 from care_train.verifier.judge import Case, Judge, case_of
+from care_train.verifier.pool import shared_pool
 from care_train.verifier.types import Item, Verdict
 
 
@@ -42,6 +44,12 @@ def judge_responses(
     if questions.judge is None:
         return _by_verifier(session, responses)
     judged = [_by_rule(session, questions, *response) for response in responses]
+    reward = session.config.reward
+    pool = shared_pool(reward.workers, reward.timeout)
+    settled = settle([one.judgement for one in judged], pool)
+    judged = [
+        replace(one, judgement=judgement) for one, judgement in zip(judged, settled, strict=True)
+    ]
     return judged if judge is None else _ask(session, judge, responses, judged)
 
 

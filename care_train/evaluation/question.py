@@ -9,6 +9,7 @@ from typing import Any
 from care_train.data import ImageRef, Sample
 from care_train.data.image_refs import image_refs
 from care_train.evaluation.columns import Kind, describe
+from care_train.verifier.types import Item
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Judgement:
     """For people."""
     vote: str
     """The answer in the form in which answers are counted for a majority."""
+    asked: tuple[Item, ...] = ()
+    """What the verifier is still asked, of a whole batch at once; the best verdict counts."""
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,22 @@
 """Each benchmark's normalisation: which answers are right."""
 
+from dataclasses import replace
+
 import pytest
 
 from care_train.data import Sample
-from care_train.evaluation.answers import choose, edit_distance
+from care_train.evaluation import answers
+from care_train.evaluation.answers import choose, edit_distance, judge_free_form, settle
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.evaluation.question import Question
+from care_train.verifier import WorkerPool, verify_batch
 
 COLORS = ("red", "green", "blue", "yellow")
 
 
 def _judge(name: str, predicted: str, expected: str, **values):
     question = Question(Sample(id="1", prompt="?", answer=expected), **values)
-    return BENCHMARKS[name].judge(predicted, question)
+    return settle([BENCHMARKS[name].judge(predicted, question)])[0]
 
 
 @pytest.mark.parametrize(
@@ -192,3 +196,22 @@ def test_edit_distance():
     """Insertions, deletions and substitutions count 1 each."""
     assert edit_distance("kitten", "sitting") == 3
     assert edit_distance("", "abc") == 3 and edit_distance("abc", "abc") == 0
+
+
+def test_a_batch_goes_to_the_verifier_at_once(monkeypatch: pytest.MonkeyPatch):
+    """One call for all open answers, whose workers share it; verdicts keep their places."""
+    batches = []
+
+    def batch(items, pool):
+        batches.append(len(items))
+        return verify_batch(items, pool)
+
+    monkeypatch.setattr(answers, "verify_batch", batch)
+    pool = WorkerPool(workers=2)
+    asked = [judge_free_form(f"{i}\\sqrt{{2}}", "\\sqrt{8}", i == 5) for i in range(8)]
+    two_keys = replace(asked[0], asked=tuple(item for one in asked[:3] for item in one.asked))
+    settled = settle([*asked, two_keys], pool)
+    assert [one.accuracy for one in settled] == [0, 0, 1, 0, 0, 1, 0, 0, 1]
+    assert [one.is_exact for one in settled] == [i == 5 for i in range(9)]
+    assert batches == [10] and len(pool.pids) == 2 and all(one.reason for one in settled)
+    pool.close()

@@ -1,5 +1,6 @@
 """The judge over a real local HTTP server that speaks the OpenAI protocol."""
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import get_args
@@ -53,6 +54,21 @@ def test_the_judge_decides_open_answers_alone(server: Server):
     assert all("who?" in prompt and "Barack Obama" in prompt for prompt in server.prompts)
     verifier.score_batch(responses)
     assert len(server.prompts) == 2
+
+
+def test_requests_overlap(server: Server):
+    """As many at a time as `concurrency` says; each verdict goes to its own case, in order."""
+    together = threading.Barrier(4, timeout=10)
+
+    def reply(prompt: str) -> str:
+        together.wait()
+        return "CORRECT" if "\na 3" in prompt or "\na 5" in prompt else "INCORRECT"
+
+    server.reply = reply
+    pairs = [(f"a {i}", "key word") for i in range(8)]
+    verifier, responses = _score(server, *pairs, concurrency=4, retries=0)
+    accuracies = [score.accuracy for score in verifier.score_batch(responses)]
+    assert accuracies == [0, 0, 0, 1, 0, 1, 0, 0] and len(server.prompts) == 8
 
 
 def test_answers_cannot_close_their_part_of_the_prompt(server: Server):

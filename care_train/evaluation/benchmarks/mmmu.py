@@ -7,6 +7,7 @@ mmmu/utils/eval_utils.py and mmmu-pro/evaluate.py).
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def judge(predicted: str, question: Question) -> Judgement:
     if len(predicted) <= MAX_ANSWER_CHARS and _holds(predicted, keys):
         return judge_free_form(predicted, expected, is_exact=True)
     judgements = [judge_free_form(predicted, key) for key in keys]
-    return max(judgements, key=lambda judgement: judgement.accuracy)
+    return replace(judgements[0], asked=tuple(item for one in judgements for item in one.asked))
 
 
 def _interleave(
