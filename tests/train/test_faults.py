@@ -195,22 +195,30 @@ def test_launchers_end_with_the_cause(launcher, arguments, tmp_path):
 
 
 LIMITED = """
-import ctypes, resource
-# M_MMAP_THRESHOLD: large tensors always ask the system, never what was freed before.
-ctypes.CDLL(None).mallopt(-3, 1 << 18)
+import resource
+import torch
 from {module} import {owner}
 real = {owner}.{name}
+def rest_of_the_heap():
+    # What was freed before is taken without asking the system.
+    taken = []
+    while True:
+        try:
+            taken.append(torch.empty(1 << 18, dtype=torch.uint8))
+        except RuntimeError:
+            return taken
 def limited(self, *arguments, **more):
     if len(arguments[0]) < {least}:
         return real(self, *arguments, **more)
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
-    # Below what it has: what is freed meanwhile leaves no room either.
-    resource.setrlimit(resource.RLIMIT_AS, (size // 2, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (size, before[1]))
+    taken = rest_of_the_heap()
     try:
         return real(self, *arguments, **more)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+        taken.clear()
 {owner}.{name} = limited
 """
 GENERATE = {
@@ -243,7 +251,8 @@ def test_generation_that_runs_out_of_memory_is_halved_once(arguments, tmp_path):
 )
 def test_a_run_that_has_no_memory_says_what_to_lower(what, advice, arguments, tmp_path):
     """Not enough for half of it, or none to train: step, phase, settings to lower, status 71."""
-    before = LIMITED.format(**what, least=0)
+    # The evaluation before training is of eight prompts.
+    before = LIMITED.format(**what, least=9 if what is GENERATE else 0)
     [(status, errors)] = FastRun(*arguments, *LARGE, before=before).end()
     assert status == OUT_OF_MEMORY_STATUS and "Traceback" not in errors, errors
     phase = "update" if what is STEP else "generate"
