@@ -80,9 +80,6 @@ class Judge:
         }
         content = _FIELD.sub(lambda match: fields[match[1]], self._settings.prompt)
         fault = ""
-        fault = ""
-        fault = ""
-        fault = ""
         for attempt in range(self._settings.retries + 1):
             if attempt:
                 time.sleep(min(0.5 * 2 ** (attempt - 1), 8.0))
