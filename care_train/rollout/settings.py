@@ -30,6 +30,10 @@ class VllmSettings:
     """Without CUDA graphs: slower, less memory. CPUs are always eager."""
     sleep: bool = True
     """Free vLLM's memory while the policy trains. CPUs cannot: vLLM has no sleep mode there."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """How adapters (`model.lora`) get there: `merged` into the weights they adapt, all of which are
+    sent after every step; or `adapter`: base weights once, then adapters alone, which vLLM's LoRA
+    kernels add at every token."""
     sync_bucket_mib: int = 512
     """Weights gathered at once for a weight sync, in MiB; a larger parameter goes alone."""
     log_level: Literal["debug", "info", "warning", "error"] = "error"

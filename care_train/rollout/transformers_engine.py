@@ -14,7 +14,7 @@ from care_train.rollout.banned import banned_token_ids
 from care_train.rollout.errors import NotFiniteLogitsError
 from care_train.rollout.memory import is_out_of_memory
 from care_train.rollout.sampling import SeededSampler
-from care_train.rollout.types import Completion, Request, SamplingSettings
+from care_train.rollout.types import Completion, Request, SamplingSettings, WeightParts
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,11 @@ class TransformersEngine:
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
         return []
+
+    @property
+    def wanted(self) -> WeightParts:
+        """A copy is a plain model."""
+        return WeightParts.MERGED
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:

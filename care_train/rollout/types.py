@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -46,8 +47,24 @@ class Completion:
     top-k and top-p (greedy: after bans, at temperature 1). None where the engine keeps none."""
 
 
+class WeightParts(Enum):
+    """Which of the policy's weights a sync sends."""
+
+    MERGED = "merged"
+    """All, adapters added to what they adapt."""
+    BASE_AND_ADAPTER = "base and adapter"
+    """All, adapters beside what they adapt."""
+    ADAPTER = "adapter"
+    """Adapters alone: nothing else was trained."""
+
+
 class RolloutEngine(Protocol):
     """Samples responses from the current policy."""
+
+    @property
+    def wanted(self) -> WeightParts:
+        """What the next `sync` is to send; the same on every rank."""
+        ...
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
         """One completion per request, in order."""

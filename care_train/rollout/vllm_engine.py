@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 
 from care_train.models.load import LoadedModel
+from care_train.rollout.adapter_sync import adapter_request
 from care_train.rollout.errors import RolloutError
 from care_train.rollout.memory import is_out_of_memory
 from care_train.rollout.settings import VllmSettings
-from care_train.rollout.types import Completion, Request, SamplingSettings
+from care_train.rollout.types import Completion, Request, SamplingSettings, WeightParts
 from care_train.rollout.vllm_inputs import (
     check_expansion,
     check_length,
@@ -21,7 +22,7 @@ from care_train.rollout.vllm_inputs import (
     unexpanded_ids,
     vllm_prompt,
 )
-from care_train.rollout.vllm_process import untouched_process, vllm_process
+from care_train.rollout.vllm_process import adapter_rank, untouched_process, vllm_process
 from care_train.rollout.weight_sync import send_weights
 
 
@@ -43,6 +44,7 @@ class VllmEngine:
         self._loaded = loaded
         self._dtype = loaded.model.dtype
         self._process = vllm_process(loaded, settings, max_context, batch_size)
+        self._lora = adapter_request() if adapter_rank(loaded, settings) else None
         self._llm = self._process.llm
         # vLLM has no sleep mode on CPUs, whose memory it does not reserve either.
         self._sleeps = settings.sleep and torch.cuda.is_available()
@@ -72,13 +74,25 @@ class VllmEngine:
         eos_ids = self._loaded.eos_token_ids
         parameters = [sampling_parameters(sampling, request.seed, eos_ids) for request in everyone]
         with untouched_process(), _explained("generating"):
-            outputs = self._llm.generate(prompts, parameters, use_tqdm=False) if prompts else []
+            outputs = (
+                self._llm.generate(prompts, parameters, use_tqdm=False, lora_request=self._lora)
+                if prompts
+                else []
+            )
         for request, output in zip(everyone, outputs, strict=True):
             check_expansion(request, output.prompt_token_ids)
         return [self._completion(output.outputs[0]) for output in outputs[mine]]
 
+    @property
+    def wanted(self) -> WeightParts:
+        """Base weights where vLLM does not have this policy's, and where it slept."""
+        if self._lora is None:
+            return WeightParts.MERGED
+        has_base = self._process.owner is self
+        return WeightParts.ADAPTER if has_base else WeightParts.BASE_AND_ADAPTER
+
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
-        """Send all weights to vLLM and check that it holds them.
+        """Send what is `wanted` to vLLM and check that it holds it.
 
         Raises:
             RuntimeError: it does not; names the tensor.

@@ -21,6 +21,8 @@ import numpy
 import torch
 
 from care_train.models.load import LoadedModel
+from care_train.models.lora import has_adapters
+from care_train.rollout.adapter_sync import vllm_arguments
 from care_train.rollout.banned import banned_token_ids
 from care_train.rollout.settings import VllmSettings
 from care_train.rollout.vllm_cpu import patch_cpu_backend
@@ -55,7 +57,10 @@ def vllm_process(
     """
     folder = tempfile.TemporaryDirectory(prefix="care-vllm-")
     loaded.save_skeleton(folder.name)
-    key = _fingerprint(Path(folder.name), settings, loaded.model.dtype, max_context, batch_size)
+    rank = adapter_rank(loaded, settings)
+    key = _fingerprint(
+        Path(folder.name), settings, loaded.model.dtype, max_context, batch_size, rank
+    )
     if key in _running:
         folder.cleanup()
         return _running[key]
@@ -80,6 +85,14 @@ def vllm_process(
     )
     _running[key] = VllmProcess(llm, folder, max_context)
     return _running[key]
+
+
+def adapter_rank(loaded: LoadedModel, settings: VllmSettings) -> int | None:
+    """Rank of the adapters that vLLM gets beside base weights; None where it gets none."""
+    if settings.lora == "merged" or not has_adapters(loaded.model):
+        return None
+    [config] = loaded.model.peft_config.values()
+    return config.r
 
 
 def context_within(loaded: LoadedModel, max_context: int) -> int:
@@ -144,6 +157,7 @@ def start_vllm(
             mm_device_do_normalize=False,
             limit_mm_per_prompt={} if loaded.processor is None else {"video": 0},
             seed=0,
+            **vllm_arguments(adapter_rank(loaded, settings)),
             **more,
         )
 

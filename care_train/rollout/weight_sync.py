@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from care_train.rollout.adapter_sync import is_adapter, load_adapter, without_wrappers
 from care_train.rollout.checksum import checksum, wrapped
 from care_train.rollout.errors import RolloutError
 
@@ -49,18 +50,31 @@ def send_weights(
             other numbers than were sent; named in the message.
     """
     placed: dict[str, list[SentTensor]] = {}
+    adapter: dict[str, torch.Tensor] = {}
     num_bytes = 0
     for name, tensor in weights:
         whole = tensor.detach().to(dtype)
+        num_bytes += whole.numel() * whole.element_size()
+        if is_adapter(name):
+            adapter[name] = whole.clone()
+            continue
         sent = SentTensor(name, tuple(whole.shape), checksum(whole))
         for parameter in _load(llm, name, whole):
             placed.setdefault(parameter, []).append(sent)
-        num_bytes += whole.numel() * whole.element_size()
-    for failures in llm.collective_rpc(find_failures, args=(placed,)):
+    # An adapter alone comes to base weights that were checked when they were sent.
+    if placed or not adapter:
+        _check(llm.collective_rpc(find_failures, args=(placed,)))
+    if adapter:
+        _check(llm.collective_rpc(load_adapter, args=(adapter,)))
+    reset_caches(llm)
+    num_tensors = sum(len({t.name for t in parts}) for parts in placed.values())
+    return SyncReport(num_tensors + len(adapter), num_bytes)
+
+
+def _check(failures_of_workers: list[list[str]]) -> None:
+    for failures in failures_of_workers:
         if failures:
             raise RolloutError(f"weight sync: {failures[0]}")
-    reset_caches(llm)
-    return SyncReport(sum(len({t.name for t in parts}) for parts in placed.values()), num_bytes)
 
 
 def _load(llm: Any, name: str, tensor: torch.Tensor) -> set[str]:
@@ -90,12 +104,19 @@ def reset_caches(llm: Any) -> None:
 @torch.inference_mode()
 def load_tensor(worker: Any, name: str, tensor: torch.Tensor) -> set[str]:
     """In vLLM's worker: the parameters that one tensor went to."""
-    return set(worker.model_runner.get_model().load_weights([(name, tensor)]))
+    model = worker.model_runner.get_model()
+    with without_wrappers(model):
+        return set(model.load_weights([(name, tensor)]))
 
 
 def find_failures(worker: Any, placed: dict[str, list[SentTensor]]) -> list[str]:
     """In vLLM's worker: what is wrong with the model after a sync."""
     model = worker.model_runner.get_model()
+    with without_wrappers(model):
+        return _failures(model, placed)
+
+
+def _failures(model: Any, placed: dict[str, list[SentTensor]]) -> list[str]:
     parameters = dict(model.named_parameters())
     failures = [
         f"no tensor was sent for vLLM's {name!r}"

@@ -19,6 +19,7 @@ from care_train.models.load import LoadedModel
 from care_train.models.lora import add_adapters, without_adapters
 from care_train.models.policy import Policy
 from care_train.models.positions import packed_positions
+from care_train.rollout.types import WeightParts
 from care_train.settings import DeepSpeedSettings, LoraSettings
 from care_train.training.clock import Mark, no_mark
 from care_train.training.distributed import all_max, all_sum, is_main, world_size
@@ -118,7 +119,7 @@ class PolicyEngine:
             self.rollout = replace(loaded, model=copy.deepcopy(loaded.model))
         if lora is not None:  # after the copy, which gets merged weights
             add_adapters(loaded.model, lora, seed)
-        self._weights = policy_weights(loaded.model)
+        self._weights = {parts: policy_weights(loaded.model, parts) for parts in WeightParts}
         self._positions = packed_positions(loaded.model) if packing else None
         if gradient_checkpointing:
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -229,12 +230,14 @@ class PolicyEngine:
         norm = float(self._engine.get_global_grad_norm())
         return norm, self._engine.was_step_applied() and math.isfinite(norm)
 
-    def weights(self, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(
+        self, bucket_bytes: int, parts: WeightParts = WeightParts.MERGED
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's weights for a rollout engine, gathered a bucket at a time under ZeRO-3.
 
         Every rank must take all of them or none.
         """
-        return stream(self._weights, bucket_bytes, self.gathered)
+        return stream(self._weights[parts], bucket_bytes, self.gathered)
 
     @contextmanager
     def gathered(self, parameters: Sequence[torch.nn.Parameter] | None = None) -> Iterator[None]:

@@ -151,7 +151,7 @@ class GroupSampler:
         self.wait()
         bucket_bytes = self._config.rollout.vllm.sync_bucket_mib << 20
         with phase("sync"):
-            return self._engine.sync(policy.weights(bucket_bytes))
+            return self._engine.sync(policy.weights(bucket_bytes, self._engine.wanted))
 
     def wait(self) -> None:
         """Until what was started is sampled: it is to be of the weights before the next `sync`."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from care_train.models.lora import has_adapters
+from care_train.rollout.types import WeightParts
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -29,8 +30,14 @@ class Weight:
         return sum(sizes)
 
 
-def policy_weights(model: Any) -> list[Weight]:
-    """All weights of a model; adapters of a peft model are merged into what they adapt.
+def policy_weights(model: Any, parts: WeightParts = WeightParts.MERGED) -> list[Weight]:
+    """Weights of a model, or those of them that are asked for.
+
+    Args:
+        model: plain, or with adapters.
+        parts: what becomes of adapters, merged into what they adapt unless it says otherwise. As
+            parts they are `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, the latter times the
+            adapter's scale.
 
     Raises:
         ValueError: an adapter that is not a plain sum (DoRA).
@@ -45,10 +52,16 @@ def policy_weights(model: Any) -> list[Weight]:
             if ".original_module." not in name:
                 weights.append(_plain(_folder_name(name), parameter))
         elif name == f"{owner}.base_layer.weight":
-            weights.append(_merged(_folder_name(f"{owner}.weight"), parameter, adapted[owner]))
+            own, layer = _folder_name(f"{owner}.weight"), adapted[owner]
+            _check_plain(own, layer)
+            is_merged = parts is WeightParts.MERGED
+            weights.append(_merged(own, parameter, layer) if is_merged else _plain(own, parameter))
         elif name.startswith(f"{owner}.base_layer."):
             weights.append(_plain(_folder_name(name.replace(".base_layer.", ".")), parameter))
-    return weights
+    if parts is WeightParts.MERGED:
+        return weights
+    halves = [half for owner, layer in adapted.items() for half in _halves(owner, layer)]
+    return halves if parts is WeightParts.ADAPTER else weights + halves
 
 
 def whole_weights(model: Any) -> dict[str, torch.Tensor]:
@@ -100,10 +113,24 @@ def _plain(name: str, parameter: nn.Parameter) -> Weight:
     return Weight(name, (parameter,), lambda: parameter.detach())
 
 
+def _check_plain(name: str, layer: Any) -> None:
+    if any(getattr(layer, "use_dora", {}).get(adapter) for adapter in layer.active_adapters):
+        raise ValueError(f"{name}: a DoRA adapter; wanted LoRA, which merges by addition")
+
+
+def _halves(owner: str, layer: Any) -> list[Weight]:
+    [adapter] = layer.active_adapters
+    a, b, scale = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
+
+    def scaled() -> torch.Tensor:
+        return (b.detach().float() * scale).to(b.dtype)
+
+    name = _folder_name(owner)
+    return [_plain(f"{name}.lora_A.weight", a), Weight(f"{name}.lora_B.weight", (b,), scaled)]
+
+
 def _merged(name: str, base: nn.Parameter, layer: Any) -> Weight:
     adapters = list(layer.active_adapters)
-    if any(getattr(layer, "use_dora", {}).get(adapter) for adapter in adapters):
-        raise ValueError(f"{name}: a DoRA adapter; wanted LoRA, which merges by addition")
     own = tuple(p for n, p in layer.named_parameters() if not n.startswith("base_layer."))
 
     def make() -> torch.Tensor:
