@@ -24,11 +24,13 @@ def serve(config: Config, host: str, port: int) -> bool:
         folder = _model_folder(config, Path(temporary))
         loaded = load_without_weights(config.model, folder)
     max_context, batch_size = vllm_limits(config)
+    lora = config.model.lora if config.rollout.vllm.lora == "adapter" else None
     return serve_model(
         loaded,
         config.rollout.vllm,
         max_context=max_context,
         batch_size=batch_size,
+        lora_rank=None if lora is None else lora.rank,
         host=host,
         port=port,
         announce=lambda url: _announce(config, url),

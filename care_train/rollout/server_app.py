@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from care_train.rollout.adapter_sync import adapter_request
 from care_train.rollout.server_engine import AbortedError, Batch, EngineDeadError, EngineLoop
 from care_train.rollout.server_messages import pack_expansions, unpack_prompts
 from care_train.rollout.types import SamplingSettings
@@ -54,7 +55,8 @@ class RolloutServer:
             sampling_parameters(sampling, request["seed"], message["eos_ids"])
             for request in message["requests"]
         ]
-        batch = Batch(prompts, parameters)
+        lora = adapter_request() if self._info["lora_rank"] else None
+        batch = Batch(prompts, parameters, lora)
         self._loop.generate(batch)
         outputs = await self._wait(batch, is_gone)
         return {

@@ -18,9 +18,10 @@ class EngineDeadError(RuntimeError):
 class Batch:
     """Requests that came together and are answered together."""
 
-    def __init__(self, prompts: Sequence[Any], parameters: Sequence[Any]) -> None:
+    def __init__(self, prompts: Sequence[Any], parameters: Sequence[Any], lora: Any = None) -> None:
         self.prompts = prompts
         self.parameters = parameters
+        self.lora = lora
         self.result: Future[list[Any]] = Future()
         self.ids: list[str] = []
         """vLLM's own, which it makes unique by a suffix."""
@@ -85,7 +86,9 @@ class EngineLoop:
         self._commands.put(guarded)
 
     def _add(self, batch: Batch) -> None:
-        batch.ids = self._llm.enqueue(batch.prompts, batch.parameters, use_tqdm=False)
+        batch.ids = self._llm.enqueue(
+            batch.prompts, batch.parameters, lora_request=batch.lora, use_tqdm=False
+        )
         self._running |= {name: batch for name in _names(batch)}
         self._finish(batch)
 

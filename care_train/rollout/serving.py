@@ -24,6 +24,7 @@ def serve(
     *,
     max_context: int,
     batch_size: int,
+    lora_rank: int | None,
     host: str,
     port: int,
     announce: Callable[[str], None],
@@ -35,6 +36,7 @@ def serve(
         settings: `rollout.vllm`.
         max_context: longest prompt, forced prefix and response together, in tokens.
         batch_size: sequences generated at once, of all ranks together.
+        lora_rank: of adapters that come beside base weights; None where none do.
         host: address to listen at.
         port: 0 takes a free one.
         announce: gets the URL once requests are taken.
@@ -52,12 +54,14 @@ def serve(
             settings,
             max_context,
             batch_size,
+            lora_rank,
             distributed_executor_backend="uni" if settings.tensor_parallel_size == 1 else "mp",
             worker_extension_cls="care_train.rollout.weight_receiver.WeightReceiver",
         )
         info = {
             "model": model_identity(loaded),
             "max_context": max_context,
+            "lora_rank": lora_rank,
             "num_workers": settings.tensor_parallel_size,
         }
         announce(f"http://{host}:{listening.getsockname()[1]}")

@@ -80,6 +80,7 @@ def vllm_process(
         settings,
         max_context,
         batch_size,
+        rank,
         # Ranks are processes already, each drives its own worker.
         distributed_executor_backend="external_launcher",
     )
@@ -113,6 +114,7 @@ def start_vllm(
     settings: VllmSettings,
     max_context: int,
     batch_size: int,
+    lora_rank: int | None,
     **more: Any,
 ) -> Any:
     """vLLM's `LLM`, empty, with everything that makes its samples those of the trainer's policy.
@@ -123,10 +125,11 @@ def start_vllm(
         settings: `rollout.vllm`.
         max_context: longest prompt and response together, in tokens.
         batch_size: sequences generated at once.
+        lora_rank: of adapters that come beside base weights; None where none do.
         more: arguments of `LLM` that say where its workers run.
 
     Raises:
-        ValueError: vLLM is not installed.
+        ValueError: vLLM is not installed, or takes no adapters of this rank.
     """
     _set_environment(settings)
     on_gpu = torch.cuda.is_available()
@@ -157,7 +160,7 @@ def start_vllm(
             mm_device_do_normalize=False,
             limit_mm_per_prompt={} if loaded.processor is None else {"video": 0},
             seed=0,
-            **vllm_arguments(adapter_rank(loaded, settings)),
+            **vllm_arguments(lora_rank),
             **more,
         )
 

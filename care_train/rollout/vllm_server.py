@@ -16,8 +16,9 @@ from care_train.rollout.model_identity import first_difference, model_identity
 from care_train.rollout.server_client import RolloutServerError, ServerClient
 from care_train.rollout.server_messages import pack_requests, unpack_completion
 from care_train.rollout.settings import VllmSettings
-from care_train.rollout.types import Completion, Request, SamplingSettings
+from care_train.rollout.types import Completion, Request, SamplingSettings, WeightParts
 from care_train.rollout.vllm_inputs import check_expansion, check_length, merge_size_of
+from care_train.rollout.vllm_process import adapter_rank
 from care_train.rollout.weight_channel import Broadcast, backend_for, open_channel
 
 Value = TypeVar("Value")
@@ -34,7 +35,7 @@ class VllmServerEngine:
             settings: `rollout.vllm`, with a server.
 
         Raises:
-            ValueError: it serves another model.
+            ValueError: it serves another model, or takes other adapters.
             RolloutServerError: it cannot be reached.
         """
         assert settings.server is not None
@@ -50,6 +51,7 @@ class VllmServerEngine:
                 f"rollout.vllm.server {self._client.url}: it serves another model: {difference}; "
                 "start it with this run's configuration"
             )
+        self._has_adapter = _checked_rank(self._client.url, self._info, loaded, settings)
         self._sender = uuid.uuid4().hex
         self._broadcast: Broadcast | None = None
         self._version: str | None = None
@@ -76,15 +78,22 @@ class VllmServerEngine:
             check_expansion(request, (*expanded, *request.prefix_ids))
         return [unpack_completion(values, eos_ids) for values in answer["completions"]]
 
+    @property
+    def wanted(self) -> WeightParts:
+        """Base weights until the server was seen to hold this run's."""
+        if not self._has_adapter:
+            return WeightParts.MERGED
+        return WeightParts.BASE_AND_ADAPTER if self._version is None else WeightParts.ADAPTER
+
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
-        """Send all weights and let the server check that it holds them; due on all ranks.
+        """Send what is `wanted`, let the server check that it holds it; due on all ranks.
 
         Raises:
             RolloutServerError: it does not hold them (names the tensor), or is gone. On all ranks.
         """
         # No rank may still wait for rollouts: the server would give them up.
         _of_first_rank(None)
-        remaining = iter(weights)
+        remaining, self._version = iter(weights), None
         sent: Any = None
         if _is_first_rank():
             try:
@@ -145,6 +154,20 @@ class VllmServerEngine:
             ) from error
         answer.result()
         return result
+
+
+def _checked_rank(
+    url: str, info: dict[str, Any], loaded: LoadedModel, settings: VllmSettings
+) -> bool:
+    """Whether adapters go alone; the server must have been started for just those."""
+    own, served = adapter_rank(loaded, settings), info["lora_rank"]
+    if own != served:
+        raise ValueError(
+            f"rollout.vllm.server {url}: it takes adapters of rank {served}, this run sends rank "
+            f"{own} (None: merged weights); start it with this run's model.lora and "
+            "rollout.vllm.lora"
+        )
+    return own is not None
 
 
 def _buckets(

@@ -6,6 +6,8 @@ process before the model is made.
 
 import torch
 
+from care_train.rollout.adapter_sync import is_adapter, load_adapter
+from care_train.rollout.checksum import checksum
 from care_train.rollout.vllm_cpu import patch_cpu_backend
 from care_train.rollout.weight_channel import Broadcast, open_channel
 from care_train.rollout.weight_sync import SentTensor, find_failures, load_tensor
@@ -23,6 +25,8 @@ class WeightReceiver:
     device: torch.device
     _care_broadcast: Broadcast | None = None
     _care_placed: dict[str, list[SentTensor]]
+    _care_adapter: dict[str, torch.Tensor]
+    _care_has_base = False
 
     def care_open(self, backend: str, host: str, port: int, timeout: float) -> None:
         """Join the trainer's group."""
@@ -31,10 +35,11 @@ class WeightReceiver:
         group = get_tp_group()
         rank, size = 1 + group.rank_in_group, 1 + group.world_size
         self._care_broadcast = open_channel(backend, host, port, rank, size, timeout)
+        self._care_has_base = False
 
     def care_begin(self) -> None:
         """Forget what was sent before."""
-        self._care_placed = {}
+        self._care_placed, self._care_adapter = {}, {}
 
     def care_receive(self, notes: list[TensorNote], num_bytes: int) -> str | None:
         """Take one bucket and load its tensors; says what could not be loaded.
@@ -47,22 +52,30 @@ class WeightReceiver:
         bucket = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         self._care_broadcast(bucket)
         start = 0
-        for name, dtype_name, shape, checksum in notes:
+        for name, dtype_name, shape, total in notes:
             dtype = getattr(torch, dtype_name)
             end = start + torch.Size(shape).numel() * dtype.itemsize
             # A copy: the pieces of a bucket need not start where their dtype may.
             tensor = bucket[start:end].clone().view(dtype).reshape(shape)
             start = end
-            problem = self._care_load(SentTensor(name, tuple(shape), checksum), tensor)
+            problem = self._care_load(SentTensor(name, tuple(shape), total), tensor)
             if problem is not None:
                 return problem
         return None
 
     def care_failures(self) -> list[str]:
         """What is wrong with the model after all buckets."""
-        return find_failures(self, self._care_placed)
+        if self._care_placed or not self._care_has_base:
+            self._care_has_base = False
+            if failures := find_failures(self, self._care_placed):
+                return failures
+            self._care_has_base = True
+        return load_adapter(self, self._care_adapter) if self._care_adapter else []
 
     def _care_load(self, sent: SentTensor, tensor: torch.Tensor) -> str | None:
+        if is_adapter(sent.name):
+            self._care_adapter[sent.name] = tensor
+            return None if checksum(tensor) == sent.checksum else f"{sent.name!r}: arrived changed"
         try:
             filled = load_tensor(self, sent.name, tensor)
         # What vLLM's loaders raise on unknown names and wrong shapes.

