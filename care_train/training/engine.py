@@ -337,11 +337,11 @@ def _learning_rate_factor(settings: OptimizerSettings) -> Any:
 
 def _without_weight(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same rows with nothing to learn: keeps ranks in step."""
-    silent = dict(arguments)
-    for key in ("advantages", "kl_weights", "entropy_weights"):
-        if silent.get(key) is not None:
-            silent[key] = torch.zeros_like(silent[key])
-    return silent
+    weights = {"advantages", "kl_weights", "entropy_weights"}
+    return {
+        key: torch.zeros_like(value) if key in weights and value is not None else value
+        for key, value in arguments.items()
+    }
 
 
 def _freeze_vision(model: Any) -> None:

@@ -52,6 +52,18 @@ def test_numbers_in_scientific_notation_are_numbers():
         ("care.reflection.reflect_scale=0.9", r"reflect_scale: got 0\.9, wanted in \(0, neg_scale"),
         ("rollout.temperature=0", r"rollout\.temperature: got 0\.0, wanted above 0"),
         ("train.mini_batches=5", r"train\.mini_batches: got 5, wanted a divisor"),
+        (
+            "rollout.vllm.lora=adapter",
+            r"vllm\.lora: got 'adapter', wanted 'merged' without",
+        ),
+        (
+            "model.lora.vision=true rollout.vllm.lora=adapter",
+            r"vllm\.lora: got 'adapter', wanted 'merged' with model\.lora\.vision",
+        ),
+        (
+            "model.lora.modules_to_save=[merger] rollout.vllm.lora=adapter",
+            r"vllm\.lora: got 'adapter', wanted 'merged' with model\.lora\.modules_to_save",
+        ),
         ("preset=literal loss.aggregation=token", r"loss\.aggregation: got 'token', wanted 'seq"),
         ("care.rescue.scale=-1", r"care\.rescue\.scale: got -1\.0, wanted at least 0"),
         ("steps", r"override 'steps': wanted the form section\.key=value"),
