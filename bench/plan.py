@@ -191,7 +191,8 @@ def _train(case: Case) -> tuple[int, dict[str, int]]:
     from care_train.models.batch import TokenSequence
     from care_train.models.load import load_model
     from care_train.models.tiny import build_tiny_model
-    from care_train.training.engine import MicroBatch, OptimizerSettings, PolicyEngine
+    from care_train.training.engine import MicroBatch, PolicyEngine
+    from care_train.training.optimizer import OptimizerSettings
 
     config = _config(case)
     with tempfile.TemporaryDirectory() as folder:

@@ -7,6 +7,7 @@ import torch
 
 from care_train.doctor.finding import Finding, Subject, spread
 from care_train.models.batch import TokenSequence, collate
+from care_train.models.lora import add_adapters, has_adapters
 from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt, PromptEncoder
 from care_train.rollout.banned import banned_token_ids
@@ -133,5 +134,9 @@ def _rollout_engine(subject: Subject, encoder: PromptEncoder) -> RolloutEngine:
     config = subject.config
     verifier = Verifier(config.prompt, config.reward)
     scorer = RolloutScorer(TokenText(subject.model.tokenizer), verifier, config.prompt)
+    lora = config.model.lora
+    if config.rollout.vllm.lora == "adapter" and lora and not has_adapters(subject.model.model):
+        # As the run will send them; untrained they change nothing.
+        add_adapters(subject.model.model, lora, config.seed)
     session = Session(config, subject.model, encoder, scorer)
     return session.rollout_engine(subject.model, config.rollout.batch_size)

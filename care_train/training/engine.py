@@ -25,6 +25,7 @@ from care_train.training.clock import Mark, no_mark
 from care_train.training.distributed import all_max, all_sum, is_main, world_size
 from care_train.training.engine_state import load_engine, save_engine, tensor_bytes
 from care_train.training.finite import LeftOut, cause_of
+from care_train.training.optimizer import OptimizerSettings, learning_rate_factor
 from care_train.training.weights import policy_weights, stream
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -34,21 +35,6 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # bfloat16 under ZeRO-0 would begin with an AdamW step on zero gradients: the first update then has
 # the second one's bias correction, a quarter too small, and weight decay counts twice.
 FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW and its schedule."""
-
-    learning_rate: float
-    total_steps: int
-    warmup_steps: int = 0
-    schedule: str = "constant"
-    min_learning_rate: float = 0.0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
-    max_skipped_updates: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,7 +116,7 @@ class PolicyEngine:
         parameters = [p for p in policy.parameters() if p.requires_grad]
         adamw = _adamw(parameters, optimizer, settings)
         self.optimizer = adamw
-        schedule: Any = torch.optim.lr_scheduler.LambdaLR(adamw, _learning_rate_factor(optimizer))
+        schedule: Any = torch.optim.lr_scheduler.LambdaLR(adamw, learning_rate_factor(optimizer))
         self._policy = policy
         engine, *_ = deepspeed.initialize(
             model=policy,
@@ -274,7 +260,7 @@ class PolicyEngine:
         load_engine(self._engine, folder)
         # They come with the saved state, and would hide settings that a resume may change.
         settings, schedule = self._settings, self._engine.lr_scheduler
-        factor = _learning_rate_factor(settings)(schedule.last_epoch)
+        factor = learning_rate_factor(settings)(schedule.last_epoch)
         schedule.base_lrs = [settings.learning_rate for _ in schedule.base_lrs]
         for group in self._engine.optimizer.param_groups:
             group |= {"initial_lr": settings.learning_rate, "betas": settings.betas}
@@ -318,21 +304,6 @@ def _deepspeed_config(
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         base[key] = base[key] | value if both else value
     return base
-
-
-def _learning_rate_factor(settings: OptimizerSettings) -> Any:
-    floor = settings.min_learning_rate / settings.learning_rate
-    decay_steps = max(settings.total_steps - settings.warmup_steps, 1)
-
-    def factor(step: int) -> float:
-        if step < settings.warmup_steps:
-            return (step + 1) / settings.warmup_steps
-        done = min((step - settings.warmup_steps) / decay_steps, 1.0)
-        if settings.schedule == "cosine":
-            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-        return 1.0 if settings.schedule == "constant" else 1 - (1 - floor) * done
-
-    return factor
 
 
 def _without_weight(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from care_train.settings import Config
 from care_train.training.ahead import RolloutsAhead
 from care_train.training.checkpoint import Checkpoint, Checkpoints
 from care_train.training.distributed import is_main, rank, world_size
-from care_train.training.engine import OptimizerSettings, PolicyEngine
+from care_train.training.engine import PolicyEngine
+from care_train.training.optimizer import OptimizerSettings
 from care_train.training.phase import at_step
 from care_train.training.reference import FrozenCopy, Reference, WithoutAdapters
 from care_train.training.resume import check_identity, identity, log_sizes

@@ -20,6 +20,7 @@ from care_train.settings import Config
 from care_train.training.distributed import barrier, is_main
 from care_train.training.folders import PARTIAL
 from care_train.training.sampling import RolloutScorer
+from care_train.training.weights import policy_weights
 from care_train.verifier import Verifier
 
 Item = TypeVar("Item")
@@ -37,7 +38,9 @@ class Session:
     def rollout_engine(self, loaded: LoadedModel, batch_size: int) -> RolloutEngine:
         """The configured engine, ready to generate with `loaded` as it is."""
         engine = self.new_engine(loaded, batch_size)
-        engine.sync(loaded.model.named_parameters())
+        with torch.no_grad():
+            weights = policy_weights(loaded.model, engine.wanted)
+            engine.sync((weight.name, weight.make()) for weight in weights)
         return engine
 
     def new_engine(

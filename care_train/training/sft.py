@@ -14,8 +14,9 @@ from care_train.reporting import MetricsLogger, TrainProgress
 from care_train.settings import Config
 from care_train.training.checkpoint import Checkpoint, Checkpoints
 from care_train.training.distributed import all_sum, is_main, rank, world_size
-from care_train.training.engine import MicroBatch, OptimizerSettings, PolicyEngine
+from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
+from care_train.training.optimizer import OptimizerSettings
 from care_train.training.phase import at_step, phase
 from care_train.training.resume import check_identity, identity, log_sizes
 from care_train.training.saving import save_model

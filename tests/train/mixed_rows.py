@@ -21,7 +21,8 @@ from care_train.training.distributed import (
     rank,
     world_size,
 )
-from care_train.training.engine import MicroBatch, OptimizerSettings, PolicyEngine
+from care_train.training.engine import MicroBatch, PolicyEngine
+from care_train.training.optimizer import OptimizerSettings
 from care_train.training.reference import WithoutAdapters
 from tests.train.builders import encoder_of, image_sample, load, text_sample
 

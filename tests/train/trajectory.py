@@ -16,7 +16,13 @@ import torch
 
 from care_train.config import load_config
 from care_train.data import load_samples
-from care_train.rollout.types import Completion, Request, RolloutEngine, SamplingSettings
+from care_train.rollout.types import (
+    Completion,
+    Request,
+    RolloutEngine,
+    SamplingSettings,
+    WeightParts,
+)
 from care_train.training.distributed import gather, initialize_process_group, is_main
 from care_train.training.rl import PromptSource, open_policy
 from care_train.training.rng import seed_all
@@ -53,6 +59,10 @@ class Replay:
         completions = self._inner.generate(requests, sampling)
         self.recorded |= dict(zip(keys, completions, strict=True))
         return completions
+
+    @property
+    def wanted(self) -> WeightParts:
+        return self._inner.wanted
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
         return self._inner.sync(weights)
