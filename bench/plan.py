@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from care_train.cli import quiet_libraries
-from care_train.training.distributed import own_environment
+from care_train.distributed import own_environment
 
 MIB = 2**20
 
@@ -138,7 +138,7 @@ def predict(case: Case, lengths: dict[str, int]) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = build_tiny_model(case.kind, folder, hidden_size=case.hidden_size)
         architecture = read_architecture(str(path))
-    scenario = Scenario(gpus=1, gradient_checkpointing=case.checkpointing)
+    scenario = Scenario(gpus=1)
     work = replace(
         workload_of(config, architecture, scenario),
         prompt=lengths["prompt"],
@@ -146,7 +146,7 @@ def predict(case: Case, lengths: dict[str, int]) -> dict[str, int]:
         patches=lengths["patches"],
     )
     device = Accelerator("CPU", 2.0**40, 1, 1, 1, 1, kind="cpu")
-    plan = plan_memory(architecture, training_of(config, scenario), work, device)
+    plan = plan_memory(architecture, training_of(config, 1), work, device)
     states = sum(
         plan.item_bytes(name)
         for name in (
@@ -165,7 +165,7 @@ def measure(case: Case) -> dict[str, Any]:
     """Train for two steps in this process; the bytes of its states, and its peak."""
     import torch
 
-    from care_train.training.distributed import initialize_process_group
+    from care_train.distributed import initialize_process_group
 
     torch.set_num_threads(1)
     initialize_process_group()
@@ -278,7 +278,11 @@ def _config(case: Case) -> Any:
             "rollout": {"max_new_tokens": case.response, "batch_size": 1},
             "prompt": {"max_prompt_tokens": case.prompt},
             "care": {"reflection": {"enabled": False}},
-            "train": {"micro_batch_size": case.micro_batch, "prompts_per_step": 1},
+            "train": {
+                "micro_batch_size": case.micro_batch,
+                "prompts_per_step": 1,
+                "gradient_checkpointing": case.checkpointing,
+            },
             "deepspeed": {"zero_stage": case.stage},
         }
     )

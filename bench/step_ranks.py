@@ -15,7 +15,7 @@ import torch
 
 from bench.step_case import Case, Setup, StepFigures, draw_rows
 from bench.step_ours import OurTrainer
-from care_train.training.distributed import is_main, own_environment
+from care_train.distributed import is_main, own_environment
 
 
 def measure_ranks(

@@ -12,8 +12,8 @@ from transformers import AutoProcessor, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from bench.step_case import Case, FixedLengthVerifier, Setup, StepFigures, case_config, end_never
+from care_train.distributed import own_environment
 from care_train.models.load import load_model
-from care_train.training.distributed import own_environment
 
 Turn = Callable[[StepFigures], None]
 """Called after each of TRL's steps with its figures."""

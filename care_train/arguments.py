@@ -174,8 +174,6 @@ def _add_inspection_options(command: argparse.ArgumentParser, name: str) -> None
     add("--image-size", metavar="WxH", help="pixels; default: the largest that are not scaled down")
     add("--text-tokens", type=int, default=256, help="mean text of a prompt, for times only")
     add("--response-tokens", type=int, help="mean response, for times only; default: half the most")
-    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None)
-    add("--lora-rank", type=int, help="LoRA on all linear layers of the language model; 0: none")
 
 
 def _keys_help(keys: Sequence[tuple[str, str, str]]) -> str:

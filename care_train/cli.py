@@ -44,8 +44,8 @@ def _run(command: str, config: Config) -> int:
     quiet_libraries()
     # Imported here: --help and configuration errors need no torch.
     from care_train import commands
+    from care_train.distributed import barrier, is_main
     from care_train.reporting.terminal import show_summary
-    from care_train.training.distributed import barrier, is_main
     from care_train.training.guard import guarded
     from care_train.training.stopping import STOPPED_STATUS, Stopped
 

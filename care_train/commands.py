@@ -13,6 +13,7 @@ import torch
 
 from care_train.config import config_to_dict, config_to_yaml, load_config
 from care_train.data import Sample, load_samples, require_rationales
+from care_train.distributed import barrier, initialize_process_group, is_main
 from care_train.evaluation.benchmark_run import benchmark_summary, evaluate_benchmarks
 from care_train.evaluation.evaluate import evaluate_both
 from care_train.models.load import load_skeleton
@@ -26,7 +27,6 @@ from care_train.reporting import (
 )
 from care_train.settings import Config
 from care_train.training.checkpoint import SKELETON, Checkpoint, Checkpoints
-from care_train.training.distributed import barrier, initialize_process_group, is_main
 from care_train.training.engine_state import read_weights
 from care_train.training.folders import clean_up, write_file, write_folder
 from care_train.training.resume import (

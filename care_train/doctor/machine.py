@@ -15,7 +15,7 @@ from care_train.models.fast_paths import runnable
 from care_train.planning.architecture import describe
 from care_train.planning.hardware import GIB
 from care_train.planning.states import checkpoint_bytes, export_bytes
-from care_train.planning.workload import Scenario, training_of
+from care_train.planning.workload import training_of
 
 _DISTRIBUTION = "care-rl"
 _CHECKED = ("torch", "transformers", "deepspeed", "triton", "torchvision")
@@ -104,7 +104,7 @@ def check_devices(subject: Subject) -> Finding:
 def check_disk(subject: Subject) -> Finding:
     """Free space for the checkpoints that are kept, one being written, and the final model."""
     train = subject.config.train
-    training = training_of(subject.config, Scenario(gpus=subject.ranks))
+    training = training_of(subject.config, subject.ranks)
     sizes = describe(subject.model.model, "model")
     one = checkpoint_bytes(sizes, training)
     kept = train.keep_checkpoints + (train.keep_best is not None) + 1

@@ -54,7 +54,7 @@ def check_memory(subject: Subject) -> Finding:
     """The planned peak against this machine's device."""
     scenario = Scenario(gpus=subject.ranks)
     architecture = describe(subject.model.model, "model")
-    training = training_of(subject.config, scenario)
+    training = training_of(subject.config, subject.ranks)
     work = workload_of(subject.config, architecture, scenario)
     plan = plan_memory(architecture, training, work, this_device())
     text = (

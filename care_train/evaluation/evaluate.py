@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from care_train.data import Sample
+from care_train.distributed import all_sum, is_main, rank, world_size
 from care_train.evaluation.decoding import EVAL_STEP, decoding, equal_batches
 from care_train.reporting import track
 from care_train.rollout.types import Request, RolloutEngine, request_seed
-from care_train.training.distributed import all_sum, is_main, rank, world_size
 from care_train.training.phase import phase
 from care_train.training.session import Session, rank_share
 

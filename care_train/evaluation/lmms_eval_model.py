@@ -20,9 +20,9 @@ from care_train.algorithm.spans import parse_spans
 from care_train.config import load_config
 from care_train.data import Sample
 from care_train.data.schema import IMAGE_PLACEHOLDER
+from care_train.distributed import initialize_process_group, rank, world_size
 from care_train.evaluation.decoding import decoding
 from care_train.rollout.types import Request, SamplingSettings, request_seed
-from care_train.training.distributed import initialize_process_group, rank, world_size
 from care_train.training.session import open_session
 
 _SEED_STEP = -2

@@ -43,8 +43,6 @@ def scenario_of(config: Config, options: argparse.Namespace) -> Scenario:
         image_pixels=_pixels(options.image_size),
         text_tokens=options.text_tokens,
         mean_response_share=min(1.0, share),
-        gradient_checkpointing=options.gradient_checkpointing,
-        lora_rank=options.lora_rank,
     )
 
 

@@ -68,7 +68,7 @@ def make_plan(
         raise ValueError(f"--gpus: got {scenario.gpus}, wanted at least 1")
     if architecture is None:
         architecture = read_architecture(config.model.path)
-    training = training_of(config, scenario)
+    training = training_of(config, scenario.gpus)
     work = workload_of(config, architecture, scenario)
     memory = plan_memory(architecture, training, work, device)
     advice = () if memory.fits else tuple(advise(architecture, training, work, device))
@@ -102,7 +102,7 @@ def advise(
             if memory.fits:
                 return lines
     lines.append(
-        "still too much: more GPUs, larger ones, a LoRA adapter (--lora-rank), or shorter "
+        "still too much: more GPUs, larger ones, a LoRA adapter (model.lora), or shorter "
         "prompt.max_prompt_tokens and rollout.max_new_tokens"
     )
     return lines

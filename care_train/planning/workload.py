@@ -25,10 +25,6 @@ class Scenario:
     """Tokens of a prompt's text; only times depend on it."""
     mean_response_share: float = 0.5
     """Mean response length over `rollout.max_new_tokens`; only times depend on it."""
-    gradient_checkpointing: bool | None = None
-    """None: as the configuration says."""
-    lora_rank: int | None = None
-    """None: as the configuration says; 0: full fine-tuning."""
 
 
 @dataclass(frozen=True)
@@ -121,24 +117,20 @@ class Workload:
         return min(sequences, max(1.0, self.prompts))
 
 
-def training_of(config: Config, scenario: Scenario) -> Training:
+def training_of(config: Config, gpus: int) -> Training:
     """What DeepSpeed will do; `deepspeed.config` goes before the settings' own."""
     zero = dict(config.deepspeed.config.get("zero_optimization", {}))
     is_bf16 = config.model.dtype == "bfloat16"
     stage = int(zero.get("stage", config.deepspeed.zero_stage))
-    lora = getattr(config.model, "lora", None)
-    checkpointing = config.train.gradient_checkpointing
-    if scenario.gradient_checkpointing is not None:
-        checkpointing = scenario.gradient_checkpointing
-    rank = scenario.lora_rank if scenario.lora_rank is not None else getattr(lora, "rank", 0)
+    lora = config.model.lora
     return Training(
         stage=stage,
-        gpus=scenario.gpus,
+        gpus=gpus,
         parameter_bytes=2 if is_bf16 else 4,
         has_master=is_bf16 or stage >= 1,
         freeze_vision=config.train.freeze_vision,
-        lora_rank=rank or 0,
-        checkpointing=checkpointing,
+        lora_rank=lora.rank if lora else 0,
+        checkpointing=config.train.gradient_checkpointing,
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_parameters=_offloads(zero, "offload_param"),
         reduce_bucket=int(zero.get("reduce_bucket_size", 5e8)),

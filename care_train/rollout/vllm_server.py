@@ -1,14 +1,13 @@
 """The vLLM engine in a server: each rank asks it for its rollouts, rank 0 sends the weights."""
 
-import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
+from care_train.distributed import free_port, is_main, of_first_rank
 from care_train.models.load import LoadedModel
 from care_train.rollout.background import in_background
 from care_train.rollout.checksum import checksum
@@ -92,10 +91,10 @@ class VllmServerEngine:
             RolloutServerError: it does not hold them (names the tensor), or is gone. On all ranks.
         """
         # No rank may still wait for rollouts: the server would give them up.
-        _of_first_rank(None)
+        of_first_rank(None)
         remaining, self._version = iter(weights), None
         sent: Any = None
-        if _is_first_rank():
+        if is_main():
             try:
                 sent = self._send(remaining)
             except (ValueError, RolloutServerError) as error:
@@ -104,7 +103,7 @@ class VllmServerEngine:
         # Gathering is collective: every rank goes through all of it.
         for _ in remaining:
             pass
-        sent = _of_first_rank(sent)
+        sent = of_first_rank(sent)
         if isinstance(sent, Exception):
             raise sent
         self._version, num_bytes = sent
@@ -134,7 +133,7 @@ class VllmServerEngine:
         self._meet(lambda: broadcast(bucket), answer)
 
     def _open_channel(self) -> Broadcast:
-        host, port = self._client.local_address(), _free_port()
+        host, port = self._client.local_address(), free_port()
         size = 1 + self._info["num_workers"]
         backend = backend_for(self._loaded.model.device)
         place = {"backend": backend, "host": host, "port": port, "timeout": self._timeout}
@@ -195,22 +194,3 @@ def _buckets(
         size += num_bytes
     if notes:
         yield notes, torch.cat(parts)
-
-
-def _is_first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _of_first_rank(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]

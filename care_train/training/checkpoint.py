@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from care_train.training.distributed import barrier, is_main, rank
+from care_train.distributed import barrier, is_main, rank
 from care_train.training.engine import PolicyEngine
 from care_train.training.folders import (
     clean_up,

@@ -14,6 +14,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
+from care_train.distributed import all_max, all_sum, is_main, world_size
 from care_train.models.batch import ModelBatch, TokenSequence, collate, pack
 from care_train.models.load import LoadedModel
 from care_train.models.lora import add_adapters, without_adapters
@@ -22,7 +23,6 @@ from care_train.models.positions import packed_positions
 from care_train.rollout.types import WeightParts
 from care_train.settings import DeepSpeedSettings, LoraSettings
 from care_train.training.clock import Mark, no_mark
-from care_train.training.distributed import all_max, all_sum, is_main, world_size
 from care_train.training.engine_state import load_engine, save_engine, tensor_bytes
 from care_train.training.finite import LeftOut, cause_of
 from care_train.training.optimizer import OptimizerSettings, learning_rate_factor

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from care_train.distributed import gather, is_main
 from care_train.models.finite import first_broken_weight
-from care_train.training.distributed import gather, is_main
 from care_train.training.failures import CHANGES, NotFiniteError
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from care_train.training.distributed import gather, is_main
+from care_train.distributed import gather, is_main
 from care_train.training.failures import DISK_FULL_STATUS, RunError
 from care_train.training.phase import phase
 

@@ -14,8 +14,8 @@ from typing import Any, Self
 
 import psutil
 
+from care_train.distributed import initialize_process_group, ranks_store
 from care_train.settings import LimitSettings
-from care_train.training.distributed import initialize_process_group, ranks_store
 from care_train.training.failures import (
     HUNG_STATUS,
     RANK_LOST_STATUS,

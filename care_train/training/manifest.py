@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from care_train.training.distributed import gather, is_main, rank, world_size
+from care_train.distributed import gather, is_main, rank, world_size
 from care_train.training.folders import sync
 
 MANIFEST_FILE = "manifest.json"

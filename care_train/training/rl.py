@@ -10,6 +10,7 @@ import torch
 
 from care_train.algorithm.types import Rollout
 from care_train.data import PromptOrder, Sample
+from care_train.distributed import is_main, rank, world_size
 from care_train.models.policy import Policy
 from care_train.reporting import (
     MetricsLogger,
@@ -22,7 +23,6 @@ from care_train.rollout.types import RolloutEngine
 from care_train.settings import Config
 from care_train.training.ahead import RolloutsAhead
 from care_train.training.checkpoint import Checkpoint, Checkpoints
-from care_train.training.distributed import is_main, rank, world_size
 from care_train.training.engine import PolicyEngine
 from care_train.training.optimizer import OptimizerSettings
 from care_train.training.phase import at_step

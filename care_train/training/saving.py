@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from care_train.training.distributed import is_main
+from care_train.distributed import is_main
 from care_train.training.engine import PolicyEngine
 from care_train.training.folders import write_folder
 from care_train.training.weights import buffers

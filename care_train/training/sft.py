@@ -9,11 +9,11 @@ import torch
 
 from care_train.algorithm.reflection import repair_prefix
 from care_train.data import PromptOrder, Sample, require_rationales
+from care_train.distributed import all_sum, is_main, rank, world_size
 from care_train.models.batch import TokenSequence
 from care_train.reporting import MetricsLogger, TrainProgress
 from care_train.settings import Config
 from care_train.training.checkpoint import Checkpoint, Checkpoints
-from care_train.training.distributed import all_sum, is_main, rank, world_size
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
 from care_train.training.optimizer import OptimizerSettings

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 
 from care_train.data import Sample, load_samples, require_rationales
+from care_train.distributed import all_max, all_sum, is_main, rank, world_size
 from care_train.models.batch import TokenSequence
 from care_train.models.prompts import EncodedPrompt
 from care_train.settings import PromptSettings
-from care_train.training.distributed import all_max, all_sum, is_main, rank, world_size
 from care_train.training.engine import PolicyEngine
 from care_train.training.session import Session
 

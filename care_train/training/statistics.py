@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from care_train.algorithm.types import GroupUpdate, Rollout
-from care_train.training.distributed import all_sum, world_size
+from care_train.distributed import all_sum, world_size
 from care_train.training.engine import StepResult
 from care_train.training.sampling import SampledGroup
 

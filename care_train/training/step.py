@@ -8,11 +8,11 @@ import torch
 from care_train.algorithm import baselines, care
 from care_train.algorithm.types import GroupUpdate, Rollout, Subgroup
 from care_train.data import Sample
+from care_train.distributed import all_max
 from care_train.rollout.types import request_seed
 from care_train.settings import Config
 from care_train.training.ahead import RolloutsAhead
 from care_train.training.clock import Mark, StepClock
-from care_train.training.distributed import all_max
 from care_train.training.engine import PolicyEngine
 from care_train.training.mismatch import Mismatch, check_parity
 from care_train.training.reference import Reference

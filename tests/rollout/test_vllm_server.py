@@ -174,8 +174,8 @@ def test_a_url_is_checked():
 def test_two_workers_hold_the_weights_together(tiny_folder):
     """Tensor parallel: fused and split tensors, a tower's qkv among them, are checked over both
     workers; a bit lost on the way is found there too."""
+    from care_train.distributed import initialize_process_group
     from care_train.rollout.vllm_server import VllmServerEngine
-    from care_train.training.distributed import initialize_process_group
 
     initialize_process_group()
     limits = ("prompt.max_prompt_tokens=300", "rollout.max_new_tokens=50")

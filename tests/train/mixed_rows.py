@@ -10,10 +10,7 @@ from typing import Any
 
 import torch
 
-from care_train.models.batch import TokenSequence
-from care_train.models.load import LoadedModel
-from care_train.settings import DeepSpeedSettings, LoraSettings
-from care_train.training.distributed import (
+from care_train.distributed import (
     all_sum,
     gather,
     initialize_process_group,
@@ -21,6 +18,9 @@ from care_train.training.distributed import (
     rank,
     world_size,
 )
+from care_train.models.batch import TokenSequence
+from care_train.models.load import LoadedModel
+from care_train.settings import DeepSpeedSettings, LoraSettings
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.optimizer import OptimizerSettings
 from care_train.training.reference import WithoutAdapters

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from care_train.training.distributed import own_environment
+from care_train.distributed import own_environment
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from care_train.distributed import own_environment
 from care_train.training.clock import StepClock
-from care_train.training.distributed import own_environment
 
 ROOT = Path(__file__).parents[2]
 

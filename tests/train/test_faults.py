@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from care_train.training.distributed import own_environment
+from care_train.distributed import own_environment
 from care_train.training.failures import (
     DISK_FULL_STATUS,
     ENGINE_STATUS,

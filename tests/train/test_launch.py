@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from care_train.training.distributed import own_environment
+from care_train.distributed import own_environment
 from tests.train.runs import COLD_START, ROOT, SMALL, data_arguments, timeless
 
 LAUNCH = ROOT / "launch"

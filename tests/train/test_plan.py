@@ -34,6 +34,7 @@ PAPER = {
     "train": {"prompts_per_step": 128, "micro_batch_size": 4},
     "deepspeed": {"zero_stage": 3},
 }
+CHECKPOINTING = {"gradient_checkpointing": True}
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +126,8 @@ def test_what_saves_memory_saves_it(backbones):
     base = _plan(model).memory.phase_bytes("train")
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     savers = [
-        _plan(model, gradient_checkpointing=True),
-        _plan(model, lora_rank=16),
+        _plan(model, values={"train": PAPER["train"] | CHECKPOINTING}),
+        _plan(model, values={"model": PAPER["model"] | {"lora": {"rank": 16}}}),
         _plan(model, values={"train": PAPER["train"] | {"freeze_vision": True}}),
         _plan(model, values={"train": PAPER["train"] | {"micro_batch_size": 1}}),
         _plan(model, values={"deepspeed": {"zero_stage": 3, "config": offload}}),
@@ -142,7 +143,7 @@ def test_lora_counts_its_adapters(tiny_folder):
 
     model = load(tiny_folder("tiny-qwen2")).model
     architecture = describe(model, "tiny")
-    training = training_of(make_config(), Scenario(gpus=1, lora_rank=8))
+    training = training_of(make_config({"model": {"lora": {"rank": 8}}}), 1)
     adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert states.num_trained(architecture, training) == trained
@@ -178,7 +179,7 @@ def test_saved_activations_are_those_autograd_keeps(kind, tiny_folder):
         hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
     config = make_config({"train": {"micro_batch_size": rows}})
     work = replace(workload_of(config, architecture, Scenario(gpus=1)), context=length, patches=0)
-    training = training_of(config, Scenario(gpus=1))
+    training = training_of(config, 1)
     predicted = act.text_activation_bytes(architecture, training, work)
     assert hidden.requires_grad
     assert predicted == pytest.approx(sum(kept.values()), rel=0.1)
@@ -198,10 +199,8 @@ def test_advice_leads_to_a_plan_that_fits(backbones):
     assert "checkpointing" in plan.advice[0]
     assert any("zero_stage" in line for line in plan.advice)
     assert "still too much" not in plan.advice[-1]
-    assert (
-        _plan(backbones["Qwen2.5-VL-3B-Instruct"], gpu="h200", gradient_checkpointing=True).advice
-        == ()
-    )
+    values = {"train": PAPER["train"] | CHECKPOINTING}
+    assert _plan(backbones["Qwen2.5-VL-3B-Instruct"], gpu="h200", values=values).advice == ()
 
 
 def test_a_peak_is_the_sum_of_its_phase(backbones):
@@ -238,7 +237,7 @@ def test_training_flops_are_six_per_parameter_and_token(backbones):
     model = replace(backbones["Qwen2.5-VL-7B-Instruct"], vision=None)
     config, scenario = make_config(PAPER), Scenario(gpus=8)
     work = replace(workload_of(config, model, scenario), mean_prompt=0.0, mean_response=10.0)
-    training = training_of(config, scenario)
+    training = training_of(config, 8)
     device = replace(ACCELERATORS["h100"], flops=1.0)
     seconds = plan_time(model, training, work, device).train
     sequences = work.prompts * work.trained_per_group

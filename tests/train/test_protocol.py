@@ -13,8 +13,8 @@ import pytest
 from bench.protocol_fixtures import write_benchmarks, write_training
 from care_train.cli import main
 from care_train.config import load_build_settings, load_config
+from care_train.distributed import own_environment
 from care_train.evaluation.benchmarks import BENCHMARKS
-from care_train.training.distributed import own_environment
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "protocol"

@@ -16,6 +16,7 @@ import torch
 
 from care_train.config import load_config
 from care_train.data import load_samples
+from care_train.distributed import gather, initialize_process_group, is_main
 from care_train.rollout.types import (
     Completion,
     Request,
@@ -23,7 +24,6 @@ from care_train.rollout.types import (
     SamplingSettings,
     WeightParts,
 )
-from care_train.training.distributed import gather, initialize_process_group, is_main
 from care_train.training.rl import PromptSource, open_policy
 from care_train.training.rng import seed_all
 from care_train.training.sampling import GroupSampler

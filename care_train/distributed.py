@@ -32,7 +32,7 @@ def initialize_process_group(
     has_gpu = torch.cuda.is_available()
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
@@ -101,6 +101,15 @@ def gather(value: Value) -> list[Value]:
     return values
 
 
+def of_first_rank(value: Value) -> Value:
+    """Rank 0's value, on every rank; any picklable object."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def all_sum(values: list[float], device: torch.device) -> list[float]:
     """Element-wise sums over all ranks."""
     return _reduce(values, dist.ReduceOp.SUM, device)
@@ -121,7 +130,8 @@ def _reduce(
     return tensor.tolist()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing on this machine listens at."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return probe.getsockname()[1]
