@@ -99,9 +99,9 @@ def _verify(config: Config) -> int:
 
 def _export(options: argparse.Namespace) -> None:
     quiet_libraries()
-    from care_train import commands
+    from care_train.export import export
 
-    commands.export(options.run, options.checkpoint, options.out, adapter=options.adapter)
+    export(options.run, options.checkpoint, options.out, adapter=options.adapter)
 
 
 def _table(options: argparse.Namespace) -> int:

@@ -16,8 +16,6 @@ from care_train.data import Sample, load_samples, require_rationales
 from care_train.distributed import barrier, initialize_process_group, is_main
 from care_train.evaluation.benchmark_run import benchmark_summary, evaluate_benchmarks
 from care_train.evaluation.evaluate import evaluate_both
-from care_train.models.load import load_skeleton
-from care_train.models.lora import save_adapter
 from care_train.reporting import (
     MetricsLogger,
     plot_learning_curves,
@@ -26,23 +24,21 @@ from care_train.reporting import (
     write_summary,
 )
 from care_train.settings import Config
-from care_train.training.checkpoint import SKELETON, Checkpoint, Checkpoints
-from care_train.training.engine_state import read_weights
-from care_train.training.folders import clean_up, write_file, write_folder
+from care_train.training.checkpoint import Checkpoint
+from care_train.training.folders import clean_up, write_file
 from care_train.training.resume import (
     check_progress,
     check_settings,
     cold_start_logs,
     cut_logs,
-    saved_lora,
     settings_of,
 )
 from care_train.training.rl import open_checkpoints, run_training
 from care_train.training.rng import seed_all
+from care_train.training.row_check import usable_rows
 from care_train.training.session import Session, model_folder, open_session
 from care_train.training.sft import cold_start_checkpoints, run_sft
 from care_train.training.sft_rows import count_rows
-from care_train.training.weights import whole_weights
 
 Summary = dict[str, Any]
 
@@ -209,44 +205,10 @@ def evaluate(config: Config) -> Summary:
     if config.eval.benchmarks:
         results = evaluate_benchmarks(session, run_dir, device)
         return _finish(run_dir, config, _basics(config) | benchmark_summary(results), start)
+    usable_rows(session, held_out, "eval.data")
     engine = session.rollout_engine(session.loaded, config.eval.batch_size)
     values = evaluate_both(session, engine, held_out, device)
     return _finish(run_dir, config, _basics(config) | values, start)
-
-
-def export(run_dir: Path, name: str, folder: Path, *, adapter: bool = False) -> None:
-    """`care-train export`: a checkpoint's weights as a plain Hugging Face folder, LoRA merged.
-
-    Args:
-        run_dir: the run's folder.
-        name: `step_…`, `best` or `last`.
-        folder: where to; must not exist.
-        adapter: write the LoRA adapter alone, as peft and vLLM read it.
-
-    Raises:
-        ValueError: no such checkpoint, a damaged one, or `folder` exists; `adapter` without LoRA.
-    """
-    if folder.exists():
-        raise ValueError(f"--out: {folder} exists; choose another folder")
-    checkpoint = Checkpoints(run_dir / "checkpoints").find(name)
-    lora = saved_lora(checkpoint.state["settings"])
-    if adapter and lora is None:
-        raise ValueError(f"--adapter: {run_dir} trained all weights (model.lora=null)")
-    loaded = load_skeleton(checkpoint.folder / SKELETON, read_weights(checkpoint.folder), lora)
-    if adapter:
-        base = _base_of(run_dir, checkpoint.state["settings"]["model.path"])
-        write_folder(folder, lambda partial: save_adapter(loaded.model, partial, str(base)))
-    else:
-        write_folder(folder, lambda partial: loaded.save(partial, whole_weights(loaded.model)))
-    print(f"{folder}: {checkpoint.folder}, {checkpoint.step} steps")
-
-
-def _base_of(run_dir: Path, model_path: str) -> Path:
-    """The model that the adapters of a run belong to."""
-    for name in ("cold_start", "base"):
-        if (run_dir / name).is_dir():
-            return (run_dir / name).resolve()
-    return Path(model_path)
 
 
 def _train_from(
@@ -260,6 +222,8 @@ def _train_from(
     checkpoint: Checkpoint | None,
 ) -> Summary:
     session = open_session(config, folder, device)
+    samples, _ = usable_rows(session, samples, "data", run_dir)
+    usable_rows(session, held_out, "eval.data")
     before = _logged_before(config, run_dir, checkpoint)
     if before is None:
         before = _evaluate_session(session, held_out, device, "evaluate before")

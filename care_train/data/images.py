@@ -4,6 +4,8 @@ import io
 import os.path
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -52,10 +54,34 @@ def load_image(
         RowError: a missing, damaged or oversize image, naming row, path and fix.
     """
     name = f"{location}: image {_name(ref)}"
-    try:
+    with _bombs_named(name, max_pixels, limit_key):
         image = _open(ref, name)
         _check_size(image, name, max_pixels, limit_key)
         return _to_rgb(image, name)
+
+
+def image_sizes(sample: Sample, max_pixels: int) -> list[tuple[int, int]]:
+    """Width and height of all images of a sample, as stored; only files' heads are read.
+
+    Raises:
+        RowError: a missing or oversize image, or one without a readable head, naming the row.
+    """
+    sizes = []
+    for ref in sample.images:
+        name = f"{sample.location or sample.id}: image {_name(ref)}"
+        with _bombs_named(name, max_pixels, "prompt.max_image_pixels"):
+            image = _open(ref, name)
+            _check_size(image, name, max_pixels, "prompt.max_image_pixels")
+            sizes.append(image.size)
+        if image is not ref:
+            image.close()
+    return sizes
+
+
+@contextmanager
+def _bombs_named(name: str, max_pixels: int, limit_key: str) -> Iterator[None]:
+    try:
+        yield
     except Image.DecompressionBombError as error:
         raise RowError(
             "image_too_large",

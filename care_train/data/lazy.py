@@ -39,6 +39,10 @@ class LazySamples(Sequence[Sample]):
         kept = [place for place in self.places if holds(self.read(place))]
         return LazySamples(self.read, kept, self.stored_digests)
 
+    def at(self, indices: Sequence[int]) -> "LazySamples":
+        """Those at these indices; reads none."""
+        return LazySamples(self.read, [self.places[i] for i in indices], self.stored_digests)
+
     def digests(self) -> Iterator[str]:
         """Each row's checksum, in order: the file's own where it has them."""
         if self.stored_digests is not None:
@@ -62,6 +66,13 @@ def samples_where(samples: Sequence[Sample], holds: Callable[[Sample], bool]) ->
     if isinstance(samples, LazySamples):
         return samples.where(holds)
     return [sample for sample in samples if holds(sample)]
+
+
+def samples_at(samples: Sequence[Sample], indices: Sequence[int]) -> Sequence[Sample]:
+    """The samples at these indices, lazy where `samples` are."""
+    if isinstance(samples, LazySamples):
+        return samples.at(indices)
+    return [samples[index] for index in indices]
 
 
 def _digests(samples: Iterable[Sample]) -> Iterator[str]:

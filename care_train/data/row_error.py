@@ -1,4 +1,8 @@
-"""Why one row cannot be used."""
+"""Why rows cannot be used."""
+
+from collections.abc import Sequence
+
+_NUM_SHOWN = 5
 
 
 class RowError(ValueError):
@@ -15,6 +19,21 @@ class RowError(ValueError):
 
     def __reduce__(self) -> tuple[type["RowError"], tuple[str, str]]:
         return type(self), (self.reason, str(self))
+
+
+def join_errors(where: object, errors: Sequence[str]) -> str:
+    """One message of several rows' errors, the first of them in full.
+
+    Args:
+        where: what holds the rows.
+        errors: at least one; each names its row.
+    """
+    if len(errors) == 1:
+        return errors[0]
+    rest = len(errors) - _NUM_SHOWN
+    tail = [f"and {rest} more"] if rest > 0 else []
+    head = f"{where}: {len(errors)} rows cannot be used:"
+    return "\n".join([head, *errors[:_NUM_SHOWN], *tail])
 
 
 def describe(value: object) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from care_train.data.easy_vqa import easy_vqa_samples
 from care_train.data.lazy import LazySamples, samples_where
 from care_train.data.order import permutation
+from care_train.data.row_error import join_errors
 from care_train.data.row_files import RowFile, open_rows
 from care_train.data.schema import Sample, sample_digest, sample_from_row
 from care_train.data.table_format import (
@@ -17,8 +18,6 @@ from care_train.data.table_format import (
     OTHER_COLUMNS,
 )
 from care_train.settings import DataSettings
-
-_NUM_ERRORS_SHOWN = 5
 
 
 def load_samples(settings: DataSettings, seed: int = 0) -> Sequence[Sample]:
@@ -143,13 +142,4 @@ def _check(samples: LazySamples, path: Path) -> None:
                 f"{samples[first].location}: make the `id` column unique, or remove it"
             )
     if errors:
-        raise ValueError(_summary(path, errors))
-
-
-def _summary(path: Path, errors: Sequence[str]) -> str:
-    if len(errors) == 1:
-        return errors[0]
-    shown = errors[:_NUM_ERRORS_SHOWN]
-    rest = len(errors) - len(shown)
-    tail = [f"and {rest} more"] if rest else []
-    return "\n".join([f"{path}: {len(errors)} rows cannot be used:", *shown, *tail])
+        raise ValueError(join_errors(path, errors))

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from care_train.data import Sample
 from care_train.models.load import LoadedModel
 from care_train.settings import Config
 
+Item = TypeVar("Item")
 Level = Literal["ok", "warning", "error"]
 
 
@@ -64,8 +65,8 @@ class Subject:
         return self.samples
 
 
-def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """`count` samples, evenly spaced over all."""
-    if len(samples) <= count:
-        return list(samples)
-    return [samples[place * len(samples) // count] for place in range(count)]
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` items, evenly spaced over all."""
+    if len(items) <= count:
+        return list(items)
+    return [items[place * len(items) // count] for place in range(count)]

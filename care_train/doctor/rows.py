@@ -1,5 +1,6 @@
 """Checks of the data: rows readable, images too, prompts short enough, rewards fast."""
 
+import random
 import time
 from collections.abc import Sequence
 
@@ -9,25 +10,53 @@ from care_train.models.prompts import PromptEncoder
 from care_train.verifier import Verifier
 
 _NUM_ROWS = 32
+_MEASURE_SECONDS = 20.0
+"""For prompt lengths: a run measures all rows at its start."""
 _MAX_REWARD_SECONDS = 0.05
 """Per response: more would be felt beside generation."""
 
 
 def check_rows(subject: Subject) -> Finding:
-    """Some training rows, their images included, become prompts of allowed length."""
-    rows = spread(subject.rows, _NUM_ROWS)
-    encoder = PromptEncoder(subject.model, subject.config.prompt)
+    """Training rows become prompts of allowed length; of some the images are decoded too."""
+    prompt, name, rows = subject.config.prompt, "training rows", subject.rows
+    encoder = PromptEncoder(subject.model, prompt)
+    lengths = _prompt_lengths(encoder, rows)
+    short = [place for place in sorted(lengths) if lengths[place] <= prompt.max_prompt_tokens]
+    found, fix = f"{len(lengths)} of {len(rows)} measured: ", ""
+    if len(short) < len(lengths):
+        place = min(lengths.keys() - set(short))
+        found += (
+            f"{len(lengths) - len(short)} prompts over prompt.max_prompt_tokens = "
+            f"{prompt.max_prompt_tokens} ({_place([rows[place]])}: {lengths[place]}, the longest: "
+            f"{max(lengths.values())})"
+        )
+        fix = "raise it, lower model.max_pixels, or leave them out with prompt.overlong=drop"
+        if prompt.overlong == "error" or not short:
+            return Finding("error", name, found, fix)
+        found += ", which will be left out; the others: "
+    some = [rows[place] for place in spread(short, _NUM_ROWS)]
     start = time.perf_counter()
-    prompts = encoder.encode(rows)
-    seconds = (time.perf_counter() - start) / len(rows)
-    lengths = [len(prompt.token_ids) for prompt in prompts]
-    images = sum(len(row.images) for row in rows)
+    encoder.encode(some)
+    seconds = (time.perf_counter() - start) / len(some)
     return Finding(
-        "ok",
-        "training rows",
-        f"{len(subject.rows)} rows; {len(rows)} read with {images} images: prompts of "
-        f"{min(lengths)} to {max(lengths)} tokens, {1000 * seconds:.0f} ms each",
+        "warning" if fix else "ok",
+        name,
+        f"{found}prompts of {min(lengths.values())} to {max(lengths[i] for i in short)} tokens; "
+        f"{len(some)} read with {sum(len(row.images) for row in some)} images, "
+        f"{1000 * seconds:.0f} ms each",
+        fix,
     )
+
+
+def _prompt_lengths(encoder: PromptEncoder, rows: Sequence[Sample]) -> dict[int, int]:
+    """Tokens of rows' prompts, of as many rows in any order as there is time for."""
+    lengths: dict[int, int] = {}
+    end = time.perf_counter() + _MEASURE_SECONDS
+    for place in random.Random(0).sample(range(len(rows)), len(rows)):
+        lengths[place] = encoder.num_tokens(rows[place])
+        if time.perf_counter() > end:
+            break
+    return lengths
 
 
 def check_evaluation_rows(subject: Subject) -> Finding:

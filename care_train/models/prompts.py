@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from care_train.data import Sample, load_images
+from care_train.data import Sample, image_sizes, load_images
 from care_train.models.load import LoadedModel
 from care_train.settings import PromptSettings
 
@@ -69,15 +69,44 @@ class PromptEncoder:
             prompts.append(prompt)
         return prompts
 
+    def num_tokens(self, sample: Sample) -> int:
+        """Tokens of a sample's prompt, by its images' sizes: no pixel is decoded.
+
+        Raises:
+            ValueError: as `encode`, but for damage behind an image's head, and whatever the length.
+        """
+        text = self._render(sample)
+        sizes = image_sizes(sample, self._prompt.max_image_pixels)
+        self._check_placeholders(sample, text)
+        ids = self._loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+        self._check_image_tokens(sample, ids.count(self._loaded.image_token_id), len(sizes))
+        return len(ids) + sum(self._num_image_tokens(sample, *size) - 1 for size in sizes)
+
+    def _num_image_tokens(self, sample: Sample, width: int, height: int) -> int:
+        processor = self._loaded.processor.image_processor
+        try:
+            patches = processor.get_number_of_image_patches(height, width)
+        # What the processor raises on a strip of an image.
+        except ValueError as error:
+            raise ValueError(
+                f"{sample.location or sample.id}: an image of {width} x {height} pixels: {error}"
+            ) from None
+        return patches // processor.merge_size**2
+
     def _check(self, sample: Sample, encoded: EncodedPrompt) -> None:
-        self._check_image_tokens(sample, encoded)
+        wanted = 0
+        if encoded.image_grid_thw is not None:
+            merge = self._loaded.processor.image_processor.merge_size**2
+            wanted = int(encoded.image_grid_thw.prod(-1).sum()) // merge
+        self._check_image_tokens(
+            sample, encoded.token_ids.count(self._loaded.image_token_id), wanted
+        )
         limit = self._prompt.max_prompt_tokens
         if len(encoded.token_ids) > limit:
             raise ValueError(
                 f"{sample.location}: the prompt has {len(encoded.token_ids)} tokens, wanted at "
                 f"most {limit}: raise prompt.max_prompt_tokens, lower model.max_pixels or drop the "
-                "row "
-                "(prompts and images are never truncated)"
+                "row (prompts and images are never truncated)"
             )
 
     def encode_text(self, text: str) -> tuple[int, ...]:
@@ -139,26 +168,26 @@ class PromptEncoder:
         ]
 
     def _images(self, sample: Sample, text: str) -> list[Image.Image]:
+        self._check_placeholders(sample, text)
+        return load_images(sample, self._prompt.max_image_pixels)
+
+    def _check_placeholders(self, sample: Sample, text: str) -> None:
+        wanted = len(sample.images)
+        if not wanted:
+            return
         if self._loaded.processor is None:
             raise ValueError(
                 f"{sample.location}: images: got {len(sample.images)}, wanted none: the model "
                 "reads text only; choose a vision-language model or drop the images"
             )
-        images = load_images(sample, self._prompt.max_image_pixels)
         placeholders = text.count(self._loaded.processor.image_token)
-        if placeholders != len(images):
+        if placeholders != wanted:
             raise ValueError(
                 f"{sample.location}: the rendered prompt has {placeholders} image placeholders, "
-                f"wanted {len(images)}, one per image: remove special tokens from the prompt's text"
+                f"wanted {wanted}, one per image: remove special tokens from the prompt's text"
             )
-        return images
 
-    def _check_image_tokens(self, sample: Sample, encoded: EncodedPrompt) -> None:
-        got = sum(token == self._loaded.image_token_id for token in encoded.token_ids)
-        wanted = 0
-        if encoded.image_grid_thw is not None:
-            merge = self._loaded.processor.image_processor.merge_size**2
-            wanted = int(encoded.image_grid_thw.prod(-1).sum()) // merge
+    def _check_image_tokens(self, sample: Sample, got: int, wanted: int) -> None:
         if got != wanted:
             raise ValueError(
                 f"{sample.location}: the prompt has {got} image tokens, its images need {wanted}: "

@@ -82,7 +82,11 @@ class PromptSettings:
     answer_tag: str = "answer"
     """Name of the answer's tag."""
     max_prompt_tokens: int = 2048
-    """Longest prompt in tokens, images expanded; a longer one is an error naming the row."""
+    """Longest prompt in tokens, images expanded. All rows are measured before the first step."""
+    overlong: Literal["error", "drop"] = "error"
+    """What becomes of training rows with a longer prompt. `error`: nothing starts, they are named.
+    `drop`: the others are trained on, they are listed in the run's `data.dropped.jsonl` (the cold
+    start's in `sft.data.dropped.jsonl`). Nothing is ever truncated, no held-out row dropped."""
     max_image_pixels: int = 50_000_000
     """Largest image accepted, in pixels: rows are untrusted."""
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from care_train.algorithm.reflection import repair_prefix
 from care_train.data import PromptOrder, Sample, require_rationales
 from care_train.distributed import all_sum, is_main, rank, world_size
 from care_train.models.batch import TokenSequence
@@ -19,9 +18,17 @@ from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_bat
 from care_train.training.optimizer import OptimizerSettings
 from care_train.training.phase import at_step, phase
 from care_train.training.resume import check_identity, identity, log_sizes
+from care_train.training.row_check import usable_rows
 from care_train.training.saving import save_model
 from care_train.training.session import Session, rank_share
-from care_train.training.sft_rows import HeldOutRows, count_rows, response_text, target_sequence
+from care_train.training.sft_rows import (
+    HeldOutRows,
+    check_lengths,
+    count_rows,
+    repair_texts,
+    response_text,
+    target_sequence,
+)
 from care_train.training.stopping import Stopped, StopSignals
 
 
@@ -48,12 +55,14 @@ def run_sft(
         them `rows_without_rationale`, which are not learnt.
 
     Raises:
-        ValueError: no row has a rationale.
+        ValueError: no row has a rationale, or a row is too long.
         Stopped: a signal asked for it; a checkpoint is saved.
     """
     config, sft = session.config, session.config.sft
     rows = require_rationales(samples)
     counts = count_rows(samples, rows)
+    rows, prompt_lengths = usable_rows(session, rows, "sft.data", folder.parent)
+    check_lengths(session, rows, prompt_lengths)
     held_out = HeldOutRows(session) if sft.eval_data is not None else None
     run_identity = identity(config, samples, session.loaded.model)
     engine = _policy_engine(session, device)
@@ -162,10 +171,7 @@ def _target_sequences(
 
 def sft_target(config: Config, sample: Sample, step: int) -> tuple[str, str]:
     """(read only, learned) text after the prompt: Sec. 3.1's format, or a repair of it."""
-    think, opening = config.prompt.think_tag, f"<{config.prompt.think_tag}>"
-    response = response_text(config.prompt, sample)
     draw = random.Random(f"{config.seed}/{step}/{sample.id}").random()
     if sample.failed_rationale is None or draw >= config.sft.repair_share:
-        return "", response
-    prefix = repair_prefix(sample.failed_rationale, config.care.reflection.cue, think)
-    return prefix, response.removeprefix(opening)
+        return "", response_text(config.prompt, sample)
+    return repair_texts(config, sample, sample.failed_rationale)

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 
 import torch
 
+from care_train.algorithm.reflection import repair_prefix
 from care_train.data import Sample, load_samples, require_rationales
 from care_train.distributed import all_max, all_sum, is_main, rank, world_size
 from care_train.models.batch import TokenSequence
 from care_train.models.prompts import EncodedPrompt
-from care_train.settings import PromptSettings
+from care_train.settings import Config, PromptSettings
 from care_train.training.engine import PolicyEngine
+from care_train.training.row_check import usable_rows
 from care_train.training.session import Session
 
 logger = logging.getLogger(__name__)
@@ -20,6 +22,13 @@ def response_text(prompt: PromptSettings, sample: Sample) -> str:
     """A row's rationale and answer in Sec. 3.1's format and the tags of all other stages."""
     think, answer = prompt.think_tag, prompt.answer_tag
     return f"<{think}>{sample.rationale}</{think}> <{answer}>{sample.answer}</{answer}>"
+
+
+def repair_texts(config: Config, sample: Sample, failed_rationale: str) -> tuple[str, str]:
+    """(read only, learned): a failed rationale with the cue, then the right one and the answer."""
+    think = config.prompt.think_tag
+    prefix = repair_prefix(failed_rationale, config.care.reflection.cue, think)
+    return prefix, response_text(config.prompt, sample).removeprefix(f"<{think}>")
 
 
 def target_sequence(
@@ -41,6 +50,36 @@ def count_rows(samples: Sequence[Sample], rows: Sequence[Sample]) -> dict[str, f
     return {"rows": float(len(samples)), "rows_without_rationale": float(missing)}
 
 
+def check_lengths(session: Session, rows: Sequence[Sample], prompt_lengths: Sequence[int]) -> None:
+    """Before the first step: no sequence has more tokens than `sft.micro_batch_tokens`.
+
+    Raises:
+        ValueError: one has; names the longest.
+    """
+    limit = session.config.sft.micro_batch_tokens
+    if limit is None:
+        return
+    lengths = [
+        length + _response_length(session, row)
+        for row, length in zip(rows, prompt_lengths, strict=True)
+    ]
+    longest = max(lengths)
+    if longest > limit:
+        raise ValueError(
+            f"sft.micro_batch_tokens: got {limit}, wanted at least {longest}, the tokens of "
+            f"{rows[lengths.index(longest)].location}: the longest row, and none is ever cut"
+        )
+
+
+def _response_length(session: Session, sample: Sample) -> int:
+    """Tokens of the longest text that may follow the prompt, with the one that ends it."""
+    config, encode = session.config, session.encoder.encode_text
+    texts = [("", response_text(config.prompt, sample))]
+    if sample.failed_rationale is not None and config.sft.repair_share > 0:
+        texts.append(repair_texts(config, sample, sample.failed_rationale))
+    return 1 + max(len(encode(prefix)) + len(encode(text)) for prefix, text in texts)
+
+
 class HeldOutRows:
     """The rows of `sft.eval_data`, which the cold start does not learn."""
 
@@ -52,7 +91,8 @@ class HeldOutRows:
         """
         config = session.config
         assert config.sft.eval_data is not None
-        self._rows = require_rationales(load_samples(config.sft.eval_data, config.seed))
+        rows = require_rationales(load_samples(config.sft.eval_data, config.seed))
+        self._rows, _ = usable_rows(session, rows, "sft.eval_data")
         self._session = session
 
     @torch.no_grad()

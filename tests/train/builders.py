@@ -30,8 +30,8 @@ def make_session(folder: Path, values: dict | None = None) -> Session:
     return open_session(config, folder, initialize_process_group())
 
 
-def load(folder: Path) -> LoadedModel:
-    return load_model(ModelSettings(path=str(folder)))
+def load(folder: Path, **model) -> LoadedModel:
+    return load_model(ModelSettings(path=str(folder), **model))
 
 
 def encoder_of(loaded: LoadedModel, **prompt) -> PromptEncoder:

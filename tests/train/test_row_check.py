@@ -1,0 +1,162 @@
+"""All rows are measured before the first step: none too long, missing or damaged stops it later."""
+
+import json
+import logging
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from care_train.cli import main
+from care_train.data import load_samples
+from care_train.settings import DataSettings
+from care_train.training.row_check import usable_rows
+from care_train.training.sft_rows import check_lengths
+from tests.train.builders import encoder_of, image_sample, load, make_session, text_sample
+from tests.train.runs import FastRun, data_arguments
+
+SHORT, LONG = text_sample(0), text_sample(1, prompt="what color? " * 200)
+
+
+def _session(tiny_folder, **values):
+    return make_session(tiny_folder(), values)
+
+
+@pytest.mark.parametrize("kind", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+@pytest.mark.parametrize("limits", [{}, {"max_pixels": 64 * 64}, {"min_pixels": 512 * 512}])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(sizes=st.lists(st.tuples(st.integers(8, 700), st.integers(8, 700)), max_size=3))
+def test_a_prompt_is_as_long_as_measured(tiny_folder, kind, limits, sizes):
+    """Image sizes alone tell how many tokens the processor will make, any bounds on pixels."""
+    loaded = load(tiny_folder(kind), **limits)
+    images = tuple(Image.new("RGB", size) for size in sizes)
+    sample = image_sample(images=images, prompt="what is this?")
+    encoder = encoder_of(loaded, max_prompt_tokens=10**6)
+    assert encoder.num_tokens(sample) == len(encoder.encode([sample])[0].token_ids)
+
+
+def test_a_text_model_is_measured(tiny_folder):
+    """Without a processor the tokenizer's count is the prompt's."""
+    encoder = encoder_of(load(tiny_folder("tiny-qwen2")))
+    assert encoder.num_tokens(SHORT) == len(encoder.encode([SHORT])[0].token_ids)
+
+
+def test_an_upright_photo_has_the_tokens_of_its_stored_size(tiny_folder, tmp_path):
+    """EXIF turns it by 90 degrees only when it is decoded; the count is the same."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (400, 90)).save(tmp_path / "turned.jpg", exif=exif)
+    sample = image_sample(images=(tmp_path / "turned.jpg",))
+    encoder = encoder_of(load(tiny_folder()))
+    prompt = encoder.encode([sample])[0]
+    assert prompt.images[0].size == (90, 400)
+    assert encoder.num_tokens(sample) == len(prompt.token_ids)
+
+
+def test_long_rows_are_named(tiny_folder):
+    """Rows, tokens, the limit, the longest, and what to do: before anything was trained."""
+    session = _session(tiny_folder)
+    wanted = r"rows\.jsonl: row 2: the prompt has \d+ tokens, wanted at most 200\n.*longest has"
+    with pytest.raises(ValueError, match=wanted):
+        usable_rows(session, [SHORT, LONG], "data")
+
+
+def test_long_rows_are_dropped_and_listed(tiny_folder, tmp_path, caplog):
+    """`prompt.overlong=drop`: a warning, a line per row; never of held-out rows, never all."""
+    session = _session(tiny_folder, prompt={"overlong": "drop"})
+    with caplog.at_level(logging.WARNING):
+        rows, lengths = usable_rows(session, [SHORT, LONG, SHORT], "data", tmp_path)
+    assert list(rows) == [SHORT, SHORT]
+    assert lengths == [session.encoder.num_tokens(SHORT)] * 2
+    [line] = (tmp_path / "data.dropped.jsonl").read_text().splitlines()
+    tokens = session.encoder.num_tokens(LONG)
+    assert json.loads(line) == {"row": LONG.location, "id": LONG.id, "tokens": tokens}
+    assert "data: 1 of 3 rows are left out" in caplog.text
+    with pytest.raises(ValueError, match="wanted at most 200"):
+        usable_rows(session, [SHORT, LONG], "eval.data")
+    with pytest.raises(ValueError, match="wanted at most 200"):
+        usable_rows(session, [LONG], "data", tmp_path)
+
+
+def test_rows_from_a_file_stay_lazy(tiny_folder, tmp_path):
+    """What is kept is read again from the file when asked for."""
+    rows = [{"prompt": s.prompt, "answer": "red"} for s in (LONG, SHORT)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    samples = load_samples(DataSettings(path=str(tmp_path / "rows.jsonl")))
+    session = _session(tiny_folder, prompt={"overlong": "drop"})
+    kept, _ = usable_rows(session, samples, "data", tmp_path)
+    assert type(kept) is type(samples)
+    assert [sample.location for sample in kept] == ["rows.jsonl: row 2"]
+
+
+def test_rows_that_are_no_prompts_are_named_together(tiny_folder, tmp_path):
+    """A missing image, a strip that no processor scales, a special token: each with its row."""
+    rows = [
+        image_sample(index=0, images=(tmp_path / "none.png",)),
+        image_sample(index=1),
+        image_sample(index=2, images=(Image.new("RGB", (2000, 4)),)),
+        text_sample(3, prompt="<|image_pad|>"),
+    ]
+    with pytest.raises(ValueError) as error:
+        usable_rows(_session(tiny_folder), rows, "data")
+    head, *lines = str(error.value).splitlines()
+    assert head == "data: 3 rows cannot be used:"
+    for row, line, wanted in zip(
+        (1, 3, 4), lines, ("no such file", "2000 x 4 pixels", "image tokens"), strict=True
+    ):
+        assert line.startswith(f"rows.jsonl: row {row}: ") and wanted in line
+
+
+def test_a_cold_start_row_over_the_micro_batch_is_named(tiny_folder):
+    """Prompt and the longer of response and repair, against `sft.micro_batch_tokens`."""
+    plain = text_sample(0, rationale="it is red")
+    repair = text_sample(1, rationale="it is red", failed_rationale="it is blue " * 30)
+    for limit, share, row in ((20, 0.0, "row 1"), (60, 0.5, "row 2")):
+        values = {"sft": {"micro_batch_tokens": limit, "repair_share": share}}
+        session = _session(tiny_folder, **values)
+        rows, lengths = usable_rows(session, [plain, repair], "sft.data")
+        wanted = rf"sft.micro_batch_tokens: got {limit}, wanted at least \d+, .*{row}"
+        with pytest.raises(ValueError, match=wanted):
+            check_lengths(session, rows, lengths)
+    check_lengths(_session(tiny_folder, sft={"micro_batch_tokens": 4096}), rows, lengths)
+
+
+@pytest.fixture
+def one_long(color_rows):
+    """The drawn images, and a row that is too long."""
+    lines = color_rows.read_text().splitlines()
+    long = {"prompt": LONG.prompt, "answer": "red", "rationale": "it is red", "id": "long"}
+    path = color_rows.with_name("one_long.jsonl")
+    path.write_text("\n".join([*lines, json.dumps(long)]))
+    return path
+
+
+ARGUMENTS = ("prompt.max_prompt_tokens=200", "prompt.system=null", "logging.progress=false")
+
+
+def test_a_run_stops_before_its_first_step(tiny_folder, color_rows, one_long, tmp_path, capsys):
+    """One row of many is too long: no evaluation, status 2 and the row."""
+    arguments = (*ARGUMENTS, f"model.path={tiny_folder()}", *data_arguments(color_rows))
+    arguments += (f"data.path={one_long}", f"output_dir={tmp_path}", "name=long")
+    assert main(["train", *arguments]) == 2
+    assert "one_long.jsonl: row 17: the prompt has" in capsys.readouterr().err
+    assert not (tmp_path / "long" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("overlong", ["error", "drop"])
+def test_ranks_measure_their_shares_and_agree(overlong, tiny_folder, one_long, tmp_path):
+    """Two ranks: both stop with the row's name, or both learn without it."""
+    run = FastRun(
+        *("sft", *ARGUMENTS, f"model.path={tiny_folder()}", f"sft.data.path={one_long}"),
+        *("sft.steps=2", "sft.batch_size=8", f"prompt.overlong={overlong}"),
+        *(f"output_dir={tmp_path}", "name=run"),
+        ranks=2,
+    )
+    ends = run.end()
+    assert [status for status, _ in ends] == [2 if overlong == "error" else 0] * 2
+    assert "one_long.jsonl: row 17" in ends[0][1] or overlong == "drop"
+    dropped = tmp_path / "run" / "sft.data.dropped.jsonl"
+    assert dropped.is_file() == (overlong == "drop")
