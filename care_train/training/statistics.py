@@ -37,7 +37,7 @@ _KEYS = (
     "negative_raw_advantage/_negative",
     "skipped_updates",
     "_updates",
-    "loss",
+    "loss/_updates",
     "grad_norm/_updates",
     "_rows",
     "clipped_low/_rows",
@@ -138,11 +138,12 @@ class StepStatistics:
 
     def _count_rows(self, results: Sequence[StepResult]) -> None:
         applied = [result for result in results if result.applied]
-        # Every rank makes the same updates, of which each has a part of the loss.
-        self._add("skipped_updates", (len(results) - len(applied)) / world_size())
-        self._add("_updates", len(applied))
-        self._add("loss", sum(result.loss for result in applied) / max(len(applied), 1))
-        self._add("grad_norm/_updates", sum(result.grad_norm for result in applied))
+        # Every rank makes the same updates, with the same gradient and a part of the loss.
+        own_share = 1 / world_size()
+        self._add("skipped_updates", (len(results) - len(applied)) * own_share)
+        self._add("_updates", len(applied) * own_share)
+        self._add("loss/_updates", sum(result.loss for result in applied))
+        self._add("grad_norm/_updates", sum(result.grad_norm for result in applied) * own_share)
         for output in [output for result in applied for output in result.outputs]:
             self._add("_rows", len(output.log_probs))
             self._add("clipped_low/_rows", output.clipped_low.sum())
