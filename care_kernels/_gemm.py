@@ -2,6 +2,11 @@
 
 dZ in the operands' own bfloat16 or float16 goes to a library GEMM, which accumulates in float32.
 dZ in float32 or float64 takes its partner upcast, tile by tile.
+
+On a CPU with AMX, oneDNN's bfloat16 GEMM reads on from a row's end to the next multiple of its
+tile and multiplies what it finds there by zeros. So where rows are longer in memory than the matrix
+is wide, zeros must stand behind their end: a NaN times zero is NaN. `in_place` and `empty_exps` see
+to the chunk's own rows, `back_project` to a head that is a view over wider rows.
 """
 
 import torch
@@ -13,12 +18,15 @@ from care_kernels.row_softmax import vocab_tiles
 
 def back_project(grad_logits: Tensor, weight: Tensor) -> Tensor:
     """dZ [C, V] times W [V, D], in dZ's dtype."""
-    if grad_logits.dtype == weight.dtype:
+    if grad_logits.dtype == weight.dtype and (weight.is_cuda or weight.is_contiguous()):
         return grad_logits @ weight
-    out = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1])
+    out = grad_logits.new_zeros(
+        (grad_logits.shape[0], weight.shape[1]),
+        dtype=torch.promote_types(grad_logits.dtype, torch.float32),
+    )
     for tile in vocab_tiles(weight.shape[0]):
-        out.addmm_(grad_logits[:, tile], weight[tile].to(grad_logits.dtype))
-    return out
+        out.addmm_(grad_logits[:, tile].to(out.dtype), weight[tile].to(out.dtype).contiguous())
+    return out.to(grad_logits.dtype)
 
 
 def add_weight_gradient(

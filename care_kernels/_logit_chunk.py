@@ -125,6 +125,7 @@ class TorchChunk:
             out=out,
             ref_logits=ref_logits,
         )
+        clear_padding(out)
         return out
 
 
@@ -213,6 +214,17 @@ def in_place(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.view(dtype)[:, : logits.shape[1]]
 
 
+def clear_padding(matrix: Tensor) -> None:
+    """Zeros between the end of each row of [C, V] and the start of the next.
+
+    Some bfloat16 GEMMs on CPUs read them: see `_gemm`.
+    """
+    num_rows, width = matrix.shape
+    if num_rows > 0 and matrix.stride(0) > width:
+        shape, offset = (num_rows, matrix.stride(0) - width), matrix.storage_offset() + width
+        matrix.as_strided(shape, (matrix.stride(0), 1), offset).zero_()
+
+
 def _options(transform: LogitTransform) -> tuple[float, float, float]:
     return transform.scale, transform.softcap or 0.0, transform.temperature
 
@@ -224,7 +236,7 @@ def _project(inputs: Tensor, head: Head, out: Tensor) -> None:
     else:
         inputs = inputs.to(out.dtype)
         for tile in vocab_tiles(head.weight.shape[0]):
-            out[:, tile] = inputs @ head.weight[tile].to(out.dtype).T
+            out[:, tile] = inputs @ head.weight[tile].to(out.dtype).contiguous().T
     if head.bias is not None:
         out.add_(head.bias)
     head.transform.apply_(out)

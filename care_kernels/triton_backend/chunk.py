@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from care_kernels._logit_chunk import Head, TorchChunk, in_place
+from care_kernels._logit_chunk import Head, TorchChunk, clear_padding, in_place
 from care_kernels.row_softmax import RowGradients, RowStatistics
 from care_kernels.triton_backend.exp_gradients import exp_gradients_
 from care_kernels.triton_backend.fused_projection import empty_exps, project
@@ -84,4 +84,5 @@ class RowKernelChunk(TorchChunk):
             out=out,
             ref_logits=ref_logits,
         )
+        clear_padding(out)
         return out

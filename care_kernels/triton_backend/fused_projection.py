@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from care_kernels._logit_chunk import clear_padding
 from care_kernels.row_softmax import LogitTransform
 from care_kernels.triton_backend.compile_cases import (
     NUM_ROWS,
@@ -188,10 +189,11 @@ def supports(
 
 
 def empty_exps(num_rows: int, vocab_size: int, device: torch.device) -> Tensor:
-    """A [C, V] bfloat16 buffer for `project`, its rows on multiples of 16 numbers."""
+    """A [C, V] bfloat16 buffer for `project`: rows on multiples of 16 numbers, zeros between."""
     stride = triton.cdiv(vocab_size, ROW_ALIGNMENT) * ROW_ALIGNMENT
-    buffer = torch.empty((num_rows, stride), dtype=torch.bfloat16, device=device)
-    return buffer[:, :vocab_size]
+    buffer = torch.empty((num_rows, stride), dtype=torch.bfloat16, device=device)[:, :vocab_size]
+    clear_padding(buffer)
+    return buffer
 
 
 def project(

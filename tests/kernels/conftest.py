@@ -1,9 +1,11 @@
-"""Kernel tests run in torch's deterministic mode."""
+"""Kernel tests run in torch's deterministic mode, and watch what every GEMM gets to read."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.kernels.dispatch import DefinedPadding
 
 
 @pytest.fixture(autouse=True)
@@ -11,5 +13,6 @@ def deterministic() -> Iterator[None]:
     """Fill uninitialised memory with NaN, and refuse operations that depend on thread order."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
-    yield
+    with DefinedPadding():
+        yield
     torch.use_deterministic_algorithms(before)

@@ -18,6 +18,32 @@ GEMMS = tuple(
 )
 
 
+class DefinedPadding(TorchDispatchMode):
+    """Fails a 16-bit GEMM whose operand has anything but zeros behind a row's end.
+
+    torch 2.14's bfloat16 GEMM reads them on CPUs with AMX, so there NaN or stale bits behind a row
+    reach every sum; this mode finds such an operand on any machine.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func in GEMMS:
+            for operand in args[-2:]:
+                self._check(operand)
+        return func(*args, **(kwargs or {}))
+
+    def _check(self, operand: Tensor) -> None:
+        rows = operand if operand.stride(-1) == 1 else operand.T
+        is_padded = rows.stride(1) == 1 and rows.stride(0) > rows.shape[1] > 0
+        # The interpreter's tensors live on the CPU; a GPU's GEMM does not read past a row.
+        if operand.element_size() != 2 or operand.is_cuda or not is_padded or rows.shape[0] < 2:
+            return
+        shape = (rows.shape[0] - 1, rows.stride(0) - rows.shape[1])
+        padding = rows.as_strided(shape, (rows.stride(0), 1), rows.storage_offset() + rows.shape[1])
+        assert not padding.any(), "a 16-bit GEMM gets rows with something behind their end"
+
+
 class Watch(TorchDispatchMode):
     """Counts GEMM multiply-adds and remembers the largest tensor that any operation returned."""
 
