@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from care_kernels import linear_log_probs, linear_policy_loss
+from care_kernels import Clip, linear_log_probs, linear_policy_loss
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 LOGIT_STD = 3.5
@@ -122,8 +122,7 @@ def ours(problem: Problem) -> Outcome:
         problem.head_weight,
         problem.target_ids,
         problem.advantages,
-        clip_eps_low=CLIP_LOW,
-        clip_eps_high=CLIP_HIGH,
+        surrogate=Clip(CLIP_LOW, CLIP_HIGH),
     )
     grads = torch.autograd.grad(out.loss, (problem.hidden, problem.head_weight))
     return Outcome(out.log_probs, *grads)

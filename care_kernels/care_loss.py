@@ -6,30 +6,23 @@
 with a_it from `token_advantages` and n_i the response tokens of sequence i. Everything is handed to
 `linear_policy_loss` as a weight per token: no [B, T, V] tensor exists and hidden is not copied.
 
+The hidden state at position t - 1 predicts token t, so the row b T + t - 1 of the flattened hidden
+states belongs to token (b, t): moving the tokens' numbers leaves the hidden states where they are.
+
 Shape letters: B sequences, T tokens, D hidden, V vocabulary.
 """
 
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, overload
 
+import torch
 from torch import Tensor, nn
 
-from care_kernels import _checks
-from care_kernels._batch_checks import (
-    check_loss_batch,
-    check_loss_options,
-    check_reference_form,
-    check_response,
-)
-from care_kernels._launch import compute_dtype
-from care_kernels._token_rows import response_sequence_ids, to_rows, to_tokens
-from care_kernels.linear_policy_loss import linear_policy_loss
-from care_kernels.region_weights import (
-    THINK_WEIGHT,
-    WEIGHT_EPS,
-    check_region_options,
-    token_advantages,
-)
+from care_kernels import checks
+from care_kernels.backends import compute_dtype
+from care_kernels.loss import linear_policy_loss
+from care_kernels.objective import KL_ESTIMATORS, Clip, Surrogate
+from care_kernels.region_weights import THINK_WEIGHT, WEIGHT_EPS, token_advantages
 from care_kernels.vocab_parallel import VocabShard
 
 
@@ -49,15 +42,15 @@ class CareLossOutput(NamedTuple):
     log_probs: Tensor
     """[B, T]."""
     entropy: Tensor | None
-    """[B, T]; None where entropy_coef is 0."""
+    """[B, T]; None unless weighted or asked for."""
     kl: Tensor | None
     """[B, T], unweighted; None where kl_coef is 0."""
     ratio: Tensor
     """[B, T]; at sequence level every response token holds its sequence's ratio."""
     clipped_low: Tensor
-    """[B, T] bool: a < 0 and the ratio under 1 - clip_eps_low."""
+    """[B, T] bool, as in `PolicyLoss`."""
     clipped_high: Tensor
-    """[B, T] bool: a > 0 and the ratio over 1 + clip_eps_high, or a < 0 and over dual_clip."""
+    """[B, T] bool."""
 
 
 def care_loss(
@@ -79,36 +72,24 @@ def care_loss(
     num_sequences: float | Tensor | None = None,
     vocab_shard: VocabShard | None = None,
     weight_grad: Tensor | None = None,
-    think_weight: float = THINK_WEIGHT,
-    weight_eps: float = WEIGHT_EPS,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
-    entropy_coef: float = 0.0,
-    clip_eps_low: float = 0.2,
-    clip_eps_high: float = 0.28,
-    dual_clip: float | None = None,
-    ratio_level: str = "token",
-    temperature: float = 1.0,
-    logit_softcap: float | None = None,
-    logit_scale: float = 1.0,
-    chunk_rows: int | None = None,
-    backend: str | None = None,
+    **options: Any,
 ) -> CareLossOutput:
     """Eqs. 11-13 (Sec. 3.5; Algorithm 1, lines 40-43) from hidden states, never holding [B, T, V].
 
-    The hidden state at position t - 1 predicts token t. Pass hidden states and token ids of the
-    same positions, unshifted: every [B, T] argument and result, and every span, indexes positions
-    of `token_ids`. To leave most of the prompt out, slice them all alike, from the last prompt
-    token on.
+    Pass hidden states and token ids of the same positions, unshifted: every [B, T] argument and
+    result, and every span, indexes positions of `token_ids`. To leave most of the prompt out, slice
+    them all alike, from the last prompt token on.
 
-    Differentiable with respect to hidden, head_weight and bias; everything else is a constant.
+    Differentiable, once, with respect to hidden, head_weight and bias; everything else is a
+    constant.
 
     Args:
         hidden: [B, T, D] final hidden states, after the last norm: bfloat16, float16 or float32
             (float64 is computed in float64). Not copied where contiguous.
         head_weight: [V, D].
         token_ids: [B, T] int, prompt and response; anything outside the response.
-        advantages: [B], A of Eqs. 7-8; 0 for sequences outside S*, which then cost nothing.
+        advantages: [B], A of Eqs. 7-8; 0 for sequences outside S*, which then cost nothing, and for
+            truncated responses that shall not train.
         think_spans: [B, 2] int, half-open position ranges; start == end where there is none.
         answer_spans: [B, 2] int, the same. To train every token of a malformed response, pass it
             whole as the answer.
@@ -129,21 +110,7 @@ def care_loss(
             ranks share it; the call is then a collective one.
         weight_grad: [V, D]; dW is added to it during this call instead of reaching
             head_weight.grad through the backward, as in `linear_policy_loss`.
-        think_weight: gamma+ of Eq. 11.
-        weight_eps: eps_w of Eq. 11.
-        kl_coef: beta of Eq. 13, on each sequence's mean over response tokens, then over S*.
-        kl_estimator: "k1", "k2", "k3" at the sampled token, or "exact" over the vocabulary (needs
-            ref_hidden).
-        entropy_coef: coefficient of an entropy bonus, averaged like the KL.
-        clip_eps_low: the ratio is clipped from below at 1 - clip_eps_low.
-        clip_eps_high: and from above at 1 + clip_eps_high.
-        dual_clip: for a_it < 0 the ratio is also clipped at this bound > 1 (arXiv:1912.09729).
-        ratio_level: "token", or "sequence" for GSPO's exp(mean log-ratio) over the response.
-        temperature: divides the logits.
-        logit_softcap: z = cap * tanh(z / cap) before the temperature; None leaves it out.
-        logit_scale: multiplies the raw logits, before the softcap.
-        chunk_rows: rows of logits held at a time; None: chosen from V.
-        backend: None, "triton" or "torch".
+        options: the fields of `CareLoss`.
 
     Returns:
         `CareLossOutput`, all float32 (float64 for float64 inputs).
@@ -151,90 +118,24 @@ def care_loss(
     Raises:
         ValueError: an argument does not fit; the message names it, what came and what was wanted.
     """
-    check_loss_options(kl_coef, kl_estimator, ratio_level)
-    check_reference_form(kl_coef, ref_log_probs, ref_hidden)
-    check_loss_batch(
+    return CareLoss(**options)(
         hidden,
         head_weight,
         token_ids,
         advantages,
-        response_mask,
-        num_sequences,
-        ref_hidden,
-        ref_head_weight,
-        old_log_probs=old_log_probs,
-        ref_log_probs=ref_log_probs,
-        importance_weights=importance_weights,
-    )
-    if response_mask is None and (kl_coef or entropy_coef or ratio_level == "sequence"):
-        raise ValueError(
-            "response_mask: got None; wanted [B, T], as the KL, the entropy bonus and the sequence "
-            "ratio run over the whole response"
-        )
-
-    advantages = advantages.detach().to(compute_dtype(hidden, head_weight))
-    per_token = token_advantages(
-        advantages,
         think_spans,
         answer_spans,
         is_positive,
-        seq_len=hidden.shape[1],
-        think_weight=think_weight,
-        weight_eps=weight_eps,
-        backend=backend,
-    )
-    response = per_token != 0 if response_mask is None else response_mask.bool()
-    vocab_size = head_weight.shape[0] if vocab_shard is None else vocab_shard.vocab_size
-    check_response(response_mask, per_token, token_ids, vocab_size)
-    per_token = per_token.masked_fill(~response, 0.0)
-    if importance_weights is not None:
-        # Outside the response anything may stand, NaN included.
-        importance_weights = importance_weights.masked_fill(~response, 1.0)
-    is_active = advantages != 0
-    if num_sequences is None:
-        num_sequences = is_active.sum().clamp(min=1)
-    # A token's part in the mean over its sequence's response, then over S*.
-    num_response = response.sum(1, keepdim=True).clamp(min=1)
-    mean_weights = (response & is_active[:, None]) / num_response.to(advantages.dtype)
-    mean_weights = mean_weights / num_sequences
-
-    outcome = linear_policy_loss(
-        hidden.flatten(0, 1),
-        head_weight,
-        to_rows(token_ids),
-        to_rows(per_token / num_sequences),
-        old_log_probs=to_rows(old_log_probs),
-        ref_log_probs=to_rows(ref_log_probs),
-        ref_hidden=None if ref_hidden is None else ref_hidden.flatten(0, 1),
+        response_mask=response_mask,
+        old_log_probs=old_log_probs,
+        ref_log_probs=ref_log_probs,
+        ref_hidden=ref_hidden,
         ref_head_weight=ref_head_weight,
-        kl_weights=to_rows(kl_coef * mean_weights) if kl_coef else None,
-        kl_estimator=kl_estimator,
-        entropy_weights=to_rows(entropy_coef * mean_weights) if entropy_coef else None,
-        clip_eps_low=clip_eps_low,
-        clip_eps_high=clip_eps_high,
-        dual_clip=dual_clip,
-        ratio_level=ratio_level,
-        sequence_ids=response_sequence_ids(response) if ratio_level == "sequence" else None,
-        importance_weights=to_rows(importance_weights),
-        temperature=temperature,
-        logit_softcap=logit_softcap,
-        logit_scale=logit_scale,
+        importance_weights=importance_weights,
         bias=bias,
+        num_sequences=num_sequences,
         vocab_shard=vocab_shard,
         weight_grad=weight_grad,
-        chunk_rows=chunk_rows,
-        backend=backend,
-    )
-    shape = token_ids.shape
-    return CareLossOutput(
-        loss=outcome.loss,
-        token_advantages=per_token,
-        log_probs=to_tokens(outcome.log_probs, shape),
-        entropy=None if outcome.entropy is None else to_tokens(outcome.entropy, shape),
-        kl=None if outcome.kl is None else to_tokens(outcome.kl, shape),
-        ratio=to_tokens(outcome.ratio, shape, fill=1.0),
-        clipped_low=to_tokens(outcome.clipped_low, shape),
-        clipped_high=to_tokens(outcome.clipped_high, shape),
     )
 
 
@@ -246,28 +147,47 @@ class CareLoss(nn.Module):
         ValueError: an option does not fit; the message names it.
     """
 
+    surrogate: Surrogate = field(default_factory=Clip)
+    """`Clip(low, high, dual)` of Eq. 12, `Cispo` or `Sapo`."""
     think_weight: float = THINK_WEIGHT
+    """gamma+ of Eq. 11."""
     weight_eps: float = WEIGHT_EPS
+    """eps_w of Eq. 11."""
     kl_coef: float = 0.0
+    """beta of Eq. 13, on each sequence's mean over response tokens, then over S*."""
     kl_estimator: str = "k3"
+    """As in `linear_policy_loss`; "exact" needs ref_hidden."""
     entropy_coef: float = 0.0
-    clip_eps_low: float = 0.2
-    clip_eps_high: float = 0.28
-    dual_clip: float | None = None
+    """Coefficient of an entropy bonus, averaged like the KL."""
+    return_entropy: bool = False
+    """Also return the entropy where nothing weighs it."""
     ratio_level: str = "token"
+    """Or "sequence", for GSPO's exp(mean log-ratio) over the response."""
     temperature: float = 1.0
+    """Divides the logits."""
     logit_softcap: float | None = None
+    """z = cap * tanh(z / cap) before the temperature; None leaves it out."""
     logit_scale: float = 1.0
+    """Multiplies the raw logits, before the softcap."""
     chunk_rows: int | None = None
+    """Rows of logits held at a time; None: chosen."""
     backend: str | None = None
+    """None, "triton" or "torch"."""
 
     def __post_init__(self) -> None:
         super().__init__()
-        check_region_options(self.think_weight, self.weight_eps)
-        check_loss_options(self.kl_coef, self.kl_estimator, self.ratio_level)
-        _checks.check_clip(self.clip_eps_low, self.clip_eps_high, self.dual_clip)
-        _checks.check_transform(self.temperature, self.logit_softcap)
-        _checks.check_chunk_rows(self.chunk_rows)
+        checks.check_surrogate(self.surrogate)
+        checks.check_number("think_weight", self.think_weight, "0 or more", least=0)
+        checks.check_number("weight_eps", self.weight_eps, "more than 0", above=0)
+        checks.check_number("kl_coef", self.kl_coef, "0 or more", least=0)
+        checks.check_number("entropy_coef", self.entropy_coef, "a finite number")
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(f"kl_estimator: got {self.kl_estimator!r}; wanted {KL_ESTIMATORS}")
+        if self.ratio_level not in checks.RATIO_LEVELS:
+            wanted = checks.RATIO_LEVELS
+            raise ValueError(f"ratio_level: got {self.ratio_level!r}; wanted {wanted}")
+        checks.check_transform(self.temperature, self.logit_softcap, self.logit_scale)
+        checks.check_chunk_rows(self.chunk_rows)
 
     def forward(
         self,
@@ -283,31 +203,207 @@ class CareLoss(nn.Module):
         old_log_probs: Tensor | None = None,
         ref_log_probs: Tensor | None = None,
         ref_hidden: Tensor | None = None,
-        ref_head_weight: Tensor | None = None,
         importance_weights: Tensor | None = None,
-        bias: Tensor | None = None,
         num_sequences: float | Tensor | None = None,
+        ref_head_weight: Tensor | None = None,
+        bias: Tensor | None = None,
         vocab_shard: VocabShard | None = None,
         weight_grad: Tensor | None = None,
     ) -> CareLossOutput:
         """Arguments, result and errors as `care_loss` has them."""
-        return care_loss(
+        self._check_reference_form(ref_log_probs, ref_hidden)
+        _check_batch(
             hidden,
             head_weight,
             token_ids,
             advantages,
+            response_mask,
+            old_log_probs=old_log_probs,
+            ref_log_probs=ref_log_probs,
+            importance_weights=importance_weights,
+        )
+        _check_num_sequences(num_sequences)
+        checks.check_reference(hidden, head_weight, ref_hidden, ref_head_weight)
+        covers_response = self.kl_coef or self.entropy_coef or self.ratio_level == "sequence"
+        if response_mask is None and covers_response:
+            raise ValueError(
+                "response_mask: got None; wanted [B, T], as the KL, the entropy bonus and the "
+                "sequence ratio run over the whole response"
+            )
+
+        advantages = advantages.detach().to(compute_dtype(hidden, head_weight))
+        credit = token_advantages(
+            advantages,
             think_spans,
             answer_spans,
             is_positive,
-            response_mask=response_mask,
-            old_log_probs=old_log_probs,
-            ref_log_probs=ref_log_probs,
-            ref_hidden=ref_hidden,
+            seq_len=hidden.shape[1],
+            think_weight=self.think_weight,
+            weight_eps=self.weight_eps,
+            backend=self.backend,
+        )
+        response = credit != 0 if response_mask is None else response_mask.bool()
+        vocab_size = head_weight.shape[0] if vocab_shard is None else vocab_shard.vocab_size
+        _check_response(response_mask, credit, token_ids, vocab_size)
+        credit = credit.masked_fill(~response, 0.0)
+        if importance_weights is not None:
+            # Outside the response anything may stand, NaN included.
+            importance_weights = importance_weights.masked_fill(~response, 1.0)
+        is_active = advantages != 0
+        if num_sequences is None:
+            num_sequences = is_active.sum().clamp(min=1)
+        # A token's part in the mean over its sequence's response, then over S*.
+        num_response = response.sum(1, keepdim=True).clamp(min=1)
+        mean_weights = (response & is_active[:, None]) / num_response.to(advantages.dtype)
+        mean_weights = mean_weights / num_sequences
+        is_sequence = self.ratio_level == "sequence"
+
+        outcome = linear_policy_loss(
+            hidden.flatten(0, 1),
+            head_weight,
+            _to_rows(token_ids),
+            _to_rows(credit / num_sequences),
+            surrogate=self.surrogate,
+            old_log_probs=_to_rows(old_log_probs),
+            ref_log_probs=_to_rows(ref_log_probs),
+            importance_weights=_to_rows(importance_weights),
+            ref_hidden=None if ref_hidden is None else ref_hidden.flatten(0, 1),
             ref_head_weight=ref_head_weight,
-            importance_weights=importance_weights,
+            kl_weights=_to_rows(self.kl_coef * mean_weights) if self.kl_coef else None,
+            kl_estimator=self.kl_estimator,
+            entropy_weights=(
+                _to_rows(self.entropy_coef * mean_weights) if self.entropy_coef else None
+            ),
+            return_entropy=self.return_entropy,
+            ratio_level=self.ratio_level,
+            sequence_ids=_response_sequence_ids(response) if is_sequence else None,
+            temperature=self.temperature,
+            logit_softcap=self.logit_softcap,
+            logit_scale=self.logit_scale,
             bias=bias,
-            num_sequences=num_sequences,
             vocab_shard=vocab_shard,
             weight_grad=weight_grad,
-            **{option.name: getattr(self, option.name) for option in fields(self)},
+            chunk_rows=self.chunk_rows,
+            backend=self.backend,
         )
+        shape = token_ids.shape
+        return CareLossOutput(
+            loss=outcome.loss,
+            token_advantages=credit,
+            log_probs=_to_tokens(outcome.log_probs, shape),
+            entropy=None if outcome.entropy is None else _to_tokens(outcome.entropy, shape),
+            kl=None if outcome.kl is None else _to_tokens(outcome.kl, shape),
+            ratio=_to_tokens(outcome.ratio, shape, fill=1.0),
+            clipped_low=_to_tokens(outcome.clipped_low, shape),
+            clipped_high=_to_tokens(outcome.clipped_high, shape),
+        )
+
+    def _check_reference_form(
+        self, ref_log_probs: Tensor | None, ref_hidden: Tensor | None
+    ) -> None:
+        """A reference exactly where there is a KL, in one of its two forms."""
+        num_forms = (ref_log_probs is not None) + (ref_hidden is not None)
+        if self.kl_coef and num_forms != 1:
+            got = "both" if num_forms else "neither"
+            raise ValueError(
+                f"ref_log_probs: got {got} of ref_log_probs and ref_hidden; wanted exactly one, as "
+                f"kl_coef is {self.kl_coef}"
+            )
+        if num_forms and not self.kl_coef:
+            raise ValueError(
+                f"kl_coef: got {self.kl_coef}; wanted more than 0, as a reference is given"
+            )
+
+
+def _check_batch(
+    hidden: Tensor,
+    head_weight: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor | None,
+    **per_token: Tensor | None,
+) -> None:
+    """Shapes, dtypes and devices; `per_token` are [B, T] floats or None."""
+    checks.check_tensor("hidden", hidden, (None, None, None))
+    like, shape = ("hidden", hidden), tuple(hidden.shape[:2])
+    checks.check_tensor("head_weight", head_weight, (None, hidden.shape[2]), like=like)
+    checks.check_tensor("token_ids", token_ids, shape, checks.INT_DTYPES, like)
+    checks.check_tensor("advantages", advantages, shape[:1], like=like)
+    if response_mask is not None:
+        dtypes = (torch.bool, *checks.INT_DTYPES)
+        checks.check_tensor("response_mask", response_mask, shape, dtypes, like)
+    for name, value in per_token.items():
+        if value is not None:
+            checks.check_tensor(name, value, shape, like=like)
+
+
+def _check_num_sequences(num_sequences: float | Tensor | None) -> None:
+    if isinstance(num_sequences, Tensor):
+        checks.check_tensor(
+            "num_sequences", num_sequences, (), (*checks.FLOAT_DTYPES, *checks.INT_DTYPES)
+        )
+        if num_sequences.device.type != "cpu":
+            return
+    if num_sequences is not None and not num_sequences > 0:
+        raise ValueError(f"num_sequences: got {float(num_sequences)}; wanted more than 0")
+
+
+def _check_response(
+    response_mask: Tensor | None, credit: Tensor, token_ids: Tensor, vocab_size: int
+) -> None:
+    """Each response token has a hidden state before it and an id; read on the CPU only."""
+    if token_ids.device.type != "cpu":
+        return
+    has_credit = credit != 0
+    response = has_credit if response_mask is None else response_mask.bool()
+    if (place := checks.first_true(response[:, :1])) is not None:
+        name = "think_spans, answer_spans" if response_mask is None else "response_mask"
+        raise ValueError(
+            f"{name}: got token 0 of row {place[0]}; wanted token 1 or later, as no hidden state "
+            "predicts it"
+        )
+    if (place := checks.first_true(has_credit & ~response)) is not None:
+        raise ValueError(
+            f"response_mask: got False at token {place[1]} of row {place[0]}; wanted True, as a "
+            "span gives it an advantage"
+        )
+    outside = response & ((token_ids < 0) | (token_ids >= vocab_size))
+    if (place := checks.first_true(outside)) is not None:
+        raise ValueError(
+            f"token_ids: got {int(token_ids[place])} at token {place[1]} of row {place[0]}; wanted "
+            f"0 to {vocab_size - 1}"
+        )
+
+
+@overload
+def _to_rows(per_token: Tensor) -> Tensor: ...
+@overload
+def _to_rows(per_token: None) -> None: ...
+
+
+def _to_rows(per_token: Tensor | None) -> Tensor | None:
+    """[B, T] to [B * T], each token's entry moved to the row of the hidden state that predicts it.
+
+    A sequence's last row predicts nothing here and gets 0.
+    """
+    if per_token is None:
+        return None
+    rows = torch.zeros_like(per_token, memory_format=torch.contiguous_format)
+    rows[:, :-1] = per_token[:, 1:]
+    return rows.flatten()
+
+
+def _to_tokens(rows: Tensor, shape: torch.Size, fill: float = 0.0) -> Tensor:
+    """[B * T] back to [B, T], each row's entry at the token it predicts; token 0 gets `fill`."""
+    per_token = rows.new_full(shape, fill)
+    per_token[:, 1:] = rows.view(shape)[:, :-1]
+    return per_token
+
+
+def _response_sequence_ids(response: Tensor) -> Tensor:
+    """[B * T]: each response token's sequence; every other row is a sequence of its own."""
+    is_row = _to_rows(response)
+    rows = torch.arange(is_row.numel(), device=response.device)
+    num_sequences, num_tokens = response.shape
+    sequences = torch.arange(num_sequences, device=response.device).repeat_interleave(num_tokens)
+    return torch.where(is_row, sequences, num_sequences + rows)

@@ -1,8 +1,14 @@
-"""Eqs. 12-13 on [N] vectors: each row's value and its derivative with respect to the log-prob.
+"""Eqs. 12-13 on [N] vectors: each row's value, and its derivatives along log-prob, entropy and KL.
 
-The one production copy of the per-token maths. Every function is pure, works in the dtype it is
-given and needs no host synchronisation. Advantages arrive already multiplied by the importance
-weights: a weight w >= 0 moves inside the minimum, -w min(x, y) = -min(w x, w y).
+Every function is pure, works in the dtype it is given and needs no host synchronisation. With the
+ratio rho = exp(l - l_old) of the row, or s = exp(mean of l - l_old) of its sequence (GSPO):
+
+    value_i = kl_weight_i KL_i - entropy_weight_i H_i - f(rho_i, a_i)
+
+f is a surrogate of this module: `Clip` (Eq. 12), `Cispo` or `Sapo`. Advantages arrive multiplied by
+the importance weights: a weight w >= 0 moves inside f, w f(rho, a) = f(rho, w a).
+
+Shape letter: N rows.
 """
 
 from dataclasses import dataclass
@@ -11,26 +17,149 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SAMPLED_KL_ESTIMATORS = ("k1", "k2", "k3")
+from care_kernels.softmax import RowGradients, RowStatistics
+
+SAMPLED_KL_ESTIMATORS = ("k1", "k2", "k3", "k3_unbiased")
+KL_ESTIMATORS = (*SAMPLED_KL_ESTIMATORS, "exact")
+
+
+class PolicyLoss(NamedTuple):
+    """The loss and what each row contributed; only `loss` carries gradient.
+
+    Rows that were skipped (see `linear_policy_loss`) read 0 in `log_probs`, `entropy` and `kl`, 1
+    in `ratio` and False in both flags, unless `report_all_rows` asks for them.
+    """
+
+    loss: Tensor
+    """Scalar, the sum over rows; within the package [N], before that sum."""
+    log_probs: Tensor
+    """[N]."""
+    entropy: Tensor | None
+    """[N]; None unless weighted or asked for."""
+    kl: Tensor | None
+    """[N], unweighted; None without kl_weights."""
+    ratio: Tensor
+    """[N]; at sequence level every row holds its sequence's ratio."""
+    clipped_low: Tensor
+    """[N] bool: the surrogate's lower bound took the gradient away or capped it."""
+    clipped_high: Tensor
+    """[N] bool: the surrogate's upper bound did."""
+
+
+SKIPPED_ROW = (0.0, 0.0, 0.0, 0.0, 1.0, False, False)
+"""What `PolicyLoss` holds at a row that was not computed."""
+
+
+class RowTerms(NamedTuple):
+    """The constants of each row, [N], detached and in compute precision."""
+
+    advantages: Tensor
+    """Multiplied by the importance weights."""
+    old_log_probs: Tensor | None
+    ref_log_probs: Tensor | None
+    kl_weights: Tensor | None
+    entropy_weights: Tensor | None
+
+
+class SurrogateRows(NamedTuple):
+    """f of each row and its two derivatives, each [N]."""
+
+    value: Tensor
+    along_ratio: Tensor | None
+    """df / d log rho, which at sequence level reaches every row of the sequence."""
+    along_log_prob: Tensor | None
+    """df / dl where rho is a constant: the row's own."""
+    clipped_low: Tensor
+    clipped_high: Tensor
 
 
 @dataclass(frozen=True)
-class ClipRange:
-    """Eq. 12's interval [1 - low, 1 + high], and the dual clip's bound for negative advantages."""
+class Clip:
+    """Eq. 12: f = min(rho a, clip(rho, 1 - low, 1 + high) a), for a < 0 at least dual a.
 
-    low: float
-    high: float
+    On a bound itself the derivative is kept, as autograd's clamp does.
+
+    Raises:
+        ValueError: a bound that is no bound.
+    """
+
+    low: float = 0.2
+    high: float = 0.28
     dual: float | None = None
+    """For a < 0 the ratio is also clipped at this bound > 1 (arXiv:1912.09729); None: it is not."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("Clip.low", self.low), ("Clip.high", self.high)):
+            if not value >= 0:
+                raise ValueError(f"{name}: got {value}; wanted 0 or more")
+        if self.dual is not None and not self.dual > 1:
+            raise ValueError(f"Clip.dual: got {self.dual}; wanted None or more than 1")
+
+    def __call__(self, ratio: Tensor, log_probs: Tensor, advantages: Tensor) -> SurrogateRows:
+        """f at each row."""
+        positive, negative = advantages > 0, advantages < 0
+        clipped_low = negative & (ratio < 1 - self.low)
+        clipped_high = positive & (ratio > 1 + self.high)
+        bounded = torch.where(
+            clipped_low, 1 - self.low, torch.where(clipped_high, 1 + self.high, ratio)
+        )
+        if self.dual is not None:
+            beyond_dual = negative & (ratio > self.dual)
+            clipped_high = clipped_high | beyond_dual
+            bounded = torch.where(beyond_dual, self.dual, bounded)
+        slope = torch.where(clipped_low | clipped_high, 0.0, advantages)
+        value = _times(advantages, bounded)
+        return SurrogateRows(value, _times(slope, ratio), None, clipped_low, clipped_high)
 
 
-class Surrogate(NamedTuple):
-    """The clipped surrogate of each row, each field [N]."""
+@dataclass(frozen=True)
+class Cispo:
+    """CISPO (arXiv:2506.13585): f = sg[clamp(rho, min_ratio, max_ratio)] a l.
 
-    value: Tensor
-    grad_log_probs: Tensor
-    ratio: Tensor
-    clipped_low: Tensor
-    clipped_high: Tensor
+    No token's gradient is ever taken away: the ratio weighs it, up to a cap.
+    """
+
+    max_ratio: float = 5.0
+    min_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_ratio <= self.max_ratio:
+            raise ValueError(
+                f"Cispo.min_ratio, max_ratio: got {self.min_ratio}, {self.max_ratio}; wanted "
+                "0 <= min_ratio <= max_ratio"
+            )
+
+    def __call__(self, ratio: Tensor, log_probs: Tensor, advantages: Tensor) -> SurrogateRows:
+        """f at each row."""
+        weight = _times(advantages, ratio.clamp(self.min_ratio, self.max_ratio))
+        flags = (ratio < self.min_ratio, ratio > self.max_ratio)
+        return SurrogateRows(_times(weight, log_probs), None, weight, *flags)
+
+
+@dataclass(frozen=True)
+class Sapo:
+    """SAPO (arXiv:2511.20347): f = 4 / t sigmoid(t (rho - 1)) a, with t by the advantage's sign."""
+
+    positive_temperature: float = 1.0
+    negative_temperature: float = 1.05
+
+    def __post_init__(self) -> None:
+        for name in ("positive_temperature", "negative_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Sapo.{name}: got {getattr(self, name)}; wanted more than 0")
+
+    def __call__(self, ratio: Tensor, log_probs: Tensor, advantages: Tensor) -> SurrogateRows:
+        """f at each row."""
+        temperature = torch.full_like(ratio, self.negative_temperature)
+        temperature = temperature.masked_fill(advantages > 0, self.positive_temperature)
+        gate = torch.sigmoid(temperature * (ratio - 1))
+        slope = _times(4 * gate * (1 - gate), ratio)
+        never = torch.zeros_like(ratio, dtype=torch.bool)
+        value = _times(advantages, 4 * gate / temperature)
+        return SurrogateRows(value, _times(advantages, slope), None, never, never)
+
+
+Surrogate = Clip | Cispo | Sapo
 
 
 @dataclass(frozen=True)
@@ -63,37 +192,16 @@ class SequenceGroups:
         sums = torch.segment_reduce(values[self.order], "sum", lengths=self.lengths, unsafe=True)
         return sums[self.index]
 
-    def count(self, dtype: torch.dtype) -> Tensor:
-        """Each row's sequence length, [N]."""
-        return self.lengths[self.index].to(dtype)
-
-
-def token_surrogate(log_ratio: Tensor, advantages: Tensor, clip: ClipRange) -> Surrogate:
-    """Eq. 12's summand, min(rho a, clip(rho) a), with rho = exp(log_ratio) of the row itself."""
-    ratio = log_ratio.exp()
-    value, slope, clipped_low, clipped_high = _clip(ratio, advantages, clip)
-    return Surrogate(value, _times(slope, ratio), ratio, clipped_low, clipped_high)
-
-
-def sequence_surrogate(
-    log_ratio: Tensor, advantages: Tensor, clip: ClipRange, groups: SequenceGroups
-) -> Surrogate:
-    """Eq. 12 with GSPO's ratio (arXiv:2507.18071): s = exp(mean over the sequence of log_ratio).
-
-    s depends on every log-prob of its sequence, so ds/dl_t = s / n for each of the n rows, and a
-    row with no advantage of its own still receives the gradient of the others.
-    """
-    num_rows = groups.count(log_ratio.dtype)
-    ratio = (groups.sum(log_ratio) / num_rows).exp()
-    value, slope, clipped_low, clipped_high = _clip(ratio, advantages, clip)
-    grad = _times(groups.sum(slope) / num_rows, ratio)
-    return Surrogate(value, grad, ratio, clipped_low, clipped_high)
+    def mean(self, values: Tensor) -> Tensor:
+        """Each row's sequence mean of [N] values."""
+        return self.sum(values) / self.lengths[self.index].to(values.dtype)
 
 
 def sampled_kl(estimator: str, log_probs: Tensor, ref_log_probs: Tensor) -> tuple[Tensor, Tensor]:
     """KL[pi || ref] estimated at the sampled token: value and derivative, each [N].
 
-    With d = l - l_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
+    With d = l - l_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, of which `k3_unbiased` is the
+    factor that its ratio multiplies.
     Source: http://joschu.net/blog/kl-approx.html
     """
     d = log_probs - ref_log_probs
@@ -101,39 +209,83 @@ def sampled_kl(estimator: str, log_probs: Tensor, ref_log_probs: Tensor) -> tupl
         return d, torch.ones_like(d)
     if estimator == "k2":
         return d.square() / 2, d
-    if estimator == "k3":
-        # expm1, because exp(-d) - 1 loses every digit of a small d.
-        growth = torch.expm1(-d)
-        return growth + d, -growth
-    raise ValueError(f"kl_estimator: got {estimator!r}; wanted one of {SAMPLED_KL_ESTIMATORS}")
+    # expm1, because exp(-d) - 1 loses every digit of a small d.
+    growth = torch.expm1(-d)
+    return growth + d, -growth
 
 
-def weighted(weights: Tensor | None, values: Tensor | None) -> Tensor | float:
-    """weights * values; a zero weight silences even an infinite value, None counts as zero."""
-    if weights is None or values is None:
-        return 0.0
-    return _times(weights, values)
+def row_objective(
+    stats: RowStatistics,
+    terms: RowTerms,
+    surrogate: Surrogate,
+    kl_estimator: str,
+    *,
+    groups: SequenceGroups | None = None,
+    along_ratio: Tensor | None = None,
+) -> tuple[PolicyLoss, RowGradients]:
+    """The summands of Eq. 13 at each row, and the derivatives that reach the logits.
 
-
-def _clip(
-    ratio: Tensor, advantages: Tensor, clip: ClipRange
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Value, d value / d ratio, and where the lower or the upper bound cut that derivative to 0.
-
-    On a bound itself the derivative is kept, as autograd's clamp does.
+    Args:
+        stats: of the rows; `kl` where the estimator is "exact".
+        terms: the rows' constants.
+        surrogate: f.
+        kl_estimator: one of `KL_ESTIMATORS`; "k3_unbiased" is rho times k3, the estimator of
+            DeepSeek-V3.2 (arXiv:2512.02556) and TRL's `use_bias_correction_kl`.
+        groups: the rows' sequences, whole, for a ratio of sequences; None: of tokens.
+        along_ratio: [N] from `slope_at_ratio_one`, for rows of sequences that need not be whole.
     """
-    positive, negative = advantages > 0, advantages < 0
-    clipped_low = negative & (ratio < 1 - clip.low)
-    clipped_high = positive & (ratio > 1 + clip.high)
-    bounded = torch.where(
-        clipped_low, 1 - clip.low, torch.where(clipped_high, 1 + clip.high, ratio)
+    old = stats.log_probs if terms.old_log_probs is None else terms.old_log_probs
+    log_ratio = stats.log_probs - old
+    if groups is not None:
+        log_ratio = groups.mean(log_ratio)
+    ratio = log_ratio.exp()
+    rows = surrogate(ratio, stats.log_probs, terms.advantages)
+    value, kl, along_log_prob = -rows.value, stats.kl, 0.0
+    if along_ratio is None and rows.along_ratio is not None:
+        along_ratio = -rows.along_ratio
+    if rows.along_log_prob is not None:
+        along_log_prob = -rows.along_log_prob
+    if terms.kl_weights is not None:
+        if kl_estimator != "exact":
+            assert terms.ref_log_probs is not None
+            kl, slope = sampled_kl(kl_estimator, stats.log_probs, terms.ref_log_probs)
+            if kl_estimator == "k3_unbiased":
+                kl, slope = ratio * kl, ratio * slope
+                weighted_kl = _times(terms.kl_weights, kl)
+                along_ratio = weighted_kl if along_ratio is None else along_ratio + weighted_kl
+            along_log_prob = along_log_prob + _times(terms.kl_weights, slope)
+        assert kl is not None
+        value = value + _times(terms.kl_weights, kl)
+    if terms.entropy_weights is not None:
+        assert stats.entropy is not None
+        value = value - _times(terms.entropy_weights, stats.entropy)
+    if along_ratio is not None and groups is not None:
+        # d log s / dl = 1 / n for each of a sequence's n rows, whether or not it has an advantage.
+        along_ratio = groups.mean(along_ratio)
+    g = along_log_prob if along_ratio is None else along_log_prob + along_ratio
+    assert isinstance(g, Tensor)
+    outcome = PolicyLoss(
+        value, stats.log_probs, stats.entropy, kl, ratio, rows.clipped_low, rows.clipped_high
     )
-    if clip.dual is not None:
-        beyond_dual = negative & (ratio > clip.dual)
-        clipped_high = clipped_high | beyond_dual
-        bounded = torch.where(beyond_dual, clip.dual, bounded)
-    slope = torch.where(clipped_low | clipped_high, 0.0, advantages)
-    return _times(advantages, bounded), slope, clipped_low, clipped_high
+    return outcome, row_gradients(g, terms, kl_estimator)
+
+
+def slope_at_ratio_one(
+    terms: RowTerms, surrogate: Surrogate, groups: SequenceGroups
+) -> Tensor | None:
+    """[N] dL / d log s of each row's sequence over its rows, where the policy is the old one.
+
+    Then s is 1 whatever the log-probs are. None where the surrogate takes its ratio as a constant.
+    """
+    zeros = torch.zeros_like(terms.advantages)
+    slope = surrogate(zeros.exp(), zeros, terms.advantages).along_ratio
+    return None if slope is None else groups.mean(-slope)
+
+
+def row_gradients(g: Tensor, terms: RowTerms, kl_estimator: str) -> RowGradients:
+    """g = dL/dl beside the derivatives along the entropy and the exact KL, which are weights."""
+    d_entropy = None if terms.entropy_weights is None else -terms.entropy_weights
+    return RowGradients(g, d_entropy, terms.kl_weights if kl_estimator == "exact" else None)
 
 
 def _times(factor: Tensor, value: Tensor) -> Tensor:

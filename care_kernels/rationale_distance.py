@@ -10,21 +10,65 @@ Shape letters: B sequences, T tokens, N tokens of all sequences in a row, D hidd
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from care_kernels._batch_checks import (
-    check_cu_seqlens,
-    check_spans,
-    check_tensor,
-    first_true,
-)
-from care_kernels._checks import FLOAT_DTYPES, INT_DTYPES
-from care_kernels._launch import compute_dtype, resolve_backend
+from care_kernels.backends import compute_dtype, resolve_backend
+from care_kernels.checks import INT_DTYPES, check_cu_seqlens, check_spans, check_tensor, first_true
+from care_kernels.region_weights import load_span
 
 NORM_EPS = 1e-12
 """Shorter means count as this long, so that a zero vector stays zero."""
 BLOCK_TOKENS = 1024
-"""Hidden states converted to float32 at a time."""
+"""Hidden states converted to float32 at a time, on the CPU."""
+BLOCK_T, BLOCK_D, NUM_WARPS = 64, 64, 4
+
+
+@torch.no_grad()
+def pool_rationale(
+    hidden: Tensor,
+    think_spans: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """h of Eq. 4: the mean hidden state of each span at unit L2 norm, without gradient.
+
+    Sums are float32 whatever the dtype of `hidden`, of which no float32 copy is made. Spans that
+    leave their sequence are refused on CPU tensors. The values of CUDA tensors are not read, save
+    by the torch backend, whose loop over spans costs a host synchronisation there: such spans are
+    cut to the sequence.
+
+    Args:
+        hidden: [B, T, D] final hidden states, after the last norm; or [N, D] with cu_seqlens.
+        think_spans: [B, 2] int, half-open token ranges of the rationale, counted from the start of
+            their sequence; start == end where there is none.
+        cu_seqlens: [B + 1] int, where each packed sequence starts, and the end of the last
+            (FlashAttention's convention).
+        backend: None, "triton" or "torch".
+
+    Returns:
+        [B, D] float32 (float64 for float64 hidden); of an empty span the zero vector, which is at
+        distance 1 from everything, itself included.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, its row, what came and what was
+            wanted.
+    """
+    num_sequences = _check_layout(hidden, cu_seqlens)
+    lengths = hidden.shape[1] if cu_seqlens is None else cu_seqlens.long().diff()
+    check_spans("think_spans", think_spans, (num_sequences, 2), lengths, ("hidden", hidden))
+    is_fused = resolve_backend(backend, hidden.device) == "triton"
+    span_means = _launch if is_fused else _span_means
+    means = span_means(hidden, think_spans, cu_seqlens, compute_dtype(hidden))
+    return F.normalize(means, dim=1, eps=NORM_EPS)
+
+
+def cosine_distance(embeddings: Tensor, others: Tensor) -> Tensor:
+    """1 - cosine of unit vectors [..., D] and [..., D], which broadcast; [...]."""
+    return 1 - (embeddings * others).sum(-1)
 
 
 @torch.no_grad()
@@ -38,22 +82,11 @@ def rationale_distance(
 ) -> Tensor:
     """Eq. 4 (Sec. 3.3): cosine distance of each rationale to its anchor's, without gradient.
 
-    Sums are float32 whatever the dtype of `hidden`, of which no float32 copy is made. An empty span
-    embeds to the zero vector, which is at distance 1 from everything, itself included.
-
-    Spans that leave their sequence and anchors that are no sequence are refused on CPU tensors. The
-    values of CUDA tensors are not read, save by the torch backend, whose loop over spans costs a
-    host synchronisation there: such spans are cut to the sequence, such anchors are undefined.
-
     Args:
-        hidden: [B, T, D] final hidden states, after the last norm; or [N, D] with cu_seqlens.
-        think_spans: [B, 2] int, half-open token ranges of the rationale, counted from the start of
-            their sequence; start == end where there is none.
+        hidden, think_spans, cu_seqlens, backend: as for `pool_rationale`.
         anchors: [B] int, index in this batch of the sequence that anchors i's group. Groups may be
-            mixed in any order.
-        cu_seqlens: [B + 1] int, where each packed sequence starts, and the end of the last
-            (FlashAttention's convention).
-        backend: None, "triton" or "torch".
+            mixed in any order. One that is no sequence is refused on the CPU, and gives NaN where
+            values are not read.
 
     Returns:
         [B] float32 (float64 for float64 hidden), in [0, 2] up to rounding.
@@ -64,39 +97,33 @@ def rationale_distance(
 
     Source: paper Eq. 4; Algorithm 1, lines 6 and 23.
     """
-    chosen = resolve_backend(backend, hidden.device)
-    _check_arguments(hidden, think_spans, anchors, cu_seqlens)
-    dtype = compute_dtype(hidden)
-    if chosen == "triton":
-        from care_kernels.triton_backend import rationale_distance as kernels
+    num_sequences = _check_layout(hidden, cu_seqlens)
+    check_tensor("anchors", anchors, (num_sequences,), INT_DTYPES, ("hidden", hidden))
+    anchors = anchors.long()
+    is_known = (anchors >= 0) & (anchors < num_sequences)
+    if anchors.device.type == "cpu" and (place := first_true(~is_known)) is not None:
+        raise ValueError(
+            f"anchors: got {int(anchors[place])} at row {place[0]}; wanted 0 to {num_sequences - 1}"
+        )
+    embeddings = pool_rationale(hidden, think_spans, cu_seqlens=cu_seqlens, backend=backend)
+    # Near misses are nearly parallel: in float32 the last digits of 1 - cosine would be rounding.
+    others = embeddings[anchors.where(is_known, 0)].double()
+    distance = cosine_distance(embeddings.double(), others).to(embeddings.dtype)
+    return distance.masked_fill(~is_known, torch.nan)
 
-        means = kernels.span_means(hidden, think_spans, cu_seqlens, dtype)
-        return kernels.cosine_distances(means, anchors, NORM_EPS)
-    return _cosine_distances(_span_means(hidden, think_spans, cu_seqlens, dtype), anchors)
 
-
-def _check_arguments(
-    hidden: Tensor, think_spans: Tensor, anchors: Tensor, cu_seqlens: Tensor | None
-) -> None:
-    where = ("hidden", hidden)
+def _check_layout(hidden: Tensor, cu_seqlens: Tensor | None) -> int:
+    """B, of padded or packed hidden states."""
+    check_tensor("hidden", hidden, (None, None, None) if cu_seqlens is None else (None, None))
     if cu_seqlens is None:
-        check_tensor("hidden", hidden, (None, None, None), FLOAT_DTYPES, where)
-        num_sequences, lengths = hidden.shape[:2]
-    else:
-        check_tensor("hidden", hidden, (None, None), FLOAT_DTYPES, where)
-        check_tensor("cu_seqlens", cu_seqlens, (None,), INT_DTYPES, where)
-        num_sequences, lengths = cu_seqlens.shape[0] - 1, cu_seqlens.long().diff()
-        if num_sequences < 0:
-            raise ValueError("cu_seqlens: got shape (0,); wanted (B + 1,)")
-        check_cu_seqlens(cu_seqlens, num_sequences, hidden.shape[0], where)
-    check_spans("think_spans", think_spans, num_sequences, lengths, where)
-    check_tensor("anchors", anchors, (num_sequences,), INT_DTYPES, where)
-    if anchors.device.type == "cpu":
-        row = first_true((anchors.long() < 0) | (anchors.long() >= num_sequences))
-        if row is not None:
-            raise ValueError(
-                f"anchors: got {int(anchors[row])} at row {row}; wanted 0 to {num_sequences - 1}"
-            )
+        return hidden.shape[0]
+    like = ("hidden", hidden)
+    check_tensor("cu_seqlens", cu_seqlens, (None,), INT_DTYPES, like)
+    num_sequences = cu_seqlens.shape[0] - 1
+    if num_sequences < 0:
+        raise ValueError("cu_seqlens: got shape (0,); wanted (B + 1,)")
+    check_cu_seqlens(cu_seqlens, num_sequences, hidden.shape[0], like)
+    return num_sequences
 
 
 def _span_means(
@@ -104,7 +131,9 @@ def _span_means(
 ) -> Tensor:
     """[B, D] mean of each span, zero where it is empty."""
     means = hidden.new_zeros((spans.shape[0], hidden.shape[-1]), dtype=dtype)
-    sequences = hidden if cu_seqlens is None else _unpack(hidden, cu_seqlens)
+    sequences = hidden
+    if cu_seqlens is not None:
+        sequences = [hidden[start:end] for start, end in pairwise(cu_seqlens.tolist())]
     for mean, states, (start, end) in zip(means, sequences, spans.tolist(), strict=True):
         inside = states[max(start, 0) : max(end, 0)]
         # In blocks: on the CPU a sum into another dtype converts all of its input first.
@@ -114,14 +143,67 @@ def _span_means(
     return means
 
 
-def _unpack(hidden: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
-    """Views [T_i, D] of the packed sequences."""
-    ends = cu_seqlens.tolist()
-    return [hidden[start:end] for start, end in pairwise(ends)]
+# T changes with every batch: compiling again for each would cost more.
+@triton.jit(do_not_specialize=["seq_len"])
+def _span_means_kernel(
+    means_ptr,  # [B, D] float32 or float64
+    hidden_ptr,  # [B, T, D], or [N, D] with cu_seqlens; any strides
+    spans_ptr,  # [B, 2] int
+    cu_seqlens_ptr,  # [B + 1] int, or None
+    seq_len,
+    width,
+    stride_sequence,
+    stride_token,
+    stride_column,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # One program owns BLOCK_D columns of one sequence's mean. BLOCK_T partial sums run side by side
+    # and meet once, after the walk, so that no order depends on timing.
+    num_column_blocks = tl.cdiv(width, BLOCK_D)
+    sequence = (tl.program_id(0) // num_column_blocks).to(tl.int64)
+    column = (tl.program_id(0) % num_column_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if cu_seqlens_ptr is None:
+        length = seq_len.to(tl.int64)
+        first_ptr = hidden_ptr + sequence * stride_sequence
+    else:
+        first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        length = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64) - first
+        first_ptr = hidden_ptr + first * stride_token
+    start, end = load_span(spans_ptr, sequence, length)
+
+    column_ptr = first_ptr + column.to(tl.int64)[None, :] * stride_column
+    inside = column < width
+    total = tl.zeros((BLOCK_T, BLOCK_D), means_ptr.dtype.element_ty)
+    for block_start in range(start, end, BLOCK_T):
+        token = block_start + tl.arange(0, BLOCK_T)
+        mask = (token < end)[:, None] & inside[None, :]
+        h = tl.load(column_ptr + token[:, None] * stride_token, mask=mask, other=0.0)
+        total += h.to(means_ptr.dtype.element_ty)
+    mean = tl.sum(total, 0) / tl.maximum(end - start, 1)
+    tl.store(means_ptr + sequence * width + column, mean, mask=inside)
 
 
-def _cosine_distances(means: Tensor, anchors: Tensor) -> Tensor:
-    """[B]: 1 - cosine of each row and its anchor's row."""
-    norms = means.norm(dim=1).clamp(min=NORM_EPS)
-    anchors = anchors.long()
-    return 1 - (means * means[anchors]).sum(1) / (norms * norms[anchors])
+def _launch(hidden: Tensor, spans: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`_span_means` in one kernel."""
+    num_sequences, width = spans.shape[0], hidden.shape[-1]
+    means = hidden.new_empty((num_sequences, width), dtype=dtype)
+    if means.numel() == 0:
+        return means
+    # Triton launches on the current device, whatever the tensors' own.
+    with torch.cuda.device_of(hidden):
+        _span_means_kernel[(num_sequences * triton.cdiv(width, BLOCK_D),)](
+            means,
+            hidden,
+            spans.contiguous(),
+            None if cu_seqlens is None else cu_seqlens.contiguous(),
+            hidden.shape[-2],
+            width,
+            hidden.stride(0) if cu_seqlens is None else 0,
+            hidden.stride(-2),
+            hidden.stride(-1),
+            BLOCK_T=BLOCK_T,
+            BLOCK_D=BLOCK_D,
+            num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
+        )
+    return means

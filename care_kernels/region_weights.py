@@ -2,43 +2,64 @@
 
     a_it = A_i w_it / (sum_u w_iu + weight_eps)
 
-The weight w is 1 on answer tokens, `think_weight` (gamma+) on the rationale tokens of a positive, 0
-on those of a negative and 0 elsewhere. So a sequence's tokens take three values, and the sum needs
-no reduction: it follows from the spans' lengths.
+The weight w is a number per region: in the paper 1 on answer tokens, gamma+ on the rationale tokens
+of a positive, 0 on those of a negative and 0 elsewhere. A trainer adds regions of its own (tags,
+the end token, a malformed response as a whole); where regions overlap the last one counts.
 
-Shape letters: B sequences, T tokens, N tokens of all sequences in a row.
+Shape letters: B sequences, R regions of a sequence, T tokens, N tokens of all sequences in a row.
 """
 
+# The kernels are in Triton's language, of which a type checker for Python knows little.
+# pyright: reportGeneralTypeIssues=false
+
+from typing import NamedTuple
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from care_kernels._batch_checks import check_cu_seqlens, check_spans, check_tensor
-from care_kernels._checks import FLOAT_DTYPES
-from care_kernels._launch import compute_dtype, resolve_backend
+from care_kernels.backends import compute_dtype, resolve_backend
+from care_kernels.checks import check_cu_seqlens, check_number, check_spans, check_tensor
 
 THINK_WEIGHT = 0.005
 """gamma+ (Sec. 3.5)."""
 WEIGHT_EPS = 1e-8
 """eps_w: keeps a sequence without any weight at zero instead of 0 / 0."""
+BLOCK = 1024
+NUM_WARPS = 4
 
 
+class Regions(NamedTuple):
+    """Token ranges of each sequence and what their tokens weigh; of overlapping ones the last."""
+
+    spans: Tensor
+    """[B, R, 2] int, half-open, from the start of their sequence; start == end: no token."""
+    weights: Tensor
+    """[B, R] float, at least 0."""
+
+
+@torch.no_grad()
 def token_advantages(
     advantages: Tensor,
     think_spans: Tensor,
     answer_spans: Tensor,
     is_positive: Tensor,
     *,
+    regions: Regions | None = None,
     seq_len: int | None = None,
     cu_seqlens: Tensor | None = None,
     total_tokens: int | None = None,
     think_weight: float = THINK_WEIGHT,
     weight_eps: float = WEIGHT_EPS,
+    normalize: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """Eq. 11 (Sec. 3.5): a_it = A_i w_it / (sum_u w_iu + weight_eps), without gradient.
 
     Give `seq_len` for padded sequences, or `cu_seqlens` for packed ones. A token inside both spans
-    belongs to the answer. A negative's rationale and a sequence without spans get 0.
+    belongs to the answer. A negative's rationale and a sequence without spans get 0. Sums and
+    quotients are float64, rounded once.
 
     Spans that leave their sequence are refused on CPU tensors. The values of CUDA tensors are not
     read; there such spans are cut to the sequence.
@@ -49,6 +70,7 @@ def token_advantages(
             their sequence; start == end where there is none.
         answer_spans: [B, 2] int, the same for the answer.
         is_positive: [B] bool, whose rationale tokens weigh `think_weight` (acc = 1, line 40).
+        regions: more of them, laid over the two: tags, the end token, a malformed response.
         seq_len: T; the result is [B, T].
         cu_seqlens: [B + 1] int, where each packed sequence starts, and the end of the last
             (FlashAttention's convention); the result is [N].
@@ -56,6 +78,8 @@ def token_advantages(
             which costs a host synchronisation on CUDA.
         think_weight: gamma+.
         weight_eps: eps_w.
+        normalize: False leaves the division out: a_it = A_i w_it, as losses with a denominator of
+            their own want it.
         backend: None, "triton" or "torch".
 
     Returns:
@@ -67,104 +91,196 @@ def token_advantages(
 
     Source: paper Eq. 11; Algorithm 1, lines 40-41.
     """
+    check_tensor("advantages", advantages, (None,))
     chosen = resolve_backend(backend, advantages.device)
-    num_sequences = _check_layout(advantages, seq_len, cu_seqlens, total_tokens)
-    check_region_options(think_weight, weight_eps)
+    num_sequences, like = advantages.shape[0], ("advantages", advantages)
+    _check_layout(num_sequences, seq_len, cu_seqlens, total_tokens, like)
+    check_number("think_weight", think_weight, "0 or more", least=0)
+    check_number("weight_eps", weight_eps, "more than 0", above=0)
     lengths = seq_len if cu_seqlens is None else cu_seqlens.long().diff()
     assert lengths is not None
-    where = ("advantages", advantages)
-    check_spans("think_spans", think_spans, num_sequences, lengths, where)
-    check_spans("answer_spans", answer_spans, num_sequences, lengths, where)
-    check_tensor("is_positive", is_positive, (num_sequences,), (torch.bool,), where)
+    check_spans("think_spans", think_spans, (num_sequences, 2), lengths, like)
+    check_spans("answer_spans", answer_spans, (num_sequences, 2), lengths, like)
+    check_tensor("is_positive", is_positive, (num_sequences,), (torch.bool,), like)
+    spans = torch.stack((think_spans.long(), answer_spans.long()), 1)
+    rationale = is_positive.double() * think_weight
+    weights = torch.stack((rationale, torch.ones_like(rationale)), 1)
+    if regions is not None:
+        check_spans("regions.spans", regions.spans, (num_sequences, None, 2), lengths, like)
+        shape = (num_sequences, regions.spans.shape[1])
+        check_tensor("regions.weights", regions.weights, shape, like=like)
+        spans = torch.cat((spans, regions.spans.long()), 1)
+        weights = torch.cat((weights, regions.weights.double()), 1)
 
     if cu_seqlens is None:
         assert seq_len is not None
         shape: tuple[int, ...] = (num_sequences, seq_len)
     else:
         shape = (int(cu_seqlens[-1]) if total_tokens is None else total_tokens,)
-    result = advantages.new_zeros(shape, dtype=compute_dtype(advantages), requires_grad=False)
+    result = advantages.new_zeros(shape, dtype=compute_dtype(advantages))
     if num_sequences == 0 or result.numel() == 0:
         return result
-    inputs = (advantages.detach(), think_spans, answer_spans, is_positive, cu_seqlens)
+    inputs = (advantages, spans, weights, cu_seqlens, normalize, weight_eps)
     if chosen == "triton":
-        from care_kernels.triton_backend.region_weights import write_token_advantages
-
-        write_token_advantages(result, *inputs, think_weight, weight_eps)
+        _launch(result, *inputs)
         return result
-    return _token_advantages(result, *inputs, think_weight, weight_eps)
-
-
-def check_region_options(think_weight: float, weight_eps: float) -> None:
-    """gamma+ at least 0; eps_w above 0."""
-    if not think_weight >= 0:
-        raise ValueError(f"think_weight: got {think_weight}; wanted 0 or more")
-    if not weight_eps > 0:
-        raise ValueError(f"weight_eps: got {weight_eps}; wanted more than 0")
+    return _token_advantages(result, *inputs)
 
 
 def _check_layout(
-    advantages: Tensor, seq_len: int | None, cu_seqlens: Tensor | None, total_tokens: int | None
-) -> int:
-    """B, once exactly one layout is described and fits."""
-    check_tensor("advantages", advantages, (None,), FLOAT_DTYPES, ("advantages", advantages))
-    num_sequences = advantages.shape[0]
+    num_sequences: int,
+    seq_len: int | None,
+    cu_seqlens: Tensor | None,
+    total_tokens: int | None,
+    like: tuple[str, Tensor],
+) -> None:
+    """Exactly one layout is described, and fits."""
     if (seq_len is None) == (cu_seqlens is None):
         got = "neither" if seq_len is None else "both"
         raise ValueError(f"seq_len: got {got} of seq_len and cu_seqlens; wanted exactly one")
     if seq_len is not None and seq_len < 0:
         raise ValueError(f"seq_len: got {seq_len}; wanted 0 or more")
-    if cu_seqlens is None:
-        if total_tokens is not None:
-            raise ValueError(f"total_tokens: got {total_tokens}; wanted None without cu_seqlens")
-        return num_sequences
-    check_cu_seqlens(cu_seqlens, num_sequences, total_tokens, ("advantages", advantages))
-    return num_sequences
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, num_sequences, total_tokens, like)
+    elif total_tokens is not None:
+        raise ValueError(f"total_tokens: got {total_tokens}; wanted None without cu_seqlens")
 
 
-@torch.no_grad()
 def _token_advantages(
     like: Tensor,
     advantages: Tensor,
-    think_spans: Tensor,
-    answer_spans: Tensor,
-    is_positive: Tensor,
+    spans: Tensor,
+    weights: Tensor,
     cu_seqlens: Tensor | None,
-    think_weight: float,
+    normalize: bool,
     weight_eps: float,
 ) -> Tensor:
     """Eq. 11 on every token at once, in the shape and dtype of `like`."""
     positions = torch.arange(like.shape[-1], device=like.device)
     if cu_seqlens is None:
-        owner: tuple = (slice(None), None)
+        owner = torch.arange(len(advantages), device=like.device)[:, None]
         lengths: Tensor | int = like.shape[1]
     else:
         ends = cu_seqlens.long()
         # Tokens beyond the last sequence count as its own, past its end, where no span reaches.
-        sequence = torch.searchsorted(ends[1:], positions, right=True).clamp_(
-            max=len(advantages) - 1
-        )
-        positions = positions - ends[sequence]
-        owner, lengths = (sequence,), ends.diff()
-    think_start, think_end = _cut(think_spans, lengths)
-    answer_start, answer_end = _cut(answer_spans, lengths)
-
-    num_shared = torch.minimum(think_end, answer_end) - torch.maximum(think_start, answer_start)
-    num_think = think_end - think_start - num_shared.clamp(min=0)
-    # In float64, rounded once, so that every backend returns the same bits.
-    rationale_weight = is_positive.double() * think_weight
-    total = (answer_end - answer_start) + rationale_weight * num_think + weight_eps
-    answer_value = advantages.double() / total
-    think_value = (answer_value * rationale_weight).to(like.dtype)[owner]
-    answer_value = answer_value.to(like.dtype)[owner]
-
-    in_think = (positions >= think_start[owner]) & (positions < think_end[owner])
-    in_answer = (positions >= answer_start[owner]) & (positions < answer_end[owner])
-    return torch.where(in_answer, answer_value, torch.where(in_think, think_value, 0.0))
-
-
-def _cut(spans: Tensor, lengths: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Start and end of each span within [0, length], end not before start; each [B] int64."""
-    start, end = spans.long().unbind(1)
+        owner = torch.searchsorted(ends[1:], positions, right=True).clamp_(max=len(advantages) - 1)
+        positions, lengths = positions - ends[owner], ends.diff()[:, None]
     limit = torch.as_tensor(lengths, device=spans.device)
-    start = start.clamp(min=0).minimum(limit)
-    return start, torch.maximum(start, end.minimum(limit))
+    starts = spans[..., 0].long().clamp(min=0).minimum(limit)
+    ends = starts.maximum(spans[..., 1].long().minimum(limit))
+
+    num_sequences, num_regions = weights.shape
+    region = torch.full_like(owner + positions, -1)
+    for r in range(num_regions):
+        inside = (positions >= starts[owner, r]) & (positions < ends[owner, r])
+        region = region.masked_fill(inside, r)
+    total = torch.ones_like(weights[:, 0])
+    if normalize:
+        total = torch.zeros_like(total)
+        for r in range(num_regions):
+            counts = torch.zeros(num_sequences, dtype=torch.int64, device=like.device)
+            counts.index_put_(
+                (owner.expand(region.shape).flatten(),), (region == r).flatten().long(), True
+            )
+            total = total + counts * weights[:, r]
+        total = total + weight_eps
+    values = advantages.double()[:, None] * weights / total[:, None]
+    chosen = values[owner, region.clamp(min=0)]
+    return torch.where(region < 0, 0.0, chosen).to(like.dtype)
+
+
+@triton.jit
+def load_span(spans_ptr, index, length):
+    """Start and end of a span, cut to its sequence."""
+    start = tl.load(spans_ptr + 2 * index).to(tl.int64)
+    end = tl.load(spans_ptr + 2 * index + 1).to(tl.int64)
+    start = tl.minimum(tl.maximum(start, 0), length)
+    return start, tl.maximum(start, tl.minimum(end, length))
+
+
+@triton.jit
+def _last_region(token, spans_ptr, sequence, length, NUM_REGIONS: tl.constexpr):
+    """Index of the last region that holds each token; -1 where none does."""
+    region = tl.zeros_like(token) - 1
+    for r in tl.static_range(NUM_REGIONS):
+        start, end = load_span(spans_ptr, sequence * NUM_REGIONS + r, length)
+        region = tl.where((token >= start) & (token < end), r, region)
+    return region
+
+
+# T and the number of programs change with every batch: compiling again for each would cost more.
+@triton.jit(do_not_specialize=["seq_len", "num_splits"])
+def _token_advantages_kernel(
+    out_ptr,  # [B, T], or [N] with cu_seqlens: float32 or float64
+    advantages_ptr,  # [B]
+    spans_ptr,  # [B, R, 2] int
+    weights_ptr,  # [B, R] float64
+    cu_seqlens_ptr,  # [B + 1] int, or None
+    seq_len,
+    num_splits,
+    weight_eps: tl.float64,  # pyright: ignore[reportInvalidTypeForm]
+    NORMALIZE: tl.constexpr,
+    NUM_REGIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One program counts all of one sequence's tokens and writes every num_splits-th block of them.
+    sequence = (tl.program_id(0) // num_splits).to(tl.int64)
+    split = tl.program_id(0) % num_splits
+    if cu_seqlens_ptr is None:
+        length = seq_len.to(tl.int64)
+        first = sequence * length
+    else:
+        first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        length = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64) - first
+
+    total = weight_eps * 0.0
+    if NORMALIZE:
+        for r in tl.static_range(NUM_REGIONS):
+            count = tl.zeros((BLOCK,), tl.int64)
+            for block_start in range(0, length, BLOCK):
+                token = block_start + tl.arange(0, BLOCK)
+                region = _last_region(token, spans_ptr, sequence, length, NUM_REGIONS)
+                count += (region == r).to(tl.int64)
+            weight = tl.load(weights_ptr + sequence * NUM_REGIONS + r)
+            total += tl.sum(count, 0).to(tl.float64) * weight
+        total += weight_eps
+    else:
+        total += 1.0
+    advantage = tl.load(advantages_ptr + sequence).to(tl.float64)
+
+    for block_start in range(split * BLOCK, length, num_splits * BLOCK):
+        token = block_start + tl.arange(0, BLOCK)
+        region = _last_region(token, spans_ptr, sequence, length, NUM_REGIONS)
+        weight = tl.load(weights_ptr + sequence * NUM_REGIONS + region, mask=region >= 0, other=0.0)
+        value = (advantage * weight / total).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + first + token, value, mask=token < length)
+
+
+def _launch(
+    out: Tensor,
+    advantages: Tensor,
+    spans: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    normalize: bool,
+    weight_eps: float,
+) -> None:
+    """Fill `out`; tokens beyond the last sequence are left as they are."""
+    num_sequences, num_regions = weights.shape
+    num_splits = triton.cdiv(triton.cdiv(out.numel(), num_sequences), BLOCK)
+    # Triton launches on the current device, whatever the tensors' own.
+    with torch.cuda.device_of(out):
+        _token_advantages_kernel[(num_sequences * num_splits,)](
+            out,
+            advantages.contiguous(),
+            spans.contiguous(),
+            weights.contiguous(),
+            None if cu_seqlens is None else cu_seqlens.contiguous(),
+            out.shape[-1],
+            num_splits,
+            weight_eps,
+            NORMALIZE=normalize,
+            NUM_REGIONS=num_regions,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
+        )

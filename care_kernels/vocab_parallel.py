@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from care_kernels.row_softmax import RowStatistics
+from care_kernels.softmax import RowStatistics
 
 
 @dataclass(frozen=True)

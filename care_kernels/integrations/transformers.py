@@ -21,16 +21,21 @@ Shape letters: B sequences, L positions, N rows, D hidden.
 import functools
 import inspect
 import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from care_kernels.integrations._output_head import gathered_head, logit_options, output_head
-from care_kernels.linear_policy_loss import linear_policy_loss
+from care_kernels.heads import head_parameters, logit_options, output_head
+from care_kernels.log_probs import linear_log_probs
+from care_kernels.loss import linear_policy_loss
 
 _IGNORED = -100
 
@@ -47,11 +52,11 @@ def use_care_kernels(model: Any) -> None:
 
     Raises:
         ValueError: no decoder-only language model with transformers' causal loss, or a head that
-            is not one plain matrix (LoRA on it, quantised).
+            `head_parameters` cannot write as one matrix (quantised, DoRA).
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     _check_model(model)
-    own_forward = model.forward
+    own_forward = unbound_forward(model)
     options = logit_options(model.config.get_text_config())
 
     # generate() and Trainer read the signature.
@@ -59,7 +64,7 @@ def use_care_kernels(model: Any) -> None:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs = _by_name(self, args, kwargs)
         if not _wants_loss_alone(self, kwargs):
-            return own_forward(**kwargs)
+            return own_forward(self, **kwargs)
         return _loss_output(self, kwargs, options)
 
     model.forward = types.MethodType(forward, model)
@@ -69,7 +74,7 @@ def _check_model(model: Any) -> None:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: got {name}; wanted a transformers PreTrainedModel")
-    output_head(model)
+    check_head(model)
     if model.config.is_encoder_decoder:
         raise ValueError(f"model: got {name}, an encoder-decoder; wanted a decoder-only model")
     if model.loss_function is not ForCausalLMLoss:
@@ -119,11 +124,10 @@ def _loss_output(
     if "labels" in inspect.signature(model.base_model.forward).parameters:
         arguments["labels"] = labels
     backbone = model.base_model(**arguments)
-    hidden, head = backbone.last_hidden_state, output_head(model)
+    hidden = backbone.last_hidden_state
     if shift_labels is None:
         hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
-    hidden, targets = hidden.to(head.weight.device), shift_labels.to(head.weight.device)
-    total, count = _summed_cross_entropy(hidden, head, targets, ignored, options)
+    total, count = _summed_cross_entropy(model, hidden, shift_labels, ignored, options)
     if torch.is_tensor(num_items):
         num_items = num_items.to(total.device)
     loss: Any = total / (count if num_items is None else num_items)
@@ -140,13 +144,14 @@ def _configured_router(model: Any) -> bool:
 
 
 def _summed_cross_entropy(
-    hidden: Tensor, head: Any, targets: Tensor, ignored: int, options: dict[str, Any]
+    model: Any, hidden: Tensor, targets: Tensor, ignored: int, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Sum of -log p over the targets [B, L] that are not `ignored`, and how many these are."""
-    mask = targets != ignored
-    rows = hidden[mask]
-    zeros = torch.zeros(rows.shape[0], dtype=torch.float32, device=rows.device)
-    with gathered_head(head) as (weight, bias):
+    with gathered_head(model) as (weight, bias):
+        hidden, targets = hidden.to(weight.device), targets.to(weight.device)
+        mask = targets != ignored
+        rows = hidden[mask]
+        zeros = torch.zeros(rows.shape[0], dtype=torch.float32, device=rows.device)
         out = linear_policy_loss(
             rows,
             weight,
@@ -159,3 +164,147 @@ def _summed_cross_entropy(
             **options,
         )
     return out.loss, mask.sum()
+
+
+def unbound_forward(model: Any) -> Callable[..., Any]:
+    """The forward that `model` has now, as a function of the model it is called on.
+
+    A deep copy of a patched model (a reference, an average of weights) carries the patch along; the
+    patch must then run the copy's own forward, not the original's.
+    """
+    current = model.__dict__.get("forward")
+    if current is None:
+        return lambda self, *args, **kwargs: type(self).forward(self, *args, **kwargs)
+    if isinstance(current, types.MethodType) and current.__self__ is model:
+        return current.__func__
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not model:
+            raise RuntimeError(
+                f"{type(self).__name__}: a copy of a model whose forward another library had "
+                f"wrapped ({current!r}) before use_care_kernels; wanted the copy made first, then "
+                "use_care_kernels on each"
+            )
+        return current(*args, **kwargs)
+
+    return forward
+
+
+def check_head(model: Any) -> None:
+    """The head is one that `head_parameters` can write as a matrix.
+
+    Raises:
+        ValueError: it is not; the message says what it is.
+    """
+    with gathered_head(model):
+        pass
+
+
+@contextmanager
+def gathered_head(model: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The head's weight [V, D] and bias [V] or None, whole: gathered under ZeRO-3 and FSDP2."""
+    head = output_head(model)
+    with gathered(*head.parameters()):
+        yield head_parameters(head)
+
+
+@contextmanager
+def gathered(*parameters: Tensor | None) -> Iterator[None]:
+    """Hold ZeRO-3 parameters whole; without ZeRO-3, or where they are whole already, nothing."""
+    with ExitStack() as stack:
+        if is_deepspeed_zero3_enabled():
+            import deepspeed  # pyright: ignore[reportMissingImports]
+            from deepspeed.runtime.zero.partition_parameters import (  # pyright: ignore[reportMissingImports]
+                ZeroParamStatus,
+            )
+
+            whole = ZeroParamStatus.AVAILABLE
+            parted = [
+                p for p in parameters if p is not None and getattr(p, "ds_status", whole) != whole
+            ]
+            if parted:
+                stack.enter_context(deepspeed.zero.GatheredParameters(parted))
+        yield
+
+
+def log_probs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_ids: Tensor,
+    *,
+    with_entropy: bool,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`linear_log_probs` of hidden [N, D] at target_ids [N], with the head of `gathered_head`.
+
+    Args:
+        hidden, weight, bias, target_ids: as for `linear_log_probs`.
+        with_entropy: also return the entropy.
+        options: temperature, logit_softcap and logit_scale.
+
+    Returns:
+        log_probs [N] and entropy [N], None unless asked for; both float32.
+    """
+    if is_deepspeed_zero3_enabled():
+        return GatheringLogProbs.apply(hidden, weight, bias, target_ids, with_entropy, options)
+    result = linear_log_probs(
+        hidden, weight, target_ids, bias=bias, return_entropy=with_entropy, **options
+    )
+    return result if isinstance(result, tuple) else (result, None)
+
+
+class GatheringLogProbs(torch.autograd.Function):
+    """`linear_log_probs` with a head that is gathered in the forward and again in the backward.
+
+    By then the upstream gradients are known numbers, so the backward is the gradient of a policy
+    loss that is linear in log-probs and entropies.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target_ids: Tensor,
+        with_entropy: bool,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """log_probs [N] and entropy [N] or None."""
+        ctx.save_for_backward(hidden, weight, bias, target_ids)
+        ctx.options = options
+        result = linear_log_probs(
+            hidden, weight, target_ids, bias=bias, return_entropy=with_entropy, **options
+        )
+        return result if isinstance(result, tuple) else (result, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """dX, dW and db."""
+        hidden, weight, bias, target_ids = ctx.saved_tensors
+        zeros = torch.zeros_like(grad_log_probs)
+        with gathered(weight, bias), torch.enable_grad():
+            inputs: list[Any] = [
+                None if x is None else x.detach().requires_grad_(needed)
+                for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
+            ]
+            loss = linear_policy_loss(
+                inputs[0],
+                inputs[1],
+                target_ids,
+                zeros,
+                ref_log_probs=zeros,
+                kl_weights=grad_log_probs,
+                kl_estimator="k1",
+                entropy_weights=None if grad_entropy is None else -grad_entropy,
+                bias=inputs[2],
+                **ctx.options,
+            ).loss
+            wanted = [x for x in inputs if x is not None and x.requires_grad]
+            found = iter(torch.autograd.grad(loss, wanted))
+        grads = (None if x is None or not x.requires_grad else next(found) for x in inputs)
+        return *grads, None, None, None

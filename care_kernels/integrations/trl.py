@@ -16,8 +16,8 @@ the advantage is zero and there is neither KL nor an entropy bonus. "log_probs" 
 
 On both paths TRL's own `_compute_loss` runs on the log-probs and entropies, so the metrics are its
 own; on the fused path the loss it finds is held against the fused one at every step. The reference
-model's log-probs come from the same kernel. An enclosing autocast does not reach the head: it takes
-hidden states and weight as they are.
+model's log-probs come from the same kernel. Under autocast (TRL's default: float32 weights, bf16
+computation) the head is multiplied in its dtype, with float32 statistics.
 
 Shape letters: B sequences, L positions, T completion tokens, N rows, D hidden.
 """
@@ -35,24 +35,24 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from care_kernels.integrations._output_head import (
+from care_kernels.heads import logit_options
+from care_kernels.integrations.transformers import (
+    check_head,
     gathered_head,
     log_probs_and_entropy,
-    logit_options,
-    output_head,
+    unbound_forward,
 )
-from care_kernels.integrations._trl_loss import (
-    PolicyTerms,
-    check_agreement,
-    policy_terms,
-    why_not_fused,
-)
-from care_kernels.linear_policy_loss import linear_policy_loss
+from care_kernels.loss import linear_policy_loss
+from care_kernels.objective import Cispo, Clip, Sapo, Surrogate
 
 TESTED_VERSIONS = ("1.16",)
 """TRL releases whose internals this module knows."""
 
 PATHS = ("fused", "log_probs")
+
+CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+"""TRL's clipped losses; they differ in how tokens are averaged."""
+FUSED_LOSS_TYPES = (*CLIPPED_LOSS_TYPES, "cispo", "sapo")
 
 _logger = logging.getLogger(__name__)
 
@@ -79,8 +79,9 @@ def use_care_kernels(trainer: GRPOTrainer, path: str | None = None) -> Choice:
         The path taken and why; also logged at level INFO.
 
     Raises:
-        ValueError: an untested TRL version, something that is no GRPOTrainer, a head that is not
-            one plain matrix (LoRA on it, quantised), or "fused" with an option it cannot express.
+        ValueError: an untested TRL version, something that is no GRPOTrainer, a head that
+            `head_parameters` cannot write as one matrix (quantised, DoRA), or "fused" with an
+            option it cannot express.
     """
     if ".".join(trl.__version__.split(".")[:2]) not in TESTED_VERSIONS:
         wanted = " or ".join(f"{version}.x" for version in TESTED_VERSIONS)
@@ -115,6 +116,157 @@ def choose_path(trainer: GRPOTrainer, path: str | None = None) -> Choice:
     return Choice("log_probs", f"TRL's own formula runs, because of {obstacle}")
 
 
+class PolicyTerms:
+    """What the fused loss needs besides the model's inputs.
+
+    A plain class, so that wrappers which cast or copy the tensors of dicts, tuples and dataclasses
+    (FSDP's mixed precision rounds them to bfloat16) leave these alone.
+    """
+
+    def __init__(
+        self, mask: Tensor, per_token: dict[str, Tensor | None], options: dict[str, Any]
+    ) -> None:
+        """
+        Args:
+            mask: [B, T], which completion tokens count.
+            per_token: [B, T] each, under `linear_policy_loss`'s names.
+            options: its other keyword arguments.
+        """
+        self.mask, self.per_token, self.options = mask, per_token, options
+
+    def at(self, rows: Tensor) -> dict[str, Any]:
+        """Keyword arguments of `linear_policy_loss` for rows [N] of the flattened [B * T]."""
+        picked = {
+            name: None if value is None else value.flatten()[rows]
+            for name, value in self.per_token.items()
+        }
+        return {**picked, "sequence_ids": rows // self.mask.shape[1], **self.options}
+
+    def magnitude(self) -> Tensor:
+        """Sum of the absolute advantages: the size of the loss, were nothing to cancel."""
+        advantages = self.per_token["advantages"]
+        assert advantages is not None
+        return advantages.abs().sum()
+
+
+def why_not_fused(trainer: Any) -> str | None:
+    """The first option of `trainer` that `linear_policy_loss` cannot express; None: it has none."""
+    args = trainer.args
+    peft = getattr(trainer.model, "active_peft_config", None)
+    obstacles = {
+        f"loss_type={trainer.loss_type!r} (fused: {', '.join(FUSED_LOSS_TYPES)})": (
+            trainer.loss_type not in FUSED_LOSS_TYPES
+        ),
+        f"{type(trainer).__name__}'s own _compute_loss": not _is_trl_own(trainer),
+        f"delta={args.delta} under 1": args.delta is not None and args.delta < 1,
+        f"top_entropy_quantile={trainer.top_entropy_quantile}": trainer.top_entropy_quantile < 1,
+        f"off_policy_mask_threshold={trainer.off_policy_mask_threshold}": (
+            trainer.off_policy_mask_threshold is not None
+        ),
+        "use_adaptive_entropy=True": trainer.use_adaptive_entropy,
+        "the router's auxiliary loss": trainer.aux_loss_enabled,
+        f"DataParallel over {args.n_gpu} devices": args.n_gpu > 1,
+        "prompt learning": peft is not None and getattr(peft, "is_prompt_learning", False),
+    }
+    return next((name for name, is_obstacle in obstacles.items() if is_obstacle), None)
+
+
+def policy_terms(trainer: Any, inputs: dict[str, Any]) -> PolicyTerms:
+    """One micro-batch of `trainer`'s loss as arguments of `linear_policy_loss`.
+
+    Source: `GRPOTrainer._compute_loss` of TRL 1.16.
+
+    Args:
+        trainer: without an obstacle to `why_not_fused`.
+        inputs: the micro-batch that `_compute_loss` gets.
+    """
+    mask = inputs["completion_mask"]
+    if "tool_mask" in inputs:
+        mask = mask * inputs["tool_mask"]
+    accumulation = trainer.current_gradient_accumulation_steps if trainer.model.training else 1.0
+    weights = mask / _normaliser(trainer, inputs, mask, accumulation)
+    advantages = inputs["advantages"]
+    advantages = weights * (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages)
+    if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+        advantages = advantages * inputs["importance_sampling_ratio"]
+    has_kl = trainer.beta != 0
+    bonus = None
+    if trainer.entropy_coef:
+        bonus = trainer.entropy_coef * mask / mask.sum().clamp(min=1.0) / accumulation
+    per_token = {
+        "advantages": advantages,
+        "old_log_probs": inputs.get("old_per_token_logps"),
+        "ref_log_probs": inputs["ref_per_token_logps"] if has_kl else None,
+        "kl_weights": trainer.beta * weights if has_kl else None,
+        "entropy_weights": bonus,
+    }
+    options = {
+        "surrogate": _surrogate(trainer),
+        "kl_estimator": "k3_unbiased" if trainer.args.use_bias_correction_kl else "k3",
+        "ratio_level": trainer.importance_sampling_level,
+    }
+    return PolicyTerms(mask, per_token, options)
+
+
+def check_agreement(fused: Tensor, trl: Tensor, terms: PolicyTerms) -> None:
+    """Hold the fused loss against the one TRL's own code finds from the same log-probs.
+
+    Raises:
+        RuntimeError: they differ by more than round-off, so an option was misread.
+    """
+    fused, trl = fused.detach(), trl.detach()
+    allowed = 1e-3 * trl.abs() + 1e-4 * terms.magnitude() + 1e-7
+    if bool(torch.isfinite(trl)) and not bool((fused - trl).abs() <= allowed):
+        raise RuntimeError(
+            f"the fused loss is {fused.item()}, TRL's own {trl.item()}: use "
+            "use_care_kernels(trainer, path='log_probs'), and please report the trainer's settings"
+        )
+
+
+def _surrogate(trainer: Any) -> Surrogate:
+    """TRL's loss type as a surrogate of `linear_policy_loss`.
+
+    `delta` bounds the ratio of the unclipped branch alone: for a < 0 the larger of it and
+    1 + epsilon_high counts, for a > 0 the smaller.
+    """
+    if trainer.loss_type == "cispo":
+        return Cispo(max_ratio=trainer.epsilon_high)
+    if trainer.loss_type == "sapo":
+        args = trainer.args
+        return Sapo(args.sapo_temperature_pos, args.sapo_temperature_neg)
+    high, delta = trainer.epsilon_high, trainer.args.delta
+    if delta is None:
+        return Clip(trainer.epsilon_low, high)
+    upper = max(delta, 1 + high)
+    return Clip(trainer.epsilon_low, min(high, delta - 1), upper if upper > 1 else None)
+
+
+def _is_trl_own(trainer: Any) -> bool:
+    """Whether both methods that make the loss are GRPOTrainer's, not a subclass's."""
+    names = ("_compute_loss", "_get_per_token_logps_and_entropies")
+    return all(getattr(type(trainer), name) is getattr(GRPOTrainer, name) for name in names)
+
+
+def _normaliser(
+    trainer: Any, inputs: dict[str, Any], mask: Tensor, accumulation: float
+) -> Tensor | float:
+    """What each token's loss is divided by: a number or [B, 1]."""
+    num_sequences = mask.shape[0]
+    if trainer.loss_type in ("grpo", "sapo"):
+        return num_sequences * mask.sum(-1, keepdim=True).clamp(min=1.0) * accumulation
+    if trainer.loss_type == "bnpo":
+        return mask.sum().clamp(min=1.0) * accumulation
+    if trainer.loss_type == "dr_grpo":
+        return num_sequences * trainer.max_completion_length * accumulation
+    if trainer.loss_type == "luspo":
+        return num_sequences * accumulation
+    assert trainer.loss_type in ("dapo", "cispo")
+    # The count spans a generation batch; one accumulation window is a part of it.
+    window = trainer.args.steps_per_generation if trainer.model.training else 1.0
+    total = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
+    return total * accumulation / window
+
+
 def _base_model(trainer: GRPOTrainer, model: Any) -> Any:
     model = trainer.accelerator.unwrap_model(model)
     return model.get_base_model() if is_peft_model(model) else model
@@ -122,8 +274,8 @@ def _base_model(trainer: GRPOTrainer, model: Any) -> Any:
 
 def _replace_fused_head(model: Any, temperature: float, with_entropy: bool) -> None:
     """Replace what TRL put before the model's forward: calls with `fused_lm_head=True`."""
-    output_head(model)
-    others = model.forward
+    check_head(model)
+    others = unbound_forward(model)
     options = {"temperature": temperature, **logit_options(model.config.get_text_config())}
 
     # generate() and Trainer read the signature.
@@ -145,18 +297,18 @@ def _replace_fused_head(model: Any, temperature: float, with_entropy: bool) -> N
                 "num_items_in_batch": num_items_in_batch,
             }
             given = {name: value for name, value in given.items() if value is not None}
-            return others(*args, **given, **kwargs)
+            return others(self, *args, **given, **kwargs)
         kwargs = _backbone_arguments(self, labels, kwargs)
         backbone = self.base_model(*args, **kwargs)
-        head = output_head(self)
-        hidden = backbone.last_hidden_state.to(head.weight.device)
+        hidden = backbone.last_hidden_state
         if shift_labels is None:
             assert labels is not None
             hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
-        targets = shift_labels.to(hidden.device)
         if policy_terms is not None:
-            return _policy_loss_output(hidden, head, targets, policy_terms, options)
-        output = _log_probs_output(hidden, head, targets, options, with_entropy, num_items_in_batch)
+            return _policy_loss_output(self, hidden, shift_labels, policy_terms, options)
+        output = _log_probs_output(
+            self, hidden, shift_labels, options, with_entropy, num_items_in_batch
+        )
         return _with_router_loss(output, self, backbone, kwargs)
 
     model.forward = types.MethodType(forward, model)
@@ -173,16 +325,17 @@ def _backbone_arguments(model: Any, labels: Tensor | None, given: dict[str, Any]
 
 
 def _log_probs_output(
+    model: Any,
     hidden: Tensor,
-    head: Any,
     targets: Tensor,
     options: dict[str, Any],
     with_entropy: bool,
     num_items: Tensor | int | None,
 ) -> FusedCausalLMOutput:
     """Log-probs and entropies [B, L-1] of hidden [B, L-1, D] at targets, 0 where these are -100."""
-    mask = targets != -100
-    with gathered_head(head) as (weight, bias):
+    with gathered_head(model) as (weight, bias):
+        hidden, targets = hidden.to(weight.device), targets.to(weight.device)
+        mask = targets != -100
         log_probs, entropy = log_probs_and_entropy(
             hidden[mask], weight, bias, targets[mask], with_entropy=with_entropy, **options
         )
@@ -222,7 +375,7 @@ def _with_router_loss(
 
 
 def _policy_loss_output(
-    hidden: Tensor, head: Any, targets: Tensor, terms: PolicyTerms, options: dict[str, Any]
+    model: Any, hidden: Tensor, targets: Tensor, terms: PolicyTerms, options: dict[str, Any]
 ) -> FusedCausalLMOutput:
     """The fused loss, with detached log-probs and entropies [B, T] for TRL's metrics.
 
@@ -230,15 +383,16 @@ def _policy_loss_output(
     the metrics all the same: one more matrix product for these alone.
     """
     num_tokens = terms.mask.shape[1]
-    hidden, targets = hidden[:, -num_tokens:], targets[:, -num_tokens:]
     rows = terms.mask.flatten().nonzero()[:, 0]
-    with gathered_head(head) as (weight, bias):
+    with gathered_head(model) as (weight, bias):
+        hidden = hidden[:, -num_tokens:].to(weight.device)
         out = linear_policy_loss(
             hidden.flatten(0, 1)[rows],
             weight,
-            targets.flatten()[rows],
+            targets[:, -num_tokens:].to(weight.device).flatten()[rows],
             **terms.at(rows),
             bias=bias,
+            return_entropy=True,
             report_all_rows=True,
             **options,
         )

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from care_kernels.linear_log_probs import linear_log_probs
+from care_kernels.log_probs import linear_log_probs
 
 
 def fused_linear_for_ppo(

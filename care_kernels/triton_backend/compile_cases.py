@@ -105,22 +105,14 @@ def compile_cases(architecture: str = "9") -> list[CompileCase]:
     from care_kernels.triton_backend import (
         exp_gradients,
         fused_projection,
-        logit_gradients,
-        rationale_distance,
-        region_weights,
         row_objective,
-        row_statistics,
         tile_statistics,
     )
 
     modules = (
         tile_statistics,
         exp_gradients,
-        row_statistics,
-        logit_gradients,
         row_objective,
-        region_weights,
-        rationale_distance,
     )
     others = [case for module in modules for case in module.compile_cases()]
     return fused_projection.compile_cases(architecture) + others

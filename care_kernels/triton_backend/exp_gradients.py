@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from care_kernels.row_softmax import LogitTransform, RowGradients, RowStatistics
+from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics
 from care_kernels.triton_backend.compile_cases import (
     NUM_ROWS,
     VOCAB_SIZE,

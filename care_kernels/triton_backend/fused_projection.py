@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from care_kernels._logit_chunk import clear_padding
-from care_kernels.row_softmax import LogitTransform
+from care_kernels.backends import clear_padding
+from care_kernels.softmax import LogitTransform
 from care_kernels.triton_backend.compile_cases import (
     NUM_ROWS,
     VOCAB_SIZE,

@@ -1,49 +1,33 @@
-"""Eqs. 12-13 of each row and their derivative with respect to its log-prob, in one kernel.
+"""`care_kernels.objective.row_objective` at token level, in one kernel.
 
-With rho = e^{l - l_old}, d = l - l_ref, advantage a (times the importance weight) and weights b of
-the KL and c of the entropy:
-
-    value = b KL - c H - min(rho a, clip(rho) a)          for a < 0 at least dual a
-    g     = b dKL/dl - a rho [the unclipped branch is active]
-
-    k1 = d, dk1/dl = 1;  k2 = d^2 / 2, dk2/dl = d;  k3 = e^{-d} - 1 + d, dk3/dl = 1 - e^{-d}
-
-The exact KL and the entropy enter `value` alone: their derivatives are not along l. The torch
-version is `care_kernels.objective`. Shape letter: C rows.
+Shape letter: C rows.
 """
 
 # Kernels are in Triton's language, of which a type checker for Python knows little.
 # pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false, reportArgumentType=false
 # pyright: reportOperatorIssue=false
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from care_kernels.objective import ClipRange
+from care_kernels.objective import (
+    Cispo,
+    Clip,
+    PolicyLoss,
+    RowTerms,
+    Surrogate,
+    row_gradients,
+)
+from care_kernels.softmax import RowGradients, RowStatistics
 from care_kernels.triton_backend.compile_cases import NUM_ROWS, CompileCase, compile_case
 from care_kernels.triton_backend.transforms import expm1
 
 BLOCK_C = 256
 NUM_WARPS = 4
-KL_CODES = {"k1": 1, "k2": 2, "k3": 3, "exact": 4}
+KL_CODES = {"k1": 1, "k2": 2, "k3": 3, "k3_unbiased": 4, "exact": 5}
 NO_KL = 0
-
-
-class RowObjective(NamedTuple):
-    """What each row contributes, each field [C]."""
-
-    value: Tensor
-    ratio: Tensor
-    kl: Tensor | None
-    """The estimate, or the exact KL that came in; None without KL weights."""
-    clipped_low: Tensor
-    clipped_high: Tensor
-    grad_log_probs: Tensor
-    """g."""
+CLIP, CISPO, SAPO = 0, 1, 2
 
 
 @triton.jit
@@ -54,26 +38,27 @@ def _times(factor, value):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _row_objective_kernel(
-    log_probs_ptr,
+    log_probs_ptr,  # [C] float32, as every vector here that is not said to be something else
     advantages_ptr,
-    old_log_probs_ptr,
-    ref_log_probs_ptr,
-    kl_weights_ptr,
-    exact_kl_ptr,
-    entropy_ptr,
-    entropy_weights_ptr,
+    old_log_probs_ptr,  # or None
+    ref_log_probs_ptr,  # or None
+    kl_weights_ptr,  # or None
+    exact_kl_ptr,  # or None
+    entropy_ptr,  # or None
+    entropy_weights_ptr,  # or None
     value_ptr,
     ratio_ptr,
-    kl_ptr,
-    clipped_low_ptr,
-    clipped_high_ptr,
+    kl_ptr,  # or None
+    clipped_low_ptr,  # [C] int8
+    clipped_high_ptr,  # [C] int8
     grad_log_probs_ptr,
     num_rows,
-    lower,
-    upper,
+    first,  # Clip: 1 - low; Cispo: min_ratio; Sapo: positive_temperature
+    second,  # Clip: 1 + high; Cispo: max_ratio; Sapo: negative_temperature
     dual,
-    KL_CODE: tl.constexpr,
+    SURROGATE: tl.constexpr,
     HAS_DUAL: tl.constexpr,
+    KL_CODE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     # One program owns BLOCK_C consecutive rows.
@@ -84,22 +69,36 @@ def _row_objective_kernel(
     old_log_probs = log_probs
     if old_log_probs_ptr is not None:
         old_log_probs = tl.load(old_log_probs_ptr + rows, mask=inside, other=0.0)
-
     ratio = tl.exp(log_probs - old_log_probs)
-    clipped_low = (advantages < 0) & (ratio < lower)
-    clipped_high = (advantages > 0) & (ratio > upper)
-    bounded = tl.where(clipped_low, lower, tl.where(clipped_high, upper, ratio))
-    if HAS_DUAL:
-        beyond_dual = (advantages < 0) & (ratio > dual)
-        clipped_high = clipped_high | beyond_dual
-        bounded = tl.where(beyond_dual, dual, bounded)
-    slope = tl.where(clipped_low | clipped_high, 0.0, advantages)
-    value = -_times(advantages, bounded)
-    grad = -_times(slope, ratio)
+
+    if SURROGATE == 0:
+        clipped_low = (advantages < 0) & (ratio < first)
+        clipped_high = (advantages > 0) & (ratio > second)
+        bounded = tl.where(clipped_low, first, tl.where(clipped_high, second, ratio))
+        if HAS_DUAL:
+            beyond_dual = (advantages < 0) & (ratio > dual)
+            clipped_high = clipped_high | beyond_dual
+            bounded = tl.where(beyond_dual, dual, bounded)
+        slope = tl.where(clipped_low | clipped_high, 0.0, advantages)
+        value = -_times(advantages, bounded)
+        grad = -_times(slope, ratio)
+    elif SURROGATE == 1:
+        clipped_low = ratio < first
+        clipped_high = ratio > second
+        weight = _times(advantages, tl.minimum(tl.maximum(ratio, first), second))
+        value = -_times(weight, log_probs)
+        grad = -weight
+    else:
+        clipped_low = ratio < 0.0
+        clipped_high = ratio < 0.0
+        temperature = tl.where(advantages > 0, first, second)
+        gate = 1.0 / (1.0 + tl.exp(-temperature * (ratio - 1.0)))
+        value = -_times(advantages, 4.0 * gate / temperature)
+        grad = -_times(advantages, _times(4.0 * gate * (1.0 - gate), ratio))
 
     if KL_CODE > 0:
         kl_weights = tl.load(kl_weights_ptr + rows, mask=inside, other=0.0)
-        if KL_CODE == 4:
+        if KL_CODE == 5:
             kl = tl.load(exact_kl_ptr + rows, mask=inside, other=0.0)
         else:
             ref_log_probs = tl.load(ref_log_probs_ptr + rows, mask=inside, other=0.0)
@@ -107,13 +106,17 @@ def _row_objective_kernel(
             if KL_CODE == 1:
                 kl = difference
                 kl_slope = tl.full((BLOCK_C,), 1.0, tl.float32)
-            if KL_CODE == 2:
+            elif KL_CODE == 2:
                 kl = difference * difference * 0.5
                 kl_slope = difference
-            if KL_CODE == 3:
+            else:
                 growth = expm1(-difference)
                 kl = growth + difference
                 kl_slope = -growth
+            if KL_CODE == 4:
+                # The ratio is differentiated too: d rho / dl = rho.
+                kl_slope = ratio * (kl_slope + kl)
+                kl = ratio * kl
             grad += _times(kl_weights, kl_slope)
         value += _times(kl_weights, kl)
         tl.store(kl_ptr + rows, kl, mask=inside)
@@ -130,93 +133,72 @@ def _row_objective_kernel(
 
 
 def row_objective(
-    log_probs: Tensor,
-    advantages: Tensor,
-    clip: ClipRange,
-    *,
-    old_log_probs: Tensor | None = None,
-    kl_estimator: str = "k3",
-    kl_weights: Tensor | None = None,
-    ref_log_probs: Tensor | None = None,
-    exact_kl: Tensor | None = None,
-    entropy: Tensor | None = None,
-    entropy_weights: Tensor | None = None,
-) -> RowObjective:
-    """The token-level objective of each row and its derivative along the row's log-prob.
+    stats: RowStatistics, terms: RowTerms, surrogate: Surrogate, kl_estimator: str
+) -> tuple[PolicyLoss, RowGradients]:
+    """The summands of Eq. 13 at each row, and the derivatives that reach the logits.
 
     Args:
-        log_probs: [C] float32, as every vector here.
-        advantages: [C], times the importance weights.
-        clip: Eq. 12's bounds.
-        old_log_probs: [C]; None: the ratio is 1.
-        kl_estimator: "k1", "k2", "k3" or "exact"; read where `kl_weights` is given.
-        kl_weights: [C]; None: no KL.
-        ref_log_probs: [C], for a sampled estimate.
-        exact_kl: [C], for "exact".
-        entropy: [C], where `entropy_weights` is given.
-        entropy_weights: [C]; None: no entropy bonus.
-
-    Raises:
-        ValueError: an unknown estimator, or a vector that is missing or not [C] float32.
+        stats: of the rows, float32.
+        terms: the rows' constants, float32.
+        surrogate: f.
+        kl_estimator: one of `KL_CODES`; read where there are KL weights.
     """
-    kl_code = NO_KL
-    if kl_weights is not None:
-        if kl_estimator not in KL_CODES:
-            raise ValueError(f"kl_estimator: got {kl_estimator!r}; wanted one of {(*KL_CODES,)}")
-        kl_code = KL_CODES[kl_estimator]
+    kl_code = NO_KL if terms.kl_weights is None else KL_CODES[kl_estimator]
     is_exact = kl_code == KL_CODES["exact"]
-    is_sampled = kl_code != NO_KL and not is_exact
-    has_entropy = entropy_weights is not None
+    log_probs, num_rows = stats.log_probs, stats.log_probs.numel()
+    has_bonus = terms.entropy_weights is not None
     inputs = (
-        _vector("log_probs", log_probs, log_probs, True),
-        _vector("advantages", advantages, log_probs, True),
-        _vector("old_log_probs", old_log_probs, log_probs, old_log_probs is not None),
-        _vector("ref_log_probs", ref_log_probs, log_probs, is_sampled),
-        _vector("kl_weights", kl_weights, log_probs, kl_code != NO_KL),
-        _vector("exact_kl", exact_kl, log_probs, is_exact),
-        _vector("entropy", entropy, log_probs, has_entropy),
-        _vector("entropy_weights", entropy_weights, log_probs, has_entropy),
+        log_probs,
+        terms.advantages,
+        terms.old_log_probs,
+        None if is_exact or kl_code == NO_KL else terms.ref_log_probs,
+        terms.kl_weights,
+        stats.kl if is_exact else None,
+        stats.entropy if has_bonus else None,
+        terms.entropy_weights,
     )
-    num_rows = log_probs.numel()
-    result = RowObjective(
-        value=log_probs.new_empty(num_rows),
-        ratio=log_probs.new_empty(num_rows),
+    outcome = PolicyLoss(
+        loss=log_probs.new_empty(num_rows),
+        log_probs=log_probs,
+        entropy=stats.entropy,
         kl=None if kl_code == NO_KL else log_probs.new_empty(num_rows),
+        ratio=log_probs.new_empty(num_rows),
         clipped_low=log_probs.new_empty(num_rows, dtype=torch.bool),
         clipped_high=log_probs.new_empty(num_rows, dtype=torch.bool),
-        grad_log_probs=log_probs.new_empty(num_rows),
     )
+    grad_log_probs = log_probs.new_empty(num_rows)
+    code, first, second, dual = _numbers(surrogate)
     if num_rows > 0:
         with torch.cuda.device_of(log_probs):
             _row_objective_kernel[(triton.cdiv(num_rows, BLOCK_C),)](
-                *inputs,
-                result.value,
-                result.ratio,
-                result.kl,
-                result.clipped_low.view(torch.int8),
-                result.clipped_high.view(torch.int8),
-                result.grad_log_probs,
+                *(None if vector is None else vector.contiguous() for vector in inputs),
+                outcome.loss,
+                outcome.ratio,
+                outcome.kl,
+                outcome.clipped_low.view(torch.int8),
+                outcome.clipped_high.view(torch.int8),
+                grad_log_probs,
                 num_rows,
-                1 - clip.low,
-                1 + clip.high,
-                0.0 if clip.dual is None else clip.dual,
+                first,
+                second,
+                0.0 if dual is None else dual,
+                SURROGATE=code,
+                HAS_DUAL=dual is not None,
                 KL_CODE=kl_code,
-                HAS_DUAL=clip.dual is not None,
                 BLOCK_C=BLOCK_C,
                 num_warps=NUM_WARPS,
                 num_stages=1,
             )
-    return result
+    return outcome, row_gradients(grad_log_probs, terms, kl_estimator)
 
 
-def _vector(name: str, value: Tensor | None, like: Tensor, is_used: bool) -> Tensor | None:
-    """A used vector, contiguous; None where the kernel does not read it."""
-    if not is_used:
-        return None
-    if value is None or value.shape != (like.numel(),) or value.dtype != torch.float32:
-        got = "None" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
-        raise ValueError(f"{name}: got {got}; wanted float32 of shape ({like.numel()},)")
-    return value.contiguous()
+def _numbers(surrogate: Surrogate) -> tuple[int, float, float, float | None]:
+    """A surrogate's code, and its numbers as the kernel takes them."""
+    if isinstance(surrogate, Clip):
+        return CLIP, 1 - surrogate.low, 1 + surrogate.high, surrogate.dual
+    if isinstance(surrogate, Cispo):
+        return CISPO, surrogate.min_ratio, surrogate.max_ratio, None
+    return SAPO, surrogate.positive_temperature, surrogate.negative_temperature, None
 
 
 def compile_cases() -> list[CompileCase]:
@@ -224,13 +206,14 @@ def compile_cases() -> list[CompileCase]:
     kernel = _row_objective_kernel
     types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
     types |= dict.fromkeys(("clipped_low_ptr", "clipped_high_ptr"), "*i8")
-    types |= dict.fromkeys(("lower", "upper", "dual"), "fp32")
+    types |= dict.fromkeys(("first", "second", "dual"), "fp32")
+    constants = {"SURROGATE": CLIP, "HAS_DUAL": True, "KL_CODE": KL_CODES["k3_unbiased"]}
     return [
         compile_case(
             "row_objective_k3",
             kernel,
             types,
-            {"KL_CODE": KL_CODES["k3"], "HAS_DUAL": True, "BLOCK_C": BLOCK_C, "exact_kl_ptr": None},
+            {**constants, "BLOCK_C": BLOCK_C, "exact_kl_ptr": None},
             num_warps=NUM_WARPS,
             grid=f"{triton.cdiv(NUM_ROWS, BLOCK_C)} blocks of {BLOCK_C} rows",
             hbm_bytes=NUM_ROWS * (7 + 4) * 4,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from care_kernels.row_softmax import RowStatistics
+from care_kernels.softmax import RowStatistics
 from care_kernels.triton_backend.compile_cases import (
     NUM_ROWS,
     VOCAB_SIZE,

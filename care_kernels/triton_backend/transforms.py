@@ -10,7 +10,7 @@ serves every temperature. Triton has neither expm1 nor tanh that runs on every d
 import triton
 import triton.language as tl
 
-from care_kernels.row_softmax import LogitTransform
+from care_kernels.softmax import LogitTransform
 
 
 def transform_arguments(transform: LogitTransform) -> dict[str, float | bool]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from care_train.algorithm.advantages import normalize_rewards
-from care_train.algorithm.types import GroupUpdate, Rollout, TrainSequence
+from care_train.algorithm.types import Credit, GroupUpdate, Region, Rollout, TrainSequence
 
 
 def group_advantages(
@@ -64,8 +64,6 @@ def has_mixed_outcomes(rollouts: Sequence[Rollout]) -> bool:
 
 
 def _uniform(rollout: Rollout, advantage: float, length_normalized: bool) -> TrainSequence:
-    num_tokens = len(rollout.token_ids)
-    value = 1.0 / max(num_tokens, 1) if length_normalized else 1.0
-    return TrainSequence(
-        rollout, advantage, torch.full((num_tokens,), value), raw_advantage=advantage
-    )
+    whole = Region(0, len(rollout.token_ids), 1.0)
+    credit = Credit((0, 0), (0, 0), False, (whole,), normalize=length_normalized)
+    return TrainSequence(rollout, advantage, credit, raw_advantage=advantage)

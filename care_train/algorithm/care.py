@@ -5,7 +5,8 @@
     merge_reflection     lines 15-19            reflection.py
     subgroup_update      lines 26-41            advantages.py, region_weights.py
 
-Lines 42-43, the clipped surrogate and the KL (Eqs. 12-13), are `care_kernels.linear_policy_loss`.
+Line 41 (Eq. 11) is `care_kernels.token_advantages`, lines 42-43, the clipped surrogate and the KL
+(Eqs. 12-13), are `care_kernels.linear_policy_loss`; `training.loss` hands them their rows.
 """
 
 import torch
@@ -18,7 +19,7 @@ from care_train.algorithm.advantages import (
     scale_negative,
 )
 from care_train.algorithm.reflection import choose_reflected_negative, merge_reflection
-from care_train.algorithm.region_weights import normalize_weights, region_weights
+from care_train.algorithm.region_weights import token_credit
 from care_train.algorithm.selection import (
     failures,
     positives,
@@ -173,7 +174,7 @@ def _train_sequence(
 ) -> TrainSequence:
     is_anchor = member is subgroup.anchor
     # Line 40 reads acc: a pseudo-anchor is a failure, and its rationale earns nothing.
-    weights = region_weights(
+    credit = token_credit(
         member.rollout,
         settings,
         is_negative=member.is_negative,
@@ -188,7 +189,7 @@ def _train_sequence(
     return TrainSequence(
         rollout=member.rollout,
         advantage=advantage,
-        token_weights=normalize_weights(weights, settings.weight_eps),
+        credit=credit,
         role=role,
         raw_advantage=raw_advantage,
     )

@@ -1,55 +1,57 @@
-"""Token credit: region weights and Eq. 11 (Sec. 3.5; Algorithm 1, lines 40-41)."""
+"""Which tokens of a response get credit (Sec. 3.5; Algorithm 1, line 40).
 
-import torch
+Eq. 11 itself, line 41, is `care_kernels.token_advantages`, which `training.loss` calls on these
+regions.
+"""
 
 from care_train.algorithm.settings import CareSettings
-from care_train.algorithm.types import Rollout
+from care_train.algorithm.types import Credit, Region, Rollout
+
+_NOWHERE = (0, 0)
 
 
-def region_weights(
+def token_credit(
     rollout: Rollout, settings: CareSettings, *, is_negative: bool, earns_rationale: bool
-) -> torch.Tensor:
-    """w_{i,t}: [T] fp32 over the response's sampled tokens.
+) -> Credit:
+    """The regions of w_{i,t}: 1 on the answer, gamma+ on a positive's rationale, 0 elsewhere.
 
-    Answer tokens weigh 1; rationale tokens gamma+ in a positive and 0 in a negative. Tags weigh
-    like their region and EOS like the answer unless `tag_weight` is set. All else weighs 0.
+    Tags weigh like their region and EOS like the answer unless `tag_weight` is set. A malformed
+    response has one weight throughout.
 
     Args:
         rollout: the response.
-        settings: think_weight, tag_weight, malformed, malformed_when.
+        settings: think_weight, tag_weight, malformed, malformed_when and weight_eps.
         is_negative: whether it is a negative of its subgroup.
         earns_rationale: whether its rationale tokens weigh gamma+: acc = 1 (line 40), so neither a
             negative nor a pseudo-anchor.
     """
-    num_tokens = len(rollout.token_ids)
-    spans = rollout.spans
+    spans, num_tokens = rollout.spans, len(rollout.token_ids)
     broken = settings.malformed_when == "bad_format" and rollout.format_score < 1
     if not spans.well_formed or (broken and is_negative):
-        return torch.full((num_tokens,), _malformed_weight(is_negative, settings))
-    weights = torch.zeros(num_tokens)
-    tag = settings.tag_weight
-    think_weight = settings.think_weight if earns_rationale else 0.0
-    if spans.think is not None:
-        weights[slice(*spans.think)] = think_weight if tag is None else tag
-    if spans.think_content is not None:
-        weights[slice(*spans.think_content)] = think_weight
-    assert spans.answer is not None
-    weights[slice(*spans.answer)] = 1.0 if tag is None else tag
-    if spans.answer_content is not None:
-        weights[slice(*spans.answer_content)] = 1.0
+        whole = Region(0, num_tokens, _malformed_weight(is_negative, settings))
+        return Credit(_NOWHERE, _NOWHERE, False, (whole,), weight_eps=settings.weight_eps)
+    tag, regions = settings.tag_weight, []
+    if tag is not None:
+        rationale = settings.think_weight if earns_rationale else 0.0
+        # From the outside in: a token that tags and content share counts as content.
+        for span, weight in (
+            (spans.think, tag),
+            (spans.think_content, rationale),
+            (spans.answer, tag),
+            (spans.answer_content, 1.0),
+        ):
+            if span is not None:
+                regions.append(Region(*span, weight))
     if rollout.finished:
-        weights[-1] = 1.0 if tag is None else tag
-    return weights
-
-
-def normalize_weights(weights: torch.Tensor, weight_eps: float) -> torch.Tensor:
-    """The second factor of Eq. 11: w_t / (sum_u w_u + eps_w), [T]."""
-    return weights / (weights.sum() + weight_eps)
-
-
-def token_advantages(advantage: float, normalized_weights: torch.Tensor) -> torch.Tensor:
-    """Eq. 11: a_{i,t} = A[y_i] w_{i,t} / (sum_u w_{i,u} + eps_w), [T]."""
-    return advantage * normalized_weights
+        regions.append(Region(num_tokens - 1, num_tokens, 1.0 if tag is None else tag))
+    return Credit(
+        spans.think or _NOWHERE,
+        spans.answer or _NOWHERE,
+        earns_rationale,
+        tuple(regions),
+        think_weight=settings.think_weight,
+        weight_eps=settings.weight_eps,
+    )
 
 
 def _malformed_weight(is_negative: bool, settings: CareSettings) -> float:

@@ -8,8 +8,8 @@ selectors take a generator. Nothing here is differentiated.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
+from care_kernels import cosine_distance
 from care_train.algorithm.settings import CareSettings, RescueSettings, Selector
 from care_train.algorithm.types import Rollout
 
@@ -61,26 +61,9 @@ def select_anchor(
     )
 
 
-def pool_rationale(hidden: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
-    """Rationale embeddings (Sec. 3.3): mean over a span of hidden states, then unit L2 norm.
-
-    Args:
-        hidden: [B, T, D] final hidden states, or [1, T, D] that holds all sequences.
-        spans: [B, 2] int64 half-open position ranges; an empty range gives the zero vector, which
-            is at distance 1 from everything.
-
-    Returns:
-        [B, D] fp32, without gradient.
-    """
-    positions = torch.arange(hidden.shape[1], device=hidden.device)
-    inside = (positions >= spans[:, :1]) & (positions < spans[:, 1:])
-    mean = torch.einsum("bt,btd->bd", inside.float(), hidden.detach().float())
-    return F.normalize(mean / inside.sum(1, keepdim=True).clamp(min=1), dim=-1)
-
-
 def cosine_distances(embeddings: torch.Tensor, anchor: int) -> torch.Tensor:
     """Eq. 4: d_cos(i) = 1 - h_i . h_anchor, [G] fp64 from unit embeddings [G, D]."""
-    return _round(1.0 - embeddings.double() @ embeddings[anchor].double())
+    return _round(cosine_distance(embeddings.double(), embeddings[anchor].double()))
 
 
 def select_hard_negatives(
@@ -128,8 +111,8 @@ def farthest_first(
     """
     if count >= len(ranked):
         return list(ranked)
-    vectors = embeddings[list(ranked)]
-    between = _round(1.0 - vectors.double() @ vectors.double().T)
+    vectors = embeddings[list(ranked)].double()
+    between = _round(cosine_distance(vectors[:, None], vectors))
     chosen = [0 if start == "nearest" else len(ranked) - 1]
     while len(chosen) < count:
         gap = between[:, chosen].min(dim=1).values

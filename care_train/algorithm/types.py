@@ -6,7 +6,7 @@ Lengths are in tokens. Shape letters: G rollouts in a group, T tokens of a respo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 # The verifier's processes and command read spans, and start fast without torch.
 if TYPE_CHECKING:
@@ -117,6 +117,34 @@ class Subgroup:
         return sum(member.is_negative for member in self.others)
 
 
+class Region(NamedTuple):
+    """Tokens of a response, from its first sampled one, that weigh alike in Eq. 11."""
+
+    start: int
+    end: int
+    """Half-open; an end at or before the start: no token."""
+    weight: float
+
+
+@dataclass(frozen=True)
+class Credit:
+    """The regions of Eq. 11 for one response; what lies in none weighs 0."""
+
+    think: tuple[int, int]
+    answer: tuple[int, int]
+    """Weighs 1."""
+    earns_rationale: bool
+    """Whether the rationale weighs `think_weight`, or 0."""
+    regions: tuple[Region, ...] = ()
+    """Laid over the two, the last one on top."""
+    think_weight: float = 0.0
+    """gamma+."""
+    weight_eps: float = 1e-8
+    """eps_w."""
+    normalize: bool = True
+    """Divide by the sum of the weights."""
+
+
 @dataclass(frozen=True)
 class TrainSequence:
     """One sequence the optimiser sees: the member of S* and its credit."""
@@ -124,8 +152,8 @@ class TrainSequence:
     rollout: Rollout
     advantage: float
     """A[y], sequence level (Eqs. 7-8 and the equalisation)."""
-    token_weights: torch.Tensor = field(repr=False)
-    """[T] fp32: w_t / (sum_u w_u + eps_w) of Eq. 11, or the baseline's own weights."""
+    credit: Credit
+    """How Eq. 11 spreads it over the tokens."""
     role: str = "rollout"
     """anchor | negative | reflected_success | reflected_failure | proxy_anchor | rollout."""
     raw_advantage: float = 0.0

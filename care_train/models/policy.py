@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from care_kernels import PolicyLoss, linear_log_probs, linear_policy_loss
-from care_kernels.integrations._output_head import logit_options, output_head
-from care_train.algorithm.selection import pool_rationale
+from care_kernels import PolicyLoss, linear_log_probs, linear_policy_loss, pool_rationale
+from care_kernels.heads import head_parameters, logit_options, output_head
 from care_train.models.batch import ModelBatch
 from care_train.models.images import has_vision_tower, with_encoded_images
 
@@ -27,8 +26,12 @@ class PolicyHead(nn.Module):
         """
         super().__init__()
         linear = output_head(model)
-        self.weight = linear.weight
-        self.bias = linear.bias
+        if hasattr(linear, "base_layer"):
+            raise ValueError(
+                f"model: got {type(model).__name__} with an adapter on its output head; wanted a "
+                "plain head, whose weight the loss reads: take it out of the adapter's targets"
+            )
+        self.weight, self.bias = head_parameters(linear)
         self._options = logit_options(model.config.get_text_config())
 
     def forward(
@@ -41,9 +44,7 @@ class PolicyHead(nn.Module):
         """[N] log-probs of the targets, or the fused loss where its arguments are given."""
         shared = {"temperature": temperature, "bias": self.bias} | self._options
         if loss_arguments is None:
-            log_probs = linear_log_probs(hidden, self.weight, target_ids, **shared)
-            assert isinstance(log_probs, torch.Tensor)
-            return log_probs
+            return linear_log_probs(hidden, self.weight, target_ids, **shared)
         return linear_policy_loss(hidden, self.weight, target_ids, **shared, **loss_arguments)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -91,7 +92,7 @@ class Policy(nn.Module):
         hidden = self.hidden_states(batch)
         embeddings = None
         if pool_spans is not None:
-            embeddings = pool_rationale(hidden, pool_spans + batch.row_starts[:, None])
+            embeddings = _pooled(hidden, pool_spans, batch.row_starts)
         rows = hidden.flatten(0, 1)[batch.rows]
         if rows_only:
             return rows, embeddings
@@ -103,3 +104,11 @@ class Policy(nn.Module):
         inputs = with_encoded_images(backbone, batch.inputs, always=self._always_sees)
         outputs = backbone(**inputs, use_cache=False)
         return outputs.last_hidden_state
+
+
+def _pooled(hidden: torch.Tensor, spans: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """`pool_rationale` of [B, T, D], or of the packed [1, T, D] whose sequences start at [B]."""
+    if len(hidden) == len(starts):
+        return pool_rationale(hidden, spans)
+    ends = starts.new_tensor([hidden.shape[1]])
+    return pool_rationale(hidden[0], spans, cu_seqlens=torch.cat((starts, ends)))

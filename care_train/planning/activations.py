@@ -5,12 +5,11 @@ modeling_qwen2_5_vl.py and modeling_qwen3_vl.py), in the manner of arXiv:2205.05
 attention that keeps no score matrix. `b` is the bytes of an element, 4 or 2.
 """
 
+import torch
+
+from care_kernels.chunks import chunk_rows
 from care_train.planning.architecture import Architecture, TextShape, VisionShape
 from care_train.planning.workload import Training, Workload
-
-LOSS_CHUNK_BYTES = {"cuda": 1024 * 2**20, "cpu": 512 * 2**20}
-LOSS_CHUNK_ROWS = 4096
-"""As `care_kernels` bounds the logits that the fused loss holds at once."""
 
 
 def rms_norm_bytes(width: int, b: int) -> int:
@@ -102,16 +101,31 @@ def vision_activation_bytes(
     return pixels + vision.layers * block
 
 
-def chunk_rows(vocab: int, kind: str) -> int:
-    """Rows of logits that the fused loss makes at once (care_kernels, `chunk_size`)."""
-    limit = LOSS_CHUNK_BYTES.get(kind, LOSS_CHUNK_BYTES["cpu"])
-    return max(1, min(LOSS_CHUNK_ROWS, limit // (4 * vocab)))
+def loss_chunk(
+    architecture: Architecture, training: Training, work: Workload, kind: str
+) -> tuple[int, int]:
+    """Rows of logits that the fused loss holds at once, and the bytes of each logit.
+
+    Exponentials in bfloat16, or float32 logits where the head is float32.
+    """
+    text, logit_bytes = architecture.text, training.parameter_bytes
+    rows = chunk_rows(
+        round(work.micro_batch * work.response),
+        text.vocab,
+        text.hidden,
+        logit_bytes=logit_bytes,
+        device=torch.device(kind),
+        sums_weight_gradient=not training.lora_rank,
+    )
+    return rows, logit_bytes
 
 
-def loss_chunk_bytes(architecture: Architecture, work: Workload, kind: str) -> float:
-    """fp32 logits of one chunk of the fused loss, instead of [B, T, V]."""
-    rows = min(work.micro_batch * work.response, chunk_rows(architecture.text.vocab, kind))
-    return 4.0 * rows * architecture.text.vocab
+def loss_chunk_bytes(
+    architecture: Architecture, training: Training, work: Workload, kind: str
+) -> float:
+    """One chunk of the fused loss, instead of [B, T, V]."""
+    rows, logit_bytes = loss_chunk(architecture, training, work, kind)
+    return float(rows * logit_bytes * architecture.text.vocab)
 
 
 def loss_gradient_bytes(
@@ -123,7 +137,7 @@ def loss_gradient_bytes(
     hidden = rows * text.hidden * (b + b)
     if training.lora_rank:
         return hidden
-    is_one_chunk = rows <= chunk_rows(text.vocab, kind)
+    is_one_chunk = rows <= loss_chunk(architecture, training, work, kind)[0]
     # A lone chunk's dW is the gradient itself.
     weight = float(b) if is_one_chunk else (4.0 if b == 4 else 4.0 + b)
     return hidden + architecture.num_head * weight
@@ -144,7 +158,7 @@ def scoring_bytes(
     return (
         widest
         + mask_bytes(work, text, b, work.context)
-        + loss_chunk_bytes(architecture, work, kind)
+        + loss_chunk_bytes(architecture, training, work, kind)
     )
 
 

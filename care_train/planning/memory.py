@@ -147,7 +147,11 @@ def _passing_items(
     return [
         Item(f"activations of the language model{suffix}", language, ("train",)),
         Item(f"activations of the vision tower{suffix}", vision, ("train",)),
-        Item("loss: chunk of logits", act.loss_chunk_bytes(architecture, work, kind), ("train",)),
+        Item(
+            "loss: chunk of logits",
+            act.loss_chunk_bytes(architecture, training, work, kind),
+            ("train",),
+        ),
         Item(
             "loss: gradients of hidden states and head",
             act.loss_gradient_bytes(architecture, training, work, kind),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from care_kernels import Clip
 from care_train.algorithm.types import GroupUpdate, Rollout, TrainSequence
 from care_train.distributed import all_sum
 from care_train.models.batch import ModelBatch, TokenSequence
@@ -224,38 +225,34 @@ class PolicyUpdater:
     def _micro_batch(self, items: Sequence[TrainItem], denominators: Denominators) -> MicroBatch:
         config = self._config
         per_group = config.algorithm == "care" and config.care.normalize_over == "group"
-        rows = [
-            loss_rows(
-                item.sequence,
-                sequence_scale(
-                    item.update,
-                    denominators,
-                    config.loss,
-                    config.rollout.max_new_tokens,
-                    per_group=per_group,
-                ),
+        scales = [
+            sequence_scale(
+                item.update,
+                denominators,
                 config.loss,
+                config.rollout.max_new_tokens,
+                per_group=per_group,
             )
             for item in items
         ]
+        sequences = [item.sequence for item in items]
+        rows = loss_rows(sequences, scales, config.loss, self._engine.device)
         batch = self._engine.collate([item.tokens for item in items])
         labels = tuple(item.tokens.prompt.location or "a prompt" for item in items)
         return MicroBatch(batch, self._loss_arguments(items, rows, batch), labels)
 
     def _loss_arguments(
-        self, items: Sequence[TrainItem], rows: Sequence[LossRows], batch: ModelBatch
+        self, items: Sequence[TrainItem], rows: LossRows, batch: ModelBatch
     ) -> dict[str, Any]:
         loss = self._config.loss
         join = self._join
         arguments: dict[str, Any] = {
-            "advantages": join([row.advantages for row in rows]),
-            "kl_weights": join([row.kl_weights for row in rows]),
-            "entropy_weights": join([row.entropy_weights for row in rows]),
+            "advantages": rows.advantages,
+            "kl_weights": rows.kl_weights,
+            "entropy_weights": rows.entropy_weights,
             "old_log_probs": join([item.old_log_probs for item in items]),
             "ref_log_probs": join([item.ref_log_probs for item in items]),
-            "clip_eps_low": loss.clip_eps_low,
-            "clip_eps_high": loss.clip_eps_high,
-            "dual_clip": loss.dual_clip,
+            "surrogate": Clip(loss.clip_eps_low, loss.clip_eps_high, loss.dual_clip),
             "kl_estimator": loss.kl_estimator,
             "ratio_level": loss.ratio_level,
         }

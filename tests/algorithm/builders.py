@@ -3,11 +3,25 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from care_train.algorithm.region_weights import token_credit
 from care_train.algorithm.reward import reward
-from care_train.algorithm.types import Member, Rollout, RolloutGroup, Spans, Subgroup
+from care_train.algorithm.settings import CareSettings
+from care_train.algorithm.types import (
+    Credit,
+    Member,
+    Region,
+    Rollout,
+    RolloutGroup,
+    Spans,
+    Subgroup,
+    TrainSequence,
+)
+from care_train.settings import LossSettings
+from care_train.training.loss import loss_rows
 
 LAMBDA = 0.1
 """The reward mix the hand-computed groups use: r is 1.0, 0.9, 0.1 or 0.0."""
@@ -106,3 +120,29 @@ def with_reward(rollout: Rollout, value: float) -> Rollout:
 def indices(subgroup: Subgroup) -> list[int | None]:
     """The members' places in the group, anchor first."""
     return [member.index for member in subgroup.members]
+
+
+def token_advantages(sequence: TrainSequence) -> torch.Tensor:
+    """Eq. 11's a_{i,t} of one sequence, [T], as the trainer has them made."""
+    return loss_rows([sequence], [1.0], LossSettings(), torch.device("cpu")).advantages
+
+
+def token_weights(sequence: TrainSequence) -> torch.Tensor:
+    """w_t / (sum_u w_u + eps_w), [T]: the token advantages of an advantage of 1."""
+    return token_advantages(replace(sequence, advantage=1.0))
+
+
+def region_weights(
+    rollout: Rollout, settings: CareSettings, *, is_negative: bool, earns_rationale: bool
+) -> torch.Tensor:
+    """w_t of line 40, [T]."""
+    credit = token_credit(
+        rollout, settings, is_negative=is_negative, earns_rationale=earns_rationale
+    )
+    return token_weights(TrainSequence(rollout, 1.0, replace(credit, normalize=False)))
+
+
+def credit_of(weights: Sequence[float], **options: Any) -> Credit:
+    """Any weights, token by token."""
+    regions = tuple(Region(t, t + 1, weight) for t, weight in enumerate(weights))
+    return Credit((0, 0), (0, 0), False, regions, **options)

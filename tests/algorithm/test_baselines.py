@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from care_train.algorithm.baselines import group_advantages, group_update, has_mixed_outcomes
-from care_train.algorithm.region_weights import token_advantages
 from care_train.config import build_config
 from care_train.settings import TABLE_5
-from tests.algorithm.builders import broken, make_rollout, right, wrong
+from tests.algorithm.builders import (
+    broken,
+    make_rollout,
+    right,
+    token_advantages,
+    token_weights,
+    wrong,
+)
 
 # Rewards 1, 1, .1, 0: mean .525, population variance .226875; lengths 10, 8, 9, 6.
 GROUP = [right(), right(think=1), wrong(think=2), broken()]
@@ -50,14 +56,14 @@ def test_dr_grpo_only_centres():
 def test_sequence_means_weigh_each_sequence_alike(name):
     """GRPO, GSPO: token-uniform weights 1/T, which sum to 1 however long the response."""
     for sequence, length in zip(update_of(name).sequences, LENGTHS, strict=True):
-        assert sequence.token_weights.tolist() == pytest.approx([1 / length] * length)
+        assert token_weights(sequence).tolist() == pytest.approx([1 / length] * length)
 
 
 @pytest.mark.parametrize("name", ["dapo", "dr_grpo"])
 def test_token_sums_weigh_each_token_alike(name):
     """DAPO, Dr. GRPO: weight 1 per token; what the sum is divided by is the loss's affair."""
     for sequence, length in zip(update_of(name).sequences, LENGTHS, strict=True):
-        assert sequence.token_weights.tolist() == [1.0] * length
+        assert token_weights(sequence).tolist() == [1.0] * length
 
 
 def test_all_sequences_train_and_count():
@@ -76,7 +82,7 @@ def test_equal_rewards_have_no_policy_gradient(name, level):
     update = update_of(name, [level() for _ in range(7)])
     assert len(update.sequences) == 7
     for sequence in update.sequences:
-        tokens = token_advantages(sequence.advantage, sequence.token_weights)
+        tokens = token_advantages(sequence)
         assert tokens.tolist() == [0.0] * len(tokens)
 
 

@@ -20,6 +20,7 @@ from tests.algorithm.builders import (
     make_rollout,
     make_subgroup,
     right,
+    token_weights,
     with_reward,
     wrong,
 )
@@ -266,14 +267,14 @@ class TestCredit:
         subgroup = make_subgroup(right(), [wrong()] * 2, reflect_on=0)
         update = subgroup_update(subgroup, SETTINGS, right(reflected=True))
         share = 0.005 / (5 * 0.005 + 5)
-        first = [float(s.token_weights[0]) for s in update.sequences]
+        first = [float(token_weights(s)[0]) for s in update.sequences]
         assert first == pytest.approx([share, share, 0.0])
 
     def test_a_pseudo_anchor_is_a_failure(self):
         """Line 40 reads acc: its answer is encouraged, its rationale is not."""
         subgroup = select_subgroup(make_group([wrong()] * 3), SETTINGS)
         assert isinstance(subgroup, Subgroup)
-        weights = subgroup_update(subgroup, SETTINGS).sequences[0].token_weights
+        weights = token_weights(subgroup_update(subgroup, SETTINGS).sequences[0])
         assert weights.tolist() == pytest.approx([0.0] * 5 + [0.2] * 5)
 
     def test_a_malformed_pseudo_anchor_earns_nothing(self):
@@ -285,4 +286,4 @@ class TestCredit:
         assert isinstance(subgroup, Subgroup)
         sequence = subgroup_update(subgroup, settings).sequences[0]
         assert sequence.role == "proxy_anchor" and sequence.advantage > 0
-        assert sequence.token_weights.tolist() == [0.0] * 6
+        assert token_weights(sequence).tolist() == [0.0] * 6

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from care_train.algorithm.care import select_subgroup, subgroup_update
-from care_train.algorithm.region_weights import region_weights
+from care_train.algorithm.region_weights import token_credit
 from care_train.algorithm.settings import CareSettings
 from care_train.algorithm.spans import parse_spans
 from care_train.algorithm.types import GroupUpdate, Spans, Subgroup, TrainSequence
@@ -23,7 +23,9 @@ from tests.algorithm.builders import (
     make_group,
     make_rollout,
     make_subgroup,
+    region_weights,
     right,
+    token_weights,
     with_reward,
     wrong,
 )
@@ -145,7 +147,7 @@ class TestMalformed:
         update = subgroup_update(subgroup_of(self.GROUP, settings), settings)
         by_role = {s.role: s for s in update.sequences if not s.rollout.spans.well_formed}
         for role, weight in (("anchor", anchor), ("negative", negative)):
-            assert by_role[role].token_weights.tolist() == pytest.approx([weight] * 6)
+            assert token_weights(by_role[role]).tolist() == pytest.approx([weight] * 6)
 
     @pytest.mark.parametrize(
         ("value", "weights"), [("no_answer", [0] * 3 + [0.25] * 4), ("bad_format", [1 / 7] * 7)]
@@ -155,7 +157,7 @@ class TestMalformed:
         negative = make_rollout(0.0, 0.0, think=1, answer=1)
         settings = care(f"malformed_when={value}")
         update = subgroup_update(make_subgroup(right(), [negative]), settings)
-        assert update.sequences[1].token_weights.tolist() == pytest.approx(weights)
+        assert token_weights(update.sequences[1]).tolist() == pytest.approx(weights)
 
 
 class TestPreselection:
@@ -299,8 +301,8 @@ class TestReflectionContext:
     REFLECTED = right(think=1, answer=1, reflected=True, prefix_ids=(7, 8, 9))
 
     def trained(self, context: str):
-        weights = region_weights(self.REFLECTED, care(), is_negative=False, earns_rationale=True)
-        sequence = TrainSequence(self.REFLECTED, 1.0, weights, "reflected_success")
+        credit = token_credit(self.REFLECTED, care(), is_negative=False, earns_rationale=True)
+        sequence = TrainSequence(self.REFLECTED, 1.0, credit, "reflected_success")
         update = GroupUpdate((sequence,), 1, len(self.REFLECTED.token_ids))
         return train(
             [update],
@@ -716,7 +718,7 @@ class TestKl:
     def test_tokens_of_weight_zero_are_regularised_too(self):
         """Every sampled token of S* has the same share of its sequence's KL."""
         (_, negative, _) = update_of(care()).sequences
-        rows = loss_rows(negative, 1 / 3, load_config().loss)
+        rows = loss_rows([negative], [1 / 3], load_config().loss, torch.device("cpu"))
         assert (rows.advantages == 0).any()
         assert rows.kl_weights is not None
         length = len(negative.rollout.token_ids)

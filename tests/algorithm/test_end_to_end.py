@@ -9,13 +9,12 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from care_train.algorithm.care import select_subgroup, subgroup_update
-from care_train.algorithm.region_weights import token_advantages
 from care_train.algorithm.reward import reward
 from care_train.algorithm.settings import CareSettings
 from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, Spans, Subgroup
 from care_train.config import build_config
 from tests.algorithm import transcription
-from tests.algorithm.builders import broken, make_rollout, right, wrong
+from tests.algorithm.builders import broken, make_rollout, right, token_advantages, wrong
 from tests.algorithm.transcription import Choices, Draws, algorithm_1
 
 PRESETS = {
@@ -233,7 +232,7 @@ def assert_same(case: Case) -> None:
     for sequence, item in zip(got, wanted, strict=True):
         assert sequence.raw_advantage == pytest.approx(item.A_raw, rel=1e-5)
         assert sequence.advantage == pytest.approx(item.A, rel=1e-5)
-        tokens = token_advantages(sequence.advantage, sequence.token_weights)
+        tokens = token_advantages(sequence)
         assert tokens.tolist() == pytest.approx(list(item.tokens), rel=1e-5, abs=1e-9)
 
 

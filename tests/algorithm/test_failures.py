@@ -3,10 +3,17 @@
 import pytest
 
 from care_train.algorithm.care import select_subgroup, subgroup_update
-from care_train.algorithm.region_weights import token_advantages
 from care_train.algorithm.types import Subgroup
 from care_train.config import build_config
-from tests.algorithm.builders import broken, indices, make_group, make_rollout, right, wrong
+from tests.algorithm.builders import (
+    broken,
+    indices,
+    make_group,
+    make_rollout,
+    right,
+    token_advantages,
+    wrong,
+)
 
 DEFAULT = build_config({}).care
 LITERAL = build_config({"preset": "literal"}).care
@@ -53,7 +60,7 @@ class TestMalformedNegatives:
         update = subgroup_update(subgroup_of(TestMalformedNegatives.GROUP, care), care)
         sequence = next(s for s in update.sequences if not s.rollout.spans.well_formed)
         assert sequence.advantage < 0
-        return token_advantages(sequence.advantage, sequence.token_weights).tolist()
+        return token_advantages(sequence).tolist()
 
     def test_default_penalises_every_token(self):
         """All T = 7 tokens share the advantage alike, and all of it."""

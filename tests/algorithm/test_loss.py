@@ -1,5 +1,7 @@
 """What the surrogate's rows are divided by (Eqs. 12-13; Algorithm 1, lines 41-43)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,11 +9,12 @@ from care_train.algorithm.types import GroupUpdate, TrainSequence, skipped_updat
 from care_train.settings import LossSettings
 from care_train.training.loss import (
     Denominators,
+    LossRows,
     local_denominators,
     loss_rows,
     sequence_scale,
 )
-from tests.algorithm.builders import make_rollout
+from tests.algorithm.builders import credit_of, make_rollout
 from tests.algorithm.fakes import train
 
 
@@ -19,7 +22,11 @@ def sequence(advantage: float, num_tokens: int) -> TrainSequence:
     """A sequence of S* whose weights are uniform and sum to 1."""
     rollout = make_rollout(think=None, answer=num_tokens - 3)
     assert len(rollout.token_ids) == num_tokens
-    return TrainSequence(rollout, advantage, torch.full((num_tokens,), 1 / num_tokens))
+    return TrainSequence(rollout, advantage, credit_of([1.0] * num_tokens))
+
+
+def rows_of(sequence: TrainSequence, scale: float, loss: LossSettings) -> LossRows:
+    return loss_rows([sequence], [scale], loss, torch.device("cpu"))
 
 
 def group(*sequences: TrainSequence) -> GroupUpdate:
@@ -65,8 +72,9 @@ def test_scale_of_each_aggregation(aggregation, per_group, scale_a, scale_b):
 
 def test_rows_by_hand():
     """Eqs. 11-13: a_t / |S*|; the KL's share of a token is beta / (T |S*|)."""
-    weights = torch.tensor([0.0, 0.25, 0.75])
-    rows = loss_rows(TrainSequence(make_rollout(), -2.0, weights), 0.1, LossSettings(kl_coef=0.6))
+    rollout = replace(make_rollout(), token_ids=(1, 2, 3))
+    credit = credit_of([0.0, 0.25, 0.75], normalize=False)
+    rows = rows_of(TrainSequence(rollout, -2.0, credit), 0.1, LossSettings(kl_coef=0.6))
     assert rows.advantages.tolist() == pytest.approx([0.0, -0.05, -0.15])
     assert rows.kl_weights is not None
     assert rows.kl_weights.tolist() == pytest.approx([0.6 * 0.1 / 3] * 3)
@@ -77,7 +85,7 @@ def test_rows_by_hand():
 def test_under_a_token_mean_every_token_has_the_same_kl_share(aggregation):
     """Long sequences then count for more, in the KL as in the surrogate."""
     loss = LossSettings(kl_coef=0.5, entropy_coef=0.2, aggregation=aggregation)
-    rows = loss_rows(sequence(1.0, 5), 0.1, loss)
+    rows = rows_of(sequence(1.0, 5), 0.1, loss)
     assert rows.kl_weights is not None and rows.entropy_weights is not None
     assert rows.kl_weights.tolist() == pytest.approx([0.05] * 5)
     assert rows.entropy_weights.tolist() == pytest.approx([0.02] * 5)
@@ -85,7 +93,7 @@ def test_under_a_token_mean_every_token_has_the_same_kl_share(aggregation):
 
 def test_no_coefficient_no_rows():
     """beta = 0 asks for no KL, and so for no reference."""
-    rows = loss_rows(sequence(1.0, 5), 0.1, LossSettings(kl_coef=0.0))
+    rows = rows_of(sequence(1.0, 5), 0.1, LossSettings(kl_coef=0.0))
     assert rows.kl_weights is None and rows.entropy_weights is None
 
 

@@ -7,17 +7,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from care_train.algorithm.region_weights import (
-    normalize_weights,
-    region_weights,
-    token_advantages,
-)
 from care_train.algorithm.settings import CareSettings
-from care_train.algorithm.types import Spans
-from tests.algorithm.builders import broken, make_rollout, right, wrong
+from care_train.algorithm.types import Spans, TrainSequence
+from tests.algorithm.builders import (
+    broken,
+    credit_of,
+    make_rollout,
+    region_weights,
+    right,
+    token_advantages,
+    wrong,
+)
 
 GAMMA = 0.005
 SETTINGS = CareSettings()
+
+
+def spread(advantage: float, weights: list[float], weight_eps: float = 1e-8) -> torch.Tensor:
+    """Eq. 11 on tokens of any weights."""
+    rollout = replace(make_rollout(), token_ids=tuple(range(len(weights))))
+    credit = credit_of(weights, weight_eps=weight_eps)
+    return token_advantages(TrainSequence(rollout, advantage, credit))
 
 
 def weights(rollout, is_positive, **changes) -> list[float]:
@@ -131,8 +141,8 @@ def test_a_response_of_eos_alone_is_malformed():
 
 def test_token_advantages_by_hand():
     """Eq. 11: w = (.5, .5, 1), eps_w = 2: a = A w / (2 + 2)."""
-    normalized = normalize_weights(torch.tensor([0.5, 0.5, 1.0]), 2.0)
-    assert token_advantages(-8.0, normalized).tolist() == pytest.approx([-1.0, -1.0, -2.0])
+    tokens = spread(-8.0, [0.5, 0.5, 1.0], weight_eps=2.0)
+    assert tokens.tolist() == pytest.approx([-1.0, -1.0, -2.0])
 
 
 @given(
@@ -141,10 +151,10 @@ def test_token_advantages_by_hand():
 )
 def test_a_sequence_hands_out_its_whole_advantage(values, advantage):
     """Eq. 11: over a sequence the a_t sum to A, however long it is."""
-    tokens = token_advantages(advantage, normalize_weights(torch.tensor(values), 1e-8))
+    tokens = spread(advantage, values)
     assert float(tokens.sum()) == pytest.approx(advantage, rel=1e-4, abs=1e-6)
 
 
 def test_no_weight_is_no_advantage():
     """eps_w: a sequence whose weights are all 0 gets zeros, not NaN."""
-    assert token_advantages(2.0, normalize_weights(torch.zeros(4), 1e-8)).tolist() == [0.0] * 4
+    assert spread(2.0, [0.0] * 4).tolist() == [0.0] * 4

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from care_train.algorithm.selection import pool_rationale
+from care_kernels import pool_rationale
 from care_train.algorithm.types import Spans
 from care_train.training.scoring import rationale_positions
 from tests.algorithm.builders import broken, make_rollout, right, wrong

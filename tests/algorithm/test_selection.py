@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from care_kernels import pool_rationale
 from care_train.algorithm.selection import (
     cosine_distances,
     failures,
     farthest_first,
-    pool_rationale,
     positives,
     select_anchor,
     select_hard_negatives,

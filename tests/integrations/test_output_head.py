@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from care_kernels import linear_log_probs
-from care_kernels.integrations._output_head import GatheringLogProbs
+from care_kernels.integrations.transformers import GatheringLogProbs
 
 
 @pytest.mark.parametrize("with_entropy", [True, False])

@@ -1,5 +1,6 @@
 """A GRPOTrainer on these kernels computes what TRL alone does."""
 
+import copy
 import logging
 from typing import Any
 
@@ -42,11 +43,21 @@ FUSED: list[dict[str, Any]] = [
     {"temperature": 0.7},
     {"entropy_coef": 0.05},
     {"entropy_coef": 0.05, "beta": 0.1, "use_bias_correction_kl": False},
+    {"loss_type": "cispo", "epsilon_high": 1.02},
+    {"loss_type": "sapo"},
+    {"loss_type": "sapo", "importance_sampling_level": "sequence", "beta": 0.1},
+    {"beta": 0.1, "use_bias_correction_kl": True},
+    {
+        "importance_sampling_level": "sequence",
+        "loss_type": "grpo",
+        "beta": 0.1,
+        "use_bias_correction_kl": True,
+    },
+    {"delta": 1.02, "epsilon_high": 0.3},
 ]
 LOG_PROBS: list[dict[str, Any]] = [
-    *({"loss_type": name} for name in ("cispo", "sapo", "vespo")),
-    {"beta": 0.1, "use_bias_correction_kl": True},
-    {"delta": 1.02, "epsilon_high": 0.3},
+    {"loss_type": "vespo"},
+    {"delta": 0.9},
     {"top_entropy_quantile": 0.4},
     {"off_policy_mask_threshold": 0.05},
     {"use_adaptive_entropy": True, "entropy_target": 10.0, "entropy_coef": 0.05},
@@ -86,7 +97,7 @@ def test_fused_loss_gradients_and_metrics(settings, pair):
     _assert_same(plain, ours, micro_batch(plain))
 
 
-@pytest.mark.parametrize("settings", [{}, FUSED[7], FUSED[-1], *LOG_PROBS], ids=_name)
+@pytest.mark.parametrize("settings", [{}, FUSED[7], FUSED[14], *LOG_PROBS], ids=_name)
 def test_log_prob_loss_gradients_and_metrics(settings, pair):
     """The options that need TRL's own formula, and some that do not, on the other path."""
     plain, ours, choice = pair(path="log_probs" if settings in FUSED else None, **settings)
@@ -129,10 +140,12 @@ def test_on_policy_and_empty_micro_batches(path, pair):
     [
         ("fused", {}),
         ("fused", {"beta": 0.05, "use_bias_correction_kl": False}),
-        ("log_probs", {"beta": 0.05}),
+        ("fused", {"beta": 0.05}),
+        ("fused", {"loss_type": "cispo"}),
+        ("log_probs", {"beta": 0.05, "loss_type": "vespo"}),
         ("fused", {"reward": tie_often}),
     ],
-    ids=["fused", "fused with KL", "log-probs with KL", "zero advantages"],
+    ids=["fused", "fused with KL", "TRL's default KL", "cispo", "log-probs", "zero advantages"],
 )
 def test_training_run(path, settings, tiny_folder, tmp_path):
     """Two updates on each batch: losses, gradient norms, metrics and weights as without us."""
@@ -150,7 +163,7 @@ def test_training_run(path, settings, tiny_folder, tmp_path):
 def test_images(kind, path, tiny_folder, tmp_path):
     """A vision-language model with images trains as without us, on both paths."""
     settings = {"num_iterations": 2, "steps_per_generation": 2}
-    settings |= {"loss_type": "cispo", "beta": 0.05} if path == "log_probs" else {}
+    settings |= {"loss_type": "vespo", "beta": 0.05} if path == "log_probs" else {}
     metrics, weights = train(tiny_folder(kind), tmp_path, None, **settings)
     our_metrics, our_weights = train(tiny_folder(kind), tmp_path, path, **settings)
     for ours, theirs in zip(our_metrics, metrics, strict=True):
@@ -194,11 +207,11 @@ def test_router_loss(pair, tiny_folder):
 
 def test_choice_is_logged_with_its_reason(tiny_folder, tmp_path, caplog):
     """One line says which path runs and why."""
-    trainer = build_trainer(tiny_folder("tiny-qwen2"), tmp_path, loss_type="sapo")
+    trainer = build_trainer(tiny_folder("tiny-qwen2"), tmp_path, loss_type="vespo")
     with caplog.at_level(logging.INFO, logger=integration.__name__):
         use_care_kernels(trainer)
     (message,) = (r.getMessage() for r in caplog.records if r.name == integration.__name__)
-    assert "log_probs" in message and "loss_type='sapo'" in message
+    assert "log_probs" in message and "loss_type='vespo'" in message
 
 
 def test_subclass_with_its_own_loss_keeps_it(tiny_folder, tmp_path):
@@ -213,6 +226,32 @@ def test_subclass_with_its_own_loss_keeps_it(tiny_folder, tmp_path):
     ours = build_trainer(folder, tmp_path, trainer_class=Doubled)
     assert "Doubled" in use_care_kernels(ours).reason
     _assert_same(plain, ours, micro_batch(plain))
+
+
+def test_a_copy_of_the_model_has_weights_of_its_own(pair):
+    """A deep copy (a reference, an average of weights) answers by its own weights, not ours."""
+    plain, ours, _ = pair()
+    copied = copy.deepcopy(ours.model)
+    with torch.no_grad():
+        copied.lm_head.weight.mul_(2)
+        inputs = {"input_ids": torch.full((1, 5), 20)}
+        logits = copied(**inputs).logits
+        want = 2 * plain.model(**inputs).logits
+    torch.testing.assert_close(logits, want)
+
+
+@pytest.mark.parametrize("settings", [{}, {"beta": 0.1}, {"loss_type": "vespo"}], ids=_name)
+def test_bfloat16_autocast(settings, pair):
+    """TRL's default, float32 weights under bf16 autocast: TRL's loss and gradients to bfloat16."""
+    plain, ours, _ = pair(bf16=True, **settings)
+    batch = micro_batch(plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, gradients, _ = loss_and_gradients(plain, batch)
+        our_loss, our_gradients, _ = loss_and_gradients(ours, batch)
+    torch.testing.assert_close(our_loss, loss, rtol=2e-2, atol=2e-3)
+    for name, gradient in gradients.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(our_gradients[name], gradient, rtol=0, atol=0.05 * scale + 1e-6)
 
 
 def test_disagreement_with_trl_stops_the_run(pair, monkeypatch):
@@ -242,8 +281,8 @@ class _AdaptedHead(nn.Module):
 
 def test_errors_name_what_came(tiny_folder, tmp_path, monkeypatch):
     """An adapter on the head, quantisation, versions, paths and options that cannot be."""
-    trainer = build_trainer(tiny_folder("tiny-qwen2"), tmp_path, loss_type="cispo")
-    with pytest.raises(ValueError, match=r"'fused' with loss_type='cispo' .*grpo, bnpo"):
+    trainer = build_trainer(tiny_folder("tiny-qwen2"), tmp_path, loss_type="vespo")
+    with pytest.raises(ValueError, match=r"'fused' with loss_type='vespo' .*grpo, bnpo"):
         use_care_kernels(trainer, "fused")
     with pytest.raises(ValueError, match="path: got 'fast'"):
         choose_path(trainer, "fast")
@@ -251,12 +290,14 @@ def test_errors_name_what_came(tiny_folder, tmp_path, monkeypatch):
         use_care_kernels(object())  # pyright: ignore[reportArgumentType]
     head = trainer.model.lm_head
     trainer.model.lm_head = _AdaptedHead(head)
-    with pytest.raises(ValueError, match="adapter on its output head"):
+    with pytest.raises(ValueError, match=r"got .*_AdaptedHead; wanted a plain head or a LoRA"):
         use_care_kernels(trainer)
     quantised = nn.Linear(2, 2)
     quantised.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
     trainer.model.lm_head = quantised
-    with pytest.raises(ValueError, match=r"quantised output head \(torch.uint8\)"):
+    with pytest.raises(
+        ValueError, match=r"got a Parameter of torch.uint8; wanted .*dequantise the head"
+    ):
         use_care_kernels(trainer)
     monkeypatch.setattr(integration.trl, "__version__", "1.9.2")
     with pytest.raises(ValueError, match=r"trl: got version 1\.9\.2; wanted 1\.16\.x"):

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from care_kernels import Clip
 from care_kernels.care_loss import CareLossOutput, care_loss
-from care_kernels.reference import (
+from care_kernels.oracle import (
     reference_entropy,
     reference_exact_kl,
+    reference_flags,
     reference_log_probs,
     reference_logits,
     reference_ratio,
@@ -87,7 +89,6 @@ def transcription(case: Case, dtype: torch.dtype = torch.float64) -> CareLossOut
     case = {name: cast(value, dtype) for name, value in case.items()}
     transform = ("temperature", "logit_softcap", "logit_scale", "bias")
     options = {name: case[name] for name in transform if name in case}
-    clip = (case.get("clip_eps_low", 0.2), case.get("clip_eps_high", 0.28), case.get("dual_clip"))
     credit = reference_token_advantages(
         *(case[name] for name in ("advantages", "think_spans", "answer_spans", "is_positive")),
         [T] * B,
@@ -106,7 +107,9 @@ def transcription(case: Case, dtype: torch.dtype = torch.float64) -> CareLossOut
         is_sequence = case.get("ratio_level") == "sequence"
         ids = torch.zeros_like(tokens) if is_sequence else None
         ratio = reference_ratio(log_probs, None if old is None else old[i, tokens], ids)
-        surrogate = reference_surrogate(ratio, credit[i][tokens].to(dtype), *clip)
+        surrogate = reference_surrogate(
+            case.get("surrogate", Clip()), ratio, log_probs, credit[i][tokens].to(dtype)
+        )
         if "importance_weights" in case:
             surrogate = surrogate * case["importance_weights"][i, tokens]
         kl = torch.zeros_like(log_probs)
@@ -127,10 +130,7 @@ def transcription(case: Case, dtype: torch.dtype = torch.float64) -> CareLossOut
         for name, value in zip(PER_TOKEN, (log_probs, entropy, kl, ratio), strict=True):
             out[name][i, tokens] = value.detach()
     credit = torch.stack(credit)
-    low = (credit < 0) & (out["ratio"] < 1 - clip[0])
-    high = (credit > 0) & (out["ratio"] > 1 + clip[1])
-    if clip[2] is not None:
-        high = high | ((credit < 0) & (out["ratio"] > clip[2]))
+    low, high = reference_flags(case.get("surrogate", Clip()), out["ratio"], credit)
     return CareLossOutput(loss, credit, **out, clipped_low=low, clipped_high=high)
 
 

@@ -1,6 +1,7 @@
 """`care_loss`: Eqs. 11-13 in one call, against a transcription of the equations in float64."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from care_kernels import Clip
 from care_kernels.care_loss import CareLoss, care_loss
-from care_kernels.reference import (
+from care_kernels.oracle import (
     reference_log_probs,
     reference_logits,
     reference_ratio,
@@ -22,7 +24,7 @@ from care_kernels.vocab_parallel import VocabShard
 from care_train.algorithm.types import TrainSequence
 from care_train.settings import LossSettings
 from care_train.training.loss import loss_rows
-from tests.algorithm.builders import right
+from tests.algorithm.builders import credit_of, right
 from tests.kernels.care_cases import (
     PER_TOKEN,
     B,
@@ -95,7 +97,7 @@ def test_follows_the_equations(dtype: torch.dtype, level: str, estimator: str | 
     "options",
     (
         {"think_weight": 0.5, "weight_eps": 0.1},
-        {"clip_eps_low": 0.05, "clip_eps_high": 0.1, "dual_clip": 1.2},
+        {"surrogate": Clip(0.05, 0.1, dual=1.2)},
         {"entropy_coef": 0.1},
         {"temperature": 0.7, "logit_softcap": 3.0, "logit_scale": 1.5},
         {"num_sequences": 17.5},
@@ -226,8 +228,10 @@ def test_the_trainers_rows() -> None:
     for i in (0, 1, 3, 4):
         (tokens,) = case["response_mask"][i].nonzero(as_tuple=True)
         advantage = case["advantages"][i].item()
-        sequence = TrainSequence(right(), advantage, credit[i, tokens] / advantage)
-        rows = loss_rows(sequence, 0.25, settings)
+        weights = (credit[i, tokens] / advantage).tolist()
+        rollout = replace(right(), token_ids=tuple(range(len(weights))))
+        sequence = TrainSequence(rollout, advantage, credit_of(weights, normalize=False))
+        rows = loss_rows([sequence], [0.25], settings, torch.device("cpu"))
         torch.testing.assert_close(rows.advantages, credit[i, tokens] / 4)
         total += _trainer_gradient(case, i, tokens, rows)
     torch.testing.assert_close(grads["head_weight"], total)
@@ -270,8 +274,8 @@ def test_never_holds_the_vocabulary() -> None:
 
 def test_module_is_the_function() -> None:
     """Options in the constructor, tensors in the call."""
-    case = with_kl(make_case(bias=True), "k3") | {"clip_eps_low": 0.1, "dual_clip": 2.0}
-    options = {n: case.pop(n) for n in ("kl_coef", "kl_estimator", "clip_eps_low", "dual_clip")}
+    case = with_kl(make_case(bias=True), "k3") | {"surrogate": Clip(0.1, dual=2.0)}
+    options = {n: case.pop(n) for n in ("kl_coef", "kl_estimator", "surrogate")}
     loss = CareLoss(**options)
     want = care_loss(**case, **options)
     for module in (loss, copy.deepcopy(loss)):
@@ -283,8 +287,10 @@ def test_module_is_the_function() -> None:
 
 def test_module_shows_its_options() -> None:
     """Its repr is the call that makes it."""
-    loss = CareLoss(kl_coef=0.02, clip_eps_high=0.3)
-    assert repr(loss).startswith("CareLoss(think_weight=0.005, weight_eps=1e-08, kl_coef=0.02,")
+    loss = CareLoss(kl_coef=0.02, surrogate=Clip(high=0.3))
+    assert repr(loss).startswith(
+        "CareLoss(surrogate=Clip(low=0.2, high=0.3, dual=None), think_weight=0"
+    )
     assert repr(eval(repr(loss))) == repr(loss)
 
 
@@ -295,7 +301,7 @@ def _trainer_gradient(case: Case, i: int, tokens: Tensor, rows: Any) -> Tensor:
     log_probs = reference_log_probs(logits, case["token_ids"][i, tokens])
     ratio = reference_ratio(log_probs, case["old_log_probs"][i, tokens])
     kl = reference_sampled_kl("k3", log_probs, case["ref_log_probs"][i, tokens])
-    surrogate = reference_surrogate(ratio, rows.advantages, 0.2, 0.28)
+    surrogate = reference_surrogate(Clip(), ratio, log_probs, rows.advantages)
     ((rows.kl_weights * kl).sum() - surrogate.sum()).backward()
     assert weight.grad is not None
     return weight.grad

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from care_kernels import linear_log_probs
-from care_kernels.head import head_parameters
+from care_kernels.heads import head_parameters
 from tests.kernels.cases import assert_same
 
 WIDTH, VOCAB, RANK = 16, 50, 4
@@ -301,7 +301,7 @@ def test_refused(name: str) -> None:
 def test_never_imports_peft() -> None:
     """`care_kernels.head` needs torch alone, whatever it is shown."""
     code = (
-        "import sys; from care_kernels.head import head_parameters; import torch;"
+        "import sys; from care_kernels.heads import head_parameters; import torch;"
         "head_parameters(torch.nn.Linear(2, 3)); assert 'peft' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

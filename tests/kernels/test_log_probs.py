@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from care_kernels import linear_log_probs
-from care_kernels.reference import reference_entropy, reference_log_probs, reference_logits
+from care_kernels.oracle import reference_entropy, reference_log_probs, reference_logits
 from tests.kernels.cases import LEAVES, RUN_OPTIONS, Case, assert_close, assert_same, head_case
 from tests.kernels.dispatch import Watch
 

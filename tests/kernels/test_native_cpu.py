@@ -13,11 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from care_kernels import _native_cpu, linear_log_probs
-from care_kernels._launch import logit_chunk
-from care_kernels._logit_chunk import Head, LogitChunk, NativeChunk, TorchChunk
-from care_kernels.reference import reference_entropy, reference_log_probs, reference_logits
-from care_kernels.row_softmax import LogitTransform, RowGradients, RowStatistics
+from care_kernels import cpu, linear_log_probs
+from care_kernels.backends import (
+    Head,
+    LogitChunk,
+    NativeChunk,
+    TorchChunk,
+    kernels_for,
+    logit_chunk,
+)
+from care_kernels.oracle import reference_entropy, reference_log_probs, reference_logits
+from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics
 from tests.kernels.cases import (
     Case,
     assert_close,
@@ -34,7 +40,7 @@ from tests.kernels.tolerances import SAME_MATHS, TWO_ROUNDINGS
 ROOT = Path(__file__).parents[2]
 
 needs_native = pytest.mark.skipif(
-    _native_cpu.native_ops() is None,
+    cpu.native_ops() is None,
     reason="the C++ CPU kernels do not run here (AVX-512 and a C++20 compiler)",
 )
 
@@ -67,14 +73,19 @@ def upstream_of(num_rows: int) -> RowGradients:
     return RowGradients(ramp, ramp.flip(0).masked_fill(torch.arange(num_rows) % 3 == 2, 0.0))
 
 
+def portable_chunk(head: Head, num_rows: int, *, with_entropy: bool) -> TorchChunk:
+    """The torch operations that the C++ kernels are held against."""
+    return TorchChunk(head, num_rows, torch.float32, torch.float32, with_entropy=with_entropy)
+
+
 def run_chunk(
     chunk: LogitChunk, case: Case, upstream: RowGradients, *, with_entropy: bool = True
 ) -> tuple[RowStatistics, Tensor]:
     """Statistics and the gradient of the raw logits."""
-    stats = chunk.project(case["hidden"], case["target_ids"])
+    stats = chunk.project(case["hidden"], case["target_ids"], keep=True)
     if not with_entropy:
         upstream = upstream._replace(entropy=None)
-    return stats, chunk.gradients(case["target_ids"], stats, upstream)
+    return stats, chunk.gradients(case["target_ids"], stats, upstream).matrix
 
 
 def run_double(
@@ -109,7 +120,7 @@ def test_statistics_and_gradients(shape: tuple[int, int, int], kind: str, bias: 
     head = head_of(case, transform)
     for with_entropy in (False, True):
         native = NativeChunk(head, num_rows, with_entropy=with_entropy, with_gradients=True)
-        portable = TorchChunk(head, num_rows, torch.float32, with_entropy=with_entropy)
+        portable = portable_chunk(head, num_rows, with_entropy=with_entropy)
         got, gradient = run_chunk(native, case, upstream, with_entropy=with_entropy)
         torch_stats, _ = run_chunk(portable, case, upstream, with_entropy=with_entropy)
         log_probs, entropy, want = run_double(case, transform, upstream, with_entropy=with_entropy)
@@ -131,7 +142,7 @@ def test_agrees_with_the_portable_code(kind: str) -> None:
     case = head_case(70, 34, 211, torch.bfloat16, bias=True, spread=3.0)
     head, upstream = head_of(case, TRANSFORMS[kind]), upstream_of(70)
     native = NativeChunk(head, 70, with_entropy=True, with_gradients=True)
-    portable = TorchChunk(head, 70, torch.float32, with_entropy=True)
+    portable = portable_chunk(head, 70, with_entropy=True)
     got, gradient = run_chunk(native, case, upstream)
     want, want_gradient = run_chunk(portable, case, upstream)
     for name in ("log_probs", "max_logit", "log_total", "entropy"):
@@ -152,7 +163,7 @@ def test_huge_logits(size: float) -> None:
         NativeChunk(head, 65, with_entropy=True, with_gradients=True), case, upstream
     )
     portable, torch_gradient = run_chunk(
-        TorchChunk(head, 65, torch.float32, with_entropy=True), case, upstream
+        portable_chunk(head, 65, with_entropy=True), case, upstream
     )
     log_probs, entropy, want = run_double(case, transform, upstream)
     assert got.entropy is not None and portable.entropy is not None
@@ -175,7 +186,8 @@ def test_log_prob_precision() -> None:
 def chunk_kind(case: Case) -> type:
     head = head_of(case, LogitTransform())
     options: dict[str, Any] = {"with_entropy": False, "with_gradients": True, "ref_head": None}
-    return type(logit_chunk("torch", case["hidden"].dtype, head, 1, **options))
+    dtype = case["hidden"].dtype
+    return type(logit_chunk(kernels_for("torch", dtype, head, None), dtype, head, 1, **options))
 
 
 def restrided(case: Case, layout: str) -> Case:
@@ -298,7 +310,7 @@ def test_fallbacks(tmp_path: Path) -> None:
 @needs_native
 def test_concurrent_first_builds(tmp_path: Path) -> None:
     """Two processes that both find no library both build one, and both run it."""
-    library = _native_cpu._build()
+    library = cpu._build()
     cache, calls = tmp_path / "cache", tmp_path / "calls"
     calls.mkdir()
     # In place of the compiler: wait until both builds are under way, then copy what it would make.

@@ -1,49 +1,72 @@
-"""`objective`: the per-token maths on vectors, against autograd through the reference."""
+"""`objective`: the per-token maths on vectors, against autograd through the oracle."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from care_kernels.objective import (
-    ClipRange,
+    Cispo,
+    Clip,
+    RowTerms,
+    Sapo,
     SequenceGroups,
+    Surrogate,
+    SurrogateRows,
+    row_objective,
     sampled_kl,
-    sequence_surrogate,
-    token_surrogate,
 )
-from care_kernels.reference import reference_ratio, reference_sampled_kl, reference_surrogate
+from care_kernels.oracle import (
+    reference_flags,
+    reference_ratio,
+    reference_sampled_kl,
+    reference_surrogate,
+)
+from care_kernels.softmax import RowStatistics
 from tests.kernels.cases import assert_same
 
-CLIP = ClipRange(0.2, 0.28)
+SURROGATES = (Clip(), Clip(dual=3.0), Cispo(1.5), Cispo(1.28, 0.8), Sapo(), Sapo(2.0, 0.5))
 
 
 def double(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("dual", (None, 3.0))
+def at_ratio(surrogate: Surrogate, ratio: float, advantage: float) -> SurrogateRows:
+    return surrogate(double(ratio), double(-1.0), double(advantage))
+
+
+@pytest.mark.parametrize("estimator", (None, "k1", "k2", "k3", "k3_unbiased"))
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
 @pytest.mark.parametrize("level", ("token", "sequence"))
-def test_surrogate_follows_autograd(level: str, dual: float | None) -> None:
-    """Eq. 12 and GSPO: value, d/dlogp and ratio equal autograd's through the reference."""
+def test_objective_follows_autograd(
+    level: str, surrogate: Surrogate, estimator: str | None
+) -> None:
+    """Every surrogate and KL: value, d/dlogp, ratio and flags equal autograd's of the oracle."""
     generator = torch.Generator().manual_seed(0)
-    log_ratio = torch.randn(200, generator=generator, dtype=torch.float64).requires_grad_()
-    advantages = torch.randn(200, generator=generator, dtype=torch.float64)
+    log_probs = torch.randn(200, generator=generator, dtype=torch.float64).requires_grad_()
+    advantages, old, ref, weights = torch.randn(4, 200, generator=generator, dtype=torch.float64)
     advantages[::5] = 0
     ids = torch.randint(30, (200,), generator=generator)
-    old = torch.zeros_like(advantages)
-    ratio = reference_ratio(log_ratio, old, ids if level == "sequence" else None)
-    value = reference_surrogate(ratio, advantages, CLIP.low, CLIP.high, dual)
-    (grad,) = torch.autograd.grad(value.sum(), log_ratio)
+    ratio = reference_ratio(log_probs, old, ids if level == "sequence" else None)
+    value = -reference_surrogate(surrogate, ratio, log_probs, advantages)
+    if estimator is not None:
+        kl = reference_sampled_kl(estimator, log_probs, ref)
+        value = value + weights * (ratio * kl if estimator == "k3_unbiased" else kl)
+    (grad,) = torch.autograd.grad(value.sum(), log_probs)
 
-    clip = ClipRange(CLIP.low, CLIP.high, dual)
-    if level == "sequence":
-        groups = SequenceGroups.from_ids(ids)
-        ours = sequence_surrogate(log_ratio.detach(), advantages, clip, groups)
-    else:
-        ours = token_surrogate(log_ratio.detach(), advantages, clip)
-    assert_same(ours.value, value.detach())
+    zeros = torch.zeros(200, dtype=torch.float64)
+    ours, upstream = row_objective(
+        RowStatistics(log_probs.detach(), zeros, zeros),
+        RowTerms(advantages, old, ref, None if estimator is None else weights, None),
+        surrogate,
+        estimator or "k3",
+        groups=SequenceGroups.from_ids(ids) if level == "sequence" else None,
+    )
+    assert_same(ours.loss, value.detach())
     assert_same(ours.ratio, ratio.detach())
-    assert_same(ours.grad_log_probs, grad)
+    assert_same(upstream.log_probs, grad)
+    flags = reference_flags(surrogate, ratio.detach(), advantages)
+    assert torch.equal(ours.clipped_low, flags[0]) and torch.equal(ours.clipped_high, flags[1])
 
 
 @pytest.mark.parametrize(
@@ -66,9 +89,9 @@ def test_clip_edges(ratio: float, advantage: float, grad: float, low: bool, high
     """Eq. 12's gradient is cut beyond the bound on the advantage's side only, and flagged there."""
     # The bounds themselves, where log and exp would not come back to the same number.
     nudge = 1 - 1e-12 if advantage > 0 else 1 + 1e-12
-    log_ratio = double(ratio * nudge).log()
-    ours = token_surrogate(log_ratio, double(advantage), ClipRange(0.2, 0.28, 3.0))
-    assert ours.grad_log_probs.item() == pytest.approx(grad, rel=1e-9)
+    ours = at_ratio(Clip(0.2, 0.28, 3.0), ratio * nudge, advantage)
+    assert ours.along_ratio is not None
+    assert ours.along_ratio.item() == pytest.approx(grad, rel=1e-9)
     assert (bool(ours.clipped_low), bool(ours.clipped_high)) == (low, high)
 
 
@@ -78,18 +101,45 @@ def test_clip_edges(ratio: float, advantage: float, grad: float, low: bool, high
 )
 def test_clip_values(ratio: float, advantage: float, value: float) -> None:
     """Eq. 12's summand with the dual clip at 3, by hand."""
-    ours = token_surrogate(double(ratio).log(), double(advantage), ClipRange(0.2, 0.28, 3.0))
+    ours = at_ratio(Clip(0.2, 0.28, 3.0), ratio, advantage)
     assert ours.value.item() == pytest.approx(value, rel=1e-9)
 
 
 def test_flags_say_where_the_gradient_is_cut() -> None:
     """For a row with an advantage: flagged if and only if the surrogate's gradient is zero."""
-    log_ratio = torch.linspace(-2, 2, 401)
+    ratio = torch.linspace(-2, 2, 401).exp()
     for advantage in (-0.7, 0.7):
-        ours = token_surrogate(
-            log_ratio, torch.full((401,), advantage), ClipRange(0.2, 0.28, dual=2.0)
-        )
-        assert torch.equal(ours.clipped_low | ours.clipped_high, ours.grad_log_probs == 0)
+        ours = Clip(dual=2.0)(ratio, ratio.log(), torch.full((401,), advantage))
+        assert ours.along_ratio is not None
+        assert torch.equal(ours.clipped_low | ours.clipped_high, ours.along_ratio == 0)
+
+
+def test_cispo_and_sapo_by_hand() -> None:
+    """CISPO: the capped ratio times the log-prob of -1. SAPO: at ratio 1 the plain gradient."""
+    capped = at_ratio(Cispo(2.0), 3.0, 0.5)
+    assert (capped.value.item(), bool(capped.clipped_high)) == (-1.0, True)
+    assert capped.along_log_prob is not None and capped.along_log_prob.item() == 1.0
+    for advantage, temperature in ((0.5, 1.0), (-0.5, 1.05)):
+        soft = at_ratio(Sapo(), 1.0, advantage)
+        assert soft.along_ratio is not None
+        assert soft.along_ratio.item() == pytest.approx(advantage)
+        assert soft.value.item() == pytest.approx(2 / temperature * advantage)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    (
+        (lambda: Clip(low=-0.1), r"Clip\.low: got -0.1; wanted 0 or more"),
+        (lambda: Clip(high=float("nan")), r"Clip\.high: got nan; wanted 0 or more"),
+        (lambda: Clip(dual=1.0), r"Clip\.dual: got 1.0; wanted None or more than 1"),
+        (lambda: Cispo(0.5, 0.8), r"Cispo\.min_ratio, max_ratio: got 0.8, 0.5; wanted"),
+        (lambda: Sapo(0.0), r"Sapo\.positive_temperature: got 0.0; wanted more than 0"),
+    ),
+)
+def test_surrogates_refuse(make, message: str) -> None:
+    """A bound that is no bound is refused where it is made."""
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize("estimator", ("k1", "k2", "k3"))
@@ -121,22 +171,16 @@ def test_k3_keeps_the_digits_of_a_small_difference() -> None:
     assert value.item() >= 0
 
 
-def test_unknown_estimator() -> None:
-    """The message names the argument and the choices."""
-    with pytest.raises(ValueError, match="kl_estimator: got 'k4'"):
-        sampled_kl("k4", double(0.0), double(0.0))
-
-
 def test_sequence_groups() -> None:
     """Ids are names: any integers in any order, and sums come back in row order."""
     ids = torch.tensor([7, -3, 7, 10**12, -3, 7])
     groups = SequenceGroups.from_ids(ids)
     values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
     assert groups.sum(values).tolist() == [37.0, 18.0, 37.0, 8.0, 18.0, 37.0]
-    assert groups.count(torch.float32).tolist() == [3.0, 2.0, 3.0, 1.0, 2.0, 3.0]
+    assert groups.mean(values).tolist() == pytest.approx([37 / 3, 9, 37 / 3, 8, 9, 37 / 3])
 
 
 def test_no_sequences() -> None:
     """An empty batch has no sequences."""
     groups = SequenceGroups.from_ids(torch.zeros(0, dtype=torch.long))
-    assert groups.sum(torch.zeros(0)).shape == groups.count(torch.float32).shape == (0,)
+    assert groups.sum(torch.zeros(0)).shape == groups.mean(torch.zeros(0)).shape == (0,)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from care_kernels import _policy_sweep, linear_policy_loss
-from care_kernels.reference import reference_log_probs
+from care_kernels import Clip, linear_policy_loss
+from care_kernels.chunks import chunk_rows
+from care_kernels.objective import SKIPPED_ROW, PolicyLoss
+from care_kernels.oracle import reference_log_probs
 from tests.kernels.cases import (
     PER_ROW,
     Case,
@@ -47,7 +49,7 @@ def keep_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turn row compaction off."""
     # By module name: the package's attribute of that name is the function.
     monkeypatch.setattr(
-        import_module("care_kernels.linear_policy_loss"),
+        import_module("care_kernels.loss"),
         "active_rows",
         lambda terms, sequence_ids: torch.arange(terms.advantages.numel()),
     )
@@ -96,15 +98,18 @@ def test_never_holds_all_logits(estimator: str, level: str) -> None:
 
 def test_default_chunk_is_bounded() -> None:
     """By default a CPU holds at most 512 MiB of logits, a reference's included, and 4096 rows."""
-    from care_kernels._launch import chunk_size
-
-    for vocab_size, with_ref, rows in (
-        (1000, False, 4096),
-        (152064, False, 882),
-        (152064, True, 441),
-        (10**9, False, 1),
+    for vocab_size, logit_bytes, rows in (
+        (1000, 4, 4096),
+        (152064, 2, 1765),
+        (152064, 4, 882),
+        (152064, 8, 441),
+        (10**9, 4, 1),
     ):
-        assert chunk_size(None, vocab_size, torch.device("cpu"), with_ref=with_ref) == rows
+        size = chunk_rows(rows, vocab_size, 64, logit_bytes=logit_bytes, device=torch.device("cpu"))
+        more = chunk_rows(
+            rows + 1, vocab_size, 64, logit_bytes=logit_bytes, device=torch.device("cpu")
+        )
+        assert size == rows and more <= rows
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
@@ -156,7 +161,7 @@ def test_skipped_rows_never_reach_a_gemm() -> None:
     case = policy_case() | {"entropy_weights": torch.zeros(63)}
     case["advantages"] = torch.zeros(63).index_fill(0, torch.tensor([3, 50]), 1.0)
     case["old_log_probs"] = torch.zeros(63) - 10.0
-    case["clip_eps_high"] = float("inf")
+    case["surrogate"] = Clip(high=float("inf"))
     one_row = case["head_weight"].numel()
     assert watched(case).multiply_adds == 3 * 2 * one_row
 
@@ -173,7 +178,7 @@ def test_skipped_rows_never_reach_a_gemm() -> None:
 
 def test_sequence_level_keeps_active_sequences_whole() -> None:
     """GSPO's gradient reaches the rows of a sequence whose own advantage is zero."""
-    case = in_sequences(policy_case(), "sequence") | {"clip_eps_high": 10.0}
+    case = in_sequences(policy_case(), "sequence") | {"surrogate": Clip(high=10.0)}
     case["advantages"] = torch.zeros(63).index_fill(0, torch.tensor([12]), 1.0)
     _, grads = run_ours(case)
     reached = (grads["hidden"] != 0).any(1)
@@ -237,7 +242,7 @@ def test_vocabulary_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     """Tiles that divide no vocabulary give what one tile gives."""
     case = with_kl(policy_case(), "exact") | {"entropy_weights": torch.full((63,), 0.1)}
     whole, whole_grads = run_ours(case)
-    monkeypatch.setattr("care_kernels.row_softmax.VOCAB_TILE", 64)
+    monkeypatch.setattr("care_kernels.softmax.VOCAB_TILE", 64)
     tiled, tiled_grads = run_ours(case)
     assert_same(tiled.loss, whole.loss)
     for name, grad in tiled_grads.items():
@@ -257,13 +262,15 @@ def test_gradients_accumulate() -> None:
 
 
 def test_two_losses_share_a_graph() -> None:
-    """The loss is an ordinary node: it adds to others, and its graph can be walked twice."""
+    """The loss is an ordinary node that adds to others; a second walk is refused, not wrong."""
     case = policy_case()
     hidden = case["hidden"].clone().requires_grad_()
-    loss = linear_policy_loss(**(case | {"hidden": hidden * 2})).loss + hidden.square().sum()
-    (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
-    (second,) = torch.autograd.grad(3 * loss, hidden)
-    assert_same(second, 3 * first)
+    policy = linear_policy_loss(**(case | {"hidden": hidden * 2})).loss
+    (both,) = torch.autograd.grad(policy + hidden.square().sum(), hidden, retain_graph=True)
+    _, alone = run_ours(case | {"hidden": case["hidden"] * 2})
+    assert_same(both, 2 * alone["hidden"] + 2 * case["hidden"])
+    with pytest.raises(RuntimeError, match="a second backward over the same graph"):
+        torch.autograd.grad(policy, hidden)
 
 
 def test_only_the_loss_carries_gradient() -> None:
@@ -342,4 +349,4 @@ def test_infinite_ratio_stays_on_its_row(level: str) -> None:
 
 def test_skipped_row_defaults_match_the_outcome() -> None:
     """`SKIPPED_ROW` has one entry for each field it fills."""
-    assert len(_policy_sweep.SKIPPED_ROW) == len(_policy_sweep.RowOutcome._fields)
+    assert len(SKIPPED_ROW) == len(PolicyLoss._fields)

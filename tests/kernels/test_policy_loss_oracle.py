@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from care_kernels.reference import reference_log_probs
+from care_kernels import Clip
+from care_kernels.oracle import reference_log_probs
 from tests.kernels.cases import (
     check_against_oracle,
     double_logits,
@@ -77,9 +78,7 @@ def test_dual_clip_importance_weights_and_entropy(level: str) -> None:
     """The dual clip bounds negative advantages; w scales the surrogate; H has a minus."""
     case = at_level(policy_case(drift=1.0), level)
     case |= {
-        "dual_clip": 1.4,
-        "clip_eps_low": 0.1,
-        "clip_eps_high": 0.15,
+        "surrogate": Clip(0.1, 0.15, dual=1.4),
         "importance_weights": row_vector(case, 0.0, 2.0),
         "entropy_weights": row_vector(case, -0.1, 0.1, seed=3),
     }

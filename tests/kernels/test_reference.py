@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from care_kernels.reference import (
+from care_kernels import Clip
+from care_kernels.oracle import (
     reference_entropy,
     reference_exact_kl,
     reference_logits,
@@ -26,7 +27,7 @@ def test_gradcheck(level: str, estimator: str) -> None:
     case = with_kl(case, estimator, from_hidden=is_exact)
     case |= {"entropy_weights": row_vector(case, 0.0, 0.1), "logit_softcap": 3.0}
     case |= {"ratio_level": level, "sequence_ids": torch.tensor([0, 1, 0, 1, 1, 2])}
-    case |= {"dual_clip": 3.0, "importance_weights": row_vector(case, 0.5, 1.5)}
+    case |= {"surrogate": Clip(dual=3.0), "importance_weights": row_vector(case, 0.5, 1.5)}
     # The reference model has the policy's bias as a constant, which no finite difference respects.
     leaves = [case[name].requires_grad_(not (is_exact and name == "bias")) for name in LEAVES]
 
@@ -70,7 +71,7 @@ def test_surrogate_by_hand() -> None:
     """min(rho a, clip(rho) a) on both sides of both bounds, then with the dual clip."""
     ratio = torch.tensor([0.5, 1.5, 0.5, 1.5, 4.0], dtype=torch.float64)
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0], dtype=torch.float64)
-    plain = reference_surrogate(ratio, advantages, 0.2, 0.28)
+    plain = reference_surrogate(Clip(), ratio, ratio.log(), advantages)
     assert plain.tolist() == pytest.approx([0.5, 1.28, -0.8, -1.5, -4.0])
-    dual = reference_surrogate(ratio, advantages, 0.2, 0.28, 3.0)
+    dual = reference_surrogate(Clip(dual=3.0), ratio, ratio.log(), advantages)
     assert dual.tolist() == pytest.approx([0.5, 1.28, -0.8, -1.5, -3.0])

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from care_kernels import linear_log_probs, linear_policy_loss
-from care_kernels.head import head_parameters
+from care_kernels.heads import head_parameters
 from care_kernels.vocab_parallel import VocabShard
 from tests.kernels.cases import (
     LEAVES,

@@ -7,10 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from care_kernels.reference import reference_token_advantages
+from care_kernels.oracle import reference_token_advantages
 from care_kernels.region_weights import token_advantages
-from care_train.algorithm import region_weights as trainer
+from care_train.algorithm.region_weights import token_credit
 from care_train.algorithm.settings import CareSettings
+from care_train.algorithm.types import TrainSequence
+from care_train.settings import LossSettings
+from care_train.training.loss import loss_rows
 from tests.algorithm.builders import right, wrong
 from tests.kernels.cases import error
 from tests.kernels.span_cases import SpanBatch, normal_floats, pad, span_batches
@@ -122,20 +125,27 @@ def test_shifted_spans_shift_the_result(batch: SpanBatch, shift: int) -> None:
     normal_floats(0, 1),
 )
 def test_agrees_with_the_trainer(shapes: list[tuple[int, int, bool]], think_weight: float) -> None:
-    """On well-formed rollouts whose tags and EOS weigh 0, the trainer's own Eq. 11."""
+    """On well-formed rollouts whose tags and EOS weigh 0, the trainer's rows: one Eq. 11."""
     settings = CareSettings(think_weight=think_weight, tag_weight=0.0)
     rollouts = [
         right(think=think, answer=answer) if good else wrong(think=think, answer=answer)
         for think, answer, good in shapes
     ]
-    want = []
-    for i, rollout in enumerate(rollouts):
-        is_positive = rollout.accuracy == 1
-        weights = trainer.region_weights(
-            rollout, settings, is_negative=not is_positive, earns_rationale=is_positive
+    sequences = [
+        TrainSequence(
+            rollout,
+            1.5 - i,
+            token_credit(
+                rollout,
+                settings,
+                is_negative=rollout.accuracy < 1,
+                earns_rationale=rollout.accuracy == 1,
+            ),
         )
-        normalized = trainer.normalize_weights(weights, settings.weight_eps)
-        want.append(trainer.token_advantages(1.5 - i, normalized))
+        for i, rollout in enumerate(rollouts)
+    ]
+    scales = [1.0] * len(sequences)
+    want = loss_rows(sequences, scales, LossSettings(), torch.device("cpu")).advantages
     got = packed(
         SpanBatch(
             seq_lens=[len(rollout.token_ids) for rollout in rollouts],
@@ -146,7 +156,7 @@ def test_agrees_with_the_trainer(shapes: list[tuple[int, int, bool]], think_weig
         ),
         think_weight=think_weight,
     )
-    torch.testing.assert_close(got, torch.cat(want))
+    assert torch.equal(got, want)
 
 
 def test_the_trainers_defaults() -> None:

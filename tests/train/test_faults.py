@@ -273,7 +273,7 @@ real, calls = update.loss_rows, []
 def loss_rows(*arguments):
     rows = real(*arguments)
     calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 9:
+    if os.environ["RANK"] == "1" and len(calls) == 2:
         rows.kl_weights[2] = float("nan")
     return rows
 update.loss_rows = loss_rows

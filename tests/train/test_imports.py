@@ -23,11 +23,11 @@ def _files(folder: str) -> list[Path]:
 
 
 def test_algorithm_imports_torch_and_itself_only():
-    """`care_train/algorithm` is pure: torch, the standard library and its own modules."""
+    """`care_train/algorithm` is pure: torch, the kernels' Eq. 4, and its own modules."""
     for path in _files("care_train/algorithm"):
         for module in _imports(path):
             top = module.split(".")[0]
-            allowed = top in sys.stdlib_module_names or top == "torch"
+            allowed = top in sys.stdlib_module_names or top in ("torch", "care_kernels")
             assert allowed or module.startswith("care_train.algorithm"), (path, module)
 
 
@@ -47,12 +47,23 @@ def test_kernels_never_import_the_trainer():
 
 
 def test_engines_stay_at_the_edges():
-    """deepspeed is imported by training/engine*.py alone, care_kernels by models/policy.py."""
+    """deepspeed is imported by training/engine*.py alone, care_kernels where its equations are due.
+
+    Those are Eq. 4 (selection and the policy's pooling), Eq. 11 and Eqs. 12-13; the plan asks for
+    the size of their chunks.
+    """
+    uses_kernels = {
+        "algorithm/selection.py",
+        "models/policy.py",
+        "planning/activations.py",
+        "training/loss.py",
+        "training/update.py",
+    }
     for path in _files("care_train"):
         tops = {module.split(".")[0] for module in _imports(path)}
         name = path.relative_to(ROOT / "care_train").as_posix()
         assert "deepspeed" not in tops or name.startswith("training/engine"), path
-        assert "care_kernels" not in tops or name == "models/policy.py", path
+        assert "care_kernels" not in tops or name in uses_kernels, path
         assert "vllm" not in tops or name.startswith("rollout/"), path
 
 
@@ -76,7 +87,7 @@ def test_help_needs_no_torch():
 
 
 def test_files_stay_short():
-    """No file grows beyond 350 lines."""
-    for folder in ("care_kernels", "care_train"):
+    """No file grows beyond 350 lines; 450 in the kernels, where a file is one equation or noun."""
+    for folder, most in (("care_kernels", 450), ("care_train", 350)):
         for path in _files(folder):
-            assert len(path.read_text().splitlines()) <= 350, path
+            assert len(path.read_text().splitlines()) <= most, path

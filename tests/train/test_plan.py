@@ -8,7 +8,6 @@ import torch
 from transformers import AutoConfig
 
 from bench.plan import CASES, compare
-from care_kernels import _launch
 from care_train import cli
 from care_train.planning import activations as act
 from care_train.planning import states
@@ -147,15 +146,6 @@ def test_lora_counts_its_adapters(tiny_folder):
     adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert states.num_trained(architecture, training) == trained
-
-
-def test_the_loss_chunk_is_the_kernels_own():
-    """The plan's copy of the chunk bounds follows care_kernels."""
-    assert act.LOSS_CHUNK_BYTES == _launch.CHUNK_BYTES
-    assert act.LOSS_CHUNK_ROWS == _launch.MAX_CHUNK_ROWS
-    for kind in ("cpu", "cuda"):
-        rows = _launch.chunk_size(None, 151936, torch.device(kind))
-        assert act.chunk_rows(151936, kind) == rows
 
 
 @pytest.mark.parametrize("kind", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])

@@ -7,9 +7,7 @@ import pytest
 from tests.kernels.triton_backend.interpreter import import_interpreted, interpreting
 
 # Before the test modules import them.
-import_interpreted(
-    "row_statistics", "logit_gradients", "row_objective", "fused_projection", "exp_gradients"
-)
+import_interpreted("row_objective", "fused_projection", "exp_gradients")
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from care_kernels import row_softmax
-from care_kernels.row_softmax import LogitTransform, RowGradients, RowStatistics
+from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics
 from care_kernels.triton_backend.exp_gradients import exp_gradients_
 from care_kernels.triton_backend.fused_projection import empty_exps, project, supports
 from care_kernels.triton_backend.tile_statistics import TileStatistics, combine

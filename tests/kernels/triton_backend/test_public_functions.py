@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from care_kernels import care_loss, linear_log_probs, linear_policy_loss
+from care_kernels import Clip, care_loss, linear_log_probs, linear_policy_loss
 from tests.kernels import test_log_probs as log_probs
 from tests.kernels.cases import (
     check_against_oracle,
@@ -60,7 +60,7 @@ def test_everything_at_once(dtype: torch.dtype) -> None:
     """Bias, softcap, scale, temperature, dual clip, importance weights, entropy and k3."""
     case = policy_case(33, dtype=dtype, bias=True, drift=0.5)
     case |= {
-        "dual_clip": 1.4,
+        "surrogate": Clip(dual=1.4),
         "importance_weights": row_vector(case, 0.0, 2.0),
         "entropy_weights": row_vector(case, -0.1, 0.1, seed=3),
         "temperature": 1.3,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from care_kernels.oracle import reference_rationale_distance
 from care_kernels.rationale_distance import rationale_distance
-from care_kernels.reference import reference_rationale_distance
 from tests.kernels.cases import error
 from tests.kernels.span_cases import pad, random_spans
 from tests.kernels.tolerances import VALUE_FLOOR

@@ -10,9 +10,9 @@ beside the chunk itself only [C, VOCAB_TILE] temporaries exist.
 Shape letters: C rows of the chunk, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,10 +53,11 @@ class RowStatistics(NamedTuple):
     log_probs: Tensor
     max_logit: Tensor
     log_total: Tensor
-    entropy: Tensor | None
-    kl: Tensor | None
-    ref_max_logit: Tensor | None
-    ref_log_total: Tensor | None
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+    """Exact, over the vocabulary."""
+    ref_max_logit: Tensor | None = None
+    ref_log_total: Tensor | None = None
 
 
 class RowGradients(NamedTuple):
@@ -68,6 +69,10 @@ class RowGradients(NamedTuple):
     """dL/dH, the negative of lambda."""
     kl: Tensor | None = None
     """kappa = dL/dK of the exact KL."""
+
+    def divided_by(self, scale: float) -> "RowGradients":
+        """Each derivative over a power of two."""
+        return self._make(None if field is None else field / scale for field in self)
 
 
 def vocab_tiles(vocab_size: int) -> Iterator[slice]:
@@ -176,3 +181,17 @@ def _log_ratio_tile(
     assert stats.ref_max_logit is not None and stats.ref_log_total is not None
     log_q = _log_softmax_tile(ref_logits[:, tile], stats.ref_max_logit, stats.ref_log_total)
     return torch.sub(log_p, log_q, out=log_q)
+
+
+Record = TypeVar("Record", bound=NamedTuple)
+
+
+def take(record: Record, rows: slice | Tensor) -> Record:
+    """A record of vectors at the given rows."""
+    return record._make(None if field is None else field[rows] for field in record)
+
+
+def join(records: Sequence[Record]) -> Record:
+    """Records of consecutive rows as one; a field is None in all of them or in none."""
+    columns = zip(*records, strict=True)
+    return records[0]._make(None if column[0] is None else torch.cat(column) for column in columns)

@@ -1,6 +1,6 @@
 """The CPU kernels in C++, built with the system's compiler on first use.
 
-`native/head_cpu.cpp` takes about ten seconds to build, once for each machine, torch version and
+`head_cpu.cpp` takes about ten seconds to build, once for each machine, torch version and
 source; the library is kept under `$CARE_KERNELS_CACHE`, else `~/.cache/care_kernels`. Where there
 is no compiler or no AVX-512 the torch code does the same work in float32, several times slower;
 `CARE_KERNELS_NATIVE=0` asks for that.
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-_SOURCE = Path(__file__).parent / "native" / "head_cpu.cpp"
+_SOURCE = Path(__file__).with_name("head_cpu.cpp")
 _FLAGS = (
     "-O3 -march=native -std=c++20 -fPIC -shared -fopenmp -fno-math-errno "
     "-DCPU_CAPABILITY_AVX512 -DCPU_CAPABILITY=AVX512 -DAT_PARALLEL_OPENMP=1"

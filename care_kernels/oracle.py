@@ -1,7 +1,8 @@
 """Eqs. 4 and 11-13 in plain torch: the oracle.
 
 Full logits, autograd for every gradient, any dtype. Written from the equations and sharing no code
-with what it checks; meant for float64, small shapes and tests.
+with what it checks, save the records of a surrogate's numbers; meant for float64, small shapes and
+tests.
 
 Shape letters: N rows, B sequences, T tokens, D hidden, V vocabulary.
 """
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from care_kernels.objective import Cispo, Clip, Sapo
 
 
 class ReferenceLoss(NamedTuple):
@@ -60,13 +63,14 @@ def reference_exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
 
 
 def reference_sampled_kl(estimator: str, log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """[N] k1, k2 or k3 estimate of KL[pi || ref] at the sampled token.
+    """[N] k1, k2 or k3 estimate of KL[pi || ref] at the sampled token; k3 also for k3_unbiased.
 
     With r = pi_ref(y) / pi(y): k1 = -log r, k2 = (log r)^2 / 2, k3 = (r - 1) - log r.
     Source: http://joschu.net/blog/kl-approx.html
     """
     log_r = ref_log_probs.detach() - log_probs
-    estimates = {"k1": -log_r, "k2": 0.5 * log_r**2, "k3": (log_r.exp() - 1) - log_r}
+    k3 = (log_r.exp() - 1) - log_r
+    estimates = {"k1": -log_r, "k2": 0.5 * log_r**2, "k3": k3, "k3_unbiased": k3}
     return estimates[estimator]
 
 
@@ -86,18 +90,39 @@ def reference_ratio(
 
 
 def reference_surrogate(
-    ratio: Tensor,
-    advantages: Tensor,
-    clip_eps_low: float,
-    clip_eps_high: float,
-    dual_clip: float | None = None,
+    surrogate: Clip | Cispo | Sapo, ratio: Tensor, log_probs: Tensor, advantages: Tensor
 ) -> Tensor:
-    """[N] Eq. 12's summand min(rho a, clip(rho) a); for a < 0 at least dual_clip * a."""
-    clipped = ratio.clamp(1 - clip_eps_low, 1 + clip_eps_high)
+    """[N] summands of the surrogate, for autograd to differentiate.
+
+    Sources: paper Eq. 12 with the dual clip of arXiv:1912.09729; arXiv:2506.13585, Eq. 4 (CISPO);
+    arXiv:2511.20347, Eqs. 5-6 (SAPO).
+    """
+    if isinstance(surrogate, Cispo):
+        weight = ratio.detach().clamp(surrogate.min_ratio, surrogate.max_ratio)
+        return weight * advantages * log_probs
+    if isinstance(surrogate, Sapo):
+        tau = torch.full_like(ratio, surrogate.negative_temperature)
+        tau[advantages > 0] = surrogate.positive_temperature
+        return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
+    clipped = ratio.clamp(1 - surrogate.low, 1 + surrogate.high)
     value = torch.minimum(ratio * advantages, clipped * advantages)
-    if dual_clip is None:
+    if surrogate.dual is None:
         return value
-    return torch.where(advantages < 0, torch.maximum(value, dual_clip * advantages), value)
+    return torch.where(advantages < 0, torch.maximum(value, surrogate.dual * advantages), value)
+
+
+def reference_flags(
+    surrogate: Clip | Cispo | Sapo, ratio: Tensor, advantages: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[N] bool each: where the surrogate's lower and upper bound take effect."""
+    if isinstance(surrogate, Cispo):
+        return ratio < surrogate.min_ratio, ratio > surrogate.max_ratio
+    if isinstance(surrogate, Sapo):
+        return torch.zeros_like(ratio, dtype=torch.bool), torch.zeros_like(ratio, dtype=torch.bool)
+    too_high = (advantages > 0) & (ratio > 1 + surrogate.high)
+    if surrogate.dual is not None:
+        too_high = too_high | ((advantages < 0) & (ratio > surrogate.dual))
+    return (advantages < 0) & (ratio < 1 - surrogate.low), too_high
 
 
 def reference_policy_loss(
@@ -113,9 +138,7 @@ def reference_policy_loss(
     kl_weights: Tensor | None = None,
     kl_estimator: str = "k3",
     entropy_weights: Tensor | None = None,
-    clip_eps_low: float = 0.2,
-    clip_eps_high: float = 0.28,
-    dual_clip: float | None = None,
+    surrogate: Clip | Cispo | Sapo = Clip(),  # noqa: B008  a frozen record
     ratio_level: str = "token",
     sequence_ids: Tensor | None = None,
     importance_weights: Tensor | None = None,
@@ -144,33 +167,34 @@ def reference_policy_loss(
     ratio = reference_ratio(
         log_probs, old_log_probs, sequence_ids if ratio_level == "sequence" else None
     )
-    surrogate = reference_surrogate(ratio, advantages, clip_eps_low, clip_eps_high, dual_clip)
+    value = reference_surrogate(surrogate, ratio, log_probs, advantages)
     if importance_weights is not None:
-        surrogate = importance_weights * surrogate
+        value = importance_weights * value
     entropy = reference_entropy(logits)
-    loss = -surrogate.sum()
+    loss = -value.sum()
     if entropy_weights is not None:
         loss = loss - (entropy_weights * entropy).sum()
-    kl = None
+    kl: Tensor | None = None
     if kl_weights is not None:
-        if ref_hidden is None:
+        exact = None
+        if ref_hidden is not None:
+            ref_logits = logits_of(
+                ref_hidden, head_weight if ref_head_weight is None else ref_head_weight
+            )
+            ref_log_probs = reference_log_probs(ref_logits, target_ids)
+            exact = reference_exact_kl(logits, ref_logits)
+        if kl_estimator == "exact":
+            kl = exact
+        else:
             assert ref_log_probs is not None
             kl = reference_sampled_kl(kl_estimator, log_probs, ref_log_probs)
-        else:
-            shared = head_weight if ref_head_weight is None else ref_head_weight
-            ref_logits = logits_of(ref_hidden, shared)
-            if kl_estimator == "exact":
-                kl = reference_exact_kl(logits, ref_logits)
-            else:
-                ref_log_probs = reference_log_probs(ref_logits, target_ids)
-                kl = reference_sampled_kl(kl_estimator, log_probs, ref_log_probs)
+            if kl_estimator == "k3_unbiased":
+                kl = ratio * kl
+        assert kl is not None
         loss = loss + (kl_weights * kl).sum()
-
-    too_high = (advantages > 0) & (ratio > 1 + clip_eps_high)
-    if dual_clip is not None:
-        too_high = too_high | ((advantages < 0) & (ratio > dual_clip))
-    too_low = (advantages < 0) & (ratio < 1 - clip_eps_low)
-    return ReferenceLoss(loss, log_probs, entropy, kl, ratio, too_low, too_high)
+    return ReferenceLoss(
+        loss, log_probs, entropy, kl, ratio, *reference_flags(surrogate, ratio, advantages)
+    )
 
 
 def reference_token_advantages(
@@ -185,7 +209,7 @@ def reference_token_advantages(
 ) -> list[Tensor]:
     """Eq. 11, token by token: a [T_i] float64 vector for each sequence.
 
-    Arguments as in `token_advantages`, with the sequences' lengths.
+    Arguments as in `think_answer_regions` and `token_advantages`, with the sequences' lengths.
     """
     per_sequence = []
     for i, seq_len in enumerate(seq_lens):

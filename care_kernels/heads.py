@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from care_kernels._checks import FLOAT_DTYPES
+from care_kernels.checks import FLOAT_DTYPES
 
 
 def head_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -24,7 +24,7 @@ def head_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     of a `DTensor`, a LoRA adapter's A and B, the base weight under it unless that is frozen.
 
     - `nn.Linear`, or any module whose `weight` is [V, D] and applied as x W^T + b: its own tensors,
-      nothing is copied. An optional `bias` is taken along.
+      nothing is copied. An optional `bias` is taken along. A transformers `Conv1D` is transposed.
     - `DTensor` parameters (FSDP2, tensor parallelism) are gathered, a collective call. Their
       gradient is the mean over the ranks of the mesh, which is FSDP's rule where ranks hold
       different data and changes nothing where they hold the same. Inside the forward of a module
@@ -59,10 +59,42 @@ def head_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
             f"module: got {name} without a weight tensor; wanted a head with a weight [V, D], such "
             "as model.get_output_embeddings(), not quantised"
         )
-    bias = getattr(module, "bias", None)
-    return _plain(f"{name}.weight", weight, 2), (
-        _plain(f"{name}.bias", bias, 1) if isinstance(bias, Tensor) else None
-    )
+    weight, bias = _plain(f"{name}.weight", weight, 2), getattr(module, "bias", None)
+    # transformers' Conv1D (GPT-2's layers) is a linear layer with its weight stored as [D, V].
+    weight = weight.T if name == "Conv1D" and hasattr(module, "nf") else weight
+    return weight, _plain(f"{name}.bias", bias, 1) if isinstance(bias, Tensor) else None
+
+
+def output_head(model: Any) -> Any:
+    """The head module of a transformers model, looked up anew since wrappers replace it.
+
+    Raises:
+        ValueError: it has none.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        name = type(model).__name__
+        raise ValueError(f"model: got {name} without output embeddings; wanted a language model")
+    return head
+
+
+def logit_options(config: Any) -> dict[str, Any]:
+    """`logit_softcap` and `logit_scale` of a text config, under the names its family uses.
+
+    Source: the forwards of Gemma 2-4 (softcap), Cohere (logit_scale), Muse Glimmer
+    (output_multiplier), Falcon-H1 (lm_head_multiplier), Granite and MiniCPM3 (divide by
+    logits_scaling) and HyperCLOVA X (multiplies by it) in transformers 5.19.
+    """
+    scale = None
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        scale = getattr(config, name, None) if scale is None else scale
+    if scale is None and getattr(config, "logits_scaling", None) is not None:
+        inverted = config.model_type != "hyperclovax"
+        scale = 1 / config.logits_scaling if inverted else config.logits_scaling
+    return {
+        "logit_softcap": getattr(config, "final_logit_softcapping", None),
+        "logit_scale": 1.0 if scale is None else scale,
+    }
 
 
 class _Adapter(NamedTuple):

@@ -1,0 +1,391 @@
+"""One chunk of logits: made by a GEMM with their row statistics, then turned into their gradient.
+
+`LogitChunk` says what a backend provides, `logit_chunk` chooses among them:
+
+- `TritonChunk`: bfloat16 or float16 on a GPU. The GEMM's epilogue reads the statistics off its
+  float32 accumulators and keeps 16-bit exponentials of the logits.
+- `NativeChunk`: the same in C++, for bfloat16 on a CPU with AVX-512.
+- `TorchChunk`: float32 or float64 logits and torch operations, anywhere; also the exact KL, which
+  needs two models' logits at once.
+
+Shape letters: C rows of the chunk, D hidden, V vocabulary.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from care_kernels.cpu import native_ops
+from care_kernels.softmax import (
+    LogitTransform,
+    RowGradients,
+    RowStatistics,
+    logit_gradients,
+    row_statistics,
+    vocab_tiles,
+)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output projection: weight [V, D], bias [V] or None, and what follows it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    transform: LogitTransform
+
+
+class LogitGradient(NamedTuple):
+    """dL/draw = factor * matrix, row by row."""
+
+    matrix: Tensor
+    """[C, V] in the precision of the GEMMs that follow."""
+    factor: Tensor | None = None
+    """[C] float32; None: 1."""
+
+
+class LogitChunk(Protocol):
+    """Room for up to `num_rows` rows of logits, and the kernels that work on them."""
+
+    grad_dtype: torch.dtype
+    """Of the logits' gradient."""
+
+    def project(
+        self,
+        inputs: Tensor,
+        target_ids: Tensor,
+        *,
+        ref_inputs: Tensor | None = None,
+        anchor: Tensor | None = None,
+        keep: bool = False,
+    ) -> RowStatistics:
+        """Statistics [C] of the logits of inputs [C, D].
+
+        Args:
+            inputs: hidden states.
+            target_ids: [C] int64 rows of this head.
+            ref_inputs: the reference's hidden states, for the exact KL.
+            anchor: [C] float32 near each row's log-normaliser, which a kernel may use as the
+                exponentials' origin in place of the maximum.
+            keep: `gradients` will be called.
+        """
+        ...
+
+    def gradients(
+        self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients
+    ) -> LogitGradient:
+        """dL/draw of the logits made last, which are gone afterwards.
+
+        A target of -1 is none of this head's rows: no part of g lands there.
+        """
+        ...
+
+
+class TorchChunk:
+    """Torch operations on float32 logits, float64 for float64."""
+
+    def __init__(
+        self,
+        head: Head,
+        num_rows: int,
+        dtype: torch.dtype,
+        grad_dtype: torch.dtype,
+        *,
+        with_entropy: bool,
+        ref_head: Head | None = None,
+    ) -> None:
+        weight = head.weight
+        self._head, self._ref_head, self._with_entropy = head, ref_head, with_entropy
+        self._logits = torch.empty(num_rows, weight.shape[0], dtype=dtype, device=weight.device)
+        self._ref_logits = None if ref_head is None else torch.empty_like(self._logits)
+        self.grad_dtype = grad_dtype
+
+    def project(
+        self,
+        inputs: Tensor,
+        target_ids: Tensor,
+        *,
+        ref_inputs: Tensor | None = None,
+        anchor: Tensor | None = None,
+        keep: bool = False,
+    ) -> RowStatistics:
+        """See `LogitChunk`."""
+        logits = self._logits[: inputs.shape[0]]
+        _write_logits(inputs, self._head, logits)
+        ref_logits = self._ref_rows(inputs.shape[0])
+        if ref_logits is not None:
+            assert ref_inputs is not None and self._ref_head is not None
+            _write_logits(ref_inputs, self._ref_head, ref_logits)
+        return row_statistics(
+            logits, target_ids, with_entropy=self._with_entropy, ref_logits=ref_logits
+        )
+
+    def gradients(
+        self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients
+    ) -> LogitGradient:
+        """See `LogitChunk`."""
+        logits = self._logits[: target_ids.shape[0]]
+        # Over the logits' own memory: each row's first bytes.
+        out = logits.view(self.grad_dtype)[:, : logits.shape[1]]
+        ref_logits = self._ref_rows(target_ids.shape[0])
+        transform = self._head.transform
+        logit_gradients(
+            logits, target_ids, stats, upstream, transform, out=out, ref_logits=ref_logits
+        )
+        clear_padding(out)
+        return LogitGradient(out)
+
+    def _ref_rows(self, num_rows: int) -> Tensor | None:
+        return None if self._ref_logits is None else self._ref_logits[:num_rows]
+
+
+class NativeChunk:
+    """The C++ CPU kernels. Without gradients nothing of size [C, V] is held at all."""
+
+    grad_dtype = torch.bfloat16
+
+    def __init__(
+        self, head: Head, num_rows: int, *, with_entropy: bool, with_gradients: bool
+    ) -> None:
+        self._head, self._with_entropy = head, with_entropy
+        shape = (num_rows, head.weight.shape[0])
+        self._exps = torch.empty(shape, dtype=torch.bfloat16) if with_gradients else None
+        self._target_logit = self._block_max = torch.empty(0)
+
+    def project(
+        self,
+        inputs: Tensor,
+        target_ids: Tensor,
+        *,
+        ref_inputs: Tensor | None = None,
+        anchor: Tensor | None = None,
+        keep: bool = False,
+    ) -> RowStatistics:
+        """See `LogitChunk`."""
+        exps = None
+        if keep:
+            assert self._exps is not None
+            exps = self._exps[: inputs.shape[0]]
+        self._target_logit, max_logit, log_total, entropy, self._block_max = _native_project(
+            inputs, self._head, target_ids, with_entropy=self._with_entropy, exps=exps
+        )
+        log_probs = (self._target_logit - max_logit) - log_total
+        return RowStatistics(log_probs, max_logit, log_total, entropy)
+
+    def gradients(
+        self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients
+    ) -> LogitGradient:
+        """See `LogitChunk`."""
+        ops = native_ops()
+        assert ops is not None and self._exps is not None
+        exps = self._exps[: target_ids.shape[0]]
+        ops.exp_gradients(
+            exps,
+            self._block_max,
+            target_ids,
+            self._target_logit,
+            stats.log_probs,
+            stats.max_logit,
+            stats.log_total,
+            upstream.log_probs.contiguous(),
+            None if upstream.entropy is None else upstream.entropy.contiguous(),
+            stats.entropy,
+            *_numbers(self._head.transform),
+        )
+        return LogitGradient(exps)
+
+
+class TritonChunk:
+    """The fused projection. Without gradients nothing of size [C, V] is held at all."""
+
+    def __init__(
+        self, head: Head, num_rows: int, *, with_entropy: bool, with_gradients: bool
+    ) -> None:
+        from care_kernels.triton_backend.fused_projection import empty_exps
+
+        weight = head.weight
+        self.grad_dtype = torch.bfloat16
+        self._head, self._with_entropy = head, with_entropy
+        self._exps = (
+            empty_exps(num_rows, weight.shape[0], weight.device) if with_gradients else None
+        )
+        self._tiles = None
+
+    def project(
+        self,
+        inputs: Tensor,
+        target_ids: Tensor,
+        *,
+        ref_inputs: Tensor | None = None,
+        anchor: Tensor | None = None,
+        keep: bool = False,
+    ) -> RowStatistics:
+        """See `LogitChunk`."""
+        from care_kernels.triton_backend.fused_projection import project
+        from care_kernels.triton_backend.tile_statistics import combine
+
+        exps = None
+        if keep:
+            assert self._exps is not None
+            exps = self._exps[: inputs.shape[0]]
+        head = self._head
+        self._tiles = project(
+            inputs,
+            head.weight,
+            head.bias,
+            target_ids,
+            head.transform,
+            with_entropy=self._with_entropy,
+            exps=exps,
+        )
+        return combine(self._tiles)
+
+    def gradients(
+        self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients
+    ) -> LogitGradient:
+        """See `LogitChunk`."""
+        from care_kernels.triton_backend.exp_gradients import exp_gradients_
+
+        assert self._exps is not None and self._tiles is not None
+        exps = self._exps[: target_ids.shape[0]]
+        exp_gradients_(exps, self._tiles, target_ids, stats, upstream, self._head.transform)
+        return LogitGradient(exps)
+
+
+def resolve_backend(backend: str | None, device: torch.device) -> str:
+    """The backend that will run: "triton" on CUDA and ROCm tensors, else "torch".
+
+    "triton" on CPU tensors runs under TRITON_INTERPRET=1 only.
+
+    Raises:
+        ValueError: `backend` is unknown, or cannot run on `device`.
+    """
+    if backend not in (None, "triton", "torch"):
+        raise ValueError(f"backend: got {backend!r}; wanted None, 'triton' or 'torch'")
+    if backend is None:
+        return "triton" if device.type == "cuda" else "torch"
+    if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend: got 'triton' for tensors on {device}; wanted CUDA or ROCm tensors, or "
+            "TRITON_INTERPRET=1 in the environment"
+        )
+    return backend
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any tensor is float64 (gradient checks need it), else float32."""
+    is_double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def kernels_for(backend: str, hidden_dtype: torch.dtype, head: Head, ref_head: Head | None) -> str:
+    """Which chunk a call gets: "triton", "native" or "torch"."""
+    weight = head.weight
+    if ref_head is None:
+        has_rows = weight.shape[1] == 1 or weight.stride(1) == 1
+        if backend == "triton" and hidden_dtype == weight.dtype == torch.bfloat16 and has_rows:
+            return "triton"
+        if backend == "torch" and _runs_natively(hidden_dtype, weight):
+            return "native"
+    return "torch"
+
+
+def logit_bytes(kernels: str, *, with_gradients: bool, with_ref: bool) -> int:
+    """Bytes held for each logit of a chunk."""
+    if kernels == "torch":
+        return 8 if with_ref else 4
+    return 2 if with_gradients else 0
+
+
+def logit_chunk(
+    kernels: str,
+    hidden_dtype: torch.dtype,
+    head: Head,
+    num_rows: int,
+    *,
+    with_entropy: bool,
+    with_gradients: bool,
+    ref_head: Head | None,
+) -> LogitChunk:
+    """The chunk that `kernels_for` names."""
+    if kernels == "torch":
+        weights = [head.weight] if ref_head is None else [head.weight, ref_head.weight]
+        dtype = torch.float64 if hidden_dtype == torch.float64 else compute_dtype(*weights)
+        # In the weight's own 16 bits where the GEMMs that follow have fast kernels for them.
+        is_fast = head.weight.is_cuda or _runs_natively(hidden_dtype, head.weight)
+        grad_dtype = head.weight.dtype if is_fast and dtype == torch.float32 else dtype
+        return TorchChunk(
+            head, num_rows, dtype, grad_dtype, with_entropy=with_entropy, ref_head=ref_head
+        )
+    kind = TritonChunk if kernels == "triton" else NativeChunk
+    return kind(head, num_rows, with_entropy=with_entropy, with_gradients=with_gradients)
+
+
+def clear_padding(matrix: Tensor) -> None:
+    """Zeros between the end of each row of [C, V] and the start of the next.
+
+    On a CPU with AMX, oneDNN's bfloat16 GEMM reads on from a row's end to the next multiple of its
+    tile and multiplies what it finds there by zeros; a NaN times zero is NaN.
+    """
+    num_rows, width = matrix.shape
+    if num_rows > 0 and matrix.stride(0) > width:
+        shape, offset = (num_rows, matrix.stride(0) - width), matrix.storage_offset() + width
+        matrix.as_strided(shape, (matrix.stride(0), 1), offset).zero_()
+
+
+def _runs_natively(hidden_dtype: torch.dtype, weight: Tensor) -> bool:
+    """bfloat16 on a CPU, with rows that the C++ kernels can read in pairs."""
+    return (
+        hidden_dtype == weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and weight.shape[1] % 2 == 0
+        and weight.stride(1) == 1
+        and weight.stride(0) % 2 == 0
+        and native_ops() is not None
+    )
+
+
+def _native_project(
+    inputs: Tensor,
+    head: Head,
+    target_ids: Tensor,
+    *,
+    with_entropy: bool,
+    logits: Tensor | None = None,
+    exps: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """`project` of `cpu/head_cpu.cpp`, which says what comes back."""
+    ops = native_ops()
+    assert ops is not None, "chosen only where the kernels run"
+    bias = None if head.bias is None else head.bias.float().contiguous()
+    options = _numbers(head.transform)
+    return ops.project(inputs, head.weight, bias, target_ids, *options, with_entropy, logits, exps)
+
+
+def _numbers(transform: LogitTransform) -> tuple[float, float, float]:
+    return transform.scale, transform.softcap or 0.0, transform.temperature
+
+
+def _write_logits(inputs: Tensor, head: Head, out: Tensor) -> None:
+    """out [C, V] = z of inputs [C, D], never rounded to less than `out`'s precision."""
+    weight = head.weight
+    if out.dtype == torch.float32 and _runs_natively(inputs.dtype, weight):
+        # Any target will do: the statistics come later.
+        targets = torch.zeros(inputs.shape[0], dtype=torch.int64)
+        _native_project(inputs, head, targets, with_entropy=False, logits=out)
+        return
+    if out.is_cuda and inputs.dtype == weight.dtype:
+        if weight.dtype == out.dtype:
+            torch.mm(inputs, weight.T, out=out)
+        else:
+            torch.mm(inputs, weight.T, out_dtype=out.dtype, out=out)
+    else:
+        inputs = inputs.to(out.dtype)
+        for tile in vocab_tiles(weight.shape[0]):
+            out[:, tile] = inputs @ weight[tile].to(out.dtype).contiguous().T
+    if head.bias is not None:
+        out.add_(head.bias)
+    head.transform.apply_(out)

@@ -1,0 +1,333 @@
+"""The head over selected rows, one chunk of logits at a time.
+
+Both public operations are sweeps over these chunks: make a chunk's logits and row statistics (one
+GEMM) and, where gradients are wanted, turn the logits into their gradient and multiply it into
+dX = dZ W and dW += dZ^T X (two more).
+
+Shape letters: N rows, D hidden, V vocabulary, M selected rows, C rows of a chunk.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from care_kernels.backends import Head, LogitGradient, kernels_for, logit_bytes, logit_chunk
+from care_kernels.cpu import native_ops
+from care_kernels.softmax import RowGradients, RowStatistics, join, vocab_tiles
+from care_kernels.vocab_parallel import VocabShard
+
+# Each chunk reads and writes the whole head gradient, so chunks should be large: with C rows a
+# float32 dW has C / 4 FLOP for each byte it moves, and a GPU wants several hundred.
+MAX_CHUNK_ROWS = 4096
+CHUNK_BYTES = {"cuda": 1024 * 2**20, "cpu": 512 * 2**20}
+# Tiles of the library's GEMM for dX on a GPU: rows and columns that one multiprocessor computes.
+TILE_ROWS, TILE_COLUMNS = 128, 256
+
+
+def chunk_rows(
+    num_rows: int,
+    vocab_size: int,
+    width: int,
+    *,
+    logit_bytes: int,
+    device: torch.device,
+    sums_weight_gradient: bool = False,
+) -> int:
+    """How many rows of logits to hold at a time: balanced chunks within CHUNK_BYTES.
+
+    One chunk where that takes no more than a usual chunk and the float32 dW [V, D] that several
+    chunks need beside it. On a GPU otherwise a multiple of TILE_ROWS, of those that need the fewest
+    chunks the one whose dX GEMMs need the fewest waves of tiles.
+
+    Args:
+        num_rows: M.
+        vocab_size: V, of this rank's part where ranks share the vocabulary.
+        width: D.
+        logit_bytes: held for each logit.
+        device: where they are.
+        sums_weight_gradient: whether several chunks would add up in a float32 dW.
+    """
+    limit = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+    row_bytes = vocab_size * logit_bytes
+    if sums_weight_gradient and num_rows * row_bytes <= limit + 4 * vocab_size * width:
+        return max(num_rows, 1)
+    most = min(MAX_CHUNK_ROWS, limit // row_bytes) if row_bytes else MAX_CHUNK_ROWS
+    if device.type != "cuda" or most < TILE_ROWS or num_rows <= most:
+        most = max(most, 1)
+        num_chunks = max(_ceil(num_rows, most), 1)
+        return max(_ceil(num_rows, num_chunks), 1)
+    most -= most % TILE_ROWS
+    num_chunks = _ceil(num_rows, most)
+    least = _ceil(_ceil(num_rows, num_chunks), TILE_ROWS) * TILE_ROWS
+    candidates = range(least, most + 1, TILE_ROWS)
+    processors = _multiprocessors(device)
+    return min(candidates, key=lambda rows: (_waves(num_rows, rows, width, processors), rows))
+
+
+def _waves(num_rows: int, rows: int, width: int, processors: int) -> int:
+    """Waves of dX tiles over all chunks of `rows` rows."""
+    columns = _ceil(width, TILE_COLUMNS)
+    full, rest = divmod(num_rows, rows)
+    return sum(
+        count * _ceil(_ceil(size, TILE_ROWS) * columns, processors)
+        for count, size in ((full, rows), (1, rest))
+    )
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if not torch.cuda.is_available():
+        return 132  # An H100's, for memory plans that are made elsewhere.
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass
+class HeadGradients:
+    """dX [N, D], dW [V, D] and db [V] under construction; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    weight_is_new: bool = True
+    """dW holds no numbers yet: the first chunk overwrites it."""
+
+
+class HeadChunks:
+    """Iterate over chunks; for each call `project` and at most once `add_gradients`.
+
+    Nothing here records an autograd graph or follows an enclosing autocast.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        target_ids: Tensor,
+        rows: Tensor,
+        rows_at_once: int | None,
+        backend: str,
+        *,
+        with_entropy: bool = False,
+        wanted: tuple[bool, ...] = (False, False, False),
+        weight_grad: Tensor | None = None,
+        gradient_scale: float = 1.0,
+        anchor: Tensor | None = None,
+        reference: tuple[Tensor, Head] | None = None,
+        vocab_shard: VocabShard | None = None,
+    ) -> None:
+        """
+        Args:
+            hidden: [N, D].
+            head: the projection.
+            target_ids: [N] int, valid at the selected rows.
+            rows: [M] int64, the selected rows; chunks are consecutive slices of it.
+            rows_at_once: C, at least 1; None: `chunk_rows` chooses.
+            backend: as `resolve_backend` returns it.
+            with_entropy: whether statistics include the entropy.
+            wanted: which of (hidden, weight, bias) need a gradient.
+            weight_grad: dW is added to this instead of a buffer of its own.
+            gradient_scale: a power of two near the largest |dL/dl|. float16 gradients of logits are
+                held divided by it: below 6e-8 they would vanish.
+            anchor: [M] float32, the rows' log-normalisers by an older policy, or None.
+            reference: hidden states [N, D'] and head of the reference, for the exact KL.
+            vocab_shard: which part of the vocabulary these heads are; None: all of it.
+        """
+        self._hidden, self._head, self._rows = hidden, head, rows
+        self._ref_hidden, ref_head = (None, None) if reference is None else reference
+        self._shard, self._wanted, self._weight_grad = vocab_shard, wanted, weight_grad
+        # A bias gradient sums the logits' gradient without its row factor.
+        self._anchor = None if wanted[2] else anchor
+        targets = target_ids.index_select(0, rows).long()
+        # A shard reads statistics at a target of its own, and has a gradient at none of another's.
+        self._targets = self._own_targets = targets
+        vocab_size, width = head.weight.shape
+        if vocab_shard is not None:
+            self._targets, self._own_targets = vocab_shard.local_targets(targets, vocab_size)
+            vocab_size = vocab_shard.usual_size
+        kernels = kernels_for(backend, hidden.dtype, head, ref_head)
+        num_rows, with_gradients = rows.numel(), any(wanted)
+        self._chunk_rows = rows_at_once or chunk_rows(
+            num_rows,
+            vocab_size,
+            width,
+            logit_bytes=logit_bytes(
+                kernels, with_gradients=with_gradients, with_ref=ref_head is not None
+            ),
+            device=hidden.device,
+            sums_weight_gradient=wanted[1] and weight_grad is None,
+        )
+        self._logits = logit_chunk(
+            kernels,
+            hidden.dtype,
+            head,
+            min(self._chunk_rows, num_rows),
+            with_entropy=with_entropy,
+            with_gradients=with_gradients,
+            ref_head=ref_head,
+        )
+        is_half = self._logits.grad_dtype == torch.float16
+        self._scale = gradient_scale if is_half else 1.0
+
+    def __iter__(self) -> Iterator[slice]:
+        """Slices of the selected rows: at least one, empty if no row is selected."""
+        num_rows = self._rows.numel()
+        for start in range(0, max(num_rows, 1), self._chunk_rows):
+            yield slice(start, min(start + self._chunk_rows, num_rows))
+
+    def new_gradients(self, dtype: torch.dtype) -> HeadGradients:
+        """Room for each gradient that is wanted.
+
+        Several chunks add up in float32; a lone one is rounded to its own type by its GEMM.
+
+        Args:
+            dtype: of the head's gradient when it is handed on.
+        """
+        hidden, weight, bias = self._wanted
+        wide = torch.float64 if self._logits.grad_dtype == torch.float64 else torch.float32
+        narrow = self._logits.grad_dtype if self._logits.grad_dtype == torch.bfloat16 else wide
+        is_lone = self._rows.numel() <= self._chunk_rows and dtype == narrow
+        shape, new = self._head.weight.shape, self._hidden.new_zeros
+        new_weight = self._weight_grad
+        if weight and new_weight is None:
+            new_weight = self._head.weight.new_empty(shape, dtype=narrow if is_lone else wide)
+        return HeadGradients(
+            new(self._hidden.shape, dtype=narrow) if hidden else None,
+            new_weight,
+            new(shape[0], dtype=wide) if bias and self._head.bias is not None else None,
+            weight_is_new=self._weight_grad is None,
+        )
+
+    @torch.no_grad()
+    def project(self, chunk: slice, *, keep: bool = False) -> RowStatistics:
+        """Make the chunk's logits, and the reference's: one GEMM each. Returns their statistics.
+
+        Args:
+            chunk: of the selected rows.
+            keep: `add_gradients` follows.
+        """
+        rows = self._rows[chunk]
+        with torch.autocast(self._hidden.device.type, enabled=False):
+            stats = self._logits.project(
+                self._hidden.index_select(0, rows),
+                self._targets[chunk],
+                ref_inputs=None if self._ref_hidden is None else self._ref_hidden[rows],
+                anchor=None if self._anchor is None else self._anchor[chunk],
+                keep=keep,
+            )
+        if self._shard is None:
+            return stats
+        return self._shard.combine(stats, self._own_targets[chunk] >= 0)
+
+    def all_statistics(self) -> RowStatistics:
+        """Statistics of all selected rows, [M]."""
+        return join([self.project(chunk) for chunk in self])
+
+    @torch.no_grad()
+    def add_gradients(
+        self, chunk: slice, stats: RowStatistics, upstream: RowGradients, into: HeadGradients
+    ) -> None:
+        """Consume the logits that `project(chunk, keep=True)` has made; add to dX, dW and db."""
+        rows, scale = self._rows[chunk], self._scale
+        if scale != 1:
+            upstream = upstream.divided_by(scale)
+        gradient = self._logits.gradients(self._own_targets[chunk], stats, upstream)
+        with torch.autocast(self._hidden.device.type, enabled=False):
+            if into.hidden is not None:
+                grad_inputs = back_project(gradient, self._head.weight, scale)
+                if self._shard is not None:
+                    grad_inputs = self._shard.sum(grad_inputs)
+                into.hidden.index_copy_(0, rows, grad_inputs.to(into.hidden.dtype))
+            if into.weight is not None:
+                inputs = self._hidden.index_select(0, rows)
+                if gradient.factor is not None:
+                    inputs = inputs.float() * gradient.factor[:, None]
+                inputs = inputs.to(gradient.matrix.dtype)
+                add_weight_gradient(
+                    gradient.matrix, inputs, into.weight, is_first=into.weight_is_new, scale=scale
+                )
+        if into.bias is not None:
+            assert gradient.factor is None
+            into.bias.add_(gradient.matrix.sum(0, dtype=into.bias.dtype), alpha=scale)
+        into.weight_is_new = False
+
+
+def under_autocast(operand: Tensor) -> Tensor:
+    """A float32 matrix in the enclosing autocast's dtype, as the matrix product of a layer has it.
+
+    Anything else as it is: 16-bit operands keep their own type.
+    """
+    kind = operand.device.type
+    if operand.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        return operand
+    return operand.to(torch.get_autocast_dtype(kind))
+
+
+def largest_power_of_two(*weights: Tensor | None) -> float:
+    """A power of two near the largest magnitude in any of the vectors: a host synchronisation."""
+    sizes = [float(w.abs().amax()) for w in weights if w is not None and w.numel()]
+    largest = max(sizes, default=0.0)
+    return 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
+
+
+def back_project(gradient: LogitGradient, weight: Tensor, scale: float = 1.0) -> Tensor:
+    """scale dZ [C, V] W [V, D]: in dZ's dtype, or float32 where a factor or a scale joins."""
+    matrix, factor = gradient
+    if matrix.dtype != weight.dtype or not (weight.is_cuda or weight.is_contiguous()):
+        # In float32 or float64, tile by tile, so that the weight is never copied whole.
+        dtype = torch.promote_types(matrix.dtype, torch.float32)
+        out = matrix.new_zeros((matrix.shape[0], weight.shape[1]), dtype=dtype)
+        for tile in vocab_tiles(weight.shape[0]):
+            out.addmm_(matrix[:, tile].to(dtype), weight[tile].to(dtype).contiguous())
+        out = out if dtype == matrix.dtype or factor is not None else out.to(matrix.dtype)
+    elif weight.is_cuda and matrix.element_size() == 2 and (factor is not None or scale != 1):
+        out = torch.mm(matrix, weight, out_dtype=torch.float32)
+    else:
+        out = matrix @ weight
+    if factor is not None:
+        out = out.float() * factor[:, None]
+    return out if scale == 1 else out.float() * scale
+
+
+def add_weight_gradient(
+    grad_logits: Tensor, inputs: Tensor, into: Tensor, *, is_first: bool, scale: float = 1.0
+) -> None:
+    """into [V, D] += scale dZ^T [V, C] X [C, D], or = for the first chunk.
+
+    Args:
+        grad_logits: dZ [C, V].
+        inputs: X in dZ's dtype.
+        into: any floating dtype; uninitialised where `is_first`.
+        is_first: nothing has been added yet.
+        scale: what dZ was divided by.
+    """
+    is_native = grad_logits.dtype == torch.bfloat16 and not grad_logits.is_cuda
+    beta = 0.0 if is_first else 1.0
+    if is_native and into.dtype in (torch.float32, torch.bfloat16) and into.stride(1) == 1:
+        ops = native_ops()
+        if ops is not None:
+            ops.add_weight_gradient(grad_logits, inputs, into, is_first)
+            return
+    if into.dtype == grad_logits.dtype and scale == 1:
+        if is_first:
+            torch.mm(grad_logits.T, inputs, out=into)
+        else:
+            into.addmm_(grad_logits.T, inputs)
+    elif into.is_cuda and into.dtype == torch.float32:
+        product = (into, grad_logits.T, inputs)
+        torch.addmm(*product, out_dtype=torch.float32, beta=beta, alpha=scale, out=into)
+    else:
+        for tile in vocab_tiles(grad_logits.shape[1]):
+            product = grad_logits[:, tile].T @ inputs
+            product = product if scale == 1 else product.float() * scale
+            if is_first:
+                into[tile] = product
+            else:
+                into[tile] += product

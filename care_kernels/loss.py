@@ -1,0 +1,425 @@
+"""The whole policy loss of Eqs. 12-13 straight from hidden states and the head.
+
+    loss = sum_i [ -w_i min(rho_i a_i, clip(rho_i, 1 - low, 1 + high) a_i)
+                   + kl_weights_i KL_i - entropy_weights_i H_i ]
+
+A scalar loss receives a scalar upstream gradient, so the gradients are made in the forward, while
+a chunk's logits are at hand, and only scaled in the backward: three GEMMs (logits, dX, dW). A
+sequence-level ratio needs the log-probs of whole sequences first, which costs a fourth.
+
+Shape letters: N rows (one sampled token each), M rows that reach a GEMM, D hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from care_kernels import checks
+from care_kernels.backends import Head, compute_dtype, resolve_backend
+from care_kernels.chunks import (
+    HeadChunks,
+    HeadGradients,
+    largest_power_of_two,
+    under_autocast,
+)
+from care_kernels.objective import (
+    SKIPPED_ROW,
+    Clip,
+    PolicyLoss,
+    RowTerms,
+    SequenceGroups,
+    Surrogate,
+    row_objective,
+    slope_at_ratio_one,
+)
+from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics, join, take
+from care_kernels.vocab_parallel import VocabShard
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    target_ids: Tensor,
+    advantages: Tensor,
+    *,
+    surrogate: Surrogate = Clip(),  # noqa: B008  a frozen record
+    old_log_probs: Tensor | None = None,
+    old_log_normalizer: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_head_weight: Tensor | None = None,
+    kl_weights: Tensor | None = None,
+    kl_estimator: str = "k3",
+    entropy_weights: Tensor | None = None,
+    return_entropy: bool = False,
+    ratio_level: str = "token",
+    sequence_ids: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    bias: Tensor | None = None,
+    report_all_rows: bool = False,
+    vocab_shard: VocabShard | None = None,
+    weight_grad: Tensor | None = None,
+    chunk_rows: int | None = None,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """Eq. 12's clipped surrogate plus Eq. 13's KL and an entropy bonus, never holding [N, V].
+
+    Differentiable, once, with respect to hidden, head_weight and bias; everything else is a
+    constant. The backward hands its gradients over and keeps none: a second one over the same graph
+    is an error. A sum, not a mean: put 1/|S*| and any other normaliser into advantages and weights.
+    A bfloat16 gradient is rounded when the sum of its chunks ends, and again by an upstream
+    gradient that is no power of two.
+
+    Rows with a_i w_i = 0 and no KL or entropy weight change nothing and never reach a GEMM. At
+    sequence level that holds only for a sequence whose rows are all so. A skipped row may hold any
+    target id. Finding them, and ids outside the vocabulary, are the call's only host
+    synchronisations on CUDA.
+
+    Under autocast float32 operands are multiplied in its dtype, as `nn.Linear` would; statistics
+    and sums stay float32.
+
+    Args:
+        hidden: [N, D] bfloat16, float16 or float32 (float64 is computed in float64).
+        head_weight: [V, D]; frozen, its gradient is not computed. Not kept for the backward.
+        target_ids: [N] int, the sampled tokens.
+        advantages: [N], Eq. 11's a_it, already divided by its normaliser.
+        surrogate: `Clip(low, high, dual)` of Eq. 12, `Cispo` or `Sapo`.
+        old_log_probs: [N]; None: the current ones, detached, so that every ratio is 1.
+        old_log_normalizer: [N] float32, the old policy's log sum exp of the same rows
+            (`linear_log_probs(..., return_log_normalizer=True)`). A GPU then anchors its
+            exponentials there, which saves a pass over them; a row whose normaliser has moved by
+            more than 80 nats since becomes NaN. Other kernels do without it.
+        ref_log_probs: [N] of the reference; or give ref_hidden.
+        ref_hidden: [N, D'] of the reference; temperature, softcap, scale and bias are the policy's.
+        ref_head_weight: [V, D']; None: head_weight, detached.
+        kl_weights: [N], each row's coefficient of KL[pi || ref]; None: no KL.
+        kl_estimator: "k1", "k2", "k3" at the sampled token, "k3_unbiased" (the ratio times k3,
+            differentiated through both), or "exact" over the vocabulary (needs ref_hidden).
+        entropy_weights: [N], each row's coefficient of the entropy; None: no bonus.
+        return_entropy: also return the entropy where nothing weighs it.
+        ratio_level: "token", or "sequence" for GSPO's exp(mean log-ratio) of each sequence.
+        sequence_ids: [N] int, which sequence a row belongs to; rows need not be adjacent.
+        importance_weights: [N] w_i >= 0, correcting for the sampler's own probabilities; None: 1.
+        temperature: divides the logits.
+        logit_softcap: z = cap * tanh(z / cap) before the temperature; None leaves it out.
+        logit_scale: multiplies the raw logits, before the softcap.
+        bias: [V], finite.
+        report_all_rows: also compute the statistics of the rows that change nothing, one GEMM for
+            them; loss and gradients are the same, bit for bit.
+        vocab_shard: which part of the vocabulary head_weight, ref_head_weight and bias are, where
+            ranks share it; the call is then a collective one.
+        weight_grad: [V, D], any floating dtype: dW is added to it during this call instead of
+            reaching head_weight.grad through the backward, whose upstream gradient it does not see.
+            Also where head_weight needs no gradient itself; not under no_grad.
+            For gradient accumulation without a second [V, D] buffer.
+        chunk_rows: rows of logits held at a time; None: `care_kernels.chunks.chunk_rows` chooses.
+        backend: None: chosen by device; "triton" or "torch".
+
+    Returns:
+        `PolicyLoss`, all float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what came and what was wanted.
+    """
+    checks.check_head(hidden, head_weight, target_ids, bias)
+    backend = resolve_backend(backend, hidden.device)
+    checks.check_transform(temperature, logit_softcap, logit_scale)
+    checks.check_chunk_rows(chunk_rows)
+    checks.check_surrogate(surrogate)
+    checks.check_ratio_level(ratio_level, sequence_ids)
+    checks.check_kl(kl_estimator, kl_weights, ref_log_probs, ref_hidden, ref_head_weight)
+    checks.check_rows(
+        hidden,
+        advantages=advantages,
+        old_log_probs=old_log_probs,
+        old_log_normalizer=old_log_normalizer,
+        ref_log_probs=ref_log_probs,
+        kl_weights=kl_weights,
+        entropy_weights=entropy_weights,
+        importance_weights=importance_weights,
+    )
+    checks.check_rows(hidden, checks.INT_DTYPES, sequence_ids=sequence_ids)
+    checks.check_not_negative("importance_weights", importance_weights)
+    checks.check_reference(hidden, head_weight, ref_hidden, ref_head_weight)
+    if weight_grad is not None:
+        checks.check_weight_grad(weight_grad, head_weight)
+
+    problem = _Problem(
+        target_ids=target_ids,
+        terms=_row_terms(
+            compute_dtype(hidden, head_weight),
+            advantages,
+            importance_weights,
+            old_log_probs,
+            ref_log_probs,
+            kl_weights,
+            entropy_weights,
+        ),
+        transform=LogitTransform(temperature, logit_softcap, logit_scale),
+        surrogate=surrogate,
+        kl_estimator=kl_estimator,
+        anchor=None if old_log_normalizer is None else old_log_normalizer.detach().float(),
+        with_entropy=return_entropy or entropy_weights is not None,
+        sequence_ids=sequence_ids if ratio_level == "sequence" else None,
+        ref_hidden=None if ref_hidden is None else ref_hidden.detach(),
+        ref_head_weight=None if ref_head_weight is None else ref_head_weight.detach(),
+        chunk_rows=chunk_rows,
+        backend=backend,
+        report_all_rows=report_all_rows,
+        vocab_shard=vocab_shard,
+        weight_grad=weight_grad,
+    )
+    rows = active_rows(problem.terms, problem.sequence_ids)
+    checks.check_targets(
+        target_ids if report_all_rows else target_ids[rows], head_weight, vocab_shard, read=True
+    )
+    # The Function itself always runs without grad mode, so it has to be told.
+    grad_mode = torch.is_grad_enabled()
+    return PolicyLoss(*LinearPolicyLoss.apply(hidden, head_weight, bias, problem, rows, grad_mode))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One call's constants: everything but hidden, head weight and bias."""
+
+    target_ids: Tensor
+    terms: RowTerms
+    transform: LogitTransform
+    surrogate: Surrogate
+    kl_estimator: str
+    anchor: Tensor | None
+    with_entropy: bool
+    sequence_ids: Tensor | None
+    """[N], given where the ratio is a sequence's."""
+    ref_hidden: Tensor | None
+    ref_head_weight: Tensor | None
+    chunk_rows: int | None
+    backend: str
+    report_all_rows: bool
+    vocab_shard: VocabShard | None
+    weight_grad: Tensor | None
+
+
+class LinearPolicyLoss(torch.autograd.Function):
+    """Forward: the loss and its gradients. Backward: scale them by the upstream gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        bias: Tensor | None,
+        problem: _Problem,
+        rows: Tensor,
+        grad_mode: bool,
+    ) -> tuple[Tensor | None, ...]:
+        """Return the fields of `PolicyLoss`."""
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # The caller's own buffer is filled even where head_weight is a detached copy.
+        needs_weight = needs_weight or problem.weight_grad is not None
+        wanted = tuple(grad_mode and needed for needed in (needs_hidden, needs_weight, needs_bias))
+        head = Head(under_autocast(head_weight), bias, problem.transform)
+        outcome, gradients = _evaluate(
+            under_autocast(hidden), head, problem, rows, wanted, head_weight.dtype
+        )
+        ctx.gradients, ctx.dtypes = None, None
+        if gradients is not None:
+            # What went into the caller's own buffer is not autograd's to hand on.
+            weight = None if problem.weight_grad is not None else gradients.weight
+            ctx.dtypes = [None if x is None else x.dtype for x in (hidden, head_weight, bias)]
+            made = (gradients.hidden, weight, gradients.bias)
+            ctx.gradients = list(map(_held, made, ctx.dtypes))
+        ctx.mark_non_differentiable(*(field for field in outcome[1:] if field is not None))
+        return tuple(outcome)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, upstream: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """dX, dW and db of the forward, times the upstream gradient of the loss, in place."""
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_policy_loss: a second backward over the same graph; wanted one: its "
+                "gradients were handed over by the first. Call the loss again instead of "
+                "retain_graph=True"
+            )
+        held, ctx.gradients = ctx.gradients, None
+        # Looking at a CUDA scalar would stall the device; scaling there costs next to nothing.
+        is_one = upstream.device.type == "cpu" and upstream.item() == 1
+        grads = (
+            None if grad is None else (grad if is_one else grad.mul_(upstream)).to(dtype)
+            for grad, dtype in zip(held, ctx.dtypes, strict=True)
+        )
+        return *grads, None, None, None
+
+
+def _held(grad: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """A gradient as it waits for its upstream factor: in its own type, but float32 for float16.
+
+    A loss scale must reach a gradient before float16 rounds it.
+    """
+    return grad if grad is None or dtype == torch.float16 else grad.to(dtype)
+
+
+def active_rows(terms: RowTerms, sequence_ids: Tensor | None) -> Tensor:
+    """Indices [M] of the rows with a say: an advantage, a KL weight or an entropy weight.
+
+    With sequence ids a row also has a say in its neighbours' ratio, so sequences stay whole.
+    """
+    active = terms.advantages != 0
+    for weights in (terms.kl_weights, terms.entropy_weights):
+        if weights is not None:
+            active = active | (weights != 0)
+    if sequence_ids is not None:
+        groups = SequenceGroups.from_ids(sequence_ids)
+        active = groups.sum(active.to(terms.advantages.dtype)) > 0
+    return active.nonzero()[:, 0]
+
+
+@torch.no_grad()
+def _evaluate(
+    hidden: Tensor,
+    head: Head,
+    problem: _Problem,
+    rows: Tensor,
+    wanted: tuple[bool, ...],
+    weight_dtype: torch.dtype,
+) -> tuple[PolicyLoss, HeadGradients | None]:
+    """Run the rows [M]: the loss, with what each row brought spread over [N], and the gradients.
+
+    The loss sums over the M rows alone, so that rows which are skipped do not even change the
+    order of its sum.
+    """
+    num_rows = hidden.shape[0]
+    outcome, gradients = _evaluate_rows(hidden, head, problem, rows, wanted, weight_dtype)
+    loss = outcome.loss.sum()
+    full = outcome._make(
+        None if field is None else field.new_full((num_rows,), fill).index_copy_(0, rows, field)
+        for field, fill in zip(outcome, SKIPPED_ROW, strict=True)
+    )
+    if problem.report_all_rows:
+        others = torch.ones(num_rows, dtype=torch.bool, device=rows.device)
+        rest = others.index_fill_(0, rows, False).nonzero()[:, 0]
+        nothing = (False, False, False)
+        reported, _ = _evaluate_rows(hidden, head, problem, rest, nothing, weight_dtype)
+        full = full._make(
+            None if field is None or values is None else field.index_copy(0, rest, values)
+            for field, values in zip(full, reported, strict=True)
+        )
+    return full._replace(loss=loss), gradients
+
+
+def _evaluate_rows(
+    hidden: Tensor,
+    head: Head,
+    problem: _Problem,
+    rows: Tensor,
+    wanted: tuple[bool, ...],
+    weight_dtype: torch.dtype,
+) -> tuple[PolicyLoss, HeadGradients | None]:
+    """What the rows [M] bring, with the wanted gradients; without any, one GEMM."""
+    terms, reference = take(problem.terms, rows), _reference(head, problem)
+    shared = (rows, problem.chunk_rows, problem.backend)
+    if reference is not None and problem.kl_estimator != "exact":
+        sampled = HeadChunks(
+            *reference, problem.target_ids, *shared, vocab_shard=problem.vocab_shard
+        )
+        ref_log_probs = sampled.all_statistics().log_probs
+        terms = terms._replace(ref_log_probs=ref_log_probs.to(terms.advantages.dtype))
+        reference = None
+    weights = (terms.advantages, terms.kl_weights, terms.entropy_weights)
+    is_half = any(wanted) and head.weight.dtype == hidden.dtype == torch.float16
+    chunks = HeadChunks(
+        hidden,
+        head,
+        problem.target_ids,
+        *shared,
+        with_entropy=problem.with_entropy,
+        wanted=wanted,
+        weight_grad=problem.weight_grad if any(wanted) else None,
+        gradient_scale=largest_power_of_two(*weights) if is_half else 1.0,
+        anchor=None if problem.anchor is None else problem.anchor[rows],
+        reference=reference,
+        vocab_shard=problem.vocab_shard,
+    )
+    gradients = chunks.new_gradients(weight_dtype) if any(wanted) else None
+    groups = None
+    if problem.sequence_ids is not None:
+        groups = SequenceGroups.from_ids(problem.sequence_ids.index_select(0, rows))
+    return _sweep(chunks, terms, problem, groups, gradients), gradients
+
+
+def _sweep(
+    chunks: HeadChunks,
+    terms: RowTerms,
+    problem: _Problem,
+    groups: SequenceGroups | None,
+    gradients: HeadGradients | None,
+) -> PolicyLoss:
+    """One pass over the chunks, or two where a chunk's gradients need whole sequences first."""
+    options = (problem.surrogate, problem.kl_estimator)
+    ratio_is_known = terms.old_log_probs is None and problem.kl_estimator != "k3_unbiased"
+    if groups is not None and not ratio_is_known:
+        stats = chunks.all_statistics()
+        outcome, upstream = row_objective(stats, terms, *options, groups=groups)
+        if gradients is not None:
+            for chunk in chunks:
+                chunks.project(chunk, keep=True)
+                chunks.add_gradients(chunk, take(stats, chunk), take(upstream, chunk), gradients)
+        return outcome
+    shared = None if groups is None else slope_at_ratio_one(terms, problem.surrogate, groups)
+    is_fused = problem.backend == "triton" and terms.advantages.dtype == torch.float32
+    outcomes: list[PolicyLoss] = []
+    for chunk in chunks:
+        stats, part = chunks.project(chunk, keep=gradients is not None), take(terms, chunk)
+        if shared is None and is_fused:
+            outcome, upstream = _fused_objective(stats, part, *options)
+        else:
+            slope = None if shared is None else shared[chunk]
+            outcome, upstream = row_objective(stats, part, *options, along_ratio=slope)
+        outcomes.append(outcome)
+        if gradients is not None:
+            chunks.add_gradients(chunk, stats, upstream, gradients)
+    return join(outcomes)
+
+
+def _fused_objective(
+    stats: RowStatistics, terms: RowTerms, surrogate: Surrogate, kl_estimator: str
+) -> tuple[PolicyLoss, RowGradients]:
+    """`row_objective` at token level in one Triton kernel, imported where it runs."""
+    from care_kernels.triton_backend.row_objective import row_objective
+
+    return row_objective(stats, terms, surrogate, kl_estimator)
+
+
+def _reference(head: Head, problem: _Problem) -> tuple[Tensor, Head] | None:
+    if problem.ref_hidden is None:
+        return None
+    weight = head.weight
+    if problem.ref_head_weight is not None:
+        weight = under_autocast(problem.ref_head_weight)
+    return under_autocast(problem.ref_hidden), Head(weight, head.bias, head.transform)
+
+
+def _row_terms(
+    dtype: torch.dtype,
+    advantages: Tensor,
+    importance_weights: Tensor | None,
+    *others: Tensor | None,
+) -> RowTerms:
+    """The row constants detached and in compute precision, the importance weights moved inside."""
+
+    def constant(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.detach().to(dtype)
+
+    weighted_advantages = advantages.detach().to(dtype)
+    if importance_weights is not None:
+        weighted_advantages = weighted_advantages * importance_weights.detach().to(dtype)
+    return RowTerms(weighted_advantages, *(constant(value) for value in others))
