@@ -226,7 +226,7 @@ def test_a_copy_of_a_patched_model_has_weights_of_its_own():
 
 
 def test_a_copy_of_a_wrapped_forward_is_refused():
-    """What another library put before the forward cannot follow a copy: an error, not our weights."""
+    """What another library put before the forward cannot follow a copy: an error says so."""
     model = _text_model("llama")
     inner = model.forward
     model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
