@@ -15,6 +15,7 @@ import pytest
 from care_train.cli import main
 from care_train.config import load_config
 from care_train.settings import Config
+from care_train.training import folders
 from care_train.training.failures import IN_USE_STATUS
 from care_train.training.folders import clean_up, remove_folder, write_folder
 from care_train.training.processes import ProcessId
@@ -82,9 +83,6 @@ def out(finished, tmp_path) -> Path:
 @pytest.fixture
 def arguments(rows, out) -> list[str]:
     return _arguments(rows, out)
-
-
-# What overwrite=true may delete.
 
 
 @pytest.mark.parametrize(
@@ -220,8 +218,6 @@ def test_a_run_with_another_inside_is_not_replaced(arguments, out):
     assert status == 2 and f"holds another run, {inner}" in errors
     assert _tree(out) == before
 
-
-# When the old run goes.
 
 WRONG = {
     "no such rows": (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
@@ -370,8 +366,6 @@ def test_a_kill_while_the_old_run_is_deleted_keeps_the_new_one(out, monkeypatch)
     assert _tree(folder) == new and _names(out) == ["other", "run"]
 
 
-# Who may write.
-
 SLOW = """
 import time
 from care_train.training.step import TrainStep
@@ -400,7 +394,7 @@ def test_a_second_process_leaves_a_live_run_alone(live, arguments, out):
     before = _tree(out / "live")
     export = ("export", f"--run={out / 'live'}", "--checkpoint=step_000001")
     attacks = (
-        (*arguments, "name=live", "--resume"),
+        (*arguments, "name=live", "train.steps=4", "--resume"),
         ("train", f"resume={out / 'live'}"),
         (*arguments, "name=live", "overwrite=true"),
         (*arguments, "name=live"),
@@ -561,9 +555,6 @@ def test_a_fork_of_the_holder_releases_nothing(tmp_path):
         assert len(_names(tmp_path / ".run.lock")) == 1
 
 
-# What a resume may start or delete.
-
-
 @pytest.mark.parametrize("how", ["--resume", "resume={folder}", ""])
 def test_a_lost_config_is_an_error(how, arguments, out):
     """Checkpoints without a config.yaml: no start at step 0, nothing is deleted, and with the file
@@ -595,7 +586,7 @@ def test_a_kill_between_two_renames_leaves_a_whole_copy(renames, tmp_path, monke
     write_folder(folder, _write("old"))
     _kill_after(monkeypatch, renames)
     # What runs after an exception does not run after a kill.
-    monkeypatch.setattr("care_train.training.folders._put_back", lambda folder: None)
+    monkeypatch.setattr(folders, "_put_back", lambda folder: None, raising=False)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(Killed):
         write_folder(folder, _write("new"))
