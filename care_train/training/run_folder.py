@@ -20,7 +20,7 @@ from typing import TypeVar
 from care_train.config import config_to_yaml
 from care_train.distributed import barrier, is_main, of_first_rank
 from care_train.settings import Config
-from care_train.training.failures import RunError
+from care_train.training.failures import RunError, is_disk_full
 from care_train.training.folders import sync, write_file
 from care_train.training.run_lock import PATIENCE, RunLock
 from care_train.training.run_place import (
@@ -81,8 +81,7 @@ class RunFolder:
         """
         self.is_resumed = is_resumed
         self._config, self._folder = config, folder
-        self._id = of_first_rank(uuid.uuid4().hex)
-        self._has_begun = self._has_started = False
+        self._has_started = False
         self.path = folder if is_resumed else _sibling(folder, "new")
         """Where the run writes: until `begin`, a new one's is another folder than its own."""
         if not is_resumed:
@@ -99,7 +98,6 @@ class RunFolder:
             OSError: it could not be written.
         """
         _on_main(self._take_name)
-        self._has_begun = True
         self.path = self._folder
         if not self.is_resumed:
             self._await_folder()
@@ -127,7 +125,7 @@ class RunFolder:
 
     def _prepare(self) -> None:
         self.path.mkdir()
-        write_file(self.path / MARKER, marker_text(self._id))
+        write_file(self.path / MARKER, marker_text(uuid.uuid4().hex))
 
     def _take_name(self) -> None:
         write_file(self.path / CONFIG_FILE, config_to_yaml(self._config))
@@ -201,7 +199,9 @@ def _claim(config: Config, files: Mapping[str, Path], stack: ExitStack) -> tuple
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         stack.enter_context(RunLock(folder, patience=config.limits.rank or PATIENCE))
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
+        if is_disk_full(error):
+            raise
         raise ValueError(f"output_dir: {folder.parent} cannot be written: {error}") from error
     recover(folder)
     return folder, check_free(config, folder, files)

@@ -69,9 +69,10 @@ class RunLock:
         Args:
             folder: the run's; it need not exist, its parent must.
             beat: seconds between two signs of life.
-            patience: seconds without one after which a holder on another machine counts as dead.
+            patience: seconds without one after which a holder on another machine counts as dead;
+                at least four beats.
         """
-        self._folder, self._beat, self._patience = folder, beat, patience
+        self._folder, self._beat, self._patience = folder, beat, max(patience, 4 * beat)
         self._place = folder.with_name(f".{folder.name}.lock")
         self._token = uuid.uuid4().hex
         self._released = threading.Event()
