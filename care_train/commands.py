@@ -100,12 +100,12 @@ def sft(config: Config, run: RunFolder) -> Summary:
     samples = load_samples(config.sft.data, config.seed)
     if run.is_resumed and (run.path / "final").is_dir():
         # It had ended: all that a kill can have cut short is the report.
-        values = read_metrics(run.begin() / "metrics.jsonl")[-1]
+        values = read_metrics(run.begin({}) / "metrics.jsonl")[-1]
         values |= count_rows(samples, require_rationales(samples))
     else:
         session = open_session(config, model_folder(config, run.path, samples), device)
         rows = cold_start_rows(session, samples, run.path)
-        run_dir = run.begin()
+        run_dir = run.begin({"sft.data": samples})
         with _metrics(run_dir, config) as metrics:
             values = run_sft(
                 session, rows, run_dir / "final", metrics, device, checkpoint, run.started
@@ -123,9 +123,10 @@ def train(config: Config, run: RunFolder) -> Summary:
     held_out = load_samples(config.eval.data, config.seed)
     session = open_session(config, model_folder(config, run.path, samples), device)
     samples = _usable(session, samples, held_out, run.path)
-    with _metrics(run.begin(), config) as metrics:
+    run_dir = run.begin({"data": samples, "eval.data": held_out})
+    with _metrics(run_dir, config) as metrics:
         summary = _train_from(session, run, samples, held_out, metrics, device, checkpoint)
-    return _finish(run.path, config, summary, start)
+    return _finish(run_dir, config, summary, start)
 
 
 def quickstart(config: Config, run: RunFolder) -> Summary:
@@ -141,7 +142,7 @@ def quickstart(config: Config, run: RunFolder) -> Summary:
     session = open_session(config, first, device)
     samples = _usable(session, samples, held_out, run.path)
     rows = None if has_cold_start else cold_start_rows(session, cold_samples, run.path)
-    run_dir = run.begin()
+    run_dir = run.begin({"sft.data": cold_samples, "data": samples, "eval.data": held_out})
     with _metrics(run_dir, config) as metrics:
         if rows is not None:
             cold_start = run_dir / "cold_start"
@@ -162,11 +163,11 @@ def evaluate(config: Config, run: RunFolder) -> Summary:
     if config.eval.benchmarks:
         # All rows are read before the first answer: a wrong file must not stop the last benchmark.
         question_sets = open_question_sets(config)
-        run_dir = run.begin()
+        run_dir = run.begin({"eval.data": held_out})
         results = evaluate_benchmarks(session, question_sets, run_dir, device, run.started)
         return _finish(run_dir, config, _basics(config) | benchmark_summary(results), start)
     usable_rows(session, held_out, "eval.data")
-    run_dir = run.begin()
+    run_dir = run.begin({"eval.data": held_out})
     engine = session.rollout_engine(session.loaded, config.eval.batch_size)
     run.started()
     values = evaluate_both(session, engine, held_out, device)

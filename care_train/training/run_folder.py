@@ -11,13 +11,14 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 from care_train.config import config_to_yaml
+from care_train.data import Sample
 from care_train.distributed import barrier, is_main, of_first_rank
 from care_train.settings import Config
 from care_train.training.failures import RunError, is_disk_full
@@ -28,6 +29,7 @@ from care_train.training.run_place import (
     MARKER,
     bears_marker,
     check_free,
+    check_images,
     holds_run,
     locate,
     marker_id,
@@ -87,17 +89,21 @@ class RunFolder:
         if not is_resumed:
             _on_main(self._prepare)
 
-    def begin(self) -> Path:
+    def begin(self, rows: Mapping[str, Sequence[Sample]]) -> Path:
         """Settings, data and rows are valid: a new run gets its folder. All ranks call it.
+
+        Args:
+            rows: what the run reads, by the setting that names it.
 
         Returns:
             The run's folder, from now on `path`.
 
         Raises:
-            ValueError: a rank does not see the folder that rank 0 made.
+            ValueError: rows have images in the folder that the run replaces, or a rank does not
+                see the one that rank 0 made.
             OSError: it could not be written.
         """
-        _on_main(self._take_name)
+        _on_main(lambda: self._take_name(rows))
         self.path = self._folder
         if not self.is_resumed:
             self._await_folder()
@@ -127,11 +133,12 @@ class RunFolder:
         self.path.mkdir()
         write_file(self.path / MARKER, marker_text(uuid.uuid4().hex))
 
-    def _take_name(self) -> None:
+    def _take_name(self, rows: Mapping[str, Sequence[Sample]]) -> None:
         write_file(self.path / CONFIG_FILE, config_to_yaml(self._config))
         if self.is_resumed:
             return
         if bears_marker(self._folder):
+            check_images(self._folder, rows)
             self._folder.rename(_sibling(self._folder, "old"))
         elif self._folder.is_dir() and any(self._folder.iterdir()):
             self._move_in()

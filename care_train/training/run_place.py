@@ -5,11 +5,12 @@ Nothing here changes a folder.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from care_train.config import config_to_dict
+from care_train.data import Sample
 from care_train.settings import Config
 
 CONFIG_FILE = "config.yaml"
@@ -121,6 +122,28 @@ def check_free(config: Config, folder: Path, files: Mapping[str, Path]) -> bool:
     if inner := _run_within(folder):
         raise ValueError(f"overwrite: {folder} holds another run, {inner}: move it elsewhere first")
     return False
+
+
+def check_images(folder: Path, rows: Mapping[str, Sequence[Sample]]) -> None:
+    """Refuse rows whose images lie in a folder that is to be replaced.
+
+    Args:
+        folder: which.
+        rows: all of the run, by the setting that names them.
+
+    Raises:
+        ValueError: one does; key, row and file are named.
+    """
+    real = folder.resolve()
+    for key, samples in rows.items():
+        for sample in samples:
+            for image in sample.images:
+                is_file = isinstance(image, str | Path)
+                if is_file and Path(image).resolve().is_relative_to(real):
+                    raise ValueError(
+                        f"{key}: {sample.location}: {image} lies in {folder}, which overwrite=true "
+                        "would delete; set name=... or move it"
+                    )
 
 
 def _check_inputs(config: Config, folder: Path, files: Mapping[str, Path]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from care_train.cli import main
 from care_train.config import load_config
@@ -209,6 +210,20 @@ def test_a_run_never_replaces_what_it_reads(key, arguments, out):
     assert _tree(out) == before
 
 
+def test_rows_with_images_in_the_old_run_are_refused(arguments, out, tmp_path):
+    """Their file is elsewhere; the row and the image are named."""
+    Image.new("RGB", (64, 64), "red").save(out / "run" / "red.png")
+    row = {"prompt": "what color?", "answer": "red", "images": ["runs/run/red.png"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    before, more = (
+        _tree(out),
+        ("model.path=tiny-qwen2.5-vl", f"data.path={tmp_path / 'rows.jsonl'}"),
+    )
+    status, errors = _one(*arguments, *more, "overwrite=true")
+    assert status == 2 and f"data: rows.jsonl: row 1: {out / 'run' / 'red.png'} lies in" in errors
+    assert _tree(out) == before and _names(out) == ["other", "run"]
+
+
 def test_a_run_with_another_inside_is_not_replaced(arguments, out):
     """`output_dir=runs/run/evals` puts runs into a run's folder."""
     inner = out / "run" / "evals" / "inner"
@@ -333,7 +348,7 @@ def test_a_kill_between_the_renames_of_an_overwrite_loses_no_run(renames, out, m
     run = RunFolder(Config(output_dir=str(out), name="run"), folder, is_resumed=False)
     _kill_after(monkeypatch, renames)
     with pytest.raises(Killed):
-        run.begin()
+        run.begin({})
         run.started()
     for again in range(3):
         monkeypatch.undo()
@@ -351,7 +366,7 @@ def test_a_kill_while_the_old_run_is_deleted_keeps_the_new_one(out, monkeypatch)
     """Half of the old run is gone by then."""
     folder = out / "run"
     run = RunFolder(Config(output_dir=str(out), name="run"), folder, is_resumed=False)
-    run.begin()
+    run.begin({})
     new = _tree(folder)
 
     def rmtree(path: Path, ignore_errors: bool = False) -> None:
