@@ -14,6 +14,7 @@ from care_train.settings import Config
 from care_train.training.rng import seed_all
 from care_train.training.session import model_folder, open_session
 from care_train.training.sft import run_sft
+from care_train.training.sft_rows import cold_start_rows
 from care_train.verifier import Response, Score, Verifier
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -131,8 +132,9 @@ def prepare(folder: Path, cold_steps: int, num_rows: int = 4096) -> Setup:
     if not cold.is_dir():
         device = initialize_process_group()
         session = open_session(config, base, device)
+        checked = cold_start_rows(session, cold_rows, folder)
         with MetricsLogger(folder, config.logging, {}) as metrics:
-            run_sft(session, cold_rows, cold, metrics, device)
+            run_sft(session, checked, cold, metrics, device, None, lambda: None)
     return Setup(cold, rows)
 
 

@@ -51,8 +51,9 @@ plain Hugging Face folder), learning_curves.png and report.md.
 
 SIGTERM or Ctrl-C ends the current step, saves a checkpoint and exits with 75; a second one, more
 than a second later, ends the run at once. Errors in input exit with 2. A run that cannot go on says
-why and how it does: 65 not finite, 69 a rank lost, 70 hung, 71 out of memory, 72 rollout engine, 74
-no room on the disk, 1 anything else (docs/failures.md). torchrun's own status is 1 for all of them.
+why and how it does: 65 not finite, 69 a rank lost, 70 hung, 71 out of memory, 72 rollout engine, 73
+the run's folder in use, 74 no room on the disk, 1 anything else (docs/failures.md). torchrun's own
+status is 1 for all of them.
 """
 
 

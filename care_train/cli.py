@@ -3,11 +3,17 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from care_train.arguments import INSPECTIONS, parse_arguments
-from care_train.config import configs_folder, load_build_settings, load_config, names_run
+from care_train.config import (
+    config_files,
+    configs_folder,
+    load_build_settings,
+    load_config,
+    names_run,
+)
 from care_train.rollout.errors import RolloutError
 from care_train.settings import Config
 from care_train.training.failures import RunError, is_disk_full, status_of
@@ -24,14 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "table":
             return _table(options)
         else:
-            config = load_config(_config_path(options), options.overrides)
+            path = _config_path(options)
+            config = load_config(path, options.overrides)
             if options.command in INSPECTIONS:
                 return _inspect(options, config)
             if options.command == "serve":
                 return _serve(options, config)
             if options.command == "verify":
                 return _verify(config)
-            return _run(options.command, config)
+            files = config_files(path, options.overrides)
+            return _run(options.command, config, files)
     except (RunError, RolloutError, ValueError, OSError) as error:
         if isinstance(error, OSError) and not is_disk_full(error):
             raise
@@ -40,13 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(command: str, config: Config) -> int:
+def _run(command: str, config: Config, files: Mapping[str, Path]) -> int:
     quiet_libraries()
     # Imported here: --help and configuration errors need no torch.
     from care_train import commands
     from care_train.distributed import barrier, is_main
     from care_train.reporting.terminal import show_summary
     from care_train.training.guard import guarded
+    from care_train.training.run_folder import open_run
+    from care_train.training.run_place import run_dir_of
     from care_train.training.stopping import STOPPED_STATUS, Stopped
 
     run = {
@@ -56,8 +66,8 @@ def _run(command: str, config: Config) -> int:
         "eval": commands.evaluate,
     }[command]
     try:
-        with guarded(config.limits, commands.run_dir_of(config)):
-            summary = run(config)
+        with guarded(config.limits, run_dir_of(config)), open_run(config, files) as folder:
+            summary = run(config, folder)
     except Stopped as stopped:
         if is_main():
             print(f"{stopped}; go on with the same command and --resume, or with", file=sys.stderr)
@@ -66,7 +76,7 @@ def _run(command: str, config: Config) -> int:
         barrier()
         return STOPPED_STATUS
     if is_main():
-        show_summary(commands.run_dir_of(config), summary)
+        show_summary(run_dir_of(config), summary)
     return 0
 
 

@@ -1,7 +1,6 @@
 """What the command line runs: each command from a configuration to a run's folder."""
 
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,11 @@ import torch
 from care_train.config import config_to_dict, config_to_yaml, load_config
 from care_train.data import Sample, load_samples, require_rationales
 from care_train.distributed import barrier, initialize_process_group, is_main
-from care_train.evaluation.benchmark_run import benchmark_summary, evaluate_benchmarks
+from care_train.evaluation.benchmark_run import (
+    benchmark_summary,
+    evaluate_benchmarks,
+    open_question_sets,
+)
 from care_train.evaluation.evaluate import evaluate_both
 from care_train.reporting import (
     MetricsLogger,
@@ -25,7 +28,7 @@ from care_train.reporting import (
 )
 from care_train.settings import Config
 from care_train.training.checkpoint import Checkpoint
-from care_train.training.folders import clean_up, write_file
+from care_train.training.folders import clean_up
 from care_train.training.resume import (
     check_progress,
     check_settings,
@@ -36,64 +39,35 @@ from care_train.training.resume import (
 from care_train.training.rl import open_checkpoints, run_training
 from care_train.training.rng import seed_all
 from care_train.training.row_check import usable_rows
+from care_train.training.run_folder import RunFolder
+from care_train.training.run_place import CONFIG_FILE
 from care_train.training.session import Session, model_folder, open_session
 from care_train.training.sft import cold_start_checkpoints, run_sft
-from care_train.training.sft_rows import count_rows
+from care_train.training.sft_rows import cold_start_rows, count_rows
 
 Summary = dict[str, Any]
 
 
-def run_dir_of(config: Config) -> Path:
-    """`output_dir/name`."""
-    return Path(config.output_dir) / config.name
-
-
-def _open_run(config: Config) -> Path:
-    """The run's folder, holding the resolved configuration and nothing of an older run.
-
-    Raises:
-        ValueError: a run of that name exists, and neither `resume` nor `overwrite` is set.
-    """
-    folder = run_dir_of(config)
-    marker = folder / "config.yaml"
-    if marker.exists() and not (config.resume or config.overwrite):
-        raise ValueError(
-            f"name: {folder} already holds a run; choose another name, or set resume=true to go "
-            "on, or overwrite=true to replace it"
-        )
-    _check_inputs_survive(config, folder)
-    barrier()
-    if is_main():
-        if marker.exists() and not config.resume:
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(marker, config_to_yaml(config))
-    barrier()
-    return folder
-
-
-def _open_resumable(
-    config: Config, cold_start: str | None = None
-) -> tuple[Path, Checkpoint | None]:
-    """`_open_run`, and the checkpoint to go on from: None starts at step 0.
+def _checkpoint(config: Config, run: RunFolder, cold_start: str | None = None) -> Checkpoint | None:
+    """What a run that is resumed goes on from, its logs cut to it; None starts at step 0.
 
     So a job script may always say `--resume`, whenever the run before was killed.
 
     Args:
         config: the run's settings.
+        run: its folder.
         cold_start: the folder that ends a cold start, where the run has one: while it is not
             there, the checkpoint is the cold start's.
 
     Raises:
         ValueError: no checkpoint is usable, or a setting is not what it was.
     """
-    seed_all(config.seed)
-    folder = run_dir_of(config)
-    marker = folder / "config.yaml"
-    if not (config.resume and marker.is_file()):
-        return _open_run(config), None
+    if not run.is_resumed:
+        return None
+    folder = run.path
     if is_main():
         clean_up(folder)
+    barrier()
     in_cold_start = cold_start is not None and not (folder / cold_start).is_dir()
     checkpoints = (cold_start_checkpoints if in_cold_start else open_checkpoints)(config, folder)
     if not in_cold_start:
@@ -102,7 +76,8 @@ def _open_resumable(
     checkpoint = checkpoints.newest()
     free = () if cold_start else ("sft",)
     if checkpoint is None:
-        check_settings(settings_of(load_config(marker)), config, where=marker, free=free)
+        where = folder / CONFIG_FILE
+        check_settings(settings_of(load_config(where)), config, where=where, free=free)
         cut_logs(folder, cold_start_logs(folder, cold_start))
     else:
         settings, where = checkpoint.state["settings"], checkpoint.folder
@@ -115,115 +90,121 @@ def _open_resumable(
         print(f"resuming {folder} from {start}", file=sys.stderr)
         if config.logging.wandb or config.logging.trackio:
             print("wandb and trackio show later steps a second time", file=sys.stderr)
-    return _open_run(config), checkpoint
+    return checkpoint
 
 
-def _refuse_resume(config: Config, command: str) -> None:
-    if config.resume:
-        raise ValueError(f"resume: got true, but `{command}` starts anew")
-
-
-def _check_inputs_survive(config: Config, folder: Path) -> None:
-    """A run must not replace the folder it reads from."""
-    if config.resume:
-        return
-    paths = {
-        "model.path": config.model.path,
-        "data.path": config.data.path,
-        "sft.data.path": config.sft.data.path,
-        "eval.data.path": config.eval.data.path,
-    }
-    for key, path in paths.items():
-        if Path(path).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{key}: {path} lies in {folder}, which this run writes; set name=...")
-
-
-def sft(config: Config) -> Summary:
+def sft(config: Config, run: RunFolder) -> Summary:
     """`care-train sft`: cold start; the model goes to `final/`."""
-    device, start = initialize_process_group(), time.perf_counter()
-    run_dir, checkpoint = _open_resumable(config, "final")
+    device, start = _begin(config)
+    checkpoint = _checkpoint(config, run, "final")
     samples = load_samples(config.sft.data, config.seed)
-    folder = model_folder(config, run_dir, samples)
-    if config.resume and (run_dir / "final").is_dir():
+    if run.is_resumed and (run.path / "final").is_dir():
         # It had ended: all that a kill can have cut short is the report.
-        values = read_metrics(run_dir / "metrics.jsonl")[-1] | count_rows(
-            samples, require_rationales(samples)
-        )
+        values = read_metrics(run.begin({}) / "metrics.jsonl")[-1]
+        values |= count_rows(samples, require_rationales(samples))
     else:
-        session = open_session(config, folder, device)
+        session = open_session(config, model_folder(config, run.path, samples), device)
+        rows = cold_start_rows(session, samples, run.path)
+        run_dir = run.begin({"sft.data": samples})
         with _metrics(run_dir, config) as metrics:
-            values = run_sft(session, samples, run_dir / "final", metrics, device, checkpoint)
+            values = run_sft(
+                session, rows, run_dir / "final", metrics, device, checkpoint, run.started
+            )
     kept = ("loss", "eval_loss", "rows", "rows_without_rationale")
     scores = {key: values[key] for key in kept if key in values}
-    return _finish(run_dir, config, _basics(config) | scores | {"steps": config.sft.steps}, start)
+    return _finish(run.path, config, _basics(config) | scores | {"steps": config.sft.steps}, start)
 
 
-def train(config: Config) -> Summary:
+def train(config: Config, run: RunFolder) -> Summary:
     """`care-train train`: reinforcement learning from `model.path`, evaluated before and after."""
-    device, start = initialize_process_group(), time.perf_counter()
-    run_dir, checkpoint = _open_resumable(config)
+    device, start = _begin(config)
+    checkpoint = _checkpoint(config, run)
     samples = load_samples(config.data, config.seed)
     held_out = load_samples(config.eval.data, config.seed)
-    folder = model_folder(config, run_dir, samples)
+    session = open_session(config, model_folder(config, run.path, samples), device)
+    samples = _usable(session, samples, held_out, run.path)
+    run_dir = run.begin({"data": samples, "eval.data": held_out})
     with _metrics(run_dir, config) as metrics:
-        summary = _train_from(
-            config, folder, run_dir, samples, held_out, metrics, device, checkpoint
-        )
+        summary = _train_from(session, run, samples, held_out, metrics, device, checkpoint)
     return _finish(run_dir, config, summary, start)
 
 
-def quickstart(config: Config) -> Summary:
+def quickstart(config: Config, run: RunFolder) -> Summary:
     """`care-train quickstart`: a tiny model, a short cold start, then `train` on real images."""
-    device, start = initialize_process_group(), time.perf_counter()
-    run_dir, checkpoint = _open_resumable(config, "cold_start")
-    cold_rows = load_samples(config.sft.data, config.seed)
+    device, start = _begin(config)
+    checkpoint = _checkpoint(config, run, "cold_start")
+    has_cold_start = run.is_resumed and (run.path / "cold_start").is_dir()
+    cold_samples = load_samples(config.sft.data, config.seed)
     samples = load_samples(config.data, config.seed)
     held_out = load_samples(config.eval.data, config.seed)
-    base = model_folder(config, run_dir, chain(cold_rows, samples))
+    base = model_folder(config, run.path, chain(cold_samples, samples))
+    first = run.path / "cold_start" if has_cold_start else base
+    session = open_session(config, first, device)
+    samples = _usable(session, samples, held_out, run.path)
+    rows = None if has_cold_start else cold_start_rows(session, cold_samples, run.path)
+    run_dir = run.begin({"sft.data": cold_samples, "data": samples, "eval.data": held_out})
     with _metrics(run_dir, config) as metrics:
-        cold_start = run_dir / "cold_start"
-        if not (config.resume and cold_start.is_dir()):
-            session = open_session(config, base, device)
-            run_sft(session, cold_rows, cold_start, metrics, device, checkpoint)
-            checkpoint = None
-        summary = _train_from(
-            config, cold_start, run_dir, samples, held_out, metrics, device, checkpoint
-        )
+        if rows is not None:
+            cold_start = run_dir / "cold_start"
+            run_sft(session, rows, cold_start, metrics, device, checkpoint, run.started)
+            session, checkpoint = open_session(config, cold_start, device), None
+        summary = _train_from(session, run, samples, held_out, metrics, device, checkpoint)
     return _finish(run_dir, config, summary, start)
 
 
-def evaluate(config: Config) -> Summary:
+def evaluate(config: Config, run: RunFolder) -> Summary:
     """`care-train eval`: `model.path` on `eval.benchmarks`, or on `eval.data`."""
-    if not config.eval.benchmarks:
-        _refuse_resume(config, "eval without eval.benchmarks")
-    device, start = initialize_process_group(), time.perf_counter()
-    run_dir = _open_run(config)
+    device, start = _begin(config)
+    if not config.eval.benchmarks and config.resume:
+        raise ValueError("resume: got true, but `eval without eval.benchmarks` starts anew")
     is_data_read = not config.eval.benchmarks or "data" in config.eval.benchmarks
     held_out = load_samples(config.eval.data, config.seed) if is_data_read else []
-    folder = model_folder(config, run_dir, held_out)
-    session = open_session(config, folder, device)
+    session = open_session(config, model_folder(config, run.path, held_out), device)
     if config.eval.benchmarks:
-        results = evaluate_benchmarks(session, run_dir, device)
+        # All rows are read before the first answer: a wrong file must not stop the last benchmark.
+        question_sets = open_question_sets(config)
+        run_dir = run.begin({"eval.data": held_out})
+        results = evaluate_benchmarks(session, question_sets, run_dir, device, run.started)
         return _finish(run_dir, config, _basics(config) | benchmark_summary(results), start)
     usable_rows(session, held_out, "eval.data")
+    run_dir = run.begin({"eval.data": held_out})
     engine = session.rollout_engine(session.loaded, config.eval.batch_size)
+    run.started()
     values = evaluate_both(session, engine, held_out, device)
     return _finish(run_dir, config, _basics(config) | values, start)
 
 
+def _begin(config: Config) -> tuple[torch.device, float]:
+    """This rank's device, its generators seeded, and the time."""
+    start = time.perf_counter()
+    device = initialize_process_group()
+    seed_all(config.seed)
+    return device, start
+
+
+def _usable(
+    session: Session, samples: Sequence[Sample], held_out: Sequence[Sample], run_dir: Path
+) -> Sequence[Sample]:
+    """The training rows that can be prompts; all held-out ones must be.
+
+    Raises:
+        ValueError: rows that can be none.
+    """
+    samples, _ = usable_rows(session, samples, "data", run_dir)
+    usable_rows(session, held_out, "eval.data")
+    return samples
+
+
 def _train_from(
-    config: Config,
-    folder: Path,
-    run_dir: Path,
+    session: Session,
+    run: RunFolder,
     samples: Sequence[Sample],
     held_out: Sequence[Sample],
     metrics: MetricsLogger,
     device: torch.device,
     checkpoint: Checkpoint | None,
 ) -> Summary:
-    session = open_session(config, folder, device)
-    samples, _ = usable_rows(session, samples, "data", run_dir)
-    usable_rows(session, held_out, "eval.data")
+    config, run_dir = session.config, run.path
     before = _logged_before(config, run_dir, checkpoint)
     if before is None:
         before = _evaluate_session(session, held_out, device, "evaluate before")
@@ -236,6 +217,7 @@ def _train_from(
         device,
         checkpoint=checkpoint,
         evaluate=lambda engine: evaluate_both(session, engine, held_out, device),
+        started=run.started,
     )
     trained = open_session(config, run_dir / "final", device)
     after = _evaluate_session(trained, held_out, device, "evaluate after")

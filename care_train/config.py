@@ -33,6 +33,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     resume = [layer["resume"] for layer in layers if "resume" in layer]
     if resume and isinstance(resume[-1], str):
         run = Path(resume[-1])
+        if run.name in ("", "..") or run.is_symlink():
+            run = run.resolve()
         path = run / "config.yaml" if path is None else path
         if not (run / "config.yaml").is_file():
             raise ValueError(f"resume: {run}: no config.yaml there, so no run to go on with")
@@ -41,6 +43,23 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     for layer in layers:
         values = _lay(values, layer)
     return build_config(values, source=str(path) if path else "the command line")
+
+
+def config_files(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Path]:
+    """The user's files that `load_config` reads, by what names them."""
+    files: dict[str, Path] = {}
+    sections = [_layer(override) for override in overrides]
+    key = "--config"
+    while path is not None:
+        files[key] = path
+        values = _load_yaml(path)
+        sections.append(values)
+        base = values.get("extends")
+        key, path = f"extends in {path}", None if base is None else path.parent / base
+    for section in sections:
+        if isinstance(name := section.get("deepspeed"), str):
+            files[f"deepspeed={name}"] = _deepspeed_file(name)
+    return files
 
 
 def load_build_settings(path: str | Path, overrides: Sequence[str] = ()) -> BuildSettings:
@@ -114,6 +133,13 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    """A file's values over those of the file that it extends."""
+    values = _load_yaml(path)
+    base = values.pop("extends", None)
+    return _lay({} if base is None else _read_yaml(path.parent / base), values)
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"config file {path}: not found")
     try:
@@ -124,8 +150,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"config file {path}: got {type(values).__name__}, wanted key: value lines"
         )
-    base = values.pop("extends", None)
-    return _lay({} if base is None else _read_yaml(path.parent / base), values)
+    return values
 
 
 def _lay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

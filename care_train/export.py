@@ -8,6 +8,7 @@ from care_train.training.checkpoint import SKELETON, Checkpoints
 from care_train.training.engine_state import read_weights
 from care_train.training.folders import write_folder
 from care_train.training.resume import saved_lora
+from care_train.training.run_folder import writing_within_runs
 from care_train.training.weights import whole_weights
 
 
@@ -22,6 +23,7 @@ def export(run_dir: Path, name: str, folder: Path, *, adapter: bool = False) -> 
 
     Raises:
         ValueError: no such checkpoint, a damaged one, or `folder` exists; `adapter` without LoRA.
+        FolderInUseError: `folder` lies in that of a run which another process writes to.
     """
     if folder.exists():
         raise ValueError(f"--out: {folder} exists; choose another folder")
@@ -30,11 +32,12 @@ def export(run_dir: Path, name: str, folder: Path, *, adapter: bool = False) -> 
     if adapter and lora is None:
         raise ValueError(f"--adapter: {run_dir} trained all weights (model.lora=null)")
     loaded = load_skeleton(checkpoint.folder / SKELETON, read_weights(checkpoint.folder), lora)
-    if adapter:
-        base = _base_of(run_dir, checkpoint.state["settings"]["model.path"])
-        write_folder(folder, lambda partial: save_adapter(loaded.model, partial, str(base)))
-    else:
-        write_folder(folder, lambda partial: loaded.save(partial, whole_weights(loaded.model)))
+    with writing_within_runs(folder):
+        if adapter:
+            base = _base_of(run_dir, checkpoint.state["settings"]["model.path"])
+            write_folder(folder, lambda partial: save_adapter(loaded.model, partial, str(base)))
+        else:
+            write_folder(folder, lambda partial: loaded.save(partial, whole_weights(loaded.model)))
     print(f"{folder}: {checkpoint.folder}, {checkpoint.step} steps")
 
 

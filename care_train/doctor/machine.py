@@ -16,6 +16,7 @@ from care_train.planning.architecture import describe
 from care_train.planning.hardware import GIB
 from care_train.planning.states import checkpoint_bytes, export_bytes
 from care_train.planning.workload import training_of
+from care_train.training.run_place import check_free, locate
 
 _DISTRIBUTION = "care-rl"
 _CHECKED = ("torch", "transformers", "deepspeed", "triton", "torchvision")
@@ -126,15 +127,12 @@ def free_bytes(folder: Path) -> int:
 
 
 def check_run_folder(subject: Subject) -> Finding:
-    """The run's folder can be written, and holds no other run."""
-    folder, config = subject.run_dir, subject.config
-    if (folder / "config.yaml").exists() and not (config.resume or config.overwrite):
-        return Finding(
-            "error",
-            "run folder",
-            f"{folder} already holds a run",
-            "set another name, resume=true to go on with it, or overwrite=true",
-        )
+    """The run's folder can be written, and holds no run that the settings do not speak of."""
+    folder = subject.run_dir
+    try:
+        check_free(subject.config, locate(subject.config), {})
+    except ValueError as error:
+        return Finding("error", "run folder", str(error), "do as it says, or set another name")
     try:
         with tempfile.TemporaryFile(dir=_existing(folder)):
             pass

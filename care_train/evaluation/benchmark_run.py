@@ -1,7 +1,7 @@
 """`care-train eval --benchmarks ...`: all benchmarks of a run, its results and their table."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from care_train.distributed import barrier, is_main
 from care_train.evaluation.decode import answer_questions
 from care_train.evaluation.decoding import decoding
-from care_train.evaluation.question_set import DATA, open_questions
+from care_train.evaluation.question_set import DATA, QuestionSet, open_questions
 from care_train.evaluation.statistics import macro_average, summarize
 from care_train.evaluation.table import results_markdown
 from care_train.reporting.jsonl import finite
@@ -33,33 +33,48 @@ _INDIFFERENT += tuple(
 )
 
 
-def evaluate_benchmarks(session: Session, run_dir: Path, device: torch.device) -> dict[str, Any]:
+def open_question_sets(config: Config) -> list[QuestionSet]:
+    """The questions of every benchmark of `eval.benchmarks`, each once, every row checked.
+
+    Raises:
+        ValueError: rows that break a benchmark's schema.
+    """
+    return [open_questions(name, config) for name in dict.fromkeys(config.eval.benchmarks)]
+
+
+def evaluate_benchmarks(
+    session: Session,
+    question_sets: Sequence[QuestionSet],
+    run_dir: Path,
+    device: torch.device,
+    started: Callable[[], None],
+) -> dict[str, Any]:
     """Answer and score every benchmark of `eval.benchmarks`, going on where a run was stopped.
 
     Writes `answers/<benchmark>/rank_<r>.jsonl` as responses come, then `results.json` and
     `results.md`.
 
     Args:
-        session: the model; its config says which benchmarks and how.
+        session: the model; its config says how it is asked.
+        question_sets: what it is asked.
         run_dir: the run's folder.
         device: this rank's.
+        started: called before the first answer.
 
     Returns:
         `benchmarks`: each one's `summarize`; `macro`: their `macro_average`, `data` apart; and
         how they were decoded.
 
     Raises:
-        ValueError: rows that break a benchmark's schema, or answers found in `run_dir` that were
-            made with another model or under other settings.
+        ValueError: answers found in `run_dir` that were made with another model or under other
+            settings.
         Stopped: a signal asked for it.
     """
     config = session.config
-    # All rows are read before the first answer: a wrong file must not stop the last benchmark.
-    chosen = list(dict.fromkeys(config.eval.benchmarks))
-    question_sets = [open_questions(name, config) for name in chosen]
     weights = identity(config, (), session.loaded.model)["weights"]
     _check_made_with(session, weights, run_dir)
     engine = session.rollout_engine(session.loaded, config.eval.batch_size)
+    started()
     summaries: dict[str, dict[str, Any]] = {}
     for questions in question_sets:
         folder = run_dir / _ANSWERS / questions.name

@@ -43,7 +43,7 @@ class Config:
     __pydantic_config__ = STRICT
 
     name: str = "care"
-    """The run's folder below `output_dir`."""
+    """The run's folder below `output_dir`; `a/b` is one in another. No part begins with a dot."""
     output_dir: str = "runs"
     """Where runs are written."""
     seed: int = 0
@@ -60,7 +60,8 @@ class Config:
     Those of `eval`, `logging` and checkpoints may change anyway, and train.steps under a constant
     schedule."""
     overwrite: bool = False
-    """Let a new run replace one of the same name; without it that is an error."""
+    """Let a new run replace one of the same name, once it has begun its first step; without it that
+    is an error. Only a folder that care-train made is ever deleted."""
     model: ModelSettings = field(default_factory=ModelSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -76,6 +77,14 @@ class Config:
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 
     def __post_init__(self) -> None:
+        parts = self.name.split("/")
+        check(
+            all(part and not part.startswith(".") for part in parts) and self.name.isprintable(),
+            "name",
+            self.name,
+            "a folder's name below output_dir: not empty, not absolute, no part that is or begins "
+            "with '.'",
+        )
         check(
             not (self.train.freeze_vision and self.model.lora and self.model.lora.vision),
             "train.freeze_vision",

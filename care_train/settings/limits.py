@@ -27,8 +27,8 @@ class LimitSettings:
     other: float = 3600.0
     """Anything else at a stretch: loading, image processing, reports."""
     rank: float = 300.0
-    """Silence of a rank, after which it counts as lost. One that dies on the same machine is
-    noticed within seconds."""
+    """Silence of a rank, after which it counts as lost; and of another machine's process that holds
+    the lock of the run's folder. One that dies on the same machine is noticed within seconds."""
     start: float = 600.0
     """Until all ranks have found each other."""
     collective: float = 7200.0

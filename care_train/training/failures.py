@@ -13,6 +13,7 @@ RANK_LOST_STATUS = 69
 HUNG_STATUS = 70
 OUT_OF_MEMORY_STATUS = 71
 ENGINE_STATUS = 72
+IN_USE_STATUS = 73
 DISK_FULL_STATUS = 74
 
 CHANGES = "a run that goes on takes a changed key with allow_changes=[KEY]"

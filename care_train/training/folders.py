@@ -14,6 +14,8 @@ from care_train.training.phase import phase
 PARTIAL = ".partial"
 """Ends the name of a folder still being written."""
 REPLACED = ".replaced"
+"""Ends the name of a folder while the new one of its name is put in its place."""
+DELETED = ".deleted"
 """Ends the name of a folder on its way out."""
 
 
@@ -36,13 +38,14 @@ def write_folder(folder: Path, *writes: Callable[[Path], None], needed: int = 0)
         SaveError: it could not be written. The temporary folder is gone.
     """
     partial = folder.with_name(folder.name + PARTIAL)
-    steps = (lambda: _begin(partial, needed), *(lambda w=w: w(partial) for w in writes))
+    steps = (lambda: _begin(partial, folder, needed), *(lambda w=w: w(partial) for w in writes))
     try:
         with phase("save"):
             for step in (*steps, lambda: _finish(partial, folder)):
                 _together(step, folder, needed)
     except BaseException:
         if is_main():
+            _put_back(folder)
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -50,19 +53,22 @@ def write_folder(folder: Path, *writes: Callable[[Path], None], needed: int = 0)
 def remove_folder(folder: Path) -> None:
     """Delete `folder` so that a kill leaves it whole, or as a leftover that `clean_up` knows."""
     if folder.exists():
-        doomed = folder.with_name(folder.name + REPLACED)
+        doomed = folder.with_name(folder.name + DELETED)
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
 
 
 def clean_up(folder: Path) -> None:
-    """Delete what killed writes and deletions left in `folder`."""
-    for path in [*folder.glob(f"*{PARTIAL}"), *folder.glob(f"*{REPLACED}")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    """Delete what killed writes and deletions left in `folder`; put back what has no successor."""
+    for path in folder.glob(f"*{REPLACED}"):
+        _put_back(path.with_name(path.name.removesuffix(REPLACED)))
+    for suffix in (PARTIAL, REPLACED, DELETED):
+        for path in folder.glob(f"*{suffix}"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def write_file(path: Path, text: str) -> None:
@@ -99,9 +105,10 @@ def _together(action: Callable[[], None], folder: Path, needed: int) -> None:
         )
 
 
-def _begin(partial: Path, needed: int) -> None:
+def _begin(partial: Path, folder: Path, needed: int) -> None:
     if not is_main():
         return
+    _put_back(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     if needed > _free_bytes(partial):
@@ -114,7 +121,8 @@ def _finish(partial: Path, folder: Path) -> None:
         return
     for path in [*partial.rglob("*"), partial]:
         sync(path)
-    # The old folder stays whole until the new one is.
+    # The old folder stays whole until the new one has its name: a kill between the two renames
+    # leaves it to `_put_back`.
     replaced = folder.with_name(folder.name + REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
@@ -122,6 +130,13 @@ def _finish(partial: Path, folder: Path) -> None:
     partial.rename(folder)
     sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _put_back(folder: Path) -> None:
+    """Give a folder its name again where `_finish` was cut off between its two renames."""
+    replaced = folder.with_name(folder.name + REPLACED)
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
 
 
 def _free_bytes(path: Path) -> int:

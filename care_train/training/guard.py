@@ -12,8 +12,6 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-import psutil
-
 from care_train.distributed import initialize_process_group, ranks_store
 from care_train.settings import LimitSettings
 from care_train.training.failures import (
@@ -26,6 +24,7 @@ from care_train.training.failures import (
     status_of,
 )
 from care_train.training.phase import begin_step, current_place
+from care_train.training.processes import end_at_once
 from care_train.training.ranks import Beat, Fault, RankBoard
 from care_train.training.stopping import Stopped
 
@@ -226,9 +225,7 @@ class Guard:
         if rank == (1 if fault.rank == 0 and not fault.hung else 0):
             print(f"\ncare-train: error: {_as_error(fault)}", file=sys.stderr, flush=True)
         self._leave_last()
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
-        os._exit(fault.status)
+        end_at_once(fault.status)
 
     def _acknowledge(self) -> None:
         if self._board is not None:

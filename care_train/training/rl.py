@@ -70,6 +70,7 @@ def run_training(
     *,
     checkpoint: Checkpoint | None = None,
     evaluate: Evaluate | None = None,
+    started: Callable[[], None],
 ) -> dict[str, float]:
     """Train, save `final/`, and return the totals of the run.
 
@@ -81,6 +82,7 @@ def run_training(
         device: this rank's device.
         checkpoint: where to go on from; its log lines must be cut already.
         evaluate: called every `train.eval_every` steps on all ranks, with the rollout engine.
+        started: called before the first step.
 
     Raises:
         Stopped: a signal asked for it; a checkpoint is saved.
@@ -88,6 +90,7 @@ def run_training(
     loop = _Loop(session, samples, run_dir, metrics, device, evaluate)
     if checkpoint is not None:
         loop.restore(checkpoint)
+    started()
     loop.run()
     steps = session.config.train.steps
     with at_step(steps, steps, run_dir):

@@ -85,6 +85,7 @@ def _list_dropped(
     ]
     write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
     logger.warning(
-        "warning: %s: %d of %d rows are left out, over prompt.max_prompt_tokens: %s",
-        *(key, len(long), len(samples), path),
+        "warning: %s: %d of %d rows are left out, over prompt.max_prompt_tokens: the run's folder "
+        "lists them in %s",
+        *(key, len(long), len(samples), path.name),
     )

@@ -2,12 +2,12 @@
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from care_train.data import PromptOrder, Sample, require_rationales
+from care_train.data import PromptOrder, Sample
 from care_train.distributed import all_sum, is_main, rank, world_size
 from care_train.models.batch import TokenSequence
 from care_train.reporting import MetricsLogger, TrainProgress
@@ -18,13 +18,10 @@ from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_bat
 from care_train.training.optimizer import OptimizerSettings
 from care_train.training.phase import at_step, phase
 from care_train.training.resume import check_identity, identity, log_sizes
-from care_train.training.row_check import usable_rows
 from care_train.training.saving import save_model
 from care_train.training.session import Session, rank_share
 from care_train.training.sft_rows import (
-    HeldOutRows,
-    check_lengths,
-    count_rows,
+    ColdStartRows,
     repair_texts,
     response_text,
     target_sequence,
@@ -34,37 +31,34 @@ from care_train.training.stopping import Stopped, StopSignals
 
 def run_sft(
     session: Session,
-    samples: Sequence[Sample],
+    cold_start: ColdStartRows,
     folder: Path,
     metrics: MetricsLogger,
     device: torch.device,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Checkpoint | None,
+    started: Callable[[], None],
 ) -> dict[str, float]:
     """Fine-tune on rows with a rationale and write the model to `folder`.
 
     Args:
         session: the model to fine-tune, with its encoder.
-        samples: rows, of which those with a rationale are learnt.
+        cold_start: the rows.
         folder: where to; its parent is the run's folder.
         metrics: the run's log.
         device: this rank's device.
         checkpoint: where to go on from; its log lines must be cut already.
+        started: called before the first step.
 
     Returns:
         The last step's metrics, `eval_loss` among them where `sft.eval_data` is set; `rows`, and of
         them `rows_without_rationale`, which are not learnt.
 
     Raises:
-        ValueError: no row has a rationale, or a row is too long.
         Stopped: a signal asked for it; a checkpoint is saved.
     """
     config, sft = session.config, session.config.sft
-    rows = require_rationales(samples)
-    counts = count_rows(samples, rows)
-    rows, prompt_lengths = usable_rows(session, rows, "sft.data", folder.parent)
-    check_lengths(session, rows, prompt_lengths)
-    held_out = HeldOutRows(session) if sft.eval_data is not None else None
-    run_identity = identity(config, samples, session.loaded.model)
+    rows, held_out = cold_start.learnt, cold_start.held_out
+    run_identity = identity(config, cold_start.all, session.loaded.model)
     engine = _policy_engine(session, device)
     checkpoints = cold_start_checkpoints(config, folder.parent)
     order = PromptOrder(len(rows), config.seed)
@@ -76,6 +70,7 @@ def run_sft(
         checkpoint.restore(engine)
     enabled = config.logging.progress and is_main()
     display = TrainProgress(sft.steps, enabled, "cold start", start_step=first)
+    started()
     with StopSignals() as signals, display as progress:
         for step in range(first, sft.steps):
             with at_step(step + 1, sft.steps, folder.parent):
@@ -97,7 +92,7 @@ def run_sft(
     with at_step(sft.steps, sft.steps, folder.parent):
         save_model(engine, folder)
     checkpoints.remove()
-    return values | counts
+    return values | cold_start.counts
 
 
 def cold_start_checkpoints(config: Config, run_dir: Path) -> Checkpoints:

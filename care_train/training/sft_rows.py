@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -120,3 +122,35 @@ class HeldOutRows:
             target_sequence(session, prompt, "", response_text(session.config.prompt, sample))
             for sample, prompt in zip(samples, prompts, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class ColdStartRows:
+    """Rows that were found valid, before the first step."""
+
+    all: Sequence[Sample]
+    learnt: Sequence[Sample]
+    """Those with a rationale, and with a prompt that is not too long."""
+    counts: dict[str, float]
+    """`count_rows`."""
+    held_out: HeldOutRows | None
+    """`sft.eval_data`."""
+
+
+def cold_start_rows(session: Session, samples: Sequence[Sample], run_dir: Path) -> ColdStartRows:
+    """Check and measure a cold start's rows, on all ranks.
+
+    Args:
+        session: the model to fine-tune, with its encoder.
+        samples: rows, of which those with a rationale are learnt.
+        run_dir: the run's folder; rows that are left out are listed there.
+
+    Raises:
+        ValueError: no row has a rationale, or a row can be no prompt or is too long.
+    """
+    rows = require_rationales(samples)
+    counts = count_rows(samples, rows)
+    rows, prompt_lengths = usable_rows(session, rows, "sft.data", run_dir)
+    check_lengths(session, rows, prompt_lengths)
+    held_out = HeldOutRows(session) if session.config.sft.eval_data is not None else None
+    return ColdStartRows(samples, rows, counts, held_out)

@@ -117,6 +117,12 @@ class FastRun:
             time.sleep(0.001)
         raise TimeoutError("the run neither ended nor got there")
 
+    def pid(self, rank: int) -> int:
+        """Of one rank's process."""
+        pid = self._processes[rank].pid
+        assert pid is not None
+        return pid
+
     def kill(self, rank: int) -> None:
         """SIGKILL to one rank."""
         self._processes[rank].kill()

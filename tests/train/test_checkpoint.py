@@ -147,7 +147,8 @@ def test_leftovers_of_kills_are_cleaned_up(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     _save(checkpoints, 1)
     shutil.copytree(tmp_path / "step_000001", tmp_path / "step_000002.partial")
-    shutil.copytree(tmp_path / "step_000001", tmp_path / "step_000003.replaced")
+    shutil.copytree(tmp_path / "step_000001", tmp_path / "step_000001.replaced")
+    shutil.copytree(tmp_path / "step_000001", tmp_path / "step_000003.deleted")
     (tmp_path / "best.json.partial").write_text("{")
     assert [path.name for path in checkpoints.list()] == ["step_000001"]
     checkpoints.clean_up()

@@ -17,6 +17,7 @@ from care_train.doctor.finding import Subject, spread
 from care_train.doctor.run import CHECKS, diagnose
 from care_train.models.load import LoadedModel
 from care_train.settings import Config, DataSettings, PromptSettings
+from care_train.training.run_place import MARKER, marker_text
 from tests.train.builders import image_sample, load, make_config
 
 
@@ -108,7 +109,10 @@ def test_a_run_folder_that_is_taken_or_closed(subject, monkeypatch):
     subject.run_dir.mkdir(parents=True)
     (subject.run_dir / "config.yaml").write_text("")
     finding = machine.check_run_folder(subject)
-    assert finding.level == "error" and "overwrite=true" in finding.fix
+    assert finding.level == "error" and "overwrite=true" in finding.message
+    finding = machine.check_run_folder(_changed(subject, overwrite=True))
+    assert finding.level == "error" and "did not make it" in finding.message
+    (subject.run_dir / MARKER).write_text(marker_text("x"))
     assert machine.check_run_folder(_changed(subject, overwrite=True)).level == "ok"
 
     def refuse(**_):
