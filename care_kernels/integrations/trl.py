@@ -26,6 +26,7 @@ import functools
 import inspect
 import logging
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -275,7 +276,7 @@ def _base_model(trainer: GRPOTrainer, model: Any) -> Any:
 def _replace_fused_head(model: Any, temperature: float, with_entropy: bool) -> None:
     """Replace what TRL put before the model's forward: calls with `fused_lm_head=True`."""
     check_head(model)
-    others = unbound_forward(model)
+    others = _forward_under_trl(model)
     options = {"temperature": temperature, **logit_options(model.config.get_text_config())}
 
     # generate() and Trainer read the signature.
@@ -312,6 +313,18 @@ def _replace_fused_head(model: Any, temperature: float, with_entropy: bool) -> N
         return _with_router_loss(output, self, backbone, kwargs)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _forward_under_trl(model: Any) -> Callable[..., Any]:
+    """The forward that TRL's own fused head goes on to, as a function of the model.
+
+    TRL 1.16's holds the original model's bound method, so a copy would run the original's weights.
+    """
+    fused = getattr(model.__dict__.get("forward"), "__func__", None)
+    inner = inspect.getclosurevars(fused).nonlocals.get("original_forward") if fused else None
+    if isinstance(inner, types.MethodType) and inner.__self__ is model:
+        return inner.__func__
+    return unbound_forward(model)
 
 
 def _backbone_arguments(model: Any, labels: Tensor | None, given: dict[str, Any]) -> dict[str, Any]:
