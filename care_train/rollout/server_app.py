@@ -28,19 +28,19 @@ from care_train.rollout.server_guard import Guard
 from care_train.rollout.server_messages import (
     BucketMessage,
     GenerateMessage,
-    GlooMessage,
     LeaseMessage,
     NcclMessage,
     OpenMessage,
     PromptLimits,
     SenderMessage,
+    TcpMessage,
     pack_expansions,
     parse,
+    unpack_meeting,
     unpack_prompts,
 )
 from care_train.rollout.types import SamplingSettings
 from care_train.rollout.vllm_inputs import sampled_log_probs, sampling_parameters
-from care_train.rollout.weight_channel import GlooMeeting, NcclMeeting
 from care_train.rollout.weight_sync import reset_caches
 
 LEASE_SECONDS = 30.0
@@ -104,13 +104,10 @@ class RolloutServer:
         """Sample one batch with the weights that its trainer sent last."""
         prompts = await asyncio.to_thread(unpack_prompts, message, self._limits)
         sampling = SamplingSettings(**message.sampling.model_dump())
-        try:
-            parameters = [
-                sampling_parameters(sampling, request.seed, message.eos_ids)
-                for request in message.requests
-            ]
-        except ValueError as error:
-            raise InvalidError(f"sampling: {error}") from None
+        parameters = [
+            sampling_parameters(sampling, request.seed, message.eos_ids)
+            for request in message.requests
+        ]
         lora = adapter_request() if self._info["lora_rank"] else None
         batch = Batch(message.version, prompts, parameters, lora)
         self._loop.generate(batch)
@@ -149,16 +146,13 @@ class RolloutServer:
         self._lease = None
         return {}
 
-    async def open(self, message: GlooMessage | NcclMessage, peer: Peer) -> dict[str, Any]:
-        """Let a trainer's rank 0 meet the workers; gloo meets it at the address that asks."""
+    async def open(self, message: TcpMessage | NcclMessage, peer: Peer) -> dict[str, Any]:
+        """Let a trainer's rank 0 meet the workers, at no address but the one that asks."""
         if message.backend != self._info["backend"]:
             raise InvalidError(
                 f"backend: got {message.backend}, wanted this server's {self._info['backend']}"
             )
-        if isinstance(message, NcclMessage):
-            meeting = NcclMeeting(message.unique_id_bytes())
-        else:
-            meeting = GlooMeeting(peer.address, message.port)
+        meeting = unpack_meeting(message, peer.address)
 
         def open_channel(llm: Any) -> None:
             self._drop_weights()

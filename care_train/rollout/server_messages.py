@@ -19,7 +19,12 @@ from care_train.data.images import load_image
 from care_train.rollout.server_engine import EngineError, InvalidError
 from care_train.rollout.types import Completion, Request, SamplingSettings
 from care_train.rollout.vllm_inputs import unexpanded_ids, vllm_prompt
-from care_train.rollout.weight_channel import UNIQUE_ID_BYTES
+from care_train.rollout.weight_channel import (
+    KEY_BYTES,
+    UNIQUE_ID_BYTES,
+    NcclMeeting,
+    TcpMeeting,
+)
 
 MAX_BUCKET_BYTES = 1 << 35
 """Larger than any one tensor: an embedding of 256k tokens by 16k in float32 has 2^34."""
@@ -43,7 +48,8 @@ class SamplingMessage(Message):
     """`SamplingSettings`."""
 
     max_new_tokens: int = Field(ge=1, lt=1 << 31)
-    temperature: float = Field(gt=0)
+    temperature: float = Field(gt=0, le=2)
+    """vLLM takes no higher one."""
     top_p: float = Field(gt=0, le=1)
     top_k: int = Field(ge=0, lt=1 << 31)
     greedy: bool
@@ -100,35 +106,24 @@ class SenderMessage(Message):
     sender: _Identifier
 
 
-class GlooMessage(SenderMessage):
+class TcpMessage(SenderMessage):
     """The trainer waits at a port of the address that this request comes from."""
 
-    backend: Literal["gloo"]
+    backend: Literal["tcp"]
     port: int = Field(ge=1, le=65535)
+    key: str
+    """Base64."""
 
 
 class NcclMessage(SenderMessage):
     """The trainer waits for those that have NCCL's unique id."""
 
     backend: Literal["nccl"]
-    unique_id: str = Field(max_length=2 * UNIQUE_ID_BYTES)
+    unique_id: str
     """Base64."""
 
-    def unique_id_bytes(self) -> bytes:
-        """NCCL's own form.
 
-        Raises:
-            InvalidError: it is none.
-        """
-        unique_id = _from_base64("unique_id", self.unique_id)
-        if len(unique_id) != UNIQUE_ID_BYTES:
-            raise InvalidError(
-                f"unique_id: got {len(unique_id)} bytes, wanted {UNIQUE_ID_BYTES} in base64"
-            )
-        return unique_id
-
-
-OpenMessage = Annotated[GlooMessage | NcclMessage, Field(discriminator="backend")]
+OpenMessage = Annotated[TcpMessage | NcclMessage, Field(discriminator="backend")]
 
 
 class BucketMessage(SenderMessage):
@@ -209,6 +204,17 @@ def pack_requests(
             for r in requests
         ],
     }
+
+
+def unpack_meeting(message: TcpMessage | NcclMessage, address: str) -> TcpMeeting | NcclMeeting:
+    """How the workers meet the trainer whose request came from `address`.
+
+    Raises:
+        InvalidError: key or unique id are none.
+    """
+    if isinstance(message, NcclMessage):
+        return NcclMeeting(_from_base64("unique_id", message.unique_id, UNIQUE_ID_BYTES))
+    return TcpMeeting(address, message.port, _from_base64("key", message.key, KEY_BYTES))
 
 
 def unpack_prompts(message: GenerateMessage, limits: PromptLimits) -> list[dict[str, Any]]:
@@ -307,8 +313,11 @@ def _decode_image(text: str, key: str, max_pixels: int) -> Image.Image:
         raise InvalidError(str(error)) from None
 
 
-def _from_base64(key: str, text: str) -> bytes:
+def _from_base64(key: str, text: str, length: int | None = None) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        content = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidError(f"{key}: got no base64: {error}") from None
+    if length is not None and len(content) != length:
+        raise InvalidError(f"{key}: got {len(content)} bytes, wanted {length}")
+    return content

@@ -76,7 +76,7 @@ def serve(
             "max_context": max_context,
             "lora_rank": lora_rank,
             "num_workers": settings.tensor_parallel_size,
-            "backend": "nccl" if torch.cuda.is_available() else "gloo",
+            "backend": "nccl" if torch.cuda.is_available() else "tcp",
         }
         limits = prompt_limits(loaded, max_context, max_image_pixels)
         value = token.value

@@ -1,46 +1,53 @@
-"""Weights on their way from the trainer to a server's workers: a broadcast in a group of their own.
+"""Weights on their way from the trainer to a server's workers: rank 0's bytes into everyone's.
 
-The trainer's rank 0 is rank 0 of the group, the server's workers follow. On CPUs it is torch's gloo
-group, whose ranks find each other in a store that the trainer opens; on GPUs an NCCL group, whose
-ranks find each other by NCCL's unique id, which goes with the trainer's request as bytes. Neither
-unpickles anything that a peer sends.
+The trainer's rank 0 is rank 0 of the channel, the server's workers follow. Between CPUs they are
+plain TCP connections to a port that the trainer opens; between GPUs it is vLLM's NCCL group for
+weight transfer, whose ranks find each other by NCCL's unique id. Key and unique id go with the
+trainer's authenticated request, and all waiting ends. Nothing that a peer sends is interpreted but
+as weights: no pickle, and no torch store, whose gloo ends the process on a peer's broken address.
 """
 
 import base64
-import ipaddress
+import hmac
+import secrets
 import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from care_train.rollout.background import Value, in_background
+from care_train.rollout.background import in_background
 
 SENDER = 0
 """Rank of the trainer."""
+
+KEY_BYTES = 64
+"""The workers show the first half of a TCP channel's key, the trainer answers with the second."""
 
 UNIQUE_ID_BYTES = 128
 
 MEET_SECONDS = 30.0
 """The longest that a server's workers wait for a trainer that has called them."""
 
+_GREETING_SECONDS = 2.0
+"""The longest that the trainer listens to a stranger at its port."""
+
 _MIN_BYTES_PER_SECOND = 16 << 20
 
 Broadcast = Callable[[torch.Tensor], None]
-"""Sends the tensor of rank 0 into that of every other rank; returns when it is there."""
+"""Sends rank 0's tensor of bytes into that of every other rank; returns when it is there."""
 
 
 @dataclass(frozen=True)
-class GlooMeeting:
-    """Where the trainer's store is."""
+class TcpMeeting:
+    """Where the trainer listens, and what it is known by."""
 
     host: str
     port: int
+    key: bytes
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,12 @@ class Invitation:
     message: dict[str, Any]
     """What they must know, in JSON's types."""
     open: Callable[[int, float], Broadcast]
-    """Rank 0's part in a group of so many ranks, who may take so many seconds to come."""
+    """Rank 0's part in a channel of so many ranks, who may take so many seconds to come."""
 
 
 def backend_for(device: torch.device) -> str:
-    """`nccl` on GPUs, `gloo` elsewhere."""
-    return "nccl" if device.type == "cuda" else "gloo"
+    """`nccl` on GPUs, `tcp` elsewhere."""
+    return "nccl" if device.type == "cuda" else "tcp"
 
 
 def invite(backend: str, host: str) -> Invitation:
@@ -70,70 +77,117 @@ def invite(backend: str, host: str) -> Invitation:
 
     Args:
         backend: see `backend_for`.
-        host: this machine's address, as the server sees it: nothing listens at others.
+        host: this machine's address, as the server sees it: no other is listened at.
 
     Raises:
-        ValueError: NCCL without vLLM, whose library it is called by.
+        ValueError: NCCL without vLLM, by which it is called.
     """
     if backend == "nccl":
         unique_id = _new_unique_id()
-        message = {"unique_id": base64.b64encode(unique_id).decode()}
-        return Invitation(
-            {"backend": backend} | message,
-            lambda size, seconds: _nccl(unique_id, SENDER, size, seconds),
-        )
+        message = {"backend": backend, "unique_id": base64.b64encode(unique_id).decode()}
+        return Invitation(message, lambda size, seconds: _nccl(unique_id, SENDER, size, seconds))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.create_server((host, 0), family=family)
+    listening, key = socket.create_server((host, 0), family=family), secrets.token_bytes(KEY_BYTES)
     port = listening.getsockname()[1]
-    store = dist.TCPStore(
-        host,
-        port,
-        is_master=True,
-        timeout=timedelta(seconds=MEET_SECONDS),
-        wait_for_workers=False,
-        master_listen_fd=listening.detach(),
-    )
-    return Invitation(
-        {"backend": backend, "port": port},
-        lambda size, seconds: _gloo(store, host, SENDER, size, seconds),
-    )
+    message = {"backend": backend, "port": port, "key": base64.b64encode(key).decode()}
+    return Invitation(message, lambda size, seconds: _sender(listening, key, size - 1, seconds))
 
 
-def join(meeting: GlooMeeting | NcclMeeting, rank: int, size: int) -> Broadcast:
-    """A worker's part; returns when all are there, after `MEET_SECONDS` at the latest.
+def join(meeting: TcpMeeting | NcclMeeting, rank: int, size: int) -> Broadcast:
+    """A worker's part; returns when the trainer has answered, after `MEET_SECONDS` at the latest.
 
     Raises:
-        RuntimeError: the trainer did not come in time.
+        RuntimeError: it did not.
     """
     if isinstance(meeting, NcclMeeting):
         return _nccl(meeting.unique_id, rank, size, MEET_SECONDS)
-
-    def meet() -> Broadcast:
-        timeout = timedelta(seconds=MEET_SECONDS)
-        store = dist.TCPStore(meeting.host, meeting.port, timeout=timeout, wait_for_workers=False)
-        return _gloo(store, meeting.host, rank, size, MEET_SECONDS)
-
-    return _within(MEET_SECONDS, f"the trainer at {meeting.host}:{meeting.port}", meet)
+    return _receiver(meeting)
 
 
-def _gloo(store: dist.Store, host: str, rank: int, size: int, seconds: float) -> Broadcast:
-    timeout = timedelta(seconds=seconds)
-    if ipaddress.ip_address(host).is_loopback:
-        # By default gloo listens at the address of this machine's name, for others to reach.
-        options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
-        options._timeout = timeout
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-        group: Any = dist.ProcessGroupGloo(store, rank, size, options)
-    else:
-        group = dist.ProcessGroupGloo(store, rank, size, timeout)
+def _sender(listening: socket.socket, key: bytes, num_workers: int, seconds: float) -> Broadcast:
+    workers: list[socket.socket] = []
+    end = time.monotonic() + seconds
+    with listening:
+        while len(workers) < num_workers:
+            listening.settimeout(max(end - time.monotonic(), 0.001))
+            try:
+                connection = listening.accept()[0]
+                if _greets(connection, key):
+                    workers.append(connection)
+                else:
+                    connection.close()
+            except TimeoutError:
+                raise RuntimeError(
+                    f"{len(workers)} of {num_workers} came in {seconds:g} s"
+                ) from None
 
     def broadcast(tensor: torch.Tensor) -> None:
-        timeout = timedelta(seconds=_transfer_seconds(tensor))
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor, options.timeout = SENDER, 0, timeout
-        group.broadcast([tensor], options).wait(timeout)
+        content: Any = tensor.numpy()
+        end = time.monotonic() + _transfer_seconds(tensor)
+        for worker in workers:
+            worker.settimeout(max(end - time.monotonic(), 0.001))
+            try:
+                worker.sendall(content)
+            except OSError as error:
+                raise RuntimeError(f"{tensor.nbytes} bytes could not be sent: {error}") from error
 
     return broadcast
+
+
+def _greets(connection: socket.socket, key: bytes) -> bool:
+    """Whether a worker that knows the key has connected; it then gets its answer."""
+    half = KEY_BYTES // 2
+    greeting = bytearray(half)
+    try:
+        _fill(connection, greeting, time.monotonic() + _GREETING_SECONDS)
+        if not hmac.compare_digest(greeting, key[:half]):
+            return False
+        connection.sendall(key[half:])
+    except OSError:
+        return False
+    return True
+
+
+def _receiver(meeting: TcpMeeting) -> Broadcast:
+    end, half = time.monotonic() + MEET_SECONDS, KEY_BYTES // 2
+    answer = bytearray(half)
+    try:
+        trainer = socket.create_connection((meeting.host, meeting.port), MEET_SECONDS)
+        trainer.sendall(meeting.key[:half])
+        _fill(trainer, answer, end)
+    except OSError as error:
+        place = f"{meeting.host}:{meeting.port}"
+        raise RuntimeError(
+            f"no trainer to meet at {place} in {MEET_SECONDS:g} s: {error}"
+        ) from None
+    if not hmac.compare_digest(answer, meeting.key[half:]):
+        raise RuntimeError(f"{meeting.host}:{meeting.port} is not the trainer that called")
+
+    def broadcast(tensor: torch.Tensor) -> None:
+        seconds = _transfer_seconds(tensor)
+        try:
+            _fill(trainer, tensor.numpy(), time.monotonic() + seconds)
+        except OSError as error:
+            raise RuntimeError(
+                f"{tensor.nbytes} bytes did not come in {seconds:.0f} s: {error}"
+            ) from None
+
+    return broadcast
+
+
+def _fill(connection: socket.socket, buffer: Any, end: float) -> None:
+    """Receive what fills a buffer of bytes, until `end`.
+
+    Raises:
+        OSError: it did not come, or the connection broke.
+    """
+    left = memoryview(buffer)
+    while left:
+        connection.settimeout(max(end - time.monotonic(), 0.001))
+        count = connection.recv_into(left)
+        if count == 0:
+            raise ConnectionError("the other side closed the connection")
+        left = left[count:]
 
 
 def _new_unique_id() -> bytes:
@@ -154,31 +208,30 @@ def _new_unique_id() -> bytes:
 
 
 def _nccl(unique_id: bytes, rank: int, size: int, seconds: float) -> Broadcast:
-    # The group of vLLM's that gets a host and a port instead unpickles what it finds there.
+    # vLLM's group that gets host and port instead unpickles what it finds there.
     from vllm.distributed.weight_transfer.nccl_common import (  # pyright: ignore[reportMissingImports]
         uid_init_process_group,
     )
 
     device = torch.cuda.current_device()
-    communicator: Any = _within(
-        seconds,
-        "the others of the NCCL group",
-        lambda: uid_init_process_group(unique_id, rank, size, device),
-    )
+    # In a thread, which stays behind: NCCL waits for its ranks without an end.
+    group = in_background(lambda: uid_init_process_group(unique_id, rank, size, device))
+    if not wait([group], seconds).done:
+        raise RuntimeError(f"no NCCL group of {size} ranks in {seconds:g} s")
+    communicator: Any = group.result()
 
     def broadcast(tensor: torch.Tensor) -> None:
         stream = torch.cuda.current_stream()
         communicator.broadcast(tensor, src=SENDER, stream=stream)
         done = torch.cuda.Event()
         done.record(stream)
-        end = time.monotonic() + _transfer_seconds(tensor)
-        # Not `synchronize`, which would wait for ever for a peer that is gone.
+        seconds = _transfer_seconds(tensor)
+        end = time.monotonic() + seconds
+        # Not `synchronize`, which would wait without an end for a peer that is gone.
         while not done.query():
             if time.monotonic() > end:
                 communicator.destroy()
-                raise RuntimeError(
-                    f"{tensor.nbytes} bytes were not there after {_transfer_seconds(tensor):.0f} s"
-                )
+                raise RuntimeError(f"{tensor.nbytes} bytes did not come in {seconds:.0f} s")
             time.sleep(0.0002)
 
     return broadcast
@@ -187,16 +240,3 @@ def _nccl(unique_id: bytes, rank: int, size: int, seconds: float) -> Broadcast:
 def _transfer_seconds(tensor: torch.Tensor) -> float:
     """What a broadcast may take: half a minute and 16 MiB a second."""
     return MEET_SECONDS + tensor.nbytes / _MIN_BYTES_PER_SECOND
-
-
-def _within(seconds: float, who: str, work: Callable[[], Value]) -> Value:
-    """What `work` gives, in a thread: torch's store and NCCL wait for ever for a peer that accepts
-    a connection and is silent. The thread then stays until the peer closes it.
-
-    Raises:
-        RuntimeError: it took longer.
-    """
-    result = in_background(work)
-    if not wait([result], seconds).done:
-        raise RuntimeError(f"{who} did not come in {seconds:g} s")
-    return result.result()

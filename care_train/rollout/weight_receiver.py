@@ -11,7 +11,7 @@ import torch
 from care_train.rollout.adapter_sync import is_adapter, load_adapter
 from care_train.rollout.checksum import checksum
 from care_train.rollout.vllm_cpu import patch_cpu_backend
-from care_train.rollout.weight_channel import Broadcast, GlooMeeting, NcclMeeting, join
+from care_train.rollout.weight_channel import Broadcast, NcclMeeting, TcpMeeting, join
 from care_train.rollout.weight_sync import SentTensor, find_failures, load_tensor
 
 if not torch.cuda.is_available():
@@ -30,7 +30,7 @@ class WeightReceiver:
     _care_adapter: dict[str, torch.Tensor]
     _care_has_base = False
 
-    def care_open(self, meeting: GlooMeeting | NcclMeeting) -> None:
+    def care_open(self, meeting: TcpMeeting | NcclMeeting) -> None:
         """Join the trainer's group."""
         from vllm.distributed import get_tp_group  # pyright: ignore[reportMissingImports]
 
@@ -50,10 +50,13 @@ class WeightReceiver:
             notes: the tensors, in the order in which they lie in the bucket, none aligned.
             num_bytes: size of the bucket.
         """
-        if self._care_broadcast is None:
+        broadcast, self._care_broadcast = self._care_broadcast, None
+        if broadcast is None:
             return "the server's workers have not met the trainer"
         bucket = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-        self._care_broadcast(bucket)
+        broadcast(bucket)
+        # What failed in its middle is of no more use.
+        self._care_broadcast = broadcast
         start = 0
         for name, dtype_name, shape, total in notes:
             dtype = getattr(torch, dtype_name)
