@@ -45,7 +45,7 @@ class ServerClient:
 
         self.url = url.rstrip("/")
         self._timeout = timeout
-        self._token = token
+        self.token = token
         bearer = {} if token.value is None else {"Authorization": f"Bearer {token.value}"}
         self._http = httpx.Client(
             headers=bearer | {"Content-Type": "application/json"},
@@ -57,7 +57,7 @@ class ServerClient:
 
     def with_timeout(self, timeout: float) -> "ServerClient":
         """The same server, asked once and with less patience."""
-        return ServerClient(self.url, timeout, self._token, retries=0)
+        return ServerClient(self.url, timeout, self.token, retries=0)
 
     def get(self, path: str) -> Any:
         """The server's answer."""
@@ -97,9 +97,7 @@ class ServerClient:
         if response.status_code == 200:
             return json.loads(response.content)
         status = response.status_code
-        problem = (
-            _token_problem(self._token) if status == 401 else _reason(response.content, status)
-        )
+        problem = _token_problem(self.token) if status == 401 else _reason(response.content, status)
         raise RolloutServerError(f"rollout.vllm.server {self.url}: {path}: {problem}", status)
 
     def _error(self, problem: str) -> RolloutServerError:

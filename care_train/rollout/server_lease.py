@@ -18,6 +18,14 @@ which the server knows after 30 s of silence."""
 
 _ANSWER_SECONDS = 5.0
 
+_of_process: "dict[tuple[str, str | None], Lease]" = {}
+
+
+def process_lease(client: ServerClient) -> "Lease":
+    """This process's hold on a server: a process is one run, and its engines, of which the last
+    that was made is used, share it."""
+    return _of_process.setdefault((client.url, client.token.value), Lease(client))
+
 
 class Lease:
     """Says that this run is alive, from a thread, until it is released or the process ends."""

@@ -12,7 +12,7 @@ from care_train.rollout.background import Value, in_background
 from care_train.rollout.checksum import checksum
 from care_train.rollout.model_identity import first_difference, model_identity
 from care_train.rollout.server_client import RolloutServerError, ServerClient
-from care_train.rollout.server_lease import Lease
+from care_train.rollout.server_lease import process_lease
 from care_train.rollout.server_messages import pack_requests, unpack_completion
 from care_train.rollout.server_token import find_token
 from care_train.rollout.settings import VllmSettings
@@ -62,7 +62,7 @@ class VllmServerEngine:
                 "or neither"
             )
         self._has_adapter = _checked_rank(self._client.url, self._info, loaded, settings)
-        self._lease = Lease(self._client)
+        self._lease = process_lease(self._client)
         self._broadcast: Broadcast | None = None
         self._version: str | None = None
 
@@ -124,7 +124,7 @@ class VllmServerEngine:
         """The server's memory is its own."""
 
     def close(self) -> None:
-        """Leave the server to other runs; the end of the process does so too."""
+        """Leave the server to other processes; the end of this one does so too."""
         self._lease.release()
 
     def _send(self, weights: Iterator[tuple[str, torch.Tensor]]) -> tuple[str, int]:

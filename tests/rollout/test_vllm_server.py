@@ -132,6 +132,7 @@ def test_a_second_run_gets_the_server_when_the_first_is_done(
     model = served()
     weights = policy_weights(model.loaded.model)
     other = VllmServerEngine(load(tiny_folder()), VllmSettings(server=server().url))
+    other._lease = server_lease.Lease(other._client)
     with pytest.raises(RolloutServerError, match=rf"another run has .* process {os.getpid()} on"):
         other.sync((w.name, w.make()) for w in weights)
     assert model.engine.generate(model.requests(1), GREEDY)
@@ -144,6 +145,20 @@ def test_a_second_run_gets_the_server_when_the_first_is_done(
     other.close()
     model.sync()
     assert model.engine.generate(model.requests(1), GREEDY)
+
+
+def test_a_run_has_several_engines(served, server, tiny_folder):
+    """One after the other, before and after training: the last one has the server at once."""
+    from care_train.rollout.vllm_server import VllmServerEngine
+
+    model = served()
+    after = VllmServerEngine(load(tiny_folder()), VllmSettings(server=server().url))
+    after.sync((w.name, w.make()) for w in policy_weights(model.loaded.model))
+    assert after.generate(model.requests(1), GREEDY)
+    with pytest.raises(RolloutServerError, match="wanted a weight sync first"):
+        model.engine.generate(model.requests(1), GREEDY)
+    model.engine._broadcast = None
+    model.sync()
 
 
 def test_a_server_of_another_model_is_refused(server, tiny_folder):

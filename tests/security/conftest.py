@@ -28,7 +28,7 @@ unpack = server_app.unpack_prompts
 def slow_unpack(*arguments):
     if os.path.exists(os.environ["SLOW"]):
         os.remove(os.environ["SLOW"])
-        time.sleep(6)
+        time.sleep(5)
     return unpack(*arguments)
 server_app.unpack_prompts = slow_unpack
 """
@@ -41,7 +41,7 @@ class Target:
     server: Server
     run: Pair
     slow: Path
-    """Once it is there, the server takes 6 seconds to unpack the next batch."""
+    """Once it is there, the server takes 5 seconds to unpack the next batch."""
 
     @property
     def token_file(self) -> Path:
@@ -50,7 +50,7 @@ class Target:
 
     @property
     def token(self) -> str:
-        return self.token_file.read_text() if self.token_file.is_file() else ""
+        return self.token_file.read_text() if self.token_file.is_file() else "none"
 
     def ask(
         self,
@@ -82,10 +82,12 @@ class Target:
 
     def second_run(self) -> Pair:
         """Another run of the same model, with other weights."""
+        from care_train.rollout.server_lease import Lease
         from care_train.rollout.vllm_server import VllmServerEngine
 
         loaded = load(Path(self.run.loaded.model.name_or_path))
         pair = Pair(loaded, VllmServerEngine(loaded, VllmSettings(server=self.server.url)))
+        pair.engine._lease = Lease(pair.engine._client)
         pair.change_weights(7)
         return pair
 
