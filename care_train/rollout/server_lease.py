@@ -18,14 +18,6 @@ which the server knows after 30 s of silence."""
 
 _ANSWER_SECONDS = 5.0
 
-_of_process: "dict[tuple[str, str | None], Lease]" = {}
-
-
-def process_lease(client: ServerClient) -> "Lease":
-    """This process's hold on a server: a process is one run, and its engines, of which the last
-    that was made is used, share it."""
-    return _of_process.setdefault((client.url, client.token.value), Lease(client))
-
 
 class Lease:
     """Says that this run is alive, from a thread, until it is released or the process ends."""
@@ -42,7 +34,8 @@ class Lease:
             "sender": self.sender,
             "who": f"process {os.getpid()} on {socket.gethostname()}",
         }
-        self._release: weakref.finalize | None = None
+        self._is_over = threading.Event()
+        self._is_over.set()
 
     def take(self) -> None:
         """Have the server from now on.
@@ -59,18 +52,29 @@ class Lease:
                 if error.status != 409 or time.monotonic() > end:
                     raise
             time.sleep(1)
-        if self._release is None or not self._release.alive:
-            quick, is_over = self._client.with_timeout(_ANSWER_SECONDS), threading.Event()
-            threading.Thread(
-                target=_beat, args=(quick, self._message, is_over), daemon=True
-            ).start()
+        if self._is_over.is_set():
+            self._is_over = threading.Event()
+            quick = self._client.with_timeout(_ANSWER_SECONDS)
+            beats = threading.Thread(
+                target=_beat, args=(quick, self._message, self._is_over), daemon=True
+            )
+            beats.start()
             # At the end of the process too, so that the next run need not wait.
-            self._release = weakref.finalize(self, _end, quick, self.sender, is_over)
+            self._release = weakref.finalize(self, _end, quick, self.sender, self._is_over, beats)
 
     def release(self) -> None:
         """Leave the server to others."""
-        if self._release is not None:
+        if not self._is_over.is_set():
             self._release()
+
+
+_of_process: dict[tuple[str, str | None], Lease] = {}
+
+
+def process_lease(client: ServerClient) -> Lease:
+    """This process's hold on a server: a process is one run, and its engines, of which the last
+    that was made is used, share it."""
+    return _of_process.setdefault((client.url, client.token.value), Lease(client))
 
 
 def _beat(client: ServerClient, message: dict[str, str], is_over: threading.Event) -> None:
@@ -80,11 +84,15 @@ def _beat(client: ServerClient, message: dict[str, str], is_over: threading.Even
         except RolloutServerError as error:
             # Another run has it. Other failures may pass; what is next sent there says them.
             if error.status == 409:
-                return
+                is_over.set()
 
 
-def _end(client: ServerClient, sender: str, is_over: threading.Event) -> None:
+def _end(
+    client: ServerClient, sender: str, is_over: threading.Event, beats: threading.Thread
+) -> None:
     is_over.set()
+    # A beat under way would take the server again.
+    beats.join()
     try:
         client.post("/release", {"sender": sender})
     # The server is gone or has another run: it has nothing to be told.
