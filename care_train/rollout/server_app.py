@@ -93,8 +93,11 @@ class RolloutServer:
         self._info = info
         self._limits = limits
         self._lease: _Lease | None = None
+        # Of the engine's thread.
+        self._met: str | None = None
+        """Which sender the workers have met last."""
         self._is_receiving = False
-        """The engine thread's: a sync has begun and has neither failed nor ended."""
+        """A sync has begun and has neither failed nor ended."""
 
     async def info(self, message: None, peer: Peer) -> dict[str, Any]:
         """The model and its limits."""
@@ -156,7 +159,9 @@ class RolloutServer:
 
         def open_channel(llm: Any) -> None:
             self._drop_weights()
+            self._met = None
             llm.collective_rpc("care_open", args=(meeting,))
+            self._met = message.sender
 
         return await self._of_owner(message, open_channel)
 
@@ -165,6 +170,9 @@ class RolloutServer:
 
         def begin(llm: Any) -> None:
             self._drop_weights()
+            # What the workers hold of another run's must not pass for a part of this one's.
+            if self._met != message.sender:
+                raise RefusedError("weight sync: the server's workers have not met this trainer")
             llm.collective_rpc("care_begin")
             self._is_receiving = True
 
@@ -213,10 +221,8 @@ class RolloutServer:
     def _check_sender(self, message: SenderMessage) -> None:
         lease = self._lease
         if lease is None or lease.sender != message.sender:
-            owner = "none" if lease is None else lease.who
-            raise RefusedError(
-                f"another run has taken this server over ({owner} has it): one run at a time"
-            )
+            owner = "nobody" if lease is None else lease.who
+            raise RefusedError(f"{owner} has this server, not this run: one run at a time")
 
     def _drop_weights(self) -> None:
         self._is_receiving = False

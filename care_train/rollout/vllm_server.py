@@ -44,7 +44,6 @@ class VllmServerEngine:
         self._loaded = loaded
         self._dtype = loaded.model.dtype
         self._bucket_bytes = settings.sync_bucket_mib << 20
-        self._timeout = settings.server_timeout
         token = find_token(settings.server, settings.server_token_file)
         self._client = ServerClient(settings.server, settings.server_timeout, token)
         self._info = self._client.get("/info")

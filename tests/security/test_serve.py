@@ -349,6 +349,9 @@ def test_a_silent_run_loses_its_server(target):
     assert target.ask("/lease", alive).status_code == 200
     assert target.ask("/lease", dead).status_code == 409
     assert target.ask("/weights/begin", {"sender": dead["sender"]}).status_code == 409
+    # Nor does the next run get the weights of the one before.
+    for part in ("begin", "end"):
+        assert target.ask(f"/weights/{part}", {"sender": alive["sender"]}).status_code == 409
     assert target.ask("/release", {"sender": alive["sender"]}).status_code == 200
     target.run.engine._broadcast = None
 
