@@ -128,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--port", type=int, default=8000, help="default %(default)s; 0: a free one"
             )
+            command.add_argument(
+                "--allowed-host",
+                action="append",
+                default=[],
+                metavar="NAME",
+                help="another name that trainers call this machine by; may be given several times",
+            )
     _add_data(commands)
     export = commands.add_parser("export", help=_EXPORT, description=_EXPORT)
     export.add_argument("--run", type=Path, required=True, help="the run's folder")

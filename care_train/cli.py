@@ -96,7 +96,7 @@ def _serve(options: argparse.Namespace, config: Config) -> int:
     quiet_libraries()
     from care_train.serve import serve
 
-    return 0 if serve(config, options.host, options.port) else 1
+    return 0 if serve(config, options.host, options.port, options.allowed_host) else 1
 
 
 def _verify(config: Config) -> int:

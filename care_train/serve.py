@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from care_train.data import load_samples
@@ -12,13 +13,19 @@ from care_train.settings import Config
 from care_train.training.session import tiny_corpus, vllm_limits
 
 
-def serve(config: Config, host: str, port: int) -> bool:
+def serve(config: Config, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> bool:
     """Serve until a signal; whether vLLM was well to the end.
 
     The run that uses it sends the weights: it need not be started before.
 
+    Args:
+        config: the run's.
+        host: address to listen at.
+        port: 0 takes a free one.
+        allowed_hosts: more names that runs may call the server by.
+
     Raises:
-        ValueError: no model at `model.path`, no vLLM, or the port is taken.
+        ValueError: no model at `model.path`, no vLLM, no token, or the port is taken.
     """
     with tempfile.TemporaryDirectory(prefix="care-serve-") as temporary:
         folder = _model_folder(config, Path(temporary))
@@ -30,10 +37,12 @@ def serve(config: Config, host: str, port: int) -> bool:
         config.rollout.vllm,
         max_context=max_context,
         batch_size=batch_size,
+        max_image_pixels=config.prompt.max_image_pixels,
         lora_rank=None if lora is None else lora.rank,
         host=host,
         port=port,
-        announce=lambda url: _announce(config, url),
+        allowed_hosts=allowed_hosts,
+        announce=lambda url, token: _announce(config, url, token),
     )
 
 
@@ -46,8 +55,11 @@ def _model_folder(config: Config, temporary: Path) -> Path:
     return build_tiny_model(config.model.path, temporary / "model", corpus, seed=config.seed)
 
 
-def _announce(config: Config, url: str) -> None:
-    print(f"serving {config.model.path} at {url}", file=sys.stderr, flush=True)
+def _announce(config: Config, url: str, token: str) -> None:
     print(
-        f"  train with rollout.engine=vllm rollout.vllm.server={url}", file=sys.stderr, flush=True
+        f"serving {config.model.path} at {url}\n"
+        f"  train with rollout.engine=vllm rollout.vllm.server={url}\n"
+        f"  token in {token}; for runs of other users or machines see docs/rollouts.md",
+        file=sys.stderr,
+        flush=True,
     )

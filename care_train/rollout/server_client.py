@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from care_train.rollout.errors import RolloutError
+from care_train.rollout.server_token import VARIABLE, Token
 
 CONNECT_SECONDS = 10.0
 CONNECT_RETRIES = 5
@@ -18,27 +19,45 @@ class RolloutServerError(RolloutError):
 
     advice = "; start the server again (care-train serve)"
 
+    def __init__(self, message: str, status: int | None = None) -> None:
+        """
+        Args:
+            message: for people.
+            status: HTTP's, where the server answered.
+        """
+        super().__init__(message)
+        self.status = status
+
 
 class ServerClient:
     """One server, seen from one process."""
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, token: Token, retries: int | None = None) -> None:
         """Connects at the first request.
 
         Args:
             url: `http://host:port`.
             timeout: seconds that the server may take for one answer.
+            token: what the server demands.
+            retries: attempts to connect after the first; None: `CONNECT_RETRIES`.
         """
         import httpx
 
         self.url = url.rstrip("/")
         self._timeout = timeout
+        self.token = token
+        bearer = {} if token.value is None else {"Authorization": f"Bearer {token.value}"}
         self._http = httpx.Client(
+            headers=bearer | {"Content-Type": "application/json"},
             # Proxies are for the outside.
-            transport=httpx.HTTPTransport(retries=CONNECT_RETRIES),
+            transport=httpx.HTTPTransport(retries=CONNECT_RETRIES if retries is None else retries),
             timeout=httpx.Timeout(timeout, connect=CONNECT_SECONDS),
             trust_env=False,
         )
+
+    def with_timeout(self, timeout: float) -> "ServerClient":
+        """The same server, asked once and with less patience."""
+        return ServerClient(self.url, timeout, self.token, retries=0)
 
     def get(self, path: str) -> Any:
         """The server's answer."""
@@ -77,14 +96,26 @@ class ServerClient:
             raise self._error(f"{path}: the connection broke: {error}") from error
         if response.status_code == 200:
             return json.loads(response.content)
-        raise self._error(f"{path}: {_reason(response.content, response.status_code)}")
+        status = response.status_code
+        problem = _token_problem(self.token) if status == 401 else _reason(response.content, status)
+        raise RolloutServerError(f"rollout.vllm.server {self.url}: {path}: {problem}", status)
 
     def _error(self, problem: str) -> RolloutServerError:
         return RolloutServerError(f"rollout.vllm.server {self.url}: {problem}")
+
+
+def _token_problem(token: Token) -> str:
+    got = "no token was found" if token.value is None else "its token is not the one"
+    return (
+        f"{got} ({token.source}): the server says at its start where its token is; on this machine "
+        "as its user it is found, otherwise give it by rollout.vllm.server_token_file or "
+        f"${VARIABLE}"
+    )
 
 
 def _reason(content: bytes, status: int) -> str:
     try:
         return str(json.loads(content)["error"])
     except (ValueError, KeyError, TypeError):
-        return f"status {status}: is this a `care-train serve`?"
+        hint = "see its log" if status == 500 else "is this a `care-train serve`?"
+        return f"status {status}: {hint}"

@@ -19,6 +19,10 @@ class VllmSettings:
     server_timeout: float = 600.0
     """Seconds that one request to the server may take, a whole batch or a bucket of weights; after
     them the run stops."""
+    server_token_file: str | None = None
+    """A file with the token that the server demands, where it is neither in
+    $CARE_TRAIN_SERVER_TOKEN nor found by itself: both sides may be given it. None: the server makes
+    a token, which runs of its user find on its machine."""
     kv_cache_gib: float | None = None
     """Size of the KV cache in GiB. None: 1 on CPUs; on GPUs what gpu_memory_utilization leaves."""
     gpu_memory_utilization: float = 0.4

@@ -1,26 +1,28 @@
 """The vLLM engine in a server: each rank asks it for its rollouts, rank 0 sends the weights."""
 
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from care_train.distributed import free_port, is_main, of_first_rank
+from care_train.distributed import is_main, of_first_rank
 from care_train.models.load import LoadedModel
-from care_train.rollout.background import in_background
+from care_train.rollout.background import Value, in_background
 from care_train.rollout.checksum import checksum
 from care_train.rollout.model_identity import first_difference, model_identity
 from care_train.rollout.server_client import RolloutServerError, ServerClient
+from care_train.rollout.server_lease import process_lease
 from care_train.rollout.server_messages import pack_requests, unpack_completion
+from care_train.rollout.server_token import find_token
 from care_train.rollout.settings import VllmSettings
 from care_train.rollout.types import Completion, Request, SamplingSettings, WeightParts
 from care_train.rollout.vllm_inputs import check_expansion, check_length, merge_size_of
 from care_train.rollout.vllm_process import adapter_rank
-from care_train.rollout.weight_channel import Broadcast, backend_for, open_channel
+from care_train.rollout.weight_channel import MEET_SECONDS, Broadcast, backend_for, invite
 
-Value = TypeVar("Value")
+_MEET_SECONDS = 2 * MEET_SECONDS
+"""The server's workers come after what its engine has begun."""
 
 
 class VllmServerEngine:
@@ -34,15 +36,16 @@ class VllmServerEngine:
             settings: `rollout.vllm`, with a server.
 
         Raises:
-            ValueError: it serves another model, or takes other adapters.
+            ValueError: it serves another model, takes other adapters or has other devices, or a
+                token cannot be read.
             RolloutServerError: it cannot be reached.
         """
         assert settings.server is not None
         self._loaded = loaded
         self._dtype = loaded.model.dtype
         self._bucket_bytes = settings.sync_bucket_mib << 20
-        self._timeout = settings.server_timeout
-        self._client = ServerClient(settings.server, settings.server_timeout)
+        token = find_token(settings.server, settings.server_token_file)
+        self._client = ServerClient(settings.server, settings.server_timeout, token)
         self._info = self._client.get("/info")
         difference = first_difference(self._info["model"], model_identity(loaded))
         if difference is not None:
@@ -50,8 +53,15 @@ class VllmServerEngine:
                 f"rollout.vllm.server {self._client.url}: it serves another model: {difference}; "
                 "start it with this run's configuration"
             )
+        backend = backend_for(loaded.model.device)
+        if self._info["backend"] != backend:
+            raise ValueError(
+                f"rollout.vllm.server {self._client.url}: it takes weights by "
+                f"{self._info['backend']}, this run sends them by {backend}: both must have GPUs, "
+                "or neither"
+            )
         self._has_adapter = _checked_rank(self._client.url, self._info, loaded, settings)
-        self._sender = uuid.uuid4().hex
+        self._lease = process_lease(self._client)
         self._broadcast: Broadcast | None = None
         self._version: str | None = None
 
@@ -112,18 +122,20 @@ class VllmServerEngine:
     def rest(self) -> None:
         """The server's memory is its own."""
 
+    def close(self) -> None:
+        """Leave the server to other processes; the end of this one does so too."""
+        self._lease.release()
+
     def _send(self, weights: Iterator[tuple[str, torch.Tensor]]) -> tuple[str, int]:
         if self._broadcast is None:
             self._broadcast = self._open_channel()
-        broadcast, sender = self._broadcast, {"sender": self._sender}
+        broadcast, sender = self._broadcast, {"sender": self._lease.sender}
         self._client.post("/weights/begin", sender)
         num_bytes = 0
         for notes, bucket in _buckets(weights, self._dtype, self._bucket_bytes):
             self._send_bucket(broadcast, bucket, sender | {"tensors": notes})
             num_bytes += len(bucket)
-        version = uuid.uuid4().hex
-        self._client.post("/weights/end", sender | {"version": version})
-        return version, num_bytes
+        return self._client.post("/weights/end", sender)["version"], num_bytes
 
     def _send_bucket(
         self, broadcast: Broadcast, bucket: torch.Tensor, message: dict[str, Any]
@@ -133,13 +145,12 @@ class VllmServerEngine:
         self._meet(lambda: broadcast(bucket), answer)
 
     def _open_channel(self) -> Broadcast:
-        host, port = self._client.local_address(), free_port()
-        size = 1 + self._info["num_workers"]
-        backend = backend_for(self._loaded.model.device)
-        place = {"backend": backend, "host": host, "port": port, "timeout": self._timeout}
-        message = place | {"sender": self._sender}
+        self._lease.take()
+        invitation = invite(self._info["backend"], self._client.local_address())
+        message = invitation.message | {"sender": self._lease.sender}
         answer = in_background(lambda: self._client.post("/weights/open", message))
-        return self._meet(lambda: open_channel(backend, host, port, 0, size, self._timeout), answer)
+        size = 1 + self._info["num_workers"]
+        return self._meet(lambda: invitation.open(size, _MEET_SECONDS), answer)
 
     def _meet(self, own_part: Callable[[], Value], answer: Future[Any]) -> Value:
         """What must happen here while the server does its part; its reason to fail goes first."""

@@ -4,18 +4,20 @@ vLLM mixes this class into its worker (`worker_extension_cls`) and imports it in
 process before the model is made.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from care_train.rollout.adapter_sync import is_adapter, load_adapter
 from care_train.rollout.checksum import checksum
 from care_train.rollout.vllm_cpu import patch_cpu_backend
-from care_train.rollout.weight_channel import Broadcast, open_channel
+from care_train.rollout.weight_channel import Broadcast, NcclMeeting, TcpMeeting, join
 from care_train.rollout.weight_sync import SentTensor, find_failures, load_tensor
 
 if not torch.cuda.is_available():
     patch_cpu_backend()
 
-TensorNote = tuple[str, str, list[int], int]
+TensorNote = tuple[str, str, Sequence[int], int]
 """What a bucket says of a tensor: its name, dtype, shape and checksum."""
 
 
@@ -28,29 +30,33 @@ class WeightReceiver:
     _care_adapter: dict[str, torch.Tensor]
     _care_has_base = False
 
-    def care_open(self, backend: str, host: str, port: int, timeout: float) -> None:
+    def care_open(self, meeting: TcpMeeting | NcclMeeting) -> None:
         """Join the trainer's group."""
         from vllm.distributed import get_tp_group  # pyright: ignore[reportMissingImports]
 
         group = get_tp_group()
         rank, size = 1 + group.rank_in_group, 1 + group.world_size
-        self._care_broadcast = open_channel(backend, host, port, rank, size, timeout)
-        self._care_has_base = False
+        self._care_broadcast, self._care_has_base = None, False
+        self._care_broadcast = join(meeting, rank, size)
 
     def care_begin(self) -> None:
         """Forget what was sent before."""
         self._care_placed, self._care_adapter = {}, {}
 
-    def care_receive(self, notes: list[TensorNote], num_bytes: int) -> str | None:
+    def care_receive(self, notes: Sequence[TensorNote], num_bytes: int) -> str | None:
         """Take one bucket and load its tensors; says what could not be loaded.
 
         Args:
             notes: the tensors, in the order in which they lie in the bucket, none aligned.
             num_bytes: size of the bucket.
         """
-        assert self._care_broadcast is not None
+        broadcast, self._care_broadcast = self._care_broadcast, None
+        if broadcast is None:
+            return "the server's workers have not met the trainer"
         bucket = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-        self._care_broadcast(bucket)
+        broadcast(bucket)
+        # What failed in its middle is of no more use.
+        self._care_broadcast = broadcast
         start = 0
         for name, dtype_name, shape, total in notes:
             dtype = getattr(torch, dtype_name)

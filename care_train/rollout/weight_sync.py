@@ -270,6 +270,7 @@ def _piece_checksum(parameter: torch.Tensor, piece: _Piece, parallel: _TensorPar
     if parallel.size == 1:
         return total
     owns = parallel.rank % piece.copies == 0
-    totals: list[Any] = [None] * parallel.size
-    torch.distributed.all_gather_object(totals, total if owns else 0, group=parallel.group)
-    return wrapped(sum(totals))
+    own = torch.tensor([total if owns else 0], dtype=torch.int64)
+    totals = [torch.empty_like(own) for _ in range(parallel.size)]
+    torch.distributed.all_gather(totals, own, group=parallel.group)
+    return wrapped(sum(int(each) for each in totals))

@@ -31,6 +31,7 @@ FREE = (
         "train.eval_every",
         "rollout.vllm.server",
         "rollout.vllm.server_timeout",
+        "rollout.vllm.server_token_file",
     ),
 )
 """Keys and sections that a resumed run may change: they decide nothing about its weights, but for

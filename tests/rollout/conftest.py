@@ -114,9 +114,15 @@ def served(server, tiny_folder):
     """As `pair`, with an engine that asks the server."""
     from care_train.rollout.vllm_server import VllmServerEngine
 
+    engines: list[VllmServerEngine] = []
+
     def engine(kind: str, loaded: LoadedModel) -> VllmServerEngine:
         url = server(kind).url
         settings = VllmSettings(server=url, server_timeout=60, sync_bucket_mib=1)
-        return VllmServerEngine(loaded, settings)
+        engines.append(VllmServerEngine(loaded, settings))
+        return engines[-1]
 
-    return _pairs(tiny_folder, engine)
+    yield _pairs(tiny_folder, engine)
+    # Other tests' runs use the server next.
+    for used in engines:
+        used.close()

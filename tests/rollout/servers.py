@@ -8,7 +8,9 @@ import sys
 import tempfile
 import time
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from care_train.distributed import own_environment
 
@@ -18,12 +20,29 @@ ROOT = Path(__file__).parents[2]
 class Server:
     """A server process, ready when made."""
 
-    def __init__(self, *arguments: str, port: int = 0, seconds: float = 180) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        port: int = 0,
+        seconds: float = 180,
+        before: str = "",
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Start one.
+
+        Args:
+            arguments: of `care-train serve`.
+            port: 0 takes a free one.
+            seconds: how long it may take to start.
+            before: code that it runs first, to break something.
+            environment: variables laid over this process's.
+        """
         self._log = tempfile.NamedTemporaryFile(suffix=".log")
+        main = f"{before}\nimport sys, care_train.cli\nsys.exit(care_train.cli.main())"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "care_train", "serve", f"--port={port}", *arguments],
+            [sys.executable, "-c", main, "serve", f"--port={port}", *arguments],
             cwd=ROOT,
-            env=own_environment() | {"OMP_NUM_THREADS": "1"},
+            env=own_environment() | {"OMP_NUM_THREADS": "1"} | dict(environment),
             stdout=subprocess.DEVNULL,
             stderr=self._log.file,
         )

@@ -1,5 +1,6 @@
 """A real `care-train serve` beside the trainer: tokens, log-probs, weights, errors."""
 
+import os
 import time
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from care_train.rollout import server_client
+from care_train.rollout import server_client, server_lease
 from care_train.rollout.server_client import RolloutServerError
 from care_train.rollout.settings import VllmSettings
 from care_train.rollout.transformers_engine import TransformersEngine
@@ -120,19 +121,44 @@ def test_a_tensor_left_out_unknown_or_misshapen_is_caught(served):
     assert model.engine.generate(model.requests(1), GREEDY)
 
 
-def test_a_second_run_takes_the_server_over_loudly(served, server, tiny_folder):
-    """The first one's next requests are refused: it never samples from foreign weights."""
+def test_a_second_run_gets_the_server_when_the_first_is_done(
+    served, server, tiny_folder, monkeypatch
+):
+    """Not before; then the first one's requests are refused: it never samples from foreign
+    weights."""
     from care_train.rollout.vllm_server import VllmServerEngine
 
+    monkeypatch.setattr(server_lease, "WAIT_SECONDS", 0)
     model = served()
+    weights = policy_weights(model.loaded.model)
     other = VllmServerEngine(load(tiny_folder()), VllmSettings(server=server().url))
-    other.sync((w.name, w.make()) for w in policy_weights(model.loaded.model))
+    other._lease = server_lease.Lease(other._client)
+    with pytest.raises(RolloutServerError, match=rf"another run has .* process {os.getpid()} on"):
+        other.sync((w.name, w.make()) for w in weights)
+    assert model.engine.generate(model.requests(1), GREEDY)
+    model.engine.close()
+    other.sync((w.name, w.make()) for w in weights)
     with pytest.raises(RolloutServerError, match="another run uses it"):
         model.engine.generate(model.requests(1), GREEDY)
     with pytest.raises(RolloutServerError, match="one run at a time"):
         model.sync()
+    other.close()
     model.sync()
     assert model.engine.generate(model.requests(1), GREEDY)
+
+
+def test_a_run_has_several_engines(served, server, tiny_folder):
+    """One after the other, before and after training: the last one has the server at once."""
+    from care_train.rollout.vllm_server import VllmServerEngine
+
+    model = served()
+    after = VllmServerEngine(load(tiny_folder()), VllmSettings(server=server().url))
+    after.sync((w.name, w.make()) for w in policy_weights(model.loaded.model))
+    assert after.generate(model.requests(1), GREEDY)
+    with pytest.raises(RolloutServerError, match="wanted a weight sync first"):
+        model.engine.generate(model.requests(1), GREEDY)
+    model.engine._broadcast = None
+    model.sync()
 
 
 def test_a_server_of_another_model_is_refused(server, tiny_folder):
@@ -154,8 +180,7 @@ def test_no_server_and_a_late_server_are_named(served, tiny_folder, monkeypatch)
     with pytest.raises(RolloutServerError, match=r"http://127.0.0.1:9: cannot connect"):
         VllmServerEngine(load(tiny_folder()), VllmSettings(server="http://127.0.0.1:9"))
     model = served()
-    late = VllmSettings(server=model.engine._client.url, server_timeout=0.01)
-    client = server_client.ServerClient(model.engine._client.url, late.server_timeout)
+    client = model.engine._client.with_timeout(0.01)
     kept, model.engine._client = model.engine._client, client
     with pytest.raises(RolloutServerError, match=r"/generate: no answer in .*server_timeout"):
         model.engine.generate(model.requests(), SamplingSettings(48))
