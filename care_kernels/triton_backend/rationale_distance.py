@@ -19,7 +19,7 @@ from care_kernels.triton_backend.region_weights import NUM_SEQUENCES, SEQ_LEN, l
 BLOCK_T = 64
 BLOCK_D = 64
 DISTANCE_BLOCK_D = 1024
-NUM_WARPS = 4
+NUM_WARPS = 8
 
 
 # T changes with every batch: compiling again for each would cost more.
