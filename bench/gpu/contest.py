@@ -18,15 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.accuracy import Truth, relative_error, true_outcome
-from bench.gpu.measuring import (
-    Bench,
-    at_most,
-    attempt,
-    peak_mib,
-    release,
-    rounded,
-    time_in_turns,
-)
+from bench.gpu.measuring import at_most, attempt, peak_mib, release, rounded, time_in_turns
+from bench.gpu.record import Bench
 from bench.measure import Spread
 from bench.peers import (
     CLIP_HIGH,
@@ -45,6 +38,8 @@ FLOOR = "three bare GEMMs"
 OURS = "linear_policy_loss"
 _WRONG = 0.05
 _WARM_UP_SECONDS = 50.0
+# What timing all entrants takes at most, kept free of warming up.
+RESERVED_SECONDS = 25.0
 # They compile C++ on a CPU, where a dry run only wants to know that the code works.
 _COMPILERS = ("torch_compiled", "cut_cross_entropy")
 _PEERS = ("torch_compiled", "liger_grpo", "liger_scaled_ce", "trl_chunked", "cut_cross_entropy")
@@ -199,7 +194,7 @@ class Contest:
 
     def _warm_up(self, name: str, entrant: Entrant, problem: Problem, truth: Truth | None) -> bool:
         """Compile, tune, check; False where the gradients are wrong."""
-        with at_most(min(_WARM_UP_SECONDS, max(self._bench.seconds_left() - 15, 1))):
+        with at_most(min(_WARM_UP_SECONDS, max(self._bench.seconds_left() - RESERVED_SECONDS, 1))):
             outcome = entrant.run(problem)
         errors: dict[str, float] = {}
         if truth is not None and entrant.is_whole and isinstance(outcome, Outcome):

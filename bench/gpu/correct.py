@@ -31,8 +31,9 @@ from bench.gpu.checks import (
     dtype_name,
     on_device,
 )
-from bench.gpu.measuring import Bench, is_context_lost, rounded
+from bench.gpu.measuring import is_context_lost, rounded
 from bench.gpu.promises import promises
+from bench.gpu.record import Bench
 from tests.kernels.cases import (
     PER_ROW,
     Case,

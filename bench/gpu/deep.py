@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from bench.accuracy import relative_error, true_outcome
-from bench.gpu.measuring import Bench, attempt, release, rounded
+from bench.gpu.measuring import attempt, release, rounded
+from bench.gpu.record import Bench
 from bench.gpu.sizes import sizes_of
 from bench.peers import CLIP_HIGH, CLIP_LOW, Problem, make_problem
 from care_kernels import linear_log_probs, linear_policy_loss
@@ -38,7 +39,9 @@ def _loss(problem: Problem, chunk_rows: int | None) -> tuple[Tensor, Tensor, Ten
         chunk_rows=chunk_rows,
         backend="triton",
     )
-    return out.log_probs, *torch.autograd.grad(out.loss, (problem.hidden, problem.head_weight))
+    leaves = problem.hidden, problem.head_weight
+    grad_hidden, grad_weight = torch.autograd.grad(out.loss, leaves)
+    return out.log_probs, grad_hidden, grad_weight
 
 
 def _deep(bench: Bench, name: str, dtype: torch.dtype) -> None:

@@ -6,7 +6,8 @@ import time
 
 import torch
 
-from bench.gpu.measuring import Bench, attempt, rounded, time_in_turns
+from bench.gpu.measuring import attempt, rounded, time_in_turns
+from bench.gpu.record import Bench
 from bench.measure import machine_facts
 from bench.peers import installed_version, make_problem
 from care_kernels import linear_policy_loss

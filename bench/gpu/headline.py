@@ -1,7 +1,7 @@
 """The figures that lead the page: both heads, many rows, every way to the same loss."""
 
-from bench.gpu.contest import CORE, Contest, peers
-from bench.gpu.measuring import Bench
+from bench.gpu.contest import CORE, RESERVED_SECONDS, Contest, peers
+from bench.gpu.record import Bench
 from bench.gpu.sizes import sizes_of
 
 
@@ -19,6 +19,6 @@ def run(bench: Bench) -> None:
         contest.print()
     entrants = peers(bench)
     for contest in contests:
-        if bench.seconds_left() > 10:
+        if bench.seconds_left() > RESERVED_SECONDS + 5:
             contest.measure(entrants, rounds=rounds)
             contest.print()

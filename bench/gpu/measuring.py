@@ -1,67 +1,23 @@
-"""What every section measures with: its device, timing in turns, peak memory, bounded calls.
+"""What every section measures with: timing in turns, peak memory, calls that may fail or hang.
 
 Times are milliseconds between CUDA events. In a dry run the same calls run on the CPU in Triton's
 interpreter and are timed by the clock: such figures say that the code works, and nothing else.
 """
 
 import gc
-import json
-import os
 import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
+from bench.gpu.record import Bench
+
 T = TypeVar("T")
 MIB = 2**20
-
-
-@dataclass
-class Record:
-    """A section's figures, written to its file after every entry: a killed section keeps them."""
-
-    path: Path
-    figures: dict[str, Any] = field(default_factory=dict)
-
-    def put(self, key: str, value: Any) -> None:
-        """Set one figure and write all of them."""
-        self.figures[key] = value
-        write_json(self.path, self.figures)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """One section's process."""
-
-    dry: bool
-    record: Record
-    until: float
-    """When the section is ended, in seconds since the epoch."""
-    part: int = 0
-    parts: int = 1
-    """The processes that share the section's work, and which of them this is."""
-
-    @property
-    def device(self) -> str:
-        """Where tensors live."""
-        return "cpu" if self.dry else "cuda"
-
-    def seconds_left(self) -> float:
-        """Until the section is ended."""
-        return self.until - time.time()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file whole: a reader never sees half of it."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(value))
-    os.replace(unfinished, path)
 
 
 def synchronize(bench: Bench) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch.autograd import DeviceType
 
-from bench.gpu.measuring import Bench, attempt, rounded, synchronize
+from bench.gpu.measuring import attempt, rounded, synchronize
+from bench.gpu.record import Bench
 from bench.gpu.sizes import sizes_of
 from bench.peers import Problem, clipped_surrogate, make_problem
 from care_kernels import linear_log_probs, linear_policy_loss

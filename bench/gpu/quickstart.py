@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.measuring import Bench
+from bench.gpu.record import Bench
 
 _INTERPRET = "TRITON_INTERPRET"
 _NEEDED = ("deepspeed", "pydantic", "yaml", "easy_vqa", "math_verify", "accelerate", "datasets")

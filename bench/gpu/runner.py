@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.measuring import write_json
+from bench.gpu.record import write_json
 
 # A section that would have less is left out.
 _LEAST_SECONDS = 15.0

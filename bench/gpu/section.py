@@ -6,14 +6,12 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+from bench.gpu.record import Bench, Record
+
 
 def main() -> int:
     """Run the section; its exit status is 0 if it came to its end."""
     task = json.loads(sys.argv[1])
-    from bench.gpu.measuring import Bench, Record
-    from bench.measure import quieten
-
-    quieten()
     bench = Bench(
         dry=task["dry"],
         record=Record(Path(task["record"])),
@@ -31,7 +29,9 @@ def _interpreter(dry: bool) -> AbstractContextManager[None]:
     if not dry:
         return nullcontext()
     from bench.interpreter import mended_interpreter
+    from bench.measure import quieten
 
+    quieten()
     return mended_interpreter()
 
 

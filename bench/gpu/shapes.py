@@ -1,7 +1,7 @@
 """More numbers of rows: the floor, our own functions and plain torch."""
 
 from bench.gpu.contest import CORE, Contest
-from bench.gpu.measuring import Bench
+from bench.gpu.record import Bench
 from bench.gpu.sizes import sizes_of
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from bench.gpu import projection, tma_projection
-from bench.gpu.measuring import Bench, attempt, peak_mib, release, rounded, time_in_turns
+from bench.gpu.measuring import attempt, peak_mib, release, rounded, time_in_turns
+from bench.gpu.record import Bench
 from bench.gpu.sizes import sizes_of
 from bench.peers import Problem, make_problem
 from care_kernels import linear_policy_loss
@@ -135,7 +136,9 @@ def _compile(bench: Bench, runs: Runs) -> dict[str, str]:
         return None
 
     names = list(runs)
-    with ThreadPoolExecutor(1 if bench.dry else _THREADS) as pool:
+    # A thread's first operation makes the device's context its own.
+    start_thread = partial(torch.zeros, 1, device=bench.device)
+    with ThreadPoolExecutor(1 if bench.dry else _THREADS, initializer=start_thread) as pool:
         reasons = list(pool.map(reason, [runs[name][1] for name in names]))
     return {name: why for name, why in zip(names, reasons, strict=True) if why is not None}
 

@@ -5,7 +5,7 @@ a persistent loop and from stores through a descriptor, with the epilogue of pla
 """
 
 # Kernels are in Triton's language, of which a type checker for Python knows little.
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ TILES = (
 )
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_programs"])
 def _tma_kernel(
     hidden_desc,
     weight_desc,
@@ -59,20 +59,20 @@ def _tma_kernel(
     vocab_size,
     width,
     stride_exps,
+    num_programs,
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP_C: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
     FLATTEN: tl.constexpr,
     STORE_BY_TMA: tl.constexpr,
 ):
-    # A program owns the BLOCK_C x BLOCK_V tiles of logits NUM_PROGRAMS apart, in an order that goes
+    # A program owns the BLOCK_C x BLOCK_V tiles of logits num_programs apart, in an order that goes
     # down GROUP_C row blocks of a vocabulary tile before the next.
     row_blocks = tl.cdiv(num_rows, BLOCK_C)
     vocab_blocks = tl.cdiv(vocab_size, BLOCK_V)
     for tile in tl.range(
-        tl.program_id(0), row_blocks * vocab_blocks, NUM_PROGRAMS, flatten=FLATTEN
+        tl.program_id(0), row_blocks * vocab_blocks, num_programs, flatten=FLATTEN
     ):
         group = tile // (GROUP_C * vocab_blocks)
         group_size = tl.minimum(row_blocks - group * GROUP_C, GROUP_C)
@@ -138,11 +138,11 @@ def project_by_tma(
         vocab_size,
         width,
         exps.stride(0),
+        programs,
         BLOCK_C=tile.BLOCK_C,
         BLOCK_V=tile.BLOCK_V,
         BLOCK_D=tile.BLOCK_D,
         GROUP_C=tile.GROUP_C,
-        NUM_PROGRAMS=programs,
         FLATTEN=tile.flatten,
         STORE_BY_TMA=tile.store_by_tma,
         num_warps=tile.num_warps,
