@@ -64,8 +64,6 @@ def main(arguments: list[str] | None = None) -> int:
         wheels = unpack_wheels(Path(WHEELS), Path(site))
         run = Run(folder, options.limit_seconds, options.dry, Path(site) if wheels else None)
         results = run_sections(wanted, run)
-    if not options.dry:
-        write_page(results, folder / "gpu.md")
     problems = problems_of(results)
     for problem in problems:
         print(f"bench.gpu: {problem}", file=sys.stderr)

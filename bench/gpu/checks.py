@@ -41,10 +41,16 @@ def on_device(case: Case, bench: Bench) -> Case:
     return moved | {"backend": "triton"}
 
 
-def allowed_error(got: Tensor, want: Tensor, eager: Tensor, *, is_gradient: bool) -> float:
-    """The error of `got` over what the rule allows; infinite where it is not finite."""
+def allowed_error(
+    got: Tensor, want: Tensor, eager: Tensor, *, is_gradient: bool, least_scale: float = 1.0
+) -> float:
+    """The error of `got` over what the rule allows; infinite where it is not finite.
+
+    Values are in nats: their errors count relative to `least_scale` where they are smaller. A
+    gradient's count relative to its largest entry.
+    """
     if not bool(torch.isfinite(got).all()):
         return math.inf
-    least_scale = 0.0 if is_gradient else 1.0
+    scale = 0.0 if is_gradient else least_scale
     floor = (FLOOR if is_gradient else VALUE_FLOOR)[got.dtype]
-    return error(got, want, least_scale) / (FACTOR * error(eager, want, least_scale) + floor)
+    return error(got, want, scale) / (FACTOR * error(eager, want, scale) + floor)

@@ -144,18 +144,15 @@ def _failure_key(name: str) -> str:
 
 
 def _let_trl_load() -> None:
-    """TRL's chunked log-probs without the rest of its trainer, which imports `datasets`.
+    """Load TRL's chunked log-probs without its trainer, which imports `datasets` and much else.
 
-    Its backward takes one name from `trl.trainer.utils`: a context that gathers a head partitioned
-    by ZeRO-3, and does nothing to any other head.
+    Their backward takes one name from there: a context that gathers a head partitioned by ZeRO-3,
+    and does nothing to any other head.
     """
-    try:
-        import trl.trainer.utils  # noqa: F401
-    except Exception:
-        stand_in: Any = ModuleType("trl.trainer.utils")
-        stand_in.maybe_gather_lm_head_ctx = lambda *parameters: nullcontext()
-        sys.modules["trl.trainer"] = ModuleType("trl.trainer")
-        sys.modules["trl.trainer.utils"] = stand_in
+    stand_in: Any = ModuleType("trl.trainer.utils")
+    stand_in.maybe_gather_lm_head_ctx = lambda *parameters: nullcontext()
+    sys.modules["trl.trainer"] = ModuleType("trl.trainer")
+    sys.modules["trl.trainer.utils"] = stand_in
 
 
 class Contest:

@@ -107,7 +107,7 @@ def _contest_row(name: str, row: dict[str, Any]) -> list[str]:
         spread,
         "1.00" if name == FLOOR else cell("of_floor", ".2f"),
         cell("tflop_s", ".0f"),
-        cell("peak_mib", ",d"),
+        _count(row.get("peak_mib")),
         cell("log_prob_rms", ".1e"),
         cell("d_hidden", ".1e"),
         cell("d_weight", ".1e"),
@@ -163,7 +163,7 @@ def _model(results: dict[str, Any]) -> list[str]:
                 [
                     name,
                     f"{row['ms']:,.0f}",
-                    f"{row['peak_mib_beyond_weights_and_states']:,}",
+                    _count(row["peak_mib_beyond_weights_and_states"]),
                     _number(row["loss"]),
                     _number(row["gradient_norm"]),
                 ]
@@ -210,7 +210,7 @@ def _sweep(results: dict[str, Any]) -> list[str]:
         lines += [*_table((key, "ms", "TFLOP/s"), rows)]
     for key, chunks in figures.items():
         if key.startswith("chunk rows, "):
-            rows = [[name, row["ms"], f"{row['peak_mib']:,}"] for name, row in chunks.items()]
+            rows = [[name, row["ms"], _count(row["peak_mib"])] for name, row in chunks.items()]
             lines += _table((key, "ms", "peak MiB"), rows)
     return ["## Tiles and chunks", "", *lines] if lines else []
 
@@ -242,6 +242,10 @@ def _not_measured(results: dict[str, Any]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:

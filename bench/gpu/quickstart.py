@@ -1,7 +1,7 @@
 """The quickstart on the GPU with the embedded engine, where what the trainer needs is there.
 
-Shorter than `make quickstart`: enough steps to see the model learn. What it needs beyond torch is
-named in `care-rl`'s `train` extra; each must be installed or lie as a wheel in `.wheels/`.
+Shorter than `make quickstart`: enough steps to see the model learn. Of what the `train` extra asks
+for, each package must be installed or lie as a wheel in `.wheels/`.
 """
 
 import json
@@ -17,7 +17,7 @@ from bench.gpu.record import Bench
 
 _INTERPRET = "TRITON_INTERPRET"
 _NEEDED = ("deepspeed", "pydantic", "yaml", "easy_vqa", "math_verify", "accelerate", "datasets")
-_SETTINGS = ("train.steps=60", "eval.data.max_samples=1000")
+_SETTINGS = ("train.steps=30", "eval.data.max_samples=500")
 _DRY_SETTINGS = (
     "sft.steps=1",
     "sft.data.max_samples=8",

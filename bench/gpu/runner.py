@@ -109,6 +109,9 @@ def _start(
     environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     if run.dry:
         environment["TRITON_INTERPRET"] = "1"
+    if section.parts > 1:
+        # Threads of several processes would wait for each other at every barrier.
+        environment["OMP_NUM_THREADS"] = "1"
     if run.site is not None:
         inherited = os.environ.get("PYTHONPATH")
         environment["PYTHONPATH"] = os.pathsep.join(
