@@ -12,7 +12,16 @@ from bench.measure import machine_facts
 from bench.peers import installed_version, make_problem
 from care_kernels import linear_policy_loss
 
-_PACKAGES = ("triton", "numpy", "transformers", "pytest", "hypothesis", "deepspeed")
+# Liger's own kernels for Hopper need nvidia-cutlass-dsl; without it its torch code runs.
+_PACKAGES = (
+    "triton",
+    "numpy",
+    "transformers",
+    "pytest",
+    "hypothesis",
+    "deepspeed",
+    "nvidia-cutlass-dsl",
+)
 _PEERS = ("liger-kernel", "cut-cross-entropy", "trl")
 
 
