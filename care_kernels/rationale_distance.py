@@ -23,7 +23,7 @@ NORM_EPS = 1e-12
 """Shorter means count as this long, so that a zero vector stays zero."""
 BLOCK_TOKENS = 1024
 """Hidden states converted to float32 at a time, on the CPU."""
-BLOCK_T, BLOCK_D, NUM_WARPS = 64, 64, 4
+BLOCK_T, BLOCK_D, NUM_WARPS = 64, 64, 8
 
 
 @torch.no_grad()

@@ -137,7 +137,8 @@ def _project_kernel(
     z = to_logits(z, inner, outer, HAS_SOFTCAP)
     inside = rows < num_rows
     target_ids = tl.load(target_ids_ptr + rows, mask=inside, other=-1)
-    is_target = columns[None, :] == target_ids[:, None]
+    # In 32 bits, like the columns: a tile of 64-bit comparisons would not stay in registers.
+    is_target = columns[None, :] == target_ids.to(tl.int32)[:, None]
     target_logit = tl.sum(tl.where(is_target, z, 0.0), 1)
     # Exactly one tile holds a row's target.
     first = vocab_block * BLOCK_V

@@ -15,13 +15,14 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.experimental.gluon  # A launch would load it, and it wants compiled functions.
 import triton.language as tl
 from triton import knobs
 from triton.runtime import interpreter
+
+from bench.interpreter import mended_interpreter
 
 PACKAGE = "care_kernels.triton_backend"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,10 +52,7 @@ def decorate(kernel: Callable[..., None]) -> Any:
 
 @contextmanager
 def interpreting() -> Iterator[None]:
-    """Triton's own functions interpreted, bfloat16 rounded as a device rounds; undone on leaving.
-
-    The interpreter cuts float32 down to bfloat16 where every device rounds to nearest.
-    """
+    """Triton's own functions interpreted, its interpreter mended; undone on leaving."""
     if not IS_INTERPRETED:
         yield
         return
@@ -68,17 +66,15 @@ def interpreting() -> Iterator[None]:
         tl.core.tensor_descriptor_base,
     )
     before = [dict(vars(owner)) for owner in patched]
-    convert = interpreter._convert_float
     try:
         for name, member in vars(_interpreted_standard()).items():
             if isinstance(member, interpreter.InterpretedFunction):
                 setattr(tl.standard, name, member)
                 if hasattr(tl, name):
                     setattr(tl, name, member)
-        interpreter._convert_float = _rounding(convert)
-        yield
+        with mended_interpreter():
+            yield
     finally:
-        interpreter._convert_float = convert
         for owner, members in zip(patched, before, strict=True):
             _restore(owner, members)
 
@@ -95,16 +91,6 @@ def _interpreted_standard() -> ModuleType:
         knobs.runtime.interpret = True
         spec.loader.exec_module(module)
     return module
-
-
-def _rounding(convert: Any) -> Any:
-    def convert_float(data: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
-        if source == tl.float32 and target == tl.bfloat16:
-            values = torch.from_numpy(np.ascontiguousarray(data)).bfloat16()
-            return values.view(torch.int16).numpy().view(np.uint16)
-        return convert(data, source, target, mode)
-
-    return convert_float
 
 
 def _restore(owner: Any, members: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Check and measure `care_kernels` on a GPU: `python -m bench.gpu`."""

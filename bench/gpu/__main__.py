@@ -1,0 +1,104 @@
+"""Check and measure everything on one NVIDIA GPU, the most valuable first, within eight minutes.
+
+    python -m bench.gpu                          # all sections
+    python -m bench.gpu --only correct,headline
+    python -m bench.gpu --page docs/gpu.md       # measure nothing: the page from the last results
+    python -m bench.gpu --dry                    # tiny problems on the CPU in Triton's interpreter
+
+It needs torch and triton; transformers for a whole model, pytest and hypothesis for the kernel
+tests. Peers are measured where they are installed or lie as wheels in `.wheels/`:
+
+    pip download --no-deps -d .wheels liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0
+
+Each section has a process, a time limit and a log of its own, and `gpu.json` in the folder of
+results is written anew after each. The last line is one JSON object; the exit status is 1 where
+something could not be measured or is not correct. A dry run says that the code works: it prints no
+GPU figure and writes no page.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu.page import PageError, write_page
+from bench.gpu.runner import Run, Section, run_sections
+from bench.gpu.summary import problems_of, summary_of
+from bench.gpu.wheels import FOLDER as WHEELS
+from bench.gpu.wheels import unpack_wheels
+
+SECTIONS = (
+    Section("facts", "bench.gpu.facts", 45),
+    # Six that check, one that runs the kernel tests.
+    Section("correct", "bench.gpu.correct", 110, parts=7),
+    Section("headline", "bench.gpu.headline", 130),
+    Section("profile", "bench.gpu.profiling", 35),
+    Section("sweep", "bench.gpu.sweep", 75),
+    Section("shapes", "bench.gpu.shapes", 50),
+    Section("deep", "bench.gpu.deep", 45),
+    Section("model", "bench.gpu.model", 60),
+    Section("quickstart", "bench.gpu.quickstart", 120),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    options = _options(arguments)
+    folder = options.out or Path("runs") / ("gpu-dry" if options.dry else "gpu")
+    if options.page is not None:
+        return _write_page(folder, options.page)
+    if not options.dry and not torch.cuda.is_available():
+        print("bench.gpu: no CUDA device; --dry tries the command on a CPU", file=sys.stderr)
+        return 1
+    if options.dry:
+        print("A dry run on a CPU, in Triton's interpreter: no figure below is a GPU's.")
+    wanted = [section for section in SECTIONS if section.name in options.only]
+    if options.dry:
+        wanted = [replace(section, parts=min(section.parts, 2)) for section in wanted]
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as site:
+        wheels = unpack_wheels(Path(WHEELS), Path(site))
+        run = Run(folder, options.limit_seconds, options.dry, Path(site) if wheels else None)
+        results = run_sections(wanted, run)
+    problems = problems_of(results)
+    for problem in problems:
+        print(f"bench.gpu: {problem}", file=sys.stderr)
+    print(json.dumps(summary_of(results) | {"problems": problems}), flush=True)
+    return 1 if problems else 0
+
+
+def _write_page(folder: Path, page: Path) -> int:
+    path = folder / "gpu.json"
+    try:
+        results: dict[str, Any] = json.loads(path.read_text())
+        write_page(results, page)
+    except (OSError, PageError) as error:
+        print(f"bench.gpu: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps({"page": str(page), "from": str(path)}))
+    return 0
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    names = [section.name for section in SECTIONS]
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--dry", action="store_true", help="on a CPU, to test the command")
+    parser.add_argument("--only", metavar="A,B", help=f"some sections of: {', '.join(names)}")
+    parser.add_argument("--limit-seconds", type=float, default=470.0, metavar="S")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/gpu")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the page, measure nothing")
+    options = parser.parse_args(arguments)
+    options.only = names if options.only is None else options.only.split(",")
+    unknown = sorted(set(options.only) - set(names))
+    if unknown:
+        parser.error(f"--only: got {', '.join(unknown)}; wanted some of {', '.join(names)}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

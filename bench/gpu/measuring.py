@@ -1,0 +1,136 @@
+"""What every section measures with: timing in turns, peak memory, calls that may fail or hang.
+
+Times are milliseconds between CUDA events. In a dry run the same calls run on the CPU in Triton's
+interpreter and are timed by the clock: such figures say that the code works, and nothing else.
+"""
+
+import gc
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from bench.gpu.record import Bench
+
+T = TypeVar("T")
+MIB = 2**20
+
+
+def synchronize(bench: Bench) -> None:
+    """Wait until the device has done all its work."""
+    if not bench.dry:
+        torch.cuda.synchronize()
+
+
+def release(bench: Bench) -> None:
+    """Give unused memory back to the device."""
+    gc.collect()
+    if not bench.dry:
+        torch.cuda.empty_cache()
+
+
+def milliseconds(bench: Bench, call: Callable[[], object]) -> float:
+    """One call's time; its result is dropped within it."""
+    if bench.dry:
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start_event.record()
+    call()
+    end_event.record()
+    end_event.synchronize()
+    return start_event.elapsed_time(end_event)
+
+
+def time_in_turns(
+    bench: Bench, calls: Mapping[str, Callable[[], object]], rounds: int, *, budget: float = 3.0
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, all taken in turns after a round that does not count.
+
+    The order rotates from round to round, so that a throttling clock or a busy moment hits all
+    alike. A call that has used its budget of seconds leaves the rounds.
+    """
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    if not names:
+        return times
+    for call in calls.values():
+        call()
+    synchronize(bench)
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            done = times[name]
+            if not done or sum(done) + max(done) <= 1e3 * budget:
+                done.append(milliseconds(bench, calls[name]))
+    return times
+
+
+def peak_mib(bench: Bench, call: Callable[[], object]) -> float | None:
+    """MiB of device memory that a call adds at its peak, its results included; None when dry."""
+    if bench.dry:
+        call()
+        return None
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def is_context_lost(error: BaseException) -> bool:
+    """Whether no CUDA call of this process can succeed any more."""
+    text = str(error).lower()
+    return any(sign in text for sign in ("illegal memory", "device-side assert", "unspecified"))
+
+
+def attempt(bench: Bench, what: str, call: Callable[[], T], *, key: str = "failed") -> T | None:
+    """The call's result; None, with the reason printed and recorded under `key`, where it fails.
+
+    Raises:
+        Exception: the failure itself, where it has taken the CUDA context with it.
+    """
+    try:
+        return call()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:400]
+        print(f"!! {what}: {reason}", flush=True)
+        if not isinstance(error, torch.cuda.OutOfMemoryError | ImportError | TimeoutError):
+            traceback.print_exc(limit=-6)
+        bench.record.put(key, bench.record.figures.get(key, {}) | {what: reason})
+        if is_context_lost(error):
+            raise
+        release(bench)
+        return None
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Bound what runs inside: compilers and autotuners of other packages may take minutes.
+
+    Raises:
+        TimeoutError: it took longer.
+    """
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def rounded(value: float, digits: int = 3) -> float:
+    """A figure with so many significant digits, as JSON keeps it."""
+    return float(f"{value:.{digits}g}")

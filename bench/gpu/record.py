@@ -1,0 +1,50 @@
+"""A section's process: what it knows of itself, and its figures on disk."""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Record:
+    """A section's figures, written to its file after every entry: a killed section keeps them."""
+
+    path: Path
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def put(self, key: str, value: Any) -> None:
+        """Set one figure and write all of them."""
+        self.figures[key] = value
+        write_json(self.path, self.figures)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One section's process."""
+
+    dry: bool
+    record: Record
+    until: float
+    """When the section is ended, in seconds since the epoch."""
+    part: int = 0
+    parts: int = 1
+    """The processes that share the section's work, and which of them this is."""
+
+    @property
+    def device(self) -> str:
+        """Where tensors live."""
+        return "cpu" if self.dry else "cuda"
+
+    def seconds_left(self) -> float:
+        """Until the section is ended."""
+        return self.until - time.time()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file whole: a reader never sees half of it."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(value))
+    os.replace(unfinished, path)

@@ -1,0 +1,197 @@
+"""What the package should choose: tiles of the projection, pointers or TMA, rows of a chunk.
+
+Tiles compile in threads, all before the first is timed. Every tile's log-probs are compared with
+float64: a fast wrong one is not chosen. The table at the end is what the projection and the number
+of rows of a chunk are chosen by.
+"""
+
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu import projection, tma_projection
+from bench.gpu.measuring import attempt, peak_mib, release, rounded, time_in_turns
+from bench.gpu.record import Bench
+from bench.gpu.sizes import sizes_of
+from bench.peers import Problem, make_problem
+from care_kernels import linear_policy_loss
+
+_THREADS = 12
+# A log-prob further off than this, in nats, belongs to a wrong kernel.
+_MOST_ERROR = 1e-3
+_CHUNK_ROWS = (None, 1024, 1792, 2304, 3456, 4096, 8192)
+
+Tile = Any
+Runs = dict[str, tuple[Tile, Callable[[int], Tensor]]]
+
+
+def run(bench: Bench) -> None:
+    """The tiles at the larger head, then the chunk's rows at both."""
+    sizes = sizes_of(bench.dry)
+    width, vocab = sizes.heads["7b"]
+    problem = make_problem(min(sizes.headline_rows), width, vocab, bench.device)
+    table: dict[str, Any] = {}
+    for kind in projection.KINDS:
+        best = attempt(bench, f"tiles, {kind}", partial(_sweep_tiles, bench, kind, problem))
+        if best is not None:
+            table[kind] = best
+            bench.record.put("table", table)
+    del problem
+    release(bench)
+    for head in sizes.heads:
+        best = attempt(bench, f"chunk rows, {head}", partial(_sweep_chunks, bench, head))
+        if best is not None:
+            table[f"chunk rows, {head}, N={max(sizes.headline_rows)}"] = best
+            bench.record.put("table", table)
+    print("\nthe table to choose by:")
+    for name, best in table.items():
+        print(f"  {name:28s} {best}")
+
+
+def _sweep_tiles(bench: Bench, kind: str, problem: Problem) -> dict[str, Any]:
+    """Time every tile of one kind; returns the best with its time."""
+    hidden, weight = problem.hidden.detach(), problem.head_weight.detach()
+    exps = projection.new_exps(*_logits_shape(problem), hidden.device)
+    truth = _some_log_probs(problem)
+    runs = _runs(bench, kind, problem, hidden, weight, exps)
+    with projection.chosen_tiles():
+        refused = _compile(bench, runs)
+        found: dict[str, Any] = {name: {"refused": reason} for name, reason in refused.items()}
+        calls: dict[str, Callable[[], object]] = {}
+        for name, (_, call) in runs.items():
+            if name in refused:
+                continue
+            log_probs = attempt(bench, f"{kind} {name}", partial(call, len(hidden)))
+            if log_probs is None:
+                continue
+            off = float((log_probs[: len(truth)] - truth).abs().max())
+            found[name] = {"log_prob_max": rounded(off)}
+            if off <= _MOST_ERROR:
+                calls[name] = partial(call, len(hidden))
+        product = torch.empty_like(exps) if kind != "log_probs" else None
+        calls["cuBLAS, bf16 logits"] = lambda: torch.mm(hidden, weight.T, out=product)
+        times = time_in_turns(bench, calls, 2 if bench.dry else 6, budget=1.0)
+    flops = 2.0 * hidden.numel() * len(weight)
+    for name, values in times.items():
+        median = statistics.median(values)
+        more = {"ms": rounded(median, 4), "tflop_s": rounded(flops / median / 1e9)}
+        found[name] = found.get(name, {}) | more
+    bench.record.put(f"tiles, {kind}", found)
+    _print_tiles(kind, problem, found, refused)
+    ours = {name: found[name]["ms"] for name in times if name in runs}
+    fastest = min(ours, key=lambda name: ours[name])
+    return {"tile": fastest, "ms": ours[fastest], "cublas_ms": found["cuBLAS, bf16 logits"]["ms"]}
+
+
+def _runs(
+    bench: Bench, kind: str, problem: Problem, hidden: Tensor, weight: Tensor, exps: Tensor
+) -> Runs:
+    """By a tile's name: a call of so many first rows. A dry run takes two, and no TMA."""
+    targets = problem.target_ids
+
+    def by_pointers(tile: Tile, rows: int) -> Tensor:
+        project = projection.projection(kind, hidden[:rows], weight, targets[:rows], exps)
+        return project(tile)
+
+    def by_tma(tile: Tile, rows: int) -> Tensor:
+        arguments = hidden[:rows], weight, targets[:rows], exps[:rows]
+        return tma_projection.project_by_tma(tile, *arguments)
+
+    tiles = projection.TILES[:2] if bench.dry else projection.TILES
+    runs: Runs = {_label(tile): (tile, partial(by_pointers, tile)) for tile in tiles}
+    if not bench.dry:
+        shipped = projection.shipped_tile(kind, hidden.device)
+        runs = {f"{_label(shipped)} (shipped)": (shipped, partial(by_pointers, shipped))} | {
+            name: run for name, run in runs.items() if run[0] != shipped
+        }
+        if kind == "training" and torch.cuda.get_device_capability()[0] >= 9:
+            for tile in tma_projection.TILES:
+                runs[_tma_label(tile)] = (tile, partial(by_tma, tile))
+    return runs
+
+
+def _label(tile: Tile) -> str:
+    blocks = "x".join(str(number) for number in tile[:3])
+    return f"{blocks} group {tile.GROUP_C} warps {tile.num_warps} stages {tile.num_stages}"
+
+
+def _tma_label(tile: tma_projection.TmaTile) -> str:
+    ways = [name for name in ("persistent", "flatten", "store_by_tma") if getattr(tile, name)]
+    return " ".join(["TMA", _label(tile), *ways])
+
+
+def _compile(bench: Bench, runs: Runs) -> dict[str, str]:
+    """Launch each once on a few rows, in threads; returns why some cannot run."""
+
+    def reason(call: Callable[[int], Tensor]) -> str | None:
+        try:
+            call(256)
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error)[:120]}"
+        return None
+
+    names = list(runs)
+    # A thread's first operation makes the device's context its own.
+    start_thread = partial(torch.zeros, 1, device=bench.device)
+    with ThreadPoolExecutor(1 if bench.dry else _THREADS, initializer=start_thread) as pool:
+        reasons = list(pool.map(reason, [runs[name][1] for name in names]))
+    return {name: why for name, why in zip(names, reasons, strict=True) if why is not None}
+
+
+def _some_log_probs(problem: Problem) -> Tensor:
+    """The first rows' in float64."""
+    hidden, weight = problem.hidden.detach()[:64].double(), problem.head_weight.detach()
+    logits = torch.cat([hidden @ part.double().T for part in weight.split(8192)], 1)
+    targets = problem.target_ids[:64, None]
+    return logits.log_softmax(-1).gather(1, targets)[:, 0]
+
+
+def _logits_shape(problem: Problem) -> tuple[int, int]:
+    return len(problem.target_ids), len(problem.head_weight)
+
+
+def _print_tiles(
+    kind: str, problem: Problem, found: dict[str, Any], refused: dict[str, str]
+) -> None:
+    rows, vocab = _logits_shape(problem)
+    print(f"\ntiles of the projection, {kind}, N={rows} D={problem.hidden.shape[1]} V={vocab}")
+    timed = {name: figures for name, figures in found.items() if "ms" in figures}
+    for name, figures in sorted(timed.items(), key=lambda item: item[1]["ms"]):
+        off = figures.get("log_prob_max")
+        error = "" if off is None else f"  log-probs off by {off:.1e}"
+        print(f"  {figures['ms']:9.3f} ms {figures['tflop_s']:7.0f} TFLOP/s  {name}{error}")
+    for name, why in refused.items():
+        print(f"  refused: {name}: {why}")
+
+
+def _sweep_chunks(bench: Bench, head: str) -> dict[str, Any]:
+    """The whole loss by rows of a chunk; returns the fastest with its time and memory."""
+    sizes = sizes_of(bench.dry)
+    rows = max(sizes.headline_rows)
+    problem = make_problem(rows, *sizes.heads[head], bench.device)
+    leaves = problem.hidden, problem.head_weight
+
+    def loss(chunk_rows: int | None) -> object:
+        inputs = *leaves, problem.target_ids, problem.advantages
+        out = linear_policy_loss(*inputs, chunk_rows=chunk_rows, backend="triton")
+        return torch.autograd.grad(out.loss, leaves)
+
+    calls = {str(n): partial(loss, n) for n in ((None, 8) if bench.dry else _CHUNK_ROWS)}
+    times = time_in_turns(bench, calls, 2 if bench.dry else 5, budget=1.0)
+    found: dict[str, dict[str, Any]] = {}
+    print(f"\nrows of a chunk, whole loss, {head} N={rows}")
+    for name, values in times.items():
+        peak = peak_mib(bench, calls[name])
+        found[name] = {
+            "ms": rounded(statistics.median(values), 4),
+            "peak_mib": None if peak is None else round(peak),
+        }
+        print(f"  chunk_rows {name:5s} {found[name]['ms']:9.3f} ms  {found[name]['peak_mib']} MiB")
+    bench.record.put(f"chunk rows, {head}", found)
+    fastest = min(found, key=lambda name: found[name]["ms"])
+    return {"chunk_rows": fastest} | found[fastest]
