@@ -70,24 +70,22 @@ def logit_chunk(
 ) -> LogitChunk:
     """The kernels for one call's chunks.
 
-    Triton's fused projection where it applies, else a GEMM with float32 logits: C++ on a CPU that
-    has it, else torch's; after it Triton's row kernels, C++ or torch operations.
+    Triton's fused projection where it applies, else a GEMM with float32 logits and torch
+    operations after it, or C++ on a CPU that has it.
     """
     weights = [head.weight] if ref_head is None else [head.weight, ref_head.weight]
     dtype = torch.float64 if hidden_dtype == torch.float64 else compute_dtype(*weights)
     options: dict[str, Any] = {"with_entropy": with_entropy, "ref_head": ref_head}
     if backend == "triton" and dtype == torch.float32:
-        from care_kernels.triton_backend.chunk import FusedChunk, RowKernelChunk
-        from care_kernels.triton_backend.fused_projection import supports
+        from care_kernels.triton.chunk import FusedChunk
+        from care_kernels.triton.projection import supports
 
-        with_kl = ref_head is not None
-        if supports(
-            hidden_dtype, head.weight, with_exact_kl=with_kl, with_gradients=with_gradients
-        ):
+        # In float16 dL/dz below 6e-8 would vanish.
+        trainable = head.weight.dtype == torch.bfloat16 or not with_gradients
+        if supports(hidden_dtype, head.weight) and ref_head is None and trainable:
             return FusedChunk(
                 head, num_rows, with_entropy=with_entropy, with_gradients=with_gradients
             )
-        return RowKernelChunk(head, num_rows, dtype, **options)
     if backend == "torch" and _runs_natively(hidden_dtype, *weights):
         if ref_head is not None:
             return NativeKlChunk(head, num_rows, with_entropy=with_entropy, ref_head=ref_head)

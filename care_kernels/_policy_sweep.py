@@ -196,7 +196,7 @@ def _token_outcome(
 def _triton_outcome(
     stats: RowStatistics, terms: RowTerms, problem: PolicyProblem
 ) -> tuple[RowOutcome, RowGradients]:
-    from care_kernels.triton_backend.row_objective import row_objective
+    from care_kernels.triton.objective import row_objective
 
     row = row_objective(
         stats.log_probs,

@@ -68,7 +68,7 @@ def rationale_distance(
     _check_arguments(hidden, think_spans, anchors, cu_seqlens)
     dtype = compute_dtype(hidden)
     if chosen == "triton":
-        from care_kernels.triton_backend import rationale_distance as kernels
+        from care_kernels.triton import rationale_distance as kernels
 
         means = kernels.span_means(hidden, think_spans, cu_seqlens, dtype)
         return kernels.cosine_distances(means, anchors, NORM_EPS)

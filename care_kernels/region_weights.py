@@ -87,7 +87,7 @@ def token_advantages(
         return result
     inputs = (advantages.detach(), think_spans, answer_spans, is_positive, cu_seqlens)
     if chosen == "triton":
-        from care_kernels.triton_backend.region_weights import write_token_advantages
+        from care_kernels.triton.region_weights import write_token_advantages
 
         write_token_advantages(result, *inputs, think_weight, weight_eps)
         return result

@@ -23,7 +23,7 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import interpreter
 
-PACKAGE = "care_kernels.triton_backend"
+PACKAGE = "care_kernels.triton"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IS_INTERPRETED = DEVICE == "cpu"
 

@@ -24,8 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from care_kernels.objective import ClipRange
-from care_kernels.triton_backend.compile_cases import NUM_ROWS, CompileCase, compile_case
-from care_kernels.triton_backend.transforms import expm1
+from care_kernels.triton.launch import expm1
 
 BLOCK_C = 256
 NUM_WARPS = 4
@@ -217,22 +216,3 @@ def _vector(name: str, value: Tensor | None, like: Tensor, is_used: bool) -> Ten
         got = "None" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
         raise ValueError(f"{name}: got {got}; wanted float32 of shape ({like.numel()},)")
     return value.contiguous()
-
-
-def compile_cases() -> list[CompileCase]:
-    """With everything: old log-probs, k3, entropy and dual clip."""
-    kernel = _row_objective_kernel
-    types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-    types |= dict.fromkeys(("clipped_low_ptr", "clipped_high_ptr"), "*i8")
-    types |= dict.fromkeys(("lower", "upper", "dual"), "fp32")
-    return [
-        compile_case(
-            "row_objective_k3",
-            kernel,
-            types,
-            {"KL_CODE": KL_CODES["k3"], "HAS_DUAL": True, "BLOCK_C": BLOCK_C, "exact_kl_ptr": None},
-            num_warps=NUM_WARPS,
-            grid=f"{triton.cdiv(NUM_ROWS, BLOCK_C)} blocks of {BLOCK_C} rows",
-            hbm_bytes=NUM_ROWS * (7 + 4) * 4,
-        )
-    ]

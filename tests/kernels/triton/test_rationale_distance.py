@@ -8,7 +8,7 @@ from care_kernels.reference import reference_rationale_distance
 from tests.kernels.cases import error
 from tests.kernels.span_cases import pad, random_spans
 from tests.kernels.tolerances import VALUE_FLOOR
-from tests.kernels.triton_backend.interpreter import DEVICE, import_interpreted
+from tests.kernels.triton.interpreter import DEVICE, import_interpreted
 
 import_interpreted("rationale_distance")
 
@@ -78,7 +78,7 @@ def test_empty_span_and_unread_padding() -> None:
 
 def test_spans_are_cut_and_unknown_anchors_are_nan() -> None:
     """What would be refused on the CPU reads no memory but its own where values are not read."""
-    from care_kernels.triton_backend.rationale_distance import cosine_distances, span_means
+    from care_kernels.triton.rationale_distance import cosine_distances, span_means
 
     hidden = torch.randn(3, 6, 8, device=DEVICE)
     wild = torch.tensor([[-3, 4], [2, 99], [5, 1]], device=DEVICE)

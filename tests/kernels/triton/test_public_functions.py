@@ -16,7 +16,7 @@ from tests.kernels.cases import (
     with_kl,
 )
 from tests.kernels.test_policy_loss_oracle import at_level
-from tests.kernels.triton_backend.interpreter import DEVICE, import_interpreted
+from tests.kernels.triton.interpreter import DEVICE, import_interpreted
 
 import_interpreted("chunk")
 

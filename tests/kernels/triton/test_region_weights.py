@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from care_kernels.region_weights import token_advantages
 from tests.kernels.span_cases import SpanBatch, normal_floats, random_spans, span_batches
-from tests.kernels.triton_backend.interpreter import DEVICE, import_interpreted
+from tests.kernels.triton.interpreter import DEVICE, import_interpreted
 
 import_interpreted("region_weights")
 
@@ -91,7 +91,7 @@ def test_non_contiguous_inputs() -> None:
 
 def test_spans_are_cut_to_their_sequence() -> None:
     """What would be refused on the CPU writes into no neighbour where values are not read."""
-    from care_kernels.triton_backend.region_weights import write_token_advantages
+    from care_kernels.triton.region_weights import write_token_advantages
 
     batch = random_batch([6, 6, 6])
     wild = torch.tensor([[-3, 4], [2, 99], [5, 1]])

@@ -13,13 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from care_kernels.triton_backend.compile_cases import WIDTH, CompileCase, compile_case
-from care_kernels.triton_backend.region_weights import NUM_SEQUENCES, SEQ_LEN, load_span
+from care_kernels.triton.region_weights import load_span
 
 BLOCK_T = 64
 BLOCK_D = 64
 DISTANCE_BLOCK_D = 1024
-NUM_WARPS = 4
+NUM_WARPS = 8
 
 
 # T changes with every batch: compiling again for each would cost more.
@@ -161,33 +160,3 @@ def cosine_distances(means: Tensor, anchors: Tensor, eps: float) -> Tensor:
             num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
         )
     return distances
-
-
-def compile_cases() -> list[CompileCase]:
-    """The means, padded and packed, and the distances."""
-    means_bytes = NUM_SEQUENCES * WIDTH * 4
-    means = [
-        compile_case(
-            f"span_means_{layout}",
-            _span_means_kernel,
-            {"means_ptr": "*fp32", "hidden_ptr": "*bf16", "spans_ptr": "*i64"} | pointer,
-            {"stride_column": 1, "BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D} | absent,
-            num_warps=NUM_WARPS,
-            grid=f"{NUM_SEQUENCES} sequences x {triton.cdiv(WIDTH, BLOCK_D)} column blocks",
-            hbm_bytes=NUM_SEQUENCES * (SEQ_LEN * WIDTH * 2 + 2 * 8) + means_bytes,
-        )
-        for layout, pointer, absent in (
-            ("padded", {}, {"cu_seqlens_ptr": None}),
-            ("packed", {"cu_seqlens_ptr": "*i32"}, {}),
-        )
-    ]
-    distances = compile_case(
-        "cosine_distances",
-        _cosine_distance_kernel,
-        {"distances_ptr": "*fp32", "means_ptr": "*fp32", "anchors_ptr": "*i64", "eps": "fp32"},
-        {"BLOCK_D": DISTANCE_BLOCK_D},
-        num_warps=NUM_WARPS,
-        grid=f"{NUM_SEQUENCES} sequences",
-        hbm_bytes=2 * means_bytes + NUM_SEQUENCES * (8 + 4),
-    )
-    return [*means, distances]

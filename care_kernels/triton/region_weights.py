@@ -12,12 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from care_kernels.triton_backend.compile_cases import CompileCase, compile_case
-
 BLOCK = 1024
 NUM_WARPS = 4
-NUM_SEQUENCES = 64
-SEQ_LEN = 4096
 
 
 @triton.jit
@@ -114,31 +110,3 @@ def write_token_advantages(
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]
         )
-
-
-def compile_cases() -> list[CompileCase]:
-    """Padded and packed."""
-    types = {
-        "out_ptr": "*fp32",
-        "advantages_ptr": "*fp32",
-        "think_spans_ptr": "*i64",
-        "answer_spans_ptr": "*i64",
-        "is_positive_ptr": "*i1",
-        "think_weight": "fp64",
-        "weight_eps": "fp64",
-    }
-    return [
-        compile_case(
-            f"token_advantages_{layout}",
-            _token_advantages_kernel,
-            types | pointer,
-            {"BLOCK": BLOCK} | absent,
-            num_warps=NUM_WARPS,
-            grid=f"{NUM_SEQUENCES} sequences x {triton.cdiv(SEQ_LEN, BLOCK)} splits",
-            hbm_bytes=NUM_SEQUENCES * (SEQ_LEN * 4 + 4 + 4 * 8 + 1),
-        )
-        for layout, pointer, absent in (
-            ("padded", {}, {"cu_seqlens_ptr": None}),
-            ("packed", {"cu_seqlens_ptr": "*i32"}, {}),
-        )
-    ]

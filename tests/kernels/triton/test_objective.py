@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from care_kernels.objective import ClipRange, sampled_kl, token_surrogate, weighted
-from care_kernels.triton_backend.row_objective import RowObjective, row_objective
-from care_kernels.triton_backend.transforms import expm1, tanh
+from care_kernels.triton.launch import expm1, tanh
+from care_kernels.triton.objective import RowObjective, row_objective
 from tests.kernels.cases import assert_close, assert_same
-from tests.kernels.triton_backend.interpreter import DEVICE, decorate
+from tests.kernels.triton.interpreter import DEVICE, decorate
 
 ESTIMATORS = ("k1", "k2", "k3", "exact")
 BOOLS = ("clipped_low", "clipped_high")
