@@ -35,8 +35,6 @@ NUM_ROWS = 4096
 WIDTH = 3584
 VOCAB_SIZE = 152_064
 ALIGNMENT = 16
-# The launcher makes these divisible whatever the operands are.
-ALWAYS_ALIGNED = ("padded_size", "stride_exps")
 NUM_SEQUENCES = 64
 SEQ_LEN = 4096
 
@@ -60,19 +58,17 @@ class CompileCase:
     """Multiply-adds count as two; matrix products only."""
     hbm_bytes: int
     """Each input read once, each output written once."""
-    is_aligned: bool = True
-    """Whether sizes and row strides are divisible by 16."""
+    odd: tuple[str, ...] = ()
+    """The integers, sizes and row strides, that 16 does not divide."""
 
     def source(self) -> ASTSource:
         """What `triton.compile` takes."""
         aligned = {
             (index,): [["tt.divisibility", ALIGNMENT]]
             for index, parameter in enumerate(self.fn.params)
-            if (
-                self.signature[parameter.name].startswith(("*", "i") if self.is_aligned else "*")
-                and not parameter.do_not_specialize
-            )
-            or parameter.name in ALWAYS_ALIGNED
+            if self.signature[parameter.name].startswith(("*", "i"))
+            and not parameter.do_not_specialize
+            and parameter.name not in self.odd
         }
         return ASTSource(self.fn, self.signature, self.constexprs, aligned)
 
@@ -92,7 +88,7 @@ def compile_case(
     grid: str,
     flops: int = 0,
     hbm_bytes: int,
-    is_aligned: bool = True,
+    odd: tuple[str, ...] = (),
 ) -> CompileCase:
     """A case with the signature in argument order; integers not named in `types` are i32."""
     signature = {
@@ -109,7 +105,7 @@ def compile_case(
         grid,
         flops,
         hbm_bytes,
-        is_aligned,
+        odd,
     )
 
 
@@ -145,6 +141,9 @@ def _project_cases(architecture: str) -> list[CompileCase]:
             ("anchored", ("bias_ptr", "tile_max_ptr", "tile_moment_ptr"), "anchored", "bf16"),
             ("anchored_entropy_bias", ("tile_max_ptr",), "anchored", "bf16"),
             ("entropy_softcap_bias", ("anchor_ptr",), "softcap", "bf16"),
+            ("entropy_odd_vocabulary", ("bias_ptr", "anchor_ptr"), "entropy", "bf16"),
+            ("anchored_odd_vocabulary", ("bias_ptr", "tile_max_ptr"), "anchored", "bf16"),
+            ("entropy_softcap_bias_odd_vocabulary", ("anchor_ptr",), "softcap", "bf16"),
             ("entropy_bias_unaligned", ("anchor_ptr",), "unaligned", "bf16"),
             ("anchored_entropy_bias_unaligned", ("tile_max_ptr",), "unaligned", "bf16"),
             ("entropy_softcap_bias_unaligned", ("anchor_ptr",), "softcap_unaligned", "bf16"),
@@ -169,6 +168,9 @@ def _project_case(
     for matrix, block in blocks.items():
         types[matrix] = f"tensordesc<{dtype}{list(block)}>" if tile.USE_TMA else f"*{dtype}"
     constants = {"HAS_SOFTCAP": form.startswith("softcap"), "EVEN_D": is_aligned, "UPCAST": False}
+    odd = () if is_aligned else ("vocab_size", "width", "stride_hidden", "stride_weight")
+    if name.endswith("odd_vocabulary"):
+        odd = ("vocab_size",)
     exp_bytes = 0 if "exps" in absent else 2 * NUM_ROWS * VOCAB_SIZE
     return compile_case(
         name,
@@ -180,7 +182,7 @@ def _project_case(
         grid=_project_grid(tile),
         flops=2 * NUM_ROWS * WIDTH * VOCAB_SIZE,
         hbm_bytes=2 * WIDTH * (NUM_ROWS + VOCAB_SIZE) + exp_bytes,
-        is_aligned=is_aligned,
+        odd=odd,
     )
 
 

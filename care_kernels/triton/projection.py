@@ -147,7 +147,8 @@ def _finish_columns(
     tl.store(tile_total_ptr + tile_offsets, tl.sum(e, 1), mask=inside)
     if tile_moment_ptr is not None:
         tl.store(tile_moment_ptr + tile_offsets, tl.sum(e * z, 1), mask=inside)
-    # The columns up to the padded width hold e^LOWEST: zeros, for GEMMs that read on behind a row.
+    # Columns between the vocabulary's end and the padded width are zeros, for GEMMs on CPUs that
+    # read on behind a row; storing them keeps every store a whole vector.
     if exps is not None:
         if USE_TMA:
             exps.store([first_row, first_column], e.to(exps.dtype))
@@ -195,7 +196,7 @@ def _project_kernel(
     row_blocks = tl.cdiv(num_rows, BLOCK_C)
     vocab_blocks = tl.cdiv(vocab_size, BLOCK_V)
     group_blocks = tl.cdiv(row_blocks, tl.cdiv(row_blocks, GROUP_C))
-    # Flattening this loop into the inner one makes Hopper code slower, and spills.
+    # Flattened into the inner loop, this one is known to run slower on Hopper.
     for tile in tl.range(
         tl.program_id(0), row_blocks * vocab_blocks, tl.num_programs(0), flatten=False
     ):
@@ -339,7 +340,7 @@ _UNALIGNED = GemmTile(128, 64, 32, 16, False, 8, 2)
 # 3.8.
 TILES = {
     "8": dict.fromkeys(FORMS, _NARROW) | {"plain": GemmTile(128, 256, 32, 16, False, 8, 4)},
-    "9": dict.fromkeys(FORMS, _HOPPER),
+    "9": dict.fromkeys(FORMS, _HOPPER) | {"softcap": _HOPPER._replace(BLOCK_V=128)},
     # With a softcap before a descriptor's store, Triton's pass over tensor memory fails.
     "10": dict.fromkeys(FORMS, _HOPPER)
     | {"anchored": _HOPPER._replace(BLOCK_V=128), "softcap": _NARROW},
