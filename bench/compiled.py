@@ -5,10 +5,11 @@
     python -m bench.compiled --csv compiled.csv
 
 Nothing here is a timing. For each kernel and target: registers, shared memory, what spilled, the
-matrix instructions. The roofline is the least time an H100 SXM could take, from the FLOPs and the
-bytes that the kernel must move, at 989 TFLOP/s of dense bfloat16 and 3.35 TB/s (NVIDIA's data
-sheet); real kernels take longer. Shapes: 4,096 rows, the head of Qwen2.5-VL-7B. A kernel of ours
-that does not compile, or spills, ends the command with status 1. The last line is one JSON object.
+matrix instructions (HGMMA is Hopper's wgmma) and the tensor copies (TMA). The roofline is the least
+time an H100 SXM could take, from the FLOPs and the bytes that the kernel must move, at 989 TFLOP/s
+of dense bfloat16 and 3.35 TB/s (NVIDIA's data sheet); real kernels take longer. Shapes: 4,096 rows,
+the head of Qwen2.5-VL-7B. A kernel of ours that does not compile, or spills, ends the command with
+status 1. The last line is one JSON object.
 """
 
 import argparse
@@ -22,20 +23,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import triton
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from triton.errors import TritonError
 
-from bench.inspection import TARGETS, Resources, compile_for
-from bench.peer_kernels import peer_cases
-from care_kernels.triton_backend.compile_cases import (
+from bench.compile_cases import (
     NUM_ROWS,
     VOCAB_SIZE,
     WIDTH,
     CompileCase,
     compile_cases,
 )
+from bench.inspection import TARGETS, Resources, compile_for
+from bench.peer_kernels import peer_cases
 
 # What Triton, its assembler and a peer's own assertions raise where a kernel cannot be compiled.
 _REFUSALS = (TritonError, RuntimeError, TypeError, ValueError, KeyError, AssertionError)
@@ -129,9 +131,18 @@ def whole_loss() -> list[tuple[str, float]]:
 def print_tables(outcomes: list[Outcome], console: Console) -> None:
     """One table of kernels for each target, then the whole loss."""
     for name in dict.fromkeys(outcome.target for outcome in outcomes):
-        table = Table(title=f"{name}: compiled, not timed")
-        for column in ("kernel", "registers", "shared KiB", "spilled B", "LDL/STL", "matrix"):
-            table.add_column(column, justify="left" if column in ("kernel", "matrix") else "right")
+        table = Table(title=f"{name}, Triton {triton.__version__}: compiled, not timed")
+        for column in (
+            "kernel",
+            "registers",
+            "shared KiB",
+            "spilled B",
+            "LDL/STL",
+            "matrix",
+            "TMA",
+        ):
+            is_text = column in ("kernel", "matrix", "TMA")
+            table.add_column(column, justify="left" if is_text else "right")
         table.add_column("HBM MB", justify="right")
         table.add_column("GFLOP", justify="right")
         table.add_column("H100 roofline ms", justify="right")
@@ -151,10 +162,11 @@ def print_tables(outcomes: list[Outcome], console: Console) -> None:
 def _cells(outcome: Outcome) -> list[str]:
     found = outcome.resources
     if found is None:
-        used = ["-", "-", "-", "-", f"not compiled: {outcome.error}"]
+        used = ["-", "-", "-", "-", f"not compiled: {outcome.error}", "-"]
     else:
         numbers = (found.registers, found.shared_bytes // 1024, found.spilled_bytes)
         used = [*(str(n) for n in numbers), str(found.local_accesses), found.matrix]
+        used.append(found.tensor_copies)
     costs = (f"{outcome.hbm_bytes / 1e6:,.0f}", f"{outcome.flops / 1e9:,.0f}")
     return [outcome.kernel, *used, *costs, f"{outcome.roofline_ms:.2f}"]
 
@@ -164,6 +176,7 @@ def figures(outcomes: list[Outcome]) -> dict[str, Any]:
     ours = [outcome for outcome in outcomes if outcome.is_ours]
     compiled = [outcome for outcome in ours if outcome.resources is not None]
     return {
+        "triton": triton.__version__,
         "kernels": len(compiled),
         "spills": sum(o.resources.spills for o in compiled if o.resources is not None),
         "not_compiled": [f"{o.kernel} {o.target}" for o in ours if o.resources is None],
@@ -195,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     # An interpreted kernel cannot be compiled; the workers inherit this.
     os.environ.pop("TRITON_INTERPRET", None)
     outcomes = compile_all(options.target or list(TARGETS), not options.skip_peers)
-    print_tables(outcomes, Console(width=170))
+    print_tables(outcomes, Console(width=190))
     rows = [_row(outcome) for outcome in outcomes]
     if options.csv is not None:
         names = list(dict.fromkeys(key for row in rows for key in row))

@@ -11,10 +11,12 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-from care_kernels.triton_backend.compile_cases import CompileCase
+from bench.compile_cases import CompileCase
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA|v_mfma)")
+# Tensor copies by descriptor: loads, stores.
+_TENSOR_COPY = re.compile(r"\b(UTMALDG|UTMASTG)")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class Resources:
     local_accesses: int
     """Instructions that load from or store to that memory."""
     matrix: str
-    """The matrix instruction and how often it occurs, or ""."""
+    """The matrix instruction and how often it occurs, or ""; HGMMA is Hopper's wgmma."""
+    tensor_copies: str = ""
+    """TMA instructions and how often they occur, or ""."""
 
     @property
     def spills(self) -> bool:
@@ -84,7 +88,8 @@ def _nvidia_resources(cubin: bytes, shared_bytes: int) -> Resources:
         shared_bytes=shared_bytes,
         spilled_bytes=int(_found(r"STACK:(\d+)", usage)),
         local_accesses=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        matrix=_matrix_instructions(code),
+        matrix=_occurrences(_MATRIX, code),
+        tensor_copies=_occurrences(_TENSOR_COPY, code),
     )
 
 
@@ -94,13 +99,13 @@ def _amd_resources(code: str, shared_bytes: int) -> Resources:
         shared_bytes=shared_bytes,
         spilled_bytes=int(_found(r"private_segment_fixed_size: +(\d+)", code)),
         local_accesses=len(re.findall(r"\bscratch_(?:load|store)", code)),
-        matrix=_matrix_instructions(code),
+        matrix=_occurrences(_MATRIX, code),
     )
 
 
-def _matrix_instructions(code: str) -> str:
-    counts = Counter(_MATRIX.findall(code))
-    return ", ".join(f"{count} {name}" for name, count in counts.most_common(1))
+def _occurrences(instruction: re.Pattern[str], code: str) -> str:
+    counts = Counter(instruction.findall(code))
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _found(pattern: str, text: str) -> str:

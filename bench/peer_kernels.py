@@ -7,7 +7,7 @@ the same [4096, 152064] problem as ours.
 
 from typing import Any
 
-from care_kernels.triton_backend.compile_cases import (
+from bench.compile_cases import (
     NUM_ROWS,
     VOCAB_SIZE,
     WIDTH,

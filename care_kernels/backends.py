@@ -199,20 +199,25 @@ class NativeChunk:
 
 
 class TritonChunk:
-    """The fused projection. Without gradients nothing of size [C, V] is held at all."""
+    """The fused projection. Without gradients nothing of size [C, V] is held at all.
+
+    With an anchor a, E = e^(z - a) and no pass over E is needed: with L the row's log-normaliser
+    and c = -g e^(a - L) dz/draw, dL/draw = c E but at the target, where E becomes
+    expm1(l) e^(L - a).
+    """
 
     def __init__(
         self, head: Head, num_rows: int, *, with_entropy: bool, with_gradients: bool
     ) -> None:
-        from care_kernels.triton_backend.fused_projection import empty_exps
+        from care_kernels.triton.projection import TileStatistics, empty_exps
 
-        weight = head.weight
-        self.grad_dtype = torch.bfloat16
         self._head, self._with_entropy = head, with_entropy
-        self._exps = (
-            empty_exps(num_rows, weight.shape[0], weight.device) if with_gradients else None
-        )
-        self._tiles = None
+        weight = head.weight
+        self.grad_dtype = weight.dtype
+        self._exps = None
+        if with_gradients:
+            self._exps = empty_exps(num_rows, weight.shape[0], weight.dtype, weight.device)
+        self._tiles: TileStatistics | None = None
 
     def project(
         self,
@@ -224,8 +229,7 @@ class TritonChunk:
         keep: bool = False,
     ) -> RowStatistics:
         """See `LogitChunk`."""
-        from care_kernels.triton_backend.fused_projection import project
-        from care_kernels.triton_backend.tile_statistics import combine
+        from care_kernels.triton.projection import combine, project
 
         exps = None
         if keep:
@@ -239,6 +243,7 @@ class TritonChunk:
             target_ids,
             head.transform,
             with_entropy=self._with_entropy,
+            anchor=anchor if keep else None,
             exps=exps,
         )
         return combine(self._tiles)
@@ -247,12 +252,17 @@ class TritonChunk:
         self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients
     ) -> LogitGradient:
         """See `LogitChunk`."""
-        from care_kernels.triton_backend.exp_gradients import exp_gradients_
+        from care_kernels.triton.softmax import anchor_targets_, exp_gradients_
 
         assert self._exps is not None and self._tiles is not None
-        exps = self._exps[: target_ids.shape[0]]
-        exp_gradients_(exps, self._tiles, target_ids, stats, upstream, self._head.transform)
-        return LogitGradient(exps)
+        exps, transform = self._exps[: target_ids.shape[0]], self._head.transform
+        if self._tiles.anchor is None:
+            exp_gradients_(exps, self._tiles, target_ids, stats, upstream, transform)
+            return LogitGradient(exps)
+        log_shift = (stats.max_logit - self._tiles.anchor) + stats.log_total
+        anchor_targets_(exps, target_ids, stats.log_probs, log_shift)
+        slope = transform.scale / transform.temperature
+        return LogitGradient(exps, upstream.log_probs * torch.exp(-log_shift) * -slope)
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:
@@ -284,13 +294,12 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 def kernels_for(backend: str, hidden_dtype: torch.dtype, head: Head, ref_head: Head | None) -> str:
     """Which chunk a call gets: "triton", "native" or "torch"."""
     weight = head.weight
-    if ref_head is None:
-        has_rows = weight.shape[1] == 1 or weight.stride(1) == 1
-        if backend == "triton" and hidden_dtype == weight.dtype == torch.bfloat16 and has_rows:
-            return "triton"
-        if backend == "torch" and _runs_natively(hidden_dtype, weight):
-            return "native"
-    return "torch"
+    if ref_head is None and backend == "triton":
+        from care_kernels.triton.projection import supports
+
+        return "triton" if supports(hidden_dtype, weight) else "torch"
+    is_native = ref_head is None and _runs_natively(hidden_dtype, weight)
+    return "native" if is_native else "torch"
 
 
 def logit_bytes(kernels: str, *, with_gradients: bool, with_ref: bool) -> int:

@@ -93,8 +93,9 @@ def linear_policy_loss(
         old_log_probs: [N]; None: the current ones, detached, so that every ratio is 1.
         old_log_normalizer: [N] float32, the old policy's log sum exp of the same rows
             (`linear_log_probs(..., return_log_normalizer=True)`). A GPU then anchors its
-            exponentials there, which saves a pass over them; a row whose normaliser has moved by
-            more than 80 nats since becomes NaN. Other kernels do without it.
+            exponentials there, which saves a pass over them (bfloat16, without entropy bonus,
+            exact KL, softcap and bias gradient); a row whose normaliser has moved by more than 60
+            nats since becomes NaN. Elsewhere it is not read.
         ref_log_probs: [N] of the reference; or give ref_hidden.
         ref_hidden: [N, D'] of the reference; temperature, softcap, scale and bias are the policy's.
         ref_head_weight: [V, D']; None: head_weight, detached.
@@ -335,6 +336,14 @@ def _evaluate_rows(
         terms = terms._replace(ref_log_probs=ref_log_probs.to(terms.advantages.dtype))
         reference = None
     weights = (terms.advantages, terms.kl_weights, terms.entropy_weights)
+    # Entropy bonus, exact KL and softcap need the logits again; a shard's own share may vanish.
+    can_anchor = (
+        problem.terms.entropy_weights is None
+        and reference is None
+        and problem.transform.softcap is None
+        and problem.vocab_shard is None
+        and head.weight.dtype == torch.bfloat16
+    )
     is_half = any(wanted) and head.weight.dtype == hidden.dtype == torch.float16
     chunks = HeadChunks(
         hidden,
@@ -345,7 +354,7 @@ def _evaluate_rows(
         wanted=wanted,
         weight_grad=problem.weight_grad if any(wanted) else None,
         gradient_scale=largest_power_of_two(*weights) if is_half else 1.0,
-        anchor=None if problem.anchor is None else problem.anchor[rows],
+        anchor=problem.anchor[rows] if problem.anchor is not None and can_anchor else None,
         reference=reference,
         vocab_shard=problem.vocab_shard,
     )
@@ -394,7 +403,7 @@ def _fused_objective(
     stats: RowStatistics, terms: RowTerms, surrogate: Surrogate, kl_estimator: str
 ) -> tuple[PolicyLoss, RowGradients]:
     """`row_objective` at token level in one Triton kernel, imported where it runs."""
-    from care_kernels.triton_backend.row_objective import row_objective
+    from care_kernels.triton.objective import row_objective
 
     return row_objective(stats, terms, surrogate, kl_estimator)
 

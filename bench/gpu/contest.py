@@ -32,7 +32,7 @@ from bench.peers import (
     installed_version,
     make_problem,
 )
-from care_kernels import linear_log_probs, linear_policy_loss
+from care_kernels import Clip, linear_log_probs, linear_policy_loss
 
 FLOOR = "three bare GEMMs"
 OURS = "linear_policy_loss"
@@ -62,8 +62,7 @@ def _ours(problem: Problem, **options: Any) -> Outcome:
         problem.head_weight,
         problem.target_ids,
         problem.advantages,
-        clip_eps_low=CLIP_LOW,
-        clip_eps_high=CLIP_HIGH,
+        surrogate=Clip(CLIP_LOW, CLIP_HIGH),
         backend="triton",
         **options,
     )

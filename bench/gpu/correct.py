@@ -34,6 +34,7 @@ from bench.gpu.checks import (
 from bench.gpu.measuring import is_context_lost, rounded
 from bench.gpu.promises import promises
 from bench.gpu.record import Bench
+from care_kernels import Clip
 from tests.kernels.cases import (
     PER_ROW,
     Case,
@@ -133,7 +134,7 @@ def _entropy(case: Case) -> Case:
 
 
 def _dual(case: Case) -> Case:
-    return case | {"dual_clip": 1.4, "importance_weights": row_vector(case, 0.0, 2.0)}
+    return case | {"surrogate": Clip(dual=1.4), "importance_weights": row_vector(case, 0.0, 2.0)}
 
 
 def _transform(case: Case) -> Case:
@@ -213,9 +214,9 @@ def _run_kernel_tests(bench: Bench) -> None:
     if find_spec("pytest") is None or find_spec("hypothesis") is None:
         bench.record.put("kernel_tests", {"left_out": "pytest or hypothesis is not installed"})
         return
-    paths = ["tests/kernels/triton_backend", "tests/kernels"]
+    paths = ["tests/kernels/triton", "tests/kernels"]
     if bench.dry:
-        paths = ["tests/kernels/triton_backend/test_row_objective.py"]
+        paths = ["tests/kernels/triton/test_objective.py"]
     command = [
         sys.executable,
         "-m",

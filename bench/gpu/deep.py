@@ -8,7 +8,7 @@ from bench.gpu.measuring import attempt, release, rounded
 from bench.gpu.record import Bench
 from bench.gpu.sizes import sizes_of
 from bench.peers import CLIP_HIGH, CLIP_LOW, Problem, make_problem
-from care_kernels import linear_log_probs, linear_policy_loss
+from care_kernels import Clip, linear_log_probs, linear_policy_loss
 
 _VOCAB_SLICE = 4096
 # Relative errors of the gradients and the largest log-prob error in nats that pass.
@@ -34,8 +34,7 @@ def _loss(problem: Problem, chunk_rows: int | None) -> tuple[Tensor, Tensor, Ten
         problem.head_weight,
         problem.target_ids,
         problem.advantages,
-        clip_eps_low=CLIP_LOW,
-        clip_eps_high=CLIP_HIGH,
+        surrogate=Clip(CLIP_LOW, CLIP_HIGH),
         chunk_rows=chunk_rows,
         backend="triton",
     )

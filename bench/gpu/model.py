@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.gpu.measuring import MIB, attempt, milliseconds, release, rounded
 from bench.gpu.record import Bench
-from care_kernels import care_loss
+from care_kernels import Clip, care_loss
 
 _CLIP = (0.2, 0.28)
 
@@ -161,8 +161,7 @@ def _care_loss(model: Any, batch: dict[str, Any]) -> Tensor:
         ids,
         **batch["rows"],
         think_weight=0.5,
-        clip_eps_low=_CLIP[0],
-        clip_eps_high=_CLIP[1],
+        surrogate=Clip(*_CLIP),
         backend="triton",
     ).loss
 

@@ -11,10 +11,9 @@ from threading import local
 import torch
 from torch import Tensor
 
-from care_kernels.row_softmax import LogitTransform
-from care_kernels.triton_backend import fused_projection
-from care_kernels.triton_backend.fused_projection import GemmTile
-from care_kernels.triton_backend.tile_statistics import combine
+from care_kernels.softmax import LogitTransform
+from care_kernels.triton import projection as fused_projection
+from care_kernels.triton.projection import GemmTile, combine
 
 KINDS = ("training", "log_probs", "training, entropy")
 """With exponentials stored; statistics alone; with the entropy's moment too."""
@@ -22,21 +21,19 @@ KINDS = ("training", "log_probs", "training, entropy")
 TILES = tuple(
     GemmTile(*numbers)
     for numbers in (
-        # BLOCK_C, BLOCK_V, BLOCK_D, GROUP_C, warps, stages
-        (128, 256, 64, 16, 8, 3),
-        (128, 256, 64, 16, 8, 4),
-        (128, 256, 64, 8, 8, 4),
-        (128, 256, 64, 32, 8, 4),
-        (128, 256, 64, 14, 8, 4),
-        (128, 256, 32, 16, 8, 4),
-        (128, 128, 64, 16, 8, 3),
-        (128, 128, 64, 16, 4, 4),
-        (128, 128, 128, 16, 8, 3),
-        (256, 128, 64, 8, 8, 3),
-        (256, 128, 64, 8, 8, 4),
-        (256, 128, 64, 16, 8, 4),
-        (64, 256, 64, 32, 8, 4),
-        (128, 256, 128, 16, 8, 2),
+        # BLOCK_C, BLOCK_V, BLOCK_D, GROUP_C, USE_TMA, warps, stages
+        (128, 256, 64, 16, True, 8, 4),
+        (128, 256, 64, 16, True, 8, 3),
+        (128, 256, 64, 8, True, 8, 4),
+        (128, 256, 64, 32, True, 8, 4),
+        (128, 256, 32, 16, True, 8, 4),
+        (128, 128, 64, 16, True, 8, 4),
+        (256, 128, 64, 8, True, 8, 4),
+        (128, 256, 64, 16, False, 8, 3),
+        (128, 256, 32, 16, False, 8, 4),
+        (128, 128, 64, 16, False, 8, 3),
+        (128, 128, 64, 16, False, 4, 4),
+        (256, 128, 64, 8, False, 8, 3),
     )
 )
 
@@ -46,7 +43,7 @@ _choice = local()
 def shipped_tile(kind: str, device: torch.device) -> GemmTile:
     """What the package takes by itself for aligned rows."""
     architecture = fused_projection._architecture(device)
-    return fused_projection.gemm_tile(architecture, is_plain=kind != "training, entropy")
+    return fused_projection.gemm_tile(architecture, "entropy" if "entropy" in kind else "plain")
 
 
 @contextmanager
@@ -87,4 +84,4 @@ def projection(
 
 def new_exps(num_rows: int, vocab_size: int, device: torch.device) -> Tensor:
     """Room for the exponentials of so many rows."""
-    return fused_projection.empty_exps(num_rows, vocab_size, device)
+    return fused_projection.empty_exps(num_rows, vocab_size, torch.bfloat16, device)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu import projection, tma_projection
+from bench.gpu import projection
 from bench.gpu.measuring import attempt, peak_mib, release, rounded, time_in_turns
 from bench.gpu.record import Bench
 from bench.gpu.sizes import sizes_of
@@ -91,16 +91,12 @@ def _sweep_tiles(bench: Bench, kind: str, problem: Problem) -> dict[str, Any]:
 def _runs(
     bench: Bench, kind: str, problem: Problem, hidden: Tensor, weight: Tensor, exps: Tensor
 ) -> Runs:
-    """By a tile's name: a call of so many first rows. A dry run takes two, and no TMA."""
+    """By a tile's name: a call of so many first rows. A dry run takes two."""
     targets = problem.target_ids
 
     def by_pointers(tile: Tile, rows: int) -> Tensor:
         project = projection.projection(kind, hidden[:rows], weight, targets[:rows], exps)
         return project(tile)
-
-    def by_tma(tile: Tile, rows: int) -> Tensor:
-        arguments = hidden[:rows], weight, targets[:rows], exps[:rows]
-        return tma_projection.project_by_tma(tile, *arguments)
 
     tiles = projection.TILES[:2] if bench.dry else projection.TILES
     runs: Runs = {_label(tile): (tile, partial(by_pointers, tile)) for tile in tiles}
@@ -109,20 +105,13 @@ def _runs(
         runs = {f"{_label(shipped)} (shipped)": (shipped, partial(by_pointers, shipped))} | {
             name: run for name, run in runs.items() if run[0] != shipped
         }
-        if kind == "training" and torch.cuda.get_device_capability()[0] >= 9:
-            for tile in tma_projection.TILES:
-                runs[_tma_label(tile)] = (tile, partial(by_tma, tile))
     return runs
 
 
 def _label(tile: Tile) -> str:
     blocks = "x".join(str(number) for number in tile[:3])
-    return f"{blocks} group {tile.GROUP_C} warps {tile.num_warps} stages {tile.num_stages}"
-
-
-def _tma_label(tile: tma_projection.TmaTile) -> str:
-    ways = [name for name in ("persistent", "flatten", "store_by_tma") if getattr(tile, name)]
-    return " ".join(["TMA", _label(tile), *ways])
+    way = "TMA " if tile.USE_TMA else ""
+    return f"{way}{blocks} group {tile.GROUP_C} warps {tile.num_warps} stages {tile.num_stages}"
 
 
 def _compile(bench: Bench, runs: Runs) -> dict[str, str]:

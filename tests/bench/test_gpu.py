@@ -3,23 +3,17 @@
 import json
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-import triton
 
 from bench.gpu import __main__ as command
-from bench.gpu import tma_projection
-from bench.gpu.measuring import at_most, attempt, time_in_turns
+from bench.gpu.measuring import at_most, attempt
 from bench.gpu.page import PageError, page_of, write_page
 from bench.gpu.record import Bench, Record
 from bench.gpu.runner import Run, Section, run_sections
 from bench.gpu.summary import problems_of, summary_of
-from bench.gpu.wheels import unpack_wheels
-from bench.inspection import TARGETS, compile_for
-from care_kernels.triton_backend.compile_cases import compile_case
 
 
 def sections_in(folder: Path, **sources: str) -> None:
@@ -215,67 +209,3 @@ def test_calls_of_other_packages_are_bounded(tmp_path: Path) -> None:
     assert attempt(bench, "compiling", compile_for_ever, key="peers_failed") is None
     assert "TimeoutError: took more than" in bench.record.figures["peers_failed"]["compiling"]
     assert attempt(bench, "well", lambda: 3) == 3
-
-
-@pytest.mark.skipif(
-    not isinstance(tma_projection._tma_kernel, triton.JITFunction), reason="Triton is interpreting"
-)
-def test_the_experiment_with_tensor_copies_compiles_for_hopper() -> None:
-    """Descriptors, a persistent loop and a store by descriptor become machine code with wgmma."""
-    tile = tma_projection.TILES[4]
-    kernel: Any = tma_projection._tma_kernel
-    blocks = {
-        "hidden_desc": (tile.BLOCK_C, tile.BLOCK_D),
-        "weight_desc": (tile.BLOCK_V, tile.BLOCK_D),
-        "exps_desc": (tile.BLOCK_C, tile.BLOCK_V),
-    }
-    types = {
-        name: f"tensordesc<bf16[{rows}, {columns}]>" for name, (rows, columns) in blocks.items()
-    }
-    types |= {"exps_ptr": "*bf16", "target_ids_ptr": "*i64"}
-    types |= dict.fromkeys(("tile_max_ptr", "tile_total_ptr", "target_logit_ptr"), "*fp32")
-    constants = {name: getattr(tile, name) for name in tile._fields if name.isupper()}
-    constants |= {"FLATTEN": tile.flatten, "STORE_BY_TMA": tile.store_by_tma}
-    case = compile_case(
-        "experiment",
-        kernel,
-        types,
-        constants,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        grid="persistent",
-        hbm_bytes=0,
-    )
-    resources = compile_for(case, TARGETS["sm_90"])
-    assert not resources.spills and "HGMMA" in resources.matrix
-    assert resources.shared_bytes <= TARGETS["sm_90"].shared_kib * 1024
-
-
-def test_turns_rotate_after_a_round_that_does_not_count(tmp_path: Path) -> None:
-    order: list[str] = []
-    calls = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    times = time_in_turns(make_bench(tmp_path), calls, 2)
-    assert order == list("ab" + "ab" + "ba")
-    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
-
-
-def test_wheels_are_importable_without_installing(tmp_path: Path) -> None:
-    """A wheel's modules and its version are found on the path of the sections.
-
-    What is installed, or made for another Python, is left where it is.
-    """
-    (tmp_path / "torch-9.9-py3-none-any.whl").write_text("")
-    (tmp_path / "other-1.0-cp27-cp27m-linux_x86_64.whl").write_text("")
-    with zipfile.ZipFile(tmp_path / "peer_x-1.5-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("peer_x.py", "ANSWER = 42\n")
-        wheel.writestr("peer_x-1.5.dist-info/METADATA", "Name: peer-x\nVersion: 1.5\n")
-    site = tmp_path / "site"
-    assert unpack_wheels(tmp_path, site) == ["peer_x-1.5-py3-none-any.whl"]
-    sections_in(
-        site,
-        uses="from importlib.metadata import version; import peer_x; "
-        "bench.record.put('found', [peer_x.ANSWER, version('peer-x')])",
-    )
-    run = Run(tmp_path / "out", 100.0, dry=False, site=site)
-    results = run_sections([Section("uses", "uses", 60)], run, lambda text: None)
-    assert results["sections"]["uses"]["figures"] == {"found": [42, "1.5"]}

@@ -16,7 +16,7 @@ from care_kernels.oracle import (
 from tests.kernels.tolerances import FACTOR, FLOOR, SAME_MATHS, VALUE_FLOOR
 
 LEAVES = ("hidden", "head_weight", "bias")
-RUN_OPTIONS = ("chunk_rows", "backend")
+RUN_OPTIONS = ("chunk_rows", "backend", "old_log_normalizer")
 PER_ROW = ("log_probs", "entropy", "kl", "ratio")
 
 Case = dict[str, Any]

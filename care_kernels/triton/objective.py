@@ -20,8 +20,7 @@ from care_kernels.objective import (
     row_gradients,
 )
 from care_kernels.softmax import RowGradients, RowStatistics
-from care_kernels.triton_backend.compile_cases import NUM_ROWS, CompileCase, compile_case
-from care_kernels.triton_backend.transforms import expm1
+from care_kernels.triton.launch import expm1
 
 BLOCK_C = 256
 NUM_WARPS = 4
@@ -199,23 +198,3 @@ def _numbers(surrogate: Surrogate) -> tuple[int, float, float, float | None]:
     if isinstance(surrogate, Cispo):
         return CISPO, surrogate.min_ratio, surrogate.max_ratio, None
     return SAPO, surrogate.positive_temperature, surrogate.negative_temperature, None
-
-
-def compile_cases() -> list[CompileCase]:
-    """With everything: old log-probs, k3, entropy and dual clip."""
-    kernel = _row_objective_kernel
-    types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-    types |= dict.fromkeys(("clipped_low_ptr", "clipped_high_ptr"), "*i8")
-    types |= dict.fromkeys(("first", "second", "dual"), "fp32")
-    constants = {"SURROGATE": CLIP, "HAS_DUAL": True, "KL_CODE": KL_CODES["k3_unbiased"]}
-    return [
-        compile_case(
-            "row_objective_k3",
-            kernel,
-            types,
-            {**constants, "BLOCK_C": BLOCK_C, "exact_kl_ptr": None},
-            num_warps=NUM_WARPS,
-            grid=f"{triton.cdiv(NUM_ROWS, BLOCK_C)} blocks of {BLOCK_C} rows",
-            hbm_bytes=NUM_ROWS * (7 + 4) * 4,
-        )
-    ]

@@ -1,4 +1,4 @@
-"""The loss's derivative from the exponentials that `fused_projection.project` kept, in place.
+"""The loss's derivative from the exponentials that `projection.project` kept, in place.
 
 With E_j = e^{z_j - m_t}, tile t's maximum m_t, the row's m and log s, g = dL/dl, lambda = -dL/dH:
 
@@ -8,8 +8,15 @@ With E_j = e^{z_j - m_t}, tile t's maximum m_t, the row's m and log s, g = dL/dl
     dL/draw_j = dL/dz_j * dz_j/draw_j
 
 1[j=y] - p_j at the target is -expm1(l), from the float32 log-prob. z_j = log E_j + m_t comes back
-for the entropy term and the softcap's slope only, where E_j > 0: E's rounding, 2^-9 of E, moves z
-by at most 0.002.
+for the entropy term and the softcap's slope only, where E_j > 0: E's rounding, at most 2^-8 of it
+in bfloat16, moves z by at most 0.004.
+
+Anchored exponentials E_j = e^{z_j - a} need one number per row, not a pass over all of them: with
+the row factor c = -g e^{a - L} dz/draw taken into X and dX,
+
+    dX = diag(c) E W,  dW = E^T diag(c) X
+
+once E holds expm1(l) e^{L - a} at the target.
 
 Shape letters: C rows of the chunk, V vocabulary.
 """
@@ -24,21 +31,8 @@ import triton.language as tl
 from torch import Tensor
 
 from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics
-from care_kernels.triton_backend.compile_cases import (
-    NUM_ROWS,
-    VOCAB_SIZE,
-    CompileCase,
-    compile_case,
-)
-from care_kernels.triton_backend.fused_projection import TILE
-from care_kernels.triton_backend.launching import check_rows
-from care_kernels.triton_backend.tile_statistics import TileStatistics
-from care_kernels.triton_backend.transforms import (
-    TRANSFORM_TYPES,
-    expm1,
-    slope_at,
-    transform_arguments,
-)
+from care_kernels.triton.launch import LN_2, LOG2_E, check_rows, expm1, slope_arguments, slope_at
+from care_kernels.triton.projection import OPERAND_DTYPES, ROW_ALIGNMENT, TileStatistics
 
 BLOCK_V = 2048
 NUM_WARPS = 8
@@ -57,25 +51,23 @@ def _exp_gradients_kernel(
     d_log_probs_ptr,
     d_entropy_ptr,
     num_rows,
-    vocab_size,
+    num_tiles,
+    padded_size,
     stride_exps,
-    inner,
-    outer,
     slope,
     uncap,
     HAS_SOFTCAP: tl.constexpr,
     TILE_V: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    # One program owns one row. An element is stored only once it has been loaded: it is what the
-    # stored number is made of.
+    # One program owns one row and walks BLOCK_T vocabulary tiles at a time. An element is stored
+    # only once it has been loaded: it is what the stored number is made of.
     row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK_V)
     exps_row_ptr = exps_ptr + row * stride_exps
     target_id = tl.load(target_ids_ptr + row)
     log_prob = tl.load(log_probs_ptr + row)
-    max_logit = tl.load(max_logit_ptr + row)
-    log_total = tl.load(log_total_ptr + row)
+    max_logit = tl.load(max_logit_ptr + row) * LOG2_E
+    log_total = tl.load(log_total_ptr + row) * LOG2_E
     g = tl.load(d_log_probs_ptr + row)
     weight_at_target = -g * expm1(log_prob)
     if d_entropy_ptr is not None:
@@ -85,23 +77,26 @@ def _exp_gradients_kernel(
     target_logit = tl.load(target_logit_ptr + row)
     at_target = weight_at_target * slope_at(target_logit, slope, uncap, HAS_SOFTCAP)
 
-    for start in range(0, vocab_size, BLOCK_V):
-        columns = start + lanes
-        inside = columns < vocab_size
-        e = tl.load(exps_row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        tiles = (columns // TILE_V).to(tl.int64)
-        tile_max = tl.load(tile_max_ptr + tiles * num_rows + row, mask=inside, other=0.0)
+    for start in range(0, num_tiles, BLOCK_T):
+        tiles = start + tl.arange(0, BLOCK_T)
+        tile_max = tl.load(
+            tile_max_ptr + tiles.to(tl.int64) * num_rows + row, mask=tiles < num_tiles, other=0.0
+        )
         log_scale = (tile_max - max_logit) - log_total
-        p = e * tl.exp(log_scale)
+        columns = tiles[:, None] * TILE_V + tl.arange(0, TILE_V)[None, :]
+        # The padding holds zeros, and its derivative is zero too.
+        inside = columns < padded_size
+        e = tl.load(exps_row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        p = e * tl.exp2(log_scale)[:, None]
         weight = p * 0.0 - g
         if (d_entropy_ptr is not None) or HAS_SOFTCAP:
             # Where E is 0 so is p, and any finite logarithm will do.
-            log_e = tl.log(tl.where(e > 0, e, 1.0))
+            log_e = tl.log2(tl.where(e > 0, e, 1.0))
         if d_entropy_ptr is not None:
-            weight -= d_entropy * ((log_e + log_scale) + entropy)
+            weight -= d_entropy * ((log_e + log_scale[:, None]) * LN_2 + entropy)
         grad = p * weight
         if HAS_SOFTCAP:
-            grad *= slope_at(log_e + tile_max, slope, uncap, HAS_SOFTCAP)
+            grad *= slope_at(log_e + tile_max[:, None], slope, uncap, HAS_SOFTCAP)
         else:
             grad *= slope
         grad = tl.where(columns == target_id, at_target, grad)
@@ -119,17 +114,19 @@ def exp_gradients_(
     """Overwrite E with the loss's derivative with respect to the raw logits x W^T + b.
 
     Args:
-        exps: [C, V] bfloat16, as `project` filled it.
+        exps: [C, V] bfloat16 or float16, as `project` filled it without an anchor.
         tiles: from the same `project`.
-        target_ids: [C] int.
-        stats: from `combine` on these tiles.
+        target_ids: [C] int; -1 is no column of this head, and no part of g lands there.
+        stats: from `combine` on these tiles, or of the whole vocabulary that they are a part of.
         gradients: g and dL/dH of each row; never the exact KL's.
         transform: what made z of the raw logits.
 
     Raises:
         ValueError: a gradient that this path does not have, or another dtype or shape.
     """
-    check_rows("exps", exps, (torch.bfloat16,))
+    check_rows("exps", exps, OPERAND_DTYPES)
+    if tiles.max_logit is None:
+        raise ValueError("tiles: got anchored statistics; wanted `anchor_targets_` for them")
     if gradients.kl is not None:
         raise ValueError("gradients.kl: got a tensor; wanted None, this path has no exact KL")
     with_entropy = gradients.entropy is not None
@@ -151,34 +148,29 @@ def exp_gradients_(
             gradients.log_probs.contiguous(),
             gradients.entropy.contiguous() if gradients.entropy is not None else None,
             num_rows,
-            vocab_size,
+            tiles.total.shape[0],
+            triton.cdiv(vocab_size, ROW_ALIGNMENT) * ROW_ALIGNMENT,
             exps.stride(0),
-            **transform_arguments(transform),
+            **slope_arguments(transform),
             TILE_V=tiles.tile_size,
-            BLOCK_V=BLOCK_V,
+            BLOCK_T=BLOCK_V // tiles.tile_size,
             num_warps=NUM_WARPS,
             num_stages=1,
         )
 
 
-def compile_cases() -> list[CompileCase]:
-    """Plain, and with entropy and softcap."""
-    pointers = [name for name in _exp_gradients_kernel.arg_names if name.endswith("_ptr")]
-    types = dict.fromkeys(pointers, "*fp32") | TRANSFORM_TYPES
-    types |= {"exps_ptr": "*bf16", "target_ids_ptr": "*i64"}
-    return [
-        compile_case(
-            f"exp_gradients{suffix}",
-            _exp_gradients_kernel,
-            types,
-            {"HAS_SOFTCAP": has_softcap, "TILE_V": TILE.BLOCK_V, "BLOCK_V": BLOCK_V}
-            | dict.fromkeys(absent),
-            num_warps=NUM_WARPS,
-            grid=f"{NUM_ROWS} rows",
-            hbm_bytes=4 * NUM_ROWS * VOCAB_SIZE,
-        )
-        for suffix, absent, has_softcap in (
-            ("", ("entropy_ptr", "d_entropy_ptr"), False),
-            ("_entropy_softcap", (), True),
-        )
-    ]
+def anchor_targets_(exps: Tensor, target_ids: Tensor, log_probs: Tensor, log_shift: Tensor) -> None:
+    """Overwrite anchored E at each row's target with expm1(l) e^{L - a}.
+
+    A derivative of the loss along the raw logits is then c E, with c = -g e^{a - L} dz/draw.
+
+    Args:
+        exps: [C, V] bfloat16, as `project` filled it with an anchor.
+        target_ids: [C] int64; -1 is no column of this head, and its row stays as it is.
+        log_probs: l, [C] float32.
+        log_shift: L - a, [C] float32: `log_total` of `combine`.
+    """
+    columns = target_ids.clamp(min=0)[:, None]
+    at_target = torch.expm1(log_probs).mul_(log_shift.exp()).to(exps.dtype)[:, None]
+    kept = exps.gather(1, columns)
+    exps.scatter_(1, columns, torch.where(target_ids[:, None] >= 0, at_target, kept))

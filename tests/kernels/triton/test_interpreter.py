@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from care_kernels.triton_backend.row_statistics import row_statistics
-from tests.kernels.triton_backend.interpreter import DEVICE, interpreting
+from care_kernels.softmax import LogitTransform
+from care_kernels.triton.projection import project
+from tests.kernels.triton.interpreter import DEVICE, interpreting
 
 
 def test_triton_is_left_as_it_was() -> None:
@@ -13,11 +14,8 @@ def test_triton_is_left_as_it_was() -> None:
     owners = (tl, tl.core, tl.math, tl.standard, tl.tensor, tl.dtype)
     before = [dict(vars(owner)) for owner in owners]
     with interpreting():
-        row_statistics(
-            torch.zeros(1, 3, device=DEVICE),
-            torch.zeros(1, dtype=torch.long, device=DEVICE),
-            with_entropy=True,
-        )
+        hidden = torch.zeros(1, 16, device=DEVICE, dtype=torch.bfloat16)
+        project(hidden, hidden, None, torch.tensor([0], device=DEVICE), LogitTransform())
     for owner, members in zip(owners, before, strict=True):
         changed = [name for name, member in vars(owner).items() if members.get(name) is not member]
         assert not changed

@@ -1,11 +1,12 @@
 """The public functions on `backend="triton"`: the same oracle and the same promises as on torch."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from care_kernels import Clip, care_loss, linear_log_probs, linear_policy_loss
+from care_kernels import Cispo, Clip, Sapo, care_loss, linear_log_probs, linear_policy_loss
 from tests.kernels import test_log_probs as log_probs
 from tests.kernels.cases import (
     check_against_oracle,
@@ -16,9 +17,11 @@ from tests.kernels.cases import (
     with_kl,
 )
 from tests.kernels.test_policy_loss_oracle import at_level
-from tests.kernels.triton_backend.interpreter import DEVICE, import_interpreted
+from tests.kernels.triton.interpreter import DEVICE, import_interpreted, interpret_kernels_of
 
-import_interpreted("chunk")
+import_interpreted("objective", "projection", "softmax")
+interpret_kernels_of("care_kernels.region_weights")
+interpret_kernels_of("care_kernels.rationale_distance")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="cases are built on the CPU")
@@ -125,6 +128,64 @@ def test_care_loss_is_the_same_on_both_backends() -> None:
     ]
     assert torch.equal(results[0].token_advantages, results[1].token_advantages)
     torch.testing.assert_close(results[0].loss, results[1].loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", ("token", "sequence"))
+@pytest.mark.parametrize("drift", (0.0, 3.0, 30.0))
+@pytest.mark.parametrize("shape", ((23, 16, 211), (33, 34, 1000), (5, 7, 17)), ids=str)
+def test_anchored_exponentials(shape: tuple, drift: float, level: str) -> None:
+    """exp(z - L_old) in place of exp(z - max): the oracle's loss and gradients, whatever L_old."""
+    case = at_level(policy_case(*shape, dtype=torch.bfloat16), level) | {"chunk_rows": 17}
+    case = with_kl(case, "k3") | {"temperature": 1.3, "logit_scale": 1.2}
+    head = {name: case[name] for name in ("hidden", "head_weight", "target_ids")}
+    options = {name: case[name] for name in ("temperature", "logit_scale")}
+    now = linear_log_probs(**head, **options, return_log_normalizer=True)[1]
+    moved = torch.linspace(-drift, drift, len(now))
+    check_against_oracle(on_triton(case | {"old_log_normalizer": now + moved}))
+
+
+def test_an_anchor_too_far_is_nan() -> None:
+    """Beyond 60 nats the exponentials vanish or overflow: NaN, not a wrong number."""
+    case = policy_case(6, dtype=torch.bfloat16)
+    head = {name: case[name] for name in ("hidden", "head_weight", "target_ids")}
+    now = linear_log_probs(**head, return_log_normalizer=True)[1]
+    moved = torch.tensor([0.0, -61.0, 61.0, -200.0, 200.0, 0.0])
+    ones = torch.ones(6)
+    loss, _ = run_ours(on_triton(case | {"old_log_normalizer": now + moved, "advantages": ones}))
+    assert loss.log_probs.isnan().tolist() == [False, True, True, True, True, False]
+    assert loss.loss.isnan()
+
+
+@pytest.mark.parametrize("extra", ("entropy", "softcap", "exact"))
+def test_an_anchor_that_does_not_apply_is_not_read(extra: str) -> None:
+    """With an entropy bonus, a softcap or the exact KL the loss is the one without an anchor."""
+    case = policy_case(23, dtype=torch.bfloat16)
+    if extra == "entropy":
+        case["entropy_weights"] = row_vector(case, 0.0, 0.1)
+    elif extra == "softcap":
+        case["logit_softcap"] = 5.0
+    else:
+        case = with_kl(case, "exact")
+    plain, grads = run_ours(on_triton(case))
+    given, given_grads = run_ours(on_triton(case | {"old_log_normalizer": torch.zeros(23)}))
+    assert torch.equal(plain.loss, given.loss)
+    assert all(torch.equal(grads[name], given_grads[name]) for name in grads)
+
+
+@pytest.mark.parametrize("scale", (1e-6, 1e-12))
+def test_float16_keeps_what_is_small(scale: float) -> None:
+    """Advantages far below float16's least number: gradients as exact as at advantages of 1."""
+    case = policy_case(23, dtype=torch.float16)
+    case["advantages"] = case["advantages"] * scale
+    check_against_oracle(on_triton(case), upstream=2.0 ** round(-math.log2(scale)))
+
+
+@pytest.mark.parametrize("surrogate", (Cispo(1.2), Sapo()), ids=repr)
+@pytest.mark.parametrize("level", ("token", "sequence"))
+def test_other_surrogates(level: str, surrogate: Any) -> None:
+    """CISPO and SAPO with the unbiased KL."""
+    case = at_level(policy_case(23), level) | {"surrogate": surrogate}
+    check_against_oracle(on_triton(with_kl(case, "k3_unbiased")))
 
 
 def test_unknown_backend() -> None:

@@ -24,7 +24,7 @@ from triton.runtime import interpreter
 
 from bench.interpreter import mended_interpreter
 
-PACKAGE = "care_kernels.triton_backend"
+PACKAGE = "care_kernels.triton"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IS_INTERPRETED = DEVICE == "cpu"
 
@@ -41,6 +41,14 @@ def import_interpreted(*names: str) -> None:
         knobs.runtime.interpret = True
         for name in names:
             importlib.import_module(f"{PACKAGE}.{name}")
+
+
+def interpret_kernels_of(name: str) -> None:
+    """Replace the kernels of a module that holds other code too by interpreted ones, in place."""
+    module = importlib.import_module(name)
+    for member_name, member in list(vars(module).items()):
+        if IS_INTERPRETED and _is_compiled(member):
+            setattr(module, member_name, decorate(member.fn))
 
 
 def decorate(kernel: Callable[..., None]) -> Any:

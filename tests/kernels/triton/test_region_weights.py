@@ -5,11 +5,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from care_kernels.region_weights import token_advantages
+from care_kernels.region_weights import Regions, token_advantages
 from tests.kernels.span_cases import SpanBatch, normal_floats, random_spans, span_batches
-from tests.kernels.triton_backend.interpreter import DEVICE, import_interpreted
+from tests.kernels.triton.interpreter import DEVICE, interpret_kernels_of
 
-import_interpreted("region_weights")
+interpret_kernels_of("care_kernels.region_weights")
 
 # The fixtures hold for the whole test: no example changes them.
 FEW_EXAMPLES = settings(
@@ -91,16 +91,38 @@ def test_non_contiguous_inputs() -> None:
 
 def test_spans_are_cut_to_their_sequence() -> None:
     """What would be refused on the CPU writes into no neighbour where values are not read."""
-    from care_kernels.triton_backend.region_weights import write_token_advantages
+    from care_kernels.region_weights import _launch
 
     batch = random_batch([6, 6, 6])
     wild = torch.tensor([[-3, 4], [2, 99], [5, 1]])
     cut = torch.tensor([[0, 4], [2, 6], [5, 5]])
     results = []
     for spans in (wild, cut):
-        batch = batch.to(think_spans=spans, answer_spans=spans.flip(0))
-        arguments = [value.to(DEVICE) for value in batch.arguments]
+        stacked = torch.stack((spans, spans.flip(0)), 1).to(DEVICE)
+        weights = torch.tensor([[0.5, 1.0]] * 3, dtype=torch.float64, device=DEVICE)
         out = torch.zeros(3, 6, device=DEVICE)
-        write_token_advantages(out, *arguments, None, think_weight=0.5, weight_eps=1e-8)
+        _launch(out, batch.advantages.to(DEVICE), stacked, weights, None, True, 1e-8)
         results.append(out)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("normalize", (True, False))
+def test_a_trainers_regions(normalize: bool) -> None:
+    """Regions over the paper's two, overlapping, empty and past each other: torch's bits."""
+    batch = random_batch([9, 4, 13])
+    generator = torch.Generator().manual_seed(1)
+    spans = torch.stack([random_spans(batch.seq_lens, generator) for _ in range(4)], 1)
+    weights = torch.rand(3, 4, generator=generator)
+    arguments = [value.to(DEVICE) for value in batch.arguments]
+    for layout in ({"seq_len": batch.longest}, {"cu_seqlens": batch.cu_seqlens.to(DEVICE)}):
+        got, want = (
+            token_advantages(
+                *arguments,
+                regions=Regions(spans.to(DEVICE), weights.to(DEVICE)),
+                normalize=normalize,
+                backend=backend,
+                **layout,
+            )
+            for backend in ("triton", "torch")
+        )
+        assert torch.equal(got, want) and (got != 0).any()

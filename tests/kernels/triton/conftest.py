@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kernels.triton_backend.interpreter import import_interpreted, interpreting
+from tests.kernels.triton.interpreter import import_interpreted, interpreting
 
 # Before the test modules import them.
-import_interpreted("row_objective", "fused_projection", "exp_gradients")
+import_interpreted("objective", "projection", "softmax")
 
 
 @pytest.fixture(autouse=True)

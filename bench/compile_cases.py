@@ -1,0 +1,311 @@
+"""Every kernel at the shapes of a real model, for ahead-of-time compilation without a GPU.
+
+    for case in compile_cases("9"):
+        compiled = triton.compile(
+            case.source(), target=GPUTarget("cuda", 90, 32), options=case.options()
+        )
+
+`compiled.asm["cubin"]` (or `["hsaco"]`) is what a device would load: `cuobjdump
+--dump-resource-usage` reads its registers and stack, `compiled.metadata.shared` is its shared
+memory. A stack, or more shared memory than the device has, means that the kernel does not fit.
+
+Compile in a process that does not set TRITON_INTERPRET: an interpreted kernel cannot be compiled.
+A launch specialises on pointers aligned to 16 bytes and on integers divisible by 16, so that loads
+become vectors; the sources here make the same assumptions, which hold at these shapes.
+
+Shape letters: C rows of the chunk, D hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import triton
+from triton.compiler import ASTSource
+
+from care_kernels.triton import objective, projection, softmax
+from care_kernels.triton.projection import GemmTile
+
+# By module name: the package's attribute of the first name is the function.
+rationale_distance = import_module("care_kernels.rationale_distance")
+region_weights = import_module("care_kernels.region_weights")
+
+NUM_ROWS = 4096
+WIDTH = 3584
+VOCAB_SIZE = 152_064
+ALIGNMENT = 16
+NUM_SEQUENCES = 64
+SEQ_LEN = 4096
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel, with everything that decides its machine code and what one launch costs."""
+
+    name: str
+    fn: Any
+    """The function that `@triton.jit` made."""
+    signature: dict[str, str]
+    """Type of each argument, such as "*bf16", "i32", "fp32" or "constexpr"."""
+    constexprs: dict[str, Any]
+    """Value of each "constexpr" argument; None stands for an absent pointer."""
+    num_warps: int
+    num_stages: int
+    grid: str
+    """Programs of one launch, in words."""
+    flops: int
+    """Multiply-adds count as two; matrix products only."""
+    hbm_bytes: int
+    """Each input read once, each output written once."""
+    odd: tuple[str, ...] = ()
+    """The integers, sizes and row strides, that 16 does not divide."""
+
+    def source(self) -> ASTSource:
+        """What `triton.compile` takes."""
+        aligned = {
+            (index,): [["tt.divisibility", ALIGNMENT]]
+            for index, parameter in enumerate(self.fn.params)
+            if self.signature[parameter.name].startswith(("*", "i"))
+            and not parameter.do_not_specialize
+            and parameter.name not in self.odd
+        }
+        return ASTSource(self.fn, self.signature, self.constexprs, aligned)
+
+    def options(self) -> dict[str, int]:
+        """Launch options of `triton.compile`."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def compile_case(
+    name: str,
+    fn: Any,
+    types: dict[str, str],
+    constexprs: dict[str, Any],
+    *,
+    num_warps: int,
+    num_stages: int = 1,
+    grid: str,
+    flops: int = 0,
+    hbm_bytes: int,
+    odd: tuple[str, ...] = (),
+) -> CompileCase:
+    """A case with the signature in argument order; integers not named in `types` are i32."""
+    signature = {
+        argument: "constexpr" if argument in constexprs else types.get(argument, "i32")
+        for argument in fn.arg_names
+    }
+    return CompileCase(
+        name,
+        fn,
+        signature,
+        constexprs,
+        num_warps,
+        num_stages,
+        grid,
+        flops,
+        hbm_bytes,
+        odd,
+    )
+
+
+def compile_cases(architecture: str = "9") -> list[CompileCase]:
+    """Every kernel of the package, in the variants that a training run launches.
+
+    `architecture` is "hip" or CUDA's major version, "8", "9" or "10": the GEMM's tile depends on
+    it.
+    """
+    return [
+        *_project_cases(architecture),
+        *_combine_cases(),
+        *_exp_gradients_cases(architecture),
+        _objective_case(),
+        *_token_advantages_cases(),
+        *_rationale_distance_cases(),
+    ]
+
+
+def _project_cases(architecture: str) -> list[CompileCase]:
+    """The GEMM for log-probs alone and for training, with and without every option."""
+    plain = ("bias_ptr", "anchor_ptr", "tile_moment_ptr")
+    return [
+        _project_case(architecture, f"project_{name}", absent, form, dtype)
+        for name, absent, form, dtype in (
+            ("log_probs", (*plain, "exps"), "plain", "bf16"),
+            ("log_probs_entropy", ("bias_ptr", "anchor_ptr", "exps"), "entropy", "bf16"),
+            ("training", plain, "plain", "bf16"),
+            ("training_fp16", plain, "plain", "fp16"),
+            ("training_bias", plain[1:], "plain", "bf16"),
+            ("training_entropy", ("bias_ptr", "anchor_ptr"), "entropy", "bf16"),
+            ("training_entropy_bias", ("anchor_ptr",), "entropy", "bf16"),
+            ("anchored", ("bias_ptr", "tile_max_ptr", "tile_moment_ptr"), "anchored", "bf16"),
+            ("anchored_entropy_bias", ("tile_max_ptr",), "anchored", "bf16"),
+            ("entropy_softcap_bias", ("anchor_ptr",), "softcap", "bf16"),
+            ("entropy_odd_vocabulary", ("bias_ptr", "anchor_ptr"), "entropy", "bf16"),
+            ("anchored_odd_vocabulary", ("bias_ptr", "tile_max_ptr"), "anchored", "bf16"),
+            ("entropy_softcap_bias_odd_vocabulary", ("anchor_ptr",), "softcap", "bf16"),
+            ("entropy_bias_unaligned", ("anchor_ptr",), "unaligned", "bf16"),
+            ("anchored_entropy_bias_unaligned", ("tile_max_ptr",), "unaligned", "bf16"),
+            ("entropy_softcap_bias_unaligned", ("anchor_ptr",), "softcap_unaligned", "bf16"),
+        )
+    ]
+
+
+def _project_case(
+    architecture: str, name: str, absent: tuple[str, ...], form: str, dtype: str
+) -> CompileCase:
+    kernel = projection._project_kernel
+    is_aligned = not form.endswith("unaligned")
+    tile = projection.gemm_tile(architecture, form if is_aligned else "unaligned")
+    options = tile._asdict()
+    num_warps, num_stages = options.pop("num_warps"), options.pop("num_stages")
+    blocks = {
+        "hidden": (tile.BLOCK_C, tile.BLOCK_D),
+        "weight": (tile.BLOCK_V, tile.BLOCK_D),
+        "exps": (tile.BLOCK_C, tile.BLOCK_V // 2),
+    }
+    types = _pointers(kernel) | {"bias_ptr": f"*{dtype}", "inner": "fp32", "outer": "fp32"}
+    for matrix, block in blocks.items():
+        types[matrix] = f"tensordesc<{dtype}{list(block)}>" if tile.USE_TMA else f"*{dtype}"
+    constants = {"HAS_SOFTCAP": form.startswith("softcap"), "EVEN_D": is_aligned, "UPCAST": False}
+    odd = () if is_aligned else ("vocab_size", "width", "stride_hidden", "stride_weight")
+    if name.endswith("odd_vocabulary"):
+        odd = ("vocab_size",)
+    exp_bytes = 0 if "exps" in absent else 2 * NUM_ROWS * VOCAB_SIZE
+    return compile_case(
+        name,
+        kernel,
+        types,
+        constants | options | dict.fromkeys(absent),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        grid=_project_grid(tile),
+        flops=2 * NUM_ROWS * WIDTH * VOCAB_SIZE,
+        hbm_bytes=2 * WIDTH * (NUM_ROWS + VOCAB_SIZE) + exp_bytes,
+        odd=odd,
+    )
+
+
+def _project_grid(tile: GemmTile) -> str:
+    row_blocks, tiles = NUM_ROWS // tile.BLOCK_C, triton.cdiv(VOCAB_SIZE, tile.BLOCK_V)
+    grid = f"{row_blocks} row blocks x {tiles} vocabulary tiles"
+    return f"one a multiprocessor, for {grid}" if tile.USE_TMA else grid
+
+
+def _combine_cases() -> list[CompileCase]:
+    """With the entropy, for tiles of 128 columns: relative to maxima, and anchored."""
+    block_c, block_t = projection.COMBINE_BLOCK_C, projection.COMBINE_BLOCK_T
+    num_tiles = triton.cdiv(VOCAB_SIZE, 128)
+    return [
+        compile_case(
+            f"combine_{name}",
+            projection._combine_kernel,
+            _pointers(projection._combine_kernel),
+            {"BLOCK_C": block_c, "BLOCK_T": block_t} | dict.fromkeys(absent),
+            num_warps=projection.COMBINE_WARPS,
+            grid=f"{NUM_ROWS // block_c} blocks of {block_c} rows",
+            hbm_bytes=4 * matrices * num_tiles * NUM_ROWS,
+        )
+        for name, absent, matrices in (
+            ("entropy", ("anchor_ptr",), 3),
+            ("anchored", ("tile_max_ptr", "tile_moment_ptr", "max_logit_ptr", "entropy_ptr"), 1),
+        )
+    ]
+
+
+def _exp_gradients_cases(architecture: str) -> list[CompileCase]:
+    """Plain, and with entropy and softcap, for the tiles that `project` leaves."""
+    kernel = softmax._exp_gradients_kernel
+    types = _pointers(kernel) | {"exps_ptr": "*bf16", "slope": "fp32", "uncap": "fp32"}
+    cases = []
+    for suffix, absent, form in (
+        ("", ("entropy_ptr", "d_entropy_ptr"), "plain"),
+        ("_entropy_softcap", (), "softcap"),
+    ):
+        tile_size = projection.gemm_tile(architecture, form).BLOCK_V // 2
+        constants = {
+            "HAS_SOFTCAP": form == "softcap",
+            "TILE_V": tile_size,
+            "BLOCK_T": softmax.BLOCK_V // tile_size,
+        }
+        cases.append(
+            compile_case(
+                f"exp_gradients{suffix}",
+                kernel,
+                types,
+                constants | dict.fromkeys(absent),
+                num_warps=softmax.NUM_WARPS,
+                grid=f"{NUM_ROWS} rows",
+                hbm_bytes=4 * NUM_ROWS * VOCAB_SIZE,
+            )
+        )
+    return cases
+
+
+def _objective_case() -> CompileCase:
+    """With everything: old log-probs, the unbiased KL, entropy and dual clip."""
+    kernel, block = objective._row_objective_kernel, objective.BLOCK_C
+    types = _pointers(kernel) | dict.fromkeys(("clipped_low_ptr", "clipped_high_ptr"), "*i8")
+    types |= dict.fromkeys(("first", "second", "dual"), "fp32")
+    constants = {"SURROGATE": objective.CLIP, "HAS_DUAL": True, "BLOCK_C": block}
+    return compile_case(
+        "row_objective_k3",
+        kernel,
+        types,
+        constants | {"KL_CODE": objective.KL_CODES["k3_unbiased"], "exact_kl_ptr": None},
+        num_warps=objective.NUM_WARPS,
+        grid=f"{triton.cdiv(NUM_ROWS, block)} blocks of {block} rows",
+        hbm_bytes=NUM_ROWS * (7 + 4) * 4,
+    )
+
+
+def _token_advantages_cases() -> list[CompileCase]:
+    """Padded and packed, with the paper's two regions and four of a trainer's."""
+    types = {
+        "out_ptr": "*fp32",
+        "advantages_ptr": "*fp32",
+        "spans_ptr": "*i64",
+        "weights_ptr": "*fp64",
+        "weight_eps": "fp64",
+    }
+    constants = {"BLOCK": region_weights.BLOCK, "NORMALIZE": True, "NUM_REGIONS": 6}
+    return [
+        compile_case(
+            f"token_advantages_{layout}",
+            region_weights._token_advantages_kernel,
+            types | pointer,
+            constants | absent,
+            num_warps=region_weights.NUM_WARPS,
+            grid=f"{NUM_SEQUENCES} sequences x {triton.cdiv(SEQ_LEN, region_weights.BLOCK)} splits",
+            hbm_bytes=NUM_SEQUENCES * (SEQ_LEN * 4 + 4 + 6 * (2 * 8 + 8)),
+        )
+        for layout, pointer, absent in _LAYOUTS
+    ]
+
+
+def _rationale_distance_cases() -> list[CompileCase]:
+    """The means, padded and packed."""
+    block_t, block_d = rationale_distance.BLOCK_T, rationale_distance.BLOCK_D
+    return [
+        compile_case(
+            f"span_means_{layout}",
+            rationale_distance._span_means_kernel,
+            {"means_ptr": "*fp32", "hidden_ptr": "*bf16", "spans_ptr": "*i64"} | pointer,
+            {"stride_column": 1, "BLOCK_T": block_t, "BLOCK_D": block_d} | absent,
+            num_warps=rationale_distance.NUM_WARPS,
+            grid=f"{NUM_SEQUENCES} sequences x {triton.cdiv(WIDTH, block_d)} column blocks",
+            hbm_bytes=NUM_SEQUENCES * (SEQ_LEN * WIDTH * 2 + 2 * 8 + WIDTH * 4),
+        )
+        for layout, pointer, absent in _LAYOUTS
+    ]
+
+
+_LAYOUTS = (
+    ("padded", {}, {"cu_seqlens_ptr": None}),
+    ("packed", {"cu_seqlens_ptr": "*i32"}, {}),
+)
+
+
+def _pointers(kernel: Any) -> dict[str, str]:
+    """Every pointer of a kernel as float32, token ids as int64."""
+    types = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
+    return types | ({"target_ids_ptr": "*i64"} if "target_ids_ptr" in types else {})

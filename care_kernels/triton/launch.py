@@ -1,0 +1,116 @@
+"""What kernels and launchers share: checks, interpreter detection, the logits' transform.
+
+    z = scale / temperature * raw,  or  softcap / temperature * tanh(scale / softcap * raw)
+    dz / draw = scale / temperature * (1 - (z * temperature / softcap)^2)
+
+Kernels hold z log2(e), in base 2, because a device's exponential is exp2: with log2(e) folded into
+the transform's own factors, e^z costs no multiplication. A transform reaches a kernel as numbers,
+so that one compiled kernel serves every temperature.
+
+Every launch is made under `torch.cuda.device_of`: Triton launches on the current device, whatever
+the tensors' own. On CPU tensors that does nothing.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from care_kernels.softmax import LogitTransform
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+def is_interpreted(kernel: Any) -> bool:
+    """Whether `@triton.jit` chose the interpreter (TRITON_INTERPRET=1 when it decorated)."""
+    return not isinstance(kernel, triton.JITFunction)
+
+
+def check_rows(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """A [C, V] matrix of one of `dtypes` whose rows are contiguous, whatever the row stride.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if value.dim() != 2 or value.dtype not in dtypes:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"{name}: got {value.dtype} of shape {tuple(value.shape)}; wanted [C, V] in {wanted}"
+        )
+    if value.shape[1] > 1 and value.stride(1) != 1:
+        raise ValueError(f"{name}: got column stride {value.stride(1)}; wanted 1")
+
+
+def check_vector(name: str, value: Tensor, num_rows: int) -> None:
+    """A float32 vector [C].
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if value.shape != (num_rows,) or value.dtype != torch.float32:
+        raise ValueError(
+            f"{name}: got {value.dtype} of shape {tuple(value.shape)}; "
+            f"wanted float32 of shape ({num_rows},)"
+        )
+
+
+def transform_arguments(transform: LogitTransform) -> dict[str, float | bool]:
+    """The keyword arguments of `to_logits`: factors of a raw logit and of the capped result."""
+    if transform.softcap is None:
+        inner, outer = transform.scale / transform.temperature * LOG2_E.value, 1.0
+    else:
+        inner = transform.scale / transform.softcap
+        outer = transform.softcap / transform.temperature * LOG2_E.value
+    return {"inner": inner, "outer": outer, "HAS_SOFTCAP": transform.softcap is not None}
+
+
+def slope_arguments(transform: LogitTransform) -> dict[str, float | bool]:
+    """The keyword arguments of `slope_at`: dz/draw at 0, and what turns z log2(e) into the tanh."""
+    slope, uncap = transform.scale / transform.temperature, 0.0
+    if transform.softcap is not None:
+        uncap = transform.temperature / transform.softcap * LN_2.value
+    return {"slope": slope, "uncap": uncap, "HAS_SOFTCAP": transform.softcap is not None}
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 with a relative error near float32's, also for small x."""
+    # The Taylor series to x^8: its remainder at 1/2 is 1e-8 of the value.
+    series = 1.0 / 5040 + x * (1.0 / 40320)
+    series = 1.0 / 720 + x * series
+    series = 1.0 / 120 + x * series
+    series = 1.0 / 24 + x * series
+    series = 1.0 / 6 + x * series
+    series = 0.5 + x * series
+    series = x + x * x * series
+    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x) from expm1 of a number that is never positive, so nothing overflows."""
+    decay = expm1(-2.0 * tl.abs(x))
+    size = -decay / (2.0 + decay)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def to_logits(raw, inner, outer, HAS_SOFTCAP: tl.constexpr):
+    """z log2(e) of raw logits."""
+    z = raw * inner
+    if HAS_SOFTCAP:
+        z = tanh(z) * outer
+    return z
+
+
+@triton.jit
+def slope_at(z, slope, uncap, HAS_SOFTCAP: tl.constexpr):
+    """dz / draw, from z log2(e)."""
+    result = z * 0.0 + slope
+    if HAS_SOFTCAP:
+        t = z * uncap
+        result = slope * (1.0 - t * t)
+    return result
