@@ -280,20 +280,21 @@ def largest_power_of_two(*weights: Tensor | None) -> float:
 def back_project(gradient: LogitGradient, weight: Tensor, scale: float = 1.0) -> Tensor:
     """scale dZ [C, V] W [V, D]: in dZ's dtype, or float32 where a factor or a scale joins."""
     matrix, factor = gradient
-    if matrix.dtype != weight.dtype or not (weight.is_cuda or weight.is_contiguous()):
+    is_plain = factor is None and scale == 1
+    is_easy = weight.is_cuda or (is_plain and weight.is_contiguous())
+    if matrix.dtype != weight.dtype or not is_easy:
         # In float32 or float64, tile by tile, so that the weight is never copied whole.
         dtype = torch.promote_types(matrix.dtype, torch.float32)
         out = matrix.new_zeros((matrix.shape[0], weight.shape[1]), dtype=dtype)
         for tile in vocab_tiles(weight.shape[0]):
             out.addmm_(matrix[:, tile].to(dtype), weight[tile].to(dtype).contiguous())
-        out = out if dtype == matrix.dtype or factor is not None else out.to(matrix.dtype)
-    elif weight.is_cuda and matrix.element_size() == 2 and (factor is not None or scale != 1):
-        out = torch.mm(matrix, weight, out_dtype=torch.float32)
-    else:
+    elif is_plain or matrix.element_size() > 2:
         out = matrix @ weight
-    if factor is not None:
-        out = out.float() * factor[:, None]
-    return out if scale == 1 else out.float() * scale
+    else:
+        out = torch.mm(matrix, weight, out_dtype=torch.float32)
+    if is_plain:
+        return out.to(matrix.dtype)
+    return out * scale if factor is None else out * (scale * factor[:, None])
 
 
 def add_weight_gradient(

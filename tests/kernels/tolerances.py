@@ -27,3 +27,7 @@ SAME_MATHS = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 8e-3, t
 
 TWO_ROUNDINGS = 2**-8 + 2e-5
 """A logit's gradient made from a bfloat16 exponential: each of the two is rounded by up to 2^-9."""
+
+THREE_ROUNDINGS = 3 * 2**-9 + FLOOR[torch.bfloat16]
+"""An anchored gradient: the exponential, the row factor's product with the hidden state and the
+result are each rounded to bfloat16, by up to 2^-9."""

@@ -1,6 +1,5 @@
 """The public functions on `backend="triton"`: the same oracle and the same promises as on torch."""
 
-import math
 from typing import Any
 
 import pytest
@@ -9,14 +8,18 @@ import torch
 from care_kernels import Cispo, Clip, Sapo, care_loss, linear_log_probs, linear_policy_loss
 from tests.kernels import test_log_probs as log_probs
 from tests.kernels.cases import (
+    assert_same,
     check_against_oracle,
+    error,
     head_case,
     policy_case,
     row_vector,
     run_ours,
+    run_reference,
     with_kl,
 )
 from tests.kernels.test_policy_loss_oracle import at_level
+from tests.kernels.tolerances import FLOOR, THREE_ROUNDINGS
 from tests.kernels.triton.interpreter import DEVICE, import_interpreted, interpret_kernels_of
 
 import_interpreted("objective", "projection", "softmax")
@@ -134,14 +137,21 @@ def test_care_loss_is_the_same_on_both_backends() -> None:
 @pytest.mark.parametrize("drift", (0.0, 3.0, 30.0))
 @pytest.mark.parametrize("shape", ((23, 16, 211), (33, 34, 1000), (5, 7, 17)), ids=str)
 def test_anchored_exponentials(shape: tuple, drift: float, level: str) -> None:
-    """exp(z - L_old) in place of exp(z - max): the oracle's loss and gradients, whatever L_old."""
+    """exp(z - L_old) in place of exp(z - max): the same values, whatever L_old, and gradients that
+    are the oracle's but for three roundings."""
     case = at_level(policy_case(*shape, dtype=torch.bfloat16), level) | {"chunk_rows": 17}
     case = with_kl(case, "k3") | {"temperature": 1.3, "logit_scale": 1.2}
     head = {name: case[name] for name in ("hidden", "head_weight", "target_ids")}
     options = {name: case[name] for name in ("temperature", "logit_scale")}
     now = linear_log_probs(**head, **options, return_log_normalizer=True)[1]
     moved = torch.linspace(-drift, drift, len(now))
-    check_against_oracle(on_triton(case | {"old_log_normalizer": now + moved}))
+    plain, _ = run_ours(on_triton(case))
+    ours, grads = run_ours(on_triton(case | {"old_log_normalizer": now + moved}))
+    _, oracle = run_reference(case)
+    for name in ("loss", "log_probs", "ratio", "kl"):
+        assert_same(getattr(ours, name), getattr(plain, name))
+    for name, grad in grads.items():
+        assert error(grad, oracle[name]) <= THREE_ROUNDINGS
 
 
 def test_an_anchor_too_far_is_nan() -> None:
@@ -175,9 +185,14 @@ def test_an_anchor_that_does_not_apply_is_not_read(extra: str) -> None:
 @pytest.mark.parametrize("scale", (1e-6, 1e-12))
 def test_float16_keeps_what_is_small(scale: float) -> None:
     """Advantages far below float16's least number: gradients as exact as at advantages of 1."""
-    case = policy_case(23, dtype=torch.float16)
-    case["advantages"] = case["advantages"] * scale
-    check_against_oracle(on_triton(case), upstream=2.0 ** round(-math.log2(scale)))
+    case = on_triton(policy_case(23, dtype=torch.float16))
+    tiny = case | {"advantages": case["advantages"] * scale}
+    _, plain = run_ours(case)
+    _, oracle = run_reference(case)
+    _, grads = run_ours(tiny, upstream=1 / scale)
+    for name, grad in grads.items():
+        as_exact = 1.5 * error(plain[name], oracle[name]) + FLOOR[torch.float16]
+        assert error(grad, oracle[name]) <= as_exact
 
 
 @pytest.mark.parametrize("surrogate", (Cispo(1.2), Sapo()), ids=repr)
