@@ -241,8 +241,8 @@ def _token_advantages_kernel(
                 token = block_start + tl.arange(0, BLOCK)
                 region = _last_region(token, spans_ptr, sequence, length, NUM_REGIONS)
                 count += (region == r).to(tl.int64)
-            weight = tl.load(weights_ptr + sequence * NUM_REGIONS + r)
-            total += tl.sum(count, 0).to(tl.float64) * weight
+            region_weight = tl.load(weights_ptr + sequence * NUM_REGIONS + r)
+            total += tl.sum(count, 0).to(tl.float64) * region_weight
         total += weight_eps
     else:
         total += 1.0

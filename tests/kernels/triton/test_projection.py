@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from care_kernels import softmax as torch_softmax
+from care_kernels import softmax
 from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics
 from care_kernels.triton import projection
 from care_kernels.triton.projection import (
@@ -79,7 +79,7 @@ class Problem:
         if self.bias is not None:
             self.logits += self.bias.double()
         transform.apply_(self.logits)
-        self.stats = torch_softmax.row_statistics(self.logits, self.target_ids, with_entropy=True)
+        self.stats = softmax.row_statistics(self.logits, self.target_ids, with_entropy=True)
 
     def empty_exps(self) -> Tensor:
         """A buffer whose padding is poisoned, as uninitialised memory may be."""
@@ -115,9 +115,7 @@ class Problem:
         stats = RowStatistics(*(cast(field, logits.dtype) for field in self.stats))
         upstream = RowGradients(*(cast(field, logits.dtype) for field in upstream))
         out = torch.empty_like(logits)
-        torch_softmax.logit_gradients(
-            logits, self.target_ids, stats, upstream, self.transform, out=out
-        )
+        softmax.logit_gradients(logits, self.target_ids, stats, upstream, self.transform, out=out)
         return out
 
 
@@ -210,9 +208,7 @@ def test_a_large_vocabulary_that_16_does_not_divide(loads: str) -> None:
     """GPT-2's 50,257: the last tile is stored up to the padded width, in whole vectors."""
     problem = Problem(3, 16, 50_257, TRANSFORMS["plain"], bias_dtype=None)
     problem.target_ids[-1] = 50_256
-    problem.stats = torch_softmax.row_statistics(
-        problem.logits, problem.target_ids, with_entropy=True
-    )
+    problem.stats = softmax.row_statistics(problem.logits, problem.target_ids, with_entropy=True)
     exps = problem.empty_exps()
     stats, tiles = problem.project(exps)
     check_statistics(problem, stats)
