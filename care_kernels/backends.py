@@ -209,7 +209,8 @@ class TritonChunk:
     def __init__(
         self, head: Head, num_rows: int, *, with_entropy: bool, with_gradients: bool
     ) -> None:
-        from care_kernels.triton.projection import TileStatistics, empty_exps
+        from care_kernels.triton.projection import empty_exps
+        from care_kernels.triton.tiles import TileStatistics
 
         self._head, self._with_entropy = head, with_entropy
         weight = head.weight
@@ -229,7 +230,8 @@ class TritonChunk:
         keep: bool = False,
     ) -> RowStatistics:
         """See `LogitChunk`."""
-        from care_kernels.triton.projection import combine, project
+        from care_kernels.triton.projection import project
+        from care_kernels.triton.tiles import combine
 
         exps = None
         if keep:

@@ -111,6 +111,15 @@ def check_targets(
         raise ValueError(f"target_ids: got ids from {low} to {high}; wanted 0 to {vocab_size - 1}")
 
 
+def check_no_graph(name: str) -> None:
+    """Within a backward: nobody wants to differentiate it again, which would give zeros."""
+    if torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: got create_graph=True; wanted False: its gradients are constants, of which "
+            "second derivatives would be wrong"
+        )
+
+
 def check_weight_grad(weight_grad: Any, head_weight: Tensor) -> None:
     """A buffer like head_weight, in any floating dtype, outside any graph."""
     shape = tuple(head_weight.shape)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from care_kernels import checks
 from care_kernels.backends import Head, resolve_backend
@@ -123,11 +122,11 @@ class LinearLogProbs(torch.autograd.Function):
         return log_probs, stats.entropy, log_normalizer
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         """dX, dW and db, from the same logits made again."""
+        checks.check_no_graph("linear_log_probs")
         hidden, head_weight, bias, target_ids, *saved = ctx.saved_tensors
         options: _Options = ctx.options
         if head_weight.shape != ctx.head_shape:

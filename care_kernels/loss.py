@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from care_kernels import checks
 from care_kernels.backends import Head, compute_dtype, resolve_backend
@@ -240,11 +239,11 @@ class LinearPolicyLoss(torch.autograd.Function):
         return tuple(outcome)
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, upstream: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
         """dX, dW and db of the forward, times the upstream gradient of the loss, in place."""
+        checks.check_no_graph("linear_policy_loss")
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_policy_loss: a second backward over the same graph; wanted one: its "

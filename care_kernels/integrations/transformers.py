@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from care_kernels.checks import check_no_graph
 from care_kernels.heads import head_parameters, logit_options, output_head
 from care_kernels.log_probs import linear_log_probs
 from care_kernels.loss import linear_policy_loss
@@ -280,11 +280,11 @@ class GatheringLogProbs(torch.autograd.Function):
         return result if isinstance(result, tuple) else (result, None)
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """dX, dW and db."""
+        check_no_graph("linear_log_probs")
         hidden, weight, bias, target_ids = ctx.saved_tensors
         zeros = torch.zeros_like(grad_log_probs)
         with gathered(weight, bias), torch.enable_grad():

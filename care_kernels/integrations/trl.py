@@ -50,10 +50,8 @@ TESTED_VERSIONS = ("1.16",)
 """TRL releases whose internals this module knows."""
 
 PATHS = ("fused", "log_probs")
-
-CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-"""TRL's clipped losses; they differ in how tokens are averaged."""
-FUSED_LOSS_TYPES = (*CLIPPED_LOSS_TYPES, "cispo", "sapo")
+# All but the last two are clipped alike, and differ in how tokens are averaged.
+FUSED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo")
 
 _logger = logging.getLogger(__name__)
 

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics
 from care_kernels.triton.launch import LN_2, LOG2_E, check_rows, expm1, slope_arguments, slope_at
-from care_kernels.triton.projection import OPERAND_DTYPES, ROW_ALIGNMENT, TileStatistics
+from care_kernels.triton.projection import OPERAND_DTYPES, ROW_ALIGNMENT
+from care_kernels.triton.tiles import TileStatistics
 
 BLOCK_V = 2048
 NUM_WARPS = 8

@@ -44,6 +44,28 @@ class DefinedPadding(TorchDispatchMode):
         assert not padding.any(), "a 16-bit GEMM gets rows with something behind their end"
 
 
+class Allocations(TorchDispatchMode):
+    """Remembers the largest tensor in memory of its own that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor)
+        }
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, leaf.numel())
+        return result
+
+
 class Watch(TorchDispatchMode):
     """Counts GEMM multiply-adds and remembers the largest tensor that any operation returned."""
 

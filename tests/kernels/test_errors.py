@@ -25,12 +25,29 @@ WRONG_HEAD: tuple[tuple[dict[str, Any], str], ...] = (
     ),
     ({"target_ids": torch.full((63,), -1)}, "target_ids: got ids from -1 to -1"),
     ({"bias": torch.zeros(3)}, r"bias: got shape \(3,\); wanted \(211,\)"),
+    ({"bias": torch.full((211,), -torch.inf)}, "bias: got -inf at 0; wanted finite numbers"),
+    ({"hidden": [[0.0] * 16] * 63}, "hidden: got a list; wanted a tensor"),
+    ({"target_ids": [0] * 63}, "target_ids: got a list; wanted a tensor"),
     ({"temperature": 0.0}, "temperature: got 0.0; wanted more than 0"),
+    ({"temperature": float("inf")}, "temperature: got inf; wanted more than 0"),
+    (
+        {"temperature": torch.ones((), requires_grad=True)},
+        "temperature: got a Tensor; wanted more than 0",
+    ),
+    ({"logit_softcap": float("inf")}, "logit_softcap: got inf; wanted None or more than 0"),
+    ({"logit_scale": float("nan")}, "logit_scale: got nan; wanted a finite number"),
+    ({"chunk_rows": 2.5}, "chunk_rows: got 2.5; wanted None or an int of at least 1"),
     ({"logit_softcap": -1.0}, "logit_softcap: got -1.0; wanted None or more than 0"),
     ({"chunk_rows": 0}, "chunk_rows: got 0; wanted None or an int of at least 1"),
     ({"backend": "triton"}, "backend: got 'triton' for tensors on cpu"),
     ({"backend": "cuda"}, "backend: got 'cuda'; wanted None, 'triton' or 'torch'"),
 )
+
+META = {
+    name: value.to("meta")
+    for name, value in policy_case().items()
+    if name in ("hidden", "head_weight", "target_ids")
+}
 
 WRONG_POLICY: tuple[tuple[dict[str, Any], str], ...] = (
     ({"advantages": torch.zeros(63, 1)}, r"advantages: got shape \(63, 1\); wanted \(63,\)"),
@@ -94,3 +111,23 @@ def test_exact_kl_refuses_log_probs() -> None:
     case = with_kl(policy_case(), "exact") | {"ref_log_probs": ROWS}
     with pytest.raises(ValueError, match="ref_log_probs: got a tensor; wanted None"):
         linear_policy_loss(**case)
+
+
+def test_meta_tensors_are_refused() -> None:
+    """A tensor without numbers has no loss: an error, not a tensor of nothing."""
+    with pytest.raises(ValueError, match="hidden: got a meta tensor, which holds no numbers"):
+        linear_log_probs(**META)
+    with pytest.raises(ValueError, match="hidden: got a meta tensor"):
+        linear_policy_loss(**META, advantages=ROWS.to("meta"))
+
+
+def test_second_derivatives_are_refused() -> None:
+    """The backward is not differentiable: asking for it is an error, not a zero."""
+    case = policy_case()
+    hidden = case["hidden"].clone().requires_grad_()
+    for loss in (
+        linear_policy_loss(**(case | {"hidden": hidden})).loss,
+        linear_log_probs(hidden, case["head_weight"], case["target_ids"]).sum(),
+    ):
+        with pytest.raises(ValueError, match="got create_graph=True; wanted False"):
+            torch.autograd.grad(loss, hidden, create_graph=True)

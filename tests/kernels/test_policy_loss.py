@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from care_kernels import Clip, linear_policy_loss
-from care_kernels.chunks import chunk_rows
+from care_kernels import Clip, linear_log_probs, linear_policy_loss
+from care_kernels.chunks import HeadChunks, chunk_rows
 from care_kernels.objective import SKIPPED_ROW, PolicyLoss
 from care_kernels.oracle import reference_log_probs
 from tests.kernels.cases import (
@@ -22,7 +22,7 @@ from tests.kernels.cases import (
     run_ours,
     with_kl,
 )
-from tests.kernels.dispatch import Watch
+from tests.kernels.dispatch import Allocations, Watch
 
 LEVELS = ("token", "sequence")
 
@@ -110,6 +110,110 @@ def test_default_chunk_is_bounded() -> None:
             rows + 1, vocab_size, 64, logit_bytes=logit_bytes, device=torch.device("cpu")
         )
         assert size == rows and more <= rows
+
+
+@pytest.mark.parametrize("hidden_dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_autocast_reaches_a_float32_head(hidden_dtype: torch.dtype) -> None:
+    """Float32 weights under bfloat16 autocast, TRL's default: bfloat16 GEMMs, float32 statistics.
+
+    The loss and gradients are those of operands cast by hand, but dW, which is never rounded to
+    less than the parameter's float32.
+    """
+    case = policy_case(width=16)
+    case["hidden"] = case["hidden"].to(hidden_dtype)
+    by_hand = case | {name: case[name].bfloat16() for name in ("hidden", "head_weight")}
+    plain, plain_grads = run_ours(by_hand)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast, cast_grads = run_ours(case)
+        assert torch.float32 not in watched(case).gemm_dtypes
+    assert torch.equal(plain.log_probs, cast.log_probs)
+    assert torch.equal(plain.loss, cast.loss)
+    assert cast_grads["hidden"].dtype == hidden_dtype
+    assert torch.equal(cast_grads["hidden"], plain_grads["hidden"].to(hidden_dtype))
+    assert cast_grads["head_weight"].dtype == torch.float32
+    assert torch.equal(cast_grads["head_weight"].bfloat16(), plain_grads["head_weight"])
+    assert not torch.equal(cast_grads["head_weight"], plain_grads["head_weight"].float())
+
+
+def test_autocast_reaches_log_probs_and_their_backward() -> None:
+    """The backward, which autocast does not enclose, multiplies in the forward's type."""
+    case = policy_case(width=16)
+    hidden, weight = (case[n].clone().requires_grad_() for n in ("hidden", "head_weight"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        log_probs = linear_log_probs(hidden, weight, case["target_ids"])
+    with Watch() as watch:
+        log_probs.sum().backward()
+    operands = (case[name].bfloat16() for name in ("hidden", "head_weight"))
+    want = linear_log_probs(*operands, case["target_ids"])
+    assert torch.equal(log_probs, want)
+    assert torch.float32 not in watch.gemm_dtypes and weight.grad is not None
+
+
+def test_backward_holds_no_second_gradient() -> None:
+    """What waits for the upstream factor is scaled in place: no tensor of [V, D] is made for it."""
+    case = policy_case(num_rows=40, width=32, vocab_size=900, dtype=torch.bfloat16)
+    for rows in (None, 8):
+        leaves = {n: case[n].clone().requires_grad_() for n in ("hidden", "head_weight")}
+        loss = linear_policy_loss(**(case | leaves), chunk_rows=rows).loss
+        dtypes = [grad.dtype for grad in loss.grad_fn.gradients if grad is not None]
+        assert dtypes == [torch.bfloat16] * 2
+        with Allocations() as allocations:
+            (0.3 * loss).backward()
+        assert allocations.largest < 900 * 32
+
+
+def test_gpu_chunks_fill_waves_and_balance() -> None:
+    """Two bytes a bfloat16 exponential, multiples of 128 rows, no tiny last chunk; one chunk where
+    it takes no more than a usual one and the float32 dW it saves."""
+    head = (152_064, 3_584)
+    cuda = torch.device("cuda")
+    options = {"logit_bytes": 2, "device": cuda}
+    assert chunk_rows(8192, *head, **options, sums_weight_gradient=True) == 8192
+    assert chunk_rows(16_384, *head, **options, sums_weight_gradient=True) < 16_384
+    for num_rows in (4096, 8192, 16_384, 40_000):
+        rows = chunk_rows(num_rows, *head, **options)
+        assert rows % 128 == 0 and rows * 152_064 * 2 <= 2**30
+        num_chunks = -(-num_rows // rows)
+        assert num_chunks == -(-num_rows // 3_456)
+    assert chunk_rows(8192, *head, logit_bytes=0, device=cuda) == 4096
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_exponentials_are_kept_for_gradients_alone(
+    level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first pass of a sequence ratio asks for statistics, not for what nobody reads."""
+    kept: list[bool] = []
+    project = HeadChunks.project
+
+    def watched_project(self: HeadChunks, chunk: slice, *, keep: bool = False) -> Any:
+        kept.append(keep)
+        return project(self, chunk, keep=keep)
+
+    monkeypatch.setattr(HeadChunks, "project", watched_project)
+    run_ours(in_sequences(policy_case(dtype=torch.bfloat16), level))
+    assert kept == ([True] if level == "token" else [False, True])
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_entropy_can_always_be_asked_for(dtype: torch.dtype) -> None:
+    """`return_entropy` reports it and changes no bit of loss or gradients."""
+    case = policy_case(dtype=dtype)
+    plain, plain_grads = run_ours(case)
+    ours, grads = run_ours(case | {"return_entropy": True})
+    weighted, _ = run_ours(case | {"entropy_weights": torch.ones(63)})
+    assert plain.entropy is None and ours.entropy is not None and weighted.entropy is not None
+    counted = rows_that_count(case)
+    assert_same(ours.entropy[counted], weighted.entropy[counted])
+    assert torch.equal(plain.loss, ours.loss)
+    assert all(torch.equal(plain_grads[name], grads[name]) for name in grads)
+
+
+def test_an_id_outside_the_vocabulary_is_refused_whatever_the_device() -> None:
+    """The call reads the ids that count: an error with their range."""
+    case = policy_case() | {"advantages": torch.ones(63)}
+    with pytest.raises(ValueError, match="target_ids: got ids from 211 to 211; wanted 0 to 210"):
+        linear_policy_loss(**(case | {"target_ids": torch.full((63,), 211)}))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)

@@ -1,41 +1,16 @@
 """`weight_grad`: the head's gradient goes straight into a buffer of the caller's."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from care_kernels import linear_policy_loss
 from tests.kernels.cases import Case, assert_same, error, policy_case, run_ours, with_kl
+from tests.kernels.dispatch import Allocations
 from tests.kernels.tolerances import SAME_MATHS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BUFFER_DTYPES = (*DTYPES, torch.float64)
-
-
-class Allocations(TorchDispatchMode):
-    """Remembers the largest tensor in memory of its own that any operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {
-            leaf.untyped_storage().data_ptr()
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor)
-        }
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given:
-                self.largest = max(self.largest, leaf.numel())
-        return result
 
 
 def run_into(case: Case, buffer: Tensor, *, upstream: float = 1.0) -> dict[str, Tensor | None]:

@@ -1,6 +1,7 @@
 """Imports point down: the layers of the packages."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,28 @@ def test_files_stay_short():
     for folder, most in (("care_kernels", 450), ("care_train", 350)):
         for path in _files(folder):
             assert len(path.read_text().splitlines()) <= most, path
+
+
+def test_a_command_without_the_trainers_packages_says_what_to_install(tmp_path):
+    """`pip install .` brings the kernels alone; then `care-train` ends with one line."""
+    (tmp_path / "pydantic.py").write_text("raise ModuleNotFoundError(name='pydantic')\n")
+    command = (sys.executable, "-m", "care_train", "--help")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "care-train: error: pydantic is not installed; wanted the trainer's packages: "
+        "pip install 'care-rl[train]'\n"
+    )
+
+
+def test_the_kernels_need_torch_and_triton_alone():
+    """`import care_kernels` loads no other package that has to be installed."""
+    code = (
+        "import sys, torch, triton; before = set(sys.modules); import care_kernels;"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before};"
+        "others = new - {'care_kernels', 'torch', 'triton'} - sys.stdlib_module_names;"
+        "sys.exit(str(others) if others else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
