@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -206,6 +207,19 @@ def test_frozen_head_gets_no_gradient():
     model.lm_head.requires_grad_(False)
     _assert_same_with_ours(model, _text_batch())
     assert model.lm_head.weight.grad is None
+
+
+def test_lora_on_the_head():
+    """An adapter on the head is part of the matrix: the model's own loss, its A and B trained."""
+    config = LoraConfig(r=4, target_modules=["lm_head", "q_proj"], lora_dropout=0.0)
+    model: Any = get_peft_model(_text_model("qwen3"), config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    _assert_same_with_ours(model, _text_batch())
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert any("lm_head.lora_A" in name for name in trained)
 
 
 def test_a_copy_of_a_patched_model_has_weights_of_its_own():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from care_kernels import linear_log_probs
+from care_kernels import linear_log_probs, linear_policy_loss
 from care_kernels.heads import head_parameters
 from tests.kernels.cases import assert_same
 
@@ -305,3 +305,18 @@ def test_never_imports_peft() -> None:
         "head_parameters(torch.nn.Linear(2, 3)); assert 'peft' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_conv1d_head_is_transposed() -> None:
+    """transformers' Conv1D keeps [D, V]: the head's matrix is its transpose, and trains."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    head = transformers.pytorch_utils.Conv1D(7, 5)
+    weight, bias = head_parameters(head)
+    hidden = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.nn.functional.linear(hidden, weight, bias), head(hidden))
+    loss = linear_policy_loss(
+        hidden, weight, torch.tensor([0, 3, 6]), torch.ones(3), bias=bias
+    ).loss
+    loss.backward()
+    assert head.weight.grad is not None and head.weight.grad.shape == (5, 7)
+    assert (head.weight.grad != 0).any()
