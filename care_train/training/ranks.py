@@ -4,13 +4,12 @@ It goes through the process group's store, which answers when collectives hang.
 """
 
 import json
-import os
-import socket
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
 import torch.distributed as dist
+
+from care_train.training.processes import ProcessId
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,10 @@ class RankBoard:
         """
         self._store = store
         self.rank, self.size = rank, size
-        created = psutil.Process().create_time()
-        self._set(f"home/{rank}", [_machine(), os.getpid(), created])
+        self._set(f"home/{rank}", asdict(ProcessId.own()))
         homes = [json.loads(self._store.get(f"home/{other}")) for other in range(size)]
-        self._neighbours = {
-            other: _Process(pid, created)
-            for other, (machine, pid, created) in enumerate(homes)
-            if machine == _machine() and other != rank
+        self._others = {
+            other: ProcessId(**home) for other, home in enumerate(homes) if other != rank
         }
 
     def beat(self, beat: Beat) -> None:
@@ -99,8 +95,9 @@ class RankBoard:
 
     def dead_neighbour(self) -> tuple[int, int] | None:
         """Rank and process id of a rank of this machine that died without an `end`."""
-        for rank, process in self._neighbours.items():
-            if not process.is_alive() and not self._said_end(rank):
+        for rank, process in self._others.items():
+            # None for a rank on another machine: nothing is known of it here.
+            if process.is_running() is False and not self._said_end(rank):
                 return rank, process.pid
         return None
 
@@ -115,26 +112,3 @@ class RankBoard:
 
     def _get(self, key: str) -> Any:
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
-
-
-class _Process:
-    """A process that is not our child."""
-
-    def __init__(self, pid: int, created: float) -> None:
-        self.pid = pid
-        self._created = created
-
-    def is_alive(self) -> bool:
-        try:
-            process = psutil.Process(self.pid)
-            is_same = abs(process.create_time() - self._created) < 1
-            return is_same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-
-
-def _machine() -> str:
-    """The name of what process ids are valid in: containers may share a host's name."""
-    namespace = "/proc/self/ns/pid"
-    inode = os.stat(namespace).st_ino if os.path.exists(namespace) else 0
-    return f"{socket.gethostname()}/{inode}"
