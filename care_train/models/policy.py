@@ -40,11 +40,19 @@ class PolicyHead(nn.Module):
         target_ids: torch.Tensor,
         temperature: float,
         loss_arguments: dict[str, Any] | None = None,
+        *,
+        with_log_normalizer: bool = False,
     ) -> torch.Tensor | PolicyLoss:
-        """[N] log-probs of the targets, or the fused loss where its arguments are given."""
+        """[N] log-probs of the targets, or the fused loss where its arguments are given.
+
+        With the log-normalisers of the rows beside them, [N, 2].
+        """
         shared = {"temperature": temperature, "bias": self.bias} | self._options
         if loss_arguments is None:
-            return linear_log_probs(hidden, self.weight, target_ids, **shared)
+            found = linear_log_probs(
+                hidden, self.weight, target_ids, return_log_normalizer=with_log_normalizer, **shared
+            )
+            return torch.stack(found, 1) if with_log_normalizer else found
         return linear_policy_loss(hidden, self.weight, target_ids, **shared, **loss_arguments)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -79,6 +87,7 @@ class Policy(nn.Module):
         pool_spans: torch.Tensor | None = None,
         *,
         rows_only: bool = False,
+        with_log_normalizer: bool = False,
     ) -> tuple[Any, torch.Tensor | None]:
         """Log-probs [N] or the loss, and the pooled embeddings [B, D] where `pool_spans` is given.
 
@@ -88,6 +97,7 @@ class Policy(nn.Module):
             loss_arguments: keyword arguments of `linear_policy_loss`; None for log-probs.
             pool_spans: [B, 2] position ranges of the rationales, from each sequence's start.
             rows_only: the rows' final hidden states [N, D] in place of what the head makes of them.
+            with_log_normalizer: log-probs and log-normalisers, [N, 2].
         """
         hidden = self.hidden_states(batch)
         embeddings = None
@@ -96,7 +106,14 @@ class Policy(nn.Module):
         rows = hidden.flatten(0, 1)[batch.rows]
         if rows_only:
             return rows, embeddings
-        return self.head(rows, batch.target_ids, temperature, loss_arguments), embeddings
+        made = self.head(
+            rows,
+            batch.target_ids,
+            temperature,
+            loss_arguments,
+            with_log_normalizer=with_log_normalizer,
+        )
+        return made, embeddings
 
     def hidden_states(self, batch: ModelBatch) -> torch.Tensor:
         """[B, T, D] final hidden states, after the last norm; [1, T, D] of a packed batch."""

@@ -143,11 +143,21 @@ class PolicyEngine:
 
     @torch.no_grad()
     def score(
-        self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None = None
+        self,
+        batch: ModelBatch,
+        temperature: float,
+        pool_spans: torch.Tensor | None = None,
+        *,
+        with_log_normalizer: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probs [N] and, where spans are given, rationale embeddings [B, D]: one forward."""
+        """Log-probs [N] and, where spans are given, rationale embeddings [B, D]: one forward.
+
+        With the rows' log-normalisers beside the log-probs, [N, 2].
+        """
         self._engine.eval()
-        return self._engine(batch, temperature, pool_spans=pool_spans)
+        return self._engine(
+            batch, temperature, pool_spans=pool_spans, with_log_normalizer=with_log_normalizer
+        )
 
     @torch.no_grad()
     def rows(self, batch: ModelBatch) -> torch.Tensor:

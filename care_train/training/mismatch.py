@@ -39,21 +39,31 @@ class Mismatch:
 
     def __init__(self) -> None:
         self._log_probs: dict[int, torch.Tensor] = {}
+        self._log_normalizers: dict[int, torch.Tensor] = {}
         self._sums = [0.0, 0.0, 0.0]
         self._worst = WorstToken(-1.0, "", 0, 0, 0.0, 0.0)
 
-    def add(self, group: SampledGroup, rollout: Rollout, log_probs: torch.Tensor) -> None:
+    def add(
+        self,
+        group: SampledGroup,
+        rollout: Rollout,
+        log_probs: torch.Tensor,
+        log_normalizer: torch.Tensor | None = None,
+    ) -> None:
         """Keep a rollout's log-probs, and count the gap where its engine gave some, once.
 
         Args:
             group: the rollout's.
             rollout: a response of the batch.
             log_probs: [T] the trainer's, at the sampling temperature, in the sampled context.
+            log_normalizer: [T] log sum exp of the same logits.
         """
         if id(rollout) in self._log_probs:
             return
         trainer = log_probs.detach().float().cpu()
         self._log_probs[id(rollout)] = trainer
+        if log_normalizer is not None:
+            self._log_normalizers[id(rollout)] = log_normalizer.detach().float().cpu()
         if rollout.log_probs is None:
             return
         engine = torch.tensor(rollout.log_probs)
@@ -76,6 +86,10 @@ class Mismatch:
     def trainer_log_probs(self, rollout: Rollout) -> torch.Tensor | None:
         """[T] fp32 on the CPU: what `add` got for a rollout; None where it got nothing."""
         return self._log_probs.get(id(rollout))
+
+    def log_normalizer(self, rollout: Rollout) -> torch.Tensor | None:
+        """[T] fp32 on the CPU: what `add` got beside the log-probs, if anything."""
+        return self._log_normalizers.get(id(rollout))
 
     def reduce(self, device: torch.device) -> tuple[dict[str, float], WorstToken | None]:
         """Over all ranks: `gap_mean` and `gap_max` of |trainer - engine| in nats per token, and

@@ -1,6 +1,8 @@
 """Forwards without gradient: old log-probs, rationale embeddings, reference log-probs."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +19,14 @@ from care_train.training.sampling import SampledGroup
 Forward = Callable[
     [ModelBatch, float, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]
 ]
+
+
+class OldPolicyRows(NamedTuple):
+    """What the old policy says of a response's tokens, [T] each."""
+
+    log_probs: torch.Tensor
+    log_normalizer: torch.Tensor
+    """log sum exp of the logits: where the fused loss may anchor its exponentials."""
 
 
 class SequenceScorer:
@@ -60,6 +70,17 @@ class SequenceScorer:
         order = range(len(sequences))
         return [log_probs[i] for i in order], [embeddings[i] for i in order if embeddings]
 
+    def old_policy(
+        self,
+        sequences: Sequence[TokenSequence],
+        filler: TokenSequence,
+        pool_spans: Sequence[tuple[int, int]] | None = None,
+    ) -> tuple[list[OldPolicyRows], list[torch.Tensor]]:
+        """`log_probs` by the policy as it is, with the log-normalisers."""
+        forward = partial(self._engine.score, with_log_normalizer=True)
+        rows, embeddings = self.log_probs(forward, sequences, filler, pool_spans)
+        return [OldPolicyRows(*row.unbind(1)) for row in rows], embeddings
+
     def score_groups(
         self, groups: Sequence[SampledGroup], mismatch: Mismatch
     ) -> list[RolloutGroup]:
@@ -76,10 +97,10 @@ class SequenceScorer:
             for r in groups[g].rollouts
         ]
         filler = groups[0].sequence(groups[0].rollouts[0])
-        log_probs, embeddings = self.log_probs(self._engine.score, sequences, filler, spans)
+        rows, embeddings = self.old_policy(sequences, filler, spans)
         rollouts = [(groups[g], r) for g in needed for r in groups[g].rollouts]
-        for (group, rollout), row in zip(rollouts, log_probs, strict=True):
-            mismatch.add(group, rollout, row)
+        for (group, rollout), row in zip(rollouts, rows, strict=True):
+            mismatch.add(group, rollout, *row)
         scored = [RolloutGroup(group.rollouts) for group in groups]
         start = 0
         for place in needed:
@@ -87,7 +108,7 @@ class SequenceScorer:
             scored[place] = RolloutGroup(
                 groups[place].rollouts,
                 torch.stack(embeddings[start:end]).cpu(),
-                torch.stack([row.sum() for row in log_probs[start:end]]).cpu(),
+                torch.stack([row.log_probs.sum() for row in rows[start:end]]).cpu(),
             )
             start = end
         return scored

@@ -41,6 +41,8 @@ class TrainItem:
     sequence: TrainSequence
     tokens: TokenSequence = field(repr=False)
     old_log_probs: torch.Tensor | None = field(default=None, repr=False)
+    old_log_normalizer: torch.Tensor | None = field(default=None, repr=False)
+    """None where the old policy did not see the sequence in the context it is trained in."""
     ref_log_probs: torch.Tensor | None = field(default=None, repr=False)
     importance_weights: torch.Tensor | None = field(default=None, repr=False)
 
@@ -125,7 +127,10 @@ class PolicyUpdater:
                 assert sampled is not None
                 weights = (trained - sampled).exp().clamp(max=IMPORTANCE_CAP)
             weights = self._corrected(weights, sequence.rollout, sampled)
-            items.append(TrainItem(place, updates[place], sequence, tokens[i], old, ref, weights))
+            normalizer = mismatch.log_normalizer(sequence.rollout) if trained is None else None
+            items.append(
+                TrainItem(place, updates[place], sequence, tokens[i], old, normalizer, ref, weights)
+            )
         mark("gap")
         return items
 
@@ -159,10 +164,10 @@ class PolicyUpdater:
         wanted += [tokens[i] for i in elsewhere]
         if not every and not self._may_train_off_context:
             return {}  # by the configuration: all ranks must agree on running forwards
-        rows, _ = self._scorer.log_probs(self._engine.score, wanted, filler)
+        rows, _ = self._scorer.old_policy(wanted, filler)
         for i, row in zip(missing, rows[: len(missing)], strict=True):
-            mismatch.add(owners[i], sequences[i].rollout, row)
-        trained = [row.float().cpu() for row in rows[len(missing) :]]
+            mismatch.add(owners[i], sequences[i].rollout, *row)
+        trained = [row.log_probs.float().cpu() for row in rows[len(missing) :]]
         return dict(zip(elsewhere, trained, strict=True))
 
     def _trained_tokens(self, group: SampledGroup, sequence: TrainSequence) -> TokenSequence:
@@ -256,6 +261,8 @@ class PolicyUpdater:
             "kl_estimator": loss.kl_estimator,
             "ratio_level": loss.ratio_level,
         }
+        if all(item.old_log_normalizer is not None for item in items):
+            arguments["old_log_normalizer"] = join([item.old_log_normalizer for item in items])
         if any(item.importance_weights is not None for item in items):
             ones = [torch.ones(len(item.tokens.response_ids)) for item in items]
             arguments["importance_weights"] = join(

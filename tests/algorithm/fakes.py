@@ -13,6 +13,7 @@ from care_train.rollout.types import Completion
 from care_train.training.clock import no_mark
 from care_train.training.engine import StepResult
 from care_train.training.sampling import GroupSampler, SampledGroup
+from care_train.training.scoring import OldPolicyRows
 from care_train.training.update import PolicyUpdater
 from tests.algorithm.builders import right, wrong
 
@@ -71,6 +72,10 @@ class FakeScorer:
     def log_probs(self, forward, sequences, filler, pool_spans=None):
         self.scored.append(list(sequences))
         return [torch.full((len(s.response_ids),), -float(s.response_start)) for s in sequences], []
+
+    def old_policy(self, sequences, filler, pool_spans=None):
+        rows, embeddings = self.log_probs(None, sequences, filler, pool_spans)
+        return [OldPolicyRows(row, torch.zeros_like(row)) for row in rows], embeddings
 
 
 def train(updates: list[GroupUpdate], groups=None, **values) -> tuple[FakeEngine, FakeScorer]:

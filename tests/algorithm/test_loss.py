@@ -142,3 +142,12 @@ class TestStep:
         """Lines 7 and 27: skip means skip, KL included."""
         engine, _ = train([C, C])
         assert engine.steps == []
+
+    def test_the_old_policys_normaliser_reaches_the_loss(self):
+        """Where the old policy scored every trained sequence, the fused loss may anchor there."""
+        engine, _ = train([A, B], train={"num_iterations": 2})
+        assert all("old_log_normalizer" in m.loss_arguments for s in engine.steps for m in s)
+        rows = engine.rows("old_log_normalizer")
+        assert rows is not None and len(rows) == len(engine.rows("old_log_probs"))
+        unscored, _ = train([A, B])
+        assert not any("old_log_normalizer" in m.loss_arguments for s in unscored.steps for m in s)

@@ -7,7 +7,7 @@ import torch
 import yaml
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-from care_kernels import reference
+from care_kernels import oracle as reference
 from care_train.distributed import initialize_process_group
 from care_train.models.load import load_model
 from care_train.models.policy import Policy
@@ -111,6 +111,19 @@ def test_the_schedule_warms_up_and_decays(tiny_folder):
     assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
     assert rates[6] == pytest.approx(0.55)
     assert engine.learning_rate / LEARNING_RATE == pytest.approx(0.1)
+
+
+def test_the_log_normaliser_comes_with_the_log_probs(tiny_folder):
+    """One forward gives both: log sum exp of the rows' logits at the temperature."""
+    loaded = load(tiny_folder())
+    engine = _engine(loaded)
+    batch = _micro(engine, random_sequences(loaded, 2), [1.0, -1.0]).batch
+    alone, _ = engine.score(batch, 0.7)
+    both, _ = engine.score(batch, 0.7, with_log_normalizer=True)
+    head = loaded.model.get_output_embeddings()
+    logits = head(engine.rows(batch)).float() / 0.7
+    assert torch.equal(both[:, 0], alone)
+    torch.testing.assert_close(both[:, 1], logits.logsumexp(1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
