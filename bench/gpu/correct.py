@@ -34,7 +34,7 @@ from bench.gpu.checks import (
 from bench.gpu.measuring import is_context_lost, rounded
 from bench.gpu.promises import promises
 from bench.gpu.record import Bench
-from care_kernels import Clip
+from care_kernels import Cispo, Clip, Sapo
 from tests.kernels.cases import (
     PER_ROW,
     Case,
@@ -148,6 +148,9 @@ OPTIONS: dict[str, Callable[[Case], Case]] = {
     "k1": lambda case: with_kl(case, "k1", from_hidden=False),
     "k2": lambda case: with_kl(case, "k2", from_hidden=False),
     "k3": lambda case: with_kl(case, "k3", from_hidden=False),
+    "unbiased k3": lambda case: with_kl(case, "k3_unbiased", from_hidden=False),
+    "CISPO": lambda case: case | {"surrogate": Cispo(1.2)},
+    "SAPO": lambda case: case | {"surrogate": Sapo()},
     "k3 of hidden states": lambda case: with_kl(case, "k3"),
     "exact KL": lambda case: with_kl(case, "exact"),
     "entropy": _entropy,

@@ -51,7 +51,8 @@ def promises(dry: bool) -> list[Check]:
         any_layout,
         float32_head_under_bfloat16,
         small_float16_gradients,
-        backward_twice_and_scaled,
+        backward_scaled,
+        anchored_exponentials,
         large_logits,
         head_of_a_module,
         care_loss_of_a_batch,
@@ -230,18 +231,33 @@ def small_float16_gradients(bench: Bench, shape: tuple[int, int, int]) -> Figure
     return figures
 
 
-def backward_twice_and_scaled(bench: Bench, shape: tuple[int, int, int]) -> Figures:
-    """The same graph twice, and with twice the upstream gradient: the same bits, doubled."""
+def backward_scaled(bench: Bench, shape: tuple[int, int, int]) -> Figures:
+    """With twice the upstream gradient: the same bits, doubled."""
     case = on_device(policy_case(*shape, BFLOAT16), bench)
-    leaves = [case[name].clone().requires_grad_() for name in ("hidden", "head_weight")]
-    loss = linear_policy_loss(**(case | {"hidden": leaves[0], "head_weight": leaves[1]})).loss
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    doubled = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
-    again = torch.autograd.grad(loss, leaves)
-    return {
-        "again": _kept(all(torch.equal(a, b) for a, b in zip(first, again, strict=True))),
-        "doubled": _kept(all(torch.equal(2 * a, b) for a, b in zip(first, doubled, strict=True))),
+    _, first = run_ours(case)
+    _, doubled = run_ours(case, upstream=2.0)
+    return {name: _kept(torch.equal(2 * first[name], doubled[name])) for name in first}
+
+
+def anchored_exponentials(bench: Bench, shape: tuple[int, int, int]) -> Figures:
+    """Exponentials relative to a log-normaliser up to 3 nats away: the same values and, but for one
+    rounding more, the same gradients; NaN where it is over 60 away."""
+    case = on_device(policy_case(*shape, BFLOAT16), bench)
+    head = {name: case[name] for name in ("hidden", "head_weight", "target_ids")}
+    _, now = linear_log_probs(**head, return_log_normalizer=True, backend=case.get("backend"))
+    anchor = now + torch.linspace(-3, 3, len(now), device=now.device)
+    plain, _ = run_ours(case)
+    ours, gradients = run_ours(case | {"old_log_normalizer": anchor})
+    _, wanted = run_reference(case)
+    far, _ = run_ours(case | {"old_log_normalizer": now + 100})
+    counted = case["advantages"] != 0
+    figures = {
+        "log-probs": error(ours.log_probs, plain.log_probs, 1.0) / SAME_MATHS[FLOAT32],
+        "NaN beyond 60": _kept(bool(far.log_probs[counted].isnan().all())),
     }
+    for name, gradient in gradients.items():
+        figures[f"d {name}"] = _gradient_error(gradient, wanted[name], BFLOAT16)
+    return figures
 
 
 def large_logits(bench: Bench, shape: tuple[int, int, int]) -> Figures:
