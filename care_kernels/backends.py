@@ -219,6 +219,8 @@ class TritonChunk:
         if with_gradients:
             self._exps = empty_exps(num_rows, weight.shape[0], weight.dtype, weight.device)
         self._tiles: TileStatistics | None = None
+        self._log_shift: Tensor | None = None
+        """L - a [C] of the rows projected last, NaN where it is too far; None: no anchor."""
 
     def project(
         self,
@@ -248,7 +250,9 @@ class TritonChunk:
             anchor=anchor if keep else None,
             exps=exps,
         )
-        return combine(self._tiles)
+        stats = combine(self._tiles)
+        self._log_shift = None if self._tiles.anchor is None else stats.log_total
+        return stats
 
     def gradients(
         self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients
@@ -258,13 +262,12 @@ class TritonChunk:
 
         assert self._exps is not None and self._tiles is not None
         exps, transform = self._exps[: target_ids.shape[0]], self._head.transform
-        if self._tiles.anchor is None:
+        if self._log_shift is None:
             exp_gradients_(exps, self._tiles, target_ids, stats, upstream, transform)
             return LogitGradient(exps)
-        log_shift = (stats.max_logit - self._tiles.anchor) + stats.log_total
-        anchor_targets_(exps, target_ids, stats.log_probs, log_shift)
+        anchor_targets_(exps, target_ids, stats.log_probs, self._log_shift)
         slope = transform.scale / transform.temperature
-        return LogitGradient(exps, upstream.log_probs * torch.exp(-log_shift) * -slope)
+        return LogitGradient(exps, upstream.log_probs * torch.exp(-self._log_shift) * -slope)
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:

@@ -31,7 +31,13 @@ class PolicyHead(nn.Module):
                 f"model: got {type(model).__name__} with an adapter on its output head; wanted a "
                 "plain head, whose weight the loss reads: take it out of the adapter's targets"
             )
-        self.weight, self.bias = head_parameters(linear)
+        weight, bias = head_parameters(linear)
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"model: got {type(model).__name__} whose output head is a "
+                f"{type(linear).__name__}; wanted one whose weight is a parameter [V, D]"
+            )
+        self.weight, self.bias = weight, bias
         self._options = logit_options(model.config.get_text_config())
 
     def forward(

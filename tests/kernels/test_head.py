@@ -299,7 +299,7 @@ def test_refused(name: str) -> None:
 
 
 def test_never_imports_peft() -> None:
-    """`care_kernels.head` needs torch alone, whatever it is shown."""
+    """`care_kernels.heads` needs no peft, whatever it is shown."""
     code = (
         "import sys; from care_kernels.heads import head_parameters; import torch;"
         "head_parameters(torch.nn.Linear(2, 3)); assert 'peft' not in sys.modules"

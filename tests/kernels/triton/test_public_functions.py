@@ -167,6 +167,18 @@ def test_an_anchor_too_far_is_nan() -> None:
     assert loss.loss.isnan()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("drift", (-200.0, -70.0, 70.0, 200.0))
+def test_an_anchor_too_far_is_nan_under_a_sequence_ratio(drift: float) -> None:
+    """There the statistics come from a pass without an anchor: the gradients still say so."""
+    case = at_level(policy_case(6, dtype=torch.bfloat16), "sequence")
+    head = {name: case[name] for name in ("hidden", "head_weight", "target_ids")}
+    now = linear_log_probs(**head, return_log_normalizer=True)[1]
+    case |= {"old_log_normalizer": now - drift, "advantages": torch.ones(6)}
+    _, grads = run_ours(on_triton(case))
+    assert grads["hidden"].isnan().all()
+
+
 @pytest.mark.parametrize("extra", ("entropy", "softcap", "exact"))
 def test_an_anchor_that_does_not_apply_is_not_read(extra: str) -> None:
     """With an entropy bonus, a softcap or the exact KL the loss is the one without an anchor."""
