@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from bench.step_case import Case, FixedLengthVerifier, Setup, StepFigures, case_config, end_never
 from care_train.data import Sample
 from care_train.distributed import initialize_process_group, rank, world_size
-from care_train.models.token_text import TokenText
+from care_train.models.prompts import TokenText
 from care_train.training.rl import open_policy
 from care_train.training.sampling import GroupSampler, RolloutScorer
 from care_train.training.session import Session, open_session, rank_share

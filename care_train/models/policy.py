@@ -135,3 +135,15 @@ def _pooled(hidden: torch.Tensor, spans: torch.Tensor, starts: torch.Tensor) -> 
         return pool_rationale(hidden, spans)
     ends = starts.new_tensor([hidden.shape[1]])
     return pool_rationale(hidden[0], spans, cu_seqlens=torch.cat((starts, ends)))
+
+
+def first_broken_weight(model: torch.nn.Module) -> str | None:
+    """Name of the first parameter that holds a NaN or an infinity; None: all are finite.
+
+    Under ZeRO-3 only this rank's shard of each parameter is looked at.
+    """
+    for name, parameter in model.named_parameters():
+        own = getattr(parameter, "ds_tensor", parameter)
+        if own.numel() and not bool(own.isfinite().all()):
+            return name
+    return None

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from care_train.models.finite import first_broken_weight
 from care_train.models.images import image_inputs, with_encoded_images
 from care_train.models.load import LoadedModel
+from care_train.models.policy import first_broken_weight
 from care_train.rollout.banned import banned_token_ids
 from care_train.rollout.errors import NotFiniteLogitsError
 from care_train.rollout.memory import is_out_of_memory

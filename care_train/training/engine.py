@@ -15,11 +15,10 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
 from care_train.distributed import all_max, all_sum, is_main, world_size
-from care_train.models.batch import ModelBatch, TokenSequence, collate, pack
+from care_train.models.batch import ModelBatch, TokenSequence, collate, pack, packed_positions
 from care_train.models.load import LoadedModel
 from care_train.models.lora import add_adapters, without_adapters
 from care_train.models.policy import Policy
-from care_train.models.positions import packed_positions
 from care_train.rollout.types import WeightParts
 from care_train.settings import DeepSpeedSettings, LoraSettings
 from care_train.training.clock import Mark, no_mark

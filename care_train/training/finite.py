@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from care_train.distributed import gather, is_main
-from care_train.models.finite import first_broken_weight
+from care_train.models.policy import first_broken_weight
 from care_train.training.failures import CHANGES, NotFiniteError
 
 logger = logging.getLogger(__name__)

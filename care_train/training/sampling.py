@@ -9,8 +9,7 @@ from care_train.algorithm.spans import parse_spans, token_spans
 from care_train.algorithm.types import Member, Rollout, Subgroup
 from care_train.data import Sample
 from care_train.models.batch import TokenSequence
-from care_train.models.prompts import EncodedPrompt, PromptEncoder
-from care_train.models.token_text import TokenText
+from care_train.models.prompts import EncodedPrompt, PromptEncoder, TokenText
 from care_train.rollout.background import in_background
 from care_train.rollout.types import (
     Completion,

@@ -10,9 +10,8 @@ import torch
 from care_train.data import Sample
 from care_train.distributed import barrier, is_main
 from care_train.models.load import LoadedModel, load_model
-from care_train.models.prompts import PromptEncoder
+from care_train.models.prompts import PromptEncoder, TokenText
 from care_train.models.tiny import TINY_KINDS, build_tiny_model
-from care_train.models.token_text import TokenText
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.types import RolloutEngine
 from care_train.rollout.vllm_engine import VllmEngine

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from care_train.algorithm.spans import parse_spans, token_spans
-from care_train.models.token_text import TokenText
+from care_train.models.prompts import TokenText
 
 CORPUS = [
     "<think>the sides are 3. They are equal.</think> <answer>3</answer>",

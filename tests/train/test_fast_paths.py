@@ -11,12 +11,11 @@ import torch
 from liger_kernel.transformers import liger_rotary_pos_emb
 
 from care_train.models import fast_paths
-from care_train.models.batch import TokenSequence, collate, pack
+from care_train.models.batch import TokenSequence, collate, pack, packed_positions
 from care_train.models.fast_paths import apply_liger, runnable
 from care_train.models.load import load_model
 from care_train.models.lora import add_adapters
 from care_train.models.policy import Policy
-from care_train.models.positions import packed_positions
 from care_train.models.tiny import TINY_KINDS
 from care_train.settings import LoraSettings, ModelSettings
 from tests.train.builders import load, random_sequences

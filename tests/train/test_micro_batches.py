@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from care_train.models.batch import TokenSequence, collate, pack
+from care_train.models.batch import TokenSequence, collate, pack, packed_positions
 from care_train.models.policy import Policy
-from care_train.models.positions import packed_positions
 from care_train.models.prompts import EncodedPrompt
 from care_train.training.micro_batches import MicroBatchLimits, num_tokens, padded_tokens, split
 from tests.train.builders import load, make_config

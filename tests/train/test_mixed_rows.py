@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from care_train.models.batch import collate, pack
+from care_train.models.batch import collate, pack, packed_positions
 from care_train.models.policy import Policy
-from care_train.models.positions import packed_positions
 from tests.train.builders import load
 from tests.train.mixed_rows import run_case, sequences_of
 from tests.train.runs import run_ranks

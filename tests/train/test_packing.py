@@ -7,9 +7,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from care_train.models.batch import TokenSequence, collate, pack
+from care_train.models.batch import TokenSequence, collate, pack, packed_positions
 from care_train.models.policy import Policy
-from care_train.models.positions import packed_positions
 from care_train.models.prompts import EncodedPrompt
 from care_train.models.tiny import TINY_KINDS
 from tests.train.builders import encoder_of, image_sample, load, text_sample
