@@ -16,7 +16,7 @@ from care_train.config import (
 )
 from care_train.rollout.errors import RolloutError
 from care_train.settings import Config
-from care_train.training.failures import RunError, is_disk_full, status_of
+from care_train.training.failures import STOPPED_STATUS, RunError, Stopped, is_disk_full, status_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +57,6 @@ def _run(command: str, config: Config, files: Mapping[str, Path]) -> int:
     from care_train.training.guard import guarded
     from care_train.training.run_folder import open_run
     from care_train.training.run_place import run_dir_of
-    from care_train.training.stopping import STOPPED_STATUS, Stopped
 
     run = {
         "quickstart": commands.quickstart,

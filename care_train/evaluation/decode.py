@@ -16,8 +16,9 @@ from care_train.reporting import track
 from care_train.reporting.jsonl import JsonlWriter, read_jsonl
 from care_train.rollout.types import Completion, Request, RolloutEngine, request_seed
 from care_train.settings import Config
+from care_train.training.failures import Stopped
+from care_train.training.guard import StopSignals
 from care_train.training.session import Session
-from care_train.training.stopping import Stopped, StopSignals
 from care_train.verifier.judge import Judge
 
 Job = tuple[int, int, int]

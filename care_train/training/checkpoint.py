@@ -15,18 +15,22 @@ from care_train.distributed import barrier, is_main, rank
 from care_train.training.engine import PolicyEngine
 from care_train.training.folders import (
     clean_up,
+    find_damage,
     remove_folder,
     write_file,
     write_folder,
+    write_manifest,
 )
-from care_train.training.manifest import find_damage, write_manifest
 from care_train.training.rng import restore_rng_state, rng_state
+from care_train.training.weights import buffers
 
 STATE_FILE = "trainer_state.json"
 BEST_FILE = "best.json"
 SKELETON = "model"
 DAMAGED = ".damaged"
 _NAME = re.compile(r"step_\d{6,}")
+_BUCKET_BYTES = 1 << 29
+"""Gathered on every rank's device at once; the whole model is in rank 0's main memory alone."""
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +226,24 @@ class Checkpoints:
                 found.append({"checkpoint": folder.name, "metric": metric, "value": value})
         found = [entry for entry in found if entry["metric"] == metric]
         return max(found, key=lambda entry: entry["value"], default=None)
+
+
+def save_model(engine: PolicyEngine, folder: Path) -> None:
+    """The policy as a plain Hugging Face folder, from any ZeRO stage, adapters merged.
+
+    Raises:
+        SaveError: it could not be written.
+    """
+    weights = {}
+    for name, tensor in engine.weights(_BUCKET_BYTES):
+        if is_main():
+            weights[name] = tensor.to("cpu", copy=True)
+
+    def write(partial: Path) -> None:
+        if is_main():
+            engine.loaded.save(partial, weights | buffers(engine.loaded.model))
+
+    write_folder(folder, write)
 
 
 def _open(folder: Path) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import signal
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +16,8 @@ OUT_OF_MEMORY_STATUS = 71
 ENGINE_STATUS = 72
 IN_USE_STATUS = 73
 DISK_FULL_STATUS = 74
+STOPPED_STATUS = 75
+"""Exit status of a run that was asked to stop, saved a checkpoint and can go on (EX_TEMPFAIL)."""
 
 CHANGES = "a run that goes on takes a changed key with allow_changes=[KEY]"
 """Of settings that decide where a run goes."""
@@ -68,6 +71,15 @@ class RankLostError(RunError):
     """Another rank of the run failed, died or fell silent."""
 
     status = RANK_LOST_STATUS
+
+
+class Stopped(Exception):  # noqa: N818
+    """The run saved a checkpoint and ends before its last step, as it was asked to."""
+
+    def __init__(self, signal_number: int, step: int, last: int, run_dir: Path, saved: Path):
+        name = signal.Signals(signal_number).name
+        super().__init__(f"{name}: stopped after step {step} of {last}, saved {saved}")
+        self.run_dir = run_dir
 
 
 def is_disk_full(error: BaseException) -> bool:

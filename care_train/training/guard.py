@@ -12,7 +12,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from care_train.distributed import initialize_process_group, ranks_store
+import torch
+
+from care_train.distributed import all_max, initialize_process_group, is_main, ranks_store
 from care_train.settings import LimitSettings
 from care_train.training.failures import (
     HUNG_STATUS,
@@ -20,13 +22,13 @@ from care_train.training.failures import (
     EngineError,
     RankLostError,
     RunError,
+    Stopped,
     resume_hint,
     status_of,
 )
 from care_train.training.phase import begin_step, current_place
 from care_train.training.processes import end_at_once
 from care_train.training.ranks import Beat, Fault, RankBoard
-from care_train.training.stopping import Stopped
 
 _TICK = 1.0
 """Seconds between two looks."""
@@ -34,6 +36,43 @@ _GRACE = 5.0
 """Seconds that the main thread has to end the run itself, with a message of its own."""
 _ANSWER = 10.0
 """Seconds in which the other ranks learn of a failure, or tell this one of theirs."""
+_SAME_REQUEST = 1.0
+"""Seconds within which signals count as one: a launcher may pass on what the terminal also sent."""
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGINT while the `with` block runs; ranks ask together."""
+
+    def __init__(self) -> None:
+        self._first = 0
+        self._time = 0.0
+        self._before: dict[int, Any] = {}
+
+    def requested(self, device: torch.device) -> int:
+        """The signal that any rank received, or 0; every rank must ask at the same point."""
+        return all_max(self._first, device)
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._first and now - self._time > _SAME_REQUEST:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self._first:
+            self._first, self._time = number, now
+            if is_main():
+                name = signal.Signals(number).name
+                text = f"\n{name}: stopping after this step; once more ends the run at once\n"
+                os.write(2, text.encode())
 
 
 class Guard:

@@ -12,13 +12,14 @@ from care_train.distributed import all_sum, is_main, rank, world_size
 from care_train.models.batch import TokenSequence
 from care_train.reporting import MetricsLogger, TrainProgress
 from care_train.settings import Config
-from care_train.training.checkpoint import Checkpoint, Checkpoints
+from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
 from care_train.training.engine import MicroBatch, PolicyEngine
+from care_train.training.failures import Stopped
+from care_train.training.guard import StopSignals
 from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
 from care_train.training.optimizer import OptimizerSettings
 from care_train.training.phase import at_step, phase
 from care_train.training.resume import check_identity, identity, log_sizes
-from care_train.training.saving import save_model
 from care_train.training.session import Session, rank_share
 from care_train.training.sft_rows import (
     ColdStartRows,
@@ -26,7 +27,6 @@ from care_train.training.sft_rows import (
     response_text,
     target_sequence,
 )
-from care_train.training.stopping import Stopped, StopSignals
 
 
 def run_sft(

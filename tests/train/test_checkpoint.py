@@ -273,7 +273,7 @@ def test_a_second_signal_ends_the_run_at_once():
     """One SIGTERM is noted; two at once count as one; one more, later, kills."""
     code = (
         "import os, signal, time, torch\n"
-        "from care_train.training.stopping import StopSignals\n"
+        "from care_train.training.guard import StopSignals\n"
         "with StopSignals() as signals:\n"
         "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print(signals.requested(torch.device('cpu')), flush=True)\n"

@@ -11,10 +11,10 @@ from care_train.models.lora import add_adapters, has_adapters
 from care_train.models.policy import Policy
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.settings import DeepSpeedSettings, LoraSettings, ModelSettings
+from care_train.training.checkpoint import save_model
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.optimizer import OptimizerSettings
 from care_train.training.reference import FrozenCopy, WithoutAdapters
-from care_train.training.saving import save_model
 from tests.train.builders import load, random_sequences
 
 LORA = LoraSettings(rank=4, alpha=8.0)
