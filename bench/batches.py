@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from care_train.cli import quiet_libraries
+from care_train.config import ModelSettings
 from care_train.models.batch import ModelBatch, TokenSequence, collate, pack, packed_positions
 from care_train.models.load import load_model
 from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt
 from care_train.models.tiny import build_tiny_model
-from care_train.settings import ModelSettings
 from care_train.training.micro_batches import MicroBatchLimits, split
 
 LONGEST = 256

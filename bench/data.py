@@ -33,7 +33,7 @@ MIB = 2**20
 _READ = """
 import json, sys, time
 from care_train.data import PromptOrder, load_images, load_samples, sample_digests
-from care_train.settings import DataSettings
+from care_train.config import DataSettings
 start = time.perf_counter()
 samples = load_samples(DataSettings(path=sys.argv[1]))
 for _ in sample_digests(samples):

@@ -258,9 +258,9 @@ def _state_bytes(engine: Any, reference: Any) -> int:
 def _prompt(loaded: Any, case: Case) -> Any:
     from PIL import Image
 
+    from care_train.config import PromptSettings
     from care_train.data import Sample
     from care_train.models.prompts import EncodedPrompt, PromptEncoder
-    from care_train.settings import PromptSettings
 
     if not case.image_side:
         return EncodedPrompt(tuple(20 + i % 40 for i in range(case.prompt)))

@@ -24,10 +24,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from care_train.config import load_config
+from care_train.config import DataSettings, load_config
 from care_train.data import load_samples
 from care_train.reporting import mean_interval, plot_comparison, read_metrics
-from care_train.settings import DataSettings
 
 _SCORES = ("accuracy_before", "accuracy_after", "format_before", "format_after", "greedy_after")
 _COLLAPSED_FORMAT = 0.7

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from care_train.config import load_config
+from care_train.config import Config, load_config
 from care_train.data import PromptOrder, Sample, load_samples
 from care_train.distributed import initialize_process_group
 from care_train.models.load import LoadedModel
 from care_train.reporting import MetricsLogger
 from care_train.rollout.banned import banned_token_ids
-from care_train.settings import Config
 from care_train.training.rng import seed_all
 from care_train.training.session import model_folder, open_session
 from care_train.training.sft import run_sft

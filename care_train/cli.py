@@ -6,16 +6,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from care_train.arguments import INSPECTIONS, parse_arguments
 from care_train.config import (
+    Config,
     config_files,
     configs_folder,
     load_build_settings,
     load_config,
     names_run,
 )
+from care_train.config.arguments import INSPECTIONS, parse_arguments
 from care_train.rollout.errors import RolloutError
-from care_train.settings import Config
 from care_train.training.failures import STOPPED_STATUS, RunError, Stopped, is_disk_full, status_of
 
 

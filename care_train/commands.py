@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from care_train.config import config_to_dict, config_to_yaml, load_config
+from care_train.config import Config, config_to_dict, config_to_yaml, load_config
 from care_train.data import Sample, load_samples, require_rationales
 from care_train.distributed import barrier, initialize_process_group, is_main
 from care_train.evaluation.benchmark_run import (
@@ -26,7 +26,6 @@ from care_train.reporting import (
     write_report,
     write_summary,
 )
-from care_train.settings import Config
 from care_train.training.checkpoint import Checkpoint
 from care_train.training.folders import clean_up
 from care_train.training.resume import (

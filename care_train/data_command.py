@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from care_train.config import BuildSettings
 from care_train.data.building import build
-from care_train.settings.build import BuildSettings
 
 
 def build_data(settings: BuildSettings) -> dict[str, Any]:

@@ -5,11 +5,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from care_train.config import Config
 from care_train.data import load_samples
 from care_train.models.load import load_without_weights
 from care_train.models.tiny import TINY_KINDS, build_tiny_model
 from care_train.rollout.serving import serve as serve_model
-from care_train.settings import Config
 from care_train.training.session import tiny_corpus, vllm_limits
 
 

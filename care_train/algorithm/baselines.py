@@ -1,7 +1,7 @@
 """Group-relative baselines behind CARE's interface: GRPO, DAPO, GSPO, Dr. GRPO (paper Table 5).
 
 They differ here in the group's advantage only. Clipping, the ratio's level, the KL and what the
-loss is divided by are the `loss` section's (`settings.TABLE_5`).
+loss is divided by are the `loss` section's (`config.TABLE_5`).
 Sources: arXiv:2402.03300 (GRPO), 2503.14476 (DAPO), 2507.18071 (GSPO), 2503.20783 (Dr. GRPO).
 """
 

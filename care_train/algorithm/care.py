@@ -27,7 +27,6 @@ from care_train.algorithm.selection import (
     select_hard_negatives,
     select_proxy_anchor,
 )
-from care_train.algorithm.settings import CareSettings
 from care_train.algorithm.types import (
     GroupUpdate,
     Member,
@@ -37,6 +36,7 @@ from care_train.algorithm.types import (
     TrainSequence,
     skipped_update,
 )
+from care_train.config import CareSettings
 
 
 def skip_before_forward(rollouts: tuple[Rollout, ...], settings: CareSettings) -> str | None:

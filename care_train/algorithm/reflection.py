@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 
 from care_train.algorithm.selection import is_failure, is_positive
-from care_train.algorithm.settings import CareSettings, ReflectionSettings
 from care_train.algorithm.types import Member, Rollout, Subgroup
+from care_train.config import CareSettings, ReflectionSettings
 
 
 def choose_reflected_negative(

@@ -4,8 +4,8 @@ Eq. 11 itself, line 41, is `care_kernels.token_advantages`, which `training.loss
 regions.
 """
 
-from care_train.algorithm.settings import CareSettings
 from care_train.algorithm.types import Credit, Region, Rollout
+from care_train.config import CareSettings
 
 _NOWHERE = (0, 0)
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from care_kernels import cosine_distance
-from care_train.algorithm.settings import CareSettings, RescueSettings, Selector
 from care_train.algorithm.types import Rollout
+from care_train.config import CareSettings, RescueSettings, Selector
 
 
 def is_positive(rollout: Rollout, by: str = "accuracy") -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from care_train.config import DataSettings
 from care_train.data.easy_vqa import easy_vqa_samples
 from care_train.data.lazy import LazySamples, samples_where
 from care_train.data.order import permutation
@@ -17,7 +18,6 @@ from care_train.data.table_format import (
     DIGEST_COLUMN,
     OTHER_COLUMNS,
 )
-from care_train.settings import DataSettings
 
 
 def load_samples(settings: DataSettings, seed: int = 0) -> Sequence[Sample]:

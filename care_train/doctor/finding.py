@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from care_train.config import Config
 from care_train.data import Sample
 from care_train.models.load import LoadedModel
-from care_train.settings import Config
 
 Item = TypeVar("Item")
 Level = Literal["ok", "warning", "error"]

@@ -14,12 +14,12 @@ import torch
 from jinja2 import TemplateError
 from rich.console import Console
 
+from care_train.config import Config
 from care_train.data import Sample, load_samples
 from care_train.doctor import machine, model, parity, rows, settings
 from care_train.doctor.finding import Finding, Subject
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.tiny import TINY_KINDS, build_tiny_model
-from care_train.settings import Config
 
 Check = Callable[[Subject], Finding]
 Value = TypeVar("Value")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from care_train.config import Config
 from care_train.distributed import barrier, is_main
 from care_train.evaluation.decode import answer_questions
 from care_train.evaluation.decoding import decoding
@@ -15,7 +16,6 @@ from care_train.evaluation.question_set import DATA, QuestionSet, open_questions
 from care_train.evaluation.statistics import macro_average, summarize
 from care_train.evaluation.table import results_markdown
 from care_train.reporting.jsonl import finite
-from care_train.settings import Config
 from care_train.training.folders import write_file
 from care_train.training.resume import identity, settings_of
 from care_train.training.session import Session

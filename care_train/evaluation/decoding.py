@@ -5,9 +5,9 @@ from typing import TypeVar
 
 import torch
 
+from care_train.config import Config
 from care_train.distributed import all_max
 from care_train.rollout.types import SamplingSettings
-from care_train.settings import Config
 
 EVAL_STEP = -1
 """The step in evaluation seeds: one that training never has."""

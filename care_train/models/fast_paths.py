@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from care_train.settings import ModelSettings
+from care_train.config import ModelSettings
 
 logger = logging.getLogger(__name__)
 

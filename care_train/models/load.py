@@ -15,9 +15,9 @@ from transformers import (
     GenerationConfig,
 )
 
+from care_train.config import LoraSettings, ModelSettings
 from care_train.models.fast_paths import apply_liger, runnable_and_said
 from care_train.models.lora import add_adapters
-from care_train.settings import LoraSettings, ModelSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from care_train.settings import LoraSettings
+from care_train.config import LoraSettings
 
 _ADAPTER = "default"
 

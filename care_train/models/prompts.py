@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from care_train.config import PromptSettings
 from care_train.data import Sample, image_sizes, load_images
 from care_train.models.load import LoadedModel
-from care_train.settings import PromptSettings
 
 _PLACEHOLDER = re.compile(r"<image>")
 

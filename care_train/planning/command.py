@@ -5,11 +5,11 @@ import re
 
 from rich.console import Console
 
+from care_train.config import Config
 from care_train.planning.hardware import accelerator
 from care_train.planning.plan import make_plan, plan_table
 from care_train.planning.report import plan_to_json, show_plan, show_table, table_to_json
 from care_train.planning.workload import Scenario
-from care_train.settings import Config
 
 
 def plan(config: Config, options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ fit."""
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from care_train.config import Config
 from care_train.planning import states
 from care_train.planning.architecture import Architecture, read_architecture
 from care_train.planning.hardware import GIB, Accelerator
@@ -17,7 +18,6 @@ from care_train.planning.workload import (
     with_micro_batch,
     workload_of,
 )
-from care_train.settings import Config
 
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 """Rows of `--table`."""

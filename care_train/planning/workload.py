@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from care_train.config import Config
 from care_train.planning.architecture import Architecture, VisionShape
-from care_train.settings import Config
 
 _PROCESSOR_PIXELS = 28 * 28 * 1280
 """What Qwen's image processors scale to at most by default (transformers, qwen2_vl)."""

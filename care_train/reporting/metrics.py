@@ -6,9 +6,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from care_train.config import LoggingSettings
 from care_train.reporting.jsonl import JsonlWriter, read_jsonl
 from care_train.reporting.trackers import Tracker, open_trackers
-from care_train.settings import LoggingSettings
 
 METRICS_FILE = "metrics.jsonl"
 _RESERVED = ("phase", "step", "time")

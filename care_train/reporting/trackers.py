@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from care_train.settings import LoggingSettings
+from care_train.config import LoggingSettings
 
 
 class Tracker(Protocol):

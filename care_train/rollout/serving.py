@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 import torch
 
+from care_train.config import VllmSettings
 from care_train.models.load import LoadedModel
 from care_train.rollout.model_identity import model_identity
 from care_train.rollout.server_app import RolloutServer, build_app
@@ -16,7 +17,6 @@ from care_train.rollout.server_engine import EngineLoop
 from care_train.rollout.server_guard import Guard
 from care_train.rollout.server_messages import PromptLimits
 from care_train.rollout.server_token import server_token
-from care_train.rollout.settings import VllmSettings
 from care_train.rollout.vllm_process import context_within, start_vllm
 
 _GRACE_SECONDS = 5

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from care_train.config import VllmSettings
 from care_train.models.load import LoadedModel
 from care_train.rollout.adapter_sync import adapter_request
 from care_train.rollout.errors import RolloutError
 from care_train.rollout.memory import is_out_of_memory
-from care_train.rollout.settings import VllmSettings
 from care_train.rollout.types import Completion, Request, SamplingSettings, WeightParts
 from care_train.rollout.vllm_inputs import (
     check_expansion,

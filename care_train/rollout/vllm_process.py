@@ -20,11 +20,11 @@ from typing import Any
 import numpy
 import torch
 
+from care_train.config import VllmSettings
 from care_train.models.load import LoadedModel
 from care_train.models.lora import has_adapters
 from care_train.rollout.adapter_sync import vllm_arguments
 from care_train.rollout.banned import banned_token_ids
-from care_train.rollout.settings import VllmSettings
 from care_train.rollout.vllm_cpu import patch_cpu_backend
 
 _GIB = 1 << 30

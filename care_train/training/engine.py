@@ -14,13 +14,13 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
+from care_train.config import DeepSpeedSettings, LoraSettings
 from care_train.distributed import all_max, all_sum, is_main, world_size
 from care_train.models.batch import ModelBatch, TokenSequence, collate, pack, packed_positions
 from care_train.models.load import LoadedModel
 from care_train.models.lora import add_adapters, without_adapters
 from care_train.models.policy import Policy
 from care_train.rollout.types import WeightParts
-from care_train.settings import DeepSpeedSettings, LoraSettings
 from care_train.training.clock import Mark, no_mark
 from care_train.training.engine_state import load_engine, save_engine, tensor_bytes
 from care_train.training.finite import LeftOut, cause_of

@@ -14,8 +14,8 @@ from typing import Any, Self
 
 import torch
 
+from care_train.config import LimitSettings
 from care_train.distributed import all_max, initialize_process_group, is_main, ranks_store
-from care_train.settings import LimitSettings
 from care_train.training.failures import (
     HUNG_STATUS,
     RANK_LOST_STATUS,

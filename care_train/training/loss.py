@@ -8,7 +8,7 @@ import torch
 
 from care_kernels import Regions, token_advantages
 from care_train.algorithm.types import Credit, GroupUpdate, Region, TrainSequence
-from care_train.settings import LossSettings
+from care_train.config import LossSettings
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from care_train.config import SftSettings, TrainSettings
 from care_train.distributed import all_max
 from care_train.models.batch import TokenSequence
-from care_train.settings import SftSettings, TrainSettings
 
 
 @dataclass(frozen=True)

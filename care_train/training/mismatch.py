@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from care_train.algorithm.types import Rollout
+from care_train.config import LossSettings
 from care_train.distributed import all_sum, gather
-from care_train.settings import LossSettings
 from care_train.training.failures import EngineError
 from care_train.training.sampling import SampledGroup
 

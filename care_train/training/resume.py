@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from care_train.config import config_to_dict
+from care_train.config import Config, LoraSettings, config_to_dict
 from care_train.data import Sample, sample_digests
 from care_train.distributed import barrier, is_main, world_size
-from care_train.settings import Config, LoraSettings
 from care_train.training.checkpoint import Checkpoint
 
 LOGS = ("metrics.jsonl", "samples.jsonl")

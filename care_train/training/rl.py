@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from care_train.algorithm.types import Rollout
+from care_train.config import Config
 from care_train.data import PromptOrder, Sample
 from care_train.distributed import is_main, rank, world_size
 from care_train.models.policy import Policy
@@ -20,7 +21,6 @@ from care_train.reporting import (
     show_sample,
 )
 from care_train.rollout.types import RolloutEngine
-from care_train.settings import Config
 from care_train.training.ahead import RolloutsAhead
 from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
 from care_train.training.engine import PolicyEngine

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from care_train.config import config_to_dict
+from care_train.config import Config, config_to_dict
 from care_train.data import Sample
-from care_train.settings import Config
 
 CONFIG_FILE = "config.yaml"
 MARKER = ".care-train-run.json"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from care_train.algorithm.reflection import reflection_prefix
 from care_train.algorithm.spans import parse_spans, token_spans
 from care_train.algorithm.types import Member, Rollout, Subgroup
+from care_train.config import Config, PromptSettings
 from care_train.data import Sample
 from care_train.models.batch import TokenSequence
 from care_train.models.prompts import EncodedPrompt, PromptEncoder, TokenText
@@ -18,7 +19,6 @@ from care_train.rollout.types import (
     SamplingSettings,
     request_seed,
 )
-from care_train.settings import Config, PromptSettings
 from care_train.training.clock import Mark, no_mark
 from care_train.training.engine import PolicyEngine
 from care_train.training.phase import phase

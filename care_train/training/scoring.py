@@ -8,8 +8,8 @@ import torch
 
 from care_train.algorithm.care import skip_before_forward
 from care_train.algorithm.types import Rollout, RolloutGroup
+from care_train.config import Config
 from care_train.models.batch import ModelBatch, TokenSequence
-from care_train.settings import Config
 from care_train.training.engine import PolicyEngine
 from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
 from care_train.training.mismatch import Mismatch

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from care_train.config import Config
 from care_train.data import Sample
 from care_train.distributed import barrier, is_main
 from care_train.models.load import LoadedModel, load_model
@@ -16,7 +17,6 @@ from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.types import RolloutEngine
 from care_train.rollout.vllm_engine import VllmEngine
 from care_train.rollout.vllm_server import VllmServerEngine
-from care_train.settings import Config
 from care_train.training.folders import PARTIAL
 from care_train.training.sampling import RolloutScorer
 from care_train.training.weights import policy_weights

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from care_train.config import Config
 from care_train.data import PromptOrder, Sample
 from care_train.distributed import all_sum, is_main, rank, world_size
 from care_train.models.batch import TokenSequence
 from care_train.reporting import MetricsLogger, TrainProgress
-from care_train.settings import Config
 from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.failures import Stopped

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from care_train.algorithm.reflection import repair_prefix
+from care_train.config import Config, PromptSettings
 from care_train.data import Sample, load_samples, require_rationales
 from care_train.distributed import all_max, all_sum, is_main, rank, world_size
 from care_train.models.batch import TokenSequence
 from care_train.models.prompts import EncodedPrompt
-from care_train.settings import Config, PromptSettings
 from care_train.training.engine import PolicyEngine
 from care_train.training.row_check import usable_rows
 from care_train.training.session import Session

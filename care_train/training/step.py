@@ -7,10 +7,10 @@ import torch
 
 from care_train.algorithm import baselines, care
 from care_train.algorithm.types import GroupUpdate, Rollout, Subgroup
+from care_train.config import Config
 from care_train.data import Sample
 from care_train.distributed import all_max
 from care_train.rollout.types import request_seed
-from care_train.settings import Config
 from care_train.training.ahead import RolloutsAhead
 from care_train.training.clock import Mark, StepClock
 from care_train.training.engine import PolicyEngine

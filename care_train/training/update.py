@@ -8,9 +8,9 @@ import torch
 
 from care_kernels import Clip
 from care_train.algorithm.types import GroupUpdate, Rollout, TrainSequence
+from care_train.config import Config
 from care_train.distributed import all_sum
 from care_train.models.batch import ModelBatch, TokenSequence
-from care_train.settings import Config
 from care_train.training.clock import Mark, no_mark
 from care_train.training.engine import MicroBatch, PolicyEngine, StepResult
 from care_train.training.loss import (

@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from care_train.config import Config
 from care_train.data import Sample
-from care_train.settings import Config
 from care_train.verifier.responses import Response, item_of
 from care_train.verifier.score import Score, Verifier
 from care_train.verifier.types import AnswerType

@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Sequence
 from typing import Any
 
-from care_train.settings import RewardFunctionSettings
+from care_train.config import RewardFunctionSettings
 from care_train.verifier.child import Child
 from care_train.verifier.functions import FunctionScore
 from care_train.verifier.responses import Response

@@ -11,8 +11,8 @@ from typing import Any, overload
 
 from PIL import Image
 
+from care_train.config import RewardFunctionSettings
 from care_train.data import Sample, load_image
-from care_train.settings import RewardFunctionSettings
 from care_train.verifier.responses import Response
 
 _FORMS = (

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from care_train.settings import JudgeSettings
+from care_train.config import JudgeSettings
 from care_train.verifier.answers import MAX_ANSWER_CHARS
 from care_train.verifier.types import Item, Verdict
 

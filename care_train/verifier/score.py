@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from care_train.algorithm.reward import reward
 from care_train.algorithm.spans import parse_spans
+from care_train.config import PromptSettings, RewardSettings
 from care_train.data import Sample
-from care_train.settings import PromptSettings, RewardSettings
 from care_train.verifier.format import format_fault
 from care_train.verifier.function_process import RewardFunction
 from care_train.verifier.judge import Judge, case_of

@@ -9,7 +9,6 @@ import torch
 
 from care_train.algorithm.region_weights import token_credit
 from care_train.algorithm.reward import reward
-from care_train.algorithm.settings import CareSettings
 from care_train.algorithm.types import (
     Credit,
     Member,
@@ -20,7 +19,7 @@ from care_train.algorithm.types import (
     Subgroup,
     TrainSequence,
 )
-from care_train.settings import LossSettings
+from care_train.config import CareSettings, LossSettings
 from care_train.training.loss import loss_rows
 
 LAMBDA = 0.1

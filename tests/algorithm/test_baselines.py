@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from care_train.algorithm.baselines import group_advantages, group_update, has_mixed_outcomes
-from care_train.config import build_config
-from care_train.settings import TABLE_5
+from care_train.config import TABLE_5, build_config
 from tests.algorithm.builders import (
     broken,
     make_rollout,

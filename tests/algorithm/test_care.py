@@ -11,8 +11,8 @@ from care_train.algorithm.care import (
     skip_before_forward,
     subgroup_update,
 )
-from care_train.algorithm.settings import CareSettings, ReflectionSettings, RescueSettings
 from care_train.algorithm.types import Subgroup
+from care_train.config import CareSettings, ReflectionSettings, RescueSettings
 from tests.algorithm.builders import (
     broken,
     indices,

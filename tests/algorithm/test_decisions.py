@@ -11,10 +11,9 @@ import torch
 
 from care_train.algorithm.care import select_subgroup, subgroup_update
 from care_train.algorithm.region_weights import token_credit
-from care_train.algorithm.settings import CareSettings
 from care_train.algorithm.spans import parse_spans
 from care_train.algorithm.types import GroupUpdate, Spans, Subgroup, TrainSequence
-from care_train.config import load_config
+from care_train.config import CareSettings, load_config
 from care_train.training.loss import loss_rows
 from care_train.training.statistics import StepStatistics
 from tests.algorithm.builders import (

@@ -14,8 +14,8 @@ from care_train.algorithm.selection import (
     select_hard_negatives,
     select_proxy_anchor,
 )
-from care_train.algorithm.settings import CareSettings, ReflectionSettings, RescueSettings
 from care_train.algorithm.types import RolloutGroup, Subgroup
+from care_train.config import CareSettings, ReflectionSettings, RescueSettings
 from tests.algorithm.builders import indices, make_group, make_rollout, right, wrong
 
 SETTINGS = CareSettings()

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from care_train.algorithm.care import select_subgroup, subgroup_update
 from care_train.algorithm.reward import reward
-from care_train.algorithm.settings import CareSettings
 from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, Spans, Subgroup
-from care_train.config import build_config
+from care_train.config import CareSettings, build_config
 from tests.algorithm import transcription
 from tests.algorithm.builders import broken, make_rollout, right, token_advantages, wrong
 from tests.algorithm.transcription import Choices, Draws, algorithm_1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from care_train.algorithm.types import GroupUpdate, TrainSequence, skipped_update
-from care_train.settings import LossSettings
+from care_train.config import LossSettings
 from care_train.training.loss import (
     Denominators,
     LossRows,

@@ -10,8 +10,8 @@ from care_train.algorithm.reflection import (
     merge_reflection,
     reflection_prefix,
 )
-from care_train.algorithm.settings import CareSettings, ReflectionSettings
 from care_train.algorithm.spans import parse_spans
+from care_train.config import CareSettings, ReflectionSettings
 from tests.algorithm.builders import make_rollout, make_subgroup, right, wrong
 
 SETTINGS = ReflectionSettings()

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from care_train.algorithm.settings import CareSettings
 from care_train.algorithm.types import Spans, TrainSequence
+from care_train.config import CareSettings
 from tests.algorithm.builders import (
     broken,
     credit_of,

@@ -19,7 +19,7 @@ from care_train.algorithm.selection import (
     select_hard_negatives,
     select_proxy_anchor,
 )
-from care_train.algorithm.settings import CareSettings, RescueSettings
+from care_train.config import CareSettings, RescueSettings
 from tests.algorithm.builders import broken, make_rollout, right, unit_vectors, with_reward, wrong
 
 SETTINGS = CareSettings()

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from care_train.algorithm.settings import PRESETS, CareSettings
-from care_train.config import build_config, config_to_dict
+from care_train.config import PRESETS, CareSettings, build_config, config_to_dict
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

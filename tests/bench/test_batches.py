@@ -3,8 +3,8 @@
 import pytest
 
 from bench import batches
+from care_train.config import ModelSettings
 from care_train.models.load import load_model
-from care_train.settings import ModelSettings
 
 
 def test_every_way_has_all_tokens_and_packs_have_no_padding(tiny_folder, monkeypatch):

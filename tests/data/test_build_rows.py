@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from care_train.config import DataSettings
 from care_train.data import load_samples
 from care_train.data.answer_types import chart_answer_type, options_of
 from care_train.data.building.dedup import band_keys, look_alike
 from care_train.data.building.prepare import ImageHash, Prepared, normalized_text
 from care_train.data.schema import Sample
-from care_train.settings import DataSettings
 from tests.data.published import build_from, drawing, quarantine, write_jsonl
 
 GOOD = {"prompt": "How many?", "answer": "3", "image": "a.png"}

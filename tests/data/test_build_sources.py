@@ -10,8 +10,8 @@ import datasets
 import pytest
 from PIL import Image
 
+from care_train.config import DataSettings, PromptSettings, RewardSettings
 from care_train.data import Sample, load_images, load_samples
-from care_train.settings import DataSettings, PromptSettings, RewardSettings
 from care_train.verifier import Verifier
 from tests.data import published
 from tests.data.published import build_from, drawing, quarantine, write_jsonl

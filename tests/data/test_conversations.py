@@ -6,11 +6,11 @@ from typing import Any, get_args
 
 import pytest
 
+from care_train.config import Adapter
 from care_train.data import RowError, sample_from_row
 from care_train.data.building.adapters import ADAPTERS
 from care_train.data.conversations import read_conversation, split_response, strip_boxed
 from care_train.data.image_refs import image_refs
-from care_train.settings.build import Adapter
 from tests.data.published import drawing
 
 

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from care_train.config import DataSettings
 from care_train.data import Sample, load_samples, require_rationales, sample_digests
 from care_train.data.lazy import LazySamples
 from care_train.data.schema import sample_digest
-from care_train.settings import DataSettings
 from tests.data.published import TEXT, build_from, drawing, write_jsonl
 
 

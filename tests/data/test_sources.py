@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from care_train.config import DataSettings
 from care_train.data import Sample, load_images, load_samples, require_rationales
-from care_train.settings import DataSettings
 
 KEY_VALUES = pyarrow.map_(pyarrow.string(), pyarrow.int64())
 ROWS = [{"prompt": f"q{i}", "answer": str(i), "image": "a.png"} for i in range(1, 6)]

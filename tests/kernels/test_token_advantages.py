@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from care_kernels.oracle import reference_token_advantages
 from care_kernels.region_weights import token_advantages
 from care_train.algorithm.region_weights import token_credit
-from care_train.algorithm.settings import CareSettings
 from care_train.algorithm.types import TrainSequence
-from care_train.settings import LossSettings
+from care_train.config import CareSettings, LossSettings
 from care_train.training.loss import loss_rows
 from tests.algorithm.builders import right, wrong
 from tests.kernels.cases import error

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from care_train.config import LoggingSettings
 from care_train.reporting import MetricsLogger, read_metrics
-from care_train.settings import LoggingSettings
 
 _QUIET = LoggingSettings(tensorboard=False)
 

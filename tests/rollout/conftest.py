@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from care_train.config import VllmSettings
 from care_train.models.load import LoadedModel
 from care_train.models.prompts import EncodedPrompt
-from care_train.rollout.settings import VllmSettings
 from care_train.rollout.types import Request, request_seed
 from care_train.training.weights import policy_weights
 from tests.rollout.servers import Server

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from care_train.settings import LossSettings
+from care_train.config import LossSettings
 from care_train.training.failures import EngineError
 from care_train.training.mismatch import Mismatch, check_parity, importance_weights
 from tests.algorithm.builders import right

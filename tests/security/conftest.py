@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from care_train.rollout.settings import VllmSettings
+from care_train.config import VllmSettings
 from tests.rollout.conftest import Pair
 from tests.rollout.servers import Server
 from tests.train.builders import load

@@ -14,8 +14,7 @@ import pytest
 from PIL import Image
 
 from care_train.cli import main
-from care_train.config import load_config
-from care_train.settings import Config
+from care_train.config import Config, load_config
 from care_train.training import folders
 from care_train.training.failures import IN_USE_STATUS
 from care_train.training.folders import clean_up, remove_folder, write_folder

@@ -24,9 +24,9 @@ import httpx
 import pytest
 import torch
 
+from care_train.config import VllmSettings
 from care_train.rollout.background import in_background
 from care_train.rollout.server_client import RolloutServerError
-from care_train.rollout.settings import VllmSettings
 from tests.rollout.test_vllm_engine import GREEDY, tokens
 
 STRANGER = "0" * 32

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import torch
 
-from care_train.config import build_config, merge
+from care_train.config import Config, ModelSettings, PromptSettings, build_config, merge
 from care_train.data import Sample
 from care_train.distributed import initialize_process_group
 from care_train.models.batch import TokenSequence
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.prompts import PromptEncoder
-from care_train.settings import Config, ModelSettings, PromptSettings
 from care_train.training.session import Session, open_session
 
 

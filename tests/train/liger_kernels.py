@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from care_train.config import ModelSettings
 from care_train.models.batch import collate
 from care_train.models.load import load_model
 from care_train.models.policy import Policy
-from care_train.settings import ModelSettings
 from tests.train.builders import random_sequences
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from care_train.config import DeepSpeedSettings, LoraSettings
 from care_train.distributed import (
     all_sum,
     gather,
@@ -20,7 +21,6 @@ from care_train.distributed import (
 )
 from care_train.models.batch import TokenSequence
 from care_train.models.load import LoadedModel
-from care_train.settings import DeepSpeedSettings, LoraSettings
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.optimizer import OptimizerSettings
 from care_train.training.reference import WithoutAdapters

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from care_train.config import DataSettings
 from care_train.data import load_samples
-from care_train.settings import DataSettings
 from care_train.training.checkpoint import Checkpoint
 from care_train.training.resume import check_identity, identity
 from tests.data import published

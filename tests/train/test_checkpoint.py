@@ -14,9 +14,9 @@ import numpy
 import pytest
 import torch
 
+from care_train.config import DeepSpeedSettings
 from care_train.distributed import initialize_process_group
 from care_train.models.batch import TokenSequence
-from care_train.settings import DeepSpeedSettings
 from care_train.training import folders
 from care_train.training.checkpoint import Checkpoints
 from care_train.training.engine import MicroBatch, PolicyEngine

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from care_train.config import build_config, config_to_yaml, describe_keys, load_config
-from care_train.settings import TABLE_5
+from care_train.config import TABLE_5, build_config, config_to_yaml, describe_keys, load_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

@@ -11,12 +11,12 @@ import yaml
 from PIL import Image
 
 from care_train import cli
+from care_train.config import Config, DataSettings, PromptSettings
 from care_train.data import Sample, load_samples
 from care_train.doctor import machine, model, parity, rows, settings
 from care_train.doctor.finding import Subject, spread
 from care_train.doctor.run import CHECKS, diagnose
 from care_train.models.load import LoadedModel
-from care_train.settings import Config, DataSettings, PromptSettings
 from care_train.training.run_place import MARKER, marker_text
 from tests.train.builders import image_sample, load, make_config
 

@@ -8,11 +8,11 @@ import yaml
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from care_kernels import oracle as reference
+from care_train.config import DeepSpeedSettings, ModelSettings
 from care_train.distributed import initialize_process_group
 from care_train.models.load import load_model
 from care_train.models.policy import Policy
 from care_train.rollout.transformers_engine import TransformersEngine
-from care_train.settings import DeepSpeedSettings, ModelSettings
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.optimizer import OptimizerSettings
 from tests.train.builders import load, random_sequences

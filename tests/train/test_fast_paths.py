@@ -10,6 +10,7 @@ import pytest
 import torch
 from liger_kernel.transformers import liger_rotary_pos_emb
 
+from care_train.config import LoraSettings, ModelSettings
 from care_train.models import fast_paths
 from care_train.models.batch import TokenSequence, collate, pack, packed_positions
 from care_train.models.fast_paths import apply_liger, runnable
@@ -17,7 +18,6 @@ from care_train.models.load import load_model
 from care_train.models.lora import add_adapters
 from care_train.models.policy import Policy
 from care_train.models.tiny import TINY_KINDS
-from care_train.settings import LoraSettings, ModelSettings
 from tests.train.builders import load, random_sequences
 
 ASKED = ModelSettings(attention="flash_attention_2", liger=True, dtype="bfloat16")

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from care_train.config import DeepSpeedSettings, ModelSettings
 from care_train.distributed import initialize_process_group
 from care_train.models.load import LoadedModel, load_model
-from care_train.settings import DeepSpeedSettings, ModelSettings
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.failures import NotFiniteError
 from care_train.training.optimizer import OptimizerSettings

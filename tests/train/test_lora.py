@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
+from care_train.config import DeepSpeedSettings, LoraSettings, ModelSettings
 from care_train.distributed import initialize_process_group
 from care_train.models.load import load_model
 from care_train.models.lora import add_adapters, has_adapters
 from care_train.models.policy import Policy
 from care_train.rollout.transformers_engine import TransformersEngine
-from care_train.settings import DeepSpeedSettings, LoraSettings, ModelSettings
 from care_train.training.checkpoint import save_model
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.optimizer import OptimizerSettings

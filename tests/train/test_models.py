@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
+from care_train.config import ModelSettings
 from care_train.models.batch import TokenSequence, collate
 from care_train.models.images import image_inputs
 from care_train.models.load import load_model
 from care_train.models.policy import Policy
 from care_train.models.tiny import TINY_KINDS, build_tiny_model
-from care_train.settings import ModelSettings
 from tests.train.builders import encoder_of, full_log_probs, image_sample, load, text_sample
 
 VISION_KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")

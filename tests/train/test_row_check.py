@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from care_train.cli import main
+from care_train.config import DataSettings
 from care_train.data import load_samples
-from care_train.settings import DataSettings
 from care_train.training.row_check import usable_rows
 from care_train.training.sft_rows import check_lengths
 from tests.train.builders import encoder_of, image_sample, load, make_session, text_sample

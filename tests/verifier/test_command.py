@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from care_train.settings import Config
+from care_train.config import Config
 from care_train.verifier.command import verify_lines
 
 ROOT = Path(__file__).parents[2]

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from care_train.config import build_config
+from care_train.config import PromptSettings, RewardFunctionSettings, RewardSettings, build_config
 from care_train.data import Sample
-from care_train.settings import PromptSettings, RewardFunctionSettings, RewardSettings
 from care_train.verifier import Response, Verifier
 
 GOOD = "<think>so</think><answer>blue</answer>"

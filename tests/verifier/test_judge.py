@@ -7,10 +7,14 @@ from typing import get_args
 
 import pytest
 
-from care_train.config import build_config
+from care_train.config import (
+    AnswerTypeName,
+    JudgeSettings,
+    PromptSettings,
+    RewardSettings,
+    build_config,
+)
 from care_train.data import Sample
-from care_train.settings import JudgeSettings, PromptSettings, RewardSettings
-from care_train.settings.reward import AnswerTypeName
 from care_train.verifier import AnswerType, Response, Verifier
 from care_train.verifier.judge import read_reply
 from tests.verifier.judge_server import Server, serving

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from care_train.config import PromptSettings, RewardSettings
 from care_train.data import Sample
-from care_train.settings import PromptSettings, RewardSettings
 from care_train.verifier import Score, Verifier
 
 BLUE = Sample(id="a", prompt="what color?", answer="blue")

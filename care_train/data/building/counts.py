@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from care_train.config import SourceSettings
 from care_train.data.building.dedup import Duplicate
 from care_train.data.building.prepare import Prepared, Rejected
-from care_train.settings.build import SourceSettings
 
 _COUNTERS = ("rejected", "duplicates", "answer_types")
 

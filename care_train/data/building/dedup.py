@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy
 
+from care_train.config import DedupSettings
 from care_train.data.building.prepare import ImageHash, Prepared, normalized_text
-from care_train.settings.build import DedupSettings
 
 _MAX_COLOR_DISTANCE = 24
 """Largest difference of two thumbnails' colours, of 255. Encoding anew as JPEG and scaling by 0.5

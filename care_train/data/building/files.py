@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from care_train.config import SourceSettings
 from care_train.data.building.readers import (
     ArrowFolderStream,
     JsonLinesStream,
@@ -16,7 +17,6 @@ from care_train.data.building.readers import (
     RowStream,
 )
 from care_train.data.easy_vqa import easy_vqa_samples
-from care_train.settings.build import SourceSettings
 
 _READERS = {".parquet": ParquetStream, ".jsonl": JsonLinesStream, ".json": JsonStream}
 

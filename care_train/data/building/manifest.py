@@ -6,8 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from care_train.config import BuildSettings
 from care_train.data.building.table import FORMAT_VERSION
-from care_train.settings.build import BuildSettings
 
 QUARANTINE = "quarantine.jsonl"
 """The file of rejected rows."""

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from care_train.config import CleanSettings
 from care_train.data.answer_types import AnswerType, options_of
 from care_train.data.building.adapters import ADAPTERS
 from care_train.data.building.readers import Chunk, rows_of
@@ -18,7 +19,6 @@ from care_train.data.image_refs import ImageRef, encoded_image
 from care_train.data.images import load_image
 from care_train.data.row_error import RowError
 from care_train.data.schema import Sample, sample_from_row
-from care_train.settings.build import CleanSettings
 
 # They would be read as the end of a turn, or as an image.
 _SPECIAL_TOKEN = re.compile(r"<\|[a-z_]+\|>")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from care_train.config import BuildSettings, SourceSettings
 from care_train.data.building.adapters import ADAPTERS
 from care_train.data.building.counts import summary_of
 from care_train.data.building.dedup import DuplicateIndex
@@ -19,7 +20,6 @@ from care_train.data.building.prepare import Prepared, PreparedChunk, Rejected, 
 from care_train.data.building.readers import Chunk
 from care_train.data.building.state import BuildState
 from care_train.data.building.table import join_parts, write_part
-from care_train.settings.build import BuildSettings, SourceSettings
 
 _WORK = ".unfinished"
 

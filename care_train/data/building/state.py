@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from care_train.config import BuildSettings
 from care_train.data.building.counts import SourceCounts, counts_from
-from care_train.settings.build import BuildSettings
 
 
 class BuildState:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from care_train.algorithm.settings import STRICT, check, check_at_least
-from care_train.settings.data import DataSettings
+from care_train.config.base import STRICT, check, check_at_least
+from care_train.config.data import DataSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,39 +1,19 @@
-"""Every setting of a run, one frozen dataclass per section; `config.py` fills them."""
+"""The whole of a run's settings, and the rules that several sections share."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from care_train.algorithm.settings import STRICT, CareSettings, check
-from care_train.rollout.settings import RolloutSettings
-from care_train.settings.data import DataSettings, EvalSettings
-from care_train.settings.deepspeed import DeepSpeedSettings
-from care_train.settings.limits import LimitSettings
-from care_train.settings.logging import LoggingSettings
-from care_train.settings.model import LoraSettings, ModelSettings, PromptSettings
-from care_train.settings.objective import TABLE_5, Algorithm, LossSettings
-from care_train.settings.reward import JudgeSettings, RewardFunctionSettings, RewardSettings
-from care_train.settings.training import SftSettings, TrainSettings
-
-__all__ = [
-    "TABLE_5",
-    "Algorithm",
-    "Config",
-    "DataSettings",
-    "DeepSpeedSettings",
-    "EvalSettings",
-    "JudgeSettings",
-    "LimitSettings",
-    "LoggingSettings",
-    "LoraSettings",
-    "LossSettings",
-    "ModelSettings",
-    "PromptSettings",
-    "RewardFunctionSettings",
-    "RewardSettings",
-    "RolloutSettings",
-    "SftSettings",
-    "TrainSettings",
-]
+from care_train.config.base import STRICT, check
+from care_train.config.care import CareSettings
+from care_train.config.data import DataSettings, EvalSettings
+from care_train.config.deepspeed import DeepSpeedSettings
+from care_train.config.limits import LimitSettings
+from care_train.config.logging import LoggingSettings
+from care_train.config.loss import Algorithm, LossSettings
+from care_train.config.model import ModelSettings, PromptSettings
+from care_train.config.reward import RewardSettings
+from care_train.config.rollout import RolloutSettings
+from care_train.config.training import SftSettings, TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from care_train.algorithm.settings import STRICT, check, check_at_least
+from care_train.config.base import STRICT, check, check_at_least
 
 Algorithm = Literal["care", "grpo", "dapo", "gspo", "dr_grpo"]
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from care_train.algorithm.settings import STRICT, check
+from care_train.config.base import STRICT, check
 
 JUDGE_PROMPT = """\
 You compare a candidate's final answer with the reference answer to a question. They agree when

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from care_train.algorithm.settings import STRICT, check
+from care_train.config.base import STRICT, check
 
 Adapter = Literal["rows", "chartqa", "geometry3k", "virl39k", "vision_r1_cold", "easy_vqa"]
 

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from care_train.algorithm.settings import PRESETS
-from care_train.settings import TABLE_5, Config
-from care_train.settings.build import BuildSettings
+from care_train.config.build import BuildSettings
+from care_train.config.care import PRESETS
+from care_train.config.loss import TABLE_5
+from care_train.config.run import Config
 
 _ADAPTER = TypeAdapter(Config)
 _BUILD_ADAPTER = TypeAdapter(BuildSettings)
@@ -175,7 +176,7 @@ def _deepspeed_file(name: str) -> Path:
 
 def configs_folder() -> Path:
     """Where the shipped configurations are."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     # Wheels carry configs/ inside the package; a checkout has it beside.
     return next(r / "configs" for r in (package, package.parent) if (r / "configs").is_dir())
 

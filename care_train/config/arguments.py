@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from care_train.config import describe_build_keys, describe_keys
+from care_train.config.loader import describe_build_keys, describe_keys
 
 _COMMANDS = {
     "quickstart": "teach a tiny vision-language model to read images: cold start, CARE, report",

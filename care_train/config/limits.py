@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from care_train.algorithm.settings import STRICT, check
+from care_train.config.base import STRICT, check
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,7 @@ authors' released code (github.com/yongxinwang-ai/CARE at 8c6045c) where it diff
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-STRICT = {"extra": "forbid", "use_attribute_docstrings": True}
-"""How settings are validated: unknown keys are errors, docstrings are their descriptions."""
+from care_train.config.base import STRICT, check, check_at_least
 
 Selector = Literal["cosine_diverse", "cosine_topk", "random", "nearest", "mixed", "farthest"]
 
@@ -149,19 +148,6 @@ class CareSettings:
         """s_refl: half of s unless set."""
         scale = self.reflection.reflect_scale
         return self.neg_scale / 2 if scale is None else scale
-
-
-def check(holds: bool, key: str, got: object, wanted: str) -> None:
-    """Raise ValueError naming key, got and wanted unless `holds`."""
-    if not holds:
-        raise ValueError(f"{key}: got {got!r}, wanted {wanted}")
-
-
-def check_at_least(settings: object, section: str, **least: float) -> None:
-    """`check` that numbers of a section are not below these; one that is null has no bound."""
-    for key, bound in least.items():
-        got = getattr(settings, key)
-        check(got is None or got >= bound, f"{section}.{key}", got, f"at least {bound:g}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

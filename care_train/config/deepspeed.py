@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from care_train.algorithm.settings import STRICT, check
+from care_train.config.base import STRICT, check
 
 _OWNED = {
     "optimizer": "train.learning_rate, train.adam_betas and train.weight_decay",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from care_train.algorithm.settings import STRICT, check_at_least
+from care_train.config.base import STRICT, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from care_train.algorithm.settings import STRICT, check, check_at_least
+from care_train.config.base import STRICT, check, check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,95 @@
+"""A run's settings: one frozen dataclass per section, and how they are read.
+
+    Config and its sections    what can be set, with each setting's meaning, default and bounds
+    load_config                defaults < Table 5 < preset < YAML file < `section.key=value`
+
+Nothing here needs torch, and nothing of care_train outside this package is imported.
+"""
+
+from care_train.config.build import (
+    Adapter,
+    BuildSettings,
+    CleanSettings,
+    DedupSettings,
+    SourceSettings,
+)
+from care_train.config.care import (
+    PRESETS,
+    CareSettings,
+    ReflectionSettings,
+    RescueSettings,
+    Selector,
+)
+from care_train.config.data import BenchmarkName, DataSettings, EvalSettings
+from care_train.config.deepspeed import DeepSpeedSettings
+from care_train.config.limits import LimitSettings
+from care_train.config.loader import (
+    build_config,
+    config_files,
+    config_to_dict,
+    config_to_yaml,
+    configs_folder,
+    describe_build_keys,
+    describe_keys,
+    load_build_settings,
+    load_config,
+    merge,
+    names_run,
+)
+from care_train.config.logging import LoggingSettings
+from care_train.config.loss import TABLE_5, Algorithm, LossSettings
+from care_train.config.model import LoraSettings, ModelSettings, PromptSettings
+from care_train.config.reward import (
+    AnswerTypeName,
+    JudgeSettings,
+    RewardFunctionSettings,
+    RewardSettings,
+)
+from care_train.config.rollout import RolloutSettings, VllmSettings
+from care_train.config.run import Config
+from care_train.config.training import SftSettings, TrainSettings
+
+__all__ = [
+    "PRESETS",
+    "TABLE_5",
+    "Adapter",
+    "Algorithm",
+    "AnswerTypeName",
+    "BenchmarkName",
+    "BuildSettings",
+    "CareSettings",
+    "CleanSettings",
+    "Config",
+    "DataSettings",
+    "DedupSettings",
+    "DeepSpeedSettings",
+    "EvalSettings",
+    "JudgeSettings",
+    "LimitSettings",
+    "LoggingSettings",
+    "LoraSettings",
+    "LossSettings",
+    "ModelSettings",
+    "PromptSettings",
+    "ReflectionSettings",
+    "RescueSettings",
+    "RewardFunctionSettings",
+    "RewardSettings",
+    "RolloutSettings",
+    "Selector",
+    "SftSettings",
+    "SourceSettings",
+    "TrainSettings",
+    "VllmSettings",
+    "build_config",
+    "config_files",
+    "config_to_dict",
+    "config_to_yaml",
+    "configs_folder",
+    "describe_build_keys",
+    "describe_keys",
+    "load_build_settings",
+    "load_config",
+    "merge",
+    "names_run",
+]
