@@ -42,7 +42,7 @@ from bench.measure import describe, machine_facts  # noqa: E402
 from bench.step_case import Case, Setup, StepFigures, prepare  # noqa: E402
 from bench.step_ours import OurTrainer  # noqa: E402
 from bench.step_ranks import measure_ranks, threads_of  # noqa: E402
-from care_train.training.clock import StepClock  # noqa: E402
+from care_train.training.timer import MODEL_PARTS  # noqa: E402
 
 OURS = {
     "care-transformers": ("algorithm=care", "rollout.engine=transformers"),
@@ -72,7 +72,7 @@ class Result:
     @property
     def overhead(self) -> float:
         """The share that no model computes in."""
-        return 1 - sum(self.shares.get(part, 0.0) for part in StepClock.MODEL_PARTS)
+        return 1 - sum(self.shares.get(part, 0.0) for part in MODEL_PARTS)
 
 
 def compare(setup: Setup, case: Case, ours: Sequence[str], rounds: int) -> dict[str, Result]:

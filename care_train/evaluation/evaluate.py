@@ -10,8 +10,8 @@ from care_train.distributed import all_sum, is_main, rank, world_size
 from care_train.evaluation.decoding import EVAL_STEP, decoding, equal_batches
 from care_train.reporting import track
 from care_train.rollout.types import Request, RolloutEngine, request_seed
-from care_train.training.phase import phase
 from care_train.training.session import Session, rank_share
+from care_train.training.timer import timer
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def evaluate(
             Request(prompt, request_seed(config.seed, EVAL_STEP, sample.id, 0))
             for sample, prompt in zip(batch, prompts, strict=True)
         ]
-        with phase("generate"):
+        with timer("generate"):
             completions = engine.generate(requests, sampling)
         answered = [(*pair, ()) for pair in zip(batch, completions, strict=True)]
         for rollout in session.scorer.score_all(answered):

@@ -11,7 +11,6 @@ from typing import Any
 from care_train.data import Sample
 from care_train.rollout.server_client import RolloutServerError
 from care_train.rollout.types import Completion
-from care_train.training.clock import Mark, no_mark
 from care_train.training.sampling import GroupSampler, SampledGroup, StartedGroups
 
 
@@ -38,14 +37,14 @@ class RolloutsAhead:
         """Whether the prompts drawn last are still to be trained on."""
         return self._next is not None
 
-    def take(self, step: int, mark: Mark = no_mark) -> list[SampledGroup]:
+    def take(self, step: int) -> list[SampledGroup]:
         """The rollouts of `step`; those of the one after it begin, with the weights synced last."""
-        started = self._next or self._sampler.start_groups(self._draw(), step, mark)
+        started = self._next or self._sampler.start_groups(self._draw(), step)
         assert started.step == step
-        groups = self._sampler.finish_groups(started, mark)
+        groups = self._sampler.finish_groups(started)
         self._next = None
         if step + 1 < self._steps:
-            self._next = self._sampler.start_groups(self._draw(), step + 1, mark)
+            self._next = self._sampler.start_groups(self._draw(), step + 1)
         return groups
 
     def state(self) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from care_train.models.load import LoadedModel
 from care_train.models.lora import add_adapters, without_adapters
 from care_train.models.policy import Policy
 from care_train.rollout.types import WeightParts
-from care_train.training.clock import Mark, no_mark
 from care_train.training.engine_state import load_engine, save_engine, tensor_bytes
 from care_train.training.finite import LeftOut, cause_of
 from care_train.training.optimizer import OptimizerSettings, learning_rate_factor
+from care_train.training.timer import timer
 from care_train.training.weights import policy_weights, stream
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -168,9 +168,7 @@ class PolicyEngine:
         """A block in which `score` and `rows` are those of the model without its adapters."""
         return without_adapters(self.loaded.model)
 
-    def step(
-        self, micro_batches: Sequence[MicroBatch], temperature: float, mark: Mark = no_mark
-    ) -> StepResult:
+    def step(self, micro_batches: Sequence[MicroBatch], temperature: float) -> StepResult:
         """Accumulate over the micro-batches and update once.
 
         The loss is a sum over rows whose weights already hold the global denominator, so gradients
@@ -203,11 +201,10 @@ class PolicyEngine:
             self._engine.backward(loss, scale_wrt_gas=False)
             if not is_filler:
                 outputs.append(output)
-        mark("update")
-        grad_norm, applied = self._apply()
-        if not applied:
-            self._left_out.add(cause, total, grad_norm)
-        mark("optimizer")
+        with timer("optimizer"):
+            grad_norm, applied = self._apply()
+            if not applied:
+                self._left_out.add(cause, total, grad_norm)
         return StepResult(total, grad_norm, outputs, applied)
 
     def _apply(self) -> tuple[float, bool]:

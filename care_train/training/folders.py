@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from care_train.distributed import gather, is_main, rank, world_size
 from care_train.training.failures import DISK_FULL_STATUS, RunError
-from care_train.training.phase import phase
+from care_train.training.timer import timer
 
 PARTIAL = ".partial"
 """Ends the name of a folder still being written."""
@@ -43,7 +43,7 @@ def write_folder(folder: Path, *writes: Callable[[Path], None], needed: int = 0)
     partial = folder.with_name(folder.name + PARTIAL)
     steps = (lambda: _begin(partial, folder, needed), *(lambda w=w: w(partial) for w in writes))
     try:
-        with phase("save"):
+        with timer("save"):
             for step in (*steps, lambda: _finish(partial, folder)):
                 _together(step, folder, needed)
     except BaseException:

@@ -26,9 +26,9 @@ from care_train.training.failures import (
     resume_hint,
     status_of,
 )
-from care_train.training.phase import begin_step, current_place
 from care_train.training.processes import end_at_once
 from care_train.training.ranks import Beat, Fault, RankBoard
+from care_train.training.timer import begin_step, current_place
 
 _TICK = 1.0
 """Seconds between two looks."""

@@ -27,12 +27,12 @@ from care_train.training.engine import PolicyEngine
 from care_train.training.failures import Stopped
 from care_train.training.guard import StopSignals
 from care_train.training.optimizer import OptimizerSettings
-from care_train.training.phase import at_step
 from care_train.training.reference import FrozenCopy, Reference, WithoutAdapters
 from care_train.training.resume import check_identity, identity, log_sizes
 from care_train.training.sampling import GroupSampler, SampledGroup
 from care_train.training.session import Session, rank_share
 from care_train.training.step import StepOutcome, TrainStep
+from care_train.training.timer import at_step
 
 Evaluate = Callable[[RolloutEngine], dict[str, float]]
 

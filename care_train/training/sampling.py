@@ -19,9 +19,8 @@ from care_train.rollout.types import (
     SamplingSettings,
     request_seed,
 )
-from care_train.training.clock import Mark, no_mark
 from care_train.training.engine import PolicyEngine
-from care_train.training.phase import phase
+from care_train.training.timer import timer
 from care_train.verifier import Response, Score, Verifier
 
 
@@ -74,7 +73,7 @@ class RolloutScorer:
         """`score_all` of one completion."""
         return self.score_all([(sample, completion, prefix_ids)], reflected=reflected)[0]
 
-    @phase("reward")
+    @timer("score")
     def score_all(
         self,
         completions: Sequence[tuple[Sample, Completion, tuple[int, ...]]],
@@ -149,41 +148,35 @@ class GroupSampler:
         """Bring the rollout engine up to date with the policy; returns what there is to log."""
         self.wait()
         bucket_bytes = self._config.rollout.vllm.sync_bucket_mib << 20
-        with phase("sync"):
+        with timer("sync"):
             return self._engine.sync(policy.weights(bucket_bytes, self._engine.wanted))
 
     def wait(self) -> None:
         """Until what was started is sampled: it is to be of the weights before the next `sync`."""
         if self._in_flight is not None:
-            with phase("generate"):
+            with timer("generate"):
                 self._in_flight.result()
 
     def rest(self) -> None:
         """This batch is sampled: the engine may free memory until the next `sync`."""
-        self._engine.rest()
+        with timer("sync"):
+            self._engine.rest()
 
-    def sample_groups(
-        self, samples: Sequence[Sample], step: int, mark: Mark = no_mark
-    ) -> list[SampledGroup]:
+    def sample_groups(self, samples: Sequence[Sample], step: int) -> list[SampledGroup]:
         """Line 1: G rollouts of every prompt, in one batched call."""
-        prompts = self._encoder.encode(samples)
-        requests = self._requests(samples, prompts, step)
-        mark("prepare")
-        with phase("generate"):
+        with timer("prepare"):
+            prompts = self._encoder.encode(samples)
+            requests = self._requests(samples, prompts, step)
+        with timer("generate"):
             completions = self._engine.generate(requests, self._sampling)
-        mark("generate")
-        groups = self._groups(samples, prompts, completions)
-        mark("score")
-        return groups
+        return self._groups(samples, prompts, completions)
 
-    def start_groups(
-        self, samples: Sequence[Sample], step: int, mark: Mark = no_mark
-    ) -> StartedGroups:
+    @timer("prepare")
+    def start_groups(self, samples: Sequence[Sample], step: int) -> StartedGroups:
         """`sample_groups` in the background, with the weights that the engine has now."""
         prompts = self._encoder.encode(samples)
         requests = self._requests(samples, prompts, step)
         self._in_flight = in_background(lambda: self._engine.generate(requests, self._sampling))
-        mark("prepare")
         return StartedGroups(step, samples, prompts, self._in_flight)
 
     def resume_groups(
@@ -194,14 +187,11 @@ class GroupSampler:
         done.set_result(completions)
         return StartedGroups(step, samples, self._encoder.encode(samples), done)
 
-    def finish_groups(self, started: StartedGroups, mark: Mark = no_mark) -> list[SampledGroup]:
+    def finish_groups(self, started: StartedGroups) -> list[SampledGroup]:
         """Wait for the samples and score them."""
-        with phase("generate"):
+        with timer("generate"):
             completions = started.completions.result()
-        mark("generate")
-        groups = self._groups(started.samples, started.prompts, completions)
-        mark("score")
-        return groups
+        return self._groups(started.samples, started.prompts, completions)
 
     def _requests(
         self, samples: Sequence[Sample], prompts: Sequence[EncodedPrompt], step: int
@@ -232,23 +222,22 @@ class GroupSampler:
         groups: Sequence[SampledGroup],
         subgroups: Sequence[Subgroup | str],
         step: int,
-        mark: Mark = no_mark,
     ) -> list[Rollout | None]:
         """Lines 12-14 for all groups in one batched call; None where a group does not reflect."""
         requests: dict[int, Request] = {}
-        for place, (group, subgroup) in enumerate(zip(groups, subgroups, strict=True)):
-            if isinstance(subgroup, str) or subgroup.reflect_on is None:
-                continue
-            request = self._reflection_request(group, subgroup.others[subgroup.reflect_on], step)
-            if request is not None:
-                requests[place] = request
+        with timer("prepare"):
+            for place, (group, subgroup) in enumerate(zip(groups, subgroups, strict=True)):
+                if isinstance(subgroup, str) or subgroup.reflect_on is None:
+                    continue
+                negative = subgroup.others[subgroup.reflect_on]
+                request = self._reflection_request(group, negative, step)
+                if request is not None:
+                    requests[place] = request
         reflected: list[Rollout | None] = [None] * len(groups)
-        mark("prepare")
         # Also without requests: ranks that share a vLLM by tensor parallelism generate together.
         wanted = list(requests.values())
-        with phase("generate"):
+        with timer("reflect"):
             completions = self._engine.generate(wanted, self._reflection_sampling)
-        mark("reflect")
         scored = self._scorer.score_all(
             [
                 (groups[place].sample, completion, request.prefix_ids)
@@ -258,7 +247,6 @@ class GroupSampler:
         )
         for place, rollout in zip(requests, scored, strict=True):
             reflected[place] = rollout
-        mark("score")
         return reflected
 
     def _reflection_request(

@@ -13,7 +13,6 @@ from care_train.models.batch import ModelBatch, TokenSequence
 from care_train.training.engine import PolicyEngine
 from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
 from care_train.training.mismatch import Mismatch
-from care_train.training.phase import phase
 from care_train.training.sampling import SampledGroup
 
 Forward = Callable[
@@ -36,7 +35,6 @@ class SequenceScorer:
         self._engine = engine
         self._config = config
 
-    @phase("forward")
     def log_probs(
         self,
         forward: Forward,

@@ -18,7 +18,6 @@ from care_train.training.failures import Stopped
 from care_train.training.guard import StopSignals
 from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
 from care_train.training.optimizer import OptimizerSettings
-from care_train.training.phase import at_step, phase
 from care_train.training.resume import check_identity, identity, log_sizes
 from care_train.training.session import Session, rank_share
 from care_train.training.sft_rows import (
@@ -27,6 +26,7 @@ from care_train.training.sft_rows import (
     response_text,
     target_sequence,
 )
+from care_train.training.timer import at_step, timer
 
 
 def run_sft(
@@ -142,7 +142,7 @@ def _sft_step(
         labels = tuple(sequences[i].prompt.location or "a prompt" for i in places)
         micro_batches.append(MicroBatch(batch, {"advantages": weights}, labels))
     learning_rate = engine.learning_rate  # the one used here; the step sets the next one's
-    with phase("update"):
+    with timer("update"):
         result = engine.step(micro_batches, temperature=1.0)
     own_loss = -sum(float(output.log_probs.sum()) for output in result.outputs)
     return {

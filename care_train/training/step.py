@@ -12,13 +12,13 @@ from care_train.data import Sample
 from care_train.distributed import all_max
 from care_train.rollout.types import request_seed
 from care_train.training.ahead import RolloutsAhead
-from care_train.training.clock import Mark, StepClock
 from care_train.training.engine import PolicyEngine
 from care_train.training.mismatch import Mismatch, check_parity
 from care_train.training.reference import Reference
 from care_train.training.sampling import GroupSampler, SampledGroup
 from care_train.training.scoring import SequenceScorer
 from care_train.training.statistics import StepStatistics
+from care_train.training.timer import StepSeconds, timer
 from care_train.training.update import PolicyUpdater
 
 
@@ -57,58 +57,55 @@ class TrainStep:
             draw: deals this rank's next prompts; called again under dynamic sampling.
             step: counts from 0; part of every rollout's seed.
         """
-        clock = StepClock()
+        seconds = StepSeconds()
         if self._ahead is not None:
             self._sampler.wait()
-            clock.mark("generate")
         sync = self._sampler.sync(self._engine)
-        clock.mark("sync")
-        groups, dropped = self._sample(draw, step, clock.mark)
+        groups, dropped = self._sample(draw, step)
         mismatch = Mismatch()
         reflected: list[Rollout | None] = [None] * len(groups)
         num_wanted = 0
         if self._config.algorithm == "care":
-            scored = self._scorer.score_groups(groups, mismatch)
-            clock.mark("old_forward")
-            subgroups = [
-                care.select_subgroup(group, self._config.care, self._generator(sampled, step))
-                for sampled, group in zip(groups, scored, strict=True)
-            ]
+            with timer("old_forward"):
+                scored = self._scorer.score_groups(groups, mismatch)
+            with timer("select"):
+                subgroups = [
+                    care.select_subgroup(group, self._config.care, self._generator(sampled, step))
+                    for sampled, group in zip(groups, scored, strict=True)
+                ]
             num_wanted = sum(
                 not isinstance(subgroup, str) and subgroup.reflect_on is not None
                 for subgroup in subgroups
             )
-            clock.mark("select")
-            reflected = self._sampler.reflect(groups, subgroups, step, clock.mark)
-            updates = [
-                _care_update(subgroup, self._config, rollout)
-                for subgroup, rollout in zip(subgroups, reflected, strict=True)
-            ]
+            reflected = self._sampler.reflect(groups, subgroups, step)
+            with timer("select"):
+                updates = [
+                    _care_update(subgroup, self._config, rollout)
+                    for subgroup, rollout in zip(subgroups, reflected, strict=True)
+                ]
         else:
-            updates = [self._baseline_update(group) for group in groups]
-        clock.mark("select")
+            with timer("select"):
+                updates = [self._baseline_update(group) for group in groups]
         self._sampler.rest()
-        clock.mark("sync")
         learning_rate = self._engine.learning_rate  # the first update's, which sets the next one's
-        results = self._updater.update(groups, updates, mismatch, self._check_parity, clock.mark)
+        results = self._updater.update(groups, updates, mismatch, self._check_parity)
         gaps, _ = mismatch.reduce(self._engine.device)
         statistics = StepStatistics(groups, updates, reflected, num_wanted, results, dropped)
         values = statistics.reduce(self._engine.device)
-        clock.mark("other")
-        values |= clock.values() | sync | gaps
+        values |= seconds.values() | sync | gaps
         values["learning_rate"] = learning_rate
-        values["tokens_per_second"] = values["decoded_tokens"] / max(clock.total, 1e-9)
+        values["tokens_per_second"] = values["decoded_tokens"] / max(values["seconds"], 1e-9)
         return StepOutcome(values, groups, updates)
 
     def _sample(
-        self, draw: Callable[[], Sequence[Sample]], step: int, mark: Mark
+        self, draw: Callable[[], Sequence[Sample]], step: int
     ) -> tuple[list[SampledGroup], list[SampledGroup]]:
         """One batch of groups; under dynamic sampling, of groups with mixed outcomes, and those
         that were sampled but are not of the batch."""
         if self._ahead is not None:
-            return self._ahead.take(step, mark), []
+            return self._ahead.take(step), []
         samples = draw()
-        groups = self._sampler.sample_groups(samples, step, mark)
+        groups = self._sampler.sample_groups(samples, step)
         if not self._config.train.dynamic_sampling:
             return groups, []
         wanted = len(samples)
@@ -117,7 +114,7 @@ class TrainStep:
             mixed = sum(baselines.has_mixed_outcomes(group.rollouts) for group in groups)
             if not all_max(mixed < wanted, self._engine.device):
                 break
-            groups += self._sampler.sample_groups(draw(), step, mark)
+            groups += self._sampler.sample_groups(draw(), step)
         # A stable sort: the mixed ones first, each kind in the order of sampling.
         groups.sort(key=lambda group: not baselines.has_mixed_outcomes(group.rollouts))
         return groups[:wanted], groups[wanted:]

@@ -11,7 +11,6 @@ from care_train.algorithm.types import GroupUpdate, Rollout, TrainSequence
 from care_train.config import Config
 from care_train.distributed import all_sum
 from care_train.models.batch import ModelBatch, TokenSequence
-from care_train.training.clock import Mark, no_mark
 from care_train.training.engine import MicroBatch, PolicyEngine, StepResult
 from care_train.training.loss import (
     Denominators,
@@ -22,10 +21,10 @@ from care_train.training.loss import (
 )
 from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
 from care_train.training.mismatch import Mismatch, importance_weights
-from care_train.training.phase import phase
 from care_train.training.reference import Reference
 from care_train.training.sampling import SampledGroup
 from care_train.training.scoring import SequenceScorer
+from care_train.training.timer import timer
 
 IMPORTANCE_CAP = 2.0
 """Truncation of the importance weight of a reflection trained without its context."""
@@ -68,7 +67,6 @@ class PolicyUpdater:
         updates: Sequence[GroupUpdate],
         mismatch: Mismatch | None = None,
         check: Callable[[Mismatch], None] = lambda mismatch: None,
-        mark: Mark = no_mark,
     ) -> list[StepResult]:
         """`train.num_iterations` passes of `train.mini_batches` optimiser steps each.
 
@@ -77,12 +75,11 @@ class PolicyUpdater:
             updates: what each group trains.
             mismatch: gets the trained sequences that it does not have yet.
             check: called with it before the first step.
-            mark: told where the time goes.
         """
         mismatch = Mismatch() if mismatch is None else mismatch
         train = self._config.train
         filler = groups[0].sequence(groups[0].rollouts[0])
-        items = self._items(groups, updates, filler, mismatch, mark)
+        items = self._items(groups, updates, filler, mismatch)
         check(mismatch)
         size = -(-len(groups) // train.mini_batches)
         results = []
@@ -91,7 +88,7 @@ class PolicyUpdater:
                 places = range(part * size, (part + 1) * size)
                 chosen = [item for item in items if item.place in places]
                 part_updates = updates[places.start : places.stop]
-                result = self._update_once(chosen, part_updates, filler, mark)
+                result = self._update_once(chosen, part_updates, filler)
                 if result is not None:
                     results.append(result)
         return results
@@ -102,18 +99,17 @@ class PolicyUpdater:
         updates: Sequence[GroupUpdate],
         filler: TokenSequence,
         mismatch: Mismatch,
-        mark: Mark,
     ) -> list[TrainItem]:
         pairs = [(p, s) for p, update in enumerate(updates) for s in update.sequences]
         owners = [groups[place] for place, _ in pairs]
         sequences = [sequence for _, sequence in pairs]
         tokens = list(map(self._trained_tokens, owners, sequences))
-        rooted = self._score_missing(owners, sequences, tokens, filler, mismatch)
-        mark("old_forward" if self._has_several_updates else "gap")
+        with timer("old_forward" if self._has_several_updates else "gap"):
+            rooted = self._score_missing(owners, sequences, tokens, filler, mismatch)
         reference: Sequence[torch.Tensor | None] = [None] * len(tokens)
         if self._reference is not None and self._config.loss.kl_estimator != "exact":
-            reference, _ = self._scorer.log_probs(self._reference.score, tokens, filler)
-        mark("reference")
+            with timer("reference"):
+                reference, _ = self._scorer.log_probs(self._reference.score, tokens, filler)
         items = []
         for i, ((place, sequence), ref) in enumerate(zip(pairs, reference, strict=True)):
             sampled, trained = mismatch.trainer_log_probs(sequence.rollout), rooted.get(i)
@@ -131,7 +127,6 @@ class PolicyUpdater:
             items.append(
                 TrainItem(place, updates[place], sequence, tokens[i], old, normalizer, ref, weights)
             )
-        mark("gap")
         return items
 
     @property
@@ -207,7 +202,6 @@ class PolicyUpdater:
         items: Sequence[TrainItem],
         updates: Sequence[GroupUpdate],
         filler: TokenSequence,
-        mark: Mark,
     ) -> StepResult | None:
         """One optimiser step; None where no rank has anything to train, so not even KL moves."""
         local = [*local_denominators(updates), float(len(items))]
@@ -215,17 +209,21 @@ class PolicyUpdater:
         if trained == 0:
             return None
         denominators = Denominators(sequences, tokens, groups)
+        with timer("collate"):
+            micro = self._micro_batches(items, denominators, filler)
+        with timer("update"):
+            result = self._engine.step(micro, self._config.rollout.temperature)
+        # The filler's rows are none of the step's.
+        return result if items else replace(result, outputs=[])
+
+    def _micro_batches(
+        self, items: Sequence[TrainItem], denominators: Denominators, filler: TokenSequence
+    ) -> list[MicroBatch]:
         limits = MicroBatchLimits.of(self._config.train)
         own = [item.tokens for item in items]
         batches, _ = agreed_micro_batches(own, limits, self._engine.device)
         micro = [self._micro_batch([items[i] for i in batch], denominators) for batch in batches]
-        if not micro:
-            micro = [self._silent_micro_batch(filler)]
-        mark("collate")
-        with phase("update"):
-            result = self._engine.step(micro, self._config.rollout.temperature, mark)
-        # The filler's rows are none of the step's.
-        return result if items else replace(result, outputs=[])
+        return micro or [self._silent_micro_batch(filler)]
 
     def _micro_batch(self, items: Sequence[TrainItem], denominators: Denominators) -> MicroBatch:
         config = self._config

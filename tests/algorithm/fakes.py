@@ -10,7 +10,6 @@ from care_train.data import Sample
 from care_train.models.batch import collate
 from care_train.models.prompts import EncodedPrompt
 from care_train.rollout.types import Completion
-from care_train.training.clock import no_mark
 from care_train.training.engine import StepResult
 from care_train.training.sampling import GroupSampler, SampledGroup
 from care_train.training.scoring import OldPolicyRows
@@ -41,7 +40,7 @@ class FakeEngine:
     def collate(self, sequences):
         return collate(sequences, 0, None)
 
-    def step(self, micro_batches, temperature, mark=no_mark):
+    def step(self, micro_batches, temperature):
         self.steps.append(list(micro_batches))
         return StepResult(0.0, 0.0, [])
 

@@ -9,7 +9,7 @@ import pytest
 from bench import step
 from bench.step_case import Case, FixedLengthVerifier, StepFigures, case_config
 from care_train.data import Sample
-from care_train.training.clock import StepClock
+from care_train.training.timer import MODEL_PARTS
 
 _SIZE = ["--prompts", "2", "--group-size", "4", "--length", "6", "--micro-batch", "8"]
 _SHORT = ["--rounds", "1", "--cold-steps", "0", "--no-scaling"]
@@ -35,7 +35,7 @@ def test_the_json_holds_the_ratio_the_overhead_and_the_shares(
     assert 0 < figures["overhead"] < 1
     for contender in figures["contenders"].values():
         assert sum(contender["shares"].values()) == pytest.approx(1, abs=0.02)
-    overhead = 1 - sum(figures["shares"].get(part, 0.0) for part in StepClock.MODEL_PARTS)
+    overhead = 1 - sum(figures["shares"].get(part, 0.0) for part in MODEL_PARTS)
     assert figures["overhead"] == pytest.approx(overhead, abs=0.01)
 
 

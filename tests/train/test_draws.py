@@ -34,7 +34,7 @@ class Sampler:
     def rest(self) -> None:
         pass
 
-    def sample_groups(self, samples, step, mark) -> list[SampledGroup]:
+    def sample_groups(self, samples, step) -> list[SampledGroup]:
         taken, self._groups = self._groups[: len(samples)], self._groups[len(samples) :]
         return taken
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from care_train.distributed import own_environment
-from care_train.training.clock import StepClock
+from care_train.training.timer import MODEL_PARTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,7 +118,7 @@ def _assert_times_add_up(metrics: list[dict]) -> None:
         assert wanted | {"optimizer", "other"} <= parts.keys()
         assert all(seconds >= 0 for seconds in parts.values())
         assert sum(parts.values()) == pytest.approx(values["seconds"])
-        model = sum(seconds for part, seconds in parts.items() if part in StepClock.MODEL_PARTS)
+        model = sum(seconds for part, seconds in parts.items() if part in MODEL_PARTS)
         assert overhead == pytest.approx(values["seconds"] - model)
 
 
