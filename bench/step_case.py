@@ -8,10 +8,11 @@ from care_train.config import Config, load_config
 from care_train.data import PromptOrder, Sample, load_samples
 from care_train.distributed import initialize_process_group
 from care_train.models.load import LoadedModel
+from care_train.models.tiny import model_folder
 from care_train.reporting import MetricsLogger
 from care_train.rollout.banned import banned_token_ids
 from care_train.training.rng import seed_all
-from care_train.training.session import model_folder, open_session
+from care_train.training.session import open_session
 from care_train.training.sft import run_sft
 from care_train.training.sft_rows import cold_start_rows
 from care_train.verifier import Response, Score, Verifier
@@ -123,7 +124,7 @@ def prepare(folder: Path, cold_steps: int, num_rows: int = 4096) -> Setup:
     samples = load_samples(config.data, config.seed)
     cold_rows = load_samples(config.sft.data, config.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    base = model_folder(config, folder, [*cold_rows, *samples])
+    base = model_folder(config, folder / "base", [*cold_rows, *samples])
     rows = draw_rows(num_rows)
     if not cold_steps:
         return Setup(base, rows)

@@ -19,6 +19,7 @@ from care_train.evaluation.benchmark_run import (
     open_question_sets,
 )
 from care_train.evaluation.evaluate import evaluate_both
+from care_train.models.tiny import model_folder
 from care_train.reporting import (
     MetricsLogger,
     plot_learning_curves,
@@ -40,7 +41,7 @@ from care_train.training.rng import seed_all
 from care_train.training.row_check import usable_rows
 from care_train.training.run_folder import RunFolder
 from care_train.training.run_place import CONFIG_FILE
-from care_train.training.session import Session, model_folder, open_session
+from care_train.training.session import Session, open_session
 from care_train.training.sft import cold_start_checkpoints, run_sft
 from care_train.training.sft_rows import cold_start_rows, count_rows
 
@@ -102,7 +103,7 @@ def sft(config: Config, run: RunFolder) -> Summary:
         values = read_metrics(run.begin({}) / "metrics.jsonl")[-1]
         values |= count_rows(samples, require_rationales(samples))
     else:
-        session = open_session(config, model_folder(config, run.path, samples), device)
+        session = open_session(config, model_folder(config, run.path / "base", samples), device)
         rows = cold_start_rows(session, samples, run.path)
         run_dir = run.begin({"sft.data": samples})
         with _metrics(run_dir, config) as metrics:
@@ -120,7 +121,7 @@ def train(config: Config, run: RunFolder) -> Summary:
     checkpoint = _checkpoint(config, run)
     samples = load_samples(config.data, config.seed)
     held_out = load_samples(config.eval.data, config.seed)
-    session = open_session(config, model_folder(config, run.path, samples), device)
+    session = open_session(config, model_folder(config, run.path / "base", samples), device)
     samples = _usable(session, samples, held_out, run.path)
     run_dir = run.begin({"data": samples, "eval.data": held_out})
     with _metrics(run_dir, config) as metrics:
@@ -136,7 +137,7 @@ def quickstart(config: Config, run: RunFolder) -> Summary:
     cold_samples = load_samples(config.sft.data, config.seed)
     samples = load_samples(config.data, config.seed)
     held_out = load_samples(config.eval.data, config.seed)
-    base = model_folder(config, run.path, chain(cold_samples, samples))
+    base = model_folder(config, run.path / "base", chain(cold_samples, samples))
     first = run.path / "cold_start" if has_cold_start else base
     session = open_session(config, first, device)
     samples = _usable(session, samples, held_out, run.path)
@@ -158,7 +159,7 @@ def evaluate(config: Config, run: RunFolder) -> Summary:
         raise ValueError("resume: got true, but `eval without eval.benchmarks` starts anew")
     is_data_read = not config.eval.benchmarks or "data" in config.eval.benchmarks
     held_out = load_samples(config.eval.data, config.seed) if is_data_read else []
-    session = open_session(config, model_folder(config, run.path, held_out), device)
+    session = open_session(config, model_folder(config, run.path / "base", held_out), device)
     if config.eval.benchmarks:
         # All rows are read before the first answer: a wrong file must not stop the last benchmark.
         question_sets = open_question_sets(config)

@@ -8,9 +8,9 @@ from pathlib import Path
 from care_train.config import Config
 from care_train.data import load_samples
 from care_train.models.load import load_without_weights
-from care_train.models.tiny import TINY_KINDS, build_tiny_model
+from care_train.models.tiny import model_folder
 from care_train.rollout.serving import serve as serve_model
-from care_train.training.session import tiny_corpus, vllm_limits
+from care_train.training.session import vllm_limits
 
 
 def serve(config: Config, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> bool:
@@ -28,7 +28,13 @@ def serve(config: Config, host: str, port: int, allowed_hosts: Sequence[str] = (
         ValueError: no model at `model.path`, no vLLM, no token, or the port is taken.
     """
     with tempfile.TemporaryDirectory(prefix="care-serve-") as temporary:
-        folder = _model_folder(config, Path(temporary))
+        # A tiny model is the one that `quickstart` makes under the same settings.
+        rows = (
+            row
+            for data in (config.sft.data, config.data)
+            for row in load_samples(data, config.seed)
+        )
+        folder = model_folder(config, Path(temporary) / "model", rows)
         loaded = load_without_weights(config.model, folder)
     max_context, batch_size = vllm_limits(config)
     lora = config.model.lora if config.rollout.vllm.lora == "adapter" else None
@@ -44,15 +50,6 @@ def serve(config: Config, host: str, port: int, allowed_hosts: Sequence[str] = (
         allowed_hosts=allowed_hosts,
         announce=lambda url, token: _announce(config, url, token),
     )
-
-
-def _model_folder(config: Config, temporary: Path) -> Path:
-    """`model.path`, or the tiny model that `quickstart` makes under the same settings."""
-    if config.model.path not in TINY_KINDS:
-        return Path(config.model.path)
-    rows = [*load_samples(config.sft.data, config.seed), *load_samples(config.data, config.seed)]
-    corpus = tiny_corpus(config, rows)
-    return build_tiny_model(config.model.path, temporary / "model", corpus, seed=config.seed)
 
 
 def _announce(config: Config, url: str, token: str) -> None:

@@ -19,7 +19,7 @@ from care_train.data import Sample, load_samples
 from care_train.doctor import machine, model, parity, rows, settings
 from care_train.doctor.finding import Finding, Subject
 from care_train.models.load import LoadedModel, load_model
-from care_train.models.tiny import TINY_KINDS, build_tiny_model
+from care_train.models.tiny import model_folder
 
 Check = Callable[[Subject], Finding]
 Value = TypeVar("Value")
@@ -132,13 +132,7 @@ def doctor(config: Config, ranks: int | None, *, as_json: bool = False) -> int:
 
 def _load(config: Config, samples: Sequence[Sample], folder: Path) -> LoadedModel:
     """The model as a run would load it; a tiny one is made in `folder`."""
-    path = Path(config.model.path)
-    if config.model.path in TINY_KINDS:
-        text = [f"{sample.prompt} {sample.rationale or ''} {sample.answer}" for sample in samples]
-        tags = (config.prompt.think_tag, config.prompt.answer_tag)
-        text += [config.prompt.system or "", *(f"<{tag}></{tag}>" for tag in tags)]
-        path = build_tiny_model(config.model.path, folder / "tiny", text, seed=config.seed)
-    loaded = load_model(config.model, path)
+    loaded = load_model(config.model, model_folder(config, folder / "tiny", samples))
     loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     return loaded
 

@@ -4,14 +4,15 @@ Config, model, processor and tokenizer are transformers' own classes; only the s
 weights random, and the byte-level BPE vocabulary is trained on the text it is given.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     GenerationConfig,
-    PreTrainedModel,
+    PreTrainedConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -26,7 +27,9 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-TINY_KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-qwen2")
+from care_train.config import Config
+from care_train.data import Sample
+from care_train.distributed import barrier, is_main
 
 _SPECIAL = (
     "<|endoftext|>",
@@ -61,6 +64,37 @@ _CORPUS = (
 )
 
 
+def model_folder(config: Config, folder: Path, samples: Iterable[Sample]) -> Path:
+    """`model.path`, or the tiny model that it names, built in `folder` unless it is there already.
+
+    Args:
+        config: the run's.
+        folder: where a tiny model is built, by the first rank; the others wait.
+        samples: their text, the tags and the reflection's cue are what its tokenizer is trained on.
+            Read only where a tiny model is built.
+    """
+    if config.model.path not in TINY_KINDS:
+        return Path(config.model.path)
+    if is_main() and not (folder / "config.json").is_file():
+        # The suffix of what a killed run leaves unfinished: `clean_up` removes it.
+        partial = folder.with_name(folder.name + ".partial")
+        build_tiny_model(config.model.path, partial, _corpus(config, samples), seed=config.seed)
+        partial.rename(folder)
+    barrier()
+    return folder
+
+
+def _corpus(config: Config, samples: Iterable[Sample]) -> list[str]:
+    think, answer = config.prompt.think_tag, config.prompt.answer_tag
+    lines = [config.prompt.system or "", config.care.reflection.cue]
+    for sample in samples:
+        lines.append(sample.prompt)
+        lines.append(
+            f"<{think}>{sample.rationale or ''}</{think}> <{answer}>{sample.answer}</{answer}>"
+        )
+    return lines
+
+
 def build_tiny_model(
     kind: str,
     folder: str | Path,
@@ -81,20 +115,25 @@ def build_tiny_model(
     Raises:
         ValueError: an unknown kind.
     """
-    if kind not in TINY_KINDS:
+    if kind not in _RECIPES:
         raise ValueError(
             f"model.path: got {kind!r}, wanted a folder or one of {', '.join(TINY_KINDS)}"
         )
-    tokenizer = _train_tokenizer([*_CORPUS, *corpus])
+    recipe, tokenizer = _RECIPES[kind], _train_tokenizer([*_CORPUS, *corpus])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _MODELS[kind](tokenizer, hidden_size)
+        model = recipe.model(recipe.config(tokenizer, hidden_size))
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(folder)
-    _processor(kind, tokenizer).save_pretrained(folder)
+    _preparation(recipe, tokenizer).save_pretrained(folder)
     return Path(folder)
+
+
+def tiny_config(kind: str) -> PreTrainedConfig:
+    """The configuration of a tiny model whose tokenizer has seen no rows; nothing is built."""
+    return _RECIPES[kind].config(_train_tokenizer(list(_CORPUS)), 128)
 
 
 def _train_tokenizer(corpus: list[str]) -> Any:
@@ -145,23 +184,22 @@ def _image_tokens(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _qwen2_5_vl(tokenizer: Any, hidden_size: int) -> PreTrainedModel:
+def _qwen2_5_vl(tokenizer: Any, hidden_size: int) -> PreTrainedConfig:
     # head_dim 32 has 16 rotary pairs: time 4, height 6, width 6.
     text = _text_sizes(tokenizer, hidden_size) | {
         "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
     }
     text.pop("head_dim")
     vision = _vision_sizes(hidden_size) | {"window_size": 56, "fullatt_block_indexes": [1]}
-    config = Qwen2_5_VLConfig(
+    return Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=False,
         **_image_tokens(tokenizer),
     )
-    return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _qwen3_vl(tokenizer: Any, hidden_size: int) -> PreTrainedModel:
+def _qwen3_vl(tokenizer: Any, hidden_size: int) -> PreTrainedConfig:
     text = _text_sizes(tokenizer, hidden_size) | {
         "rope_parameters": {
             "rope_type": "default",
@@ -174,33 +212,51 @@ def _qwen3_vl(tokenizer: Any, hidden_size: int) -> PreTrainedModel:
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0],
     }
-    config = Qwen3VLConfig(
+    return Qwen3VLConfig(
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=False,
         **_image_tokens(tokenizer),
     )
-    return Qwen3VLForConditionalGeneration(config)
 
 
-def _qwen2(tokenizer: Any, hidden_size: int) -> PreTrainedModel:
+def _qwen2(tokenizer: Any, hidden_size: int) -> PreTrainedConfig:
     sizes = _text_sizes(tokenizer, hidden_size)
     sizes.pop("head_dim")
-    return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=False, **sizes))
+    return Qwen2Config(tie_word_embeddings=False, **sizes)
 
 
-_MODELS = {"tiny-qwen2.5-vl": _qwen2_5_vl, "tiny-qwen3-vl": _qwen3_vl, "tiny-qwen2": _qwen2}
+@dataclass(frozen=True)
+class _Recipe:
+    """What a tiny model is made of."""
+
+    config: Callable[[Any, int], PreTrainedConfig]
+    """From the tokenizer and the hidden size."""
+    model: Any
+    processor: Any = None
+    """None: text only."""
+    video_processor: Any = None
 
 
-def _processor(kind: str, tokenizer: Any) -> Any:
-    if kind == "tiny-qwen2":
+_RECIPES = {
+    "tiny-qwen2.5-vl": _Recipe(
+        _qwen2_5_vl, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+    ),
+    "tiny-qwen3-vl": _Recipe(
+        _qwen3_vl, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor
+    ),
+    "tiny-qwen2": _Recipe(_qwen2, Qwen2ForCausalLM),
+}
+TINY_KINDS = tuple(_RECIPES)
+
+
+def _preparation(recipe: _Recipe, tokenizer: Any) -> Any:
+    """The processor of a model that reads images; else the tokenizer."""
+    if recipe.processor is None:
         return tokenizer
     # One merged token covers 28 x 28 pixels.
     images = Qwen2VLImageProcessor(
         patch_size=14, merge_size=2, size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
     )
-    if kind == "tiny-qwen3-vl":
-        videos = Qwen3VLVideoProcessor(patch_size=14, merge_size=2)
-        return Qwen3VLProcessor(images, tokenizer, videos, chat_template=_CHAT_TEMPLATE)
-    videos = Qwen2VLVideoProcessor(patch_size=14, merge_size=2)
-    return Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=_CHAT_TEMPLATE)
+    videos = recipe.video_processor(patch_size=14, merge_size=2)
+    return recipe.processor(images, tokenizer, videos, chat_template=_CHAT_TEMPLATE)

@@ -1,7 +1,6 @@
 """A model's sizes from its configuration, on the meta device: no weights, no hub."""
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from care_train.models.load import auto_class
-from care_train.models.tiny import TINY_KINDS, build_tiny_model
+from care_train.models.tiny import TINY_KINDS, tiny_config
 
 BACKBONES = tuple(
     sorted(path.stem for path in (Path(__file__).parent / "backbones").glob("*.json"))
@@ -134,8 +133,7 @@ def _read_config(path: str) -> Any:
         values = json.loads(file.read_text())
         return AutoConfig.for_model(values.pop("model_type"), **values)
     if path in TINY_KINDS:
-        with tempfile.TemporaryDirectory() as folder:
-            return AutoConfig.from_pretrained(build_tiny_model(path, folder))
+        return tiny_config(path)
     raise ValueError(
         f"model.path: {path}: no config.json there; wanted a Hugging Face model folder, one of "
         f"{', '.join(TINY_KINDS)}, or a folder named {', '.join(BACKBONES)} (with or without "

@@ -1,6 +1,6 @@
 """The parts a run is made of, put together once for training, cold start and evaluation."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -8,16 +8,12 @@ from typing import TypeVar
 import torch
 
 from care_train.config import Config
-from care_train.data import Sample
-from care_train.distributed import barrier, is_main
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.prompts import PromptEncoder, TokenText
-from care_train.models.tiny import TINY_KINDS, build_tiny_model
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.types import RolloutEngine
 from care_train.rollout.vllm_engine import VllmEngine
 from care_train.rollout.vllm_server import VllmServerEngine
-from care_train.training.folders import PARTIAL
 from care_train.training.sampling import RolloutScorer
 from care_train.training.weights import policy_weights
 from care_train.verifier import Verifier
@@ -85,31 +81,6 @@ def open_session(config: Config, folder: Path, device: torch.device) -> Session:
             config.prompt,
         ),
     )
-
-
-def model_folder(config: Config, run_dir: Path, samples: Iterable[Sample]) -> Path:
-    """`model.path`, or the tiny model it names, built in the run's folder on the samples' text."""
-    if config.model.path not in TINY_KINDS:
-        return Path(config.model.path)
-    folder = run_dir / "base"
-    if is_main() and not (folder / "config.json").is_file():
-        partial = folder.with_name(folder.name + PARTIAL)
-        build_tiny_model(config.model.path, partial, tiny_corpus(config, samples), seed=config.seed)
-        partial.rename(folder)
-    barrier()
-    return folder
-
-
-def tiny_corpus(config: Config, samples: Iterable[Sample]) -> list[str]:
-    """What a tiny model's tokenizer is made from."""
-    think, answer = config.prompt.think_tag, config.prompt.answer_tag
-    lines = [config.prompt.system or "", config.care.reflection.cue]
-    for sample in samples:
-        lines.append(sample.prompt)
-        lines.append(
-            f"<{think}>{sample.rationale or ''}</{think}> <{answer}>{sample.answer}</{answer}>"
-        )
-    return lines
 
 
 def rank_share(batch: Sequence[Item], rank: int, world_size: int) -> list[Item]:
