@@ -10,7 +10,7 @@ from care_train.distributed import initialize_process_group
 from care_train.models.load import LoadedModel
 from care_train.models.tiny import model_folder
 from care_train.reporting import MetricsLogger
-from care_train.rollout.banned import banned_token_ids
+from care_train.rollout.engine import banned_token_ids
 from care_train.training.rng import seed_all
 from care_train.training.session import open_session
 from care_train.training.sft import run_sft

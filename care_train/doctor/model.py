@@ -9,7 +9,7 @@ from care_train.data import Sample
 from care_train.doctor.finding import Finding, Subject
 from care_train.models.load import LoadedModel
 from care_train.models.prompts import PromptEncoder, TokenText
-from care_train.rollout.banned import banned_token_ids
+from care_train.rollout.engine import banned_token_ids
 
 # Set by the rollout engine for every generation, so the model's own value does nothing there.
 _OVERRIDDEN = {

@@ -10,12 +10,12 @@ from care_train.models.batch import TokenSequence, collate
 from care_train.models.lora import add_adapters, has_adapters
 from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt, PromptEncoder
-from care_train.rollout.banned import banned_token_ids
-from care_train.rollout.types import (
+from care_train.rollout.engine import (
     Completion,
     Request,
     RolloutEngine,
     SamplingSettings,
+    banned_token_ids,
     request_seed,
 )
 

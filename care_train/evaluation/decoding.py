@@ -7,7 +7,7 @@ import torch
 
 from care_train.config import Config
 from care_train.distributed import all_max
-from care_train.rollout.types import SamplingSettings
+from care_train.rollout.engine import SamplingSettings
 
 EVAL_STEP = -1
 """The step in evaluation seeds: one that training never has."""

@@ -9,7 +9,7 @@ from care_train.data import Sample
 from care_train.distributed import all_sum, is_main, rank, world_size
 from care_train.evaluation.decoding import EVAL_STEP, decoding, equal_batches
 from care_train.reporting import track
-from care_train.rollout.types import Request, RolloutEngine, request_seed
+from care_train.rollout.engine import Request, RolloutEngine, request_seed
 from care_train.training.session import Session, rank_share
 from care_train.training.timer import timer
 

@@ -7,7 +7,7 @@ from care_train.algorithm.spans import parse_spans
 from care_train.evaluation.answers import settle
 from care_train.evaluation.question import Judgement, Question
 from care_train.evaluation.question_set import QuestionSet
-from care_train.rollout.types import Completion
+from care_train.rollout.engine import Completion
 from care_train.training.session import Session
 from care_train.verifier import format_score, infer_type, normalize
 from care_train.verifier.judge import Case, Judge, case_of

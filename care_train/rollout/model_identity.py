@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from care_train.models.load import LoadedModel
-from care_train.rollout.banned import banned_token_ids
+from care_train.rollout.engine import banned_token_ids
 
 # They say who wrote the folder, not what the model is.
 _IRRELEVANT = ("transformers_version", "_name_or_path", "architectures", "dtype", "use_cache")

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from care_train.rollout.adapter_sync import adapter_request
+from care_train.rollout.engine import SamplingSettings
 from care_train.rollout.server_engine import (
     Batch,
     EngineLoop,
@@ -39,7 +40,6 @@ from care_train.rollout.server_messages import (
     unpack_meeting,
     unpack_prompts,
 )
-from care_train.rollout.types import SamplingSettings
 from care_train.rollout.vllm_inputs import sampled_log_probs, sampling_parameters
 from care_train.rollout.weight_sync import reset_caches
 

@@ -5,28 +5,13 @@ import socket
 from typing import Any
 from urllib.parse import urlsplit
 
-from care_train.rollout.errors import RolloutError
+from care_train.rollout.errors import RolloutServerError
 from care_train.rollout.server_token import VARIABLE, Token
 
 CONNECT_SECONDS = 10.0
 CONNECT_RETRIES = 5
 """Attempts to connect after the first, over about 8 seconds. Nothing was sent then: a request that
 the server may have begun is never repeated."""
-
-
-class RolloutServerError(RolloutError):
-    """The server is gone, late, or could not do what it was asked."""
-
-    advice = "; start the server again (care-train serve)"
-
-    def __init__(self, message: str, status: int | None = None) -> None:
-        """
-        Args:
-            message: for people.
-            status: HTTP's, where the server answered.
-        """
-        super().__init__(message)
-        self.status = status
 
 
 class ServerClient:

@@ -7,7 +7,8 @@ import time
 import uuid
 import weakref
 
-from care_train.rollout.server_client import RolloutServerError, ServerClient
+from care_train.rollout.errors import RolloutServerError
+from care_train.rollout.server_client import ServerClient
 
 BEAT_SECONDS = 5.0
 """How often the server hears that the run is alive: a sixth of what it waits for that."""

@@ -16,8 +16,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from care_train.data.images import load_image
+from care_train.rollout.engine import Completion, Request, SamplingSettings
 from care_train.rollout.server_engine import EngineError, InvalidError
-from care_train.rollout.types import Completion, Request, SamplingSettings
 from care_train.rollout.vllm_inputs import unexpanded_ids, vllm_prompt
 from care_train.rollout.weight_channel import (
     KEY_BYTES,

@@ -10,9 +10,8 @@ import torch.distributed as dist
 from care_train.config import VllmSettings
 from care_train.models.load import LoadedModel
 from care_train.rollout.adapter_sync import adapter_request
-from care_train.rollout.errors import RolloutError
-from care_train.rollout.memory import is_out_of_memory
-from care_train.rollout.types import Completion, Request, SamplingSettings, WeightParts
+from care_train.rollout.engine import Completion, Request, SamplingSettings, WeightParts
+from care_train.rollout.errors import RolloutError, is_out_of_memory
 from care_train.rollout.vllm_inputs import (
     check_expansion,
     check_length,

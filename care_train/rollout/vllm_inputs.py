@@ -13,7 +13,7 @@ from PIL import Image
 
 from care_train.models.load import LoadedModel
 from care_train.models.prompts import EncodedPrompt
-from care_train.rollout.types import Request, SamplingSettings
+from care_train.rollout.engine import Request, SamplingSettings
 
 
 def unexpanded_ids(

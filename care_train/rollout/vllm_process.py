@@ -24,7 +24,7 @@ from care_train.config import VllmSettings
 from care_train.models.load import LoadedModel
 from care_train.models.lora import has_adapters
 from care_train.rollout.adapter_sync import vllm_arguments
-from care_train.rollout.banned import banned_token_ids
+from care_train.rollout.engine import banned_token_ids
 from care_train.rollout.vllm_cpu import patch_cpu_backend
 
 _GIB = 1 << 30

@@ -9,14 +9,21 @@ import torch
 from care_train.config import VllmSettings
 from care_train.distributed import is_main, of_first_rank
 from care_train.models.load import LoadedModel
-from care_train.rollout.background import Value, in_background
 from care_train.rollout.checksum import checksum
+from care_train.rollout.engine import (
+    Completion,
+    Request,
+    SamplingSettings,
+    Value,
+    WeightParts,
+    in_background,
+)
+from care_train.rollout.errors import RolloutServerError
 from care_train.rollout.model_identity import first_difference, model_identity
-from care_train.rollout.server_client import RolloutServerError, ServerClient
+from care_train.rollout.server_client import ServerClient
 from care_train.rollout.server_lease import process_lease
 from care_train.rollout.server_messages import pack_requests, unpack_completion
 from care_train.rollout.server_token import find_token
-from care_train.rollout.types import Completion, Request, SamplingSettings, WeightParts
 from care_train.rollout.vllm_inputs import check_expansion, check_length, merge_size_of
 from care_train.rollout.vllm_process import adapter_rank
 from care_train.rollout.weight_channel import MEET_SECONDS, Broadcast, backend_for, invite

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from care_train.rollout.background import in_background
+from care_train.rollout.engine import in_background
 
 SENDER = 0
 """Rank of the trainer."""

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from care_train.data import Sample
-from care_train.rollout.server_client import RolloutServerError
-from care_train.rollout.types import Completion
+from care_train.rollout.engine import Completion
+from care_train.rollout.errors import RolloutServerError
 from care_train.training.sampling import GroupSampler, SampledGroup, StartedGroups
 
 

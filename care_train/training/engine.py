@@ -20,7 +20,7 @@ from care_train.models.batch import ModelBatch, TokenSequence, collate, pack, pa
 from care_train.models.load import LoadedModel
 from care_train.models.lora import add_adapters, without_adapters
 from care_train.models.policy import Policy
-from care_train.rollout.types import WeightParts
+from care_train.rollout.engine import WeightParts
 from care_train.training.engine_state import load_engine, save_engine, tensor_bytes
 from care_train.training.finite import LeftOut, cause_of
 from care_train.training.optimizer import OptimizerSettings, learning_rate_factor

@@ -20,7 +20,7 @@ from care_train.reporting import (
     append_sample,
     show_sample,
 )
-from care_train.rollout.types import RolloutEngine
+from care_train.rollout.engine import RolloutEngine
 from care_train.training.ahead import RolloutsAhead
 from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
 from care_train.training.engine import PolicyEngine

@@ -11,12 +11,12 @@ from care_train.config import Config, PromptSettings
 from care_train.data import Sample
 from care_train.models.batch import TokenSequence
 from care_train.models.prompts import EncodedPrompt, PromptEncoder, TokenText
-from care_train.rollout.background import in_background
-from care_train.rollout.types import (
+from care_train.rollout.engine import (
     Completion,
     Request,
     RolloutEngine,
     SamplingSettings,
+    in_background,
     request_seed,
 )
 from care_train.training.engine import PolicyEngine

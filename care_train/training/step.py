@@ -10,7 +10,7 @@ from care_train.algorithm.types import GroupUpdate, Rollout, Subgroup
 from care_train.config import Config
 from care_train.data import Sample
 from care_train.distributed import all_max
-from care_train.rollout.types import request_seed
+from care_train.rollout.engine import request_seed
 from care_train.training.ahead import RolloutsAhead
 from care_train.training.engine import PolicyEngine
 from care_train.training.mismatch import Mismatch, check_parity

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from care_train.rollout.errors import NotFiniteLogitsError, RolloutError
-from care_train.rollout.memory import is_out_of_memory
+from care_train.rollout.errors import NotFiniteLogitsError, RolloutError, is_out_of_memory
 from care_train.training.failures import (
     CHANGES,
     DiskFullError,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from care_train.models.lora import has_adapters
-from care_train.rollout.types import WeightParts
+from care_train.rollout.engine import WeightParts
 
 _PEFT_PREFIX = "base_model.model."
 

@@ -9,7 +9,7 @@ from care_train.config import build_config
 from care_train.data import Sample
 from care_train.models.batch import collate
 from care_train.models.prompts import EncodedPrompt
-from care_train.rollout.types import Completion
+from care_train.rollout.engine import Completion
 from care_train.training.engine import StepResult
 from care_train.training.sampling import GroupSampler, SampledGroup
 from care_train.training.scoring import OldPolicyRows

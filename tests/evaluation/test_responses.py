@@ -9,7 +9,7 @@ from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.evaluation.judging import judge_responses
 from care_train.evaluation.question import Question
 from care_train.evaluation.question_set import QuestionSet
-from care_train.rollout.types import Completion
+from care_train.rollout.engine import Completion
 from care_train.verifier.judge import Judge
 from tests.train.builders import make_session
 from tests.verifier.judge_server import Server, serving

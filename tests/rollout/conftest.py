@@ -12,7 +12,7 @@ import torch
 from care_train.config import VllmSettings
 from care_train.models.load import LoadedModel
 from care_train.models.prompts import EncodedPrompt
-from care_train.rollout.types import Request, request_seed
+from care_train.rollout.engine import Request, request_seed
 from care_train.training.weights import policy_weights
 from tests.rollout.servers import Server
 from tests.train.builders import encoder_of, image_sample, load, text_sample

@@ -5,9 +5,8 @@ import torch
 
 from care_train.config import LoraSettings, VllmSettings
 from care_train.models.lora import add_adapters
-from care_train.rollout.errors import RolloutError
-from care_train.rollout.server_client import RolloutServerError
-from care_train.rollout.types import WeightParts
+from care_train.rollout.engine import WeightParts
+from care_train.rollout.errors import RolloutError, RolloutServerError
 from care_train.training.weights import policy_weights
 from tests.rollout.conftest import Pair
 from tests.rollout.servers import Server

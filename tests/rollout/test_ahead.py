@@ -33,7 +33,7 @@ def ahead(served, tiny_folder):
 
 
 def _gap(model, group):
-    from care_train.rollout.types import Completion, Request
+    from care_train.rollout.engine import Completion, Request
 
     rollout = group.rollouts[0]
     completion = Completion(rollout.token_ids, rollout.finished, rollout.log_probs)

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from care_train.models.images import image_inputs
-from care_train.rollout.banned import banned_token_ids
+from care_train.rollout.engine import SamplingSettings, banned_token_ids
 from care_train.rollout.transformers_engine import TransformersEngine
-from care_train.rollout.types import SamplingSettings
 from tests.train.builders import full_log_probs
 
 KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")

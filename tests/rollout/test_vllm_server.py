@@ -10,9 +10,9 @@ import torch
 
 from care_train.config import VllmSettings
 from care_train.rollout import server_client, server_lease
-from care_train.rollout.server_client import RolloutServerError
+from care_train.rollout.engine import SamplingSettings
+from care_train.rollout.errors import RolloutServerError
 from care_train.rollout.transformers_engine import TransformersEngine
-from care_train.rollout.types import SamplingSettings
 from care_train.training.weights import policy_weights
 from tests.rollout.conftest import Pair
 from tests.rollout.servers import Server

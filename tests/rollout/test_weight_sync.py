@@ -5,7 +5,7 @@ import torch
 
 from care_train.rollout import weight_sync
 from care_train.rollout.checksum import checksum, wrapped
-from care_train.rollout.types import SamplingSettings
+from care_train.rollout.engine import SamplingSettings
 from care_train.training.weights import policy_weights, stream
 
 GREEDY = SamplingSettings(4, greedy=True)

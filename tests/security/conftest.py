@@ -70,8 +70,8 @@ class Target:
 
     def batch(self, count: int = 3) -> dict[str, Any]:
         """What the run asks for, in JSON's types."""
+        from care_train.rollout.engine import SamplingSettings
         from care_train.rollout.server_messages import pack_requests
-        from care_train.rollout.types import SamplingSettings
         from care_train.rollout.vllm_inputs import merge_size_of
 
         loaded, requests = self.run.loaded, self.run.requests(count)

@@ -25,8 +25,8 @@ import pytest
 import torch
 
 from care_train.config import VllmSettings
-from care_train.rollout.background import in_background
-from care_train.rollout.server_client import RolloutServerError
+from care_train.rollout.engine import in_background
+from care_train.rollout.errors import RolloutServerError
 from tests.rollout.test_vllm_engine import GREEDY, tokens
 
 STRANGER = "0" * 32

@@ -7,7 +7,7 @@ import pytest
 from care_train.data import Sample
 from care_train.distributed import initialize_process_group
 from care_train.evaluation.evaluate import evaluate
-from care_train.rollout.types import Completion
+from care_train.rollout.engine import Completion
 from tests.train.builders import make_session
 
 REWARDS = """

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from care_train.models.images import image_inputs
-from care_train.rollout.sampling import SeededSampler
-from care_train.rollout.transformers_engine import TransformersEngine
-from care_train.rollout.types import Request, SamplingSettings, request_seed
+from care_train.rollout.engine import Request, SamplingSettings, request_seed
+from care_train.rollout.transformers_engine import SeededSampler, TransformersEngine
 from tests.train.builders import encoder_of, full_log_probs, image_sample, load, text_sample
 
 KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")

@@ -17,7 +17,7 @@ import torch
 from care_train.config import load_config
 from care_train.data import load_samples
 from care_train.distributed import gather, initialize_process_group, is_main
-from care_train.rollout.types import (
+from care_train.rollout.engine import (
     Completion,
     Request,
     RolloutEngine,

@@ -1,14 +1,19 @@
-"""What every rollout engine takes and gives."""
+"""The protocol of rollout engines, and the records they take and give."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
+from care_train.models.load import LoadedModel
 from care_train.models.prompts import EncodedPrompt
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -91,3 +96,31 @@ def request_seed(run_seed: int, step: int, prompt_id: str, rollout_index: int) -
     """A 63-bit seed from run, step, prompt and rollout: the same whatever the ranks and batches."""
     text = f"{run_seed}/{step}/{prompt_id}/{rollout_index}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def banned_token_ids(loaded: LoadedModel) -> list[int]:
+    """Image, vision and other special tokens but EOS, and the head's padding.
+
+    A sampled image token has no image, and the next forward would not survive it.
+    """
+    eos = set(loaded.eos_token_ids)
+    special = loaded.tokenizer.added_tokens_decoder.items()
+    banned = [i for i, token in special if token.special and i not in eos]
+    # Ids above the tokenizer's are the head's padding, not tokens.
+    num_ids = loaded.model.get_output_embeddings().out_features
+    return banned + list(range(len(loaded.tokenizer), num_ids))
+
+
+def in_background(work: Callable[[], Value]) -> Future[Value]:
+    """Run `work` in a thread that, unlike an executor's, does not keep a process from ending."""
+    future: Future[Value] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        # It belongs to whoever waits for the result.
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
