@@ -90,7 +90,7 @@ def use_care_kernels(trainer: GRPOTrainer, path: str | None = None) -> Choice:
     choice = choose_path(trainer, path)
     for model, with_entropy in ((trainer.model, True), (trainer.ref_model, False)):
         if model is not None:
-            _replace_fused_head(_base_model(trainer, model), trainer.temperature, with_entropy)
+            _replace_fused_head(base_model(trainer, model), trainer.temperature, with_entropy)
     if choice.path == "fused":
         trainer._compute_loss = types.MethodType(_fused_loss, trainer)
     _logger.info("GRPOTrainer's loss takes the %s path: %s", *choice)
@@ -200,7 +200,7 @@ def policy_terms(trainer: Any, inputs: dict[str, Any]) -> PolicyTerms:
         "entropy_weights": bonus,
     }
     options = {
-        "surrogate": _surrogate(trainer),
+        "surrogate": policy_surrogate(trainer),
         "kl_estimator": "k3_unbiased" if trainer.args.use_bias_correction_kl else "k3",
         "ratio_level": trainer.importance_sampling_level,
     }
@@ -222,7 +222,7 @@ def check_agreement(fused: Tensor, trl: Tensor, terms: PolicyTerms) -> None:
         )
 
 
-def _surrogate(trainer: Any) -> Surrogate:
+def policy_surrogate(trainer: Any) -> Surrogate:
     """TRL's loss type as a surrogate of `linear_policy_loss`.
 
     `delta` bounds the ratio of the unclipped branch alone: for a < 0 the larger of it and
@@ -266,7 +266,7 @@ def _normaliser(
     return total * accumulation / window
 
 
-def _base_model(trainer: GRPOTrainer, model: Any) -> Any:
+def base_model(trainer: GRPOTrainer, model: Any) -> Any:
     model = trainer.accelerator.unwrap_model(model)
     return model.get_base_model() if is_peft_model(model) else model
 
@@ -417,7 +417,7 @@ def _policy_loss_output(
     )
 
 
-class _PolicyLossCall:
+class PolicyLossCall:
     """Stands for the model inside TRL's `_compute_loss`: asks it for the fused loss and keeps it.
 
     The loss is an output of the wrapped model's own forward, which is where DDP, FSDP and ZeRO-3
@@ -443,7 +443,7 @@ def _fused_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     if not torch.is_grad_enabled():
         return trl_loss(trainer, model, inputs)
     terms = policy_terms(trainer, inputs)
-    call = _PolicyLossCall(model, terms)
+    call = PolicyLossCall(model, terms)
     value = trl_loss(trainer, call, inputs)
     assert call.loss is not None
     check_agreement(call.loss, value, terms)

@@ -1,10 +1,15 @@
-"""Which tokens of a response get credit (Sec. 3.5; Algorithm 1, line 40).
+"""Which tokens of a response get credit (Sec. 3.5; Algorithm 1, lines 40-41).
 
-Eq. 11 itself, line 41, is `care_kernels.token_advantages`, which `training.loss` calls on these
-regions.
+Eq. 11 itself, line 41, is `care_kernels.token_advantages`, called here on these regions.
 """
 
-from care_train.algorithm.types import Credit, Region, Rollout
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from care_kernels import Regions, token_advantages
+from care_train.algorithm.types import Credit, Region, Rollout, TrainSequence
 from care_train.config import CareSettings
 
 _NOWHERE = (0, 0)
@@ -58,3 +63,44 @@ def _malformed_weight(is_negative: bool, settings: CareSettings) -> float:
     if settings.malformed == "uniform":
         return 1.0
     return 1.0 if settings.malformed == "penalize" and is_negative else 0.0
+
+
+def spread_advantages(
+    sequences: Sequence[TrainSequence],
+    scales: Sequence[float] | None = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Eq. 11's a_it of sequences laid end to end, [N] float32.
+
+    Args:
+        sequences: at least one; their credits differ in their regions alone.
+        scales: what each sequence's advantage is multiplied by first; None: 1.
+        device: where the result goes; None: the CPU.
+    """
+    lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
+    credits = [sequence.credit for sequence in sequences]
+    advantages = [sequence.advantage for sequence in sequences]
+    if scales is not None:
+        advantages = [a * scale for a, scale in zip(advantages, scales, strict=True)]
+    return token_advantages(
+        torch.tensor(advantages, dtype=torch.float32, device=device),
+        torch.tensor([credit.think for credit in credits], device=device),
+        torch.tensor([credit.answer for credit in credits], device=device),
+        torch.tensor([credit.earns_rationale for credit in credits], device=device),
+        regions=_stacked_regions(credits, device),
+        cu_seqlens=torch.tensor([0, *accumulate(lengths)], device=device),
+        total_tokens=sum(lengths),
+        think_weight=max(credit.think_weight for credit in credits),
+        weight_eps=credits[0].weight_eps,
+        normalize=credits[0].normalize,
+    )
+
+
+def _stacked_regions(credits: Sequence[Credit], device: torch.device | None) -> Regions:
+    """[B, R, 2] spans and [B, R] weights, with empty regions where a sequence has fewer."""
+    most = max(len(credit.regions) for credit in credits)
+    padded = [(*c.regions, *[Region(0, 0, 0.0)] * (most - len(c.regions))) for c in credits]
+    spans = torch.tensor([[(r.start, max(r.start, r.end)) for r in row] for row in padded])
+    weights = torch.tensor([[r.weight for r in row] for row in padded], dtype=torch.float64)
+    shape = (len(credits), most)
+    return Regions(spans.long().reshape(*shape, 2).to(device), weights.reshape(shape).to(device))

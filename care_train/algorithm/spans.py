@@ -9,7 +9,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from care_train.algorithm.types import Spans
+from care_train.algorithm.types import Rollout, Spans
 
 CharRange = tuple[int, int]
 
@@ -84,3 +84,14 @@ def token_spans(spans: TextSpans, token_ends: Sequence[int], num_prefix_tokens: 
         answer=answer,
         answer_content=None if answer is None else to_tokens(spans.answer_content),
     )
+
+
+def rationale_span(rollout: Rollout) -> tuple[int, int]:
+    """The response tokens that Eq. 4 embeds: the content of the think span.
+
+    A response that never thinks is embedded by what precedes its answer, or as a whole.
+    """
+    spans = rollout.spans
+    if spans.think_content is not None:
+        return spans.think_content
+    return 0, len(rollout.token_ids) if spans.answer is None else spans.answer[0]

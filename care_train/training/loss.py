@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
-from care_kernels import Regions, token_advantages
-from care_train.algorithm.types import Credit, GroupUpdate, Region, TrainSequence
+from care_train.algorithm.region_weights import spread_advantages
+from care_train.algorithm.types import GroupUpdate, TrainSequence
 from care_train.config import LossSettings
 
 
@@ -76,21 +75,7 @@ def loss_rows(
         device: where the rows go.
     """
     lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
-    credits = [sequence.credit for sequence in sequences]
-    first = credits[0]
-    scaled = [s.advantage * scale for s, scale in zip(sequences, scales, strict=True)]
-    advantages = token_advantages(
-        torch.tensor(scaled, dtype=torch.float32, device=device),
-        torch.tensor([credit.think for credit in credits], device=device),
-        torch.tensor([credit.answer for credit in credits], device=device),
-        torch.tensor([credit.earns_rationale for credit in credits], device=device),
-        regions=_stacked_regions(credits, device),
-        cu_seqlens=torch.tensor([0, *accumulate(lengths)], device=device),
-        total_tokens=sum(lengths),
-        think_weight=max(credit.think_weight for credit in credits),
-        weight_eps=first.weight_eps,
-        normalize=first.normalize,
-    )
+    advantages = spread_advantages(sequences, scales, device)
     # Under a token mean, every token counts alike; otherwise every sequence does.
     is_sequence_mean = loss.aggregation == "sequence"
     shares = [s / n if is_sequence_mean else s for s, n in zip(scales, lengths, strict=True)]
@@ -102,13 +87,3 @@ def loss_rows(
         loss.kl_coef * uniform if loss.kl_coef else None,
         loss.entropy_coef * uniform if loss.entropy_coef else None,
     )
-
-
-def _stacked_regions(credits: Sequence[Credit], device: torch.device) -> Regions:
-    """[B, R, 2] spans and [B, R] weights, with empty regions where a sequence has fewer."""
-    most = max(len(credit.regions) for credit in credits)
-    padded = [(*c.regions, *[Region(0, 0, 0.0)] * (most - len(c.regions))) for c in credits]
-    spans = torch.tensor([[(r.start, max(r.start, r.end)) for r in row] for row in padded])
-    weights = torch.tensor([[r.weight for r in row] for row in padded], dtype=torch.float64)
-    shape = (len(credits), most)
-    return Regions(spans.long().reshape(*shape, 2).to(device), weights.reshape(shape).to(device))

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 from care_train.algorithm.care import skip_before_forward
-from care_train.algorithm.types import Rollout, RolloutGroup
+from care_train.algorithm.spans import rationale_span
+from care_train.algorithm.types import RolloutGroup
 from care_train.config import Config
 from care_train.models.batch import ModelBatch, TokenSequence
 from care_train.training.engine import PolicyEngine
@@ -90,7 +91,7 @@ class SequenceScorer:
         ]
         sequences = [groups[g].sequence(r) for g in needed for r in groups[g].rollouts]
         spans = [
-            rationale_positions(r, groups[g].sequence(r).response_start)
+            _shifted(rationale_span(r), groups[g].sequence(r).response_start)
             for g in needed
             for r in groups[g].rollouts
         ]
@@ -112,14 +113,5 @@ class SequenceScorer:
         return scored
 
 
-def rationale_positions(rollout: Rollout, response_start: int) -> tuple[int, int]:
-    """Where the embedded rationale lies in the sequence: the think span's content tokens.
-
-    A response that never thinks is embedded by what precedes its answer, or as a whole.
-    """
-    spans = rollout.spans
-    if spans.think_content is not None:
-        start, end = spans.think_content
-    else:
-        start, end = 0, len(rollout.token_ids) if spans.answer is None else spans.answer[0]
-    return response_start + start, response_start + end
+def _shifted(span: tuple[int, int], start: int) -> tuple[int, int]:
+    return start + span[0], start + span[1]
