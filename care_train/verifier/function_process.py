@@ -1,20 +1,19 @@
 """A user's reward function in a process of its own, killed and replaced where it hangs."""
 
-import atexit
 import logging
-import pickle
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
 
 from care_train.config import RewardFunctionSettings
-from care_train.verifier.child import Child
-from care_train.verifier.functions import FunctionScore
+from care_train.killable import Limits, Lost, Worker
+from care_train.verifier.functions import FunctionScore, UserFunction
 from care_train.verifier.responses import Response
 
 logger = logging.getLogger(__name__)
 
-_START_SECONDS = 300.0
-"""For the user's imports."""
+Request = list[Response] | Literal["is_per_response"]
+"""Responses to score, or what the function is asked about."""
 
 
 class RewardFunction:
@@ -27,10 +26,12 @@ class RewardFunction:
             ValueError: no such file or function, or another signature than those known.
         """
         self.settings = settings
-        self._begin = pickle.dumps((settings, max_image_pixels))
-        self._child: Child | None = None
-        self._is_per_response = self._start()
-        atexit.register(self.close)
+        self._worker = Worker[Request, Any](
+            f"reward.functions: {settings.function}",
+            partial(_make_function, settings, max_image_pixels),
+            Limits(seconds=settings.timeout),
+        )
+        self._is_per_response = self._worker("is_per_response")
 
     def __call__(self, responses: Sequence[Response]) -> list[FunctionScore]:
         """A score per response, in order.
@@ -49,43 +50,25 @@ class RewardFunction:
 
     def close(self) -> None:
         """End its process."""
-        if self._child is not None:
-            self._child.kill()
-            self._child = None
-
-    def _start(self) -> bool:
-        self._child = Child("care_train.verifier.function_worker", {}, is_silent=False)
-        problem = self._send(self._begin, _START_SECONDS)
-        if isinstance(problem, str):
-            raise ValueError(f"reward.functions: {self.settings.function}: {problem} at its start")
-        return problem
+        self._worker.close()
 
     def _ask(self, responses: Sequence[Response]) -> list[FunctionScore]:
-        if self._child is None:
-            self._start()
-        reply = self._send(pickle.dumps(list(responses)), self.settings.timeout)
-        if not isinstance(reply, str):
+        reply = self._worker(list(responses))
+        if not isinstance(reply, Lost):
             return reply
+        if reply.error is not None:
+            raise reply.error
         places = dict.fromkeys(r.sample.location or r.sample.id for r in responses)
         where = ", ".join(list(places)[:3]) + (f" and {len(places) - 3} more" * (len(places) > 3))
-        text = f"reward.functions: {self.settings.function}: {where}: {reply}"
+        text = f"reward.functions: {self.settings.function}: {where}: {reply.reason}"
         if not self._is_per_response:
             raise ValueError(f"{text}, wanted {len(responses)} results")
         logger.warning("warning: %s; its value is 0", text)
-        return [FunctionScore(0.0, note=f" ({reply})")]
+        return [FunctionScore(0.0, note=f" ({reply.reason})")]
 
-    def _send(self, message: bytes, timeout: float) -> Any:
-        """The reply, or as text why there is none; then the process is gone."""
-        assert self._child is not None
-        try:
-            self._child.requests.send_bytes(message)
-            if not self._child.replies.poll(timeout):
-                self.close()
-                return f"got nothing in {timeout:g} s"
-            reply = pickle.loads(self._child.replies.recv_bytes())
-        except (EOFError, OSError):
-            self.close()
-            return "got the end of its process"
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
+
+def _make_function(
+    settings: RewardFunctionSettings, max_image_pixels: int
+) -> Callable[[Request], list[FunctionScore] | bool]:
+    function = UserFunction(settings, max_image_pixels)
+    return lambda asked: function.is_per_response if isinstance(asked, str) else function(asked)

@@ -1,5 +1,6 @@
 """Symbolic equality by math-verify. Parses model output: imported in worker processes alone."""
 
+import logging
 import re
 from functools import lru_cache
 from typing import Any
@@ -9,6 +10,9 @@ from math_verify import LatexExtractionConfig, parse, verify
 from care_train.verifier.expressions import to_latex
 
 _CONFIG = [LatexExtractionConfig()]
+
+# It warns at each call that it has no time limit of its own: the process has one.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 class MathVerify:

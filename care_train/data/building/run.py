@@ -15,11 +15,11 @@ from care_train.data.building.dedup import DuplicateIndex
 from care_train.data.building.files import InputFile, file_checksums, open_source, sha256_of
 from care_train.data.building.kinds import check_columns
 from care_train.data.building.manifest import QUARANTINE, fingerprint_of, manifest_of, read_manifest
-from care_train.data.building.pool import ordered_map
 from care_train.data.building.prepare import Prepared, PreparedChunk, Rejected, Task, prepare_chunk
 from care_train.data.building.readers import Chunk
 from care_train.data.building.state import BuildState
 from care_train.data.building.table import join_parts, write_part
+from care_train.killable import ordered_map
 
 _WORK = ".unfinished"
 

@@ -1,0 +1,353 @@
+"""Functions that run in processes of their own, which are killed when they take too long."""
+
+import atexit
+import json
+import os
+import pickle
+import queue
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_AHEAD = 2
+"""Items per process that a pool has taken from its input before their results are asked for."""
+_PARENT_CHECK_SECONDS = 1.0
+# A child reads its import path from its arguments, so it imports nothing from the working folder.
+_BOOT = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from care_train.killable import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
+)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Why a call has no result."""
+
+    reason: str
+    """For people: `got nothing in 5 s`, `got the end of its process`, or the exception's text."""
+    is_timeout: bool = False
+    """Killed because its time was over."""
+    error: Exception | None = None
+    """What the function raised; its process goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a process may use. Without values: as much as its parent."""
+
+    seconds: float | None = None
+    """Wall-clock seconds for one call."""
+    cpu_seconds: float | None = None
+    """Processor seconds for one call: unlike wall-clock time, independent of the machine's load.
+    Enforced by the kernel, even where the parent can no longer kill the process."""
+    memory_bytes: int | None = None
+    """Address space."""
+    start_seconds: float = 300.0
+    """Wall-clock seconds until the function can be called: for its imports."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables laid over the parent's."""
+    is_silent: bool = False
+    """Throw away what is printed once the function has started."""
+
+
+class Worker(Generic[Item, Result]):
+    """A function in a process of its own, which keeps its state from one call to the next.
+
+    The process is started afresh: it inherits no memory, threads or CUDA context, imports neither
+    the parent's script nor anything from the working folder, and ends when its parent ends. After a
+    call that was lost, the next call starts a new one.
+    """
+
+    def __init__(
+        self, name: str, make: Callable[[], Callable[[Item], Result]], limits: Limits | None = None
+    ) -> None:
+        """Nothing is started yet.
+
+        Args:
+            name: what it is called in errors.
+            make: called once in the process; returns the function. Pickled, so importable by name.
+            limits: what the process may use.
+        """
+        self._name, self._make = name, make
+        self._limits = limits or Limits()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._ended_by = 0
+        atexit.register(self.close)
+
+    def __call__(self, item: Item, cpu_seconds: float | None = None) -> Result | Lost:
+        """The function's result, or why there is none.
+
+        Args:
+            item: pickled.
+            cpu_seconds: in place of the limits' own.
+
+        Raises:
+            ValueError: the process cannot be started.
+        """
+        self.start()
+        limit = cpu_seconds or self._limits.cpu_seconds
+        reply = self._exchange((limit, item), self._limits.seconds)
+        if isinstance(reply, Lost) and limit and self._ended_by == signal.SIGPROF:
+            return Lost(f"got nothing in {limit:g} s of processor time", is_timeout=True)
+        return reply
+
+    def start(self) -> None:
+        """Start the process where none is running, and wait until the function can be called.
+
+        Raises:
+            ValueError: it cannot be started.
+            Exception: what `make` raised.
+        """
+        if self._process is not None:
+            return
+        self._connection, theirs = Pipe()
+        path = json.dumps(_import_path())
+        numbers = [str(theirs.fileno()), str(os.getpid())]
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _BOOT, path, *numbers],
+            stdin=subprocess.DEVNULL,
+            # What a library prints must not appear among the parent's own output.
+            stdout=sys.__stderr__.fileno() if sys.__stderr__ else subprocess.DEVNULL,
+            env={**os.environ, **self._limits.environment},
+            pass_fds=[theirs.fileno()],
+            # Ctrl-C reaches the foreground group, and the parent decides what it means. A group of
+            # its own is also killed as one, with the processes that the function started.
+            start_new_session=True,
+        )
+        theirs.close()
+        started = self._exchange((self._make, self._limits), self._limits.start_seconds)
+        if isinstance(started, Lost):
+            self.close()
+            if started.error is not None:
+                raise started.error
+            raise ValueError(
+                f"{self._name}: {started.reason} at its start, wanted a running process: the lines "
+                "above say why"
+            )
+
+    def close(self) -> None:
+        """Kill the process and those it started, and wait until it is gone."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        self._ended_by = -process.wait()
+        if self._connection is not None:
+            self._connection.close()
+
+    @property
+    def pid(self) -> int | None:
+        """The running process."""
+        return None if self._process is None else self._process.pid
+
+    def _exchange(self, message: Any, seconds: float | None) -> Any:
+        assert self._connection is not None
+        try:
+            self._connection.send_bytes(pickle.dumps(message))
+            if not self._connection.poll(seconds):
+                self.close()
+                return Lost(f"got nothing in {seconds:g} s", is_timeout=True)
+            return pickle.loads(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            self.close()
+            return Lost("got the end of its process")
+
+
+class Pool(Generic[Item, Result]):
+    """Several workers of one function; each process starts when it is first needed."""
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[], Callable[[Item], Result]],
+        size: int,
+        limits: Limits | None = None,
+    ) -> None:
+        self._workers = [Worker[Item, Result](name, make, limits) for _ in range(size)]
+        # Last in, first out: few items start few processes.
+        self._idle: queue.LifoQueue[Worker[Item, Result]] = queue.LifoQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(size)
+        self.longest = 0.0
+        """Wall-clock seconds of the longest call."""
+
+    @property
+    def pids(self) -> list[int]:
+        """The running processes."""
+        return [worker.pid for worker in self._workers if worker.pid is not None]
+
+    def map(
+        self, items: Iterable[Item], cpu_seconds: Callable[[], float] | None = None
+    ) -> Iterator[tuple[Item, Result | Lost]]:
+        """Each item with its result or why it has none, in order.
+
+        Args:
+            items: read as results are taken, at most two per process ahead.
+            cpu_seconds: asked when an item's turn comes, in place of the limits' own.
+
+        Raises:
+            ValueError: a process cannot be started.
+        """
+        waiting: deque[tuple[Item, Future[Result | Lost]]] = deque()
+        try:
+            for item in items:
+                waiting.append((item, self._threads.submit(self._call, item, cpu_seconds)))
+                if len(waiting) >= _AHEAD * len(self._workers):
+                    yield waiting[0][0], waiting[0][1].result()
+                    waiting.popleft()
+            while waiting:
+                yield waiting[0][0], waiting[0][1].result()
+                waiting.popleft()
+        finally:
+            if waiting:
+                for _, future in waiting:
+                    future.cancel()
+                self.close()
+
+    def close(self) -> None:
+        """Kill all processes; a later call starts new ones."""
+        for worker in self._workers:
+            worker.close()
+
+    def _call(self, item: Item, cpu_seconds: Callable[[], float] | None) -> Result | Lost:
+        worker = self._idle.get()
+        start = time.monotonic()
+        try:
+            worker.start()
+            start = time.monotonic()
+            return worker(item, cpu_seconds() if cpu_seconds else None)
+        finally:
+            self.longest = max(self.longest, time.monotonic() - start)
+            self._idle.put(worker)
+
+
+def ordered_map(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Iterator[tuple[Item, Result]]:
+    """(item, work(item)) in order; with one worker in this process.
+
+    Raises:
+        ValueError: a process died.
+        Exception: what `work` raised.
+    """
+    if workers == 1:
+        yield from ((item, work(item)) for item in items)
+        return
+    limits = Limits(environment={"CUDA_VISIBLE_DEVICES": ""})
+    pool = Pool[Item, Result](f"{workers} workers", partial(_itself, work), workers, limits)
+    try:
+        for item, result in pool.map(items):
+            if isinstance(result, Lost):
+                raise result.error or ValueError(f"{item}: {result.reason}, wanted its result")
+            yield item, result
+    finally:
+        pool.close()
+
+
+def _itself(work: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    return work
+
+
+def _import_path() -> list[str]:
+    """This process's import path without the working folder.
+
+    A `json.py` there would replace the library's. Where this package itself lies there, the folder
+    comes last, so that it replaces nothing.
+    """
+    here = os.path.realpath(os.getcwd())
+    entries = [os.path.abspath(entry) for entry in sys.path if entry]
+    path = [entry for entry in entries if os.path.realpath(entry) != here]
+    root = str(Path(__file__).resolve().parents[1])
+    return path if root in map(os.path.realpath, path) else [*path, root]
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """The child's side: make the function, then answer calls until the parent ends.
+
+    Args:
+        descriptor: the connection to the parent.
+        parent: its process number.
+    """
+    connection = Connection(descriptor)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    make, limits = connection.recv()
+    _limit(resource.RLIMIT_CORE, 0)
+    if limits.memory_bytes:
+        _limit(resource.RLIMIT_AS, limits.memory_bytes)
+    try:
+        work = make()
+    except Exception as error:  # the parent raises it
+        connection.send(Lost(str(error), error=_portable(error)))
+        return
+    if limits.is_silent:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+    connection.send(None)
+    while True:
+        try:
+            cpu_seconds, item = connection.recv()
+        except EOFError:
+            return
+        connection.send_bytes(_answer(work, item, cpu_seconds or 0.0))
+
+
+def _answer(work: Callable[[Any], Any], item: Any, cpu_seconds: float) -> bytes:
+    if cpu_seconds:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+    try:
+        return pickle.dumps(work(item))
+    except Exception as error:  # the caller decides
+        return pickle.dumps(Lost(f"{type(error).__name__}: {error}", error=_portable(error)))
+    finally:
+        if cpu_seconds:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error with its traceback as a note, of a type that the parent can unpickle."""
+    kind = type(error)
+    trace = "".join(traceback.format_exception(error))
+    if kind.__module__ != "builtins":
+        name = "" if isinstance(error, ValueError) else f"{kind.__name__}: "
+        plain = ValueError if isinstance(error, ValueError) else RuntimeError
+        notes = getattr(error, "__notes__", [])
+        error = plain(f"{name}{error}")
+        for note in notes:
+            error.add_note(note)
+    if not isinstance(error, ValueError):
+        error.add_note(trace)
+    return error.with_traceback(None)
+
+
+def _limit(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (soft, hard))
+
+
+def _end_with(parent: int) -> None:
+    # The end of the connection is not enough: a process that the parent forked may hold it open.
+    while os.getppid() == parent:
+        time.sleep(_PARENT_CHECK_SECONDS)
+    os._exit(1)
