@@ -212,16 +212,16 @@ class Pool(Generic[Item, Result]):
             for item in items:
                 waiting.append((item, self._threads.submit(self._call, item, cpu_seconds)))
                 if len(waiting) >= _AHEAD * len(self._workers):
-                    yield waiting[0][0], waiting[0][1].result()
-                    waiting.popleft()
+                    first, future = waiting.popleft()
+                    yield first, future.result()
             while waiting:
-                yield waiting[0][0], waiting[0][1].result()
-                waiting.popleft()
-        finally:
-            if waiting:
-                for _, future in waiting:
-                    future.cancel()
-                self.close()
+                first, future = waiting.popleft()
+                yield first, future.result()
+        except BaseException:  # also of whoever takes the results, or stops taking them
+            for _, future in waiting:
+                future.cancel()
+            self.close()
+            raise
 
     def close(self) -> None:
         """Kill all processes; a later call starts new ones."""
@@ -329,10 +329,11 @@ def _portable(error: Exception) -> Exception:
     kind = type(error)
     trace = "".join(traceback.format_exception(error))
     if kind.__module__ != "builtins":
-        name = "" if isinstance(error, ValueError) else f"{kind.__name__}: "
-        plain = ValueError if isinstance(error, ValueError) else RuntimeError
         notes = getattr(error, "__notes__", [])
-        error = plain(f"{name}{error}")
+        if isinstance(error, ValueError):
+            error = ValueError(str(error))
+        else:
+            error = RuntimeError(f"{kind.__name__}: {error}")
         for note in notes:
             error.add_note(note)
     if not isinstance(error, ValueError):
