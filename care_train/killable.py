@@ -212,16 +212,15 @@ class Pool(Generic[Item, Result]):
             for item in items:
                 waiting.append((item, self._threads.submit(self._call, item, cpu_seconds)))
                 if len(waiting) >= _AHEAD * len(self._workers):
-                    first, future = waiting.popleft()
-                    yield first, future.result()
+                    yield waiting[0][0], waiting[0][1].result()
+                    waiting.popleft()
             while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        except BaseException:  # also of whoever takes the results, or stops taking them
-            for _, future in waiting:
-                future.cancel()
-            self.close()
-            raise
+                yield waiting[0][0], waiting[0][1].result()
+                waiting.popleft()
+        finally:
+            # Interrupted, or nobody takes the rest: a process at work would go on.
+            if any(not future.cancel() and not future.done() for _, future in waiting):
+                self.close()
 
     def close(self) -> None:
         """Kill all processes; a later call starts new ones."""
@@ -288,11 +287,13 @@ def serve(descriptor: int, parent: int) -> None:
         parent: its process number.
     """
     connection = Connection(descriptor)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     make, limits = connection.recv()
-    _limit(resource.RLIMIT_CORE, 0)
     if limits.memory_bytes:
-        _limit(resource.RLIMIT_AS, limits.memory_bytes)
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        soft = limits.memory_bytes if hard < 0 else min(limits.memory_bytes, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     try:
         work = make()
     except Exception as error:  # the parent raises it
@@ -339,12 +340,6 @@ def _portable(error: Exception) -> Exception:
     if not isinstance(error, ValueError):
         error.add_note(trace)
     return error.with_traceback(None)
-
-
-def _limit(kind: int, value: int) -> None:
-    hard = resource.getrlimit(kind)[1]
-    soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(kind, (soft, hard))
 
 
 def _end_with(parent: int) -> None:
