@@ -114,7 +114,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _table(options: argparse.Namespace) -> int:
-    from care_train.evaluation.over_runs import combine_runs, table_markdown
+    from care_train.evaluation.table import combine_runs, trainings_markdown
 
     groups = {}
     for group in options.groups:
@@ -122,7 +122,7 @@ def _table(options: argparse.Namespace) -> int:
         if not (name and separator and folders):
             raise ValueError(f"table: got {group!r}, wanted NAME=RUN,RUN,...")
         groups[name] = combine_runs([Path(folder) for folder in folders.split(",")])
-    print(table_markdown(groups), end="")
+    print(trainings_markdown(groups), end="")
     return 0
 
 

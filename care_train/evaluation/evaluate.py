@@ -2,21 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from care_train.data import Sample
-from care_train.distributed import all_sum, is_main, rank, world_size
-from care_train.evaluation.decoding import EVAL_STEP, decoding, equal_batches
+from care_train.distributed import all_max, all_sum, is_main, rank, world_size
 from care_train.reporting import track
-from care_train.rollout.engine import Request, RolloutEngine, request_seed
+from care_train.rollout.types import Request, RolloutEngine, SamplingSettings, request_seed
+from care_train.config import Config
+from care_train.training.phase import phase
 from care_train.training.session import Session, rank_share
-from care_train.training.timer import timer
+
+EVAL_STEP = -1
+"""Stands for the step in the seeds of evaluation requests: no training step has this number."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Means over `num_questions`, on all ranks."""
+    """Means over the questions of all ranks."""
 
     accuracy: float
     format: float
@@ -45,7 +51,7 @@ def evaluate(
             Request(prompt, request_seed(config.seed, EVAL_STEP, sample.id, 0))
             for sample, prompt in zip(batch, prompts, strict=True)
         ]
-        with timer("generate"):
+        with phase("generate"):
             completions = engine.generate(requests, sampling)
         answered = [(*pair, ()) for pair in zip(batch, completions, strict=True)]
         for rollout in session.scorer.score_all(answered):
@@ -69,3 +75,27 @@ def evaluate_both(
         greedy = evaluate(session, engine, samples, device, greedy=True, description=description)
         values |= {"greedy_accuracy": greedy.accuracy, "greedy_format": greedy.format}
     return values | {"num_questions": float(sampled.num_questions)}
+
+
+def decoding(config: Config, greedy: bool | None = None) -> SamplingSettings:
+    """How responses are sampled: as in training (Sec. 8.2), or greedily.
+
+    Args:
+        config: its `rollout` section has the temperature, top-p, top-k and length.
+        greedy: whether to take the likeliest token each time; None: as `eval.decode` says.
+    """
+    rollout = config.rollout
+    greedy = config.eval.decode == "greedy" if greedy is None else greedy
+    return SamplingSettings(
+        rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, greedy
+    )
+
+
+def equal_batches(own: Sequence[T], size: int, device: torch.device) -> list[Sequence[T]]:
+    """This rank's items in batches, padded with empty batches so that all ranks have as many.
+
+    Ranks that share one vLLM by tensor parallelism must call `generate` equally often: a rank with
+    fewer batches would leave the others waiting in a collective.
+    """
+    batches: list[Sequence[T]] = [own[start : start + size] for start in range(0, len(own), size)]
+    return batches + [()] * (all_max(len(batches), device) - len(batches))

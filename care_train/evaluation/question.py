@@ -1,15 +1,33 @@
-"""One question of a benchmark, and what its answer is compared with."""
+"""A benchmark's question, the judgement of an answer, and the rules that benchmarks share."""
 
 import ast
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from care_train.data import ImageRef, Sample
 from care_train.data.image_refs import image_refs
 from care_train.evaluation.columns import Kind, describe
-from care_train.verifier.types import Item
+from care_train.verifier import AnswerType, Item, normalize
+
+_AROUND = " \n\t$*'\""
+
+# What may stand before the answer itself: "The correct answer is", "Option".
+_LEAD_IN = re.compile(
+    r"(?:the )?(?:(?:correct|final|best|right) )?(?:answer|option|choice)(?: is)?:?\s+",
+    re.IGNORECASE,
+)
+# "C. text", "(C) text", "C: text", "C text".
+_LETTER_AND_TEXT = re.compile(r"[(\[{]?([A-Z])(?:[)\]}][.:]?|[.:])?\s*(.+)", re.DOTALL)
+_BRACKETED = re.compile(r"(?<![\w^])[(\[{]([A-Z])[)\]}]")
+_PUNCTUATED = re.compile(r"([A-Z])[.:)](?:\s|$)")
+# No unit after a number ("3 A"), no exponent, and no word: "A hexagon", "I am", "I'm".
+_ALONE = re.compile(
+    r"(?<![\w'\u2019°^\\{])(?<!\d )([A-Z])(?![\w'\u2019])"
+    r"(?!(?<=[AI])\s+(?!(?:is|and|or|as|because|since)\b)[a-z])"
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +38,8 @@ class Question:
     """Prompt, images and key."""
     options: tuple[str, ...] = ()
     """The texts of a multiple-choice question, in the order of their letters."""
+    right: frozenset[int] = frozenset()
+    """Places of the options that the key names; empty where the question is free-form."""
     kind: str = ""
     """The benchmark's own word for the answer's form, such as `integer`."""
     precision: int | None = None
@@ -28,9 +48,9 @@ class Question:
     """The part of the benchmark it is reported under, such as a subject."""
 
     @property
-    def is_choice(self) -> bool:
-        """Whether one of several options is asked for; they may be in the image alone."""
-        return bool(self.options) or self.kind == "choice"
+    def is_odd(self) -> bool:
+        """Whether it is a multiple-choice question whose key names none of its options."""
+        return self.kind == "choice" and not self.right
 
 
 @dataclass(frozen=True)
@@ -47,7 +67,7 @@ class Judgement:
     vote: str
     """The answer in the form in which answers are counted for a majority."""
     asked: tuple[Item, ...] = ()
-    """What the verifier is still asked, of a whole batch at once; the best verdict counts."""
+    """What the verifier is still asked, for a whole batch at once; the best verdict counts."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +85,98 @@ class Benchmark:
     to_question: Callable[[Mapping[str, Any], str, Path], Question]
     """From a checked row, its location and the folder of relative paths."""
     judge: Callable[[str, Question], Judgement]
-    """From the text of the answer span, which is untrusted."""
-    subsets: tuple[str, ...] = field(default=())
+    """Of an answer span's text: untrusted, but neither blank nor long."""
+    subsets: tuple[str, ...] = ()
     """Configurations to read; none: the only one, or all."""
+
+
+def judge_free_form(
+    predicted: str, expected: str, is_exact: bool = False, answer_type: AnswerType | None = None
+) -> Judgement:
+    """Right by the benchmark's own rule; otherwise the verifier is asked (Eq. 1).
+
+    Args:
+        predicted: the answer span's text.
+        expected: the key.
+        is_exact: what the benchmark's own exact match says.
+        answer_type: how the verifier compares them; None infers it from the key.
+    """
+    if is_exact:
+        return Judgement(1.0, True, "exact match", normalize(predicted))
+    item = Item(predicted, expected, answer_type)
+    return Judgement(0.0, False, "", normalize(predicted), (item,))
+
+
+def judge_choice(place: int | None, question: Question, predicted: str) -> Judgement:
+    """Compare the option that an answer names, if any, with those that the key names."""
+    if place is None:
+        text = " ".join(predicted.split())
+        text = text if len(text) <= 60 else f"{text[:60]}..."
+        return Judgement(0.0, False, f"{text!r} names no option", "")
+    letter = letters(place + 1)[-1]
+    if place in question.right:
+        return Judgement(1.0, True, f"chose {letter}", letter)
+    wanted = " or ".join(letters(right + 1)[-1] for right in sorted(question.right))
+    return Judgement(0.0, False, f"chose {letter}, wanted {wanted}", letter)
+
+
+def choose(predicted: str, options: Sequence[str]) -> int | None:
+    """The place of the option that an answer names; None where it names none.
+
+    MMMU's rule (eval_utils.py: parse_multi_choice_response) on the answer span: letters in
+    brackets, then letters alone, then option texts within the answer; of several the last. What
+    differs: an answer that is one option's text as a whole, or a letter and that option's text, is
+    that option whatever capitals the text holds ("A triangle", "F. 3 A"); "A" and "I" are no
+    letters where they are words ("A hexagon", "I'm unable"), and no option is found within a word;
+    an answer that names no option is wrong, where theirs draws an option at random.
+    """
+    texts = [_plain(option) for option in options]
+    allowed = letters(len(options))
+    whole = _plain(predicted)
+    same = [i for i, text in enumerate(texts) if text == whole and not _is_letter(text)]
+    if len(same) == 1:
+        return same[0]
+    text = predicted.strip(_AROUND)
+    if lead_in := _LEAD_IN.match(text):
+        text = text[lead_in.end() :]
+    both = _LETTER_AND_TEXT.match(text)
+    if both and both[1] in allowed and texts[allowed.index(both[1])] == _plain(both[2]):
+        return allowed.index(both[1])
+    single = text.strip("()[]{}.:").upper()
+    found = [
+        *_BRACKETED.findall(text)[-1:],
+        *([match[1]] if (match := _PUNCTUATED.match(text)) else []),
+        *_ALONE.findall(text)[-1:],
+        *([single] if len(single) == 1 else []),
+    ]
+    named = [letter for letter in found if letter in allowed]
+    return allowed.index(named[0]) if named else _last_within(whole, texts)
+
+
+def right_options(key: str, options: Sequence[str]) -> frozenset[int]:
+    """Places of the options that a key names by its letter, such as "B" or "(B)", or by its text.
+
+    Empty where it names none; several where options share the text.
+    """
+    letter = key.strip(_AROUND + "()[].").upper()
+    if len(letter) == 1 and letter in letters(len(options)):
+        return frozenset([letters(len(options)).index(letter)])
+    texts = [_plain(option) for option in options]
+    return frozenset(i for i, text in enumerate(texts) if text and text == _plain(key))
+
+
+def lettered_options(key: str, options: Sequence[str], location: str) -> frozenset[int]:
+    """`right_options` of a published key that must name one.
+
+    Raises:
+        ValueError: it names none.
+    """
+    if right := right_options(key, options):
+        return right
+    raise ValueError(
+        f"{location}: column 'answer': got {key!r}, wanted the letter of one of {len(options)} "
+        "options"
+    )
 
 
 def image_ref(value: Any, base_dir: Path, location: str) -> ImageRef:
@@ -76,22 +185,30 @@ def image_ref(value: Any, base_dir: Path, location: str) -> ImageRef:
 
 
 def decode_texts(value: Any, *, column: str, location: str) -> tuple[str, ...]:
-    """A list of texts, or the Python literal that MMMU stores in its place.
+    """A list of texts, or the Python literal of one that MMMU stores in its place.
+
+    A few published rows hold a list within the list: alone it is the list that is meant, among
+    other items it is one item, whose parts are shown with commas between them.
 
     Raises:
-        ValueError: the text is no such literal.
+        ValueError: the value is no such list.
     """
-    if isinstance(value, str):
+    texts = value
+    if isinstance(texts, str):
         try:
-            value = ast.literal_eval(value) if value.strip() else []
+            texts = ast.literal_eval(texts) if texts.strip() else []
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            value = None
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            texts = None
+    while isinstance(texts, list) and len(texts) == 1 and isinstance(texts[0], list):
+        texts = texts[0]
+    if isinstance(texts, list):
+        texts = [", ".join(map(str, one)) if isinstance(one, list) else one for one in texts]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(
             f"{location}: column {column!r}: got {describe(value)}, wanted text that spells a list "
             "of texts, such as \"['red', 'blue']\""
         )
-    return tuple(value)
+    return tuple(texts)
 
 
 def letters(count: int) -> str:
@@ -99,9 +216,25 @@ def letters(count: int) -> str:
     return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:count]
 
 
-def list_options(options: Sequence[str], form: str) -> str:
-    """Options a line each; `form` holds {letter} and {text}."""
-    return "\n".join(
-        form.format(letter=letter, text=text)
-        for letter, text in zip(letters(len(options)), options, strict=True)
-    )
+def list_options(options: Sequence[str]) -> str:
+    """Options a line each, such as `(A) red`."""
+    pairs = zip(letters(len(options)), options, strict=True)
+    return "\n".join(f"({letter}) {text}" for letter, text in pairs)
+
+
+def _plain(text: str) -> str:
+    return normalize(text.strip(_AROUND).rstrip(".,!?;: "))
+
+
+def _is_letter(text: str) -> bool:
+    return len(text) == 1 and text.isalpha()
+
+
+def _last_within(answer: str, texts: Sequence[str]) -> int | None:
+    """The option whose text ends last in an answer; the longest of those that end there."""
+    ends = []
+    for place, text in enumerate(texts):
+        if text and not _is_letter(text):
+            found = re.finditer(rf"(?<![\w.-]){re.escape(text)}(?!\w)", answer)
+            ends += [(match.end(), len(text), place) for match in found]
+    return max(ends)[2] if ends else None

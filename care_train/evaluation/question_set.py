@@ -2,18 +2,20 @@
 
 import hashlib
 import json
+import sys
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from care_train.config import Config
-from care_train.data import ImageRef, Sample, load_samples, sample_digest
+from care_train.data import ImageRef, load_samples, sample_digest
 from care_train.data.order import permutation
+from care_train.distributed import is_main
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.evaluation.columns import check_row
 from care_train.evaluation.question import Benchmark, Judgement, Question
-from care_train.evaluation.rows import Rows, open_rows
+from care_train.evaluation.rows import open_rows
+from care_train.config import Config
 
 DATA = "data"
 """The name under which `eval.benchmarks` has the rows of `eval.data`."""
@@ -24,7 +26,6 @@ class QuestionSet:
     """Questions by place, and the rule that says which answers are right."""
 
     name: str
-    title: str
     source: str
     """Where the rows are from."""
     ids: tuple[str, ...]
@@ -33,6 +34,9 @@ class QuestionSet:
     read: Callable[[int], Question]
     judge: Callable[[str, Question], Judgement] | None
     """The benchmark's rule; None: the run's own verifier and rewards."""
+    num_odd_keys: int = 0
+    """Multiple-choice questions whose key names none of their options: only a judge finds an answer
+    to them right."""
 
     @property
     def digest(self) -> str:
@@ -41,61 +45,64 @@ class QuestionSet:
 
 
 def open_questions(name: str, config: Config) -> QuestionSet:
-    """The questions of a benchmark, every row checked.
+    """The questions of a benchmark, each read once, so that a bad row is found before any answer.
+
+    A question that is there twice, as in a folder with two copies of its table, is asked once.
 
     Args:
         name: one of `BENCHMARKS`, or `data`.
         config: `eval.sources` says where the rows are, `eval.max_questions` how many count.
 
     Raises:
-        ValueError: no rows, a row that breaks the published schema, or an id used twice.
+        ValueError: no rows, a row that breaks the published schema, or an id that two different
+            questions share.
     """
     if name == DATA:
-        return _from_samples(load_samples(config.eval.data, config.seed), config.eval.data.path)
+        samples = load_samples(config.eval.data, config.seed)
+        count, source = len(samples), config.eval.data.path
+
+        def read_sample(place: int) -> Question:
+            return Question(samples[place], group=samples[place].source)
+
+        return _read_all(name, source, read_sample, range(count), count, None)
     benchmark = BENCHMARKS[name]
     source = config.eval.sources.get(name, benchmark.dataset)
-    parts = open_rows(source, benchmark.subsets, benchmark.split)
-    total = sum(part.count for part in parts)
-    limit = config.eval.max_questions
-    places: Sequence[int] = range(total)
-    if limit is not None and limit < total:
-        places = sorted(permutation(total, f"{config.seed}/{name}")[:limit])
-    read = _reader(benchmark, parts)
-    return _question_set(
-        name, benchmark.title, source, len(places), lambda i: read(places[i]), benchmark.judge
-    )
+    read, total = _reader(benchmark, source)
+    limit = config.eval.max_questions or total
+    order = permutation(total, f"{config.seed}/{name}") if limit < total else range(total)
+    return _read_all(name, source, read, order, limit, benchmark.judge)
 
 
-def _from_samples(samples: Sequence[Sample], source: str) -> QuestionSet:
-    def read(place: int) -> Question:
-        sample = samples[place]
-        return Question(sample, group=sample.source)
-
-    return _question_set(DATA, "held-out rows", source, len(samples), read, None)
-
-
-def _question_set(
+def _read_all(
     name: str,
-    title: str,
     source: str,
-    count: int,
     read: Callable[[int], Question],
+    order: Iterable[int],
+    limit: int,
     judge: Callable[[str, Question], Judgement] | None,
 ) -> QuestionSet:
-    """Read every question once, so that a bad row or path is found before the first answer."""
-    locations: dict[str, str] = {}
-    digests, image_digests = [], {}
-    for place in range(count):
+    """The first `limit` different questions of `order`, in the order of their rows."""
+    found: dict[str, tuple[int, str, str]] = {}
+    image_digests: dict[ImageRef, str] = {}
+    num_odd_keys = num_repeated = 0
+    for place in order:
+        if len(found) == limit:
+            break
         question = read(place)
-        sample = question.sample
-        if sample.id in locations:
+        sample, digest = question.sample, _digest(question, image_digests)
+        _, location, known = found.setdefault(sample.id, (place, sample.location, digest))
+        if known != digest:
             raise ValueError(
-                f"{sample.location}: id: got {sample.id!r}, already used by "
-                f"{locations[sample.id]}, wanted unique ids"
+                f"{sample.location}: id: got {sample.id!r}, already used by {location}, wanted "
+                "unique ids"
             )
-        locations[sample.id] = sample.location
-        digests.append(_digest(question, image_digests))
-    return QuestionSet(name, title, source, tuple(locations), tuple(digests), read, judge)
+        num_repeated += location != sample.location
+        num_odd_keys += question.is_odd
+    if num_repeated and is_main():
+        print(f"{name}: {num_repeated:,} questions are there twice: asked once", file=sys.stderr)
+    rows = sorted((place, id, digest) for id, (place, _, digest) in found.items())
+    places, ids, digests = zip(*rows, strict=True)
+    return QuestionSet(name, source, ids, digests, lambda i: read(places[i]), judge, num_odd_keys)
 
 
 def _digest(question: Question, image_digests: dict[ImageRef, str]) -> str:
@@ -105,7 +112,9 @@ def _digest(question: Question, image_digests: dict[ImageRef, str]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _reader(benchmark: Benchmark, parts: Sequence[Rows]) -> Callable[[int], Question]:
+def _reader(benchmark: Benchmark, source: str) -> tuple[Callable[[int], Question], int]:
+    """A function from a place to its question, over all parts, and how many places there are."""
+    parts = open_rows(source, benchmark.subsets, benchmark.split)
     ends = list(accumulate(part.count for part in parts))
 
     def read(place: int) -> Question:
@@ -115,4 +124,4 @@ def _reader(benchmark: Benchmark, parts: Sequence[Rows]) -> Callable[[int], Ques
         check_row(benchmark.name, benchmark.columns, row, location)
         return benchmark.to_question(row, f"{benchmark.name}: {location}", part.base_dir)
 
-    return read
+    return read, ends[-1]

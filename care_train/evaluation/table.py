@@ -1,13 +1,52 @@
-"""A run's numbers as Markdown, beside the paper's."""
+"""A run's numbers as Markdown beside the paper's, and the means over several trainings."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from care_train.evaluation.benchmarks import BENCHMARKS
-from care_train.evaluation.paper import TABLE_1, TABLE_2, Row
+from care_train.reporting import mean_interval
+from care_train.reporting.markdown import markdown_table, markdown_text
 
 Summaries = Mapping[str, Mapping[str, Any]]
+
+_SHARED = ("questions", "decoding", "seeds", "samples")
+"""What results must have in common for their accuracies to be averaged."""
+
+PAPER: tuple[tuple[str, tuple[float | None, ...]], ...] = (
+    ("Qwen2.5-VL-3B", (62.0, 47.6, 21.2, 46.4, 31.1, 21.3)),
+    ("Qwen2.5-VL-7B", (68.6, 49.2, 22.4, 61.3, 36.3, 32.8)),
+    ("Qwen3-VL-8B-Instruct", (77.2, 62.1, 53.9, 69.6, None, None)),
+    ("Qwen2.5-VL-7B + GRPO", (68.9, 50.8, 25.7, 61.1, 36.4, 32.8)),
+    ("Qwen2.5-VL-7B + DAPO", (72.6, 54.2, 29.4, 61.6, 37.3, 34.7)),
+    ("Qwen2.5-VL-7B + GSPO", (74.1, 56.0, 31.6, 62.2, 38.9, 36.4)),
+    ("Qwen2.5-VL-3B + CARE", (66.5, 49.9, 25.0, 47.2, 33.1, 24.0)),
+    ("Qwen2.5-VL-7B + CARE", (74.7, 56.8, 32.6, 62.5, 39.7, 37.1)),
+    ("Qwen3-VL-8B-Instruct + CARE", (82.1, 69.7, 61.7, 71.0, 46.7, 41.7)),
+    ("Qwen2.5-VL-3B + GRPO", (63.5, 47.9, 22.4, 45.4, 31.9, 21.9)),
+    ("Qwen2.5-VL-3B + CARE w/o RGR", (65.3, 48.2, 24.7, 47.4, 32.2, 23.1)),
+    ("Qwen2.5-VL-7B + CARE w/o RGR", (74.3, 55.4, 31.9, 62.8, 38.3, 36.4)),
+    ("GPT-4o", (63.8, 37.6, None, None, None, None)),
+    ("GPT-5-Nano", (73.1, None, 59.7, 72.6, None, None)),
+    ("Claude-Sonnet-3.7", (66.8, None, 41.9, 75.0, None, None)),
+    ("Gemini-2.0-Pro", (71.3, 67.3, 48.1, 69.9, None, None)),
+    ("Qwen3-VL-4B-Instruct", (73.7, 46.8, 51.6, 67.4, None, None)),
+    ("InternVL3.5-8B-Instruct", (74.2, None, 46.4, 68.1, None, None)),
+    ("MiMo-VL-7B-SFT", (81.8, 67.1, 57.9, 64.6, 45.2, 39.4)),
+    ("LLaVA-OneVision-1.5 8B", (69.6, None, 25.6, 55.4, 37.4, 25.2)),
+    ("DeepEyes", (70.1, 47.3, 26.6, None, None, None)),
+    ("M2-Reasoning", (75.0, None, 31.5, None, None, None)),
+    ("Qwen3-VL-4B-Thinking", (79.5, 75.2, 60.0, 70.8, None, None)),
+    ("Qwen3-VL-8B-Thinking", (81.4, 77.7, 62.7, 74.1, None, None)),
+    ("MiMo-VL-7B-RL", (81.5, 71.5, 60.4, 66.7, 46.2, 40.3)),
+    ("Vision-R1-7B", (73.5, None, None, None, None, None)),
+    ("Keye-VL-1.5-8B", (80.7, 59.8, 46.0, 71.4, None, None)),
+    ("InternVL3.5-8B-MPO", (74.2, None, 46.4, 71.2, None, None)),
+)
+"""Tables 1 and 2: a model, and its accuracy in percent on each of `BENCHMARKS`; None: not reported.
+The paper's own backbones, with which a run is compared, come first."""
 
 
 def results_markdown(name: str, results: Mapping[str, Any]) -> str:
@@ -19,12 +58,12 @@ def results_markdown(name: str, results: Mapping[str, Any]) -> str:
     """
     summaries: Summaries = results["benchmarks"]
     sections = [
-        f"# {name}: accuracy, percent",
+        f"# {markdown_text(name)}: accuracy, percent",
         comparison({f"{name} (this run)": results}),
         _note(results),
         "## Behind the numbers",
         _details(summaries),
-        *(_group_section(results, key) for key in summaries),
+        *(_groups(_title(key), summary["groups"]) for key, summary in summaries.items()),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
@@ -36,83 +75,140 @@ def comparison(own: Mapping[str, Mapping[str, Any]]) -> str:
         own: of each row the `benchmarks` with `accuracy` and `half_width`, and their `macro`.
     """
     header = ["", *(b.title for b in BENCHMARKS.values()), "macro average"]
-    rows = [_own_row(name, results) for name, results in own.items()]
-    rows += map(_paper_row, sorted(TABLE_1 + TABLE_2, key=_backbone))
+    rows = []
+    for name, results in own.items():
+        summaries: Summaries = results["benchmarks"]
+        row = [_score(summaries[key]) if key in summaries else "—" for key in BENCHMARKS]
+        macro = _score(results["macro"]) if results["macro"] and "—" not in row else "—"
+        rows.append([name, *row, macro])
+    for name, values in PAPER:
+        known = [value for value in values if value is not None]
+        macro = f"{fmean(known):.2f}" if len(known) == len(values) else "—"
+        rows.append([name, *("—" if v is None else f"{v:.1f}" for v in values), macro])
     return markdown_table(header, rows)
 
 
-def _own_row(name: str, results: Mapping[str, Any]) -> list[str]:
-    summaries: Summaries = results["benchmarks"]
-    row = [f"**{name}**"]
-    row += [score(summaries[key]) if key in summaries else "—" for key in BENCHMARKS]
-    macro = results["macro"]
-    return [*row, score(macro) if macro and set(BENCHMARKS) <= set(summaries) else "—"]
+def combine_runs(folders: Sequence[Path]) -> dict[str, Any]:
+    """The mean over runs of each benchmark's accuracy, and its 95 % interval.
+
+    The paper trains five seeds (Sec. 4.1). Each evaluation is a run of its own; their spread says
+    something else than `eval.seeds`, which decodes one model repeatedly.
+
+    Args:
+        folders: of `care-train eval` runs, one for each trained model.
+
+    Returns:
+        `benchmarks`: each one's `accuracy`, `half_width` (1.96 s / sqrt(n); None for one run),
+        `per_run` and `num_questions`; `macro`, the same of the macro average; `runs`.
+
+    Raises:
+        ValueError: no results in a folder, a model twice, or runs that were evaluated otherwise.
+    """
+    results = [_read(folder) for folder in folders]
+    first, where = results[0], folders[0]
+    models: dict[str, Path] = {}
+    for folder, result in zip(folders, results, strict=True):
+        same = models.setdefault(json.dumps(result["weights"]), folder)
+        if same != folder or folders.count(folder) > 1:
+            raise ValueError(
+                f"{folder}: got the model of {same}, wanted one evaluation of each training: "
+                "repeated decodes of one model belong in eval.seeds"
+            )
+        for key in _SHARED:
+            if result[key] != first[key]:
+                raise ValueError(
+                    f"{folder}: {key}: got {result[key]}, wanted {first[key]} as in {where}"
+                )
+    benchmarks = {
+        name: _over_runs([result["benchmarks"][name]["accuracy"] for result in results])
+        | {"num_questions": summary["num_questions"]}
+        for name, summary in first["benchmarks"].items()
+    }
+    macro = first["macro"] and _over_runs([result["macro"]["accuracy"] for result in results])
+    runs = [str(folder) for folder in folders]
+    return {"runs": runs, "benchmarks": benchmarks, "macro": macro}
+
+
+def trainings_markdown(groups: Mapping[str, Mapping[str, Any]]) -> str:
+    """`combine_runs` of each group as a row above the paper's, and each run's own numbers."""
+    note = (
+        "Mean over trainings; ± is the half width of the 95 % interval over them "
+        "(1.96 s / sqrt(n)). The other rows are the paper's Tables 1 and 2, measured there with "
+        "LMMs-Eval over five seeds."
+    )
+    named = {f"{name} (n = {len(group['runs'])})": group for name, group in groups.items()}
+    sections = [comparison(named), note]
+    for name, group in groups.items():
+        rows = [
+            [key, *map(_percent, summary["per_run"]), _score(summary)]
+            for key, summary in group["benchmarks"].items()
+        ]
+        table = markdown_table(["", *group["runs"], "mean"], rows)
+        sections += [f"## {markdown_text(name)}", table]
+    return "\n\n".join(sections) + "\n"
 
 
 def _note(results: Mapping[str, Any]) -> str:
-    settings, count = results["decoding"], len(results["seeds"])
+    settings, count, samples = results["decoding"], len(results["seeds"]), results["samples"]
     how = "greedy" if settings["greedy"] else f"temperature {settings['temperature']:g}"
     spread = (
         f"± is the half width of the 95 % interval over {count} seeds (1.96 s / sqrt(n))."
         if count > 1
         else "One seed: no interval over seeds; that over questions is below."
     )
-    decodes = (
-        "Single decode" if results["samples"] == 1 else f"Mean of {results['samples']} decodes"
-    )
+    decodes = "Single decode" if samples == 1 else f"Mean of {samples} decodes"
+    odd = {_title(key): s["odd_keys"] for key, s in results["benchmarks"].items() if s["odd_keys"]}
+    lost = "; ".join(f"{title}: {number:,}" for title, number in odd.items())
     return (
         f"{decodes}, {how}, no reflection; exact match in the answer span. {spread} The other "
         "rows are the paper's Tables 1 and 2, measured there with LMMs-Eval."
-    )
+    ) + (f" Keys that name no option, for the judge alone: {lost}." if lost else "")
 
 
 def _details(summaries: Summaries) -> str:
     ks = sorted({k for summary in summaries.values() for k in summary["pass@k"]})
     header = ["", "questions", "accuracy [95 % over questions]", "by exact match alone"]
-    header += ["well-formed", "cut short", "tokens", *(f"pass@{k}" for k in ks)]
-    header += [f"majority@{k}" for k in ks]
+    header += ["well-formed", "cut short", "tokens"]
+    header += [f"{name}@{k}" for name in ("pass", "majority") for k in ks]
     rows = []
     for key, summary in summaries.items():
         low, high = summary["interval"]
-        rows.append(
-            [
-                BENCHMARKS[key].title if key in BENCHMARKS else key,
-                f"{summary['num_questions']:,}",
-                f"{score(summary)} [{100 * low:.1f}, {100 * high:.1f}]",
-                *(_percent(summary[name]) for name in ("exact", "format", "truncated")),
-                f"{summary['tokens']:,.0f}",
-                *(_percent(summary["pass@k"][k]) for k in ks),
-                *(_percent(summary["majority@k"][k]) for k in ks),
-            ]
-        )
+        row = [_title(key), f"{summary['num_questions']:,}"]
+        row += [f"{_score(summary)} [{100 * low:.1f}, {100 * high:.1f}]"]
+        row += [_percent(summary[name]) for name in ("exact", "format", "truncated")]
+        row += [f"{summary['tokens']:,.0f}"]
+        row += [_percent(summary[f"{name}@k"][k]) for name in ("pass", "majority") for k in ks]
+        rows.append(row)
     return markdown_table(header, rows)
 
 
-def _group_section(results: Mapping[str, Any], key: str) -> str:
-    groups = results["benchmarks"][key]["groups"]
-    if len(groups) < 2:
-        return ""
+def _groups(title: str, groups: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
         [name or "—", f"{group['num_questions']:,}", _percent(group["accuracy"])]
         for name, group in groups.items()
     ]
-    title = BENCHMARKS[key].title if key in BENCHMARKS else key
-    return f"### {title}\n\n{markdown_table(['', 'questions', 'accuracy'], rows)}"
+    table = markdown_table(["", "questions", "accuracy"], rows)
+    return f"### {title}\n\n{table}" if len(rows) > 1 else ""
 
 
-def _paper_row(row: Row) -> list[str]:
-    name, values = row
-    known = [value for value in values if value is not None]
-    macro = f"{fmean(known):.2f}" if len(known) == len(values) else "—"
-    return [name, *("—" if value is None else f"{value:.1f}" for value in values), macro]
+def _title(key: str) -> str:
+    return BENCHMARKS[key].title if key in BENCHMARKS else key
 
 
-def _backbone(row: Row) -> bool:
-    """Rows of the paper's own backbones first: those a run is compared with."""
-    return not row[0].startswith(("Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Qwen3-VL-8B-Instruct"))
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "results.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: has no results.json: wanted a finished run of care-train eval")
+    return json.loads(path.read_text())
 
 
-def score(summary: Mapping[str, Any]) -> str:
+def _over_runs(values: Sequence[float]) -> dict[str, Any]:
+    mean, half = mean_interval(values)
+    half_width = half if len(values) > 1 else None
+    return {"accuracy": mean, "half_width": half_width, "per_run": list(values)}
+
+
+def _score(summary: Mapping[str, Any]) -> str:
     """Percent, with the half width of its interval where there is one."""
     half = summary["half_width"]
     return _percent(summary["accuracy"]) + ("" if half is None else f" ± {100 * half:.1f}")
@@ -120,9 +216,3 @@ def score(summary: Mapping[str, Any]) -> str:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Numbers aligned to the right, the first column to the left."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(c.replace("|", r"\|") for c in row) + " |" for row in lines)

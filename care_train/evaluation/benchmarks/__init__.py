@@ -1,21 +1,129 @@
-"""The six benchmarks of Table 1, by their names in `eval.benchmarks`."""
+"""The six benchmarks of Table 1, by their names in `eval.benchmarks`.
 
-from care_train.evaluation.benchmarks.math_vision import MATH_VISION
-from care_train.evaluation.benchmarks.mathverse import MATHVERSE
-from care_train.evaluation.benchmarks.mathvista import MATHVISTA
-from care_train.evaluation.benchmarks.mmmu import MMMU, MMMU_PRO_STANDARD, MMMU_PRO_VISION
+Schemas: the data sets' cards on the Hugging Face Hub (Lu et al., 2024; Zhang et al., 2024; Wang et
+al., 2024; Yue et al., 2024 and 2025), read in November 2026.
+"""
 
-BENCHMARKS = {
-    benchmark.name: benchmark
-    for benchmark in (
-        MATHVISTA,
-        MATHVERSE,
-        MATH_VISION,
-        MMMU,
-        MMMU_PRO_STANDARD,
-        MMMU_PRO_VISION,
-    )
-}
+from care_train.evaluation.benchmarks.math import (
+    judge_math_vision,
+    judge_mathverse,
+    judge_mathvista,
+    math_vision_question,
+    mathverse_question,
+    mathvista_question,
+)
+from care_train.evaluation.benchmarks.mmmu import (
+    judge_mmmu,
+    mmmu_pro_vision_question,
+    mmmu_question,
+)
+from care_train.evaluation.columns import (
+    ENCODED_TEXTS,
+    FILLED_TEXT,
+    IMAGE,
+    NUMBER_OR_NULL,
+    TEXT,
+    TEXTS,
+    optional,
+)
+from care_train.evaluation.question import Benchmark
+
+_MMMU_COLUMNS = {
+    "id": FILLED_TEXT,
+    "question": FILLED_TEXT,
+    "options": ENCODED_TEXTS,
+    "answer": FILLED_TEXT,
+} | {f"image_{number}": optional(IMAGE) for number in range(1, 8)}
+
+_ALL = (
+    Benchmark(
+        name="mathvista",
+        title="MathVista mini",
+        dataset="AI4Math/MathVista",
+        split="testmini",
+        columns={
+            "pid": FILLED_TEXT,
+            "query": FILLED_TEXT,
+            "decoded_image": IMAGE,
+            "choices": optional(TEXTS),
+            "precision": NUMBER_OR_NULL,
+            "answer": FILLED_TEXT,
+            "question_type": FILLED_TEXT,
+            "answer_type": FILLED_TEXT,
+        },
+        to_question=mathvista_question,
+        judge=judge_mathvista,
+    ),
+    Benchmark(
+        name="mathverse",
+        title="MathVerse mini",
+        dataset="AI4Math/MathVerse",
+        split="testmini",
+        subsets=("testmini",),
+        columns={
+            "sample_index": FILLED_TEXT,
+            "problem_version": FILLED_TEXT,
+            "image": IMAGE,
+            "answer": FILLED_TEXT,
+            "question_type": FILLED_TEXT,
+            "query_cot": FILLED_TEXT,
+            "question_for_eval": TEXT,
+        },
+        to_question=mathverse_question,
+        judge=judge_mathverse,
+    ),
+    Benchmark(
+        name="math_vision",
+        title="MATH-Vision full",
+        dataset="MathLLMs/MathVision",
+        split="test",
+        columns={
+            "id": FILLED_TEXT,
+            "question": FILLED_TEXT,
+            "options": TEXTS,
+            "decoded_image": IMAGE,
+            "answer": FILLED_TEXT,
+            "subject": FILLED_TEXT,
+        },
+        to_question=math_vision_question,
+        judge=judge_math_vision,
+    ),
+    Benchmark(
+        name="mmmu",
+        title="MMMU val",
+        dataset="MMMU/MMMU",
+        split="validation",
+        columns=_MMMU_COLUMNS | {"question_type": FILLED_TEXT},
+        to_question=mmmu_question,
+        judge=judge_mmmu,
+    ),
+    Benchmark(
+        name="mmmu_pro_standard",
+        title="MMMU-Pro standard",
+        dataset="MMMU/MMMU_Pro",
+        split="test",
+        subsets=("standard (10 options)",),
+        columns=_MMMU_COLUMNS | {"subject": FILLED_TEXT},
+        to_question=mmmu_question,
+        judge=judge_mmmu,
+    ),
+    Benchmark(
+        name="mmmu_pro_vision",
+        title="MMMU-Pro vision",
+        dataset="MMMU/MMMU_Pro",
+        split="test",
+        subsets=("vision",),
+        columns={
+            "id": FILLED_TEXT,
+            "image": IMAGE,
+            "options": ENCODED_TEXTS,
+            "answer": FILLED_TEXT,
+            "subject": FILLED_TEXT,
+        },
+        to_question=mmmu_pro_vision_question,
+        judge=judge_mmmu,
+    ),
+)
+
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
 """In the order of Table 1."""
-
-__all__ = ["BENCHMARKS"]

@@ -1,0 +1,208 @@
+"""MathVista, MathVerse and MATH-Vision: rows as questions, and what is right."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from care_train.data import Sample
+from care_train.evaluation.question import (
+    Judgement,
+    Question,
+    choose,
+    image_ref,
+    judge_choice,
+    judge_free_form,
+    lettered_options,
+    letters,
+    list_options,
+    right_options,
+)
+from care_train.verifier import AnswerType
+
+Row = Mapping[str, Any]
+
+
+def mathvista_question(row: Row, location: str, base_dir: Path) -> Question:
+    """The published query, which ends with question, unit and choices, after the image."""
+    precision, options = row["precision"], tuple(row["choices"] or ())
+    is_choice = row["question_type"] == "multi_choice"
+    if is_choice and row["answer"] not in options:
+        raise ValueError(
+            f"{location}: column 'answer': got {row['answer']!r}, wanted one of 'choices' "
+            f"{list(options)}"
+        )
+    return Question(
+        Sample(
+            row["pid"],
+            row["query"],
+            row["answer"],
+            (image_ref(row["decoded_image"], base_dir, location),),
+            source="mathvista",
+            location=location,
+        ),
+        options=options,
+        # Two options may share the text that is the key: either is right.
+        right=frozenset(i for i, o in enumerate(options) if is_choice and o == row["answer"]),
+        kind="choice" if is_choice else row["answer_type"],
+        precision=None if precision is None else int(precision),
+        group=row["answer_type"],
+    )
+
+
+def judge_mathvista(predicted: str, question: Question) -> Judgement:
+    """The nearest option; an integer cut from a decimal, a float rounded, or the text as it is.
+
+    Source: github.com/lupantech/MathVista, evaluation/calculate_score.py. The authors' first step,
+    a language model that reads the answer out of the response, is the answer span's here.
+    """
+    expected = question.sample.answer
+    if question.right:
+        return judge_choice(_nearest_option(predicted, question.options), question, predicted)
+    normalized = predicted.strip()
+    if question.kind in ("integer", "float"):
+        try:
+            value = float(normalized)
+            rounded = int(value) if question.kind == "integer" else value
+            normalized = str(round(rounded, question.precision or 0))
+        except (ValueError, OverflowError):
+            normalized = ""
+    # Numbers are inferred from the key; a list in brackets could be an interval.
+    answer_type = AnswerType.LIST if question.kind == "list" else None
+    return judge_free_form(predicted, expected, normalized == expected.strip(), answer_type)
+
+
+def _nearest_option(predicted: str, options: tuple[str, ...]) -> int:
+    """The letter in brackets, the letter alone, or else the option of the least edit distance."""
+    # Imported here: no other benchmark needs it.
+    from rapidfuzz.distance import Levenshtein
+
+    text = predicted.strip()
+    in_brackets = re.search(r"\(([a-zA-Z])\)", text)
+    letter = in_brackets[1].upper() if in_brackets else text.rstrip(".").upper()
+    if len(letter) == 1 and letter in letters(len(options)):
+        return letters(len(options)).index(letter)
+    distances = [Levenshtein.distance(text, option) for option in options]
+    return distances.index(min(distances))
+
+
+_MATHVERSE_OPTION = re.compile(r"\(?([A-H])\)?\s*[:.)]\s*(.*)")
+_MATHVERSE_UNLISTED = {"true": ("True", "False"), "false": ("True", "False")}
+_MATHVERSE_UNLISTED |= {"yes": ("Yes", "No"), "no": ("Yes", "No")}
+
+
+def mathverse_question(row: Row, location: str, base_dir: Path) -> Question:
+    """The published query that asks for reasoning first, after the image.
+
+    Most keys of multiple-choice questions are letters; some are an option's text. A key that is
+    neither is compared as that of a free-form question, and may go to the judge.
+    """
+    is_choice = row["question_type"] == "multi-choice"
+    # The question is within the image in one version; this column always spells it. Where it lists
+    # no choices, the letters still are what is asked for.
+    options = _mathverse_options(row["question_for_eval"])
+    texts = options or _MATHVERSE_UNLISTED.get(row["answer"].strip().lower(), ("",) * 4)
+    return Question(
+        Sample(
+            row["sample_index"],
+            row["query_cot"],
+            row["answer"],
+            (image_ref(row["image"], base_dir, location),),
+            source="mathverse",
+            location=location,
+        ),
+        options=texts if is_choice else (),
+        right=right_options(row["answer"], texts) if is_choice else frozenset(),
+        kind="choice" if is_choice else "free-form",
+        group=row["problem_version"],
+    )
+
+
+def _mathverse_options(question: str) -> tuple[str, ...]:
+    """The lines after `Choices:`, where their letters run from A."""
+    lines = question.partition("Choices:")[2].splitlines()
+    found = [_MATHVERSE_OPTION.fullmatch(line.strip()) for line in lines]
+    matches = [match for match in found if match]
+    if "".join(match[1] for match in matches) != letters(len(matches)):
+        return ()
+    return tuple(match[2].strip() for match in matches)
+
+
+def judge_mathverse(predicted: str, question: Question) -> Judgement:
+    """By letter or option text; otherwise the same string, or as the verifier reads it.
+
+    The authors have a language model compare every answer with its key
+    (github.com/ZrrSkywalker/MathVerse, evaluation/score_answer_s2.py), or take both for strings.
+    """
+    if question.right:
+        return judge_choice(choose(predicted, question.options), question, predicted)
+    expected = question.sample.answer
+    return judge_free_form(predicted, expected, predicted.strip() == expected.strip())
+
+
+def math_vision_question(row: Row, location: str, base_dir: Path) -> Question:
+    """The question and its choices after the image, which holds all the question's pictures."""
+    options, prompt = tuple(row["options"]), row["question"]
+    if options:
+        prompt = f"{prompt}\nChoices:\n{list_options(options)}\nThe answer is one letter."
+    return Question(
+        Sample(
+            row["id"],
+            prompt,
+            row["answer"],
+            (image_ref(row["decoded_image"], base_dir, location),),
+            source="math_vision",
+            location=location,
+        ),
+        options=options,
+        right=lettered_options(row["answer"], options, location) if options else frozenset(),
+        group=row["subject"],
+    )
+
+
+# Dropped before comparing: sizes, degrees, dollar signs, units that the keys leave out.
+_DROPPED = re.compile(
+    r"\\[,!;:]|\\left|\\right|\\text|\\mbox|\^\{?\\circ\}?|°|\\?\$|\\?%|\{?m\}?\^3|\{?units\}?"
+    r"|\{?km\}?"
+)
+_BOXED = re.compile(r".*\\boxed\{(.*)\}", re.DOTALL)
+
+
+def judge_math_vision(predicted: str, question: Question) -> Judgement:
+    """The letter or the option's value; other answers normalised, and numbers to two decimals.
+
+    Source: github.com/mathllm/MATH-V, evaluation/utils.py, which evaluates model output as code;
+    here the verifier reads what is symbolic.
+    """
+    boxed = _BOXED.match(predicted)
+    text = boxed[1] if boxed else predicted
+    value = _math_vision_value(text)
+    if not question.right:
+        expected = question.sample.answer
+        is_exact = bool(value) and value == _math_vision_value(expected)
+        return judge_free_form(text, expected, is_exact)
+    values = [_math_vision_value(option) for option in question.options]
+    texts = [_math_vision_text(option) for option in question.options]
+    # The key's own text is right even where it is another option's letter, as in the authors' code.
+    place = next((i for i in question.right if texts[i] == _math_vision_text(text)), None)
+    place = choose(text, question.options) if place is None else place
+    if place is None and values.count(value) == 1:
+        place = values.index(value)
+    return judge_choice(place, question, predicted)
+
+
+def _math_vision_text(text: str) -> str:
+    text = _DROPPED.sub("", "".join(text.lower().split()))
+    text = text.split("=")[-1].split("\\approx")[-1].rstrip(".")
+    return re.sub(r"\\[dt]frac", r"\\frac", text)
+
+
+def _math_vision_value(text: str) -> str | float:
+    """A number or fraction at two decimals; other text without what does not count."""
+    text = _math_vision_text(text)
+    fraction = re.fullmatch(r"(-?)\\frac\{(\d{1,12})\}\{(\d{1,12})\}", text)
+    fraction = fraction or re.fullmatch(r"(-?)(\d{1,12})/(\d{1,12})", text)
+    if fraction and int(fraction[3]):
+        return round(float(f"{fraction[1]}1") * int(fraction[2]) / int(fraction[3]), 2)
+    decimal = re.fullmatch(r"[+-]?(?:\d{1,15}(?:\.\d{0,15})?|\.\d{1,15})", text)
+    return round(float(text), 2) if decimal else text

@@ -1,0 +1,26 @@
+"""Text that others wrote (names, paths, model output) as Markdown that shows it to the letter."""
+
+import re
+from collections.abc import Sequence
+
+from care_train.reporting.samples import printable
+
+
+def markdown_text(text: str) -> str:
+    """One line that shows `text`: no line break, HTML, link, image, emphasis or code comes of it."""
+    text = " ".join(printable(text, max_chars=2000, max_lines=100).split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*|]|(?<=\])\()", r"\\\1", text)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Numbers aligned to the right, the first column to the left; every cell is `markdown_text`."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(markdown_text, line))} |" for line in lines)
+
+
+def fenced(text: str, language: str) -> str:
+    """A code block that no backticks in `text` can end."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
