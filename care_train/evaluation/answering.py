@@ -1,8 +1,8 @@
 """Answer a benchmark's questions: one record per response, written as soon as it is there."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +20,13 @@ from care_train.config import Config
 from care_train.training.failures import Stopped
 from care_train.training.guard import StopSignals
 from care_train.training.session import Session
-from care_train.verifier import format_score, infer_type, normalize, verify_batch
+from care_train.verifier import Response, format_score, normalize
 from care_train.verifier.answers import MAX_ANSWER_CHARS
-from care_train.verifier.judge import Case, Judge, case_of
-from care_train.verifier.pool import shared_pool
-from care_train.verifier.types import Item
 
 Job = tuple[int, int, int]
 """A question's place, a seed of `eval.seeds`, and which of `eval.samples` responses."""
-Record = Mapping[str, Any]
-Response = tuple[Question, Completion]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A response and what is said of it."""
-
-    text: str
-    answer: str | None
-    """The answer span's text; None without one."""
-    format_score: float
-    judgement: Judgement
+Record = dict[str, Any]
+Rule = Callable[[str, Question], Judgement]
 
 
 def answer_questions(
@@ -74,12 +60,11 @@ def answer_questions(
     missing = [job for job in jobs if (ids[job[0]], *job[1:]) not in found]
     own = missing[rank() :: world_size()]
     batches = equal_batches(own, config.eval.batch_size, device)
-    judge = Judge(config.reward.judge) if config.reward.judge else None
     bar = track(batches, questions.name, config.logging.progress and is_main())
     answered = 0
     with StopSignals() as signals, closing(JsonlWriter(folder / f"rank_{rank()}.jsonl")) as log:
         for batch in bar:
-            for record in _answer(session, engine, questions, judge, batch):
+            for record in _answer(session, engine, questions, batch):
                 log.write(record)
             answered += len(batch)
             if stop := signals.requested(device):
@@ -91,62 +76,85 @@ def answer_questions(
 
 
 def judge_responses(
-    session: Session, questions: QuestionSet, judge: Judge | None, responses: Sequence[Response]
-) -> list[Judged]:
-    """Decode and judge a batch, in order; only the text of the answer span counts (Sec. 8.3).
-
-    Rows of `eval.data` are scored as rollouts are (Eq. 1). A benchmark's answers are judged by its
-    rule; the verifier is asked about those of free-form questions that the rule leaves open, and
-    then the judge, as the paper asks GPT-5.
+    session: Session,
+    judge: Rule | None,
+    responses: Sequence[tuple[Question, Completion]],
+) -> list[Record]:
+    """What the record of each response says of its text; only the answer span counts (Sec. 8.3).
 
     Args:
-        session: its tags, its tokenizer and, for rows of `eval.data`, its verifier and rewards.
-        questions: the benchmark.
-        judge: a language model; None asks nobody.
+        session: its tags, its tokenizer, its verifier and, for rows of `eval.data`, its rewards.
+        judge: a benchmark's rule. What it leaves open of free-form answers is the verifier's and
+            then the language model's of `reward.judge`, as the paper asks GPT-5. None, for rows of
+            `eval.data`: responses are scored as rollouts are (Eq. 1).
         responses: each question with what was generated for it.
     """
-    if questions.judge is None:
-        return _by_verifier(session, responses)
-    judged = [_by_rule(session, questions, *response) for response in responses]
-    settings = session.config.reward
-    verdicts = settle([one.judgement for one in judged], settings.workers, settings.timeout)
-    judged = [
-        replace(one, judgement=verdict) for one, verdict in zip(judged, verdicts, strict=True)
-    ]
-    if judge is None or settings.judge is None:
-        return judged
-    cases: dict[int, Case] = {}
-    for place, ((question, _), one) in enumerate(zip(responses, judged, strict=True)):
-        key, answer = question.sample.answer, (one.answer or "").strip()
-        is_open = not question.right and infer_type(key) in settings.judge.types
-        if (is_open or question.is_odd) and answer and not one.judgement.accuracy:
-            case = case_of(question.sample.prompt, Item(answer, key))
-            cases |= {} if case is None else {place: case}
-    for place, verdict in zip(cases, judge.judge(list(cases.values())), strict=True):
-        ruled = judged[place].judgement
-        ruled = replace(ruled, accuracy=verdict.accuracy, reason=verdict.reason)
-        judged[place] = replace(judged[place], judgement=ruled)
-    return judged
+    if judge is None:
+        return _score(session, responses)
+    prompt, records = session.config.prompt, []
+    for question, completion in responses:
+        text = session.scorer.text(completion)
+        answer = answer_of(session, text)
+        if answer is None or not answer.strip() or len(answer) > MAX_ANSWER_CHARS:
+            judgement = Judgement(0.0, _no_answer(answer, completion))
+        else:
+            judgement = judge(answer, question)
+        form = format_score(text, prompt.think_tag, prompt.answer_tag)
+        form = form if completion.finished else 0.0
+        records.append(_record(text, answer, form, judgement))
+    _ask_verifier(session, responses, records)
+    return records
 
 
-def settle(judgements: Sequence[Judgement], workers: int, timeout: float) -> list[Judgement]:
-    """Ask the verifier (Eq. 1) what the judgements leave open, all at once; in order.
+def _score(session: Session, responses: Sequence[tuple[Question, Completion]]) -> list[Record]:
+    """The row's type, options and tolerance count, and the run's reward functions and judge."""
+    scored = session.scorer.score_all([(q.sample, completion, ()) for q, completion in responses])
+    records = []
+    for (question, _), rollout in zip(responses, scored, strict=True):
+        answer = answer_of(session, rollout.text)
+        vote = "" if answer is None else normalize(answer)
+        is_exact = rollout.accuracy > 0 and vote == normalize(question.sample.answer)
+        judgement = Judgement(rollout.accuracy, rollout.verdict, vote, is_exact)
+        records.append(_record(rollout.text, answer, rollout.format_score, judgement))
+    return records
 
-    Args:
-        judgements: of a batch.
-        workers: processes that compare what needs algebra.
-        timeout: seconds that one comparison may take.
-    """
-    items = [item for judgement in judgements for item in judgement.asked]
-    verdicts = iter(verify_batch(items, shared_pool(workers, timeout)))
-    settled = []
-    for judgement in judgements:
-        found = [next(verdicts) for _ in judgement.asked]
-        if found:
-            best = max(found, key=lambda verdict: verdict.accuracy)
-            judgement = replace(judgement, accuracy=best.accuracy, reason=best.reason, asked=())
-        settled.append(judgement)
-    return settled
+
+def _ask_verifier(
+    session: Session, responses: Sequence[tuple[Question, Completion]], records: list[Record]
+) -> None:
+    """Free-form answers without an exact match, all at once; of several keys the best counts."""
+    asked: list[tuple[int, Response]] = []
+    for place, ((question, completion), record) in enumerate(zip(responses, records, strict=True)):
+        if record["vote"] and not record["exact"] and not question.right:
+            samples = [replace(question.sample, answer=key) for key in question.keys]
+            asked += [
+                (place, Response(record["response"], sample, completion.finished))
+                for sample in samples or [question.sample]
+            ]
+    # Not with `reward.tolerance`: what a benchmark takes for right does not follow the training.
+    verdicts = session.scorer.verifier.verdicts([response for _, response in asked], None)
+    for (place, _), verdict in zip(asked, verdicts, strict=True):
+        if verdict.accuracy >= records[place]["accuracy"]:
+            records[place] |= {"accuracy": verdict.accuracy, "reason": verdict.reason}
+
+
+def _record(text: str, answer: str | None, form: float, judgement: Judgement) -> Record:
+    return {
+        "answer": answer,
+        "accuracy": judgement.accuracy,
+        "exact": judgement.is_exact,
+        "format": form,
+        "reason": judgement.reason,
+        "vote": judgement.vote,
+        "response": text,
+    }
+
+
+def _no_answer(answer: str | None, completion: Completion) -> str:
+    if answer is None:
+        cut = "" if completion.finished else ": cut by the length limit"
+        return f"no complete answer span{cut}"
+    return f"longer than {MAX_ANSWER_CHARS:,} characters" if answer.strip() else "empty answer"
 
 
 def _jobs(config: Config, count: int) -> Iterator[Job]:
@@ -160,7 +168,6 @@ def _answer(
     session: Session,
     engine: RolloutEngine,
     questions: QuestionSet,
-    judge: Judge | None,
     batch: Sequence[Job],
 ) -> Iterator[Record]:
     """Decode and judge a batch; its questions' images are read once however often it is asked."""
@@ -173,10 +180,9 @@ def _answer(
     ]
     completions = engine.generate(requests, decoding(session.config))
     responses = [(asked[job[0]], c) for job, c in zip(batch, completions, strict=True)]
-    judged = judge_responses(session, questions, judge, responses)
-    for (place, seed, sample), (question, completion), one in zip(
-        batch, responses, judged, strict=True
-    ):
+    judged = judge_responses(session, questions.judge, responses)
+    for job, (question, completion), found in zip(batch, responses, judged, strict=True):
+        place, seed, sample = job
         yield {
             "id": questions.ids[place],
             "seed": seed,
@@ -184,48 +190,9 @@ def _answer(
             "digest": questions.digests[place],
             "group": question.group,
             "expected": question.sample.answer,
-            "answer": one.answer,
-            "accuracy": one.judgement.accuracy,
-            "exact": one.judgement.is_exact,
-            "format": one.format_score,
             "finished": completion.finished,
             "tokens": len(completion.token_ids),
-            "reason": one.judgement.reason,
-            "vote": one.judgement.vote,
-            "response": one.text,
-        }
-
-
-def _by_rule(
-    session: Session, questions: QuestionSet, question: Question, completion: Completion
-) -> Judged:
-    assert questions.judge is not None
-    text, prompt = session.scorer.text(completion), session.config.prompt
-    answer = answer_of(session, text)
-    if answer is None:
-        cut = "" if completion.finished else ": cut by the length limit"
-        judgement = Judgement(0.0, False, f"no complete answer span{cut}", "")
-    elif not answer.strip():
-        judgement = Judgement(0.0, False, "empty answer", "")
-    elif len(answer) > MAX_ANSWER_CHARS:
-        judgement = Judgement(0.0, False, f"longer than {MAX_ANSWER_CHARS:,} characters", "")
-    else:
-        judgement = questions.judge(answer, question)
-    form = format_score(text, prompt.think_tag, prompt.answer_tag) if completion.finished else 0.0
-    return Judged(text, answer, form, judgement)
-
-
-def _by_verifier(session: Session, responses: Sequence[Response]) -> list[Judged]:
-    """The row's type, options and tolerance count, and the run's reward functions and judge."""
-    scored = session.scorer.score_all([(q.sample, completion, ()) for q, completion in responses])
-    judged = []
-    for (question, _), rollout in zip(responses, scored, strict=True):
-        answer = answer_of(session, rollout.text)
-        vote = "" if answer is None else normalize(answer)
-        is_exact = rollout.accuracy > 0 and vote == normalize(question.sample.answer)
-        judgement = Judgement(rollout.accuracy, is_exact, rollout.verdict, vote)
-        judged.append(Judged(rollout.text, answer, rollout.format_score, judgement))
-    return judged
+        } | found
 
 
 def answer_of(session: Session, text: str) -> str | None:

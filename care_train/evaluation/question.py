@@ -10,7 +10,7 @@ from typing import Any
 from care_train.data import ImageRef, Sample
 from care_train.data.image_refs import image_refs
 from care_train.evaluation.columns import Kind, describe
-from care_train.verifier import AnswerType, Item, normalize
+from care_train.verifier import normalize
 
 _AROUND = " \n\t$*'\""
 
@@ -32,25 +32,24 @@ _ALONE = re.compile(
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and by which rule an answer is right."""
+    """What is asked, and what the answer is compared with."""
 
     sample: Sample
-    """Prompt, images and key."""
+    """Prompt, images and key; its columns say how the verifier compares a free-form answer."""
     options: tuple[str, ...] = ()
     """The texts of a multiple-choice question, in the order of their letters."""
     right: frozenset[int] = frozenset()
     """Places of the options that the key names; empty where the question is free-form."""
+    keys: tuple[str, ...] = ()
+    """Keys of a free-form question, any of which is right; none: the sample's answer."""
     kind: str = ""
     """The benchmark's own word for the answer's form, such as `integer`."""
     precision: int | None = None
     """Decimals an answer is rounded to."""
     group: str = ""
     """The part of the benchmark it is reported under, such as a subject."""
-
-    @property
-    def is_odd(self) -> bool:
-        """Whether it is a multiple-choice question whose key names none of its options."""
-        return self.kind == "choice" and not self.right
+    is_odd: bool = False
+    """Whether it is multiple choice and its key names none of its options."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,13 @@ class Judgement:
 
     accuracy: float
     """1.0 or 0.0, or what the verifier's partial credit says."""
-    is_exact: bool
-    """Right by the benchmark's own exact match: without the verifier's reading of free-form
-    answers, which stands in for the language model that the benchmark's authors ask."""
     reason: str
     """For people."""
-    vote: str
+    vote: str = ""
     """The answer in the form in which answers are counted for a majority."""
-    asked: tuple[Item, ...] = ()
-    """What the verifier is still asked, for a whole batch at once; the best verdict counts."""
+    is_exact: bool = False
+    """Right by the benchmark's own exact match: without the verifier's reading of free-form
+    answers, which stands in for the language model that the benchmark's authors ask."""
 
 
 @dataclass(frozen=True)
@@ -85,39 +82,28 @@ class Benchmark:
     to_question: Callable[[Mapping[str, Any], str, Path], Question]
     """From a checked row, its location and the folder of relative paths."""
     judge: Callable[[str, Question], Judgement]
-    """Of an answer span's text: untrusted, but neither blank nor long."""
+    """By exact match, of an answer span's text: untrusted, but neither blank nor long. Free-form
+    answers that do not match exactly are then the verifier's."""
     subsets: tuple[str, ...] = ()
     """Configurations to read; none: the only one, or all."""
 
 
-def judge_free_form(
-    predicted: str, expected: str, is_exact: bool = False, answer_type: AnswerType | None = None
-) -> Judgement:
-    """Right by the benchmark's own rule; otherwise the verifier is asked (Eq. 1).
-
-    Args:
-        predicted: the answer span's text.
-        expected: the key.
-        is_exact: what the benchmark's own exact match says.
-        answer_type: how the verifier compares them; None infers it from the key.
-    """
-    if is_exact:
-        return Judgement(1.0, True, "exact match", normalize(predicted))
-    item = Item(predicted, expected, answer_type)
-    return Judgement(0.0, False, "", normalize(predicted), (item,))
+def judge_exact(is_exact: bool, predicted: str) -> Judgement:
+    """Of a free-form answer: right, or for the verifier to compare."""
+    reason = "exact match" if is_exact else "no exact match"
+    return Judgement(float(is_exact), reason, normalize(predicted), is_exact)
 
 
 def judge_choice(place: int | None, question: Question, predicted: str) -> Judgement:
     """Compare the option that an answer names, if any, with those that the key names."""
     if place is None:
         text = " ".join(predicted.split())
-        text = text if len(text) <= 60 else f"{text[:60]}..."
-        return Judgement(0.0, False, f"{text!r} names no option", "")
+        return Judgement(0.0, f"{text if len(text) <= 60 else text[:60] + '...'!r} names no option")
     letter = letters(place + 1)[-1]
     if place in question.right:
-        return Judgement(1.0, True, f"chose {letter}", letter)
+        return Judgement(1.0, f"chose {letter}", letter, True)
     wanted = " or ".join(letters(right + 1)[-1] for right in sorted(question.right))
-    return Judgement(0.0, False, f"chose {letter}, wanted {wanted}", letter)
+    return Judgement(0.0, f"chose {letter}, wanted {wanted}", letter)
 
 
 def choose(predicted: str, options: Sequence[str]) -> int | None:
@@ -235,6 +221,6 @@ def _last_within(answer: str, texts: Sequence[str]) -> int | None:
     ends = []
     for place, text in enumerate(texts):
         if text and not _is_letter(text):
-            found = re.finditer(rf"(?<![\w.-]){re.escape(text)}(?!\w)", answer)
+            found = re.finditer(rf"(?<![\w.-]){re.escape(text)}(?!\w|[.,]\d)", answer)
             ends += [(match.end(), len(text), place) for match in found]
     return max(ends)[2] if ends else None

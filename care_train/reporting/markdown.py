@@ -7,7 +7,7 @@ from care_train.reporting.samples import printable
 
 
 def markdown_text(text: str) -> str:
-    """One line that shows `text`: no line break, HTML, link, image, emphasis or code comes of it."""
+    """`text` on one line, to the letter: no HTML, link, image, emphasis or code comes of it."""
     text = " ".join(printable(text, max_chars=2000, max_lines=100).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*|]|(?<=\])\()", r"\\\1", text)

@@ -55,7 +55,7 @@ class RolloutScorer:
 
     def __init__(self, token_text: TokenText, verifier: Verifier, prompt: PromptSettings) -> None:
         self._token_text = token_text
-        self._verifier = verifier
+        self.verifier = verifier
         self._tags = (prompt.think_tag, prompt.answer_tag)
 
     def text(self, completion: Completion) -> str:
@@ -89,7 +89,7 @@ class RolloutScorer:
             Response(text, sample, completion.finished, len(completion.token_ids))
             for (text, _), (sample, completion, _) in zip(decoded, completions, strict=True)
         ]
-        scores = self._verifier.score_batch(responses)
+        scores = self.verifier.score_batch(responses)
         return [
             self._rollout(completion, prefix_ids, *text_and_ends, score, reflected)
             for (_, completion, prefix_ids), text_and_ends, score in zip(

@@ -64,7 +64,7 @@ class Verifier:
         """
         if not responses:
             return []
-        verdicts = self._verdicts(responses)
+        verdicts = self.verdicts(responses, self._settings.tolerance)
         forms = [self._form(response) for response in responses]
         results = [(f.settings, f(responses)) for f in self._functions]
         scores = []
@@ -106,10 +106,23 @@ class Verifier:
             return "cut by the length limit"
         return format_fault(response.text, self._think_tag, self._answer_tag)
 
-    def _verdicts(self, responses: Sequence[Response]) -> list[Verdict]:
+    def verdicts(self, responses: Sequence[Response], tolerance: float | None) -> list[Verdict]:
+        """The verifier's verdict per response, in order, without reward functions.
+
+        The judge's replaces it where the verifier finds no match in an answer type that
+        `reward.judge.types` names.
+
+        Args:
+            responses: only the answer span counts.
+            tolerance: of numbers, relative to the key; a row's own column comes first. None: the
+                answer type's own.
+
+        Raises:
+            ValueError: a row's column that cannot be used, or a judge that does not answer.
+        """
         answers = [self._answer(response) for response in responses]
         asked: dict[int, Item] = {
-            place: item_of(answer, responses[place].sample, self._settings.tolerance)
+            place: item_of(answer, responses[place].sample, tolerance)
             for place, answer in enumerate(answers)
             if answer is not None
         }

@@ -1,59 +1,52 @@
-"""The LMMs-Eval adapter, against a re-statement of the interface that it is written for."""
+"""LMMs-Eval finds our model, runs its own tasks on it, and gets answers it can parse."""
 
-import importlib
+import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from bench.protocol_fixtures import draw
-from tests.evaluation.lmms_interface import Instance, Lmms, modules
+from care_train.distributed import own_environment
 
+pytest.importorskip("lmms_eval", reason="pip install --no-deps -r requirements/lmms-eval.txt")
 
-@pytest.fixture
-def adapter(monkeypatch):
-    """The adapter's module, its base class restated."""
-    # Accelerate otherwise takes all cores for this process.
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for name, module in modules().items():
-        monkeypatch.setitem(sys.modules, name, module)
-    name = "care_train.evaluation.lmms_eval_model"
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    yield importlib.import_module(name)
-    sys.modules.pop(name, None)
+from lmms_eval.api.instance import Instance
+
+from care_train.evaluation.lmms_eval import CareTrainModel
 
 
 def _requests(model, contexts: list[str], images: list[list], generation: dict) -> list[Instance]:
     model.task_dict["colors"] = {"test": [{"images": row} for row in images]}
+    visual = lambda doc: doc["images"]  # noqa: E731
+    metadata = {"task": "colors", "doc_id": 0, "repeats": 1}
     return [
-        Instance((context, generation, lambda doc: doc["images"], place, "colors", "test"))
-        for place, context in enumerate(contexts)
+        Instance("generate_until", (text, generation, visual, i, "colors", "test"), 0, metadata)
+        for i, text in enumerate(contexts)
     ]
 
 
-_ARGUMENTS = "prompt__system=null,rollout__max_new_tokens=12"
-
-
 @pytest.fixture
-def model(adapter, tiny_folder):
-    arguments = f"path={tiny_folder()},{_ARGUMENTS}"
+def model(tiny_folder, monkeypatch):
+    # Accelerate otherwise takes all cores for this process.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = f"path={tiny_folder()},prompt__system=null,rollout__max_new_tokens=12"
     config = {"batch_size": 2, "max_batch_size": 8, "device": "cuda:0"}
-    return adapter.CareTrainModel.create_from_arg_string(arguments, config)
+    return CareTrainModel.create_from_arg_string(arguments, config)
 
 
-def test_requests_are_answered_in_order_whatever_the_batch(model, adapter, tiny_folder):
+def test_requests_are_answered_in_order_whatever_the_batch(model, tiny_folder):
     """Text alone, one image, two images in the text; the same in one batch and in several."""
     contexts = ["what color?", "what color?", "is <image> like <image>?", "<image> <image> <image>"]
     images = [[], [draw("red")], [draw("red"), draw("blue")], [draw("green")]]
     requests = _requests(model, contexts, images, {"temperature": 0, "max_new_tokens": 16})
     answers = model.generate_until(requests)
     assert len(answers) == 4 and all(isinstance(answer, str) for answer in answers)
-    other = adapter.CareTrainModel(
-        path=str(tiny_folder()), prompt__system="null", batch_size="auto"
-    )
+    other = CareTrainModel(path=str(tiny_folder()), prompt__system="null", batch_size="auto")
     other.task_dict = model.task_dict
-    longer = other.generate_until(requests)
-    for answer, long_answer in zip(answers, longer, strict=True):
-        assert long_answer.startswith(answer)
+    for answer, longer in zip(answers, other.generate_until(requests), strict=True):
+        assert longer.startswith(answer)
 
 
 def test_a_document_asked_again_gets_another_sample(model):
@@ -76,39 +69,74 @@ def test_sampling_follows_the_task(model):
 @pytest.mark.parametrize(
     ("text", "generation", "answer_only", "shown"),
     [
-        ("<think>so</think> <answer> B </answer>", {}, "true", "B"),
+        ("<think>so</think> <answer> B </answer>", {}, True, "B"),
         ("<think>so</think> <answer>B</answer>", {}, False, "<think>so</think> <answer>B</answer>"),
         ("it is B\n\nthen", {"until": ["\n\n"]}, True, "it is B"),
         ("it is B", {"until": "Q:"}, True, "it is B"),
     ],
 )
-def test_answers_are_shown_without_reasoning(text, generation, answer_only, shown, adapter, model):
+def test_answers_are_shown_without_reasoning(text, generation, answer_only, shown, model):
     """Tasks parse answers; whole responses on request."""
-    model._answer_only = str(answer_only).lower() == "true"
+    model._answer_only = answer_only
     assert model._shown(text, generation) == shown
 
 
-def test_what_is_not_offered_says_so(model):
-    """No log-likelihoods, no rounds, no video."""
-    with pytest.raises(NotImplementedError):
-        model.loglikelihood([])
-    with pytest.raises(NotImplementedError):
-        model.generate_until_multi_round([])
+def test_what_is_not_offered_says_so(model, tiny_folder):
+    """No log-likelihoods, no rounds, no video, no unknown setting."""
+    for method in (model.loglikelihood, model.generate_until_multi_round):
+        with pytest.raises(NotImplementedError):
+            method([])
     with pytest.raises(ValueError, match="colors 0: got a bytes"):
         model.generate_until(_requests(model, ["?"], [[b"video"]], {}))
-
-
-def test_wrong_arguments_are_named(adapter, tiny_folder):
-    """An unknown setting is an error with its name, not ignored."""
     with pytest.raises(ValueError, match=r"rollout\.lenght"):
-        adapter.CareTrainModel(path=str(tiny_folder()), rollout__lenght="3")
+        CareTrainModel(path=str(tiny_folder()), rollout__lenght="3")
 
 
-def test_it_registers_under_its_name(adapter):
-    """The entry point's payload names a class that exists and fits."""
-    from care_train.evaluation.lmms_eval_plugin import manifest
+_TASKS = {
+    "mmmu": ("mmmu/mmmu_val.yaml", "validation"),
+    "mmmu_pro_standard": ("mmmu_pro/mmmu_pro_standard.yaml", "test"),
+}
 
-    payload = manifest()
-    module, name = payload.simple_class_path.rsplit(".", 1)
-    assert payload.model_id == "care_train" and module == adapter.__name__
-    assert issubclass(getattr(adapter, name), Lmms) and getattr(adapter, name).is_simple
+
+def _write_tasks(repositories: dict[str, Path], folder: Path) -> None:
+    """LMMs-Eval's own two tasks as they are, but for where their rows are."""
+    import lmms_eval
+
+    for name, (task, split) in _TASKS.items():
+        rows = sorted(repositories[name].rglob("*.parquet"))
+        rows = [path for path in rows if "vision" not in path.parts]
+        lines = [
+            f"include: {Path(lmms_eval.__file__).parent / 'tasks' / task}",
+            *(f"task: local_{name}", "dataset_path: parquet", "dataset_name: null"),
+            *(
+                "dataset_kwargs:",
+                "  data_files:",
+                f"    {split}: {json.dumps(list(map(str, rows)))}",
+            ),
+        ]
+        (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_lmms_eval_runs_its_tasks_on_our_model(ranks, repositories, tiny_folder, tmp_path):
+    """The package's command line, its entry point and its scores; each document answered once."""
+    _write_tasks(repositories, tmp_path)
+    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    arguments = f"path={tiny_folder()},prompt__system=null,rollout__max_new_tokens=8"
+    command = [
+        *(sys.executable, *launch, "-m", "lmms_eval", "--model", "care_train"),
+        *("--model_args", arguments, "--batch_size", "4", "--include_path", str(tmp_path)),
+        *("--tasks", ",".join(f"local_{name}" for name in _TASKS)),
+        *("--log_samples", "--output_path", str(tmp_path / "out")),
+    ]
+    environment = own_environment() | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (path,) = tmp_path.glob("out/*/*_results.json")
+    results = json.loads(path.read_text())["results"]
+    for name, count in (("mmmu", 8), ("mmmu_pro_standard", 4)):
+        assert 0 <= results[f"local_{name}"]["mmmu_acc,none"] <= 1
+        (log,) = tmp_path.glob(f"out/*/*_samples_local_{name}.jsonl")
+        answered = [json.loads(line) for line in log.read_text().splitlines()]
+        assert sorted(one["doc_id"] for one in answered) == list(range(count))

@@ -8,7 +8,7 @@ import pytest
 
 from bench.protocol_fixtures import math_vision_rows, mathverse_rows, write_parquet
 from care_train.cli import main
-from care_train.evaluation.over_runs import combine_runs, table_markdown
+from care_train.evaluation.table import combine_runs, trainings_markdown
 from care_train.models.tiny import build_tiny_model
 
 RUNS = {"one": 1, "two": 2, "again": 1}
@@ -35,8 +35,8 @@ def test_trainings_become_one_row(runs, capsys):
     """Real runs of two models: their row, each one's numbers, the paper's rows."""
     assert main(["table", f"tiny={runs / 'one'},{runs / 'two'}", f"single={runs / 'one'}"]) == 0
     table = capsys.readouterr().out
-    assert "| **tiny (n = 2)** | — | 0.0 ± 0.0 | 0.0 ± 0.0 | — |" in table
-    assert "| **single (n = 1)** | — | 0.0 | 0.0 | — |" in table
+    assert "| tiny (n = 2) | — | 0.0 ± 0.0 | 0.0 ± 0.0 | — |" in table
+    assert "| single (n = 1) | — | 0.0 | 0.0 | — |" in table
     assert "| Qwen2.5-VL-7B + CARE | 74.7 |" in table
     assert f"|  | {runs / 'one'} | {runs / 'two'} | mean |" in table
 
@@ -78,4 +78,4 @@ def test_the_interval_is_over_trainings(tmp_path):
     assert combined["benchmarks"]["mathvista"]["accuracy"] == pytest.approx(0.74)
     assert combined["benchmarks"]["mathvista"]["half_width"] == pytest.approx(1.96 * 0.04 / 3**0.5)
     assert combined["macro"]["accuracy"] == pytest.approx(0.47)
-    assert "| mathvista | 70.0 | 74.0 | 78.0 | 74.0 ± 4.5 |" in table_markdown({"x": combined})
+    assert "| mathvista | 70.0 | 74.0 | 78.0 | 74.0 ± 4.5 |" in trainings_markdown({"x": combined})

@@ -12,13 +12,12 @@ from care_train.evaluation.question import (
     choose,
     image_ref,
     judge_choice,
-    judge_free_form,
+    judge_exact,
     lettered_options,
     letters,
     list_options,
     right_options,
 )
-from care_train.verifier import AnswerType
 
 Row = Mapping[str, Any]
 
@@ -40,6 +39,8 @@ def mathvista_question(row: Row, location: str, base_dir: Path) -> Question:
             (image_ref(row["decoded_image"], base_dir, location),),
             source="mathvista",
             location=location,
+            # Numbers are inferred from the key; a list in brackets could be an interval.
+            columns={"answer_type": "list"} if row["answer_type"] == "list" else {},
         ),
         options=options,
         # Two options may share the text that is the key: either is right.
@@ -67,9 +68,7 @@ def judge_mathvista(predicted: str, question: Question) -> Judgement:
             normalized = str(round(rounded, question.precision or 0))
         except (ValueError, OverflowError):
             normalized = ""
-    # Numbers are inferred from the key; a list in brackets could be an interval.
-    answer_type = AnswerType.LIST if question.kind == "list" else None
-    return judge_free_form(predicted, expected, normalized == expected.strip(), answer_type)
+    return judge_exact(normalized == expected.strip(), predicted)
 
 
 def _nearest_option(predicted: str, options: tuple[str, ...]) -> int:
@@ -95,13 +94,14 @@ def mathverse_question(row: Row, location: str, base_dir: Path) -> Question:
     """The published query that asks for reasoning first, after the image.
 
     Most keys of multiple-choice questions are letters; some are an option's text. A key that is
-    neither is compared as that of a free-form question, and may go to the judge.
+    neither is compared as text, and may go to the judge.
     """
     is_choice = row["question_type"] == "multi-choice"
     # The question is within the image in one version; this column always spells it. Where it lists
     # no choices, the letters still are what is asked for.
     options = _mathverse_options(row["question_for_eval"])
-    texts = options or _MATHVERSE_UNLISTED.get(row["answer"].strip().lower(), ("",) * 4)
+    options = options or _MATHVERSE_UNLISTED.get(row["answer"].strip().lower(), ("",) * 4)
+    right = right_options(row["answer"], options) if is_choice else frozenset()
     return Question(
         Sample(
             row["sample_index"],
@@ -110,11 +110,13 @@ def mathverse_question(row: Row, location: str, base_dir: Path) -> Question:
             (image_ref(row["image"], base_dir, location),),
             source="mathverse",
             location=location,
+            columns={"answer_type": "text"} if is_choice and not right else {},
         ),
-        options=texts if is_choice else (),
-        right=right_options(row["answer"], texts) if is_choice else frozenset(),
+        options=options if is_choice else (),
+        right=right,
         kind="choice" if is_choice else "free-form",
         group=row["problem_version"],
+        is_odd=is_choice and not right,
     )
 
 
@@ -136,8 +138,7 @@ def judge_mathverse(predicted: str, question: Question) -> Judgement:
     """
     if question.right:
         return judge_choice(choose(predicted, question.options), question, predicted)
-    expected = question.sample.answer
-    return judge_free_form(predicted, expected, predicted.strip() == expected.strip())
+    return judge_exact(predicted.strip() == question.sample.answer.strip(), predicted)
 
 
 def math_vision_question(row: Row, location: str, base_dir: Path) -> Question:
@@ -178,9 +179,8 @@ def judge_math_vision(predicted: str, question: Question) -> Judgement:
     text = boxed[1] if boxed else predicted
     value = _math_vision_value(text)
     if not question.right:
-        expected = question.sample.answer
-        is_exact = bool(value) and value == _math_vision_value(expected)
-        return judge_free_form(text, expected, is_exact)
+        key = _math_vision_value(question.sample.answer)
+        return judge_exact(value != "" and value == key, text)
     values = [_math_vision_value(option) for option in question.options]
     texts = [_math_vision_text(option) for option in question.options]
     # The key's own text is right even where it is another option's letter, as in the authors' code.

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from care_train.evaluation.question import (
     decode_texts,
     image_ref,
     judge_choice,
-    judge_free_form,
+    judge_exact,
     lettered_options,
     list_options,
 )
@@ -43,6 +42,7 @@ def mmmu_question(row: Row, location: str, base_dir: Path) -> Question:
         Sample(row["id"], prompt, row["answer"], images, source="mmmu", location=location),
         options=options,
         right=frozenset() if is_open else lettered_options(row["answer"], options, location),
+        keys=_mmmu_keys(row["answer"], location) if is_open else (),
         kind="open" if is_open else "choice",
         group=row.get("subject") or row["id"].split("_", 1)[-1].rsplit("_", 1)[0],
     )
@@ -92,6 +92,14 @@ def _mmmu_images(
     return IMAGE_PLACEHOLDER * len(unnamed) + text, images
 
 
+def _mmmu_keys(answer: str, location: str) -> tuple[str, ...]:
+    """The key, or several that are right as well, spelled as a Python list; "[0, 1]" is one key."""
+    try:
+        return decode_texts(answer, column="answer", location=location)
+    except ValueError:
+        return (answer,)
+
+
 # Before these words an open answer is not over yet.
 _LEAD_INS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ", "=")
 _NUMBER = re.compile(
@@ -107,13 +115,8 @@ def judge_mmmu(predicted: str, question: Question) -> Judgement:
     """
     if question.right:
         return judge_choice(choose(predicted, question.options), question, predicted)
-    keys: tuple[str, ...] = (question.sample.answer,)
-    if keys[0].strip().startswith("["):
-        keys = decode_texts(keys[0], column="answer", location=question.sample.location)
-    if any(_mmmu_holds(predicted, normalize_mmmu(key)) for key in keys):
-        return judge_free_form(predicted, keys[0], is_exact=True)
-    judgements = [judge_free_form(predicted, key) for key in keys]
-    return replace(judgements[0], asked=tuple(item for one in judgements for item in one.asked))
+    is_exact = any(_mmmu_holds(predicted, normalize_mmmu(key)) for key in question.keys)
+    return judge_exact(is_exact, predicted)
 
 
 def _mmmu_holds(predicted: str, key: str) -> bool:
