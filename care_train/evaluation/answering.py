@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from care_train.algorithm.spans import parse_spans
+from care_train.config import Config
 from care_train.distributed import barrier, gather, is_main, rank, world_size
 from care_train.evaluation.evaluate import EVAL_STEP, decoding, equal_batches
 from care_train.evaluation.question import Judgement, Question
@@ -16,7 +17,6 @@ from care_train.evaluation.question_set import QuestionSet
 from care_train.reporting import track
 from care_train.reporting.jsonl import JsonlWriter, read_jsonl
 from care_train.rollout.types import Completion, Request, RolloutEngine, request_seed
-from care_train.config import Config
 from care_train.training.failures import Stopped
 from care_train.training.guard import StopSignals
 from care_train.training.session import Session

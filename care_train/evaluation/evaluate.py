@@ -6,11 +6,11 @@ from typing import TypeVar
 
 import torch
 
+from care_train.config import Config
 from care_train.data import Sample
 from care_train.distributed import all_max, all_sum, is_main, rank, world_size
 from care_train.reporting import track
 from care_train.rollout.types import Request, RolloutEngine, SamplingSettings, request_seed
-from care_train.config import Config
 from care_train.training.phase import phase
 from care_train.training.session import Session, rank_share
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
+from care_train.config import Config
 from care_train.data import ImageRef, load_samples, sample_digest
 from care_train.data.order import permutation
 from care_train.distributed import is_main
@@ -15,7 +16,6 @@ from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.evaluation.columns import check_row
 from care_train.evaluation.question import Benchmark, Judgement, Question
 from care_train.evaluation.rows import open_rows
-from care_train.config import Config
 
 DATA = "data"
 """The name under which `eval.benchmarks` has the rows of `eval.data`."""
