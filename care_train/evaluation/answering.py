@@ -16,7 +16,7 @@ from care_train.evaluation.question import Judgement, Question
 from care_train.evaluation.question_set import QuestionSet
 from care_train.reporting import track
 from care_train.reporting.jsonl import JsonlWriter, read_jsonl
-from care_train.rollout.types import Completion, Request, RolloutEngine, request_seed
+from care_train.rollout.engine import Completion, Request, RolloutEngine, request_seed
 from care_train.training.failures import Stopped
 from care_train.training.guard import StopSignals
 from care_train.training.session import Session

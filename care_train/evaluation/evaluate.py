@@ -10,9 +10,9 @@ from care_train.config import Config
 from care_train.data import Sample
 from care_train.distributed import all_max, all_sum, is_main, rank, world_size
 from care_train.reporting import track
-from care_train.rollout.types import Request, RolloutEngine, SamplingSettings, request_seed
-from care_train.training.phase import phase
+from care_train.rollout.engine import Request, RolloutEngine, SamplingSettings, request_seed
 from care_train.training.session import Session, rank_share
+from care_train.training.timer import timer
 
 EVAL_STEP = -1
 """Stands for the step in the seeds of evaluation requests: no training step has this number."""
@@ -51,7 +51,7 @@ def evaluate(
             Request(prompt, request_seed(config.seed, EVAL_STEP, sample.id, 0))
             for sample, prompt in zip(batch, prompts, strict=True)
         ]
-        with phase("generate"):
+        with timer("generate"):
             completions = engine.generate(requests, sampling)
         answered = [(*pair, ()) for pair in zip(batch, completions, strict=True)]
         for rollout in session.scorer.score_all(answered):

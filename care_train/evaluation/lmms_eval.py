@@ -22,7 +22,7 @@ from care_train.data import Sample
 from care_train.data.schema import IMAGE_PLACEHOLDER
 from care_train.distributed import initialize_process_group, rank, world_size
 from care_train.evaluation.evaluate import decoding
-from care_train.rollout.types import Request, SamplingSettings, request_seed
+from care_train.rollout.engine import Request, SamplingSettings, request_seed
 from care_train.training.session import open_session
 
 _SEED_STEP = -2

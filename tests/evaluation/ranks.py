@@ -17,8 +17,8 @@ from care_train.config import DataSettings
 from care_train.data import load_samples
 from care_train.distributed import rank
 from care_train.evaluation.evaluate import evaluate
+from care_train.rollout.engine import Completion, Request, SamplingSettings
 from care_train.rollout.transformers_engine import TransformersEngine
-from care_train.rollout.types import Completion, Request, SamplingSettings
 from tests.train.builders import make_session
 
 

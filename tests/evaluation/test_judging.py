@@ -11,7 +11,7 @@ from care_train.data import Sample
 from care_train.evaluation.answering import judge_responses
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.evaluation.question import Question, choose, right_options
-from care_train.rollout.types import Completion
+from care_train.rollout.engine import Completion
 from tests.train.builders import make_session
 from tests.verifier.judge_server import Server, serving
 
