@@ -6,6 +6,7 @@
 Nothing here needs torch, and nothing of care_train outside this package is imported.
 """
 
+from care_train.config.base import Role
 from care_train.config.build import (
     Adapter,
     BuildSettings,
@@ -22,6 +23,7 @@ from care_train.config.care import (
 )
 from care_train.config.data import BenchmarkName, DataSettings, EvalSettings
 from care_train.config.deepspeed import DeepSpeedSettings
+from care_train.config.keys import Key, find_key, list_keys, role_of
 from care_train.config.limits import LimitSettings
 from care_train.config.loader import (
     build_config,
@@ -29,8 +31,6 @@ from care_train.config.loader import (
     config_to_dict,
     config_to_yaml,
     configs_folder,
-    describe_build_keys,
-    describe_keys,
     load_build_settings,
     load_config,
     merge,
@@ -65,6 +65,7 @@ __all__ = [
     "DeepSpeedSettings",
     "EvalSettings",
     "JudgeSettings",
+    "Key",
     "LimitSettings",
     "LoggingSettings",
     "LoraSettings",
@@ -75,6 +76,7 @@ __all__ = [
     "RescueSettings",
     "RewardFunctionSettings",
     "RewardSettings",
+    "Role",
     "RolloutSettings",
     "Selector",
     "SftSettings",
@@ -86,10 +88,11 @@ __all__ = [
     "config_to_dict",
     "config_to_yaml",
     "configs_folder",
-    "describe_build_keys",
-    "describe_keys",
+    "find_key",
+    "list_keys",
     "load_build_settings",
     "load_config",
     "merge",
     "names_run",
+    "role_of",
 ]

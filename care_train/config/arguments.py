@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from care_train.config.loader import describe_build_keys, describe_keys
+from care_train.config.build import BuildSettings
+from care_train.config.keys import Key, list_keys
 
 _COMMANDS = {
     "quickstart": "teach a tiny vision-language model to read images: cold start, CARE, report",
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     # Launchers put it before the command; the rank comes from the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    keys = _keys_help(describe_keys())
+    keys = _keys_help(list_keys())
     for name, summary in (_COMMANDS | INSPECTIONS | {"serve": _SERVE, "verify": _VERIFY}).items():
         command = commands.add_parser(
             name,
@@ -160,7 +161,7 @@ def _add_data(commands: Any) -> None:
         "build",
         help=_DATA_BUILD,
         description=f"{_DATA_BUILD.capitalize()}. A killed build goes on where it was.",
-        epilog=_keys_help(describe_build_keys()),
+        epilog=_keys_help(list_keys(BuildSettings)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     build.add_argument("--config", type=Path, required=True, help="see configs/data/")
@@ -184,9 +185,9 @@ def _add_inspection_options(command: argparse.ArgumentParser, name: str) -> None
     add("--response-tokens", type=int, help="mean response, for times only; default: half the most")
 
 
-def _keys_help(keys: Sequence[tuple[str, str, str]]) -> str:
+def _keys_help(keys: Sequence[Key]) -> str:
     lines = ["settings (key = default: meaning):"]
-    for key, default, description in keys:
-        meaning = " ".join(description.split())
-        lines.append(f"  {key} = {default}\n      {meaning}".replace("%", "%%"))
+    for key in keys:
+        shown = f"  {key.name} = {key.default}  ({key.wanted})\n      {key.meaning}"
+        lines.append(shown.replace("%", "%%"))
     return "\n".join(lines)

@@ -1,18 +1,18 @@
 """Settings of `care-train data build`: sources, what a usable row is, what a duplicate is."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
-from care_train.config.base import STRICT, check
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from care_train.config.base import Role, check, section
 
 Adapter = Literal["rows", "chartqa", "geometry3k", "virl39k", "vision_r1_cold", "easy_vqa"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class SourceSettings:
     """One data set that goes into the build."""
-
-    __pydantic_config__ = STRICT
 
     name: str
     """What the rows' `source` column calls it."""
@@ -40,84 +40,66 @@ class SourceSettings:
         check(bool(self.path) == takes_path, f"sources.{self.name}.path", self.path, wanted)
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class CleanSettings:
     """What a usable row is; the others are quarantined with the reason."""
 
-    __pydantic_config__ = STRICT
-
-    max_prompt_chars: int = 8192
+    max_prompt_chars: PositiveInt = 8192
     """Longest prompt."""
-    max_answer_chars: int = 256
+    max_answer_chars: PositiveInt = 256
     """Longest answer: keys that a verifier compares are short."""
-    max_images: int = 16
+    max_images: NonNegativeInt = 16
     """Most images of a row."""
-    max_image_pixels: int = 50_000_000
+    max_image_pixels: PositiveInt = 50_000_000
     """Largest image in pixels, checked before any pixel is decoded."""
-    max_image_bytes: int = 32_000_000
+    max_image_bytes: PositiveInt = 32_000_000
     """Largest encoded image."""
-    max_aspect_ratio: float = 200.0
+    max_aspect_ratio: Annotated[float, Field(ge=1)] = 200.0
     """Longest side over shortest: Qwen's image processors refuse more."""
     require_rationale: bool = False
     """Reject rows without a rationale, which a cold start cannot learn from."""
 
-    def __post_init__(self) -> None:
-        for key in ("max_prompt_chars", "max_answer_chars", "max_image_pixels", "max_image_bytes"):
-            value = getattr(self, key)
-            check(value >= 1, f"clean.{key}", value, "at least 1")
-        check(self.max_images >= 0, "clean.max_images", self.max_images, "at least 0")
-        check(self.max_aspect_ratio >= 1, "clean.max_aspect_ratio", self.max_aspect_ratio, ">= 1")
 
-
-@dataclass(frozen=True, kw_only=True)
+@section
 class DedupSettings:
     """What a duplicate is: the same normalised prompt, and images that look the same."""
 
-    __pydantic_config__ = STRICT
-
     enabled: bool = True
     """Reject duplicates; the source named first keeps its row."""
-    hash_size: int = 16
+    hash_size: Annotated[int, Field(ge=8, le=32)] = 16
     """Side of the perceptual hash: 16 gives 256 bits, which tell diagrams apart that 64 do not."""
-    max_distance: int = 8
+    max_distance: NonNegativeInt = 8
     """Bits in which the perceptual hashes of one image may differ: 6 is what encoding it anew as
     JPEG and scaling it changes. 0: none."""
 
     def __post_init__(self) -> None:
-        check(8 <= self.hash_size <= 32, "dedup.hash_size", self.hash_size, "8 to 32")
         # Then every band of a hash has at least a byte: see data/building/dedup.py.
         wanted = "0 to dedup.hash_size - 1"
-        check(
-            0 <= self.max_distance < self.hash_size, "dedup.max_distance", self.max_distance, wanted
-        )
+        below = self.max_distance < self.hash_size
+        check(below, "dedup.max_distance", self.max_distance, wanted)
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class BuildSettings:
     """A data set to build."""
 
-    __pydantic_config__ = STRICT
-
-    output: str
+    output: Annotated[str, Role.FREE]
     """The folder to write: train.parquet, manifest.json, quarantine.jsonl."""
     file_name: str = "train.parquet"
     """The data set's file there."""
-    sources: list[SourceSettings]
+    sources: Annotated[list[SourceSettings], Field(min_length=1)]
     """In the order of the rows; of duplicates the first is kept."""
     clean: CleanSettings = field(default_factory=CleanSettings)
     dedup: DedupSettings = field(default_factory=DedupSettings)
-    row_group: int = 32
+    row_group: PositiveInt = 32
     """Rows read together in training: more compress better, fewer are read faster."""
-    workers: int | None = None
+    workers: Annotated[PositiveInt | None, Role.FREE] = None
     """Processes that decode and hash. None: one per core that this process may use."""
-    overwrite: bool = False
+    overwrite: Annotated[bool, Role.FREE] = False
     """Build anew where the folder holds another build."""
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
-        check(bool(names), "sources", names, "at least one source")
         check(len(set(names)) == len(names), "sources", names, "different names")
-        check(self.row_group >= 1, "row_group", self.row_group, "at least 1")
-        check(self.workers is None or self.workers >= 1, "workers", self.workers, "at least 1")
         is_name = self.file_name.endswith(".parquet") and "/" not in self.file_name
         check(is_name, "file_name", self.file_name, "a name that ends with .parquet")

@@ -4,19 +4,19 @@ Two presets change several at once: `literal` follows Algorithm 1 to the letter,
 authors' released code (github.com/yongxinwang-ai/CARE at 8c6045c) where it differs from the paper.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
-from care_train.config.base import STRICT, check, check_at_least
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from care_train.config.base import PositiveShare, check, section
 
 Selector = Literal["cosine_diverse", "cosine_topk", "random", "nearest", "mixed", "farthest"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class ReflectionSettings:
     """Reflection-guided resampling (Sec. 3.6; Algorithm 1, lines 11-20)."""
-
-    __pydantic_config__ = STRICT
 
     enabled: bool = True
     """Resample one hard negative of every group that has a correct anchor. Off: "CARE w/o RGR"."""
@@ -35,27 +35,25 @@ class ReflectionSettings:
     """A failed reflection joins S (line 18), or replaces the negative it came from (`official`)."""
     success_advantage: Literal["raw", "penalized"] = "raw"
     """A verified repair keeps A_raw, or gets -s|A_raw| as line 37 has it (`literal`)."""
-    reflect_scale: float | None = None
+    reflect_scale: PositiveFloat | None = None
     """s_refl: the negative scale of a failed reflection. None: s / 2. At most s."""
-    temperature: float | None = None
+    temperature: PositiveFloat | None = None
     """Sampling temperature of the reflection. None: the rollouts' own."""
-    top_p: float | None = None
+    top_p: PositiveShare | None = None
     """Nucleus threshold of the reflection. None: the rollouts' own."""
-    max_new_tokens: int | None = None
+    max_new_tokens: PositiveInt | None = None
     """Length limit of the reflection in tokens. None: the rollouts' own."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class RescueSettings:
     """All-negative rescue (Sec. 3.7, Eq. 14; Algorithm 1, lines 22-24)."""
 
-    __pydantic_config__ = STRICT
-
     enabled: bool = True
     """Train groups in which every rollout is wrong."""
-    delta: float = 0.1
+    delta: PositiveFloat = 0.1
     """Size of the pseudo-contrast. The z-score cancels it: use `scale` to weaken a rescue."""
-    scale: float = 1.0
+    scale: NonNegativeFloat = 1.0
     """Factor on a rescued group's advantages."""
     score: Literal["mean", "sum"] = "mean"
     """Pseudo-anchor: the highest mean old log-prob per token, or the highest sum (`literal`), which
@@ -66,15 +64,13 @@ class RescueSettings:
     """K' = min(K, failures - 1), which keeps Eq. 14 zero-sum, or line 23's min(K, failures)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class CareSettings:
     """CARE's settings (paper Table 5 and Sec. 3)."""
 
-    __pydantic_config__ = STRICT
-
-    max_negatives: int = 4
+    max_negatives: PositiveInt = 4
     """K: target number of hard negatives in the subgroup."""
-    preselect_size: int = 6
+    preselect_size: PositiveInt = 6
     """M: nearest failures kept before the farthest-first pass."""
     selector: Selector = "cosine_diverse"
     """How hard negatives are chosen: `cosine_diverse` (nearest M, then farthest-first),
@@ -93,7 +89,7 @@ class CareSettings:
     anchor_prefers_format: bool = True
     """Positives with fmt = 1 come first: a correct rollout without a rationale has T_think = 0 and
     would otherwise always win, until the policy stops reasoning."""
-    neg_scale: float = 0.5
+    neg_scale: PositiveShare = 0.5
     """s in (0, 1]: factor on the negatives' advantages (Eq. 8)."""
     equalize: bool = True
     """Multiply by sqrt(K / K_S) where K_S < K."""
@@ -101,9 +97,9 @@ class CareSettings:
     """K_S counts members with acc = 0, or with a reward below the anchor's (line 26, `literal`)."""
     clamp_anchor: bool = True
     """Set a negative anchor advantage to 0 (possible where format scores differ)."""
-    think_weight: float = 0.005
+    think_weight: NonNegativeFloat = 0.005
     """gamma+: weight of a positive's rationale tokens; a negative's weigh 0 (Eq. 11)."""
-    tag_weight: float | None = None
+    tag_weight: NonNegativeFloat | None = None
     """Weight of tag and EOS tokens. None: answer tags and EOS 1, think tags like the rationale."""
     malformed: Literal["penalize", "ignore", "uniform"] = "penalize"
     """A malformed rollout: negatives get weight 1 on every token and positives 0 (`penalize`), both
@@ -116,11 +112,11 @@ class CareSettings:
     """1/|S*| over the whole optimiser step, on all ranks, or per group and then over groups."""
     robust: bool = False
     """Trimmed mean and median absolute deviation instead of Eqs. 5-6; Eq. 6 where the MAD is 0."""
-    robust_trim: float = 0.2
+    robust_trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
     """Share of members the robust mean trims at each end, in [0, 0.5)."""
-    norm_eps: float = 1e-6
+    norm_eps: NonNegativeFloat = 1e-6
     """Added to sigma_S, outside the root (Eq. 6)."""
-    weight_eps: float = 1e-8
+    weight_eps: PositiveFloat = 1e-8
     """eps_w of Eq. 11."""
     reflection: ReflectionSettings = field(default_factory=ReflectionSettings)
     """Reflection-guided resampling."""
@@ -128,16 +124,9 @@ class CareSettings:
     """All-negative rescue."""
 
     def __post_init__(self) -> None:
-        delta, scale = self.rescue.delta, self.rescue.scale
-        check(delta > 0, "care.rescue.delta", delta, "above 0")
-        check(scale >= 0, "care.rescue.scale", scale, "at least 0")
-        check_at_least(self, "care", max_negatives=1, preselect_size=1, think_weight=0, norm_eps=0)
-        check(self.weight_eps > 0, "care.weight_eps", self.weight_eps, "above 0")
-        check(0 < self.neg_scale <= 1, "care.neg_scale", self.neg_scale, "in (0, 1]")
-        check(0 <= self.robust_trim < 0.5, "care.robust_trim", self.robust_trim, "in [0, 0.5)")
         scale = self.reflect_scale
         check(
-            0 < scale <= self.neg_scale,
+            scale <= self.neg_scale,
             "care.reflection.reflect_scale",
             scale,
             f"in (0, neg_scale = {self.neg_scale}]",

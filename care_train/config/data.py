@@ -1,9 +1,11 @@
 """Settings of the rows: where they come from, and the held-out ones."""
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import field
+from typing import Annotated, Literal, get_args
 
-from care_train.config.base import STRICT, check, check_at_least
+from pydantic import Field, PositiveInt
+
+from care_train.config.base import check, section
 
 BenchmarkName = Literal[
     "mathvista",
@@ -16,35 +18,28 @@ BenchmarkName = Literal[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class DataSettings:
     """Where rows come from."""
-
-    __pydantic_config__ = STRICT
 
     path: str = "easy_vqa"
     """`easy_vqa` (the published package), or a .jsonl, .json or .parquet file, or a folder saved by
     the datasets library."""
     split: str = "train"
     """Split, where the source has several."""
-    max_samples: int | None = None
+    max_samples: PositiveInt | None = None
     """Take this many rows, chosen by the run's seed. None: all."""
 
-    def __post_init__(self) -> None:
-        check_at_least(self, "data", max_samples=1)
 
-
-@dataclass(frozen=True, kw_only=True)
+@section
 class EvalSettings:
     """Evaluation: single decode, no reflection (Sec. 8.3)."""
-
-    __pydantic_config__ = STRICT
 
     data: DataSettings = field(default_factory=lambda: DataSettings(split="test"))
     """Held-out rows."""
     greedy: bool = True
     """Report greedy decoding too, beside the training temperature."""
-    batch_size: int = 256
+    batch_size: PositiveInt = 256
     """Sequences generated at once on one rank."""
     benchmarks: list[BenchmarkName] = field(default_factory=list)
     """What `care-train eval` scores (also `--benchmarks a,b`): benchmarks of Table 1, and `data`
@@ -52,25 +47,24 @@ class EvalSettings:
     sources: dict[str, str] = field(default_factory=dict)
     """Where a benchmark's rows are, by its name: a downloaded folder, a .parquet, .jsonl or .json
     file, or the id of a data set on the Hub. A benchmark not named: its published id."""
-    max_questions: int | None = None
+    max_questions: PositiveInt | None = None
     """Take this many questions of each benchmark, chosen by the run's seed. None: all."""
     decode: Literal["sampled", "greedy"] = "sampled"
     """How benchmarks are decoded: as rollouts are (Sec. 8.2), or greedily."""
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: Annotated[list[int], Field(min_length=1)] = field(default_factory=lambda: [0])
     """One pass over the benchmarks per seed; from two on there is a 95 % interval over them."""
-    samples: int = 1
+    samples: PositiveInt = 1
     """Responses to each question under each seed. Accuracy is their mean; more than one allow
     pass@k and majority@k."""
     k: list[int] = field(default_factory=list)
     """For which k pass@k (unbiased) and majority@k are reported; each at most eval.samples."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, "eval", batch_size=1, samples=1, max_questions=1)
         check(
-            bool(self.seeds) and len(set(self.seeds)) == len(self.seeds),
+            len(set(self.seeds)) == len(self.seeds),
             "eval.seeds",
             self.seeds,
-            "at least one seed, each once",
+            "each seed once",
         )
         repeats = len(self.seeds) > 1 or self.samples > 1
         check(
@@ -85,10 +79,6 @@ class EvalSettings:
             self.k,
             f"numbers from 1 to eval.samples = {self.samples}",
         )
-        unknown = sorted(set(self.sources) - set(get_args(BenchmarkName)))
-        check(
-            not unknown,
-            "eval.sources",
-            unknown[0] if unknown else "",
-            f"one of {', '.join(get_args(BenchmarkName))}",
-        )
+        names = get_args(BenchmarkName)
+        unknown = [name for name in self.sources if name not in names]
+        check(not unknown, "eval.sources", unknown[:1], f"one of {', '.join(names)}")

@@ -1,10 +1,10 @@
 """Settings of DeepSpeed, and what may not contradict them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
-from care_train.config.base import STRICT, check
+from care_train.config.base import Role, check, section
 
 _OWNED = {
     "optimizer": "train.learning_rate, train.adam_betas and train.weight_decay",
@@ -18,14 +18,12 @@ _OWNED = {
 """DeepSpeed's keys that other settings decide."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class DeepSpeedSettings:
     """What deepspeed.initialize gets. `deepspeed=NAME` takes the whole section from
     configs/deepspeed/NAME.yaml (zero1 | zero2 | zero3 | zero3_offload) or from a file of yours."""
 
-    __pydantic_config__ = STRICT
-
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Annotated[Literal[0, 1, 2, 3], Role.FIXED] = 0
     """ZeRO stage: what the ranks share. 0: nothing, 1: the optimiser's states, 2: gradients too,
     3: weights too."""
     config: dict[str, Any] = field(default_factory=dict)

@@ -1,21 +1,28 @@
 """Read a configuration: defaults, the algorithm's and the preset's, YAML, then `a.b=c`."""
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from care_train.config.build import BuildSettings
 from care_train.config.care import PRESETS
+from care_train.config.hints import explain, refuse_gone
+from care_train.config.keys import find_key
 from care_train.config.loss import TABLE_5
 from care_train.config.run import Config
+from care_train.config.yaml_file import parse_value, read_yaml
 
-_ADAPTER = TypeAdapter(Config)
-_BUILD_ADAPTER = TypeAdapter(BuildSettings)
+T = TypeVar("T")
+
+_ENTRY_NAMES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "sources": lambda entry: str(entry.get("name")),
+    "reward.functions": lambda entry: str(entry.get("function")).rpartition(":")[2],
+}
+"""Lists of sections, and what an entry is called where `LIST.NAME.key=value` changes it."""
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -40,7 +47,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         if not (run / "config.yaml").is_file():
             raise ValueError(f"resume: {run}: no config.yaml there, so no run to go on with")
         layers.append({"resume": True, "output_dir": str(run.parent), "name": run.name})
-    values = {} if path is None else _read_yaml(Path(path))
+    values = {} if path is None else _read(Path(path))
     for layer in layers:
         values = _lay(values, layer)
     return build_config(values, source=str(path) if path else "the command line")
@@ -53,7 +60,7 @@ def config_files(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, 
     key = "--config"
     while path is not None:
         files[key] = path
-        values = _load_yaml(path)
+        values = read_yaml(path, _is_section())
         sections.append(values)
         base = values.get("extends")
         key, path = f"extends in {path}", None if base is None else path.parent / base
@@ -68,58 +75,34 @@ def load_build_settings(path: str | Path, overrides: Sequence[str] = ()) -> Buil
 
     `sources.NAME.key=value` changes the source of that name.
     """
-    values = _read_yaml(Path(path))
+    values = _read(Path(path), BuildSettings)
     for layer in map(_layer, overrides):
-        changes = layer.get("sources")
-        if isinstance(changes, Mapping):
-            layer["sources"] = _lay_sources(values.get("sources", []), changes)
-        values = merge(values, layer)
-    known = [key for key, _, _ in describe_keys(_BUILD_ADAPTER)]
-    try:
-        return _BUILD_ADAPTER.validate_python(values)
-    except ValidationError as error:
-        lines = [_explain(item, known, "data build") for item in error.errors()]
-        raise ValueError(f"{path}: " + "\n".join(lines)) from None
+        values = _lay(values, layer)
+    return _validated(BuildSettings, values, values, str(path))
 
 
 def names_run(overrides: Sequence[str]) -> bool:
     """Whether they say `resume=FOLDER`, whose config.yaml then is the configuration."""
     values = [o.partition("=")[2] for o in overrides if o.partition("=")[0].strip() == "resume"]
-    return bool(values) and isinstance(_parse(values[-1]), str)
+    return bool(values) and isinstance(parse_value(values[-1]), str)
 
 
 def build_config(values: Mapping[str, Any], source: str = "the configuration") -> Config:
     """A checked `Config` from nested mappings over the algorithm's and the preset's values."""
-    known = _known_keys()
-    algorithm = values.get("algorithm", "care")
-    preset = values.get("preset", "default")
+    algorithm, preset = values.get("algorithm", "care"), values.get("preset", "default")
     layered = merge(TABLE_5.get(algorithm, {}), PRESETS.get(preset, {}))
-    try:
-        return _ADAPTER.validate_python(merge(layered, values))
-    except ValidationError as error:
-        lines = [_explain(item, known) for item in error.errors()]
-        raise ValueError(f"{source}: " + "\n".join(lines)) from None
+    return _validated(Config, values, merge(layered, values), source)
 
 
 def config_to_yaml(config: Config) -> str:
     """The resolved configuration, readable by `load_config`."""
-    return yaml.safe_dump(_ADAPTER.dump_python(config, mode="json"), sort_keys=False)
+    values = TypeAdapter(Config).dump_python(config, mode="json")
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The resolved configuration as nested plain values."""
     return asdict(config)
-
-
-def describe_keys(adapter: TypeAdapter[Any] = _ADAPTER) -> list[tuple[str, str, str]]:
-    """(key, default, description) of every setting, for `--help`."""
-    schema = adapter.json_schema()
-    return list(_walk(schema, schema, ""))
-
-
-def describe_build_keys() -> list[tuple[str, str, str]]:
-    """`describe_keys` of `care-train data build`."""
-    return describe_keys(_BUILD_ADAPTER)
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,34 +116,97 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """A file's values over those of the file that it extends."""
-    values = _load_yaml(path)
-    base = values.pop("extends", None)
-    return _lay({} if base is None else _read_yaml(path.parent / base), values)
+def configs_folder() -> Path:
+    """Where the shipped configurations are."""
+    package = Path(__file__).resolve().parents[1]
+    # Wheels carry configs/ inside the package; a checkout has it beside.
+    return next(r / "configs" for r in (package, package.parent) if (r / "configs").is_dir())
 
 
-def _load_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"config file {path}: not found")
+def _validated(
+    root: type[T], given: Mapping[str, Any], values: Mapping[str, Any], source: str
+) -> T:
+    """The settings; errors are about what the user `given`, not about what a preset lays below."""
+    values = _with_nulls(refuse_gone(values, given, source), "", root)
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config file {path}: not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"config file {path}: got {type(values).__name__}, wanted key: value lines"
-        )
-    return values
+        return TypeAdapter(root).validate_python(values)
+    except ValidationError as error:
+        # A union names its branches one by one.
+        lines = dict.fromkeys(explain(item, root) for item in error.errors())
+        raise ValueError(f"{source}: " + "\n".join(lines)) from None
+
+
+def _read(path: Path, root: type = Config) -> dict[str, Any]:
+    """A file's values over those of the file that it extends."""
+    values = read_yaml(path, _is_section(root))
+    base = values.pop("extends", None)
+    return _lay({} if base is None else _read(path.parent / base, root), values)
+
+
+def _is_section(root: type = Config, prefix: str = "") -> Callable[[str], bool]:
+    def is_section(name: str) -> bool:
+        key = find_key(prefix + name, root) if name else None
+        return not name or (key is not None and key.is_section)
+
+    return is_section
 
 
 def _lay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`merge`, where a `deepspeed` that is a name replaces the whole section by a file's."""
+    """`merge`, where a `deepspeed` that is a name replaces the whole section by a file's, and
+    changes by name become a list's entries."""
     name = top.get("deepspeed")
     if isinstance(name, str):
         base = {**base, "deepspeed": {}}
-        top = {**top, "deepspeed": _read_yaml(_deepspeed_file(name))}
+        section = read_yaml(_deepspeed_file(name), _is_section(Config, "deepspeed."))
+        top = {**top, "deepspeed": section}
+    for path, name_of in _ENTRY_NAMES.items():
+        *above, last = path.split(".")
+        changes = _at(top, path)
+        if isinstance(changes, Mapping):
+            entries = _lay_entries(path, _at(base, path) or [], changes, name_of)
+            top = merge(top, _nest([*above, last], entries))
     return merge(base, top)
+
+
+def _at(values: Mapping[str, Any], path: str) -> Any:
+    found: Any = values
+    for part in path.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def _lay_entries(
+    path: str,
+    entries: Sequence[Mapping[str, Any]],
+    changes: Mapping[str, Any],
+    name_of: Callable[[Mapping[str, Any]], str],
+) -> list[dict[str, Any]]:
+    """Each entry with what `changes` says under its name; new reward functions are added."""
+    laid = {name_of(entry): dict(entry) for entry in entries}
+    for name, change in changes.items():
+        if path == "reward.functions" and isinstance(change, str):
+            change = {"function": change}
+        is_new = name not in laid and path == "reward.functions"
+        if not isinstance(change, Mapping) or (is_new and "function" not in change):
+            wanted = f"{path}.{name}.key=value"
+            wanted += f" or {path}.{name}=file.py:function" if path == "reward.functions" else ""
+            raise ValueError(f"{path}.{name}: got {change!r}, wanted {wanted}")
+        if name not in laid and not is_new:
+            raise ValueError(f"{path}.{name}: no such source, there are {', '.join(laid)}")
+        laid[name] = merge(laid.get(name, {}), change)
+    return list(laid.values())
+
+
+def _with_nulls(values: Any, name: str, root: type) -> Any:
+    """`None` and `none`, Python's spelling, as null where a setting may be null."""
+    if isinstance(values, Mapping):
+        prefix = f"{name}." if name else ""
+        return {key: _with_nulls(value, f"{prefix}{key}", root) for key, value in values.items()}
+    if values in ("None", "none"):
+        key = find_key(name, root)
+        # A name that is no key lies in a free mapping, which takes anything.
+        return None if key is None or key.is_nullable else values
+    return values
 
 
 def _deepspeed_file(name: str) -> Path:
@@ -174,28 +220,10 @@ def _deepspeed_file(name: str) -> Path:
     return Path(name)
 
 
-def configs_folder() -> Path:
-    """Where the shipped configurations are."""
-    package = Path(__file__).resolve().parents[1]
-    # Wheels carry configs/ inside the package; a checkout has it beside.
-    return next(r / "configs" for r in (package, package.parent) if (r / "configs").is_dir())
-
-
-def _parse(text: str) -> Any:
-    try:
-        return yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        return text
-
-
 def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
     for key in reversed(keys):
         value = {key: value}
     return value
-
-
-def _known_keys() -> list[str]:
-    return [key for key, _, _ in describe_keys()]
 
 
 def _layer(override: str) -> dict[str, Any]:
@@ -203,40 +231,4 @@ def _layer(override: str) -> dict[str, Any]:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ValueError(f"override {override!r}: wanted the form section.key=value")
-    return _nest(key.strip().split("."), _parse(text))
-
-
-def _lay_sources(sources: Sequence[Any], changes: Mapping[str, Any]) -> list[Any]:
-    """Each source with what `changes` says under its name."""
-    names = [source.get("name") for source in sources]
-    if unknown := [name for name in changes if name not in names]:
-        raise ValueError(f"sources.{unknown[0]}: no such source, there are {', '.join(names)}")
-    return [merge(source, changes.get(source.get("name"), {})) for source in sources]
-
-
-def _explain(error: Any, known: Sequence[str], command: str = "train") -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"unknown key {key!r}{hint} (`care-train {command} --help` lists all keys)"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    return f"{key}: got {error['input']!r}: {error['msg']}"
-
-
-def _walk(schema: Any, root: Any, prefix: str) -> Any:
-    for name, entry in schema.get("properties", {}).items():
-        key = f"{prefix}{name}"
-        reference = entry.get("$ref")
-        for option in entry.get("anyOf", []):
-            if "$ref" in option:  # a section that may be null
-                yield key, str(entry.get("default", "")), entry.get("description", "")
-                reference = option["$ref"]
-        if item := entry.get("items", {}).get("$ref"):
-            yield key, str(entry.get("default", "")), entry.get("description", "")
-            yield from _walk(root["$defs"][item.rsplit("/", 1)[1]], root, f"{key}.NAME.")
-        elif reference:
-            yield from _walk(root["$defs"][reference.rsplit("/", 1)[1]], root, f"{key}.")
-        else:
-            yield key, str(entry.get("default", "")), entry.get("description", "")
+    return _nest(key.strip().split("."), parse_value(text))

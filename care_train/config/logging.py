@@ -1,15 +1,13 @@
 """Settings of what a run tells."""
 
-from dataclasses import dataclass
+from pydantic import NonNegativeInt
 
-from care_train.config.base import STRICT, check_at_least
+from care_train.config.base import section
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class LoggingSettings:
     """What a run tells."""
-
-    __pydantic_config__ = STRICT
 
     tensorboard: bool = True
     """Write TensorBoard event files."""
@@ -19,10 +17,7 @@ class LoggingSettings:
     """Log to trackio, when installed."""
     project: str = "care"
     """Project name for wandb and trackio."""
-    samples_every: int = 25
+    samples_every: NonNegativeInt = 25
     """Steps between printed sample completions; 0: never."""
     progress: bool = True
     """Show progress bars."""
-
-    def __post_init__(self) -> None:
-        check_at_least(self, "logging", samples_every=0)

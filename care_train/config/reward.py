@@ -1,9 +1,11 @@
 """Settings of the reward (Eq. 1): the verifier, users' own functions and a judge."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
-from care_train.config.base import STRICT, check
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from care_train.config.base import Role, check, section
 
 JUDGE_PROMPT = """\
 You compare a candidate's final answer with the reference answer to a question. They agree when
@@ -25,11 +27,9 @@ Reply with one word: CORRECT or INCORRECT."""
 AnswerTypeName = Literal["choice", "number", "relaxed", "math", "set", "list", "yes_no", "text"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class RewardFunctionSettings:
     """One of `reward.functions`."""
-
-    __pydantic_config__ = STRICT
 
     function: str
     """`file.py:function`, in the form of EasyR1, TRL or verl; docs/verifier.md has examples."""
@@ -40,7 +40,7 @@ class RewardFunctionSettings:
     number, added to the reward."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """More keyword arguments of the function."""
-    timeout: float = 300.0
+    timeout: PositiveFloat = 300.0
     """Seconds for one call: of one response in EasyR1's one-by-one and verl's form, of a batch in
     the others. One that takes longer is ended, with the function's process; a new one follows."""
     messages: bool = False
@@ -52,14 +52,11 @@ class RewardFunctionSettings:
         check(good, "reward.functions.function", self.function, "file.py:function")
         positive = self.weight > 0 or self.target == "bonus"
         check(positive, "reward.functions.weight", self.weight, "above 0")
-        check(self.timeout > 0, "reward.functions.timeout", self.timeout, "above 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class JudgeSettings:
     """A language model that decides where the verifier finds no match among open-ended answers."""
-
-    __pydantic_config__ = STRICT
 
     base_url: str
     """An OpenAI-compatible endpoint, such as http://localhost:8000/v1."""
@@ -70,58 +67,43 @@ class JudgeSettings:
     in; the reply's last line must be CORRECT or INCORRECT."""
     types: list[AnswerTypeName] = field(default_factory=lambda: ["text"])
     """Answer types it is asked about."""
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: Annotated[str, Role.SPEED] = "OPENAI_API_KEY"
     """The environment variable that holds the key; a local server may need none."""
-    timeout: float = 60.0
+    timeout: Annotated[PositiveFloat, Role.SPEED] = 60.0
     """Seconds per request."""
-    retries: int = 3
+    retries: Annotated[NonNegativeInt, Role.SPEED] = 3
     """More tries of a failed request, at growing intervals; then the run stops with an error."""
-    max_tokens: int = 512
+    max_tokens: PositiveInt = 512
     """Length limit of a reply in tokens."""
-    concurrency: int = 16
+    concurrency: Annotated[PositiveInt, Role.SPEED] = 16
     """Requests at a time."""
 
     def __post_init__(self) -> None:
         fields = all("{" + name + "}" in self.prompt for name in ("answer", "response"))
         check(fields, "reward.judge.prompt", self.prompt, "{answer} and {response} in it")
-        check(self.timeout > 0, "reward.judge.timeout", self.timeout, "above 0")
-        check(self.retries >= 0, "reward.judge.retries", self.retries, "at least 0")
-        check(self.concurrency >= 1, "reward.judge.concurrency", self.concurrency, "at least 1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class RewardSettings:
     """Eq. 1."""
 
-    __pydantic_config__ = STRICT
-
-    format_weight: float = 0.1
-    """lambda in [0, 0.5): below one half, every correct answer outranks every wrong one."""
-    tolerance: float | None = None
+    format_weight: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    """lambda: below one half, every correct answer outranks every wrong one."""
+    tolerance: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Largest distance of a number, relative to the key. None: the answer type's own; a row's
     `tolerance` column comes first."""
-    workers: int = 2
+    workers: Annotated[PositiveInt, Role.SPEED] = 2
     """Processes per rank that compare symbolic answers; they start when first needed."""
-    timeout: float = 5.0
+    timeout: PositiveFloat = 5.0
     """Seconds for one such comparison, which is wrong when it takes longer."""
     functions: list[RewardFunctionSettings] = field(default_factory=list)
     """Your own rewards."""
-    verifier_weight: float | None = None
+    verifier_weight: NonNegativeFloat | None = None
     """Weight of the verifier among `accuracy` functions. None: 0 beside such functions, else 1."""
     judge: JudgeSettings | None = None
     """A language model for open-ended answers."""
 
     def __post_init__(self) -> None:
-        check(
-            0 <= self.format_weight < 0.5,
-            "reward.format_weight",
-            self.format_weight,
-            "in [0, 0.5): from 0.5 on, a well-formatted wrong answer can outrank a correct one",
-        )
-        positive = self.tolerance is None or 0 <= self.tolerance < 1
-        check(positive, "reward.tolerance", self.tolerance, "in [0, 1)")
-        check(self.workers >= 1, "reward.workers", self.workers, "at least 1")
-        check(self.timeout > 0, "reward.timeout", self.timeout, "above 0")
         weight = self.verifier_weight
         alone = not any(entry.target == "accuracy" for entry in self.functions)
         check(

@@ -1,9 +1,9 @@
 """The whole of a run's settings, and the rules that several sections share."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
 
-from care_train.config.base import STRICT, check
+from care_train.config.base import Role, check, section
 from care_train.config.care import CareSettings
 from care_train.config.data import DataSettings, EvalSettings
 from care_train.config.deepspeed import DeepSpeedSettings
@@ -16,15 +16,13 @@ from care_train.config.rollout import RolloutSettings
 from care_train.config.training import SftSettings, TrainSettings
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class Config:
     """A run."""
 
-    __pydantic_config__ = STRICT
-
-    name: str = "care"
+    name: Annotated[str, Role.FREE] = "care"
     """The run's folder below `output_dir`; `a/b` is one in another. No part begins with a dot."""
-    output_dir: str = "runs"
+    output_dir: Annotated[str, Role.FREE] = "runs"
     """Where runs are written."""
     seed: int = 0
     """Seeds the model's first weights, the order of rows and every rollout."""
@@ -32,14 +30,14 @@ class Config:
     """care | grpo | dapo | gspo | dr_grpo, configured as in Table 5."""
     preset: Literal["default", "literal", "official"] = "default"
     """`literal`: Algorithm 1 to the letter. `official`: the authors' released code."""
-    resume: bool = False
+    resume: Annotated[bool, Role.FREE] = False
     """Go on from the newest usable checkpoint of the run (also `--resume`). `resume=runs/x` names
     its folder, and without a `--config` takes its config.yaml."""
-    allow_changes: list[str] = field(default_factory=list)
+    allow_changes: Annotated[list[str], Role.FREE] = field(default_factory=list)
     """Keys and sections that `resume` may find changed although they decide where the run goes.
     Those of `eval`, `logging` and checkpoints may change anyway, and train.steps under a constant
     schedule."""
-    overwrite: bool = False
+    overwrite: Annotated[bool, Role.FREE] = False
     """Let a new run replace one of the same name, once it has begun its first step; without it that
     is an error. Only a folder that care-train made is ever deleted."""
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -51,10 +49,10 @@ class Config:
     loss: LossSettings = field(default_factory=LossSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     sft: SftSettings = field(default_factory=SftSettings)
-    eval: EvalSettings = field(default_factory=EvalSettings)
+    eval: Annotated[EvalSettings, Role.FREE] = field(default_factory=EvalSettings)
     deepspeed: DeepSpeedSettings = field(default_factory=DeepSpeedSettings)
-    limits: LimitSettings = field(default_factory=LimitSettings)
-    logging: LoggingSettings = field(default_factory=LoggingSettings)
+    limits: Annotated[LimitSettings, Role.FREE] = field(default_factory=LimitSettings)
+    logging: Annotated[LoggingSettings, Role.FREE] = field(default_factory=LoggingSettings)
 
     def __post_init__(self) -> None:
         parts = self.name.split("/")

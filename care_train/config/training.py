@@ -1,29 +1,31 @@
 """Settings of the optimisers' loops and of DeepSpeed."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
 
-from care_train.config.base import STRICT, check, check_at_least
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from care_train.config.base import Role, Share, check, section
 from care_train.config.data import DataSettings
 
+Measure = Literal["accuracy", "format", "greedy_accuracy", "greedy_format"]
 
-@dataclass(frozen=True, kw_only=True)
+
+@section
 class TrainSettings:
     """The optimiser's loop."""
 
-    __pydantic_config__ = STRICT
-
-    steps: int = 100
+    steps: PositiveInt = 100
     """Rollout batches to train on."""
-    prompts_per_step: int = 32
+    prompts_per_step: PositiveInt = 32
     """Prompts per rollout batch, over all ranks."""
-    num_iterations: int = 1
+    num_iterations: PositiveInt = 1
     """Passes over each rollout batch."""
-    mini_batches: int = 1
+    mini_batches: PositiveInt = 1
     """Optimiser steps per pass; the batch is split by prompts."""
-    micro_batch_size: int = 64
+    micro_batch_size: PositiveInt = 64
     """Sequences per forward and backward on one rank; gradients accumulate over them."""
-    micro_batch_tokens: int | None = None
+    micro_batch_tokens: PositiveInt | None = None
     """Tokens per forward and backward on one rank, padding included, instead of
     `micro_batch_size`: sequences of similar cost together, and never more than fit. None: by
     sequences."""
@@ -34,63 +36,43 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     """Keep each layer's input alone and compute the layer again in the backward, in the cold start
     too: far less memory, about a third more time."""
-    learning_rate: float = 1e-6
+    learning_rate: PositiveFloat = 1e-6
     """Peak learning rate."""
-    min_learning_rate: float = 0.0
+    min_learning_rate: NonNegativeFloat = 0.0
     """Learning rate at the end of a cosine or linear schedule."""
-    warmup_steps: int = 10
+    warmup_steps: NonNegativeInt = 10
     """Optimiser steps of linear warm-up."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Shape of the learning rate after the warm-up."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled weight decay."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm."""
-    max_skipped_updates: int = 0
+    max_skipped_updates: Annotated[NonNegativeInt, Role.FREE] = 0
     """Updates whose loss or gradient is not finite that are left out with a warning, counted since
     the run began or went on; one more ends it."""
     freeze_vision: bool = False
     """Train the language model alone."""
     dynamic_sampling: bool = False
     """Draw more prompts until every group of the batch has both right and wrong rollouts (DAPO)."""
-    max_resample_rounds: int = 3
+    max_resample_rounds: PositiveInt = 3
     """Rounds of dynamic sampling before the batch is trained as it is."""
     rollouts_ahead: Literal[0, 1] = 0
     """1: while a step trains, the next one's rollouts are sampled with the weights before its
     update, and weighed for it by `loss.importance_sampling`. Needs `rollout.vllm.server`."""
-    save_every: int = 0
+    save_every: Annotated[NonNegativeInt, Role.FREE] = 0
     """Steps between checkpoints; 0 keeps the final one only."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[PositiveInt, Role.FREE] = 2
     """How many of the newest checkpoints are kept."""
-    keep_best: Literal["accuracy", "format", "greedy_accuracy", "greedy_format"] | None = None
+    keep_best: Annotated[Measure | None, Role.FREE] = None
     """Also keep the checkpoint that was best in this number of the evaluations every `eval_every`
     steps, saved whenever one beats those before; `checkpoints/best.json` names it."""
-    eval_every: int = 0
+    eval_every: Annotated[NonNegativeInt, Role.FREE] = 0
     """Steps between evaluations on `eval.data`; 0: before and after only."""
 
     def __post_init__(self) -> None:
-        check_at_least(
-            self,
-            "train",
-            steps=1,
-            prompts_per_step=1,
-            num_iterations=1,
-            mini_batches=1,
-            micro_batch_size=1,
-            micro_batch_tokens=1,
-            keep_checkpoints=1,
-            min_learning_rate=0,
-            warmup_steps=0,
-            weight_decay=0,
-            max_skipped_updates=0,
-            max_resample_rounds=1,
-            save_every=0,
-            eval_every=0,
-        )
-        for key in ("learning_rate", "max_grad_norm"):
-            check(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "above 0")
         check(
             self.keep_best is None or self.eval_every > 0,
             "train.keep_best",
@@ -105,56 +87,37 @@ class TrainSettings:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@section
 class SftSettings:
     """Cold start (Sec. 3.1's format), before reinforcement learning."""
 
-    __pydantic_config__ = STRICT
-
     data: DataSettings = field(default_factory=DataSettings)
     """Rows with a `rationale`."""
-    steps: int = 160
+    steps: PositiveInt = 160
     """Optimiser steps."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Rows per step, over all ranks."""
-    micro_batch_size: int = 64
+    micro_batch_size: PositiveInt = 64
     """Rows per forward and backward on one rank."""
-    micro_batch_tokens: int | None = None
+    micro_batch_tokens: PositiveInt | None = None
     """Tokens per forward and backward on one rank, padding included, instead of
     `micro_batch_size`. None: by rows."""
-    learning_rate: float = 1e-5
+    learning_rate: PositiveFloat = 1e-5
     """Peak learning rate."""
-    warmup_steps: int = 10
+    warmup_steps: NonNegativeInt = 10
     """Steps of linear warm-up."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     """Shape of the learning rate after the warm-up."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled weight decay."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: PositiveFloat = 1.0
     """Gradients are scaled down to this global norm."""
-    eval_data: DataSettings | None = None
+    eval_data: Annotated[DataSettings | None, Role.FREE] = None
     """Held-out rows with a `rationale`, whose loss is logged as `eval_loss`. None: none."""
-    eval_every: int = 0
+    eval_every: Annotated[NonNegativeInt, Role.FREE] = 0
     """Steps between their evaluations; 0: after the last step only."""
-    save_every: int = 0
+    save_every: Annotated[NonNegativeInt, Role.FREE] = 0
     """Steps between checkpoints, deleted at the cold start's end; 0 saves where a signal asks."""
-    repair_share: float = 0.0
+    repair_share: Share = 0.0
     """Share of rows shown as a repair: a wrong rationale, the cue, then the right one. A model that
     cannot follow instructions yet learns there what the cue asks for."""
-
-    def __post_init__(self) -> None:
-        check_at_least(
-            self,
-            "sft",
-            steps=1,
-            batch_size=1,
-            micro_batch_size=1,
-            micro_batch_tokens=1,
-            warmup_steps=0,
-            weight_decay=0,
-            eval_every=0,
-            save_every=0,
-        )
-        for key in ("learning_rate", "max_grad_norm"):
-            check(getattr(self, key) > 0, f"sft.{key}", getattr(self, key), "above 0")
-        check(0 <= self.repair_share <= 1, "sft.repair_share", self.repair_share, "in [0, 1]")

@@ -1,0 +1,149 @@
+"""What is said of a key that is unknown, of one that is gone, and of a value that is wrong."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from care_train.config.keys import find_key, list_keys
+from care_train.config.run import Config
+
+FOREIGN = {
+    # TRL's GRPOConfig and transformers' TrainingArguments.
+    "num_generations": "rollout.group_size",
+    "max_completion_length": "rollout.max_new_tokens",
+    "max_prompt_length": "prompt.max_prompt_tokens",
+    "beta": "loss.kl_coef",
+    "epsilon": "loss.clip_eps_low",
+    "epsilon_high": "loss.clip_eps_high",
+    "delta": "loss.dual_clip",
+    "importance_sampling_level": "loss.ratio_level",
+    "loss_type": "algorithm",
+    "scale_rewards": "algorithm=dr_grpo, which does not divide by the standard deviation",
+    "reward_funcs": "reward.functions",
+    "reward_weights": "reward.functions.NAME.weight",
+    "use_vllm": "rollout.engine=vllm",
+    "vllm_mode": "rollout.vllm.server",
+    "vllm_gpu_memory_utilization": "rollout.vllm.gpu_memory_utilization",
+    "vllm_tensor_parallel_size": "rollout.vllm.tensor_parallel_size",
+    "vllm_importance_sampling_correction": "loss.importance_sampling",
+    "vllm_importance_sampling_cap": "loss.importance_cap",
+    "max_steps": "train.steps",
+    "num_train_epochs": "train.steps: there are no epochs",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.prompts_per_step: the step's sequences accumulate",
+    "lr_scheduler_type": "train.schedule",
+    "output_path": "output_dir",
+    "save_steps": "train.save_every",
+    "eval_steps": "train.eval_every",
+    "save_total_limit": "train.keep_checkpoints",
+    "report_to": "logging.wandb, logging.tensorboard or logging.trackio",
+    "run_name": "name",
+    "model_name_or_path": "model.path",
+    "dataset_name": "data.path",
+    "bf16": "model.dtype=bfloat16",
+    "attn_implementation": "model.attention",
+    "lora_r": "model.lora.rank",
+    "lora_alpha": "model.lora.alpha",
+    "lora_target_modules": "model.lora.target_modules",
+    "use_liger_kernel": "model.liger",
+    # verl and EasyR1, whose keys stand in sections: the last part, or the whole.
+    "lr": "train.learning_rate",
+    "optim.lr": "train.learning_rate",
+    "lr_warmup_steps": "train.warmup_steps",
+    "clip_ratio": "loss.clip_eps_low and loss.clip_eps_high",
+    "clip_ratio_low": "loss.clip_eps_low",
+    "clip_ratio_high": "loss.clip_eps_high",
+    "clip_ratio_c": "loss.dual_clip",
+    "clip_ratio_dual": "loss.dual_clip",
+    "kl_loss_coef": "loss.kl_coef",
+    "kl_loss_type": "loss.kl_estimator",
+    "kl_penalty": "loss.kl_estimator",
+    "entropy_coeff": "loss.entropy_coef",
+    "loss_agg_mode": "loss.aggregation",
+    "adv_estimator": "algorithm",
+    "ppo_epochs": "train.num_iterations",
+    "ppo_mini_batch_size": "train.mini_batches, which is how many there are",
+    "global_batch_size": "train.mini_batches, which is how many there are",
+    "ppo_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "micro_batch_size_per_device_for_update": "train.micro_batch_size",
+    "ppo_max_token_len_per_gpu": "train.micro_batch_tokens",
+    "use_dynamic_bsz": "train.micro_batch_tokens",
+    "use_remove_padding": "train.packing",
+    "padding_free": "train.packing",
+    "enable_gradient_checkpointing": "train.gradient_checkpointing",
+    "freeze_vision_tower": "train.freeze_vision",
+    "rollout_batch_size": "train.prompts_per_step",
+    "train_batch_size": "train.prompts_per_step",
+    "train_files": "data.path",
+    "val_files": "eval.data.path",
+    "max_response_length": "rollout.max_new_tokens",
+    "rollout.n": "rollout.group_size",
+    "worker.rollout.n": "rollout.group_size",
+    "online_filtering": "train.dynamic_sampling",
+    "filter_groups": "train.dynamic_sampling",
+    "save_freq": "train.save_every",
+    "test_freq": "train.eval_every",
+    "val_freq": "train.eval_every",
+    "save_limit": "train.keep_checkpoints",
+    "total_training_steps": "train.steps",
+    "project_name": "logging.project",
+    "experiment_name": "name",
+    "reward_function": "reward.functions.NAME.function",
+    "model_path": "model.path",
+}
+"""Names that other trainers use, with what they are here."""
+
+
+def refuse_gone(
+    values: Mapping[str, Any], given: Mapping[str, Any], source: str
+) -> Mapping[str, Any]:
+    """`values` without keys that this version no longer has."""
+    return values
+
+
+def explain(error: Any, root: type) -> str:
+    """One of pydantic's errors as `key: got X, wanted Y`."""
+    path = [str(part) for part in error["loc"]]
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        names = _names_below(".".join(path), error["input"])
+        return "\n".join(_unknown(name, root) for name in names)
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"].startswith("missing"):
+        return f"{'.'.join(path)}: got nothing, wanted {_wanted(path, root)}"
+    while len(path) > 1 and find_key(_schema_name(path), root) is None:
+        # Behind the key pydantic names the branch of a union, or the place in a list.
+        path.pop()
+    return f"{'.'.join(path)}: got {error['input']!r}, wanted {_wanted(path, root)}"
+
+
+def _wanted(path: list[str], root: type) -> str:
+    key = find_key(_schema_name(path), root)
+    if key is None:
+        return "another value"
+    return key.wanted + (f" ({key.meaning.split('. ')[0].rstrip('.')})" if key.meaning else "")
+
+
+def _schema_name(path: list[str]) -> str:
+    return ".".join("NAME" if part.isdigit() else part for part in path)
+
+
+def _names_below(name: str, value: object) -> list[str]:
+    """Of an unknown section all that is set in it."""
+    if not isinstance(value, Mapping) or not value:
+        return [name]
+    return [below for key in value for below in _names_below(f"{name}.{key}", value[key])]
+
+
+def _unknown(key: str, root: type) -> str:
+    command = "train" if root is Config else "data build"
+    known = [entry.name for entry in list_keys(root)]
+    parts = key.split(".")
+    ends = [".".join(parts[start:]) for start in range(len(parts))]
+    foreign = next((FOREIGN[end] for end in ends if end in FOREIGN), None)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if foreign is not None and root is Config:
+        hint = f"; here it is {foreign}"
+    else:
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"unknown key {key!r}{hint} (`care-train {command} --help-all` lists all keys)"

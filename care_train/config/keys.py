@@ -1,0 +1,146 @@
+"""Every setting as a key: its type, bounds, default, meaning and role, read off the sections."""
+
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+
+from care_train.config.base import Role
+from care_train.config.run import Config
+
+_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "keys"}
+_PLURALS = {int: "integers", float: "numbers"}
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting."""
+
+    name: str
+    """Dotted: `train.steps`."""
+    wanted: str
+    """Type and bounds in words, as help and errors show them."""
+    default: str
+    meaning: str
+    role: Role
+    is_nullable: bool
+    is_section: bool
+    """Whether it holds other keys; it is a setting of its own only where it may be null."""
+
+
+def list_keys(root: type = Config) -> list[Key]:
+    """All settings below a section, in order; entries of a list stand under `NAME`."""
+    return [key for key in _all_keys(root).values() if not key.is_section or key.default]
+
+
+def find_key(name: str, root: type = Config) -> Key | None:
+    """The setting or section of that name."""
+    return _all_keys(root).get(name)
+
+
+def role_of(name: str, root: type = Config) -> Role:
+    """What a setting may do to a resumed run; a key below a free mapping has the mapping's role.
+
+    Raises:
+        ValueError: there is no such setting.
+    """
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if key := find_key(".".join(parts[:end]), root):
+            return key.role
+    raise ValueError(f"{name}: no such setting")
+
+
+@cache
+def _all_keys(root: type) -> dict[str, Key]:
+    return {key.name: key for key in _walk(root, "", Role.DECIDES, None)}
+
+
+def _walk(section: type, prefix: str, role: Role, instance: object) -> Iterator[Key]:
+    """The keys of a section; `instance` holds its defaults, None where each field has its own."""
+    defaults = {field.name: field for field in fields(cast(Any, section))}
+    for name, info in _infos(section).items():
+        own = next((m for m in info.metadata if isinstance(m, Role)), role)
+        nested, is_list = _section_in(info.annotation)
+        is_nullable = type(None) in get_args(info.annotation)
+        value = getattr(instance, name) if instance else _default(defaults[name])
+        meaning = " ".join((_description(section, name) or "").split())
+        yield Key(
+            name=f"{prefix}{name}",
+            wanted=_words(info.annotation) + _bounds(info.annotation, info.metadata),
+            default="" if nested and not (is_list or is_nullable) else _shown(value),
+            meaning=meaning,
+            role=own,
+            is_nullable=is_nullable,
+            is_section=nested is not None,
+        )
+        if nested is not None:
+            below = f"{prefix}{name}." + ("NAME." if is_list else "")
+            yield from _walk(nested, below, own, value if isinstance(value, nested) else None)
+
+
+def _infos(section: Any) -> dict[str, Any]:
+    return section.__pydantic_fields__
+
+
+def _description(section: type, name: str) -> str | None:
+    """The field's docstring, a subclass that only changes the default inherits it."""
+    known = [getattr(base, "__pydantic_fields__", {}).get(name) for base in section.__mro__]
+    return next((info.description for info in known if info and info.description), None)
+
+
+def _default(field: Any) -> object:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _shown(value: object) -> str:
+    if value is MISSING:
+        return "required"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value) or "''"
+
+
+def _section_in(annotation: Any) -> tuple[type | None, bool]:
+    """The section that a field holds, and whether it is a list of them."""
+    if isinstance(annotation, type) and hasattr(annotation, "__pydantic_fields__"):
+        return annotation, False
+    for part in get_args(annotation):
+        nested, is_list = _section_in(part)
+        if nested is not None:
+            return nested, is_list or get_origin(annotation) is list
+    return None, False
+
+
+def _words(annotation: Any) -> str:
+    """A type in words: `an integer, at least 1, or null`."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _words(parts[0]) + _bounds(parts[0], parts[1:])
+    if origin in (Union, types.UnionType):
+        shown = [_words(part) for part in parts if part is not type(None)]
+        return " or ".join(shown + ["null"] * (type(None) in parts))
+    if origin is Literal:
+        return " | ".join(str(part) for part in parts)
+    if origin is list:
+        return f"a list of {_PLURALS.get(parts[0]) or _words(parts[0])}"
+    if origin is tuple:
+        return f"{len(parts)} times {_words(parts[0])}"
+    return _NAMES.get(origin or annotation, "keys")
+
+
+def _bounds(number: Any, metadata: Iterable[Any]) -> str:
+    """`, above 0`, `, at least 1`, ` in [0, 0.5)`."""
+    found: dict[str, Any] = {}
+    for entry in metadata:
+        for item in (entry, *getattr(entry, "metadata", ())):
+            found |= {name: getattr(item, name) for name in _BOUNDS if hasattr(item, name)}
+    low, high = found.keys() & {"ge", "gt"}, found.keys() & {"le", "lt"}
+    if low and high:
+        opening, closing = "[" if "ge" in low else "(", "]" if "le" in high else ")"
+        return f" in {opening}{found[low.pop()]:g}, {found[high.pop()]:g}{closing}"
+    if number is int and "gt" in found:
+        found = {"ge": found["gt"] + 1}
+    return "".join(f", {_BOUNDS[name]} {value:g}" for name, value in found.items())
