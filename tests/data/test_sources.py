@@ -90,7 +90,7 @@ def test_max_samples(folder: Path):
     assert set(draw(10)) < set(draw(30))
     assert draw(30) == sorted(draw(30), key=lambda id: int(id.split("/")[1]))
     assert len(draw(1000)) == 100
-    with pytest.raises(ValueError, match=r"data\.max_samples: got 0"):
+    with pytest.raises(ValueError, match=r"max_samples"):
         draw(0)
 
 
