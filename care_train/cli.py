@@ -53,7 +53,7 @@ def _run(command: str, config: Config, files: Mapping[str, Path]) -> int:
     # Imported here: --help and configuration errors need no torch.
     from care_train import commands
     from care_train.distributed import barrier, is_main
-    from care_train.reporting.terminal import show_summary
+    from care_train.reporting import show_summary
     from care_train.training.guard import guarded
     from care_train.training.run_folder import open_run
     from care_train.training.run_place import run_dir_of

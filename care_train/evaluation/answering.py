@@ -15,7 +15,7 @@ from care_train.evaluation.evaluate import EVAL_STEP, decoding, equal_batches
 from care_train.evaluation.question import Judgement, Question
 from care_train.evaluation.question_set import QuestionSet
 from care_train.reporting import track
-from care_train.reporting.jsonl import JsonlWriter, read_jsonl
+from care_train.reporting.files import JsonlWriter, read_jsonl
 from care_train.rollout.engine import Completion, Request, RolloutEngine, request_seed
 from care_train.training.failures import Stopped
 from care_train.training.guard import StopSignals

@@ -21,8 +21,7 @@ from care_train.evaluation.evaluate import decoding
 from care_train.evaluation.question_set import DATA, QuestionSet, open_questions
 from care_train.evaluation.table import results_markdown
 from care_train.reporting import mean_interval, proportion_interval
-from care_train.reporting.jsonl import finite
-from care_train.training.folders import write_file
+from care_train.reporting.files import write_file, write_json
 from care_train.training.resume import identity, settings_of
 from care_train.training.session import Session
 
@@ -100,8 +99,7 @@ def evaluate_benchmarks(
         "macro": macro_average(averaged) if averaged else None,
     }
     if is_main():
-        text = json.dumps(finite(results), indent=2, allow_nan=False)
-        write_file(run_dir / "results.json", text + "\n")
+        write_json(run_dir / "results.json", results)
         write_file(run_dir / "results.md", results_markdown(config.name, results))
     barrier()
     return results
@@ -222,7 +220,7 @@ def _check_made_with(session: Session, weights: Any, run_dir: Path) -> None:
     barrier()
     if is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps(now, indent=2) + "\n")
+        write_json(path, now)
     barrier()
 
 

@@ -3,7 +3,7 @@
 from care_train.reporting.interval import mean_interval, proportion_interval
 from care_train.reporting.metrics import MetricsLogger, read_metrics
 from care_train.reporting.plots import plot_comparison, plot_learning_curves
-from care_train.reporting.progress import TrainProgress, show_sample, track
+from care_train.reporting.progress import TrainProgress, show_sample, show_summary, track
 from care_train.reporting.report import write_report, write_summary
 from care_train.reporting.samples import SampleRecord, append_sample, read_samples
 
@@ -19,6 +19,7 @@ __all__ = [
     "read_metrics",
     "read_samples",
     "show_sample",
+    "show_summary",
     "track",
     "write_report",
     "write_summary",

@@ -14,7 +14,12 @@ def markdown_text(text: str) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Numbers aligned to the right, the first column to the left; every cell is `markdown_text`."""
+    """Every cell as `markdown_text`, the first column to the left, the others to the right.
+
+    Without rows there is no table: the text is empty.
+    """
+    if not rows:
+        return ""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(markdown_text, line))} |" for line in lines)
 

@@ -1,9 +1,9 @@
-"""What a run shows while it works: progress bars on a terminal, plain lines in a log."""
+"""What a run shows on a terminal or in a log: bars or plain lines, samples, its scores."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from datetime import timedelta
-from types import TracebackType
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from rich.console import Console, Group
@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from care_train.reporting.samples import printable
+from care_train.reporting.samples import SampleRecord, printable
 
 Item = TypeVar("Item")
 
@@ -77,10 +77,10 @@ class TrainProgress:
             values: the step's numbers; those known here are shown, missing ones are left out.
         """
         if self._live:
-            self._bar.values = shown_values(values)
+            self._bar.values = _shown(values)
             self._bar.update(self._task, completed=step)
         elif self._enabled:
-            self._lines.update(step, shown_values(values))
+            self._lines.update(step, _shown(values))
 
     def print(self, *objects: Any) -> None:
         """Print above the bar; strings to the letter, for they may hold a model's words."""
@@ -92,12 +92,7 @@ class TrainProgress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._live:
             self._bar.stop()
 
@@ -137,42 +132,60 @@ def track(
             lines.update(done, {})
 
 
-def show_sample(
-    target: Console | TrainProgress,
-    step: int,
-    prompt: str,
-    completion: str,
-    answer: str,
-    reward: float,
-    role: str,
-) -> None:
-    """Print one completion in a panel. Its text is shown to the letter, bounded in length.
+def show_sample(target: Console | TrainProgress, sample: SampleRecord) -> None:
+    """Print one completion in a panel, on a console or above a bar.
 
-    Args:
-        target: a console, or the bar to print above.
-        step: the training step.
-        prompt: what was asked.
-        completion: what the model wrote: untrusted.
-        answer: the reference answer.
-        reward: r of Eq. 1.
-        role: the completion's part in the update.
+    Its text, which may be a model's, is shown to the letter and bounded in length.
     """
     rows = Table.grid(padding=(0, 1))
     rows.add_column(style="dim", justify="right")
     rows.add_column(overflow="fold")
-    rows.add_row("prompt", Text(printable(prompt, max_chars=400, max_lines=6)))
-    rows.add_row("completion", Text(printable(completion, max_chars=1500, max_lines=24)))
-    rows.add_row("reference", Text(printable(answer, max_chars=200, max_lines=3)))
-    title = Text(f"step {step} · {printable(role, max_chars=40, max_lines=1)} · {reward:+.2f}")
+    rows.add_row("prompt", Text(printable(sample.prompt, max_chars=400, max_lines=6)))
+    rows.add_row("completion", Text(printable(sample.completion, max_chars=1500, max_lines=24)))
+    rows.add_row("reference", Text(printable(sample.answer, max_chars=200, max_lines=3)))
+    role = printable(sample.role, max_chars=40, max_lines=1)
+    title = Text(f"step {sample.step} · {role} · {sample.reward:+.2f}")
     target.print(Panel(rows, title=title, title_align="left", border_style="dim"))
 
 
-def shown_values(values: Mapping[str, Any]) -> dict[str, str]:
-    """The numbers a person follows, formatted, by their label.
+def show_summary(run_dir: Path, summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print a run's scores, before and after where there are both, and where everything is.
 
     Args:
-        values: a step's numbers; those missing or None are left out. The loss is shown where
-            there is no reward: a policy gradient's value says nothing.
+        run_dir: the run's folder; its name is shown to the letter.
+        summary: what summary.json holds.
+        console: where to; standard output by default.
+    """
+    console = console or Console()
+    if "accuracy_before" in summary:
+        table = Table("held-out questions", "before", "after", "change", title_justify="left")
+        for name in ("accuracy", "format", "greedy", "greedy_format"):
+            if f"{name}_before" in summary:
+                before, after = summary[f"{name}_before"], summary[f"{name}_after"]
+                change = f"{100 * (after - before):+.1f} points"
+                table.add_row(name, f"{before:.1%}", f"{after:.1%}", change)
+        console.print(table)
+    elif "benchmarks" in summary:
+        table = Table("benchmark", "accuracy")
+        macro = {"macro average": summary.get("macro_accuracy")}
+        for name, accuracy in (summary["benchmarks"] | macro).items():
+            if accuracy is not None:
+                table.add_row(name, f"{accuracy:.1%}")
+        console.print(table)
+    elif "accuracy" in summary:
+        console.print(f"accuracy {summary['accuracy']:.1%}, format {summary['format']:.1%}")
+    elif "eval_loss" in summary:
+        console.print(f"loss {summary['loss']:.3f}, on held-out rows {summary['eval_loss']:.3f}")
+    names = ("results.md", "results.json", "report.md", "summary.json", "metrics.jsonl", "final")
+    written = ", ".join(name for name in names if (run_dir / name).exists())
+    folder = Text(printable(str(run_dir), max_chars=4000, max_lines=1), style="bold")
+    console.print(folder.append(f": {written}", style="not bold"), soft_wrap=True)
+
+
+def _shown(values: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers that a person follows, formatted, by their label.
+
+    A loss is shown where there is no reward: that of a policy gradient says nothing.
     """
     return {
         label: form.format(float(values[key]))
@@ -226,15 +239,11 @@ class _PlainLines:
         if self._printed is not None and tenth <= self._printed:
             return
         self._printed = tenth
+        elapsed, done = time.monotonic() - self._started, step - self._first
         parts = [f"{self._description} {step}/{self._total}"]
         parts += [f"{label} {value}" for label, value in values.items()]
-        self._console.print(Text("  ".join(parts + self._times(step))), soft_wrap=True)
-
-    def _times(self, step: int) -> list[str]:
-        elapsed = time.monotonic() - self._started
-        done = step - self._first
-        parts = [f"elapsed {timedelta(seconds=round(elapsed))}"]
+        parts += [f"elapsed {timedelta(seconds=round(elapsed))}"]
         if done > 0 and step < self._total:
             left = elapsed / done * (self._total - step)
             parts.append(f"ETA {timedelta(seconds=round(left))}")
-        return parts
+        self._console.print(Text("  ".join(parts)), soft_wrap=True)

@@ -1,15 +1,13 @@
 """The run's last word: report.md for people, summary.json for programs."""
 
-import json
-import os
-import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from care_train.reporting.files import write_file, write_json
 from care_train.reporting.interval import proportion_interval
-from care_train.reporting.jsonl import finite
+from care_train.reporting.markdown import fenced, markdown_table, markdown_text
 from care_train.reporting.samples import SAMPLES_FILE, SampleRecord, printable, read_samples
 
 Records = Sequence[Mapping[str, Any]]
@@ -63,7 +61,7 @@ def write_report(
         metrics: the run's records.
     """
     sections = [
-        f"# {summary.get('name', run_dir.name)}",
+        f"# {markdown_text(summary.get('name', run_dir.name))}",
         _headline(summary),
         _facts(summary),
         _time_use(metrics),
@@ -73,7 +71,7 @@ def write_report(
         _samples(read_samples(run_dir / SAMPLES_FILE)),
         _reproduce(summary, config_yaml),
     ]
-    _write_atomically(run_dir / "report.md", "\n\n".join(filter(None, sections)) + "\n")
+    write_file(run_dir / "report.md", "\n\n".join(filter(None, sections)) + "\n")
 
 
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
@@ -84,8 +82,7 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
         summary: JSON values; NaN and infinities become null.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(finite(summary), indent=2, allow_nan=False)
-    _write_atomically(run_dir / "summary.json", text + "\n")
+    write_json(run_dir / "summary.json", summary)
 
 
 def _headline(summary: Mapping[str, Any]) -> str:
@@ -101,7 +98,7 @@ def _facts(summary: Mapping[str, Any]) -> str:
     rows = [(label, _number(summary[key])) for key, label in _FACTS.items() if key in summary]
     if _known(summary, "wall_seconds"):
         rows.append(("Wall time", str(timedelta(seconds=round(summary["wall_seconds"])))))
-    return _table(("", ""), rows)
+    return markdown_table(("", ""), rows)
 
 
 def _scores(summary: Mapping[str, Any]) -> str:
@@ -119,7 +116,7 @@ def _scores(summary: Mapping[str, Any]) -> str:
         single = _SCORES | {"greedy_accuracy": _SCORES["greedy"]}
         rows = [(single[k], _share(summary[k], total)) for k in single if _known(summary, k)]
     note = f"\n\nBrackets: 95% Wilson interval over {total:,} questions." if total else ""
-    return f"## Scores\n\n{_table(header, rows)}{note}" if rows else ""
+    return f"## Scores\n\n{markdown_table(header, rows)}{note}" if rows else ""
 
 
 def _share(value: float, total: int | None) -> str:
@@ -155,7 +152,7 @@ def _group_use(metrics: Records) -> str:
         rows.append(
             ("Reflections that succeeded", f"{weighted:,.0f}", f"{weighted / reflections:.1%}")
         )
-    return f"## How the groups were used\n\n{_table(('', 'Count', 'Share'), rows)}"
+    return f"## How the groups were used\n\n{markdown_table(('', 'Count', 'Share'), rows)}"
 
 
 def _time_use(metrics: Records) -> str:
@@ -188,31 +185,18 @@ def _sample(sample: SampleRecord) -> str:
             f"completion: {printable(sample.completion, max_chars=1500, max_lines=24)}",
         )
     )
-    title = f"Step {sample.step}, {sample.role.replace('_', ' ')}, reward {sample.reward:+.2f}"
-    return f"{title}:\n\n{_fenced(text, 'text')}"
+    role = markdown_text(sample.role.replace("_", " "))
+    title = f"Step {sample.step}, {role}, reward {sample.reward:+.2f}"
+    return f"{title}:\n\n{fenced(text, 'text')}"
 
 
 def _reproduce(summary: Mapping[str, Any], config_yaml: str) -> str:
     parts = ["## Run it again"]
     if "command" in summary:
-        parts.append(_fenced(str(summary["command"]), "sh"))
+        parts.append(fenced(str(summary["command"]), "sh"))
     parts.append("Every setting of this run:")
-    parts.append(_fenced(config_yaml.rstrip(), "yaml"))
+    parts.append(fenced(config_yaml.rstrip(), "yaml"))
     return "\n\n".join(parts)
-
-
-def _fenced(text: str, language: str) -> str:
-    """A code block that no backticks in `text` can end: it may hold a model's words."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(c.replace("|", r"\|") for c in row) + " |" for row in lines)
 
 
 def _number(value: Any) -> str:
@@ -225,12 +209,3 @@ def _known(values: Mapping[str, Any], *keys: str) -> bool:
 
 def _total(metrics: Records, key: str) -> float:
     return sum(r[key] for r in metrics if r["phase"] == "train" and r.get(key) is not None)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -1,12 +1,11 @@
 """Sample completions, for people: what a record holds, and how its text is made safe to show."""
 
 import unicodedata
-from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from care_train.reporting.jsonl import JsonlWriter, read_jsonl
+from care_train.reporting.files import JsonlWriter, read_jsonl
 
 SAMPLES_FILE = "samples.jsonl"
 _CUT = " […] "
@@ -27,38 +26,24 @@ class SampleRecord:
 
 
 def append_sample(run_dir: Path, sample: SampleRecord) -> None:
-    """Add `sample` to the run's samples.jsonl.
-
-    Args:
-        run_dir: the run's folder.
-        sample: the completion, unbounded and unescaped: readers bound and escape.
-    """
-    writer = JsonlWriter(run_dir / SAMPLES_FILE)
-    writer.write(asdict(sample))
-    writer.close()
+    """Add `sample` to the run's samples.jsonl, its text as it is: readers bound and escape it."""
+    with closing(JsonlWriter(run_dir / SAMPLES_FILE)) as writer:
+        writer.write(asdict(sample))
 
 
 def read_samples(path: Path) -> list[SampleRecord]:
     """The samples of a samples.jsonl; a cut last line is dropped, a missing file has none.
 
-    Args:
-        path: the file.
-
     Raises:
         ValueError: a line is bad; the message names file and line.
     """
-    if not path.exists():
-        return []
-    return [
-        _sample(record, f"{path}:{number}") for number, record in enumerate(read_jsonl(path), 1)
-    ]
-
-
-def _sample(record: Mapping[str, Any], place: str) -> SampleRecord:
     names = [field.name for field in fields(SampleRecord)]
-    if missing := [name for name in names if name not in record]:
-        raise ValueError(f"{place}: no {missing[0]!r}")
-    return SampleRecord(**{name: record[name] for name in names})
+    samples = []
+    for number, record in enumerate(read_jsonl(path) if path.exists() else [], start=1):
+        if missing := [name for name in names if name not in record]:
+            raise ValueError(f"{path}:{number}: no {missing[0]!r}")
+        samples.append(SampleRecord(**{name: record[name] for name in names}))
+    return samples
 
 
 def printable(text: str, max_chars: int, max_lines: int) -> str:
@@ -73,22 +58,15 @@ def printable(text: str, max_chars: int, max_lines: int) -> str:
         max_lines: bound on its lines.
     """
     # The bound comes first so that a huge text costs no more than a small one.
-    text = _middle_cut(text, max_chars)
+    if len(text) > max_chars:
+        head = (max_chars - len(_CUT)) // 2
+        text = text[:head] + _CUT + text[head + len(_CUT) - max_chars :]
     text = "".join(_shown(character) for character in text)
     lines = text.split("\n")
     if len(lines) <= max_lines:
         return text
     head = max_lines // 2
-    tail = max_lines - head - 1
-    return "\n".join([*lines[:head], _CUT.strip(), *lines[len(lines) - tail :]])
-
-
-def _middle_cut(text: str, max_chars: int) -> str:
-    if len(text) <= max_chars:
-        return text
-    head = (max_chars - len(_CUT)) // 2
-    tail = max_chars - len(_CUT) - head
-    return text[:head] + _CUT + text[len(text) - tail :]
+    return "\n".join([*lines[:head], _CUT.strip(), *lines[len(lines) - (max_lines - head - 1) :]])
 
 
 def _shown(character: str) -> str:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from care_train.distributed import barrier, is_main, rank
+from care_train.reporting.files import write_file
 from care_train.training.engine import PolicyEngine
 from care_train.training.folders import (
     clean_up,
     find_damage,
     remove_folder,
-    write_file,
     write_folder,
     write_manifest,
 )

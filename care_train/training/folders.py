@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +9,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from care_train.distributed import gather, is_main, rank, world_size
+from care_train.reporting.files import PARTIAL, sync
 from care_train.training.failures import DISK_FULL_STATUS, RunError
 from care_train.training.timer import timer
 
-PARTIAL = ".partial"
-"""Ends the name of a folder still being written."""
 REPLACED = ".replaced"
 """Ends the name of a folder while the new one of its name is put in its place."""
 DELETED = ".deleted"
@@ -72,24 +70,6 @@ def clean_up(folder: Path) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write `path` whole: a kill leaves the old content or the new."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text)
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_manifest(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +282,7 @@ def _record_samples(
         role=role,
     )
     append_sample(run_dir, record)
-    show_sample(progress, **asdict(record))
+    show_sample(progress, record)
 
 
 def _pick_sample(outcome: StepOutcome) -> tuple[SampledGroup, Rollout, str]:

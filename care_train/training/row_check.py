@@ -8,7 +8,7 @@ from pathlib import Path
 from care_train.data import Sample, join_errors, samples_at
 from care_train.distributed import gather, is_main, rank, world_size
 from care_train.reporting import track
-from care_train.training.folders import write_file
+from care_train.reporting.files import write_file
 from care_train.training.session import Session
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from typing import TypeVar
 from care_train.config import Config, config_to_yaml
 from care_train.data import Sample
 from care_train.distributed import barrier, is_main, of_first_rank
+from care_train.reporting.files import sync, write_file
 from care_train.training.failures import RunError, is_disk_full
-from care_train.training.folders import sync, write_file
 from care_train.training.run_lock import PATIENCE, RunLock
 from care_train.training.run_place import (
     CONFIG_FILE,

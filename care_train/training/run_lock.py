@@ -27,8 +27,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from care_train.reporting.files import sync
 from care_train.training.failures import IN_USE_STATUS, RunError
-from care_train.training.folders import sync
 from care_train.training.processes import ProcessId, end_at_once
 
 BEAT = 5.0

@@ -1,11 +1,12 @@
-"""Bars on a terminal, plain lines in a log, samples to the letter."""
+"""Bars on a terminal, plain lines in a log, samples and names to the letter."""
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from care_train.reporting import TrainProgress, show_sample, track
+from care_train.reporting import SampleRecord, TrainProgress, show_sample, show_summary, track
 from care_train.reporting.samples import printable
 
 _VALUES = {"reward": 0.5, "accuracy": 0.25, "kl": 0.01, "tokens_per_second": 12345.6}
@@ -50,13 +51,14 @@ def test_loss_is_shown_without_a_reward() -> None:
     assert "loss 2.500" in first and "loss" not in last
 
 
-def test_terminal_gets_a_bar() -> None:
-    """On a terminal the bar shows the step and the numbers below it."""
+def test_terminal_gets_a_bar_and_evaluations_nest_in_it() -> None:
+    """The bar shows the step and the numbers below it; a second bar may run inside the first."""
     console = _terminal()
     with TrainProgress(4, description="care", console=console) as progress:
+        assert list(track(range(3), "evaluate", console=console)) == [0, 1, 2]
         progress.update(3, _VALUES)
     text = _written(console)
-    assert "3/4" in text and "12,346" in text and "ETA" in text
+    assert all(shown in text for shown in ("3/4", "12,346", "ETA", "evaluate"))
 
 
 def test_disabled_progress_is_silent() -> None:
@@ -69,15 +71,6 @@ def test_disabled_progress_is_silent() -> None:
         assert _written(console) == ""
 
 
-def test_evaluation_nests_in_a_run() -> None:
-    """A second bar may run inside the first."""
-    console = _terminal()
-    with TrainProgress(4, description="care", console=console) as progress:
-        assert list(track(range(3), "evaluate", console=console)) == [0, 1, 2]
-        progress.update(1, _VALUES)
-    assert "evaluate" in _written(console)
-
-
 def test_track_in_a_log() -> None:
     """Long work tells its end in a log; without a known length, its start."""
     console = _log()
@@ -87,27 +80,48 @@ def test_track_in_a_log() -> None:
     assert "generate ..." in _written(console)
 
 
-def test_markup_in_a_completion_is_literal() -> None:
-    """Model output is shown to the letter: rich's markup in it does nothing, nor raises."""
+_MARKUP = "[red]x[/red] [/bold] [link=http://a]b[/link] :smile:"
+
+
+def test_markup_is_literal(tmp_path: Path) -> None:
+    """rich's markup in model output, a run's name or a description does nothing, nor raises."""
     console = _log()
-    hostile = "[red]x[/red] [/bold] [link=http://a]b[/link] :smile:"
-    show_sample(console, 3, hostile, hostile, hostile, 1.1, hostile)
-    text = _written(console)
-    assert text.count("[red]x[/red] [/bold] [link=http://a]b[/link] :smile:") == 3
-    assert "step 3 · [red]x" in text and "+1.10" in text
-
-
-def test_progress_prints_strings_literally() -> None:
-    """Brackets in a printed string are not markup."""
+    show_sample(console, SampleRecord(3, _MARKUP, _MARKUP, _MARKUP, 1.1, _MARKUP))
+    assert _written(console).count(_MARKUP) == 3
+    assert "step 3 · [red]x" in _written(console) and "+1.10" in _written(console)
     console = _log()
     TrainProgress(4, console=console).print("a[/b] [red]c")
-    assert "a[/b] [red]c" in _written(console)
+    list(track([1], _MARKUP, console=console))
+    show_summary(tmp_path / "[red]run[/bold]\x1b[2J", {"accuracy": 0.5, "format": 1.0}, console)
+    for shown in ("a[/b] [red]c", f"{_MARKUP} 1/1", "[red]run[/bold]", "accuracy 50.0%"):
+        assert shown in _written(console)
+    assert "\x1b" not in _written(console)
+
+
+@pytest.mark.parametrize(
+    ("summary", "shown"),
+    [
+        ({"accuracy_before": 0.5, "accuracy_after": 0.75}, ("50.0%", "75.0%", "+25.0 points")),
+        ({"benchmarks": {"mmmu": 0.5}, "macro_accuracy": 0.25}, ("mmmu", "macro average", "25.0%")),
+        ({"benchmarks": {"data": 0.5}}, ("data", "50.0%")),
+        ({"loss": 1.0, "eval_loss": 2.0}, ("loss 1.000, on held-out rows 2.000",)),
+        ({}, ("report.md, metrics.jsonl",)),
+    ],
+)
+def test_a_run_ends_with_its_scores(summary: dict, shown: tuple, tmp_path: Path) -> None:
+    """What there is of scores and files, and nothing else."""
+    for name in ("report.md", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    console = _log()
+    show_summary(tmp_path, summary, console)
+    assert all(text in _written(console) for text in shown)
 
 
 def test_completion_cannot_drive_the_terminal() -> None:
     """Escape sequences and other control characters never reach the terminal."""
     console = _terminal()
-    show_sample(console, 1, "q", "a\x1b]0;title\x07\x9b2Jb\rc\u202ed", "d", 0.0, "negative")
+    hostile = "a\x1b]0;title\x07\x9b2Jb\rc\u202ed"
+    show_sample(console, SampleRecord(1, "q", hostile, "d", 0.0, "negative"))
     assert "]0;title" in _written(console)
     for control in ("\x1b]0", "\x07", "\x9b", "\r", "\u202e"):
         assert control not in _written(console)
@@ -117,21 +131,20 @@ def test_completion_cannot_drive_the_terminal() -> None:
 def test_huge_completion_stays_small(text: str) -> None:
     """However long a completion is, its panel is not; its end, the answer, is kept."""
     console = _log()
-    show_sample(console, 1, text, text + "THE END", text, 0.0, "negative")
+    show_sample(console, SampleRecord(1, text, text + "THE END", text, 0.0, "negative"))
     assert len(_written(console).splitlines()) < 50
     assert "THE END" in _written(console)
 
 
-def test_printable_keeps_short_text() -> None:
-    """Text within the bounds is unchanged, whatever its script."""
-    text = "línea\n\t日本語\u3000🙂"
-    assert printable(text, max_chars=100, max_lines=5) == text
-
-
-def test_printable_keeps_both_ends() -> None:
-    """A cut takes the middle, in characters and in lines, and stays within the bounds."""
-    cut = printable("a" * 50 + "z" * 50, max_chars=20, max_lines=5)
-    assert len(cut) == 20 and cut.startswith("aa") and cut.endswith("zz")
-    lines = printable("\n".join("abcdefgh"), max_chars=100, max_lines=4).split("\n")
-    assert lines == ["a", "b", "[…]", "h"]
-    assert printable("a\nb", max_chars=100, max_lines=1) == "[…]"
+@pytest.mark.parametrize(
+    ("text", "max_chars", "max_lines", "wanted"),
+    [
+        ("línea\n\t日本語\u3000🙂", 100, 5, "línea\n\t日本語\u3000🙂"),
+        ("a" * 50 + "z" * 50, 20, 5, "a" * 7 + " […] " + "z" * 8),
+        ("\n".join("abcdefgh"), 100, 4, "a\nb\n[…]\nh"),
+        ("a\nb", 100, 1, "[…]"),
+    ],
+)
+def test_printable_keeps_both_ends(text: str, max_chars: int, max_lines: int, wanted: str) -> None:
+    """Short text is unchanged whatever its script; a cut takes the middle, within the bounds."""
+    assert printable(text, max_chars, max_lines) == wanted

@@ -98,6 +98,15 @@ def test_completion_cannot_leave_its_block(tmp_path: Path) -> None:
     assert "`````text\n" in _report(tmp_path)
 
 
+def test_names_are_shown_to_the_letter(tmp_path: Path) -> None:
+    """Line breaks, HTML, links and pipes in a run's name or model become no part of the page."""
+    hostile = "a\n# b <img src=x onerror=alert(1)> [c](javascript:d) | *e* `f` \x1b[2J\ud800"
+    text = _report(tmp_path, _SUMMARY | {"name": hostile, "model": hostile})
+    shown = r"a # b &lt;img src=x onerror=alert(1)&gt; [c]\(javascript:d) \| \*e\* \`f\`"
+    assert text.startswith(f"# {shown}") and f"| Model | {shown}" in text
+    assert "<img" not in text and "\n# b" not in text and "\x1b" not in text
+
+
 def test_report_shows_a_few_samples(tmp_path: Path) -> None:
     """The latest sample of each role is shown, at most a few."""
     for step in range(1, 4):

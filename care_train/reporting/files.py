@@ -1,4 +1,4 @@
-"""JSON lines that survive a kill: one flushed line per record, a cut last line dropped."""
+"""Files that survive a kill: JSON lines appended whole, texts replaced whole."""
 
 import json
 import math
@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+PARTIAL = ".partial"
+"""Ends the name of a file or folder that is still being written."""
+
 
 class JsonlWriter:
     """Appends one JSON object per line."""
 
     def __init__(self, path: Path) -> None:
-        """Open `path` for appending, without the half line a killed run may have left.
+        """Open `path` for appending, without the half line that a killed run may have left.
 
         Args:
             path: the file; its folder is created.
@@ -20,7 +23,14 @@ class JsonlWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: what a full disk refused must not be tried again, and raise again, in `close`.
         self._file = path.open("ab", buffering=0)
-        _drop_cut_line(path)
+        content = path.read_bytes()
+        if rest := content.rpartition(b"\n")[2]:
+            try:
+                json.loads(rest)
+            except ValueError:
+                os.truncate(path, len(content) - len(rest))
+            else:
+                self._file.write(b"\n")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append `record` at once: a reader sees whole lines while the run goes on.
@@ -46,39 +56,20 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: another line is not a JSON object; the message names file and line.
     """
-    *whole, rest = path.read_bytes().split(b"\n")
+    lines = path.read_bytes().split(b"\n")
     records = []
-    for number, line in enumerate(whole, start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except ValueError as error:
+            # What follows the last newline is nothing, or a line that was cut.
+            if number == len(lines):
+                break
             raise ValueError(f"{path}:{number}: not JSON ({error})") from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}:{number}: got {type(record).__name__}, wanted an object")
         records.append(record)
-    return records + _complete(rest)
-
-
-def _complete(rest: bytes) -> list[dict[str, Any]]:
-    """What follows the last newline, as a record where it is one (a file edited by hand)."""
-    try:
-        record = json.loads(rest)
-    except ValueError:
-        return []
-    return [record] if isinstance(record, dict) else []
-
-
-def _drop_cut_line(path: Path) -> None:
-    """Without this, the next record would be glued to the half line and both would be lost."""
-    content = path.read_bytes()
-    rest = content[content.rfind(b"\n") + 1 :]
-    if not rest:
-        return
-    if _complete(rest):
-        with path.open("ab") as file:
-            file.write(b"\n")
-    else:
-        os.truncate(path, len(content) - len(rest))
+    return records
 
 
 def finite(value: Any) -> Any:
@@ -90,3 +81,26 @@ def finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_file` of a value as JSON; NaN and infinities become null."""
+    write_file(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write `path` whole: a kill leaves the old content or the new."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(text, encoding="utf-8")
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
