@@ -144,10 +144,9 @@ def packed_positions(model: Any) -> Positions:
 
     def multimodal(sequences: Sequence[TokenSequence]) -> torch.Tensor:
         # A group's rollouts share their prompt, and prompts are long.
-        prompts = {id(s.prompt): s.prompt for s in sequences}
-        axes = {key: _prompt_axes(model, prompt) for key, prompt in prompts.items()}
+        axes = {prompt: _prompt_axes(model, prompt) for prompt in {s.prompt for s in sequences}}
         return torch.cat(
-            [torch.cat([_count(s)[None], _extended(axes[id(s.prompt)], s)]) for s in sequences],
+            [torch.cat([_count(s)[None], _extended(axes[s.prompt], s)]) for s in sequences],
             dim=1,
         )
 

@@ -1,7 +1,7 @@
 """A batch's images, each distinct one encoded once: a group's rollouts ask about the same image."""
 
-import inspect
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,36 +22,25 @@ def image_inputs(
     with_images = [prompt for prompt in prompts if prompt.pixel_values is not None]
     if not with_images:
         return {}
-    first: dict[int, int] = {}
-    pixels, grids, places = [], [], []
-    num_distinct = 0
-    for prompt in with_images:
-        grid, patches = prompt.image_grid_thw, prompt.pixel_values
-        assert grid is not None and patches is not None
-        if id(patches) not in first:
-            first[id(patches)] = num_distinct
-            num_distinct += len(grid)
-            pixels.append(patches)
-        grids.append(grid)
-        start = first[id(patches)]
-        places += range(start, start + len(grid))
+    distinct = list(dict.fromkeys(with_images))
+    counts = [prompt.num_images for prompt in distinct]
+    starts = dict(zip(distinct, accumulate(counts, initial=0), strict=False))
     inputs = {
-        "pixel_values": torch.cat(pixels),
-        "image_grid_thw": torch.cat(grids),
+        "pixel_values": torch.cat([p.pixel_values for p in distinct if p.pixel_values is not None]),
+        "image_grid_thw": torch.cat(
+            [p.image_grid_thw for p in with_images if p.image_grid_thw is not None]
+        ),
         "mm_token_type_ids": (input_ids == image_token_id).int(),
     }
-    if num_distinct < len(places):
-        order = {key: place for place, key in enumerate(dict.fromkeys(map(id, prompts)))}
+    if len(distinct) < len(with_images):
+        order = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+        places = [starts[p] + image for p in with_images for image in range(p.num_images)]
         inputs |= {
             "image_places": torch.tensor(places),
-            "prompt_places": torch.tensor([order[id(prompt)] for prompt in prompts]),
-            "image_counts": torch.tensor([_num_images(prompt) for prompt in prompts]),
+            "prompt_places": torch.tensor([order[prompt] for prompt in prompts]),
+            "image_counts": torch.tensor([prompt.num_images for prompt in prompts]),
         }
     return inputs
-
-
-def _num_images(prompt: EncodedPrompt) -> int:
-    return 0 if prompt.image_grid_thw is None else len(prompt.image_grid_thw)
 
 
 def has_vision_tower(backbone: Any) -> bool:
@@ -87,11 +76,6 @@ def with_encoded_images(
     repeats = len(places) > 0
     first = [places.index(place) for place in range(max(places) + 1)] if repeats else slice(None)
     pixels = inputs.pop("pixel_values")
-    if "mm_encoder_outputs" not in inspect.signature(backbone.forward).parameters:
-        if repeats:
-            images = pixels.split(grid[first].prod(-1).tolist())
-            pixels = torch.cat([images[place] for place in places])
-        return inputs | {"pixel_values": pixels}
     features = backbone.get_image_features(pixels, grid[first], return_dict=True)
     inputs["mm_encoder_outputs"] = {"image": _taken(features, places) if repeats else features}
     if repeats and not left_padded and "position_ids" not in inputs:

@@ -7,16 +7,23 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from care_train.config import LoraSettings, ModelSettings
 from care_train.models.fast_paths import apply_liger, runnable_and_said
+from care_train.models.folder import (
+    check_loaded,
+    check_tokenizer,
+    check_weight_files,
+    read_config,
+    readable,
+)
 from care_train.models.lora import add_adapters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -73,45 +80,43 @@ class LoadedModel:
 def load_model(settings: ModelSettings, folder: str | Path | None = None) -> LoadedModel:
     """Load `folder`, or `settings.path`, in the settings' precision, attention and kernels.
 
-    What this machine cannot run is replaced, and said.
+    Attention or kernels that this machine cannot run are replaced, and a message says so.
 
     Raises:
-        ValueError: a folder that does not exist or holds no model.
+        ValueError: the folder is not there, is incomplete or damaged, or holds weights that are not
+            those of the model in its config.json; the message names the files or weights.
     """
-    path = _checked_path(settings, folder)
-    config = AutoConfig.from_pretrained(path)
+    path = Path(settings.path if folder is None else folder)
+    config = read_config(path)
     settings = runnable_and_said(settings, config.model_type)
-    model = auto_class(config).from_pretrained(
-        path, dtype=DTYPES[settings.dtype], attn_implementation=settings.attention
-    )
+    check_weight_files(path)
+    with readable(path, "the weights"):
+        model, report = auto_class(config).from_pretrained(
+            path,
+            dtype=DTYPES[settings.dtype],
+            attn_implementation=settings.attention,
+            trust_remote_code=False,
+            output_loading_info=True,
+            # Reported like the others by `check_loaded`, which names them.
+            ignore_mismatched_sizes=True,
+        )
+    check_loaded(path, report)
     if settings.liger:
         apply_liger(model)
     return _limited(_with_preparation(model, path), settings)
 
 
 def load_without_weights(settings: ModelSettings, folder: str | Path | None = None) -> LoadedModel:
-    """`load_model` with parameters on the meta device: what starts an engine that gets weights.
+    """`load_model` with parameters on the meta device, for an engine that is sent its weights.
 
     Raises:
-        ValueError: a folder that does not exist or holds no model.
+        ValueError: as `load_model`, but for the weights.
     """
-    path = _checked_path(settings, folder)
-    config = AutoConfig.from_pretrained(path)
+    path = Path(settings.path if folder is None else folder)
+    config = read_config(path)
     with torch.device("meta"):
         model = auto_class(config).from_config(config, dtype=DTYPES[settings.dtype])
-    if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
     return _limited(_with_preparation(model, path), settings)
-
-
-def _checked_path(settings: ModelSettings, folder: str | Path | None) -> Path:
-    path = Path(folder if folder is not None else settings.path)
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"model.path: {path}: no config.json there; wanted a Hugging Face model folder "
-            "(download it first, for example with `hf download`)"
-        )
-    return path
 
 
 def auto_class(config: Any) -> Any:
@@ -120,15 +125,30 @@ def auto_class(config: Any) -> Any:
 
 
 def _has_vision(config: Any) -> bool:
-    return getattr(config, "vision_config", None) is not None
+    """Whether the model reads images: not if its `architectures` name a text model's class alone,
+    as those of a text checkpoint do that kept its parent's `vision_config`."""
+    if getattr(config, "vision_config", None) is None:
+        return False
+    named = getattr(config, "architectures", None)
+    return not named or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type) in named
 
 
-def _with_preparation(model: Any, folder: str | Path) -> LoadedModel:
-    """The model with the tokenizer, and the processor of models that see, of a folder."""
-    if not _has_vision(model.config):
-        return LoadedModel(model, None, AutoTokenizer.from_pretrained(folder))
-    processor = AutoProcessor.from_pretrained(folder)
-    return LoadedModel(model, processor, processor.tokenizer)
+def _with_preparation(model: Any, folder: Path) -> LoadedModel:
+    """The model with the generation config, tokenizer and, if it reads images, processor."""
+    if (folder / "generation_config.json").is_file():
+        # transformers' own loading falls back to defaults where the file is damaged.
+        with readable(folder, "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    if _has_vision(model.config):
+        with readable(folder, "the processor (processor_config.json, preprocessor_config.json)"):
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = processor.image_processor and processor.tokenizer
+    else:
+        processor = None
+        with readable(folder, "the tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    check_tokenizer(folder, tokenizer, model.get_input_embeddings().num_embeddings)
+    return LoadedModel(model, processor, tokenizer)
 
 
 def load_skeleton(
@@ -146,7 +166,8 @@ def load_skeleton(
     Raises:
         ValueError: the weights are not those of such a model.
     """
-    config = AutoConfig.from_pretrained(folder)
+    folder = Path(folder)
+    config = read_config(folder)
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
         if lora is not None:
@@ -157,7 +178,6 @@ def load_skeleton(
     lost = [n for n, p in model.named_parameters() if p.is_meta] + result.unexpected_keys
     if lost:
         raise ValueError(f"{folder}: the weights and the model differ in {lost[0]!r}")
-    model.generation_config = GenerationConfig.from_pretrained(folder)
     return _with_preparation(model, folder)
 
 

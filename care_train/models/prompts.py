@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 
 from care_train.config import PromptSettings
@@ -19,19 +20,27 @@ _PLACEHOLDER = re.compile(r"<image>")
 _OPENED = re.compile(r"<(?P<tag>\w+)>\s*(?:</(?P=tag)>\s*)?$")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EncodedPrompt:
-    """A prompt as the model sees it, image placeholders expanded."""
+    """A prompt as the model sees it, image placeholders expanded.
+
+    Two are equal only if they are one object, so that a prompt can be a dictionary's key: the
+    rollouts of a group share theirs, and its images are encoded once.
+    """
 
     token_ids: tuple[int, ...]
     pixel_values: torch.Tensor | None = field(default=None, repr=False)
     """[patches, patch_dim] of all its images."""
     image_grid_thw: torch.Tensor | None = None
     """[images, 3] int64: patches in time, height and width."""
-    images: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
+    images: tuple[Image.Image, ...] = field(default=(), repr=False)
     """The images themselves, for engines that process them on their own."""
-    location: str = field(default="", compare=False)
+    location: str = ""
     """File and row, for errors."""
+
+    @property
+    def num_images(self) -> int:
+        return 0 if self.image_grid_thw is None else len(self.image_grid_thw)
 
 
 class PromptEncoder:
@@ -46,6 +55,8 @@ class PromptEncoder:
         """
         self._loaded = loaded
         self._prompt = prompt
+        added = loaded.tokenizer.added_tokens_decoder.values()
+        self._special = [token.content for token in added if token.special]
         self._opening = self._opened_rationale()
 
     def encode(self, samples: Sequence[Sample]) -> list[EncodedPrompt]:
@@ -57,18 +68,18 @@ class PromptEncoder:
         """
         # A lazy sequence reads a row anew each time: one object per row here.
         samples = list(samples)
-        with_images = [sample for sample in samples if sample.images]
-        encoded = dict(zip(map(id, with_images), self._encode_images(with_images), strict=True))
-        prompts = []
-        for sample in samples:
-            prompt = encoded.get(id(sample))
-            if prompt is None:
-                rendered = self._render(sample)
-                ids = self._loaded.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-                prompt = EncodedPrompt(tuple(ids), location=sample.location or sample.id)
+        with_images = iter(self._encode_images([sample for sample in samples if sample.images]))
+        prompts = [
+            next(with_images) if sample.images else self._encode_text_row(sample)
+            for sample in samples
+        ]
+        for sample, prompt in zip(samples, prompts, strict=True):
             self._check(sample, prompt)
-            prompts.append(prompt)
         return prompts
+
+    def _encode_text_row(self, sample: Sample) -> EncodedPrompt:
+        ids = self._loaded.tokenizer(self._render(sample), add_special_tokens=False)["input_ids"]
+        return EncodedPrompt(tuple(ids), location=sample.location or sample.id)
 
     def num_tokens(self, sample: Sample) -> int:
         """Tokens of a sample's prompt, by its images' sizes: no pixel is decoded.
@@ -80,7 +91,6 @@ class PromptEncoder:
         sizes = image_sizes(sample, self._prompt.max_image_pixels)
         self._check_placeholders(sample, text)
         ids = self._loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-        self._check_image_tokens(sample, ids.count(self._loaded.image_token_id), len(sizes))
         return len(ids) + sum(self._num_image_tokens(sample, *size) - 1 for size in sizes)
 
     def _num_image_tokens(self, sample: Sample, width: int, height: int) -> int:
@@ -95,13 +105,15 @@ class PromptEncoder:
         return patches // processor.merge_size**2
 
     def _check(self, sample: Sample, encoded: EncodedPrompt) -> None:
-        wanted = 0
         if encoded.image_grid_thw is not None:
             merge = self._loaded.processor.image_processor.merge_size**2
             wanted = int(encoded.image_grid_thw.prod(-1).sum()) // merge
-        self._check_image_tokens(
-            sample, encoded.token_ids.count(self._loaded.image_token_id), wanted
-        )
+            got = encoded.token_ids.count(self._loaded.image_token_id)
+            if got != wanted:
+                raise ValueError(
+                    f"{sample.location}: the prompt has {got} image tokens, its images need "
+                    f"{wanted}: take the processor that belongs to the model"
+                )
         limit = self._prompt.max_prompt_tokens
         if len(encoded.token_ids) > limit:
             raise ValueError(
@@ -119,6 +131,20 @@ class PromptEncoder:
         return tuple(encoded["input_ids"])
 
     def _render(self, sample: Sample) -> str:
+        """The chat template's text for a row.
+
+        Raises:
+            ValueError: the row's prompt spells a special token, which the tokenizer would read as
+                one: the end of the turn, an image.
+        """
+        pieces = _PLACEHOLDER.split(sample.prompt) if sample.images else [sample.prompt]
+        found = [token for token in self._special if any(token in piece for piece in pieces)]
+        if found:
+            raise ValueError(
+                f"{sample.location or sample.id}: prompt: holds the special tokens "
+                f"{', '.join(found)}; wanted plain text, as they would end the turn or stand for "
+                "an image: remove them"
+            )
         messages: list[dict[str, Any]] = []
         if self._prompt.system is not None:
             messages.append({"role": "system", "content": self._prompt.system})
@@ -128,9 +154,18 @@ class PromptEncoder:
 
     def _apply_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         template = self._loaded.processor or self._loaded.tokenizer
-        return template.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            return template.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        # ValueError: there is none. TemplateError: it is damaged, or takes no such messages.
+        except (TemplateError, ValueError) as error:
+            raise ValueError(
+                f"model.path: {self._loaded.tokenizer.name_or_path}: no prompt can be made by its "
+                f"chat template ({error}): wanted a chat model, with chat_template.jinja or "
+                "`chat_template` in tokenizer_config.json; if it takes no system message, "
+                "prompt.system=null"
+            ) from error
 
     def _opened_rationale(self) -> str:
         """What the chat template begins the response with, such as Qwen3-VL Thinking's `<think>`.
@@ -185,14 +220,7 @@ class PromptEncoder:
         if placeholders != wanted:
             raise ValueError(
                 f"{sample.location}: the rendered prompt has {placeholders} image placeholders, "
-                f"wanted {wanted}, one per image: remove special tokens from the prompt's text"
-            )
-
-    def _check_image_tokens(self, sample: Sample, got: int, wanted: int) -> None:
-        if got != wanted:
-            raise ValueError(
-                f"{sample.location}: the prompt has {got} image tokens, its images need {wanted}: "
-                "remove special tokens such as <|image_pad|> from the prompt's text"
+                f"wanted {wanted}, one per image: choose a model whose chat template shows images"
             )
 
 

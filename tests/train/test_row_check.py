@@ -105,7 +105,7 @@ def test_rows_that_are_no_prompts_are_named_together(tiny_folder, tmp_path):
     head, *lines = str(error.value).splitlines()
     assert head == "data: 3 rows cannot be used:"
     for row, line, wanted in zip(
-        (1, 3, 4), lines, ("no such file", "2000 x 4 pixels", "image tokens"), strict=True
+        (1, 3, 4), lines, ("no such file", "2000 x 4 pixels", "<|image_pad|>"), strict=True
     ):
         assert line.startswith(f"rows.jsonl: row {row}: ") and wanted in line
 
