@@ -40,7 +40,7 @@ def build_trainer(folder: Path, output_dir: Path, **settings: Any) -> GRPOTraine
         reward_funcs=reward,
         args=grpo_config(output_dir, **settings),
         train_dataset=prompts(vision),
-        processing_class=AutoProcessor.from_pretrained(folder),
+        processing_class=AutoProcessor.from_pretrained(folder, padding_side="left"),
     )
 
 

@@ -1,0 +1,1 @@
+"""CARE inside other trainers: `integrations.trl`."""

@@ -1,0 +1,195 @@
+"""CARE inside TRL: a `GRPOTrainer` that trains Algorithm 1's subgroups instead of whole groups.
+
+    from trl import GRPOConfig
+
+    from care_train.integrations.trl import CareGRPOTrainer
+
+    trainer = CareGRPOTrainer(
+        model="Qwen/Qwen2.5-VL-3B-Instruct",
+        reward_funcs=accuracy,  # 1.0 where the completion's answer is right, else 0.0
+        args=GRPOConfig(epsilon_high=0.28, num_generations=8),
+        train_dataset=dataset,
+    )
+    trainer.train()
+
+TRL samples the groups, calls the reward functions, logs, saves, shards and evaluates as it always
+does. This class takes over between its sampling and its loss: anchor, hard negatives and rescue
+(lines 3-10, 21-25), reflection through TRL's own generation (lines 11-20), token advantages (lines
+26-41). The loss (lines 42-43) is `care_kernels.linear_policy_loss` inside the model's forward.
+
+A batch keeps TRL's shape, B sequences a process: the reflected rollout takes the row of a rollout
+of its group that is not trained. Rows outside S* have no advantage, and the fused loss skips them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+from trl import GRPOTrainer
+
+from care_kernels.integrations.trl import PolicyLossCall, use_care_kernels
+from care_train.algorithm import care as algorithm
+from care_train.config import CareSettings
+from care_train.integrations.trl_batch import policy_terms, training_batch
+from care_train.integrations.trl_rollouts import (
+    care_metrics,
+    own_rows,
+    reflect,
+    rollout_groups,
+    rollout_of,
+)
+from care_train.models.prompts import TokenText
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo")
+"""TRL's loss types that differ in surrogate and averaging alone; the averaging here is Eq. 12's."""
+
+
+class CareGRPOTrainer(GRPOTrainer):
+    """TRL 1.16's `GRPOTrainer` with CARE's credit assignment; everything else is TRL's.
+
+    `loss_type` chooses the surrogate (`cispo`, `sapo`, else the clip of `epsilon`, `epsilon_high`
+    and `delta`); the average is Eq. 12's, over S* of one optimiser step. `scale_rewards` is not
+    read: Eqs. 5-6 normalise within the subgroup. TRL's metrics keep their names; CARE's shares of
+    groups and sequences stand beside them as `care/...`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        care: CareSettings | None = None,
+        accuracy: str | None = None,
+        think_tag: str = "think",
+        answer_tag: str = "answer",
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            args: as for `GRPOTrainer`.
+            care: K, s, the anchor and so on; None: the paper's settings.
+            accuracy: the reward function whose value in [0, 1] says whether a response is right (1)
+                or wrong (0), by its `__name__`. None: the first one.
+            think_tag: name of the tags around the rationale.
+            answer_tag: name of the tags around the answer.
+            kwargs: as for `GRPOTrainer`.
+
+        Raises:
+            ValueError: an option of TRL's or of CARE's that the two cannot have together.
+        """
+        super().__init__(*args, **kwargs)
+        self.care = CareSettings() if care is None else care
+        self.tags = (think_tag, answer_tag)
+        self.accuracy_index = _index_of(accuracy, self.reward_func_names)
+        trainer: Any = self
+        self.token_text = TokenText(trainer._tokenizer)
+        _check(self)
+        use_care_kernels(self, "log_probs")
+
+    def _generate(self, prompts: list) -> Any:
+        generated = super()._generate(prompts)
+        self.sampled_prompt_ids, self.sampled_ids = generated[:2]
+        return generated
+
+    def _calculate_rewards(
+        self, inputs: list, prompts: list, completions: list, completion_ids_list: list
+    ) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.rewarded = inputs, prompts, own_rows(self, rewards, len(prompts))
+        return rewards
+
+    def rewards_of_reflections(
+        self, inputs: list, prompts: list, completions: list, completion_ids: list
+    ) -> Tensor:
+        """[B, F] of this process's reflected completions, one column per reward function."""
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        # What the functions logged of them belongs to no row of TRL's table of completions.
+        self._pending_extra_logs.clear()
+        return own_rows(self, rewards, len(prompts))
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch; in training with S* in its rows and Eq. 11 in `advantages` [B, T]."""
+        batch = super()._generate_and_score_completions(inputs)
+        model: Any = self.model
+        if not model.training:
+            return batch
+        rollouts = [
+            rollout_of(self, ids, rewards)
+            for ids, rewards in zip(self.sampled_ids, self.rewarded[2], strict=True)
+        ]
+        groups = rollout_groups(self, batch, rollouts)
+        subgroups = [
+            algorithm.select_subgroup(group, self.care, self._generator(place))
+            for place, group in enumerate(groups)
+        ]
+        reflected, sampling_log_probs = reflect(self, subgroups)
+        updates = [
+            algorithm.skipped_update(subgroup)
+            if isinstance(subgroup, str)
+            else algorithm.subgroup_update(subgroup, self.care, rollout)
+            for subgroup, rollout in zip(subgroups, reflected, strict=True)
+        ]
+        for name, value in care_metrics(self, reflected, updates).items():
+            self._metrics["train"][name].append(value)
+        return training_batch(self, batch, groups, updates, sampling_log_probs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Eqs. 12-13 over S*; TRL's own method runs on the same log-probs, for its metrics."""
+        if not torch.is_grad_enabled():
+            return super()._compute_loss(model, inputs)
+        call = PolicyLossCall(model, policy_terms(self, inputs))
+        super()._compute_loss(call, inputs)
+        assert call.loss is not None
+        return call.loss
+
+    def _generator(self, group: int) -> torch.Generator:
+        """For random selectors: a stream of its own for each step, process and group."""
+        parts = (self.args.seed, self.state.global_step, self.accelerator.process_index, group)
+        return torch.Generator().manual_seed(hash(parts) % 2**63)
+
+
+def _index_of(accuracy: str | None, names: Sequence[str]) -> int:
+    if accuracy is None:
+        return 0
+    if accuracy not in names:
+        raise ValueError(f"accuracy: got {accuracy!r}, wanted one of the reward functions {names}")
+    return list(names).index(accuracy)
+
+
+def _check(trainer: Any) -> None:
+    """Refuse what CARE and TRL cannot have together, before the first step."""
+    args, reflection = trainer.args, trainer.care.reflection
+    local = args.per_device_train_batch_size * args.steps_per_generation
+    least = trainer.care.max_negatives + 2
+    side = trainer._tokenizer.padding_side
+    refused = {
+        f"trl {trl.__version__}; wanted 1.16.x": not trl.__version__.startswith("1.16."),
+        f"loss_type={trainer.loss_type!r}; wanted one of {LOSS_TYPES}": (
+            trainer.loss_type not in LOSS_TYPES
+        ),
+        f"a processing_class with padding_side={side!r}; wanted 'left', as TRL pads its prompts: "
+        "the image tokens' positions would be others": (trainer._is_vlm and side != "left"),
+        "tools, environments or a rollout_func; wanted none: responses have one turn": bool(
+            trainer.tools or trainer.environment_factories or trainer.rollout_func
+        ),
+        f"top_entropy_quantile={trainer.top_entropy_quantile}; wanted 1: Eq. 11 says which tokens "
+        "train": trainer.top_entropy_quantile < 1,
+        "an off_policy_mask_threshold; wanted None": trainer.off_policy_mask_threshold is not None,
+        "use_adaptive_entropy=True; wanted False": trainer.use_adaptive_entropy,
+        "the router's auxiliary loss; wanted router_aux_loss_coef=0": trainer.aux_loss_enabled,
+        f"per_device_train_batch_size x steps_per_generation = {local}; wanted a multiple of "
+        f"num_generations = {trainer.num_generations}: a group stays on one process": (
+            local % trainer.num_generations != 0
+        ),
+        f"num_generations={trainer.num_generations}; wanted at least {least} with reflection, "
+        "which takes the row of a rollout that is not trained": (
+            reflection.enabled and trainer.num_generations < least
+        ),
+        "care.reflection with sampling of its own; wanted None: GRPOConfig's holds for all": any(
+            value is not None
+            for value in (reflection.temperature, reflection.top_p, reflection.max_new_tokens)
+        ),
+    }
+    for message, is_refused in refused.items():
+        if is_refused:
+            raise ValueError(f"CareGRPOTrainer: got {message}")

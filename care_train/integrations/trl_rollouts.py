@@ -1,0 +1,227 @@
+"""What TRL sampled as Algorithm 1's rollouts, and reflections through TRL's own generation.
+
+`trainer` is a `care_train.integrations.trl.CareGRPOTrainer` in the middle of making a batch.
+Shape letters: B sequences of this process, P prompt positions, T completion tokens, D hidden.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from care_kernels import pool_rationale
+from care_kernels.integrations.trl import base_model
+from care_train.algorithm.reflection import reflection_prefix
+from care_train.algorithm.spans import parse_spans, rationale_span, token_spans
+from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, Subgroup
+from care_train.verifier.format import format_score
+
+MODEL_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+"""What a batch may hold for the model's forward beside ids and masks."""
+
+
+def rollout_of(
+    trainer: Any, token_ids: Sequence[int], rewards: Tensor, prefix_ids: Sequence[int] = ()
+) -> Rollout:
+    """One completion with its spans and rewards.
+
+    Args:
+        trainer: says which reward function is the accuracy, and the tags.
+        token_ids: the completion's tokens.
+        rewards: [F], one number per reward function, NaN where it does not apply. A completion
+            whose accuracy is NaN is neither right nor wrong: it takes no part.
+        prefix_ids: what was forced before the completion, for a reflection.
+
+    Raises:
+        ValueError: an accuracy outside [0, 1].
+    """
+    accuracy = float(rewards[trainer.accuracy_index])
+    if not 0 <= accuracy <= 1 and accuracy == accuracy:
+        name = trainer.reward_func_names[trainer.accuracy_index]
+        raise ValueError(
+            f"reward function {name}: got {accuracy}, wanted a number in [0, 1], as it says which "
+            "responses are right; name another one with accuracy=..."
+        )
+    finished = bool(token_ids) and token_ids[-1] in trainer.eos_token_ids
+    text, ends = trainer.token_text.decode((*prefix_ids, *token_ids))
+    if finished:
+        ends = ends[:-1]
+    return Rollout(
+        token_ids=tuple(token_ids),
+        text=text,
+        spans=token_spans(parse_spans(text, *trainer.tags), ends, len(prefix_ids)),
+        accuracy=accuracy,
+        format_score=format_score(text, *trainer.tags),
+        reward=float((rewards * trainer.reward_weights.to(rewards.device)).nansum()),
+        finished=finished,
+        prefix_ids=tuple(prefix_ids),
+        reflected=bool(prefix_ids),
+    )
+
+
+def rollout_groups(
+    trainer: Any, batch: Mapping[str, Any], rollouts: Sequence[Rollout]
+) -> list[RolloutGroup]:
+    """Each prompt's rollouts, with rationale embeddings and log-probs by the old policy.
+
+    One forward of all B sequences, whichever need it: with sharded parameters it is a collective
+    call.
+    """
+    spans = torch.tensor([rationale_span(rollout) for rollout in rollouts])
+    spans = spans + batch["prompt_ids"].shape[1]
+    pooled: list[Tensor] = []
+
+    def pool(module: Any, args: Any, output: Any) -> None:
+        start, hidden = sum(map(len, pooled)), output.last_hidden_state
+        rows = spans[start : start + len(hidden)]
+        pooled.append(pool_rationale(hidden, rows.to(hidden.device)))
+
+    handle = base_model(trainer, trainer.model).base_model.register_forward_hook(pool)
+    try:
+        log_probs = completion_log_probs(trainer, trainer.model, batch)
+    finally:
+        handle.remove()
+    size = trainer.num_generations
+    parts = (
+        [tuple(rollouts[i : i + size]) for i in range(0, len(rollouts), size)],
+        torch.cat(pooled).cpu().split(size),
+        log_probs.sum(1).float().cpu().split(size),
+    )
+    return [RolloutGroup(*fields) for fields in zip(*parts, strict=True)]
+
+
+def reflect(
+    trainer: Any, subgroups: Sequence[Subgroup | str]
+) -> tuple[list[Rollout | None], dict[int, Sequence[float | None]]]:
+    """Lines 12-14: the repair of each group that reflects, and vLLM's log-probs of it.
+
+    Generation and rewards are collective calls: a process with fewer repairs than another adds its
+    first prompt, and drops what comes of it.
+    """
+    wanted: dict[int, list[int]] = {}
+    for place, subgroup in enumerate(subgroups):
+        if not isinstance(subgroup, str) and subgroup.reflect_on is not None:
+            negative = subgroup.others[subgroup.reflect_on].rollout
+            text = reflection_prefix(negative, trainer.care.reflection.cue, *trainer.tags)
+            wanted[place] = trainer._tokenizer(text, add_special_tokens=False)["input_ids"]
+    reflected: list[Rollout | None] = [None] * len(subgroups)
+    count = largest(trainer, len(wanted))
+    if count == 0:
+        return reflected, {}
+    prefixes = [*wanted.values(), *[[]] * (count - len(wanted))]
+    rows = [place * trainer.num_generations for place in (*wanted, *[0] * (count - len(wanted)))]
+    inputs, prompts, _ = trainer.rewarded
+    inputs, prompts = [inputs[row] for row in rows], [prompts[row] for row in rows]
+    prompt_ids, images, fields = trainer._tokenize_prompts(prompts)
+    completion_ids, sampling_log_probs = trainer._generate_single_turn(
+        [[*ids, *prefix] for ids, prefix in zip(prompt_ids, prefixes, strict=True)],
+        images,
+        {name: _with_prefixes(field, prefixes) for name, field in fields.items()},
+        1,
+    )
+    texts = [
+        trainer.token_text.decode((*prefix, *ids))[0]
+        for prefix, ids in zip(prefixes, completion_ids, strict=True)
+    ]
+    is_chat = isinstance(prompts[0], list)
+    rewards = trainer.rewards_of_reflections(
+        inputs,
+        prompts,
+        [[{"role": "assistant", "content": text}] if is_chat else text for text in texts],
+        completion_ids,
+    )
+    for i, (place, prefix) in enumerate(wanted.items()):
+        reflected[place] = rollout_of(trainer, completion_ids[i], rewards[i], prefix)
+    if sampling_log_probs is None:
+        return reflected, {}
+    return reflected, {place: sampling_log_probs[i] for i, place in enumerate(wanted)}
+
+
+def _with_prefixes(field: Any, prefixes: Sequence[Sequence[int]]) -> Any:
+    """A processor's field for prompts with tokens forced behind: token types gain zeros."""
+    if isinstance(field, list) and field and isinstance(field[0], list):
+        return [[*row, *[0] * len(p)] for row, p in zip(field, prefixes, strict=True)]
+    return field
+
+
+def completion_log_probs(trainer: Any, model: Any, batch: Mapping[str, Any]) -> Tensor:
+    """[B, T] log-probs of the completions by `model`, 0 behind their ends; no gradient."""
+    prompt, completion = batch["prompt_ids"], batch["completion_ids"]
+    args = trainer.args
+    with (
+        torch.no_grad(),
+        disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs),
+    ):
+        log_probs, _, _ = trainer._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([prompt, completion], 1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
+            completion.shape[1],
+            batch_size=args.per_device_train_batch_size,
+            **{name: batch[name] for name in MODEL_INPUTS if name in batch},
+        )
+    return log_probs
+
+
+def reference_log_probs(trainer: Any, batch: Mapping[str, Any]) -> Tensor:
+    """[B, T] by the reference: a model of its own, or the policy without its adapters."""
+    if trainer.ref_model is not None:
+        return completion_log_probs(trainer, trainer.ref_model, batch)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+        return completion_log_probs(trainer, trainer.model, batch)
+
+
+def care_metrics(
+    trainer: Any, reflected: Sequence[Rollout | None], updates: Sequence[GroupUpdate]
+) -> dict[str, float]:
+    """Over all processes: the shares of groups that train, are rescued and reflect, of sequences
+    that train, and of reflections that succeed."""
+    repairs = [rollout for rollout in reflected if rollout is not None]
+    counts = torch.tensor(
+        [
+            len(updates),
+            sum(update.skipped is None for update in updates),
+            sum(update.rescued and update.skipped is None for update in updates),
+            sum(update.num_sequences for update in updates),
+            len(repairs),
+            sum(rollout.accuracy == 1 for rollout in repairs),
+        ],
+        dtype=torch.float32,
+        device=trainer.accelerator.device,
+    )
+    totals = trainer.accelerator.gather(counts).view(-1, len(counts)).sum(0).tolist()
+    groups, trained, rescued, sequences, tried, repaired = totals
+    metrics = {
+        "care/trained_groups": trained / groups,
+        "care/rescued_groups": rescued / groups,
+        "care/trained_sequences": sequences / (groups * trainer.num_generations),
+        "care/reflected_groups": tried / groups,
+    }
+    return metrics | ({"care/reflection_success": repaired / tried} if tried else {})
+
+
+def own_rows(trainer: Any, gathered: Tensor, count: int) -> Tensor:
+    """This process's `count` rows of what was gathered from all."""
+    start = trainer.accelerator.process_index * count
+    return gathered[start : start + count]
+
+
+def largest(trainer: Any, count: int) -> int:
+    """The largest of the processes' counts."""
+    own = torch.tensor(count, device=trainer.accelerator.device)
+    return int(trainer.accelerator.gather(own).max())

@@ -1,0 +1,376 @@
+"""CARE inside TRL: on TRL's own groups the sequences and token advantages are Algorithm 1's."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoProcessor
+
+pytest.importorskip("trl", reason="trl is not installed: pip install 'trl>=1.16,<1.17'")
+
+from care_kernels.oracle import (
+    reference_ratio,
+    reference_sampled_kl,
+    reference_surrogate,
+)
+from care_train.algorithm import care
+from care_train.algorithm.region_weights import spread_advantages
+from care_train.config import CareSettings, ReflectionSettings
+from care_train.integrations import trl_rollouts
+from care_train.integrations.trl import CareGRPOTrainer
+from care_train.integrations.trl_batch import picked, policy_terms
+from tests.integrations.trl_runs import build_trainer
+
+GROUP = 8
+RIGHT = "<think>{} and more</think> <answer>blue</answer>"
+WRONG = "<think>{} perhaps</think> <answer>red</answer>"
+BROKEN = "{} blue"
+WORDS = ("one", "two words", "three", "a", "b c", "d", "e f g", "h")
+GROUPS = (
+    # Right and wrong, some broken: anchored, with a reflection.
+    [RIGHT.format("the sky is wide"), RIGHT.format("sea"), BROKEN.format("x")]
+    + [
+        WRONG.format(text) for text in ("the sky is low", "a rose", "clay", "sea", "no idea at all")
+    ],
+    # All wrong: rescued.
+    [WRONG.format(text) for text in WORDS],
+    # All right: skipped.
+    [RIGHT.format(text) for text in WORDS],
+    # One right.
+    [RIGHT.format("the answer is clear")] + [WRONG.format(str(i) * (i + 1)) for i in range(7)],
+)
+REPAIR = "so it is the sky</think> <answer>blue</answer>"
+SLIP = "so it is a rose, I think</think> <answer>red</answer>"
+
+
+def right(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
+    """1 where the answer is blue."""
+    return [float("<answer>blue" in c[0]["content"]) for c in completions]
+
+
+def neat(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
+    """A second reward, which shifts the members' rewards against each other."""
+    return [0.1 * ("</answer>" in c[0]["content"]) for c in completions]
+
+
+class Scripted:
+    """TRL's generation replaced by what a policy once said; remembers what it was asked for."""
+
+    def __init__(self, trainer: Any, repairs: Sequence[str]) -> None:
+        self.trainer, self.repairs = trainer, repairs
+        self.asked: list[list[list[int]]] = []
+
+    def __call__(self, prompt_ids: Any, images: Any, fields: Any, num_generations: int) -> Any:
+        self.asked.append([list(ids) for ids in prompt_ids])
+        texts = [text for group in GROUPS for text in group]
+        if num_generations == 1:
+            texts = [self.repairs[i % len(self.repairs)] for i in range(len(prompt_ids))]
+        ids = self.trainer._tokenizer(texts[: len(prompt_ids)])["input_ids"]
+        return [[*row, self.trainer.eos_token_ids[0]] for row in ids], None
+
+
+Build = Callable[..., tuple[CareGRPOTrainer, Scripted]]
+
+
+@pytest.fixture
+def build(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Build:
+    """A trainer whose four groups of eight are `GROUPS`, in one generation batch."""
+
+    def make(
+        kind: str = "tiny-qwen2", repairs: Sequence[str] = (REPAIR, SLIP), **settings: Any
+    ) -> tuple[CareGRPOTrainer, Scripted]:
+        care_settings = settings.pop("care", None)
+
+        def trainer_class(**arguments: Any) -> CareGRPOTrainer:
+            return CareGRPOTrainer(care=care_settings, **arguments)
+
+        defaults = {
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 4,
+            "num_generations": GROUP,
+            "max_completion_length": 40,
+            "reward": [right, neat],
+            "epsilon": 0.2,
+            "epsilon_high": 0.28,
+        }
+        trainer = build_trainer(
+            tiny_folder(kind), tmp_path, trainer_class=trainer_class, **(defaults | settings)
+        )
+        script = Scripted(trainer, repairs)
+        trainer._generate_single_turn = script
+        trainer.model.train()
+        return trainer, script
+
+    return make
+
+
+def generation_batch(trainer: Any) -> dict[str, Any]:
+    """TRL's call for one generation batch: four prompts, each as often as it is sampled."""
+    rows = [dict(trainer.train_dataset[i]) for i in range(4) for _ in range(GROUP)]
+    return trainer._generate_and_score_completions(rows)
+
+
+def by_hand(trainer: Any) -> list[tuple[care.GroupUpdate, Tensor]]:
+    """Algorithm 1 over the sampled groups and repairs, its sequences' a_it end to end."""
+    results = []
+    for group, repair in zip(trainer.seen_groups, trainer.seen_repairs, strict=True):
+        subgroup = care.select_subgroup(group, trainer.care)
+        if isinstance(subgroup, str):
+            continue
+        update = care.subgroup_update(subgroup, trainer.care, repair)
+        results.append((update, spread_advantages(update.sequences)))
+    return results
+
+
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the groups and repairs that the trainer goes on with."""
+    groups_of, repairs_of = trl_rollouts.rollout_groups, trl_rollouts.reflect
+
+    def rollout_groups(trainer: Any, *args: Any) -> Any:
+        trainer.seen_groups = groups_of(trainer, *args)
+        return trainer.seen_groups
+
+    def reflect(trainer: Any, *args: Any) -> Any:
+        trainer.seen_repairs, log_probs = repairs_of(trainer, *args)
+        return trainer.seen_repairs, log_probs
+
+    monkeypatch.setattr("care_train.integrations.trl.rollout_groups", rollout_groups)
+    monkeypatch.setattr("care_train.integrations.trl.reflect", reflect)
+
+
+@pytest.mark.parametrize("kind", ("tiny-qwen2", "tiny-qwen2.5-vl"))
+def test_token_advantages_are_algorithm_1s(kind: str, build: Build, spied: None) -> None:
+    """Bit for bit: each trained sequence stands in one row, with its tokens and its a_it."""
+    trainer, _ = build(kind)
+    batch = generation_batch(trainer)
+    rows = {}
+    for ids, mask, advantages in zip(
+        batch["completion_ids"], batch["completion_mask"], batch["advantages"], strict=True
+    ):
+        rows.setdefault(tuple(ids[mask.bool()].tolist()), []).append(advantages[mask.bool()])
+        assert (advantages[~mask.bool()] == 0).all()
+    updates = by_hand(trainer)
+    assert [update.rescued for update, _ in updates] == [False, True, False]
+    roles = [sequence.role for update, _ in updates for sequence in update.sequences]
+    assert "reflected_success" in roles and "reflected_failure" in roles
+    for update, advantages in updates:
+        lengths = [len(sequence.rollout.token_ids) for sequence in update.sequences]
+        for sequence, wanted in zip(update.sequences, advantages.split(lengths), strict=True):
+            assert any(torch.equal(row, wanted) for row in rows[sequence.rollout.token_ids])
+    count = sum(len(update.sequences) for update, _ in updates)
+    assert int(batch["num_trained"]) == count
+    assert int((batch["kl_shares"] > 0).sum()) == count
+
+
+def test_rationales_and_log_probs_are_the_policys(build: Build, spied: None) -> None:
+    """Eq. 4's embeddings are means of the policy's own hidden states over the think content."""
+    trainer, _ = build()
+    generation_batch(trainer)
+    model: Any = trainer.model
+    for group in trainer.seen_groups[:2]:
+        place = trainer.seen_groups.index(group)
+        for i, rollout in enumerate(group.rollouts):
+            prompt = trainer.sampled_prompt_ids[place * GROUP + i]
+            ids = torch.tensor([[*prompt, *rollout.token_ids]])
+            with torch.no_grad():
+                hidden = model.base_model(input_ids=ids).last_hidden_state[0]
+                log_probs = torch.log_softmax(model.lm_head(hidden) / trainer.temperature, -1)
+            start, end = (len(prompt) + place for place in trl_rollouts.rationale_span(rollout))
+            mean = torch.nn.functional.normalize(hidden[start:end].mean(0), dim=0)
+            torch.testing.assert_close(group.embeddings[i], mean, rtol=1e-4, atol=1e-5)
+            sampled = log_probs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])
+            torch.testing.assert_close(group.log_prob_sums[i], sampled.sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_reflection_is_asked_for_after_the_failed_rationale_and_the_cue(
+    build: Build, spied: None
+) -> None:
+    """Line 13: prompt, `<think>`, the failed rationale, the cue; and it is trained behind them."""
+    trainer, script = build("tiny-qwen2.5-vl")
+    batch = generation_batch(trainer)
+    sampled, repairs = script.asked
+    assert len(sampled) == 4 * GROUP and len(repairs) == 2  # the two anchored groups
+    decode = trainer._tokenizer.decode
+    for asked, place in zip(repairs, (0, 3), strict=True):
+        rollout = trainer.seen_repairs[place]
+        prompt = trainer.sampled_prompt_ids[place * GROUP]
+        assert asked == [*prompt, *rollout.prefix_ids]
+        forced = decode(rollout.prefix_ids)
+        assert forced.startswith("<think>") and trainer.care.reflection.cue in forced
+        row = next(
+            i
+            for i, (ids, mask) in enumerate(
+                zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+            )
+            if tuple(ids[mask.bool()].tolist()) == rollout.token_ids
+        )
+        assert batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist() == asked
+        # The image's tokens are marked where the prompt has them, as before.
+        kinds = batch["mm_token_type_ids"][row]
+        image = trainer.model.config.image_token_id
+        ids = torch.cat([batch["prompt_ids"][row], batch["completion_ids"][row]])
+        assert torch.equal(kinds.bool(), ids == image)
+
+
+@pytest.mark.parametrize("kind", ("tiny-qwen2", "tiny-qwen2.5-vl"))
+@pytest.mark.parametrize("beta", (0.0, 0.1))
+def test_the_loss_is_eqs_12_and_13(kind: str, beta: float, build: Build) -> None:
+    """Over all micro-batches: the gradient of the equations, written out on plain log-probs."""
+    trainer, _ = build(kind, beta=beta, use_bias_correction_kl=False, num_iterations=2)
+    batch = generation_batch(trainer)
+    # As after an update: the ratio is not 1.
+    generator = torch.Generator().manual_seed(0)
+    batch["old_per_token_logps"] += 0.2 * torch.randn(
+        batch["old_per_token_logps"].shape, generator=generator
+    )
+    model: Any = trainer.model
+    trainer.current_gradient_accumulation_steps = 4
+    parts = [picked(batch, list(range(start, start + 8))) for start in range(0, 4 * GROUP, 8)]
+    total = sum(trainer._compute_loss(model, part) for part in parts)
+    total.backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    log_probs = trl_log_probs(trainer, batch)
+    mask, count = batch["completion_mask"], batch["num_trained"]
+    ratio = reference_ratio(log_probs, batch["old_per_token_logps"], None)
+    surrogate = policy_terms(trainer, parts[0]).options["surrogate"]
+    value = -reference_surrogate(surrogate, ratio, log_probs, batch["advantages"])
+    if beta:
+        kl = reference_sampled_kl("k3", log_probs, batch["ref_per_token_logps"])
+        value = value + beta * batch["kl_shares"][:, None] * kl
+    wanted = (value * mask).sum() / count
+    wanted.backward()
+    torch.testing.assert_close(total.detach(), wanted.detach(), rtol=1e-4, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        if name in got:
+            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def trl_log_probs(trainer: Any, batch: dict[str, Any]) -> Tensor:
+    """[B, T] with gradient, from full logits."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    inputs = {n: batch[n] for n in trl_rollouts.MODEL_INPUTS if n in batch and n != "num_images"}
+    logits = trainer.model(input_ids=ids, attention_mask=attention, **inputs).logits
+    width = batch["completion_ids"].shape[1]
+    logits = logits[:, -width - 1 : -1] / trainer.temperature
+    return torch.log_softmax(logits, -1).gather(-1, batch["completion_ids"][..., None])[..., 0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    (
+        {},
+        {"beta": 0.05, "num_iterations": 2, "kind": "tiny-qwen2.5-vl"},
+        {"loss_type": "cispo", "epsilon_high": 3.0},
+        {"importance_sampling_level": "sequence", "mask_truncated_completions": True},
+    ),
+    ids=str,
+)
+def test_it_trains_by_trls_own_loop(settings: dict[str, Any], build: Build) -> None:
+    """`train()` moves the weights, and logs CARE's shares beside TRL's metrics."""
+    trainer, _ = build(**settings)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(steps) == 2
+    first = steps[0]
+    assert first["care/trained_groups"] == pytest.approx(3 / 4)
+    assert first["care/rescued_groups"] == pytest.approx(1 / 4)
+    assert first["care/reflection_success"] == pytest.approx(1 / 2)
+    assert {"clip_ratio/low_mean", "cispo_clip_ratio"} & first.keys()
+    assert {"rewards/right/mean", "entropy", "reward_std"} <= first.keys()
+    moved = [n for n, p in trainer.model.named_parameters() if not torch.equal(before[n], p)]
+    assert len(moved) > len(before) / 2
+
+
+def test_evaluation_is_trls(build: Build) -> None:
+    """In evaluation nothing is selected: TRL's rewards of TRL's completions."""
+    trainer, script = build(per_device_eval_batch_size=8, num_generations_eval=8)
+    trainer.eval_dataset = trainer.train_dataset
+    metrics = trainer.evaluate()
+    assert metrics["eval_rewards/right/mean"] > 0
+    assert not any(len(asked) == 2 for asked in script.asked)
+
+
+def test_a_completion_without_accuracy_takes_no_part(build: Build, spied: None) -> None:
+    """None of the accuracy function: neither positive nor failure."""
+
+    def unsure(completions: list[list[dict[str, str]]], **_: Any) -> list[float | None]:
+        values = right(completions)
+        texts = [completion[0]["content"] for completion in completions]
+        return [None if "sea" in t else v for t, v in zip(texts, values, strict=True)]
+
+    trainer, _ = build(reward=[unsure])
+    generation_batch(trainer)
+    update = by_hand(trainer)[0][0]
+    assert update.sequences and all("sea" not in s.rollout.text for s in update.sequences)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    (
+        ({"loss_type": "vespo"}, "loss_type='vespo'; wanted one of"),
+        ({"top_entropy_quantile": 0.4}, "top_entropy_quantile=0.4; wanted 1"),
+        ({"num_generations": 4}, "num_generations=4; wanted at least 6 with reflection"),
+        (
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+            r"per_device_train_batch_size x steps_per_generation = 4; wanted a multiple|divisible",
+        ),
+        ({"accuracy": "rigth"}, "accuracy: got 'rigth', wanted one of the reward functions"),
+    ),
+)
+def test_refuses(settings: dict[str, Any], message: str, tiny_folder: Any, tmp_path: Path) -> None:
+    """What CARE and TRL cannot have together is refused before the first step."""
+    accuracy = settings.pop("accuracy", None)
+
+    def trainer_class(**arguments: Any) -> CareGRPOTrainer:
+        return CareGRPOTrainer(accuracy=accuracy, **arguments)
+
+    defaults = {"per_device_train_batch_size": 8, "num_generations": 8, "reward": [right]}
+    with pytest.raises(ValueError, match=message):
+        build_trainer(
+            tiny_folder("tiny-qwen2"),
+            tmp_path,
+            trainer_class=trainer_class,
+            **(defaults | settings),
+        )
+
+
+def test_an_accuracy_outside_its_range_is_named(build: Build) -> None:
+    """A reward of 3.0 cannot say what is right."""
+
+    def loud(completions: Any, **_: Any) -> list[float]:
+        return [3.0] * len(completions)
+
+    trainer, _ = build(reward=[loud])
+    with pytest.raises(ValueError, match=r"reward function loud: got 3\.0, wanted a number in"):
+        generation_batch(trainer)
+
+
+def test_settings_reach_the_algorithm(build: Build, spied: None) -> None:
+    """K = 1 without reflection: an anchor and one negative."""
+    settings = CareSettings(max_negatives=1, reflection=ReflectionSettings(enabled=False))
+    trainer, script = build(care=settings)
+    generation_batch(trainer)
+    update = by_hand(trainer)[0][0]
+    assert [sequence.role for sequence in update.sequences] == ["anchor", "negative"]
+    assert len(script.asked) == 1
+
+
+def test_a_processor_that_pads_on_the_right_is_refused(tiny_folder: Any, tmp_path: Path) -> None:
+    """TRL pads prompts on the left: the processor's marks of image tokens would be shifted."""
+    folder = tiny_folder("tiny-qwen2.5-vl")
+    processor = AutoProcessor.from_pretrained(folder, padding_side="right")
+
+    def trainer_class(**arguments: Any) -> CareGRPOTrainer:
+        return CareGRPOTrainer(**(arguments | {"processing_class": processor}))
+
+    options = {"per_device_train_batch_size": 8, "num_generations": 8, "reward": [right]}
+    with pytest.raises(ValueError, match="padding_side='right'; wanted 'left'"):
+        build_trainer(folder, tmp_path, trainer_class=trainer_class, **options)
