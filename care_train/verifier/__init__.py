@@ -2,7 +2,7 @@
 
 from care_train.verifier.answers import infer_type
 from care_train.verifier.format import format_score
-from care_train.verifier.normalize import normalize, normalize_mmmu, normalize_words
+from care_train.verifier.notation import normalize, normalize_mmmu, normalize_words
 from care_train.verifier.pool import WorkerPool
 from care_train.verifier.responses import Response
 from care_train.verifier.score import Score, Verifier

@@ -19,8 +19,18 @@ from care_train.verifier.expressions import (
     wants_evaluation,
     why_not_parsed,
 )
-from care_train.verifier.normalize import normalize, normalize_words
-from care_train.verifier.notation import depth, plain_latex, split_equation, split_top, unwrap
+from care_train.verifier.intervals import read_real_set, same_real_set
+from care_train.verifier.notation import (
+    depth,
+    may_be_one,
+    normalize,
+    normalize_words,
+    plain_latex,
+    split_equation,
+    split_top,
+    unwrap,
+    value_of_statement,
+)
 from care_train.verifier.numbers import (
     CHARTQA_TOLERANCE,
     Quantity,
@@ -28,7 +38,7 @@ from care_train.verifier.numbers import (
     same_quantity,
 )
 from care_train.verifier.types import AnswerType, Item, Verdict
-from care_train.verifier.units import Unit, parse_unit
+from care_train.verifier.units import split_unit
 
 MAX_ANSWER_CHARS = 1024
 """An answer longer than this, and than twice its key, is wrong unread."""
@@ -71,9 +81,9 @@ def compare(item: Item, symbolic: Symbolic) -> Verdict:
     if kind is not AnswerType.MATH and normalize(predicted) == normalize(expected):
         return Verdict(1.0, "exact match", kind)
     item = replace(item, predicted=unwrap(predicted), expected=unwrap(expected), answer_type=kind)
-    reason = _BY_TYPE[kind](item, symbolic)
-    if reason:
-        return Verdict(1.0, reason, kind)
+    for answer in (item.predicted, value_of_statement(item.predicted)):
+        if answer and (reason := _BY_TYPE[kind](replace(item, predicted=answer), symbolic)):
+            return Verdict(1.0, reason, kind)
     return Verdict(0.0, f"got {_shorten(predicted)}, wanted {_shorten(expected)}", kind)
 
 
@@ -84,25 +94,43 @@ def infer_type(expected: str, options: tuple[str, ...] = ()) -> AnswerType:
         return AnswerType.CHOICE
     if normalize(text) in _YES_NO:
         return AnswerType.YES_NO
+    if _has_parts(text):
+        return AnswerType.LIST
     plain = plain_latex(text)
     bare = split_equation(plain)[1]
-    quantity = parse_quantity(bare)
+    quantity = parse_quantity(bare, is_key=True)
     if quantity and not quantity.is_variable and (quantity.unit is None or quantity.unit.known):
         return AnswerType.NUMBER
     if re.fullmatch(r"(?:[A-Za-z]\s*(?:=|\\in|∈)\s*)?\\?\{.*\}", plain) and "," in plain:
         return AnswerType.SET
+    if (real_set := read_real_set(plain)) and real_set.is_certain:
+        return AnswerType.MATH
     if _is_enumeration(plain) or ("±" in plain and looks_mathematical(plain + "^")):
         return AnswerType.SET
-    if looks_mathematical(plain) or _is_numeric_tuple(plain):
+    if _is_expression(plain) or _is_expression(split_unit(bare)[0]):
         return AnswerType.MATH
     return AnswerType.TEXT
+
+
+def _has_parts(text: str) -> bool:
+    """Whether a key has a line for each part of a question."""
+    lines = [plain_latex(line) for line in text.splitlines() if line.strip()]
+    return 1 < len(lines) <= _MAX_ELEMENTS and all(
+        parse_quantity(line, is_key=True) or looks_mathematical(line) for line in lines
+    )
 
 
 def _is_enumeration(text: str) -> bool:
     parts = split_top(re.sub(r",?\s+(?:and|or)\s+", ", ", text))
     if not 1 < len(parts) <= _MAX_ELEMENTS:
         return False
-    return all(part and (parse_quantity(part) or looks_mathematical(part)) for part in parts)
+    if all(re.fullmatch(r"[A-J]", part) for part in parts):
+        return True
+    return all(part and (parse_quantity(part) or _is_expression(part)) for part in parts)
+
+
+def _is_expression(text: str) -> bool:
+    return looks_mathematical(text) or _is_numeric_tuple(text)
 
 
 def _is_numeric_tuple(text: str) -> bool:
@@ -114,7 +142,12 @@ def _is_numeric_tuple(text: str) -> bool:
 
 
 def _choice(item: Item, symbolic: Symbolic) -> str:
-    accuracy, reason = same_choice(item.predicted, item.expected, item.options)
+    accuracy, reason = same_choice(
+        item.predicted,
+        item.expected,
+        item.options,
+        lambda got, wanted: bool(_symbolic(got, wanted, symbolic)),
+    )
     return reason if accuracy else ""
 
 
@@ -122,9 +155,9 @@ def _number(item: Item, symbolic: Symbolic) -> str:
     tolerance = None if item.tolerance is None else _exact(item.tolerance)
     name, got_text = split_equation(plain_latex(item.predicted))
     key_name, key_text = split_equation(plain_latex(item.expected))
-    if name and key_name and name != key_name:
+    if not may_be_one(name, key_name):
         return ""
-    wanted = parse_quantity(key_text)
+    wanted = parse_quantity(key_text, is_key=True)
     if wanted is None:
         return _math(item, symbolic)
     got = parse_quantity(got_text)
@@ -142,7 +175,7 @@ def _number(item: Item, symbolic: Symbolic) -> str:
 def _relaxed(item: Item, symbolic: Symbolic) -> str:
     tolerance = CHARTQA_TOLERANCE if item.tolerance is None else _exact(item.tolerance)
     got = parse_quantity(plain_latex(item.predicted))
-    wanted = parse_quantity(plain_latex(item.expected))
+    wanted = parse_quantity(plain_latex(item.expected), is_key=True)
     if got is None or wanted is None:
         return _text(item, symbolic)
     return same_quantity(got, wanted, tolerance)
@@ -154,32 +187,30 @@ def _math(item: Item, symbolic: Symbolic) -> str:
         return "the same expression"
     name, got_right = split_equation(got)
     key_name, key_right = split_equation(wanted)
-    if name != key_name and "=" in got and "=" in wanted:
+    if "=" in got and "=" in wanted and not (name and key_name and may_be_one(name, key_name)):
         return _symbolic(got, wanted, symbolic)
     if name or key_name:
         got, wanted = got_right, key_right
         if canonical(got) == canonical(wanted):
             return "the same expression"
-    quantity, key = parse_quantity(got), parse_quantity(wanted)
+    quantity, key = parse_quantity(got), parse_quantity(wanted, is_key=True)
     if quantity and key:
         return same_quantity(quantity, key, None)
-    (got, unit), (wanted, key_unit) = _without_unit(got), _without_unit(wanted)
+    real_set, key_set = read_real_set(got), read_real_set(wanted)
+    if real_set and key_set and (real_set.is_certain or key_set.is_certain):
+        same = same_real_set(real_set, key_set, lambda one, key: _same(one, key, item, symbolic))
+        return "the same set of numbers" if same else ""
+    (got, unit), (wanted, key_unit) = split_unit(got), split_unit(wanted)
     if unit and key_unit and unit != key_unit:
         return ""
+    if (unit or key_unit) and canonical(got) == canonical(wanted):
+        return "the same expression"
     pair, key_pair = split_tuple(got), split_tuple(wanted)
     if key_pair is not None:
         return _tuple(pair, key_pair, got, item, symbolic)
     if pair is not None or "," in re.sub(r"\{[^{}]*\}", "", got):
         return ""
     return _symbolic(got, wanted, symbolic)
-
-
-def _without_unit(text: str) -> tuple[str, Unit | None]:
-    """`9\\pi` and centimetres of `9\\pi cm`."""
-    front, _, last = text.rpartition(" ")
-    unit = parse_unit(last.casefold()) if front and len(last) > 1 and last.isascii() else None
-    known = unit is not None and unit.known and last[0].isalpha()
-    return (front, unit) if known else (text, None)
 
 
 def _tuple(
@@ -195,6 +226,11 @@ def _tuple(
         parts = split_top(got) if (opening, closing) == ("(", ")") else []
     else:
         parts = pair[1] if (pair[0], pair[2]) == (opening, closing) else []
+    named = [split_equation(part) for part in parts]
+    names = [name for name, _ in named]
+    if all(names) and names == sorted(set(names)):
+        # Coordinates by name: x = 1, y = 2.
+        parts = [value for _, value in named]
     return _in_order(parts, wanted, item, symbolic)
 
 
@@ -227,7 +263,7 @@ def _set(item: Item, symbolic: Symbolic) -> str:
 
 def _list(item: Item, symbolic: Symbolic) -> str:
     def elements(text: str) -> list[str]:
-        text = plain_latex(text)
+        text = plain_latex(", ".join(text.splitlines()))
         # A list of one has brackets without a comma.
         found = split_tuple(text) or split_tuple(f"{text[:-1]},{text[-1:]}")
         inner = found[1] if found else split_top(re.sub(r",?\s+and\s+", ", ", text))
@@ -267,7 +303,7 @@ def _text(item: Item, symbolic: Symbolic) -> str:
     if letters[0] and letters[1]:
         same = letters[0][letters[0].lastindex or 0] == letters[1][letters[1].lastindex or 0]
         return "same choice" if same else ""
-    quantity, key = parse_quantity(got), parse_quantity(wanted)
+    quantity, key = parse_quantity(got), parse_quantity(wanted, is_key=True)
     if quantity and key:
         return same_quantity(quantity, key, None)
     return "the same words" if _same_words(got, wanted) else ""

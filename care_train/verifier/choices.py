@@ -1,19 +1,29 @@
 """Multiple choice: a letter, a letter with the option's text, or the text alone."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from care_train.verifier.normalize import normalize, normalize_words
-from care_train.verifier.notation import plain_latex
+from care_train.verifier.expressions import canonical, looks_mathematical
+from care_train.verifier.notation import normalize, normalize_words, plain_latex, unfold_case
 from care_train.verifier.numbers import parse_quantity, same_quantity
 
-_LETTER = re.compile(r"\(([a-z])\)|\[([a-z])\]|([a-z])[.):]?", re.IGNORECASE)
+_LETTER = re.compile(r"\(\s*([a-z])\s*\)|\[\s*([a-z])\s*\]|([a-z])[.):]?", re.IGNORECASE)
 _LETTER_AND_TEXT = re.compile(
-    r"(?:\(([A-Za-z])\)\s*|\[([A-Za-z])\]\s*|([A-Za-z])\)\s*|([A-Z])\s*(?:[.:]\s+|:(?=[A-Za-z][a-z]))|([A-Z])\s+[-\u2013\u2014]\s+)(\S.*)",
+    r"(?:\(([A-Za-z])\)\s*|\[([A-Za-z])\]\s*|([A-Za-z])\)\s*"
+    r"|([A-Z])\s*(?:[.:]\s+|:(?=[A-Za-z][a-z]))|([A-Z])\s+-\s+)(\S.*)",
     re.DOTALL,
 )
-_NAMED = re.compile(r"(?:option|choice|answer)\s+(?=[(\[]?[A-Za-z][)\].:]?(?:\s|$))", re.IGNORECASE)
-_EXPLAINED = re.compile(r"\(?([A-Z])\)?[,.]? (?:because|since) (?!.*\b[A-Z]\b)", re.DOTALL)
+# Where the options' texts are known, what follows a letter is compared: the mark between is free.
+_LETTER_THEN_OPTION = re.compile(r"[(\[]?([A-Z])(?:\s*[)\].:,;-]+\s*|\s+)(\S.*)", re.DOTALL)
+_NAMED = re.compile(
+    r"(?:option|choice|answer)\s+(?=[(\[]?[A-Za-z][)\].:]?(?:\s|$))|(?:选项?|选择|答案)\s*[:是为]?\s*",
+    re.IGNORECASE,
+)
+_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{\s*([^{}]*?)\s*\}")
+_AFTER = re.compile(r"\s*(?:选项|正确|是正确的?)$")
+_EXPLAINED = re.compile(
+    r"\(?([A-Z])\)?[,.]? (?:because|since|as|not|rather than) (\S.*)", re.DOTALL
+)
 # A second letter in the text after the first: a hedge between options.
 _OTHER_LETTER = re.compile(
     r"(?:^|[\s,;|/&])(?:\([A-Z]\)|\[[A-Z]\]|[A-Z][).:](?=\s|$)|[a-j]:(?=\s))"
@@ -21,33 +31,42 @@ _OTHER_LETTER = re.compile(
 # Where no option's text is known, what in the text may take the letter back: another letter as an
 # alternative or as the answer. A letter within the text (vitamin C, points A and C) is no choice.
 _CHOOSES = re.compile(
-    r"(?:\b(?:or|maybe|perhaps|possibly|option|choice|answer(?: is)?:?)\s+|[;|/]\s*|\n\s*"
-    r"|\w\w,\s*(?=\S\W*$))([A-J])(?=$|[\s.,;!?])"
-    r"|\b([A-J]) is (?:right|correct|true|the (?:\w+ )?(?:answer|option|choice)\b)",
+    r"(?:\b(?:or|maybe|perhaps|possibly|option|choice|answer(?: is)?:?|then|also|both|either|else"
+    r"|neither|even|and also)\s+|[;|/]\s*|\n\s*|\w\w,\s*(?=\S\W*$)"
+    r"|(?<=[A-J]),\s*(?:and\s+)?)([A-J])(?=$|[\s.,;!?])"
+    r"|\b([A-J]) (?:is|are|may|might|could|can|would|works?|too\b)",
 )
-_TAKES_BACK = re.compile(r"is (?:not|wrong|incorrect|false)\b|.*\b(?:not sure|unsure)\b")
+_BOTH = re.compile(r"\b[Bb]oth ([A-J]) and ([A-J])\b")
+"""The text of an option, unless it is about the letter itself."""
+_IS_DENIED = re.compile(r"\s(?:is|are|was)(?: (?:not|wrong|incorrect|false|too|impossible)\b|n't)")
+_TAKES_BACK = re.compile(
+    r"is (?:not|wrong|incorrect|false)\b|.*\b(?:not sure|unsure)\b|(?:if|unless) ", re.I
+)
+
+SameExpression = Callable[[str, str], bool]
 
 
 def is_choice_key(key: str, options: Sequence[str]) -> bool:
     """Whether a key names an option: a letter among the options (A to J without any), or a text."""
+    key = _TEXT.sub(r"\1", key)
     letter, text = split_choice(key)
     if options:
-        by_letter = bool(letter) and "A" <= letter <= chr(64 + len(options))
-        return by_letter or _option_of(key, options) is not None
+        return bool(_wanted_places(key, options))
     bare = bool(letter) and not text and key.strip(" ()[].:*")[:1].isupper()
     return "A" <= letter <= "J" and (bare or bool(text))
 
 
 def split_choice(text: str) -> tuple[str, str]:
     """(letter, text after it); ("", text) without a letter, ("", "") where there are several."""
-    text = text.strip().strip("*").strip()
+    text = unfold_case(_TEXT.sub(r"\1", text)).strip().strip("*").strip()
     if named := _NAMED.match(text):
         text = text[named.end() :]
+    text = _AFTER.sub("", text)
     stripped = text.rstrip(",; ").removesuffix(".") or text
     if match := _LETTER.fullmatch(stripped):
         return match[match.lastindex or 0].upper(), ""
     if match := _EXPLAINED.match(text):
-        return match[1], ""
+        return (match[1], "") if not _contradicts(match[2], match[1]) else ("", "")
     if match := _LETTER_AND_TEXT.fullmatch(text):
         letter = next(group for group in match.groups()[:5] if group).upper()
         rest = match[6].strip().strip("*").strip()
@@ -57,55 +76,112 @@ def split_choice(text: str) -> tuple[str, str]:
     return "", text
 
 
-def same_choice(predicted: str, expected: str, options: Sequence[str]) -> tuple[float, str]:
+def same_choice(
+    predicted: str, expected: str, options: Sequence[str], same_expression: SameExpression
+) -> tuple[float, str]:
     """Accuracy and reason; a letter whose text is another option's is wrong."""
+    if options:
+        return _same_option(predicted, expected, options, same_expression)
     wanted_letter, wanted_text = split_choice(expected)
     letter, text = split_choice(predicted)
-    if options:
-        wanted = _place(wanted_letter, expected, options)
-        wanted_text = options[wanted] if wanted is not None else wanted_text
-        wanted_letter = chr(65 + wanted) if wanted is not None else wanted_letter
     if letter:
         if letter != wanted_letter:
             return 0.0, f"chose {letter}, wanted {wanted_letter or wanted_text}"
-        if text and wanted_text and not _same_text(text, wanted_text):
+        if text and wanted_text and not _same_text(text, wanted_text, same_expression):
             return 0.0, f"chose {letter} with another option's text"
         if not wanted_text and _contradicts(text, letter):
             return 0.0, f"chose {letter} and took it back or named another"
         return 1.0, "same choice"
-    if text and wanted_text and _same_text(text, wanted_text):
-        others = [option for option in options if option != wanted_text]
-        exact = normalize(text) == normalize(wanted_text)
-        if not exact and any(_same_text(text, option) for option in others):
-            return 0.0, "the text of several options"
+    if text and wanted_text and _same_text(text, wanted_text, same_expression):
+        return 1.0, "the option's text"
+    return 0.0, "no single choice"
+
+
+def _same_option(
+    predicted: str, expected: str, options: Sequence[str], same_expression: SameExpression
+) -> tuple[float, str]:
+    wanted = _wanted_places(expected, options)
+    shown = " or ".join(chr(65 + place) for place in wanted)
+    letter, text = split_choice(predicted)
+    places = _places_of(predicted, options)
+    if not letter and not places:
+        match = _LETTER_THEN_OPTION.fullmatch(plain_latex(predicted).strip("*"))
+        if match and ord(match[1]) - 65 < len(options):
+            letter, text = match[1], match[2]
+            if not _same_text(text, options[ord(letter) - 65], same_expression):
+                return 0.0, "no single choice"
+    if letter and not (places and not text):
+        place = ord(letter) - 65
+        if place not in wanted:
+            return 0.0, f"chose {letter}, wanted {shown}"
+        if text and not _same_text(text, options[place], same_expression):
+            return 0.0, f"chose {letter} with another option's text"
+        return 1.0, "same choice"
+    if places:
+        exact = [place for place in places if _is_same_spelling(predicted, options[place])]
+        if set(exact or places) <= set(wanted):
+            return 1.0, "the option's text"
+        return 0.0, "the text of another option" if exact else "the text of several options"
+    if text and any(_same_text(text, options[place], same_expression) for place in wanted):
         return 1.0, "the option's text"
     return 0.0, "no single choice"
 
 
 def _contradicts(text: str, letter: str) -> bool:
     """Whether what follows a letter, of which no option's text is known, unsays it."""
-    chosen = {group for match in _CHOOSES.finditer(text) for group in match.groups() if group}
+    text = _BOTH.sub(lambda both: both[0] if letter in both.groups() else "", text)
+    chosen = {
+        group
+        for match in _CHOOSES.finditer(text)
+        for place, group in enumerate(match.groups(), start=1)
+        if group and not _IS_DENIED.match(text, match.end(place))
+    }
     return bool(chosen - {letter} or _TAKES_BACK.match(text))
 
 
-def _place(letter: str, key: str, options: Sequence[str]) -> int | None:
+def _wanted_places(key: str, options: Sequence[str]) -> list[int]:
+    """The options that a key means: as it is written, by its letter, or by its text.
+
+    Options of the same text are all meant.
+    """
+    if found := [place for place, one in enumerate(options) if one.strip() == key.strip()]:
+        return found
+    letter = split_choice(key)[0]
     if letter and ord(letter) - 65 < len(options):
-        return ord(letter) - 65
-    return _option_of(key, options)
+        text = options[ord(letter) - 65]
+        return [place for place, one in enumerate(options) if _is_same_spelling(one, text)]
+    found = _places_of(key, options)
+    same = [place for place in found if _is_same_spelling(key, options[place])]
+    if same or len(found) == 1:
+        return same or found
+    return []
 
 
-def _option_of(text: str, options: Sequence[str]) -> int | None:
-    found = [place for place, option in enumerate(options) if _same_text(text, option)]
-    return found[0] if len(found) == 1 else None
+def _places_of(text: str, options: Sequence[str]) -> list[int]:
+    return [place for place, option in enumerate(options) if _same_text(text, option)]
 
 
-def _same_text(got: str, wanted: str) -> bool:
+def _is_same_spelling(one: str, other: str) -> bool:
+    return one.strip() == other.strip() or normalize(plain_latex(one)) == normalize(
+        plain_latex(other)
+    )
+
+
+def _same_text(got: str, wanted: str, same_expression: SameExpression | None = None) -> bool:
     if normalize(got) == normalize(wanted):
         return True
-    quantity, key = parse_quantity(plain_latex(got)), parse_quantity(plain_latex(wanted))
+    got, wanted = plain_latex(got), plain_latex(wanted)
+    if normalize(got) == normalize(wanted) or canonical(got) == canonical(wanted):
+        return True
+    quantity, key = parse_quantity(got), parse_quantity(wanted, is_key=True)
     if quantity and key:
         return bool(same_quantity(quantity, key, None))
     words = normalize_words(wanted)
+    if len(words) >= 3 and any(char.isalpha() for char in words) and normalize_words(got) == words:
+        return True
     return (
-        len(words) >= 3 and any(char.isalpha() for char in words) and normalize_words(got) == words
+        same_expression is not None
+        and looks_mathematical(got)
+        and looks_mathematical(wanted)
+        and same_expression(got, wanted)
     )

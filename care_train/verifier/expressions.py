@@ -7,7 +7,8 @@ from care_train.verifier.notation import closing_brace, depth, plain_latex, spli
 MAX_EXPRESSION_CHARS = 400
 """Longer ones are not parsed symbolically."""
 
-_MAX_DEPTH = 24
+_MAX_DEPTH = 10
+"""Each further level of brackets costs the parser up to twice the time."""
 _COMMANDS = re.compile(r"\\[a-zA-Z]+")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[a-z]{1,12}\}")
 _FORMULA = re.compile(r"(?:[A-Z][a-z]?[0-9]{0,3}){2,}")
@@ -15,15 +16,21 @@ _WORD = re.compile(r"[A-Za-z]{3,}")
 _FUNCTIONS = set(
     "sin cos tan cot sec csc arcsin arccos arctan asin acos atan sinh cosh tanh log ln exp sqrt "
     "cbrt frac max min lim gcd lcm mod alpha beta gamma delta theta lambda sigma omega pi phi inf "
-    "infty infinity abs abc abcd".split()
+    "infty infinity abs abc abcd binom det tr pmatrix bmatrix matrix vmatrix".split()
 )
 # Digits that would make an integer nobody can write down.
 _HUGE = re.compile(
     r"[0-9]{60}|\^\s*\{?\s*[-(]?\s*[0-9]{4}|\^[^,;=+]{0,60}\^[^,;=+]{0,60}\^|[0-9]{4}\s*!|!\s*!"
     r"|\^\s*\{?[^,;=+}]{0,40}!|\^\s*\{?[^,;=+}]{0,40}\^\s*\{?\s*[0-9]{2}"
 )
+_FRACTION = r"(?<![\w.)}\]^/])([0-9]+)\s*/\s*([0-9]+)"
 _PLAIN = [
     (re.compile(r"\*\*"), "^"),
+    # A fraction of digits before a symbol is its coefficient.
+    (re.compile(_FRACTION + r"(?=\s*(?:√|\\sqrt|sqrt|π|\\pi|pi(?![a-z])))"), r"\\frac{\1}{\2}"),
+    (re.compile(_FRACTION + r"\s+(?=[a-zA-Z\\(])"), r"\\frac{\1}{\2} "),
+    (re.compile(r"\(\s*([^()]{1,40})\)\s*/\s*\(([^()]{1,40})\)"), r"\\frac{\1}{\2}"),
+    (re.compile(r"(?<![\\a-zA-Z])cbrt\s*\(([^()]*)\)|∛\(?([0-9a-zA-Z]+)\)?"), r"\\sqrt[3]{\1\2}"),
     (re.compile(r"√\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"√\s*([0-9.]+|[a-zA-Z])"), r"\\sqrt{\1}"),
     (re.compile(r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
@@ -42,7 +49,10 @@ _PLAIN = [
     (re.compile(r"\u222a"), r"\\cup "),
 ]
 _CANONICAL = re.compile(r"\s+|\\(?:cdot|times)(?![a-zA-Z])|(?<=[_^])\{([A-Za-z0-9])\}")
-_MATH_MARKS = re.compile(r"\\(?:frac|sqrt|pi|infty|cup|cap|log|ln|sin|cos|tan)|[\^√π∞]|sqrt")
+_MATH_MARKS = re.compile(
+    r"\\(?:frac|sqrt|pi|infty|cup|cap|log|ln|exp|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|binom|emptyset)"
+    r"|[\^√π∞∛]|sqrt|cbrt"
+)
 
 
 def canonical(text: str) -> str:
@@ -70,6 +80,8 @@ def looks_mathematical(text: str) -> bool:
     # A chemical formula, or the letters of points.
     if _FORMULA.fullmatch(text):
         return False
+    if re.fullmatch(r"-?[0-9A-Fa-f]+_\{?[0-9]{1,2}\}?", text):
+        return True
     has_letter = re.search(r"(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])|[0-9][a-zA-Z](?![a-zA-Z])", text)
     return bool(has_letter and re.search(r"[-+*/=<>^]|\\[a-z]+|[0-9][a-zA-Z]", text))
 
@@ -91,6 +103,8 @@ def why_not_parsed(text: str) -> str:
         return "too long an expression"
     if depth(text) > _MAX_DEPTH or text.count("^") > 20:
         return "too deep an expression"
+    if text.count("{") != text.count("}"):
+        return "an open brace"
     if _HUGE.search(text.replace("**", "^")):
         return "too large a number"
     if has_words(text):
@@ -116,6 +130,7 @@ def split_set(text: str) -> list[str]:
     """The elements of {1, 2}, of `1, 2 and 3`, of `x = 1 or x = 2`, of ±3."""
     text = plain_latex(unwrap(text)).replace("\\{", "{").replace("\\}", "}")
     text = re.sub(r"^[A-Za-z]\s*(?:=|\\in|∈)\s*(?=\{)", "", text)
+    text = re.sub(r"^\([^()=]*\)\s*(?:=|\\in|∈)\s*(?=\(|\{)", "", text)
     if text.startswith("{") and closing_brace(text, 0) == len(text) - 1:
         text = text[1:-1]
     text = re.sub(r",?\s+(?:and|or)\s+|\s*&\s*", ", ", text)

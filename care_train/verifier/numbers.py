@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from care_train.verifier.number_words import read_words
 from care_train.verifier.units import Unit, parse_unit
 
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
@@ -24,9 +23,9 @@ _BODIES = [
     ("mixed", rf"({_INTEGER})(?: +| ?and )({_INTEGER}) ?/ ?({_INTEGER})(?![0-9.])"),
     ("mixed", rf"({_INTEGER}) ?\\frac ?\{{ ?({_INTEGER}) ?\}} ?\{{ ?({_INTEGER}) ?\}}"),
     ("ratio", rf"\\frac ?\{{ ?(-?{_DECIMAL}) ?\}} ?\{{ ?({_DECIMAL}) ?\}}"),
-    ("ratio", r"\\frac ?([0-9]) ?([0-9])(?![0-9.])"),
     ("ratio", rf"({_DECIMAL}) ?/ ?({_DECIMAL})(?![0-9.])"),
     ("ratio", rf"\( ?({_DECIMAL}) ?/ ?({_DECIMAL}) ?\)"),
+    ("ratio", rf"\( ?(-?{_DECIMAL}) ?\) ?/ ?\( ?({_DECIMAL}) ?\)"),
     ("power", rf"({_DECIMAL}) ?(?:\\times|\\cdot|\*|\u00d7|\u00b7|x) ?10 ?\^ ?{_POWER}"),
     ("power", rf"()10 ?\^ ?{_POWER}"),
     ("power", rf"({_DECIMAL})e{_POWER}"),
@@ -46,7 +45,33 @@ _SCALES = {
     "bn": 10**9,
     "trillion": 10**12,
 }
+_ADJECTIVE = re.compile(
+    r"(?<=\w) (?:long|tall|high|wide|deep|thick|old|away|apart|each|left|(?:in )?total|altogether)$"
+)
 _PERCENT = re.compile(r"(?:%|percent(?:age)?(?: points?)?|per cent)(?![a-z])\.?")
+
+_SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_WORD_VALUES = {word: value for value, word in enumerate(_SMALL)} | {
+    word: 10 * place for place, word in enumerate(_TENS, start=2)
+}
+_WORD_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_WORD_PARTS = {
+    "half": 2,
+    "third": 3,
+    "quarter": 4,
+    "fourth": 4,
+    "fifth": 5,
+    "eighth": 8,
+    "tenth": 10,
+}
+_WORD = re.compile(r"[a-z]+")
+
+COUNTS = {word: str(value) for word, value in _WORD_VALUES.items() if value <= 20}
+"""Digits of the words that VQA's and our own comparison of texts read as numbers."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +89,7 @@ class Quantity:
     """The unit may be none: a variable in 5n and 3t, a mark in 5'."""
 
 
-def parse_quantity(text: str) -> Quantity | None:
+def parse_quantity(text: str, *, is_key: bool = False) -> Quantity | None:
     """The one number that `text` is, or None.
 
     Reads 5, 1,234.5, -3/4, 1 1/2, 2.5e3, 1.2 × 10^3, 3 million, five, $5, 5 %, 5 cm and LaTeX of
@@ -72,6 +97,8 @@ def parse_quantity(text: str) -> Quantity | None:
 
     Args:
         text: with LaTeX in plain form, untrusted.
+        is_key: any words after it are its unit. In an answer they must be a unit that is known, or
+            a plural such as `apples`: other words may unsay the number.
     """
     text = text.strip()
     if not text or len(text) > _MAX_CHARS:
@@ -84,7 +111,8 @@ def parse_quantity(text: str) -> Quantity | None:
         text = text[currency.end() :].lstrip()
     more, text = _sign(text) if sign == 1 else (1, text)
     if words := read_words(text):
-        return _with_tail(Quantity(sign * words[0], None, 0), words[1].strip(), "")
+        quantity = Quantity(sign * words[0], None, 0)
+        return _with_tail(quantity, words[1].strip(), "", is_key)
     for kind, pattern in _PATTERNS:
         match = pattern.match(text)
         if match is None:
@@ -95,7 +123,7 @@ def parse_quantity(text: str) -> Quantity | None:
         decimals, significant = _digits(match[0]) if kind == "plain" else (None, 0)
         quantity = Quantity(sign * more * value, decimals, significant)
         tail = text[match.end() :].strip()
-        quantity = _with_tail(quantity, tail, currency[0] if currency else "")
+        quantity = _with_tail(quantity, tail, currency[0] if currency else "", is_key)
         is_variable = tail == last and tail in _VARIABLES
         return quantity and replace(quantity, is_variable=is_variable)
     return None
@@ -176,7 +204,7 @@ def _digits(text: str) -> tuple[int | None, int]:
     return (len(rest) if rest is not None else None), len(digits)
 
 
-def _with_tail(quantity: Quantity, tail: str, currency: str) -> Quantity | None:
+def _with_tail(quantity: Quantity, tail: str, currency: str, is_key: bool) -> Quantity | None:
     value = quantity.value
     scale = _SCALE.match(tail)
     if scale:
@@ -190,7 +218,8 @@ def _with_tail(quantity: Quantity, tail: str, currency: str) -> Quantity | None:
     if tail.strip(" .)"):
         if unit is not None and not _same_currency(unit, tail):
             return None
-        unit = unit or parse_unit(tail)
+        is_free = is_key or abs(value) == 1
+        unit = unit or parse_unit(_ADJECTIVE.sub("", tail), is_free=is_free)
         if unit is None:
             return None
     return Quantity(value, quantity.decimals, quantity.significant, bool(percent), unit)
@@ -205,6 +234,8 @@ def _close(value: Fraction, key: Fraction, tolerance: Fraction | None) -> bool:
     # Counts and large whole numbers are exact: a tolerance would accept 10000001 for 10000000.
     if tolerance is None and value.denominator == 1 and key.denominator == 1:
         return value == key
+    if tolerance is None and key.denominator == 1:
+        return abs(value - key) <= min(RELATIVE_TOLERANCE * abs(key), Fraction(1, 1000))
     return abs(value - key) <= (tolerance or RELATIVE_TOLERANCE) * abs(key)
 
 
@@ -214,3 +245,38 @@ def _rounds_to(got: Quantity, wanted: Quantity) -> bool:
         return False
     finer = got.decimals is None or got.decimals > (wanted.decimals or 0)
     return finer and abs(got.value - wanted.value) <= Fraction(1, 2 * 10 ** (wanted.decimals or 0))
+
+
+def read_words(text: str) -> tuple[Fraction, str] | None:
+    """The value of the number words that begin a text in lower case, and what follows them.
+
+    `five apples` is 5, `twenty-five` 25, `one half` 1/2; None where no number word begins it.
+    """
+    total = current = 0
+    end = 0
+    last = ""
+    for match in _WORD.finditer(text):
+        word, gap = match[0], text[end : match.start()]
+        if gap not in ("", " ", "-") or (gap == "" and end):
+            break
+        if word in _WORD_VALUES and _may_follow(last, word):
+            current += _WORD_VALUES[word]
+        elif word in _WORD_SCALES and end:
+            current = current * _WORD_SCALES[word]
+            if word != "hundred":
+                total, current = total + current, 0
+        elif end and word.removesuffix("s") in _WORD_PARTS and total + current < 20:
+            part = _WORD_PARTS[word.removesuffix("s")]
+            return Fraction(total + current, part), text[match.end() :]
+        elif word == "and" and last in _WORD_SCALES:
+            continue
+        else:
+            break
+        end, last = match.end(), word
+    return (Fraction(total + current), text[end:]) if end else None
+
+
+def _may_follow(last: str, word: str) -> bool:
+    if not last or last in _WORD_SCALES:
+        return True
+    return last in _TENS and 0 < _WORD_VALUES[word] < 10

@@ -67,12 +67,21 @@ _KNOWN = {
 _ALIASES = {"mph": "mile/hour", "kph": "km/hour", "kmh": "km/hour"}
 _PREFIXES = {"square": 2, "sq": 2, "sq.": 2, "cubic": 3, "cu": 3}
 _FACTOR = re.compile(r"([^\s^/*·0-9.-][^\s^/*·0-9]*?)\.?(?:\^?\{?(-?[1-9])\}?)?")
+_ATTACHED = re.compile(r"(.*[0-9)}\]π])\s*([mgshl]|[a-zA-Z]{2,4}(?:\^?\{?[23]\}?)?)")
+_LONE_LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 # A word that changes the number's value or hedges is no unit.
 _NO_UNIT = set(
     "or and to not times dozen hundred half pi plus minus over squared cubed factorial sqrt sin "
     "cos tan log ln exp root mod if but nor than versus between per score million billion "
-    "thousand trillion out of is the other more less fewer most least approximately".split()
+    "thousand trillion out of is the other more less fewer most least approximately "
+    # Plurals that count something else than ones.
+    "halves thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths tens "
+    "dozens hundreds thousands millions billions scores pairs couples guesses doubts options plus "
+    "minus others wrongs digits places is was has unless less perhaps possibly maybe besides "
+    "alternatives answers choices wrong right correct incorrect guess below above doubled tripled "
+    "negative false true".split()
 )
+_PLURALS = {"people", "children", "men", "women", "mice", "fish", "sheep", "deer", "geese", "teeth"}
 
 
 @dataclass(frozen=True)
@@ -84,10 +93,11 @@ class Unit:
     known: bool = True
 
 
-def parse_unit(text: str) -> Unit | None:
+def parse_unit(text: str, *, is_free: bool = False) -> Unit | None:
     """The unit that `text`, in lower case, spells; words of no known unit are their own.
 
-    None for what is no unit: more than three words, symbols, single letters, hedges.
+    None for what is no unit: more than three words, symbols, single letters, hedges and, unless
+    `is_free`, words that are no plural: `5 apples` is a number, `5 incorrect` is not.
     """
     text = text.strip().removesuffix(".")
     text = _ALIASES.get(text, text)
@@ -98,7 +108,7 @@ def parse_unit(text: str) -> Unit | None:
     for sign, part in _factors(text):
         for name, power in part:
             if name not in _KNOWN:
-                return _words(text)
+                return _words(text, is_free)
             dimension, value = _KNOWN[name]
             # A litre is a cubic decimetre: volumes and lengths compare.
             if dimension == "volume":
@@ -111,6 +121,24 @@ def parse_unit(text: str) -> Unit | None:
     if not dimensions:
         return None
     return Unit(tuple(sorted(item for item in dimensions.items() if item[1])), worth)
+
+
+def split_unit(text: str) -> tuple[str, Unit | None]:
+    """`9\\pi` and centimetres of `9\\pi cm`; (text, None) where no known unit ends it."""
+    words = text.split(" ")
+    for count in (3, 2, 1):
+        tail = " ".join(words[-count:])
+        if len(words) > count and len(tail) > 1 and tail[0].isalpha() and tail.isascii():
+            unit = parse_unit(tail.casefold())
+            if unit is not None and unit.known:
+                return " ".join(words[:-count]), unit
+    if match := _ATTACHED.fullmatch(text):
+        unit = parse_unit(match[2].casefold())
+        # A lone letter is a unit beside numbers, and a variable beside other letters.
+        is_variable = len(match[2]) == 1 and _LONE_LETTER.search(match[1])
+        if unit is not None and unit.known and not is_variable:
+            return match[1], unit
+    return text, None
 
 
 def _factors(text: str) -> list[tuple[int, list[tuple[str, int]]]]:
@@ -133,10 +161,12 @@ def _factors(text: str) -> list[tuple[int, list[tuple[str, int]]]]:
     return found
 
 
-def _words(text: str) -> Unit | None:
+def _words(text: str, is_free: bool) -> Unit | None:
     words = text.split()
     plain = all(len(word) >= 3 and word.isalpha() and word not in _NO_UNIT for word in words)
     if not 1 <= len(words) <= 3 or not plain:
+        return None
+    if not is_free and not (words[-1].endswith("s") or words[-1] in _PLURALS):
         return None
     singular = " ".join(word.removesuffix("s") for word in words)
     return Unit(((singular, 1),), Fraction(1), known=False)
