@@ -97,7 +97,7 @@ def sft(config: Config, run: RunFolder) -> Summary:
     """`care-train sft`: cold start; the model goes to `final/`."""
     device, start = _begin(config)
     checkpoint = _checkpoint(config, run, "final")
-    samples = load_samples(config.sft.data, config.seed)
+    samples = load_samples(config.sft.data, config.seed, "sft.data")
     if run.is_resumed and (run.path / "final").is_dir():
         # It had ended: all that a kill can have cut short is the report.
         values = read_metrics(run.begin({}) / "metrics.jsonl")[-1]
@@ -120,7 +120,7 @@ def train(config: Config, run: RunFolder) -> Summary:
     device, start = _begin(config)
     checkpoint = _checkpoint(config, run)
     samples = load_samples(config.data, config.seed)
-    held_out = load_samples(config.eval.data, config.seed)
+    held_out = load_held_out(config)
     session = open_session(config, model_folder(config, run.path / "base", samples), device)
     samples = _usable(session, samples, held_out, run.path)
     run_dir = run.begin({"data": samples, "eval.data": held_out})
@@ -134,9 +134,9 @@ def quickstart(config: Config, run: RunFolder) -> Summary:
     device, start = _begin(config)
     checkpoint = _checkpoint(config, run, "cold_start")
     has_cold_start = run.is_resumed and (run.path / "cold_start").is_dir()
-    cold_samples = load_samples(config.sft.data, config.seed)
+    cold_samples = load_samples(config.sft.data, config.seed, "sft.data")
     samples = load_samples(config.data, config.seed)
-    held_out = load_samples(config.eval.data, config.seed)
+    held_out = load_held_out(config)
     base = model_folder(config, run.path / "base", chain(cold_samples, samples))
     first = run.path / "cold_start" if has_cold_start else base
     session = open_session(config, first, device)
@@ -158,7 +158,9 @@ def evaluate(config: Config, run: RunFolder) -> Summary:
     if not config.eval.benchmarks and config.resume:
         raise ValueError("resume: got true, but `eval without eval.benchmarks` starts anew")
     is_data_read = not config.eval.benchmarks or "data" in config.eval.benchmarks
-    held_out = load_samples(config.eval.data, config.seed) if is_data_read else []
+    if is_data_read and config.held_out is None:
+        raise ValueError("eval.data.path: got none, wanted the rows to evaluate on: set it")
+    held_out = load_held_out(config) if is_data_read else []
     session = open_session(config, model_folder(config, run.path / "base", held_out), device)
     if config.eval.benchmarks:
         # All rows are read before the first answer: a wrong file must not stop the last benchmark.
@@ -172,6 +174,16 @@ def evaluate(config: Config, run: RunFolder) -> Summary:
     run.started()
     values = evaluate_both(session, engine, held_out, device)
     return _finish(run_dir, config, _basics(config) | values, start)
+
+
+def load_held_out(config: Config) -> Sequence[Sample]:
+    """The held-out rows; none without `eval.data`.
+
+    Raises:
+        ValueError: as `load_samples`.
+    """
+    settings = config.held_out
+    return [] if settings is None else load_samples(settings, config.seed, "eval.data")
 
 
 def _begin(config: Config) -> tuple[torch.device, float]:
@@ -206,7 +218,7 @@ def _train_from(
 ) -> Summary:
     config, run_dir = session.config, run.path
     before = _logged_before(config, run_dir, checkpoint)
-    if before is None:
+    if before is None and held_out:
         before = _evaluate_session(session, held_out, device, "evaluate before")
         metrics.log(0, before, phase="eval")
     totals = run_training(
@@ -219,11 +231,13 @@ def _train_from(
         evaluate=lambda engine: evaluate_both(session, engine, held_out, device),
         started=run.started,
     )
+    counts = {key: int(value) for key, value in totals.items()}
+    if before is None:
+        return _basics(config) | counts
     trained = open_session(config, run_dir / "final", device)
     after = _evaluate_session(trained, held_out, device, "evaluate after")
     metrics.log(config.train.steps, after, phase="eval")
     open_checkpoints(config, run_dir).mark_best(config.train.steps, after)
-    counts = {key: int(value) for key, value in totals.items()}
     return _basics(config) | _before_and_after(before, after) | counts
 
 

@@ -23,10 +23,23 @@ class DataSettings:
     """Where rows come from."""
 
     path: str = "easy_vqa"
-    """`easy_vqa` (the published package), or a .jsonl, .json or .parquet file, or a folder saved by
-    the datasets library."""
-    split: str = "train"
-    """Split, where the source has several."""
+    """`easy_vqa` (the published package); a Parquet, JSON lines or JSON file; a folder of them,
+    such as a downloaded repository; or a folder saved by the datasets library."""
+    split: str | None = None
+    """Split, where the source has several. None: `train` for training rows; for held-out ones
+    (sft.eval_data) `test`, else `validation`, never `train`."""
+    max_samples: PositiveInt | None = None
+    """Take this many rows, chosen by the run's seed. None: all."""
+
+
+@section
+class HeldOutSettings:
+    """Where held-out rows come from."""
+
+    path: str | None = None
+    """As data.path. None: that of data.path."""
+    split: str | None = None
+    """Split, where the source has several. None: `test`, else `validation`; never `train`."""
     max_samples: PositiveInt | None = None
     """Take this many rows, chosen by the run's seed. None: all."""
 
@@ -35,8 +48,9 @@ class DataSettings:
 class EvalSettings:
     """Evaluation: single decode, no reflection (Sec. 8.3)."""
 
-    data: DataSettings = field(default_factory=lambda: DataSettings(split="test"))
-    """Held-out rows."""
+    data: HeldOutSettings | None = None
+    """Held-out rows. None: easy_vqa's where the training rows are easy_vqa's, otherwise none: a run
+    is not evaluated."""
     greedy: bool = True
     """Report greedy decoding too, beside the training temperature."""
     batch_size: PositiveInt = 256

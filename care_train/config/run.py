@@ -69,6 +69,12 @@ class Config:
             True,
             "false with model.lora.vision = true, which trains the vision tower's adapters",
         )
+        check(
+            self.train.eval_every == 0 or self.held_out is not None,
+            "train.eval_every",
+            self.train.eval_every,
+            "0 without eval.data.path: there are no held-out rows to evaluate on",
+        )
         self.deepspeed.check_dtype(self.model.dtype)
         self._check_micro_batch_tokens()
         per_group = self.algorithm == "care" and self.care.normalize_over == "group"
@@ -82,6 +88,15 @@ class Config:
             self._check_rollouts_ahead()
         if self.rollout.vllm.lora == "adapter":
             self._check_adapter_sync()
+
+    @property
+    def held_out(self) -> DataSettings | None:
+        """Where the held-out rows are; None without any."""
+        held_out = self.eval.data
+        if held_out is None:
+            return DataSettings(split="test") if self.data.path == "easy_vqa" else None
+        path = self.data.path if held_out.path is None else held_out.path
+        return DataSettings(path=path, split=held_out.split, max_samples=held_out.max_samples)
 
     def _check_micro_batch_tokens(self) -> None:
         """Any sequence must fit: one that does not would end the run hours in."""

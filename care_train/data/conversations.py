@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from care_train.data.row_error import RowError, describe
+from care_train.data.errors import RowError, describe
 
 IMAGE_PLACEHOLDER = "<image>"
 """Where an image goes in a prompt's text."""
@@ -15,7 +15,10 @@ _USER, _ASSISTANT, _SYSTEM = ("user", "human"), ("assistant", "gpt"), ("system",
 _THINK = re.compile(r"<(think|thinking|reasoning)>(.*?)</\1>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _FINAL = re.compile(r"^\s*\**\s*(?:the\s+)?final\s+answer\s*\**\s*:\s*\**\s*", re.IGNORECASE)
-_BOXED = re.compile(r"\$?\s*\\boxed\s*\{(.*)\}\s*\$?", re.DOTALL)
+_BOX = re.compile(r"\\boxed\s*\{")
+# GSM8K: the reasoning with its calculator's notes, then the key.
+_HASHES = re.compile(r"^(.*?)(?:^|\s)####\s*(\S[^\n]*?)\s*$", re.DOTALL)
+_CALCULATION = re.compile(r"<<[^<>]*>>")
 
 
 @dataclass(frozen=True)
@@ -79,23 +82,36 @@ def split_response(text: str) -> tuple[str | None, str | None]:
     return rationale or None, answer or None
 
 
+def split_solution(text: str) -> tuple[str | None, str]:
+    """(rationale, answer) of an answer column, which may hold more than the final answer.
+
+    Read are a response with tags, GSM8K's `reasoning #### answer`, and a solution whose one
+    `\\boxed{...}` is the answer; any other text is the answer itself.
+    """
+    rationale, answer = split_response(text)
+    if answer is not None:
+        return rationale, answer
+    if match := _HASHES.fullmatch(text):
+        return _CALCULATION.sub("", match[1]).strip() or None, match[2]
+    boxes = list(_BOX.finditer(text))
+    if len(boxes) == 1 and (boxed := _box_content(text[boxes[0].end() :])):
+        return None, boxed
+    return None, text
+
+
 def strip_final(answer: str) -> str:
     """An answer without a leading "Final Answer:"."""
     return _FINAL.sub("", answer).strip()
 
 
-def strip_boxed(answer: str) -> str:
-    """The content of a `\\boxed{...}` around the whole answer."""
-    match = _BOXED.fullmatch(answer.strip())
-    if match is None:
-        return answer
-    depth = 0
-    for char in match[1]:
+def _box_content(text: str) -> str:
+    """What stands before the brace that closes a box; empty without one."""
+    depth = 1
+    for place, char in enumerate(text):
         depth += {"{": 1, "}": -1}.get(char, 0)
-        if depth < 0:
-            # Two boxes: the first one's brace is not the last one's.
-            return answer
-    return match[1].strip() if depth == 0 else answer
+        if depth == 0:
+            return text[:place].strip()
+    return ""
 
 
 def _role(message: Mapping[str, Any], where: str) -> str:

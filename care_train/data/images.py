@@ -1,22 +1,44 @@
-"""Decode images, which stay compressed until a prompt needs them. Image files are untrusted."""
+"""Images as rows hold them, and their pixels. Image files are untrusted.
 
+They stay encoded until a prompt needs their pixels: paths, encoded bytes, base64, open images.
+"""
+
+import base64
+import binascii
+import errno
+import hashlib
 import io
 import os.path
+import stat
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from care_train.data.image_refs import ImageRef
-from care_train.data.row_error import RowError
-from care_train.data.schema import Sample
+from care_train.data.errors import RowError, describe
+
+if TYPE_CHECKING:
+    from care_train.data.schema import Sample
+
+ImageRef = str | Path | bytes | Image.Image
+"""A file's path, an encoded image's bytes, or an open image."""
+
+MAX_IMAGE_BYTES = 2**28
+"""Largest image file that is opened: no decoder gets more, whatever the file says it holds."""
 
 # An allow list: other decoders of Pillow are less exercised, and EPS runs Ghostscript.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats accepted."""
+
+_MIN_BASE64_CHARS = 32
+
+_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
+"""How PNG, JPEG, GIF, WebP, BMP and TIFF files begin."""
 
 _NAME_CHARS = 300
 
@@ -25,8 +47,91 @@ _EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGB
 # What Pillow raises on damaged files, by format.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How to turn an image upright, by the values that EXIF's orientation may have."""
 
-def load_images(sample: Sample, max_pixels: int) -> list[Image.Image]:
+
+def image_refs(value: object, *, column: str, base_dir: Path, at: str) -> tuple[ImageRef, ...]:
+    """The images of a column's value: one or a list of them.
+
+    Args:
+        value: a path, encoded bytes, base64 text (also as a `data:` URL), an open image, a mapping
+            of the datasets library's (`bytes`, `path`) or of a chat message's (`image`,
+            `image_url`), or a list of these. Nothing at all is no image.
+        column: the column's name, for errors.
+        base_dir: the folder that relative paths start from.
+        at: file and row, for errors.
+
+    Raises:
+        RowError: something else.
+    """
+    if value is None or value == "":
+        return ()
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(_image_ref(entry, column=column, base_dir=base_dir, at=at) for entry in entries)
+
+
+def read_image_file(path: str | Path, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
+    """A file's bytes, its kind and size asked before anything is read.
+
+    Raises:
+        OSError: no such file; a device or pipe, which may never end; with errno EFBIG, a file of
+            more than `max_bytes`.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise FileNotFoundError(errno.ENOENT, "no regular file", str(path))
+    if status.st_size > max_bytes:
+        wanted = f"{status.st_size} bytes, wanted at most {max_bytes}"
+        raise OSError(errno.EFBIG, wanted, str(path))
+    return Path(path).read_bytes()
+
+
+def image_content(ref: ImageRef, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
+    """What a reference stands for: the encoded image, or an open one's size, mode and pixels.
+
+    Raises:
+        OSError: as `read_image_file`.
+    """
+    if isinstance(ref, bytes):
+        return ref
+    if isinstance(ref, Image.Image):
+        return f"{ref.mode} {ref.size} ".encode() + ref.tobytes()
+    return read_image_file(ref, max_bytes)
+
+
+def image_digest(ref: ImageRef) -> str:
+    """A checksum of `image_content`.
+
+    Raises:
+        OSError: as `read_image_file`.
+    """
+    return hashlib.blake2b(image_content(ref), digest_size=16).hexdigest()
+
+
+def encoded_image(ref: ImageRef, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
+    """An encoded image: the file's or the reference's own bytes, PNG for an open image.
+
+    Raises:
+        OSError: as `read_image_file`.
+    """
+    if isinstance(ref, Image.Image):
+        buffer = io.BytesIO()
+        ref.save(buffer, "PNG")
+        return buffer.getvalue()
+    return image_content(ref, max_bytes)
+
+
+def load_images(sample: "Sample", max_pixels: int) -> list[Image.Image]:
     """All images of a sample, in order, as RGB.
 
     Raises:
@@ -60,7 +165,7 @@ def load_image(
         return _to_rgb(image, name)
 
 
-def image_sizes(sample: Sample, max_pixels: int) -> list[tuple[int, int]]:
+def image_sizes(sample: "Sample", max_pixels: int) -> list[tuple[int, int]]:
     """Width and height of all images of a sample, as stored; only files' heads are read.
 
     Raises:
@@ -76,6 +181,73 @@ def image_sizes(sample: Sample, max_pixels: int) -> list[tuple[int, int]]:
         if image is not ref:
             image.close()
     return sizes
+
+
+def _image_ref(value: object, *, column: str, base_dir: Path, at: str) -> ImageRef:
+    if isinstance(value, Mapping):
+        value = _of_mapping(value)
+    if isinstance(value, str) and (encoded := _from_base64(value, column=column, at=at)):
+        return encoded
+    if isinstance(value, str) and "://" in value[:16]:
+        return _of_url(value, column=column, at=at)
+    if isinstance(value, (str, Path)) and str(value):
+        return base_dir / value
+    if isinstance(value, (bytes, Image.Image)) and value != b"":
+        return value
+    raise RowError(
+        "image_type",
+        f"{at}: {column}: got {describe(value)}, wanted a path, encoded bytes, base64, an image, "
+        "or a list of these: correct or drop the row",
+    )
+
+
+def _of_url(text: str, *, column: str, at: str) -> Path:
+    try:
+        url = urlsplit(text)
+    except ValueError:
+        url = urlsplit("")
+    if url.scheme.lower() != "file" or url.netloc not in ("", "localhost"):
+        raise RowError(
+            "image_url",
+            f"{at}: {column}: got {text[:_NAME_CHARS]!r}: URLs are not fetched: download the image "
+            "and give its path (file:///path is read too)",
+        )
+    return Path(unquote(text[text.index("://") + 3 + len(url.netloc) :]))
+
+
+def _of_mapping(value: Mapping) -> object:
+    """What the datasets library and chat messages wrap; any of their keys may hold None."""
+    for key in ("bytes", "image", "url", "image_url", "path"):
+        inner = value.get(key)
+        if inner:
+            return _of_mapping(inner) if isinstance(inner, Mapping) else inner
+    return None
+
+
+def _from_base64(text: str, *, column: str, at: str) -> bytes | None:
+    """The image that base64 text holds, on one line or several; None where it is a path."""
+    is_url = text.startswith("data:")
+    encoded = text.partition(",")[2] if is_url else text
+    if not is_url and not _begins_like_an_image(encoded):
+        return None
+    try:
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RowError(
+            "image_unreadable",
+            f"{at}: {column}: got damaged base64 ({error}), wanted an encoded image: correct or "
+            "drop the row",
+        ) from None
+
+
+def _begins_like_an_image(text: str) -> bool:
+    if len(text) < _MIN_BASE64_CHARS:
+        return False
+    try:
+        start = "".join(text[:64].split())[:16]
+        return base64.b64decode(start, validate=True).startswith(_MAGIC)
+    except (binascii.Error, ValueError):
+        return False
 
 
 @contextmanager
@@ -98,6 +270,12 @@ def _open(ref: ImageRef, name: str) -> Image.Image:
             "image_missing",
             f"{name}: no such file: correct the path (relative ones start at the data file's "
             "folder) or drop the row",
+        )
+    if isinstance(ref, (str, Path)) and (size := os.path.getsize(ref)) > MAX_IMAGE_BYTES:
+        raise RowError(
+            "image_too_large",
+            f"{name}: got a file of {size} bytes, wanted at most {MAX_IMAGE_BYTES}: replace it or "
+            "drop the row",
         )
     try:
         # Its own warning would come before our limit has been looked at.
@@ -132,7 +310,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             "convert the image",
         )
     try:
-        image = ImageOps.exif_transpose(image)
+        image = _turned_upright(image)
         if not image.has_transparency_data:
             return image.convert("RGB")
         # Line drawings are often black on transparent, where dropping alpha leaves black on black.
@@ -140,6 +318,17 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     except _DECODE_ERRORS as error:
         raise _damaged(name, error) from None
+
+
+def _turned_upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; a tag of another type or value is no orientation."""
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
+    # What Pillow raises on damaged EXIF blocks, whose pixels are whole.
+    except (*_DECODE_ERRORS, KeyError, TypeError, OverflowError):
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
 
 
 def _damaged(name: str, error: Exception) -> RowError:

@@ -2,31 +2,50 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from care_train.data.answers import (
+    AnswerType,
+    Options,
+    answer_text,
+    answer_type,
+    is_empty,
+    option_key,
+    options_in,
+    read_options,
+    tolerance,
+)
 from care_train.data.conversations import (
     IMAGE_PLACEHOLDER,
     Conversation,
     is_conversation,
     read_conversation,
     split_response,
+    split_solution,
 )
-from care_train.data.image_refs import ImageRef, image_digest, image_refs
-from care_train.data.row_error import RowError, describe
+from care_train.data.errors import RowError, describe
+from care_train.data.images import ImageRef, image_digest, image_refs
 
 PROMPT_COLUMNS = ("prompt", "problem", "question", "query", "messages", "conversations")
-"""Columns a prompt is read from, as text or as chat messages; the first one present wins."""
+"""Columns a prompt is read from, as text or as chat messages; the first one that holds something
+is read, as in the other tuples here."""
 
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth")
-"""Columns an answer is read from; the first one present wins, verl's `reward_model` comes last."""
+"""Columns an answer is read from; verl's `reward_model.ground_truth` comes last."""
+
+RESPONSE_COLUMNS = ("completion", "response")
+"""Columns of a response with tags, where the messages hold none."""
 
 IMAGE_COLUMNS = ("images", "image")
-"""Columns images are read from; the first one present wins."""
+"""Columns images are read from."""
+
+OPTION_COLUMNS = ("options", "choices")
+"""Columns a multiple-choice question's options are read from."""
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -43,12 +62,18 @@ class Sample:
     """The right reasoning, for the cold start."""
     failed_rationale: str | None = None
     """A wrong reasoning that a cold-start repair starts from."""
+    answer_type: AnswerType | None = None
+    """How answers are compared with the key. None: inferred from the key and the options."""
+    options: tuple[str, ...] = ()
+    """The texts of a multiple-choice question, in the order of their letters."""
+    tolerance: float | None = None
+    """Largest distance of a number, relative to the key. None: the run's setting."""
     source: str = ""
     """The data set this row came from."""
     location: str = ""
     """File and row, as errors name them: `train.jsonl: row 12`."""
     columns: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
-    """The row's other columns."""
+    """The row's other columns, as reward functions get them."""
     visit: int = 0
     """How often training had gone through all rows before it came to this one again."""
 
@@ -69,14 +94,14 @@ class Sample:
 
 
 def sample_digest(sample: Sample, image_digests: dict[ImageRef, str] | None = None) -> str:
-    """A checksum of what a run reads of a row: its texts and its images' encoded bytes.
+    """A checksum of what a run reads of a row: its texts, its options, its images' encoded bytes.
 
     Args:
         sample: the row.
         image_digests: checksums of image files by path, filled: files shared by rows are read once.
 
     Raises:
-        ValueError: a missing image file, naming the row.
+        RowError: an image file that is missing or too large, naming the row.
     """
     known = {} if image_digests is None else image_digests
     digests = []
@@ -92,144 +117,234 @@ def sample_digest(sample: Sample, image_digests: dict[ImageRef, str] | None = No
             ) from None
         if isinstance(ref, (str, Path)):
             known[ref] = digests[-1]
-    texts = (sample.id, sample.prompt, sample.answer, sample.rationale, sample.failed_rationale)
-    content = json.dumps([*texts, digests]).encode()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    parts: list[Any] = [sample.id, sample.prompt, sample.answer, sample.rationale]
+    parts += [sample.failed_rationale, digests]
+    compared = (sample.answer_type, sample.options, sample.tolerance)
+    if any(compared):
+        parts.append(compared)
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def sample_from_row(
-    row: Mapping[str, Any], *, location: str, base_dir: Path, id: str, source: str = ""
+    row: Mapping[str, Any],
+    *,
+    location: str,
+    base_dir: Path,
+    id: str,
+    source: str = "",
+    needs_prompt: bool = True,
+    uninterpreted: tuple[str, ...] = (),
 ) -> Sample:
     """Bring one row to the schema: a plain one, or one of EasyR1's, verl's or TRL's.
+
+    Every row passes here: of runs, builds, `care-train verify`, `doctor` and evaluation.
 
     Args:
         row: columns by name. The prompt is text, or chat messages of one user turn, whose
             assistant turn is a response with tags. The answer is text, a number, or a boolean
             (yes or no), stands in `reward_model.ground_truth`, or in that response. Optionally
-            images, rationale and failed_rationale.
+            images, rationale, failed_rationale, options, answer_type and tolerance.
         location: file and row, for errors.
         base_dir: the folder that relative image paths start from.
         id: the sample's id.
         source: the data set's name.
+        needs_prompt: False where a row without a prompt is enough, as for a verdict.
+        uninterpreted: columns that stay as they are, though their names are read elsewhere.
 
     Raises:
-        RowError: a column missing, empty or of the wrong type, naming row, field and fix.
+        RowError: a column missing, empty or of the wrong type, or a key that is none of the
+            options, naming row, field, what it got, what was wanted and the fix.
     """
-    prompt_column = _first_present(row, PROMPT_COLUMNS)
-    if prompt_column is None:
-        raise RowError(
-            "no_prompt",
-            f"{location}: prompt: got columns {', '.join(map(repr, row)) or 'none'}, wanted one of "
-            f"{', '.join(PROMPT_COLUMNS)}: rename the column that holds the question",
-        )
-    talk = _conversation(row[prompt_column], column=prompt_column, location=location)
-    answer_column, answer_value = _find_answer(row)
-    rationale, answer = _response(row, talk)
-    if answer is None or answer_value is not None:
-        answer = _answer(answer_value, column=answer_column, location=location)
-        tagged_rationale, tagged_answer = split_response(answer)
-        answer = tagged_answer or answer
-        rationale = rationale or tagged_rationale
-    images_column = _first_present(row, IMAGE_COLUMNS)
-    column = images_column or prompt_column
-    held = row[images_column] if images_column else list(talk.images)
-    read = {prompt_column, images_column, answer_column, "rationale", "failed_rationale"}
-    columns = {name: value for name, value in row.items() if name not in read}
+    read = {name: value for name, value in row.items() if name not in uninterpreted}
+    prompt_column, talk = _prompt(read, location, needs_prompt)
+    rationale, answer, answer_column = _answer(read, talk, location)
+    options_column, options = _options(read, talk.prompt, location)
+    kind = _checked(answer_type, read.get("answer_type"), f"{location}: answer_type", "answer_type")
+    answer, options = _key(answer, options, kind, options_column, f"{location}: {answer_column}")
+    images_column = _column(read, IMAGE_COLUMNS) or prompt_column
+    images = read.get(images_column)
+    if talk.images and (images_column == prompt_column or is_empty(images)):
+        images_column, images = prompt_column, talk.images
+    elif images_column == prompt_column:
+        images = None
+    texts: dict[str, str | None] = {"prompt": talk.prompt, "answer": answer}
+    for name in ("rationale", "failed_rationale"):
+        texts[name] = _optional_text(read, name, location=location)
+    texts["rationale"] = texts["rationale"] or rationale
+    for name, text in (*texts.items(), *(("options", option) for option in options.texts)):
+        _check_unicode(text, f"{location}: {name}")
+    taken = {prompt_column, "answer", "rationale", "failed_rationale", *IMAGE_COLUMNS}
+    columns = {name: value for name, value in row.items() if name not in taken}
     if talk.system:
         columns["system"] = talk.system
     return Sample(
         id=id,
-        prompt=_text(talk.prompt, field=prompt_column, location=location, reason="empty_prompt"),
-        answer=_text(answer, field=answer_column, location=location, reason="empty_answer"),
-        images=image_refs(held, column=column, base_dir=base_dir, at=location),
-        rationale=_optional_text(row, "rationale", location=location) or rationale,
-        failed_rationale=_optional_text(row, "failed_rationale", location=location),
+        prompt=talk.prompt,
+        answer=answer,
+        images=image_refs(images, column=images_column, base_dir=base_dir, at=location),
+        rationale=texts["rationale"],
+        failed_rationale=texts["failed_rationale"],
+        answer_type=kind,
+        options=options.texts,
+        tolerance=_checked(tolerance, read.get("tolerance"), f"{location}: tolerance", "tolerance"),
         source=source,
         location=location,
         columns=columns,
     )
 
 
-def _first_present(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if row.get(name) is not None), None)
+def _column(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    """The first column that holds something; else the first that is there, for errors to name."""
+    filled = (name for name in names if not is_empty(row.get(name)))
+    return next(filled, next((name for name in names if row.get(name) is not None), None))
 
 
-def _conversation(value: object, *, column: str, location: str) -> Conversation:
+def _prompt(row: Mapping[str, Any], at: str, is_needed: bool) -> tuple[str, Conversation]:
+    column = _column(row, PROMPT_COLUMNS)
+    if column is None and not is_needed:
+        return "prompt", Conversation("")
+    if column is None:
+        raise RowError(
+            "no_prompt",
+            f"{at}: prompt: got {_columns_of(row, PROMPT_COLUMNS)}, wanted text or chat messages "
+            f"in one of {', '.join(PROMPT_COLUMNS)}: rename the column that holds the question",
+        )
+    value = row[column]
     if is_conversation(value):
-        assert isinstance(value, (list, tuple))
-        return read_conversation(value, column=column, at=location)
-    if not isinstance(value, str):
+        talk = read_conversation(value, column=column, at=at)
+    elif isinstance(value, str):
+        talk = Conversation(value)
+    else:
         raise RowError(
             "prompt_type",
-            f"{location}: {column}: got {describe(value)}, wanted text or chat messages: convert "
-            "the column",
+            f"{at}: {column}: got {describe(value)}, wanted text or chat messages: convert the "
+            "column",
         )
-    return Conversation(value)
+    if is_needed and not talk.prompt.strip():
+        raise RowError(
+            "empty_prompt", f"{at}: {column}: got empty text, wanted some: fill or drop the row"
+        )
+    return column, talk
 
 
-def _find_answer(row: Mapping[str, Any]) -> tuple[str, object]:
-    """(column, value) of the key; (answer, None) without any."""
-    if column := _first_present(row, ANSWER_COLUMNS):
-        return column, row[column]
-    reward_model = row.get("reward_model")
-    if not isinstance(reward_model, Mapping):
-        return "answer", None
-    value = reward_model.get("ground_truth")
+def _answer(row: Mapping[str, Any], talk: Conversation, at: str) -> tuple[str | None, object, str]:
+    """(rationale, answer, its column): of an answer column, or of a response with tags."""
+    rationale, answered = split_response(_response(row, talk))
+    column, value = _answer_value(row)
+    if is_empty(value):
+        if answered is None:
+            raise _no_answer(row, column, value, at)
+        return rationale, answered, "response"
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
-    return "reward_model.ground_truth", value
+    if isinstance(value, str):
+        own_rationale, value = split_solution(value)
+        rationale = rationale or own_rationale
+    return rationale, value, column
 
 
-def _response(row: Mapping[str, Any], talk: Conversation) -> tuple[str | None, str | None]:
-    """(rationale, answer) of the assistant's turn or of TRL's `completion`."""
-    text, completion = talk.response, row.get("completion")
-    if text is None and is_conversation(completion):
-        last = completion[-1] if completion else {}
-        completion = last.get("content")
-    if text is None and isinstance(completion, str):
-        text = completion
-    return split_response(text) if text is not None else (None, None)
+def _answer_value(row: Mapping[str, Any]) -> tuple[str, object]:
+    column = _column(row, ANSWER_COLUMNS)
+    value = row[column] if column else None
+    reward_model = row.get("reward_model")
+    if is_empty(value) and isinstance(reward_model, Mapping):
+        if not is_empty(verl := reward_model.get("ground_truth")) or column is None:
+            return "reward_model.ground_truth", verl
+    return column or "answer", value
 
 
-def _text(value: object, *, field: str, location: str, reason: str = "text_type") -> str:
+def _response(row: Mapping[str, Any], talk: Conversation) -> str:
+    """The assistant's turn, or the text or last message of a response column."""
+    if talk.response is not None:
+        return talk.response
+    value = row.get(_column(row, RESPONSE_COLUMNS) or "")
+    if isinstance(value, (list, tuple)) and is_conversation(value):
+        value = value[-1].get("content")
+    return value if isinstance(value, str) else ""
+
+
+def _no_answer(row: Mapping[str, Any], column: str, value: object, at: str) -> RowError:
+    names = ", ".join((*ANSWER_COLUMNS, "reward_model.ground_truth"))
+    got = _columns_of(row, ANSWER_COLUMNS) if value is None else describe(value)
+    return RowError(
+        "empty_answer",
+        f"{at}: {column}: got {got}, wanted text, a number or a boolean in one of {names}, or a "
+        f"response (an assistant turn, {' or '.join(RESPONSE_COLUMNS)}) with an <answer> span: "
+        "rename the column that holds the final answer, or drop the row",
+    )
+
+
+def _columns_of(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    empty = [name for name in names if name in row]
+    none = f"nothing in {' and '.join(map(repr, empty))}, and " if empty else ""
+    have = f"the columns {', '.join(map(repr, row))}" if row else "no columns"
+    return none + have
+
+
+def _options(row: Mapping[str, Any], prompt: str, at: str) -> tuple[str | None, Options]:
+    """(column, options), or those that the prompt lists, without a column."""
+    column = _column(row, OPTION_COLUMNS)
+    if column is None or is_empty(row[column]):
+        return None, options_in(prompt)
+    return column, _checked(read_options, row[column], f"{at}: {column}", "options")
+
+
+def _key(
+    value: object, options: Options, kind: AnswerType | None, column: str | None, at: str
+) -> tuple[str, Options]:
+    """The key as text, and the options if it is one of them or is not held to be one.
+
+    Raises:
+        RowError: it is none of the options of `column`.
+    """
+    answer = _checked(answer_text, value, at, "answer_type").strip()
+    if not answer:
+        raise RowError("empty_answer", f"{at}: got empty text, wanted some: fill or drop the row")
+    if not options.texts or kind not in (None, AnswerType.CHOICE):
+        return answer, options if column else Options()
+    key = option_key(answer, options)
+    if key is None and isinstance(value, bool):
+        key = option_key(str(value), options)
+    if key is not None:
+        return key, options
+    if column is None:
+        return answer, Options()
+    shown = ", ".join(options.texts)
+    raise RowError(
+        "key_is_no_option",
+        f"{at}: got {answer[:60]!r}, none of the {len(options.texts)} texts in {column} "
+        f"({shown[:120]}) nor a letter from A to {options.last_letter}: write the letter or the "
+        "option's text (an index counts only where the options have numbers as labels), or set "
+        "answer_type to how it is compared",
+    )
+
+
+def _checked(read: Callable[[Any], _Value], value: object, at: str, reason: str) -> _Value:
+    try:
+        return read(value)
+    except ValueError as error:
+        raise RowError(reason, f"{at}: {error}") from None
+
+
+def _optional_text(row: Mapping[str, Any], field: str, *, location: str) -> str | None:
+    value = row.get(field)
+    if is_empty(value):
+        return None
     if not isinstance(value, str):
         raise RowError(
             "text_type",
             f"{location}: {field}: got {describe(value)}, wanted text: convert the column to "
             "strings",
         )
-    if not value.strip():
-        raise RowError(
-            reason, f"{location}: {field}: got empty text, wanted some: fill or drop the row"
-        )
     return value
 
 
-def _optional_text(row: Mapping[str, Any], field: str, *, location: str) -> str | None:
-    value = row.get(field)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    return _text(value, field=field, location=location)
-
-
-def _answer(value: object, *, column: str, location: str) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise RowError(
-                "answer_type",
-                f"{location}: {column}: got {value}, wanted a finite number: correct or drop the "
-                "row",
-            )
-        # Written out without an exponent: the verifier compares plain decimals.
-        return format(Decimal(repr(value)), "f")
-    if isinstance(value, int):
-        return str(value)
-    if not isinstance(value, str):
+def _check_unicode(text: str | None, at: str) -> None:
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
         raise RowError(
-            "empty_answer" if value is None else "answer_type",
-            f"{location}: {column}: got {describe(value)}, wanted text, a number or a boolean: "
-            "keep one final answer per row",
-        )
-    return _text(value, field=column, location=location, reason="empty_answer")
+            "not_unicode",
+            f"{at}: got a lone surrogate {error.object[error.start]!r} at character "
+            f"{error.start + 1}, which no tokenizer takes, wanted text: correct or drop the row",
+        ) from None

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from care_train.data import Sample, load_images, load_samples
 from care_train.doctor.finding import Finding, Subject, spread
@@ -62,12 +63,18 @@ def _prompt_lengths(encoder: PromptEncoder, rows: Sequence[Sample]) -> dict[int,
 def check_evaluation_rows(subject: Subject) -> Finding:
     """The held-out rows are there, readable, and not the training rows."""
     config, name = subject.config, "evaluation rows"
-    held_out = load_samples(config.eval.data, config.seed)
+    data, own = config.held_out, config.data
+    if data is None:
+        return Finding(
+            "warning", name, "none: a run is not evaluated", "set eval.data.path to held-out rows"
+        )
+    held_out = load_samples(data, config.seed, "eval.data")
     rows = spread(held_out, _NUM_ROWS)
     for row in rows:
         load_images(row, config.prompt.max_image_pixels)
-    data, own = config.eval.data, config.data
-    if (data.path, data.split) == (own.path, own.split):
+    # A file has no splits.
+    is_same_split = data.split == (own.split or "train") or Path(data.path).is_file()
+    if data.path == own.path and is_same_split:
         return Finding(
             "warning",
             name,

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from care_train.config import Config
-from care_train.data import ImageRef, load_samples, sample_digest
-from care_train.data.order import permutation
+from care_train.data import ImageRef, load_samples, permutation, sample_digest
+from care_train.data.columns import check_row
+from care_train.data.files import open_rows
 from care_train.distributed import is_main
 from care_train.evaluation.benchmarks import BENCHMARKS
-from care_train.evaluation.columns import check_row
 from care_train.evaluation.question import Benchmark, Judgement, Question
-from care_train.evaluation.rows import open_rows
 
 DATA = "data"
 """The name under which `eval.benchmarks` has the rows of `eval.data`."""
@@ -58,8 +57,10 @@ def open_questions(name: str, config: Config) -> QuestionSet:
             questions share.
     """
     if name == DATA:
-        samples = load_samples(config.eval.data, config.seed)
-        count, source = len(samples), config.eval.data.path
+        if config.held_out is None:
+            raise ValueError("eval.data.path: got none, wanted the rows of the benchmark `data`")
+        samples = load_samples(config.held_out, config.seed, "eval.data")
+        count, source = len(samples), config.held_out.path
 
         def read_sample(place: int) -> Question:
             return Question(samples[place], group=samples[place].source)
@@ -114,13 +115,18 @@ def _digest(question: Question, image_digests: dict[ImageRef, str]) -> str:
 
 def _reader(benchmark: Benchmark, source: str) -> tuple[Callable[[int], Question], int]:
     """A function from a place to its question, over all parts, and how many places there are."""
-    parts = open_rows(source, benchmark.subsets, benchmark.split)
-    ends = list(accumulate(part.count for part in parts))
+    key, split = f"eval.sources.{benchmark.name}", benchmark.split
+    parts = open_rows(
+        source, key=key, split=split, subsets=benchmark.subsets, download=(f"*{split}*",)
+    )
+    ends = list(accumulate(map(len, parts)))
+    if not ends[-1]:
+        raise ValueError(f"{key}: {source} has no rows of split {split!r}, wanted at least 1")
 
     def read(place: int) -> Question:
         which = bisect_right(ends, place)
         part, row_place = parts[which], place - (ends[which - 1] if which else 0)
-        row, location = part.read(row_place), part.location(row_place)
+        row, location = part.row(row_place), part.location(row_place)
         check_row(benchmark.name, benchmark.columns, row, location)
         return benchmark.to_question(row, f"{benchmark.name}: {location}", part.base_dir)
 

@@ -93,7 +93,7 @@ class HeldOutRows:
         """
         config = session.config
         assert config.sft.eval_data is not None
-        rows = require_rationales(load_samples(config.sft.eval_data, config.seed))
+        rows = require_rationales(load_samples(config.sft.eval_data, config.seed, "sft.eval_data"))
         self._rows, _ = usable_rows(session, rows, "sft.eval_data")
         self._session = session
 

@@ -1,18 +1,17 @@
 """`care-train verify`: verdicts of the lines on standard input, in order, as they come."""
 
 import json
-import math
 import queue
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 from care_train.config import Config
-from care_train.data import Sample
-from care_train.verifier.responses import Response, item_of
+from care_train.data import sample_from_row
+from care_train.verifier.responses import Response
 from care_train.verifier.score import Score, Verifier
-from care_train.verifier.types import AnswerType
 
 _BATCH = 256
 _WANTED = '{"response": text, "answer": text}, with optional type, options and tolerance'
@@ -102,19 +101,11 @@ def _read(line: str, place: str) -> Response:
         raise ValueError(f"{place}: got JSON nested too deeply, wanted {_WANTED}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{place}: got {_show(row)}, wanted {_WANTED}")
-    response, answer = _response(row, place), _answer(row, place)
-    columns: dict[str, Any] = {k: v for k, v in row.items() if k not in ("response", "answer")}
+    response = _response(row, place)
+    columns = {name: value for name, value in row.items() if name != "response"}
     if "type" in columns:
-        columns["answer_type"] = _type(columns.pop("type"), place)
-    sample = Sample(
-        id=place,
-        prompt=str(row.get("prompt", "")),
-        answer=answer,
-        location=place,
-        columns=columns,
-    )
-    # A wrong column is an error of this line, not of the batch.
-    item_of("", sample)
+        columns["answer_type"] = columns.pop("type")
+    sample = sample_from_row(columns, location=place, base_dir=Path(), id=place, needs_prompt=False)
     return Response(response, sample)
 
 
@@ -123,25 +114,6 @@ def _response(row: dict[str, Any], place: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{place}: response: got {_got(row, 'response')}, wanted text")
     return value
-
-
-def _answer(row: dict[str, Any], place: str) -> str:
-    value = row.get("answer")
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    is_number = isinstance(value, (int, float)) and math.isfinite(value)
-    if is_number or (isinstance(value, str) and value.strip()):
-        return str(value)
-    wanted = "text that is not blank, a number, true or false"
-    if isinstance(value, list):
-        wanted += ': write a list as text, such as "1, 2", with type list or set'
-    raise ValueError(f"{place}: answer: got {_got(row, 'answer')}, wanted {wanted}")
-
-
-def _type(name: Any, place: str) -> Any:
-    if name in (None, "", *AnswerType):
-        return name
-    raise ValueError(f"{place}: type: got {_show(name)}, wanted one of {', '.join(AnswerType)}")
 
 
 def _got(row: dict[str, Any], field: str) -> str:

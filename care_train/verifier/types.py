@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from care_train.data.answer_types import AnswerType
+from care_train.data.answers import AnswerType
 
 
 @dataclass(frozen=True)

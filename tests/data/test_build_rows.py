@@ -9,7 +9,7 @@ from PIL import Image
 
 from care_train.config import DataSettings
 from care_train.data import load_samples
-from care_train.data.answer_types import chart_answer_type, options_of
+from care_train.data.answers import chart_answer_type, options_in
 from care_train.data.building.dedup import band_keys, look_alike
 from care_train.data.building.prepare import ImageHash, Prepared, normalized_text
 from care_train.data.schema import Sample
@@ -38,8 +38,8 @@ def build_rows(folder: Path, rows: list[Any], **settings: Any) -> tuple[dict[str
 BAD = [
     ({"prompt": " "}, "empty_prompt", "prompt: got empty text"),
     ({"answer": ""}, "empty_answer", "answer: got empty text"),
-    ({"answer": None}, "empty_answer", "answer: got nothing, wanted text, a number"),
-    ({"answer": ["3", "4"]}, "answer_type", "answer: got a list"),
+    ({"answer": None}, "empty_answer", "answer: got nothing in 'answer', and the columns"),
+    ({"answer": ["3", "4"]}, "answer_type", "answer: got ['3', '4'], wanted text"),
     ({"answer": "3" * 300}, "long_answer", "answer: got 300 characters, wanted 256 at most"),
     ({"prompt": "w" * 9000}, "long_prompt", "prompt: got 9000 characters, wanted 8192 at most"),
     ({"answer": "</answer>3"}, "answer_tags", "answer: got '</answer>', wanted the bare answer"),
@@ -53,7 +53,7 @@ BAD = [
     ({"image": "deep.png"}, "image_mode", "wanted 8 bits per channel"),
     ({"image": 7}, "image_type", "image: got a int, wanted a path"),
     ({"image": ["a.png"] * 17}, "many_images", "images: got 17, wanted 16 at most"),
-    ({"prompt": None}, "no_prompt", "wanted one of prompt, problem, question"),
+    ({"prompt": None}, "no_prompt", "messages in one of prompt, problem, question"),
     ({"prompt": 3}, "prompt_type", "prompt: got a int, wanted text or chat messages"),
     ({"answer_type": "colour"}, "answer_type", "answer_type: got 'colour', wanted one of choice"),
     ({"prompt": [{"role": "tool", "content": "x"}]}, "message", "role: got 'tool', wanted one of"),
@@ -79,7 +79,7 @@ def test_rejected_rows_say_why(folder: Path):
     for row, (_, _, detail) in zip(found, BAD, strict=False):
         assert row["detail"].startswith(f"rows.jsonl: row {row['row']}: ")
         assert detail in row["detail"], row
-    assert "got not JSON" in found[-1]["detail"]
+    assert "not JSON" in found[-1]["detail"]
     counts = manifest["counts"]["sources"]["mine"]
     assert counts["kept"] == 1
     assert counts["read"] == 1 + len(found)
@@ -167,7 +167,7 @@ def test_duplicates_across_sources(folder: Path):
 
 def prepared(perceptual: bytes) -> Prepared:
     sample = Sample(id="a", prompt="q", answer="1")
-    return Prepared(1, sample, None, (), (ImageHash(b"", perceptual, bytes(192)),))
+    return Prepared(1, sample, (ImageHash(b"", perceptual, bytes(192)),))
 
 
 @pytest.mark.parametrize("distance", [0, 1, 3, 6])
@@ -219,4 +219,4 @@ def test_charts_allow_five_percent_of_numbers(answer: str, kind: str | None):
 )
 def test_options_of_prompts(prompt: str, options: tuple[str, ...]):
     """Options on lines of their own, in brackets, or three in a row; not initials."""
-    assert options_of(prompt) == options
+    assert options_in(prompt).texts == options

@@ -276,10 +276,10 @@ def test_text_image_and_multi_image_rows_mix(tmp_path: Path):
     ("source", "message"),
     [
         ({"path": "no/such/file.parquet"}, "sources.s.path: no/such/file.parquet does not exist"),
-        ({"path": "{folder}/x.csv"}, "sources.s.path: {folder}/x.csv ends with '.csv', wanted"),
-        ({"path": "{folder}/empty"}, "has no files of split 'train', wanted .parquet"),
+        ({"path": "{folder}/x.csv"}, "sources.s.path: {folder}/x.csv: begins with b'"),
+        ({"path": "{folder}/empty"}, "has no files of split 'train', wanted a Parquet"),
         ({"path": "{folder}/bad.parquet"}, "bad.parquet: not a Parquet file"),
-        ({"path": "{folder}/bad.jsonl"}, "bad.jsonl: first line: not JSON"),
+        ({"path": "{folder}/bad.jsonl"}, "bad.jsonl: row 1: not JSON"),
         ({"path": "{folder}/object.json"}, "at the top, wanted a list of rows"),
         (
             {"path": "{folder}/r.jsonl", "where": {"x": 1}},

@@ -9,8 +9,8 @@ import pytest
 from care_train.config import Adapter
 from care_train.data import RowError, sample_from_row
 from care_train.data.building.adapters import ADAPTERS
-from care_train.data.conversations import read_conversation, split_response, strip_boxed
-from care_train.data.image_refs import image_refs
+from care_train.data.conversations import read_conversation, split_response, split_solution
+from care_train.data.images import image_refs
 from tests.data.published import drawing
 
 
@@ -80,12 +80,14 @@ def test_split_response(text: str, parts: tuple[str | None, str | None]):
         ("\\boxed{A}", "A"),
         (" $\\boxed{\\frac{1}{2}}$ ", "\\frac{1}{2}"),
         ("\\boxed{1} or \\boxed{2}", "\\boxed{1} or \\boxed{2}"),
-        ("x = \\boxed{3}", "x = \\boxed{3}"),
+        ("x = \\boxed{3}", "3"),
+        ("12 more <<3*4=12>>12\n#### 10", "10"),
+        ("#### 7", "7"),
     ],
 )
-def test_strip_boxed(answer: str, inner: str):
+def test_a_box_holds_the_answer(answer: str, inner: str):
     """Only a box around the whole answer goes."""
-    assert strip_boxed(answer) == inner
+    assert split_solution(answer)[1] == inner
 
 
 def test_damaged_base64_is_named():

@@ -9,7 +9,7 @@ from pyarrow import parquet
 
 from care_train.config import DataSettings
 from care_train.data import Sample, load_samples, require_rationales, sample_digests
-from care_train.data.lazy import LazySamples
+from care_train.data.dataset import LazySamples
 from care_train.data.schema import sample_digest
 from tests.data.published import TEXT, build_from, drawing, write_jsonl
 
@@ -120,12 +120,12 @@ def test_digests_read_image_files(tmp_path: Path):
 
 def test_large_row_groups_are_memory_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A file of one huge row group is not read whole for each row."""
-    from care_train.data import row_files
+    from care_train.data import arrow_rows
 
     rows = {"prompt": [f"q{i}" for i in range(50)], "answer": ["x" * 50] * 50}
     features = datasets.Features(prompt=TEXT, answer=TEXT)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "r.parquet")
-    monkeypatch.setattr(row_files, "_MAX_GROUP_BYTES", 100)
+    monkeypatch.setattr(arrow_rows, "_MAX_GROUP_BYTES", 100)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(
         parquet.ParquetFile, "read_row_group", lambda *_: pytest.fail("read a row group")

@@ -68,8 +68,9 @@ def test_every_source_gives_the_same_samples(folder: Path, write: Any):
     path = write(folder)
     samples = load(path)
     assert [(s.prompt, s.answer) for s in samples] == [(r["prompt"], r["answer"]) for r in ROWS]
-    assert [s.id for s in samples] == [f"{path.name}/{row}" for row in range(1, 6)]
-    assert samples[4].location == f"{path.name}: row 5"
+    name = "splits/train" if path.name == "splits" else path.name
+    assert [s.id for s in samples] == [f"{name}/{row}" for row in range(1, 6)]
+    assert samples[4].location == f"{name}: row 5"
     assert samples[0].source == path.name
     for sample in samples:
         assert isinstance(sample.images[0], (Path, bytes))
@@ -108,16 +109,14 @@ def test_empty_dataset(folder: Path, content: str):
     path.write_text(content)
     with pytest.raises(ValueError) as error:
         load(path)
-    assert str(error.value) == (
-        f"{path}: got no rows, wanted at least 1: check data.path and data.split"
-    )
+    assert str(error.value) == f"data.path: {path} has no rows, wanted at least 1"
 
 
 def test_blank_lines_keep_line_numbers(folder: Path):
     """A row's number in a .jsonl is its line, blank lines counted."""
     path = folder / "rows.jsonl"
-    path.write_text('\n{"prompt": "q", "answer": 1}\n\n{"prompt": "q", "answer": [1]}\n')
-    with pytest.raises(ValueError, match=r"^rows\.jsonl: row 4: answer: got a list"):
+    path.write_text('\n{"prompt": "q", "answer": 1}\n\n{"prompt": "q", "answer": [1, 2]}\n')
+    with pytest.raises(ValueError, match=r"^rows\.jsonl: row 4: answer: got \[1, 2\]"):
         load(path)
 
 
@@ -137,11 +136,11 @@ def test_all_bad_rows_are_told_at_once(folder: Path):
     [
         ("r.jsonl", b'{"prompt": ', r"^r\.jsonl: row 1: not JSON .*: correct or drop the line"),
         ("r.jsonl", b'"\xff"', r"^r\.jsonl: row 1: not JSON"),
-        ("r.jsonl", b"[1]", r"^r\.jsonl: row 1: got a list, wanted an object"),
-        ("r.json", b"{}", r"r\.json: got a dict at the top, wanted a list of rows"),
-        ("r.json", b"[", r"r\.json: not JSON"),
+        ("r.jsonl", b"[1]", r"^r\.jsonl: row 1: got a int, wanted an object"),
+        ("r.json", b"{}", r"r\.json: got an object at the top, wanted a list of rows"),
+        ("r.json", b"[", r"r\.json: row 1: not JSON"),
         ("r.parquet", b"PAR0", r"r\.parquet: not a Parquet file"),
-        ("r.csv", b"a", r"ends with '\.csv': wanted easy_vqa, a \.jsonl, \.json or \.parquet file"),
+        ("r.csv", b"a", r"r\.csv: begins with b'a', wanted a Parquet file, JSON"),
     ],
 )
 def test_unreadable_files(folder: Path, name: str, content: bytes, message: str):
@@ -153,9 +152,9 @@ def test_unreadable_files(folder: Path, name: str, content: bytes, message: str)
 
 def test_missing_paths_and_splits(folder: Path):
     """A missing path, a folder of something else and a missing split are told apart."""
-    with pytest.raises(ValueError, match=r"gone\.jsonl does not exist: wanted easy_vqa"):
+    with pytest.raises(ValueError, match=r"gone\.jsonl does not exist: wanted a Parquet"):
         load(folder / "gone.jsonl")
-    with pytest.raises(ValueError, match="is no saved data set: wanted easy_vqa"):
+    with pytest.raises(ValueError, match="has no files of split 'train', wanted a Parquet"):
         load(folder)
     with pytest.raises(ValueError, match=r"data\.split: got 'test', .*splits has train"):
         load(as_folder_with_splits(folder), split="test")
@@ -170,15 +169,14 @@ def test_ids_are_unique(folder: Path):
     assert message.startswith("rows.jsonl: row 3: id: got 'a', already used by rows.jsonl: row 1")
 
 
-def test_class_numbers_are_no_answers(folder: Path):
-    """A ClassLabel column would make `2` the key where `blue` is meant."""
+def test_class_numbers_are_read_by_name(folder: Path):
+    """The number in a ClassLabel column stands for a name: that is the key."""
     features = datasets.Features(
         prompt=datasets.Value("string"), answer=datasets.ClassLabel(names=["red", "blue"])
     )
     data = datasets.Dataset.from_dict({"prompt": ["q"], "answer": [1]}, features=features)
     data.to_parquet(folder / "r.parquet")
-    with pytest.raises(ValueError, match=r"r\.parquet: answer: got a ClassLabel column"):
-        load(folder / "r.parquet")
+    assert [sample.answer for sample in load(folder / "r.parquet")] == ["blue"]
 
 
 def test_require_rationales():

@@ -9,10 +9,10 @@ from datasets import Dataset, DatasetDict, Features
 from bench.protocol_fixtures import FEATURES, benchmark_rows, write_parquet
 from care_train.config import build_config
 from care_train.data import load_images
+from care_train.data.files import open_rows
 from care_train.data.schema import IMAGE_PLACEHOLDER
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.evaluation.question_set import open_questions
-from care_train.evaluation.rows import open_rows
 
 NAMES = list(BENCHMARKS)
 COLUMNS = [(name, column) for name in NAMES for column in BENCHMARKS[name].columns]
@@ -192,41 +192,36 @@ def test_mathverse_reads_choices_of_questions_within_the_image(repositories):
     assert last.group == "Vision Only" and last.options == ("red", "green", "blue", "yellow")
 
 
-def test_the_hub_is_asked_for_published_ids(monkeypatch):
-    """Without a source the published id, configuration and split are loaded.
+def test_the_hub_is_asked_for_published_ids(repositories, monkeypatch):
+    """Without a source the published id's tables of its split are downloaded and read.
 
-    There is no network here: the library's calls are recorded, their answers are local rows.
+    There is no network here: the library's calls are recorded, their answers are local copies.
     """
     asked = []
 
-    def load_dataset(source, name, split):
-        asked.append((source, name, split))
-        key = {"standard (10 options)": "mmmu_pro_standard", "Art": "mmmu", "Math": "mmmu"}[name]
-        rows = [dict.fromkeys(FEATURES[key]) | row for row in benchmark_rows()[key]]
-        rows = [row | {"id": f"{row['id']}_{name}"} for row in rows]
-        return Dataset.from_list(rows, features=FEATURES[key])
+    def download(source, allow_patterns, **options):
+        asked.append((source, allow_patterns))
+        return str(
+            repositories[{"MMMU/MMMU_Pro": "mmmu_pro_standard", "MMMU/MMMU": "mmmu"}[source]]
+        )
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    monkeypatch.setattr("datasets.get_dataset_config_names", lambda source: ["Art", "Math"])
-    assert len(open_questions("mmmu_pro_standard", build_config({})).ids) == 4
-    assert len(open_questions("mmmu", build_config({})).ids) == 8
-    assert asked == [
-        ("MMMU/MMMU_Pro", "standard (10 options)", "test"),
-        ("MMMU/MMMU", "Art", "validation"),
-        ("MMMU/MMMU", "Math", "validation"),
-    ]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for name in ("mmmu_pro_standard", "mmmu"):
+        local = build_config({"eval": {"sources": {name: str(repositories[name])}}})
+        assert open_questions(name, build_config({})).ids == open_questions(name, local).ids
+    assert asked == [("MMMU/MMMU_Pro", ["*test*"]), ("MMMU/MMMU", ["*validation*"])]
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere/at/all", "no such file or folder"),
-        ("nowhere.parquet", "no such file or folder"),
-        ("empty", "no testmini.parquet"),
+        ("nowhere/at/all", "eval.sources.mathvista: nowhere/at/all does not exist"),
+        ("nowhere.parquet", "does not exist"),
+        ("empty", "no files of split 'testmini'"),
         ("broken.parquet", "not a Parquet file"),
         ("broken.jsonl", "not JSON"),
-        ("rows.csv", "ends with '.csv'"),
-        ("none.jsonl", "got no rows"),
+        ("rows.csv", "not JSON"),
+        ("none.jsonl", "no rows of split"),
     ],
 )
 def test_sources_that_cannot_be_read_are_named(source, message, tmp_path, monkeypatch):
@@ -263,6 +258,6 @@ def test_a_parquet_file_of_many_row_groups_is_read_in_order(tmp_path):
     """Row groups are read one at a time, in any order of rows."""
     path = tmp_path / "rows.parquet"
     Dataset.from_list([{"n": n} for n in range(25)]).to_parquet(path, batch_size=4)
-    (rows,) = open_rows(str(path), (), "test")
+    (rows,) = open_rows(str(path), key="eval.sources.x", split="test")
     places = [*range(25), 3, 24, 0]
-    assert [rows.read(place)["n"] for place in places] == places
+    assert [rows.row(place)["n"] for place in places] == places

@@ -4,45 +4,37 @@ docs/data.md says where each schema was read.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from care_train.data.answer_types import chart_answer_type
-from care_train.data.building.kinds import (
-    BYTES,
+from care_train.data.answers import chart_answer_type
+from care_train.data.columns import (
     IMAGE,
-    LABEL,
+    IMAGES,
     MESSAGES,
     NUMBER,
     TEXT,
-    Column,
-    list_of,
+    TEXT_OR_NUMBER,
+    TEXT_OR_TEXTS,
+    TEXTS,
+    Kind,
+    maybe,
 )
-from care_train.data.conversations import (
-    is_conversation,
-    read_conversation,
-    split_response,
-    strip_boxed,
-)
-from care_train.data.row_error import RowError
+from care_train.data.conversations import read_conversation, split_response
+from care_train.data.errors import RowError
 
 Row = dict[str, Any]
-
-_ONE_IMAGE = (IMAGE, BYTES, TEXT)
-_IMAGES = (*map(list_of, _ONE_IMAGE), *_ONE_IMAGE)
 
 
 @dataclass(frozen=True)
 class Adapter:
     """A published schema and its way to plain columns."""
 
-    columns: tuple[Column, ...]
-    convert: Callable[[Row, str], Row]
+    columns: Mapping[str, Kind] = field(default_factory=dict)
+    convert: Callable[[Row, str], Row] = lambda row, at: row
     """(row, file and row for errors) -> plain columns; raises RowError."""
-
-
-def _plain(row: Row, at: str) -> Row:
-    return row
+    uninterpreted: tuple[str, ...] = ()
+    """Columns that are kept, but are not what `sample_from_row` takes such names for."""
 
 
 def _chartqa(row: Row, at: str) -> Row:
@@ -52,20 +44,17 @@ def _chartqa(row: Row, at: str) -> Row:
     if len(answers) != 1:
         raise RowError("several_answers", f"{at}: label: got {len(answers)} keys, wanted one")
     query, image = row.pop("query"), row.pop("image")
-    kind = chart_answer_type(answers[0] or "")
+    kind = chart_answer_type(answers[0])
     return row | {"prompt": query, "answer": answers[0], "images": image, "answer_type": kind}
 
 
 def _virl39k(row: Row, at: str) -> Row:
     question, answer, image = row.pop("question"), row.pop("answer"), row.pop("image")
-    answer = strip_boxed(answer) if isinstance(answer, str) else answer
     return row | {"prompt": question, "answer": answer, "images": image}
 
 
 def _vision_r1_cold(row: Row, at: str) -> Row:
     messages = row.pop("conversations")
-    if not is_conversation(messages):
-        raise RowError("message", f"{at}: conversations: got no messages, wanted from and value")
     talk = read_conversation(messages, column="conversations", at=at)
     rationale, answer = split_response(talk.response or "")
     if rationale is None or answer is None:
@@ -79,49 +68,50 @@ def _vision_r1_cold(row: Row, at: str) -> Row:
 
 
 ADAPTERS: Mapping[str, Adapter] = {
-    "rows": Adapter((), _plain),
-    "easy_vqa": Adapter((), _plain),
+    "rows": Adapter(),
+    "easy_vqa": Adapter(),
     "chartqa": Adapter(
-        (
-            Column("image", _ONE_IMAGE),
-            Column("query", (TEXT,)),
-            Column("label", (list_of(TEXT), TEXT)),
-            Column("human_or_machine", (LABEL, TEXT), required=False),
-        ),
+        {
+            "image": IMAGE,
+            "query": TEXT,
+            "label": TEXT_OR_TEXTS,
+            "human_or_machine": maybe(TEXT),
+        },
         _chartqa,
     ),
     "geometry3k": Adapter(
-        (
-            Column("images", _IMAGES),
-            Column("problem", (TEXT,)),
-            Column("answer", (TEXT,)),
-            Column("id", (NUMBER, TEXT), required=False),
-            Column("choices", (list_of(TEXT),), required=False),
-            Column("ground_truth", (TEXT,), required=False),
-        ),
-        _plain,
+        {
+            "images": IMAGES,
+            "problem": TEXT,
+            "answer": TEXT,
+            "id": maybe(TEXT_OR_NUMBER),
+            "choices": maybe(TEXTS),
+            "ground_truth": maybe(TEXT),
+        },
+        # The problem does not show the choices: its key is the value.
+        uninterpreted=("choices", "ground_truth"),
     ),
     "virl39k": Adapter(
-        (
-            Column("question", (TEXT,)),
-            Column("answer", (TEXT,)),
-            Column("image", _IMAGES),
-            Column("qid", (TEXT,), required=False),
-            Column("category", (TEXT,), required=False),
-            Column("source", (TEXT,), required=False),
-            Column("PassRate_32BTrained", (NUMBER,), required=False),
-            Column("PassRate_7BBase", (NUMBER,), required=False),
-        ),
+        {
+            "question": TEXT,
+            "answer": TEXT,
+            "image": IMAGES,
+            "qid": maybe(TEXT),
+            "category": maybe(TEXT),
+            "source": maybe(TEXT),
+            "PassRate_32BTrained": maybe(NUMBER),
+            "PassRate_7BBase": maybe(NUMBER),
+        },
         _virl39k,
     ),
     "vision_r1_cold": Adapter(
-        (
-            Column("conversations", (MESSAGES,)),
-            Column("image", _IMAGES, required=False),
-            Column("images", _IMAGES, required=False),
-            Column("id", (TEXT, NUMBER), required=False),
-            Column("system", (TEXT,), required=False),
-        ),
+        {
+            "conversations": MESSAGES,
+            "image": maybe(IMAGES),
+            "images": maybe(IMAGES),
+            "id": maybe(TEXT_OR_NUMBER),
+            "system": maybe(TEXT),
+        },
         _vision_r1_cold,
     ),
 }

@@ -1,23 +1,25 @@
 """One row after the other, in a worker: adapt, clean, decode once, hash."""
 
+import errno
 import hashlib
 import re
+import struct
 import unicodedata
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from care_train.config import CleanSettings
-from care_train.data.answer_types import AnswerType, options_of
+from care_train.config.build import CleanSettings
 from care_train.data.building.adapters import ADAPTERS
-from care_train.data.building.readers import Chunk, rows_of
+from care_train.data.columns import check_row
 from care_train.data.conversations import IMAGE_PLACEHOLDER
-from care_train.data.image_refs import ImageRef, encoded_image
-from care_train.data.images import load_image
-from care_train.data.row_error import RowError
+from care_train.data.errors import RowError
+from care_train.data.images import ImageRef, encoded_image, load_image, read_image_file
+from care_train.data.rows import Chunk, named_columns, rows_of
 from care_train.data.schema import Sample, sample_from_row
 
 # They would be read as the end of a turn, or as an image.
@@ -25,6 +27,9 @@ _SPECIAL_TOKEN = re.compile(r"<\|[a-z_]+\|>")
 _TAG = re.compile(r"</?(?:think|reasoning|answer)>")
 
 _THUMBNAIL_SIDE = 8
+
+# What zipfile raises on damaged, encrypted and unknown archives, by fault.
+_ARCHIVE_ERRORS = (zipfile.BadZipFile, RuntimeError, zlib.error, EOFError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,6 @@ class Prepared:
     number: int
     sample: Sample
     """Its images are encoded bytes."""
-    answer_type: str | None
-    options: tuple[str, ...]
     hashes: tuple[ImageHash, ...]
 
 
@@ -91,13 +94,12 @@ def prepare_chunk(task: Task, chunk: Chunk) -> PreparedChunk:
     """Each row of a chunk, usable or rejected with the reason."""
     rows: list[Prepared | Rejected] = []
     num_filtered = 0
-    for number, row in rows_of(chunk):
-        if isinstance(row, Mapping):
-            row = _with_names(dict(row), task.labels)
-            if any(row.get(name) != value for name, value in task.where.items()):
-                num_filtered += 1
-                continue
-        rows.append(_prepare(task, number, row))
+    for number, value in rows_of(chunk):
+        row = _prepare(task, number, value)
+        if row is None:
+            num_filtered += 1
+        else:
+            rows.append(row)
     return PreparedChunk(rows, num_filtered)
 
 
@@ -107,50 +109,40 @@ def normalized_text(text: str) -> str:
     return "".join(text.split()).rstrip(".?!:")
 
 
-def _prepare(task: Task, number: int, row: Any) -> Prepared | Rejected:
+def _prepare(task: Task, number: int, value: Any) -> Prepared | Rejected | None:
+    """None for a row that `where` leaves out."""
     at = f"{task.file}: row {number}"
-    if not isinstance(row, Mapping):
-        got = f"not JSON ({row})" if isinstance(row, ValueError) else f"a {type(row).__name__}"
-        return Rejected(number, "not_an_object", f"{at}: got {got}, wanted named columns")
     prompt = answer = ""
     try:
+        row = named_columns(value, at=at, labels=task.labels)
+        if any(row.get(name) != wanted for name, wanted in task.where.items()):
+            return None
         sample = _adapt(task, row, number, at)
         prompt, answer = sample.prompt, sample.answer
         _check_texts(sample, task.clean, at)
-        _check_type(sample.columns.get("answer_type"), at)
-        images = [_encoded(ref, task, at) for ref in sample.images]
+        images = tuple(_encoded(ref, task, at) for ref in sample.images)
         hashes = tuple(_hash(image, task, at) for image in images)
     except RowError as error:
-        return Rejected(number, error.reason, str(error), prompt[:200], answer[:200])
-    columns = dict(sample.columns)
-    options = _options(columns.pop("options", None), sample.prompt)
-    kind = columns.pop("answer_type", None)
-    stored = Sample(
-        id=sample.id,
-        prompt=sample.prompt,
-        answer=sample.answer,
-        images=tuple(images),
-        rationale=sample.rationale,
-        failed_rationale=sample.failed_rationale,
-        source=task.source,
-        location=at,
-        columns=columns,
-    )
-    return Prepared(number, stored, kind, options, hashes)
+        return Rejected(number, error.reason, str(error), prompt, answer)
+    return Prepared(number, replace(sample, images=images), hashes)
 
 
-def _adapt(task: Task, row: Mapping[str, Any], number: int, at: str) -> Sample:
+def _adapt(task: Task, row: dict[str, Any], number: int, at: str) -> Sample:
     adapter = ADAPTERS[task.adapter]
-    missing = [c.name for c in adapter.columns if c.required and row.get(c.name) is None]
-    if missing:
-        raise RowError("missing_column", f"{at}: {missing[0]}: got nothing, wanted a value")
-    plain = adapter.convert(dict(row), at)
-    for name in ("prompt", "problem", "question", "answer"):
+    check_row(task.adapter, adapter.columns, row, at)
+    plain = adapter.convert(row, at)
+    for name in ("prompt", "problem", "question"):
         if isinstance(plain.get(name), str):
             plain[name] = plain[name].strip()
-    # Relative paths stay relative here: there may be several roots.
-    id = f"{task.source}/{task.file}/{number}"
-    return sample_from_row(plain, location=at, base_dir=Path(), id=id, source=task.source)
+    return sample_from_row(
+        plain,
+        location=at,
+        # Relative paths stay relative here: there may be several roots.
+        base_dir=Path(),
+        id=f"{task.source}/{task.file}/{number}",
+        source=task.source,
+        uninterpreted=adapter.uninterpreted,
+    )
 
 
 def _check_texts(sample: Sample, clean: CleanSettings, at: str) -> None:
@@ -177,41 +169,41 @@ def _check_texts(sample: Sample, clean: CleanSettings, at: str) -> None:
     check(has, "no_rationale", "rationale: got none, wanted text: clean.require_rationale")
 
 
-def _check_type(kind: object, at: str) -> None:
-    if kind is not None and kind not in list(AnswerType):
-        wanted = ", ".join(AnswerType)
-        raise RowError("answer_type", f"{at}: answer_type: got {kind!r}, wanted one of {wanted}")
-
-
 def _encoded(ref: ImageRef, task: Task, at: str) -> bytes:
+    limit = task.clean.max_image_bytes
     try:
-        data = _from_roots(ref, task.roots) if isinstance(ref, Path) else encoded_image(ref)
+        data = _from_roots(ref, task.roots, limit) if isinstance(ref, Path) else encoded_image(ref)
     except FileNotFoundError:
         roots = ", ".join(map(str, task.roots))
         raise RowError(
             "image_missing", f"{at}: image {str(ref)[:300]!r}: none in {roots}"
         ) from None
-    except (OSError, ValueError) as error:
-        # A path too long or with a zero byte.
-        raise RowError("image_missing", f"{at}: image {str(ref)[:300]!r}: {error}") from None
-    if len(data) > task.clean.max_image_bytes:
+    # An archive's fault; or a path too long, with a zero byte, or of a file too large.
+    except (*_ARCHIVE_ERRORS, OSError, ValueError) as error:
+        is_large = isinstance(error, OSError) and error.errno == errno.EFBIG
+        is_path = isinstance(error, (OSError, ValueError))
+        reason = "image_missing" if is_path else "image_unreadable"
+        if is_large:
+            reason, error = "image_too_large", f"{error.args[1]}: clean.max_image_bytes"
+        raise RowError(reason, f"{at}: image {str(ref)[:300]!r}: {error}") from None
+    if len(data) > limit:
         raise RowError(
             "image_too_large",
-            f"{at}: image of {len(data)} bytes, wanted {task.clean.max_image_bytes} at most: "
-            "clean.max_image_bytes",
+            f"{at}: image of {len(data)} bytes, wanted {limit} at most: clean.max_image_bytes",
         )
     return data
 
 
-def _from_roots(path: Path, roots: Sequence[Path]) -> bytes:
+def _from_roots(path: Path, roots: Sequence[Path], max_bytes: int) -> bytes:
     for root in roots:
         if root.suffix.lower() == ".zip" and root.is_file():
-            try:
-                return _archive(root).read(path.as_posix())
-            except KeyError:
-                continue
+            archive = _archive(root)
+            if path.as_posix() in archive.NameToInfo:
+                with archive.open(path.as_posix()) as member:
+                    # What the archive says of a member's size is as untrusted as the member.
+                    return member.read(max_bytes + 1)
         elif (root / path).is_file():
-            return (root / path).read_bytes()
+            return read_image_file(root / path, max_bytes)
     raise FileNotFoundError(path)
 
 
@@ -239,18 +231,3 @@ def _hash(data: bytes, task: Task, at: str) -> ImageHash:
     thumbnail = image.resize(side, Image.Resampling.BOX).tobytes()
     bits = imagehash.phash(image, hash_size=task.hash_size).hash
     return ImageHash(pixels.digest(), numpy.packbits(bits).tobytes(), thumbnail)
-
-
-def _with_names(row: dict[str, Any], labels: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Class numbers by their names."""
-    for column, names in labels.items():
-        value = row.get(column)
-        if isinstance(value, int) and 0 <= value < len(names):
-            row[column] = names[value]
-    return row
-
-
-def _options(value: object, prompt: str) -> tuple[str, ...]:
-    if isinstance(value, list) and value and all(isinstance(option, str) for option in value):
-        return tuple(value)
-    return options_of(prompt)

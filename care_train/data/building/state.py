@@ -2,12 +2,92 @@
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from care_train.config import BuildSettings
-from care_train.data.building.counts import SourceCounts, counts_from
+from care_train.config.build import BuildSettings, SourceSettings
+from care_train.data.building.prepare import Prepared
+
+_PLAIN = ("read", "filtered", "kept", "images", "text_only", "multi_image", "with_rationale")
+_BY_REASON = ("rejected", "duplicates", "answer_types")
+
+
+class SourceCounts(Counter[tuple[str, str]]):
+    """What became of one source's rows, by (what, reason); the reason is empty but for _BY_REASON.
+
+    `rejected` are told before duplicates are looked for; `duplicates` also name the source whose
+    row is kept: `near_duplicate of chartqa`. `filtered` rows were left out by `where`; `images`
+    and the others are of kept rows.
+    """
+
+    def add(self, what: str, reason: str = "", count: int = 1) -> None:
+        """Count rows."""
+        self[what, reason] += count
+
+    def of(self, what: str) -> int:
+        """All rows of `what`, whatever the reason."""
+        return sum(count for (name, _), count in self.items() if name == what)
+
+    @property
+    def usable(self) -> int:
+        """Rows after cleaning, before duplicates go: the paper's Table 4 counts these."""
+        return self.of("kept") + self.of("duplicates")
+
+    def keep(self, row: Prepared) -> None:
+        """Count a kept row and what it holds."""
+        images = len(row.sample.images)
+        self.add("kept")
+        self.add("images", count=images)
+        self.add("text_only", count=images == 0)
+        self.add("multi_image", count=images > 1)
+        self.add("with_rationale", count=row.sample.rationale is not None)
+        self.add("answer_types", row.sample.answer_type or "inferred by the verifier")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, in a fixed order."""
+        values: dict[str, Any] = {what: self.of(what) for what in _PLAIN}
+        for what in _BY_REASON:
+            found = {reason: n for (name, reason), n in self.items() if name == what and n}
+            values[what] = dict(sorted(found.items()))
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SourceCounts":
+        """What `as_dict` made of counts, back."""
+        counts = cls({(what, ""): values[what] for what in _PLAIN})
+        for what in _BY_REASON:
+            counts.update({(what, reason): n for reason, n in values[what].items()})
+        return counts
+
+
+def summary_of(
+    sources: Sequence[SourceSettings], counts: Mapping[str, SourceCounts]
+) -> dict[str, Any]:
+    """The manifest's counts: per source as in the paper's Table 4, then in total."""
+    usable = sum(counts[source.name].usable for source in sources)
+    kept = sum(counts[source.name].of("kept") for source in sources)
+    rows = {}
+    for source in sources:
+        one = counts[source.name]
+        rows[source.name] = one.as_dict() | {
+            "usable": one.usable,
+            "usable_share": share(one.usable, usable),
+            "kept_share": share(one.of("kept"), kept),
+            "expected_rows": source.expected_rows,
+        }
+        # Every row is either left out, rejected, a duplicate or kept.
+        assert one.of("read") == one.of("filtered") + one.of("rejected") + one.usable, source.name
+    total: dict[str, int] = {"usable": usable}
+    for what in (*_PLAIN[:-1], "rejected", "duplicates"):
+        total[what] = sum(one.of(what) for one in counts.values())
+    return {"sources": rows, "total": total}
+
+
+def share(part: int, whole: int) -> float:
+    """A part in percent, to one decimal, as Table 4 prints it."""
+    return round(100 * part / whole, 1) if whole else 0.0
 
 
 class BuildState:
@@ -36,38 +116,13 @@ class BuildState:
         try:
             if settings.overwrite:
                 self._forget(folder)
-            self._go_on(folder, json.loads(json.dumps(fingerprint)))
+            self._resume(folder, json.loads(json.dumps(fingerprint)))
         except BaseException:
             self.close()
             raise
 
-    def _forget(self, folder: Path) -> None:
-        for table in ("state", "kept", "bands"):
-            self.connection.execute(f"DROP TABLE IF EXISTS {table}")
-        for part in [*folder.glob("*.arrow"), *folder.glob("*.jsonl")]:
-            part.unlink()
-
-    def _go_on(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
-        self.connection.execute(
-            "CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value TEXT)"
-        )
-        saved = dict(self.connection.execute("SELECT key, value FROM state"))
-        if not saved:
-            self._put("fingerprint", fingerprint)
-            self.connection.commit()
-        elif changes := _changes(json.loads(saved["fingerprint"]), fingerprint):
-            raise ValueError(
-                f"output: {folder.parent} holds an unfinished build of another kind: "
-                + "; ".join(changes)
-                + ": set it back, or build anew with overwrite=true"
-            )
-        if "position" in saved:
-            self.next_part = json.loads(saved["next_part"])
-            self.position = tuple(json.loads(saved["position"]))
-            self.counts = counts_from(json.loads(saved["counts"]))
-
     def commit(self, position: tuple[int, int, int]) -> None:
-        """A part more is done; the next chunk begins at `position`."""
+        """One more part is done; the next chunk begins at `position`."""
         self.next_part += 1
         self.position = position
         self._put("next_part", self.next_part)
@@ -79,10 +134,49 @@ class BuildState:
         """Leave the database."""
         self.connection.close()
 
+    def _forget(self, folder: Path) -> None:
+        for table in ("state", "kept", "bands"):
+            self.connection.execute(f"DROP TABLE IF EXISTS {table}")
+        for part in [*folder.glob("*.arrow"), *folder.glob("*.jsonl")]:
+            part.unlink()
+
+    def _resume(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.connection.execute(
+            "CREATE TABLE IF NOT EXISTS state (key TEXT PRIMARY KEY, value TEXT)"
+        )
+        stored = self.connection.execute("SELECT key, value FROM state")
+        saved = {key: json.loads(value) for key, value in stored}
+        if not saved:
+            self._put("fingerprint", fingerprint)
+            self.connection.commit()
+        elif changes := changes_of(saved["fingerprint"], fingerprint):
+            raise ValueError(
+                f"output: {folder.parent} holds an unfinished build of another kind: "
+                + "; ".join(changes)
+                + ": set it back, or build anew with overwrite=true"
+            )
+        if "position" in saved:
+            self.next_part, self.position = saved["next_part"], tuple(saved["position"])
+            self.counts = {
+                name: SourceCounts.from_dict(values) for name, values in saved["counts"].items()
+            }
+
     def _put(self, key: str, value: Any) -> None:
         self.connection.execute(
             "INSERT OR REPLACE INTO state VALUES (?, ?)", (key, json.dumps(value))
         )
+
+
+def changes_of(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Each value that differs, by its dotted key."""
+    found = []
+    for key in {**saved, **now}:
+        before, after = saved.get(key), now.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += changes_of(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: saved {before!r:.200}, got {after!r:.200}")
+    return found
 
 
 def _locked(folder: Path) -> sqlite3.Connection:
@@ -98,19 +192,3 @@ def _locked(folder: Path) -> sqlite3.Connection:
             f"output: {folder.parent}: {error}: does another process build there?"
         ) from None
     return connection
-
-
-def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in {**saved, **now}:
-        before, after = saved.get(key), now.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _changes(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key}: saved {_short(before)}, got {_short(after)}")
-    return found
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from care_train.data.building.prepare import Prepared
-from care_train.data.schema import sample_digest
-from care_train.data.table_format import BUILT_KEY, DIGEST_COLUMN, OTHER_COLUMNS
+from care_train.data.arrow_rows import BUILT_KEY, DIGEST_COLUMN
+from care_train.data.dataset import BUILT_FIELDS, OTHER_COLUMNS
+from care_train.data.schema import OPTION_COLUMNS, Sample, sample_digest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _LISTS = ("images", "options")
 _IMAGE_BYTES = "images.list.element.bytes"
@@ -32,6 +32,7 @@ def schema() -> Any:
             "failed_rationale": text,
             "answer_type": text,
             "options": List(text),
+            "tolerance": Value("float64"),
             "source": text,
             "origin": text,
             OTHER_COLUMNS: text,
@@ -43,18 +44,11 @@ def schema() -> Any:
     return arrow.with_metadata({**(arrow.metadata or {}), BUILT_KEY: version})
 
 
-def table_of(rows: Sequence[Prepared]) -> Any:
-    """Kept rows as an Arrow table."""
-    import pyarrow
-
-    return pyarrow.Table.from_pylist([_record(row) for row in rows], schema=schema())
-
-
-def write_part(path: Path, rows: Sequence[Prepared]) -> None:
+def write_part(path: Path, rows: Sequence[Sample]) -> None:
     """Kept rows of one chunk, durable."""
     import pyarrow
 
-    table = table_of(rows)
+    table = pyarrow.Table.from_pylist([_record(row) for row in rows], schema=schema())
     with path.open("wb") as file:
         with pyarrow.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
@@ -100,20 +94,18 @@ def _groups(parts: Sequence[Path], row_group: int) -> Iterator[Any]:
         yield pyarrow.concat_tables(held)
 
 
-def _record(row: Prepared) -> dict[str, Any]:
-    sample = row.sample
-    return {
-        "id": sample.id,
-        "prompt": sample.prompt,
-        "answer": sample.answer,
+def _record(sample: Sample) -> dict[str, Any]:
+    own = ("answer_type", "tolerance", OPTION_COLUMNS[0])
+    other = {name: value for name, value in sample.columns.items() if name not in own}
+    text = json.dumps(other, default=_plain, ensure_ascii=False)
+    return {name: getattr(sample, name) for name in BUILT_FIELDS} | {
         "images": [{"bytes": image, "path": None} for image in sample.images],
-        "rationale": sample.rationale,
-        "failed_rationale": sample.failed_rationale,
-        "answer_type": row.answer_type,
-        "options": list(row.options),
-        "source": sample.source,
+        "answer_type": sample.answer_type,
+        "options": list(sample.options),
+        "tolerance": sample.tolerance,
         "origin": sample.location,
-        OTHER_COLUMNS: json.dumps(dict(sample.columns), default=_plain, ensure_ascii=False),
+        # Other columns may hold what no encoding takes.
+        OTHER_COLUMNS: text.encode(errors="replace").decode(),
         DIGEST_COLUMN: sample_digest(sample),
     }
 

@@ -4,6 +4,15 @@ Schemas: the data sets' cards on the Hugging Face Hub (Lu et al., 2024; Zhang et
 al., 2024; Yue et al., 2024 and 2025), read in November 2026.
 """
 
+from care_train.data.columns import (
+    ENCODED_TEXTS,
+    FILLED_TEXT,
+    IMAGE,
+    NUMBER_OR_NULL,
+    TEXT,
+    TEXTS,
+    optional,
+)
 from care_train.evaluation.benchmarks.math import (
     judge_math_vision,
     judge_mathverse,
@@ -16,15 +25,6 @@ from care_train.evaluation.benchmarks.mmmu import (
     judge_mmmu,
     mmmu_pro_vision_question,
     mmmu_question,
-)
-from care_train.evaluation.columns import (
-    ENCODED_TEXTS,
-    FILLED_TEXT,
-    IMAGE,
-    NUMBER_OR_NULL,
-    TEXT,
-    TEXTS,
-    optional,
 )
 from care_train.evaluation.question import Benchmark
 

@@ -1,5 +1,6 @@
 """Why rows cannot be used."""
 
+import math
 from collections.abc import Sequence
 
 _NUM_SHOWN = 5
@@ -40,6 +41,8 @@ def describe(value: object) -> str:
     """A value's kind, as messages say what they got."""
     if value is None:
         return "nothing"
-    if value == "":
+    if isinstance(value, str) and not value.strip():
         return "empty text"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return f"a {type(value).__name__}"

@@ -1,0 +1,320 @@
+"""The key of a row: its answer, its options in the forms that data sets have, and its type."""
+
+import ast
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from enum import StrEnum
+from fractions import Fraction
+from typing import Any
+
+_MAX_OPTIONS = 26
+_MAX_SPELLED_CHARS = 100_000
+
+_LABEL_FIELDS, _TEXT_FIELDS = ("label", "letter", "key", "id"), ("text", "value", "content")
+
+# ASCII and full-width brackets and stops, as in `(A) cat`, `[A] cat`, `A. cat`, `A: cat`.
+_OPEN, _CLOSE, _STOP = r"[(\[\uff08\u3010]", r"[)\]\uff09\u3011]", r"[.):\uff0e\uff09\uff1a\u3001]"
+_LETTERED = re.compile(
+    rf"\s*(?:{_OPEN}\s*([A-Za-z])\s*{_CLOSE}|([A-Za-z])\s*{_STOP})\s*(\S.*)", re.DOTALL
+)
+_NUMBERED = re.compile(r"\s*(?:\((\d{1,2})\)|(\d{1,2})[.)])\s+(\S.*)", re.DOTALL)
+# A key: `B`, `(B)`, `B.`, `option B`, each with or without the option's text after it.
+_KEY = re.compile(
+    r"(?:(?:the\s+)?(?:option|choice|answer)\s*(?:is)?[\s:]*)?"
+    rf"(?:{_OPEN}\s*([A-Za-z])\s*{_CLOSE}[.:]?|([A-Za-z])(?:{_STOP}|(?=\s*$)))\s*(.*)",
+    re.DOTALL | re.IGNORECASE,
+)
+_LETTERS = re.compile(r"\W*[A-Z](?:(?:\W|and)*[A-Z])+\W*")
+_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boxed)\s*\{([^{}]*)\}")
+_FRACTION = re.compile(r"\\[dt]?frac\{?(-?\d+)\}?\{?(\d+)\}?")
+_IGNORED = re.compile(r"\s+|\$|\\(?:left|right|,|;|!)|\*\*|[.\u3002]$")
+
+_NUMBER = re.compile(r"[-+]?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?\s*%?")
+_YEAR = re.compile(r"(?:1[89]|20|21)\d\d")
+_OPTION = re.compile(
+    r"(?:^|\n|(?<=\s))\(?([A-J])[).:]\s*(\S[^\n]*?)(?=\s*(?:\n|$|\s\(?[A-J][).:]\s))"
+)
+
+
+class AnswerType(StrEnum):
+    """How an answer is compared with its key; docs/verifier.md has examples of each."""
+
+    CHOICE = "choice"
+    """A letter, a letter with the option's text, or the text alone."""
+    NUMBER = "number"
+    """A number with or without unit, in any notation."""
+    RELAXED = "relaxed"
+    """ChartQA's measure: a number within 5 %, or else the same text."""
+    MATH = "math"
+    """An expression, equation, point or interval, compared symbolically."""
+    SET = "set"
+    """Several answers in any order."""
+    LIST = "list"
+    """Several answers in this order."""
+    YES_NO = "yes_no"
+    """Yes or no, true or false."""
+    TEXT = "text"
+    """Words."""
+
+
+def chart_answer_type(answer: str) -> AnswerType | None:
+    """ChartQA's: its measure allows numbers 5 %, which no year should have."""
+    text = answer.strip()
+    is_number = any(char.isdigit() for char in text) and _NUMBER.fullmatch(text)
+    return AnswerType.RELAXED if is_number and not _YEAR.fullmatch(text) else None
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a multiple-choice question, in the order of their letters."""
+
+    texts: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    """What the data set calls them, where it calls them anything: `A` or `1`, for example."""
+
+    @property
+    def last_letter(self) -> str:
+        return chr(ord("A") + len(self.texts) - 1)
+
+
+def read_options(value: object) -> Options:
+    """Options as data sets write them.
+
+    Args:
+        value: a list of texts, whose letters may stand in front of each; `{"A": text, ...}` or
+            `{"0": text, ...}`; `{"text": [...], "label": [...]}`; a list of `{"label", "text"}`;
+            or a text that spells one of these as Python or JSON does, or lists `A. ... B. ...`.
+
+    Raises:
+        ValueError: anything else: what was got and wanted, for the caller to add the row.
+    """
+    value = _spelled(value)
+    if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], list):
+        value = value[0]
+    if isinstance(value, Mapping):
+        pairs = _pairs_of_mapping(value)
+    elif isinstance(value, (list, tuple)):
+        pairs = [_pair(entry) for entry in value]
+    else:
+        raise ValueError(f"got {_shown(value)}, wanted a list of the options' texts")
+    # Parquet fills up a struct's missing fields, and rows of fewer options, with nulls.
+    while pairs and pairs[-1][1] is None:
+        pairs.pop()
+    texts = [_option_text(text) for _, text in pairs]
+    if len(texts) > _MAX_OPTIONS:
+        raise ValueError(f"got {len(texts)} options, wanted at most {_MAX_OPTIONS}")
+    if all(label is None for label, _ in pairs):
+        return _without_marks(texts)
+    labels = [str(label).strip() for label, _ in pairs]
+    if [label.upper() for label in labels] != _letters(len(labels)):
+        first = next((start for start in "01" if labels[:1] == [start]), None)
+        if first is None or labels != [str(int(first) + i) for i in range(len(labels))]:
+            raise ValueError(
+                f"got options labelled {', '.join(labels)}, wanted A, B, ... or 0, 1, ... or 1, "
+                "2, ... without a gap"
+            )
+    return Options(_without_marks(texts).texts, tuple(labels))
+
+
+def options_in(prompt: str) -> Options:
+    """The options that a prompt lists as A, B, ...; none unless they are plain to see."""
+    found = list(_OPTION.finditer(prompt))
+    if len(found) < 2 or [match[1] for match in found] != _letters(len(found)):
+        return Options()
+    # Two initials in running text are no options; two in brackets or on lines of their own are.
+    plain = len(found) > 2 or all(
+        match[0].lstrip().startswith("(") or match.start() == 0 or match[0].startswith("\n")
+        for match in found
+    )
+    return Options(tuple(match[2].strip() for match in found) if plain else ())
+
+
+def option_key(answer: str, options: Options) -> str | None:
+    """An answer that names one of the options, or several by their letters; None for any other.
+
+    Returns:
+        The answer itself, or the letter that stands for a label such as `2`.
+    """
+    if answer.strip() in options.labels and not answer.strip().isalpha():
+        return chr(ord("A") + options.labels.index(answer.strip()))
+    if any(_same(answer, text) for text in options.texts):
+        return answer
+    unmarked = answer.strip().strip("*$ ").strip()
+    if match := _KEY.fullmatch(unmarked):
+        letter = (match[1] or match[2]).upper()
+        text = match[3].strip()
+        if "A" <= letter <= options.last_letter:
+            named = options.texts[ord(letter) - ord("A")]
+            return answer if not text or not named or _same(text, named) else None
+    if _LETTERS.fullmatch(unmarked):
+        letters = [char for char in unmarked.replace("and", "") if char.isalpha()]
+        if len(set(letters)) == len(letters) and max(letters) <= options.last_letter:
+            return answer
+    return None
+
+
+def answer_text(value: object) -> str:
+    """A key as text: booleans as yes and no, numbers as decimals without an exponent.
+
+    Raises:
+        ValueError: not a finite number, or no text, number or boolean.
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"got {value}, wanted a finite number: correct or drop the row")
+        return format(Decimal(repr(value)), "f")
+    if isinstance(value, (int, Decimal)):
+        return format(value, "f" if isinstance(value, Decimal) else "d")
+    if not isinstance(value, str):
+        hint = ': write a list as text, such as "1, 2", with answer_type list or set'
+        raise ValueError(
+            f"got {_shown(value)}, wanted text, a number or a boolean, one final answer per row"
+            f"{hint if isinstance(value, (list, tuple)) else ''}"
+        )
+    return value
+
+
+def answer_type(value: object) -> AnswerType | None:
+    """A row's `answer_type`; None where it has none.
+
+    Raises:
+        ValueError: another one.
+    """
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or value not in list(AnswerType):
+        raise ValueError(f"got {_shown(value)}, wanted one of {', '.join(AnswerType)}")
+    return AnswerType(value)
+
+
+def tolerance(value: object) -> float | None:
+    """A row's `tolerance`, relative to the key; None where it has none.
+
+    Raises:
+        ValueError: no number in [0, 1).
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"got {_shown(value)}, wanted a number in [0, 1)")
+    return float(value)
+
+
+def is_empty(value: object) -> bool:
+    """Whether a column holds nothing, so that the next one that may hold the same is read.
+
+    Nothing are null, blank text, and a list or mapping of nothing.
+    """
+    value = value.tolist() if hasattr(value, "tolist") else value  # type: ignore[union-attr]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return all(is_empty(entry) for entry in value)
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or value == b"" or (isinstance(value, str) and not value.strip())
+
+
+def _spelled(value: Any) -> Any:
+    """A list or mapping from a text that spells it, or from an array."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if not isinstance(value, str) or len(value) > _MAX_SPELLED_CHARS:
+        return value
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            parsed = parse(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(parsed, (list, tuple, Mapping)):
+            return parsed
+    listed = options_in(value).texts
+    return list(listed) if listed else value
+
+
+def _pairs_of_mapping(value: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
+    """(label, text) of each option, by label."""
+    texts, labels = value.get("text"), value.get("label")
+    if isinstance(texts, (list, tuple)) and isinstance(labels, (list, tuple)):
+        if len(texts) != len(labels):
+            raise ValueError(f"got {len(texts)} texts and {len(labels)} labels, wanted as many")
+        return list(zip(labels, texts, strict=True))
+    pairs = [(str(label), text) for label, text in value.items() if text is not None]
+    return sorted(pairs, key=lambda pair: (len(pair[0]), pair[0].upper()))
+
+
+def _pair(entry: object) -> tuple[Any, Any]:
+    if not isinstance(entry, Mapping):
+        return None, entry
+    label = next((entry[name] for name in _LABEL_FIELDS if name in entry), None)
+    text = next((entry[name] for name in _TEXT_FIELDS if name in entry), None)
+    if text is None:
+        raise ValueError(
+            f"got an option with {', '.join(map(str, entry)) or 'nothing'}, wanted label and text"
+        )
+    return label, text
+
+
+def _option_text(value: object) -> str:
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, (int, float, bool, Decimal)):
+        return str(value)
+    raise ValueError(f"got an option that is {_shown(value)}, wanted text")
+
+
+def _without_marks(texts: list[str]) -> Options:
+    """Texts without the letter or number in front, where each has the one of its own place."""
+    letters = [_LETTERED.fullmatch(text) for text in texts]
+    if texts and [_mark(match) for match in letters] == _letters(len(texts)):
+        return Options(tuple(match[3].strip() for match in letters if match))
+    numbers = [_NUMBERED.fullmatch(text) for text in texts]
+    wanted = [str(place) for place in range(1, len(texts) + 1)]
+    if len(texts) > 1 and [_mark(match) for match in numbers] == wanted:
+        return Options(tuple(match[3].strip() for match in numbers if match), tuple(wanted))
+    return Options(tuple(texts))
+
+
+def _mark(match: re.Match[str] | None) -> str | None:
+    return (match[1] or match[2]).upper() if match else None
+
+
+def _letters(count: int) -> list[str]:
+    return [chr(ord("A") + place) for place in range(count)]
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two texts differ in case, spacing, LaTeX's wrapping or a number's notation alone."""
+    one, other = _folded(one), _folded(other)
+    if one == other:
+        return True
+    numbers = [_number(text) for text in (one, other)]
+    return numbers[0] is not None and numbers[0] == numbers[1]
+
+
+def _folded(text: str) -> str:
+    text = _WRAPPED.sub(r"\1", unicodedata.normalize("NFKC", text))
+    return _IGNORED.sub("", _IGNORED.sub("", text).casefold())
+
+
+def _number(text: str) -> Fraction | None:
+    text = _FRACTION.sub(r"\1/\2", text).replace(",", "")
+    try:
+        return Fraction(text) if len(text) <= 40 and "e" not in text else None
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _shown(value: object) -> str:
+    """What was got: a short value itself, else its type."""
+    if value is None or (isinstance(value, Sequence) and not value):
+        return "nothing"
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"a {type(value).__name__}"

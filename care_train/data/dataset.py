@@ -1,0 +1,267 @@
+"""A run's samples: read from their files when asked for, and drawn in a resumable order."""
+
+import json
+import random
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any, overload
+
+from care_train.config import DataSettings
+from care_train.data.answers import AnswerType
+from care_train.data.arrow_rows import DIGEST_COLUMN
+from care_train.data.easy_vqa import easy_vqa_samples
+from care_train.data.errors import join_errors
+from care_train.data.files import HELD_OUT, TRAINING, open_rows
+from care_train.data.images import ImageRef
+from care_train.data.rows import RowFile
+from care_train.data.schema import Sample, sample_digest, sample_from_row
+
+OTHER_COLUMNS = "other_columns"
+"""A built file's column of the source's columns that the schema has no place for, as JSON."""
+
+BUILT_FIELDS = ("id", "prompt", "answer", "rationale", "failed_rationale", "source")
+"""A built file's columns that are a sample's own fields, beside images, options, answer_type and
+tolerance."""
+
+BUILT_COLUMNS = ("answer_type", "options", "tolerance", "origin")
+"""A built file's columns that are among a sample's `columns`, beside those of OTHER_COLUMNS."""
+
+
+@dataclass(frozen=True)
+class LazySamples(Sequence[Sample]):
+    """A sequence whose every access reads the row anew, so that memory does not grow with them.
+
+    Keep what is used twice. Slices are lazy too.
+    """
+
+    read: Callable[[int], Sample]
+    """The sample at a place of the data set."""
+    places: Sequence[int]
+    """Which places of the data set, in order."""
+    stored_digests: Callable[[], Sequence[str]] | None = None
+    """The checksum of each place, where the files hold them; `read` then checks them."""
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> "LazySamples": ...
+    def __getitem__(self, index: int | slice) -> "Sample | LazySamples":
+        if isinstance(index, slice):
+            return LazySamples(self.read, self.places[index], self.stored_digests)
+        return self.read(self.places[index])
+
+    def where(self, holds: Callable[[Sample], bool]) -> "LazySamples":
+        """Those that `holds` is true of; reads each once."""
+        kept = [place for place in self.places if holds(self.read(place))]
+        return LazySamples(self.read, kept, self.stored_digests)
+
+    def at(self, indices: Sequence[int]) -> "LazySamples":
+        """Those at these indices; reads none."""
+        return LazySamples(self.read, [self.places[i] for i in indices], self.stored_digests)
+
+    def digests(self) -> Iterator[str]:
+        """Each row's checksum, in order: the files' own where they have them."""
+        if self.stored_digests is not None:
+            stored = self.stored_digests()
+            yield from (stored[place] for place in self.places)
+        else:
+            yield from _digests(self)
+
+
+@dataclass(frozen=True)
+class PromptOrder:
+    """An endless order of rows, a fresh permutation per epoch.
+
+    A pure function of the position, so a resumed run needs no state but that integer.
+    """
+
+    num_samples: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples: got {self.num_samples}, wanted at least 1")
+
+    def take(self, position: int, count: int) -> list[int]:
+        """Row indices of draws `position` to `position + count - 1`, counted from the run's start.
+
+        Raises:
+            ValueError: a negative position or count.
+        """
+        if position < 0 or count < 0:
+            raise ValueError(f"position, count: got {position}, {count}, wanted at least 0")
+        indices = []
+        for draw in range(position, position + count):
+            epoch, place = divmod(draw, self.num_samples)
+            indices.append(permutation(self.num_samples, f"{self.seed}/epoch/{epoch}")[place])
+        return indices
+
+
+@lru_cache(maxsize=4)
+def permutation(length: int, key: str) -> tuple[int, ...]:
+    """A permutation of range(length) fixed by `key`, the same on every machine."""
+    indices = list(range(length))
+    random.Random(key).shuffle(indices)
+    return tuple(indices)
+
+
+def load_samples(settings: DataSettings, seed: int = 0, key: str = "data") -> Sequence[Sample]:
+    """The samples of a data set, in its order, each read when it is asked for.
+
+    With `max_samples`, whole rows are drawn by `seed`; a larger number adds rows to a smaller
+    one's. A row's id is its `id` column, else the file's name and the row's number. Every row is
+    read once to check it, except those of `care-train data build`: it has, and their checksums are
+    checked as they are read.
+
+    Args:
+        settings: where the rows are, and which.
+        seed: chooses rows.
+        key: the settings' own name, for errors. Without `split`, `data` and `sft.data` are the
+            training split, any other key a held-out one.
+
+    Raises:
+        ValueError: an unknown or missing source, no rows, or rows that cannot be used, all of them
+            named: those that break the schema, and those whose id another one has.
+    """
+    limit = settings.max_samples
+    splits = TRAINING if key in ("data", "sft.data") else HELD_OUT
+    if settings.path == "easy_vqa":
+        samples = easy_vqa_samples(settings.split or splits[0])
+        return [samples[place] for place in _choose(len(samples), limit, seed)]
+    path = Path(settings.path).expanduser()
+    files = open_rows(settings.path, key=f"{key}.path", split=settings.split, default_splits=splits)
+    starts = list(accumulate(map(len, files), initial=0))
+    if not starts[-1]:
+        raise ValueError(f"{key}.path: {path} has no rows, wanted at least 1")
+    readers = [(_built_reader if file.is_built else _plain_reader)(file, path) for file in files]
+
+    def read(place: int) -> Sample:
+        file = bisect_right(starts, place) - 1
+        return readers[file](place - starts[file])
+
+    def stored() -> Sequence[str]:
+        return list(chain.from_iterable(file.digests() for file in files))
+
+    is_built = all(file.is_built for file in files)
+    places = _choose(starts[-1], limit, seed)
+    samples = LazySamples(read, places, stored if is_built else None)
+    if not is_built:
+        _check(samples, f"{key}: {path}")
+    return samples
+
+
+def require_rationales(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """The samples that have a rationale, which the cold start learns from.
+
+    Raises:
+        ValueError: when none has, naming the first rows.
+    """
+    rows = samples_where(samples, lambda sample: sample.rationale is not None)
+    if not rows:
+        shown = ", ".join(sample.location or sample.id for sample in samples[:3])
+        raise ValueError(
+            f"rationale: got none in {len(samples)} rows ({shown}{', ...' * (len(samples) > 3)}), "
+            "wanted text: add a `rationale` column, or choose other rows in sft.data"
+        )
+    return rows
+
+
+def sample_digests(samples: Iterable[Sample]) -> Iterator[str]:
+    """Each row's checksum, images included; `sample_digest` says of what.
+
+    Raises:
+        ValueError: a missing image file, naming the row.
+    """
+    return samples.digests() if isinstance(samples, LazySamples) else _digests(samples)
+
+
+def samples_where(samples: Sequence[Sample], holds: Callable[[Sample], bool]) -> Sequence[Sample]:
+    """The samples that `holds` is true of, lazy where `samples` are."""
+    if isinstance(samples, LazySamples):
+        return samples.where(holds)
+    return [sample for sample in samples if holds(sample)]
+
+
+def samples_at(samples: Sequence[Sample], indices: Sequence[int]) -> Sequence[Sample]:
+    """The samples at these indices, lazy where `samples` are."""
+    if isinstance(samples, LazySamples):
+        return samples.at(indices)
+    return [samples[index] for index in indices]
+
+
+def _digests(samples: Iterable[Sample]) -> Iterator[str]:
+    files: dict[ImageRef, str] = {}
+    return (sample_digest(sample, files) for sample in samples)
+
+
+def _choose(num_rows: int, limit: int | None, seed: int) -> Sequence[int]:
+    if limit is None or limit >= num_rows:
+        return range(num_rows)
+    return sorted(permutation(num_rows, f"{seed}/rows")[:limit])
+
+
+def _plain_reader(file: RowFile, path: Path) -> Callable[[int], Sample]:
+    def read(place: int) -> Sample:
+        row = file.row(place)
+        id = row.get("id")
+        return sample_from_row(
+            row,
+            location=file.location(place),
+            base_dir=file.base_dir,
+            id=f"{file.name}/{file.number(place)}" if id is None else str(id),
+            source=path.name,
+        )
+
+    return read
+
+
+def _built_reader(file: RowFile, _: Path) -> Callable[[int], Sample]:
+    def read(place: int) -> Sample:
+        row = file.row(place)
+        other: Mapping[str, Any] = json.loads(row[OTHER_COLUMNS])
+        kind = row["answer_type"]
+        sample = Sample(
+            **{name: row[name] for name in BUILT_FIELDS},
+            images=tuple(image["bytes"] for image in row["images"]),
+            answer_type=AnswerType(kind) if kind else None,
+            options=tuple(row["options"]),
+            tolerance=row["tolerance"],
+            location=file.location(place),
+            # Its columns come first: the source may have had an `id` or a `source` of its own.
+            columns={**other, **{name: row[name] for name in BUILT_COLUMNS}},
+        )
+        if (got := sample_digest(sample)) != row[DIGEST_COLUMN]:
+            raise ValueError(
+                f"{sample.location}: digest: got {got}, wanted {row[DIGEST_COLUMN]}: the file is "
+                "damaged; build it again"
+            )
+        return sample
+
+    return read
+
+
+def _check(samples: LazySamples, where: str) -> None:
+    """Read every row once: all that cannot be used are named together."""
+    errors: list[str] = []
+    seen: dict[str, int] = {}
+    for index in range(len(samples)):
+        try:
+            sample = samples[index]
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        first = seen.setdefault(sample.id, index)
+        if first != index:
+            errors.append(
+                f"{sample.location}: id: got {sample.id!r}, already used by "
+                f"{samples[first].location}: make the `id` column unique, or remove it"
+            )
+    if errors:
+        raise ValueError(join_errors(where, errors))

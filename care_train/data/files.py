@@ -1,0 +1,213 @@
+"""Which files of rows a path means: its own, a folder's of one split, or a download's."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from care_train.data.rows import RowFile, open_file
+
+logger = logging.getLogger(__name__)
+
+TRAINING, HELD_OUT = ("train",), ("test", "validation", "val", "dev")
+"""The splits that are read where none is named, the first one that is there: training rows are
+never read for an evaluation unasked."""
+
+_SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json")
+_WANTED = "a Parquet, JSON lines or JSON file, a folder of them, or one of Dataset.save_to_disk"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+# What a repository, a saved data set or a finished build has beside its rows.
+_NO_ROWS = {"dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"}
+_OF_A_BUILD = {"manifest.json", "quarantine.jsonl"}
+
+_SPLITS = (*TRAINING, *HELD_OUT)
+
+
+def open_rows(
+    source: str,
+    *,
+    key: str,
+    split: str | None = None,
+    default_splits: Sequence[str] = TRAINING,
+    subsets: Sequence[str] = (),
+    download: Sequence[str] = (),
+    revision: str | None = None,
+) -> list[RowFile]:
+    """The files of a data set, in the order of their rows.
+
+    Args:
+        source: a file; a folder of files, such as a downloaded repository; a folder written by
+            Dataset.save_to_disk; or the id of a data set on the Hugging Face Hub.
+        key: the setting that names it, such as `data.path`, for errors.
+        split: which split, where there are several.
+        default_splits: those looked for, in this order, without `split`.
+        subsets: folders to read, where the source has them: a published data set's configurations.
+        download: patterns of the files that are downloaded of an id; none: ids are not accepted.
+        revision: which revision of it; None: the newest.
+
+    Raises:
+        ValueError: nothing there, an unknown kind, none of the splits, or a download that failed,
+            naming the key.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        if not (download and _HUB_ID.fullmatch(source)):
+            also = ", or the id of a data set on the Hub" if download else ""
+            raise ValueError(f"{key}: {source} does not exist: wanted {_WANTED}{also}")
+        path = _download(source, download, revision, key)
+    if not path.is_dir():
+        return [_opened(path, path.name, key)]
+    splits = default_splits if split is None else (split,)
+    split_key = f"{key.removesuffix('path')}split" if key.endswith(".path") else key
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return [_open_saved(path, splits, split_key)]
+    roots = [path / subset for subset in subsets if (path / subset).is_dir()] or [path]
+    files = _distinct([file for root in roots for file in _row_files(root)])
+    chosen = _of_split(path, files, splits, must=split is not None, key=split_key)
+    return [_opened(file, str(file.relative_to(path)), key) for file in chosen]
+
+
+def file_checksums(file: RowFile) -> list[dict[str, object]]:
+    """Name, size and SHA-256 of an input; of a data set's folder, those of its Arrow files.
+
+    Rows that come with a package are known by their number.
+    """
+    path = file.path
+    if not path.exists():
+        return [{"name": file.name, "rows": file.num_rows}]
+    parts = sorted(path.glob("*.arrow")) if path.is_dir() else [path]
+    return [
+        {
+            "name": file.name if part == path else f"{file.name}/{part.name}",
+            "bytes": part.stat().st_size,
+            "sha256": sha256_of(part),
+        }
+        for part in parts
+    ]
+
+
+def sha256_of(path: Path) -> str:
+    """A file's checksum."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _opened(path: Path, name: str, key: str) -> RowFile:
+    try:
+        return open_file(path, name)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _download(hub_id: str, patterns: Sequence[str], revision: str | None, key: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            hub_id, repo_type="dataset", revision=revision, allow_patterns=list(patterns)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{key}: {hub_id} could not be downloaded ({first}): download it elsewhere with "
+            f"`hf download --repo-type dataset {hub_id}` and give its folder"
+        ) from None
+    return Path(folder)
+
+
+def _open_saved(folder: Path, splits: Sequence[str], key: str) -> RowFile:
+    import datasets
+
+    from care_train.data.arrow_rows import ArrowRows
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: {folder} is no whole saved data set ({error})") from None
+    if not isinstance(loaded, datasets.DatasetDict):
+        return ArrowRows(folder, loaded)
+    found = next((split for split in splits if split in loaded), None)
+    if found is None:
+        raise ValueError(
+            f"{key}: got {' or '.join(map(repr, splits))}, {folder} has "
+            f"{', '.join(map(str, loaded))}: name one of them"
+        )
+    return ArrowRows(folder / found, loaded[found], f"{folder.name}/{found}")
+
+
+def _row_files(folder: Path) -> list[Path]:
+    """All files of rows below a folder, by name."""
+    found = (
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in _SUFFIXES
+        and path.is_file()
+        and path.name not in _NO_ROWS
+        and not (path.name in _OF_A_BUILD and (path.parent / "manifest.json").is_file())
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    return sorted(found)
+
+
+def _distinct(files: Sequence[Path]) -> list[Path]:
+    """Without further copies of a table: the same bytes, or the same name in another form."""
+    kept: dict[Path, Path] = {}
+    for file in files:
+        stem = file.with_suffix("")
+        other = kept.get(stem)
+        if other is None or _form(file) < _form(other):
+            kept[stem] = file
+    by_size: dict[int, list[Path]] = {}
+    for file in kept.values():
+        by_size.setdefault(file.stat().st_size, []).append(file)
+    copies = set()
+    for same_size in by_size.values():
+        seen: set[str] = set()
+        for file in same_size if len(same_size) > 1 else ():
+            digest = sha256_of(file)
+            (copies.add(file) if digest in seen else seen.add(digest))
+    return sorted(file for file in kept.values() if file not in copies)
+
+
+def _form(file: Path) -> int:
+    return _SUFFIXES.index(file.suffix.lower())
+
+
+def _of_split(
+    folder: Path, files: Sequence[Path], splits: Sequence[str], *, must: bool, key: str
+) -> Sequence[Path]:
+    """The files of the first split there is; else those that name no split."""
+    names = {file: file.relative_to(folder) for file in files}
+    for names_it in (_is_split, _mentions_split):
+        for split in splits:
+            if chosen := [file for file in files if names_it(names[file], split)]:
+                return chosen
+    others = {split for split in _SPLITS if any(_mentions_split(names[f], split) for f in files)}
+    if chosen := [f for f in files if not any(_mentions_split(names[f], s) for s in others)]:
+        return chosen
+    # Names are a habit, not a declaration: where all files have one, there is nothing to choose.
+    if len(others) == 1 and not must:
+        logger.warning(
+            "warning: %s: %s has no %s, only files named %s, which are read",
+            *(key, folder, " or ".join(splits), next(iter(others))),
+        )
+        return files
+    shown = ", ".join(map(str, list(names.values())[:5])) or "none"
+    raise ValueError(
+        f"{key}: {folder} has no files of split {' or '.join(map(repr, splits))}, wanted "
+        f"{_WANTED}; it has {shown}"
+    )
+
+
+def _is_split(path: Path, split: str) -> bool:
+    """Hub repositories name the split: `data/train-00000-of-00003.parquet`, `train/0.parquet`."""
+    stem = path.stem.lower()
+    return stem == split or stem.startswith(f"{split}-") or split in path.parts[:-1]
+
+
+def _mentions_split(path: Path, split: str) -> bool:
+    pattern = re.compile(rf"(?:^|[-_.]){re.escape(split)}(?:$|[-_.])", re.IGNORECASE)
+    return any(pattern.search(part) for part in (*path.parts[:-1], path.stem))

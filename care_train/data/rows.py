@@ -1,0 +1,318 @@
+"""Files of rows: read one row at a time, or in chunks in order, the file's form told by its bytes.
+
+datasets and pyarrow take seconds to load, so only the readers that need them import them.
+"""
+
+import json
+import stat
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from care_train.data.errors import RowError
+
+CHUNK_ROWS = 128
+"""Rows of a chunk: what a worker of a build gets, and what is lost at most when it is killed."""
+
+MAX_ROW_BYTES = 2**28
+"""Longest line or JSON row that is read."""
+
+READ_BYTES = 2**20
+"""Read at a time."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows, in a form that is cheap to send to a worker."""
+
+    first: int
+    """The first row's number, from 1; for JSON lines its line."""
+    num_rows: int
+    payload: Any
+    """Arrow's IPC bytes, lines, or rows."""
+
+
+class RowFile:
+    """One file's rows, or a folder's that Dataset.save_to_disk wrote."""
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path = path
+        self.name = name or path.name
+        """As errors, ids and manifests name it."""
+        self.base_dir = path if path.is_dir() else path.parent
+        """Where relative image paths start."""
+        self.labels: Mapping[str, list[str]] = {}
+        """Names of the classes of class-label columns."""
+        self.num_rows: int | None = None
+        """How many rows there are, where that is known without reading them."""
+        self.is_built = False
+        """Whether `care-train data build` wrote it: its rows were checked and have digests."""
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        assert self.num_rows is not None
+        return self.num_rows
+
+    def number(self, place: int) -> int:
+        """The row's number for people, from 1; for JSON lines its line."""
+        return place + 1
+
+    def location(self, place: int) -> str:
+        """File and row, for errors."""
+        return f"{self.name}: row {self.number(place)}"
+
+    def row(self, place: int) -> dict[str, Any]:
+        """The row at a place, from 0.
+
+        Raises:
+            RowError: not JSON, or no object with named columns.
+        """
+        return named_columns(self._value(place), at=self.location(place), labels=self.labels)
+
+    def chunks(self, start: int) -> Iterator[Chunk]:
+        """The chunks from row `start` on, counted from 0: a multiple of CHUNK_ROWS."""
+        raise NotImplementedError
+
+    def first_row(self) -> dict[str, Any]:
+        """The first row that can be read, which stands for the file's columns; {} without any.
+
+        Raises:
+            ValueError: the first rows cannot be read, saying why.
+        """
+        fault: RowError | None = None
+        for number, value in rows_of(next(self.chunks(0), Chunk(1, 0, []))):
+            try:
+                return named_columns(value, at=f"{self.name}: row {number}", labels=self.labels)
+            except RowError as error:
+                fault = fault or error
+        if fault is not None:
+            raise fault
+        return {}
+
+    def digests(self) -> Sequence[str]:
+        """Each row's checksum, of a built file."""
+        raise NotImplementedError
+
+    def _value(self, place: int) -> Any:
+        raise NotImplementedError
+
+
+class ListedRows(RowFile):
+    """Rows that are in memory anyway, such as easy-VQA's questions."""
+
+    def __init__(self, name: str, rows: Sequence[Any]) -> None:
+        super().__init__(Path(name))
+        self.num_rows = len(rows)
+        self._rows = rows
+
+    def chunks(self, start: int) -> Iterator[Chunk]:
+        yield from _blocks(islice(self._rows, start, None), start)
+
+    def _value(self, place: int) -> Any:
+        return self._rows[place]
+
+
+class JsonLines(RowFile):
+    """A file of JSON lines."""
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        super().__init__(path, name)
+        self._index: tuple[array[int], array[int]] | None = None
+        self._file = path.open("rb")
+
+    def __len__(self) -> int:
+        return len(self._lines()[0])
+
+    def number(self, place: int) -> int:
+        return self._lines()[0][place]
+
+    def chunks(self, start: int) -> Iterator[Chunk]:
+        with self.path.open("rb") as file:
+            yield from _blocks(islice(_lines_of(file), start, None), start)
+
+    def _value(self, place: int) -> Any:
+        self._file.seek(self._lines()[1][place])
+        return parsed(self._file.readline(MAX_ROW_BYTES + 1))
+
+    def _lines(self) -> tuple["array[int]", "array[int]"]:
+        """(number, start in bytes) of each line that holds something."""
+        if self._index is None:
+            numbers, starts = array("q"), array("q")
+            with self.path.open("rb") as file:
+                start = 0
+                for number, line in enumerate(_lines_of(file), 1):
+                    if isinstance(line, ValueError) or line.strip():
+                        numbers.append(number)
+                        starts.append(start)
+                    start = file.tell()
+            self._index = numbers, starts
+        return self._index
+
+
+class JsonList(RowFile):
+    """A file that holds one JSON list of rows, parsed row by row."""
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        super().__init__(path, name)
+        self._rows: list[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def chunks(self, start: int) -> Iterator[Chunk]:
+        yield from _blocks(islice(read_json_list(self.path), start, None), start)
+
+    def _value(self, place: int) -> Any:
+        return self._all()[place]
+
+    def _all(self) -> list[Any]:
+        if self._rows is None:
+            self._rows = list(read_json_list(self.path))
+        return self._rows
+
+
+def open_file(path: Path, name: str | None = None) -> RowFile:
+    """Open a file of rows: Parquet, JSON lines or one JSON list, whatever its name says.
+
+    Raises:
+        ValueError: no regular file, or none of these.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path}: got a device or pipe, wanted a file")
+    with path.open("rb") as file:
+        start = file.read(READ_BYTES)
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"PAR1") or path.suffix.lower() == ".parquet":
+        from care_train.data.arrow_rows import ParquetRows
+
+        return ParquetRows(path, name)
+    if text.startswith(b"["):
+        return JsonList(path, name)
+    if text.startswith(b"{") and path.suffix.lower() == ".json" and not _are_lines(text):
+        raise ValueError(
+            f"{path}: got an object at the top, wanted a list of rows: save the list alone"
+        )
+    if text.startswith(b"{") or path.suffix.lower() in (".jsonl", ".ndjson"):
+        return JsonLines(path, name)
+    raise ValueError(
+        f"{path}: begins with {start[:12]!r}, wanted a Parquet file, JSON lines or one JSON list"
+    )
+
+
+def rows_of(chunk: Chunk) -> Iterator[tuple[int, Any]]:
+    """(number, value) of a chunk, for a worker; a line that is not JSON comes as its ValueError."""
+    if isinstance(chunk.payload, bytes):
+        import pyarrow
+
+        with pyarrow.ipc.open_stream(chunk.payload) as reader:
+            values: list[Any] = reader.read_all().to_pylist()
+    else:
+        values = chunk.payload
+    for number, value in enumerate(values, chunk.first):
+        if not isinstance(value, bytes):
+            yield number, value
+        elif value.strip():
+            yield number, parsed(value)
+
+
+def named_columns(value: Any, *, at: str, labels: Mapping[str, list[str]]) -> dict[str, Any]:
+    """A row as columns by name, class numbers as the classes' names.
+
+    Raises:
+        RowError: it is no object, or could not be parsed.
+    """
+    if isinstance(value, ValueError):
+        raise RowError("not_an_object", f"{at}: not JSON ({value}): correct or drop the line")
+    if not isinstance(value, Mapping):
+        raise RowError(
+            "not_an_object",
+            f"{at}: got a {type(value).__name__}, wanted an object with named columns",
+        )
+    row = dict(value)
+    for column, names in labels.items():
+        number = row.get(column)
+        if isinstance(number, int) and 0 <= number < len(names):
+            row[column] = names[number]
+    return row
+
+
+def parsed(line: bytes) -> Any:
+    """A line's JSON value, or the ValueError that says why there is none."""
+    if len(line) > MAX_ROW_BYTES:
+        return ValueError(f"longer than {MAX_ROW_BYTES} bytes")
+    try:
+        return json.loads(line)
+    except RecursionError:
+        return ValueError("nested too deeply")
+    except ValueError as error:
+        return error
+
+
+def read_json_list(path: Path) -> Iterator[Any]:
+    """The elements of a file's one JSON list of objects, with about one of them in memory.
+
+    Raises:
+        ValueError: no list at the top, or a row that is damaged, too long or nested too deeply,
+            naming it: where it ends, and so the next one begins, cannot be told.
+    """
+    decoder, number, more = json.JSONDecoder(), 1, READ_BYTES
+    with path.open(encoding="utf-8-sig") as file:
+        text = file.read(READ_BYTES)
+        place = _skip(text, 0, " \t\r\n")
+        if text[place : place + 1] != "[":
+            raise ValueError(f"{path}: got {text[:20]!r} at the top, wanted a list of rows")
+        place += 1
+        while True:
+            place = _skip(text, place, " \t\r\n,")
+            if text[place : place + 1] == "]":
+                return
+            try:
+                value, end = decoder.raw_decode(text, place)
+            except RecursionError:
+                raise ValueError(f"{path}: row {number}: JSON nested too deeply") from None
+            except ValueError as error:
+                read = file.read(more)
+                if not read:
+                    raise ValueError(f"{path}: row {number}: not JSON ({error})") from None
+                if len(text) - place > MAX_ROW_BYTES:
+                    raise ValueError(
+                        f"{path}: row {number}: longer than {MAX_ROW_BYTES} characters"
+                    ) from None
+                # Twice as much each time, so that one huge row is not parsed over and over.
+                text, place, more = text[place:] + read, 0, more * 2
+                continue
+            number, place, more = number + 1, end, READ_BYTES
+            yield value
+
+
+def _are_lines(text: bytes) -> bool:
+    """Whether a file's beginning is that of JSON lines, and not of one object over several."""
+    first, _, rest = text.partition(b"\n")
+    return rest.lstrip().startswith(b"{") and isinstance(parsed(first), Mapping)
+
+
+def _lines_of(file: Any) -> Iterator[bytes | ValueError]:
+    """Lines; one that is too long is its ValueError, and is not held in memory."""
+    while line := file.readline(MAX_ROW_BYTES + 1):
+        if len(line) <= MAX_ROW_BYTES:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(READ_BYTES)
+        yield ValueError(f"longer than {MAX_ROW_BYTES} bytes")
+
+
+def _skip(text: str, place: int, characters: str) -> int:
+    while place < len(text) and text[place] in characters:
+        place += 1
+    return place
+
+
+def _blocks(rows: Iterator[Any], start: int) -> Iterator[Chunk]:
+    first = start + 1
+    while block := list(islice(rows, CHUNK_ROWS)):
+        yield Chunk(first, len(block), block)
+        first += len(block)
