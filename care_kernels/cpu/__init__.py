@@ -1,9 +1,14 @@
 """The CPU kernels in C++, built with the system's compiler on first use.
 
-`head_cpu.cpp` takes about ten seconds to build, once for each machine, torch version and
-source; the library is kept under `$CARE_KERNELS_CACHE`, else `~/.cache/care_kernels`. Where there
-is no compiler or no AVX-512 the torch code does the same work in float32, several times slower;
+`head_cpu.cpp` takes about ten seconds to build, once for each machine, torch version and source.
+The library is kept under `$CARE_KERNELS_CACHE`, else `~/.cache/care_kernels`, else (for a user
+without a home) in a private folder of the system's temporary one. Where there is no compiler or no
+AVX-512 the torch code does the same work in float32, several times slower;
 `CARE_KERNELS_NATIVE=0` asks for that.
+
+A library is code: one is loaded only from a folder, and of an owner and mode, that let nobody but
+this user or root write it, and only with the checksum that it was written with. Any other is built
+anew.
 """
 
 import functools
@@ -12,9 +17,11 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +45,7 @@ def native_ops() -> Any | None:
     if platform.system() != "Linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
     try:
-        torch.ops.load_library(str(_build()))
+        load()
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(
@@ -51,31 +58,100 @@ def native_ops() -> Any | None:
     return torch.ops.care_kernels
 
 
-def _build() -> Path:
-    """The shared library's path. Concurrent builders each rename a finished file into place."""
-    source = _SOURCE.read_text()
-    key = "\n".join((source, torch.__version__, *_FLAGS, platform.machine(), _cpu_flags()))
-    folder = Path(os.environ.get("CARE_KERNELS_CACHE", Path.home() / ".cache" / "care_kernels"))
-    library = folder / f"head_cpu_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if library.exists():
-        return library
+def load() -> Path:
+    """Load the library, from the cache or built now.
+
+    Returns:
+        Its path.
+
+    Raises:
+        OSError: there is no compiler, no room, or the system refuses the built library.
+        subprocess.CalledProcessError: the compiler failed; `stderr` says why.
+    """
+    key = (_SOURCE.read_text(), torch.__version__, *_FLAGS, platform.machine(), _cpu_flags())
+    name = f"head_cpu_{hashlib.sha256(chr(10).join(key).encode()).hexdigest()[:16]}.so"
+    folders = list(_private_folders())
+    for folder in folders:
+        if _is_whole(folder / name):
+            try:
+                torch.ops.load_library(str(folder / name))
+                return folder / name
+            except OSError:  # built against libraries that have moved since
+                break
+    cache = next((folder for folder in folders if os.access(folder, os.W_OK)), None)
+    # Concurrent builders each rename a finished file into place.
+    with tempfile.TemporaryDirectory(dir=cache) as work:
+        built = Path(work) / name
+        _build(built)
+        if cache is None:
+            warnings.warn(
+                "care_kernels: no folder that only this user can write to, so the CPU kernels are "
+                "built by every process (about ten seconds); set CARE_KERNELS_CACHE to one",
+                stacklevel=3,
+            )
+        else:
+            built = built.replace(cache / name)
+            _sync(cache)
+        torch.ops.load_library(str(built))
+    return built
+
+
+def _build(library: Path) -> None:
     compiler = shlex.split(os.environ.get("CXX", "")) or _compiler()
     if not compiler:
         raise FileNotFoundError("no C++ compiler: neither $CXX, c++ nor g++")
-    folder.mkdir(parents=True, exist_ok=True)
     torch_dir = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        built = Path(work) / library.name
-        paths = (f"-isystem{torch_dir}/include", str(_SOURCE), "-o", str(built))
-        libraries = (f"-L{torch_dir}/lib", "-ltorch_cpu", "-lc10")
-        subprocess.run(
-            (*compiler, *_FLAGS, *paths, *libraries),
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        built.replace(library)
-    return library
+    paths = (f"-isystem{torch_dir}/include", str(_SOURCE), "-o", str(library))
+    libraries = (f"-L{torch_dir}/lib", "-ltorch_cpu", "-lc10")
+    command = (*compiler, *_FLAGS, *paths, *libraries)
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    # The loader ignores what follows the last section.
+    with library.open("ab") as file:
+        file.write(hashlib.sha256(library.read_bytes()).digest())
+    library.chmod(0o700)
+    _sync(library)
+
+
+def _private_folders() -> Iterator[Path]:
+    """Folders for the library in which nobody else can put one."""
+    if given := os.environ.get("CARE_KERNELS_CACHE"):
+        wanted = [Path(given)]
+    else:
+        home = os.path.expanduser("~")  # itself where the user has none
+        wanted = [] if home == "~" else [Path(home) / ".cache" / "care_kernels"]
+        wanted.append(Path(tempfile.gettempdir()) / f"care_kernels-{os.geteuid()}")
+    for folder in wanted:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if _is_ours(folder.lstat(), stat.S_ISDIR):
+                yield folder
+        except OSError:  # read-only, or somebody else's
+            continue
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a file is a library that this user (or root) wrote to its end."""
+    try:
+        if not _is_ours(library.lstat(), stat.S_ISREG):
+            return False
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _is_ours(status: os.stat_result, is_kind: Any) -> bool:
+    is_owned = status.st_uid in (os.geteuid(), 0)
+    return is_kind(status.st_mode) and is_owned and not status.st_mode & 0o022
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _compiler() -> list[str]:

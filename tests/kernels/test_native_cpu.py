@@ -310,7 +310,7 @@ def test_fallbacks(tmp_path: Path) -> None:
 @needs_native
 def test_concurrent_first_builds(tmp_path: Path) -> None:
     """Two processes that both find no library both build one, and both run it."""
-    library = cpu._build()
+    library = cpu.load()
     cache, calls = tmp_path / "cache", tmp_path / "calls"
     calls.mkdir()
     # In place of the compiler: wait until both builds are under way, then copy what it would make.
