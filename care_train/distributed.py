@@ -1,4 +1,9 @@
-"""The process group: one process by default, several under the deepspeed or torchrun launcher."""
+"""The process group: one process by default, several under the deepspeed or torchrun launcher.
+
+Where all ranks are on one machine they listen on its loopback interface alone; a run of one process
+has no store that anything could connect to. Across machines the ranks listen on the network, and
+trust each other: it must be a network of their own (docs/security.md).
+"""
 
 import os
 import socket
@@ -11,9 +16,9 @@ import torch.distributed as dist
 Value = TypeVar("Value")
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LOOPBACK = "127.0.0.1"
 
-
-_store: dist.Store | None = None
+_store: dist.Store = dist.HashStore()
 
 
 def initialize_process_group(
@@ -32,41 +37,79 @@ def initialize_process_group(
     has_gpu = torch.cuda.is_available()
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        os.environ |= {"MASTER_ADDR": _LOOPBACK, "MASTER_PORT": str(free_port())}
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        _store, own, size = _rendezvous(start_seconds)
+        if _ranks_share_machine():
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
+        _store = _rendezvous(timedelta(seconds=start_seconds))
         dist.init_process_group(
             "nccl" if has_gpu else "gloo",
             store=_store,
-            rank=own,
-            world_size=size,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
             timeout=timedelta(seconds=collective_seconds),
         )
     return device
 
 
-def _rendezvous(seconds: float) -> tuple[dist.Store, int, int]:
+def _ranks_share_machine() -> bool:
+    """Whether the launcher started all ranks on this machine."""
+    size = os.environ["WORLD_SIZE"]
+    # torchrun's name for it, and DeepSpeed's.
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return size in ("1", local) or os.environ["MASTER_ADDR"] in (_LOOPBACK, "localhost", "::1")
+
+
+def _loopback_interface() -> str:
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
+def _rendezvous(timeout: timedelta) -> dist.Store:
+    """The store at which the ranks meet."""
+    own, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if size == 1:
+        return dist.HashStore()
+    # torchrun's agent has a store already, and listens as it sees fit.
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store, own, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        if is_agents or not _ranks_share_machine():
+            return next(dist.rendezvous("env://", timeout=timeout))[0]
+        port = int(os.environ["MASTER_PORT"])
+        listener = _listen(port) if own == 0 else None
+        return dist.TCPStore(
+            *(_LOOPBACK, port, size, own == 0, timeout),
+            multi_tenant=True,
+            master_listen_fd=listener,
+        )
     except dist.DistError as error:
-        ranks, place = os.environ["WORLD_SIZE"], "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+        place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
         raise ValueError(
-            f"rank {os.environ['RANK']}: not all of {ranks} ranks came to {place} within "
-            f"limits.start = {seconds:g} s: look at the first error of the others ({error})"
+            f"rank {own}: not all of {size} ranks came to {place} within limits.start = "
+            f"{timeout.total_seconds():g} s: look at the first error of the others ({error})"
         ) from error
-    return store, own, size
 
 
-def ranks_store() -> tuple[dist.Store, int, int] | None:
-    """The group's store for use in another thread, this rank and how many; None for one rank."""
-    if _store is None or world_size() == 1:
-        return None
+def _listen(port: int) -> int:
+    """A socket on the loopback interface, as a file descriptor: a TCPStore of its own making would
+    listen on all interfaces."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((_LOOPBACK, port))
+    except OSError as error:
+        raise ValueError(f"MASTER_PORT: got {port}, wanted a free port: {error}") from error
+    listener.listen()
+    return listener.detach()
+
+
+def ranks_store() -> dist.Store:
+    """The group's store, for keys of one's own and for use in another thread."""
     store = _store.clone()
     store.set_timeout(timedelta(seconds=30))
-    return dist.PrefixStore("care", store), rank(), world_size()
+    return dist.PrefixStore("care", store)
 
 
 def own_environment() -> dict[str, str]:

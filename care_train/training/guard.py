@@ -1,4 +1,10 @@
-"""A thread beside the run: it ends one that hangs, and one that lost a rank, and says why."""
+"""Ends a run that hangs, lost a rank or was asked to stop, with a message that says why.
+
+A thread of every rank publishes once a second what its rank is doing (`ranks.RankBoard`) and looks
+for three kinds of faults: another rank reported an error; a rank's process died or fell silent;
+every rank is over the time limit of what it does, or waits for a rank that is. Then all ranks end
+with the same message and exit status.
+"""
 
 import faulthandler
 import os
@@ -6,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -15,7 +21,14 @@ from typing import Any, Self
 import torch
 
 from care_train.config import LimitSettings
-from care_train.distributed import all_max, initialize_process_group, is_main, ranks_store
+from care_train.distributed import (
+    all_max,
+    initialize_process_group,
+    is_main,
+    rank,
+    ranks_store,
+    world_size,
+)
 from care_train.training.failures import (
     HUNG_STATUS,
     RANK_LOST_STATUS,
@@ -27,21 +40,21 @@ from care_train.training.failures import (
     status_of,
 )
 from care_train.training.processes import end_at_once
-from care_train.training.ranks import Beat, Fault, RankBoard
-from care_train.training.timer import begin_step, current_place
+from care_train.training.ranks import Beat, Fault, ForeignValueError, RankBoard
+from care_train.training.timer import PARTS, begin_step, current_place
 
 _TICK = 1.0
-"""Seconds between two looks."""
+"""Seconds between two looks at the other ranks."""
 _GRACE = 5.0
-"""Seconds that the main thread has to end the run itself, with a message of its own."""
+"""Seconds that the main thread has to end the run itself once another rank has failed."""
 _ANSWER = 10.0
-"""Seconds in which the other ranks learn of a failure, or tell this one of theirs."""
+"""Seconds in which the other ranks must learn of a failure, or report theirs."""
 _SAME_REQUEST = 1.0
-"""Seconds within which signals count as one: a launcher may pass on what the terminal also sent."""
+"""Seconds in which signals count as one: a launcher may pass on what the terminal also sent."""
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT while the `with` block runs; ranks ask together."""
+    """Notes SIGTERM and SIGINT while its `with` block runs; a second signal ends the process."""
 
     def __init__(self) -> None:
         self._first = 0
@@ -49,7 +62,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def requested(self, device: torch.device) -> int:
-        """The signal that any rank received, or 0; every rank must ask at the same point."""
+        """The signal that any rank received, or 0; a collective of all ranks."""
         return all_max(self._first, device)
 
     def __enter__(self) -> Self:
@@ -78,32 +91,33 @@ class StopSignals:
 class Guard:
     """Watches while its `with` block runs.
 
-    Within the block, an error of this rank ends all ranks with its message, and an error that only
-    says that another rank is gone is replaced by what happened there.
+    An error that leaves the block is reported to the other ranks, which end with its message. Where
+    it is only the consequence of another rank's end (a broken connection, say), that rank's fault
+    is raised instead.
     """
 
-    def __init__(self, limits: LimitSettings, run_dir: Path, board: RankBoard | None) -> None:
+    def __init__(self, limits: LimitSettings, run_dir: Path, board: RankBoard) -> None:
         """Ready to watch.
 
         Args:
-            limits: how long things may take.
-            run_dir: the run's folder; stacks go to `stacks/` there.
-            board: where ranks meet; None for a run of one.
+            limits: how long each part of a step may take, in seconds.
+            run_dir: the run's folder; stacks of a hang are written to `stacks/` there.
+            board: the ranks' messages.
         """
         self._limits, self._run_dir, self._board = limits, run_dir, board
-        positive = [v for v in vars(limits).values() if v > 0]
+        positive = [value for value in vars(limits).values() if value > 0]
         self._tick = min([_TICK, *(value / 4 for value in positive)])
         self._leaving = threading.Event()
         self._found = threading.Event()
         self._fault: Fault | None = None
         self._number = 0
         self._handler: Any = None
-        self._heard: dict[int, tuple[int, float]] = {}
-        self._last: dict[int, Beat] = {}
+        self._heard = (0, time.monotonic())
+        """The next rank's last number, and since when it is that one."""
         self._thread = threading.Thread(target=self._watch, name="care-guard", daemon=True)
 
     def __enter__(self) -> Self:
-        if self._board is not None and threading.current_thread() is threading.main_thread():
+        if self._board.size > 1 and threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, self._on_signal)
         self._thread.start()
         return self
@@ -114,27 +128,32 @@ class Guard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        is_vague = isinstance(error, (RuntimeError, EngineError))
-        if is_vague and self._board is not None:
-            # Perhaps it only says that another rank is gone: which one, the thread knows soon.
+        may_be_consequence = self._board.size > 1 and isinstance(error, RuntimeError | EngineError)
+        if may_be_consequence:
             self._found.wait(_ANSWER)
         self._leaving.set()
         self._thread.join()
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
         faulthandler.cancel_dump_traceback_later()
-        if self._board is None:
-            return
+        is_first = self._board.rank == 0
         if error is None or isinstance(error, Stopped):
-            self._end_together(self._board)
-        elif is_vague and self._fault is not None:
-            self._leave_last()
+            self._call_end()
+            # Rank 0 leaves last: the store may be in its process.
+            if is_first and (lost := self._await_others(self._limits.rank or None)):
+                raise _as_error(lost)
+        elif may_be_consequence and self._fault is not None:
+            self._await_others(_ANSWER if is_first else 0)
             raise _as_error(self._fault) from error
         else:
-            self._tell(self._board, error)
+            text = str(error) or type(error).__name__
+            self._report(Fault(self._board.rank, text, status_of(error)))
+            self._call_end()
+            # A launcher kills the other ranks when the first one leaves.
+            self._await_others(_ANSWER)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        """A launcher sends it where a rank died: then the cause is known in a moment."""
+        """A launcher sends SIGTERM when a rank died: wait until the thread knows which."""
         if not self._found.wait(3 * _TICK):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -142,183 +161,146 @@ class Guard:
     def _watch(self) -> None:
         while not self._leaving.is_set():
             if self._limits.rank > 0:
-                # A thread of C: code that never gives the interpreter back stops this one too. To
-                # standard error itself: what stands in for it in a notebook may have no file.
+                # A thread of C, for code that never releases the interpreter's lock and so stops
+                # this thread too. Written to file descriptor 2: a notebook's sys.stderr has none.
                 faulthandler.dump_traceback_later(self._limits.rank, exit=True, file=2)
-            fault = self._look()
-            if fault is not None:
+            if (fault := self._look()) is not None:
                 self._end(fault)
                 return
             self._leaving.wait(self._tick)
 
     def _look(self) -> Fault | None:
-        own = self._own_beat()
-        if self._board is None:
-            return self._hang([own])
-        board = self._board
-        if dead := board.dead_neighbour():
-            return self._report(self._death(board, *dead))
+        """What ends the run, if anything does."""
+        board, own = self._board, self._own_beat()
         try:
-            board.beat(own)
-            if fault := board.fault():
-                return fault
-            beats = board.beats() if board.rank == 0 else [board.beat_of(0)]
-            self._last = {rank: beat for rank, beat in enumerate(beats) if beat is not None}
-        except RuntimeError as error:
-            return self._without_store(board, error)
-        silent = self._silence(beats)
-        # One rank decides, so that all say the same.
-        hang = self._hang(beats) if board.rank == 0 and silent is None else None
-        fault = silent or hang
-        return None if fault is None else self._report(fault)
-
-    def _without_store(self, board: RankBoard, error: RuntimeError) -> Fault:
-        """The store is rank 0's or its launcher's."""
-        for _ in range(20):  # a process that was killed takes a moment to be seen as dead
             if dead := board.dead_neighbour():
-                return self._death(board, *dead)
-            time.sleep(0.1)
-        reason = str(error).splitlines()[0]
-        return self._lost(0, f"the ranks' store does not answer any more ({reason})")
+                return self._report(self._death(*dead))
+            board.beat(own)
+            fault = board.fault() or self._silence((board.rank + 1) % board.size)
+            if fault is None and own.over:
+                fault = self._hang([board.beat_of(rank) for rank in range(board.size)])
+            return None if fault is None else self._report(fault)
+        except ForeignValueError as error:
+            return Fault(board.rank, str(error), RANK_LOST_STATUS)
+        except RuntimeError as error:
+            return self._store_lost(error)
 
     def _own_beat(self) -> Beat:
         self._number += 1
         place = current_place()
-        seconds = time.monotonic() - place.since
-        limit = self._limit(place.phase)
-        return Beat(self._number, place.phase, place.step, seconds, 0 < limit < seconds)
+        seconds, limit = time.monotonic() - place.since, self._limit(place.part)
+        return Beat(self._number, place.part, place.step, seconds, 0 < limit < seconds)
 
-    def _limit(self, phase: str) -> float:
-        return getattr(self._limits, phase)
+    def _limit(self, part: str) -> float:
+        return getattr(self._limits, PARTS[part])
 
-    def _hang(self, beats: list[Beat | None]) -> Fault | None:
-        """A hang, where every rank is over its limit or waits in the phase of one that is."""
-        over = {beat.phase for beat in beats if beat is not None and beat.over}
-        if not over or not all(b is not None and (b.over or b.phase in over) for b in beats):
-            return None
+    def _hang(self, beats: Sequence[Beat | None]) -> Fault | None:
+        """A hang: every rank is over its limit, or waits in the part of a step where one is."""
+        over = {beat.part for beat in beats if beat is not None and beat.over}
         lines = []
-        for rank, beat in enumerate(beats):
-            assert beat is not None
-            limit = f" (limits.{beat.phase} = {self._limit(beat.phase):g})" if beat.over else ""
-            lines.append(f"rank {rank} has been in {beat}{limit}")
-        first = next(rank for rank, beat in enumerate(beats) if beat is not None and beat.over)
-        names = ", ".join(f"limits.{name}" for name in sorted(over))
+        for place, beat in enumerate(beats):
+            if beat is None or beat.part not in over:
+                return None
+            limit = (
+                f" (limits.{PARTS[beat.part]} = {self._limit(beat.part):g})" if beat.over else ""
+            )
+            lines.append(f"rank {place} has been in {beat}{limit if beat.over else ''}")
+        names = ", ".join(sorted({f"limits.{PARTS[part]}" for part in over}))
         message = (
             f"{'; '.join(lines)}: taken for hung; the stacks of all threads are in "
             f"{self._run_dir / 'stacks'}; raise {names} where this is no hang; "
             f"{resume_hint(self._run_dir)}"
         )
-        return Fault(first, message, HUNG_STATUS, hung=True)
+        return Fault(self._board.rank, message, HUNG_STATUS, hung=True)
 
-    def _silence(self, beats: list[Beat | None]) -> Fault | None:
-        """A rank whose sign of life stays the same for too long."""
-        now = time.monotonic()
-        for rank, beat in enumerate(beats):
-            number = 0 if beat is None else beat.number
-            last, since = self._heard.setdefault(rank, (number, now))
-            if last != number:
-                self._heard[rank] = (number, now)
-            elif 0 < self._limits.rank < now - since:
-                where = "" if beat is None else f"; it was in {beat}"
-                text = f"no sign of life for limits.rank = {self._limits.rank:g} s{where}"
-                return self._lost(rank, text)
-        return None
+    def _silence(self, rank: int) -> Fault | None:
+        """Another rank whose sign of life has stayed the same for longer than `limits.rank`."""
+        beat = None if rank == self._board.rank else self._board.beat_of(rank)
+        number, now = 0 if beat is None else beat.number, time.monotonic()
+        if number != self._heard[0] or rank == self._board.rank:
+            self._heard = (number, now)
+        if not 0 < self._limits.rank < now - self._heard[1] or self._board.has_ended(rank):
+            return None
+        where = "" if beat is None else f"; it was in {beat}"
+        return self._lost(rank, f"no sign of life for limits.rank = {self._limits.rank:g} s{where}")
 
-    def _death(self, board: RankBoard, rank: int, pid: int) -> Fault:
+    def _death(self, rank: int, pid: int) -> Fault:
         try:
-            beat = board.beat_of(rank)
-        except RuntimeError:  # the store went with it
-            beat = self._last.get(rank)
+            beat = self._board.beat_of(rank)
+        except RuntimeError:  # the store was in the process that died
+            beat = None
         where = "" if beat is None else f" in {beat}"
         text = f"its process {pid} died{where} (the kernel's log says whether memory ran out)"
         return self._lost(rank, text)
 
+    def _store_lost(self, error: RuntimeError) -> Fault:
+        """The store does not answer: rank 0 or the launcher, which has it, is gone."""
+        for _ in range(20):  # it takes a moment until a killed process is seen as dead
+            if dead := self._board.dead_neighbour():
+                return self._death(*dead)
+            time.sleep(0.1)
+        reason = str(error).splitlines()[0]
+        return self._lost(0, f"the ranks' store does not answer any more ({reason})")
+
     def _lost(self, rank: int, text: str) -> Fault:
         # The lost rank's last sign of life may be of an earlier step, or there may be none.
-        assert self._board is not None
         place = f"meanwhile rank {self._board.rank} was in {self._own_beat()}"
         message = f"{text}; {place}; {resume_hint(self._run_dir)}"
         return Fault(rank, message, RANK_LOST_STATUS)
 
     def _report(self, fault: Fault) -> Fault:
-        assert self._board is not None
+        """Tell the other ranks; the fault that counts is the first that any rank reported."""
         try:
             if fault.status == RANK_LOST_STATUS:
-                self._board.end(fault.rank)  # it cannot say so itself
+                self._board.end(fault.rank)  # it cannot do so itself
             return self._board.report(fault)
-        except RuntimeError:  # nobody hears it any more; they find out themselves
+        except RuntimeError:  # the store is gone: the others find out themselves
             return fault
 
     def _end(self, fault: Fault) -> None:
         """End this process, unless the main thread does so itself."""
         if fault.hung:
-            self._dump_stacks()
+            folder = self._run_dir / "stacks"
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / f"rank_{self._board.rank:05d}.txt").open("w") as file:
+                faulthandler.dump_traceback(file)
         self._fault = fault
-        self._acknowledge()
+        self._call_end()
         self._found.set()
-        # Where it hangs there is nothing to wait for.
         if not fault.hung and self._leaving.wait(_GRACE):
             return
-        rank = 0 if self._board is None else self._board.rank
-        # One rank speaks; the failed one has, or cannot.
-        if rank == (1 if fault.rank == 0 and not fault.hung else 0):
+        # Rank 0 prints the message, or rank 1 where rank 0 is the one that failed.
+        speaker = 1 if fault.rank == 0 and not fault.hung else 0
+        found_alone = fault.rank == self._board.rank and not fault.hung
+        if found_alone or self._board.rank == speaker:
             print(f"\ncare-train: error: {_as_error(fault)}", file=sys.stderr, flush=True)
-        self._leave_last()
+        self._await_others(_ANSWER if self._board.rank == 0 else 0)
         end_at_once(fault.status)
 
-    def _acknowledge(self) -> None:
-        if self._board is not None:
-            try:
-                self._board.end()
-            except RuntimeError:  # rank 0 is gone
-                return
-
-    def _leave_last(self) -> None:
-        """Rank 0 keeps the store until the others know the cause."""
-        if self._board is not None and self._board.rank == 0:
-            self._await_others(self._board, _ANSWER)
-
-    def _dump_stacks(self) -> None:
-        rank = 0 if self._board is None else self._board.rank
-        folder = self._run_dir / "stacks"
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"rank_{rank:05d}.txt").open("w") as file:
-            faulthandler.dump_traceback(file)
-
-    def _tell(self, board: RankBoard, error: BaseException) -> None:
-        """Let the other ranks end with this one's error, before it leaves."""
-        text = str(error) or type(error).__name__
+    def _call_end(self) -> None:
         try:
-            board.report(Fault(board.rank, text, status_of(error)))
-            board.end()
-            self._await_others(board, _ANSWER)
-        except RuntimeError:  # they are gone already
+            self._board.end()
+        except RuntimeError:  # rank 0 has left: it needs nothing more from this one
             return
 
-    def _end_together(self, board: RankBoard) -> None:
-        """Rank 0 leaves last: the store may be its own."""
-        try:
-            board.end()
-            if board.rank == 0 and (lost := self._await_others(board, self._limits.rank or None)):
-                raise _as_error(lost)
-        except RuntimeError:  # rank 0 is through, or gone without anything left to do
-            return
-
-    def _await_others(self, board: RankBoard, seconds: float | None) -> Fault | None:
-        """Wait until all ranks have ended; the fault that one of them ends with instead."""
+    def _await_others(self, seconds: float | None) -> Fault | None:
+        """Wait until all ranks have called `end`; a fault where one of them dies instead."""
         end = None if seconds is None else time.monotonic() + seconds
-        while end is None or time.monotonic() < end:
-            if all(board.has_ended(rank) for rank in range(board.size)):
-                return None
-            if dead := board.dead_neighbour():
-                return self._report(self._death(board, *dead))
-            time.sleep(0.05)
+        try:
+            while end is None or time.monotonic() < end:
+                if all(self._board.has_ended(rank) for rank in range(self._board.size)):
+                    return None
+                if dead := self._board.dead_neighbour():
+                    return self._report(self._death(*dead))
+                time.sleep(0.05)
+        except RuntimeError:  # the store has gone with rank 0
+            pass
         return None
 
 
 def _as_error(fault: Fault) -> RunError:
-    verb = "" if fault.hung else f"rank {fault.rank}: "
-    error = RankLostError(f"{verb}{fault.message}")
+    prefix = "" if fault.hung else f"rank {fault.rank}: "
+    error = RankLostError(f"{prefix}{fault.message}")
     error.status = fault.status
     return error
 
@@ -333,7 +315,9 @@ def guarded(limits: LimitSettings, run_dir: Path) -> Iterator[None]:
     """
     initialize_process_group(limits.start, limits.collective)
     begin_step(None)
-    store = ranks_store()
-    board = None if store is None else RankBoard(*store)
+    try:
+        board = RankBoard(ranks_store(), rank(), world_size())
+    except ForeignValueError as error:
+        raise RankLostError(str(error)) from None
     with Guard(limits, run_dir, board):
         yield

@@ -148,7 +148,7 @@ def test_a_hung_verifier_is_ended_and_located(ranks, arguments, tmp_path):
     outputs = run.end(seconds=90)
     assert [status for status, _ in outputs] == [HUNG_STATUS] * ranks, outputs
     errors = outputs[0][1]
-    assert f"rank {ranks - 1} has been in reward of step" in errors, errors
+    assert f"rank {ranks - 1} has been in score of step" in errors, errors
     assert "limits.reward = 2" in errors and f"resume={tmp_path / 'run'}" in errors
     stacks = tmp_path / "run" / "stacks" / f"rank_{ranks - 1:05d}.txt"
     assert "in score_batch" in stacks.read_text()

