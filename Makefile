@@ -1,18 +1,22 @@
 # make quickstart   train a tiny vision-language model on real images and report the gain
 # make test         the test suite
 # make test-floor   the kernels with the oldest torch and triton they run on, CPU only
+# make docs         the documentation site in build/site; a warning is an error
+# make newest       the test suite with the newest releases of what the trainer uses
 # make gpu          check and measure the kernels on a GPU; uses what PYTHON has installed
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FLOOR := .venv-floor
+DOCS := .venv-docs
+NEWEST := .venv-newest
 # Another Python for it than the trainer's, for example: make test-floor FLOOR_PYTHON=python3.12
 FLOOR_PYTHON ?= $(PYTHON)
 # Overrides for the run, for example: make quickstart ARGS="algorithm=grpo seed=1", make gpu ARGS=--dry
 ARGS ?=
 
-.PHONY: quickstart test test-slow test-floor gpu lint type format clean
+.PHONY: quickstart test test-slow test-floor docs newest gpu lint type format clean
 
 quickstart: $(READY)
 	$(BIN)/care-train quickstart $(ARGS)
@@ -28,6 +32,18 @@ test-slow: $(READY)
 test-floor: $(FLOOR)/.ready
 	$(FLOOR)/bin/python -m pytest tests/kernels -n 2 --dist loadfile
 	$(FLOOR)/bin/python -m bench.compiled --skip-peers
+
+# MkDocs 1 announces a successor at every build; the site is built with what it has.
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+
+# Version caps are the tested ranges: this says what the next releases would break.
+newest:
+	$(MAKE) VENV=$(NEWEST) $(NEWEST)/.ready
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --no-deps \
+		transformers trl peft accelerate datasets huggingface_hub tokenizers deepspeed
+	$(NEWEST)/bin/python -m pip list
+	$(NEWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)
@@ -63,5 +79,10 @@ $(FLOOR)/.ready: requirements/floor.txt
 	$(FLOOR)/bin/python -m pip install --quiet --requirement requirements/floor.txt
 	touch $(FLOOR)/.ready
 
+$(DOCS)/.ready: requirements/docs.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --requirement requirements/docs.txt
+	touch $(DOCS)/.ready
+
 clean:
-	rm -rf $(VENV) $(FLOOR)
+	rm -rf $(VENV) $(FLOOR) $(DOCS) $(NEWEST) build

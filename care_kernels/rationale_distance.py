@@ -83,10 +83,13 @@ def rationale_distance(
     """Eq. 4 (Sec. 3.3): cosine distance of each rationale to its anchor's, without gradient.
 
     Args:
-        hidden, think_spans, cu_seqlens, backend: as for `pool_rationale`.
+        hidden: as for `pool_rationale`.
+        think_spans: as for `pool_rationale`.
         anchors: [B] int, index in this batch of the sequence that anchors i's group. Groups may be
             mixed in any order. One that is no sequence is refused on the CPU, and gives NaN where
             values are not read.
+        cu_seqlens: as for `pool_rationale`.
+        backend: as for `pool_rationale`.
 
     Returns:
         [B] float32 (float64 for float64 hidden), in [0, 2] up to rounding.

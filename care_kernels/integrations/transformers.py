@@ -239,7 +239,10 @@ def log_probs_and_entropy(
     """`linear_log_probs` of hidden [N, D] at target_ids [N], with the head of `gathered_head`.
 
     Args:
-        hidden, weight, bias, target_ids: as for `linear_log_probs`.
+        hidden: [N, D].
+        weight: [V, D].
+        bias: [V], or None.
+        target_ids: [N].
         with_entropy: also return the entropy.
         options: temperature, logit_softcap and logit_scale.
 
