@@ -14,7 +14,6 @@ import torch
 from care_train.algorithm.advantages import (
     equalize_factor,
     normalize_rewards,
-    normalize_rewards_robust,
     rescue_rewards,
     scale_negative,
 )
@@ -41,15 +40,15 @@ from care_train.config import CareSettings
 
 def skip_before_forward(rollouts: tuple[Rollout, ...], settings: CareSettings) -> str | None:
     """Why a group needs no forward of the old policy (line 7); None where it does."""
-    num_positives = len(positives(rollouts, settings.positive))
-    num_failures = len(failures(rollouts, settings.positive))
+    num_positives = len(positives(rollouts, settings.decisions.positive))
+    num_failures = len(failures(rollouts, settings.decisions.positive))
     if num_positives:
         if num_failures:
             return None
         return "all_correct" if num_positives == len(rollouts) else "no_failures"
     all_wrong = num_failures == len(rollouts)
     # A partially correct rollout carries a real signal: rescue is for groups without any.
-    rescuable = all_wrong or settings.partial == "literal"
+    rescuable = all_wrong or settings.decisions.partial == "literal"
     if settings.rescue.enabled and rescuable and num_failures >= 2:
         return None
     return "all_wrong" if all_wrong else "no_positives"
@@ -62,7 +61,7 @@ def select_subgroup(
     skipped = skip_before_forward(group.rollouts, settings)
     if skipped is not None:
         return skipped
-    if not positives(group.rollouts, settings.positive):
+    if not positives(group.rollouts, settings.decisions.positive):
         return _rescue_subgroup(group, settings, generator)
     return _anchored_subgroup(group, settings, generator)
 
@@ -70,9 +69,9 @@ def select_subgroup(
 def _anchored_subgroup(
     group: RolloutGroup, settings: CareSettings, generator: torch.Generator | None
 ) -> Subgroup:
-    rollouts = group.rollouts
-    pool = failures(rollouts, settings.positive)
-    anchor = select_anchor(rollouts, positives(rollouts, settings.positive), settings, generator)
+    rollouts, by = group.rollouts, settings.decisions.positive
+    pool = failures(rollouts, by)
+    anchor = select_anchor(rollouts, positives(rollouts, by), settings, generator)
     count = min(settings.max_negatives, len(pool))  # Eq. 3
     assert group.embeddings is not None
     chosen = select_hard_negatives(pool, count, group.embeddings, anchor, settings, generator)
@@ -87,18 +86,18 @@ def _anchored_subgroup(
 def _rescue_subgroup(
     group: RolloutGroup, settings: CareSettings, generator: torch.Generator | None
 ) -> Subgroup | str:
-    rollouts, rescue = group.rollouts, settings.rescue
-    pool = failures(rollouts, settings.positive)
+    rollouts = group.rollouts
+    pool = failures(rollouts, settings.decisions.positive)
     assert group.log_prob_sums is not None and group.embeddings is not None
-    proxy = select_proxy_anchor(rollouts, pool, group.log_prob_sums, rescue)
+    proxy = select_proxy_anchor(rollouts, pool, group.log_prob_sums, settings.decisions)
     if proxy is None:
         return "no_proxy_anchor"
     rest = [i for i in pool if i != proxy]
     count = min(settings.max_negatives, len(rest))
     chosen = select_hard_negatives(rest, count, group.embeddings, proxy, settings, generator)
-    literal = rescue.num_negatives == "literal"
+    literal = settings.decisions.rescue_size == "literal"
     divisor = min(settings.max_negatives, len(pool)) if literal else count
-    shaped = rescue_rewards(count, rescue.delta, divisor).tolist()
+    shaped = rescue_rewards(count, divisor).tolist()
     members = [
         Member(rollouts[i], r, is_negative=place > 0, index=i)
         for place, (i, r) in enumerate(zip([proxy, *chosen], shaped, strict=True))
@@ -115,10 +114,11 @@ def subgroup_update(
     num_negatives = count_negatives(subgroup, settings)  # line 26
     if num_negatives == 0:
         return skipped_update("no_negatives", rescued=subgroup.rescued)
-    raw = _raw_advantages(subgroup, settings)
+    shaped = torch.tensor([m.shaped_reward for m in subgroup.members], dtype=torch.float64)
+    raw = normalize_rewards(shaped, settings.norm_eps).tolist()
     factor = equalize_factor(num_negatives, settings.max_negatives) if settings.equalize else 1.0
     scale = factor * (settings.rescue.scale if subgroup.rescued else 1.0)
-    clamped = settings.clamp_anchor and raw[0] < 0
+    clamped = settings.decisions.clamp_anchor and raw[0] < 0
     sequences = []
     for place, (member, raw_advantage) in enumerate(zip(subgroup.members, raw, strict=True)):
         is_anchor = place == 0
@@ -142,22 +142,15 @@ def subgroup_update(
 
 def count_negatives(subgroup: Subgroup, settings: CareSettings) -> int:
     """Line 26: K_S, the members that failed, or those rewarded below the anchor (`literal`)."""
-    if settings.count_negatives_by == "accuracy":
+    if settings.decisions.count_negatives_by == "accuracy":
         return subgroup.num_negatives
     bar = subgroup.anchor.shaped_reward
     return sum(member.shaped_reward < bar for member in subgroup.others)
 
 
-def _raw_advantages(subgroup: Subgroup, settings: CareSettings) -> list[float]:
-    shaped = torch.tensor([m.shaped_reward for m in subgroup.members], dtype=torch.float64)
-    if settings.robust:
-        return normalize_rewards_robust(shaped, settings.norm_eps, settings.robust_trim).tolist()
-    return normalize_rewards(shaped, settings.norm_eps).tolist()
-
-
 def _is_penalized(member: Member, settings: CareSettings) -> bool:
     """Eq. 8 names the negatives; line 37 to the letter names all but the anchor."""
-    return member.is_negative or settings.reflection.success_advantage == "penalized"
+    return member.is_negative or settings.decisions.repaired_advantage == "penalized"
 
 
 def _scale_of(member: Member, settings: CareSettings) -> float:

@@ -50,13 +50,14 @@ def merge_reflection(subgroup: Subgroup, reflected: Rollout, settings: CareSetti
     """
     position = subgroup.reflect_on
     assert position is not None
-    succeeded = is_positive(reflected, settings.positive)
-    failed = is_failure(reflected, settings.positive) or settings.partial == "literal"
+    decisions = settings.decisions
+    succeeded = is_positive(reflected, decisions.positive)
+    failed = is_failure(reflected, decisions.positive) or decisions.partial == "literal"
     if not succeeded and not failed:
         return subgroup
     member = Member(reflected, reflected.reward, is_negative=not succeeded)
     others = list(subgroup.others)
-    if succeeded or settings.reflection.on_failure == "replace":
+    if succeeded or decisions.failed_reflection == "replace":
         others[position] = member
     else:
         others.append(member)

@@ -20,12 +20,12 @@ def token_credit(
 ) -> Credit:
     """The regions of w_{i,t}: 1 on the answer, gamma+ on a positive's rationale, 0 elsewhere.
 
-    Tags weigh like their region and EOS like the answer unless `tag_weight` is set. A malformed
-    response has one weight throughout.
+    Tags weigh like their region and EOS like the answer unless `decisions.tag_weight` is set. A
+    malformed response has one weight throughout.
 
     Args:
         rollout: the response.
-        settings: think_weight, tag_weight, malformed, malformed_when and weight_eps.
+        settings: think_weight, malformed_when and the decisions on tags and malformed responses.
         is_negative: whether it is a negative of its subgroup.
         earns_rationale: whether its rationale tokens weigh gamma+: acc = 1 (line 40), so neither a
             negative nor a pseudo-anchor.
@@ -34,8 +34,8 @@ def token_credit(
     broken = settings.malformed_when == "bad_format" and rollout.format_score < 1
     if not spans.well_formed or (broken and is_negative):
         whole = Region(0, num_tokens, _malformed_weight(is_negative, settings))
-        return Credit(_NOWHERE, _NOWHERE, False, (whole,), weight_eps=settings.weight_eps)
-    tag, regions = settings.tag_weight, []
+        return Credit(_NOWHERE, _NOWHERE, False, (whole,))
+    tag, regions = settings.decisions.tag_weight, []
     if tag is not None:
         rationale = settings.think_weight if earns_rationale else 0.0
         # From the outside in: a token that tags and content share counts as content.
@@ -55,14 +55,12 @@ def token_credit(
         earns_rationale,
         tuple(regions),
         think_weight=settings.think_weight,
-        weight_eps=settings.weight_eps,
     )
 
 
 def _malformed_weight(is_negative: bool, settings: CareSettings) -> float:
-    if settings.malformed == "uniform":
-        return 1.0
-    return 1.0 if settings.malformed == "penalize" and is_negative else 0.0
+    malformed = settings.decisions.malformed
+    return float(malformed == "uniform" or (malformed == "penalize" and is_negative))
 
 
 def spread_advantages(

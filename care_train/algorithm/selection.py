@@ -11,7 +11,7 @@ import torch
 
 from care_kernels import cosine_distance
 from care_train.algorithm.types import Rollout
-from care_train.config import CareSettings, RescueSettings, Selector
+from care_train.config import CareSettings, Decisions, Selector
 
 
 def is_positive(rollout: Rollout, by: str = "accuracy") -> bool:
@@ -45,11 +45,11 @@ def select_anchor(
     Args:
         rollouts: the group.
         candidates: P, not empty.
-        settings: `anchor_prefers_format` puts positives with fmt = 1 first.
+        settings: `decisions.anchor_prefers_format` puts positives with fmt = 1 first.
         generator: for `anchor: random`.
     """
     assert candidates, "an anchor needs a positive"
-    if settings.anchor_prefers_format:
+    if settings.decisions.anchor_prefers_format:
         best = max(rollouts[i].format_score for i in candidates)
         if best == 1:
             candidates = [i for i in candidates if rollouts[i].format_score == 1]
@@ -81,7 +81,7 @@ def select_hard_negatives(
         count: K', at most len(pool).
         embeddings: [G, D] unit vectors.
         anchor: index of the anchor.
-        settings: selector, preselect_size and farthest_first_start.
+        settings: selector, preselect_size and decisions.farthest_first_start.
         generator: for `random`.
     """
     assert count <= len(pool)
@@ -92,7 +92,7 @@ def select_hard_negatives(
     ranked = sorted(pool, key=lambda i: (distance[i], i))
     if settings.selector == "cosine_diverse" and settings.preselect_size > count:
         nearest = ranked[: settings.preselect_size]
-        chosen = farthest_first(nearest, count, embeddings, settings.farthest_first_start)
+        chosen = farthest_first(nearest, count, embeddings, settings.decisions.farthest_first_start)
     else:
         chosen = _by_rank(ranked, count, settings.selector)
     return sorted(chosen, key=lambda i: (distance[i], i))
@@ -136,7 +136,7 @@ def select_proxy_anchor(
     rollouts: Sequence[Rollout],
     pool: Sequence[int],
     log_prob_sums: torch.Tensor,
-    settings: RescueSettings,
+    decisions: Decisions,
 ) -> int | None:
     """t (Sec. 3.7): the failure the old policy finds likeliest; None where none qualifies.
 
@@ -144,9 +144,9 @@ def select_proxy_anchor(
         rollouts: the group.
         pool: F.
         log_prob_sums: [G] log pi_old(y | x).
-        settings: `score` (mean per token, or the sum) and `require_format`.
+        decisions: `proxy_score` (mean per token, or the sum) and `proxy_requires_format`.
     """
-    if settings.require_format:
+    if decisions.proxy_requires_format:
         pool = [i for i in pool if rollouts[i].format_score == 1]
     if not pool:
         return None
@@ -154,7 +154,7 @@ def select_proxy_anchor(
 
     def score(i: int) -> float:
         tokens = max(len(rollouts[i].token_ids), 1)
-        return sums[i] / tokens if settings.score == "mean" else sums[i]
+        return sums[i] / tokens if decisions.proxy_score == "mean" else sums[i]
 
     return max(pool, key=lambda i: (score(i), -i))
 

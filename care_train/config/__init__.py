@@ -17,6 +17,7 @@ from care_train.config.build import (
 from care_train.config.care import (
     PRESETS,
     CareSettings,
+    Decisions,
     ReflectionSettings,
     RescueSettings,
     Selector,
@@ -61,6 +62,7 @@ __all__ = [
     "CleanSettings",
     "Config",
     "DataSettings",
+    "Decisions",
     "DedupSettings",
     "DeepSpeedSettings",
     "EvalSettings",

@@ -1,4 +1,4 @@
-"""What is said of a key that is unknown, of one that is gone, and of a value that is wrong."""
+"""What is said of a key that is unknown, and of a value that is wrong."""
 
 import difflib
 from collections.abc import Mapping
@@ -92,13 +92,6 @@ FOREIGN = {
     "model_path": "model.path",
 }
 """Names that other trainers use, with what they are here."""
-
-
-def refuse_gone(
-    values: Mapping[str, Any], given: Mapping[str, Any], source: str
-) -> Mapping[str, Any]:
-    """`values` without keys that this version no longer has."""
-    return values
 
 
 def explain(error: Any, root: type) -> str:

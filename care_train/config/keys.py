@@ -62,6 +62,8 @@ def _walk(section: type, prefix: str, role: Role, instance: object) -> Iterator[
     """The keys of a section; `instance` holds its defaults, None where each field has its own."""
     defaults = {field.name: field for field in fields(cast(Any, section))}
     for name, info in _infos(section).items():
+        if info.exclude:
+            continue
         own = next((m for m in info.metadata if isinstance(m, Role)), role)
         nested, is_list = _section_in(info.annotation)
         is_nullable = type(None) in get_args(info.annotation)

@@ -10,7 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from care_train.config.build import BuildSettings
 from care_train.config.care import PRESETS
-from care_train.config.hints import explain, refuse_gone
+from care_train.config.gone import without_gone
+from care_train.config.hints import explain
 from care_train.config.keys import find_key
 from care_train.config.loss import TABLE_5
 from care_train.config.run import Config
@@ -78,7 +79,7 @@ def load_build_settings(path: str | Path, overrides: Sequence[str] = ()) -> Buil
     values = _read(Path(path), BuildSettings)
     for layer in map(_layer, overrides):
         values = _lay(values, layer)
-    return _validated(BuildSettings, values, values, str(path))
+    return _validated(BuildSettings, values, str(path))
 
 
 def names_run(overrides: Sequence[str]) -> bool:
@@ -89,9 +90,13 @@ def names_run(overrides: Sequence[str]) -> bool:
 
 def build_config(values: Mapping[str, Any], source: str = "the configuration") -> Config:
     """A checked `Config` from nested mappings over the algorithm's and the preset's values."""
-    algorithm, preset = values.get("algorithm", "care"), values.get("preset", "default")
+    algorithm, preset = str(values.get("algorithm", "care")), str(values.get("preset", "default"))
     layered = merge(TABLE_5.get(algorithm, {}), PRESETS.get(preset, {}))
-    return _validated(Config, values, merge(layered, values), source)
+    try:
+        values = without_gone(values, preset)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return _validated(Config, merge(layered, values), source)
 
 
 def config_to_yaml(config: Config) -> str:
@@ -123,11 +128,8 @@ def configs_folder() -> Path:
     return next(r / "configs" for r in (package, package.parent) if (r / "configs").is_dir())
 
 
-def _validated(
-    root: type[T], given: Mapping[str, Any], values: Mapping[str, Any], source: str
-) -> T:
-    """The settings; errors are about what the user `given`, not about what a preset lays below."""
-    values = _with_nulls(refuse_gone(values, given, source), "", root)
+def _validated(root: type[T], values: Mapping[str, Any], source: str) -> T:
+    values = _with_nulls(values, "", root)
     try:
         return TypeAdapter(root).validate_python(values)
     except ValidationError as error:

@@ -77,12 +77,12 @@ class Config:
         )
         self.deepspeed.check_dtype(self.model.dtype)
         self._check_micro_batch_tokens()
-        per_group = self.algorithm == "care" and self.care.normalize_over == "group"
+        per_group = self.algorithm == "care" and self.care.decisions.normalize_over == "group"
         check(
             not per_group or self.loss.aggregation == "sequence",
             "loss.aggregation",
             self.loss.aggregation,
-            "'sequence' with care.normalize_over = 'group': a token mean has no per-group form",
+            "'sequence' with preset = 'literal': a token mean has no per-group form",
         )
         if self.train.rollouts_ahead:
             self._check_rollouts_ahead()

@@ -227,7 +227,7 @@ class PolicyUpdater:
 
     def _micro_batch(self, items: Sequence[TrainItem], denominators: Denominators) -> MicroBatch:
         config = self._config
-        per_group = config.algorithm == "care" and config.care.normalize_over == "group"
+        per_group = config.algorithm == "care" and config.care.decisions.normalize_over == "group"
         scales = [
             sequence_scale(
                 item.update,

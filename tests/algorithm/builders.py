@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
+import yaml
 
 from care_train.algorithm.region_weights import token_credit
 from care_train.algorithm.reward import reward
@@ -19,8 +20,18 @@ from care_train.algorithm.types import (
     Subgroup,
     TrainSequence,
 )
-from care_train.config import CareSettings, LossSettings
+from care_train.config import CareSettings, Decisions, LossSettings, load_config
 from care_train.training.loss import loss_rows
+
+
+def care(*changes: str) -> CareSettings:
+    """The default settings with `key=value` changes: keys of `care.`, or fields of `Decisions`."""
+    known = {field.name for field in fields(Decisions)}
+    decided = [change.partition("=") for change in changes if change.partition("=")[0] in known]
+    keys = [f"care.{change}" for change in changes if change.partition("=")[0] not in known]
+    decisions = replace(Decisions(), **{key: yaml.safe_load(value) for key, _, value in decided})
+    return replace(load_config(None, keys).care, decisions=decisions)
+
 
 LAMBDA = 0.1
 """The reward mix the hand-computed groups use: r is 1.0, 0.9, 0.1 or 0.0."""

@@ -1,4 +1,4 @@
-"""Eqs. 5-10 and 14, the equalisation and the robust variant (Algorithm 1, lines 24-39)."""
+"""Eqs. 5-10, 14 and the equalisation (Algorithm 1, lines 24-39)."""
 
 import itertools
 import math
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from care_train.algorithm.advantages import (
     equalize_factor,
     normalize_rewards,
-    normalize_rewards_robust,
     rescue_rewards,
     scale_negative,
 )
@@ -122,7 +121,7 @@ def test_equalised_updates_have_one_size(num_negatives):
 @pytest.mark.parametrize("delta", [0.1, 10.0])
 def test_rescue_reproduces_the_signature(num_negatives, delta):
     """Eq. 14 and Corollary 2: mu = 0, sigma^2 = delta^2 / K', so Eq. 10 again; delta cancels."""
-    rewards = rescue_rewards(num_negatives, delta).double()
+    rewards = rescue_rewards(num_negatives, delta=delta).double()
     assert rewards.tolist() == pytest.approx([delta] + [-delta / num_negatives] * num_negatives)
     assert float(rewards.mean()) == pytest.approx(0, abs=1e-7 * delta)
     variance = float((rewards - rewards.mean()).square().mean())
@@ -134,33 +133,5 @@ def test_rescue_reproduces_the_signature(num_negatives, delta):
 
 def test_a_literal_rescue_of_few_failures_is_not_zero_sum():
     """Line 23 to the letter: K' counts the pseudo-anchor, so -delta/K' leaves a rest."""
-    rewards = rescue_rewards(2, 0.3, divisor=3).tolist()
+    rewards = rescue_rewards(2, divisor=3, delta=0.3).tolist()
     assert rewards == pytest.approx([0.3, -0.1, -0.1])
-
-
-def test_robust_variant_by_hand():
-    """Sec. 3.4: r = (1, .1, .1, 0, 0): median .1, MAD .1, mean without 1 and one 0 is .2/3."""
-    raw = normalize_rewards_robust(tensor(1.0, 0.1, 0.1, 0.0, 0.0), 0.05, 0.2).tolist()
-    center, scale = 0.2 / 3, 0.1 + 0.05
-    expected = [(r - center) / scale for r in (1.0, 0.1, 0.1, 0.0, 0.0)]
-    assert raw == pytest.approx(expected)
-
-
-def test_robust_variant_of_an_even_group():
-    """The median of an even group lies between its middle two: r = (1, .4, .2, 0): .3, MAD .2."""
-    raw = normalize_rewards_robust(tensor(1.0, 0.4, 0.2, 0.0), 0.0, 0.25).tolist()
-    assert raw == pytest.approx([(r - 0.3) / 0.2 for r in (1.0, 0.4, 0.2, 0.0)])
-
-
-def test_trim_rounds_down():
-    """A share of 0.2 trims nothing of four members: the centre is their plain mean, 0.4."""
-    raw = normalize_rewards_robust(tensor(1.0, 0.4, 0.2, 0.0), 0.0, 0.2).tolist()
-    assert raw[0] == pytest.approx((1.0 - 0.4) / 0.2)
-
-
-@pytest.mark.parametrize("num_negatives", range(2, 8))
-def test_robust_variant_falls_back_where_the_mad_is_zero(num_negatives):
-    """One anchor and equal negatives have MAD 0: Eqs. 5-7 are used."""
-    rewards = tensor(1.0, *[0.1] * num_negatives)
-    robust = normalize_rewards_robust(rewards, 1e-6, 0.2)
-    assert robust.tolist() == normalize_rewards(rewards, 1e-6).tolist()

@@ -15,6 +15,7 @@ from care_train.algorithm.types import Subgroup
 from care_train.config import CareSettings, ReflectionSettings, RescueSettings
 from tests.algorithm.builders import (
     broken,
+    care,
     indices,
     make_group,
     make_rollout,
@@ -236,14 +237,6 @@ class TestAdvantages:
         assert roles(update) == ["proxy_anchor", "negative", "negative"]
         assert update.rescued and update.num_negatives == 2
 
-    def test_robust_variant_is_used(self):
-        """care.robust: S = {1, .1, .1, 0, 0}: (1 - .2/3) / .1 for the anchor."""
-        negatives = [wrong(), wrong(), broken(), broken()]
-        update = subgroup_update(
-            make_subgroup(right(), negatives), replace(SETTINGS, robust=True, norm_eps=0.0)
-        )
-        assert update.sequences[0].advantage == pytest.approx((1 - 0.2 / 3) / 0.1)
-
 
 class TestCounting:
     """Line 26."""
@@ -256,7 +249,7 @@ class TestCounting:
         )
         subgroup = replace(subgroup, others=(repaired, subgroup.others[1]))
         assert count_negatives(subgroup, SETTINGS) == 1
-        assert count_negatives(subgroup, replace(SETTINGS, count_negatives_by="reward")) == 2
+        assert count_negatives(subgroup, care("count_negatives_by=reward")) == 2
 
 
 class TestCredit:
@@ -279,8 +272,7 @@ class TestCredit:
 
     def test_a_malformed_pseudo_anchor_earns_nothing(self):
         """Its advantage is positive: with weights, broken output would be rewarded."""
-        rescue = RescueSettings(require_format=False)
-        settings = replace(SETTINGS, rescue=rescue)
+        settings = care("proxy_requires_format=false")
         group = make_group([broken(), wrong(), wrong()], log_prob_sums=[-1.0, -90.0, -90.0])
         subgroup = select_subgroup(group, settings)
         assert isinstance(subgroup, Subgroup)

@@ -15,7 +15,7 @@ from care_train.algorithm.selection import (
     select_proxy_anchor,
 )
 from care_train.algorithm.types import RolloutGroup, Subgroup
-from care_train.config import CareSettings, ReflectionSettings, RescueSettings
+from care_train.config import CareSettings, Decisions, ReflectionSettings
 from tests.algorithm.builders import indices, make_group, make_rollout, right, wrong
 
 SETTINGS = CareSettings()
@@ -39,7 +39,7 @@ class TestTies:
         """Equal think and answer lengths."""
         assert select_anchor([right() for _ in range(5)], [4, 2, 3], SETTINGS) == 2
 
-    @pytest.mark.parametrize("selector", ["cosine_topk", "nearest", "cosine_diverse", "mixed"])
+    @pytest.mark.parametrize("selector", ["nearest", "cosine_diverse", "mixed"])
     def test_hard_negatives_at_one_distance(self, selector):
         """Failures at the same place: the first K' of them, in order."""
         vectors = exact([[0.5, 0.5, 0.5, 0.5]] * 6)
@@ -53,10 +53,10 @@ class TestTies:
         """Ties among equals around a nearer one: still by index."""
         vectors = exact([[1, 0], [0, 1], [0, -1], [1, 0], [0, 1]])
         group = RolloutGroup((right(), *[wrong()] * 4), vectors)
-        care = replace(SETTINGS, max_negatives=3, selector="cosine_topk")
+        care = replace(SETTINGS, max_negatives=3, selector="nearest")
         assert indices(subgroup_of(group, care)) == [0, 3, 1, 2]
 
-    @pytest.mark.parametrize("selector", ["cosine_topk", "cosine_diverse"])
+    @pytest.mark.parametrize("selector", ["nearest", "cosine_diverse"])
     @pytest.mark.parametrize("width", [8, 64, 896])
     def test_equal_rationales(self, selector, width):
         """Identical embeddings tie, whatever the last bit of their products is."""
@@ -74,8 +74,7 @@ class TestTies:
         """Equal log-probs of equal lengths."""
         group = [wrong() for _ in range(4)]
         sums = torch.tensor([-9.0, -3.0, -3.0, -3.0])
-        rescue = RescueSettings(score=score)
-        assert select_proxy_anchor(group, [3, 2, 1, 0], sums, rescue) == 1
+        assert select_proxy_anchor(group, [3, 2, 1, 0], sums, Decisions(proxy_score=score)) == 1
 
 
 RANDOM = {
@@ -127,7 +126,7 @@ def distinct_group(seed: int, size: int, all_wrong: bool) -> RolloutGroup:
     seed=st.integers(0, 10_000),
     size=st.integers(2, 9),
     all_wrong=st.booleans(),
-    selector=st.sampled_from(["cosine_diverse", "cosine_topk", "mixed", "farthest"]),
+    selector=st.sampled_from(["cosine_diverse", "nearest", "mixed", "farthest"]),
     data=st.data(),
 )
 def test_permuting_rollouts_permutes_the_result(seed, size, all_wrong, selector, data):

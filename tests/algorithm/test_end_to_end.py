@@ -22,42 +22,33 @@ PRESETS = {
     "official": (build_config({"preset": "official"}).care, transcription.OFFICIAL),
 }
 
-SELECTORS = ("cosine_diverse", "cosine_topk", "nearest", "mixed", "farthest", "random")
+SELECTORS = ("cosine_diverse", "nearest", "mixed", "farthest", "random")
 
-# care key -> the transcription's name for it, and (value here, value there) of both settings.
-FLIPS = {
-    "anchor_prefers_format": ("well_formatted_anchor_first", [(True, True), (False, False)]),
-    "farthest_first_start": (
-        "farthest_first_start",
-        [("nearest", "nearest"), ("farthest", "farthest")],
-    ),
-    "positive": ("positive_is", [("accuracy", "acc is 1"), ("reward", "reward above 0")]),
-    "partial": ("partial_is", [("neither", "neither"), ("literal", "not positive")]),
-    "equalize": ("equalize", [(True, True), (False, False)]),
-    "count_negatives_by": ("K_S_is", [("accuracy", "failures"), ("reward", "below the anchor")]),
-    "clamp_anchor": ("clamp_anchor", [(True, True), (False, False)]),
-    "tag_weight": ("tag_weight", [(None, None), (0.0, 0.0), (0.3, 0.3)]),
-    "malformed": ("malformed", [(v, v) for v in ("penalize", "ignore", "uniform")]),
+BOTH = {True: True, False: False}
+# Setting or decision -> the transcription's name for it, and each value here with the one there.
+FLIPS: dict[str, tuple[str, dict]] = {
+    "anchor_prefers_format": ("well_formatted_anchor_first", BOTH),
+    "farthest_first_start": ("farthest_first_start", {v: v for v in ("nearest", "farthest")}),
+    "positive": ("positive_is", {"accuracy": "acc is 1", "reward": "reward above 0"}),
+    "partial": ("partial_is", {"neither": "neither", "literal": "not positive"}),
+    "count_negatives_by": ("K_S_is", {"accuracy": "failures", "reward": "below the anchor"}),
+    "clamp_anchor": ("clamp_anchor", BOTH),
+    "tag_weight": ("tag_weight", {None: None, 0.0: 0.0, 0.3: 0.3}),
+    "malformed": ("malformed", {v: v for v in ("penalize", "ignore", "uniform")}),
+    "failed_reflection": ("failed_reflection", {v: v for v in ("append", "replace")}),
+    "repaired_advantage": ("repaired_advantage", {v: v for v in ("raw", "penalized")}),
+    "proxy_score": ("pseudo_anchor_score", {v: v for v in ("mean", "sum")}),
+    "proxy_requires_format": ("pseudo_anchor_well_formatted", BOTH),
+    "rescue_size": ("rescue_negatives", {"available": "others", "literal": "failures"}),
+    "equalize": ("equalize", BOTH),
     "malformed_when": (
         "malformed_negative_is",
-        [("no_answer", "without answer"), ("bad_format", "of fmt below 1")],
+        {"no_answer": "without answer", "bad_format": "of fmt below 1"},
     ),
-    "robust": ("robust", [(True, True), (False, False)]),
-    "reflection.enabled": ("reflection", [(True, True), (False, False)]),
-    "reflection.on_failure": ("failed_reflection", [(v, v) for v in ("append", "replace")]),
-    "reflection.success_advantage": (
-        "repaired_advantage",
-        [(v, v) for v in ("raw", "penalized")],
-    ),
-    "reflection.reflect_scale": ("s_refl", [(None, None), (0.05, 0.05)]),
-    "rescue.enabled": ("rescue", [(True, True), (False, False)]),
-    "rescue.scale": ("rescue_scale", [(1.0, 1.0), (0.25, 0.25)]),
-    "rescue.score": ("pseudo_anchor_score", [(v, v) for v in ("mean", "sum")]),
-    "rescue.require_format": ("pseudo_anchor_well_formatted", [(True, True), (False, False)]),
-    "rescue.num_negatives": (
-        "rescue_negatives",
-        [("available", "others"), ("literal", "failures")],
-    ),
+    "reflection.enabled": ("reflection", BOTH),
+    "reflection.reflect_scale": ("s_refl", {None: None, 0.05: 0.05}),
+    "rescue.enabled": ("rescue", BOTH),
+    "rescue.scale": ("rescue_scale", {1.0: 1.0, 0.25: 0.25}),
 }
 
 # Unit vectors with exact dot products: ties are exact on both sides, and there are many.
@@ -163,7 +154,7 @@ def cases(draw, preset: str) -> Case:
     )
     for key in draw(st.lists(st.sampled_from(sorted(FLIPS)), max_size=3, unique=True)):
         name, values = FLIPS[key]
-        here, there = draw(st.sampled_from(values))
+        here, there = draw(st.sampled_from(list(values.items())))
         care, choices = set_key(care, key, here), replace(choices, **{name: there})
     outcomes = st.sampled_from([(1.0,), (0.0,), (0.5,)])
     return Case(
@@ -177,8 +168,9 @@ def cases(draw, preset: str) -> Case:
 
 
 def set_key(care: CareSettings, key: str, value: object) -> CareSettings:
-    """`care.a.b = value`."""
+    """`care.a.b = value`, or a decision."""
     section, _, name = key.rpartition(".")
+    section = "decisions" if hasattr(care.decisions, name) else section
     if section:
         value = replace(getattr(care, section), **{name: value})
     return replace(care, **{section or name: value})
@@ -250,14 +242,13 @@ def test_token_advantages_equal_the_transcription(preset, data):
 
 RARE = {
     "anchor below the mean": (0.45, [make_rollout(1.0, 0.0), wrong(), wrong()], right(), {}),
-    "trimmed mean": (0.1, [right(), wrong(), wrong(), broken(), broken()], None, {"robust": True}),
     "more negatives than K": (0.1, [right(), wrong(), broken()], wrong(), {"K": 2}),
 }
 
 
 @pytest.mark.parametrize("name", sorted(RARE))
 def test_rare_paths_equal_the_transcription(name):
-    """Algorithm 1 with the clamp, the robust variant's trimming, and K_S > K."""
+    """Algorithm 1 with the clamp and K_S > K."""
     lam, group, reflected, values = RARE[name]
     if reflected is not None:
         reflected = replace(reflected, reflected=True)

@@ -85,7 +85,7 @@ class TestPseudoAnchorByLikelihood:
     SUMS = (-32.0, -4.0, -14.0, -60.0)
 
     def test_default_takes_the_likeliest_well_formed_failure_per_token(self):
-        """rescue.score: mean, among failures with fmt = 1."""
+        """`proxy_score: mean`, among failures with fmt = 1."""
         assert indices(subgroup_of(self.GROUP, DEFAULT, self.SUMS))[0] == 2
 
     def test_literal_takes_the_garbage(self):

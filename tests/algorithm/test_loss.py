@@ -112,15 +112,15 @@ class TestStep:
             assert float(rows.abs().sum()) == pytest.approx((2.0 + 1.0 + 3.0) / 3)
 
     def test_the_mean_over_groups(self):
-        """care.normalize_over: group: (mean of A's + mean of B's) / 2."""
-        engine, _ = train([A, B, C], care={"normalize_over": "group"})
+        """preset: literal: (mean of A's + mean of B's) / 2."""
+        engine, _ = train([A, B, C], preset="literal")
         rows = engine.rows("advantages")
         assert rows is not None
         assert float(rows.sum()) == pytest.approx(((2.0 - 1.0) / 2 + 3.0) / 2)
 
     def test_group_means_are_cares_alone(self):
-        """A baseline does not read care.normalize_over."""
-        engine, _ = train([A, B, C], algorithm="grpo", care={"normalize_over": "group"})
+        """A baseline has no preset to read."""
+        engine, _ = train([A, B, C], algorithm="grpo", preset="literal")
         rows = engine.rows("advantages")
         assert rows is not None
         assert float(rows.sum()) == pytest.approx((2.0 - 1.0 + 3.0) / 3)

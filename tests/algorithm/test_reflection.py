@@ -12,7 +12,7 @@ from care_train.algorithm.reflection import (
 )
 from care_train.algorithm.spans import parse_spans
 from care_train.config import CareSettings, ReflectionSettings
-from tests.algorithm.builders import make_rollout, make_subgroup, right, wrong
+from tests.algorithm.builders import care, make_rollout, make_subgroup, right, wrong
 
 SETTINGS = ReflectionSettings()
 CARE = CareSettings()
@@ -147,10 +147,9 @@ def test_a_failure_joins_the_subgroup():
 
 
 def test_a_failure_may_replace_its_negative():
-    """`on_failure: replace`: the released code's rule."""
+    """`failed_reflection: replace`: the released code's rule."""
     failed = wrong(reflected=True)
-    care = replace(CARE, reflection=replace(SETTINGS, on_failure="replace"))
-    merged = merge_reflection(SUBGROUP, failed, care)
+    merged = merge_reflection(SUBGROUP, failed, care("failed_reflection=replace"))
     assert [m.rollout for m in merged.others] == [failed, *NEGATIVES[1:]]
     assert merged.others[0].is_negative
 
@@ -162,9 +161,9 @@ def test_a_partly_correct_reflection_is_neither():
 
 
 def test_a_partly_correct_reflection_failed_to_the_letter():
-    """care.partial: literal: lines 15-18 know success and failure only."""
+    """`partial: literal`: lines 15-18 know success and failure only."""
     partial = make_rollout(0.5, 1.0, reflected=True)
-    merged = merge_reflection(SUBGROUP, partial, replace(CARE, partial="literal"))
+    merged = merge_reflection(SUBGROUP, partial, care("partial=literal"))
     assert merged.others[-1].rollout is partial and merged.others[-1].is_negative
 
 
@@ -172,9 +171,9 @@ def test_a_partly_correct_reflection_failed_to_the_letter():
     ("accuracy", "format_score", "success"), [(0.0, 1.0, True), (0.5, 0.0, True), (0, 0, False)]
 )
 def test_success_by_reward(accuracy, format_score, success):
-    """care.positive: reward counts reward > 0 as success, for reflections as for rollouts."""
+    """`positive: reward` counts reward > 0 as success, for reflections as for rollouts."""
     reflected = make_rollout(accuracy, format_score, reflected=True)
-    merged = merge_reflection(SUBGROUP, reflected, replace(CARE, positive="reward"))
+    merged = merge_reflection(SUBGROUP, reflected, care("positive=reward"))
     assert (merged.others[0].rollout is reflected) == success
     assert len(merged.others) == (3 if success else 4)
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from care_train.algorithm.types import Spans, TrainSequence
-from care_train.config import CareSettings
 from tests.algorithm.builders import (
     broken,
+    care,
     credit_of,
     make_rollout,
     region_weights,
@@ -20,7 +20,6 @@ from tests.algorithm.builders import (
 )
 
 GAMMA = 0.005
-SETTINGS = CareSettings()
 
 
 def spread(advantage: float, weights: list[float], weight_eps: float = 1e-8) -> torch.Tensor:
@@ -34,7 +33,7 @@ def weights(rollout, is_positive, **changes) -> list[float]:
     """Of a positive, or of a negative; a pseudo-anchor is tested apart."""
     values = region_weights(
         rollout,
-        replace(SETTINGS, **changes),
+        care(*(f"{key}={value}" for key, value in changes.items())),
         is_negative=not is_positive,
         earns_rationale=is_positive,
     )
@@ -85,7 +84,7 @@ def test_a_tag_token_shared_with_content_weighs_as_content():
 
 @pytest.mark.parametrize("is_positive", [True, False])
 def test_tag_weight_sets_tags_and_eos(is_positive):
-    """care.tag_weight: tags of both spans and EOS weigh this much in positives and negatives."""
+    """`tag_weight`: tags of both spans and EOS weigh this much in positives and negatives."""
     think = GAMMA if is_positive else 0.0
     expected = [0.3, think, think, 0.3, 0.3, 1.0, 0.3, 0.3]
     assert weights(right(think=2, answer=1), is_positive, tag_weight=0.3) == expected
@@ -102,7 +101,7 @@ def test_think_weight_is_gamma():
     [("penalize", 0.0, 1.0), ("ignore", 0.0, 0.0), ("uniform", 1.0, 1.0)],
 )
 def test_a_response_without_answer_span(malformed, positive, negative):
-    """care.malformed: what each token of a response without a complete answer pair weighs."""
+    """`malformed`: what each token of a response without a complete answer pair weighs."""
     assert weights(broken(), True, malformed=malformed) == [positive] * 6
     assert weights(broken(), False, malformed=malformed) == [negative] * 6
 
@@ -110,7 +109,7 @@ def test_a_response_without_answer_span(malformed, positive, negative):
 @pytest.mark.parametrize(("malformed", "weight"), [("penalize", 0), ("ignore", 0), ("uniform", 1)])
 def test_a_malformed_pseudo_anchor_earns_nothing(malformed, weight):
     """A pseudo-anchor is rewarded: where malformed, as a positive is, on no token."""
-    settings = replace(SETTINGS, malformed=malformed)
+    settings = care(f"malformed={malformed}")
     found = region_weights(broken(), settings, is_negative=False, earns_rationale=False)
     assert found.tolist() == [weight] * 6
 

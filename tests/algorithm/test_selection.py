@@ -19,7 +19,7 @@ from care_train.algorithm.selection import (
     select_hard_negatives,
     select_proxy_anchor,
 )
-from care_train.config import CareSettings, RescueSettings
+from care_train.config import CareSettings, Decisions
 from tests.algorithm.builders import broken, make_rollout, right, unit_vectors, with_reward, wrong
 
 SETTINGS = CareSettings()
@@ -132,10 +132,9 @@ def test_cosine_distance_by_hand():
     assert distances == pytest.approx([0.0, 0.5, 1.0, 2.0, 0.0], abs=1e-6)
 
 
-def test_cosine_topk_takes_the_nearest():
+def test_nearest_takes_the_nearest():
     """Sec. 3.3: rank F by ascending d_cos and keep K'."""
     degrees = [0, 80, 10, -30, 170]
-    assert select(degrees, 2, selector="cosine_topk") == [2, 3]
     assert select(degrees, 2, selector="nearest") == [2, 3]
 
 
@@ -220,7 +219,7 @@ def test_all_failures_when_there_are_no_more_than_asked():
     assert select([0, 80, 12, 40], 3) == [2, 3, 1]
 
 
-PROXY = RescueSettings()
+PROXY = Decisions()
 
 
 def test_pseudo_anchor_is_the_likeliest_per_token():
@@ -233,7 +232,7 @@ def test_pseudo_anchor_is_the_likeliest_per_token():
 def test_pseudo_anchor_by_sum():
     """Line 22 to the letter: the largest log pi_old(y | x)."""
     group = [wrong(think=1, answer=2), wrong(think=2, answer=1), wrong(think=0, answer=0)]
-    settings = replace(PROXY, score="sum")
+    settings = replace(PROXY, proxy_score="sum")
     assert select_proxy_anchor(group, [0, 1, 2], torch.tensor([-8.5, -8.0, -6.0]), settings) == 2
 
 
@@ -249,4 +248,6 @@ def test_pseudo_anchor_must_be_well_formed():
     sums = torch.tensor([-1.0, -2.0, -50.0])
     assert select_proxy_anchor(group, [0, 1, 2], sums, PROXY) == 2
     assert select_proxy_anchor(group, [0, 1], sums, PROXY) is None
-    assert select_proxy_anchor(group, [0, 1], sums, replace(PROXY, require_format=False)) == 0
+    assert (
+        select_proxy_anchor(group, [0, 1], sums, replace(PROXY, proxy_requires_format=False)) == 0
+    )

@@ -1,79 +1,87 @@
-"""CARE's settings: the presets' keys and the bounds of values."""
+"""CARE's settings: what the presets decide, the bounds of values, and keys that are gone."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import pytest
+import yaml
 
-from care_train.config import PRESETS, CareSettings, build_config, config_to_dict
+from care_train.config import (
+    PRESETS,
+    CareSettings,
+    Decisions,
+    build_config,
+    config_to_dict,
+    config_to_yaml,
+)
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict, prefix: str = "") -> dict:
     """Nested mappings as `a.b.c: value`."""
-    found: dict[str, Any] = {}
+    found: dict = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return found
 
 
-def changed(preset: str) -> dict[str, Any]:
-    """What a preset changes in a whole configuration."""
-    default, other = (
-        flat(config_to_dict(build_config({"preset": p}))) for p in ("default", preset)
-    )
-    return {key: other[key] for key in other if other[key] != default[key] and key != "preset"}
-
-
-def test_literal_changes_what_algorithm_1_says_differently():
-    """`preset: literal` follows Algorithm 1 to the letter, in these keys and no others."""
-    assert changed("literal") == {
-        "care.partial": "literal",
-        "care.normalize_over": "group",
-        "care.anchor_prefers_format": False,
-        "care.count_negatives_by": "reward",
-        "care.clamp_anchor": False,
-        "care.malformed": "ignore",
-        "care.tag_weight": 0.0,
-        "care.reflection.success_advantage": "penalized",
-        "care.rescue.score": "sum",
-        "care.rescue.require_format": False,
-        "care.rescue.num_negatives": "literal",
-    }
-
-
-def test_official_changes_what_the_released_code_does_differently():
-    """`preset: official` follows the authors' released code, in these keys and no others."""
-    assert changed("official") == {
-        "care.positive": "reward",
-        "care.anchor_prefers_format": False,
-        "care.farthest_first_start": "farthest",
-        "care.malformed": "uniform",
-        "care.tag_weight": 0.0,
-        "care.reflection.on_failure": "replace",
+WITHOUT_FORMAT = {
+    "care.decisions.anchor_prefers_format": False,
+    "care.decisions.tag_weight": 0.0,
+    "care.decisions.proxy_score": "sum",
+    "care.decisions.proxy_requires_format": False,
+}
+CHANGES = {
+    "default": {},
+    "literal": {
+        "care.decisions.partial": "literal",
+        "care.decisions.normalize_over": "group",
+        "care.decisions.count_negatives_by": "reward",
+        "care.decisions.clamp_anchor": False,
+        "care.decisions.malformed": "ignore",
+        "care.decisions.repaired_advantage": "penalized",
+        "care.decisions.rescue_size": "literal",
+        **WITHOUT_FORMAT,
+    },
+    "official": {
+        "care.decisions.positive": "reward",
+        "care.decisions.farthest_first_start": "farthest",
+        "care.decisions.malformed": "uniform",
+        "care.decisions.failed_reflection": "replace",
         "care.reflection.temperature": 0.6,
         "care.reflection.top_p": 0.95,
         "care.reflection.max_new_tokens": 512,
-        "care.rescue.score": "sum",
-        "care.rescue.require_format": False,
         "loss.aggregation": "token",
-    }
+        **WITHOUT_FORMAT,
+    },
+}
 
 
-def test_default_changes_nothing():
-    """`preset: default` is the defaults."""
-    assert PRESETS["default"] == {} and changed("default") == {}
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_each_preset_changes_what_it_promises(preset):
+    """`literal`: Algorithm 1 to the letter; `official`: the released code; nothing else differs."""
+    default, other = (
+        flat(config_to_dict(build_config({"preset": name}))) for name in ("default", preset)
+    )
+    changed = {k: v for k, v in other.items() if v != default[k] and k != "preset"}
+    assert changed == CHANGES[preset]
 
 
-@pytest.mark.parametrize("preset", ["literal", "official"])
-def test_a_users_own_value_wins_over_the_preset(preset):
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_a_written_configuration_keeps_its_preset(preset):
+    """config.yaml names the preset, not its decisions, and reads back as the same configuration."""
+    config = build_config({"preset": preset})
+    written = config_to_yaml(config)
+    assert "decisions" not in written
+    assert build_config(yaml.safe_load(written)) == config
+
+
+def test_a_users_own_value_wins_over_the_preset():
     """Presets lie under the user's settings, key by key."""
-    care = build_config({"preset": preset, "care": {"rescue": {"score": "mean"}}}).care
-    assert care.rescue.score == "mean"
-    assert not care.rescue.require_format
+    reflection = {"top_p": 0.5}
+    care = build_config({"preset": "official", "care": {"reflection": reflection}}).care
+    assert (care.reflection.top_p, care.reflection.temperature) == (0.5, 0.6)
+    assert care.decisions.positive == "reward"
 
 
 def test_settings_made_directly_are_the_configurations_defaults():
@@ -82,35 +90,50 @@ def test_settings_made_directly_are_the_configurations_defaults():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("values", "message"),
     [
-        ("max_negatives", 0),
-        ("preselect_size", 0),
-        ("neg_scale", 0.0),
-        ("neg_scale", 1.1),
-        ("think_weight", -0.1),
-        ("robust_trim", 0.5),
-        ("robust_trim", -0.1),
+        ({"max_negatives": 0}, "max_negatives: got 0, wanted an integer, at least 1"),
+        ({"preselect_size": 0}, "preselect_size: got 0, wanted an integer, at least 1"),
+        ({"neg_scale": 0.0}, r"neg_scale: got 0.0, wanted a number in \(0, 1\]"),
+        ({"neg_scale": 1.1}, r"neg_scale: got 1.1, wanted a number in \(0, 1\]"),
+        ({"think_weight": -0.1}, "think_weight: got -0.1, wanted a number, at least 0"),
+        ({"reflection": {"reflect_scale": 0.0}}, "reflect_scale: got 0.0"),
+        ({"reflection": {"reflect_scale": 0.51}}, r"reflect_scale: got 0.51, wanted in \(0, neg_s"),
+        ({"selector": "hardest"}, "selector: got 'hardest'"),
+        ({"anchor": "longest"}, "anchor: got 'longest'"),
+        ({"decisions": {"partial": "literal"}}, "decisions: got .* wanted no such key: preset"),
     ],
 )
-def test_values_out_of_bounds_are_errors(key, value):
-    """Each names its key: s in (0, 1], K and M at least 1, gamma+ at least 0, trim in [0, 0.5)."""
-    with pytest.raises(ValueError, match=rf"care\.{key}: got"):
-        build_config({"care": {key: value}})
+def test_wrong_values_name_key_and_bounds(values, message):
+    """s in (0, 1], s_refl in (0, s], K and M at least 1, gamma+ at least 0; no unknown choices."""
+    with pytest.raises(ValueError, match=rf"care\.(reflection\.)?{message}"):
+        build_config({"care": values})
 
 
-@pytest.mark.parametrize("value", [0.0, -0.1, 0.51])
-def test_s_refl_lies_between_zero_and_s(value):
-    """s_refl in (0, s] (Sec. 3.6)."""
-    with pytest.raises(ValueError, match=r"care\.reflection\.reflect_scale: got"):
-        build_config({"care": {"reflection": {"reflect_scale": value}}})
+class TestGone:
+    """Keys of earlier versions: silent where nothing changed, else an error that says what now."""
 
+    def test_what_a_preset_decides_anyway_is_no_error(self):
+        """A run's config.yaml names every key: one of an earlier version stays readable."""
+        old = {"robust": False, "clamp_anchor": False, "rescue": {"delta": 0.1, "score": "sum"}}
+        config = build_config({"preset": "literal", "care": old})
+        assert config == build_config({"preset": "literal"})
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("selector", "hardest"), ("positive", "both"), ("malformed", "drop"), ("anchor", "longest")],
-)
-def test_unknown_choices_are_errors(key, value):
-    """A choice that does not exist is not silently another."""
-    with pytest.raises(ValueError, match=rf"care\.{key}: got '{value}'"):
-        build_config({"care": {key: value}})
+    @pytest.mark.parametrize(
+        ("preset", "values", "message"),
+        [
+            ("default", {"clamp_anchor": False}, "care.clamp_anchor: got False.* gone: the preset"),
+            ("literal", {"rescue": {"score": "mean"}}, "care.rescue.score: got 'mean'.* gone"),
+            ("default", {"robust": True}, "care.robust: got True.* gone: mean and standard"),
+            ("default", {"rescue": {"delta": 1.0}}, "care.rescue.delta: got 1.0.*rescue.scale"),
+        ],
+    )
+    def test_another_value_is_an_error(self, preset, values, message):
+        """It names the key and what replaces it."""
+        with pytest.raises(ValueError, match=message):
+            build_config({"preset": preset, "care": values})
+
+    def test_no_key_is_both_gone_and_known(self):
+        """What the decisions are called in old files is no setting any more."""
+        known = {field for field in asdict(CareSettings()) if field != "decisions"}
+        assert not known & set(asdict(Decisions()))

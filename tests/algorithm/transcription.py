@@ -8,7 +8,6 @@ constants at the end are what the presets promise, written from their descriptio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import median
 
 from care_train.algorithm.types import Rollout
 
@@ -43,8 +42,6 @@ class Choices:
     K_S_is: str = "failures"  # or: "below the anchor" (line 26)
     clamp_anchor: bool = True
     equalize: bool = True
-    robust: bool = False
-    trim: float = 0.2
     tag_weight: float | None = None
     malformed: str = "penalize"  # or: "ignore", "uniform"
     malformed_negative_is: str = "without answer"  # or: "of fmt below 1"
@@ -257,14 +254,7 @@ def anchor_aware_negatives(
 
 
 def center_and_scale(r: list[float], c: Choices) -> tuple[float, float]:
-    """Eqs. 5-6, or Sec. 3.4's robust variant where its scale is not 0."""
-    if c.robust:
-        middle = median(r)
-        mad = median([abs(x - middle) for x in r])
-        if mad > 0:
-            drop = math.floor(c.trim * len(r))
-            kept = sorted(r)[drop : len(r) - drop]
-            return sum(kept) / len(kept), mad + c.eps
+    """Eqs. 5-6."""
     mu = sum(r) / len(r)
     return mu, math.sqrt(sum((x - mu) ** 2 for x in r) / len(r)) + c.eps
 

@@ -117,7 +117,7 @@ def test_presets_change_what_they_name():
     assert build_config({"preset": "official"}).loss.aggregation == "token"
     own = build_config({"preset": "official", "loss": {"aggregation": "sequence"}})
     assert own.loss.aggregation == "sequence"
-    assert build_config({"preset": "literal"}).care.rescue.score == "sum"
+    assert build_config({"preset": "literal"}).care.decisions.proxy_score == "sum"
 
 
 def test_every_algorithm_has_its_table_5_row():

@@ -210,7 +210,7 @@ def test_baselines_train(algorithm, cold_start, color_rows, tmp_path):
     [
         ("preset=literal",),
         ("preset=official", "care.reflection.max_new_tokens=12"),
-        ("care.reflection.context=x_only", "care.normalize_over=group", "care.robust=true"),
+        ("care.reflection.context=x_only",),
         ("loss.kl_estimator=exact", "loss.entropy_coef=0.01", "care.selector=random"),
     ],
     ids=["literal", "official", "x_only", "exact_kl"],
