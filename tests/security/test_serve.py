@@ -67,7 +67,7 @@ class Listener:
 def tcp_message(target, port: int, **more: Any) -> dict[str, Any]:
     """The live run's own request to be met at a port."""
     sender = target.run.engine._lease.sender
-    return {"sender": sender, "backend": "tcp", "port": port, "key": KEY} | more
+    return {"sender": sender, "call": {"backend": "tcp", "port": port, "key": KEY} | more}
 
 
 @pytest.mark.parametrize("has_token", [False, True])
@@ -82,7 +82,7 @@ def test_a_peers_pickle_is_never_run(target, tmp_path, has_token):
     place = {"backend": "nccl", "host": "127.0.0.1", "port": store.port, "timeout": 2.0}
     headers = {} if has_token else {"Content-Type": "text/plain", "Origin": "http://evil.example"}
     answer = target.ask(
-        "/weights/open", {"sender": STRANGER} | place, headers=headers, has_token=has_token
+        "/weights/open", {"sender": STRANGER, "call": place}, headers=headers, has_token=has_token
     )
     assert not proof.exists()
     assert answer.status_code == (422 if has_token else 403)
@@ -91,13 +91,11 @@ def test_a_peers_pickle_is_never_run(target, tmp_path, has_token):
 def test_nccl_gets_its_id_as_bytes(monkeypatch):
     """Through the request, whole, and no store is made; a group that does not come is given up."""
     pytest.importorskip("vllm")
-    from pydantic import TypeAdapter
     from vllm.distributed import utils
     from vllm.distributed.weight_transfer import nccl_common
 
     from care_train.rollout import weight_channel
-    from care_train.rollout.server_engine import InvalidError
-    from care_train.rollout.server_messages import OpenMessage, parse, unpack_meeting
+    from care_train.rollout.server_messages import OpenChannel, RequestError, parse
 
     unique_id, seen = bytes(range(128)), []
     hanging = threading.Event()
@@ -115,23 +113,22 @@ def test_nccl_gets_its_id_as_bytes(monkeypatch):
     monkeypatch.setattr(weight_channel, "_new_unique_id", lambda: unique_id)
     monkeypatch.setattr(weight_channel, "MEET_SECONDS", 0.2)
     invitation = weight_channel.invite("nccl", "127.0.0.1")
-    content = json.dumps(invitation.message | {"sender": STRANGER}).encode()
-    meeting = unpack_meeting(parse(TypeAdapter(OpenMessage), content), "127.0.0.1")
+    content = OpenChannel(sender=STRANGER, call=invitation.call).model_dump_json().encode()
+    call = parse(OpenChannel, content).call
     with pytest.raises(RuntimeError, match=r"no NCCL group of 3 ranks in 0.2 s"):
-        weight_channel.join(meeting, 2, 3)
+        weight_channel.join(call, "127.0.0.1", 2, 3)
     hanging.set()
-    weight_channel.join(meeting, 1, 2)
+    weight_channel.join(call, "127.0.0.1", 1, 2)
     invitation.open(2, 1.0)
     assert seen == [(unique_id, 2, 3, 0), (unique_id, 1, 2, 0), (unique_id, 0, 2, 0)]
-    short = content.replace(b"A", b"", 4)
-    with pytest.raises(InvalidError, match="unique_id: got"):
-        unpack_meeting(parse(TypeAdapter(OpenMessage), short), "127.0.0.1")
+    with pytest.raises(RequestError, match=r"unique_id: .*128 bytes"):
+        parse(OpenChannel, content.replace(b"AAEC", b""))
 
 
 def test_the_server_has_no_code_that_unpickles():
     """Neither pickle nor torch's collectives of objects, nor vLLM's group that uses it."""
     folder = Path(__file__).parents[2] / "care_train" / "rollout"
-    patterns = ("server_*.py", "serving.py", "weight_*.py", "adapter_sync.py", "vllm_server.py")
+    patterns = ("serv*.py", "weight_*.py", "vllm_worker.py", "remote_engine.py")
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         for node in ast.walk(ast.parse(path.read_text())):
             name = getattr(node, "attr", getattr(node, "id", getattr(node, "name", "")))
@@ -176,7 +173,7 @@ def test_web_pages_are_kept_out(target):
 
 def test_names_of_a_server_for_other_machines():
     """Its own and those it was given; an address may be translated on the way, a name is not."""
-    from care_train.rollout.server_guard import Guard
+    from care_train.rollout.server_access import Guard
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -255,7 +252,12 @@ def test_no_batch_ends_the_server(target):
     assert target.ask("/lease", b" " * (17 << 20)).status_code == 413
 
 
-TENSOR = ["lm_head.weight", "float32", [2, 3], 1]
+TENSOR = {"name": "lm_head.weight", "dtype": "float32", "shape": [2, 3], "checksum": 1}
+
+
+def tensor(num_bytes: int = 24, **fields: Any) -> dict[str, Any]:
+    """A bucket of one tensor."""
+    return {"tensors": [TENSOR | fields], "num_bytes": num_bytes}
 
 
 @pytest.mark.parametrize(
@@ -271,21 +273,21 @@ TENSOR = ["lm_head.weight", "float32", [2, 3], 1]
         ("/weights/bucket", {"tensors": [TENSOR], "num_bytes": 23}, "num_bytes"),
         ("/weights/bucket", {"tensors": [TENSOR], "num_bytes": -24}, "num_bytes"),
         ("/weights/bucket", {"tensors": [], "num_bytes": 0}, "tensors"),
-        ("/weights/bucket", {"tensors": [["a", "Tensor", [2], 1]], "num_bytes": 8}, "tensors.0.1"),
-        ("/weights/bucket", {"tensors": [["a", "int8", [2], 1]], "num_bytes": 2}, "tensors.0.1"),
-        ("/weights/bucket", {"tensors": [["a", "float32", [-2], 1]], "num_bytes": 8}, "tensors.0."),
-        (
-            "/weights/bucket",
-            {"tensors": [["a", "float32", [1 << 39], 1]], "num_bytes": 1 << 41},
-            "num_bytes",
-        ),
-        ("/weights/bucket", {"tensors": [[*TENSOR[:3], 1 << 63]], "num_bytes": 24}, "tensors.0.3"),
+        ("/weights/bucket", tensor(dtype="Tensor"), "tensors.0.dtype"),
+        ("/weights/bucket", tensor(dtype="int8"), "tensors.0.dtype"),
+        ("/weights/bucket", tensor(shape=[-2]), "tensors.0.shape.0"),
+        ("/weights/bucket", tensor(1 << 41, shape=[1 << 39]), "num_bytes"),
+        ("/weights/bucket", tensor(checksum=1 << 63), "tensors.0.checksum"),
+        ("/weights/bucket", tensor(pickle="AAAA"), "tensors.0.pickle"),
     ],
 )
 def test_messages_about_weights_are_checked(path, message, key, target):
     """Before anything is changed: the live run's weights stay valid."""
-    whole = tcp_message(target, 1) if path.endswith("open") else {"sender": STRANGER}
-    answer = target.ask(path, whole | message)
+    opens = path.endswith("open")
+    whole = (
+        tcp_message(target, **{"port": 1, **message}) if opens else {"sender": STRANGER} | message
+    )
+    answer = target.ask(path, whole)
     assert answer.status_code == 422 and key in answer.json()["error"], answer.text
     assert target.ask("/generate", target.batch()).status_code == 200
 
@@ -305,7 +307,8 @@ def test_a_peer_that_is_no_trainer_is_given_up(answer, target):
 def test_a_sync_that_stops_in_the_middle_is_given_up(target):
     """No bucket comes: the server says so in bounded time, and takes no part of a sync alone."""
     run = target.run
-    run.engine._client.post("/weights/begin", {"sender": run.engine._lease.sender})
+    begin = target.ask("/weights/begin", {"sender": run.engine._lease.sender})
+    assert begin.status_code == 200
     bucket = {"sender": run.engine._lease.sender, "tensors": [TENSOR], "num_bytes": 24}
     start = time.monotonic()
     assert "did not come in 2 s" in target.ask("/weights/bucket", bucket).json()["error"]
@@ -322,7 +325,7 @@ def test_a_live_run_keeps_its_server(target):
     """Whatever another process asks for: it is told who has the server, and the run goes on."""
     run = target.run
     wanted = tokens(run.engine.generate(run.requests(), GREEDY))
-    foreign = tcp_message(target, Listener().port, sender=STRANGER)
+    foreign = tcp_message(target, Listener().port) | {"sender": STRANGER}
     bucket = {"sender": STRANGER, "tensors": [TENSOR], "num_bytes": 24}
     answers = [
         target.ask("/weights/open", foreign),
@@ -393,7 +396,7 @@ class FakeLlm:
 
 
 def engine_loop() -> Any:
-    from care_train.rollout.server_engine import EngineLoop
+    from care_train.rollout.server_loop import EngineLoop
 
     return EngineLoop(FakeLlm(), lambda: None)
 
@@ -410,7 +413,8 @@ def test_a_request_given_up_while_it_waits_does_not_end_the_engine():
 
 def test_only_the_weights_asked_for_are_sampled_from():
     """None and others are refused; a batch ends when they go, and does not outlive them."""
-    from care_train.rollout.server_engine import AbortedError, Batch, RefusedError
+    from care_train.rollout.server_loop import Batch
+    from care_train.rollout.server_messages import RequestError
 
     loop = engine_loop()
     batches = [Batch(version, [], []) for version in (None, "old", "new")]
@@ -419,11 +423,11 @@ def test_only_the_weights_asked_for_are_sampled_from():
     for batch in batches[1:]:
         loop.generate(batch)
     for batch in batches[:2]:
-        with pytest.raises(RefusedError, match="wanted a weight sync"):
+        with pytest.raises(RequestError, match="wanted a weight sync"):
             batch.result.result(10)
     assert loop.call(lambda llm: loop.is_sampling).result(10)
     loop.call(lambda llm: loop.drop_weights("others come")).result(10)
-    with pytest.raises(AbortedError, match="others come"):
+    with pytest.raises(RequestError, match="others come"):
         batches[2].result.result(10)
     assert not loop.is_sampling
 
@@ -431,22 +435,21 @@ def test_only_the_weights_asked_for_are_sampled_from():
 def test_a_running_batch_keeps_the_lease(monkeypatch):
     """However long its run was silent."""
     from care_train.rollout import server_app
-    from care_train.rollout.server_engine import RefusedError
-    from care_train.rollout.server_messages import LeaseMessage
+    from care_train.rollout.server_messages import RequestError, TakeLease
 
     class Loop:
         is_sampling = True
 
     loop: Any = Loop()
-    limits: Any = None
+    unused: Any = None
     monkeypatch.setattr(server_app, "LEASE_SECONDS", 0.0)
-    server, peer = server_app.RolloutServer(loop, {}, limits), server_app.Peer("", lambda: None)  # pyright: ignore[reportArgumentType]
-    one, two = (LeaseMessage(sender=digit * 32, who=digit) for digit in "12")
-    asyncio.run(server.take(one, peer))
-    with pytest.raises(RefusedError, match="another run has this server: 1"):
-        asyncio.run(server.take(two, peer))
+    server = server_app.RolloutServer(loop, unused, unused)
+    one, two = (TakeLease(sender=digit * 32, who=digit) for digit in "12")
+    asyncio.run(server.take(one, None))
+    with pytest.raises(RequestError, match="another run has this server: 1"):
+        asyncio.run(server.take(two, None))
     loop.is_sampling = False
-    asyncio.run(server.take(two, peer))
+    asyncio.run(server.take(two, None))
 
 
 def test_the_trainers_port_takes_workers_only():
@@ -455,15 +458,15 @@ def test_the_trainers_port_takes_workers_only():
     from care_train.rollout import weight_channel
 
     invitation = weight_channel.invite("tcp", "127.0.0.1")
-    port = invitation.message["port"]
+    call = invitation.call
+    assert isinstance(call, weight_channel.TcpCall)
+    port = call.port
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.2", port), 5)
     silent = socket.create_connection(("127.0.0.1", port), 5)
     guess = socket.create_connection(("127.0.0.1", port), 5)
     guess.sendall(bytes(32))
-    key = base64.b64decode(invitation.message["key"])
-    meeting = weight_channel.TcpMeeting("127.0.0.1", port, key)
-    worker = in_background(lambda: weight_channel.join(meeting, 1, 2))
+    worker = in_background(lambda: weight_channel.join(call, "127.0.0.1", 1, 2))
     send = invitation.open(2, 20)
     sent, received = torch.arange(200, dtype=torch.uint8), torch.zeros(200, dtype=torch.uint8)
     arrival = in_background(lambda: worker.result(10)(received))
@@ -477,17 +480,17 @@ def test_the_trainers_port_takes_workers_only():
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    from care_train.rollout import server_token
+    from care_train.rollout import server_access
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(server_token.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
-    monkeypatch.delenv(server_token.VARIABLE, raising=False)
+    monkeypatch.setattr(server_access.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.delenv(server_access.TOKEN_VARIABLE, raising=False)
     return tmp_path
 
 
 def test_the_token_is_in_a_file_of_its_user(home):
     """Found for the server's own URL by its names for itself, for no other; gone at the end."""
-    from care_train.rollout.server_token import find_token, server_token
+    from care_train.rollout.server_access import find_token, server_token
 
     url = "http://127.0.0.1:8000"
     with server_token(url, None) as token:
@@ -506,7 +509,7 @@ def test_the_token_is_in_a_file_of_its_user(home):
 
 def test_a_token_file_that_others_can_write_or_read_is_refused(home):
     """Neither a link, nor another mode; and where the folder is someone's, another is taken."""
-    from care_train.rollout.server_token import find_token, server_token
+    from care_train.rollout.server_access import find_token, server_token
 
     url = "http://127.0.0.1:8000"
     with server_token(url, None) as token:
@@ -527,7 +530,7 @@ def test_a_token_file_that_others_can_write_or_read_is_refused(home):
 
 def test_a_given_token_is_one(home, monkeypatch):
     """From the variable or a file: another secret is refused unsent, and shown nowhere."""
-    from care_train.rollout.server_token import VARIABLE, find_token, server_token
+    from care_train.rollout.server_access import TOKEN_VARIABLE, find_token, server_token
 
     file, url = home / "given", "http://127.0.0.1:8000"
     file.write_text("care_" + "a" * 32 + "\n")
@@ -542,24 +545,24 @@ def test_a_given_token_is_one(home, monkeypatch):
         assert "sss" not in str(error.value)
     with pytest.raises(ValueError, match="cannot read"):
         find_token(url, str(home / "none"))
-    monkeypatch.setenv(VARIABLE, "care_" + "b" * 40)
+    monkeypatch.setenv(TOKEN_VARIABLE, "care_" + "b" * 40)
     assert find_token(url, str(file)).value == "care_" + "b" * 40
-    monkeypatch.setenv(VARIABLE, "password")
-    with pytest.raises(ValueError, match=f"{VARIABLE}: got 8 characters"):
+    monkeypatch.setenv(TOKEN_VARIABLE, "password")
+    with pytest.raises(ValueError, match=f"{TOKEN_VARIABLE}: got 8 characters"):
         find_token(url, None)
 
 
 def test_a_run_without_the_token_says_where_it_is_from(target, monkeypatch):
     """The source that was looked at, and the setting that names another."""
-    from care_train.rollout.server_token import VARIABLE
-    from care_train.rollout.vllm_server import VllmServerEngine
+    from care_train.rollout.remote_engine import VllmServerEngine
+    from care_train.rollout.server_access import TOKEN_VARIABLE
 
     settings = VllmSettings(server=target.server.url)
-    monkeypatch.setenv(VARIABLE, "care_" + "x" * 40)
-    wanted = rf"its token is not the one \(\${VARIABLE}\).*rollout.vllm.server_token_file"
+    monkeypatch.setenv(TOKEN_VARIABLE, "care_" + "x" * 40)
+    wanted = rf"its token is not the one \(\${TOKEN_VARIABLE}\).*rollout.vllm.server_token_file"
     with pytest.raises(RolloutServerError, match=wanted):
         VllmServerEngine(target.run.loaded, settings)
-    monkeypatch.delenv(VARIABLE)
+    monkeypatch.delenv(TOKEN_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
     with pytest.raises(RolloutServerError, match=r"no token was found \(no /nonexistent/"):
         VllmServerEngine(target.run.loaded, settings)

@@ -74,7 +74,7 @@ def test_engines_stay_at_the_edges():
             continue
         assert "deepspeed" not in tops or name.startswith("training/engine"), path
         assert "care_kernels" not in tops or name in uses_kernels, path
-        assert "vllm" not in tops or name.startswith("rollout/"), path
+        assert "vllm" not in tops or name.startswith("rollout/") or name == "compat.py", path
 
 
 def test_no_layer_imports_one_above():
