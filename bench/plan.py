@@ -214,7 +214,7 @@ def _train(case: Case) -> tuple[int, dict[str, int]]:
     batch = engine.collate([sequence] * case.micro_batch)
     rows = len(batch.target_ids)
     arguments = {"advantages": torch.full((rows,), 1e-3), "kl_weights": torch.full((rows,), 1e-3)}
-    arguments["ref_log_probs"] = engine.score(batch, 1.0)[0]
+    arguments["ref_log_probs"] = engine.log_probs(batch, 1.0)[0]
     gradients = _count_gradients(engine)
     for _ in range(2):
         engine.step([MicroBatch(batch, arguments)] * 2, 1.0)
@@ -226,7 +226,7 @@ def _train(case: Case) -> tuple[int, dict[str, int]]:
 
 def _count_gradients(engine: Any) -> list[int]:
     """A list that gets the gradients' bytes before every optimiser step, which frees them."""
-    from care_train.training.engine_state import tensor_bytes
+    from care_train.training.weights import tensor_bytes
 
     inner, step, counts = engine._engine, engine._engine.step, []
 
@@ -245,7 +245,7 @@ def _count_gradients(engine: Any) -> list[int]:
 
 def _state_bytes(engine: Any, reference: Any) -> int:
     """Bytes of the weights, the optimiser's states and own weights, and the reference model."""
-    from care_train.training.engine_state import tensor_bytes
+    from care_train.training.weights import tensor_bytes
 
     weights = list(engine._policy.parameters())
     groups = [p for group in engine.optimizer.param_groups for p in group["params"]]

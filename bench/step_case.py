@@ -13,8 +13,7 @@ from care_train.reporting import MetricsLogger
 from care_train.rollout.engine import banned_token_ids
 from care_train.training.rng import seed_all
 from care_train.training.session import open_session
-from care_train.training.sft import run_sft
-from care_train.training.sft_rows import cold_start_rows
+from care_train.training.sft import cold_start_rows, run_sft
 from care_train.verifier import Response, Score, Verifier
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"

@@ -7,8 +7,9 @@ from bench.step_case import Case, FixedLengthVerifier, Setup, StepFigures, case_
 from care_train.data import Sample
 from care_train.distributed import initialize_process_group, rank, world_size
 from care_train.models.prompts import TokenText
+from care_train.training.groups import RolloutScorer
 from care_train.training.rl import open_policy
-from care_train.training.sampling import GroupSampler, RolloutScorer
+from care_train.training.sampler import Sampler
 from care_train.training.session import Session, open_session, rank_share
 from care_train.training.step import TrainStep
 
@@ -32,8 +33,8 @@ class OurTrainer:
         scorer = RolloutScorer(TokenText(opened.loaded.tokenizer), verifier, config.prompt)
         session = Session(config, opened.loaded, opened.encoder, scorer)
         engine, rollout, reference = open_policy(session, device)
-        sampler = GroupSampler(rollout, session.encoder, scorer, config)
-        self._step = TrainStep(config, engine, sampler, reference)
+        sampler = Sampler(rollout, session.encoder, config)
+        self._step = TrainStep(config, engine, sampler, scorer, reference)
         self._setup, self._case, self._done = setup, case, 0
 
     def run(self) -> StepFigures:

@@ -42,8 +42,7 @@ from care_train.training.row_check import usable_rows
 from care_train.training.run_folder import RunFolder
 from care_train.training.run_place import CONFIG_FILE
 from care_train.training.session import Session, open_session
-from care_train.training.sft import cold_start_checkpoints, run_sft
-from care_train.training.sft_rows import cold_start_rows, count_rows
+from care_train.training.sft import cold_start_checkpoints, cold_start_rows, count_rows, run_sft
 
 Summary = dict[str, Any]
 

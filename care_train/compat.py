@@ -3,6 +3,8 @@
 `tests/train/test_compat.py` fails as soon as a library no longer needs one of them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,3 +77,60 @@ def _replay(generator: torch.Generator, num_drawn: int) -> None:
     generator.manual_seed(generator.initial_seed())
     for _ in range(num_drawn):
         torch.randint(0, 2**31, (1,), generator=generator)
+
+
+def patch_deepspeed() -> None:
+    """Called before the first `deepspeed.initialize`. Found in DeepSpeed 0.19.8."""
+    import deepspeed
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    # On CPUs DeepSpeed compiles a shared-memory all-reduce at first use, which takes half a minute
+    # and a C++ compiler and fails on some machines, for what gloo does as well.
+    # https://github.com/deepspeedai/DeepSpeed/issues/7108
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # bfloat16 under ZeRO-0 begins with an AdamW step on zero gradients to allocate its states: the
+    # first update then has the second one's bias correction, a quarter too small, and weight decay
+    # counts twice. https://github.com/deepspeedai/DeepSpeed/pull/5104 (open) and issue 5151.
+    FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None
+
+
+@contextmanager
+def deferred_write_errors(engine: Any) -> Iterator[None]:
+    """A block in which DeepSpeed's `save_checkpoint` raises write errors at the end of the block.
+
+    Found in DeepSpeed 0.19.8: an error of one rank inside of `save_checkpoint` leaves the others
+    in its barrier for ever. No upstream issue is known.
+
+    Args:
+        engine: a `DeepSpeedEngine`.
+
+    Raises:
+        OSError: this rank could not write a file; its message names the file.
+    """
+    writer = _Writer(engine.checkpoint_engine)
+    engine.checkpoint_engine = writer
+    # It copies scripts into the folder, and would do so without the writer.
+    engine._copy_recovery_script = lambda _: None
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = writer.inner
+    if writer.problem is not None:
+        raise OSError(writer.problem)
+
+
+class _Writer:
+    """DeepSpeed's file writer, except that it keeps an error to itself."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.problem: str | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        try:
+            self.inner.save(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch's zip writer raises the latter
+            self.problem = f"{path}: {str(error).splitlines()[0]}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)

@@ -5,7 +5,7 @@ from pathlib import Path
 from care_train.models.load import load_skeleton
 from care_train.models.lora import save_adapter
 from care_train.training.checkpoint import SKELETON, Checkpoints
-from care_train.training.engine_state import read_weights
+from care_train.training.engine import read_weights
 from care_train.training.folders import write_folder
 from care_train.training.resume import saved_lora
 from care_train.training.run_folder import writing_within_runs

@@ -71,6 +71,10 @@ class Rollout:
     """The verifier's reason, for people."""
     log_probs: tuple[float, ...] | None = field(default=None, repr=False)
     """Per token, the log-prob by the engine that sampled it. None where it keeps none."""
+    old_log_probs: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    """[T] fp32 log pi_old of each token, by the trainer. None before its forward."""
+    old_log_normalizer: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    """[T] fp32 log sum exp of the logits of the same forward."""
 
 
 @dataclass(frozen=True)

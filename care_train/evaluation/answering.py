@@ -18,6 +18,7 @@ from care_train.reporting import track
 from care_train.reporting.files import JsonlWriter, read_jsonl
 from care_train.rollout.engine import Completion, Request, RolloutEngine, request_seed
 from care_train.training.failures import Stopped
+from care_train.training.groups import Answer
 from care_train.training.guard import StopSignals
 from care_train.training.session import Session
 from care_train.verifier import Response, format_score, normalize
@@ -108,7 +109,7 @@ def judge_responses(
 
 def _score(session: Session, responses: Sequence[tuple[Question, Completion]]) -> list[Record]:
     """The row's type, options and tolerance count, and the run's reward functions and judge."""
-    scored = session.scorer.score_all([(q.sample, completion, ()) for q, completion in responses])
+    scored = session.scorer.score_all([Answer(q.sample, completion) for q, completion in responses])
     records = []
     for (question, _), rollout in zip(responses, scored, strict=True):
         answer = answer_of(session, rollout.text)

@@ -11,6 +11,7 @@ from care_train.data import Sample
 from care_train.distributed import all_max, all_sum, is_main, rank, world_size
 from care_train.reporting import track
 from care_train.rollout.engine import Request, RolloutEngine, SamplingSettings, request_seed
+from care_train.training.groups import Answer
 from care_train.training.session import Session, rank_share
 from care_train.training.timer import timer
 
@@ -53,7 +54,7 @@ def evaluate(
         ]
         with timer("generate"):
             completions = engine.generate(requests, sampling)
-        answered = [(*pair, ()) for pair in zip(batch, completions, strict=True)]
+        answered = list(map(Answer, batch, completions))
         for rollout in session.scorer.score_all(answered):
             correct += rollout.accuracy
             well_formed += rollout.format_score

@@ -1,39 +1,43 @@
-"""DeepSpeed around the policy: this module and `engine_state` alone import it."""
+"""DeepSpeed around the policy."""
 
+import contextlib
 import copy
+import io
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+from care_train.compat import deferred_write_errors, patch_deepspeed
 from care_train.config import DeepSpeedSettings, LoraSettings
 from care_train.distributed import all_max, all_sum, is_main, world_size
 from care_train.models.batch import ModelBatch, TokenSequence, collate, pack, packed_positions
 from care_train.models.load import LoadedModel
 from care_train.models.lora import add_adapters, without_adapters
 from care_train.models.policy import Policy
+from care_train.models.prompts import EncodedPrompt
 from care_train.rollout.engine import WeightParts
-from care_train.training.engine_state import load_engine, save_engine, tensor_bytes
 from care_train.training.finite import LeftOut, cause_of
-from care_train.training.optimizer import OptimizerSettings, learning_rate_factor
+from care_train.training.optimizer import (
+    OptimizerSettings,
+    adamw,
+    deepspeed_config,
+    learning_rate_factor,
+)
 from care_train.training.timer import timer
-from care_train.training.weights import policy_weights, stream
+from care_train.training.weights import policy_weights, stream, tensor_bytes
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-# On CPUs DeepSpeed would compile a shared-memory all-reduce at first use: half a minute, and a C++
-# compiler, for what gloo does.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-# bfloat16 under ZeRO-0 would begin with an AdamW step on zero gradients: the first update then has
-# the second one's bias correction, a quarter too small, and weight decay counts twice.
-FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None
+patch_deepspeed()
+
+_CHECKPOINT_TAG = "state"
+"""The subfolder of DeepSpeed's files in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -108,20 +112,21 @@ class PolicyEngine:
         self._positions = packed_positions(loaded.model) if packing else None
         if gradient_checkpointing:
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
-        # Alone, a rank waits for nobody.
+        # Ranks wait for each other in every layer, so all must run the same ones. One rank has no
+        # collective to match: its batches without images may skip the vision tower.
         policy = Policy(loaded.model, always_sees=world_size() > 1)
         if freeze_vision:
             _freeze_vision(loaded.model)
         parameters = [p for p in policy.parameters() if p.requires_grad]
-        adamw = _adamw(parameters, optimizer, settings)
-        self.optimizer = adamw
-        schedule: Any = torch.optim.lr_scheduler.LambdaLR(adamw, learning_rate_factor(optimizer))
+        self.optimizer = adamw(parameters, optimizer, settings)
+        factor = learning_rate_factor(optimizer)
+        schedule: Any = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self._policy = policy
         engine, *_ = deepspeed.initialize(
             model=policy,
-            optimizer=adamw,
+            optimizer=self.optimizer,
             lr_scheduler=schedule,
-            config=_deepspeed_config(optimizer, settings, bf16),
+            config=deepspeed_config(optimizer, settings, bf16),
             dist_init_required=False,
         )
         self._engine: Any = engine
@@ -130,6 +135,12 @@ class PolicyEngine:
     @property
     def learning_rate(self) -> float:
         return self._engine.get_lr()[0]
+
+    @property
+    def filler(self) -> TokenSequence:
+        """The shortest sequence there is, for a rank that has fewer batches than others."""
+        end = self.loaded.eos_token_ids[:1]
+        return TokenSequence(EncodedPrompt(end), (), end)
 
     def collate(self, sequences: Sequence[TokenSequence]) -> ModelBatch:
         """One batch on this rank's device, padded or packed."""
@@ -141,7 +152,7 @@ class PolicyEngine:
         return batch.to(self.device)
 
     @torch.no_grad()
-    def score(
+    def log_probs(
         self,
         batch: ModelBatch,
         temperature: float,
@@ -164,8 +175,8 @@ class PolicyEngine:
         self._engine.eval()
         return self._engine(batch, rows_only=True)[0]
 
-    def without_adapters(self) -> AbstractContextManager[None]:
-        """A block in which `score` and `rows` are those of the model without its adapters."""
+    def without_adapters(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which `log_probs` and `rows` are those of the model without its adapters."""
         return without_adapters(self.loaded.model)
 
     def step(self, micro_batches: Sequence[MicroBatch], temperature: float) -> StepResult:
@@ -173,23 +184,22 @@ class PolicyEngine:
 
         The loss is a sum over rows whose weights already hold the global denominator, so gradients
         are summed over ranks: DeepSpeed averages, hence the factor world_size. Ranks may have
-        different numbers of micro-batches; the short ones repeat their last with zero weights.
+        different numbers of micro-batches, or none; they fill up with `filler` at zero weight.
 
         An update that is not finite is left out as often as `max_skipped_updates` allows.
 
         Raises:
             NotFiniteError: the loss or the gradient is not finite; nothing was updated.
         """
-        assert micro_batches, "every rank needs a micro-batch"
         self._engine.train()
         count = all_max(len(micro_batches), self.device)
+        assert count, "some rank needs a micro-batch"
         outputs, total, cause = [], 0.0, None
         for place in range(count):
             self._engine.set_gradient_accumulation_boundary(place == count - 1)
             is_filler = place >= len(micro_batches)
-            micro = micro_batches[-1] if is_filler else micro_batches[place]
-            arguments = _without_weight(micro.loss_arguments) if is_filler else micro.loss_arguments
-            output, _ = self._engine(micro.batch, temperature, arguments)
+            micro = self._silent_micro_batch() if is_filler else micro_batches[place]
+            output, _ = self._engine(micro.batch, temperature, micro.loss_arguments)
             loss = output.loss * world_size()
             total += float(output.loss.detach())
             if cause is None and not math.isfinite(total):
@@ -206,6 +216,10 @@ class PolicyEngine:
             if not applied:
                 self._left_out.add(cause, total, grad_norm)
         return StepResult(total, grad_norm, outputs, applied)
+
+    def _silent_micro_batch(self) -> MicroBatch:
+        batch = self.collate([self.filler])
+        return MicroBatch(batch, {"advantages": torch.zeros(len(batch.rows), device=self.device)})
 
     def _apply(self) -> tuple[float, bool]:
         """Update, where the gradient is finite; its norm before clipping, and whether it was."""
@@ -231,7 +245,7 @@ class PolicyEngine:
         """
         return stream(self._weights[parts], bucket_bytes, self.gathered)
 
-    @contextmanager
+    @contextlib.contextmanager
     def gathered(self, parameters: Sequence[torch.nn.Parameter] | None = None) -> Iterator[None]:
         """Whole parameters, by default all, on every rank (a no-op below ZeRO-3)."""
         if self.zero_stage < 3:
@@ -259,11 +273,18 @@ class PolicyEngine:
         Raises:
             OSError: this rank could not write its part. Other ranks return.
         """
-        save_engine(self._engine, folder)
+        with deferred_write_errors(self._engine):
+            self._engine.save_checkpoint(str(folder), tag=_CHECKPOINT_TAG, save_latest=False)
 
     def load_state(self, folder: str | Path) -> None:
-        """Restore what `save_state` wrote, under the optimiser's settings of this run."""
-        load_engine(self._engine, folder)
+        """Restore what `save_state` wrote, under the optimiser's settings of this run.
+
+        Raises:
+            ValueError: DeepSpeed found nothing to load.
+        """
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_CHECKPOINT_TAG)
+        if path is None:
+            raise ValueError(f"checkpoint {folder}: DeepSpeed found no state there")
         # They come with the saved state, and would hide settings that a resume may change.
         settings, schedule = self._settings, self._engine.lr_scheduler
         factor = learning_rate_factor(settings)(schedule.last_epoch)
@@ -275,50 +296,20 @@ class PolicyEngine:
             self._engine.optimizer.clip_grad = self._engine.gradient_clipping()
 
 
-def _adamw(
-    parameters: list[torch.nn.Parameter], optimizer: OptimizerSettings, settings: DeepSpeedSettings
-) -> torch.optim.Optimizer:
-    """torch's AdamW, or where its states are in main memory DeepSpeed's for CPUs.
+def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The policy's whole weights from what `PolicyEngine.save_state` wrote under any ZeRO stage.
 
-    The latter is built by the C++ compiler at first use, which takes a minute or two;
-    `zero_force_ds_cpu_optimizer: false` asks for torch's, several times slower.
+    The folder must be trusted: DeepSpeed's files are pickles.
     """
-    shared: dict[str, Any] = {
-        "lr": optimizer.learning_rate,
-        "betas": optimizer.betas,
-        "weight_decay": optimizer.weight_decay,
-    }
-    if settings.offloads_optimizer and settings.config.get("zero_force_ds_cpu_optimizer", True):
-        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **shared)
-    return torch.optim.AdamW(parameters, **shared)
-
-
-def _deepspeed_config(
-    optimizer: OptimizerSettings, settings: DeepSpeedSettings, bf16: bool
-) -> dict[str, Any]:
-    base: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.max_grad_norm,
-        "zero_optimization": {"stage": settings.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        # ZeRO-1 and 2 otherwise apply bfloat16 gradients that are not finite.
-        "bf16": {"enabled": bf16, "check_grad_overflow": True},
-        "steps_per_print": 2**31,
-    }
-    for key, value in settings.config.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        base[key] = base[key] | value if both else value
-    return base
-
-
-def _without_weight(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same rows with nothing to learn: keeps ranks in step."""
-    weights = {"advantages", "kl_weights", "entropy_weights"}
-    return {
-        key: torch.zeros_like(value) if key in weights and value is not None else value
-        for key, value in arguments.items()
-    }
+    states = Path(folder) / _CHECKPOINT_TAG / "mp_rank_00_model_states.pt"
+    if states.is_file():
+        weights = torch.load(states, map_location="cpu", weights_only=False)["module"]
+    else:  # ZeRO-3 writes shards alone.
+        with contextlib.redirect_stdout(io.StringIO()):
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_CHECKPOINT_TAG)
+    assert weights is not None
+    prefix = "model."
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 
 def _freeze_vision(model: Any) -> None:

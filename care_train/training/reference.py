@@ -1,5 +1,6 @@
 """pi_ref, the policy before training: what the KL of Eq. 13 pulls towards."""
 
+import copy
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from care_train.training.engine import PolicyEngine
 class Reference(Protocol):
     """Forwards of the reference; every rank runs the same number of them."""
 
-    def score(
+    def log_probs(
         self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probs [N] of the batch's rows."""
@@ -26,11 +27,12 @@ class Reference(Protocol):
 class FrozenCopy:
     """A copy of the policy, made before it is trained."""
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+    def __init__(self, model: Any) -> None:
+        """Copy a model of transformers."""
+        self._policy = Policy(copy.deepcopy(model).eval().requires_grad_(False))
 
     @torch.no_grad()
-    def score(
+    def log_probs(
         self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self._policy(batch, temperature, pool_spans=pool_spans)
@@ -47,11 +49,11 @@ class WithoutAdapters:
     def __init__(self, engine: PolicyEngine) -> None:
         self._engine = engine
 
-    def score(
+    def log_probs(
         self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         with self._engine.without_adapters():
-            return self._engine.score(batch, temperature, pool_spans)
+            return self._engine.log_probs(batch, temperature, pool_spans)
 
     def exact_kl_arguments(self, batch: ModelBatch) -> dict[str, Any]:
         with self._engine.without_adapters():

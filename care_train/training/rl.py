@@ -1,6 +1,5 @@
-"""The training loop: prompts in order, one step after the other, metrics, samples, checkpoints."""
+"""Reinforcement learning: prompts in order, steps, and the evaluations and checkpoints between."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,24 +11,16 @@ from care_train.algorithm.types import Rollout
 from care_train.config import Config
 from care_train.data import PromptOrder, Sample
 from care_train.distributed import is_main, rank, world_size
-from care_train.models.policy import Policy
-from care_train.reporting import (
-    MetricsLogger,
-    SampleRecord,
-    TrainProgress,
-    append_sample,
-    show_sample,
-)
+from care_train.reporting import MetricsLogger, SampleRecord, append_sample, show_sample
 from care_train.rollout.engine import RolloutEngine
-from care_train.training.ahead import RolloutsAhead
 from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
 from care_train.training.engine import PolicyEngine
-from care_train.training.failures import Stopped
+from care_train.training.groups import Group
 from care_train.training.guard import StopSignals
+from care_train.training.loop import StepLoop, is_due, policy_engine
 from care_train.training.optimizer import OptimizerSettings
 from care_train.training.reference import FrozenCopy, Reference, WithoutAdapters
-from care_train.training.resume import check_identity, identity, log_sizes
-from care_train.training.sampling import GroupSampler, SampledGroup
+from care_train.training.sampler import AheadSampler, Sampler
 from care_train.training.session import Session, rank_share
 from care_train.training.step import StepOutcome, TrainStep
 from care_train.training.timer import at_step
@@ -87,19 +78,19 @@ def run_training(
     Raises:
         Stopped: a signal asked for it; a checkpoint is saved.
     """
-    loop = _Loop(session, samples, run_dir, metrics, device, evaluate)
+    loop = _RlLoop(session, samples, run_dir, metrics, device, evaluate)
     if checkpoint is not None:
-        loop.restore(checkpoint)
+        loop.resume_from(checkpoint)
     started()
     loop.run()
-    steps = session.config.train.steps
-    with at_step(steps, steps, run_dir):
+    with at_step(loop.num_steps, loop.num_steps, run_dir):
         save_model(loop.engine, run_dir / "final")
     return loop.totals
 
 
-class _Loop:
-    """The run's moving parts; what `state` returns and `engine` hold decides its future."""
+class _RlLoop(StepLoop):
+    phase = "train"
+    data_key = "data.path"
 
     def __init__(
         self,
@@ -111,93 +102,94 @@ class _Loop:
         evaluate: Evaluate | None,
     ) -> None:
         config = session.config
-        self._config, self._run_dir, self._metrics = config, run_dir, metrics
-        self._device, self._evaluate = device, evaluate
-        self._identity = identity(config, samples, session.loaded.model)
+        self.title = config.algorithm
+        checkpoints = open_checkpoints(config, run_dir)
+        super().__init__(
+            session, samples, run_dir, metrics, device, config.train.steps, checkpoints
+        )
+        self._evaluate = evaluate
         self.engine, self._rollout, reference = open_policy(session, device)
-        self._sampler = GroupSampler(self._rollout, session.encoder, session.scorer, config)
+        kind = AheadSampler if config.train.rollouts_ahead else Sampler
+        self._sampler = kind(self._rollout, session.encoder, config)
         self._source = PromptSource(samples, config)
-        self._ahead = RolloutsAhead(self._sampler, self._source.draw, config.train.steps)
-        ahead = self._ahead if config.train.rollouts_ahead else None
-        self._train_step = TrainStep(config, self.engine, self._sampler, reference, ahead)
-        self._checkpoints = open_checkpoints(config, run_dir)
-        self._owes_evaluation = False
+        self._train_step = TrainStep(config, self.engine, self._sampler, session.scorer, reference)
         self.totals = {"steps": 0.0, "decoded_tokens": 0.0, "trained_sequences": 0.0}
         self.totals["sampled_sequences"] = 0.0
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def resume_from(self, checkpoint: Checkpoint) -> None:
         """Be where the run was when it saved `checkpoint`."""
-        check_identity(checkpoint, self._identity, "data.path", self._config)
         state = checkpoint.state
+        own = self.restore(checkpoint)
         self.totals, self._source.position = state["totals"], state["position"]
-        self._owes_evaluation = state["owes_evaluation"]
-        own = checkpoint.restore(self.engine)
-        if self._config.train.rollouts_ahead:
-            self._ahead.restore(own.get("ahead", {}))
+        self.owes_evaluation = state["owes_evaluation"]
+        self._sampler.restore(own.get("ahead", {}), self._source.draw)
 
-    def run(self) -> None:
-        """The steps that are left, each with what is due after it."""
-        config = self._config
-        first, last = int(self.totals["steps"]), config.train.steps
-        enabled = config.logging.progress and is_main()
-        display = TrainProgress(last, enabled, config.algorithm, start_step=first)
-        with StopSignals() as signals, display as progress:
-            if self._owes_evaluation:
-                with at_step(first, last, self._run_dir):
-                    self._after_step(first, signals)
-            for step in range(first, last):
-                with at_step(step + 1, last, self._run_dir):
-                    outcome = self._train_step.run(self._source.draw, step)
-                    self._record(outcome, step + 1, progress)
-                    self._owes_evaluation = self._is_evaluation_due(step + 1)
-                    self._after_step(step + 1, signals)
-
-    def _record(self, outcome: StepOutcome, done: int, progress: TrainProgress) -> None:
+    def step(self, step: int) -> dict[str, float]:
+        outcome, done = self._train_step.run(self._source.draw, step), step + 1
         values = outcome.metrics
         self.totals = {key: self.totals[key] + values.get(key, 0.0) for key in self.totals}
         self.totals["steps"] = float(done)
-        self._metrics.log(done, values)
-        progress.update(done, values)
+        every = self.config.train.eval_every
+        self.owes_evaluation = self._evaluate is not None and is_due(done, every, self.num_steps)
         if is_main():
-            _record_samples(outcome, done, self._run_dir, progress, self._config)
+            self._record_sample(outcome, done)
+        return values
 
-    def _after_step(self, done: int, signals: StopSignals) -> None:
-        """Evaluate and save where that is due; stop where it was asked for."""
-        train, scores = self._config.train, None
-        stop = signals.requested(self._device)
-        if self._owes_evaluation and not stop:
+    def after_step(self, done: int, signals: StopSignals) -> None:
+        scores = None
+        stop = signals.requested(self.device)
+        if self.owes_evaluation and not stop:
             scores = self._run_evaluation(done)
-            stop = signals.requested(self._device)
-        is_due = _is_due(done, train.save_every, train.steps) or done == train.steps
-        is_best = scores is not None and self._checkpoints.is_best(scores)
-        if is_due or is_best or stop:
-            own = {"ahead": self._ahead.state()}
-            saved = self._checkpoints.save(self.engine, self._state(done), scores, own)
-            if stop:
-                raise Stopped(stop, done, train.steps, self._run_dir, saved)
-
-    def _is_evaluation_due(self, done: int) -> bool:
-        train = self._config.train
-        return self._evaluate is not None and _is_due(done, train.eval_every, train.steps)
+            stop = signals.requested(self.device)
+        is_last = done == self.num_steps
+        is_best = scores is not None and self.checkpoints.is_best(scores)
+        if is_due(done, self.config.train.save_every, self.num_steps) or is_last or is_best or stop:
+            own = {"ahead": self._sampler.state()}
+            self.save(done, self._state(), stop, scores, own)
 
     def _run_evaluation(self, done: int) -> dict[str, float]:
         assert self._evaluate is not None
         self._sampler.sync(self.engine)
         scores = self._evaluate(self._rollout)
         self._sampler.rest()
-        self._metrics.log(done, scores, phase="eval")
-        self._owes_evaluation = False
+        self.metrics.log(done, scores, phase="eval")
+        self.owes_evaluation = False
         return scores
 
-    def _state(self, done: int) -> dict[str, Any]:
-        return self._identity | {
-            "step": done,
-            # Before the prompts whose rollouts wait for the next step: a resume draws them again.
-            "position": self._source.position - self._source.count * self._ahead.has_next,
+    def _state(self) -> dict[str, Any]:
+        # Before the prompts whose rollouts wait for the next step: a resume draws them again.
+        position = self._source.position - self._source.count * self._sampler.has_next
+        return {
+            "position": position,
             "totals": self.totals,
-            "owes_evaluation": self._owes_evaluation,
-            "logs": log_sizes(self._run_dir),
+            "owes_evaluation": self.owes_evaluation,
         }
+
+    def _record_sample(self, outcome: StepOutcome, done: int) -> None:
+        """Now and then, show one completion and keep it in samples.jsonl."""
+        every = self.config.logging.samples_every
+        if not every or done % every:
+            return
+        group, rollout, role = _pick_sample(outcome)
+        record = SampleRecord(
+            step=done,
+            prompt=group.sample.prompt,
+            completion=rollout.text,
+            answer=group.sample.answer,
+            reward=rollout.reward,
+            role=role,
+        )
+        append_sample(self.run_dir, record)
+        show_sample(self.progress, record)
+
+
+def _pick_sample(outcome: StepOutcome) -> tuple[Group, Rollout, str]:
+    """The first trained sequence with its role, or where nothing trained, the first rollout."""
+    for group in outcome.groups:
+        if group.update.sequences:
+            first = group.update.sequences[0]
+            return group, first.rollout, first.role
+    return outcome.groups[0], outcome.groups[0].rollouts[0], "untrained"
 
 
 def open_checkpoints(config: Config, run_dir: Path) -> Checkpoints:
@@ -212,11 +204,6 @@ def open_checkpoints(config: Config, run_dir: Path) -> Checkpoints:
     return Checkpoints(run_dir / "checkpoints", train.keep_checkpoints, train.keep_best)
 
 
-def _is_due(step: int, every: int, last: int) -> bool:
-    """Whether step is one of every `every` before the last, which has its own turn."""
-    return every > 0 and step % every == 0 and step != last
-
-
 def open_policy(
     session: Session, device: torch.device
 ) -> tuple[PolicyEngine, RolloutEngine, Reference | None]:
@@ -227,67 +214,17 @@ def open_policy(
     config, reference = session.config, None
     has_lora = config.model.lora is not None
     if config.loss.kl_coef and not has_lora:
-        model = copy.deepcopy(session.loaded.model).eval()
-        reference = FrozenCopy(Policy(model.requires_grad_(False)))
-    engine = _policy_engine(session, device)
+        reference = FrozenCopy(session.loaded.model)
+    engine = policy_engine(
+        session,
+        OptimizerSettings.of_training(config.train),
+        device,
+        freeze_vision=config.train.freeze_vision,
+        copy_for_rollouts=config.rollout.engine == "transformers",
+    )
     if config.loss.kl_coef and has_lora:
         reference = WithoutAdapters(engine)
     rollout = session.new_engine(
         engine.rollout, config.rollout.batch_size, is_copy=engine.rollout_is_copy
     )
     return engine, rollout, reference
-
-
-def _policy_engine(session: Session, device: torch.device) -> PolicyEngine:
-    train = session.config.train
-    return PolicyEngine(
-        session.loaded,
-        OptimizerSettings(
-            learning_rate=train.learning_rate,
-            total_steps=train.steps * train.num_iterations * train.mini_batches,
-            warmup_steps=train.warmup_steps,
-            schedule=train.schedule,
-            min_learning_rate=train.min_learning_rate,
-            weight_decay=train.weight_decay,
-            betas=train.adam_betas,
-            max_grad_norm=train.max_grad_norm,
-            max_skipped_updates=train.max_skipped_updates,
-        ),
-        session.config.deepspeed,
-        device,
-        bf16=session.config.model.dtype == "bfloat16",
-        freeze_vision=train.freeze_vision,
-        lora=session.config.model.lora,
-        seed=session.config.seed,
-        packing=train.packing,
-        gradient_checkpointing=train.gradient_checkpointing,
-        copy_for_rollouts=session.config.rollout.engine == "transformers",
-    )
-
-
-def _record_samples(
-    outcome: StepOutcome, step: int, run_dir: Path, progress: TrainProgress, config: Config
-) -> None:
-    """Now and then, show one completion and keep it in samples.jsonl."""
-    every = config.logging.samples_every
-    if not every or step % every:
-        return
-    group, rollout, role = _pick_sample(outcome)
-    record = SampleRecord(
-        step=step,
-        prompt=group.sample.prompt,
-        completion=rollout.text,
-        answer=group.sample.answer,
-        reward=rollout.reward,
-        role=role,
-    )
-    append_sample(run_dir, record)
-    show_sample(progress, record)
-
-
-def _pick_sample(outcome: StepOutcome) -> tuple[SampledGroup, Rollout, str]:
-    """The first trained sequence with its role, or where nothing trained, the first rollout."""
-    for group, update in zip(outcome.groups, outcome.updates, strict=True):
-        if update.sequences:
-            return group, update.sequences[0].rollout, update.sequences[0].role
-    return outcome.groups[0], outcome.groups[0].rollouts[0], "untrained"

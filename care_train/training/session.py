@@ -14,7 +14,7 @@ from care_train.rollout.engine import RolloutEngine
 from care_train.rollout.remote_engine import VllmServerEngine
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.vllm_engine import VllmEngine
-from care_train.training.sampling import RolloutScorer
+from care_train.training.groups import RolloutScorer
 from care_train.training.weights import policy_weights
 from care_train.verifier import Verifier
 

@@ -1,37 +1,37 @@
 """Cold start (Sec. 4.1): supervised fine-tuning on rationale and answer in Sec. 3.1's format."""
 
+import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from care_train.config import Config
-from care_train.data import PromptOrder, Sample
-from care_train.distributed import all_sum, is_main, rank, world_size
+from care_train.algorithm.reflection import repair_prefix
+from care_train.config import Config, PromptSettings
+from care_train.data import PromptOrder, Sample, load_samples, require_rationales
+from care_train.distributed import all_max, all_sum, is_main, rank, world_size
 from care_train.models.batch import TokenSequence
-from care_train.reporting import MetricsLogger, TrainProgress
+from care_train.models.prompts import EncodedPrompt
+from care_train.reporting import MetricsLogger
 from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
 from care_train.training.engine import MicroBatch, PolicyEngine
-from care_train.training.failures import Stopped
 from care_train.training.guard import StopSignals
+from care_train.training.loop import StepLoop, is_due, policy_engine
 from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
 from care_train.training.optimizer import OptimizerSettings
-from care_train.training.resume import check_identity, identity, log_sizes
+from care_train.training.row_check import usable_rows
 from care_train.training.session import Session, rank_share
-from care_train.training.sft_rows import (
-    ColdStartRows,
-    repair_texts,
-    response_text,
-    target_sequence,
-)
 from care_train.training.timer import at_step, timer
+
+logger = logging.getLogger(__name__)
 
 
 def run_sft(
     session: Session,
-    cold_start: ColdStartRows,
+    cold_start: "ColdStartRows",
     folder: Path,
     metrics: MetricsLogger,
     device: torch.device,
@@ -56,112 +56,90 @@ def run_sft(
     Raises:
         Stopped: a signal asked for it; a checkpoint is saved.
     """
-    config, sft = session.config, session.config.sft
-    rows, held_out = cold_start.learnt, cold_start.held_out
-    run_identity = identity(config, cold_start.all, session.loaded.model)
-    engine = _policy_engine(session, device)
-    checkpoints = cold_start_checkpoints(config, folder.parent)
-    order = PromptOrder(len(rows), config.seed)
-    values: dict[str, float] = {}
-    first = 0
+    loop = _SftLoop(session, cold_start, folder.parent, metrics, device)
     if checkpoint is not None:
-        check_identity(checkpoint, run_identity, "sft.data.path", config)
-        first, values = checkpoint.step, checkpoint.state["values"]
-        checkpoint.restore(engine)
-    enabled = config.logging.progress and is_main()
-    display = TrainProgress(sft.steps, enabled, "cold start", start_step=first)
+        loop.restore(checkpoint)
+        loop.values = checkpoint.state["values"]
     started()
-    with StopSignals() as signals, display as progress:
-        for step in range(first, sft.steps):
-            with at_step(step + 1, sft.steps, folder.parent):
-                indices = order.take(step * sft.batch_size, sft.batch_size)
-                batch = rank_share([rows[i] for i in indices], rank(), world_size())
-                values = _sft_step(session, engine, batch, step)
-                done = step + 1
-                is_due = done == sft.steps or (sft.eval_every and done % sft.eval_every == 0)
-                if held_out is not None and is_due:
-                    values["eval_loss"] = held_out.loss(engine)
-                metrics.log(done, values, phase="sft")
-                progress.update(done, values)
-                stop = signals.requested(device)
-                if stop or (sft.save_every and done % sft.save_every == 0 and done < sft.steps):
-                    state = {"step": done, "values": values, "logs": log_sizes(folder.parent)}
-                    saved = checkpoints.save(engine, run_identity | state)
-                    if stop:
-                        raise Stopped(stop, done, sft.steps, folder.parent, saved)
-    with at_step(sft.steps, sft.steps, folder.parent):
-        save_model(engine, folder)
-    checkpoints.remove()
-    return values | cold_start.counts
+    loop.run()
+    with at_step(loop.num_steps, loop.num_steps, loop.run_dir):
+        save_model(loop.engine, folder)
+    loop.checkpoints.remove()
+    return loop.values | cold_start.counts
 
 
 def cold_start_checkpoints(config: Config, run_dir: Path) -> Checkpoints:
-    """The cold start's own checkpoints, there until it ends."""
+    """The cold start's own checkpoints, which are removed at its end."""
     return Checkpoints(run_dir / "cold_start_checkpoints", config.train.keep_checkpoints)
 
 
-def _policy_engine(session: Session, device: torch.device) -> PolicyEngine:
-    sft = session.config.sft
-    return PolicyEngine(
-        session.loaded,
-        OptimizerSettings(
-            learning_rate=sft.learning_rate,
-            total_steps=sft.steps,
-            warmup_steps=sft.warmup_steps,
-            schedule=sft.schedule,
-            weight_decay=sft.weight_decay,
-            max_grad_norm=sft.max_grad_norm,
-        ),
-        session.config.deepspeed,
-        device,
-        bf16=session.config.model.dtype == "bfloat16",
-        lora=session.config.model.lora,
-        seed=session.config.seed,
-        packing=session.config.train.packing,
-        gradient_checkpointing=session.config.train.gradient_checkpointing,
-    )
+class _SftLoop(StepLoop):
+    phase = "sft"
+    title = "cold start"
+    data_key = "sft.data.path"
 
+    def __init__(
+        self,
+        session: Session,
+        cold_start: "ColdStartRows",
+        run_dir: Path,
+        metrics: MetricsLogger,
+        device: torch.device,
+    ) -> None:
+        sft = session.config.sft
+        checkpoints = cold_start_checkpoints(session.config, run_dir)
+        super().__init__(session, cold_start.all, run_dir, metrics, device, sft.steps, checkpoints)
+        self.engine = policy_engine(session, OptimizerSettings.of_cold_start(sft), device)
+        self.values: dict[str, float] = {}
+        self._rows, self._held_out = cold_start.learnt, cold_start.held_out
+        self._order = PromptOrder(len(self._rows), session.config.seed)
 
-def _sft_step(
-    session: Session, engine: PolicyEngine, samples: Sequence[Sample], step: int
-) -> dict[str, float]:
-    """One optimiser step on the mean negative log-likelihood of the response tokens.
+    def step(self, step: int) -> dict[str, float]:
+        sft, done = self.config.sft, step + 1
+        indices = self._order.take(step * sft.batch_size, sft.batch_size)
+        batch = rank_share([self._rows[i] for i in indices], rank(), world_size())
+        self.values = self._learn(batch, step)
+        is_last = done == self.num_steps
+        if self._held_out is not None and (is_last or is_due(done, sft.eval_every, self.num_steps)):
+            self.values["eval_loss"] = self._held_out.loss(self.engine)
+        return self.values
 
-    With ratio 1 and advantage 1/N, the gradient of Eq. 12 is that of the mean log-likelihood, so
-    the policy's own fused step serves.
-    """
-    start = time.perf_counter()
-    sequences = _target_sequences(session, samples, step)
-    own_tokens = sum(len(sequence.response_ids) for sequence in sequences)
-    tokens = all_sum([float(own_tokens)], engine.device)[0]
-    micro_batches = []
-    limits = MicroBatchLimits.of_cold_start(session.config.sft, session.config.train)
-    for places in agreed_micro_batches(sequences, limits, engine.device)[0]:
-        batch = engine.collate([sequences[i] for i in places])
-        weights = torch.full((len(batch.rows),), 1.0 / tokens, device=engine.device)
-        labels = tuple(sequences[i].prompt.location or "a prompt" for i in places)
-        micro_batches.append(MicroBatch(batch, {"advantages": weights}, labels))
-    learning_rate = engine.learning_rate  # the one used here; the step sets the next one's
-    with timer("update"):
-        result = engine.step(micro_batches, temperature=1.0)
-    own_loss = -sum(float(output.log_probs.sum()) for output in result.outputs)
-    return {
-        "loss": all_sum([own_loss], engine.device)[0] / tokens,
-        "grad_norm": result.grad_norm,
-        "learning_rate": learning_rate,
-        "tokens_per_second": tokens / (time.perf_counter() - start),
-    }
+    def after_step(self, done: int, signals: StopSignals) -> None:
+        stop = signals.requested(self.device)
+        if stop or is_due(done, self.config.sft.save_every, self.num_steps):
+            self.save(done, {"values": self.values}, stop)
 
+    def _learn(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
+        """One optimiser step on the mean negative log-likelihood of the response tokens.
 
-def _target_sequences(
-    session: Session, samples: Sequence[Sample], step: int
-) -> list[TokenSequence]:
-    """Prompt, and the response to learn; a repair row's failed rationale and cue are only read."""
-    prompts = session.encoder.encode(samples)
-    return [
-        target_sequence(session, prompt, *sft_target(session.config, sample, step))
-        for sample, prompt in zip(samples, prompts, strict=True)
-    ]
+        With ratio 1 and advantage 1/N, the gradient of Eq. 12 is that of the mean log-likelihood,
+        so the policy's own fused step serves.
+        """
+        start, engine, config = time.perf_counter(), self.engine, self.config
+        prompts = self.session.encoder.encode(samples)
+        sequences = [
+            target_sequence(self.session, prompt, *sft_target(config, sample, step))
+            for sample, prompt in zip(samples, prompts, strict=True)
+        ]
+        own_tokens = sum(len(sequence.response_ids) for sequence in sequences)
+        tokens = all_sum([float(own_tokens)], engine.device)[0]
+        micro_batches = []
+        limits = MicroBatchLimits.of_cold_start(config.sft, config.train)
+        for places in agreed_micro_batches(sequences, limits, engine.device)[0]:
+            batch = engine.collate([sequences[i] for i in places])
+            weights = torch.full((len(batch.rows),), 1.0 / tokens, device=engine.device)
+            labels = tuple(sequences[i].prompt.location or "a prompt" for i in places)
+            micro_batches.append(MicroBatch(batch, {"advantages": weights}, labels))
+        learning_rate = engine.learning_rate  # the one used here; the step sets the next one's
+        with timer("update"):
+            result = engine.step(micro_batches, temperature=1.0)
+        own_loss = -sum(float(output.log_probs.sum()) for output in result.outputs)
+        return {
+            "loss": all_sum([own_loss], engine.device)[0] / tokens,
+            "grad_norm": result.grad_norm,
+            "learning_rate": learning_rate,
+            "tokens_per_second": tokens / (time.perf_counter() - start),
+        }
 
 
 def sft_target(config: Config, sample: Sample, step: int) -> tuple[str, str]:
@@ -170,3 +148,140 @@ def sft_target(config: Config, sample: Sample, step: int) -> tuple[str, str]:
     if sample.failed_rationale is None or draw >= config.sft.repair_share:
         return "", response_text(config.prompt, sample)
     return repair_texts(config, sample, sample.failed_rationale)
+
+
+def response_text(prompt: PromptSettings, sample: Sample) -> str:
+    """A row's rationale and answer in Sec. 3.1's format and the tags of all other stages."""
+    think, answer = prompt.think_tag, prompt.answer_tag
+    return f"<{think}>{sample.rationale}</{think}> <{answer}>{sample.answer}</{answer}>"
+
+
+def repair_texts(config: Config, sample: Sample, failed_rationale: str) -> tuple[str, str]:
+    """(read only, learned): a failed rationale with the cue, then the right one and the answer."""
+    think = config.prompt.think_tag
+    prefix = repair_prefix(failed_rationale, config.care.reflection.cue, think)
+    return prefix, response_text(config.prompt, sample).removeprefix(f"<{think}>")
+
+
+def target_sequence(
+    session: Session, prompt: EncodedPrompt, prefix: str, response: str
+) -> TokenSequence:
+    """Prompt, text that is only read, and the response to learn with the token that ends it."""
+    encode = session.encoder.encode_text
+    ids = encode(response) + session.loaded.eos_token_ids[:1]
+    return TokenSequence(prompt, encode(prefix), ids)
+
+
+@dataclass(frozen=True)
+class ColdStartRows:
+    """Rows that were found valid, before the first step."""
+
+    all: Sequence[Sample]
+    learnt: Sequence[Sample]
+    """Those with a rationale, and with a prompt that is not too long."""
+    counts: dict[str, float]
+    """`count_rows`."""
+    held_out: "HeldOutRows | None"
+    """`sft.eval_data`."""
+
+
+def cold_start_rows(session: Session, samples: Sequence[Sample], run_dir: Path) -> ColdStartRows:
+    """Check and measure a cold start's rows, on all ranks.
+
+    Args:
+        session: the model to fine-tune, with its encoder.
+        samples: rows, of which those with a rationale are learnt.
+        run_dir: the run's folder; rows that are left out are listed there.
+
+    Raises:
+        ValueError: no row has a rationale, or a row can be no prompt or is too long.
+    """
+    rows = require_rationales(samples)
+    counts = count_rows(samples, rows)
+    rows, prompt_lengths = usable_rows(session, rows, "sft.data", run_dir)
+    check_lengths(session, rows, prompt_lengths)
+    held_out = HeldOutRows(session) if session.config.sft.eval_data is not None else None
+    return ColdStartRows(samples, rows, counts, held_out)
+
+
+def count_rows(samples: Sequence[Sample], rows: Sequence[Sample]) -> dict[str, float]:
+    """How many rows there are, and how many have no rationale, with a warning if any has none."""
+    missing = len(samples) - len(rows)
+    if missing and is_main():
+        logger.warning(
+            "%d of %d cold-start rows have no rationale and are not learnt", missing, len(samples)
+        )
+    return {"rows": float(len(samples)), "rows_without_rationale": float(missing)}
+
+
+def check_lengths(session: Session, rows: Sequence[Sample], prompt_lengths: Sequence[int]) -> None:
+    """Before the first step: no sequence has more tokens than `sft.micro_batch_tokens`.
+
+    Raises:
+        ValueError: one has; names the longest.
+    """
+    limit = session.config.sft.micro_batch_tokens
+    if limit is None:
+        return
+    lengths = [
+        length + _response_length(session, row)
+        for row, length in zip(rows, prompt_lengths, strict=True)
+    ]
+    longest = max(lengths)
+    if longest > limit:
+        raise ValueError(
+            f"sft.micro_batch_tokens: got {limit}, wanted at least {longest}, the tokens of "
+            f"{rows[lengths.index(longest)].location}: the longest row, and none is ever cut"
+        )
+
+
+def _response_length(session: Session, sample: Sample) -> int:
+    """Tokens of the longest text that may follow the prompt, with the one that ends it."""
+    config, encode = session.config, session.encoder.encode_text
+    texts = [("", response_text(config.prompt, sample))]
+    if sample.failed_rationale is not None and config.sft.repair_share > 0:
+        texts.append(repair_texts(config, sample, sample.failed_rationale))
+    return 1 + max(len(encode(prefix)) + len(encode(text)) for prefix, text in texts)
+
+
+class HeldOutRows:
+    """The rows of `sft.eval_data`, which the cold start does not learn."""
+
+    def __init__(self, session: Session) -> None:
+        """Load them.
+
+        Raises:
+            ValueError: none has a rationale.
+        """
+        config = session.config
+        assert config.sft.eval_data is not None
+        rows = require_rationales(load_samples(config.sft.eval_data, config.seed, "sft.eval_data"))
+        self._rows, _ = usable_rows(session, rows, "sft.eval_data")
+        self._session = session
+
+    @torch.no_grad()
+    def loss(self, engine: PolicyEngine) -> float:
+        """Mean negative log-likelihood in nats per response token, over all ranks."""
+        size = self._session.config.sft.micro_batch_size
+        own = range(rank(), len(self._rows), world_size())
+        chunks = [own[start : start + size] for start in range(0, len(own), size)]
+        total, tokens = 0.0, 0.0
+        # Sharded parameters require the same number of forwards on every rank.
+        for turn in range(all_max(len(chunks), engine.device)):
+            if turn >= len(chunks):
+                engine.log_probs(engine.collate([engine.filler]), 1.0)
+                continue
+            samples = [self._rows[place] for place in chunks[turn]]
+            log_probs, _ = engine.log_probs(engine.collate(self._sequences(samples)), 1.0)
+            total -= float(log_probs.sum())
+            tokens += len(log_probs)
+        total, tokens = all_sum([total, tokens], engine.device)
+        return total / tokens
+
+    def _sequences(self, samples: Sequence[Sample]) -> list[TokenSequence]:
+        session = self._session
+        prompts = session.encoder.encode(samples)
+        return [
+            target_sequence(session, prompt, "", response_text(session.config.prompt, sample))
+            for sample, prompt in zip(samples, prompts, strict=True)
+        ]

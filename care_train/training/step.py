@@ -1,23 +1,20 @@
 """One step of training: rollouts in, an updated policy and metrics out. Reads like Algorithm 1."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from care_train.algorithm import baselines, care
-from care_train.algorithm.types import GroupUpdate, Rollout, Subgroup
+from care_train.algorithm.types import GroupUpdate, Subgroup
 from care_train.config import Config
-from care_train.data import Sample
 from care_train.distributed import all_max
 from care_train.rollout.engine import request_seed
-from care_train.training.ahead import RolloutsAhead
 from care_train.training.engine import PolicyEngine
-from care_train.training.mismatch import Mismatch, check_parity
+from care_train.training.groups import Group, RolloutScorer
+from care_train.training.log_probs import LogProbs, TrainItem
+from care_train.training.metrics import check_engine_gap, engine_gap, step_metrics
 from care_train.training.reference import Reference
-from care_train.training.sampling import GroupSampler, SampledGroup
-from care_train.training.scoring import SequenceScorer
-from care_train.training.statistics import StepStatistics
+from care_train.training.sampler import Draw, Sampler
 from care_train.training.timer import StepSeconds, timer
 from care_train.training.update import PolicyUpdater
 
@@ -27,8 +24,7 @@ class StepOutcome:
     """What a step leaves for people: metrics over all ranks, and this rank's groups."""
 
     metrics: dict[str, float]
-    groups: list[SampledGroup]
-    updates: list[GroupUpdate]
+    groups: list[Group]
 
 
 class TrainStep:
@@ -38,115 +34,103 @@ class TrainStep:
         self,
         config: Config,
         engine: PolicyEngine,
-        sampler: GroupSampler,
+        sampler: Sampler,
+        scorer: RolloutScorer,
         reference: Reference | None,
-        ahead: RolloutsAhead | None = None,
     ) -> None:
         self._config = config
         self._engine = engine
         self._sampler = sampler
-        self._ahead = ahead
-        self._scorer = SequenceScorer(engine, config)
-        self._updater = PolicyUpdater(engine, config, self._scorer, reference)
-        self._is_checked = config.rollout.engine == "transformers"
+        self._scorer = scorer
+        self._log_probs = LogProbs(engine, config, reference)
+        self._updater = PolicyUpdater(engine, config, reference)
+        self._is_gap_checked = config.rollout.engine == "transformers"
 
-    def run(self, draw: Callable[[], Sequence[Sample]], step: int) -> StepOutcome:
-        """Sample, score, select, reflect, weigh and update on this rank's prompts.
+    def run(self, draw: Draw, step: int) -> StepOutcome:
+        """Algorithm 1 on this rank's prompts, each line of it for all groups at once.
 
         Args:
             draw: deals this rank's next prompts; called again under dynamic sampling.
             step: counts from 0; part of every rollout's seed.
         """
         seconds = StepSeconds()
-        if self._ahead is not None:
-            self._sampler.wait()
-        sync = self._sampler.sync(self._engine)
-        groups, dropped = self._sample(draw, step)
-        mismatch = Mismatch()
-        reflected: list[Rollout | None] = [None] * len(groups)
-        num_wanted = 0
+        sync = self._sampler.sync(self._engine)  # pi_old = pi
+        groups, dropped = self._sample(draw, step)  # lines 1-2, Eq. 1
         if self._config.algorithm == "care":
-            with timer("old_forward"):
-                scored = self._scorer.score_groups(groups, mismatch)
-            with timer("select"):
-                subgroups = [
-                    care.select_subgroup(group, self._config.care, self._generator(sampled, step))
-                    for sampled, group in zip(groups, scored, strict=True)
-                ]
-            num_wanted = sum(
-                not isinstance(subgroup, str) and subgroup.reflect_on is not None
-                for subgroup in subgroups
-            )
-            reflected = self._sampler.reflect(groups, subgroups, step)
-            with timer("select"):
-                updates = [
-                    _care_update(subgroup, self._config, rollout)
-                    for subgroup, rollout in zip(subgroups, reflected, strict=True)
-                ]
-        else:
-            with timer("select"):
-                updates = [self._baseline_update(group) for group in groups]
+            with timer("old_forward"):  # log pi_old, rationale embeddings
+                groups = self._log_probs.of_groups(groups)
+            with timer("select"):  # lines 3-10 and 21-25, Eqs. 2-4 and 14
+                groups = [replace(g, subgroup=self._subgroup(g, step)) for g in groups]
+            with timer("reflect"):  # lines 11-13
+                groups = self._sampler.reflect(groups, step)
+            with timer("score"):  # line 14
+                groups = self._scorer.verify_reflections(groups)
         self._sampler.rest()
+        with timer("select"):  # lines 15-19 and 26-41, Eqs. 5-8 and 11
+            groups = [replace(g, update=self._group_update(g)) for g in groups]
+        items = self._log_probs.items(groups)  # log pi_old and log pi_ref where they are missing
+        gap = self._checked_gap(groups, items)
         learning_rate = self._engine.learning_rate  # the first update's, which sets the next one's
-        results = self._updater.update(groups, updates, mismatch, self._check_parity)
-        gaps, _ = mismatch.reduce(self._engine.device)
-        statistics = StepStatistics(groups, updates, reflected, num_wanted, results, dropped)
-        values = statistics.reduce(self._engine.device)
-        values |= seconds.values() | sync | gaps
+        results = self._updater.update(groups, items)  # lines 42-43, Eqs. 12-13
+
+        values = step_metrics(groups, results, self._engine.device, dropped)
+        values |= seconds.values() | sync | gap
         values["learning_rate"] = learning_rate
         values["tokens_per_second"] = values["decoded_tokens"] / max(values["seconds"], 1e-9)
-        return StepOutcome(values, groups, updates)
+        return StepOutcome(values, groups)
 
-    def _sample(
-        self, draw: Callable[[], Sequence[Sample]], step: int
-    ) -> tuple[list[SampledGroup], list[SampledGroup]]:
-        """One batch of groups; under dynamic sampling, of groups with mixed outcomes, and those
-        that were sampled but are not of the batch."""
-        if self._ahead is not None:
-            return self._ahead.take(step), []
-        samples = draw()
-        groups = self._sampler.sample_groups(samples, step)
+    def _sample(self, draw: Draw, step: int) -> tuple[list[Group], list[Group]]:
+        """Lines 1-2: one batch of groups with verified rollouts.
+
+        Under dynamic sampling it is one of groups with mixed outcomes, as far as there are enough;
+        the second list has those that were sampled but are not of the batch.
+        """
+        groups = self._sample_once(draw, step)
         if not self._config.train.dynamic_sampling:
             return groups, []
-        wanted = len(samples)
+        size = len(groups)
         for _ in range(self._config.train.max_resample_rounds):
             # All ranks draw as long as one needs to, so that they stay at the same position.
             mixed = sum(baselines.has_mixed_outcomes(group.rollouts) for group in groups)
-            if not all_max(mixed < wanted, self._engine.device):
+            if not all_max(mixed < size, self._engine.device):
                 break
-            groups += self._sampler.sample_groups(draw(), step)
+            groups += self._sample_once(draw, step)
         # A stable sort: the mixed ones first, each kind in the order of sampling.
         groups.sort(key=lambda group: not baselines.has_mixed_outcomes(group.rollouts))
-        return groups[:wanted], groups[wanted:]
+        return groups[:size], groups[size:]
 
-    def _check_parity(self, mismatch: Mismatch) -> None:
-        """The gate of this process's first measured step, before anything is updated."""
-        if self._is_checked:
-            return
-        values, worst = mismatch.reduce(self._engine.device)
-        check_parity(values, worst, self._config.rollout.max_log_prob_gap)
-        self._is_checked = worst is not None
+    def _sample_once(self, draw: Draw, step: int) -> list[Group]:
+        with timer("generate"):
+            groups = self._sampler.sample(draw, step)
+        with timer("score"):
+            return self._scorer.verify(groups)
 
-    def _baseline_update(self, group: SampledGroup) -> GroupUpdate:
-        return baselines.group_update(
-            group.rollouts,
-            divide_by_std=self._config.algorithm != "dr_grpo",
-            # A token mean or Dr. GRPO's constant divides by length itself.
-            length_normalized=self._config.loss.aggregation == "sequence",
-            keep_without_signal=self._config.loss.kl_coef > 0,
-            norm_eps=self._config.care.norm_eps,
-        )
-
-    def _generator(self, group: SampledGroup, step: int) -> torch.Generator:
+    def _subgroup(self, group: Group, step: int) -> Subgroup | str:
         # Beyond the rollouts' and the reflection's own indices.
         index = self._config.rollout.group_size + 1
         seed = request_seed(self._config.seed, step, group.sample.draw, index)
-        return torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        return care.select_subgroup(group, self._config.care, generator)
 
+    def _group_update(self, group: Group) -> GroupUpdate:
+        if self._config.algorithm != "care":
+            return baselines.group_update(
+                group.rollouts,
+                divide_by_std=self._config.algorithm != "dr_grpo",
+                # A token mean or Dr. GRPO's constant divides by length itself.
+                length_normalized=self._config.loss.aggregation == "sequence",
+                keep_without_signal=self._config.loss.kl_coef > 0,
+                norm_eps=self._config.care.norm_eps,
+            )
+        if isinstance(group.subgroup, str):
+            return care.skipped_update(group.subgroup)
+        return care.subgroup_update(group.subgroup, self._config.care, group.reflected)
 
-def _care_update(
-    subgroup: Subgroup | str, config: Config, reflected: Rollout | None
-) -> GroupUpdate:
-    if isinstance(subgroup, str):
-        return care.skipped_update(subgroup)
-    return care.subgroup_update(subgroup, config.care, reflected)
+    def _checked_gap(self, groups: list[Group], items: list[TrainItem]) -> dict[str, float]:
+        """The trainer's gap to the rollout engine, held to its limit in this process's first
+        measured step, before anything is updated."""
+        values, worst = engine_gap(groups, items, self._engine.device)
+        if not self._is_gap_checked:
+            check_engine_gap(values, worst, self._config.rollout.max_log_prob_gap)
+            self._is_gap_checked = worst is not None
+        return values

@@ -1,207 +1,132 @@
-"""The optimiser's passes over one batch of rollouts (Algorithm 1, lines 42-43)."""
+"""The optimiser's passes over one batch of rollouts (Algorithm 1, lines 41-43)."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from care_kernels import Clip
-from care_train.algorithm.types import GroupUpdate, Rollout, TrainSequence
-from care_train.config import Config
+from care_train.algorithm.region_weights import spread_advantages
+from care_train.algorithm.types import GroupUpdate, TrainSequence
+from care_train.config import Config, LossSettings
 from care_train.distributed import all_sum
-from care_train.models.batch import ModelBatch, TokenSequence
 from care_train.training.engine import MicroBatch, PolicyEngine, StepResult
-from care_train.training.loss import (
-    Denominators,
-    LossRows,
-    local_denominators,
-    loss_rows,
-    sequence_scale,
-)
+from care_train.training.groups import Group
+from care_train.training.log_probs import TrainItem
 from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
-from care_train.training.mismatch import Mismatch, importance_weights
 from care_train.training.reference import Reference
-from care_train.training.sampling import SampledGroup
-from care_train.training.scoring import SequenceScorer
 from care_train.training.timer import timer
-
-IMPORTANCE_CAP = 2.0
-"""Truncation of the importance weight of a reflection trained without its context."""
 
 
 @dataclass(frozen=True)
-class TrainItem:
-    """One sequence of S* ready for the optimiser."""
+class Denominators:
+    """What the loss of one optimiser step is divided by, summed over ranks and micro-batches."""
 
-    place: int
-    """Its group's place in the batch."""
-    update: GroupUpdate
-    sequence: TrainSequence
-    tokens: TokenSequence = field(repr=False)
-    old_log_probs: torch.Tensor | None = field(default=None, repr=False)
-    old_log_normalizer: torch.Tensor | None = field(default=None, repr=False)
-    """None where the old policy did not see the sequence in the context it is trained in."""
-    ref_log_probs: torch.Tensor | None = field(default=None, repr=False)
-    importance_weights: torch.Tensor | None = field(default=None, repr=False)
+    sequences: float
+    """|S*| of Eq. 12, or all sampled sequences for a baseline."""
+    tokens: float
+    """Their response tokens."""
+    groups: float
+    """Groups that train."""
+
+
+def local_denominators(updates: Sequence[GroupUpdate]) -> list[float]:
+    """This rank's share of [sequences, tokens, groups]."""
+    return [
+        float(sum(update.num_sequences for update in updates)),
+        float(sum(update.num_tokens for update in updates)),
+        float(sum(bool(update.sequences) for update in updates)),
+    ]
+
+
+def sequence_scale(
+    update: GroupUpdate,
+    denominators: Denominators,
+    loss: LossSettings,
+    max_new_tokens: int,
+    *,
+    per_group: bool,
+) -> float:
+    """The factor 1/|S*| of Eq. 12, or what `loss.aggregation` puts in its place."""
+    if loss.aggregation == "token":
+        return 1.0 / denominators.tokens
+    if loss.aggregation == "max_length":
+        return 1.0 / (denominators.sequences * max_new_tokens)
+    if per_group:
+        return 1.0 / (update.num_sequences * denominators.groups)
+    return 1.0 / denominators.sequences
+
+
+@dataclass(frozen=True)
+class LossRows:
+    """Rows of the fused loss for sequences laid end to end, [N] float32 each."""
+
+    advantages: torch.Tensor
+    """Eq. 11's a_{i,t}, divided by the loss's denominator."""
+    kl_weights: torch.Tensor | None
+    """beta times the row's share: the mean over the sequence, then over S*."""
+    entropy_weights: torch.Tensor | None
+
+
+def loss_rows(
+    sequences: Sequence[TrainSequence],
+    scales: Sequence[float],
+    loss: LossSettings,
+    device: torch.device,
+) -> LossRows:
+    """The rows' coefficients of Eqs. 12-13 for sequences of S*.
+
+    Args:
+        sequences: at least one, whose credit differs in its regions alone.
+        scales: `sequence_scale` of each.
+        loss: aggregation and coefficients.
+        device: where the rows go.
+    """
+    lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
+    advantages = spread_advantages(sequences, scales, device)
+    # Under a token mean, every token counts alike; otherwise every sequence does.
+    is_sequence_mean = loss.aggregation == "sequence"
+    shares = [s / n if is_sequence_mean else s for s, n in zip(scales, lengths, strict=True)]
+    uniform = torch.tensor(shares, dtype=torch.float32, device=device).repeat_interleave(
+        torch.tensor(lengths, device=device), output_size=sum(lengths)
+    )
+    return LossRows(
+        advantages,
+        loss.kl_coef * uniform if loss.kl_coef else None,
+        loss.entropy_coef * uniform if loss.entropy_coef else None,
+    )
 
 
 class PolicyUpdater:
-    """Scores what an update needs, then steps."""
+    """Turns what groups train into micro-batches of the fused loss, and steps."""
 
-    def __init__(
-        self,
-        engine: PolicyEngine,
-        config: Config,
-        scorer: SequenceScorer,
-        reference: Reference | None,
-    ) -> None:
+    def __init__(self, engine: PolicyEngine, config: Config, reference: Reference | None) -> None:
         self._engine = engine
         self._config = config
-        self._scorer = scorer
         self._reference = reference
 
-    def update(
-        self,
-        groups: Sequence[SampledGroup],
-        updates: Sequence[GroupUpdate],
-        mismatch: Mismatch | None = None,
-        check: Callable[[Mismatch], None] = lambda mismatch: None,
-    ) -> list[StepResult]:
+    def update(self, groups: Sequence[Group], items: Sequence[TrainItem]) -> list[StepResult]:
         """`train.num_iterations` passes of `train.mini_batches` optimiser steps each.
 
         Args:
-            groups: the batch.
-            updates: what each group trains.
-            mismatch: gets the trained sequences that it does not have yet.
-            check: called with it before the first step.
+            groups: this rank's batch.
+            items: the sequences they train.
         """
-        mismatch = Mismatch() if mismatch is None else mismatch
         train = self._config.train
-        filler = groups[0].sequence(groups[0].rollouts[0])
-        items = self._items(groups, updates, filler, mismatch)
-        check(mismatch)
         size = -(-len(groups) // train.mini_batches)
-        results = []
-        for _ in range(train.num_iterations):
-            for part in range(train.mini_batches):
-                places = range(part * size, (part + 1) * size)
-                chosen = [item for item in items if item.place in places]
-                part_updates = updates[places.start : places.stop]
-                result = self._update_once(chosen, part_updates, filler)
-                if result is not None:
-                    results.append(result)
-        return results
-
-    def _items(
-        self,
-        groups: Sequence[SampledGroup],
-        updates: Sequence[GroupUpdate],
-        filler: TokenSequence,
-        mismatch: Mismatch,
-    ) -> list[TrainItem]:
-        pairs = [(p, s) for p, update in enumerate(updates) for s in update.sequences]
-        owners = [groups[place] for place, _ in pairs]
-        sequences = [sequence for _, sequence in pairs]
-        tokens = list(map(self._trained_tokens, owners, sequences))
-        with timer("old_forward" if self._has_several_updates else "gap"):
-            rooted = self._score_missing(owners, sequences, tokens, filler, mismatch)
-        reference: Sequence[torch.Tensor | None] = [None] * len(tokens)
-        if self._reference is not None and self._config.loss.kl_estimator != "exact":
-            with timer("reference"):
-                reference, _ = self._scorer.log_probs(self._reference.score, tokens, filler)
-        items = []
-        for i, ((place, sequence), ref) in enumerate(zip(pairs, reference, strict=True)):
-            sampled, trained = mismatch.trainer_log_probs(sequence.rollout), rooted.get(i)
-            # One update per batch needs none: the old policy is the current one and the ratio 1.
-            old = None
-            if self._has_several_updates:
-                old = sampled if trained is None else trained
-            weights = None
-            if trained is not None:
-                # min(pi(y | x) / pi(y | x, prefix, cue), cap): trained without its context.
-                assert sampled is not None
-                weights = (trained - sampled).exp().clamp(max=IMPORTANCE_CAP)
-            weights = self._corrected(weights, sequence.rollout, sampled)
-            normalizer = mismatch.log_normalizer(sequence.rollout) if trained is None else None
-            items.append(
-                TrainItem(place, updates[place], sequence, tokens[i], old, normalizer, ref, weights)
+        parts = [groups[part * size : (part + 1) * size] for part in range(train.mini_batches)]
+        results = [
+            self._update_once(
+                [group.update for group in part],
+                [item for item in items if any(item.group is group for group in part)],
             )
-        return items
-
-    @property
-    def _has_several_updates(self) -> bool:
-        train = self._config.train
-        return train.num_iterations * train.mini_batches > 1
-
-    def _score_missing(
-        self,
-        owners: Sequence[SampledGroup],
-        sequences: Sequence[TrainSequence],
-        tokens: Sequence[TokenSequence],
-        filler: TokenSequence,
-        mismatch: Mismatch,
-    ) -> dict[int, torch.Tensor]:
-        """One forward of the old policy over what it was not asked about yet.
-
-        Puts log-probs in the sampled context into `mismatch`, for all sequences where an old policy
-        or an engine's log-probs are compared with them; returns those in the context of training,
-        by index, of the sequences whose context is another.
-        """
-        elsewhere = [i for i, s in enumerate(sequences) if self._trains_off_context(s)]
-        every = self._has_several_updates or self._config.rollout.engine != "transformers"
-        missing = [
-            i
-            for i in (range(len(sequences)) if every else elsewhere)
-            if mismatch.trainer_log_probs(sequences[i].rollout) is None
+            for part in parts * train.num_iterations
         ]
-        wanted = [owners[i].sequence(sequences[i].rollout) for i in missing]
-        wanted += [tokens[i] for i in elsewhere]
-        if not every and not self._may_train_off_context:
-            return {}  # by the configuration: all ranks must agree on running forwards
-        rows, _ = self._scorer.old_policy(wanted, filler)
-        for i, row in zip(missing, rows[: len(missing)], strict=True):
-            mismatch.add(owners[i], sequences[i].rollout, *row)
-        trained = [row.log_probs.float().cpu() for row in rows[len(missing) :]]
-        return dict(zip(elsewhere, trained, strict=True))
-
-    def _trained_tokens(self, group: SampledGroup, sequence: TrainSequence) -> TokenSequence:
-        """The context a sequence is trained in: its own, or the prompt alone (`x_only`)."""
-        if self._trains_off_context(sequence):
-            # The response continues an open think span.
-            opening = self._opening_ids()
-            return group.sequence(sequence.rollout, opening)
-        return group.sequence(sequence.rollout)
-
-    def _trains_off_context(self, sequence: TrainSequence) -> bool:
-        return sequence.rollout.reflected and self._may_train_off_context
-
-    @property
-    def _may_train_off_context(self) -> bool:
-        config = self._config
-        return config.algorithm == "care" and config.care.reflection.context == "x_only"
-
-    def _opening_ids(self) -> tuple[int, ...]:
-        tag = f"<{self._config.prompt.think_tag}>"
-        encoded = self._engine.loaded.tokenizer(tag, add_special_tokens=False)
-        return tuple(encoded["input_ids"])
-
-    def _corrected(
-        self, weights: torch.Tensor | None, rollout: Rollout, trainer: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """`weights` times the correction for an engine that computes otherwise."""
-        if trainer is None or rollout.log_probs is None:
-            return weights
-        if self._config.loss.importance_sampling == "none":
-            return weights
-        correction = importance_weights(trainer, rollout.log_probs, self._config.loss)
-        return correction if weights is None else weights * correction
+        return [result for result in results if result is not None]
 
     def _update_once(
-        self,
-        items: Sequence[TrainItem],
-        updates: Sequence[GroupUpdate],
-        filler: TokenSequence,
+        self, updates: Sequence[GroupUpdate], items: Sequence[TrainItem]
     ) -> StepResult | None:
         """One optimiser step; None where no rank has anything to train, so not even KL moves."""
         local = [*local_denominators(updates), float(len(items))]
@@ -210,27 +135,19 @@ class PolicyUpdater:
             return None
         denominators = Denominators(sequences, tokens, groups)
         with timer("collate"):
-            micro = self._micro_batches(items, denominators, filler)
+            limits = MicroBatchLimits.of(self._config.train)
+            own = [item.tokens for item in items]
+            batches, _ = agreed_micro_batches(own, limits, self._engine.device)
+            micro = [self._micro_batch([items[i] for i in part], denominators) for part in batches]
         with timer("update"):
-            result = self._engine.step(micro, self._config.rollout.temperature)
-        # The filler's rows are none of the step's.
-        return result if items else replace(result, outputs=[])
-
-    def _micro_batches(
-        self, items: Sequence[TrainItem], denominators: Denominators, filler: TokenSequence
-    ) -> list[MicroBatch]:
-        limits = MicroBatchLimits.of(self._config.train)
-        own = [item.tokens for item in items]
-        batches, _ = agreed_micro_batches(own, limits, self._engine.device)
-        micro = [self._micro_batch([items[i] for i in batch], denominators) for batch in batches]
-        return micro or [self._silent_micro_batch(filler)]
+            return self._engine.step(micro, self._config.rollout.temperature)
 
     def _micro_batch(self, items: Sequence[TrainItem], denominators: Denominators) -> MicroBatch:
         config = self._config
         per_group = config.algorithm == "care" and config.care.decisions.normalize_over == "group"
         scales = [
             sequence_scale(
-                item.update,
+                item.group.update,
                 denominators,
                 config.loss,
                 config.rollout.max_new_tokens,
@@ -241,44 +158,37 @@ class PolicyUpdater:
         sequences = [item.sequence for item in items]
         rows = loss_rows(sequences, scales, config.loss, self._engine.device)
         batch = self._engine.collate([item.tokens for item in items])
+        arguments = self._loss_arguments(items, rows)
+        if config.loss.ratio_level == "sequence":
+            arguments["sequence_ids"] = batch.sequence_ids
+        if self._reference is not None and config.loss.kl_estimator == "exact":
+            arguments |= self._reference.exact_kl_arguments(batch)
         labels = tuple(item.tokens.prompt.location or "a prompt" for item in items)
-        return MicroBatch(batch, self._loss_arguments(items, rows, batch), labels)
+        return MicroBatch(batch, arguments, labels)
 
-    def _loss_arguments(
-        self, items: Sequence[TrainItem], rows: LossRows, batch: ModelBatch
-    ) -> dict[str, Any]:
+    def _loss_arguments(self, items: Sequence[TrainItem], rows: LossRows) -> dict[str, Any]:
+        """Arguments of `linear_policy_loss` that need no forward."""
         loss = self._config.loss
-        join = self._join
         arguments: dict[str, Any] = {
             "advantages": rows.advantages,
             "kl_weights": rows.kl_weights,
             "entropy_weights": rows.entropy_weights,
-            "old_log_probs": join([item.old_log_probs for item in items]),
-            "ref_log_probs": join([item.ref_log_probs for item in items]),
+            "old_log_probs": self._join([item.old_log_probs for item in items]),
+            "ref_log_probs": self._join([item.ref_log_probs for item in items]),
             "surrogate": Clip(loss.clip_eps_low, loss.clip_eps_high, loss.dual_clip),
             "kl_estimator": loss.kl_estimator,
             "ratio_level": loss.ratio_level,
         }
-        if all(item.old_log_normalizer is not None for item in items):
-            arguments["old_log_normalizer"] = join([item.old_log_normalizer for item in items])
-        if any(item.importance_weights is not None for item in items):
+        normalizers = [item.old_log_normalizer for item in items]
+        if all(normalizer is not None for normalizer in normalizers):
+            arguments["old_log_normalizer"] = self._join(normalizers)
+        weights = [item.importance_weights for item in items]
+        if any(weight is not None for weight in weights):
             ones = [torch.ones(len(item.tokens.response_ids)) for item in items]
-            arguments["importance_weights"] = join(
-                [
-                    one if item.importance_weights is None else item.importance_weights
-                    for item, one in zip(items, ones, strict=True)
-                ]
+            arguments["importance_weights"] = self._join(
+                [one if w is None else w for w, one in zip(weights, ones, strict=True)]
             )
-        if loss.ratio_level == "sequence":
-            arguments["sequence_ids"] = batch.sequence_ids
-        if self._reference is not None and loss.kl_estimator == "exact":
-            arguments |= self._reference.exact_kl_arguments(batch)
         return arguments
-
-    def _silent_micro_batch(self, filler: TokenSequence) -> MicroBatch:
-        batch = self._engine.collate([filler])
-        zeros = torch.zeros(len(filler.response_ids), device=self._engine.device)
-        return MicroBatch(batch, {"advantages": zeros})
 
     def _join(self, rows: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """[N] on this rank's device, or None where the sequences carry none."""

@@ -76,6 +76,16 @@ def buffers(model: Any) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of all tensors in nested lists and mappings; a ZeRO-3 parameter counts its shard."""
+    if isinstance(tree, torch.Tensor):
+        shard = getattr(tree, "ds_tensor", tree)
+        return shard.numel() * shard.element_size()
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return sum(map(tensor_bytes, tree)) if isinstance(tree, list) else 0
+
+
 def stream(
     weights: Sequence[Weight],
     bucket_bytes: int,

@@ -7,31 +7,32 @@ import torch
 from care_train.algorithm.types import GroupUpdate
 from care_train.config import build_config
 from care_train.data import Sample
-from care_train.models.batch import collate
+from care_train.models.batch import TokenSequence, collate
 from care_train.models.prompts import EncodedPrompt
 from care_train.rollout.engine import Completion
 from care_train.training.engine import StepResult
-from care_train.training.sampling import GroupSampler, SampledGroup
-from care_train.training.scoring import OldPolicyRows
+from care_train.training.groups import Group
+from care_train.training.log_probs import LogProbs, SequenceRows
+from care_train.training.sampler import Sampler
 from care_train.training.update import PolicyUpdater
-from tests.algorithm.builders import right, wrong
+from tests.algorithm.builders import wrong
 
 PROMPT = EncodedPrompt((101, 102, 103))
 THINK_ID = 900
 """What the opening think tag encodes to."""
 
 
-def sampled_group(rollouts, prompt: EncodedPrompt = PROMPT, name: str = "0") -> SampledGroup:
+def sampled_group(rollouts, name: str = "0", **values) -> Group:
     sample = Sample(id=name, prompt="?", answer="1", location="rows.jsonl: row 1")
-    return SampledGroup(sample, prompt, tuple(rollouts))
+    return Group(tuple(rollouts), sample=sample, prompt=PROMPT, **values)
 
 
 class FakeEngine:
     """Records the micro-batches of every optimiser step."""
 
     device = torch.device("cpu")
-    score = None
     learning_rate = 1e-6
+    filler = TokenSequence(EncodedPrompt((0,)), (), (0,))
     loaded = SimpleNamespace(tokenizer=lambda text, **_: {"input_ids": [THINK_ID]})
 
     def __init__(self) -> None:
@@ -62,30 +63,37 @@ class FakeEngine:
         ]
 
 
-class FakeScorer:
+class FakeLogProbs(LogProbs):
     """Log-prob of every token: -1 per token of context before the response."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine, config, reference) -> None:
+        super().__init__(engine, config, reference)
         self.scored: list[list] = []
 
-    def log_probs(self, forward, sequences, filler, pool_spans=None):
+    def forward_all(self, forward, sequences, pool_spans=None):
         self.scored.append(list(sequences))
-        return [torch.full((len(s.response_ids),), -float(s.response_start)) for s in sequences], []
+        rows = [torch.full((len(s.response_ids),), -float(s.response_start)) for s in sequences]
+        return [SequenceRows(row, torch.zeros_like(row)) for row in rows]
 
-    def old_policy(self, sequences, filler, pool_spans=None):
-        rows, embeddings = self.log_probs(None, sequences, filler, pool_spans)
-        return [OldPolicyRows(row, torch.zeros_like(row)) for row in rows], embeddings
+    def old_policy(self, sequences, pool_spans=None):
+        return self.forward_all(None, sequences)
 
 
-def train(updates: list[GroupUpdate], groups=None, **values) -> tuple[FakeEngine, FakeScorer]:
-    """Run the optimiser's passes over updates and return what reached the engine."""
+def train(updates: list[GroupUpdate], rollouts=None, **values) -> tuple[FakeEngine, FakeLogProbs]:
+    """Run the optimiser's passes over updates and return what reached the engine.
+
+    Args:
+        updates: one for each group.
+        rollouts: of every group; some wrong one by default.
+        values: settings.
+    """
     config = build_config(values)
-    engine, scorer = FakeEngine(), FakeScorer()
-    if groups is None:
-        groups = [sampled_group([wrong()]) for _ in updates]
-    reference = SimpleNamespace(score=None) if config.loss.kl_coef else None
-    PolicyUpdater(engine, config, scorer, reference).update(groups, updates)
-    return engine, scorer
+    engine = FakeEngine()
+    groups = [sampled_group(rollouts or [wrong()], update=update) for update in updates]
+    reference = SimpleNamespace(log_probs=None) if config.loss.kl_coef else None
+    log_probs = FakeLogProbs(engine, config, reference)
+    PolicyUpdater(engine, config, reference).update(groups, log_probs.items(groups))
+    return engine, log_probs
 
 
 class FakeRollouts:
@@ -109,14 +117,6 @@ class FakeEncoder:
         return tuple(map(ord, text))
 
 
-class FakeRolloutScorer:
-    """Scores a completion as whatever the prefix makes it: a reflected rollout with its ids."""
-
-    def score_all(self, completions, *, reflected=False):
-        return [right(prefix_ids=prefix, reflected=reflected) for _, _, prefix in completions]
-
-
-def make_sampler(**values) -> tuple[GroupSampler, FakeRollouts]:
+def make_sampler(**values) -> tuple[Sampler, FakeRollouts]:
     engine = FakeRollouts()
-    sampler = GroupSampler(engine, FakeEncoder(), FakeRolloutScorer(), build_config(values))
-    return sampler, engine
+    return Sampler(engine, FakeEncoder(), build_config(values)), engine

@@ -14,8 +14,8 @@ from care_train.algorithm.region_weights import token_credit
 from care_train.algorithm.spans import parse_spans
 from care_train.algorithm.types import GroupUpdate, Spans, Subgroup, TrainSequence
 from care_train.config import CareSettings, load_config
-from care_train.training.loss import loss_rows
-from care_train.training.statistics import StepStatistics
+from care_train.training.metrics import step_metrics
+from care_train.training.update import loss_rows
 from tests.algorithm.builders import (
     broken,
     care,
@@ -269,22 +269,23 @@ class TestReflectionPrompt:
         """The prompt's own ids, then the forced prefix, with think left open."""
         sampler, engine = make_sampler(care={"reflection": {"cue": "look again:"}})
         subgroup = make_subgroup(right(), [self.NEGATIVE], reflect_on=0)
-        (reflected,) = sampler.reflect([sampled_group([right(), self.NEGATIVE])], [subgroup], 0)
+        group = sampled_group([right(), self.NEGATIVE], subgroup=subgroup)
+        (reflecting,) = sampler.reflect([group], 0)
         (request,) = engine.requests
         assert request.prompt is PROMPT
         assert "".join(map(chr, request.prefix_ids)) == "<think>they are equal\nlook again:\n"
-        assert reflected is not None and reflected.reflected
-        assert reflected.prefix_ids == request.prefix_ids
+        assert reflecting.repair is not None
+        assert reflecting.repair.prefix_ids == request.prefix_ids
 
     def test_its_own_sampling_settings(self):
         """care.reflection.temperature, top_p, max_new_tokens; None means the rollouts' own."""
-        groups = [sampled_group([right(), self.NEGATIVE])]
-        subgroups = [make_subgroup(right(), [self.NEGATIVE], reflect_on=0)]
+        subgroup = make_subgroup(right(), [self.NEGATIVE], reflect_on=0)
+        groups = [sampled_group([right(), self.NEGATIVE], subgroup=subgroup)]
         rollout = {"temperature": 0.9, "top_p": 0.8, "max_new_tokens": 77}
         own = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 512}
         for reflection, expected in (({}, rollout), (own, own)):
             sampler, engine = make_sampler(rollout=rollout, care={"reflection": reflection})
-            sampler.reflect(groups, subgroups, 0)
+            sampler.reflect(groups, 0)
             (sampling,) = engine.sampling
             assert {key: getattr(sampling, key) for key in own} == expected
 
@@ -300,7 +301,7 @@ class TestReflectionContext:
         update = GroupUpdate((sequence,), 1, len(self.REFLECTED.token_ids))
         return train(
             [update],
-            [sampled_group([right()])],
+            [right()],
             care={"reflection": {"context": context}},
             loss={"kl_coef": 0.0},
         )
@@ -334,27 +335,29 @@ class TestReflectionOverTheLimit:
             care={"reflection": {"cue": "look:"}},
         )
         negatives = [wrong(text="<think>x</think>"), wrong(text=f"<think>{'x' * 50}</think>")]
-        groups = [sampled_group([right(), n], name=str(i)) for i, n in enumerate(negatives)]
-        subgroups = [make_subgroup(right(), [n], reflect_on=0) for n in negatives]
-        return sampler.reflect(groups, subgroups, 0), engine
+        groups = [
+            sampled_group([right(), n], str(i), subgroup=make_subgroup(right(), [n], reflect_on=0))
+            for i, n in enumerate(negatives)
+        ]
+        return sampler.reflect(groups, 0), engine
 
     def test_the_long_one_is_left_out(self):
         """Prompt of 3 and prefix of 15 tokens fit into 40; 3 and 64 do not."""
-        reflected, engine = self.reflect(30)
-        assert reflected[0] is not None and reflected[1] is None
+        groups, engine = self.reflect(30)
+        assert groups[0].repair is not None and groups[1].repair is None
         assert len(engine.requests) == 1
 
     def test_it_is_counted(self):
         """Wanted less sampled, reported as reflection_skipped."""
-        reflected, _ = self.reflect(30)
-        statistics = StepStatistics([], [], reflected, 2, [])
-        values = statistics.reduce(torch.device("cpu"))
+        short, long = self.reflect(30)[0]
+        verified = replace(short, reflected=right(reflected=True))
+        values = step_metrics([verified, long], [], torch.device("cpu"))
         assert (values["reflection_skipped"], values["reflections"]) == (1, 1)
 
     def test_within_the_limit_both_reflect(self):
         """And whole: nothing is cut from the prefix."""
-        reflected, engine = self.reflect(57)
-        assert None not in reflected
+        groups, engine = self.reflect(57)
+        assert all(group.repair is not None for group in groups)
         assert [len(r.prefix_ids) for r in engine.requests] == [15, 64]
 
 
@@ -602,7 +605,7 @@ class TestOutsideSStar:
         settings = care("max_negatives=2")
         group = make_group(rollouts)
         update = subgroup_update(subgroup_of(group, settings), settings)
-        engine, scorer = train([update], [sampled_group(rollouts)], train={"num_iterations": 2})
+        engine, scorer = train([update], rollouts, train={"num_iterations": 2})
         assert [len(batch) for batch in scorer.scored] == [3, 3]
         assert len(engine.trained_ids()) == 2 * 3
 
@@ -663,7 +666,7 @@ class TestTags:
         )
         negative = wrong(text=f"<{think}>r</{think}><{answer}>3</{answer}>")
         subgroup = make_subgroup(right(), [negative], reflect_on=0)
-        sampler.reflect([sampled_group([right(), negative])], [subgroup], 0)
+        sampler.reflect([sampled_group([right(), negative], subgroup=subgroup)], 0)
         assert "".join(map(chr, engine.requests[0].prefix_ids)) == f"<{think}>r\nc\n"
 
 

@@ -12,7 +12,7 @@ from care_kernels.region_weights import token_advantages
 from care_train.algorithm.region_weights import token_credit
 from care_train.algorithm.types import TrainSequence
 from care_train.config import CareSettings, LossSettings
-from care_train.training.loss import loss_rows
+from care_train.training.update import loss_rows
 from tests.algorithm.builders import right, wrong
 from tests.kernels.cases import error
 from tests.kernels.span_cases import SpanBatch, normal_floats, pad, span_batches

@@ -2,8 +2,8 @@
 
 import pytest
 
-from care_train.training.ahead import RolloutsAhead
-from care_train.training.sampling import GroupSampler
+from care_train.rollout.engine import Request
+from care_train.training.sampler import AheadSampler
 from care_train.training.weights import policy_weights
 from tests.rollout.test_vllm_engine import largest_gap
 from tests.train.builders import image_sample, make_config, make_session
@@ -23,55 +23,49 @@ class Weights:
 
 @pytest.fixture
 def ahead(served, tiny_folder):
-    """A sampler with the server's engine, its policy, and what hands out its rollouts."""
+    """A model that a server holds, and two samplers of it with what deals their prompts."""
     model = served()
-    session = make_session(tiny_folder(), {"rollout": SERVER})
-    sampler = GroupSampler(model.engine, session.encoder, session.scorer, session.config)
+    session = make_session(tiny_folder(), {"rollout": SERVER, "train": {"steps": 3}})
+    samplers = [AheadSampler(model.engine, session.encoder, session.config) for _ in range(2)]
     drawn = iter(range(100))
-    rollouts = RolloutsAhead(sampler, lambda: [image_sample(index=next(drawn))], steps=3)
-    return model, sampler, rollouts
+    return model, *samplers, lambda: [image_sample(index=next(drawn))]
 
 
 def _gap(model, group):
-    from care_train.rollout.engine import Completion, Request
-
-    rollout = group.rollouts[0]
-    completion = Completion(rollout.token_ids, rollout.finished, rollout.log_probs)
-    return largest_gap(model, [Request(group.prompt, 0)], [completion])
+    return largest_gap(model, [Request(group.prompt, 0)], [group.completions[0]])
 
 
 def test_rollouts_are_one_update_old(ahead):
     """Step 0 samples its own and step 1's from the first weights, step 1 those of step 2 from the
     weights after one update; nothing is sampled for a step that will not be."""
-    model, sampler, rollouts = ahead
+    model, sampler, _, draw = ahead
     policy = Weights(model.loaded.model)
     sampler.sync(policy)
-    first = rollouts.take(0)
-    assert _gap(model, first[0]) < 1e-3 and rollouts.has_next
+    first = sampler.sample(draw, 0)
+    assert _gap(model, first[0]) < 1e-3 and sampler.has_next
     model.change_weights(1, scale=0.05)
     sampler.sync(policy)
-    second = rollouts.take(1)
+    second = sampler.sample(draw, 1)
     assert [g.sample.id for g in (*first, *second)] == ["sample/0", "sample/1"]
     assert _gap(model, second[0]) > 1e-2
-    waiting = rollouts.state()
+    waiting = sampler.state()
     model.change_weights(2, scale=0.05)
-    assert rollouts.has_next and waiting["step"] == 2
+    assert sampler.has_next and waiting["step"] == 2
     sampler.sync(policy)
-    third = rollouts.take(2)
-    assert [list(r.token_ids) for r in third[0].rollouts] == waiting["token_ids"]
-    assert not rollouts.has_next and rollouts.state() == {}
+    third = sampler.sample(draw, 2)
+    assert [list(c.token_ids) for c in third[0].completions] == waiting["token_ids"]
+    assert not sampler.has_next and sampler.state() == {}
 
 
 def test_waiting_rollouts_are_restored(ahead):
     """Tokens, ends and log-probs to the bit, for the prompts drawn again; none are sampled."""
-    model, sampler, rollouts = ahead
+    model, sampler, resumed, draw = ahead
     sampler.sync(Weights(model.loaded.model))
-    rollouts.take(0)
-    saved, wanted = rollouts.state(), rollouts.take(1)
-    resumed = RolloutsAhead(sampler, lambda: [image_sample(index=1)], steps=2)
-    resumed.restore(saved)
+    sampler.sample(draw, 0)
+    saved, wanted = sampler.state(), sampler.sample(draw, 1)
+    resumed.restore(saved, lambda: [image_sample(index=1)])
     assert resumed.has_next
-    assert [g.rollouts for g in resumed.take(1)] == [g.rollouts for g in wanted]
+    assert [g.completions for g in resumed.sample(draw, 1)] == [g.completions for g in wanted]
 
 
 @pytest.mark.parametrize(

@@ -5,51 +5,56 @@ from dataclasses import replace
 import pytest
 import torch
 
+from care_train.algorithm.types import Credit, TrainSequence
 from care_train.config import LossSettings
 from care_train.training.failures import EngineError
-from care_train.training.mismatch import Mismatch, check_parity, importance_weights
+from care_train.training.log_probs import TrainItem, importance_weights
+from care_train.training.metrics import check_engine_gap, engine_gap
 from tests.algorithm.builders import right
 from tests.algorithm.fakes import sampled_group
 
 CPU = torch.device("cpu")
 
 
-def _rollout(log_probs):
-    ids = tuple(range(50, 50 + len(log_probs)))
-    return replace(right(), token_ids=ids, log_probs=tuple(log_probs))
+def _rollout(engine, trainer=None):
+    ids = tuple(range(50, 50 + len(engine)))
+    old = None if trainer is None else torch.tensor(trainer)
+    return replace(right(), token_ids=ids, log_probs=tuple(engine), old_log_probs=old)
+
+
+def _sequence(rollout):
+    return TrainSequence(rollout, 0.0, Credit((0, 0), (0, 0), earns_rationale=False))
 
 
 def test_the_gap_is_a_mean_over_tokens():
-    """Each rollout counts once; those without log-probs do not."""
-    mismatch = Mismatch()
-    one, two = _rollout([-1.0, -2.0]), _rollout([-0.5])
-    group = sampled_group([one, two, right()])
-    mismatch.add(group, one, torch.tensor([-1.1, -2.0]))
-    mismatch.add(group, one, torch.tensor([-9.0, -9.0]))
-    mismatch.add(group, two, torch.tensor([-0.8]))
-    mismatch.add(group, right(), torch.tensor([-0.8]))
-    values, worst = mismatch.reduce(CPU)
+    """Each rollout counts once, whether it is trained or not; those that one side has no log-probs
+    of do not."""
+    one, late = _rollout([-1.0, -2.0], [-1.1, -2.0]), _rollout([-0.5])
+    unmeasured = [right(), _rollout([-7.0]), replace(right(), old_log_probs=torch.tensor([-0.8]))]
+    group = sampled_group([one, *unmeasured])
+    items = [
+        TrainItem(group, _sequence(rollout), group.sequence(rollout), torch.tensor(trainer))
+        for rollout, trainer in ((one, [-9.0, -9.0]), (late, [-0.8]))
+    ]
+    values, worst = engine_gap([group], items, CPU)
     assert values["gap_mean"] == pytest.approx(0.4 / 3)
     assert values["gap_max"] == pytest.approx(0.3)
     differences = torch.tensor([-0.1, 0.0, -0.3])
     assert values["gap_k3"] == pytest.approx(float((differences.exp() - 1 - differences).mean()))
-    assert worst.token_id == 50 and worst.place == 0
-    assert torch.equal(mismatch.trainer_log_probs(one), torch.tensor([-1.1, -2.0]))
+    assert worst is not None and (worst.token_id, worst.place) == (50, 0)
 
 
 def test_nothing_measured_is_nothing_reported():
-    assert Mismatch().reduce(CPU) == ({}, None)
+    assert engine_gap([sampled_group([right()])], [], CPU) == ({}, None)
 
 
 @pytest.mark.parametrize("trainer", [-3.0, float("nan")])
 def test_an_absurd_gap_stops_the_run_and_names_the_token(trainer):
     """Sample, token and both numbers."""
-    mismatch = Mismatch()
-    rollout = _rollout([-1.0, -1.0])
-    mismatch.add(sampled_group([rollout]), rollout, torch.tensor([-1.0, trainer]))
+    gap = engine_gap([sampled_group([_rollout([-1.0, -1.0], [-1.0, trainer])])], [], CPU)
     with pytest.raises(EngineError, match=r"rows.jsonl: row 1: response token 1 \(id 51\).*-1.0"):
-        check_parity(*mismatch.reduce(CPU), 0.2)
-    check_parity(*mismatch.reduce(CPU), None)
+        check_engine_gap(*gap, 0.2)
+    check_engine_gap(*gap, None)
 
 
 @pytest.mark.parametrize(

@@ -58,16 +58,16 @@ def run_case(model: str, stage: int, **engine_arguments: Any) -> dict[str, Any]:
     places = [rank()] if world_size() > 1 else [0, 1]
     batches = [engine.collate(sequences_of(loaded, place)) for place in places]
     tokens = all_sum([float(sum(len(b.rows) for b in batches))], engine.device)[0]
-    before = [engine.score(batch, 1.0)[0] for batch in batches]
+    before = [engine.log_probs(batch, 1.0)[0] for batch in batches]
     norms = []
     for _ in range(STEPS):
         micro = [MicroBatch(b, {"advantages": _advantages(b) / tokens}) for b in batches]
         norms.append(engine.step(micro, 1.0).grad_norm)
-    after = [engine.score(batch, 1.0)[0] for batch in batches]
+    after = [engine.log_probs(batch, 1.0)[0] for batch in batches]
     result = {"before": _all(before), "norms": norms, "after": _all(after)}
     if "lora" in engine_arguments:
         reference = WithoutAdapters(engine)
-        result["reference"] = _all([reference.score(batch, 1.0)[0] for batch in batches])
+        result["reference"] = _all([reference.log_probs(batch, 1.0)[0] for batch in batches])
     return result
 
 

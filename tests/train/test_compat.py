@@ -1,9 +1,14 @@
-"""Each patch of a library's private parts is still needed by the version that is installed."""
+"""Each change to a private part of another library is still needed by the installed version."""
 
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from care_train.compat import deferred_write_errors
+from tests.train.runs import ROOT
 
 UNPATCHED_VLLM = """
 import inspect, os
@@ -30,6 +35,78 @@ except RuntimeError:
 else:
     raise AssertionError("CPU generators have offsets")
 """
+
+
+def _output(code: str) -> str:
+    """The last line that `code` prints in a process of its own, on CPUs."""
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("patch", "builds"), [("pass", "1"), ("patch_deepspeed()", "0")])
+def test_deepspeed_would_compile_its_all_reduce(patch, builds):
+    """Needed while a process group of CPUs builds the extension at its start."""
+    code = f"""
+import deepspeed, sys
+from deepspeed.accelerator import get_accelerator
+from care_train.compat import patch_deepspeed
+{patch}
+builds = []
+builder = type(get_accelerator().create_op_builder("ShareMemCommBuilder"))
+builder.load = lambda *_: builds.append(1)
+sys.modules["deepspeed.comm.torch"].build_shm_op()
+print(len(builds))
+"""
+    assert _output(code) == builds
+
+
+def test_deepspeed_would_begin_with_a_step_on_zero_gradients():
+    """Needed while AdamW has made a step before the first update, in bfloat16 under ZeRO-0."""
+    code = """
+import torch, deepspeed
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+weight = torch.nn.Parameter(torch.ones(2))
+adamw = torch.optim.AdamW([weight])
+wrapper = FP16_UnfusedOptimizer.__new__(FP16_UnfusedOptimizer)
+wrapper.optimizer, wrapper.fp16_groups, wrapper.fp32_groups = adamw, [[]], [[weight]]
+wrapper.initialize_optimizer_states()
+print(int(adamw.state[weight]["step"]))
+"""
+    assert _output(code) == "1"
+
+
+def test_deepspeed_would_raise_between_two_barriers():
+    """Needed while `save_checkpoint` lets a write's error out before its last barrier."""
+    code = """
+import inspect
+from deepspeed import DeepSpeedEngine
+source = inspect.getsource(DeepSpeedEngine.save_checkpoint)
+last = source.rindex("dist.barrier()")
+saves = source.index("self._save_checkpoint(") < last
+print(saves and "except" not in source and hasattr(DeepSpeedEngine, "_copy_recovery_script"))
+"""
+    assert _output(code) == "True"
+
+
+def test_write_errors_wait_for_the_end_of_the_block():
+    """All files are tried, the error names the file, and DeepSpeed has its own writer again."""
+    written = []
+
+    class Full:
+        def save(self, state, path):
+            written.append(path)
+            raise OSError(28, "No space left on device")
+
+    engine = SimpleNamespace(checkpoint_engine=Full())
+    with pytest.raises(OSError, match=r"two: \[Errno 28\]"), deferred_write_errors(engine):
+        engine.checkpoint_engine.save({}, "one")
+        engine.checkpoint_engine.save({}, "two")
+    assert written == ["one", "two"] and isinstance(engine.checkpoint_engine, Full)
 
 
 def test_vllm_on_cpu_still_needs_its_patches():

@@ -3,8 +3,8 @@
 import pytest
 
 from care_train.data import Sample
+from care_train.training.groups import Group
 from care_train.training.rl import PromptSource
-from care_train.training.sampling import SampledGroup
 from care_train.training.step import TrainStep
 from tests.algorithm.builders import right, wrong
 from tests.algorithm.fakes import FakeEngine, sampled_group
@@ -25,7 +25,7 @@ def test_a_prompt_seen_twice_in_a_step_has_other_seeds():
 class Sampler:
     """Deals ready groups, as many at a time as are asked for."""
 
-    def __init__(self, groups: list[SampledGroup]) -> None:
+    def __init__(self, groups: list[Group]) -> None:
         self._groups = groups
 
     def sync(self, engine) -> dict[str, float]:
@@ -34,9 +34,17 @@ class Sampler:
     def rest(self) -> None:
         pass
 
-    def sample_groups(self, samples, step) -> list[SampledGroup]:
-        taken, self._groups = self._groups[: len(samples)], self._groups[len(samples) :]
+    def sample(self, draw, step) -> list[Group]:
+        count = len(draw())
+        taken, self._groups = self._groups[:count], self._groups[count:]
         return taken
+
+
+class Scorer:
+    """For groups that are verified already."""
+
+    def verify(self, groups) -> list[Group]:
+        return groups
 
 
 def test_dynamic_sampling_keeps_mixed_groups_and_counts_all():
@@ -50,7 +58,7 @@ def test_dynamic_sampling_keeps_mixed_groups_and_counts_all():
     ]
     train = {"dynamic_sampling": True, "max_resample_rounds": 5}
     config = make_config({"algorithm": "dapo", "train": train})
-    step = TrainStep(config, FakeEngine(), Sampler(groups), None)
+    step = TrainStep(config, FakeEngine(), Sampler(groups), Scorer(), None)
     outcome = step.run(lambda: [groups[0].sample] * 2, 0)
     assert [group.sample.id for group in outcome.groups] == ["mixed a", "mixed b"]
     values = outcome.metrics

@@ -118,8 +118,8 @@ def test_the_log_normaliser_comes_with_the_log_probs(tiny_folder):
     loaded = load(tiny_folder())
     engine = _engine(loaded)
     batch = _micro(engine, random_sequences(loaded, 2), [1.0, -1.0]).batch
-    alone, _ = engine.score(batch, 0.7)
-    both, _ = engine.score(batch, 0.7, with_log_normalizer=True)
+    alone, _ = engine.log_probs(batch, 0.7)
+    both, _ = engine.log_probs(batch, 0.7, with_log_normalizer=True)
     head = loaded.model.get_output_embeddings()
     logits = head(engine.rows(batch)).float() / 0.7
     assert torch.equal(both[:, 0], alone)
@@ -136,7 +136,7 @@ def test_zero_stages_take_the_same_step(zero_stage, tiny_folder):
         micro = _micro(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
         result = engine.step([micro], 1.0)
         assert result.grad_norm > 0
-        scores.append(engine.score(micro.batch, 1.0)[0])
+        scores.append(engine.log_probs(micro.batch, 1.0)[0])
         rollout = TransformersEngine(engine.rollout, 8, is_copy=engine.rollout_is_copy)
         rollout.sync(engine.weights(1 << 16))
         own = dict(engine.rollout.model.named_parameters())

@@ -54,7 +54,7 @@ def test_adapters_start_as_nothing_and_alone_are_trained(kind, tiny_folder):
     engine = _engine(loaded)
     micro = _micro(engine)
     with torch.no_grad():
-        assert torch.equal(engine.score(micro.batch, 1.0)[0], plain(micro.batch)[0])
+        assert torch.equal(engine.log_probs(micro.batch, 1.0)[0], plain(micro.batch)[0])
     trained = {n for n, p in loaded.model.named_parameters() if p.requires_grad}
     assert trained == {f"{n}.lora_{part}.default.weight" for n in linears for part in "AB"}
     engine.step([micro], 1.0)
@@ -68,17 +68,17 @@ def test_adapters_start_as_nothing_and_alone_are_trained(kind, tiny_folder):
 def test_the_reference_is_the_model_without_adapters(zero_stage, tiny_folder):
     """After training: bit for bit what a copy made before says; then adapters are on again."""
     loaded = load(tiny_folder())
-    copied = FrozenCopy(Policy(copy.deepcopy(loaded.model)).eval())
+    copied = FrozenCopy(loaded.model)
     engine = _engine(loaded, zero_stage=zero_stage)
     micro = _micro(engine)
     engine.step([micro], 1.0)
-    trained = engine.score(micro.batch, 0.7)[0]
+    trained = engine.log_probs(micro.batch, 0.7)[0]
     reference = WithoutAdapters(engine)
-    wanted = copied.score(micro.batch, 0.7)[0]
-    assert torch.equal(reference.score(micro.batch, 0.7)[0], wanted)
+    wanted = copied.log_probs(micro.batch, 0.7)[0]
+    assert torch.equal(reference.log_probs(micro.batch, 0.7)[0], wanted)
     exact, own = copied.exact_kl_arguments(micro.batch), reference.exact_kl_arguments(micro.batch)
     assert torch.equal(own["ref_hidden"], exact["ref_hidden"])
-    assert torch.equal(engine.score(micro.batch, 0.7)[0], trained)
+    assert torch.equal(engine.log_probs(micro.batch, 0.7)[0], trained)
     assert not torch.allclose(trained, wanted, atol=1e-3)
     # Exact KL against its own head trains, and the adapters still get gradients.
     weights = torch.full((len(micro.batch.rows),), 0.01)
@@ -93,7 +93,7 @@ def test_merged_weights_leave_the_engine(zero_stage, tiny_folder, tmp_path):
     engine = _engine(loaded, zero_stage=zero_stage)
     micro = _micro(engine)
     engine.step([micro], 1.0)
-    trained = engine.score(micro.batch, 1.0)[0]
+    trained = engine.log_probs(micro.batch, 1.0)[0]
     save_model(engine, tmp_path / "final")
     models = [load_model(ModelSettings(path=str(tmp_path / "final"))).model]
     if engine.rollout_is_copy:
@@ -149,9 +149,9 @@ def test_modules_may_be_trained_whole(tiny_folder, tmp_path):
     engine = _engine(loaded, lora)
     micro = _micro(engine)
     engine.step([micro], 1.0)
-    trained = engine.score(micro.batch, 1.0)[0]
+    trained = engine.log_probs(micro.batch, 1.0)[0]
     with engine.without_adapters():
-        untouched = engine.score(micro.batch, 1.0)[0]
+        untouched = engine.log_probs(micro.batch, 1.0)[0]
     save_model(engine, tmp_path / "final")
     saved = load_model(ModelSettings(path=str(tmp_path / "final"))).model
     moved = {n for n, p in saved.named_parameters() if not torch.equal(p, before[n])}

@@ -10,7 +10,7 @@ from PIL import Image
 from care_train.cli import main
 from care_train.config import DataSettings
 from care_train.data import load_samples
-from care_train.training.sft_rows import response_text, target_sequence
+from care_train.training.sft import response_text, target_sequence
 from tests.train.builders import full_log_probs, load, make_session
 
 KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")

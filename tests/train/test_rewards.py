@@ -8,6 +8,7 @@ from care_train.data import Sample
 from care_train.distributed import initialize_process_group
 from care_train.evaluation.evaluate import evaluate
 from care_train.rollout.engine import Completion
+from care_train.training.groups import Answer
 from tests.train.builders import make_session
 
 REWARDS = """
@@ -29,7 +30,7 @@ def _completions(session, sample: Sample):
     tokenizer = session.loaded.tokenizer
     ids = [tuple(tokenizer.encode(text)) for text in TEXTS]
     eos = tokenizer.eos_token_id
-    return [(sample, Completion((*one, eos), True), ()) for one in ids]
+    return [Answer(sample, Completion((*one, eos), True)) for one in ids]
 
 
 def test_rollouts_with_symbolic_keys(tiny_folder):

@@ -12,8 +12,7 @@ from care_train.cli import main
 from care_train.config import DataSettings, SftSettings
 from care_train.data import load_samples
 from care_train.models.prompts import TokenText
-from care_train.training.sft import sft_target
-from care_train.training.sft_rows import response_text, target_sequence
+from care_train.training.sft import response_text, sft_target, target_sequence
 from care_train.verifier import format_score
 from tests.train.builders import (
     encoder_of,

@@ -26,7 +26,7 @@ from care_train.rollout.engine import (
 )
 from care_train.training.rl import PromptSource, open_policy
 from care_train.training.rng import seed_all
-from care_train.training.sampling import GroupSampler
+from care_train.training.sampler import Sampler
 from care_train.training.session import open_session
 from care_train.training.step import TrainStep
 
@@ -81,8 +81,8 @@ def run_case(out: Path, name: str, overrides: Sequence[str], model: str, rows: s
     engine, rollout, reference = open_policy(session, device)
     tape_file = out / "tape.pkl"
     replay = Replay(rollout, pickle.loads(tape_file.read_bytes()) if tape_file.exists() else None)
-    sampler = GroupSampler(replay, session.encoder, session.scorer, config)
-    step = TrainStep(config, engine, sampler, reference)
+    sampler = Sampler(replay, session.encoder, config)
+    step = TrainStep(config, engine, sampler, session.scorer, reference)
     source = PromptSource(load_samples(config.data, config.seed), config)
     metrics = [step.run(source.draw, number).metrics for number in range(STEPS)]
     weights = {n: t.detach().cpu().clone() for n, t in engine.weights(1 << 20)}

@@ -1,0 +1,106 @@
+"""One prompt on its way through a step, and the verdicts on its responses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from care_train.algorithm.spans import parse_spans, token_spans
+from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, Subgroup, skipped_update
+from care_train.config import PromptSettings
+from care_train.data import Sample
+from care_train.models.batch import TokenSequence
+from care_train.models.prompts import EncodedPrompt, TokenText
+from care_train.rollout.engine import Completion
+from care_train.verifier import Response, Score, Verifier
+
+
+class Answer(NamedTuple):
+    """What the rollout engine sampled for a row, before it is verified."""
+
+    sample: Sample
+    completion: Completion
+    prefix_ids: tuple[int, ...] = ()
+    """Tokens that were forced before the completion (reflection)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group(RolloutGroup):
+    """The G responses to one prompt. Each stage of a step returns the group with more fields."""
+
+    sample: Sample
+    prompt: EncodedPrompt = field(repr=False)
+    completions: tuple[Completion, ...] = field(default=(), repr=False)
+    """Line 1: what the engine sampled; `rollouts` are their verified form (line 2)."""
+    subgroup: Subgroup | str = ""
+    """Lines 3-10 and 21-25: S, or why the group is skipped."""
+    repair: Answer | None = None
+    """Lines 11-13: the reflection as it was sampled; None where there is none."""
+    reflected: Rollout | None = None
+    """Line 14: the verified reflection."""
+    update: GroupUpdate = field(default_factory=lambda: skipped_update(""))
+    """Lines 15-19 and 26-41: what the group trains."""
+
+    def sequence(
+        self, rollout: Rollout, prefix_ids: tuple[int, ...] | None = None
+    ) -> TokenSequence:
+        """Prompt, prefix and response of one rollout; `prefix_ids` replaces the forced prefix."""
+        prefix = rollout.prefix_ids if prefix_ids is None else prefix_ids
+        return TokenSequence(self.prompt, prefix, rollout.token_ids)
+
+
+class RolloutScorer:
+    """Decodes completions, locates their spans and has them verified (Eq. 1)."""
+
+    def __init__(self, token_text: TokenText, verifier: Verifier, prompt: PromptSettings) -> None:
+        self._token_text = token_text
+        self.verifier = verifier
+        self._tags = (prompt.think_tag, prompt.answer_tag)
+
+    def text(self, completion: Completion) -> str:
+        """The response's text, without special tokens."""
+        return self._token_text.decode(completion.token_ids)[0]
+
+    def verify(self, groups: Sequence[Group]) -> list[Group]:
+        """Line 2: the groups with their rollouts, all verified in one call."""
+        answers = [Answer(g.sample, completion) for g in groups for completion in g.completions]
+        rollouts = iter(self.score_all(answers))
+        return [replace(g, rollouts=tuple(next(rollouts) for _ in g.completions)) for g in groups]
+
+    def verify_reflections(self, groups: Sequence[Group]) -> list[Group]:
+        """Line 14: the groups with their verified reflections."""
+        repairs = [group.repair for group in groups if group.repair is not None]
+        rollouts = iter(self.score_all(repairs, reflected=True))
+        return [g if g.repair is None else replace(g, reflected=next(rollouts)) for g in groups]
+
+    def score_all(self, answers: Sequence[Answer], *, reflected: bool = False) -> list[Rollout]:
+        """Rollouts of completions, in order, all verified in one call."""
+        decoded = [self._token_text.decode(a.prefix_ids + a.completion.token_ids) for a in answers]
+        responses = [
+            Response(text, a.sample, a.completion.finished, len(a.completion.token_ids))
+            for (text, _), a in zip(decoded, answers, strict=True)
+        ]
+        scores = self.verifier.score_batch(responses)
+        return [
+            self._rollout(answer, text, ends, score, reflected)
+            for answer, (text, ends), score in zip(answers, decoded, scores, strict=True)
+        ]
+
+    def _rollout(
+        self, answer: Answer, text: str, ends: Sequence[int], score: Score, reflected: bool
+    ) -> Rollout:
+        completion, prefix_ids = answer.completion, answer.prefix_ids
+        if completion.finished:
+            ends = ends[:-1]
+        return Rollout(
+            token_ids=completion.token_ids,
+            text=text,
+            spans=token_spans(parse_spans(text, *self._tags), ends, len(prefix_ids)),
+            accuracy=score.accuracy,
+            format_score=score.format_score,
+            reward=score.reward,
+            finished=completion.finished,
+            prefix_ids=prefix_ids,
+            reflected=reflected,
+            verdict=score.reason,
+            log_probs=completion.log_probs,
+        )

@@ -1,0 +1,266 @@
+"""Log-probs of a step's sequences, without gradient: by the old policy and by the reference."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from care_train.algorithm.care import skip_before_forward
+from care_train.algorithm.spans import rationale_span
+from care_train.algorithm.types import Rollout, TrainSequence
+from care_train.config import Config, LossSettings
+from care_train.models.batch import ModelBatch, TokenSequence
+from care_train.training.engine import PolicyEngine
+from care_train.training.groups import Group
+from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
+from care_train.training.reference import Reference
+from care_train.training.timer import timer
+
+IMPORTANCE_CAP = 2.0
+"""Truncation of the importance weight of a reflection trained without its context."""
+
+Forward = Callable[
+    [ModelBatch, float, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]
+]
+"""Takes a batch, the temperature and the spans to pool ([B, 2] or None); returns log-probs [N], or
+[N, 2] with the log-normalisers beside them, and the embeddings [B, D] of the spans."""
+
+
+class SequenceRows(NamedTuple):
+    """What a forward says of one sequence of T response tokens."""
+
+    log_probs: torch.Tensor
+    """[T]."""
+    log_normalizer: torch.Tensor | None = None
+    """[T] log sum exp of the logits: where the fused loss may anchor its exponentials."""
+    embedding: torch.Tensor | None = None
+    """[D] the pooled span."""
+
+
+@dataclass
+class TrainItem:
+    """One sequence of S* and what the loss compares it with.
+
+    Tensors have one fp32 number per response token, [T], and are on the CPU unless it says so.
+    """
+
+    group: Group
+    """The one that trains it."""
+    sequence: TrainSequence
+    tokens: TokenSequence = field(repr=False)
+    """The sequence in the context it is trained in: the one it was sampled in, but for a
+    reflection under `care.reflection.context=x_only`."""
+    sampled_log_probs: torch.Tensor | None = field(default=None, repr=False)
+    """log pi_old in the context it was sampled in; None where nothing reads it."""
+    old_log_probs: torch.Tensor | None = field(default=None, repr=False)
+    """log pi_old in the context it is trained in; None where the old policy is the current one, so
+    that the ratio is 1."""
+    old_log_normalizer: torch.Tensor | None = field(default=None, repr=False)
+    """None where the old policy did not see the sequence in the context it is trained in."""
+    ref_log_probs: torch.Tensor | None = field(default=None, repr=False)
+    """log pi_ref, on the policy's device; None without a KL of sampled tokens."""
+    importance_weights: torch.Tensor | None = field(default=None, repr=False)
+    """None where all are 1."""
+
+
+class LogProbs:
+    """Runs sequences through a policy in micro-batches."""
+
+    def __init__(self, engine: PolicyEngine, config: Config, reference: Reference | None) -> None:
+        """Score with `engine` as pi_old, and with pi_ref where the loss has a KL."""
+        self._engine = engine
+        self._config = config
+        self._reference = reference
+
+    def forward_all(
+        self,
+        forward: Forward,
+        sequences: Sequence[TokenSequence],
+        pool_spans: Sequence[tuple[int, int]] | None = None,
+    ) -> list[SequenceRows]:
+        """Each sequence's rows, in order.
+
+        Every rank runs the same number of forwards, as sharded parameters require; one with fewer
+        sequences runs the engine's filler.
+        """
+        engine, temperature = self._engine, self._config.rollout.temperature
+        limits = MicroBatchLimits.of(self._config.train)
+        batches, count = agreed_micro_batches(sequences, limits, engine.device)
+        found: dict[int, SequenceRows] = {}
+        for turn in range(count):
+            if turn >= len(batches):
+                forward(engine.collate([engine.filler]), temperature, None)
+                continue
+            places = batches[turn]
+            batch = engine.collate([sequences[i] for i in places])
+            spans = None
+            if pool_spans is not None:
+                spans = torch.tensor([pool_spans[i] for i in places], device=engine.device)
+            log_probs, pooled = forward(batch, temperature, spans)
+            rows = log_probs.split([len(sequences[i].response_ids) for i in places])
+            for place, i in enumerate(places):
+                row = rows[place]
+                values, normalizer = row.unbind(1) if row.ndim == 2 else (row, None)
+                embedding = None if pooled is None else pooled[place]
+                found[i] = SequenceRows(values, normalizer, embedding)
+        return [found[i] for i in range(len(sequences))]
+
+    def old_policy(
+        self,
+        sequences: Sequence[TokenSequence],
+        pool_spans: Sequence[tuple[int, int]] | None = None,
+    ) -> list[SequenceRows]:
+        """`forward_all` by the policy as it is, with the log-normalisers."""
+        forward = partial(self._engine.log_probs, with_log_normalizer=True)
+        return self.forward_all(forward, sequences, pool_spans)
+
+    def of_groups(self, groups: Sequence[Group]) -> list[Group]:
+        """The old policy's one forward (Secs. 3.3, 3.7): the groups that are not skipped get the
+        log-probs of their rollouts and the embeddings of their rationales."""
+        care = self._config.care
+        needs = [skip_before_forward(group.rollouts, care) is None for group in groups]
+        rollouts = [
+            (g.sequence(r), r)
+            for g, is_needed in zip(groups, needs, strict=True)
+            if is_needed
+            for r in g.rollouts
+        ]
+        spans = [_rationale_positions(sequence, rollout) for sequence, rollout in rollouts]
+        rows = iter(self.old_policy([sequence for sequence, _ in rollouts], spans))
+        return [
+            _with_old_policy(group, [next(rows) for _ in group.rollouts]) if is_needed else group
+            for group, is_needed in zip(groups, needs, strict=True)
+        ]
+
+    def items(self, groups: Sequence[Group]) -> list[TrainItem]:
+        """The sequences that the groups train, with all that the loss compares them with."""
+        items = [
+            TrainItem(
+                group,
+                sequence,
+                self._trained_tokens(group, sequence),
+                sequence.rollout.old_log_probs,
+                old_log_normalizer=sequence.rollout.old_log_normalizer,
+            )
+            for group in groups
+            for sequence in group.update.sequences
+        ]
+        with timer("old_forward" if self._has_several_updates else "gap"):
+            self._add_old_policy(items)
+        if self._reference is not None and self._config.loss.kl_estimator != "exact":
+            with timer("reference"):
+                tokens = [item.tokens for item in items]
+                rows = self.forward_all(self._reference.log_probs, tokens)
+            for item, row in zip(items, rows, strict=True):
+                item.ref_log_probs = row.log_probs
+        return items
+
+    def _add_old_policy(self, items: Sequence[TrainItem]) -> None:
+        """One forward of the old policy over what it has not seen yet.
+
+        The log-probs in the sampled context are read where an old policy or an engine's log-probs
+        are compared with them; those in the trained context where it is another.
+        """
+        moved = [item for item in items if self._trains_off_context(item.sequence)]
+        every = self._has_several_updates or self._config.rollout.engine != "transformers"
+        if every or self._may_train_off_context:  # by the configuration: so all ranks agree
+            wanted = items if every else moved
+            missing = [item for item in wanted if item.sampled_log_probs is None]
+            sequences = [item.group.sequence(item.sequence.rollout) for item in missing]
+            rows = self.old_policy(sequences + [item.tokens for item in moved])
+            for item, row in zip(missing, rows, strict=False):
+                item.sampled_log_probs = _on_cpu(row.log_probs)
+                item.old_log_normalizer = _on_cpu(row.log_normalizer)
+            for item, row in zip(moved, rows[len(missing) :], strict=True):
+                item.old_log_probs = _on_cpu(row.log_probs)
+                item.old_log_normalizer = None
+        for item in items:
+            self._weigh(item)
+
+    def _weigh(self, item: TrainItem) -> None:
+        """Importance weights, and which log-probs are the old policy's."""
+        sampled, trained, loss = item.sampled_log_probs, item.old_log_probs, self._config.loss
+        if trained is not None:
+            # min(pi(y | x) / pi(y | x, prefix, cue), cap): trained without its context.
+            assert sampled is not None
+            item.importance_weights = (trained - sampled).exp().clamp(max=IMPORTANCE_CAP)
+        engine = item.sequence.rollout.log_probs
+        if sampled is not None and engine is not None and loss.importance_sampling != "none":
+            correction = importance_weights(sampled, engine, loss)
+            weights = item.importance_weights
+            item.importance_weights = correction if weights is None else weights * correction
+        if not self._has_several_updates:
+            item.old_log_probs = None
+        elif trained is None:
+            item.old_log_probs = sampled
+
+    @property
+    def _has_several_updates(self) -> bool:
+        train = self._config.train
+        return train.num_iterations * train.mini_batches > 1
+
+    def _trained_tokens(self, group: Group, sequence: TrainSequence) -> TokenSequence:
+        """The context a sequence is trained in: its own, or the prompt alone (`x_only`)."""
+        if not self._trains_off_context(sequence):
+            return group.sequence(sequence.rollout)
+        # The response continues an open think span.
+        tag = f"<{self._config.prompt.think_tag}>"
+        encoded = self._engine.loaded.tokenizer(tag, add_special_tokens=False)
+        return group.sequence(sequence.rollout, tuple(encoded["input_ids"]))
+
+    def _trains_off_context(self, sequence: TrainSequence) -> bool:
+        return sequence.rollout.reflected and self._may_train_off_context
+
+    @property
+    def _may_train_off_context(self) -> bool:
+        config = self._config
+        return config.algorithm == "care" and config.care.reflection.context == "x_only"
+
+
+def importance_weights(
+    trainer: torch.Tensor, engine: Sequence[float], loss: LossSettings
+) -> torch.Tensor:
+    """[T] pi_trainer / pi_engine, per token or the sequence's product, held below the cap.
+
+    An engine computes the policy with other kernels, batches and caches, or from weights that are
+    one update old.
+
+    Args:
+        trainer: [T] log-probs by the trainer, before the update.
+        engine: T log-probs by the engine that sampled.
+        loss: `importance_sampling`, `importance_cap`, `importance_over_cap`.
+    """
+    log_ratio = trainer.float().cpu() - torch.tensor(engine)
+    if loss.importance_sampling == "sequence":
+        log_ratio = log_ratio.sum().expand_as(log_ratio)
+    ratio = log_ratio.exp()
+    if loss.importance_over_cap == "mask":
+        return ratio.where(ratio <= loss.importance_cap, 0.0)
+    return ratio.clamp(max=loss.importance_cap)
+
+
+def _rationale_positions(sequence: TokenSequence, rollout: Rollout) -> tuple[int, int]:
+    start, end = rationale_span(rollout)
+    return sequence.response_start + start, sequence.response_start + end
+
+
+def _with_old_policy(group: Group, rows: Sequence[SequenceRows]) -> Group:
+    return replace(
+        group,
+        rollouts=tuple(
+            replace(
+                rollout,
+                old_log_probs=_on_cpu(row.log_probs),
+                old_log_normalizer=_on_cpu(row.log_normalizer),
+            )
+            for rollout, row in zip(group.rollouts, rows, strict=True)
+        ),
+        embeddings=torch.stack([row.embedding for row in rows if row.embedding is not None]).cpu(),
+        log_prob_sums=torch.stack([row.log_probs.sum() for row in rows]).cpu(),
+    )
+
+
+def _on_cpu(values: torch.Tensor | None) -> torch.Tensor | None:
+    return None if values is None else values.detach().float().cpu()

@@ -1,0 +1,157 @@
+"""What reinforcement learning and the cold start share: their policy's engine, and the loop."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from care_train.data import Sample
+from care_train.distributed import is_main
+from care_train.reporting import MetricsLogger, TrainProgress
+from care_train.training.checkpoint import Checkpoint, Checkpoints
+from care_train.training.engine import PolicyEngine
+from care_train.training.failures import Stopped
+from care_train.training.guard import StopSignals
+from care_train.training.optimizer import OptimizerSettings
+from care_train.training.resume import check_identity, identity, log_sizes
+from care_train.training.session import Session
+from care_train.training.timer import at_step
+
+
+def policy_engine(
+    session: Session,
+    optimizer: OptimizerSettings,
+    device: torch.device,
+    *,
+    freeze_vision: bool = False,
+    copy_for_rollouts: bool = False,
+) -> PolicyEngine:
+    """The engine that trains the session's model, under the settings that both stages share."""
+    config = session.config
+    return PolicyEngine(
+        session.loaded,
+        optimizer,
+        config.deepspeed,
+        device,
+        bf16=config.model.dtype == "bfloat16",
+        freeze_vision=freeze_vision,
+        lora=config.model.lora,
+        seed=config.seed,
+        packing=config.train.packing,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        copy_for_rollouts=copy_for_rollouts,
+    )
+
+
+class StepLoop(ABC):
+    """Steps in order, each with its log line and with what is due after it.
+
+    A subclass sets `engine`, and `first_step` where it goes on from a checkpoint.
+    """
+
+    phase: str
+    """What log lines are marked with."""
+    title: str
+    """Above the progress."""
+    data_key: str
+    """The setting that names the rows' file."""
+    engine: PolicyEngine
+    first_step: int = 0
+    owes_evaluation: bool = False
+    """Whether the evaluation after the last step is still to be made, as where a run was stopped
+    before it."""
+
+    def __init__(
+        self,
+        session: Session,
+        samples: Sequence[Sample],
+        run_dir: Path,
+        metrics: MetricsLogger,
+        device: torch.device,
+        num_steps: int,
+        checkpoints: Checkpoints,
+    ) -> None:
+        """Take note of what the run is made of, before the engine shards the model.
+
+        Args:
+            session: the model to train, with its encoder and verifier.
+            samples: the stage's rows, by which a resumed run is recognised.
+            run_dir: the run's folder.
+            metrics: the run's log.
+            device: this rank's device.
+            num_steps: how many there will be.
+            checkpoints: the stage's.
+        """
+        self.session, self.config = session, session.config
+        self.run_dir, self.metrics, self.device = run_dir, metrics, device
+        self.num_steps, self.checkpoints = num_steps, checkpoints
+        self._identity = identity(self.config, samples, session.loaded.model)
+
+    @abstractmethod
+    def step(self, step: int) -> dict[str, float]:
+        """Make a step, counted from 0; its metrics."""
+
+    @abstractmethod
+    def after_step(self, done: int, signals: StopSignals) -> None:
+        """Evaluate and save what is due after `done` steps.
+
+        Raises:
+            Stopped: a signal asked for it; a checkpoint is saved.
+        """
+
+    def run(self) -> None:
+        """The steps that are left."""
+        enabled, first = self.config.logging.progress and is_main(), self.first_step
+        display = TrainProgress(self.num_steps, enabled, self.title, start_step=first)
+        with StopSignals() as signals, display as self.progress:
+            if self.owes_evaluation:
+                with at_step(self.first_step, self.num_steps, self.run_dir):
+                    self.after_step(self.first_step, signals)
+            for step in range(self.first_step, self.num_steps):
+                with at_step(step + 1, self.num_steps, self.run_dir):
+                    values = self.step(step)
+                    self.metrics.log(step + 1, values, phase=self.phase)
+                    self.progress.update(step + 1, values)
+                    self.after_step(step + 1, signals)
+
+    def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Be where the run was when it saved `checkpoint`; returns what this rank saved of its own.
+
+        Raises:
+            ValueError: the rows or the first weights are not those of the checkpoint's run.
+        """
+        check_identity(checkpoint, self._identity, self.data_key, self.config)
+        self.first_step = checkpoint.step
+        return checkpoint.restore(self.engine)
+
+    def save(
+        self,
+        done: int,
+        state: Mapping[str, Any],
+        stop: int,
+        scores: Mapping[str, float] | None = None,
+        own: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a checkpoint; end the run where a signal asked for it.
+
+        Args:
+            done: steps so far.
+            state: what `restore` needs beside the engine's state, in JSON's types.
+            stop: the signal's number; 0 where there was none.
+            scores: the evaluation after this step, where there was one.
+            own: more of this rank, in plain types and tensors.
+
+        Raises:
+            Stopped: `stop` is not 0.
+        """
+        state = self._identity | {"step": done, "logs": log_sizes(self.run_dir)} | dict(state)
+        saved = self.checkpoints.save(self.engine, state, scores, own)
+        if stop:
+            raise Stopped(stop, done, self.num_steps, self.run_dir, saved)
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether a step is one of every `every` before the last, which has its own turn."""
+    return every > 0 and step % every == 0 and step != last

@@ -1,0 +1,220 @@
+"""Sample groups and reflections (Algorithm 1, lines 1 and 11-13)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+from care_train.algorithm.reflection import reflection_prefix
+from care_train.algorithm.types import Member
+from care_train.config import Config
+from care_train.data import Sample
+from care_train.models.prompts import PromptEncoder
+from care_train.rollout.engine import (
+    Completion,
+    Request,
+    RolloutEngine,
+    SamplingSettings,
+    in_background,
+    request_seed,
+)
+from care_train.rollout.errors import RolloutServerError
+from care_train.training.engine import PolicyEngine
+from care_train.training.groups import Answer, Group
+from care_train.training.timer import timer
+
+Draw = Callable[[], Sequence[Sample]]
+"""Deals this rank's next prompts."""
+
+
+class Sampler:
+    """Draws groups and reflections from the current policy."""
+
+    def __init__(self, engine: RolloutEngine, encoder: PromptEncoder, config: Config) -> None:
+        self._engine = engine
+        self._encoder = encoder
+        self._config = config
+        rollout = config.rollout
+        self._sampling = SamplingSettings(
+            rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k
+        )
+
+    @property
+    def has_next(self) -> bool:
+        """Whether the prompts drawn last are still to be trained on."""
+        return False
+
+    def sync(self, policy: PolicyEngine) -> dict[str, float]:
+        """Bring the rollout engine up to date with the policy; returns what there is to log."""
+        bucket_bytes = self._config.rollout.vllm.sync_bucket_mib << 20
+        with timer("sync"):
+            return self._engine.sync(policy.weights(bucket_bytes, self._engine.wanted))
+
+    def rest(self) -> None:
+        """This batch is sampled: the engine may free memory until the next `sync`."""
+        with timer("sync"):
+            self._engine.rest()
+
+    def sample(self, draw: Draw, step: int) -> list[Group]:
+        """Line 1: G responses to each of the next prompts, in one batched call.
+
+        Args:
+            draw: deals this rank's prompts.
+            step: counts from 0; part of every response's seed.
+        """
+        groups = self._encoded(draw())
+        return _with_completions(groups, self._generate(self._requests(groups, step)))
+
+    def reflect(self, groups: Sequence[Group], step: int) -> list[Group]:
+        """Lines 11-13: one repair for every group that wants one, in one batched call."""
+        with timer("prepare"):
+            requests = [self._reflection_request(group, step) for group in groups]
+        # Also without requests: ranks that share a vLLM by tensor parallelism generate together.
+        wanted = [request for request in requests if request is not None]
+        completions = iter(self._engine.generate(wanted, self._reflection_sampling))
+        return [
+            group
+            if request is None
+            else replace(group, repair=Answer(group.sample, next(completions), request.prefix_ids))
+            for group, request in zip(groups, requests, strict=True)
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this rank's sampler, in plain types."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any], draw: Draw) -> None:
+        """Be where `state` was taken."""
+        assert not state
+
+    def _encoded(self, samples: Sequence[Sample]) -> list[Group]:
+        with timer("prepare"):
+            prompts = self._encoder.encode(samples)
+        return [
+            Group((), sample=sample, prompt=prompt)
+            for sample, prompt in zip(samples, prompts, strict=True)
+        ]
+
+    def _requests(self, groups: Sequence[Group], step: int) -> list[Request]:
+        return [
+            Request(group.prompt, request_seed(self._config.seed, step, group.sample.draw, index))
+            for group in groups
+            for index in range(self._config.rollout.group_size)
+        ]
+
+    def _generate(self, requests: Sequence[Request]) -> list[Completion]:
+        return self._engine.generate(requests, self._sampling)
+
+    def _reflection_request(self, group: Group, step: int) -> Request | None:
+        """None where the group has no reflection, or one with too long a context (line 13)."""
+        subgroup = group.subgroup
+        if isinstance(subgroup, str) or subgroup.reflect_on is None:
+            return None
+        prefix_ids = self._reflection_prefix(subgroup.others[subgroup.reflect_on])
+        limit = self._config.prompt.max_prompt_tokens + self._config.rollout.max_new_tokens
+        if len(group.prompt.token_ids) + len(prefix_ids) > limit:
+            return None  # A context is never truncated.
+        # The group's own rollouts have the indices below.
+        index = self._config.rollout.group_size
+        seed = request_seed(self._config.seed, step, group.sample.draw, index)
+        return Request(group.prompt, seed, prefix_ids)
+
+    def _reflection_prefix(self, negative: Member) -> tuple[int, ...]:
+        prompt, cue = self._config.prompt, self._config.care.reflection.cue
+        text = reflection_prefix(negative.rollout, cue, prompt.think_tag, prompt.answer_tag)
+        return self._encoder.encode_text(text)
+
+    @property
+    def _reflection_sampling(self) -> SamplingSettings:
+        own, shared = self._config.care.reflection, self._sampling
+        return SamplingSettings(
+            shared.max_new_tokens if own.max_new_tokens is None else own.max_new_tokens,
+            shared.temperature if own.temperature is None else own.temperature,
+            shared.top_p if own.top_p is None else own.top_p,
+            shared.top_k,
+        )
+
+
+@dataclass(frozen=True)
+class _Started:
+    """The groups of a step whose completions are being sampled in the background."""
+
+    step: int
+    groups: list[Group]
+    completions: Future[list[Completion]]
+
+
+class AheadSampler(Sampler):
+    """Samples the next step's rollouts in the background while this step trains.
+
+    They come from the weights before this step's update, one update old when they are trained on.
+    The engine's log-probs, those of the policy that sampled, correct for it: each token's (or
+    sequence's) gradient is weighed by pi_trainer / pi_engine (`log_probs.importance_weights`).
+    """
+
+    _next: _Started | None = None
+
+    @property
+    def has_next(self) -> bool:
+        return self._next is not None
+
+    def sync(self, policy: PolicyEngine) -> dict[str, float]:
+        """As `Sampler.sync`, once the background's rollouts, of the weights so far, are there."""
+        if self._next is not None:
+            with timer("generate"):
+                self._next.completions.result()
+        return super().sync(policy)
+
+    def sample(self, draw: Draw, step: int) -> list[Group]:
+        """The rollouts of `step`; those of the one after it begin, with the weights synced last."""
+        started = self._next or self._start(draw, step)
+        assert started.step == step
+        completions = started.completions.result()
+        self._next = None
+        if step + 1 < self._config.train.steps:
+            self._next = self._start(draw, step + 1)
+        return _with_completions(started.groups, completions)
+
+    def state(self) -> dict[str, Any]:
+        """The waiting rollouts, once they are sampled; empty where there are none."""
+        if self._next is None:
+            return {}
+        try:
+            completions = self._next.completions.result()
+        except RolloutServerError:
+            # The next step will report it. A checkpoint without them is usable: a resumed run
+            # samples them anew.
+            return {}
+        return {
+            "step": self._next.step,
+            "token_ids": [list(c.token_ids) for c in completions],
+            "finished": [c.finished for c in completions],
+            "log_probs": [None if c.log_probs is None else list(c.log_probs) for c in completions],
+        }
+
+    def restore(self, state: Mapping[str, Any], draw: Draw) -> None:
+        """Be where `state` was taken; its prompts are drawn again."""
+        if not state:
+            return
+        fields = zip(state["token_ids"], state["finished"], state["log_probs"], strict=True)
+        done: Future[list[Completion]] = Future()
+        done.set_result(
+            [
+                Completion(tuple(ids), finished, None if values is None else tuple(values))
+                for ids, finished, values in fields
+            ]
+        )
+        self._next = _Started(state["step"], self._encoded(draw()), done)
+
+    def _start(self, draw: Draw, step: int) -> _Started:
+        groups = self._encoded(draw())
+        requests = self._requests(groups, step)
+        return _Started(step, groups, in_background(lambda: self._generate(requests)))
+
+
+def _with_completions(groups: Sequence[Group], completions: Sequence[Completion]) -> list[Group]:
+    size = len(completions) // len(groups)
+    return [
+        replace(group, completions=tuple(completions[place * size : (place + 1) * size]))
+        for place, group in enumerate(groups)
+    ]
