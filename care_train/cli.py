@@ -1,12 +1,19 @@
-"""care-train: the command line."""
+"""care-train: the command line, one function per command.
+
+What a command computes stands where its noun is (`commands.py` for the runs). Functions import it
+themselves: `--help` and errors in a configuration need no torch.
+"""
 
 import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from care_train.arguments import parse_arguments
 from care_train.config import (
+    BuildSettings,
     Config,
     config_files,
     configs_folder,
@@ -14,7 +21,6 @@ from care_train.config import (
     load_config,
     names_run,
 )
-from care_train.config.arguments import INSPECTIONS, parse_arguments
 from care_train.rollout.errors import RolloutError
 from care_train.training.failures import STOPPED_STATUS, RunError, Stopped, is_disk_full, status_of
 
@@ -23,126 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; user errors print one line and exit with 2."""
     options = parse_arguments(arguments)
     try:
-        if options.command == "export":
-            _export(options)
-        elif options.command == "data":
-            return _build_data(options)
-        elif options.command == "table":
-            return _table(options)
-        else:
-            path = _config_path(options)
-            config = load_config(path, options.overrides)
-            if options.command in INSPECTIONS:
-                return _inspect(options, config)
-            if options.command == "serve":
-                return _serve(options, config)
-            if options.command == "verify":
-                return _verify(config)
-            files = config_files(path, options.overrides)
-            return _run(options.command, config, files)
+        return _COMMANDS[options.command](options)
     except (RunError, RolloutError, ValueError, OSError) as error:
         if isinstance(error, OSError) and not is_disk_full(error):
             raise
         print(f"care-train {options.command}: error: {error}", file=sys.stderr)
         return status_of(error)
-    return 0
-
-
-def _run(command: str, config: Config, files: Mapping[str, Path]) -> int:
-    quiet_libraries()
-    # Imported here: --help and configuration errors need no torch.
-    from care_train import commands
-    from care_train.distributed import barrier, is_main
-    from care_train.reporting import show_summary
-    from care_train.training.guard import guarded
-    from care_train.training.run_folder import open_run
-    from care_train.training.run_place import run_dir_of
-
-    run = {
-        "quickstart": commands.quickstart,
-        "sft": commands.sft,
-        "train": commands.train,
-        "eval": commands.evaluate,
-    }[command]
-    try:
-        with guarded(config.limits, run_dir_of(config)), open_run(config, files) as folder:
-            summary = run(config, folder)
-    except Stopped as stopped:
-        if is_main():
-            print(f"{stopped}; go on with the same command and --resume, or with", file=sys.stderr)
-            print(f"  care-train {command} resume={stopped.run_dir}", file=sys.stderr)
-        # Launchers kill the other ranks when the first one leaves: not before it is said.
-        barrier()
-        return STOPPED_STATUS
-    if is_main():
-        show_summary(run_dir_of(config), summary)
-    return 0
-
-
-def _inspect(options: argparse.Namespace, config: Config) -> int:
-    quiet_libraries()
-    if options.command == "doctor":
-        from care_train.doctor.run import doctor
-
-        return doctor(config, options.gpus, as_json=options.json)
-    from care_train.planning.command import plan
-
-    plan(config, options)
-    return 0
-
-
-def _serve(options: argparse.Namespace, config: Config) -> int:
-    quiet_libraries()
-    from care_train.serve import serve
-
-    return 0 if serve(config, options.host, options.port, options.allowed_host) else 1
-
-
-def _verify(config: Config) -> int:
-    # Without quiet_libraries, which loads torch: this command starts at once.
-    from care_train.verifier import command
-
-    command.run(config)
-    return 0
-
-
-def _export(options: argparse.Namespace) -> None:
-    quiet_libraries()
-    from care_train.export import export
-
-    export(options.run, options.checkpoint, options.out, adapter=options.adapter)
-
-
-def _table(options: argparse.Namespace) -> int:
-    from care_train.evaluation.table import combine_runs, trainings_markdown
-
-    groups = {}
-    for group in options.groups:
-        name, separator, folders = group.partition("=")
-        if not (name and separator and folders):
-            raise ValueError(f"table: got {group!r}, wanted NAME=RUN,RUN,...")
-        groups[name] = combine_runs([Path(folder) for folder in folders.split(",")])
-    print(trainings_markdown(groups), end="")
-    return 0
-
-
-def _build_data(options: argparse.Namespace) -> int:
-    # No torch: the workers of a build start fast.
-    from care_train.data_command import build_data
-
-    try:
-        build_data(load_build_settings(options.config, options.overrides))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _config_path(options: argparse.Namespace) -> Path | None:
-    has_own = options.config is None and not names_run(options.overrides)
-    if has_own and options.command == "quickstart":
-        return configs_folder() / "quickstart.yaml"
-    return options.config
 
 
 def quiet_libraries() -> None:
@@ -164,6 +56,177 @@ def quiet_libraries() -> None:
         # DeepSpeed otherwise warns that it found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+
+def _run(options: argparse.Namespace) -> int:
+    """quickstart, sft, train and eval: a configuration becomes a run's folder."""
+    path = options.config
+    if options.command == "quickstart" and path is None and not names_run(options.overrides):
+        path = configs_folder() / "quickstart.yaml"
+    config, files = load_config(path, options.overrides), config_files(path, options.overrides)
+    quiet_libraries()
+    from care_train import commands
+    from care_train.distributed import barrier, is_main
+    from care_train.reporting import show_summary
+    from care_train.training.guard import guarded
+    from care_train.training.run_folder import open_run
+    from care_train.training.run_place import run_dir_of
+
+    run = {
+        "quickstart": commands.quickstart,
+        "sft": commands.sft,
+        "train": commands.train,
+        "eval": commands.evaluate,
+    }[options.command]
+    try:
+        with guarded(config.limits, run_dir_of(config)), open_run(config, files) as folder:
+            summary = run(config, folder)
+    except Stopped as stopped:
+        if is_main():
+            print(f"{stopped}; go on with the same command and --resume, or with", file=sys.stderr)
+            print(f"  care-train {options.command} resume={stopped.run_dir}", file=sys.stderr)
+        # Launchers kill the other ranks when the first one leaves: not before it is said.
+        barrier()
+        return STOPPED_STATUS
+    if is_main():
+        show_summary(run_dir_of(config), summary)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    config = _config(options)
+    quiet_libraries()
+    from care_train.doctor.run import doctor
+
+    return doctor(config, options.gpus, as_json=options.json)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    config = _config(options)
+    quiet_libraries()
+    from care_train.planning.command import plan
+
+    plan(config, options)
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    config = _config(options)
+    quiet_libraries()
+    from care_train.serve import serve
+
+    return 0 if serve(config, options.host, options.port, options.allowed_host) else 1
+
+
+def _verify(options: argparse.Namespace) -> int:
+    # Without quiet_libraries, which loads torch: this command starts at once.
+    config = _config(options)
+    from care_train.verifier.command import verify_lines
+
+    verify_lines(config, sys.stdin, sys.stdout)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    from care_train.export import export
+
+    export(options.run, options.checkpoint, options.out, adapter=options.adapter)
+    return 0
+
+
+def _table(options: argparse.Namespace) -> int:
+    from care_train.evaluation.table import combine_runs, trainings_markdown
+
+    groups = {}
+    for group in options.groups:
+        name, separator, folders = group.partition("=")
+        if not (name and separator and folders):
+            raise ValueError(f"table: got {group!r}, wanted NAME=RUN,RUN,...")
+        groups[name] = combine_runs([Path(folder) for folder in folders.split(",")])
+    print(trainings_markdown(groups), end="")
+    return 0
+
+
+def _build_data(options: argparse.Namespace) -> int:
+    settings = load_build_settings(options.config, options.overrides)
+    # No torch: the workers of a build start fast.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from care_train.data.building import build
+
+    columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    hidden = not console.is_interactive
+    try:
+        with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+            task = progress.add_task("rows", total=None)
+            manifest = build(
+                settings, lambda done, total: progress.update(task, completed=done, total=total)
+            )
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    _show_build(settings, manifest["counts"])
+    return 0
+
+
+def _show_build(settings: BuildSettings, counts: Mapping[str, Any]) -> None:
+    """A build's counts as a table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("source", "read", "rejected", "usable", "share", "duplicates", "kept", "share")
+    for name, one in counts["sources"].items():
+        rejected, duplicates = sum(one["rejected"].values()), sum(one["duplicates"].values())
+        table.add_row(
+            name,
+            *(f"{n:,}" for n in (one["read"] - one["filtered"], rejected, one["usable"])),
+            f"{one['usable_share']}%",
+            f"{duplicates:,}",
+            f"{one['kept']:,}",
+            f"{one['kept_share']}%",
+        )
+    total = counts["total"]
+    figures = [total["read"] - total["filtered"], total["rejected"], total["usable"]]
+    table.add_row(
+        "total",
+        *(f"{n:,}" for n in figures),
+        "",
+        f"{total['duplicates']:,}",
+        f"{total['kept']:,}",
+        "",
+    )
+    console.print(table)
+    for name, one in counts["sources"].items():
+        if one["expected_rows"] not in (None, one["usable"]):
+            console.print(
+                f"{name}: {one['usable']:,} usable rows, expected {one['expected_rows']:,} "
+                f"(sources.{name}.expected_rows)"
+            )
+    console.print(
+        f"[bold]{settings.output}[/bold]: {settings.file_name}, manifest.json, quarantine.jsonl"
+    )
+
+
+def _config(options: argparse.Namespace) -> Config:
+    return load_config(options.config, options.overrides)
+
+
+_COMMANDS = {
+    "quickstart": _run,
+    "sft": _run,
+    "train": _run,
+    "eval": _run,
+    "plan": _plan,
+    "doctor": _doctor,
+    "serve": _serve,
+    "verify": _verify,
+    "data": _build_data,
+    "export": _export,
+    "table": _table,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

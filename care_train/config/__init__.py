@@ -24,6 +24,7 @@ from care_train.config.care import (
 )
 from care_train.config.data import BenchmarkName, DataSettings, EvalSettings
 from care_train.config.deepspeed import DeepSpeedSettings
+from care_train.config.help import full_help, short_help
 from care_train.config.keys import Key, find_key, list_keys, role_of
 from care_train.config.limits import LimitSettings
 from care_train.config.loader import (
@@ -91,10 +92,12 @@ __all__ = [
     "config_to_yaml",
     "configs_folder",
     "find_key",
+    "full_help",
     "list_keys",
     "load_build_settings",
     "load_config",
     "merge",
     "names_run",
     "role_of",
+    "short_help",
 ]

@@ -114,7 +114,7 @@ def _wanted(path: list[str], root: type) -> str:
     key = find_key(_schema_name(path), root)
     if key is None:
         return "another value"
-    return key.wanted + (f" ({key.meaning.split('. ')[0].rstrip('.')})" if key.meaning else "")
+    return f"{key.wanted} ({key.summary})"
 
 
 def _schema_name(path: list[str]) -> str:

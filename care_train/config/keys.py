@@ -1,5 +1,6 @@
 """Every setting as a key: its type, bounds, default, meaning and role, read off the sections."""
 
+import re
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields
@@ -28,6 +29,11 @@ class Key:
     is_nullable: bool
     is_section: bool
     """Whether it holds other keys; it is a setting of its own only where it may be null."""
+
+    @property
+    def summary(self) -> str:
+        """The meaning's first sentence, without its full stop."""
+        return re.split(r"\.(?: (?=[A-Z`])|$)", self.meaning, maxsplit=1)[0]
 
 
 def list_keys(root: type = Config) -> list[Key]:

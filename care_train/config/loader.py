@@ -77,8 +77,8 @@ def load_build_settings(path: str | Path, overrides: Sequence[str] = ()) -> Buil
     `sources.NAME.key=value` changes the source of that name.
     """
     values = _read(Path(path), BuildSettings)
-    for layer in map(_layer, overrides):
-        values = _lay(values, layer)
+    for override in overrides:
+        values = _lay(values, _layer(override, BuildSettings))
     return _validated(BuildSettings, values, str(path))
 
 
@@ -228,9 +228,13 @@ def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:
     return value
 
 
-def _layer(override: str) -> dict[str, Any]:
+def _layer(override: str, root: type = Config) -> dict[str, Any]:
     """`a.b=c` as nested mappings."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ValueError(f"override {override!r}: wanted the form section.key=value")
-    return _nest(key.strip().split("."), parse_value(text))
+    known = find_key(key.strip(), root)
+    is_text = known is not None and known.wanted in ("text", "text or null")
+    # `care.reflection.cue=look again:` is no mapping, `name=7` no number.
+    plain = is_text and not text.startswith(("'", '"')) and text not in ("null", "~")
+    return _nest(key.strip().split("."), text if plain else parse_value(text))

@@ -2,7 +2,6 @@
 
 import json
 import queue
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,11 +48,6 @@ def verify_lines(config: Config, source: TextIO, target: TextIO) -> None:
             raise fault
     if is_empty:
         raise ValueError(f"standard input: got no line, wanted {_WANTED} on each")
-
-
-def run(config: Config) -> None:
-    """From standard input to standard output."""
-    verify_lines(config, sys.stdin, sys.stdout)
 
 
 def _batches(source: TextIO) -> Iterator[list[tuple[int, str]]]:

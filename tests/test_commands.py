@@ -1,0 +1,154 @@
+"""What README, docs and configs/ tell people to type works as written."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import care_train
+from care_train.cli import main, parse_arguments
+from care_train.config import configs_folder, full_help, load_build_settings, load_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+RUNS = sorted(configs_folder().glob("*.yaml")) + sorted(configs_folder().glob("protocol/*.yaml"))
+
+
+def _commands(program: str) -> list[tuple[str, list[str]]]:
+    """(where, words) of each command of that program in a code block of README or docs."""
+    found = []
+    for page in PAGES:
+        lines = iter(page.read_text().splitlines())
+        for line in lines:
+            while line.endswith("\\"):
+                line = line[:-1] + next(lines).strip()
+            if re.match(rf"\s*(\$ |[A-Z_]+=\S+ )*{re.escape(program)} ", line) and "`" not in line:
+                words = [word for word in shlex.split(line, comments=True) if word != "&"]
+                start = words.index(program.split()[0])
+                found.append((page.name, words[start + len(program.split()) :]))
+    return found
+
+
+def _name(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else " ".join(value)[:60]
+
+
+COMMANDS = _commands("care-train")
+LAUNCHED = [
+    (page, words[words.index("care_train") + 1 :])
+    for page, words in _commands("deepspeed")
+    if "care_train" in words
+]
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS + LAUNCHED, ids=_name)
+def test_each_command_of_the_docs_parses(page, words):
+    """Options exist, files of configs/ are there, and every key=value is a setting."""
+    words = words[: words.index("<")] if "<" in words else words
+    if {"--help", "--help-all"} & set(words):
+        with pytest.raises(SystemExit) as stopped:
+            parse_arguments(words)
+        assert stopped.value.code == 0
+        return
+    options = parse_arguments(words)
+    if options.command == "data":
+        load_build_settings(ROOT / options.config, options.overrides)
+    elif hasattr(options, "overrides"):
+        load_config(options.config and ROOT / options.config, options.overrides)
+
+
+def test_there_are_commands_to_test():
+    """The pattern above finds what README and the pages about runs show."""
+    assert len(COMMANDS) >= 25 and LAUNCHED
+    names = {words[0] for _, words in COMMANDS}
+    assert {"train", "sft", "eval", "serve", "doctor", "plan", "verify", "data", "export"} <= names
+
+
+@pytest.mark.parametrize(("page", "words"), _commands("python -m"), ids=_name)
+def test_each_module_of_the_docs_exists(page, words):
+    """`python -m bench.seeds` and the like name modules that are there."""
+    if words[0].startswith(("bench", "care_")):
+        assert importlib.util.find_spec(words[0]) is not None, (page, words)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_each_configuration_is_valid(path):
+    """Every run's YAML file in configs/ loads, also as the written config.yaml of a run does."""
+    config = load_config(path)
+    assert config.train.steps >= 1
+
+
+@pytest.mark.parametrize("path", sorted(configs_folder().glob("data/*.yaml")), ids=lambda p: p.stem)
+def test_each_build_is_valid(path):
+    """Every data set's YAML file in configs/data/ loads."""
+    assert load_build_settings(path).sources
+
+
+SMALL = [
+    "model.path=tiny-qwen2.5-vl",
+    "data={path: easy_vqa, max_samples: 8}",
+    "eval.data={path: easy_vqa, max_samples: 4}",
+    "sft={steps: 1, batch_size: 4, save_every: 0}",
+    "sft.data={path: easy_vqa, max_samples: 8}",
+    "prompt={system: null, max_prompt_tokens: 256}",
+    "rollout={group_size: 2, max_new_tokens: 8, engine: transformers}",
+    "care.reflection.cue=again:",
+    "train={steps: 1, prompts_per_step: 2, save_every: 0, eval_every: 0}",
+    "logging={tensorboard: false, progress: false}",
+]
+"""Laid over a configuration made for GPUs: everything else of it stays as written."""
+
+
+def test_each_large_configuration_trains_when_made_small(tmp_path):
+    """One step under each algorithm's YAML file, with the shipped batch, loss and ZeRO settings."""
+    names = ["care", "care_no_rgr", "care_official", "dapo", "dr_grpo", "grpo", "gspo"]
+    lines = ["import sys", "from care_train.cli import main"]
+    for name in names:
+        arguments = ["train", "--config", str(configs_folder() / f"{name}.yaml"), *SMALL]
+        arguments += [f"output_dir={tmp_path}", f"name={name}"]
+        lines.append(f"assert main({arguments!r}) == 0, {name!r}")
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all((tmp_path / name / "summary.json").is_file() for name in names)
+
+
+class TestHelp:
+    """`--help` is short, `--help-all` whole."""
+
+    COMMANDS = ("quickstart", "sft", "train", "eval", "plan", "doctor", "serve", "verify")
+
+    @staticmethod
+    def printed(capsys, *words: str) -> list[str]:
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 0
+        return capsys.readouterr().out.splitlines()
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_three_screens(self, command, capsys):
+        """At most 120 lines of at most 100 characters."""
+        lines = self.printed(capsys, command, "--help")
+        assert len(lines) <= 120 and max(map(len, lines)) <= 100
+        assert any("--help-all" in line for line in lines)
+
+    def test_all_settings(self, capsys):
+        """Name, default, type, range, role on resume and meaning."""
+        text = "\n".join(self.printed(capsys, "train", "--help-all"))
+        assert "train.steps = 100  (an integer, at least 1; on resume: as it was, or" in text
+        assert "care.neg_scale = 0.5  (a number in (0, 1]; " in text
+        assert full_help().count("\n") > 300
+
+    def test_settings_of_a_build(self, capsys):
+        """`data build` has its own."""
+        text = "\n".join(self.printed(capsys, "data", "build", "--help-all"))
+        assert "sources.NAME.path = ''" in text and "train.steps" not in text
+
+    def test_version(self, capsys):
+        """`care-train --version` is `care_train.__version__`."""
+        assert self.printed(capsys, "--version") == [f"care-train {care_train.__version__}"]
