@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from care_train.config import TABLE_5, build_config, config_to_yaml, list_keys, load_config
+from care_train.config import (
+    TABLE_5,
+    BuildSettings,
+    Role,
+    build_config,
+    config_to_dict,
+    config_to_yaml,
+    find_key,
+    list_keys,
+    load_config,
+    role_of,
+)
+from care_train.config.hints import FOREIGN
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -212,3 +224,137 @@ def test_lora_is_off_until_a_key_of_it_is_set():
     assert config.model.lora is not None and config.model.lora.rank == 8
     assert build_config(yaml.safe_load(config_to_yaml(config))) == config
     assert "model.lora.rank" in {key.name for key in list_keys()}
+
+
+class TestFiles:
+    """A YAML file is read as meant, or refused with the lines."""
+
+    @staticmethod
+    def load(tmp_path, text, *overrides):
+        (tmp_path / "c.yaml").write_text(text)
+        return load_config(tmp_path / "c.yaml", overrides)
+
+    @pytest.mark.parametrize(
+        ("text", "key", "lines"),
+        [
+            ("seed: 1\nname: a\nseed: 2\n", "seed", (1, 3)),
+            ("train:\n  steps: 2\n  warmup_steps: 1\n  steps: 3\n", "train.steps", (2, 4)),
+            ("train: {steps: 1}\nseed: 1\ntrain: {seed: 2}\n", "train", (1, 3)),
+            ("train.steps: 2\ntrain: {steps: 1}\n", "train.steps", (1, 2)),
+            ("train: {steps: 1}\ntrain.steps: 2\n", "train.steps", (1, 2)),
+            ("train.steps: 2\ntrain: 5\n", "train", (1, 2)),
+            ("deepspeed:\n  config:\n    a: 1\n    b: 1\n    a: 2\n", "deepspeed.config.a", (3, 5)),
+        ],
+    )
+    def test_a_key_given_twice(self, tmp_path, text, key, lines):
+        """Both lines are named, whichever way the key is written."""
+        first, second = lines
+        message = rf"{re.escape(key)} is given twice, in lines {first} and {second}: remove one"
+        with pytest.raises(ValueError, match=message):
+            self.load(tmp_path, text)
+
+    def test_dotted_keys(self, tmp_path):
+        """`train.steps: 7` is that key; a free mapping's keys keep their dots."""
+        text = "train.steps: 7\ntrain: {warmup_steps: 3}\ndeepspeed.config: {a.b: 1e-3}\n"
+        config = self.load(tmp_path, text)
+        assert (config.train.steps, config.train.warmup_steps) == (7, 3)
+        assert config.deepspeed.config == {"a.b": 0.001}
+
+    def test_a_merged_anchor_is_not_given_twice(self, tmp_path):
+        """A mapping's own keys replace those that `<<` brings."""
+        config = self.load(tmp_path, "train:\n  <<: {steps: 3, warmup_steps: 4}\n  steps: 5\n")
+        assert (config.train.steps, config.train.warmup_steps) == (5, 4)
+
+    def test_a_file_that_is_no_yaml(self, tmp_path):
+        """The parser's own message, with the file."""
+        with pytest.raises(ValueError, match=r"c\.yaml: not YAML: while parsing a flow mapping"):
+            self.load(tmp_path, "train: {steps: 1\n")
+
+
+@pytest.mark.parametrize("null", ["null", "~", "None", "none"])
+def test_every_spelling_of_null(null, tmp_path):
+    """Where null is allowed, on the command line and in files; elsewhere it is an error or text."""
+    overrides = [f"prompt.system={null}", f"train.micro_batch_tokens={null}"]
+    config = load_config(None, [*overrides, f"deepspeed.config.x={null}"])
+    assert config.prompt.system is config.train.micro_batch_tokens is None
+    assert config.deepspeed.config == {"x": None}
+    path = tmp_path / "c.yaml"
+    path.write_text(f"prompt: {{system: {null}}}\n")
+    assert load_config(path).prompt.system is None
+    with pytest.raises(ValueError, match=r"train\.steps: got .*, wanted an integer, at least 1"):
+        load_config(None, [f"train.steps={null}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("name=7", "7"),
+        ("name=1e-3", "1e-3"),
+        ("prompt.answer_tag=no", "no"),
+        ("care.reflection.cue=look again:", "look again:"),
+        ("prompt.system='quoted: text'", "quoted: text"),
+    ],
+)
+def test_text_is_text(override, value):
+    """A setting that is text takes what is typed, number or mapping as YAML may find it."""
+    config = config_to_dict(load_config(None, [override]))
+    for part in override.partition("=")[0].split("."):
+        config = config[part]
+    assert config == value
+
+
+def test_numbers_in_free_mappings():
+    """1e-3 is a number there too."""
+    config = load_config(None, ["deepspeed.config.a.b=1e-3", "deepspeed.config.c={d: -2E+5}"])
+    assert config.deepspeed.config == {"a": {"b": 0.001}, "c": {"d": -200000.0}}
+
+
+class TestRewardFunctions:
+    """`reward.functions` is a list; NAME is the function's."""
+
+    def test_by_name(self):
+        """NAME=file.py:function adds one, NAME.key=value changes it."""
+        overrides = ["reward.functions.f=a.py:f", "reward.functions.f.weight=0.5"]
+        (only,) = load_config(None, overrides).reward.functions
+        assert (only.function, only.weight) == ("a.py:f", 0.5)
+
+    def test_of_a_file(self, tmp_path):
+        """Those of a file are changed by the same names."""
+        path = tmp_path / "c.yaml"
+        path.write_text("reward: {functions: [{function: a.py:f}, {function: a.py:g}]}\n")
+        functions = load_config(path, ["reward.functions.g.weight=2"]).reward.functions
+        assert [(one.function, one.weight) for one in functions] == [("a.py:f", 1), ("a.py:g", 2)]
+
+    @pytest.mark.parametrize("override", ["reward.functions.g.weight=2", "reward.functions.g=3"])
+    def test_a_name_without_function(self, override):
+        """The error says how one is given."""
+        with pytest.raises(ValueError, match=r"functions\.g: got .*functions\.g=file\.py:function"):
+            load_config(None, [override])
+
+
+@pytest.mark.parametrize("name", sorted(FOREIGN))
+def test_names_of_other_trainers(name):
+    """TRL's, verl's and EasyR1's names get the name here, which exists."""
+    for section in ("", "trainer."):
+        with pytest.raises(ValueError, match=f"'{section}{name}'; here it is {FOREIGN[name][:20]}"):
+            load_config(None, [f"{section}{name}=1"])
+    target = re.match(r"[a-z_.NAME]+", FOREIGN[name])
+    assert target is not None and find_key(target[0]) is not None, FOREIGN[name]
+
+
+def test_roles():
+    """A key has its own role or its section's; one below a free mapping has the mapping's."""
+    roles = {
+        "train.steps": Role.DECIDES,
+        "train.save_every": Role.FREE,
+        "eval.data.path": Role.FREE,
+        "model.lora.rank": Role.FIXED,
+        "model.lora.alpha": Role.DECIDES,
+        "deepspeed.config.zero_optimization.stage": Role.DECIDES,
+        "rollout.vllm.enforce_eager": Role.SPEED,
+        "care.decisions.partial": Role.DECIDES,
+    }
+    assert {key: role_of(key) for key in roles} == roles
+    assert role_of("workers", BuildSettings) is Role.FREE
+    with pytest.raises(ValueError, match=r"nothing\.here: no such setting"):
+        role_of("nothing.here")
