@@ -1,6 +1,6 @@
 """Answer a benchmark's questions: one record per response, written as soon as it is there."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from care_train.algorithm.spans import parse_spans
 from care_train.config import Config
 from care_train.distributed import barrier, gather, is_main, rank, world_size
 from care_train.evaluation.evaluate import EVAL_STEP, decoding, equal_batches
-from care_train.evaluation.question import Judgement, Question
+from care_train.evaluation.question import Benchmark, Question, letters
 from care_train.evaluation.question_set import QuestionSet
 from care_train.reporting import track
 from care_train.reporting.files import JsonlWriter, read_jsonl
@@ -21,13 +21,13 @@ from care_train.training.failures import Stopped
 from care_train.training.groups import Answer
 from care_train.training.guard import StopSignals
 from care_train.training.session import Session
-from care_train.verifier import Response, format_score, normalize
+from care_train.verifier import Response, normalize
 from care_train.verifier.answers import MAX_ANSWER_CHARS
+from care_train.verifier.format import format_fault
 
 Job = tuple[int, int, int]
 """A question's place, a seed of `eval.seeds`, and which of `eval.samples` responses."""
 Record = dict[str, Any]
-Rule = Callable[[str, Question], Judgement]
 
 
 def answer_questions(
@@ -78,31 +78,34 @@ def answer_questions(
 
 def judge_responses(
     session: Session,
-    judge: Rule | None,
+    benchmark: Benchmark | None,
     responses: Sequence[tuple[Question, Completion]],
 ) -> list[Record]:
     """What the record of each response says of its text; only the answer span counts (Sec. 8.3).
 
     Args:
         session: its tags, its tokenizer, its verifier and, for rows of `eval.data`, its rewards.
-        judge: a benchmark's rule. What it leaves open of free-form answers is the verifier's and
-            then the language model's of `reward.judge`, as the paper asks GPT-5. None, for rows of
-            `eval.data`: responses are scored as rollouts are (Eq. 1).
+        benchmark: its rule decides about choices and exact matches. Other free-form answers are the
+            verifier's and then the language model's of `reward.judge`, as the paper asks GPT-5.
+            None, for rows of `eval.data`: responses are scored as rollouts are (Eq. 1).
         responses: each question with what was generated for it.
     """
-    if judge is None:
+    if benchmark is None:
         return _score(session, responses)
-    prompt, records = session.config.prompt, []
+    records = []
     for question, completion in responses:
         text = session.scorer.text(completion)
         answer = answer_of(session, text)
-        if answer is None or not answer.strip() or len(answer) > MAX_ANSWER_CHARS:
-            judgement = Judgement(0.0, _no_answer(answer, completion))
+        if fault := _fault(answer, completion):
+            found = _judgement(0.0, fault)
+        elif question.right:
+            found = _judge_choice(benchmark.choose(answer or "", question), question)
         else:
-            judgement = judge(answer, question)
-        form = format_score(text, prompt.think_tag, prompt.answer_tag)
-        form = form if completion.finished else 0.0
-        records.append(_record(text, answer, form, judgement))
+            is_exact = benchmark.matches(answer or "", question)
+            reason = "exact match" if is_exact else "no exact match"
+            found = _judgement(float(is_exact), reason, normalize(answer or ""), is_exact)
+        form = format_fault(text, *_tags(session)) if completion.finished else "cut"
+        records.append({"answer": answer, "format": float(not form), "response": text} | found)
     _ask_verifier(session, responses, records)
     return records
 
@@ -113,11 +116,36 @@ def _score(session: Session, responses: Sequence[tuple[Question, Completion]]) -
     records = []
     for (question, _), rollout in zip(responses, scored, strict=True):
         answer = answer_of(session, rollout.text)
-        vote = "" if answer is None else normalize(answer)
+        vote = normalize(answer or "")
         is_exact = rollout.accuracy > 0 and vote == normalize(question.sample.answer)
-        judgement = Judgement(rollout.accuracy, rollout.verdict, vote, is_exact)
-        records.append(_record(rollout.text, answer, rollout.format_score, judgement))
+        found = _judgement(rollout.accuracy, rollout.verdict, vote, is_exact)
+        text = {"answer": answer, "format": rollout.format_score, "response": rollout.text}
+        records.append(text | found)
     return records
+
+
+def _fault(answer: str | None, completion: Completion) -> str:
+    """Why a response has no answer that could be right; empty where it has one."""
+    if answer is None:
+        return "no complete answer span" + ("" if completion.finished else ": cut by its limit")
+    if len(answer) > MAX_ANSWER_CHARS:
+        return f"longer than {MAX_ANSWER_CHARS:,} characters"
+    return "" if answer.strip() else "empty answer"
+
+
+def _judge_choice(place: int | None, question: Question) -> Record:
+    """Compare the option that an answer names, if any, with those that the key names."""
+    if place is None:
+        return _judgement(0.0, "names no option")
+    letter, wanted = letters(place + 1)[-1], [letters(i + 1)[-1] for i in question.right]
+    if letter in wanted:
+        return _judgement(1.0, f"chose {letter}", letter, True)
+    return _judgement(0.0, f"chose {letter}, wanted {' or '.join(sorted(wanted))}", letter)
+
+
+def _judgement(accuracy: float, reason: str, vote: str = "", exact: bool = False) -> Record:
+    """`vote` is the answer as a majority counts it; `exact`: right by the benchmark's own rule."""
+    return {"accuracy": accuracy, "exact": exact, "reason": reason, "vote": vote}
 
 
 def _ask_verifier(
@@ -139,23 +167,14 @@ def _ask_verifier(
             records[place] |= {"accuracy": verdict.accuracy, "reason": verdict.reason}
 
 
-def _record(text: str, answer: str | None, form: float, judgement: Judgement) -> Record:
-    return {
-        "answer": answer,
-        "accuracy": judgement.accuracy,
-        "exact": judgement.is_exact,
-        "format": form,
-        "reason": judgement.reason,
-        "vote": judgement.vote,
-        "response": text,
-    }
+def answer_of(session: Session, text: str) -> str | None:
+    """The text of the answer span; None where there is no complete one."""
+    span = parse_spans(text, *_tags(session)).answer_content
+    return None if span is None else text[span[0] : span[1]]
 
 
-def _no_answer(answer: str | None, completion: Completion) -> str:
-    if answer is None:
-        cut = "" if completion.finished else ": cut by the length limit"
-        return f"no complete answer span{cut}"
-    return f"longer than {MAX_ANSWER_CHARS:,} characters" if answer.strip() else "empty answer"
+def _tags(session: Session) -> tuple[str, str]:
+    return session.config.prompt.think_tag, session.config.prompt.answer_tag
 
 
 def _jobs(config: Config, count: int) -> Iterator[Job]:
@@ -181,7 +200,7 @@ def _answer(
     ]
     completions = engine.generate(requests, decoding(session.config))
     responses = [(asked[job[0]], c) for job, c in zip(batch, completions, strict=True)]
-    judged = judge_responses(session, questions.judge, responses)
+    judged = judge_responses(session, questions.benchmark, responses)
     for job, (question, completion), found in zip(batch, responses, judged, strict=True):
         place, seed, sample = job
         yield {
@@ -194,13 +213,6 @@ def _answer(
             "finished": completion.finished,
             "tokens": len(completion.token_ids),
         } | found
-
-
-def answer_of(session: Session, text: str) -> str | None:
-    """The text of the answer span; None where there is no complete one."""
-    prompt = session.config.prompt
-    span = parse_spans(text, prompt.think_tag, prompt.answer_tag).answer_content
-    return None if span is None else text[span[0] : span[1]]
 
 
 def _found(folder: Path) -> dict[tuple[str, int, int], Record]:

@@ -52,61 +52,7 @@ class Question:
     """Whether it is multiple choice and its key names none of its options."""
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """Whether an answer is right."""
-
-    accuracy: float
-    """1.0 or 0.0, or what the verifier's partial credit says."""
-    reason: str
-    """For people."""
-    vote: str = ""
-    """The answer in the form in which answers are counted for a majority."""
-    is_exact: bool = False
-    """Right by the benchmark's own exact match: without the verifier's reading of free-form
-    answers, which stands in for the language model that the benchmark's authors ask."""
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """Where a benchmark's rows are published, and how they are read and scored."""
-
-    name: str
-    title: str
-    """As Table 1 heads its column."""
-    dataset: str
-    """Its id on the Hugging Face Hub."""
-    split: str
-    columns: Mapping[str, Kind]
-    """Those that are read, and what they hold."""
-    to_question: Callable[[Mapping[str, Any], str, Path], Question]
-    """From a checked row, its location and the folder of relative paths."""
-    judge: Callable[[str, Question], Judgement]
-    """By exact match, of an answer span's text: untrusted, but neither blank nor long. Free-form
-    answers that do not match exactly are then the verifier's."""
-    subsets: tuple[str, ...] = ()
-    """Configurations to read; none: the only one, or all."""
-
-
-def judge_exact(is_exact: bool, predicted: str) -> Judgement:
-    """Of a free-form answer: right, or for the verifier to compare."""
-    reason = "exact match" if is_exact else "no exact match"
-    return Judgement(float(is_exact), reason, normalize(predicted), is_exact)
-
-
-def judge_choice(place: int | None, question: Question, predicted: str) -> Judgement:
-    """Compare the option that an answer names, if any, with those that the key names."""
-    if place is None:
-        text = " ".join(predicted.split())
-        return Judgement(0.0, f"{text if len(text) <= 60 else text[:60] + '...'!r} names no option")
-    letter = letters(place + 1)[-1]
-    if place in question.right:
-        return Judgement(1.0, f"chose {letter}", letter, True)
-    wanted = " or ".join(letters(right + 1)[-1] for right in sorted(question.right))
-    return Judgement(0.0, f"chose {letter}, wanted {wanted}", letter)
-
-
-def choose(predicted: str, options: Sequence[str]) -> int | None:
+def choose_option(predicted: str, question: Question) -> int | None:
     """The place of the option that an answer names; None where it names none.
 
     MMMU's rule (eval_utils.py: parse_multi_choice_response) on the answer span: letters in
@@ -116,8 +62,8 @@ def choose(predicted: str, options: Sequence[str]) -> int | None:
     letters where they are words ("A hexagon", "I'm unable"), and no option is found within a word;
     an answer that names no option is wrong, where theirs draws an option at random.
     """
-    texts = [_plain(option) for option in options]
-    allowed = letters(len(options))
+    texts = [_plain(option) for option in question.options]
+    allowed = letters(len(texts))
     whole = _plain(predicted)
     same = [i for i, text in enumerate(texts) if text == whole and not _is_letter(text)]
     if len(same) == 1:
@@ -137,6 +83,29 @@ def choose(predicted: str, options: Sequence[str]) -> int | None:
     ]
     named = [letter for letter in found if letter in allowed]
     return allowed.index(named[0]) if named else _last_within(whole, texts)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a benchmark's rows are published, and how they are read and scored."""
+
+    name: str
+    title: str
+    """As Table 1 heads its column."""
+    dataset: str
+    """Its id on the Hugging Face Hub."""
+    split: str
+    columns: Mapping[str, Kind]
+    """Those that are read, and what they hold."""
+    to_question: Callable[[Mapping[str, Any], str, Path], Question]
+    """From a checked row, its location and the folder of relative paths."""
+    matches: Callable[[str, Question], bool]
+    """Whether a free-form answer is right by the authors' exact match. Others are the verifier's.
+    Like `choose`, it is given the text of an answer span: untrusted, but neither blank nor long."""
+    choose: Callable[[str, Question], int | None] = choose_option
+    """The place of the option that an answer names, if any."""
+    subsets: tuple[str, ...] = ()
+    """Configurations to read; none: the only one, or all."""
 
 
 def right_options(key: str, options: Sequence[str]) -> frozenset[int]:

@@ -14,7 +14,7 @@ from care_train.data.columns import check_row
 from care_train.data.files import open_rows
 from care_train.distributed import is_main
 from care_train.evaluation.benchmarks import BENCHMARKS
-from care_train.evaluation.question import Benchmark, Judgement, Question
+from care_train.evaluation.question import Benchmark, Question
 
 DATA = "data"
 """The name under which `eval.benchmarks` has the rows of `eval.data`."""
@@ -22,7 +22,7 @@ DATA = "data"
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions by place, and the rule that says which answers are right."""
+    """Questions by place, and what says which answers are right."""
 
     name: str
     source: str
@@ -31,8 +31,8 @@ class QuestionSet:
     digests: tuple[str, ...]
     """Of each question's words, images and key: what a record of its answer was made from."""
     read: Callable[[int], Question]
-    judge: Callable[[str, Question], Judgement] | None
-    """The benchmark's rule; None: the run's own verifier and rewards."""
+    benchmark: Benchmark | None
+    """Whose rule says what is right; None: the run's own verifier and rewards."""
     num_odd_keys: int = 0
     """Multiple-choice questions whose key names none of their options: only a judge finds an answer
     to them right."""
@@ -71,7 +71,7 @@ def open_questions(name: str, config: Config) -> QuestionSet:
     read, total = _reader(benchmark, source)
     limit = config.eval.max_questions or total
     order = permutation(total, f"{config.seed}/{name}") if limit < total else range(total)
-    return _read_all(name, source, read, order, limit, benchmark.judge)
+    return _read_all(name, source, read, order, limit, benchmark)
 
 
 def _read_all(
@@ -80,7 +80,7 @@ def _read_all(
     read: Callable[[int], Question],
     order: Iterable[int],
     limit: int,
-    judge: Callable[[str, Question], Judgement] | None,
+    benchmark: Benchmark | None,
 ) -> QuestionSet:
     """The first `limit` different questions of `order`, in the order of their rows."""
     found: dict[str, tuple[int, str, str]] = {}
@@ -103,7 +103,9 @@ def _read_all(
         print(f"{name}: {num_repeated:,} questions are there twice: asked once", file=sys.stderr)
     rows = sorted((place, id, digest) for id, (place, _, digest) in found.items())
     places, ids, digests = zip(*rows, strict=True)
-    return QuestionSet(name, source, ids, digests, lambda i: read(places[i]), judge, num_odd_keys)
+    return QuestionSet(
+        name, source, ids, digests, lambda i: read(places[i]), benchmark, num_odd_keys
+    )
 
 
 def _digest(question: Question, image_digests: dict[ImageRef, str]) -> str:

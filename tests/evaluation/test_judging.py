@@ -10,7 +10,7 @@ from bench.protocol_fixtures import benchmark_rows
 from care_train.data import Sample
 from care_train.evaluation.answering import judge_responses
 from care_train.evaluation.benchmarks import BENCHMARKS
-from care_train.evaluation.question import Question, choose, right_options
+from care_train.evaluation.question import Question, choose_option, right_options
 from care_train.rollout.engine import Completion
 from tests.train.builders import make_session
 from tests.verifier.judge_server import Server, serving
@@ -42,13 +42,13 @@ def session(tiny_folder):
     return make_session(tiny_folder())
 
 
-def _judged(session, judge, *asked: tuple[Question, str]) -> list[dict]:
+def _judged(session, name, *asked: tuple[Question, str]) -> list[dict]:
     """Records of well-formed responses with these answers."""
     encode, eos = session.encoder.encode_text, session.loaded.eos_token_ids[:1]
     think, answer = session.config.prompt.think_tag, session.config.prompt.answer_tag
     return judge_responses(
         session,
-        judge,
+        BENCHMARKS.get(name),
         [
             (question, Completion(encode(text) + eos, finished=True))
             for question, given in asked
@@ -59,7 +59,7 @@ def _judged(session, judge, *asked: tuple[Question, str]) -> list[dict]:
 
 def _record(session, name: str, predicted: str, key: str, options=(), **columns) -> dict:
     question = _question(name, key, options, **columns)
-    return _judged(session, BENCHMARKS[name].judge, (question, predicted))[0]
+    return _judged(session, name, (question, predicted))[0]
 
 
 def _mathvista(kind: str, precision: float | None = None) -> dict:
@@ -228,7 +228,8 @@ def test_the_training_tolerance_is_no_benchmarks(tiny_folder):
 )
 def test_the_option_an_answer_names(predicted, options, place):
     """None is wrong, never a guess."""
-    assert choose(predicted, options) == place
+    question = Question(Sample(id="1", prompt="?", answer="A"), options)
+    assert choose_option(predicted, question) == place
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_the_judge_is_asked_about_open_answers_alone(server, tiny_folder):
     server.reply = lambda prompt: "CORRECT" if "wading bird" in prompt else "INCORRECT"
     bird = _question("mmmu", "heron", question="what is it? <image 1> <image 2>")
     judged = _judged(
-        *(session, BENCHMARKS["mmmu"].judge),
+        *(session, "mmmu"),
         (bird, "a wading bird"),
         (bird, "a fish"),
         (bird, "a heron"),
@@ -287,7 +288,7 @@ def test_the_judge_is_asked_about_open_answers_alone(server, tiny_folder):
     odd = _question("mathverse", "B, C", COLORS, query_cot="which two?")
     assert odd.is_odd and not odd.right
     server.reply = lambda prompt: "CORRECT" if "B and C" in prompt else "INCORRECT"
-    judged = _judged(session, BENCHMARKS["mathverse"].judge, (odd, "B and C"), (odd, "B"))
+    judged = _judged(session, "mathverse", (odd, "B and C"), (odd, "B"))
     assert [record["accuracy"] for record in judged] == [1, 0]
 
 
@@ -304,7 +305,7 @@ def test_the_judge_is_asked_about_open_answers_alone(server, tiny_folder):
 def test_own_rows_are_scored_as_in_training(key, columns, answer, accuracy, session):
     """The row's options, type and tolerance count in `--benchmarks data` as in a reward."""
     question = Question(Sample(id="1", prompt="?", answer=key, columns=columns))
-    (record,) = _judged(session, None, (question, answer))
+    (record,) = _judged(session, "data", (question, answer))
     assert (record["accuracy"], record["answer"], record["format"]) == (accuracy, answer, 1.0)
 
 
@@ -315,7 +316,7 @@ def test_own_rewards_score_own_rows(tiny_folder, tmp_path):
     reward = {"functions": [{"function": f"{path}:score"}]}
     session = make_session(tiny_folder(), {"reward": reward})
     question = Question(Sample(id="1", prompt="?", answer="red"))
-    assert _judged(session, None, (question, "red"))[0]["accuracy"] == 0.25
+    assert _judged(session, "data", (question, "red"))[0]["accuracy"] == 0.25
 
 
 def test_other_tags_count_too(tiny_folder):

@@ -14,15 +14,17 @@ from care_train.data.columns import (
     optional,
 )
 from care_train.evaluation.benchmarks.math import (
-    judge_math_vision,
-    judge_mathverse,
-    judge_mathvista,
+    choose_math_vision,
+    choose_mathvista,
+    match_math_vision,
+    match_mathverse,
+    match_mathvista,
     math_vision_question,
     mathverse_question,
     mathvista_question,
 )
 from care_train.evaluation.benchmarks.mmmu import (
-    judge_mmmu,
+    match_mmmu,
     mmmu_pro_vision_question,
     mmmu_question,
 )
@@ -52,7 +54,8 @@ _ALL = (
             "answer_type": FILLED_TEXT,
         },
         to_question=mathvista_question,
-        judge=judge_mathvista,
+        matches=match_mathvista,
+        choose=choose_mathvista,
     ),
     Benchmark(
         name="mathverse",
@@ -70,7 +73,7 @@ _ALL = (
             "question_for_eval": TEXT,
         },
         to_question=mathverse_question,
-        judge=judge_mathverse,
+        matches=match_mathverse,
     ),
     Benchmark(
         name="math_vision",
@@ -86,7 +89,8 @@ _ALL = (
             "subject": FILLED_TEXT,
         },
         to_question=math_vision_question,
-        judge=judge_math_vision,
+        matches=match_math_vision,
+        choose=choose_math_vision,
     ),
     Benchmark(
         name="mmmu",
@@ -95,7 +99,7 @@ _ALL = (
         split="validation",
         columns=_MMMU_COLUMNS | {"question_type": FILLED_TEXT},
         to_question=mmmu_question,
-        judge=judge_mmmu,
+        matches=match_mmmu,
     ),
     Benchmark(
         name="mmmu_pro_standard",
@@ -105,7 +109,7 @@ _ALL = (
         subsets=("standard (10 options)",),
         columns=_MMMU_COLUMNS | {"subject": FILLED_TEXT},
         to_question=mmmu_question,
-        judge=judge_mmmu,
+        matches=match_mmmu,
     ),
     Benchmark(
         name="mmmu_pro_vision",
@@ -121,7 +125,7 @@ _ALL = (
             "subject": FILLED_TEXT,
         },
         to_question=mmmu_pro_vision_question,
-        judge=judge_mmmu,
+        matches=match_mmmu,
     ),
 )
 

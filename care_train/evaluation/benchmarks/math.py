@@ -7,12 +7,9 @@ from typing import Any
 
 from care_train.data import Sample
 from care_train.evaluation.question import (
-    Judgement,
     Question,
-    choose,
+    choose_option,
     image_ref,
-    judge_choice,
-    judge_exact,
     lettered_options,
     letters,
     list_options,
@@ -51,15 +48,12 @@ def mathvista_question(row: Row, location: str, base_dir: Path) -> Question:
     )
 
 
-def judge_mathvista(predicted: str, question: Question) -> Judgement:
-    """The nearest option; an integer cut from a decimal, a float rounded, or the text as it is.
+def match_mathvista(predicted: str, question: Question) -> bool:
+    """An integer cut from a decimal, a float rounded to the key's precision, or the text as it is.
 
     Source: github.com/lupantech/MathVista, evaluation/calculate_score.py. The authors' first step,
     a language model that reads the answer out of the response, is the answer span's here.
     """
-    expected = question.sample.answer
-    if question.right:
-        return judge_choice(_nearest_option(predicted, question.options), question, predicted)
     normalized = predicted.strip()
     if question.kind in ("integer", "float"):
         try:
@@ -68,20 +62,20 @@ def judge_mathvista(predicted: str, question: Question) -> Judgement:
             normalized = str(round(rounded, question.precision or 0))
         except (ValueError, OverflowError):
             normalized = ""
-    return judge_exact(normalized == expected.strip(), predicted)
+    return normalized == question.sample.answer.strip()
 
 
-def _nearest_option(predicted: str, options: tuple[str, ...]) -> int:
+def choose_mathvista(predicted: str, question: Question) -> int:
     """The letter in brackets, the letter alone, or else the option of the least edit distance."""
     # Imported here: no other benchmark needs it.
     from rapidfuzz.distance import Levenshtein
 
-    text = predicted.strip()
+    text, allowed = predicted.strip(), letters(len(question.options))
     in_brackets = re.search(r"\(([a-zA-Z])\)", text)
     letter = in_brackets[1].upper() if in_brackets else text.rstrip(".").upper()
-    if len(letter) == 1 and letter in letters(len(options)):
-        return letters(len(options)).index(letter)
-    distances = [Levenshtein.distance(text, option) for option in options]
+    if len(letter) == 1 and letter in allowed:
+        return allowed.index(letter)
+    distances = [Levenshtein.distance(text, option) for option in question.options]
     return distances.index(min(distances))
 
 
@@ -130,15 +124,13 @@ def _mathverse_options(question: str) -> tuple[str, ...]:
     return tuple(match[2].strip() for match in matches)
 
 
-def judge_mathverse(predicted: str, question: Question) -> Judgement:
-    """By letter or option text; otherwise the same string, or as the verifier reads it.
+def match_mathverse(predicted: str, question: Question) -> bool:
+    """The same string.
 
     The authors have a language model compare every answer with its key
     (github.com/ZrrSkywalker/MathVerse, evaluation/score_answer_s2.py), or take both for strings.
     """
-    if question.right:
-        return judge_choice(choose(predicted, question.options), question, predicted)
-    return judge_exact(predicted.strip() == question.sample.answer.strip(), predicted)
+    return predicted.strip() == question.sample.answer.strip()
 
 
 def math_vision_question(row: Row, location: str, base_dir: Path) -> Question:
@@ -169,30 +161,36 @@ _DROPPED = re.compile(
 _BOXED = re.compile(r".*\\boxed\{(.*)\}", re.DOTALL)
 
 
-def judge_math_vision(predicted: str, question: Question) -> Judgement:
-    """The letter or the option's value; other answers normalised, and numbers to two decimals.
+def match_math_vision(predicted: str, question: Question) -> bool:
+    """The same LaTeX without what does not count, or the same number at two decimals.
 
     Source: github.com/mathllm/MATH-V, evaluation/utils.py, which evaluates model output as code;
     here the verifier reads what is symbolic.
     """
+    value = _math_vision_value(predicted)
+    return value != "" and value == _math_vision_value(question.sample.answer)
+
+
+def choose_math_vision(predicted: str, question: Question) -> int | None:
+    """The option that an answer names, or whose value it is.
+
+    The key's own text is right even where it is another option's letter, as in the authors' code.
+    """
     boxed = _BOXED.match(predicted)
     text = boxed[1] if boxed else predicted
-    value = _math_vision_value(text)
-    if not question.right:
-        key = _math_vision_value(question.sample.answer)
-        return judge_exact(value != "" and value == key, text)
-    values = [_math_vision_value(option) for option in question.options]
     texts = [_math_vision_text(option) for option in question.options]
-    # The key's own text is right even where it is another option's letter, as in the authors' code.
     place = next((i for i in question.right if texts[i] == _math_vision_text(text)), None)
-    place = choose(text, question.options) if place is None else place
-    if place is None and values.count(value) == 1:
-        place = values.index(value)
-    return judge_choice(place, question, predicted)
+    place = choose_option(text, question) if place is None else place
+    if place is None:
+        same = _math_vision_value(text)
+        found = [i for i, o in enumerate(question.options) if _math_vision_value(o) == same]
+        place = found[0] if len(found) == 1 else None
+    return place
 
 
 def _math_vision_text(text: str) -> str:
-    text = _DROPPED.sub("", "".join(text.lower().split()))
+    boxed = _BOXED.match(text)
+    text = _DROPPED.sub("", "".join((boxed[1] if boxed else text).lower().split()))
     text = text.split("=")[-1].split("\\approx")[-1].rstrip(".")
     return re.sub(r"\\[dt]frac", r"\\frac", text)
 

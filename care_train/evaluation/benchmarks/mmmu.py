@@ -8,13 +8,9 @@ from typing import Any
 from care_train.data import ImageRef, Sample
 from care_train.data.schema import IMAGE_PLACEHOLDER
 from care_train.evaluation.question import (
-    Judgement,
     Question,
-    choose,
     decode_texts,
     image_ref,
-    judge_choice,
-    judge_exact,
     lettered_options,
     list_options,
 )
@@ -108,15 +104,12 @@ _NUMBER = re.compile(
 )
 
 
-def judge_mmmu(predicted: str, question: Question) -> Judgement:
-    """The option that the answer names; an open answer that holds the key, or one of several.
+def match_mmmu(predicted: str, question: Question) -> bool:
+    """Whether an open answer holds the key, or one of several.
 
     Source: github.com/MMMU-Benchmark/MMMU, mmmu/utils/eval_utils.py and mmmu-pro/evaluate.py.
     """
-    if question.right:
-        return judge_choice(choose(predicted, question.options), question, predicted)
-    is_exact = any(_mmmu_holds(predicted, normalize_mmmu(key)) for key in question.keys)
-    return judge_exact(is_exact, predicted)
+    return any(_mmmu_holds(predicted, normalize_mmmu(key)) for key in question.keys)
 
 
 def _mmmu_holds(predicted: str, key: str) -> bool:
