@@ -235,7 +235,7 @@ def test_greedy_decoding_and_rows_of_a_file(tiny_folder, tmp_path):
         ("eval.benchmarks=[mathvista,chartqa]", "eval.benchmarks"),
         ("eval.k=[2]", "eval.k: got [2], wanted numbers from 1 to eval.samples = 1"),
         ("eval.seeds=[]", "eval.seeds"),
-        ("eval.seeds=[1,1]", "each once"),
+        ("eval.seeds=[1,1]", "eval.seeds: got [1, 1], wanted each seed once"),
         ("eval.sources={mmu: x}", "eval.sources"),
         ("eval.max_questions=0", "eval.max_questions"),
     ],

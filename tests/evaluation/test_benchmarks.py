@@ -15,6 +15,7 @@ from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.evaluation.question_set import open_questions
 
 NAMES = list(BENCHMARKS)
+COLORS = ["red", "green", "blue", "yellow"]
 COLUMNS = [(name, column) for name in NAMES for column in BENCHMARKS[name].columns]
 
 
@@ -154,6 +155,43 @@ def test_values_that_cannot_be_scored_are_named(name, changes, message, tmp_path
     with pytest.raises(ValueError, match=f"{name}: rows.jsonl: row 1") as info:
         _open(name, path)
     assert message in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ([COLORS], COLORS),
+        ([*COLORS[:3], ["blue", "dark blue"]], (*COLORS[:3], "blue, dark blue")),
+    ],
+)
+def test_a_list_within_a_list_of_options_is_read(options, wanted, tmp_path):
+    """A few published rows of MMMU-Pro: alone the list that is meant, among others one option."""
+    row = benchmark_rows()["mmmu_pro_standard"][1] | {"options": repr(options)}
+    path = write_parquet("mmmu_pro_standard", [row], tmp_path / "rows.parquet")
+    (question,) = _questions("mmmu_pro_standard", path)
+    assert question.options == tuple(wanted) and question.right == {1}
+    assert f"(D) {wanted[3]}" in question.sample.prompt
+
+
+def test_keys_that_name_no_option_are_counted(tmp_path, capsys):
+    """They stop no run: only a judge can find an answer to them right, and the results say so."""
+    rows = benchmark_rows()["mathverse"]
+    keys = ("(B)", "14", "B, C", "green")
+    rows = [rows[i % 3] | {"answer": key, "sample_index": str(i)} for i, key in enumerate(keys)]
+    opened = _open("mathverse", write_parquet("mathverse", rows, tmp_path / "rows.parquet"))
+    assert opened.num_odd_keys == 1
+    assert [sorted(opened.read(i).right) for i in range(4)] == [[1], [], [], [1]]
+
+
+def test_a_question_that_is_there_twice_is_asked_once(tmp_path, capsys):
+    """Two copies of a table in one folder, as one file or with the rows in another order."""
+    rows = benchmark_rows()["mathvista"]
+    for name, part in (("a", rows), ("b", rows), ("c", rows[::-1])):
+        write_parquet("mathvista", part, tmp_path / f"data/testmini-{name}.parquet")
+    assert _open("mathvista", tmp_path).ids == tuple(row["pid"] for row in rows)
+    assert "mathvista: 4 questions are there twice: asked once" in capsys.readouterr().err
+    limited = {"eval": {"sources": {"mathvista": str(tmp_path)}, "max_questions": 4}}
+    assert len(open_questions("mathvista", build_config(limited)).ids) == 4
 
 
 def test_mmmu_images_stand_where_they_are_named(repositories):

@@ -12,6 +12,7 @@ from care_train.evaluation.answering import judge_responses
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.evaluation.question import Question, choose_option, right_options
 from care_train.rollout.engine import Completion
+from care_train.verifier import AnswerType
 from tests.train.builders import make_session
 from tests.verifier.judge_server import Server, serving
 
@@ -295,16 +296,16 @@ def test_the_judge_is_asked_about_open_answers_alone(server, tiny_folder):
 @pytest.mark.parametrize(
     ("key", "columns", "answer", "accuracy"),
     [
-        ("A", {"options": ["red", "blue"]}, "red", 1),
-        ("A", {"options": ["red", "blue"]}, "blue", 0),
-        ("14", {"answer_type": "relaxed"}, "14.5", 1),
+        ("A", {"options": ("red", "blue")}, "red", 1),
+        ("A", {"options": ("red", "blue")}, "blue", 0),
+        ("14", {"answer_type": AnswerType.RELAXED}, "14.5", 1),
         ("14", {}, "14.5", 0),
         ("14", {"tolerance": 0.1}, "15", 1),
     ],
 )
 def test_own_rows_are_scored_as_in_training(key, columns, answer, accuracy, session):
     """The row's options, type and tolerance count in `--benchmarks data` as in a reward."""
-    question = Question(Sample(id="1", prompt="?", answer=key, columns=columns))
+    question = Question(Sample(id="1", prompt="?", answer=key, **columns))
     (record,) = _judged(session, "data", (question, answer))
     assert (record["accuracy"], record["answer"], record["format"]) == (accuracy, answer, 1.0)
 

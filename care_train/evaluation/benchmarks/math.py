@@ -15,6 +15,7 @@ from care_train.evaluation.question import (
     list_options,
     right_options,
 )
+from care_train.verifier import AnswerType
 
 Row = Mapping[str, Any]
 
@@ -37,7 +38,7 @@ def mathvista_question(row: Row, location: str, base_dir: Path) -> Question:
             source="mathvista",
             location=location,
             # Numbers are inferred from the key; a list in brackets could be an interval.
-            columns={"answer_type": "list"} if row["answer_type"] == "list" else {},
+            answer_type=AnswerType.LIST if row["answer_type"] == "list" else None,
         ),
         options=options,
         # Two options may share the text that is the key: either is right.
@@ -104,7 +105,7 @@ def mathverse_question(row: Row, location: str, base_dir: Path) -> Question:
             (image_ref(row["image"], base_dir, location),),
             source="mathverse",
             location=location,
-            columns={"answer_type": "text"} if is_choice and not right else {},
+            answer_type=AnswerType.TEXT if is_choice and not right else None,
         ),
         options=options if is_choice else (),
         right=right,
