@@ -23,10 +23,11 @@ from care_train.models.lora import add_adapters, without_adapters
 from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt
 from care_train.rollout.engine import WeightParts
-from care_train.training.finite import LeftOut, cause_of
 from care_train.training.optimizer import (
+    LeftOut,
     OptimizerSettings,
     adamw,
+    cause_of,
     deepspeed_config,
     learning_rate_factor,
 )

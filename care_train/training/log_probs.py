@@ -1,9 +1,10 @@
 """Log-probs of a step's sequences, without gradient: by the old policy and by the reference."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -12,10 +13,10 @@ from care_train.algorithm.spans import rationale_span
 from care_train.algorithm.types import Rollout, TrainSequence
 from care_train.config import Config, LossSettings
 from care_train.models.batch import ModelBatch, TokenSequence
+from care_train.models.policy import Policy
 from care_train.training.engine import PolicyEngine
 from care_train.training.groups import Group
 from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
-from care_train.training.reference import Reference
 from care_train.training.timer import timer
 
 IMPORTANCE_CAP = 2.0
@@ -26,6 +27,61 @@ Forward = Callable[
 ]
 """Takes a batch, the temperature and the spans to pool ([B, 2] or None); returns log-probs [N], or
 [N, 2] with the log-normalisers beside them, and the embeddings [B, D] of the spans."""
+
+
+class Reference(Protocol):
+    """pi_ref, the policy before training, which the KL of Eq. 13 pulls towards.
+
+    Every rank must run the same number of its forwards.
+    """
+
+    def log_probs(
+        self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs [N] of the batch's rows."""
+        ...
+
+    def exact_kl_arguments(self, batch: ModelBatch) -> dict[str, Any]:
+        """What the fused loss needs for a KL over the whole vocabulary."""
+        ...
+
+
+class FrozenCopy:
+    """A copy of the policy, made before it is trained."""
+
+    def __init__(self, model: Any) -> None:
+        """Copy a model of transformers."""
+        self._policy = Policy(copy.deepcopy(model).eval().requires_grad_(False))
+
+    @torch.no_grad()
+    def log_probs(
+        self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._policy(batch, temperature, pool_spans=pool_spans)
+
+    @torch.no_grad()
+    def exact_kl_arguments(self, batch: ModelBatch) -> dict[str, Any]:
+        hidden, _ = self._policy(batch, rows_only=True)
+        return {"ref_hidden": hidden, "ref_head_weight": self._policy.head.weight}
+
+
+class WithoutAdapters:
+    """The policy itself with its adapters switched off, which needs no second model."""
+
+    def __init__(self, engine: PolicyEngine) -> None:
+        self._engine = engine
+
+    def log_probs(
+        self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        with self._engine.without_adapters():
+            return self._engine.log_probs(batch, temperature, pool_spans)
+
+    def exact_kl_arguments(self, batch: ModelBatch) -> dict[str, Any]:
+        with self._engine.without_adapters():
+            hidden = self._engine.rows(batch)
+        # Adapters never change the head, so the loss takes the policy's own.
+        return {"ref_hidden": hidden}
 
 
 class SequenceRows(NamedTuple):

@@ -19,13 +19,13 @@ class MicroBatchLimits:
     """What one micro-batch may hold."""
 
     sequences: int
-    """At most so many, unless `tokens` is given."""
+    """The most sequences; not used where `tokens` is given."""
     tokens: int | None = None
-    """At most so many positions: those of the sequences, and padding where there is any."""
+    """The most positions, those of padding included."""
     packed: bool = False
-    """Sequences lie end to end: no padding."""
+    """Sequences are laid end to end, without padding."""
     section: str = "train"
-    """Where in the settings the limits come from."""
+    """The section of the settings that the limits come from, for messages."""
 
     @classmethod
     def of(cls, train: TrainSettings) -> "MicroBatchLimits":
@@ -43,8 +43,8 @@ def agreed_micro_batches(
 ) -> tuple[list[list[int]], int]:
     """This rank's micro-batches as indices into `sequences`, and how many every rank runs.
 
-    A collective call. A rank that has fewer sequences than others have micro-batches gets one for
-    each of them, and has to fill up.
+    A collective call. A rank that has fewer sequences than others have micro-batches gets one
+    micro-batch per sequence, and runs fillers for the rest.
 
     Raises:
         ValueError: a sequence has more tokens than a micro-batch may hold.
@@ -60,7 +60,7 @@ def split(lengths: Sequence[int], limits: MicroBatchLimits, at_least: int = 0) -
     Args:
         lengths: tokens of each sequence.
         limits: of a micro-batch.
-        at_least: make so many, or one per sequence where there are fewer.
+        at_least: the fewest micro-batches to make, but never more than one per sequence.
 
     Raises:
         ValueError: a length is over `limits.tokens`.
@@ -96,8 +96,8 @@ def padded_tokens(lengths: Sequence[int], part: Sequence[int]) -> int:
 
 
 def _chunks(order: Sequence[int], size: int) -> list[list[int]]:
-    """Neighbours together. The chunk that is not full comes first: of the longest sequences, which
-    few reflections are, it pads fewest."""
+    """Sequences of similar length together. The chunk that is not full comes first, with the
+    longest sequences: these differ most in length, so a small chunk of them wastes least."""
     first = len(order) % size
     chunks = [list(order[start : start + size]) for start in range(first, len(order), size)]
     return [list(order[:first]), *chunks] if first else chunks
@@ -106,7 +106,7 @@ def _chunks(order: Sequence[int], size: int) -> list[list[int]]:
 def _spread(
     lengths: Sequence[int], order: Sequence[int], budget: int, at_least: int
 ) -> list[list[int]]:
-    """The longest sequence that is left to the emptiest micro-batch, in as many as it takes.
+    """From the longest on, each sequence into the micro-batch that is least full.
 
     Source: R. L. Graham, "Bounds on multiprocessing timing anomalies" (1969): the fullest is then
     at most 4/3 of the best possible.
@@ -127,8 +127,8 @@ def _spread(
 def _cut(
     lengths: Sequence[int], order: Sequence[int], budget: int, at_least: int
 ) -> list[list[int]]:
-    """Neighbours in length together, in parts whose largest padded size is the smallest possible
-    for their number."""
+    """Sequences of similar length together, in parts whose largest padded size is the smallest
+    that is possible for their number."""
     count = max(len(_fill(lengths, order, budget)), at_least)
     low, high = lengths[order[0]], budget
     while low < high:  # a larger budget never needs more parts
@@ -141,7 +141,7 @@ def _cut(
 
 
 def _divide(lengths: Sequence[int], parts: list[list[int]], count: int) -> list[list[int]]:
-    """Halve the largest until there are `count`."""
+    """Halve the largest part until there are `count`."""
     while len(parts) < count:
         divisible = [part for part in parts if len(part) > 1]
         largest = max(divisible, key=lambda part: padded_tokens(lengths, part))
@@ -151,7 +151,7 @@ def _divide(lengths: Sequence[int], parts: list[list[int]], count: int) -> list[
 
 
 def _fill(lengths: Sequence[int], order: Sequence[int], budget: int) -> list[list[int]]:
-    """From the longest on, as many sequences into each part as `budget` allows."""
+    """From the longest on, as many sequences into each part as `budget` positions allow."""
     parts: list[list[int]] = []
     for i in order:
         if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= budget:

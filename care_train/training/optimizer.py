@@ -1,7 +1,8 @@
-"""AdamW, its learning rate over time, and what DeepSpeed is told about them."""
+"""AdamW, its learning rate over time, DeepSpeed's settings, and updates that are not finite."""
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,17 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from care_train.config import DeepSpeedSettings, SftSettings, TrainSettings
+from care_train.distributed import gather, is_main
+from care_train.models.policy import first_broken_weight
+from care_train.training.failures import CHANGES, NotFiniteError
+
+logger = logging.getLogger(__name__)
+
+_INPUTS = (
+    *("advantages", "old_log_probs", "ref_log_probs", "importance_weights"),
+    *("kl_weights", "entropy_weights"),
+)
+_OUTPUTS = ("log_probs", "ratio", "entropy", "kl")
 
 
 @dataclass(frozen=True)
@@ -105,3 +117,82 @@ def deepspeed_config(
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         base[key] = base[key] | value if both else value
     return base
+
+
+class LeftOut:
+    """Counts the updates that were left out because a loss or gradient was not finite."""
+
+    def __init__(self, allowed: int) -> None:
+        """Start at 0.
+
+        Args:
+            allowed: how many may be left out; the next one ends the run.
+        """
+        self._allowed = allowed
+        self._count = 0
+
+    def add(self, cause: str | None, loss: float, grad_norm: float) -> None:
+        """Count one more and warn. A collective call.
+
+        Args:
+            cause: the first number that is not finite on this rank; None where there is none.
+            loss: this rank's.
+            grad_norm: of all ranks.
+
+        Raises:
+            NotFiniteError: more than allowed; the message is the same on all ranks.
+        """
+        found = gather((cause, loss))
+        rank = next((rank for rank, (first, _) in enumerate(found) if first is not None), 0)
+        first, loss = found[rank]
+        where = "in the gradient" if first is None else f"first: {first}, on rank {rank}"
+        text = f"loss {loss}, gradient norm {grad_norm}: not finite, so no update was made"
+        self._count += 1
+        if self._count > self._allowed:
+            raise NotFiniteError(
+                f"{text} ({where}); let train.max_skipped_updates (now {self._allowed}) leave such "
+                f"updates out, or lower train.learning_rate: {CHANGES}"
+            )
+        if is_main():
+            logger.warning(
+                "warning: %s (%s); %d of %d allowed", text, where, self._count, self._allowed
+            )
+
+
+def cause_of(
+    model: torch.nn.Module,
+    arguments: Mapping[str, Any],
+    output: Any,
+    sequence_ids: torch.Tensor,
+    labels: Sequence[str],
+) -> str:
+    """What made a micro-batch's loss not finite: a weight of the model, or the first row quantity
+    by `first_not_finite`, whose arguments follow the model."""
+    broken = first_broken_weight(model)
+    if broken is not None:
+        return f"the weight {broken} is not finite already"
+    return first_not_finite(arguments, output, sequence_ids, labels) or "the loss"
+
+
+def first_not_finite(
+    arguments: Mapping[str, Any], output: Any, sequence_ids: torch.Tensor, labels: Sequence[str]
+) -> str | None:
+    """The first row quantity that is not finite, in the order they are computed, and whose it is.
+
+    Args:
+        arguments: the loss's, of which [N] tensors count.
+        output: its `PolicyLoss`.
+        sequence_ids: [N] which sequence each row belongs to.
+        labels: a name for each sequence; may be empty.
+    """
+    found = [(name, arguments.get(name)) for name in _INPUTS]
+    found += [(name, getattr(output, name)) for name in _OUTPUTS]
+    for name, values in found:
+        if values is None or bool(values.isfinite().all()):
+            continue
+        row = int((~values.isfinite()).nonzero()[0])
+        sequence = int(sequence_ids[row])
+        start = int((sequence_ids == sequence).nonzero()[0])
+        label = labels[sequence] if labels else f"sequence {sequence} of the micro-batch"
+        return f"{name} is {float(values[row])} at response token {row - start} of {label}"
+    return None

@@ -17,9 +17,9 @@ from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
 from care_train.training.engine import PolicyEngine
 from care_train.training.groups import Group
 from care_train.training.guard import StopSignals
+from care_train.training.log_probs import FrozenCopy, Reference, WithoutAdapters
 from care_train.training.loop import StepLoop, is_due, policy_engine
 from care_train.training.optimizer import OptimizerSettings
-from care_train.training.reference import FrozenCopy, Reference, WithoutAdapters
 from care_train.training.sampler import AheadSampler, Sampler
 from care_train.training.session import Session, rank_share
 from care_train.training.step import StepOutcome, TrainStep

@@ -11,9 +11,8 @@ from care_train.distributed import all_max
 from care_train.rollout.engine import request_seed
 from care_train.training.engine import PolicyEngine
 from care_train.training.groups import Group, RolloutScorer
-from care_train.training.log_probs import LogProbs, TrainItem
+from care_train.training.log_probs import LogProbs, Reference, TrainItem
 from care_train.training.metrics import check_engine_gap, engine_gap, step_metrics
-from care_train.training.reference import Reference
 from care_train.training.sampler import Draw, Sampler
 from care_train.training.timer import StepSeconds, timer
 from care_train.training.update import PolicyUpdater

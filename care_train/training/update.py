@@ -13,9 +13,8 @@ from care_train.config import Config, LossSettings
 from care_train.distributed import all_sum
 from care_train.training.engine import MicroBatch, PolicyEngine, StepResult
 from care_train.training.groups import Group
-from care_train.training.log_probs import TrainItem
+from care_train.training.log_probs import Reference, TrainItem
 from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
-from care_train.training.reference import Reference
 from care_train.training.timer import timer
 
 

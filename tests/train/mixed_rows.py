@@ -22,8 +22,8 @@ from care_train.distributed import (
 from care_train.models.batch import TokenSequence
 from care_train.models.load import LoadedModel
 from care_train.training.engine import MicroBatch, PolicyEngine
+from care_train.training.log_probs import WithoutAdapters
 from care_train.training.optimizer import OptimizerSettings
-from care_train.training.reference import WithoutAdapters
 from tests.train.builders import encoder_of, image_sample, load, text_sample
 
 STEPS = 2

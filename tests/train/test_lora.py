@@ -13,8 +13,8 @@ from care_train.models.policy import Policy
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.training.checkpoint import save_model
 from care_train.training.engine import MicroBatch, PolicyEngine
+from care_train.training.log_probs import FrozenCopy, WithoutAdapters
 from care_train.training.optimizer import OptimizerSettings
-from care_train.training.reference import FrozenCopy, WithoutAdapters
 from tests.train.builders import load, random_sequences
 
 LORA = LoraSettings(rank=4, alpha=8.0)
