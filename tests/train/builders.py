@@ -1,15 +1,25 @@
 """Short ways to make sessions, prompts and groups for the trainer's tests."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from care_train.config import Config, ModelSettings, PromptSettings, build_config, merge
+from care_train.config import (
+    Config,
+    DeepSpeedSettings,
+    ModelSettings,
+    PromptSettings,
+    build_config,
+    merge,
+)
 from care_train.data import Sample
 from care_train.distributed import initialize_process_group
 from care_train.models.batch import TokenSequence
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.prompts import PromptEncoder
+from care_train.training.engine import MicroBatch, PolicyEngine
+from care_train.training.optimizer import OptimizerSettings
 from care_train.training.session import Session, open_session
 
 
@@ -72,6 +82,33 @@ def random_sequences(loaded: LoadedModel, count: int = 6) -> list[TokenSequence]
         TokenSequence(p, (), tuple(torch.randint(10, 60, (3 + i,), generator=generator).tolist()))
         for i, p in enumerate(encoder_of(loaded).encode(samples))
     ]
+
+
+def make_engine(
+    loaded: LoadedModel,
+    *,
+    zero_stage: int = 0,
+    bf16: bool = False,
+    **optimizer: Any,
+) -> PolicyEngine:
+    """What trains `loaded`; `optimizer` replaces the defaults of these tests."""
+    settings = {"learning_rate": 1e-2, "total_steps": 10, "max_grad_norm": 1e9} | optimizer
+    return PolicyEngine(
+        loaded,
+        OptimizerSettings(**settings),
+        DeepSpeedSettings(zero_stage=zero_stage),
+        initialize_process_group(),
+        bf16=bf16,
+    )
+
+
+def micro_batch(
+    engine: PolicyEngine, sequences: list[TokenSequence], advantages: list[float]
+) -> MicroBatch:
+    """One advantage per sequence, divided by the number of all response tokens."""
+    lengths = torch.tensor([len(s.response_ids) for s in sequences])
+    rows = torch.repeat_interleave(torch.tensor(advantages), lengths) / lengths.sum()
+    return MicroBatch(engine.collate(sequences), {"advantages": rows})
 
 
 def full_log_probs(loaded: LoadedModel, token_ids, inputs=None, temperature: float = 1.0):

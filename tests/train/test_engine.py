@@ -15,34 +15,19 @@ from care_train.models.policy import Policy
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.optimizer import OptimizerSettings
-from tests.train.builders import load, random_sequences
+from tests.train.builders import load, make_engine, micro_batch, random_sequences
 from tests.train.runs import ROOT
 
 LEARNING_RATE = 1e-2
-
-
-def _engine(loaded, *, max_grad_norm=1e9, zero_stage=0, **schedule):
-    optimizer = OptimizerSettings(
-        learning_rate=LEARNING_RATE, total_steps=10, max_grad_norm=max_grad_norm, **schedule
-    )
-    settings = DeepSpeedSettings(zero_stage=zero_stage)
-    return PolicyEngine(loaded, optimizer, settings, initialize_process_group())
-
-
-def _micro(engine, sequences, advantages):
-    batch = engine.collate(sequences)
-    lengths = torch.tensor([len(s.response_ids) for s in sequences])
-    rows = torch.repeat_interleave(torch.tensor(advantages), lengths) / lengths.sum()
-    return MicroBatch(batch, {"advantages": rows})
 
 
 def test_one_step_is_adamw_on_the_reference_gradient(tiny_folder):
     """Eq. 12's gradient through DeepSpeed and the fused loss equals autograd's on full logits."""
     loaded = load(tiny_folder())
     plain = copy.deepcopy(loaded.model)
-    engine = _engine(loaded)
+    engine = make_engine(loaded)
     sequences = random_sequences(loaded)
-    micro = _micro(engine, sequences, [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
+    micro = micro_batch(engine, sequences, [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
 
     policy = Policy(plain)
     rows = policy.hidden_states(micro.batch).flatten(0, 1)[micro.batch.rows]
@@ -71,13 +56,13 @@ def test_micro_batches_accumulate_to_the_whole_batch(tiny_folder):
     norms = []
     for size in (6, 2):
         loaded = load(tiny_folder())
-        engine = _engine(loaded)
+        engine = make_engine(loaded)
         sequences = random_sequences(loaded)
         total = sum(len(s.response_ids) for s in sequences)
         micro = []
         for start in range(0, 6, size):
             part = sequences[start : start + size]
-            one = _micro(engine, part, advantages[start : start + size])
+            one = micro_batch(engine, part, advantages[start : start + size])
             share = sum(len(s.response_ids) for s in part) / total
             rows = one.loss_arguments["advantages"] * share
             micro.append(MicroBatch(one.batch, {"advantages": rows}))
@@ -88,8 +73,8 @@ def test_micro_batches_accumulate_to_the_whole_batch(tiny_folder):
 def test_gradients_are_clipped_to_the_norm(tiny_folder):
     """Read off AdamW's first moment, which after one step is a tenth of the clipped gradient."""
     loaded = load(tiny_folder())
-    engine = _engine(loaded, max_grad_norm=0.01)
-    micro = _micro(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
+    engine = make_engine(loaded, max_grad_norm=0.01)
+    micro = micro_batch(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
     result = engine.step([micro], 1.0)
     assert result.grad_norm > 0.01
     moments = [state["exp_avg"] for state in engine.optimizer.state.values()]
@@ -100,14 +85,14 @@ def test_gradients_are_clipped_to_the_norm(tiny_folder):
 def test_the_schedule_warms_up_and_decays(tiny_folder):
     """Linear warm-up over 2 steps, then a cosine to the floor at total_steps."""
     loaded = load(tiny_folder("tiny-qwen2"))
-    engine = _engine(
+    engine = make_engine(
         loaded, warmup_steps=2, schedule="cosine", min_learning_rate=0.1 * LEARNING_RATE
     )
     sequences = random_sequences(loaded, 1)
     rates = []
     for _ in range(10):
         rates.append(engine.learning_rate / LEARNING_RATE)
-        engine.step([_micro(engine, sequences, [1.0])], 1.0)
+        engine.step([micro_batch(engine, sequences, [1.0])], 1.0)
     assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
     assert rates[6] == pytest.approx(0.55)
     assert engine.learning_rate / LEARNING_RATE == pytest.approx(0.1)
@@ -116,8 +101,8 @@ def test_the_schedule_warms_up_and_decays(tiny_folder):
 def test_the_log_normaliser_comes_with_the_log_probs(tiny_folder):
     """One forward gives both: log sum exp of the rows' logits at the temperature."""
     loaded = load(tiny_folder())
-    engine = _engine(loaded)
-    batch = _micro(engine, random_sequences(loaded, 2), [1.0, -1.0]).batch
+    engine = make_engine(loaded)
+    batch = micro_batch(engine, random_sequences(loaded, 2), [1.0, -1.0]).batch
     alone, _ = engine.log_probs(batch, 0.7)
     both, _ = engine.log_probs(batch, 0.7, with_log_normalizer=True)
     head = loaded.model.get_output_embeddings()
@@ -132,8 +117,8 @@ def test_zero_stages_take_the_same_step(zero_stage, tiny_folder):
     scores = []
     for stage in (0, zero_stage):
         loaded = load(tiny_folder())
-        engine = _engine(loaded, zero_stage=stage)
-        micro = _micro(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
+        engine = make_engine(loaded, zero_stage=stage)
+        micro = micro_batch(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
         result = engine.step([micro], 1.0)
         assert result.grad_norm > 0
         scores.append(engine.log_probs(micro.batch, 1.0)[0])
@@ -154,10 +139,10 @@ def test_the_first_bfloat16_update_is_the_learning_rate(zero_stage, tiny_folder)
     """
     loaded = load_model(ModelSettings(path=str(tiny_folder()), dtype="bfloat16"))
     head = loaded.model.lm_head.weight.detach().float().clone()
-    optimizer = OptimizerSettings(learning_rate=1e-2, total_steps=10, weight_decay=0.1)
-    settings, device = DeepSpeedSettings(zero_stage=zero_stage), initialize_process_group()
-    engine = PolicyEngine(loaded, optimizer, settings, device, bf16=True)
-    micro = _micro(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
+    engine = make_engine(
+        loaded, zero_stage=zero_stage, bf16=True, weight_decay=0.1, max_grad_norm=1.0
+    )
+    micro = micro_batch(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
     engine.step([micro], 1.0)
     moved = dict(engine.weights(1 << 20))["lm_head.weight"].float() - head * (1 - 1e-3)
     # Half of bfloat16's step at these weights.
@@ -189,7 +174,7 @@ def test_offload_takes_the_same_steps(own_adam, tiny_folder, tmp_path):
     for engine in engines[:2]:
         for _ in range(2):
             sequences = random_sequences(engine.loaded)
-            engine.step([_micro(engine, sequences, [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])], 1.0)
+            engine.step([micro_batch(engine, sequences, [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])], 1.0)
     engines[1].save_state(tmp_path)
     engines[2].load_state(tmp_path)
     plain, offloaded, loaded = ({n: t.clone() for n, t in e.weights(1 << 20)} for e in engines)

@@ -5,34 +5,16 @@ import math
 import pytest
 import torch
 
-from care_train.config import DeepSpeedSettings, ModelSettings
-from care_train.distributed import initialize_process_group
+from care_train.config import ModelSettings
 from care_train.models.load import LoadedModel, load_model
-from care_train.training.engine import MicroBatch, PolicyEngine
+from care_train.training.engine import MicroBatch
 from care_train.training.failures import NotFiniteError
-from care_train.training.optimizer import OptimizerSettings
-from tests.train.builders import random_sequences
+from tests.train.builders import make_engine, micro_batch, random_sequences
 
 
 def _load(tiny_folder, bf16: bool) -> LoadedModel:
     dtype = "bfloat16" if bf16 else "float32"
     return load_model(ModelSettings(path="x", dtype=dtype), tiny_folder("tiny-qwen2"))
-
-
-def _engine(loaded, *, max_skipped_updates, zero_stage, bf16) -> PolicyEngine:
-    optimizer = OptimizerSettings(
-        learning_rate=1e-2, total_steps=10, max_skipped_updates=max_skipped_updates
-    )
-    device = initialize_process_group()
-    return PolicyEngine(
-        loaded, optimizer, DeepSpeedSettings(zero_stage=zero_stage), device, bf16=bf16
-    )
-
-
-def _micro(engine, sequences, advantages) -> MicroBatch:
-    lengths = torch.tensor([len(s.response_ids) for s in sequences])
-    rows = torch.repeat_interleave(torch.tensor(advantages), lengths) / lengths.sum()
-    return MicroBatch(engine.collate(sequences), {"advantages": rows})
 
 
 @pytest.mark.parametrize("spoil", ["loss", "gradient"])
@@ -43,12 +25,13 @@ def test_what_is_not_finite_updates_nothing(zero_stage, bf16, spoil, tiny_folder
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # these models gain nothing from more
     settings = {"max_skipped_updates": 2, "zero_stage": zero_stage, "bf16": bf16}
+    settings |= {"max_grad_norm": 1.0}
     loaded = _load(tiny_folder, bf16)
-    engine = _engine(loaded, **settings)
+    engine = make_engine(loaded, **settings)
     before = _whole(engine)
     sequences = random_sequences(loaded, 1)
-    good = _micro(engine, sequences, [1.0])
-    bad = _micro(engine, sequences, [math.nan])
+    good = micro_batch(engine, sequences, [1.0])
+    bad = micro_batch(engine, sequences, [math.nan])
     bad = MicroBatch(bad.batch, bad.loss_arguments, ("rows.jsonl: row 7",))
     hook = None
     if spoil == "gradient":
@@ -67,7 +50,7 @@ def test_what_is_not_finite_updates_nothing(zero_stage, bf16, spoil, tiny_folder
     assert all(torch.equal(tensor, before[name]) for name, tensor in _whole(engine).items())
     if hook is not None:
         hook.remove()
-    other = _engine(_load(tiny_folder, bf16), **settings)
+    other = make_engine(_load(tiny_folder, bf16), **settings)
     results = [e.step([good, good], 1.0) for e in (engine, other)]
     assert all(result.applied for result in results)
     fresh = _whole(other)

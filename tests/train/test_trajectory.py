@@ -1,10 +1,6 @@
 """ZeRO stages, ranks, micro-batches and LoRA move where numbers live, not what they are."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +8,7 @@ import torch
 
 from care_train.cli import main as care_train
 from tests.train.builders import load
-from tests.train.runs import COLD_START, ROOT, SMALL, data_arguments
+from tests.train.runs import COLD_START, SMALL, data_arguments, run_ranks
 from tests.train.trajectory import STEPS, run_case
 
 FP32 = ()
@@ -102,9 +98,10 @@ def test_stages_and_micro_batches_take_one_trajectory(start, color_rows, tmp_pat
 def test_ranks_and_stages_take_one_trajectory(more, start, color_rows, tmp_path):
     """One and two ranks under ZeRO 0-3, in fp32, bfloat16 and with LoRA."""
     single = {f"zero{n}": _stage(n, *more) for n in range(4)}
-    _launch(tmp_path, single, 1, start, color_rows)
+    cases = tmp_path, start, color_rows
+    run_ranks("tests.train.trajectory", *cases, json.dumps(single), ranks=1, seconds=400)
     double = {f"two-zero{n}": _stage(n, *more) for n in range(4)}
-    _launch(tmp_path, double, 2, start, color_rows)
+    run_ranks("tests.train.trajectory", *cases, json.dumps(double), ranks=2, seconds=400)
     tolerance, rel = (BF16_TOLERANCE, 3e-2) if more == BF16 else (TOLERANCE, 1e-3)
     distances = {}
     for name in [*single, *double]:
@@ -114,27 +111,3 @@ def test_ranks_and_stages_take_one_trajectory(more, start, color_rows, tmp_path)
     for name in distances:
         _check_metrics(tmp_path / "zero0.pt", tmp_path / f"{name}.pt", rel=rel)
     assert max(distances.values()) < tolerance, distances
-
-
-def _launch(out: Path, cases: dict[str, list[str]], ranks: int, start: Path, rows: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "tests.train.trajectory", out, start, rows, json.dumps(cases)]
-    processes = []
-    for rank in range(ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        processes.append(
-            subprocess.Popen(
-                [*map(str, command)],
-                cwd=ROOT,
-                env=os.environ | place | address,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    for process in processes:
-        text, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, text
