@@ -72,6 +72,6 @@ class RolloutSettings:
     batch_size: Annotated[PositiveInt, Role.SPEED] = 256
     """Sequences generated at once on one rank."""
     max_log_prob_gap: Annotated[NonNegativeFloat | None, Role.SPEED] = 0.2
-    """Mean difference of trainer's and engine's log-probs, in nats per token, over which a run's
-    first step stops it. Engines without log-probs are not checked. None: no limit."""
+    """Mean difference of trainer's and engine's log-probs, in nats per token, over which a run
+    stops. Compared in the first step after vLLM started or woke up. None: no limit."""
     vllm: Annotated[VllmSettings, Role.SPEED] = field(default_factory=VllmSettings)

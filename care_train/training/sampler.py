@@ -44,6 +44,11 @@ class Sampler:
         """Whether the prompts drawn last are still to be trained on."""
         return False
 
+    @property
+    def num_starts(self) -> int:
+        """How often the rollout engine started or woke up."""
+        return self._engine.num_starts
+
     def sync(self, policy: PolicyEngine) -> dict[str, float]:
         """Bring the rollout engine up to date with the policy; returns what there is to log."""
         bucket_bytes = self._config.rollout.vllm.sync_bucket_mib << 20

@@ -43,7 +43,7 @@ class TrainStep:
         self._scorer = scorer
         self._log_probs = LogProbs(engine, config, reference)
         self._updater = PolicyUpdater(engine, config, reference)
-        self._is_gap_checked = config.rollout.engine == "transformers"
+        self._checked_start = 0
 
     def run(self, draw: Draw, step: int) -> StepOutcome:
         """Algorithm 1 on this rank's prompts, each line of it for all groups at once.
@@ -126,10 +126,12 @@ class TrainStep:
         return care.subgroup_update(group.subgroup, self._config.care, group.reflected)
 
     def _checked_gap(self, groups: list[Group], items: list[TrainItem]) -> dict[str, float]:
-        """The trainer's gap to the rollout engine, held to its limit in this process's first
-        measured step, before anything is updated."""
+        """The trainer's gap to the rollout engine, held to its limit once for every start and
+        wake-up of the engine, before the policy is updated."""
         values, worst = engine_gap(groups, items, self._engine.device)
-        if not self._is_gap_checked:
+        start = self._sampler.num_starts
+        if start != self._checked_start:
             check_engine_gap(values, worst, self._config.rollout.max_log_prob_gap)
-            self._is_gap_checked = worst is not None
+            if worst is not None:
+                self._checked_start = start
         return values

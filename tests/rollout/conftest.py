@@ -126,3 +126,9 @@ def served(server, tiny_folder):
     # Other tests' runs use the server next.
     for used in engines:
         used.close()
+
+
+@pytest.fixture(params=["in process", "server"])
+def either(request):
+    """`pair`, then `served`: what holds for vLLM wherever it runs."""
+    return request.getfixturevalue("pair" if request.param == "in process" else "served")

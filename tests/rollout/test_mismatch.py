@@ -1,17 +1,19 @@
 """Trainer against engine: the gap, the gate, the weights that correct for it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from care_train.algorithm.types import Credit, TrainSequence
-from care_train.config import LossSettings
+from care_train.config import LossSettings, build_config
 from care_train.training.failures import EngineError
 from care_train.training.log_probs import TrainItem, importance_weights
 from care_train.training.metrics import check_engine_gap, engine_gap
+from care_train.training.step import TrainStep
 from tests.algorithm.builders import right
-from tests.algorithm.fakes import sampled_group
+from tests.algorithm.fakes import FakeEngine, sampled_group
 
 CPU = torch.device("cpu")
 
@@ -55,6 +57,23 @@ def test_an_absurd_gap_stops_the_run_and_names_the_token(trainer):
     with pytest.raises(EngineError, match=r"rows.jsonl: row 1: response token 1 \(id 51\).*-1.0"):
         check_engine_gap(*gap, 0.2)
     check_engine_gap(*gap, None)
+
+
+def test_the_gate_is_passed_after_every_start_of_the_engine():
+    """Not at a run's first step alone: an engine that woke up is compared before the next update,
+    and one that neither started nor woke up is not."""
+    sampler = SimpleNamespace(num_starts=1)
+    config = build_config({"rollout": {"engine": "vllm"}})
+    step = TrainStep(config, FakeEngine(), sampler, None, None)
+    good, bad = ([sampled_group([_rollout([-1.0], [value])])] for value in (-1.1, -3.0))
+    step._checked_gap([], [])
+    with pytest.raises(EngineError):
+        step._checked_gap(bad, [])
+    step._checked_gap(good, [])
+    assert step._checked_gap(bad, [])["gap_mean"] == pytest.approx(2.0)
+    sampler.num_starts = 2
+    with pytest.raises(EngineError):
+        step._checked_gap(bad, [])
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from care_train.config import VllmSettings
 from care_train.models.images import image_inputs
-from care_train.rollout.engine import SamplingSettings, banned_token_ids
+from care_train.rollout import vllm_engine
+from care_train.rollout.engine import SamplingSettings, WeightParts, banned_token_ids
 from care_train.rollout.transformers_engine import TransformersEngine
-from tests.train.builders import full_log_probs
+from care_train.rollout.vllm_process import VllmProcess
+from tests.train.builders import full_log_probs, load
 
 KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
 GREEDY = SamplingSettings(16, greedy=True)
@@ -50,24 +53,10 @@ def check_greedy_outputs(model, rounds):
     assert len(seen) == rounds, "the changes of weights were too small to see"
 
 
-def check_images_are_seen_anew(model):
-    """Outputs follow a change of the vision tower once it is sent, and not before."""
-    requests = [r for r in model.requests() if r.prompt.images]
-    model.engine.generate(requests, GREEDY)
-    with torch.no_grad():
-        for parameter in model.loaded.model.base_model.visual.parameters():
-            parameter.mul_(1.5)
-    before = model.engine.generate(requests, GREEDY)
-    assert largest_gap(model, requests, before) > 1e-3
-    model.sync()
-    after = model.engine.generate(requests, GREEDY)
-    assert largest_gap(model, requests, after) < 1e-3
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_outputs_equal_transformers_after_every_sync(kind, pair):
-    """Images and text, before and after five changes of all weights; log-probs agree too."""
-    check_greedy_outputs(pair(kind), rounds=6)
+def test_greedy_outputs_equal_transformers_after_every_sync(kind, either):
+    """Images and text, before and after four changes of all weights; log-probs agree too."""
+    check_greedy_outputs(either(kind), rounds=5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,19 +76,32 @@ def test_log_probs_follow_top_k(pair):
     assert {value for c in completions for value in c.log_probs} == {0.0}
 
 
-def test_an_image_seen_before_a_sync_is_seen_anew(pair):
-    """Only the vision tower changes: cached image features or prefixes would give old outputs."""
-    check_images_are_seen_anew(pair())
+def test_an_image_seen_before_a_sync_is_seen_anew(either):
+    """Only the vision tower changes: cached image features or prefixes would give old outputs.
+    Outputs follow the change once it is sent, and not before."""
+    model = either()
+    requests = [r for r in model.requests() if r.prompt.images]
+    model.engine.generate(requests, GREEDY)
+    with torch.no_grad():
+        for parameter in model.loaded.model.base_model.visual.parameters():
+            parameter.mul_(1.5)
+    assert largest_gap(model, requests, model.engine.generate(requests, GREEDY)) > 1e-3
+    model.sync()
+    assert largest_gap(model, requests, model.engine.generate(requests, GREEDY)) < 1e-3
 
 
-def test_seeds_reproduce_whatever_the_batch(pair):
-    """Same seed, same response: alone, reversed, again; other seeds give others."""
-    model, sampling = pair(), SamplingSettings(12)
-    requests = model.requests()
-    together = tokens(model.engine.generate(requests, sampling))
+def test_seeds_reproduce_whatever_the_batch(either):
+    """Same seed, same response: alone, reversed, again, with prefixes and several requests of a
+    prompt; other seeds give others."""
+    model, sampling = either(), SamplingSettings(12, temperature=0.9, top_p=0.95)
+    first = model.requests()
+    requests = [*first, *(replace(r, seed=r.seed + 1, prefix_ids=(20, 21)) for r in first)]
+    completions = model.engine.generate(requests, sampling)
+    assert model.engine.generate(requests, sampling) == completions
+    together = tokens(completions)
     assert tokens(model.engine.generate(requests[::-1], sampling)) == together[::-1]
     assert [tokens(model.engine.generate([r], sampling))[0] for r in requests] == together
-    assert tokens(model.engine.generate(model.requests(step=1), sampling)) != together
+    assert tokens(model.engine.generate(model.requests(step=1), sampling)) != together[:6]
 
 
 def test_prompts_split_over_steps_change_nothing(pair):
@@ -175,23 +177,19 @@ def test_a_forced_prefix_continues_the_prompt(kind, pair):
     assert largest_gap(model, requests, completions) < 1e-3
 
 
-def test_a_prompt_that_vllm_expands_otherwise_is_an_error(pair):
-    """Named: the sample, both lengths, the first position."""
+def test_a_prompt_that_does_not_fit_is_an_error(either):
+    """Expanded otherwise by vLLM: named are the sample, both lengths and the first position. Over
+    the limit: responses are never cut short silently."""
     from PIL import Image
 
-    model = pair()
+    model = either()
     request = model.requests(1)[0]
     other = replace(request.prompt, images=(Image.new("RGB", (112, 112)),))
     with pytest.raises(ValueError, match=r"rows.jsonl: row 1: .* to \d+ tokens.*position \d+"):
         model.engine.generate([replace(request, prompt=other)], GREEDY)
-    assert model.engine.generate([request], GREEDY)
-
-
-def test_a_context_over_the_limit_is_an_error(pair):
-    """Responses are never cut short silently."""
-    model = pair()
     with pytest.raises(ValueError, match=r"row 1: a context of"):
-        model.engine.generate(model.requests(1), SamplingSettings(400))
+        model.engine.generate([request], SamplingSettings(400))
+    assert model.engine.generate([request], GREEDY)
 
 
 def test_the_process_is_left_as_it_was(pair):
@@ -205,3 +203,41 @@ def test_the_process_is_left_as_it_was(pair):
     torch.set_num_threads(1)
     assert torch.get_num_threads() == 1
     torch.set_num_threads(threads)
+
+
+class SleepingLlm:
+    """A vLLM on a GPU, as far as sleep goes: records what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def sleep(self, level: int) -> None:
+        self.told.append(f"sleep {level}")
+
+    def wake_up(self) -> None:
+        self.told.append("wake up")
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_what_a_sleeping_engine_keeps(level, tiny_folder, monkeypatch):
+    """Level 1 keeps base weights, so only an adapter is sent after it; level 2 keeps nothing. Each
+    wake counts as a start."""
+    llm = SleepingLlm()
+    process = VllmProcess(llm, None, 100)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(vllm_engine, "vllm_process", lambda *_: process)
+    monkeypatch.setattr(vllm_engine, "send_weights", lambda *_: 0)
+    monkeypatch.setattr(vllm_engine, "adapter_rank", lambda *_: 4)
+    monkeypatch.setattr(vllm_engine, "adapter_request", object)
+    settings = VllmSettings(sleep_level=level, lora="adapter")
+    engine = vllm_engine.VllmEngine(load(tiny_folder()), settings, max_context=100, batch_size=1)
+    assert (engine.wanted, engine.num_starts) == (WeightParts.BASE_AND_ADAPTER, 1)
+    engine.sync(())
+    for _ in range(2):
+        engine.rest()
+    assert llm.told == ([f"sleep {level}"] if level else [])
+    kept = WeightParts.BASE_AND_ADAPTER if level == 2 else WeightParts.ADAPTER
+    assert engine.wanted is kept
+    engine.sync(())
+    assert llm.told[1:] == (["wake up"] if level else [])
+    assert engine.num_starts == (2 if level else 1)

@@ -2,11 +2,9 @@
 
 import os
 import time
-from dataclasses import replace
 
 import psutil
 import pytest
-import torch
 
 from care_train.config import VllmSettings
 from care_train.rollout import server_client
@@ -18,51 +16,10 @@ from tests.rollout.conftest import Pair
 from tests.rollout.servers import Server
 from tests.rollout.test_vllm_engine import (
     GREEDY,
-    check_greedy_outputs,
-    check_images_are_seen_anew,
     largest_gap,
     tokens,
 )
 from tests.train.builders import load
-
-
-@pytest.mark.parametrize(
-    "kind", ["tiny-qwen2.5-vl", pytest.param("tiny-qwen3-vl", marks=pytest.mark.slow)]
-)
-def test_greedy_outputs_equal_transformers_after_every_sync(kind, served):
-    """Images and text, before and after three changes of all weights; log-probs agree too."""
-    check_greedy_outputs(served(kind), rounds=4)
-
-
-def test_an_image_seen_before_a_sync_is_seen_anew(served):
-    """Only the vision tower changes: cached image features or prefixes would give old outputs."""
-    check_images_are_seen_anew(served())
-
-
-def test_seeds_reproduce_whatever_the_batch(served):
-    """Same seed, same response, with prefixes and several requests of a prompt; others differ."""
-    model, sampling = served(), SamplingSettings(12, temperature=0.9, top_p=0.95)
-    first = model.requests()
-    requests = [*first, *(replace(r, seed=r.seed + 1, prefix_ids=(20, 21)) for r in first)]
-    together = model.engine.generate(requests, sampling)
-    assert model.engine.generate(requests, sampling) == together
-    backwards = tokens(model.engine.generate(requests[::-1], sampling))
-    assert backwards[::-1] == tokens(together)
-    assert tokens(model.engine.generate(model.requests(step=1), sampling)) != tokens(together[:6])
-
-
-def test_a_prompt_that_vllm_expands_otherwise_is_an_error(served):
-    """Named: the sample, both lengths, the first position; too long a context is refused too."""
-    from PIL import Image
-
-    model = served()
-    request = model.requests(1)[0]
-    other = replace(request.prompt, images=(Image.new("RGB", (112, 112)),))
-    with pytest.raises(ValueError, match=r"rows.jsonl: row 1: .* to \d+ tokens.*position \d+"):
-        model.engine.generate([replace(request, prompt=other)], GREEDY)
-    with pytest.raises(ValueError, match=r"row 1: a context of"):
-        model.engine.generate([request], SamplingSettings(400))
-    assert model.engine.generate([request], GREEDY)
 
 
 def test_a_corrupted_tensor_is_caught_and_named(served):
@@ -102,23 +59,6 @@ def test_weights_go_in_buckets_of_the_size_asked_for(served):
     parameters = [p.numel() * 4 for p in model.loaded.model.parameters()]
     assert sum(sizes) == sum(parameters) == total
     assert len(sizes) > 5 and max(sizes) <= max(1 << 15, *parameters)
-
-
-def test_a_tensor_left_out_unknown_or_misshapen_is_caught(served):
-    """Named; the engine recovers with a whole sync."""
-    model = served()
-    weights = [(w.name, w.make()) for w in policy_weights(model.loaded.model)]
-    with pytest.raises(RolloutServerError, match=r"no tensor was sent for .*lm_head"):
-        model.engine.sync([w for w in weights if w[0] != "lm_head.weight"])
-    with pytest.raises(RolloutServerError, match=r"gate_up_proj.*in part only: .*gate_proj"):
-        model.engine.sync([w for w in weights if "layers.0.mlp.up_proj" not in w[0]])
-    with pytest.raises(RolloutServerError, match=r"weight sync: 'model.language_model.nonsense'"):
-        model.engine.sync([*weights, ("model.language_model.nonsense", torch.zeros(2))])
-    name, tensor = weights[-1]
-    with pytest.raises(RolloutServerError, match=f"weight sync: '{name}'"):
-        model.engine.sync([*weights[:-1], (name, tensor[:-1])])
-    model.sync()
-    assert model.engine.generate(model.requests(1), GREEDY)
 
 
 def test_a_second_run_gets_the_server_when_the_first_is_done(

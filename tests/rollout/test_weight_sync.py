@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from care_train.rollout.engine import SamplingSettings
+from care_train.rollout.errors import RolloutError
 from care_train.rollout.weight_sync import add_checksums, checksum
 from care_train.training.weights import policy_weights, stream
 
@@ -52,7 +53,7 @@ def test_a_corrupted_tensor_is_caught_and_named(kind, pair, monkeypatch):
         return problem
 
     monkeypatch.setattr(WeightReceiver, "care_load", corrupt)
-    with pytest.raises(RuntimeError, match=f"{name}.*other numbers than were sent"):
+    with pytest.raises(RolloutError, match=f"{name}.*other numbers than were sent"):
         model.sync()
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match="wanted a sync"):
@@ -61,25 +62,27 @@ def test_a_corrupted_tensor_is_caught_and_named(kind, pair, monkeypatch):
     assert model.engine.generate(model.requests(1), GREEDY)
 
 
-def test_a_tensor_left_out_is_caught(pair):
-    """vLLM would go on with the old numbers."""
-    model = pair()
+def test_a_tensor_left_out_unknown_or_misshapen_is_caught(either):
+    """Named, with vLLM's own words; the engine recovers with a whole sync."""
+    model = either()
     weights = [(w.name, w.make()) for w in policy_weights(model.loaded.model)]
-    with pytest.raises(RuntimeError, match=r"no tensor was sent for .*lm_head"):
-        model.engine.sync([w for w in weights if w[0] != "lm_head.weight"])
-    with pytest.raises(RuntimeError, match=r"gate_up_proj.*in part only: .*gate_proj"):
-        model.engine.sync([w for w in weights if "layers.0.mlp.up_proj" not in w[0]])
-
-
-def test_an_unknown_or_misshapen_tensor_is_caught(pair):
-    """Named, with vLLM's own words."""
-    model = pair()
-    weights = [(w.name, w.make()) for w in policy_weights(model.loaded.model)]
-    with pytest.raises(RuntimeError, match=r"weight sync: 'model.language_model.nonsense'"):
-        model.engine.sync([*weights, ("model.language_model.nonsense", torch.zeros(2))])
     name, tensor = weights[-1]
-    with pytest.raises(RuntimeError, match=f"weight sync: '{name}'"):
-        model.engine.sync([*weights[:-1], (name, tensor[:-1])])
+    cases = {
+        r"no tensor was sent for .*lm_head": [w for w in weights if w[0] != "lm_head.weight"],
+        r"gate_up_proj.*in part only: .*gate_proj": [
+            w for w in weights if "layers.0.mlp.up_proj" not in w[0]
+        ],
+        r"weight sync: 'model.language_model.nonsense'": [
+            *weights,
+            ("model.language_model.nonsense", torch.zeros(2)),
+        ],
+        f"weight sync: '{name}'": [*weights[:-1], (name, tensor[:-1])],
+    }
+    for problem, wrong in cases.items():
+        with pytest.raises(RolloutError, match=problem):
+            model.engine.sync(wrong)
+    model.sync()
+    assert model.engine.generate(model.requests(1), GREEDY)
 
 
 def test_the_report_counts_bytes(pair):

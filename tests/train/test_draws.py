@@ -25,6 +25,8 @@ def test_a_prompt_seen_twice_in_a_step_has_other_seeds():
 class Sampler:
     """Deals ready groups, as many at a time as are asked for."""
 
+    num_starts = 0
+
     def __init__(self, groups: list[Group]) -> None:
         self._groups = groups
 

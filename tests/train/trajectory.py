@@ -64,6 +64,10 @@ class Replay:
     def wanted(self) -> WeightParts:
         return self._inner.wanted
 
+    @property
+    def num_starts(self) -> int:
+        return self._inner.num_starts
+
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
         return self._inner.sync(weights)
 
