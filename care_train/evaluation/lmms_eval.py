@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
-from care_train.algorithm.spans import parse_spans
 from care_train.config import load_config
 from care_train.data import Sample
 from care_train.data.schema import IMAGE_PLACEHOLDER
 from care_train.distributed import initialize_process_group, rank, world_size
+from care_train.evaluation.answering import answer_of
 from care_train.evaluation.evaluate import decoding
 from care_train.rollout.engine import Request, SamplingSettings, request_seed
 from care_train.training.session import open_session
@@ -93,19 +93,11 @@ class CareTrainModel(lmms):
         return texts
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not offered: the protocol is one decode per question.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Not offered: raises NotImplementedError, as the protocol is one decode per question."""
         raise NotImplementedError("care_train answers in one round")
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not offered: answers are generated.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Not offered: raises NotImplementedError, as answers are generated."""
         raise NotImplementedError("care_train generates answers; it scores no continuations")
 
     def _respond(self, requests: Sequence[Any], asked: Counter[str]) -> list[str]:
@@ -162,12 +154,10 @@ class CareTrainModel(lmms):
         )
 
     def _shown(self, text: str, generation: Mapping[str, Any]) -> str:
-        prompt = self._config.prompt
-        span = parse_spans(text, prompt.think_tag, prompt.answer_tag).answer_content
-        if self._answer_only and span is not None:
-            return text[span[0] : span[1]].strip()
+        answer = answer_of(self._session, text)
+        if self._answer_only and answer is not None:
+            return answer.strip()
         until = generation.get("until") or []
-        # The end-of-text token is none of ours to find: it has no text.
         for stop in [until] if isinstance(until, str) else until:
             text = text.split(stop)[0] if stop else text
         return text

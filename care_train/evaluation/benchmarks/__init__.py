@@ -11,6 +11,7 @@ from care_train.data.columns import (
     NUMBER_OR_NULL,
     TEXT,
     TEXTS,
+    Kind,
     optional,
 )
 from care_train.evaluation.benchmarks.math import (
@@ -30,12 +31,16 @@ from care_train.evaluation.benchmarks.mmmu import (
 )
 from care_train.evaluation.question import Benchmark
 
+
+def _filled(*names: str) -> dict[str, Kind]:
+    return dict.fromkeys(names, FILLED_TEXT)
+
+
 _MMMU_COLUMNS = {
-    "id": FILLED_TEXT,
-    "question": FILLED_TEXT,
+    **_filled("id", "question", "answer"),
     "options": ENCODED_TEXTS,
-    "answer": FILLED_TEXT,
-} | {f"image_{number}": optional(IMAGE) for number in range(1, 8)}
+    **{f"image_{number}": optional(IMAGE) for number in range(1, 8)},
+}
 
 _ALL = (
     Benchmark(
@@ -44,14 +49,10 @@ _ALL = (
         dataset="AI4Math/MathVista",
         split="testmini",
         columns={
-            "pid": FILLED_TEXT,
-            "query": FILLED_TEXT,
+            **_filled("pid", "query", "answer", "question_type", "answer_type"),
             "decoded_image": IMAGE,
             "choices": optional(TEXTS),
             "precision": NUMBER_OR_NULL,
-            "answer": FILLED_TEXT,
-            "question_type": FILLED_TEXT,
-            "answer_type": FILLED_TEXT,
         },
         to_question=mathvista_question,
         matches=match_mathvista,
@@ -64,12 +65,8 @@ _ALL = (
         split="testmini",
         subsets=("testmini",),
         columns={
-            "sample_index": FILLED_TEXT,
-            "problem_version": FILLED_TEXT,
+            **_filled("sample_index", "problem_version", "query_cot", "answer", "question_type"),
             "image": IMAGE,
-            "answer": FILLED_TEXT,
-            "question_type": FILLED_TEXT,
-            "query_cot": FILLED_TEXT,
             "question_for_eval": TEXT,
         },
         to_question=mathverse_question,
@@ -81,12 +78,9 @@ _ALL = (
         dataset="MathLLMs/MathVision",
         split="test",
         columns={
-            "id": FILLED_TEXT,
-            "question": FILLED_TEXT,
+            **_filled("id", "question", "answer", "subject"),
             "options": TEXTS,
             "decoded_image": IMAGE,
-            "answer": FILLED_TEXT,
-            "subject": FILLED_TEXT,
         },
         to_question=math_vision_question,
         matches=match_math_vision,
@@ -117,13 +111,7 @@ _ALL = (
         dataset="MMMU/MMMU_Pro",
         split="test",
         subsets=("vision",),
-        columns={
-            "id": FILLED_TEXT,
-            "image": IMAGE,
-            "options": ENCODED_TEXTS,
-            "answer": FILLED_TEXT,
-            "subject": FILLED_TEXT,
-        },
+        columns=_filled("id", "answer", "subject") | {"image": IMAGE, "options": ENCODED_TEXTS},
         to_question=mmmu_pro_vision_question,
         matches=match_mmmu,
     ),
