@@ -101,10 +101,11 @@ class ParquetRows(RowFile):
         # may need memory at the same time.
         if self.is_built or group in self._read_before:
             return self._file.read_row_group(group)
-        self._read_before.add(group)
         rows = f"rows {self._starts[group] + 1} to {self._starts[group + 1]}"
         with memory_bounded(f"{self.path}: {rows}"):
-            return self._file.read_row_group(group)
+            table = self._file.read_row_group(group)
+        self._read_before.add(group)
+        return table
 
     def _memory_mapped(self) -> ArrowRows:
         import datasets

@@ -14,7 +14,7 @@ from care_train.config import DataSettings
 from care_train.data.answers import AnswerType
 from care_train.data.arrow_rows import DIGEST_COLUMN
 from care_train.data.easy_vqa import easy_vqa_samples
-from care_train.data.errors import join_errors
+from care_train.data.errors import RowError, join_errors
 from care_train.data.files import HELD_OUT, TRAINING, open_rows
 from care_train.data.images import ImageRef
 from care_train.data.rows import RowFile
@@ -254,7 +254,8 @@ def _check(samples: LazySamples, where: str) -> None:
     for index in range(len(samples)):
         try:
             sample = samples[index]
-        except ValueError as error:
+        # A file that cannot be read on is no row's fault: that error ends the check.
+        except RowError as error:
             errors.append(str(error))
             continue
         first = seen.setdefault(sample.id, index)
