@@ -126,37 +126,23 @@ def predict(case: Case, lengths: dict[str, int]) -> dict[str, int]:
 
     Args:
         case: what was measured.
-        lengths: `vocab`, and `prompt`, `context` and `patches` of a sequence.
+        lengths: `prompt`, `context` and `patches` of a sequence.
     """
     from care_train.models.tiny import build_tiny_model
     from care_train.planning.architecture import read_architecture
-    from care_train.planning.hardware import Accelerator
     from care_train.planning.memory import plan_memory
-    from care_train.planning.workload import Scenario, training_of, workload_of
+    from care_train.planning.workload import Device, Workload
 
-    config = _config(case)
     with tempfile.TemporaryDirectory() as folder:
         path = build_tiny_model(case.kind, folder, hidden_size=case.hidden_size)
         architecture = read_architecture(str(path))
-    scenario = Scenario(gpus=1)
-    work = replace(
-        workload_of(config, architecture, scenario),
-        prompt=lengths["prompt"],
-        context=lengths["context"],
-        patches=lengths["patches"],
-    )
-    device = Accelerator("CPU", 2.0**40, 1, 1, 1, 1, kind="cpu")
-    plan = plan_memory(architecture, training_of(config, 1), work, device)
-    states = sum(
-        plan.item_bytes(name)
-        for name in (
-            "parameters",
-            "fp32 master weights",
-            "optimiser states",
-            "gradients",
-            "reference model",
-        )
-    )
+    config, cpu = _config(case, lengths["prompt"]), Device("CPU", 2.0**40, is_cpu=True)
+    images = 1 if case.image_side else 0
+    work = Workload(config, architecture, cpu, 1, images, case.image_side**2)
+    assert (work.context, work.patches) == (lengths["context"], lengths["patches"])
+    plan = plan_memory(work)
+    names = ("parameters", "fp32 master weights", "optimiser states", "gradients")
+    states = plan.item_bytes(*names, "reference model")
     peak = max(plan.phase_bytes(phase) for phase in ("load", "train", "step"))
     return {"states": round(states), "peak": round(peak)}
 
@@ -269,14 +255,15 @@ def _prompt(loaded: Any, case: Case) -> Any:
     return PromptEncoder(loaded, PromptSettings()).encode([sample])[0]
 
 
-def _config(case: Case) -> Any:
+def _config(case: Case, prompt: int | None = None) -> Any:
+    """Of a case, whose prompt is known to be so long once it is rendered."""
     from care_train.config import build_config
 
     return build_config(
         {
             "model": {"path": case.kind, "dtype": case.dtype},
             "rollout": {"max_new_tokens": case.response, "batch_size": 1},
-            "prompt": {"max_prompt_tokens": case.prompt},
+            "prompt": {"max_prompt_tokens": prompt or case.prompt},
             "care": {"reflection": {"enabled": False}},
             "train": {
                 "micro_batch_size": case.micro_batch,

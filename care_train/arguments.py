@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         help="mathvista, mathverse, math_vision, mmmu, mmmu_pro_standard, mmmu_pro_vision; "
         "data: the rows of eval.data",
     )
-    summary = "predict memory per rank and time per step, without loading the model"
+    summary = "predict memory per rank, without loading the model"
     _add_plan_options(_add(commands, "plan", summary, _TRAIN))
     summary = "check machine, model, data and settings before a run"
     doctor = _add(commands, "doctor", summary, _TRAIN)
@@ -188,5 +188,3 @@ def _add_plan_options(command: argparse.ArgumentParser) -> None:
     add("--table", action="store_true", help="1 to 64 GPUs under every ZeRO stage")
     add("--images", type=int, default=1, help="images per prompt (default 1)")
     add("--image-size", metavar="WxH", help="pixels; default: the largest that are not scaled down")
-    add("--text-tokens", type=int, default=256, help="mean text of a prompt, for times only")
-    add("--response-tokens", type=int, help="mean response, for times only; default: half the most")

@@ -103,7 +103,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     config = _config(options)
     quiet_libraries()
-    from care_train.planning.command import plan
+    from care_train.planning.plan import plan
 
     plan(config, options)
     return 0

@@ -46,7 +46,7 @@ class DeepSpeedSettings:
         )
         for part, least in (("optimizer", 1), ("param", 3)):
             check(
-                not self._offloads(part) or self.zero_stage >= least,
+                not self.offloads(part) or self.zero_stage >= least,
                 f"deepspeed.config.zero_optimization.offload_{part}",
                 zero.get(f"offload_{part}"),
                 f"none below deepspeed.zero_stage {least}, got stage {self.zero_stage}",
@@ -60,9 +60,10 @@ class DeepSpeedSettings:
     @property
     def offloads_optimizer(self) -> bool:
         """Whether the optimiser's states live in main memory, or on a disk."""
-        return self._offloads("optimizer")
+        return self.offloads("optimizer")
 
-    def _offloads(self, part: str) -> bool:
+    def offloads(self, part: str) -> bool:
+        """Whether `optimizer` states or `param`eters live in main memory, or on a disk."""
         section = self.zero.get(f"offload_{part}") or {}
         return section.get("device", "none") != "none"
 

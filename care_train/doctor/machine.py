@@ -1,4 +1,4 @@
-"""Checks of the machine: versions, devices, limits, disk."""
+"""Checks of the machine: versions, devices, memory, limits, disk, the run's folder."""
 
 import importlib.metadata
 import os
@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from care_train.doctor.finding import Finding, Subject
+from care_train.doctor import Finding, Subject, error, ok, warning
 from care_train.models.fast_paths import runnable
 from care_train.planning.architecture import describe
-from care_train.planning.hardware import GIB
-from care_train.planning.states import checkpoint_bytes, export_bytes
-from care_train.planning.workload import training_of
+from care_train.planning.memory import checkpoint_bytes, model_bytes, plan_memory
+from care_train.planning.workload import GIB, Device, Workload
 from care_train.training.run_place import check_free, locate
 
 _DISTRIBUTION = "care-rl"
@@ -45,17 +44,10 @@ def check_versions(subject: Subject) -> Finding:
         install = " ".join(
             f"'{name}{wanted[name].specifier}'" if name in wanted else name for name in missing
         )
-        return Finding(
-            "error",
-            "versions",
-            f"not installed: {', '.join(missing)}",
-            f"pip install {install}",
-        )
+        return error(f"not installed: {', '.join(missing)}", f"pip install {install}")
     if untested:
-        return Finding(
-            "warning", "versions", "; ".join(untested), "install a tested version, or run the tests"
-        )
-    return Finding("ok", "versions", ", ".join(found))
+        return warning("; ".join(untested), "install a tested version, or run the tests")
+    return ok(", ".join(found))
 
 
 def installed(name: str) -> str | None:
@@ -81,44 +73,71 @@ def check_devices(subject: Subject) -> Finding:
     kind = None if subject.loaded is None else subject.loaded.model.config.model_type
     _, replaced = runnable(config.model, kind)
     if replaced:
-        fix = "run where they can, or set model.attention=sdpa and model.liger=false"
-        return Finding("warning", "devices", "; ".join(replaced), fix)
+        return warning(
+            "; ".join(replaced),
+            "run where they can, or set model.attention=sdpa and model.liger=false",
+        )
     if not torch.cuda.is_available():
-        if subject.loaded is not None and _num_parameters(subject) > 500e6:
-            return Finding(
-                "warning",
-                "devices",
-                f"no GPU for a model of {_num_parameters(subject) / 1e9:.1f} B parameters",
+        size = 0 if subject.loaded is None else describe(subject.loaded.model, "").num_parameters
+        if size > 500e6:
+            return warning(
+                f"no GPU for a model of {size / 1e9:.1f} B parameters",
                 "run where GPUs are, or take a smaller model",
             )
-        return Finding("ok", "devices", f"CPU, {os.cpu_count()} cores, {subject.ranks} ranks")
+        return ok(f"CPU, {os.cpu_count()} cores, {subject.ranks} ranks")
     local = min(subject.ranks, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
     if local > count:
-        return Finding(
-            "error", "devices", f"{local} ranks for {count} GPUs", "start one rank per GPU"
-        )
+        return error(f"{local} ranks for {count} GPUs", "start one rank per GPU")
     if config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
-        return Finding("error", "devices", "this GPU has no bfloat16", "set model.dtype=float32")
-    return Finding("ok", "devices", f"{count} x {torch.cuda.get_device_name()}")
+        return error("this GPU has no bfloat16", "set model.dtype=float32")
+    return ok(f"{count} x {torch.cuda.get_device_name()}")
 
 
 def check_disk(subject: Subject) -> Finding:
     """Free space for the checkpoints that are kept, one being written, and the final model."""
-    train = subject.config.train
-    training = training_of(subject.config, subject.ranks)
-    sizes = describe(subject.model.model, "model")
-    one = checkpoint_bytes(sizes, training)
+    train, work = subject.config.train, _workload(subject)
+    one = checkpoint_bytes(work)
     kept = train.keep_checkpoints + (train.keep_best is not None) + 1
-    needed = (kept if train.save_every else 1) * one + export_bytes(sizes, training)
-    free = free_bytes(subject.run_dir)
+    needed = (kept if train.save_every else 1) * one + model_bytes(work)
+    free = free_bytes(_run_dir(subject))
     text = (
         f"{free / GIB:.1f} GiB free for {needed / GIB:.1f} GiB of checkpoints "
         f"({one / GIB:.2f} GiB each)"
     )
-    fix = "free space, set output_dir elsewhere, or lower train.keep_checkpoints"
     if free >= _SPARE * needed:
-        return Finding("ok", "disk", text)
-    return Finding("error" if free < needed else "warning", "disk", text, fix)
+        return ok(text)
+    fix = "free space, set output_dir elsewhere, or lower train.keep_checkpoints"
+    return error(text, fix) if free < needed else warning(text, fix)
+
+
+def check_memory(subject: Subject) -> Finding:
+    """The planned peak against this machine's device."""
+    plan = plan_memory(_workload(subject))
+    text = (
+        f"a peak of {plan.peak / GIB:.1f} GiB is predicted, in {plan.peak_phase}; there are "
+        f"{plan.limit / GIB:.1f} GiB"
+    )
+    return ok(text) if plan.fits else warning(text, "see `care-train plan` for what to change")
+
+
+def _workload(subject: Subject) -> Workload:
+    architecture = describe(subject.model.model, "model")
+    return Workload(subject.config, architecture, this_device(), subject.ranks)
+
+
+def this_device() -> Device:
+    """The device here, as the plan sees it."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Device(properties.name, properties.total_memory)
+    import psutil
+
+    return Device("CPU", psutil.virtual_memory().total, is_cpu=True)
+
+
+def _run_dir(subject: Subject) -> Path:
+    """Where the run will write."""
+    return Path(subject.config.output_dir) / subject.config.name
 
 
 def free_bytes(folder: Path) -> int:
@@ -128,55 +147,43 @@ def free_bytes(folder: Path) -> int:
 
 def check_run_folder(subject: Subject) -> Finding:
     """The run's folder can be written, and holds no run that the settings do not speak of."""
-    folder = subject.run_dir
+    folder = _run_dir(subject)
     try:
         check_free(subject.config, locate(subject.config), {})
-    except ValueError as error:
-        return Finding("error", "run folder", str(error), "do as it says, or set another name")
+    except ValueError as reason:
+        return error(str(reason), "do as it says, or set another name")
     try:
         with tempfile.TemporaryFile(dir=_existing(folder)):
             pass
-    except OSError as error:
-        return Finding(
-            "error", "run folder", f"{folder}: {error}", "set output_dir to a folder of yours"
-        )
-    return Finding("ok", "run folder", f"{folder} can be written")
+    except OSError as reason:
+        return error(f"{folder}: {reason}", "set output_dir to a folder of yours")
+    return ok(f"{folder} can be written")
 
 
 def check_open_files(subject: Subject) -> Finding:
     """The limit of open files, which many ranks and data files exceed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < _MIN_OPEN_FILES:
-        return Finding(
-            "warning",
-            "open files",
+        return warning(
             f"at most {soft} open files per process, wanted {_MIN_OPEN_FILES}",
             f"ulimit -n {_MIN_OPEN_FILES if hard < 0 else min(hard, 65536)}",
         )
-    return Finding(
-        "ok", "open files", f"up to {soft if soft >= 0 else 'any number of'} per process"
-    )
+    return ok(f"up to {soft if soft >= 0 else 'any number of'} per process")
 
 
 def check_shared_memory(subject: Subject) -> Finding:
     """/dev/shm, through which ranks of one machine talk."""
     folder = Path("/dev/shm")
     if not folder.is_dir():
-        return Finding("ok", "shared memory", "this system has no /dev/shm")
+        return ok("this system has no /dev/shm")
     total = shutil.disk_usage(folder).total
     text = f"/dev/shm has {total / GIB:.2f} GiB"
     needs = subject.ranks > 1 or subject.config.rollout.engine == "vllm"
     if needs and total < _MIN_SHARED_BYTES:
-        return Finding(
-            "warning", "shared memory", f"{text}, wanted 1 GiB", "docker run --shm-size=8g"
-        )
-    return Finding("ok", "shared memory", text)
+        return warning(f"{text}, wanted 1 GiB", "docker run --shm-size=8g")
+    return ok(text)
 
 
 def _existing(folder: Path) -> Path:
     folder = folder.absolute()
     return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-
-
-def _num_parameters(subject: Subject) -> int:
-    return sum(p.numel() for p in subject.model.model.parameters())

@@ -1,12 +1,11 @@
-"""Step 0: the rollout engine and the trainer give the same tokens the same log-probs."""
+"""The rollout engine and the trainer give the same tokens the same log-probs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from care_train.doctor.finding import Finding, Subject, spread
-from care_train.models.batch import TokenSequence, collate
+from care_train.doctor import Finding, Subject, error, ok, spread, warning
+from care_train.models.batch import ModelBatch, TokenSequence, collate
 from care_train.models.lora import add_adapters, has_adapters
 from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt, PromptEncoder
@@ -19,25 +18,11 @@ from care_train.rollout.engine import (
     request_seed,
 )
 
-_NAME = "log-prob parity"
 _NUM_PROMPTS = 4
 _NUM_TOKENS = 16
 _ERROR_GAP = 0.5
 """Mean gap in nats beyond which the engine samples from another policy."""
 _WARNING_GAP = {"float32": 0.01, "bfloat16": 0.05}
-
-
-@dataclass(frozen=True)
-class Gap:
-    """How far apart engine and trainer are, in nats."""
-
-    mean: float
-    largest: float
-    token_id: int
-    """Of the largest."""
-    place: int
-    """Which prompt it came from."""
-    num_tokens: int
 
 
 def check_parity(subject: Subject) -> Finding:
@@ -59,15 +44,31 @@ def check_parity(subject: Subject) -> Finding:
     completions = engine.generate(requests, SamplingSettings(length, rollout.temperature))
     if any(completion.log_probs is None for completion in completions):
         completions = engine.generate(requests, SamplingSettings(length, greedy=True))
-    gap = measure_gap(subject, prompts, completions)
-    return _judge(subject, gap, rows[gap.place].location or rows[gap.place].id)
+    gaps, batch = _gaps(subject, prompts, completions)
+    mean, worst = float(gaps.mean()), int(gaps.argmax())
+    token = subject.model.tokenizer.convert_ids_to_tokens(int(batch.target_ids[worst]))
+    row = rows[int(batch.sequence_ids[worst])]
+    text = (
+        f"over {len(gaps)} tokens, rollouts and trainer differ by {mean:.2g} nats on average, "
+        f"{float(gaps[worst]):.2g} at most ({token!r} in {row.location or row.id})"
+    )
+    if not mean <= _ERROR_GAP:  # A NaN is an error too.
+        return error(
+            text,
+            "the engine does not sample the policy that is trained: check its version, "
+            "model.attention and the processor; try rollout.engine=transformers",
+        )
+    if mean > _WARNING_GAP[subject.config.model.dtype]:
+        return warning(text, "try model.dtype=float32 or another model.attention")
+    return ok(text)
 
 
 @torch.no_grad()
-def measure_gap(
+def _gaps(
     subject: Subject, prompts: Sequence[EncodedPrompt], completions: Sequence[Completion]
-) -> Gap:
-    """The gaps of all sampled tokens: |engine - trainer|, or below the trainer's best token."""
+) -> tuple[torch.Tensor, ModelBatch]:
+    """[N] nats of each sampled token, and the batch that they are rows of: |engine - trainer|, or
+    below the trainer's best token where the engine keeps no log-probs."""
     loaded, temperature = subject.model, subject.config.rollout.temperature
     sequences = [
         TokenSequence(prompt, (), completion.token_ids)
@@ -78,8 +79,7 @@ def measure_gap(
     was_training = loaded.model.training
     loaded.model.eval()
     policy = Policy(loaded.model)
-    hidden = policy.hidden_states(batch).flatten(0, 1)[batch.rows]
-    logits = policy.head.logits(hidden)
+    logits = policy.head.logits(policy.hidden_states(batch).flatten(0, 1)[batch.rows])
     loaded.model.train(was_training)
     # The engine's distribution is the one after bans.
     banned = torch.tensor(banned_token_ids(loaded), dtype=torch.int64, device=logits.device)
@@ -87,38 +87,10 @@ def measure_gap(
     kept = [completion.log_probs for completion in completions]
     chosen = batch.target_ids[:, None]
     if any(row is None for row in kept):
-        gaps = logits.max(1).values - logits.gather(1, chosen)[:, 0]
-    else:
-        own = (logits / temperature).log_softmax(1).gather(1, chosen)[:, 0]
-        theirs = torch.tensor([x for row in kept if row is not None for x in row])
-        gaps = (theirs.to(own) - own).abs()
-    worst = int(gaps.argmax())
-    return Gap(
-        mean=float(gaps.mean()),
-        largest=float(gaps[worst]),
-        token_id=int(batch.target_ids[worst]),
-        place=int(batch.sequence_ids[worst]),
-        num_tokens=len(gaps),
-    )
-
-
-def _judge(subject: Subject, gap: Gap, where: str) -> Finding:
-    token = subject.model.tokenizer.convert_ids_to_tokens(gap.token_id)
-    text = (
-        f"over {gap.num_tokens} tokens, rollouts and trainer differ by {gap.mean:.2g} nats on "
-        f"average, {gap.largest:.2g} at most ({token!r} in {where})"
-    )
-    if not gap.mean <= _ERROR_GAP:  # NaN is no parity either
-        return Finding(
-            "error",
-            _NAME,
-            text,
-            "the engine does not sample the policy that is trained: check its version, "
-            "model.attention and the processor; try rollout.engine=transformers",
-        )
-    if gap.mean > _WARNING_GAP[subject.config.model.dtype]:
-        return Finding("warning", _NAME, text, "try model.dtype=float32 or another model.attention")
-    return Finding("ok", _NAME, text)
+        return logits.max(1).values - logits.gather(1, chosen)[:, 0], batch
+    own = (logits / temperature).log_softmax(1).gather(1, chosen)[:, 0]
+    theirs = torch.tensor([x for row in kept if row is not None for x in row])
+    return (theirs.to(own) - own).abs(), batch
 
 
 def _rollout_engine(subject: Subject, encoder: PromptEncoder) -> RolloutEngine:

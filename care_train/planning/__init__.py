@@ -1,5 +1,5 @@
-"""`care-train plan`: memory and time of a run, from its configuration alone.
+"""`care-train plan`: a run's memory from its configuration alone.
 
 Nothing is loaded: the architecture is built on the meta device. Each formula stands in one
-function, whose docstring names its source.
+function, whose docstring names its source; `bench.plan` compares them with measured memory.
 """

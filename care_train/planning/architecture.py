@@ -8,49 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from care_train.models.folder import read_config
 from care_train.models.load import auto_class
 from care_train.models.tiny import TINY_KINDS, tiny_config
 
-BACKBONES = tuple(
-    sorted(path.stem for path in (Path(__file__).parent / "backbones").glob("*.json"))
-)
+_FOLDER = Path(__file__).parent / "backbones"
+BACKBONES = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 """The paper's backbones (Sec. 8.2), whose configurations ship with this package."""
-
-
-@dataclass(frozen=True)
-class TextShape:
-    """Sizes of the language model."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    query_width: int
-    """Query heads times their width."""
-    key_width: int
-    """Key heads times their width; the values' too."""
-    num_heads: int
-    vocab: int
-    has_query_norm: bool
-    """Queries and keys have RMS norms of their own (Qwen3)."""
-
-
-@dataclass(frozen=True)
-class VisionShape:
-    """Sizes of the vision tower."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    patch: int
-    """Side of a patch in pixels."""
-    merge: int
-    """Patches along a side that become one token."""
-    window: int
-    """Patches that attend to each other in windowed layers; 0: no such layers."""
-    full_layers: int
-    """Layers where all patches of an image attend to each other."""
-    is_gated: bool
-    """Gated MLP and RMS norms (Qwen2.5-VL); else GELU and layer norms (Qwen3-VL)."""
 
 
 @dataclass(frozen=True)
@@ -58,30 +22,42 @@ class Architecture:
     """What the formulas need to know of a model. Counts are of parameters, tied ones once."""
 
     name: str
-    text: TextShape
-    vision: VisionShape | None
+    text: Any
+    """transformers' configuration of the language model."""
+    vision: Any
+    """That of the vision tower; None: text only."""
+    has_query_norm: bool
+    """Queries and keys have RMS norms of their own (Qwen3)."""
     num_parameters: int
     num_vision: int
-    num_embedding: int
-    """The input embedding, which is read but not multiplied."""
-    is_tied: bool
-    """The head is the input embedding."""
-    num_linears: tuple[tuple[int, int], ...]
-    """(inputs, outputs) of each linear layer of the language model but the head: what LoRA
-    adapts."""
+    """Of them in the vision tower."""
+    lora_width: int
+    """Inputs and outputs of all linear layers of the language model but the head, which LoRA
+    adapts: an adapter has rank x (inputs + outputs) parameters."""
     largest_layer: int
     """Parameters of the largest module that ZeRO-3 gathers at once."""
 
     @property
-    def num_head(self) -> int:
-        """Parameters of the language-model head."""
-        return self.text.vocab * self.text.hidden
+    def query_width(self) -> int:
+        """Query heads times their width."""
+        return self.text.num_attention_heads * self._head_dim
 
     @property
-    def num_multiplied(self) -> int:
-        """Parameters of the language model that each token is multiplied with, head excluded."""
-        body = self.num_parameters - self.num_vision - self.num_embedding
-        return body if self.is_tied else body - self.num_head
+    def key_width(self) -> int:
+        """Key heads times their width; the values' too."""
+        heads = getattr(self.text, "num_key_value_heads", None) or self.text.num_attention_heads
+        return heads * self._head_dim
+
+    @property
+    def _head_dim(self) -> int:
+        head_dim = getattr(self.text, "head_dim", None)
+        return head_dim or self.text.hidden_size // self.text.num_attention_heads
+
+    @property
+    def intermediate(self) -> int:
+        """Width of a token's MLP: in a mixture of experts, of those chosen for it together."""
+        experts = getattr(self.text, "num_experts_per_tok", None)
+        return experts * self.text.moe_intermediate_size if experts else self.text.intermediate_size
 
 
 def read_architecture(path: str) -> Architecture:
@@ -99,89 +75,47 @@ def read_architecture(path: str) -> Architecture:
 def describe(model: Any, name: str) -> Architecture:
     """The sizes of a transformers model, on any device."""
     visual = getattr(model.base_model, "visual", None)
-    if visual is None:
-        visual = getattr(model.base_model, "vision_tower", None)
-    num_vision = 0 if visual is None else sum(p.numel() for p in visual.parameters())
-    embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     in_vision = set() if visual is None else set(visual.modules())
-    linears = [
-        (module.in_features, module.out_features)
-        for module in model.modules()
-        if isinstance(module, torch.nn.Linear) and module is not head and module not in in_vision
-    ]
-    vision_config = getattr(model.config, "vision_config", None)
+    modules = dict(model.named_modules())
     return Architecture(
         name=name,
-        text=_text_shape(model.config.get_text_config(), model),
-        vision=None if vision_config is None else _vision_shape(vision_config),
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        num_vision=num_vision,
-        num_embedding=embedding.numel(),
-        is_tied=head.weight is embedding,
-        num_linears=tuple(linears),
-        largest_layer=_largest_layer(model),
+        text=model.config.get_text_config(),
+        vision=None if visual is None else model.config.vision_config,
+        has_query_norm=any(key.endswith(".q_norm") for key in modules),
+        num_parameters=_count(model),
+        num_vision=0 if visual is None else _count(visual),
+        lora_width=sum(
+            module.in_features + module.out_features
+            for module in modules.values()
+            if isinstance(module, torch.nn.Linear) and module is not head
+            if module not in in_vision
+        ),
+        largest_layer=max(_count(module, recurse=False) for module in modules.values()),
     )
+
+
+def _count(module: torch.nn.Module, *, recurse: bool = True) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse))
 
 
 def _read_config(path: str) -> Any:
-    if (Path(path) / "config.json").is_file():
-        return AutoConfig.from_pretrained(path)
-    name = backbone_of(path)
-    if name is not None:
-        file = Path(__file__).parent / "backbones" / f"{name}.json"
-        values = json.loads(file.read_text())
-        return AutoConfig.for_model(values.pop("model_type"), **values)
     if path in TINY_KINDS:
         return tiny_config(path)
-    raise ValueError(
-        f"model.path: {path}: no config.json there; wanted a Hugging Face model folder, one of "
-        f"{', '.join(TINY_KINDS)}, or a folder named {', '.join(BACKBONES)} (with or without "
-        "-Instruct)"
-    )
+    name = backbone_of(path)
+    if name is not None and not (Path(path) / "config.json").is_file():
+        values = json.loads((_FOLDER / f"{name}.json").read_text())
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    if not Path(path).is_dir():
+        raise ValueError(
+            f"model.path: {path}: no such folder; wanted a Hugging Face model folder, one of "
+            f"{', '.join(TINY_KINDS)}, or a folder named {', '.join(BACKBONES)} (with or without "
+            "-Instruct)"
+        )
+    return read_config(Path(path))
 
 
 def backbone_of(path: str) -> str | None:
     """Which backbone a path or hub name means by its last part; None: none of them."""
     wanted = Path(path).name.lower().removesuffix("-thinking").removesuffix("-instruct")
     return next((n for n in BACKBONES if n.lower().removesuffix("-instruct") == wanted), None)
-
-
-def _text_shape(config: Any, model: Any) -> TextShape:
-    head_dim = getattr(config, "head_dim", None)
-    head_dim = head_dim or config.hidden_size // config.num_attention_heads
-    return TextShape(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        query_width=config.num_attention_heads * head_dim,
-        key_width=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-        * head_dim,
-        num_heads=config.num_attention_heads,
-        vocab=config.vocab_size,
-        has_query_norm=any(name.endswith(".q_norm") for name, _ in model.named_modules()),
-    )
-
-
-def _vision_shape(config: Any) -> VisionShape:
-    def first(*names: str, default: Any = None) -> Any:
-        return next((getattr(config, n) for n in names if getattr(config, n, None)), default)
-
-    layers = first("depth", "num_hidden_layers", default=0)
-    patch, window = first("patch_size", default=14), first("window_size", default=0)
-    full = first("fullatt_block_indexes", default=None)
-    return VisionShape(
-        layers=layers,
-        hidden=first("hidden_size", "embed_dim", default=0),
-        intermediate=first("intermediate_size", default=4 * first("hidden_size", default=0)),
-        patch=patch,
-        merge=first("spatial_merge_size", default=2),
-        window=(window // patch) ** 2,
-        full_layers=layers if full is None else len(full),
-        is_gated=full is not None,
-    )
-
-
-def _largest_layer(model: Any) -> int:
-    """The largest sum of parameters that belong to one module itself, without its children."""
-    return max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())

@@ -1,104 +1,127 @@
-"""A plan: memory and time of a configuration on so many GPUs, and what to change if it does not
-fit."""
+"""A plan: memory of a configuration on so many GPUs, and what to change if it does not fit."""
 
+import argparse
+import json
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from care_train.config import Config
-from care_train.planning import states
-from care_train.planning.architecture import Architecture, read_architecture
-from care_train.planning.hardware import GIB, Accelerator
-from care_train.planning.memory import MemoryPlan, plan_memory
-from care_train.planning.timing import Efficiencies, TimePlan, plan_time
-from care_train.planning.workload import (
-    Scenario,
-    Training,
-    Workload,
-    training_of,
-    with_micro_batch,
-    workload_of,
+from care_train.planning.architecture import read_architecture
+from care_train.planning.memory import (
+    PHASES,
+    MemoryPlan,
+    checkpoint_bytes,
+    host_bytes,
+    plan_memory,
 )
+from care_train.planning.workload import GIB, Workload, gpu
 
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 """Rows of `--table`."""
+_STAGES = (0, 1, 2, 3)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run will need."""
-
-    architecture: Architecture
-    training: Training
-    work: Workload
-    device: Accelerator
-    memory: MemoryPlan
-    time: TimePlan
-    advice: tuple[str, ...]
-    """What to change where it does not fit."""
-
-    @property
-    def checkpoint_bytes(self) -> float:
-        """One checkpoint on disk."""
-        return states.checkpoint_bytes(self.architecture, self.training)
-
-    @property
-    def host_bytes(self) -> float:
-        """Main memory of one node, data excluded."""
-        return states.host_bytes(self.architecture, self.training, self.device.gpus_per_node)
-
-
-def make_plan(
-    config: Config,
-    scenario: Scenario,
-    device: Accelerator,
-    architecture: Architecture | None = None,
-) -> Plan:
-    """The plan of a configuration.
-
-    Args:
-        config: the run.
-        scenario: what the configuration does not say.
-        device: one GPU.
-        architecture: the model's, where it is known already.
+def plan(config: Config, options: argparse.Namespace) -> None:
+    """`care-train plan`: print the plan, or with `--table` the peaks on 1 to 64 GPUs.
 
     Raises:
-        ValueError: the model is not known, or the prompts do not divide over the GPUs.
+        ValueError: an unknown GPU or model, or an option that is out of range.
     """
-    if scenario.gpus < 1:
-        raise ValueError(f"--gpus: got {scenario.gpus}, wanted at least 1")
-    if architecture is None:
-        architecture = read_architecture(config.model.path)
-    training = training_of(config, scenario.gpus)
-    work = workload_of(config, architecture, scenario)
-    memory = plan_memory(architecture, training, work, device)
-    advice = () if memory.fits else tuple(advise(architecture, training, work, device))
-    return Plan(
-        architecture,
-        training,
-        work,
-        device,
-        memory,
-        plan_time(architecture, training, work, device, Efficiencies()),
-        advice,
-    )
+    if options.gpus < 1:
+        raise ValueError(f"--gpus: got {options.gpus}, wanted at least 1")
+    device, pixels = gpu(options.gpu), _pixels(options.image_size)
+    model = read_architecture(config.model.path)
+    work = Workload(config, model, device, options.gpus, options.images, pixels)
+    console = Console(width=None if Console().is_terminal else 110)
+    if options.table:
+        table = plan_table(work)
+        print(json.dumps(table)) if options.json else _show_table(work, table, console)
+    elif options.json:
+        print(json.dumps(plan_values(work)))
+    else:
+        _show_plan(work, console)
 
 
-def advise(
-    architecture: Architecture, training: Training, work: Workload, device: Accelerator
-) -> list[str]:
-    """Changes that lower the peak, each kept for those after it, until one fits.
+def _pixels(size: str | None) -> int | None:
+    if size is None:
+        return None
+    match = re.fullmatch(r"(\d+)[xX](\d+)", size)
+    if match is None:
+        raise ValueError(f"--image-size: got {size!r}, wanted the form 1024x768")
+    return int(match[1]) * int(match[2])
 
-    Cheap ones are tried first: checkpointing costs a third of the training time, ZeRO-3
-    communication, offload the most.
+
+def plan_values(work: Workload) -> dict[str, Any]:
+    """All numbers of a plan, in bytes."""
+    memory = plan_memory(work)
+    return {
+        "model": work.model.name,
+        "parameters": work.model.num_parameters,
+        "trained_parameters": work.num_trained,
+        "gpus": work.gpus,
+        "gpu": work.device.name,
+        "zero_stage": work.stage,
+        "peak_bytes": round(memory.peak),
+        "peak_phase": memory.peak_phase,
+        "limit_bytes": round(memory.limit),
+        "fits": memory.fits,
+        "items": {item.name: round(item.num_bytes) for item in memory.items},
+        "phases": {phase: round(memory.phase_bytes(phase)) for phase in PHASES},
+        "checkpoint_bytes": round(checkpoint_bytes(work)),
+        "host_bytes": round(host_bytes(work)),
+        "advice": advise(work),
+    }
+
+
+def plan_table(work: Workload) -> list[dict[str, Any]]:
+    """Peak bytes and whether they fit, for each of `GPU_COUNTS` and ZeRO stage."""
+    rows = []
+    for gpus in GPU_COUNTS:
+        for stage in _STAGES:
+            memory = plan_memory(_at_stage(replace(work, gpus=gpus), stage))
+            row = {"gpus": gpus, "zero_stage": stage, "peak_bytes": round(memory.peak)}
+            rows.append(row | {"fits": memory.fits})
+    return rows
+
+
+def _at_stage(work: Workload, stage: int) -> Workload:
+    deepspeed = work.config.deepspeed
+    # What the stage cannot offload stays where it is.
+    drop = {"stage"} | ({"offload_param"} if stage < 3 else set())
+    drop |= {"offload_optimizer"} if stage < 1 else set()
+    zero = {key: value for key, value in deepspeed.zero.items() if key not in drop}
+    config = deepspeed.config | {"zero_optimization": zero}
+    return _with(work, deepspeed={"zero_stage": stage, "config": config})
+
+
+def _with(work: Workload, **sections: dict[str, Any]) -> Workload:
+    """The workload with other settings in some sections of its configuration."""
+    config = work.config
+    changed = {name: replace(getattr(config, name), **keys) for name, keys in sections.items()}
+    return replace(work, config=replace(config, **changed))
+
+
+def advise(work: Workload) -> list[str]:
+    """Changes that lower the peak, each kept for those after it, until one fits; none if it does.
+
+    The order is that of their cost in time: checkpointing computes each layer's forward once more,
+    ZeRO-3 gathers every layer over the links, offload moves the optimiser to the CPU.
     """
-    peak, lines = plan_memory(architecture, training, work, device).peak, []
+    memory, lines = plan_memory(work), []
+    if memory.fits:
+        return []
     for change in _CHANGES:
-        for text, new_training, new_work in change(training, work):
-            memory = plan_memory(architecture, new_training, new_work, device)
-            if memory.peak > 0.99 * peak:
+        for text, changed in change(work):
+            lower = plan_memory(changed)
+            if lower.peak > 0.99 * memory.peak:
                 continue
-            peak, training, work = memory.peak, new_training, new_work
-            lines.append(f"{text}: {peak / GIB:.1f} GiB, in {memory.peak_phase}")
+            memory, work = lower, changed
+            lines.append(f"{text}: {memory.peak / GIB:.1f} GiB, in {memory.peak_phase}")
             if memory.fits:
                 return lines
     lines.append(
@@ -108,53 +131,61 @@ def advise(
     return lines
 
 
-Changed = Iterator[tuple[str, Training, Workload]]
+Changed = Iterator[tuple[str, Workload]]
 
 
-def _checkpoint(training: Training, work: Workload) -> Changed:
-    if not training.checkpointing:
-        yield "turn gradient checkpointing on", replace(training, checkpointing=True), work
+def _checkpoint(work: Workload) -> Changed:
+    if not work.config.train.gradient_checkpointing:
+        text = "set train.gradient_checkpointing=true"
+        yield text, _with(work, train={"gradient_checkpointing": True})
 
 
-def _fewer_sequences(training: Training, work: Workload) -> Changed:
+def _fewer_sequences(work: Workload) -> Changed:
+    train = work.config.train
     for share in (0.25, 0.0):
-        setting, smaller = with_micro_batch(work, share)
-        if smaller.micro_batch < work.micro_batch:
-            yield f"set {setting}", training, smaller
+        if train.micro_batch_tokens is None:
+            key, now, value = "size", train.micro_batch_size, max(1, int(work.micro_batch * share))
+        else:
+            now = train.micro_batch_tokens
+            key, value = "tokens", max(work.context, int(now * share))
+        if value < now:
+            changed = _with(work, train={f"micro_batch_{key}": value})
+            yield f"set train.micro_batch_{key}={value}", changed
 
 
-def _generate_fewer(training: Training, work: Workload) -> Changed:
-    if work.engine == "transformers" and work.generated_at_once > 16:
-        yield "set rollout.batch_size=16", training, replace(work, generated_at_once=16)
+def _generate_fewer(work: Workload) -> Changed:
+    rollout = work.config.rollout
+    if rollout.engine == "transformers" and rollout.batch_size > 16:
+        yield "set rollout.batch_size=16", _with(work, rollout={"batch_size": 16})
 
 
-def _bfloat16(training: Training, work: Workload) -> Changed:
-    if training.parameter_bytes == 4:
-        narrow = replace(training, parameter_bytes=2, has_master=True)
-        yield "set model.dtype=bfloat16", narrow, work
+def _bfloat16(work: Workload) -> Changed:
+    if work.config.model.dtype == "float32":
+        yield "set model.dtype=bfloat16", _with(work, model={"dtype": "bfloat16"})
 
 
-def _next_stages(training: Training, work: Workload) -> Changed:
-    for stage in range(training.stage + 1, 4):
-        # One rank has nobody to share with.
-        if training.gpus > 1:
-            sharded = replace(training, stage=stage, has_master=True)
-            yield f"set deepspeed.zero_stage={stage}", sharded, work
+def _next_stages(work: Workload) -> Changed:
+    # One rank has no other to share with.
+    for stage in range(work.stage + 1, 4) if work.gpus > 1 else ():
+        yield f"set deepspeed.zero_stage={stage}", _at_stage(work, stage)
 
 
-def _no_reference(training: Training, work: Workload) -> Changed:
-    if work.has_reference:
+def _no_reference(work: Workload) -> Changed:
+    if work.config.loss.kl_coef:
         text = "set loss.kl_coef=0, which needs no reference model"
-        yield text, training, replace(work, has_reference=False)
+        yield text, _with(work, loss={"kl_coef": 0.0})
 
 
-def _offload(training: Training, work: Workload) -> Changed:
-    if not training.offload_optimizer and training.stage >= 1:
+def _offload(work: Workload) -> Changed:
+    deepspeed = work.config.deepspeed
+    if work.stage >= 1 and not deepspeed.offloads("optimizer"):
+        zero = dict(deepspeed.zero) | {"offload_optimizer": {"device": "cpu"}}
         text = "set deepspeed.config.zero_optimization.offload_optimizer.device=cpu"
-        yield text, replace(training, offload_optimizer=True), work
+        config = deepspeed.config | {"zero_optimization": zero}
+        yield text, _with(work, deepspeed={"config": config})
 
 
-_CHANGES: tuple[Callable[[Training, Workload], Changed], ...] = (
+_CHANGES: tuple[Callable[[Workload], Changed], ...] = (
     _checkpoint,
     _fewer_sequences,
     _generate_fewer,
@@ -169,30 +200,65 @@ _CHANGES: tuple[Callable[[Training, Workload], Changed], ...] = (
 )
 
 
-def plan_table(
-    config: Config, scenario: Scenario, device: Accelerator
-) -> list[tuple[int, dict[int, Plan]]]:
-    """For 1-64 GPUs, the plan under each ZeRO stage."""
-    architecture = read_architecture(config.model.path)
-    rows = []
+def _show_table(work: Workload, rows: list[dict[str, Any]], console: Console) -> None:
+    console.print(
+        f"{work.model.name}, {work.device.name} with {work.device.memory / GIB:.1f} GiB: peak GiB "
+        "per rank; * does not fit",
+        highlight=False,
+    )
+    table = Table("GPUs", *(f"ZeRO-{stage}" for stage in _STAGES))
+    peaks = {
+        (row["gpus"], row["zero_stage"]): f"{row['peak_bytes'] / GIB:.1f}{'*' * (not row['fits'])}"
+        for row in rows
+    }
     for gpus in GPU_COUNTS:
-        plans = {}
-        for stage in (0, 1, 2, 3):
-            changed = replace(config, deepspeed=_with_stage(config, stage))
-            at = replace(scenario, gpus=gpus)
-            plans[stage] = make_plan(changed, at, device, architecture)
-        rows.append((gpus, plans))
-    return rows
+        table.add_row(str(gpus), *(peaks[gpus, stage] for stage in _STAGES))
+    console.print(table)
 
 
-def _with_stage(config: Config, stage: int):
-    values = dict(config.deepspeed.config)
-    # What the stage cannot offload stays where it is.
-    drop = {"stage"} | ({"offload_param"} if stage < 3 else set())
-    drop |= {"offload_optimizer"} if stage < 1 else set()
-    zero = {k: v for k, v in values.get("zero_optimization", {}).items() if k not in drop}
-    return replace(
-        config.deepspeed,
-        zero_stage=stage,  # pyright: ignore[reportArgumentType]
-        config=values | {"zero_optimization": zero},
+def _show_plan(work: Workload, console: Console) -> None:
+    memory = plan_memory(work)
+    console.print(_headline(work), highlight=False)
+    items = Table("memory per rank", "GiB", "there in")
+    items.columns[1].justify = "right"
+    for item in memory.items:
+        is_always = set(item.phases) >= set(PHASES) - {"load"}
+        when = "all phases" if is_always else ", ".join(item.phases)
+        items.add_row(item.name, f"{item.num_bytes / GIB:.2f}", when)
+    phases = Table(*PHASES, title="GiB in each phase", title_justify="left")
+    phases.add_row(*(f"{memory.phase_bytes(phase) / GIB:.1f}" for phase in PHASES))
+    console.print(items, phases)
+    console.print(_verdict(work, memory), highlight=False)
+    advice = advise(work)
+    if advice:
+        console.print("to make it fit, in this order, each with those before it:")
+        for line in advice:
+            console.print(f"  {line}", highlight=False)
+
+
+def _verdict(work: Workload, memory: MemoryPlan) -> str:
+    return (
+        f"peak {memory.peak / GIB:.1f} GiB per rank, in {memory.peak_phase}, of "
+        f"{memory.limit / GIB:.1f} GiB: {'fits' if memory.fits else 'DOES NOT FIT'}\n"
+        f"a checkpoint has {checkpoint_bytes(work) / GIB:.1f} GiB; main memory per node at least "
+        f"{host_bytes(work) / GIB:.0f} GiB"
+    )
+
+
+def _headline(work: Workload) -> str:
+    model, train = work.model, work.config.train
+    at_once = f"{train.micro_batch_tokens} tokens at a time"
+    if train.micro_batch_tokens is None:
+        at_once = f"{train.micro_batch_size} at a time"
+    return (
+        f"{model.name}: {model.num_parameters / 1e9:.2f} B parameters, "
+        f"{work.num_trained / 1e9:.2f} B trained, {work.gpus} x {work.device.name}, "
+        f"ZeRO-{work.stage}, {work.config.model.dtype}"
+        + (", gradient checkpointing" if train.gradient_checkpointing else "")
+        + (f", LoRA of rank {work.lora_rank}" if work.lora_rank else "")
+        + f"\nper rank and step: {work.prompts:g} prompts x {work.config.rollout.group_size} "
+        f"responses, up to {work.prompts * work.trained_per_group:g} sequences trained, {at_once}"
+        + (", packed" if train.packing else "")
+        + f"\nfor sequences of up to {work.context} tokens ({work.prompt} prompt, {work.patches} "
+        "image patches)"
     )

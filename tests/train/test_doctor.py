@@ -3,19 +3,19 @@
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from care_train import cli
 from care_train.config import Config, DataSettings, PromptSettings
+from care_train.config.data import HeldOutSettings
 from care_train.data import Sample, load_samples
-from care_train.doctor import machine, model, parity, rows, settings
-from care_train.doctor.finding import Subject, spread
-from care_train.doctor.run import CHECKS, diagnose
+from care_train.doctor import Finding, Subject, data, machine, parity, spread
+from care_train.doctor.run import CHECKS, diagnose, guarded
 from care_train.models.load import LoadedModel
 from care_train.training.run_place import MARKER, marker_text
 from tests.train.builders import image_sample, load, make_config
@@ -52,14 +52,17 @@ def _with(subject: Subject, **sections) -> Subject:
     return replace(subject, config=replace(subject.config, **changed))
 
 
-def _loaded(subject: Subject, **parts) -> Subject:
-    return replace(subject, loaded=replace(subject.model, **parts))
-
-
 def _copied(subject: Subject) -> tuple[Subject, LoadedModel]:
     """A model of its own to break; the session's tiny models are shared."""
     own = copy.deepcopy(subject.model)
     return replace(subject, loaded=own), own
+
+
+def _run(subject: Subject, name: str) -> Finding:
+    """A check as `diagnose` runs it: an exception is an error finding."""
+    finding = guarded(name, lambda: CHECKS[name](subject))
+    assert finding is not None and finding.name == name
+    return finding
 
 
 def test_a_sound_run_is_all_ok(config):
@@ -106,13 +109,14 @@ def _disk_need(subject: Subject) -> float:
 
 def test_a_run_folder_that_is_taken_or_closed(subject, monkeypatch):
     """A run of that name, and a folder that cannot be written, are errors."""
-    subject.run_dir.mkdir(parents=True)
-    (subject.run_dir / "config.yaml").write_text("")
+    run_dir = Path(subject.config.output_dir) / subject.config.name
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text("")
     finding = machine.check_run_folder(subject)
     assert finding.level == "error" and "overwrite=true" in finding.message
     finding = machine.check_run_folder(_changed(subject, overwrite=True))
     assert finding.level == "error" and "did not make it" in finding.message
-    (subject.run_dir / MARKER).write_text(marker_text("x"))
+    (run_dir / MARKER).write_text(marker_text("x"))
     assert machine.check_run_folder(_changed(subject, overwrite=True)).level == "ok"
 
     def refuse(**_):
@@ -138,26 +142,44 @@ def test_limits_of_the_system(subject, monkeypatch):
     assert finding.level == "warning" and "shm-size" in finding.fix
 
 
-def test_prompts_that_do_not_divide(subject):
-    """prompts_per_step over ranks and mini-batches; the fix is a number that works."""
-    finding = settings.check_batches(replace(subject, ranks=3))
-    assert finding.level == "error" and "train.prompts_per_step=3" in finding.fix
-    finding = settings.check_batches(_with(subject, train={"prompts_per_step": 32}))
-    assert finding.level == "warning" and "16 rows" in finding.message
+def _other_rows(subject: Subject, *samples: Sample) -> Subject:
+    return replace(subject, samples=list(samples))
 
 
-def test_too_much_memory(subject, monkeypatch):
-    """A predicted peak over the device's memory refers to the plan."""
-    small = replace(settings.this_device(), memory=1e6)
-    monkeypatch.setattr(settings, "this_device", lambda: small)
-    finding = settings.check_memory(subject)
-    assert finding.level == "warning" and "care-train plan" in finding.fix
+def _held_out(subject: Subject, path: str) -> Subject:
+    return _with(subject, eval={"data": HeldOutSettings(path=path)})
 
 
-def test_tags_nobody_asks_for(subject):
-    """A prompt that names no tags is a warning."""
-    finding = settings.check_prompt(_with(subject, prompt={"system": None}))
-    assert finding.level == "warning" and "<answer>" in finding.message
+def _row(answer: str) -> Sample:
+    return Sample(id="b", prompt="?", answer=answer, location="rows.jsonl: row 3")
+
+
+SPOILED = [
+    ("batches", lambda s: replace(s, ranks=3), "error", "train.prompts_per_step=3"),
+    ("batches", lambda s: _with(s, train={"prompts_per_step": 32}), "warning", "16 rows"),
+    ("prompt", lambda s: _with(s, prompt={"system": None}), "warning", "<answer>"),
+    (
+        "training rows",
+        lambda s: _with(s, prompt={"max_prompt_tokens": 10}),
+        "error",
+        "max_prompt_tokens",
+    ),
+    ("evaluation rows", lambda s: _held_out(s, s.config.data.path), "warning", "seen rows"),
+    ("evaluation rows", lambda s: _held_out(s, "nowhere.jsonl"), "error", "nowhere.jsonl"),
+    ("evaluation rows", lambda s: _with(s, eval={"data": None}), "warning", "is not evaluated"),
+    ("rewards", lambda s: _other_rows(s, _row("4</answer> or 5")), "error", "rows.jsonl: row 3"),
+    ("rewards", lambda s: _other_rows(s, _row("<think>4")), "error", "rows.jsonl: row 3"),
+    ("rewards", lambda s: _with(s, prompt={"think_tag": "answer"}), "error", ""),
+    ("tags", lambda s: _with(s, prompt={"think_tag": "answer"}), "error", "share the tag <answer>"),
+]
+"""The check, what spoils the run, the finding's level and words of it."""
+
+
+@pytest.mark.parametrize(("name", "spoil", "level", "words"), SPOILED)
+def test_spoiled_settings_and_rows(name, spoil, level, words, subject):
+    """Each is found by its check, which names the setting or the row."""
+    finding = _run(spoil(subject), name)
+    assert finding.level == level and words in finding.message + finding.fix
 
 
 def test_an_unreadable_image(subject, tmp_path):
@@ -165,96 +187,74 @@ def test_an_unreadable_image(subject, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     bad = image_sample(images=(broken,), location="rows.jsonl: row 7")
-    findings = _run(replace(subject, samples=[*subject.samples[:3], bad]), "training rows")
-    assert findings.level == "error" and "rows.jsonl: row 7" in findings.message
+    finding = _run(_other_rows(subject, *subject.samples[:3], bad), "training rows")
+    assert finding.level == "error" and "rows.jsonl: row 7" in finding.message
 
 
-def test_a_prompt_that_is_too_long(subject):
-    """A row over prompt.max_prompt_tokens is an error before the run, not in it."""
-    finding = _run(_with(subject, prompt={"max_prompt_tokens": 10}), "training rows")
-    assert finding.level == "error" and "max_prompt_tokens" in finding.message
-
-
-def _run(subject: Subject, name: str):
-    """A check as `diagnose` runs it: an exception is an error finding."""
-    from care_train.doctor.run import guarded
-
-    return guarded(name, lambda: CHECKS[name](subject))
-
-
-def test_evaluation_on_the_training_rows(subject):
-    """The same rows in data and eval.data are a warning; none at all an error."""
-    data = subject.config.data
-    same = _with(subject, eval={"data": data})
-    assert rows.check_evaluation_rows(same).level == "warning"
-    gone = _with(subject, eval={"data": replace(data, path="nowhere.jsonl")})
-    assert _run(gone, "evaluation rows").level == "error"
-
-
-@pytest.mark.parametrize("answer", ["4</answer> or 5", "<think>4"])
-def test_keys_that_cannot_score(subject, answer):
-    """Tags inside an answer make its own key wrong: an error naming the row."""
-    bad = Sample(id="b", prompt="?", answer=answer, location="rows.jsonl: row 3")
-    finding = rows.check_rewards(replace(subject, samples=[bad]))
-    assert finding.level == "error" and "rows.jsonl: row 3" in finding.message
+def test_too_much_memory(subject, monkeypatch):
+    """A predicted peak over the device's memory refers to the plan."""
+    small = replace(machine.this_device(), memory=1e6)
+    monkeypatch.setattr(machine, "this_device", lambda: small)
+    finding = machine.check_memory(subject)
+    assert finding.level == "warning" and "care-train plan" in finding.fix
 
 
 def test_rewards_that_take_long(subject, monkeypatch):
     """Slow scoring is a warning."""
-    monkeypatch.setattr(rows, "_MAX_REWARD_SECONDS", 0.0)
-    assert rows.check_rewards(subject).level == "warning"
+    monkeypatch.setattr(data, "_MAX_REWARD_SECONDS", 0.0)
+    assert data.check_rewards(subject).level == "warning"
 
 
-def test_tags_that_are_special_tokens(subject):
-    """A tag that is a special token has no text, so its spans would never be found."""
-    broken, own = _copied(subject)
+def _special_tag(own):
     own.tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>"]})
-    finding = model.check_tags(broken)
-    assert finding.level == "error" and "special token" in finding.message
 
 
-def test_equal_tag_names(subject):
-    """think and answer of one name are an error of the checks that use them."""
-    same = _with(subject, prompt={"think_tag": "answer"})
-    assert _run(same, "rewards").level == "error"
-    assert _run(same, "tags").level == "error"
-
-
-def test_a_wrong_image_token_id(subject):
-    """The model looks for another placeholder than the processor writes."""
-    broken, own = _copied(subject)
+def _other_image_token(own):
     own.model.config.image_token_id = own.model.config.video_token_id
-    finding = model.check_special_ids(broken)
-    assert finding.level == "error" and "image_token_id" in finding.message
-    assert _run(broken, "image tokens").level == "error"
 
 
-def test_ids_beyond_the_embeddings(subject):
-    """A tokenizer larger than the model, and an EOS id that does not exist."""
-    broken, own = _copied(subject)
-    own.model.generation_config.eos_token_id = 10**6
-    finding = model.check_special_ids(broken)
-    assert finding.level == "error" and "EOS" in finding.message
-    own.tokenizer.add_tokens([f"new{i}" for i in range(50)])
-    assert "embeddings" in model.check_special_ids(broken).message
+def _generates(**values):
+    return lambda own: [setattr(own.model.generation_config, *item) for item in values.items()]
 
 
-def test_an_eos_that_does_not_end_the_turn(subject):
-    """Generation and chat format that end differently are a warning."""
-    broken, own = _copied(subject)
-    own.model.generation_config.eos_token_id = 0
-    assert model.check_special_ids(broken).level == "warning"
-
-
-def test_a_processor_of_another_model(subject):
-    """Merge sizes that differ give another number of image tokens than features."""
-    broken, own = _copied(subject)
+def _merges_less(own):
     own.processor.image_processor.merge_size = 1
-    finding = model.check_image_tokens(broken)
-    assert finding.level == "error" and "merge" in finding.message
 
 
-def test_an_expansion_that_differs(subject, monkeypatch):
+def _template(text):
+    return lambda own: setattr(own.processor, "chat_template", text)
+
+
+_CONTENT = "{% for message in messages %}{{ message.content }}{% endfor %}"
+_OPENED = _CONTENT + "{% if add_generation_prompt %}<think>{% endif %}"
+
+BROKEN = [
+    ("tags", _special_tag, "error", "special token"),
+    ("special ids", _other_image_token, "error", "image_token_id"),
+    ("image tokens", _other_image_token, "error", "image tokens"),
+    ("special ids", _generates(eos_token_id=10**6), "error", "EOS"),
+    ("special ids", _generates(eos_token_id=0), "warning", "EOS"),
+    ("image tokens", _merges_less, "error", "merge"),
+    ("chat template", _template("{{ messages[0].content }}"), "error", "drops \"doctor's question"),
+    ("chat template", _template(_OPENED), "error", "start inside"),
+    ("chat template", _template(_CONTENT), "warning", "no turn"),
+    ("chat template", _template("{% if %}"), "error", "TemplateSyntaxError"),
+    ("generation config", _generates(suppress_tokens=[5]), "warning", "suppress_tokens"),
+    ("generation config", _generates(repetition_penalty=1.05), "ok", "repetition_penalty"),
+]
+"""The check, what damages the model, the finding's level and words of it."""
+
+
+@pytest.mark.parametrize(("name", "damage", "level", "words"), BROKEN)
+def test_a_broken_model(name, damage, level, words, subject):
+    """Tokenizer, processor, template and generation config against what training needs."""
+    broken, own = _copied(subject)
+    damage(own)
+    finding = _run(broken, name)
+    assert finding.level == level and words in finding.message
+
+
+def test_an_expansion_that_differs(subject):
     """A processor that expands an image to other tokens than its grid says."""
     broken, own = _copied(subject)
     inner = own.processor
@@ -270,40 +270,9 @@ def test_an_expansion_that_differs(subject, monkeypatch):
             output["input_ids"] = [[*ids, 20] for ids in output["input_ids"]]
             return output
 
-    finding = model.check_image_tokens(_loaded(broken, processor=Shifted()))
+    shifted = replace(broken, loaded=replace(own, processor=Shifted()))
+    finding = _run(shifted, "image tokens")
     assert finding.level == "error" and "prompt tokens" in finding.message
-
-
-_CONTENT = "{% for message in messages %}{{ message.content }}{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    ("template", "level", "message"),
-    [
-        ("{{ messages[0].content }}", "error", "drops \"doctor's question"),
-        (_CONTENT + "{% if add_generation_prompt %}<think>{% endif %}", "error", "start inside"),
-        (_CONTENT, "warning", "no turn"),
-        ("{% if %}", "error", "TemplateSyntaxError"),
-    ],
-)
-def test_chat_templates_that_spoil_prompts(subject, template, level, message):
-    """A lost question, an opened think tag, no turn, and a template that is none."""
-    broken, own = _copied(subject)
-    own.processor.chat_template = template
-    finding = _run(broken, "chat template")
-    assert finding.level == level and message in finding.message
-
-
-def test_a_generation_config_that_bends_rollouts(subject):
-    """Keys that the engine does not set itself would leak into rollouts."""
-    broken, own = _copied(subject)
-    own.model.generation_config.suppress_tokens = [5]
-    finding = model.check_generation_config(broken)
-    assert finding.level == "warning" and "suppress_tokens" in finding.message
-    own.model.generation_config.suppress_tokens = None
-    own.model.generation_config.repetition_penalty = 1.05
-    finding = model.check_generation_config(broken)
-    assert finding.level == "ok" and "repetition_penalty" in finding.message
 
 
 def test_an_engine_that_samples_another_policy(subject, monkeypatch):
@@ -386,4 +355,3 @@ def test_samples_are_spread_over_all():
     images = [image_sample(index=i) for i in range(10)]
     assert [s.id for s in spread(images, 2)] == ["sample/0", "sample/5"]
     assert spread(images, 20) == images
-    assert isinstance(images[0].images[0], Image.Image)

@@ -65,7 +65,7 @@ def test_engines_stay_at_the_edges():
         "algorithm/region_weights.py",
         "algorithm/selection.py",
         "models/policy.py",
-        "planning/activations.py",
+        "planning/memory.py",
         "training/update.py",
     }
     for path in _files("care_train"):
