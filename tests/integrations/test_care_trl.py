@@ -1,5 +1,7 @@
 """CARE inside TRL: on TRL's own groups the sequences and token advantages are Algorithm 1's."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from care_kernels.oracle import (
 from care_train.algorithm import care
 from care_train.algorithm.region_weights import spread_advantages
 from care_train.config import CareSettings, ReflectionSettings
+from care_train.distributed import own_environment
 from care_train.integrations import trl_rollouts
 from care_train.integrations.trl import CareGRPOTrainer
 from care_train.integrations.trl_batch import picked, policy_terms
@@ -374,3 +377,21 @@ def test_a_processor_that_pads_on_the_right_is_refused(tiny_folder: Any, tmp_pat
     options = {"per_device_train_batch_size": 8, "num_generations": 8, "reward": [right]}
     with pytest.raises(ValueError, match="padding_side='right'; wanted 'left'"):
         build_trainer(folder, tmp_path, trainer_class=trainer_class, **options)
+
+
+def test_two_processes_make_the_step_of_one(tiny_folder: Any, tmp_path: Path) -> None:
+    """|S*| spans the processes, and one without a reflection waits for the one that has two."""
+    module, folder = "tests.integrations.care_trl_ranks", tiny_folder("tiny-qwen2.5-vl")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    for command in (["-m", module], [*launcher, module]):
+        arguments = [sys.executable, *command, str(folder), str(tmp_path)]
+        environment = own_environment() | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            arguments, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    alone, together = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
+    assert alone["metrics"] == together["metrics"]
+    assert alone["metrics"]["care/reflected_groups"] == 0.5
+    for name, weight in alone["weights"].items():
+        torch.testing.assert_close(together["weights"][name], weight, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,73 @@
+"""One step of `CareGRPOTrainer` on scripted groups, alone or as one of several processes.
+
+python -m tests.integrations.care_trl_ranks FOLDER OUT        # also under torch.distributed.run
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from care_train.integrations.trl import CareGRPOTrainer
+from tests.integrations.trl_runs import build_trainer
+
+RIGHT = "<think>{} and more</think> <answer>blue</answer>"
+WRONG = "<think>{} perhaps</think> <answer>red</answer>"
+WORDS = ("one", "two words", "three", "a", "b c", "d", "e f g", "h")
+# In the order of the prompts: the first two groups reflect, so one of two processes has two
+# reflections and the other none.
+GROUPS = {
+    "what color is the image?": [RIGHT.format("sky"), *map(WRONG.format, WORDS[1:])],
+    "is there a circle?": [*map(RIGHT.format, WORDS[:3]), *map(WRONG.format, WORDS[3:])],
+    "yes": [*map(WRONG.format, WORDS)],
+    "what shape is it": [*map(RIGHT.format, WORDS)],
+}
+REPAIR = "so it is the sky</think> <answer>blue</answer>"
+
+
+def right(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
+    """1 where the answer is blue."""
+    return [float("<answer>blue" in completion[0]["content"]) for completion in completions]
+
+
+def main(folder: Path, out: Path) -> None:
+    """Train one step; the first process saves weights and metrics."""
+    torch.set_num_threads(1)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    trainer: Any = build_trainer(
+        folder,
+        out,
+        trainer_class=CareGRPOTrainer,
+        reward=[right],
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=4 // world,
+        num_generations=8,
+        max_completion_length=40,
+        max_steps=1,
+        shuffle_dataset=False,
+        beta=0.1,
+        use_bias_correction_kl=False,
+        max_grad_norm=0.0,
+    )
+
+    def generate(prompt_ids: list, images: Any, fields: Any, num_generations: int) -> Any:
+        texts = [REPAIR] * len(prompt_ids)
+        if num_generations > 1:
+            asked = [trainer._tokenizer.decode(ids) for ids in prompt_ids]
+            keys = [next(key for key in GROUPS if f"{key}<|im_end|>" in text) for text in asked]
+            texts = [GROUPS[key][i % 8] for i, key in enumerate(keys)]
+        rows = trainer._tokenizer(texts)["input_ids"]
+        return [[*row, trainer.eos_token_ids[0]] for row in rows], None
+
+    trainer._generate_single_turn = generate
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        logged = {n: v for n, v in trainer.state.log_history[0].items() if "care/" in n}
+        torch.save({"weights": model.state_dict(), "metrics": logged}, out / f"{world}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
