@@ -108,7 +108,7 @@ def request_seed(run_seed: int, step: int, prompt_id: str, rollout_index: int) -
 def banned_token_ids(loaded: LoadedModel) -> list[int]:
     """Image, vision and other special tokens but EOS, and the head's padding.
 
-    A sampled image token has no image, and the next forward would not survive it.
+    A sampled image token would have no image, and the next forward would end with an error.
     """
     eos = set(loaded.eos_token_ids)
     special = loaded.tokenizer.added_tokens_decoder.items()
@@ -119,13 +119,13 @@ def banned_token_ids(loaded: LoadedModel) -> list[int]:
 
 
 def in_background(work: Callable[[], Value]) -> Future[Value]:
-    """Run `work` in a thread that, unlike an executor's, does not keep a process from ending."""
+    """Run `work` in a daemon thread, which does not keep the process from ending."""
     future: Future[Value] = Future()
 
     def run() -> None:
         try:
             future.set_result(work())
-        # It belongs to whoever waits for the result.
+        # Whoever waits for the result gets it.
         except BaseException as error:
             future.set_exception(error)
 

@@ -37,7 +37,7 @@ class TransformersEngine:
         Args:
             loaded: the model.
             batch_size: sequences generated at once.
-            is_copy: the policy's own parameters are elsewhere.
+            is_copy: `loaded` is not the policy itself, whose parameters may be sharded.
         """
         self._loaded = loaded
         self._model = loaded.model
@@ -49,8 +49,8 @@ class TransformersEngine:
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
         """One completion per request, in order; longer contexts are batched together.
 
-        Where memory runs out, the batches are halved once, and stay so: the seeds are the requests'
-        own, so the responses do not change.
+        Where memory runs out, the batch size is halved, once for the engine's lifetime. The
+        responses do not change, because each request has its own seed.
 
         Raises:
             NotFiniteLogitsError: names the first weight that is not finite, if one is.
@@ -90,7 +90,7 @@ class TransformersEngine:
 
     @property
     def wanted(self) -> WeightParts:
-        """A copy is a plain model."""
+        """Merged weights: a copy has no adapters."""
         return WeightParts.MERGED
 
     @property

@@ -1,4 +1,4 @@
-"""vLLM inside the training process: its environment, its construction, one instance per model.
+"""How vLLM is started: its environment, its arguments, and one instance per model and process.
 
 vLLM starts empty: it gets the model's configuration, tokenizer and processor from a folder without
 weights, and the weights by weight sync. So one instance serves every evaluation and the training of
@@ -37,7 +37,7 @@ class VllmProcess:
 
     llm: Any
     folder: tempfile.TemporaryDirectory[str]
-    """Read again by vLLM while it runs."""
+    """Configuration, tokenizer and processor, which vLLM also reads later."""
     max_context: int
     """Longest prompt and response together."""
     owner: object | None = None

@@ -14,7 +14,7 @@ from care_train.models.load import LoadedModel
 from care_train.models.prompts import EncodedPrompt
 from care_train.rollout.engine import Request, request_seed
 from care_train.training.weights import policy_weights
-from tests.rollout.servers import Server
+from tests.rollout.servers import Server, limits
 from tests.train.builders import encoder_of, image_sample, load, text_sample
 
 COLORS = ("red", "green", "blue", "yellow")
@@ -94,14 +94,7 @@ def server(tiny_folder):
 
     def get(kind: str = "tiny-qwen2.5-vl") -> Server:
         if kind not in servers:
-            servers[kind] = Server(
-                f"model.path={tiny_folder(kind)}",
-                "prompt.max_prompt_tokens=300",
-                "rollout.max_new_tokens=50",
-                "rollout.batch_size=64",
-                "eval.batch_size=64",
-                "rollout.vllm.kv_cache_gib=0.25",
-            )
+            servers[kind] = Server(f"model.path={tiny_folder(kind)}", *limits())
         return servers[kind]
 
     yield get

@@ -17,6 +17,15 @@ from care_train.distributed import own_environment
 ROOT = Path(__file__).parents[2]
 
 
+def limits(batch_size: int = 64) -> tuple[str, ...]:
+    """Overrides for a server that takes what the tests' tiny models are asked."""
+    return (
+        *("prompt.max_prompt_tokens=300", "rollout.max_new_tokens=50"),
+        *(f"rollout.batch_size={batch_size}", f"eval.batch_size={batch_size}"),
+        "rollout.vllm.kv_cache_gib=0.25",
+    )
+
+
 class Server:
     """A server process, ready when made."""
 

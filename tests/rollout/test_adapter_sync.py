@@ -9,7 +9,7 @@ from care_train.rollout.engine import WeightParts
 from care_train.rollout.errors import RolloutError, RolloutServerError
 from care_train.training.weights import policy_weights
 from tests.rollout.conftest import Pair
-from tests.rollout.servers import Server
+from tests.rollout.servers import Server, limits
 from tests.rollout.test_vllm_engine import GREEDY, KINDS, check_greedy_outputs, largest_gap
 from tests.train.builders import load
 
@@ -67,8 +67,7 @@ def served_adapter(tiny_folder):
     def get(workers=1):
         server = Server(
             f"model.path={tiny_folder()}",
-            *("prompt.max_prompt_tokens=300", "rollout.max_new_tokens=50", "rollout.batch_size=64"),
-            *("eval.batch_size=64", "rollout.vllm.kv_cache_gib=0.25"),
+            *limits(),
             *("model.lora={rank: 4, alpha: 12}", "rollout.vllm.lora=adapter"),
             f"rollout.vllm.tensor_parallel_size={workers}",
         )

@@ -13,7 +13,7 @@ from care_train.rollout.errors import RolloutServerError
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.training.weights import policy_weights
 from tests.rollout.conftest import Pair
-from tests.rollout.servers import Server
+from tests.rollout.servers import Server, limits
 from tests.rollout.test_vllm_engine import (
     GREEDY,
     largest_gap,
@@ -143,9 +143,8 @@ def test_two_workers_hold_the_weights_together(tiny_folder):
     from care_train.rollout.remote_engine import VllmServerEngine
 
     initialize_process_group()
-    limits = ("prompt.max_prompt_tokens=300", "rollout.max_new_tokens=50")
-    more = ("rollout.vllm.kv_cache_gib=0.25", "rollout.vllm.tensor_parallel_size=2")
-    server = Server(f"model.path={tiny_folder()}", *limits, *more)
+    more = "rollout.vllm.tensor_parallel_size=2"
+    server = Server(f"model.path={tiny_folder()}", *limits(), more)
     loaded = load(tiny_folder())
     model = Pair(loaded, VllmServerEngine(loaded, VllmSettings(server=server.url)))
     requests, transformers = model.requests(), TransformersEngine(loaded, 64)

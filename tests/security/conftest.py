@@ -14,7 +14,7 @@ import pytest
 
 from care_train.config import VllmSettings
 from tests.rollout.conftest import Pair
-from tests.rollout.servers import Server
+from tests.rollout.servers import Server, limits
 from tests.train.builders import load
 
 # Short times, a GPU that is not there, and a switch that makes the server slow to unpack a batch.
@@ -100,8 +100,7 @@ def _target(tiny_folder, tmp_path_factory):
     slow = tmp_path_factory.mktemp("target") / "slow"
     server = Server(
         f"model.path={tiny_folder()}",
-        *("prompt.max_prompt_tokens=300", "rollout.max_new_tokens=50", "rollout.batch_size=64"),
-        *("eval.batch_size=64", "rollout.vllm.kv_cache_gib=0.25"),
+        *limits(),
         before=_BEFORE,
         environment={"SLOW": str(slow)},
     )
