@@ -48,19 +48,19 @@ class MicroBatch:
     batch: ModelBatch
     loss_arguments: dict[str, Any]
     labels: tuple[str, ...] = ()
-    """What messages call each sequence."""
+    """For messages: the file and row of each sequence."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimiser step says of itself; sums are over this rank's rows."""
+    """The outcome of one optimiser step; sums are over this rank's rows."""
 
     loss: float
     grad_norm: float
     outputs: list[Any]
     """The `PolicyLoss` of each micro-batch."""
     applied: bool = True
-    """False: it was not finite, and left out."""
+    """False where loss or gradient was not finite, so that nothing was updated."""
 
 
 class PolicyEngine:
@@ -86,14 +86,14 @@ class PolicyEngine:
         Args:
             loaded: the policy.
             optimizer: AdamW and its schedule.
-            settings: what DeepSpeed gets.
+            settings: the ZeRO stage and more of DeepSpeed's configuration.
             device: this rank's.
             bf16: train in bfloat16 with fp32 master weights.
-            freeze_vision: train the language model alone.
-            lora: put such adapters into the policy and train them alone.
-            seed: of the adapters' first weights.
+            freeze_vision: do not train the vision tower.
+            lora: add adapters to the policy and train only these.
+            seed: of the adapters' initial weights.
             packing: `collate` packs instead of padding.
-            gradient_checkpointing: compute layers again in the backward instead of keeping them.
+            gradient_checkpointing: recompute activations in the backward instead of keeping them.
             copy_for_rollouts: under ZeRO-3 keep a whole copy for engines that generate with the
                 policy's own model.
         """
@@ -161,9 +161,17 @@ class PolicyEngine:
         *,
         with_log_normalizer: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probs [N] and, where spans are given, rationale embeddings [B, D]: one forward.
+        """One forward without gradient.
 
-        With the rows' log-normalisers beside the log-probs, [N, 2].
+        Args:
+            batch: B sequences with N response tokens.
+            temperature: of the softmax.
+            pool_spans: [B, 2] positions of the rationales to embed, or None.
+            with_log_normalizer: return the log-normalisers beside the log-probs.
+
+        Returns:
+            log-probs [N], or [N, 2] with the log-normalisers; embeddings [B, D], None without
+            spans.
         """
         self._engine.eval()
         return self._engine(

@@ -41,7 +41,7 @@ class Session:
     def new_engine(
         self, loaded: LoadedModel, batch_size: int, *, is_copy: bool = False
     ) -> RolloutEngine:
-        """The configured engine, which generates once it had a `sync`.
+        """The configured engine; it can generate after its first `sync`.
 
         Args:
             loaded: the policy; its weights may be sharded where the engine is vLLM.

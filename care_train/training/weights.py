@@ -21,23 +21,23 @@ class Weight:
     name: str
     parameters: tuple[nn.Parameter, ...]
     make: Callable[[], torch.Tensor]
-    """Call it while the parameters are whole."""
+    """Makes the tensor; under ZeRO-3 to be called while the parameters are gathered."""
 
     @property
     def num_bytes(self) -> int:
-        # Sharded parameters are empty here; DeepSpeed keeps their size aside.
+        # A parameter that ZeRO-3 shards is empty; DeepSpeed keeps its size in `ds_numel`.
         sizes = (getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.parameters)
         return sum(sizes)
 
 
 def policy_weights(model: Any, parts: WeightParts = WeightParts.MERGED) -> list[Weight]:
-    """Weights of a model, or those of them that are asked for.
+    """The weights of a model under the names of its Hugging Face folder.
 
     Args:
-        model: plain, or with adapters.
-        parts: what becomes of adapters, merged into what they adapt unless it says otherwise. As
-            parts they are `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, the latter times the
-            adapter's scale.
+        model: from transformers, with or without adapters.
+        parts: whether adapters are merged into the layers they adapt, listed beside them, or listed
+            alone. Listed ones are `<layer>.lora_A.weight` and `<layer>.lora_B.weight`, the latter
+            times the adapter's scale.
 
     Raises:
         ValueError: an adapter that is not a plain sum (DoRA).
@@ -65,13 +65,16 @@ def policy_weights(model: Any, parts: WeightParts = WeightParts.MERGED) -> list[
 
 
 def whole_weights(model: Any) -> dict[str, torch.Tensor]:
-    """Everything a Hugging Face folder holds, of a model that is whole, on its device."""
+    """All weights and buffers of a model's Hugging Face folder, on the model's device.
+
+    The model must not be sharded.
+    """
     with torch.no_grad():
         return {weight.name: weight.make() for weight in policy_weights(model)} | buffers(model)
 
 
 def buffers(model: Any) -> dict[str, torch.Tensor]:
-    """What a folder holds beside the parameters."""
+    """The model's persistent buffers, by name: what its folder holds beside the parameters."""
     saved = model.state_dict()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
@@ -91,12 +94,12 @@ def stream(
     bucket_bytes: int,
     gathered: Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and whole tensors; each is valid until the next is asked for.
+    """Names and whole tensors; each tensor is valid until the iterator goes on.
 
     Args:
         weights: what to stream; the same on every rank.
-        bucket_bytes: how much is gathered at once.
-        gathered: makes parameters whole inside its block.
+        bucket_bytes: the most that is gathered at once, but for a single larger weight.
+        gathered: returns a block in which the given parameters are whole on every rank.
     """
     for bucket in buckets(weights, bucket_bytes):
         with gathered([p for weight in bucket for p in weight.parameters]):
@@ -107,7 +110,7 @@ def stream(
 
 
 def buckets(weights: Sequence[Weight], bucket_bytes: int) -> list[list[Weight]]:
-    """In order, as many as fit into `bucket_bytes`; a larger one alone."""
+    """The weights in order, as many together as fit into `bucket_bytes`; a larger one alone."""
     result: list[list[Weight]] = []
     free = 0
     for weight in weights:
