@@ -269,7 +269,10 @@ def test_a_text_model_trains_in_bf16(color_rows, tmp_path):
         (("train.step=1",), "did you mean 'train.steps'"),
         (("data.path=nowhere.jsonl",), "nowhere.jsonl"),
         (("model.path=nowhere",), "no config.json there"),
-        (("train.prompts_per_step=0",), "train.prompts_per_step: got 0, wanted at least 1"),
+        (
+            ("train.prompts_per_step=0",),
+            "train.prompts_per_step: got 0, wanted an integer, at least 1",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message, color_rows, tmp_path):
