@@ -160,6 +160,9 @@ def test_exact_match(name, predicted, key, options, columns, exact, session):
         ("mathverse", "15", "14", {}, False),
         ("mathverse", r"2\sqrt{2}", r"\sqrt{8}", {}, True),
         ("mathverse", "(-2, 1]", "(-2,1]", {}, True),
+        ("mathverse", "67", "Volume $=67$ cm$^{3}$", {}, True),  # keys with a label
+        ("mathverse", "y=3x-5", "$y=3 x-5$", {}, True),
+        ("mathverse", "5", "Volume $=67$ cm$^{3}$", {}, False),
         ("mathverse", "(-2, 1)", "(-2,1]", {}, False),
         ("math_vision", r"\frac{\pi}{2}", r"0.5\pi", {}, True),
         ("math_vision", r"\frac{\pi}{3}", r"0.5\pi", {}, False),

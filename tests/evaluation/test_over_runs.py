@@ -8,7 +8,8 @@ import pytest
 
 from bench.protocol_fixtures import math_vision_rows, mathverse_rows, write_parquet
 from care_train.cli import main
-from care_train.evaluation.table import combine_runs, trainings_markdown
+from care_train.evaluation.benchmark_run import macro_average, summarize
+from care_train.evaluation.table import combine_runs, results_markdown, trainings_markdown
 from care_train.models.tiny import build_tiny_model
 
 RUNS = {"one": 1, "two": 2, "again": 1}
@@ -79,3 +80,18 @@ def test_the_interval_is_over_trainings(tmp_path):
     assert combined["benchmarks"]["mathvista"]["half_width"] == pytest.approx(1.96 * 0.04 / 3**0.5)
     assert combined["macro"]["accuracy"] == pytest.approx(0.47)
     assert "| mathvista | 70.0 | 74.0 | 78.0 | 74.0 ± 4.5 |" in trainings_markdown({"x": combined})
+
+
+def test_names_in_the_results_are_shown_to_the_letter():
+    """HTML, line breaks and pipes in a run's or a subject's name make no part of the page."""
+    hostile = "a\n# b | <img src=x>"
+    record = {"id": "1", "seed": 0, "sample": 0, "vote": "A", "finished": True, "tokens": 1}
+    record |= dict.fromkeys(("accuracy", "exact", "format"), 1.0)
+    records = [record | {"group": hostile}, record | {"id": "2", "group": "other"}]
+    summary = summarize(records, [1]) | {"odd_keys": 1}
+    results = {"benchmarks": {"mmmu": summary}, "macro": macro_average({"mmmu": summary})}
+    results |= {"decoding": {"greedy": True}, "seeds": [0], "samples": 1}
+    text = results_markdown(hostile, results)
+    assert text.startswith(r"# a # b \| &lt;img src=x&gt;: accuracy, percent")
+    assert r"| a # b \| &lt;img src=x&gt; | 1 | 100.0 |" in text and "<img" not in text
+    assert "Keys that name no option, for the judge alone: MMMU val: 1." in text
