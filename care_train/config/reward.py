@@ -2,6 +2,7 @@
 
 from dataclasses import field
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -68,7 +69,8 @@ class JudgeSettings:
     types: list[AnswerTypeName] = field(default_factory=lambda: ["text"])
     """Answer types it is asked about."""
     api_key_env: Annotated[str, Role.SPEED] = "OPENAI_API_KEY"
-    """The environment variable that holds the key; a local server may need none."""
+    """The environment variable that holds the key. It is sent to https://api.openai.com alone,
+    unless the variable CARE_TRAIN_KEYS names it with the endpoint: `MY_KEY@https://host:8000`."""
     timeout: Annotated[PositiveFloat, Role.SPEED] = 60.0
     """Seconds per request."""
     retries: Annotated[NonNegativeInt, Role.SPEED] = 3
@@ -81,6 +83,17 @@ class JudgeSettings:
     def __post_init__(self) -> None:
         fields = all("{" + name + "}" in self.prompt for name in ("answer", "response"))
         check(fields, "reward.judge.prompt", self.prompt, "{answer} and {response} in it")
+        url = urlsplit(self.base_url)
+        # The settings are written to config.yaml and shown in errors.
+        plain = not (url.username or url.password or url.query or url.fragment)
+        shown = f"{url.scheme}://***{url.hostname}" if not plain else self.base_url
+        check(
+            plain and url.scheme in ("http", "https") and bool(url.hostname),
+            "reward.judge.base_url",
+            shown,
+            "http(s)://host/path without a user, password or query: name the variable that holds "
+            "the key as reward.judge.api_key_env",
+        )
 
 
 @section

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from care_train.config import JudgeSettings
 from care_train.verifier.answers import MAX_ANSWER_CHARS
@@ -14,7 +15,12 @@ from care_train.verifier.types import Item, Verdict
 
 _FIELD = re.compile(r"\{(question|answer|response)\}")
 _VERDICT = re.compile(r"\W*(?:VERDICT\W+)?(IN)?CORRECT\W*", re.IGNORECASE)
-_TAGS = re.compile(r"</?(?:question|reference|candidate)>", re.IGNORECASE)
+_TAG = re.compile(r"[<\uff1c\u2039\ufe64](?=\s*/?\s*[a-zA-Z])")
+"""The start of what a reader may take for a tag."""
+_OPENAI = "https://api.openai.com"
+_CONFIRMED = "CARE_TRAIN_KEYS"
+"""The variable that says which key goes where: it is set by whoever starts the run, while the
+settings may come from others."""
 _MAX_CACHED = 100_000
 
 
@@ -48,9 +54,10 @@ class Judge:
             ) from None
         self._settings = settings
         self._openai = openai
+        self._key, self._hint = _key_of(settings)
         self._client = openai.OpenAI(
             base_url=settings.base_url,
-            api_key=os.environ.get(settings.api_key_env) or "none",
+            api_key=self._key or "none",
             timeout=settings.timeout,
             max_retries=settings.retries,
         )
@@ -76,7 +83,7 @@ class Judge:
             "question": case.question,
             "answer": case.expected,
             # What closes the candidate's part of the prompt must not come from the candidate.
-            "response": _TAGS.sub("", case.predicted),
+            "response": _TAG.sub("&lt;", case.predicted),
         }
         content = _FIELD.sub(lambda match: fields[match[1]], self._settings.prompt)
         fault = ""
@@ -109,11 +116,29 @@ class Judge:
         return message.content or "", ""
 
     def _failed(self, got: str) -> ValueError:
+        # A server may repeat what it was sent.
+        got = got.replace(self._key, "***") if self._key else got
         return ValueError(
             f"reward.judge: {self._settings.base_url}: {self._settings.model}: got {got} after "
             f"{self._settings.retries + 1} tries, wanted a reply: start the server, or correct "
-            "reward.judge"
+            f"reward.judge{self._hint}"
         )
+
+
+def _key_of(settings: JudgeSettings) -> tuple[str, str]:
+    """The key that may be sent to the endpoint, and for errors why one that is there may not."""
+    key = os.environ.get(settings.api_key_env, "")
+    url = urlsplit(settings.base_url)
+    origin = f"{url.scheme}://{url.netloc}"
+    pair = f"{settings.api_key_env}@{origin}"
+    confirmed = os.environ.get(_CONFIRMED, "").split()
+    known = settings.api_key_env == "OPENAI_API_KEY" and origin == _OPENAI
+    if known or pair in confirmed:
+        return key, ""
+    return (
+        "",
+        f"; to send it the key of {settings.api_key_env}, set {_CONFIRMED}={pair}" if key else "",
+    )
 
 
 def read_reply(text: str) -> Verdict:

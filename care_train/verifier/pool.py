@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from care_train.killable import Limits, Lost, Pool
 from care_train.verifier.answers import compare
@@ -16,11 +16,11 @@ _WALL_FACTOR = 20.0
 """A process that waits for a processor this many times longer than it may compute is stuck."""
 _START_SECONDS = 120.0
 _FULL_LIMITS = 6
-"""Comparisons in a batch that may use up the whole time limit ..."""
-_SHORT = 1 / 20
+"""Time limits that a batch's lost comparisons may use up with the whole limit for each ..."""
+_SHORT = 1 / 5
 """... after which the others have this part of it ..."""
-_TOTAL_LIMITS = 12
-"""... until all together have used up this many time limits."""
+_ALL_LIMITS = 24
+"""... until all together have used up this many."""
 
 
 class WorkerPool:
@@ -70,7 +70,11 @@ class WorkerPool:
         """
         self._spent = 0.0
         distinct = list(dict.fromkeys(items))
-        found = {item: self._count(got) for item, got in self._pool.map(distinct, self._limit)}
+        found: dict[Item, Verdict | Lost] = dict.fromkeys(
+            distinct, Lost("its batch's time is over")
+        )
+        for item, got in self._pool.map(self._affordable(distinct), self._limit):
+            found[item] = self._count(got)
         for item in [item for item, got in found.items() if isinstance(got, Lost)]:
             if self._spent < _FULL_LIMITS * self._timeout:
                 found[item] = self._count(next(self._pool.map([item]))[1])
@@ -83,6 +87,12 @@ class WorkerPool:
     def close(self) -> None:
         """End all workers."""
         self._pool.close()
+
+    def _affordable(self, items: Sequence[Item]) -> Iterator[Item]:
+        for item in items:
+            if self._spent >= _ALL_LIMITS * self._timeout:
+                return
+            yield item
 
     def _limit(self) -> float:
         if self._spent < _FULL_LIMITS * self._timeout:

@@ -18,6 +18,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.prompts: list[str] = []
+        self.keys: list[str] = []
         self.reply: Callable[[str], str | int | bytes] = lambda prompt: "CORRECT"
 
     @property
@@ -33,6 +34,7 @@ class _Handler(BaseHTTPRequestHandler):
         assert self.path == "/v1/chat/completions" and body["temperature"] == 0.0
         prompt = body["messages"][0]["content"]
         self.server.prompts.append(prompt)
+        self.server.keys.append(self.headers["Authorization"].removeprefix("Bearer "))
         reply = self.server.reply(prompt)
         status = reply if isinstance(reply, int) else 200
         encoded = reply if isinstance(reply, bytes) else _completion(body["model"], reply)
