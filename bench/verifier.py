@@ -2,6 +2,9 @@
 
     python -m bench.verifier
 
+Two sets of pairs. Those of verifier_forms.py are made by rule, in the forms in which public data
+sets write keys: their labels follow from the rules and were not read off any verdict.
+
 Pairs are in verifier_pairs.jsonl: key, answer, its label (right or wrong), and the type where the
 row of a data set would give one. Labels were read by the developers. No change to the verifier was
 made for those marked `held_out`. Prints tables, then one JSON object:
@@ -9,6 +12,8 @@ made for those marked `held_out`. Prints tables, then one JSON object:
 - precision, recall: of our verdicts; held_out_* of the held-out pairs alone
 - math_verify_*, exact_*: of math-verify alone, in the better of two ways to call it, and of text
   that is the same
+- forms_*: the same of the pairs made by rule, by whether the question has options; attacks and
+  attacks_accepted: answers made to be several answers, and those that were counted as right
 - per_second: verdicts per second on one core, the mix of the pairs; in_process_per_second: of those
   that need no algebra; symbolic_per_second: of those that do
 - hangs: hostile answers whose verdict took longer than the time limit and half a second;
@@ -31,6 +36,7 @@ from typing import Any
 import psutil
 
 from bench.hostile import hostile_answers
+from bench.verifier_forms import attacks, formed_pairs
 from care_train.reporting import track
 from care_train.verifier import AnswerType, Item, WorkerPool, verify_batch
 from care_train.verifier.verify import verify_in_process
@@ -158,6 +164,52 @@ def compare_pairs(pairs: Sequence[Pair], pool: WorkerPool) -> dict[str, Any]:
     return figures
 
 
+def compare_forms(pool: WorkerPool) -> dict[str, Any]:
+    """Precision and recall on the pairs made by rule, by style; every false acceptance is listed."""
+    formed = formed_pairs()
+    pairs = [Pair(one.item, one.correct, one.style, False) for one in formed]
+    found = verify_batch([pair.item for pair in pairs], pool)
+    verdicts = {
+        "": [verdict.accuracy == 1.0 for verdict in found],
+        "math_verify_": math_verify_verdicts(pairs),
+    }
+    print(
+        f"{'made by rule':<26}{'pairs':>6}{'right':>6}{'ours P / R':>20}{'math-verify P / R':>20}"
+    )
+    groups: dict[str, list[int]] = {}
+    for place, one in enumerate(formed):
+        groups.setdefault(one.style, []).append(place)
+    totals = {
+        "choice": [place for place, one in enumerate(formed) if one.is_choice],
+        "short": [place for place, one in enumerate(formed) if not one.is_choice],
+        "all": list(range(len(formed))),
+    }
+    figures: dict[str, Any] = {"forms": len(pairs)}
+    for name, places in (groups | totals).items():
+        chosen = [pairs[place] for place in places]
+        line = f"{name:<26}{len(chosen):>6}{sum(pair.correct for pair in chosen):>6}"
+        for who, own in verdicts.items():
+            scores = precision_recall(chosen, [own[place] for place in places])
+            shown = ["-" if score is None else f"{score:.3f}" for score in scores]
+            line += f"{shown[0]:>12} /{shown[1]:>6}"
+            if name in totals:
+                figures[f"forms_{name}_{who}precision"] = scores[0]
+                figures[f"forms_{name}_{who}recall"] = scores[1]
+        print(line)
+    for pair, right in zip(pairs, verdicts[""], strict=True):
+        if right and not pair.correct:
+            print(f"  wrongly accepted: {pair.item.predicted!r} for {pair.item.expected!r}")
+    hostile = list(attacks())
+    accepted = [
+        item
+        for item, verdict in zip(hostile, verify_batch(hostile, pool), strict=True)
+        if verdict.accuracy
+    ]
+    for item in accepted:
+        print(f"  attack accepted: {item.predicted!r} for {item.expected!r}")
+    return figures | {"attacks": len(hostile), "attacks_accepted": len(accepted)}
+
+
 def throughput(pairs: Sequence[Pair]) -> dict[str, float]:
     """Verdicts per second on one core: one process works at a time."""
     items = [pair.item for pair in pairs]
@@ -188,14 +240,14 @@ def attack(count: int, timeout: float) -> dict[str, Any]:
         batch = items[first : first + _BATCH]
         waiting = []
         for item in batch:
-            begun = time.perf_counter()
+            begun = time.process_time()
             try:
                 verdict = verify_in_process(item)
             except Exception as error:  # the bench counts what must not happen
                 print(f"  raised {error!r}: {item.predicted[:60]!r} for {item.expected!r}")
                 crashes += 1
                 continue
-            hangs += time.perf_counter() - begun > limit
+            hangs += time.process_time() - begun > limit
             accepted += verdict is not None and verdict.accuracy == 1.0
             waiting += [item] if verdict is None else []
         to_worker += len(waiting)
@@ -229,7 +281,7 @@ def main() -> int:
     if len(pairs) < MIN_PAIRS:
         print(f"{PAIRS}: got {len(pairs)} pairs, wanted at least {MIN_PAIRS}", file=sys.stderr)
         return 2
-    figures = compare_pairs(pairs, pool)
+    figures = compare_pairs(pairs, pool) | compare_forms(pool)
     pool.close()
     if figures["precision"] is None:
         print(

@@ -51,6 +51,7 @@ _YES_NO = {"yes": True, "true": True, "no": False, "false": False}
 _LEADING_WORD = re.compile(
     r"(?:yes|no|true|false)(?:$|[,.;:!]|\s+[-\u2013\u2014]\s|\s+(?:because|since)\s)"
 )
+_IN_A_BASE = re.compile(r"[0-9]_\{?[0-9]")
 _AS_LETTER = re.compile(r"\(([a-z])\)|\[([a-z])\]|([a-z])\)?")
 
 
@@ -80,6 +81,8 @@ def compare(item: Item, symbolic: Symbolic) -> Verdict:
     kind = item.answer_type or infer_type(expected, item.options)
     if kind is not AnswerType.MATH and normalize(predicted) == normalize(expected):
         return Verdict(1.0, "exact match", kind)
+    # GSM8K's keys end a solution.
+    expected = expected.rpartition("\n#### ")[2]
     item = replace(item, predicted=unwrap(predicted), expected=unwrap(expected), answer_type=kind)
     for answer in (item.predicted, value_of_statement(item.predicted)):
         if answer and (reason := _BY_TYPE[kind](replace(item, predicted=answer), symbolic)):
@@ -89,7 +92,7 @@ def compare(item: Item, symbolic: Symbolic) -> Verdict:
 
 def infer_type(expected: str, options: tuple[str, ...] = ()) -> AnswerType:
     """The type of a key that has none: words unless it clearly is something else."""
-    text = unwrap(expected)
+    text = unwrap(expected.rpartition("\n#### ")[2])
     if is_choice_key(text, options):
         return AnswerType.CHOICE
     if normalize(text) in _YES_NO:
@@ -126,7 +129,8 @@ def _is_enumeration(text: str) -> bool:
         return False
     if all(re.fullmatch(r"[A-J]", part) for part in parts):
         return True
-    return all(part and (parse_quantity(part) or _is_expression(part)) for part in parts)
+    values = [split_equation(part)[1] for part in parts]
+    return all(part and (parse_quantity(part) or _is_expression(part)) for part in values)
 
 
 def _is_expression(text: str) -> bool:
@@ -242,7 +246,8 @@ def _in_order(parts: list[str], wanted: list[str], item: Item, symbolic: Symboli
 
 
 def _symbolic(got: str, wanted: str, symbolic: Symbolic) -> str:
-    if why_not_parsed(got) or why_not_parsed(wanted):
+    # The parser would read 101_2 and 101_3 as the same number.
+    if why_not_parsed(got) or why_not_parsed(wanted) or _IN_A_BASE.search(got + " " + wanted):
         return ""
     return "equal expressions" if symbolic.equal(got, wanted) else ""
 

@@ -14,7 +14,9 @@ _LETTER_AND_TEXT = re.compile(
     re.DOTALL,
 )
 # Where the options' texts are known, what follows a letter is compared: the mark between is free.
-_LETTER_THEN_OPTION = re.compile(r"[(\[]?([A-Z])(?:\s*[)\].:,;-]+\s*|\s+)(\S.*)", re.DOTALL)
+_LETTER_THEN_OPTION = re.compile(r"[(\[]?([A-Z])(?:\s*[)\].:,;=-]+\s*|\s+)(\S.*)", re.DOTALL)
+_OPTION_THEN_LETTER = re.compile(r"(.*\S)\s*\(([A-J])\)\.?", re.DOTALL)
+_REASON = re.compile(r"(?<=\w\w),? (?:because|since) .*", re.DOTALL | re.IGNORECASE)
 _NAMED = re.compile(
     r"(?:option|choice|answer)\s+(?=[(\[]?[A-Za-z][)\].:]?(?:\s|$))|(?:选项?|选择|答案)\s*[:是为]?\s*",
     re.IGNORECASE,
@@ -100,6 +102,9 @@ def same_choice(
 def _same_option(
     predicted: str, expected: str, options: Sequence[str], same_expression: SameExpression
 ) -> tuple[float, str]:
+    if trailing := _OPTION_THEN_LETTER.fullmatch(predicted.strip()):
+        predicted = f"{trailing[2]}. {trailing[1]}"
+    predicted = _REASON.sub("", predicted)
     wanted = _wanted_places(expected, options)
     shown = " or ".join(chr(65 + place) for place in wanted)
     letter, text = split_choice(predicted)

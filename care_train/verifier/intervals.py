@@ -8,12 +8,17 @@ from care_train.verifier.notation import split_top
 
 _INFINITY = re.compile(r"\+?\s*(?:\\infty|∞|(?<![a-zA-Z])(?:inf|infty|infinity|oo)(?![a-zA-Z]))")
 _UNION = re.compile(r"(?<=[)\]])\s*(?:U|u|\u222a|\\cup|or|and|,)\s*(?=[(\[])")
-_IN = re.compile(r"([a-zA-Z])\s*(?:\\in|∈)\s*(?![a-z])|\{\s*([a-zA-Z])\s*(?:\||:|\\mid)\s*")
+_IN = re.compile(r"([a-zA-Z])\s*(?:\\in|∈)\s*(?![a-z])|\\?\{\s*([a-zA-Z])\s*(?:\||:|\\mid)\s*")
 _REALS = r"\\mathbb\s*\{?\s*R\s*\}?"
 _ALL = re.compile(
     rf"(?:all|any|every|the set of(?: all)?) (?:{_REALS}|reals?(?: numbers?| values?)?)"
     r"(?: of [a-z])?"
     rf"|{_REALS}|reals|real numbers",
+    re.IGNORECASE,
+)
+_ALL_BUT = re.compile(
+    rf"(?:{_ALL.pattern})\s*(?:\\setminus|\\backslash|except(?: for)?|other than|-)\s*"
+    r"(?:\\?\{)?([^{},]{1,20}?)(?:\\?\})?",
     re.IGNORECASE,
 )
 _EMPTY = re.compile(
@@ -60,6 +65,8 @@ def read_real_set(text: str) -> RealSet | None:
         text = text.removesuffix("\\}").removesuffix("}").strip() if match[2] else text
     if _ALL.fullmatch(text):
         return RealSet((Interval(_LOWEST, False, _HIGHEST, False),), name)
+    if match := _ALL_BUT.fullmatch(text):
+        return RealSet(tuple(_half_lines("\\neq", match[1])), name)
     if _EMPTY.fullmatch(text):
         return RealSet((), name)
     if _RELATION.search(text):

@@ -33,7 +33,8 @@ _THOUSANDS = re.compile(
 _LEAD = re.compile(r"(?:so|thus|therefore|hence|then|and so|finally)(?:,\s*|:\s*|\s+)(?=\S)", re.I)
 _PHRASE = re.compile(
     r"(?:it is |it's )(?=\S)|(?:the |my )?(?:final |correct |right )?"
-    r"(?:answer|option|choice)(?: is|:|=)+\s*:?\s*(?=\S)"
+    r"(?:answer|ans|option|choice)(?: is|:|=)+\s*:?\s*(?=\S)|#{2,4}\s+(?=\S)"
+    r"|\*\*(?:the )?(?:final )?answer(?:\*\*:|:\*\*)\s*(?=\S)"
     r"|(?:正确)?(?:答案|选项)(?:是|为|:|\uff1a)+\s*(?=\S)",
     re.IGNORECASE,
 )
@@ -85,6 +86,8 @@ _REWRITES = [
     (re.compile(r"\\([%#&_])"), r"\1"),
     (re.compile(r"\\(?:le|leq|leqslant)(?![a-zA-Z])|≤|<="), r"\\leq "),
     (re.compile(r"\\(?:ge|geq|geqslant)(?![a-zA-Z])|≥|>="), r"\\geq "),
+    (re.compile(r"\\langle(?![a-zA-Z])|^<(?=[^<>=]+,[^<>=]+>$)"), "("),
+    (re.compile(r"\\rangle(?![a-zA-Z])|(?<=[^<>=])>$"), ")"),
     (re.compile(r"\\(?:lt)(?![a-zA-Z])"), "<"),
     (re.compile(r"\\(?:gt)(?![a-zA-Z])"), ">"),
     (re.compile(r"\\neq?(?![a-zA-Z])|≠|!="), r"\\neq "),

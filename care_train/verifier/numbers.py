@@ -45,8 +45,9 @@ _SCALES = {
     "bn": 10**9,
     "trillion": 10**12,
 }
-_ADJECTIVE = re.compile(
-    r"(?<=\w) (?:long|tall|high|wide|deep|thick|old|away|apart|each|left|(?:in )?total|altogether)$"
+_AFTER_UNIT = re.compile(
+    r"(?<=\w) (?:(?:in|on|at|from|inside|under) (?:the|this|that|each|his|her|their)"
+    r"(?: [a-z]{3,}){1,2}|long|tall|high|wide|deep|thick|old|away|apart|each|left|(?:in )?total|altogether)$"
 )
 _PERCENT = re.compile(r"(?:%|percent(?:age)?(?: points?)?|per cent)(?![a-z])\.?")
 
@@ -133,7 +134,7 @@ def same_quantity(got: Quantity, wanted: Quantity, tolerance: Fraction | None) -
     """Why `got` equals `wanted`, or "" where it does not.
 
     Whole numbers must be equal; decimals lie within the relative tolerance, or round to a key of at
-    least two decimals and three digits. Percentages equal the same number without the sign, or over
+    least one decimal and three digits. Percentages equal the same number without the sign, or over
     100. A unit may be missing on one side; two units must be worth the same.
     """
     value, key = got.value, wanted.value
@@ -144,6 +145,8 @@ def same_quantity(got: Quantity, wanted: Quantity, tolerance: Fraction | None) -
             value *= got.unit.worth / wanted.unit.worth
             return "equal in another unit" if _close(value, key, tolerance) else ""
     elif got.is_variable or wanted.is_variable:
+        return ""
+    elif (got.percent and wanted.unit is not None) or (wanted.percent and got.unit is not None):
         return ""
     if _close(value, key, tolerance):
         return "equal numbers" if tolerance is None else f"within {float(tolerance):.3g} of the key"
@@ -219,7 +222,7 @@ def _with_tail(quantity: Quantity, tail: str, currency: str, is_key: bool) -> Qu
         if unit is not None and not _same_currency(unit, tail):
             return None
         is_free = is_key or abs(value) == 1
-        unit = unit or parse_unit(_ADJECTIVE.sub("", tail), is_free=is_free)
+        unit = unit or parse_unit(_AFTER_UNIT.sub("", tail), is_free=is_free)
         if unit is None:
             return None
     return Quantity(value, quantity.decimals, quantity.significant, bool(percent), unit)
@@ -241,7 +244,7 @@ def _close(value: Fraction, key: Fraction, tolerance: Fraction | None) -> bool:
 
 def _rounds_to(got: Quantity, wanted: Quantity) -> bool:
     """The key is the finer answer, rounded: 3.14159 or 22/7 for a key of 3.14."""
-    if (wanted.decimals or 0) < 2 or wanted.significant < 3 or got.percent != wanted.percent:
+    if (wanted.decimals or 0) < 1 or wanted.significant < 3 or got.percent != wanted.percent:
         return False
     finer = got.decimals is None or got.decimals > (wanted.decimals or 0)
     return finer and abs(got.value - wanted.value) <= Fraction(1, 2 * 10 ** (wanted.decimals or 0))
