@@ -165,7 +165,7 @@ def compare_pairs(pairs: Sequence[Pair], pool: WorkerPool) -> dict[str, Any]:
 
 
 def compare_forms(pool: WorkerPool) -> dict[str, Any]:
-    """Precision and recall on the pairs made by rule, by style; every false acceptance is listed."""
+    """Precision and recall on the pairs made by rule, by style; false acceptances are listed."""
     formed = formed_pairs()
     pairs = [Pair(one.item, one.correct, one.style, False) for one in formed]
     found = verify_batch([pair.item for pair in pairs], pool)

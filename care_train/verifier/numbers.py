@@ -47,7 +47,8 @@ _SCALES = {
 }
 _AFTER_UNIT = re.compile(
     r"(?<=\w) (?:(?:in|on|at|from|inside|under) (?:the|this|that|each|his|her|their)"
-    r"(?: [a-z]{3,}){1,2}|long|tall|high|wide|deep|thick|old|away|apart|each|left|(?:in )?total|altogether)$"
+    r"(?: [a-z]{3,}){1,2}|long|tall|high|wide|deep|thick|old|away|apart|each|left|(?:in )?total"
+    r"|altogether)$"
 )
 _PERCENT = re.compile(r"(?:%|percent(?:age)?(?: points?)?|per cent)(?![a-z])\.?")
 
