@@ -44,8 +44,9 @@ class RewardFunctionSettings:
     timeout: PositiveFloat = 300.0
     """Seconds for one call: of one response in EasyR1's one-by-one and verl's form, of a batch in
     the others. One that takes longer is ended, with the function's process; a new one follows."""
-    messages: bool = False
-    """Give a TRL-style function each completion as a list of chat messages, not as text."""
+    messages: bool | None = None
+    """Give a TRL-style function prompts and completions as chat messages. None: for rows whose
+    prompt is chat messages."""
 
     def __post_init__(self) -> None:
         path, _, name = self.function.rpartition(":")
@@ -113,6 +114,9 @@ class RewardSettings:
     """Your own rewards."""
     verifier_weight: NonNegativeFloat | None = None
     """Weight of the verifier among `accuracy` functions. None: 0 beside such functions, else 1."""
+    success_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    """For graded accuracies such as an IoU: from here on a response is a success, below a failure,
+    while its reward stays graded. None: 1 is a success and 0 a failure, as in Eq. 2."""
     judge: JudgeSettings | None = None
     """A language model for open-ended answers."""
 

@@ -72,6 +72,8 @@ class Sample:
     """The data set this row came from."""
     location: str = ""
     """File and row, as errors name them: `train.jsonl: row 12`."""
+    is_conversation: bool = False
+    """The row's prompt was chat messages: TRL's reward functions get them as such."""
     columns: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
     """The row's other columns, as reward functions get them."""
     visit: int = 0
@@ -189,6 +191,7 @@ def sample_from_row(
         tolerance=_checked(tolerance, read.get("tolerance"), f"{location}: tolerance", "tolerance"),
         source=source,
         location=location,
+        is_conversation=is_conversation(row.get(prompt_column)),
         columns=columns,
     )
 

@@ -76,7 +76,7 @@ class RolloutScorer:
         """Rollouts of completions, in order, all verified in one call."""
         decoded = [self._token_text.decode(a.prefix_ids + a.completion.token_ids) for a in answers]
         responses = [
-            Response(text, a.sample, a.completion.finished, len(a.completion.token_ids))
+            Response(text, a.sample, a.completion.finished, a.completion.token_ids)
             for (text, _), a in zip(decoded, answers, strict=True)
         ]
         scores = self.verifier.score_batch(responses)

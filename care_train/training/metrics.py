@@ -5,8 +5,9 @@ may have other weights without anyone's intent. Engines that return log-probs (v
 on every batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, pstdev
 
 import torch
 
@@ -88,6 +89,24 @@ def step_metrics(
         elif total[base] > 0:
             values[name] = value / total[base]
     return {key: value for key, value in values.items() if not key.startswith("_")}
+
+
+def function_metrics(found: Mapping[str, list[float]]) -> dict[str, float]:
+    """Mean and standard deviation over all ranks of what reward functions gave. A collective call.
+
+    Args:
+        found: this rank's values by name.
+    """
+    merged: dict[str, list[float]] = {}
+    for own in gather(dict(found)):
+        for name, values in own.items():
+            merged.setdefault(name, []).extend(values)
+    return {
+        f"reward_{name}_{kind}": value
+        for name, values in sorted(merged.items())
+        if values
+        for kind, value in (("mean", fmean(values)), ("std", pstdev(values)))
+    }
 
 
 def _of_rollouts(rollouts: Sequence[Rollout], reflected: Sequence[Rollout]) -> dict[str, float]:

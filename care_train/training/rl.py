@@ -19,11 +19,13 @@ from care_train.training.groups import Group
 from care_train.training.guard import StopSignals
 from care_train.training.log_probs import FrozenCopy, Reference, WithoutAdapters
 from care_train.training.loop import StepLoop, is_due, policy_engine
+from care_train.training.metrics import function_metrics
 from care_train.training.optimizer import OptimizerSettings
 from care_train.training.sampler import AheadSampler, Sampler
 from care_train.training.session import Session, rank_share
 from care_train.training.step import StepOutcome, TrainStep
 from care_train.training.timer import at_step
+from care_train.verifier import TrainerState
 
 Evaluate = Callable[[RolloutEngine], dict[str, float]]
 
@@ -78,6 +80,7 @@ def run_training(
     Raises:
         Stopped: a signal asked for it; a checkpoint is saved.
     """
+    session.scorer.verifier.check_columns(samples)
     loop = _RlLoop(session, samples, run_dir, metrics, device, evaluate)
     if checkpoint is not None:
         loop.resume_from(checkpoint)
@@ -125,8 +128,13 @@ class _RlLoop(StepLoop):
         self._sampler.restore(own.get("ahead", {}), self._source.draw)
 
     def step(self, step: int) -> dict[str, float]:
-        outcome, done = self._train_step.run(self._source.draw, step), step + 1
+        verifier, done = self.session.scorer.verifier, step + 1
+        verifier.state = TrainerState(done, self.num_steps)
+        verifier.take_metrics()  # of an evaluation before
+        outcome = self._train_step.run(self._source.draw, step)
         values = outcome.metrics
+        if self.config.reward.functions:
+            values = values | function_metrics(verifier.take_metrics())
         self.totals = {key: self.totals[key] + values.get(key, 0.0) for key in self.totals}
         self.totals["steps"] = float(done)
         every = self.config.train.eval_every

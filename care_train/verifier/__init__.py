@@ -2,6 +2,7 @@
 
 from care_train.verifier.answers import infer_type
 from care_train.verifier.format import format_score
+from care_train.verifier.functions import TrainerState
 from care_train.verifier.notation import normalize, normalize_mmmu, normalize_words
 from care_train.verifier.pool import WorkerPool
 from care_train.verifier.responses import Response
@@ -14,6 +15,7 @@ __all__ = [
     "Item",
     "Response",
     "Score",
+    "TrainerState",
     "Verdict",
     "Verifier",
     "WorkerPool",

@@ -3,17 +3,21 @@
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from care_train.config import RewardFunctionSettings
+from care_train.data import Sample
 from care_train.killable import Limits, Lost, Worker
-from care_train.verifier.functions import FunctionScore, UserFunction
+from care_train.verifier.functions import (
+    FunctionScore,
+    Request,
+    Signature,
+    TrainerState,
+    UserFunction,
+)
 from care_train.verifier.responses import Response
 
 logger = logging.getLogger(__name__)
-
-Request = list[Response] | Literal["is_per_response"]
-"""Responses to score, or what the function is asked about."""
 
 
 class RewardFunction:
@@ -26,14 +30,19 @@ class RewardFunction:
             ValueError: no such file or function, or another signature than those known.
         """
         self.settings = settings
-        self._worker = Worker[Request, Any](
+        self.name = settings.function.rpartition(":")[2]
+        self.metrics: dict[str, list[float]] = {}
+        """What the function logged since this was last emptied, by name."""
+        self._worker = Worker[Request | None, Any](
             f"reward.functions: {settings.function}",
             partial(_make_function, settings, max_image_pixels),
             Limits(seconds=settings.timeout),
         )
-        self._is_per_response = self._worker("is_per_response")
+        signature: Any = self._worker(None)
+        assert isinstance(signature, Signature)
+        self._signature = signature
 
-    def __call__(self, responses: Sequence[Response]) -> list[FunctionScore]:
+    def __call__(self, responses: Sequence[Response], state: TrainerState) -> list[FunctionScore]:
         """A score per response, in order.
 
         A function that takes one response at a time and hangs, or ends its process, costs that
@@ -44,24 +53,46 @@ class RewardFunction:
                 whole batches that hangs or ends its process.
             Exception: whatever the function raises, with its name and traceback noted.
         """
-        if not self._is_per_response:
-            return self._ask(responses)
-        return [score for response in responses for score in self._ask([response])]
+        if not self._signature.is_per_response:
+            return self._ask(responses, state)
+        return [score for response in responses for score in self._ask([response], state)]
+
+    def check_columns(self, samples: Sequence[Sample]) -> None:
+        """Check that some row has a column for each parameter that only a column can fill.
+
+        Raises:
+            ValueError: parameters without a column, and the columns of the first row.
+        """
+        missing = set(self._signature.columns)
+        for sample in samples if missing else ():
+            missing -= set(sample.columns)
+            if not missing:
+                return
+        if missing:
+            first = samples[0]
+            raise ValueError(
+                f"reward.functions: {self.settings.function}: got the parameters "
+                f"{', '.join(sorted(missing))}, for which no row has a column "
+                f"({first.location or first.id} has {', '.join(sorted(first.columns)) or 'none'}), "
+                "wanted a column of each name, a default value, or the value in `arguments`"
+            )
 
     def close(self) -> None:
         """End its process."""
         self._worker.close()
 
-    def _ask(self, responses: Sequence[Response]) -> list[FunctionScore]:
-        reply = self._worker(list(responses))
+    def _ask(self, responses: Sequence[Response], state: TrainerState) -> list[FunctionScore]:
+        reply = self._worker(Request(list(responses), state))
         if not isinstance(reply, Lost):
-            return reply
+            for name, values in reply.metrics.items():
+                self.metrics.setdefault(name, []).extend(values)
+            return reply.scores
         if reply.error is not None:
             raise reply.error
         places = dict.fromkeys(r.sample.location or r.sample.id for r in responses)
         where = ", ".join(list(places)[:3]) + (f" and {len(places) - 3} more" * (len(places) > 3))
         text = f"reward.functions: {self.settings.function}: {where}: {reply.reason}"
-        if not self._is_per_response:
+        if not self._signature.is_per_response:
             raise ValueError(f"{text}, wanted {len(responses)} results")
         logger.warning("warning: %s; its value is 0", text)
         return [FunctionScore(0.0, note=f" ({reply.reason})")]
@@ -69,6 +100,6 @@ class RewardFunction:
 
 def _make_function(
     settings: RewardFunctionSettings, max_image_pixels: int
-) -> Callable[[Request], list[FunctionScore] | bool]:
+) -> Callable[[Request | None], Any]:
     function = UserFunction(settings, max_image_pixels)
-    return lambda asked: function.is_per_response if isinstance(asked, str) else function(asked)
+    return lambda asked: function.signature if asked is None else function(asked)

@@ -143,7 +143,7 @@ def _of_chain(text: str, name: str) -> tuple[str, list[Interval]] | None:
     ends = [end.strip() for end in _RELATION.split(text)]
     relations = _RELATION.findall(text)
     places = [place for place, end in enumerate(ends) if re.fullmatch(name or "[a-zA-Z]", end)]
-    if len(places) != 1 or not all(ends) or len(relations) > 2:
+    if len(places) != 1 or not all(ends) or len(relations) not in (1, 2):
         return None
     variable = ends[places[0]]
     if any(re.search(rf"(?<![a-zA-Z\\]){variable}(?![a-zA-Z])", e) for e in ends if e != variable):

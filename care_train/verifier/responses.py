@@ -1,6 +1,6 @@
 """A response with its row, and a row's columns as the verifier reads them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from care_train.data import Sample
 from care_train.verifier.types import Item
@@ -15,8 +15,13 @@ class Response:
     sample: Sample
     finished: bool = True
     """False when the length limit cut it."""
-    num_tokens: int = 0
+    token_ids: tuple[int, ...] = field(default=(), repr=False)
     """Sampled tokens."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens."""
+        return len(self.token_ids)
 
 
 def item_of(predicted: str, sample: Sample, tolerance: float | None = None) -> Item:

@@ -9,6 +9,7 @@ from care_train.config import PromptSettings, RewardSettings
 from care_train.data import Sample
 from care_train.verifier.format import format_fault
 from care_train.verifier.function_process import RewardFunction
+from care_train.verifier.functions import TrainerState
 from care_train.verifier.judge import Judge, case_of
 from care_train.verifier.pool import shared_pool
 from care_train.verifier.responses import Response, item_of
@@ -21,7 +22,7 @@ class Score:
     """What the verifier says of one response."""
 
     accuracy: float
-    """acc in [0, 1]."""
+    """acc in [0, 1]; 0 or 1 where `reward.success_threshold` is set."""
     format_score: float
     """fmt in [0, 1]."""
     reward: float
@@ -49,6 +50,8 @@ class Verifier:
         self._answer_tag = prompt.answer_tag
         self._settings = reward
         self._functions = [RewardFunction(one, prompt.max_image_pixels) for one in reward.functions]
+        self.state = TrainerState()
+        """Where the run is: reward functions may ask."""
         self._judge = Judge(reward.judge) if reward.judge else None
 
     def score(self, text: str, sample: Sample, finished: bool = True) -> Score:
@@ -66,8 +69,11 @@ class Verifier:
             return []
         verdicts = self.verdicts(responses, self._settings.tolerance)
         forms = [self._form(response) for response in responses]
-        results = [(f.settings, f(responses)) for f in self._functions]
-        scores = []
+        results = [(f.settings, f(responses, self.state)) for f in self._functions]
+        for function, (_, found) in zip(self._functions, results, strict=True):
+            values = [one.value for one in found if one.value is not None]
+            function.metrics.setdefault("", []).extend(values)
+        scores, threshold = [], self._settings.success_threshold
         for place, (verdict, fault) in enumerate(zip(verdicts, forms, strict=True)):
             own = [(settings, found[place]) for settings, found in results]
             accurate = [
@@ -78,7 +84,8 @@ class Verifier:
             weight = self._settings.verifier_weight
             if weight or not accurate:
                 accurate.append((weight or 1.0, verdict.accuracy))
-            accuracy = _mean(accurate)
+            graded = _mean(accurate)
+            accuracy = graded if threshold is None else float(graded >= threshold)
             given = [(s.weight, f.format_score) for s, f in own if f.format_score is not None]
             form = _mean(given) if given else float(not fault)
             bonus = sum(s.weight * (f.value or 0.0) for s, f in own if s.target == "bonus")
@@ -86,12 +93,34 @@ class Verifier:
                 Score(
                     accuracy,
                     form,
-                    reward(accuracy, form, self._settings.format_weight) + bonus,
+                    reward(graded, form, self._settings.format_weight) + bonus,
                     self._reason(verdict, own),
                     "by reward.functions" if given else fault or "as asked",
                 )
             )
         return scores
+
+    def check_columns(self, samples: Sequence[Sample]) -> None:
+        """Check that rows fill every parameter of the reward functions, by their columns.
+
+        Raises:
+            ValueError: a function's parameter that no row has a column for, naming the first row's.
+        """
+        for function in self._functions:
+            function.check_columns(samples)
+
+    def take_metrics(self) -> dict[str, list[float]]:
+        """What reward functions returned and logged since the last call.
+
+        By the function's name for its results, `name_metric` for what it logged.
+        """
+        found: dict[str, list[float]] = {}
+        for number, function in enumerate(self._functions):
+            others = [other.name for other in self._functions[:number]]
+            name = function.name + f"_{number + 1}" * (function.name in others)
+            found |= {f"{name}_{key}" if key else name: v for key, v in function.metrics.items()}
+            function.metrics = {}
+        return found
 
     def _reason(self, verdict: Verdict, own: Sequence[tuple]) -> str:
         parts = [
@@ -99,6 +128,7 @@ class Verifier:
             for settings, found in own
             if found.value is not None
         ]
+        parts += [f"{name}: {value}" for _, one in own for name, value in one.extra.items()]
         return "; ".join([*parts, verdict.reason])
 
     def _form(self, response: Response) -> str:

@@ -1,5 +1,6 @@
 """Users' own rewards, in the forms of EasyR1, TRL and verl."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,17 @@ from PIL import Image
 
 from care_train.config import PromptSettings, RewardFunctionSettings, RewardSettings, build_config
 from care_train.data import Sample
-from care_train.verifier import Response, Verifier
+from care_train.verifier import Response, Score, TrainerState, Verifier
 
+_SETTINGS = ("verifier_weight", "format_weight", "success_threshold")
+SAMPLE = Sample(
+    id="a",
+    prompt="which color?",
+    answer="blue",
+    source="colors",
+    images=(Image.new("RGB", (4, 4), (0, 0, 255)),),
+    columns={"difficulty": 2},
+)
 GOOD = "<think>so</think><answer>blue</answer>"
 WRONG = "<think>so</think><answer>red</answer>"
 
@@ -57,21 +67,19 @@ def sees(reward_inputs):
 """
 
 
-def _score(tmp_path: Path, source: str, name: str, texts: list[str], **more: Any):
-    settings = {key: more.pop(key) for key in ("verifier_weight", "format_weight") if key in more}
+def _verifier(tmp_path: Path, source: str, name: str, **more: Any) -> Verifier:
+    settings = {key: more.pop(key) for key in _SETTINGS if key in more}
     path = tmp_path / "rewards.py"
     path.write_text(source)
     function = RewardFunctionSettings(function=f"{path}:{name}", **more)
-    verifier = Verifier(PromptSettings(), RewardSettings(functions=[function], **settings))
-    sample = Sample(
-        id="a",
-        prompt="which color?",
-        answer="blue",
-        source="colors",
-        images=(Image.new("RGB", (4, 4), (0, 0, 255)),),
-        columns={"difficulty": 2},
-    )
-    return verifier.score_batch([Response(text, sample, True, 7) for text in texts])
+    return Verifier(PromptSettings(), RewardSettings(functions=[function], **settings))
+
+
+def _score(
+    tmp_path: Path, source: str, name: str, texts: list[str], sample: Sample = SAMPLE, **more: Any
+) -> list[Score]:
+    verifier = _verifier(tmp_path, source, name, **more)
+    return verifier.score_batch([Response(text, sample, True, (5, 6)) for text in texts])
 
 
 def test_easyr1_batch(tmp_path: Path):
@@ -115,6 +123,111 @@ def test_verl(tmp_path: Path):
     assert [score.accuracy for score in scores] == [0.5, 0.0]
 
 
+ALL_OF_TRL = """
+def f(prompts, completions, completion_ids, trainer_state, log_metric, log_extra, solution, image):
+    assert prompts == [[{"role": "system", "content": "be brief"},
+                        {"role": "user", "content": "which color?"}]] * 2, prompts
+    assert completion_ids == [[5, 6]] * 2 and solution == ["blue", "blue"]
+    assert image[0].getpixel((0, 0)) == (0, 0, 255)
+    assert (trainer_state.global_step, trainer_state.max_steps) == (3, 9)
+    log_metric("length", 4)
+    log_metric("length", 6)
+    log_extra("said", [one[0]["content"][-21:] for one in completions])
+    return [float(key in one[0]["content"]) for one, key in zip(completions, solution)]
+"""
+
+
+def test_all_that_trl_gives(tmp_path: Path):
+    """Messages for rows of messages, columns under their own names, ids, state and both logs."""
+    verifier = _verifier(tmp_path, ALL_OF_TRL, "f")
+    columns = {"solution": "blue", "system": "be brief"}
+    sample = replace(SAMPLE, is_conversation=True, columns=columns)
+    verifier.state = TrainerState(3, 9)
+    scores = verifier.score_batch([Response(t, sample, True, (5, 6)) for t in (GOOD, WRONG)])
+    assert [score.accuracy for score in scores] == [1.0, 0.0]
+    assert "said: <answer>blue</answer>" in scores[0].reason
+    assert verifier.take_metrics() == {"f": [1.0, 0.0], "f_length": [4.0, 6.0]}
+    assert verifier.take_metrics() == {}
+
+
+SEVERAL_KINDS = """
+import asyncio
+
+async def waits(completions):
+    await asyncio.sleep(0.01)
+    return [float("blue" in text) for text in completions]
+
+class Judge:
+    def __init__(self):
+        self.calls = 0
+
+    async def __call__(self, completions, **columns):
+        self.calls += 1
+        return [float("blue" in text) for text in completions]
+
+judge = Judge()
+
+def array(completions):
+    import numpy
+    return numpy.array([float("blue" in text) for text in completions])
+"""
+
+
+@pytest.mark.parametrize("name", ["waits", "Judge", "judge", "array"])
+def test_async_functions_objects_and_arrays(tmp_path: Path, name: str):
+    """Coroutines are awaited, a class is made once, an object is called, an array is a list."""
+    scores = _score(tmp_path, SEVERAL_KINDS, name, [GOOD, WRONG])
+    assert [score.accuracy for score in scores] == [1.0, 0.0]
+
+
+def test_a_helper_beside_the_file(tmp_path: Path):
+    """The function's file imports its neighbours, which hide no module of the standard library."""
+    (tmp_path / "my_helper.py").write_text("def right(text):\n    return 'blue' in text\n")
+    (tmp_path / "json.py").write_text("raise ImportError('the neighbour')\n")
+    source = "import json\nfrom my_helper import right\n\n"
+    source += "def f(completions):\n    return [float(right(text)) for text in completions]\n"
+    assert [s.accuracy for s in _score(tmp_path, source, "f", [GOOD, WRONG])] == [1.0, 0.0]
+
+
+def test_verl_gets_its_own_columns(tmp_path: Path):
+    """`data_source`, `reward_model.ground_truth` and `extra_info` as verl's trainer gives them."""
+    source = (
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n"
+        "    assert (data_source, ground_truth, extra_info['index']) == ('mine', ['blue'], 4)\n"
+        "    return {'score': float(ground_truth[0] in solution_str), 'recall': 0.5}\n"
+    )
+    columns = {
+        "data_source": "mine",
+        "reward_model": {"ground_truth": ["blue"], "style": "rule"},
+        "extra_info": {"index": 4},
+    }
+    verifier = _verifier(tmp_path, source, "compute_score")
+    responses = [Response(text, replace(SAMPLE, columns=columns)) for text in (GOOD, WRONG)]
+    assert [score.accuracy for score in verifier.score_batch(responses)] == [1.0, 0.0]
+    assert verifier.take_metrics()["compute_score_recall"] == [0.5, 0.5]
+
+
+def test_a_parameter_that_no_row_fills_is_refused(tmp_path: Path):
+    """Before the first step, with the columns there are; a row later in the file may have it."""
+    source = "def f(completions, target, size=1):\n    return [1.0 for _ in completions]\n"
+    verifier = _verifier(tmp_path, source, "f")
+    message = r"rewards\.py:f: got the parameters target, for which no row .*\(a has difficulty\)"
+    with pytest.raises(ValueError, match=message):
+        verifier.check_columns([SAMPLE, SAMPLE])
+    verifier.check_columns([SAMPLE, replace(SAMPLE, columns={"target": 1})])
+    _verifier(tmp_path, source, "f", arguments={"target": 2}).check_columns([SAMPLE])
+
+
+def test_a_success_threshold_keeps_the_grade(tmp_path: Path):
+    """A graded result counts as a success from the threshold on; its reward stays graded."""
+    source = "def f(completions):\n    return [0.8 if 'blue' in t else 0.3 for t in completions]\n"
+    texts = [GOOD, WRONG]
+    graded = _score(tmp_path, source, "f", texts, format_weight=0.0)
+    assert [(s.accuracy, s.reward) for s in graded] == [(0.8, 0.8), (0.3, 0.3)]
+    cut = _score(tmp_path, source, "f", texts, format_weight=0.0, success_threshold=0.5)
+    assert [(s.accuracy, s.reward) for s in cut] == [(1.0, 0.8), (0.0, 0.3)]
+
+
 def test_images_are_decoded_when_asked_for(tmp_path: Path):
     """Functions get the row's images as RGB."""
     assert _score(tmp_path, IMAGES, "sees", [WRONG])[0].accuracy == 1.0
@@ -137,7 +250,7 @@ def test_weights(tmp_path: Path):
         ("def f(reward_inputs):\n    return ['no']\n", "got no, wanted a number"),
         ("def f(x, y):\n    return [1]\n", "got the parameters x, y, wanted compute_score"),
         ("def g():\n    return [1]\n", "got no function f in it, wanted one of g"),
-        ("async def f(completions):\n    return [1]\n", "wanted compute_score"),
+        ("def f(reward_input, size):\n    return 1\n", "got the parameters size, which nothing"),
     ],
 )
 def test_errors_name_the_function(tmp_path: Path, source: str, message: str):
