@@ -177,8 +177,7 @@ def sample_from_row(
         _check_unicode(text, f"{location}: {name}")
     taken = {prompt_column, "answer", "rationale", "failed_rationale", *IMAGE_COLUMNS}
     columns = {name: value for name, value in row.items() if name not in taken}
-    if talk.system:
-        columns["system"] = talk.system
+    columns |= {"system": talk.system} if talk.system else {}
     return Sample(
         id=id,
         prompt=talk.prompt,
@@ -218,11 +217,8 @@ def _prompt(row: Mapping[str, Any], at: str, is_needed: bool) -> tuple[str, Conv
     elif isinstance(value, str):
         talk = Conversation(value)
     else:
-        raise RowError(
-            "prompt_type",
-            f"{at}: {column}: got {describe(value)}, wanted text or chat messages: convert the "
-            "column",
-        )
+        wanted = "wanted text or chat messages: convert the column"
+        raise RowError("prompt_type", f"{at}: {column}: got {describe(value)}, {wanted}")
     if is_needed and not talk.prompt.strip():
         raise RowError(
             "empty_prompt", f"{at}: {column}: got empty text, wanted some: fill or drop the row"
@@ -278,8 +274,8 @@ def _no_answer(row: Mapping[str, Any], column: str, value: object, at: str) -> R
 
 
 def _columns_of(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    empty = [name for name in names if name in row]
-    none = f"nothing in {' and '.join(map(repr, empty))}, and " if empty else ""
+    empty = " and ".join(repr(name) for name in names if name in row)
+    none = f"nothing in {empty}, and " if empty else ""
     have = f"the columns {', '.join(map(repr, row))}" if row else "no columns"
     return none + have
 
