@@ -3,9 +3,13 @@
 `tests/train/test_compat.py` fails as soon as a library no longer needs one of them.
 """
 
+import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -117,6 +121,38 @@ def deferred_write_errors(engine: Any) -> Iterator[None]:
         engine.checkpoint_engine = writer.inner
     if writer.problem is not None:
         raise OSError(writer.problem)
+
+
+@contextmanager
+def plain_data_alone(folder: str | Path) -> Iterator[None]:
+    """A block in which `torch.load` takes tensors, plain data and DeepSpeed's own records alone.
+
+    Files of `torch.save` are pickles, which can name any function to be called when they are
+    loaded, and DeepSpeed 0.19.8 asks torch to allow that (`weights_only=False`). torch's variable
+    overrules it. No upstream issue is known.
+
+    Args:
+        folder: the checkpoint, for the message.
+
+    Raises:
+        ValueError: a file holds something else; nothing of it was called.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    records = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    forced = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    try:
+        with patch.dict(os.environ, forced), torch.serialization.safe_globals(records):
+            yield
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error))
+        raise ValueError(
+            f"checkpoint {folder}: a file holds more than tensors and plain data, and could run "
+            f"code ({reason.strip()}): it was changed since it was written, or is none of "
+            "care-train's; nothing of it was run"
+        ) from None
 
 
 class _Writer:

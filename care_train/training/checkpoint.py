@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from care_train.compat import plain_data_alone
 from care_train.distributed import barrier, is_main, rank
 from care_train.reporting.files import write_file
 from care_train.training.engine import PolicyEngine
@@ -54,7 +55,8 @@ class Checkpoint:
             What else of this rank was saved: `own` of `Checkpoints.save`.
         """
         engine.load_state(self.folder)
-        own = torch.load(self.folder / _rank_file(), weights_only=True)
+        with plain_data_alone(self.folder):
+            own = torch.load(self.folder / _rank_file(), weights_only=True)
         restore_rng_state(own.pop("rng"))
         return own
 

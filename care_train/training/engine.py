@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from care_train.compat import deferred_write_errors, patch_deepspeed
+from care_train.compat import deferred_write_errors, patch_deepspeed, plain_data_alone
 from care_train.config import DeepSpeedSettings, LoraSettings
 from care_train.distributed import all_max, all_sum, is_main, world_size
 from care_train.models.batch import ModelBatch, TokenSequence, collate, pack, packed_positions
@@ -289,9 +289,10 @@ class PolicyEngine:
         """Restore what `save_state` wrote, under the optimiser's settings of this run.
 
         Raises:
-            ValueError: DeepSpeed found nothing to load.
+            ValueError: DeepSpeed found nothing to load, or files that hold more than data.
         """
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_CHECKPOINT_TAG)
+        with plain_data_alone(folder):
+            path, _ = self._engine.load_checkpoint(str(folder), tag=_CHECKPOINT_TAG)
         if path is None:
             raise ValueError(f"checkpoint {folder}: DeepSpeed found no state there")
         # They come with the saved state, and would hide settings that a resume may change.
@@ -308,14 +309,20 @@ class PolicyEngine:
 def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     """The policy's whole weights from what `PolicyEngine.save_state` wrote under any ZeRO stage.
 
-    The folder must be trusted: DeepSpeed's files are pickles.
+    Raises:
+        ValueError: the files hold more than data, or are none of DeepSpeed's.
     """
     states = Path(folder) / _CHECKPOINT_TAG / "mp_rank_00_model_states.pt"
-    if states.is_file():
-        weights = torch.load(states, map_location="cpu", weights_only=False)["module"]
-    else:  # ZeRO-3 writes shards alone.
-        with contextlib.redirect_stdout(io.StringIO()):
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_CHECKPOINT_TAG)
+    with plain_data_alone(folder), contextlib.redirect_stdout(io.StringIO()):
+        if states.is_file():
+            weights = torch.load(states, map_location="cpu", weights_only=True)["module"]
+        else:  # ZeRO-3 writes shards alone.
+            try:
+                weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_CHECKPOINT_TAG)
+            except RuntimeError as error:  # torch's, of a file in another format
+                raise ValueError(
+                    f"checkpoint {folder}: a file is none that DeepSpeed wrote ({error})"
+                ) from None
     assert weights is not None
     prefix = "model."
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}

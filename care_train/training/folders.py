@@ -88,8 +88,8 @@ def find_damage(folder: Path) -> str | None:
     if isinstance(entries, str):
         return entries
     assert entries is not None
-    names = sorted(entries)
-    problems = [_compare(folder, name, entries[name]) for name in names[rank() :: world_size()]]
+    names = sorted({*entries, *_files(folder)} - {MANIFEST_FILE})
+    problems = [_compare(folder, name, entries.get(name)) for name in names[rank() :: world_size()]]
     found = sorted(text for part in gather(problems) for text in part if text is not None)
     return found[0] if found else None
 
@@ -101,16 +101,18 @@ def _read(folder: Path) -> dict[str, dict[str, int | str]] | str:
         return f"no {MANIFEST_FILE}: it is incomplete"
     try:
         entries = json.loads(path.read_text())["files"]
-        if all({"size", "blake2b"} <= entry.keys() for entry in entries.values()):
-            return entries
+        are_whole = all({"size", "blake2b"} <= entry.keys() for entry in entries.values())
+        are_within = not any(name.startswith("/") or ".." in Path(name).parts for name in entries)
     except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return f"{MANIFEST_FILE} is damaged"
+        are_whole = are_within = False
+    return entries if are_whole and are_within else f"{MANIFEST_FILE} is damaged"
 
 
-def _compare(folder: Path, name: str, entry: dict[str, int | str]) -> str | None:
+def _compare(folder: Path, name: str, entry: dict[str, int | str] | None) -> str | None:
     path = folder / name
-    if not path.is_file():
+    if entry is None:
+        return f"{name} is not in {MANIFEST_FILE}"
+    if path.is_symlink() or not path.is_file():
         return f"{name} is missing"
     size = path.stat().st_size
     if size != entry["size"]:
@@ -132,7 +134,7 @@ def _digest(path: Path) -> str:
 
 def _files(folder: Path) -> list[str]:
     return sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()
     )
 
 
