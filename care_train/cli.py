@@ -21,17 +21,16 @@ from care_train.config import (
     load_config,
     names_run,
 )
-from care_train.rollout.errors import RolloutError
-from care_train.training.failures import STOPPED_STATUS, RunError, Stopped, is_disk_full, status_of
+from care_train.training.failures import STOPPED_STATUS, Stopped, is_explained, status_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; user errors print one line and exit with 2."""
+    """Run one command; errors that explain themselves print one line (docs/failures.md)."""
     options = parse_arguments(arguments)
     try:
         return _COMMANDS[options.command](options)
-    except (RunError, RolloutError, ValueError, OSError) as error:
-        if isinstance(error, OSError) and not is_disk_full(error):
+    except Exception as error:
+        if not is_explained(error):
             raise
         print(f"care-train {options.command}: error: {error}", file=sys.stderr)
         return status_of(error)
@@ -44,12 +43,15 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import logging
     import warnings
 
     import torch
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    # It says at length where it keeps its cache for a user without a home.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     # DeepSpeed still calls collectives that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not torch.cuda.is_available():

@@ -138,11 +138,15 @@ def _validated(root: type[T], values: Mapping[str, Any], source: str) -> T:
         raise ValueError(f"{source}: " + "\n".join(lines)) from None
 
 
-def _read(path: Path, root: type = Config) -> dict[str, Any]:
-    """A file's values over those of the file that it extends."""
+def _read(path: Path, root: type = Config, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's values over those of the file that it extends; `above` are those that extend it."""
+    above = (*above, path.resolve())
+    if above[-1] in above[:-1]:
+        circle = " extends ".join(map(str, above[above.index(above[-1]) :]))
+        raise ValueError(f"extends: {circle}: wanted files that end in one without it")
     values = read_yaml(path, _is_section(root))
     base = values.pop("extends", None)
-    return _lay({} if base is None else _read(path.parent / base, root), values)
+    return _lay({} if base is None else _read(path.parent / base, root, above), values)
 
 
 def _is_section(root: type = Config, prefix: str = "") -> Callable[[str], bool]:

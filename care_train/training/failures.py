@@ -1,6 +1,7 @@
 """How a run fails: errors that say what happened, where, and how to go on; one status each."""
 
 import errno
+import os
 import re
 import signal
 from pathlib import Path
@@ -22,6 +23,8 @@ STOPPED_STATUS = 75
 CHANGES = "a run that goes on takes a changed key with allow_changes=[KEY]"
 """Of settings that decide where a run goes."""
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ROOM_TEXTS = (*map(os.strerror, _NO_ROOM), "database or disk is full")
 _CHECKPOINT = re.compile(r"step_\d{6,}")
 
 
@@ -82,10 +85,26 @@ class Stopped(Exception):  # noqa: N818
         self.run_dir = run_dir
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether a write found no room: on the disk, in the user's quota, or under `ulimit -f`."""
-    no_room = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return isinstance(error, OSError) and error.errno in no_room
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a write found no room: on the disk, in the user's quota, or under `ulimit -f`.
+
+    Also where a library wraps the system's error, or hands on its text alone (safetensors, torch,
+    SQLite).
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return True
+        if any(text in str(error) for text in _NO_ROOM_TEXTS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def is_explained(error: BaseException) -> bool:
+    """Whether an error's message is all that a user needs; a traceback helps with any other."""
+    if isinstance(error, RunError | RolloutError | ValueError):
+        return True
+    return (isinstance(error, OSError) and error.filename is not None) or is_disk_full(error)
 
 
 def status_of(error: BaseException) -> int:
@@ -98,7 +117,7 @@ def status_of(error: BaseException) -> int:
         return ENGINE_STATUS
     if is_disk_full(error):
         return DISK_FULL_STATUS
-    return INPUT_STATUS if isinstance(error, ValueError) else 1
+    return INPUT_STATUS if is_explained(error) else 1
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

@@ -4,13 +4,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from errno import EACCES, EPERM, EROFS
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from care_train.distributed import gather, is_main, rank, world_size
 from care_train.reporting.files import PARTIAL, sync
-from care_train.training.failures import DISK_FULL_STATUS, RunError
+from care_train.training.failures import DISK_FULL_STATUS, INPUT_STATUS, RunError
 from care_train.training.timer import timer
 
 REPLACED = ".replaced"
@@ -104,7 +105,7 @@ def _read(folder: Path) -> dict[str, dict[str, int | str]] | str:
         are_whole = all({"size", "blake2b"} <= entry.keys() for entry in entries.values())
         are_within = not any(name.startswith("/") or ".." in Path(name).parts for name in entries)
     except (ValueError, KeyError, TypeError, AttributeError):
-        are_whole = are_within = False
+        return f"{MANIFEST_FILE} is damaged"
     return entries if are_whole and are_within else f"{MANIFEST_FILE} is damaged"
 
 
@@ -144,14 +145,19 @@ def _together(action: Callable[[], None], folder: Path, needed: int) -> None:
     try:
         action()
     except (OSError, SafetensorError) as error:
-        problem = str(error)
-    problems = [text for text in gather(problem) if text is not None]
+        is_refused = isinstance(error, OSError) and error.errno in (EACCES, EPERM, EROFS)
+        # torch's and safetensors' writers do not say more; nearly always it is room.
+        problem = str(error), INPUT_STATUS if is_refused else DISK_FULL_STATUS
+    problems = [found for found in gather(problem) if found is not None]
     if problems:
+        reason, status = problems[0]
         size = f"needs about {needed:,} bytes, " if needed else ""
-        raise SaveError(
-            f"{folder}: could not be saved ({problems[0]}): {size}"
+        error = SaveError(
+            f"{folder}: could not be saved ({reason}): {size}"
             f"{_free_bytes(folder):,} bytes are free there; older ones are untouched"
         )
+        error.status = status
+        raise error
 
 
 def _begin(partial: Path, folder: Path, needed: int) -> None:

@@ -1,0 +1,106 @@
+"""Every command ends as docs/failures.md says: its status, one line that says what to do, and no
+traceback, whatever is wrong around it."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from care_train.training.failures import DISK_FULL_STATUS, INPUT_STATUS
+from tests.train.runs import SMALL, FastRun, data_arguments
+
+ODD_NAMES = ["[/red]", "[bold]x", "<img src=x onerror=alert(1)>", "a|b`c`", "a\nb", "\x1b[31mx"]
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        {"prompt": f"what is {i} and one?", "answer": f"{i + 1}", "rationale": "so"}
+        for i in range(8)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def _arguments(rows: Path, out: Path) -> list[str]:
+    return [
+        *("train", *SMALL, *data_arguments(rows), f"output_dir={out}", "name=run"),
+        *("model.path=tiny-qwen2", "rollout.max_new_tokens=8", "algorithm=grpo", "train.steps=2"),
+        *("train.schedule=constant", "train.save_every=1", "logging.tensorboard=true"),
+    ]
+
+
+def _one(*arguments: str, before: str = "") -> tuple[int | None, str]:
+    [end] = FastRun(*arguments, before=before).end()
+    assert "Traceback" not in end[1], end[1]
+    return end
+
+
+@pytest.mark.parametrize("other", ["run.yaml", "other.yaml"])
+def test_files_that_extend_each_other_are_an_error(other, tmp_path):
+    """Itself, and one that extends it: the circle is named."""
+    (tmp_path / "run.yaml").write_text(f"extends: {other}\n")
+    (tmp_path / "other.yaml").write_text("extends: run.yaml\n")
+    status, errors = _one("train", "--config", str(tmp_path / "run.yaml"))
+    assert status == INPUT_STATUS and "extends" in errors and str(tmp_path) in errors
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A disk of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = ("-t", "tmpfs", "-o", "size=8m,nr_inodes=400", "none", str(folder))
+    if subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _leave(disk: Path, free: int) -> None:
+    """Fill a disk but for some bytes."""
+    (disk / "ballast").write_bytes(b"x" * ((8 << 20) - free))
+
+
+@pytest.mark.parametrize("kib", [0, 4, 12, 40, 150, 500, 1500])
+def test_a_disk_that_is_full_anywhere_is_status_74(kib, rows, disk):
+    """From before the folder is made to the final model: the run ends with what to do."""
+    _leave(disk, kib << 10)
+    status, errors = _one(*_arguments(rows, disk))
+    assert status == DISK_FULL_STATUS, errors
+    assert "No space left" in errors or "disk is full" in errors, errors
+
+
+@pytest.mark.parametrize("kib", [0, 8])
+@pytest.mark.parametrize("command", ["sft", "eval", "export", "data"])
+def test_a_full_disk_under_every_command_is_status_74(command, kib, rows, disk, tmp_path):
+    """Whatever it was about to write there."""
+    if command == "export":
+        status, errors = _one(*_arguments(rows, tmp_path))
+        assert status == 0, errors
+        arguments = ["export", f"--run={tmp_path / 'run'}", f"--out={disk / 'out'}"]
+    elif command == "data":
+        (tmp_path / "build.yaml").write_text(f"sources:\n- {{name: rows, path: {rows}}}\n")
+        arguments = ["data", "build", f"--config={tmp_path / 'build.yaml'}", f"output={disk / 'o'}"]
+    else:
+        arguments = [command, *_arguments(rows, disk)[1:]]
+    _leave(disk, kib << 10)
+    status, errors = _one(*arguments)
+    assert status == DISK_FULL_STATUS, errors
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_an_odd_name_is_shown_as_it_is_or_refused(name, rows, tmp_path):
+    """The terminal's markup, HTML, Markdown, a line break and an escape sequence in a run's name: a
+    run that ends well shows it to the letter; control characters are refused."""
+    arguments = _arguments(rows, tmp_path)
+    status, errors = _one(*arguments, f"name={json.dumps(name)}", "train.steps=1")
+    if not name.isprintable():
+        assert status == INPUT_STATUS and "name: got " in errors, errors
+        return
+    assert status == 0, errors
+    shown = (tmp_path / name / "report.md").read_text().partition("```")[0]
+    assert "<img" not in shown and shown.count("\n# ") == 0, shown
