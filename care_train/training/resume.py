@@ -10,40 +10,19 @@ from typing import Any
 
 import torch
 
-from care_train.config import Config, LoraSettings, config_to_dict
+from care_train.config import (
+    Config,
+    LoraSettings,
+    Role,
+    config_to_dict,
+    list_keys,
+    role_of,
+)
 from care_train.data import Sample, sample_digests
 from care_train.distributed import barrier, is_main, world_size
 from care_train.training.checkpoint import Checkpoint
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-
-FREE = (
-    *("name", "output_dir", "resume", "overwrite", "allow_changes", "limits", "logging", "eval"),
-    *(
-        "sft.save_every",
-        "sft.eval_data",
-        "sft.eval_every",
-        "train.max_skipped_updates",
-        "train.save_every",
-        "train.keep_checkpoints",
-        "train.keep_best",
-        "train.eval_every",
-        "rollout.vllm.server",
-        "rollout.vllm.server_timeout",
-        "rollout.vllm.server_token_file",
-    ),
-)
-"""Keys and sections that a resumed run may change: they decide nothing about its weights, but for
-`train.max_skipped_updates`, which decides where it ends."""
-
-_FIXED = (
-    "deepspeed.zero_stage",
-    "model.lora.rank",
-    "model.lora.target_modules",
-    "model.lora.vision",
-    "model.lora.modules_to_save",
-)
-"""Keys that the files of a checkpoint depend on."""
 
 _MAY_GO = ("deepspeed.config.", "model.lora.")
 """Starts of keys that a configuration may lack."""
@@ -88,15 +67,17 @@ def check_settings(
     gone = {key: None for key in saved if key.startswith(_MAY_GO)}
     for key, value in (gone | now).items():
         before = saved.get(key, defaults.get(key))
-        if before == value or _within(key, (*FREE, *free)):
+        role = role_of(key)
+        if before == value or role is Role.FREE or _within(key, free):
             continue
-        if key in _FIXED or not _within(key, config.allow_changes):
+        if role is Role.FIXED or not _within(key, config.allow_changes):
             lines.append(f"{key}: saved {before!r}, got {value!r}")
     if lines:
+        fixed = [key.name for key in list_keys() if key.role is Role.FIXED]
         raise ValueError(
             f"resume: {where} was made with other settings, under which the run would have gone "
             f"another way:\n  " + "\n  ".join(lines) + "\nset them back, or accept the changes "
-            f"with allow_changes=[key,...] ({', '.join(_FIXED)} cannot change)"
+            f"with allow_changes=[key,...] ({', '.join(fixed)} cannot change)"
         )
 
 
