@@ -101,7 +101,7 @@ def case_config(case: Case, overrides: Sequence[str] = ()) -> Config:
         # The engine's log-probs are those without EOS, the trainer's with it.
         "rollout.max_log_prob_gap=null",
         "logging.progress=false",
-        "logging.tensorboard=false",
+        "logging.report_to=[]",
         # The schedule's end, never reached.
         "train.steps=10000",
     )
@@ -116,9 +116,7 @@ def prepare(folder: Path, cold_steps: int, num_rows: int = 4096) -> Setup:
         cold_steps: steps of supervised fine-tuning; 0 leaves the weights random.
         num_rows: distinct training rows to draw from.
     """
-    config = load_config(
-        QUICKSTART, [f"sft.steps={max(cold_steps, 1)}", "logging.tensorboard=false"]
-    )
+    config = load_config(QUICKSTART, [f"sft.steps={max(cold_steps, 1)}", "logging.report_to=[]"])
     seed_all(config.seed)
     samples = load_samples(config.data, config.seed)
     cold_rows = load_samples(config.sft.data, config.seed)

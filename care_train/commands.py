@@ -87,7 +87,7 @@ def _checkpoint(config: Config, run: RunFolder, cold_start: str | None = None) -
     if is_main():
         start = "step 0: no checkpoint yet" if checkpoint is None else str(checkpoint.folder)
         print(f"resuming {folder} from {start}", file=sys.stderr)
-        if config.logging.wandb or config.logging.trackio:
+        if {"wandb", "trackio"} & set(config.logging.report_to):
             print("wandb and trackio show later steps a second time", file=sys.stderr)
     return checkpoint
 

@@ -4,11 +4,13 @@ import math
 
 import torch
 
+NORM_EPS = 1e-6
+"""eps of Eq. 6: far below any gap between rewards, so it decides where all are equal alone."""
 RESCUE_DELTA = 0.1
 """delta of Eq. 14, the paper's value: no setting, as the z-score of Eqs. 5-7 cancels it."""
 
 
-def normalize_rewards(shaped_rewards: torch.Tensor, norm_eps: float) -> torch.Tensor:
+def normalize_rewards(shaped_rewards: torch.Tensor, norm_eps: float = NORM_EPS) -> torch.Tensor:
     """Eqs. 5-7: A_raw = (r - mu_S) / sigma_S with the population std plus eps outside the root.
 
     Args:

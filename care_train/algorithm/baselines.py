@@ -13,12 +13,10 @@ from care_train.algorithm.advantages import normalize_rewards
 from care_train.algorithm.types import Credit, GroupUpdate, Region, Rollout, TrainSequence
 
 
-def group_advantages(
-    rewards: torch.Tensor, *, divide_by_std: bool = True, norm_eps: float = 1e-6
-) -> torch.Tensor:
+def group_advantages(rewards: torch.Tensor, *, divide_by_std: bool = True) -> torch.Tensor:
     """[G] advantages over the whole group: the z-score of Eqs. 5-7, or Dr. GRPO's r - mean(r)."""
     if divide_by_std:
-        return normalize_rewards(rewards, norm_eps)
+        return normalize_rewards(rewards)
     return rewards - rewards.mean()
 
 
@@ -28,7 +26,6 @@ def group_update(
     divide_by_std: bool,
     length_normalized: bool,
     keep_without_signal: bool,
-    norm_eps: float = 1e-6,
 ) -> GroupUpdate:
     """All G sequences with token-uniform credit; the loss's denominator counts every one.
 
@@ -38,14 +35,13 @@ def group_update(
         length_normalized: token weights 1/T, so that a sequence's weights sum to 1 (GRPO, GSPO);
             otherwise 1 (DAPO, Dr. GRPO, whose loss has its own denominator).
         keep_without_signal: keep groups of equal rewards, whose only gradient is the KL's.
-        norm_eps: eps of Eq. 6.
     """
     rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
     num_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
     spread = bool((rewards != rewards[0]).any())
     if not spread and not keep_without_signal:
         return GroupUpdate((), len(rollouts), num_tokens, skipped="no_signal")
-    raw = group_advantages(rewards, divide_by_std=divide_by_std, norm_eps=norm_eps)
+    raw = group_advantages(rewards, divide_by_std=divide_by_std)
     advantages = raw.tolist() if spread else [0.0] * len(rollouts)
     return GroupUpdate(
         tuple(

@@ -115,7 +115,7 @@ def subgroup_update(
     if num_negatives == 0:
         return skipped_update("no_negatives", rescued=subgroup.rescued)
     shaped = torch.tensor([m.shaped_reward for m in subgroup.members], dtype=torch.float64)
-    raw = normalize_rewards(shaped, settings.norm_eps).tolist()
+    raw = normalize_rewards(shaped).tolist()
     factor = equalize_factor(num_negatives, settings.max_negatives) if settings.equalize else 1.0
     scale = factor * (settings.rescue.scale if subgroup.rescued else 1.0)
     clamped = settings.decisions.clamp_anchor and raw[0] < 0

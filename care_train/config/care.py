@@ -143,8 +143,6 @@ class CareSettings:
     """Malformed is a rollout without a complete answer span, or any with fmt < 1: a policy that
     still breaks its think tags is corrected only by the second, for a negative's rationale weighs
     0. Under `bad_format` a correct rollout keeps its region weights."""
-    norm_eps: NonNegativeFloat = 1e-6
-    """Added to sigma_S, outside the root (Eq. 6)."""
     reflection: ReflectionSettings = field(default_factory=ReflectionSettings)
     """Reflection-guided resampling."""
     rescue: RescueSettings = field(default_factory=RescueSettings)

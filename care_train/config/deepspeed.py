@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from care_train.config.base import Role, check, section
 
 _OWNED = {
-    "optimizer": "train.learning_rate, train.adam_betas and train.weight_decay",
+    "optimizer": "train.learning_rate and train.weight_decay",
     "scheduler": "train.schedule and train.warmup_steps",
     "gradient_clipping": "train.max_grad_norm",
     "train_batch_size": "train.prompts_per_step",

@@ -27,6 +27,14 @@ _CONSTANTS: dict[str, tuple[object, str]] = {
     "care.robust": (False, "mean and standard deviation (Eqs. 5-6) are used"),
     "care.robust_trim": (0.2, "mean and standard deviation (Eqs. 5-6) are used"),
     "care.weight_eps": (1e-8, "eps_w of Eq. 11 is 1e-8"),
+    "care.norm_eps": (1e-6, "eps of Eq. 6 is 1e-6"),
+    "train.min_learning_rate": (0.0, "cosine and linear schedules end at 0"),
+    "train.adam_betas": ([0.9, 0.999], "AdamW's betas are 0.9 and 0.999"),
+    "loss.importance_over_cap": ("truncate", "a weight above loss.importance_cap is the cap"),
+    "rollout.vllm.log_level": ("error", "set VLLM_LOGGING_LEVEL in the environment"),
+    "logging.tensorboard": (True, "logging.report_to lists where metrics go"),
+    "logging.wandb": (False, "logging.report_to lists where metrics go"),
+    "logging.trackio": (False, "logging.report_to lists where metrics go"),
     "care.rescue.delta": (0.1, "the z-score cancels it; care.rescue.scale weakens a rescue"),
 }
 """Keys with the value that is built in now, and what to say of another."""

@@ -63,7 +63,7 @@ COMMON = (
     "eval.benchmarks",
     "eval.seeds",
     "deepspeed.zero_stage",
-    "logging.wandb",
+    "logging.report_to",
 )
 """What most runs set: the keys of the short help."""
 

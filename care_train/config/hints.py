@@ -36,7 +36,7 @@ FOREIGN = {
     "save_steps": "train.save_every",
     "eval_steps": "train.eval_every",
     "save_total_limit": "train.keep_checkpoints",
-    "report_to": "logging.wandb, logging.tensorboard or logging.trackio",
+    "report_to": "logging.report_to",
     "run_name": "name",
     "model_name_or_path": "model.path",
     "dataset_name": "data.path",

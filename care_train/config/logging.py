@@ -1,20 +1,22 @@
 """Settings of what a run tells."""
 
+from dataclasses import field
+from typing import Literal
+
 from pydantic import NonNegativeInt
 
 from care_train.config.base import section
+
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 @section
 class LoggingSettings:
     """What a run tells."""
 
-    tensorboard: bool = True
-    """Write TensorBoard event files."""
-    wandb: bool = False
-    """Log to Weights & Biases, when installed."""
-    trackio: bool = False
-    """Log to trackio, when installed."""
+    report_to: list[Tracker] = field(default_factory=lambda: ["tensorboard"])
+    """Where metrics go beside metrics.jsonl: tensorboard (event files in the run's folder), wandb,
+    trackio; the last two must be installed."""
     project: str = "care"
     """Project name for wandb and trackio."""
     samples_every: NonNegativeInt = 25

@@ -34,9 +34,7 @@ class LossSettings:
     """Weigh by pi_trainer / pi_engine, per token or per response, where the rollout engine returns
     log-probs (vLLM): it computes the policy a little differently."""
     importance_cap: PositiveFloat = 2.0
-    """Largest such weight."""
-    importance_over_cap: Literal["truncate", "mask"] = "truncate"
-    """What happens above the cap: the weight is the cap, or 0."""
+    """Largest such weight: what is above becomes the cap."""
 
 
 def _loss(low: float, high: float, kl_coef: float, **more: Any) -> dict[str, Any]:

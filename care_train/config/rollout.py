@@ -42,8 +42,6 @@ class VllmSettings:
     kernels add at every token."""
     sync_bucket_mib: PositiveInt = 512
     """Weights gathered at once for a weight sync, in MiB; a larger parameter goes alone."""
-    log_level: Literal["debug", "info", "warning", "error"] = "error"
-    """What vLLM's own log shows; the environment's VLLM_LOGGING_LEVEL goes before it."""
 
     def __post_init__(self) -> None:
         url = urlsplit(self.server or "http://x")

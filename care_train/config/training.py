@@ -9,26 +9,49 @@ from care_train.config.base import Role, Share, check, section
 from care_train.config.data import DataSettings
 
 Measure = Literal["accuracy", "format", "greedy_accuracy", "greedy_format"]
+Schedule = Literal["constant", "cosine", "linear"]
 
 
 @section
-class TrainSettings:
-    """The optimiser's loop."""
+class LoopSettings:
+    """An optimiser's loop: what reinforcement learning and the cold start share."""
 
     steps: PositiveInt = 100
-    """Rollout batches to train on."""
+    """Steps of the loop: rollout batches of `train`, optimiser steps of `sft`."""
+    micro_batch_size: PositiveInt = 64
+    """Sequences per forward and backward on one rank; gradients accumulate over them."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens per forward and backward on one rank, padding included, instead of
+    `micro_batch_size`: sequences of similar cost together, and never more than fit. null: by
+    sequences."""
+    learning_rate: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW, whose betas are 0.9 and 0.999."""
+    warmup_steps: NonNegativeInt = 10
+    """Optimiser steps of linear warm-up."""
+    schedule: Schedule = "constant"
+    """Shape of the learning rate after the warm-up; cosine and linear end at 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global norm."""
+    save_every: Annotated[NonNegativeInt, Role.FREE] = 0
+    """Steps between checkpoints; 0: the final one only (`train`), or where a signal asks (`sft`,
+    whose checkpoints are deleted at its end)."""
+    eval_every: Annotated[NonNegativeInt, Role.FREE] = 0
+    """Steps between evaluations, of `eval.data` or of the loss on `sft.eval_data`; 0: `train`
+    evaluates before and after, `sft` after the last step."""
+
+
+@section
+class TrainSettings(LoopSettings):
+    """Reinforcement learning."""
+
     prompts_per_step: PositiveInt = 32
     """Prompts per rollout batch, over all ranks."""
     num_iterations: PositiveInt = 1
     """Passes over each rollout batch."""
     mini_batches: PositiveInt = 1
     """Optimiser steps per pass; the batch is split by prompts."""
-    micro_batch_size: PositiveInt = 64
-    """Sequences per forward and backward on one rank; gradients accumulate over them."""
-    micro_batch_tokens: PositiveInt | None = None
-    """Tokens per forward and backward on one rank, padding included, instead of
-    `micro_batch_size`: sequences of similar cost together, and never more than fit. None: by
-    sequences."""
     packing: bool = False
     """Lay the sequences of a micro-batch end to end instead of padding them to the longest, in the
     cold start too. Same numbers, no work on padding; worth most with flash_attention_2, as the
@@ -36,20 +59,6 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     """Keep each layer's input alone and compute the layer again in the backward, in the cold start
     too: far less memory, about a third more time."""
-    learning_rate: PositiveFloat = 1e-6
-    """Peak learning rate."""
-    min_learning_rate: NonNegativeFloat = 0.0
-    """Learning rate at the end of a cosine or linear schedule."""
-    warmup_steps: NonNegativeInt = 10
-    """Optimiser steps of linear warm-up."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Shape of the learning rate after the warm-up."""
-    weight_decay: NonNegativeFloat = 0.0
-    """AdamW's decoupled weight decay."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's betas."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this global norm."""
     max_skipped_updates: Annotated[NonNegativeInt, Role.FREE] = 0
     """Updates whose loss or gradient is not finite that are left out with a warning, counted since
     the run began or went on; one more ends it."""
@@ -62,15 +71,11 @@ class TrainSettings:
     rollouts_ahead: Literal[0, 1] = 0
     """1: while a step trains, the next one's rollouts are sampled with the weights before its
     update, and weighed for it by `loss.importance_sampling`. Needs `rollout.vllm.server`."""
-    save_every: Annotated[NonNegativeInt, Role.FREE] = 0
-    """Steps between checkpoints; 0 keeps the final one only."""
     keep_checkpoints: Annotated[PositiveInt, Role.FREE] = 2
     """How many of the newest checkpoints are kept."""
     keep_best: Annotated[Measure | None, Role.FREE] = None
     """Also keep the checkpoint that was best in this number of the evaluations every `eval_every`
     steps, saved whenever one beats those before; `checkpoints/best.json` names it."""
-    eval_every: Annotated[NonNegativeInt, Role.FREE] = 0
-    """Steps between evaluations on `eval.data`; 0: before and after only."""
 
     def __post_init__(self) -> None:
         check(
@@ -88,36 +93,18 @@ class TrainSettings:
 
 
 @section
-class SftSettings:
+class SftSettings(LoopSettings):
     """Cold start (Sec. 3.1's format), before reinforcement learning."""
 
     data: DataSettings = field(default_factory=DataSettings)
     """Rows with a `rationale`."""
     steps: PositiveInt = 160
-    """Optimiser steps."""
+    learning_rate: PositiveFloat = 1e-5
+    schedule: Schedule = "cosine"
     batch_size: PositiveInt = 64
     """Rows per step, over all ranks."""
-    micro_batch_size: PositiveInt = 64
-    """Rows per forward and backward on one rank."""
-    micro_batch_tokens: PositiveInt | None = None
-    """Tokens per forward and backward on one rank, padding included, instead of
-    `micro_batch_size`. None: by rows."""
-    learning_rate: PositiveFloat = 1e-5
-    """Peak learning rate."""
-    warmup_steps: NonNegativeInt = 10
-    """Steps of linear warm-up."""
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
-    weight_decay: NonNegativeFloat = 0.0
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this global norm."""
     eval_data: Annotated[DataSettings | None, Role.FREE] = None
     """Held-out rows with a `rationale`, whose loss is logged as `eval_loss`. None: none."""
-    eval_every: Annotated[NonNegativeInt, Role.FREE] = 0
-    """Steps between their evaluations; 0: after the last step only."""
-    save_every: Annotated[NonNegativeInt, Role.FREE] = 0
-    """Steps between checkpoints, deleted at the cold start's end; 0 saves where a signal asks."""
     repair_share: Share = 0.0
     """Share of rows shown as a repair: a wrong rationale, the cue, then the right one. A model that
     cannot follow instructions yet learns there what the cue asks for."""

@@ -110,14 +110,13 @@ def _open_trackers(
     run_dir: Path, settings: LoggingSettings, config: Mapping[str, Any]
 ) -> list[_Tracker]:
     kinds = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
-    wanted = [name for name in kinds if getattr(settings, name)]
-    for name in wanted:
+    for name in settings.report_to:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
-                f"logging.{name}: got True, but {name} is not installed. Install it with "
-                f"`pip install {name}`, or set logging.{name}=false"
+                f"logging.report_to: got {name}, but it is not installed: `pip install {name}`, or "
+                "take it off the list"
             )
-    return [kinds[name](run_dir, settings.project, dict(config)) for name in wanted]
+    return [kinds[name](run_dir, settings.project, dict(config)) for name in settings.report_to]
 
 
 class _TensorBoard:

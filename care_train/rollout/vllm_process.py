@@ -134,12 +134,12 @@ def start_vllm(
     Raises:
         ValueError: vLLM is not installed, or takes no adapters of this rank.
     """
-    _set_environment(settings)
+    _set_environment()
     on_gpu = torch.cuda.is_available()
     kv_cache = settings.kv_cache_gib
     if kv_cache is None and not on_gpu:
         kv_cache = 1.0
-    with untouched_process(), _quiet(settings):
+    with untouched_process(), _quiet():
         return _import_llm(on_gpu)(
             model=folder,
             load_format="dummy",
@@ -180,12 +180,12 @@ def _lora_arguments(rank: int | None) -> dict[str, Any]:
     return {"enable_lora": True, "max_lora_rank": next(r for r in _LORA_RANKS if r >= rank)}
 
 
-def _set_environment(settings: VllmSettings) -> None:
+def _set_environment() -> None:
     """vLLM reads these when it is imported; what the user set stays."""
     defaults = {
         # The engine core in this process: it shares the trainer's weights and devices.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": settings.log_level.upper(),
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_NO_USAGE_STATS": "1",
         # Binding threads to cores would bind the trainer's too.
@@ -211,9 +211,10 @@ def _import_llm(on_gpu: bool) -> Any:
 
 
 @contextmanager
-def _quiet(settings: VllmSettings) -> Iterator[None]:
-    """While vLLM is imported and started, hide what torch warns it of; errors stay."""
-    if settings.log_level in ("debug", "info"):
+def _quiet() -> Iterator[None]:
+    """While vLLM is imported and started, hide what torch warns it of; errors stay, and all of it
+    under VLLM_LOGGING_LEVEL=INFO or DEBUG."""
+    if os.environ.get("VLLM_LOGGING_LEVEL", "").upper() in ("DEBUG", "INFO"):
         yield
         return
     loggers = {name: logging.getLogger(name) for name in ("torch", "vllm", "transformers")}

@@ -24,6 +24,7 @@ from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt
 from care_train.rollout.engine import WeightParts
 from care_train.training.optimizer import (
+    BETAS,
     LeftOut,
     OptimizerSettings,
     adamw,
@@ -300,7 +301,7 @@ class PolicyEngine:
         factor = learning_rate_factor(settings)(schedule.last_epoch)
         schedule.base_lrs = [settings.learning_rate for _ in schedule.base_lrs]
         for group in self._engine.optimizer.param_groups:
-            group |= {"initial_lr": settings.learning_rate, "betas": settings.betas}
+            group |= {"initial_lr": settings.learning_rate, "betas": BETAS}
             group |= {"lr": settings.learning_rate * factor, "weight_decay": settings.weight_decay}
         if hasattr(self._engine.optimizer, "clip_grad"):
             self._engine.optimizer.clip_grad = self._engine.gradient_clipping()

@@ -286,15 +286,12 @@ def importance_weights(
     Args:
         trainer: [T] log-probs by the trainer, before the update.
         engine: T log-probs by the engine that sampled.
-        loss: `importance_sampling`, `importance_cap`, `importance_over_cap`.
+        loss: `importance_sampling` and `importance_cap`.
     """
     log_ratio = trainer.float().cpu() - torch.tensor(engine)
     if loss.importance_sampling == "sequence":
         log_ratio = log_ratio.sum().expand_as(log_ratio)
-    ratio = log_ratio.exp()
-    if loss.importance_over_cap == "mask":
-        return ratio.where(ratio <= loss.importance_cap, 0.0)
-    return ratio.clamp(max=loss.importance_cap)
+    return log_ratio.exp().clamp(max=loss.importance_cap)
 
 
 def _rationale_positions(sequence: TokenSequence, rollout: Rollout) -> tuple[int, int]:

@@ -22,6 +22,9 @@ _INPUTS = (
 )
 _OUTPUTS = ("log_probs", "ratio", "entropy", "kl")
 
+BETAS = (0.9, 0.999)
+"""AdamW's usual ones."""
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -31,9 +34,7 @@ class OptimizerSettings:
     total_steps: int
     warmup_steps: int = 0
     schedule: str = "constant"
-    min_learning_rate: float = 0.0
     weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
     max_skipped_updates: int = 0
 
@@ -45,9 +46,7 @@ class OptimizerSettings:
             total_steps=train.steps * train.num_iterations * train.mini_batches,
             warmup_steps=train.warmup_steps,
             schedule=train.schedule,
-            min_learning_rate=train.min_learning_rate,
             weight_decay=train.weight_decay,
-            betas=train.adam_betas,
             max_grad_norm=train.max_grad_norm,
             max_skipped_updates=train.max_skipped_updates,
         )
@@ -67,7 +66,6 @@ class OptimizerSettings:
 
 def learning_rate_factor(settings: OptimizerSettings) -> Callable[[int], float]:
     """What the learning rate is multiplied by at an optimiser step, counted from 0."""
-    floor = settings.min_learning_rate / settings.learning_rate
     decay_steps = max(settings.total_steps - settings.warmup_steps, 1)
 
     def factor(step: int) -> float:
@@ -75,8 +73,8 @@ def learning_rate_factor(settings: OptimizerSettings) -> Callable[[int], float]:
             return (step + 1) / settings.warmup_steps
         done = min((step - settings.warmup_steps) / decay_steps, 1.0)
         if settings.schedule == "cosine":
-            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-        return 1.0 if settings.schedule == "constant" else 1 - (1 - floor) * done
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 1.0 if settings.schedule == "constant" else 1 - done
 
     return factor
 
@@ -91,7 +89,7 @@ def adamw(
     """
     shared: dict[str, Any] = {
         "lr": optimizer.learning_rate,
-        "betas": optimizer.betas,
+        "betas": BETAS,
         "weight_decay": optimizer.weight_decay,
     }
     if settings.offloads_optimizer and settings.config.get("zero_force_ds_cpu_optimizer", True):

@@ -119,7 +119,6 @@ class TrainStep:
                 # A token mean or Dr. GRPO's constant divides by length itself.
                 length_normalized=self._config.loss.aggregation == "sequence",
                 keep_without_signal=self._config.loss.kl_coef > 0,
-                norm_eps=self._config.care.norm_eps,
             )
         if isinstance(group.subgroup, str):
             return care.skipped_update(group.subgroup)

@@ -20,7 +20,7 @@ SMALL = (
     "rollout.max_new_tokens=16",
     "eval.batch_size=4",
     "logging.progress=false",
-    "logging.tensorboard=false",
+    "logging.report_to=[]",
 )
 
 

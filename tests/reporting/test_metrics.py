@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from care_train.config import LoggingSettings
 from care_train.reporting import MetricsLogger, read_metrics
 
-_QUIET = LoggingSettings(tensorboard=False)
+_QUIET = LoggingSettings(report_to=[])
 
 _FAKE_TRACKER = """
 calls = []
@@ -105,7 +105,7 @@ def test_restart_replaces_repeated_steps(tmp_path: Path) -> None:
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     """A disabled logger leaves no trace, whatever the settings ask for."""
-    settings = LoggingSettings(wandb=True)
+    settings = LoggingSettings(report_to=["wandb"])
     with MetricsLogger(tmp_path / "run", settings, {}, enabled=False) as metrics:
         metrics.log(1, {"reward": 0.5})
     assert not (tmp_path / "run").exists()
@@ -138,8 +138,8 @@ def test_missing_tracker_is_explained(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == package else find(name)
     )
-    with pytest.raises(ValueError, match=rf"logging\.{package}.*`pip install {package}`"):
-        _logger(tmp_path, replace(_QUIET, **{package: True}))
+    with pytest.raises(ValueError, match=rf"report_to: got {package}.*`pip install {package}`"):
+        _logger(tmp_path, replace(_QUIET, report_to=[package]))
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
@@ -155,7 +155,7 @@ def test_wandb_run_survives_a_restart(tmp_path: Path, monkeypatch: pytest.Monkey
     """Each phase has its own step axis, and a restarted run asks for the same wandb run."""
     calls = _fake("wandb", tmp_path, monkeypatch)
     for _ in range(2):
-        with _logger(tmp_path / "run", LoggingSettings(tensorboard=False, wandb=True)) as metrics:
+        with _logger(tmp_path / "run", LoggingSettings(report_to=["wandb"])) as metrics:
             metrics.log(3, {"reward": 0.5})
     first, again = (call[1] for call in calls if call[0] == "init")
     assert first["id"] == again["id"] and first["resume"] == "allow" and first["name"] == "run"
@@ -167,7 +167,7 @@ def test_wandb_run_survives_a_restart(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_trackio_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """trackio has every number at its step, under the project's name."""
     calls = _fake("trackio", tmp_path, monkeypatch)
-    with _logger(tmp_path / "run", LoggingSettings(tensorboard=False, trackio=True)) as metrics:
+    with _logger(tmp_path / "run", LoggingSettings(report_to=["trackio"])) as metrics:
         metrics.log(3, {"reward": 0.5})
     assert calls[0][1]["project"] == "care" and calls[0][1]["config"] == {"seed": 0}
     assert calls[1:] == [("log", {"train/reward": 0.5}, 3), ("finish",)]

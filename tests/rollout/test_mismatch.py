@@ -81,14 +81,8 @@ def test_the_gate_is_passed_after_every_start_of_the_engine():
     [
         ({}, [2.0, 0.5, 1.0]),
         ({"importance_cap": 5.0}, [4.0, 0.5, 1.0]),
-        ({"importance_over_cap": "mask"}, [0.0, 0.5, 1.0]),
         ({"importance_sampling": "sequence"}, [2.0, 2.0, 2.0]),
         ({"importance_sampling": "sequence", "importance_cap": 1.5}, [1.5, 1.5, 1.5]),
-        (
-            {"importance_sampling": "sequence", "importance_cap": 1.5}
-            | {"importance_over_cap": "mask"},
-            [0.0, 0.0, 0.0],
-        ),
     ],
 )
 def test_importance_weights(values, wanted):

@@ -26,7 +26,7 @@ SMALL = (
     "train.warmup_steps=0",
     "train.schedule=cosine",
     "eval.greedy=false",
-    "logging.tensorboard=false",
+    "logging.report_to=[]",
     "logging.progress=false",
     "logging.samples_every=2",
 )

@@ -17,7 +17,7 @@ KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
 
 SMALL = (
     *("prompt.system=null", "prompt.max_prompt_tokens=512", "eval.greedy=false"),
-    *("logging.tensorboard=false", "logging.progress=false", "logging.samples_every=1"),
+    *("logging.report_to=[]", "logging.progress=false", "logging.samples_every=1"),
 )
 
 

@@ -18,7 +18,7 @@ from care_train.evaluation.benchmarks import BENCHMARKS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "protocol"
-QUIET = ("logging.progress=false", "logging.tensorboard=false", "logging.samples_every=0")
+QUIET = ("logging.progress=false", "logging.report_to=[]", "logging.samples_every=0")
 
 
 def _check(runs: Path, questions: int) -> None:

@@ -29,7 +29,7 @@ SMALL = (
     "sft.batch_size=8",
     "sft.learning_rate=3e-3",
     "sft.warmup_steps=0",
-    "logging.tensorboard=false",
+    "logging.report_to=[]",
     "logging.progress=false",
 )
 
