@@ -16,7 +16,8 @@ made for those marked `held_out`. Prints tables, then one JSON object:
   attacks_accepted: answers made to be several answers, and those that were counted as right
 - per_second: verdicts per second on one core, the mix of the pairs; in_process_per_second: of those
   that need no algebra; symbolic_per_second: of those that do
-- hangs: hostile answers whose verdict took longer than the time limit and half a second;
+- hangs: hostile answers whose verdict took more processor time in this process than the limit and
+  half a second, or in a worker more than 20 limits by the clock;
   crashes: those that raised; leaked_processes: workers alive after the pool is closed
 - timeouts, worker_crashes: verdicts that cost a worker, as they should
 
@@ -58,6 +59,8 @@ KEYS = (
 """What hostile answers are compared with, one of each kind."""
 
 _SLACK_SECONDS = 0.5
+_WALL_FACTOR = 20.0
+"""The limit is of processor time; by the clock a worker that gets none of it is ended here."""
 _BATCH = 250
 _SECONDS = 3.0
 
@@ -253,7 +256,7 @@ def attack(count: int, timeout: float) -> dict[str, Any]:
         to_worker += len(waiting)
         accepted += sum(verdict.accuracy == 1.0 for verdict in pool.run(waiting))
     seconds = time.perf_counter() - start
-    hangs += pool.longest > limit
+    hangs += pool.longest > _WALL_FACTOR * timeout + _SLACK_SECONDS
     pool.close()
     leaked = [p for p in psutil.Process().children(recursive=True) if p not in before]
     return {

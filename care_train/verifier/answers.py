@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 from care_train.verifier.choices import is_choice_key, same_choice
@@ -90,6 +90,7 @@ def compare(item: Item, symbolic: Symbolic) -> Verdict:
     return Verdict(0.0, f"got {_shorten(predicted)}, wanted {_shorten(expected)}", kind)
 
 
+@lru_cache(maxsize=1024)
 def infer_type(expected: str, options: tuple[str, ...] = ()) -> AnswerType:
     """The type of a key that has none: words unless it clearly is something else."""
     text = unwrap(expected.rpartition("\n#### ")[2])

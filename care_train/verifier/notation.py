@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from functools import lru_cache
 
 from care_train.verifier.numbers import COUNTS
 
@@ -97,6 +98,7 @@ _REWRITES = [
     (re.compile(r"(?<=[a-zA-Z])\s+\^"), "^"),
     (re.compile(r"^([A-Za-z]) (?:equals|is equal to) (?=\S)"), r"\1 = "),
 ]
+_UNUSUAL = re.compile(r"[^\w\s.,;:()\[\]'-]|√|base|equal")
 _DOUBLE_BRACES = re.compile(r"\{\{([^{}]*)\}\}")
 _VARIABLE = r"[A-Za-z\u0391-\u03c9](?:_?\{?[A-Za-z0-9]{1,3}\}?)?'?"
 _LEFT_SIDE = re.compile(
@@ -181,12 +183,15 @@ def value_of_statement(text: str) -> str:
     return unwrap(match[2].rstrip(" .") if not match[2].endswith("..") else match[2])
 
 
+@lru_cache(maxsize=1024)
 def plain_latex(text: str) -> str:
     """One spelling of LaTeX: \\frac{}{}, no \\left, thin spaces, delimiters or \\text; °, ±, ≈."""
     text = unfold_case(_without_delimiters(_THOUSANDS.sub("", text)))
     text = _drop_commands(text, _TEXT_COMMAND)
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
+    # Most answers are a letter, a word or a plain number: no rule is about those.
+    if _UNUSUAL.search(text):
+        for pattern, replacement in _REWRITES:
+            text = pattern.sub(replacement, text)
     while (inner := _DOUBLE_BRACES.sub(r"{\1}", text)) != text:
         text = inner
     text = " ".join(text.split())
