@@ -120,7 +120,8 @@ def _pieces(parameter: torch.Tensor, segments: list[_Segment], ranks: _Ranks) ->
     rows = [segment.rows for segment in segments]
     held, columns = rows, prod(parameter.shape[1:])
     splits_columns = ranks.size > 1 and columns != prod(segments[0].sent.shape[1:])
-    if ranks.size > 1 and not splits_columns and parameter.shape[0] < sum(rows):
+    splits_rows = bool(parameter.shape) and parameter.shape[0] < sum(rows)
+    if ranks.size > 1 and splits_rows and not splits_columns:
         held = _split_rows(parameter.shape[0], rows, ranks.size)
     pieces: list[_Piece] = []
     start = 0
