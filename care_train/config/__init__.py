@@ -22,7 +22,7 @@ from care_train.config.care import (
     RescueSettings,
     Selector,
 )
-from care_train.config.data import BenchmarkName, DataSettings, EvalSettings
+from care_train.config.data import SHIPPED_DATA, BenchmarkName, DataSettings, EvalSettings
 from care_train.config.deepspeed import DeepSpeedSettings
 from care_train.config.help import full_help, short_help
 from care_train.config.keys import Key, find_key, list_keys, role_of
@@ -53,6 +53,7 @@ from care_train.config.training import SftSettings, TrainSettings
 
 __all__ = [
     "PRESETS",
+    "SHIPPED_DATA",
     "TABLE_5",
     "Adapter",
     "Algorithm",

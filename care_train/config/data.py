@@ -18,12 +18,17 @@ BenchmarkName = Literal[
 ]
 
 
+SHIPPED_DATA = ("easy_vqa", "digits", *(f"digits-{length}" for length in range(2, 7)))
+"""Data sets that come with the installation: their names take a path's place."""
+
+
 @section
 class DataSettings:
     """Where rows come from."""
 
     path: str = "easy_vqa"
-    """`easy_vqa` (the published package); a Parquet, JSON lines or JSON file; a folder of them,
+    """`easy_vqa` (the published package); `digits`, or `digits-2` to `digits-6` (strips of so many
+    handwritten digits; `digits` has 4); a Parquet, JSON lines or JSON file; a folder of them,
     such as a downloaded repository; or a folder saved by the datasets library."""
     split: str | None = None
     """Split, where the source has several. None: `train` for training rows; for held-out ones
@@ -49,8 +54,8 @@ class EvalSettings:
     """Evaluation: single decode, no reflection (Sec. 8.3)."""
 
     data: HeldOutSettings | None = None
-    """Held-out rows. None: easy_vqa's where the training rows are easy_vqa's, otherwise none: a run
-    is not evaluated."""
+    """Held-out rows. None: the test split of training rows that come with the installation
+    (`easy_vqa`, `digits`); of other rows none, and a run is not evaluated."""
     greedy: bool = True
     """Report greedy decoding too, beside the training temperature."""
     batch_size: PositiveInt = 256

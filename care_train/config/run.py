@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from care_train.config.base import Role, check, section
 from care_train.config.care import CareSettings
-from care_train.config.data import DataSettings, EvalSettings
+from care_train.config.data import SHIPPED_DATA, DataSettings, EvalSettings
 from care_train.config.deepspeed import DeepSpeedSettings
 from care_train.config.limits import LimitSettings
 from care_train.config.logging import LoggingSettings
@@ -94,7 +94,9 @@ class Config:
         """Where the held-out rows are; None without any."""
         held_out = self.eval.data
         if held_out is None:
-            return DataSettings(split="test") if self.data.path == "easy_vqa" else None
+            if self.data.path not in SHIPPED_DATA:
+                return None
+            return DataSettings(path=self.data.path, split="test")
         path = self.data.path if held_out.path is None else held_out.path
         return DataSettings(path=path, split=held_out.split, max_samples=held_out.max_samples)
 

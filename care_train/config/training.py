@@ -105,6 +105,10 @@ class SftSettings(LoopSettings):
     """Rows per step, over all ranks."""
     eval_data: Annotated[DataSettings | None, Role.FREE] = None
     """Held-out rows with a `rationale`, whose loss is logged as `eval_loss`. None: none."""
+    slip_share: Share = 0.0
+    """Share of rows learnt as a slip, the same rows in every epoch: the wrong rationale and the
+    answer it leads to, for rows that have both (`failed_rationale`, and a column `failed_answer`).
+    What comes out knows and slips, as a start for experiments with near misses."""
     repair_share: Share = 0.0
     """Share of rows shown as a repair: a wrong rationale, the cue, then the right one. A model that
     cannot follow instructions yet learns there what the cue asks for."""

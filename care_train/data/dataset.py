@@ -10,9 +10,10 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, overload
 
-from care_train.config import DataSettings
+from care_train.config import SHIPPED_DATA, DataSettings
 from care_train.data.answers import AnswerType
 from care_train.data.arrow_rows import DIGEST_COLUMN
+from care_train.data.digits import digits_samples
 from care_train.data.easy_vqa import easy_vqa_samples
 from care_train.data.errors import RowError, join_errors
 from care_train.data.files import HELD_OUT, TRAINING, open_rows
@@ -132,8 +133,8 @@ def load_samples(settings: DataSettings, seed: int = 0, key: str = "data") -> Se
     """
     limit = settings.max_samples
     splits = TRAINING if key in ("data", "sft.data") else HELD_OUT
-    if settings.path == "easy_vqa":
-        samples = easy_vqa_samples(settings.split or splits[0])
+    if settings.path in SHIPPED_DATA:
+        samples = _shipped_samples(settings.path, settings.split or splits[0])
         return [samples[place] for place in _choose(len(samples), limit, seed)]
     path = Path(settings.path).expanduser()
     files = open_rows(settings.path, key=f"{key}.path", split=settings.split, default_splits=splits)
@@ -155,6 +156,14 @@ def load_samples(settings: DataSettings, seed: int = 0, key: str = "data") -> Se
     if not is_built:
         _check(samples, f"{key}: {path}")
     return samples
+
+
+def _shipped_samples(name: str, split: str) -> list[Sample]:
+    """All rows of one of SHIPPED_DATA."""
+    if name == "easy_vqa":
+        return easy_vqa_samples(split)
+    _, _, length = name.partition("-")
+    return digits_samples(int(length or 4), split)
 
 
 def require_rationales(samples: Sequence[Sample]) -> Sequence[Sample]:

@@ -4,7 +4,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -143,7 +143,12 @@ class _SftLoop(StepLoop):
 
 
 def sft_target(config: Config, sample: Sample, step: int) -> tuple[str, str]:
-    """(read only, learned) text after the prompt: Sec. 3.1's format, or a repair of it."""
+    """(read only, learned) text after the prompt: Sec. 3.1's format, a slip, or a repair of it."""
+    failed_answer = sample.columns.get("failed_answer")
+    if sample.failed_rationale is not None and failed_answer is not None:
+        if random.Random(f"{config.seed}/slip/{sample.id}").random() < config.sft.slip_share:
+            slip = replace(sample, rationale=sample.failed_rationale, answer=failed_answer)
+            return "", response_text(config.prompt, slip)
     draw = random.Random(f"{config.seed}/{step}/{sample.id}").random()
     if sample.failed_rationale is None or draw >= config.sft.repair_share:
         return "", response_text(config.prompt, sample)

@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 from care_train.cli import main
 from care_train.config import DataSettings, SftSettings
 from care_train.data import load_samples
+from care_train.data.digits import digits_samples
 from care_train.models.prompts import TokenText
 from care_train.training.sft import response_text, sft_target, target_sequence
 from care_train.verifier import format_score
@@ -224,6 +225,22 @@ def test_what_the_cold_start_teaches_is_what_the_verifier_wants(tag, tiny_folder
     repair = make_config({"prompt": {"think_tag": tag}, "sft": {"repair_share": 1.0}})
     prefix, response = sft_target(repair, wrong, step=0)
     assert prefix.startswith(f"<{tag}>it is blue") and format_score(prefix + response, tag) == 1.0
+
+
+def test_a_share_of_rows_is_learnt_as_slips():
+    """The same rows in every step; a row without a wrong answer of its own never slips."""
+    config = make_config({"sft": {"slip_share": 0.5}})
+    rows = digits_samples(3, "train")[:200]
+    slipped = [sft_target(config, row, 0)[1] != response_text(config.prompt, row) for row in rows]
+    assert 60 < sum(slipped) < 140
+    for row, slips in zip(rows, slipped, strict=True):
+        response = sft_target(config, row, 7)[1]
+        answer = row.columns["failed_answer"] if slips else row.answer
+        rationale = row.failed_rationale if slips else row.rationale
+        assert response == f"<think>{rationale}</think> <answer>{answer}</answer>"
+    plain = text_sample(rationale="it is red", failed_rationale="it is blue")
+    slips = make_config({"sft": {"slip_share": 1.0}})
+    assert sft_target(slips, plain, 0)[1] == response_text(slips.prompt, plain)
 
 
 def test_tags_that_are_tokens_are_learnt_as_tokens(tiny_folder, tmp_path):

@@ -1,0 +1,143 @@
+"""Strips of real handwritten digits and questions whose answer must be seen and derived.
+
+The digits are UCI's optdigits (https://doi.org/10.24432/C50P49), 1,797 images of 8 x 8 that
+scikit-learn ships, so a run needs no download. A strip shows 2 to 6 of them; its rationale reads
+them and derives the answer step by step. The failed rationale misreads one digit and goes on from
+there without another mistake: a near miss. Train and test share no image of a digit.
+
+Every row is a pure function of its length, split and number.
+"""
+
+import io
+import random
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from care_train.data.schema import Sample
+
+LENGTHS = range(2, 7)
+"""Digits of a strip."""
+
+NUM_ROWS = {"train": 12_000, "test": 2_000}
+"""Rows of each split."""
+
+KINDS = ("sum", "largest", "smallest", "difference", "even")
+"""What is asked."""
+
+_NUM_TEST_IMAGES = 400
+_TILE = 28  # pixels a side: four patches of 14, which Qwen's vision towers merge into one token
+
+
+def digits_samples(length: int, split: str) -> list[Sample]:
+    """All rows of a split, `train` or `test`; rows count from 1.
+
+    A row's `columns` hold the kind of its question, its `digits` and the `failed_answer` that the
+    failed rationale leads to.
+
+    Raises:
+        ValueError: another split, or a length outside `LENGTHS`.
+    """
+    if split not in NUM_ROWS:
+        raise ValueError(f"data.split: got {split!r}, digits has 'train' and 'test'")
+    if length not in LENGTHS:
+        wanted = f"digits-{LENGTHS.start} to digits-{LENGTHS.stop - 1}"
+        raise ValueError(f"data.path: got 'digits-{length}', wanted {wanted}")
+    return [_sample(length, split, row) for row in range(1, NUM_ROWS[split] + 1)]
+
+
+def derive(kind: str, digits: Sequence[int]) -> tuple[str, str, str]:
+    """Question, rationale and answer about a strip of digits.
+
+    Args:
+        kind: one of `KINDS`.
+        digits: what is read from left to right.
+    """
+    seen = "i see " + " ".join(map(str, digits))
+    high, low = max(digits), min(digits)
+    if kind == "sum":
+        steps, total = [], digits[0]
+        for digit in digits[1:]:
+            steps.append(f"{total} plus {digit} is {total + digit}")
+            total += digit
+        return "what is the sum of the digits?", " . ".join([seen, *steps]), str(total)
+    if kind == "largest":
+        return "what is the largest digit?", f"{seen} . the largest is {high}", str(high)
+    if kind == "smallest":
+        return "what is the smallest digit?", f"{seen} . the smallest is {low}", str(low)
+    if kind == "difference":
+        rationale = f"{seen} . {high} minus {low} is {high - low}"
+        return "what is the largest digit minus the smallest?", rationale, str(high - low)
+    assert kind == "even"
+    even = [digit for digit in digits if digit % 2 == 0]
+    listed = " ".join(map(str, even)) or "none"
+    rationale = f"{seen} . even ones : {listed} . that makes {len(even)}"
+    return "how many digits are even?", rationale, str(len(even))
+
+
+def misreadings(kind: str, digits: Sequence[int]) -> list[list[int]]:
+    """The strip with one digit taken for another, as often as that leads to another answer."""
+    answer = derive(kind, digits)[2]
+    strips = [
+        [*digits[:place], wrong, *digits[place + 1 :]]
+        for place, right in enumerate(digits)
+        for wrong in range(10)
+        if wrong != right
+    ]
+    return [strip for strip in strips if derive(kind, strip)[2] != answer]
+
+
+def _sample(length: int, split: str, row: int) -> Sample:
+    id = f"digits-{length}/{split}/{row}"
+    rng = random.Random(id)
+    labels, _ = _images()
+    chosen = [rng.choice(_image_numbers(split)) for _ in range(length)]
+    digits = [labels[i] for i in chosen]
+    # Of two nines one stays the largest whatever is misread: no slip leads to another answer.
+    kinds = rng.sample(KINDS, len(KINDS))
+    kind, slips = next((kind, slips) for kind in kinds if (slips := misreadings(kind, digits)))
+    question, rationale, answer = derive(kind, digits)
+    _, failed_rationale, failed_answer = derive(kind, rng.choice(slips))
+    return Sample(
+        id=id,
+        prompt=question,
+        answer=answer,
+        images=(_strip(chosen),),
+        rationale=rationale,
+        failed_rationale=failed_rationale,
+        source="digits",
+        location=f"digits-{length} {split}: row {row}",
+        columns={"kind": kind, "digits": digits, "failed_answer": failed_answer},
+    )
+
+
+@cache
+def _images() -> tuple[list[int], list[np.ndarray]]:
+    """What each image shows, and its pixels as dark ink on white, [28, 28] uint8."""
+    data = load_digits()
+    tiles = []
+    for image in data.images:  # [8, 8] of 0 to 16, ink bright
+        tile = Image.fromarray((255 - image * 255 / 16).astype(np.uint8))
+        tiles.append(np.asarray(tile.resize((_TILE, _TILE), Image.Resampling.BICUBIC)))
+    return [int(label) for label in data.target], tiles
+
+
+@cache
+def _image_numbers(split: str) -> list[int]:
+    """The images that a split draws from."""
+    numbers = list(range(len(_images()[0])))
+    random.Random("digits").shuffle(numbers)
+    is_test = split == "test"
+    return numbers[:_NUM_TEST_IMAGES] if is_test else numbers[_NUM_TEST_IMAGES:]
+
+
+def _strip(numbers: Sequence[int]) -> bytes:
+    """Images side by side, as a grey PNG file."""
+    tiles = _images()[1]
+    strip = Image.fromarray(np.concatenate([tiles[i] for i in numbers], axis=1))
+    file = io.BytesIO()
+    strip.save(file, "PNG")
+    return file.getvalue()
