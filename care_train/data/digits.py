@@ -12,6 +12,7 @@ import io
 import random
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -117,7 +118,7 @@ def _sample(length: int, split: str, row: int) -> Sample:
 @cache
 def _images() -> tuple[list[int], list[np.ndarray]]:
     """What each image shows, and its pixels as dark ink on white, [28, 28] uint8."""
-    data = load_digits()
+    data: Any = load_digits()
     tiles = []
     for image in data.images:  # [8, 8] of 0 to 16, ink bright
         tile = Image.fromarray((255 - image * 255 / 16).astype(np.uint8))

@@ -2,6 +2,7 @@
 
 import io
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_rows_hold_together(length: int):
 
 def test_images_show_the_digits():
     """Each tile is an image of scikit-learn's with that label: nearest by pixels, label equal."""
-    data = load_digits()
+    data: Any = load_digits()
     for sample in digits_samples(3, "train")[:40]:
         strip = np.asarray(Image.open(io.BytesIO(sample.images[0])).convert("L"), dtype=float)
         for place, digit in enumerate(sample.columns["digits"]):
