@@ -3,6 +3,7 @@
 # make test-floor   the kernels with the oldest torch and triton they run on, CPU only
 # make docs         the documentation site in build/site; a warning is an error
 # make newest       the test suite with the newest releases of what the trainer uses
+# make audit        known vulnerabilities of what is installed; asks PyPI
 # make gpu          check and measure the kernels on a GPU; uses what PYTHON has installed
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ FLOOR_PYTHON ?= $(PYTHON)
 # Overrides for the run, for example: make quickstart ARGS="algorithm=grpo seed=1", make gpu ARGS=--dry
 ARGS ?=
 
-.PHONY: quickstart test test-slow test-floor docs newest gpu lint type format clean
+.PHONY: quickstart test test-slow test-floor docs newest audit gpu lint type format clean
 
 quickstart: $(READY)
 	$(BIN)/care-train quickstart $(ARGS)
@@ -45,12 +46,17 @@ newest:
 	$(NEWEST)/bin/python -m pip list
 	$(NEWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
 
+audit: $(READY)
+	$(BIN)/python -m pip install --quiet "pip-audit>=2.8"
+	$(BIN)/pip-audit --progress-spinner off
+
 gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml --severity-level medium care_kernels care_train
 
 type: $(READY)
 	$(BIN)/pyright

@@ -165,7 +165,8 @@ class Worker(Generic[Item, Result]):
             if not self._connection.poll(seconds):
                 self.close()
                 return Lost(f"got nothing in {seconds:g} s", is_timeout=True)
-            return pickle.loads(self._connection.recv_bytes())
+            # From our own child, which runs this package's code or the user's own function.
+            return pickle.loads(self._connection.recv_bytes())  # nosec B301
         except (EOFError, OSError):
             self.close()
             return Lost("got the end of its process")

@@ -25,7 +25,8 @@ _Loader.add_implicit_resolver(
 def parse_value(text: str) -> Any:
     """The value of `key=value`: YAML where it is YAML, else the text itself."""
     try:
-        return yaml.load(text, _Loader) if text else ""
+        # _Loader is a SafeLoader.
+        return yaml.load(text, _Loader) if text else ""  # nosec B506
     except yaml.YAMLError:
         return text
 
