@@ -32,18 +32,20 @@ _CONSTANTS: dict[str, tuple[object, str]] = {
     "train.adam_betas": ([0.9, 0.999], "AdamW's betas are 0.9 and 0.999"),
     "loss.importance_over_cap": ("truncate", "a weight above loss.importance_cap is the cap"),
     "rollout.vllm.log_level": ("error", "set VLLM_LOGGING_LEVEL in the environment"),
-    "logging.tensorboard": (True, "logging.report_to lists where metrics go"),
-    "logging.wandb": (False, "logging.report_to lists where metrics go"),
-    "logging.trackio": (False, "logging.report_to lists where metrics go"),
     "care.rescue.delta": (0.1, "the z-score cancels it; care.rescue.scale weakens a rescue"),
 }
 """Keys with the value that is built in now, and what to say of another."""
 
 
+_TRACKERS = {"tensorboard": True, "wandb": False, "trackio": False}
+"""Switches of `logging` that `logging.report_to` lists now, with their defaults."""
+
+
 def without_gone(values: Mapping[str, Any], preset: str) -> dict[str, Any]:
     """`values` without keys that are gone, where they say what this version does anyway.
 
-    A run's config.yaml names every setting, so that an older one stays readable.
+    A run's config.yaml names every setting, so that an older one stays readable. The switches of
+    trackers become `logging.report_to`, `rollout.vllm.sleep` its level.
 
     Args:
         values: nested settings, as given.
@@ -57,10 +59,42 @@ def without_gone(values: Mapping[str, Any], preset: str) -> dict[str, Any]:
     kept = {key: (getattr(decisions, name), _BY_PRESET) for key, name in _DECISIONS.items()}
     kept |= _CONSTANTS
     faults: list[str] = []
-    left = _left(values, (), kept, faults)
+    left = _left(_renamed(values), (), kept, faults)
     if faults:
         raise ValueError("\n".join(faults))
     return left
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with old switches under the settings that have their meaning now.
+
+    Raises:
+        ValueError: an old and a new name of the same thing.
+    """
+    result = dict(values)
+    logging = values.get("logging")
+    if isinstance(logging, Mapping) and logging.keys() & _TRACKERS.keys():
+        rest = {name: value for name, value in logging.items() if name not in _TRACKERS}
+        switches = _TRACKERS | {n: v for n, v in logging.items() if n in _TRACKERS}
+        listed = [name for name, value in switches.items() if value]
+        result["logging"] = _with_new(rest, "report_to", listed, "logging")
+    rollout = values.get("rollout")
+    vllm = rollout.get("vllm") if isinstance(rollout, Mapping) else None
+    if isinstance(rollout, Mapping) and isinstance(vllm, Mapping) and "sleep" in vllm:
+        rest = {name: value for name, value in vllm.items() if name != "sleep"}
+        level = 2 if vllm["sleep"] else 0
+        section = _with_new(rest, "sleep_level", level, "rollout.vllm")
+        result["rollout"] = {**rollout, "vllm": section}
+    return result
+
+
+def _with_new(section: dict[str, Any], name: str, value: Any, path: str) -> dict[str, Any]:
+    if name in section and section[name] != value:
+        raise ValueError(
+            f"{path}.{name}: got {section[name]!r} beside an older setting that says {value!r}, "
+            "wanted one of the two"
+        )
+    return {**section, name: value}
 
 
 _BY_PRESET = "the preset decides it (default | literal | official)"

@@ -358,3 +358,48 @@ def test_roles():
     assert role_of("workers", BuildSettings) is Role.FREE
     with pytest.raises(ValueError, match=r"nothing\.here: no such setting"):
         role_of("nothing.here")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("logging.tensorboard=false", "logging.report_to", []),
+        ("logging.wandb=true", "logging.report_to", ["tensorboard", "wandb"]),
+        ("rollout.vllm.sleep=false", "rollout.vllm.sleep_level", 0),
+        ("rollout.vllm.sleep=true", "rollout.vllm.sleep_level", 2),
+        ("care.clamp_anchor=true", "care.decisions.clamp_anchor", True),
+        ("train.adam_betas=[0.9,0.999]", "train.steps", load_config().train.steps),
+    ],
+)
+def test_older_names_keep_their_meaning(override, key, value):
+    """What an older command said is still understood, where this version can do it."""
+    config = load_config(None, [override])
+    for part in key.split("."):
+        config = getattr(config, part)
+    assert config == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "care.clamp_anchor=false",
+            "care.clamp_anchor: got False, but this setting is gone",
+        ),
+        (
+            "train.adam_betas=[0.9,0.95]",
+            "train.adam_betas: got .* this setting is gone: AdamW",
+        ),
+        ("care.robust=true", "care.robust: got True, but this setting is gone: mean and standard"),
+    ],
+)
+def test_a_setting_that_is_gone_says_what_takes_its_place(override, message):
+    """Never ignored where it would have made a difference."""
+    with pytest.raises(ValueError, match=message):
+        load_config(None, [override])
+
+
+def test_an_old_and_a_new_name_of_one_setting():
+    """Both at once are refused unless they agree."""
+    with pytest.raises(ValueError, match=r"logging\.report_to: got .* beside an older setting"):
+        load_config(None, ["logging.tensorboard=false", "logging.report_to=[wandb]"])
