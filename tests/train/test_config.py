@@ -403,3 +403,15 @@ def test_an_old_and_a_new_name_of_one_setting():
     """Both at once are refused unless they agree."""
     with pytest.raises(ValueError, match=r"logging\.report_to: got .* beside an older setting"):
         load_config(None, ["logging.tensorboard=false", "logging.report_to=[wandb]"])
+
+
+def test_the_table_of_other_trainers_names_is_true():
+    """docs/coming_from.md: every name is recognised, and what it is here is a key."""
+    text = (Path(__file__).parents[2] / "docs" / "coming_from.md").read_text()
+    table = text.partition("| TRL | verl | EasyR1 | here |")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`([^`]+)`", line) for line in table.splitlines() if "`" in line]
+    assert len(rows) > 30
+    for *foreign, here in rows:
+        assert find_key(here) is not None, here
+        for name in foreign:
+            assert re.match(rf"{re.escape(here)}\b", FOREIGN[name]), (name, FOREIGN[name])
