@@ -28,6 +28,7 @@ from care_train.verifier.notation import (
     plain_latex,
     split_equation,
     split_top,
+    tight,
     unwrap,
     value_of_statement,
 )
@@ -79,7 +80,7 @@ def compare(item: Item, symbolic: Symbolic) -> Verdict:
     if not predicted.strip():
         return Verdict(0.0, "empty answer")
     kind = item.answer_type or infer_type(expected, item.options)
-    if kind is not AnswerType.MATH and normalize(predicted) == normalize(expected):
+    if kind is not AnswerType.MATH and tight(predicted) == tight(expected):
         return Verdict(1.0, "exact match", kind)
     # GSM8K's keys end a solution.
     expected = expected.rpartition("\n#### ")[2]
@@ -187,7 +188,7 @@ def _relaxed(item: Item, symbolic: Symbolic) -> str:
 
 
 def _math(item: Item, symbolic: Symbolic) -> str:
-    got, wanted = plain_latex(item.predicted), plain_latex(item.expected)
+    got, wanted = (plain_latex(text.rstrip(" .。")) for text in (item.predicted, item.expected))
     if canonical(got) == canonical(wanted):
         return "the same expression"
     name, got_right = split_equation(got)

@@ -22,6 +22,8 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{\s*([^{}]*?)\s*\}")
+# A full-width colon, stop, comma or bracket behind a letter has its space within.
+_WIDE_STOP = re.compile("^(\\W*[A-Ja-j\uff21-\uff2a][\uff1a\uff0e\u3001\uff0c\uff09])(?=\\S)")
 _AFTER = re.compile(r"\s*(?:选项|正确|是正确的?)$")
 _EXPLAINED = re.compile(
     r"\(?([A-Z])\)?[,.]? (?:because|since|as|not|rather than) (\S.*)", re.DOTALL
@@ -60,7 +62,8 @@ def is_choice_key(key: str, options: Sequence[str]) -> bool:
 
 def split_choice(text: str) -> tuple[str, str]:
     """(letter, text after it); ("", text) without a letter, ("", "") where there are several."""
-    text = unfold_case(_TEXT.sub(r"\1", text)).strip().strip("*").strip()
+    text = _WIDE_STOP.sub(r"\1 ", _TEXT.sub(r"\1", text))
+    text = unfold_case(text).strip().strip("*").strip()
     if named := _NAMED.match(text):
         text = text[named.end() :]
     text = _AFTER.sub("", text)

@@ -128,6 +128,19 @@ def normalize(text: str) -> str:
     return _ARTICLE.sub("", bare, count=1) if _ARTICLE.match(bare) else bare or plain
 
 
+def tight(text: str) -> str:
+    """`normalize` without the spaces beside a mark or bracket, which carry no meaning.
+
+    A space stays between words, between a full stop and a digit ("3. 5"), and, outside brackets,
+    where a comma and three digits without it would be thousands ("10, 200").
+    """
+    text = normalize(text)
+    text = re.sub(r"(?<=[^\w\s.,]) +| +(?=[^\w\s])", "", text)
+    text = re.sub(r"\. +(?![0-9])", ".", text)
+    is_bracketed = any(bracket in text for bracket in "([{")
+    return re.sub(r", +" if is_bracketed else r", +(?![0-9]{3}(?![0-9]))", ",", text)
+
+
 def fold(text: str) -> str:
     """Lower case in compatibility form; exponents and fractions of one character spelled out."""
     return unfold_case(text).casefold()
