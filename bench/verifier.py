@@ -284,15 +284,17 @@ def main() -> int:
     if len(pairs) < MIN_PAIRS:
         print(f"{PAIRS}: got {len(pairs)} pairs, wanted at least {MIN_PAIRS}", file=sys.stderr)
         return 2
-    figures = compare_pairs(pairs, pool) | compare_forms(pool)
-    pool.close()
+    figures = compare_pairs(pairs, pool)
     if figures["precision"] is None:
+        pool.close()
         print(
             f"precision: got no accepted answer among {len(pairs)} pairs, wanted at least one: "
             "there is nothing to measure",
             file=sys.stderr,
         )
         return 2
+    figures |= compare_forms(pool)
+    pool.close()
     figures |= throughput(pairs)
     figures |= attack(options.hostile, options.timeout)
     print(json.dumps(figures))

@@ -7,6 +7,7 @@ import pytest
 
 from bench import verifier as bench
 from bench.hostile import hostile_answers
+from bench.verifier_forms import formed_pairs
 from care_train.verifier import AnswerType, WorkerPool, verify_batch
 
 PAIRS = bench.read_pairs()
@@ -52,6 +53,8 @@ def test_figures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     monkeypatch.setattr(bench, "read_pairs", lambda: few)
     monkeypatch.setattr(bench, "MIN_PAIRS", 40)
     monkeypatch.setattr(bench, "_SECONDS", 0.2)
+    # One pair of each form; the bench itself takes twelve.
+    monkeypatch.setattr(bench, "formed_pairs", lambda: formed_pairs(repeats=1))
     monkeypatch.setattr("sys.argv", ["bench", "--hostile", "150", "--timeout", "20"])
     assert bench.main() == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
