@@ -11,7 +11,7 @@ from care_kernels.oracle import reference_token_advantages
 from care_kernels.region_weights import token_advantages
 from care_train.algorithm.region_weights import token_credit
 from care_train.algorithm.types import TrainSequence
-from care_train.config import CareSettings, LossSettings
+from care_train.config import CareSettings, Decisions, LossSettings
 from care_train.training.update import loss_rows
 from tests.algorithm.builders import right, wrong
 from tests.kernels.cases import error
@@ -125,7 +125,7 @@ def test_shifted_spans_shift_the_result(batch: SpanBatch, shift: int) -> None:
 )
 def test_agrees_with_the_trainer(shapes: list[tuple[int, int, bool]], think_weight: float) -> None:
     """On well-formed rollouts whose tags and EOS weigh 0, the trainer's rows: one Eq. 11."""
-    settings = CareSettings(think_weight=think_weight, tag_weight=0.0)
+    settings = CareSettings(think_weight=think_weight, decisions=Decisions(tag_weight=0.0))
     rollouts = [
         right(think=think, answer=answer) if good else wrong(think=think, answer=answer)
         for think, answer, good in shapes
@@ -159,9 +159,8 @@ def test_agrees_with_the_trainer(shapes: list[tuple[int, int, bool]], think_weig
 
 
 def test_the_trainers_defaults() -> None:
-    """gamma+ and eps_w default to the trainer's."""
-    settings = CareSettings()
-    explicit = padded(BATCH, think_weight=settings.think_weight, weight_eps=settings.weight_eps)
+    """gamma+ defaults to the trainer's."""
+    explicit = padded(BATCH, think_weight=CareSettings().think_weight)
     assert torch.equal(padded(BATCH), explicit)
 
 

@@ -120,17 +120,17 @@ def test_a_cold_start_goes_on_too(start, color_rows, monkeypatch):
     out = _folder(start, "cold").parent
     arguments = ["sft", *SMALL, *data_arguments(color_rows), *COLD_START, f"output_dir={out}"]
     arguments += ["name=cut", "sft.save_every=10"]
-    real = sft._sft_step
+    real = sft._SftLoop.step
 
-    def cut(session, engine, samples, step):
+    def cut(loop, step):
         if step == 17:
             raise KeyboardInterrupt
-        return real(session, engine, samples, step)
+        return real(loop, step)
 
-    monkeypatch.setattr(sft, "_sft_step", cut)
+    monkeypatch.setattr(sft._SftLoop, "step", cut)
     with pytest.raises(KeyboardInterrupt):
         main(arguments)
-    monkeypatch.setattr(sft, "_sft_step", real)
+    monkeypatch.setattr(sft._SftLoop, "step", real)
     assert _saves(out / "cut", "cold_start_checkpoints") == {"step_000010"}
     for _ in range(2):
         assert main([*arguments, "--resume"]) == 0
