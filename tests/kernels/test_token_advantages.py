@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 from care_kernels.oracle import reference_token_advantages
 from care_kernels.region_weights import token_advantages
-from care_train.algorithm.region_weights import token_credit
+from care_train.algorithm.region_weights import spread_advantages, token_credit
 from care_train.algorithm.types import TrainSequence
-from care_train.config import CareSettings, Decisions, LossSettings
-from care_train.training.update import loss_rows
+from care_train.config import CareSettings, Decisions
 from tests.algorithm.builders import right, wrong
 from tests.kernels.cases import error
 from tests.kernels.span_cases import SpanBatch, normal_floats, pad, span_batches
@@ -143,8 +142,7 @@ def test_agrees_with_the_trainer(shapes: list[tuple[int, int, bool]], think_weig
         )
         for i, rollout in enumerate(rollouts)
     ]
-    scales = [1.0] * len(sequences)
-    want = loss_rows(sequences, scales, LossSettings(), torch.device("cpu")).advantages
+    want = spread_advantages(sequences)
     got = packed(
         SpanBatch(
             seq_lens=[len(rollout.token_ids) for rollout in rollouts],
