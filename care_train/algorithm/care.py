@@ -6,7 +6,7 @@
     subgroup_update      lines 26-41            advantages.py, region_weights.py
 
 Line 41 (Eq. 11) is `care_kernels.token_advantages`, lines 42-43, the clipped surrogate and the KL
-(Eqs. 12-13), are `care_kernels.linear_policy_loss`; `training.update` hands them their rows.
+(Eqs. 12-13), are `care_kernels.linear_policy_loss`; `training.loss` hands them their rows.
 """
 
 import torch

@@ -14,8 +14,8 @@ from care_train.algorithm.care import select_subgroup, subgroup_update
 from care_train.algorithm.region_weights import token_credit
 from care_train.algorithm.types import GroupUpdate, Spans, Subgroup, TrainSequence
 from care_train.config import CareSettings, load_config
+from care_train.training.loss import loss_rows
 from care_train.training.metrics import step_metrics
-from care_train.training.update import loss_rows
 from tests.algorithm.builders import (
     care,
     indices,

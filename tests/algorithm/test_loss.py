@@ -7,7 +7,7 @@ import torch
 
 from care_train.algorithm.types import GroupUpdate, TrainSequence, skipped_update
 from care_train.config import LossSettings
-from care_train.training.update import (
+from care_train.training.loss import (
     Denominators,
     LossRows,
     local_denominators,

@@ -23,6 +23,7 @@ from care_kernels.oracle import (
 from care_kernels.vocab_parallel import VocabShard
 from care_train.algorithm.types import TrainSequence
 from care_train.config import LossSettings
+from care_train.training.loss import loss_rows
 from tests.algorithm.builders import credit_of, right
 from tests.kernels.care_cases import (
     PER_TOKEN,
@@ -219,9 +220,6 @@ def test_empty_batches(num_rows: int, num_tokens: int) -> None:
 
 def test_the_trainers_rows() -> None:
     """Token advantages and KL shares are those `care_train` feeds its own loss with."""
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    from care_train.training.update import loss_rows
-
     case = with_kl(make_case(), "k3")
     settings = LossSettings(kl_coef=case["kl_coef"])
     credit = ours(case).token_advantages

@@ -1,0 +1,89 @@
+"""From group updates to rows of `care_kernels.linear_policy_loss` (Algorithm 1, lines 41-43)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from care_train.algorithm.region_weights import spread_advantages
+from care_train.algorithm.types import GroupUpdate, TrainSequence
+from care_train.config import LossSettings
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """What the loss of one optimiser step is divided by, summed over ranks and micro-batches."""
+
+    sequences: float
+    """|S*| of Eq. 12, or all sampled sequences for a baseline."""
+    tokens: float
+    """Their response tokens."""
+    groups: float
+    """Groups that train."""
+
+
+def local_denominators(updates: Sequence[GroupUpdate]) -> list[float]:
+    """This rank's share of [sequences, tokens, groups]."""
+    return [
+        float(sum(update.num_sequences for update in updates)),
+        float(sum(update.num_tokens for update in updates)),
+        float(sum(bool(update.sequences) for update in updates)),
+    ]
+
+
+def sequence_scale(
+    update: GroupUpdate,
+    denominators: Denominators,
+    loss: LossSettings,
+    max_new_tokens: int,
+    *,
+    per_group: bool,
+) -> float:
+    """The factor 1/|S*| of Eq. 12, or what `loss.aggregation` puts in its place."""
+    if loss.aggregation == "token":
+        return 1.0 / denominators.tokens
+    if loss.aggregation == "max_length":
+        return 1.0 / (denominators.sequences * max_new_tokens)
+    if per_group:
+        return 1.0 / (update.num_sequences * denominators.groups)
+    return 1.0 / denominators.sequences
+
+
+@dataclass(frozen=True)
+class LossRows:
+    """Rows of the fused loss for sequences laid end to end, [N] float32 each."""
+
+    advantages: torch.Tensor
+    """Eq. 11's a_{i,t}, divided by the loss's denominator."""
+    kl_weights: torch.Tensor | None
+    """beta times the row's share: the mean over the sequence, then over S*."""
+    entropy_weights: torch.Tensor | None
+
+
+def loss_rows(
+    sequences: Sequence[TrainSequence],
+    scales: Sequence[float],
+    loss: LossSettings,
+    device: torch.device,
+) -> LossRows:
+    """The rows' coefficients of Eqs. 12-13 for sequences of S*.
+
+    Args:
+        sequences: at least one, whose credit differs in its regions alone.
+        scales: `sequence_scale` of each.
+        loss: aggregation and coefficients.
+        device: where the rows go.
+    """
+    lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
+    advantages = spread_advantages(sequences, scales, device)
+    # Under a token mean, every token counts alike; otherwise every sequence does.
+    is_sequence_mean = loss.aggregation == "sequence"
+    shares = [s / n if is_sequence_mean else s for s, n in zip(scales, lengths, strict=True)]
+    uniform = torch.tensor(shares, dtype=torch.float32, device=device).repeat_interleave(
+        torch.tensor(lengths, device=device), output_size=sum(lengths)
+    )
+    return LossRows(
+        advantages,
+        loss.kl_coef * uniform if loss.kl_coef else None,
+        loss.entropy_coef * uniform if loss.entropy_coef else None,
+    )
