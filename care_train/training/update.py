@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from care_kernels import Clip
+from care_train.algorithm.types import GroupUpdate
 from care_train.config import Config
 from care_train.distributed import all_sum
 from care_train.training.engine import MicroBatch, PolicyEngine, StepResult
