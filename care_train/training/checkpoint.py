@@ -218,7 +218,7 @@ class Checkpoints:
         found = []
         path = self.folder / BEST_FILE
         if path.is_file():
-            entry = json.loads(path.read_text())
+            entry = _read_mark(path)
             if (self.folder / entry["checkpoint"]).is_dir():
                 found.append(entry)
         metric = self._metric or (found[0]["metric"] if found else None)
@@ -228,6 +228,28 @@ class Checkpoints:
                 found.append({"checkpoint": folder.name, "metric": metric, "value": value})
         found = [entry for entry in found if entry["metric"] == metric]
         return max(found, key=lambda entry: entry["value"], default=None)
+
+
+def _read_mark(path: Path) -> dict[str, Any]:
+    """What `best.json` says.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        entry = json.loads(path.read_text())
+    except ValueError:
+        entry = None
+    kinds = {"checkpoint": str, "metric": str, "value": (int, float)}
+    is_whole = isinstance(entry, dict) and all(
+        isinstance(entry.get(name), kind) for name, kind in kinds.items()
+    )
+    if not is_whole or Path(entry["checkpoint"]).name != entry["checkpoint"]:
+        raise ValueError(
+            f"{path}: got {path.read_text(errors='replace')[:80]!r}, wanted the best checkpoint's "
+            "name, metric and value: delete the file, the checkpoints hold their scores too"
+        )
+    return entry
 
 
 def save_model(engine: PolicyEngine, folder: Path) -> None:

@@ -141,6 +141,23 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
         again.find("step_3")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"checkpoint": "step_000001"}',
+        '{"checkpoint": "../x", "metric": "m", "value": 1}',
+    ],
+)
+def test_a_damaged_mark_of_the_best_is_named(text, tmp_path):
+    """Not a traceback: the file, what it holds and that it can be deleted."""
+    _save(Checkpoints(tmp_path), 1)
+    (tmp_path / "best.json").write_text(text)
+    with pytest.raises(ValueError, match=r"best\.json: got .*: delete the file"):
+        Checkpoints(tmp_path, metric="accuracy")
+
+
 def test_leftovers_of_kills_are_cleaned_up(tmp_path):
     """Unfinished writes and deletions are no checkpoints, and go at the next start."""
     checkpoints = Checkpoints(tmp_path, keep=2)
