@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,10 +237,9 @@ def _read_mark(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged.
     """
-    try:
+    entry: Any = None
+    with suppress(ValueError):
         entry = json.loads(path.read_text())
-    except ValueError:
-        entry = None
     kinds = {"checkpoint": str, "metric": str, "value": (int, float)}
     is_whole = isinstance(entry, dict) and all(
         isinstance(entry.get(name), kind) for name, kind in kinds.items()
