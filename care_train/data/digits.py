@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from care_train.data.schema import Sample
 
@@ -118,6 +117,9 @@ def _sample(length: int, split: str, row: int) -> Sample:
 @cache
 def _images() -> tuple[list[int], list[np.ndarray]]:
     """What each image shows, and its pixels as dark ink on white, [28, 28] uint8."""
+    # Here, as scikit-learn takes a second to import and other data sets do without it.
+    from sklearn.datasets import load_digits
+
     data: Any = load_digits()
     tiles = []
     for image in data.images:  # [8, 8] of 0 to 16, ink bright
