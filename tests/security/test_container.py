@@ -28,7 +28,7 @@ def _arguments(desk: Path) -> list[str]:
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return [
         *("train", *SMALL, *data_arguments(rows), "model.path=tiny-qwen2", "train.steps=1"),
-        *("rollout.max_new_tokens=8", "model.dtype=bfloat16", "logging.tensorboard=true"),
+        *("rollout.max_new_tokens=8", "model.dtype=bfloat16", "logging.report_to=[tensorboard]"),
     ]
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from care_train.training.failures import RANK_LOST_STATUS
 from care_train.training.processes import ProcessId
 from care_train.training.ranks import Fault, ForeignValueError, RankBoard
-from tests.train.runs import SMALL, FastRun, data_arguments
+from tests.train.runs import FastRun, text_run_arguments
 
 AT_THIRD_STEP = """
 import os
@@ -26,13 +26,7 @@ TrainStep.run = run
 
 @pytest.fixture
 def arguments(tmp_path) -> list[str]:
-    rows = tmp_path / "rows.jsonl"
-    lines = [{"prompt": f"what is {i} and one?", "answer": f"{i + 1}"} for i in range(8)]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return [
-        *("train", *SMALL, *data_arguments(rows), f"output_dir={tmp_path}", "name=run"),
-        *("model.path=tiny-qwen2", "rollout.max_new_tokens=8", "algorithm=grpo", "train.steps=4"),
-    ]
+    return [*text_run_arguments(tmp_path), "algorithm=grpo", "train.steps=4"]
 
 
 LISTENERS = """

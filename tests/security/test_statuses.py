@@ -2,14 +2,13 @@
 traceback, whatever is wrong around it."""
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from care_train.training.failures import DISK_FULL_STATUS, INPUT_STATUS
-from tests.train.runs import SMALL, FastRun, data_arguments
+from tests.train.runs import SMALL, FastRun, data_arguments, mounted_disk
 
 ODD_NAMES = ["[/red]", "[bold]x", "<img src=x onerror=alert(1)>", "a|b`c`", "a\nb", "\x1b[31mx"]
 
@@ -29,7 +28,7 @@ def _arguments(rows: Path, out: Path) -> list[str]:
     return [
         *("train", *SMALL, *data_arguments(rows), f"output_dir={out}", "name=run"),
         *("model.path=tiny-qwen2", "rollout.max_new_tokens=8", "algorithm=grpo", "train.steps=2"),
-        *("train.schedule=constant", "train.save_every=1", "logging.tensorboard=true"),
+        *("train.schedule=constant", "train.save_every=1", "logging.report_to=[tensorboard]"),
     ]
 
 
@@ -51,13 +50,8 @@ def test_files_that_extend_each_other_are_an_error(other, tmp_path):
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
     """A disk of 8 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    options = ("-t", "tmpfs", "-o", "size=8m,nr_inodes=400", "none", str(folder))
-    if subprocess.run(["mount", *options], capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted_disk(tmp_path / "disk", "size=8m,nr_inodes=400") as folder:
+        yield folder
 
 
 def _leave(disk: Path, free: int) -> None:

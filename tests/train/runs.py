@@ -9,8 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from care_train.distributed import own_environment
 
@@ -175,6 +178,28 @@ def run(*arguments: str, ranks: int = 1) -> str:
 
 def data_arguments(rows: Path) -> list[str]:
     return [f"{section}.path={rows}" for section in ("data", "sft.data", "eval.data")]
+
+
+def text_run_arguments(folder: Path) -> list[str]:
+    """`train` on eight rows of text with a tiny language model: the run `run` in `folder`."""
+    rows = folder / "rows.jsonl"
+    lines = [{"prompt": f"what is {i} and one?", "answer": f"{i + 1}"} for i in range(8)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [
+        *("train", *SMALL, *data_arguments(rows), f"output_dir={folder}", "name=run"),
+        *("model.path=tiny-qwen2", "rollout.max_new_tokens=8"),
+    ]
+
+
+@contextmanager
+def mounted_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A small disk of its own at `folder`; the test is skipped where only root may mount one."""
+    folder.mkdir()
+    options = ("-t", "tmpfs", "-o", size, "none", str(folder))
+    if subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def timeless(run_dir: Path, log: str = "metrics.jsonl") -> list[dict]:

@@ -1,6 +1,5 @@
 """Break real runs in every way that runs break; each ends with a message, none hangs."""
 
-import json
 import re
 import signal
 import subprocess
@@ -20,7 +19,13 @@ from care_train.training.failures import (
     OUT_OF_MEMORY_STATUS,
     RANK_LOST_STATUS,
 )
-from tests.train.runs import ROOT, SMALL, FastRun, data_arguments, timeless
+from tests.train.runs import (
+    ROOT,
+    FastRun,
+    mounted_disk,
+    text_run_arguments,
+    timeless,
+)
 
 IN_REWARD = """
 import os, time
@@ -38,13 +43,7 @@ Verifier.score_batch = score_batch
 
 @pytest.fixture
 def arguments(tmp_path) -> list[str]:
-    rows = tmp_path / "rows.jsonl"
-    lines = [{"prompt": f"what is {i} and one?", "answer": f"{i + 1}"} for i in range(8)]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return [
-        *("train", *SMALL, *data_arguments(rows), f"output_dir={tmp_path}", "name=run"),
-        *("model.path=tiny-qwen2", "rollout.max_new_tokens=8", "train.steps=40"),
-    ]
+    return [*text_run_arguments(tmp_path), "train.steps=40"]
 
 
 def _steps(folder: Path) -> int:
@@ -349,13 +348,8 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(arguments, tmp_pa
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 24 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    options = ("-t", "tmpfs", "-o", "size=24m", "none", str(folder))
-    if subprocess.run(["mount", *options], capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted_disk(tmp_path / "disk", "size=24m") as folder:
+        yield folder
 
 
 def test_a_log_that_finds_no_room_ends_the_run(arguments, small_disk):
