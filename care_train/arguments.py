@@ -22,6 +22,7 @@ examples:
   care-train verify < answers.jsonl
   care-train data build --config configs/data/rl.yaml
   care-train export --run runs/care --checkpoint best --out care-best
+  care-train report runs/care runs/grpo --out comparison.html
   care-train table care=runs/score-0,runs/score-1 grpo=runs/score-2,runs/score-3
 
 Every run writes runs/<name>/: config.yaml, metrics.jsonl, summary.json, checkpoints/, final/ (a
@@ -130,6 +131,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--adapter", action="store_true", help="the LoRA adapter alone, not the merged model"
     )
+    summary = "one HTML page of runs: curves, diagnostics, a browser of their groups"
+    report = commands.add_parser("report", help=summary, description=_sentence(summary))
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    out = "the file to write; default: report.html in the first run's folder"
+    report.add_argument("--out", type=Path, metavar="FILE", help=out)
     summary = "means over the evaluations of several trainings, beside the paper's Tables 1 and 2"
     table = commands.add_parser("table", help=summary, description=_sentence(summary))
     table.add_argument(

@@ -136,6 +136,15 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from care_train.reporting.page import write_page
+
+    path = options.out or options.runs[0] / "report.html"
+    write_page(options.runs, path)
+    print(path)
+    return 0
+
+
 def _table(options: argparse.Namespace) -> int:
     from care_train.evaluation.table import combine_runs, trainings_markdown
 
@@ -227,6 +236,7 @@ _COMMANDS = {
     "verify": _verify,
     "data": _build_data,
     "export": _export,
+    "report": _report,
     "table": _table,
 }
 

@@ -11,9 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from care_train.reporting.curves import Records, average_window, seed_curves, series, smoothed
 from care_train.reporting.interval import mean_interval
-
-Records = Sequence[Mapping[str, Any]]
 
 # Okabe and Ito's palette: told apart with any colour vision. Dashes tell lines apart in grey.
 _BLUE, _VERMILION, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
@@ -114,14 +113,19 @@ def plot_comparison(
     """
     if not runs:
         raise ValueError("runs: got none, wanted at least one label")
-    curves = {label: _seed_curves(label, seeds, phase, key) for label, seeds in runs.items()}
+    curves = {label: seed_curves(seeds, phase, key) for label, seeds in runs.items()}
+    for label, (steps, seeds) in curves.items():
+        if not seeds:
+            raise ValueError(f"runs[{label!r}]: got no seeds, wanted at least one")
+        if not len(steps):
+            raise ValueError(f"runs[{label!r}]: its seeds share no {phase} step with a {key!r}")
     longest = max(len(steps) for steps, _ in curves.values())
-    window = _window(longest) if phase == "train" else 1
+    window = average_window(longest) if phase == "train" else 1
     with matplotlib.rc_context(_STYLE):
         figure = _figure(7.6, 4.4)
         axis = figure.subplots()
         for index, (label, (steps, seeds)) in enumerate(curves.items()):
-            _draw_run(axis, index, label, steps, [_smoothed(values, window) for values in seeds])
+            _draw_run(axis, index, label, steps, [smoothed(values, window) for values in seeds])
         _label(axis, key)
         axis.set_title(axis.get_title(loc="left"), fontsize=12, pad=24)
         axis.legend(loc="best", fontsize=10)
@@ -136,15 +140,15 @@ def plot_comparison(
 
 def _draw_panel(axis: Axes, metrics: Records, phase: str, key: str) -> None:
     """Training steps as a line, evaluations as diamonds, the rationale's length beside it."""
-    both = key == "response_length" and len(_series(metrics, phase, "think_length")[0])
-    _draw_curve(axis, *_series(metrics, phase, key), _BLUE, "response" if both else "")
+    both = key == "response_length" and len(series(metrics, phase, "think_length")[0])
+    _draw_curve(axis, *series(metrics, phase, key), _BLUE, "response" if both else "")
     if both:
-        _draw_curve(axis, *_series(metrics, phase, "think_length"), _ORANGE, "rationale")
+        _draw_curve(axis, *series(metrics, phase, "think_length"), _ORANGE, "rationale")
     for decoding, name, face in (
         ("sampled", key, _VERMILION),
         ("greedy", f"greedy_{key}", "white"),
     ):
-        steps, values = _series(metrics, "eval", name)
+        steps, values = series(metrics, "eval", name)
         if len(steps):
             style = {"color": _VERMILION, "markerfacecolor": face, "markersize": 6, "zorder": 4}
             axis.plot(steps, values, "D", label=f"evaluation, {decoding}", clip_on=False, **style)
@@ -153,29 +157,29 @@ def _draw_panel(axis: Axes, metrics: Records, phase: str, key: str) -> None:
 def _draw_curve(axis: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
     if not len(steps):
         return
-    window = _window(len(steps))
+    window = average_window(len(steps))
     if window > 1:
         axis.plot(steps, values, color=color, alpha=0.25, linewidth=1)
     marker = "o" if len(steps) == 1 else ""
-    smooth = _smoothed(values, window)
+    smooth = smoothed(values, window)
     axis.plot(steps, smooth, color=color, linewidth=2, marker=marker, label=label)
 
 
 def _draw_groups(axis: Axes, metrics: Records, phase: str, key: str) -> None:
     """What became of each step's groups, as shares; and how often a reflection succeeded."""
-    steps, groups = _series(metrics, phase, key)
-    window = _window(len(steps))
-    total = np.maximum(_smoothed(groups, window), 1e-9)
+    steps, groups = series(metrics, phase, key)
+    window = average_window(len(steps))
+    total = np.maximum(smoothed(groups, window), 1e-9)
     shares = []
     for name in ("groups_rescued", "groups_skipped"):
-        known = dict(zip(*_series(metrics, phase, name), strict=True))
+        known = dict(zip(*series(metrics, phase, name), strict=True))
         counts = np.array([known.get(step, 0.0) for step in steps])
-        shares.append(_smoothed(counts, window) / total)
+        shares.append(smoothed(counts, window) / total)
     colors, labels = ("#A6D4F0", _ORANGE, "#E2E2E2"), ("trained", "rescued", "skipped")
     axis.stackplot(steps, 1 - sum(shares), *shares, colors=colors, labels=labels)
-    tried, success = _series(metrics, phase, "reflection_success")
+    tried, success = series(metrics, phase, "reflection_success")
     if len(tried):
-        smooth = _smoothed(success, _window(len(tried)))
+        smooth = smoothed(success, average_window(len(tried)))
         axis.plot(tried, smooth, color="#222222", linestyle="--", label="reflection success")
     axis.grid(False)
     axis.set_ylim(0, 1)
@@ -206,42 +210,6 @@ def _label(axis: Axes, key: str) -> None:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     elif key in ("kl", "response_length", "gap_mean"):
         axis.set_ylim(bottom=min(0.0, axis.dataLim.y0))
-
-
-def _seed_curves(
-    label: str, seeds: Sequence[Records], phase: str, key: str
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The steps every seed has, and each seed's values there."""
-    if not seeds:
-        raise ValueError(f"runs[{label!r}]: got no seeds, wanted at least one")
-    series = [dict(zip(*_series(records, phase, key), strict=True)) for records in seeds]
-    steps = sorted(set.intersection(*(set(values) for values in series)))
-    if not steps:
-        raise ValueError(f"runs[{label!r}]: its seeds share no {phase} step with a {key!r}")
-    return np.array(steps), [np.array([values[step] for step in steps]) for values in series]
-
-
-def _series(metrics: Records, phase: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of `key`, where a record of `phase` has one, by step."""
-    points = sorted(
-        (record["step"], float(record[key]))
-        for record in metrics
-        if record["phase"] == phase and record.get(key) is not None
-    )
-    return np.array([step for step, _ in points]), np.array([value for _, value in points])
-
-
-def _window(count: int) -> int:
-    """An odd number of points, about a twentieth of them."""
-    return 1 if count < 10 else 2 * (count // 40 + 1) + 1
-
-
-def _smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving average; towards the ends over the points there are."""
-    kernel = np.ones(min(window, 2 * len(values) - 1))
-    half = len(kernel) // 2
-    weights = np.convolve(np.ones(len(values)), kernel)[half : half + len(values)]
-    return np.convolve(values, kernel)[half : half + len(values)] / weights
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -63,7 +63,7 @@ def write_report(
     sections = [
         f"# {markdown_text(summary.get('name', run_dir.name))}",
         _headline(summary),
-        _facts(summary),
+        markdown_table(("", ""), fact_rows(summary)),
         _time_use(metrics),
         _scores(summary),
         _pictures(run_dir),
@@ -94,29 +94,33 @@ def _headline(summary: Mapping[str, Any]) -> str:
     return f"Accuracy {verb} {change}."
 
 
-def _facts(summary: Mapping[str, Any]) -> str:
+def fact_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What ran: label and value."""
     rows = [(label, _number(summary[key])) for key, label in _FACTS.items() if key in summary]
     if _known(summary, "wall_seconds"):
         rows.append(("Wall time", str(timedelta(seconds=round(summary["wall_seconds"])))))
-    return markdown_table(("", ""), rows)
+    return rows
+
+
+def score_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Label, then before and after where both are known, else the single evaluation's score."""
+    total = summary.get("num_questions")
+    rows = [
+        (label, _share(summary[f"{key}_before"], total), _share(summary[f"{key}_after"], total))
+        for key, label in _SCORES.items()
+        if _known(summary, f"{key}_before", f"{key}_after")
+    ]
+    single = _SCORES | {"greedy_accuracy": _SCORES["greedy"]}
+    return rows or [(single[k], _share(summary[k], total)) for k in single if _known(summary, k)]
 
 
 def _scores(summary: Mapping[str, Any]) -> str:
-    """Before and after where both are known, else the single evaluation's scores."""
-    total = summary.get("num_questions")
-    rows = []
-    for key, label in _SCORES.items():
-        if _known(summary, f"{key}_before", f"{key}_after"):
-            values = (summary[f"{key}_before"], summary[f"{key}_after"])
-            rows.append((label, *(_share(value, total) for value in values)))
-    if rows:
-        header = ("", "Before", "After")
-    else:
-        header = ("", "Score")
-        single = _SCORES | {"greedy_accuracy": _SCORES["greedy"]}
-        rows = [(single[k], _share(summary[k], total)) for k in single if _known(summary, k)]
+    rows, total = score_rows(summary), summary.get("num_questions")
+    if not rows:
+        return ""
+    header = ("", "Before", "After") if len(rows[0]) == 3 else ("", "Score")
     note = f"\n\nBrackets: 95% Wilson interval over {total:,} questions." if total else ""
-    return f"## Scores\n\n{markdown_table(header, rows)}{note}" if rows else ""
+    return f"## Scores\n\n{markdown_table(header, rows)}{note}"
 
 
 def _share(value: float, total: int | None) -> str:
@@ -133,10 +137,11 @@ def _pictures(run_dir: Path) -> str:
     return "\n\n".join(["## Curves", *images]) if images else ""
 
 
-def _group_use(metrics: Records) -> str:
+def group_rows(metrics: Records) -> list[tuple[str, str, str]]:
+    """How a run's groups were used: label, count and share."""
     groups = _total(metrics, "groups")
     if not groups:
-        return ""
+        return []
     rows = [
         (label, f"{_total(metrics, key):,.0f}", f"{_total(metrics, key) / groups:.1%}")
         for key, label in _GROUPS.items()
@@ -152,7 +157,12 @@ def _group_use(metrics: Records) -> str:
         rows.append(
             ("Reflections that succeeded", f"{weighted:,.0f}", f"{weighted / reflections:.1%}")
         )
-    return f"## How the groups were used\n\n{markdown_table(('', 'Count', 'Share'), rows)}"
+    return rows
+
+
+def _group_use(metrics: Records) -> str:
+    table = markdown_table(("", "Count", "Share"), group_rows(metrics))
+    return f"## How the groups were used\n\n{table}" if table else ""
 
 
 def _time_use(metrics: Records) -> str:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from care_train.reporting import plot_comparison, plot_learning_curves
-from care_train.reporting.plots import _smoothed
+from care_train.reporting.curves import smoothed
 
 
 def _records(steps: int, offset: float = 0.0) -> list[dict[str, Any]]:
@@ -85,6 +85,6 @@ def test_comparison_needs_shared_steps(tmp_path: Path) -> None:
 
 def test_smoothing_keeps_constants() -> None:
     """The moving average has no edge effect on a constant, and is centred inside."""
-    assert _smoothed(np.ones(7), 5) == pytest.approx(np.ones(7))
-    assert _smoothed(np.arange(9.0), 3)[4] == 4.0
-    assert math.isclose(_smoothed(np.arange(3.0), 9)[1], 1.0)
+    assert smoothed(np.ones(7), 5) == pytest.approx(np.ones(7))
+    assert smoothed(np.arange(9.0), 3)[4] == 4.0
+    assert math.isclose(smoothed(np.arange(3.0), 9)[1], 1.0)

@@ -1,0 +1,5 @@
+"""`care-train report`: runs as one HTML page, with a browser of their groups."""
+
+from care_train.reporting.page.page import Page, write_page
+
+__all__ = ["Page", "write_page"]

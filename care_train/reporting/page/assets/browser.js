@@ -1,0 +1,135 @@
+import { keptBlock } from "./data.js";
+import { h } from "./dom.js";
+import { filterForm } from "./filters.js";
+import { groupView, headline } from "./group.js";
+import { visible } from "./text.js";
+
+const PAGE = 50;
+
+/** The failure browser: filters and a list of groups beside the one that is looked at. */
+export class GroupBrowser {
+  constructor(page, index) {
+    this.page = page;
+    this.index = withIds(page, index);
+    this.places = new Map(this.index.map((group, i) => [group.id, i]));
+    this.filters = filterForm(this.index, page.runs, () => this.refresh());
+    this.found = [];
+    this.from = 0;
+    this.current = null;
+    this.search = 0;
+    this.list = h("ol", { class: "groups" });
+    this.status = h("p", { class: "note", role: "status" });
+    this.detail = h("div", { class: "detail" });
+    this.older = pager("Previous", () => this.turn(-PAGE));
+    this.newer = pager("Next", () => this.turn(PAGE));
+    const side = h("div", { class: "side" }, this.filters.element, this.status,
+      h("nav", { "aria-label": "Groups found" }, this.list), h("div", { class: "pager" }, this.older, this.newer));
+    const back = h("a", { class: "back", href: "#groups" }, "← All groups");
+    const steps = h("div", { class: "steps" }, back, pager("↑ Previous group", () => this.move(-1)), pager("↓ Next group", () => this.move(1)));
+    this.element = h("div", { class: "browser" }, side, h("div", { class: "main" }, steps, this.detail));
+    this.refresh();
+  }
+
+  /** Apply the filters and the search anew. */
+  async refresh() {
+    const mine = (this.search += 1);
+    const candidates = this.filters.apply();
+    const query = this.filters.query();
+    if (!query) return this.list_(candidates, "");
+    const inIndex = candidates.filter((group) => group.haystack.includes(query));
+    if (!this.filters.searchesTexts()) return this.list_(inIndex, "");
+    const hits = new Set(inIndex);
+    const blocks = [...new Set(candidates.map((group) => group.block))];
+    for (const [i, name] of blocks.entries()) {
+      const { groups } = await keptBlock(name);
+      if (mine !== this.search) return undefined;
+      for (const group of candidates) {
+        if (group.block === name && holds(groups[group.at], query)) hits.add(group);
+      }
+      if (i % 20 === 0) this.list_(candidates.filter((group) => hits.has(group)), `, searched ${Math.round((100 * i) / blocks.length)} %`);
+    }
+    return this.list_(candidates.filter((group) => hits.has(group)), "");
+  }
+
+  list_(found, more) {
+    this.found = found;
+    const at = found.findIndex((group) => group === this.current);
+    this.from = at < 0 ? 0 : at - (at % PAGE);
+    this.more = more;
+    this.showList();
+  }
+
+  showList() {
+    const last = Math.min(this.from + PAGE, this.found.length);
+    this.list.replaceChildren(...this.found.slice(this.from, last).map((group) => this.item(group)));
+    const total = this.found.length.toLocaleString("en");
+    const range = this.found.length > PAGE ? `${this.from + 1}–${last} of ${total}` : total;
+    this.status.textContent = `${range} ${this.found.length === 1 ? "group" : "groups"}${this.more}`;
+    this.older.disabled = this.from === 0;
+    this.newer.disabled = last >= this.found.length;
+  }
+
+  item(group) {
+    const chosen = group === this.current;
+    return h("li", {},
+      h("a", { href: `#group=${group.id}`, "aria-current": chosen ? "true" : null },
+        h("span", { class: "prompt", dir: "auto" }, visible(group.prompt) || "(no text)"),
+        h("span", { class: "note" }, h("span", { class: `dot ${toneOfGroup(group)}`, "aria-hidden": "true" }), `step ${group.step} · ${headline(group)}`)));
+  }
+
+  turn(by) {
+    this.from = Math.max(0, this.from + by);
+    this.showList();
+    this.list.querySelector("a")?.focus();
+  }
+
+  /** Go to the next group of those found, or the one before. */
+  move(by) {
+    const at = this.found.indexOf(this.current);
+    const next = this.found[at < 0 ? 0 : at + by];
+    if (next) location.hash = `group=${next.id}`;
+  }
+
+  /** Show the group of that id; the list alone without one. */
+  async show(id) {
+    const group = this.index[this.places.get(id)] ?? null;
+    this.element.classList.toggle("has-group", id !== null);
+    this.current = group;
+    const at = this.found.indexOf(group);
+    if (at >= 0) this.from = at - (at % PAGE);
+    this.showList();
+    this.list.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest" });
+    if (id === null) return this.detail.replaceChildren(h("p", { class: "empty" }, "Choose a group. Keys: j next, k previous, / search."));
+    if (!group) return this.detail.replaceChildren(h("p", { class: "empty" }, "This page has no such group."));
+    const { groups, images } = await keptBlock(group.block);
+    if (this.current !== group) return undefined;
+    const link = `${location.href.split("#")[0]}#group=${id}`;
+    const view = groupView(groups[group.at], images, { run: this.page.runs[group.run], link });
+    this.detail.replaceChildren(view);
+    return view.querySelector("#group-title").focus({ preventScroll: true });
+  }
+}
+
+function withIds(page, index) {
+  const seen = new Map();
+  return index.map((group) => {
+    const id = [page.runs[group.run].name, group.step, group.row].map(encodeURIComponent).join("/");
+    const count = (seen.get(id) ?? 0) + 1;
+    seen.set(id, count);
+    const haystack = [group.prompt, group.answer, group.row, group.source].join("\n").toLowerCase();
+    return { ...group, id: count > 1 ? `${id}~${count}` : id, haystack };
+  });
+}
+
+function holds(group, query) {
+  return group.prompt.toLowerCase().includes(query) || group.rollouts.some(({ pieces }) => pieces.join("").toLowerCase().includes(query));
+}
+
+function toneOfGroup(group) {
+  if (group.correct === group.size) return "right";
+  return group.correct === 0 ? "wrong" : "partly";
+}
+
+function pager(label, onclick) {
+  return h("button", { type: "button", onclick }, label);
+}

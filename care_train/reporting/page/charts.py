@@ -1,0 +1,222 @@
+"""The page's charts as plain data: what each shows, one line per condition, its band over seeds."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from care_train.reporting.curves import Records, average_window, seed_curves, smoothed
+from care_train.reporting.interval import mean_interval
+from care_train.reporting.page.runs import Condition
+
+Json = dict[str, Any]
+
+_MAX_POINTS = 1000
+"""Of a line: more than a chart has pixels are not told apart."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart: metrics of training steps, and of evaluations as points."""
+
+    title: str
+    lines: Mapping[str, str]
+    """Metric -> what its line is called; `a/b` is the quotient of two metrics of a step."""
+    unit: str = ""
+    """share | what a value counts."""
+    evaluations: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+    stacked: bool = False
+    phase: str = "train"
+
+
+_EVALUATED = {"{}": "evaluation, sampled", "greedy_{}": "evaluation, greedy"}
+
+
+def _evaluated(key: str) -> dict[str, str]:
+    return {name.format(key): label for name, label in _EVALUATED.items()}
+
+
+CHARTS: Mapping[str, Sequence[Chart]] = {
+    "Learning": (
+        Chart("Accuracy", {"accuracy": "training"}, "share", _evaluated("accuracy")),
+        Chart("Reward", {"reward": "mean", "reward_std": "deviation within a group"}),
+        Chart("Well-formed responses", {"format": "training"}, "share", _evaluated("format")),
+        Chart("Lengths", {"response_length": "response", "think_length": "rationale"}, "tokens"),
+        Chart("KL to the reference", {"kl": "KL"}, "nats per token"),
+        Chart("Entropy", {"entropy": "entropy"}, "nats per token"),
+        Chart(
+            "Clipped tokens", {"clipped_low": "lower bound", "clipped_high": "upper bound"}, "share"
+        ),
+        Chart(
+            "Log-prob gap",
+            {"gap_mean": "mean"},
+            "nats per token",
+            note="Trainer and rollout engine, each token's log-prob under the same weights.",
+        ),
+        Chart("Largest log-prob gap of a step", {"gap_max": "largest"}, "nats"),
+        Chart("Gradient norm", {"grad_norm": "before clipping"}),
+        Chart("Loss", {"loss": "loss"}),
+        Chart("Cold start", {"loss": "loss"}, "nats per token", phase="sft"),
+    ),
+    "Signal": (
+        Chart(
+            "What became of the groups",
+            {
+                "groups_plain/groups": "trained",
+                "groups_rescued/groups": "trained through a rescue",
+                "groups_skipped/groups": "skipped",
+            },
+            "share",
+            stacked=True,
+        ),
+        Chart(
+            "Groups without contrast",
+            {"groups_all_correct/groups": "all correct", "groups_all_wrong/groups": "all wrong"},
+            "share",
+        ),
+        Chart(
+            "Reflection success",
+            {"reflection_success": "reflections that turned out correct"},
+            "share",
+        ),
+        Chart(
+            "Sequences trained",
+            {"trained_sequences/sampled_sequences": "of those sampled"},
+            "share",
+        ),
+        Chart("Negatives per trained group, K'", {"num_negatives": "mean"}),
+        Chart(
+            "Clipped negative answer tokens",
+            {"clipped_negative_answer": "clipped"},
+            "share",
+            note="Fig. 6, left: tokens of negatives' answers at the lower clip bound.",
+        ),
+        Chart(
+            "Variance ratio",
+            {"advantage_variance_ratio": "Var A[y-] / Var A[y+]"},
+            note="Fig. 6, right: of the advantages that are trained, a step's negatives against "
+            "its positives.",
+        ),
+    ),
+    "Time": (
+        Chart("Tokens generated per second", {"tokens_per_second": "of a whole step"}, "tokens/s"),
+        Chart("Seconds of a step", {}, "s", stacked=True),
+    ),
+}
+_TIMES = {
+    "seconds_generate": "generation",
+    "seconds_score": "scoring",
+    "seconds_old_forward": "old policy's forward",
+    "seconds_select": "selection",
+    "seconds_reflect": "reflection",
+    "seconds_reference": "reference",
+    "seconds_collate": "collation",
+    "seconds_update": "forward and backward",
+    "seconds_optimizer": "optimiser",
+    "seconds_sync": "weight sync",
+}
+
+
+def charts(conditions: Sequence[Condition]) -> list[Json]:
+    """Every chart that a run has values for.
+
+    Args:
+        conditions: what is compared.
+
+    Returns:
+        Per chart: section, title, unit, note, stacked, x (steps) and series; of each series the
+        label, the place of its condition and of its metric, kind (line | points | faint) and
+        values at each x (None: none there); low and high where several seeds make a band.
+    """
+    found = []
+    for section, templates in CHARTS.items():
+        for chart in templates:
+            for one in _split(chart, conditions):
+                if series := list(_series(one, conditions)):
+                    found.append({"section": section} | _aligned(one, series))
+    return found
+
+
+def _split(chart: Chart, conditions: Sequence[Condition]) -> Iterator[Chart]:
+    """A stacked chart once per condition: stacks do not compare; the reward functions' charts."""
+    known = {key for c in conditions for run in c.runs for record in run.records for key in record}
+    if chart.title.startswith("Seconds"):
+        lines = {key: label for key, label in _TIMES.items() if key in known}
+        chart = Chart(chart.title, lines, chart.unit, stacked=True)
+    yield chart
+    if chart.title == "Reward":
+        names = sorted(k[7:-5] for k in known if k.startswith("reward_") and k.endswith("_mean"))
+        for name in names:
+            yield Chart(f"Reward function {name}", {f"reward_{name}_mean": "mean"})
+
+
+def _series(chart: Chart, conditions: Sequence[Condition]) -> Iterator[Json]:
+    shown = conditions[:1] if chart.stacked else conditions
+    for place, condition in enumerate(shown):
+        for metric, (key, label) in enumerate(chart.lines.items()):
+            found = {"condition": place, "metric": metric, "label": label}
+            seeds = [_with_ratio(run.records, key) for run in condition.runs]
+            smooth = chart.phase == "train"
+            lines = _lines(found, seeds, chart.phase, key, smooth=smooth)
+            # What is stacked adds up; a line beside it would not.
+            yield from (line for line in lines if not (chart.stacked and line["kind"] == "faint"))
+        for metric, (key, label) in enumerate(chart.evaluations.items(), len(chart.lines)):
+            found = {"condition": place, "metric": metric, "label": label, "kind": "points"}
+            seeds = [run.records for run in condition.runs]
+            yield from _lines(found, seeds, "eval", key, smooth=False)
+
+
+def _lines(
+    found: Json, seeds: Sequence[Records], phase: str, key: str, *, smooth: bool
+) -> Iterator[Json]:
+    """The mean over seeds with its band; a single seed's own values, faint, below its average."""
+    steps, values = seed_curves(seeds, phase, key)
+    if not len(steps):
+        return
+    window = average_window(len(steps)) if smooth else 1
+    every = -(-len(steps) // _MAX_POINTS)
+    if len(seeds) == 1 and window > 1:
+        yield found | {"kind": "faint", "steps": steps[::every], "y": values[0][::every]}
+    at_steps = zip(*(smoothed(one, window)[::every] for one in values), strict=True)
+    mean, half = np.array([mean_interval([float(v) for v in at]) for at in at_steps]).T
+    line = {"kind": "line"} | found | {"steps": steps[::every], "y": mean}
+    yield line | ({"low": mean - half, "high": mean + half} if len(seeds) > 1 else {})
+
+
+def _aligned(chart: Chart, series: Sequence[Json]) -> Json:
+    """All series over the same steps, as the charting library wants them."""
+    x = sorted({int(step) for one in series for step in one["steps"]})
+    aligned = []
+    for one in series:
+        steps = one.pop("steps").tolist()
+        curves = {key: _at(x, steps, one[key]) for key in ("y", "low", "high") if key in one}
+        aligned.append(one | curves)
+    shown = {"title": chart.title, "unit": chart.unit, "note": chart.note}
+    return shown | {"stacked": chart.stacked, "xLabel": "step", "x": x, "series": aligned}
+
+
+def _at(x: Sequence[int], steps: Sequence[int], values: np.ndarray) -> list[float | None]:
+    known = {s: float(f"{v:.5g}") for s, v in zip(steps, values, strict=True) if np.isfinite(v)}
+    return [known.get(step) for step in x]
+
+
+def _with_ratio(records: Records, key: str) -> Records:
+    """`records` with the quotient that `key` names, where it names one."""
+    above, _, below = key.partition("/")
+    if not below:
+        return records
+    return [
+        {**record, key: _count(record, above) / record[below]}
+        for record in records
+        if record.get(below)
+    ]
+
+
+def _count(record: Mapping[str, Any], key: str) -> float:
+    """A count of a step; `groups_plain` are those neither skipped nor rescued."""
+    if key != "groups_plain":
+        return record.get(key) or 0
+    others = (record.get("groups_rescued") or 0) + (record.get("groups_skipped") or 0)
+    return record["groups"] - others

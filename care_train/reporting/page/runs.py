@@ -1,0 +1,118 @@
+"""What the page reads of a run's folder, and which runs are seeds of one configuration."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from care_train.config import Role, role_of
+from care_train.reporting.metrics import METRICS_FILE, read_metrics
+
+_OF_A_SEED = ("seed", "name")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, as far as the page shows it."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    """Its configuration, by dotted key; empty where it has none."""
+    config_yaml: str
+    summary: Mapping[str, Any]
+    """Facts and scores; empty before the run has ended."""
+    records: Sequence[Mapping[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Runs that differ in their seed alone: one curve with a band."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+
+def read_run(folder: Path) -> Run:
+    """What is there of a run, which may still be going on.
+
+    Raises:
+        ValueError: `folder` holds no run's metrics, or a file of it is damaged.
+    """
+    metrics = folder / METRICS_FILE
+    if not metrics.is_file():
+        raise ValueError(f"{folder}: got no {METRICS_FILE}, wanted the folder of a run")
+    config, summary = folder / "config.yaml", folder / "summary.json"
+    config_yaml = config.read_text(encoding="utf-8") if config.is_file() else ""
+    return Run(
+        folder=folder.resolve(),
+        settings=dict(_flat(yaml.safe_load(config_yaml) or {})),
+        config_yaml=config_yaml,
+        summary=json.loads(summary.read_text()) if summary.is_file() else {},
+        records=read_metrics(metrics),
+    )
+
+
+def conditions(runs: Sequence[Run]) -> list[Condition]:
+    """`runs` by what decides their result beside the seed, in the order given."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(repr(_deciding(run)), []).append(run)
+    labels = [_label(group) for group in found.values()]
+    # Two labels alike would be one curve to a reader.
+    unique = [
+        label if labels.count(label) == 1 else f"{label} [{group[0].name}]"
+        for label, group in zip(labels, found.values(), strict=True)
+    ]
+    return [
+        Condition(label, tuple(group)) for label, group in zip(unique, found.values(), strict=True)
+    ]
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """The settings that are not the same in all `runs`: a value per run, None where unset."""
+    keys = {key: None for run in runs for key in run.settings}
+    values = {key: [run.settings.get(key) for run in runs] for key in keys}
+    return {key: each for key, each in values.items() if any(one != each[0] for one in each)}
+
+
+def _label(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return runs[0].name
+    name = re.sub(r"[-_. ]*(seed)?[-_. ]*\d+$", "", runs[0].name)
+    return f"{name or runs[0].settings.get('algorithm', 'runs')}, {len(runs)} seeds"
+
+
+def _deciding(run: Run) -> list[tuple[str, Any]]:
+    """The settings that decide what the run computes, without those of a seed."""
+    if not run.settings:
+        return [("folder", str(run.folder))]
+    return [
+        (key, value)
+        for key, value in sorted(run.settings.items())
+        if key not in _OF_A_SEED and _decides(key)
+    ]
+
+
+def _decides(key: str) -> bool:
+    try:
+        return role_of(key) is not Role.FREE
+    except ValueError:  # A setting of another version, or an entry of one that is a mapping.
+        return True
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", value))
+    return pairs
