@@ -216,9 +216,7 @@ def _show_build(settings: BuildSettings, counts: Mapping[str, Any]) -> None:
                 f"{name}: {one['usable']:,} usable rows, expected {one['expected_rows']:,} "
                 f"(sources.{name}.expected_rows)"
             )
-    console.print(
-        f"[bold]{settings.output}[/bold]: {settings.file_name}, manifest.json, quarantine.jsonl"
-    )
+    console.print(f"[bold]{settings.output}[/bold]: train.parquet, manifest.json, quarantine.jsonl")
 
 
 def _config(options: argparse.Namespace) -> Config:

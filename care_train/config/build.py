@@ -9,6 +9,9 @@ from care_train.config.base import Role, check, section
 
 Adapter = Literal["rows", "chartqa", "geometry3k", "virl39k", "vision_r1_cold", "easy_vqa"]
 
+HASH_SIZE = 16
+"""Side of the perceptual hash: its 256 bits tell diagrams apart that 64 do not."""
+
 
 @section
 class SourceSettings:
@@ -66,17 +69,9 @@ class DedupSettings:
 
     enabled: bool = True
     """Reject duplicates; the source named first keeps its row."""
-    hash_size: Annotated[int, Field(ge=8, le=32)] = 16
-    """Side of the perceptual hash: 16 gives 256 bits, which tell diagrams apart that 64 do not."""
-    max_distance: NonNegativeInt = 8
-    """Bits in which the perceptual hashes of one image may differ: 6 is what encoding it anew as
-    JPEG and scaling it changes. 0: none."""
-
-    def __post_init__(self) -> None:
-        # Then every band of a hash has at least a byte: see data/building/dedup.py.
-        wanted = "0 to dedup.hash_size - 1"
-        below = self.max_distance < self.hash_size
-        check(below, "dedup.max_distance", self.max_distance, wanted)
+    max_distance: Annotated[int, Field(ge=0, lt=HASH_SIZE)] = 8
+    """Bits in which the perceptual hashes of one image may differ, of 256: 6 is what encoding it
+    anew as JPEG and scaling it changes. 0: none."""
 
 
 @section
@@ -85,14 +80,10 @@ class BuildSettings:
 
     output: Annotated[str, Role.FREE]
     """The folder to write: train.parquet, manifest.json, quarantine.jsonl."""
-    file_name: str = "train.parquet"
-    """The data set's file there."""
     sources: Annotated[list[SourceSettings], Field(min_length=1)]
     """In the order of the rows; of duplicates the first is kept."""
     clean: CleanSettings = field(default_factory=CleanSettings)
     dedup: DedupSettings = field(default_factory=DedupSettings)
-    row_group: PositiveInt = 32
-    """Rows read together in training: more compress better, fewer are read faster."""
     workers: Annotated[PositiveInt | None, Role.FREE] = None
     """Processes that decode and hash. None: one per core that this process may use."""
     overwrite: Annotated[bool, Role.FREE] = False
@@ -101,5 +92,3 @@ class BuildSettings:
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
         check(len(set(names)) == len(names), "sources", names, "different names")
-        is_name = self.file_name.endswith(".parquet") and "/" not in self.file_name
-        check(is_name, "file_name", self.file_name, "a name that ends with .parquet")

@@ -36,6 +36,12 @@ _CONSTANTS: dict[str, tuple[object, str]] = {
 }
 """Keys with the value that is built in now, and what to say of another."""
 
+_OF_BUILDS: dict[str, tuple[object, str]] = {
+    "file_name": ("train.parquet", "the data set's file is train.parquet"),
+    "row_group": (32, "row groups have 32 rows"),
+    "dedup.hash_size": (16, "hashes have 16 x 16 bits"),
+}
+"""The same of `care-train data build`."""
 
 _TRACKERS = {"tensorboard": True, "wandb": False, "trackio": False}
 """Switches of `logging` that `logging.report_to` lists now, with their defaults."""
@@ -57,9 +63,17 @@ def without_gone(values: Mapping[str, Any], preset: str) -> dict[str, Any]:
     decisions = PRESETS.get(preset, PRESETS["default"])["care"]["decisions"]
     assert isinstance(decisions, Decisions)
     kept = {key: (getattr(decisions, name), _BY_PRESET) for key, name in _DECISIONS.items()}
-    kept |= _CONSTANTS
+    return _without(_renamed(values), kept | _CONSTANTS)
+
+
+def without_gone_of_build(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`without_gone` for the settings of a build."""
+    return _without(values, _OF_BUILDS)
+
+
+def _without(values: Mapping[str, Any], kept: Mapping[str, tuple[object, str]]) -> dict[str, Any]:
     faults: list[str] = []
-    left = _left(_renamed(values), (), kept, faults)
+    left = _left(values, (), kept, faults)
     if faults:
         raise ValueError("\n".join(faults))
     return left

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from care_train.config.build import BuildSettings
 from care_train.config.care import PRESETS
-from care_train.config.gone import without_gone
+from care_train.config.gone import without_gone, without_gone_of_build
 from care_train.config.hints import explain
 from care_train.config.keys import find_key
 from care_train.config.loss import TABLE_5
@@ -79,6 +79,10 @@ def load_build_settings(path: str | Path, overrides: Sequence[str] = ()) -> Buil
     values = _read(Path(path), BuildSettings)
     for override in overrides:
         values = _lay(values, _layer(override, BuildSettings))
+    try:
+        values = without_gone_of_build(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return _validated(BuildSettings, values, str(path))
 
 

@@ -37,13 +37,9 @@ class ArrowRows(RowFile):
         # Arrow rows keep images as they were stored; the plain format would decode them.
         self._rows = dataset.with_format("arrow")
 
-    def chunks(self, start: int) -> Iterator[Chunk]:
-        batches = (
-            batch
-            for place in range(start, len(self._rows), CHUNK_ROWS)
-            for batch in self._rows[place : place + CHUNK_ROWS].combine_chunks().to_batches()
-        )
-        yield from _arrow_chunks(batches, start, start)
+    def chunks(self) -> Iterator[Chunk]:
+        starts = range(0, len(self._rows), CHUNK_ROWS)
+        yield from _arrow_chunks(self._rows[place : place + CHUNK_ROWS] for place in starts)
 
     def _value(self, place: int) -> Any:
         return self._rows[place].to_pylist()[0]
@@ -76,11 +72,9 @@ class ParquetRows(RowFile):
         self._group, self._table = -1, None
         self._read_before: set[int] = set()
 
-    def chunks(self, start: int) -> Iterator[Chunk]:
-        group = max(0, bisect_right(self._starts, start) - 1)
-        groups = list(range(group, len(self._starts) - 1))
-        batches = self._file.iter_batches(CHUNK_ROWS, row_groups=groups, use_threads=False)
-        yield from _arrow_chunks(self._bounded(batches), self._starts[group], start)
+    def chunks(self) -> Iterator[Chunk]:
+        batches = self._file.iter_batches(CHUNK_ROWS, use_threads=False)
+        yield from _arrow_chunks(self._bounded(batches))
 
     def digests(self) -> Sequence[str]:
         return self._file.read(columns=[DIGEST_COLUMN]).column(0).to_pylist()
@@ -166,32 +160,17 @@ def memory_bounded(what: str) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _arrow_chunks(batches: Iterator[Any], position: int, start: int) -> Iterator[Chunk]:
-    """Batches cut at multiples of the chunk size, without the rows before `start`."""
-    held: list[Any] = []
-    count = 0
-    for batch in batches:
-        if (skip := min(max(start - position, 0), batch.num_rows)) > 0:
-            batch, position = batch.slice(skip), position + skip
-        while batch.num_rows:
-            part = batch.slice(0, CHUNK_ROWS - count)
-            held.append(part)
-            count, position, batch = count + len(part), position + len(part), batch.slice(len(part))
-            if count == CHUNK_ROWS:
-                yield Chunk(position - count + 1, count, _serialized(held))
-                held, count = [], 0
-    if count:
-        yield Chunk(position - count + 1, count, _serialized(held))
-
-
-def _serialized(batches: list[Any]) -> bytes:
+def _arrow_chunks(tables: Iterator[Any]) -> Iterator[Chunk]:
+    """Tables or record batches as chunks, each with the rows that it shows and no others."""
     import pyarrow
 
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_stream(sink, batches[0].schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-    return sink.getvalue().to_pybytes()
+    first = 1
+    for table in tables:
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write(table)
+        yield Chunk(first, table.num_rows, sink.getvalue().to_pybytes())
+        first += table.num_rows
 
 
 def _noted_labels(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from typing import Any
 from care_train.data.errors import RowError
 
 CHUNK_ROWS = 128
-"""Rows of a chunk: what a worker of a build gets, and what is lost at most when it is killed."""
+"""Most rows of a chunk: what a worker of a build gets, and what is lost when it is killed."""
 
 MAX_ROW_BYTES = 2**28
 """Longest line or JSON row that is read."""
@@ -72,8 +72,8 @@ class RowFile:
         """
         return named_columns(self._value(place), at=self.location(place), labels=self.labels)
 
-    def chunks(self, start: int) -> Iterator[Chunk]:
-        """The chunks from row `start` on, counted from 0: a multiple of CHUNK_ROWS."""
+    def chunks(self) -> Iterator[Chunk]:
+        """All rows in order, some at a time."""
         raise NotImplementedError
 
     def first_row(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class RowFile:
             ValueError: the first rows cannot be read, saying why.
         """
         fault: RowError | None = None
-        for number, value in rows_of(next(self.chunks(0), Chunk(1, 0, []))):
+        for number, value in rows_of(next(self.chunks(), Chunk(1, 0, []))):
             try:
                 return named_columns(value, at=f"{self.name}: row {number}", labels=self.labels)
             except RowError as error:
@@ -108,8 +108,8 @@ class ListedRows(RowFile):
         self.num_rows = len(rows)
         self._rows = rows
 
-    def chunks(self, start: int) -> Iterator[Chunk]:
-        yield from _blocks(islice(self._rows, start, None), start)
+    def chunks(self) -> Iterator[Chunk]:
+        yield from _blocks(iter(self._rows))
 
     def _value(self, place: int) -> Any:
         return self._rows[place]
@@ -129,9 +129,9 @@ class JsonLines(RowFile):
     def number(self, place: int) -> int:
         return self._lines()[0][place]
 
-    def chunks(self, start: int) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[Chunk]:
         with self.path.open("rb") as file:
-            yield from _blocks(islice(_lines_of(file), start, None), start)
+            yield from _blocks(_lines_of(file))
 
     def _value(self, place: int) -> Any:
         self._file.seek(self._lines()[1][place])
@@ -162,8 +162,8 @@ class JsonList(RowFile):
     def __len__(self) -> int:
         return len(self._all())
 
-    def chunks(self, start: int) -> Iterator[Chunk]:
-        yield from _blocks(islice(read_json_list(self.path), start, None), start)
+    def chunks(self) -> Iterator[Chunk]:
+        yield from _blocks(read_json_list(self.path))
 
     def _value(self, place: int) -> Any:
         return self._all()[place]
@@ -311,8 +311,8 @@ def _skip(text: str, place: int, characters: str) -> int:
     return place
 
 
-def _blocks(rows: Iterator[Any], start: int) -> Iterator[Chunk]:
-    first = start + 1
+def _blocks(rows: Iterator[Any]) -> Iterator[Chunk]:
+    first = 1
     while block := list(islice(rows, CHUNK_ROWS)):
         yield Chunk(first, len(block), block)
         first += len(block)

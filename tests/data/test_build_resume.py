@@ -72,8 +72,8 @@ def test_a_build_stopped_anywhere_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
 
         monkeypatch.setattr(run, name, stopping)
 
-    cases = [("_write_part_files", 1, False), ("_write_part_files", 3, True)]
-    cases += [("join_parts", 1, False), ("join_parts", 1, True), ("sha256_of", 2, True)]
+    cases = [("prepare", 1, False), ("prepare", 3, True), ("sha256_of", 2, True)]
+    cases += [("write_rows", 1, False), ("write_rows", 1, True), ("read_part", 2, False)]
     for number, case in enumerate(cases):
         output = tmp_path / f"stopped{number}"
         with monkeypatch.context():
@@ -115,7 +115,7 @@ def test_a_finished_build_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFi
     written = (output / "train.parquet").stat().st_mtime_ns
     assert build_from(tmp_path, sources, workers=2)[0] == manifest
     assert (output / "train.parquet").stat().st_mtime_ns == written
-    with pytest.raises(ValueError, match=r"a build of other settings .*: choose another folder"):
+    with pytest.raises(ValueError, match=r"a build of other settings .*, choose another folder"):
         build_from(tmp_path, sources, clean={"max_answer_chars": 9})
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "q", "answer": "1"}])
     with pytest.raises(ValueError, match="holds a build of other inputs"):
@@ -131,7 +131,7 @@ def test_an_unfinished_build_of_other_settings_is_an_error(
     from care_train.data.building import run
 
     sources = many_rows(tmp_path, 50)
-    monkeypatch.setattr(run, "join_parts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(run, "write_rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         build_from(tmp_path, sources)
     monkeypatch.undo()
@@ -154,32 +154,22 @@ def test_two_builds_at_once_are_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         assert "does another process build there?" in said.stderr
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "join_parts", other_build)
+    monkeypatch.setattr(run, "write_rows", other_build)
     with pytest.raises(KeyboardInterrupt):
         build_from(tmp_path, sources)
 
 
-def test_chunks_are_the_same_from_any_start(tmp_path: Path):
-    """Chunks do not depend on row groups, nor on where reading begins."""
+def test_chunks_hold_each_row_once(tmp_path: Path):
+    """Whatever the row groups, chunks have all rows in order, at most CHUNK_ROWS each."""
     import pyarrow
     from pyarrow import parquet
 
     table = pyarrow.table({"n": range(1000)})
     parquet.write_table(table, tmp_path / "t.parquet", row_group_size=77)
-    stream = ParquetRows(tmp_path / "t.parquet")
-    chunks = list(stream.chunks(0))
-    assert [(chunk.first, chunk.num_rows) for chunk in chunks] == [
-        (start + 1, min(CHUNK_ROWS, 1000 - start)) for start in range(0, 1000, CHUNK_ROWS)
-    ]
-    rows = [row["n"] for chunk in chunks for _, row in rows_of(chunk)]
-    assert rows == list(range(1000))
-    for place in range(len(chunks)):
-        later = list(stream.chunks(place * CHUNK_ROWS))
-        assert [chunk.first for chunk in later] == [chunk.first for chunk in chunks[place:]]
-        assert [row["n"] for chunk in later for _, row in rows_of(chunk)] == rows[
-            later[0].first - 1 :
-        ]
-    assert list(stream.chunks(1000)) == []
+    chunks = list(ParquetRows(tmp_path / "t.parquet").chunks())
+    assert max(chunk.num_rows for chunk in chunks) <= CHUNK_ROWS
+    rows = [(number, row["n"]) for chunk in chunks for number, row in rows_of(chunk)]
+    assert rows == [(place + 1, place) for place in range(1000)]
 
 
 def test_json_lists_are_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -218,4 +208,6 @@ def test_the_command_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main([*arguments, "sources.yours.path=x"]) == 2
     assert "sources.yours: no such source, there are mine" in capsys.readouterr().err
     assert main([*arguments, "dedup.max_distance=16"]) == 2
-    assert "dedup.max_distance: got 16, wanted 0 to dedup.hash_size - 1" in capsys.readouterr().err
+    assert "dedup.max_distance: got 16, wanted an integer in [0, 16)" in capsys.readouterr().err
+    assert main([*arguments, "row_group=64"]) == 2
+    assert "row_group: got 64, but this setting is gone" in capsys.readouterr().err

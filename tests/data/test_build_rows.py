@@ -10,9 +10,7 @@ from PIL import Image
 from care_train.config import DataSettings
 from care_train.data import load_samples
 from care_train.data.answers import chart_answer_type, options_in
-from care_train.data.building.dedup import band_keys, look_alike
-from care_train.data.building.prepare import ImageHash, Prepared, normalized_text
-from care_train.data.schema import Sample
+from care_train.data.building.dedup import ImageLook, duplicate_keys, normalized_text
 from tests.data.published import build_from, drawing, quarantine, write_jsonl
 
 GOOD = {"prompt": "How many?", "answer": "3", "image": "a.png"}
@@ -165,11 +163,6 @@ def test_duplicates_across_sources(folder: Path):
     assert manifest["counts"]["total"]["kept"] == 3
 
 
-def prepared(perceptual: bytes) -> Prepared:
-    sample = Sample(id="a", prompt="q", answer="1")
-    return Prepared(1, sample, (ImageHash(b"", perceptual, bytes(192)),))
-
-
 @pytest.mark.parametrize("distance", [0, 1, 3, 6])
 def test_the_index_misses_no_duplicate(distance: int):
     """Hashes that differ in at most `max_distance` bits, wherever, share a key."""
@@ -181,10 +174,11 @@ def test_the_index_misses_no_duplicate(distance: int):
         changed = bits
         for place in rng.sample(range(256), distance):
             changed ^= 1 << place
-        one, other = (prepared(value.to_bytes(32)) for value in (bits, changed))
-        assert set(band_keys(one, distance)) & set(band_keys(other, distance))
-        assert look_alike(one.hashes[0], other.hashes[0], distance)
-        assert distance == 0 or not look_alike(one.hashes[0], other.hashes[0], distance - 1)
+        one, other = (ImageLook(b"", v.to_bytes(32), bytes(192)) for v in (bits, changed))
+        keys = [set(duplicate_keys("q", [look], distance)) for look in (one, other)]
+        assert keys[0] & keys[1]
+        assert one.is_like(other, distance)
+        assert distance == 0 or not one.is_like(other, distance - 1)
 
 
 def test_normalized_text():

@@ -21,7 +21,7 @@ def load(path: Path, **settings: object) -> LazySamples:
 
 
 @pytest.fixture
-def built(tmp_path: Path) -> Path:
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A built file of five rows, the second without a rationale."""
     for number in range(5):
         drawing(number).save(tmp_path / f"{number}.png")
@@ -35,7 +35,8 @@ def built(tmp_path: Path) -> Path:
         for i in range(5)
     ]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    _, output = build_from(tmp_path, [{"name": "mine", "path": str(path)}], row_group=2)
+    monkeypatch.setattr("care_train.data.building.parts._ROW_GROUP", 2)
+    _, output = build_from(tmp_path, [{"name": "mine", "path": str(path)}])
     return output / "train.parquet"
 
 

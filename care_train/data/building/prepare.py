@@ -1,10 +1,8 @@
 """One row after the other, in a worker: adapt, clean, decode once, hash."""
 
 import errno
-import hashlib
 import re
 import struct
-import unicodedata
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -13,10 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from care_train.config.build import CleanSettings
+from care_train.config.build import CleanSettings, DedupSettings
 from care_train.data.building.adapters import ADAPTERS
+from care_train.data.building.dedup import ImageLook, duplicate_keys
+from care_train.data.building.parts import Outcome, write_part
 from care_train.data.columns import check_row
-from care_train.data.conversations import IMAGE_PLACEHOLDER
 from care_train.data.errors import RowError
 from care_train.data.images import ImageRef, encoded_image, load_image, read_image_file
 from care_train.data.rows import Chunk, named_columns, rows_of
@@ -26,52 +25,8 @@ from care_train.data.schema import Sample, sample_from_row
 _SPECIAL_TOKEN = re.compile(r"<\|[a-z_]+\|>")
 _TAG = re.compile(r"</?(?:think|reasoning|answer)>")
 
-_THUMBNAIL_SIDE = 8
-
 # What zipfile raises on damaged, encrypted and unknown archives, by fault.
 _ARCHIVE_ERRORS = (zipfile.BadZipFile, RuntimeError, zlib.error, EOFError, struct.error)
-
-
-@dataclass(frozen=True)
-class ImageHash:
-    """What an image looks like."""
-
-    pixels: bytes
-    """A checksum of its decoded pixels."""
-    perceptual: bytes
-    """imagehash's pHash: brightness, coarse."""
-    thumbnail: bytes
-    """8 x 8 RGB: pHash is blind to colour."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A usable row."""
-
-    number: int
-    sample: Sample
-    """Its images are encoded bytes."""
-    hashes: tuple[ImageHash, ...]
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A row that goes to the quarantine."""
-
-    number: int
-    reason: str
-    detail: str
-    prompt: str = ""
-    answer: str = ""
-
-
-@dataclass(frozen=True)
-class PreparedChunk:
-    """What became of a chunk's rows, in order."""
-
-    rows: list[Prepared | Rejected]
-    num_filtered: int
-    """Rows that `where` left out."""
 
 
 @dataclass(frozen=True)
@@ -87,29 +42,31 @@ class Task:
     where: Mapping[str, Any]
     labels: Mapping[str, list[str]]
     clean: CleanSettings
-    hash_size: int
+    dedup: DedupSettings
 
 
-def prepare_chunk(task: Task, chunk: Chunk) -> PreparedChunk:
-    """Each row of a chunk, usable or rejected with the reason."""
-    rows: list[Prepared | Rejected] = []
-    num_filtered = 0
-    for number, value in rows_of(chunk):
+@dataclass(frozen=True)
+class Piece:
+    """A chunk of a file's rows, and where to write what becomes of them."""
+
+    task: Task
+    chunk: Chunk
+    part: Path
+
+
+def prepare(piece: Piece) -> None:
+    """Write a piece's part: each row, usable or rejected with the reason."""
+    task, rows, num_filtered = piece.task, [], 0
+    for number, value in rows_of(piece.chunk):
         row = _prepare(task, number, value)
         if row is None:
             num_filtered += 1
         else:
             rows.append(row)
-    return PreparedChunk(rows, num_filtered)
+    write_part(piece.part, task.source, task.file, num_filtered, rows)
 
 
-def normalized_text(text: str) -> str:
-    """A prompt as duplicates are told: no case, white space, placeholders or closing marks."""
-    text = unicodedata.normalize("NFKC", text.replace(IMAGE_PLACEHOLDER, " ")).casefold()
-    return "".join(text.split()).rstrip(".?!:")
-
-
-def _prepare(task: Task, number: int, value: Any) -> Prepared | Rejected | None:
+def _prepare(task: Task, number: int, value: Any) -> Outcome | None:
     """None for a row that `where` leaves out."""
     at = f"{task.file}: row {number}"
     prompt = answer = ""
@@ -121,10 +78,12 @@ def _prepare(task: Task, number: int, value: Any) -> Prepared | Rejected | None:
         prompt, answer = sample.prompt, sample.answer
         _check_texts(sample, task.clean, at)
         images = tuple(_encoded(ref, task, at) for ref in sample.images)
-        hashes = tuple(_hash(image, task, at) for image in images)
+        looks = [_look(image, task, at) for image in images]
     except RowError as error:
-        return Rejected(number, error.reason, str(error), prompt, answer)
-    return Prepared(number, replace(sample, images=images), hashes)
+        return Outcome(number, reason=error.reason, detail=str(error), prompt=prompt, answer=answer)
+    keys = duplicate_keys(prompt, looks, task.dedup.max_distance)
+    packed = tuple(look.packed for look in looks)
+    return Outcome(number, replace(sample, images=images), keys, packed)
 
 
 def _adapt(task: Task, row: dict[str, Any], number: int, at: str) -> Sample:
@@ -212,11 +171,7 @@ def _archive(path: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _hash(data: bytes, task: Task, at: str) -> ImageHash:
-    import imagehash
-    import numpy
-    from PIL import Image
-
+def _look(data: bytes, task: Task, at: str) -> ImageLook:
     limit = task.clean.max_image_pixels
     image = load_image(data, location=at, max_pixels=limit, limit_key="clean.max_image_pixels")
     width, height = image.size
@@ -226,8 +181,4 @@ def _hash(data: bytes, task: Task, at: str) -> ImageHash:
             f"{at}: image of {width} x {height} pixels, wanted sides within a factor of "
             f"{task.clean.max_aspect_ratio:g}: clean.max_aspect_ratio",
         )
-    pixels = hashlib.blake2b(f"{width}x{height} ".encode() + image.tobytes(), digest_size=16)
-    side = (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)
-    thumbnail = image.resize(side, Image.Resampling.BOX).tobytes()
-    bits = imagehash.phash(image, hash_size=task.hash_size).hash
-    return ImageHash(pixels.digest(), numpy.packbits(bits).tobytes(), thumbnail)
+    return ImageLook.of(image)
