@@ -127,7 +127,7 @@ def test_large_row_groups_are_memory_mapped(tmp_path: Path, monkeypatch: pytest.
     features = datasets.Features(prompt=TEXT, answer=TEXT)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "r.parquet")
     monkeypatch.setattr(arrow_rows, "_MAX_GROUP_BYTES", 100)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(
         parquet.ParquetFile, "read_row_group", lambda *_: pytest.fail("read a row group")
     )
