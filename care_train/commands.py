@@ -230,14 +230,16 @@ def _train_from(
         evaluate=lambda engine: evaluate_both(session, engine, held_out, device),
         started=run.started,
     )
-    counts = {key: int(value) for key, value in totals.items()}
+    facts = _basics(config) | {key: int(value) for key, value in totals.items()}
+    if facts["steps"] < config.train.steps:
+        facts["ended_early"] = "nearly all responses were right"
     if before is None:
-        return _basics(config) | counts
+        return facts
     trained = open_session(config, run_dir / "final", device)
     after = _evaluate_session(trained, held_out, device, "evaluate after")
-    metrics.log(config.train.steps, after, phase="eval")
-    open_checkpoints(config, run_dir).mark_best(config.train.steps, after)
-    return _basics(config) | _before_and_after(before, after) | counts
+    metrics.log(facts["steps"], after, phase="eval")
+    open_checkpoints(config, run_dir).mark_best(facts["steps"], after)
+    return facts | _before_and_after(before, after)
 
 
 def _logged_before(

@@ -69,6 +69,8 @@ class Rollout:
     """Whether this is y^rgr, the resample of a hard negative."""
     verdict: str = ""
     """The verifier's reason, for people."""
+    graded: float = 0.0
+    """acc before `reward.success_threshold` makes it 0 or 1."""
     log_probs: tuple[float, ...] | None = field(default=None, repr=False)
     """Per token, the log-prob by the engine that sampled it. None where it keeps none."""
     old_log_probs: torch.Tensor | None = field(default=None, repr=False, compare=False)
@@ -147,6 +149,13 @@ class Credit:
     """eps_w."""
     normalize: bool = True
     """Divide by the sum of the weights."""
+
+    @property
+    def is_given(self) -> bool:
+        """Whether any token has a weight."""
+        rationale = self.earns_rationale and self.think_weight > 0 and _length(self.think) > 0
+        regions = any(region.weight > 0 and region.start < region.end for region in self.regions)
+        return rationale or regions or _length(self.answer) > 0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Settings of how long things may take before a run ends instead of hanging."""
+"""Settings of when a run ends instead of hanging, or of training on nothing."""
 
-from pydantic import NonNegativeFloat, PositiveFloat
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from care_train.config.base import section
 
@@ -8,7 +8,8 @@ from care_train.config.base import section
 @section
 class LimitSettings:
     """Seconds that things may take; a run that is over them ends and says where it hung. A rank
-    that waits for another one, which is within its own limit, does not hang. 0: no limit."""
+    that waits for another one, which is within its own limit, does not hang. 0: no limit.
+    And how many steps may train nothing."""
 
     generate: NonNegativeFloat = 3600.0
     """Sampling one batch."""
@@ -31,3 +32,8 @@ class LimitSettings:
     """Until all ranks have found each other."""
     collective: PositiveFloat = 7200.0
     """One collective operation of the process group (NCCL's or gloo's own timeout)."""
+    empty_steps: PositiveInt | None = 2
+    """Steps in a row without a group to learn from (all right, all wrong, equal rewards), after
+    which a run ends: as finished where nearly all groups are right, else with an error that says
+    what they were. The first one is a warning. With few prompts per step it takes at least 8
+    groups, and 64 to be finished, or as many as there are rows. None: never."""

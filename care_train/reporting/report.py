@@ -19,6 +19,7 @@ _FACTS = {
     "model": "Model",
     "seed": "Seed",
     "steps": "Steps",
+    "ended_early": "Ended early, as",
     "num_questions": "Evaluation questions",
     "sampled_sequences": "Responses sampled",
     "trained_sequences": "Responses trained on",

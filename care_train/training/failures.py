@@ -11,6 +11,7 @@ from care_train.rollout.errors import NotFiniteLogitsError, RolloutError
 
 INPUT_STATUS = 2
 NOT_FINITE_STATUS = 65
+NO_SIGNAL_STATUS = 66
 RANK_LOST_STATUS = 69
 HUNG_STATUS = 70
 OUT_OF_MEMORY_STATUS = 71
@@ -50,6 +51,12 @@ class NotFiniteError(RunError, FloatingPointError):
     """A loss, a gradient or the policy's logits are NaN or infinite."""
 
     status = NOT_FINITE_STATUS
+
+
+class NoSignalError(RunError):
+    """Several steps in a row had no group to learn from."""
+
+    status = NO_SIGNAL_STATUS
 
 
 class OutOfMemoryError(RunError):

@@ -102,5 +102,6 @@ class RolloutScorer:
             prefix_ids=prefix_ids,
             reflected=reflected,
             verdict=score.reason,
+            graded=score.graded,
             log_probs=completion.log_probs,
         )

@@ -105,8 +105,8 @@ class Guard:
             board: the ranks' messages.
         """
         self._limits, self._run_dir, self._board = limits, run_dir, board
-        positive = [value for value in vars(limits).values() if value > 0]
-        self._tick = min([_TICK, *(value / 4 for value in positive)])
+        seconds = [getattr(limits, key) for key in {*PARTS.values(), "rank"}]
+        self._tick = min([_TICK, *(value / 4 for value in seconds if value > 0)])
         self._leaving = threading.Event()
         self._found = threading.Event()
         self._fault: Fault | None = None

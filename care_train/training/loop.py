@@ -99,6 +99,7 @@ class StepLoop(ABC):
 
         Raises:
             Stopped: a signal asked for it; a checkpoint is saved.
+            NoSignalError: the steps so far had nothing to learn from.
         """
 
     def run(self) -> None:
@@ -109,12 +110,14 @@ class StepLoop(ABC):
             if self.owes_evaluation:
                 with at_step(self.first_step, self.num_steps, self.run_dir):
                     self.after_step(self.first_step, signals)
-            for step in range(self.first_step, self.num_steps):
+            step = self.first_step
+            while step < self.num_steps:  # which a step may lower to itself
                 with at_step(step + 1, self.num_steps, self.run_dir):
                     values = self.step(step)
                     self.metrics.log(step + 1, values, phase=self.phase)
                     self.progress.update(step + 1, values)
                     self.after_step(step + 1, signals)
+                step += 1
 
     def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Be where the run was when it saved `checkpoint`; returns what this rank saved of its own.

@@ -1,5 +1,6 @@
 """Reinforcement learning: prompts in order, steps, and the evaluations and checkpoints between."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from care_train.distributed import is_main, rank, world_size
 from care_train.reporting import MetricsLogger, SampleRecord, append_sample, show_sample
 from care_train.rollout.engine import RolloutEngine
 from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
+from care_train.training.empty_steps import EmptySteps
 from care_train.training.engine import PolicyEngine
 from care_train.training.groups import Group
 from care_train.training.guard import StopSignals
@@ -26,6 +28,8 @@ from care_train.training.session import Session, rank_share
 from care_train.training.step import StepOutcome, TrainStep
 from care_train.training.timer import at_step
 from care_train.verifier import TrainerState
+
+logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[RolloutEngine], dict[str, float]]
 
@@ -115,6 +119,7 @@ class _RlLoop(StepLoop):
         kind = AheadSampler if config.train.rollouts_ahead else Sampler
         self._sampler = kind(self._rollout, session.encoder, config)
         self._source = PromptSource(samples, config)
+        self._empty_steps = EmptySteps(config, len(samples))
         self._train_step = TrainStep(config, self.engine, self._sampler, session.scorer, reference)
         self.totals = {"steps": 0.0, "decoded_tokens": 0.0, "trained_sequences": 0.0}
         self.totals["sampled_sequences"] = 0.0
@@ -126,12 +131,15 @@ class _RlLoop(StepLoop):
         self.totals, self._source.position = state["totals"], state["position"]
         self.owes_evaluation = state["owes_evaluation"]
         self._sampler.restore(own.get("ahead", {}), self._source.draw)
+        self._empty_steps.restore(state.get("empty_steps", (0, 0, 0)))
+        self._end_where_finished(self.first_step)
 
     def step(self, step: int) -> dict[str, float]:
         verifier, done = self.session.scorer.verifier, step + 1
         verifier.state = TrainerState(done, self.num_steps)
         verifier.take_metrics()  # of an evaluation before
         outcome = self._train_step.run(self._source.draw, step)
+        self._empty_steps.add(outcome.groups, outcome.dropped, done)
         values = outcome.metrics
         if self.config.reward.functions:
             values = values | function_metrics(verifier.take_metrics())
@@ -149,11 +157,27 @@ class _RlLoop(StepLoop):
         if self.owes_evaluation and not stop:
             scores = self._run_evaluation(done)
             stop = signals.requested(self.device)
+        self._end_where_finished(done)
         is_last = done == self.num_steps
         is_best = scores is not None and self.checkpoints.is_best(scores)
-        if is_due(done, self.config.train.save_every, self.num_steps) or is_last or is_best or stop:
+        must_save = is_last or is_best or stop
+        failure, has_trained = None, self._empty_steps.steps < done
+        # A run that ends anyway and has trained before ends well.
+        if self._empty_steps.ending == "failed" and not (is_last and has_trained):
+            failure = self._empty_steps.error()
+            must_save = must_save or has_trained
+        if must_save or is_due(done, self.config.train.save_every, self.num_steps):
             own = {"ahead": self._sampler.state()}
             self.save(done, self._state(), stop, scores, own)
+        if failure:
+            raise failure
+
+    def _end_where_finished(self, done: int) -> None:
+        """The last step is `done` where there is nothing left to learn."""
+        if self._empty_steps.ending == "finished" and done < self.num_steps:
+            self.num_steps = done
+            if is_main():
+                logger.warning("step %d: %s", done, self._empty_steps.finish_text())
 
     def _run_evaluation(self, done: int) -> dict[str, float]:
         assert self._evaluate is not None
@@ -171,6 +195,7 @@ class _RlLoop(StepLoop):
             "position": position,
             "totals": self.totals,
             "owes_evaluation": self.owes_evaluation,
+            "empty_steps": self._empty_steps.state(),
         }
 
     def _record_sample(self, outcome: StepOutcome, done: int) -> None:

@@ -24,6 +24,8 @@ class StepOutcome:
 
     metrics: dict[str, float]
     groups: list[Group]
+    dropped: list[Group]
+    """Sampled by dynamic sampling beside the batch."""
 
 
 class TrainStep:
@@ -76,7 +78,7 @@ class TrainStep:
         values |= seconds.values() | sync | gap
         values["learning_rate"] = learning_rate
         values["tokens_per_second"] = values["decoded_tokens"] / max(values["seconds"], 1e-9)
-        return StepOutcome(values, groups)
+        return StepOutcome(values, groups, dropped)
 
     def _sample(self, draw: Draw, step: int) -> tuple[list[Group], list[Group]]:
         """Lines 1-2: one batch of groups with verified rollouts.

@@ -31,6 +31,8 @@ class Score:
     """Why the accuracy is what it is, for people."""
     format_reason: str = "as asked"
     """Why the format is what it is."""
+    graded: float = 0.0
+    """acc before `reward.success_threshold` makes it 0 or 1."""
 
 
 class Verifier:
@@ -96,6 +98,7 @@ class Verifier:
                     reward(graded, form, self._settings.format_weight) + bonus,
                     self._reason(verdict, own),
                     "by reward.functions" if given else fault or "as asked",
+                    graded,
                 )
             )
         return scores

@@ -29,6 +29,7 @@ def make_config(values: dict | None = None) -> Config:
         "prompt": {"system": None, "max_prompt_tokens": 200},
         "rollout": {"group_size": 4, "max_new_tokens": 12},
         "train": {"steps": 2, "prompts_per_step": 4, "micro_batch_size": 8, "learning_rate": 1e-3},
+        "limits": {"empty_steps": None},
         "logging": {"progress": False, "report_to": [], "samples_every": 0},
     }
     return build_config(merge(base, values or {}))
