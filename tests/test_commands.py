@@ -90,14 +90,15 @@ def test_each_build_is_valid(path):
 
 SMALL = [
     "model.path=tiny-qwen2.5-vl",
+    "model.min_pixels=null",
     "data={path: easy_vqa, max_samples: 8}",
     "eval.data={path: easy_vqa, max_samples: 4}",
     "sft={steps: 1, batch_size: 4, save_every: 0}",
     "sft.data={path: easy_vqa, max_samples: 8}",
-    "prompt={system: null, max_prompt_tokens: 256}",
+    "prompt={system: null, max_prompt_tokens: 512}",
     "rollout={group_size: 2, max_new_tokens: 8, engine: transformers}",
     "care.reflection.cue=again:",
-    "train={steps: 1, prompts_per_step: 2, save_every: 0, eval_every: 0}",
+    "train={steps: 1, prompts_per_step: 4, save_every: 0, eval_every: 0}",
     "logging={report_to: [], progress: false}",
 ]
 """Laid over a configuration made for GPUs: everything else of it stays as written."""

@@ -19,12 +19,14 @@ from care_train.algorithm.advantages import (
 )
 from care_train.algorithm.reflection import choose_reflected_negative, merge_reflection
 from care_train.algorithm.region_weights import token_credit
+from care_train.algorithm.released import released_credit
 from care_train.algorithm.selection import (
     failures,
     positives,
     select_anchor,
     select_hard_negatives,
     select_proxy_anchor,
+    select_spread,
 )
 from care_train.algorithm.types import (
     GroupUpdate,
@@ -94,7 +96,10 @@ def _rescue_subgroup(
         return "no_proxy_anchor"
     rest = [i for i in pool if i != proxy]
     count = min(settings.max_negatives, len(rest))
-    chosen = select_hard_negatives(rest, count, group.embeddings, proxy, settings, generator)
+    if settings.decisions.rescue_negatives == "spread":
+        chosen = select_spread(rest, count, group.embeddings, proxy)
+    else:
+        chosen = select_hard_negatives(rest, count, group.embeddings, proxy, settings, generator)
     literal = settings.decisions.rescue_size == "literal"
     divisor = min(settings.max_negatives, len(pool)) if literal else count
     shaped = rescue_rewards(count, divisor).tolist()
@@ -141,7 +146,9 @@ def subgroup_update(
 
 
 def count_negatives(subgroup: Subgroup, settings: CareSettings) -> int:
-    """Line 26: K_S, the members that failed, or those rewarded below the anchor (`literal`)."""
+    """Line 26: K_S, the members that failed, or as `count_negatives_by` has it."""
+    if settings.decisions.count_negatives_by == "members":
+        return len(subgroup.others)
     if settings.decisions.count_negatives_by == "accuracy":
         return subgroup.num_negatives
     bar = subgroup.anchor.shaped_reward
@@ -167,12 +174,18 @@ def _train_sequence(
 ) -> TrainSequence:
     is_anchor = member is subgroup.anchor
     # Line 40 reads acc: a pseudo-anchor is a failure, and its rationale earns nothing.
-    credit = token_credit(
-        member.rollout,
-        settings,
-        is_negative=member.is_negative,
-        earns_rationale=not member.is_negative and not subgroup.rescued,
-    )
+    earns_rationale = not member.is_negative and not subgroup.rescued
+    if settings.decisions.spans == "tokens":
+        credit = released_credit(
+            member.rollout, settings.think_weight, earns_rationale=earns_rationale
+        )
+    else:
+        credit = token_credit(
+            member.rollout,
+            settings,
+            is_negative=member.is_negative,
+            earns_rationale=earns_rationale,
+        )
     if member.rollout.reflected:
         role = "reflected_failure" if member.is_negative else "reflected_success"
     elif is_anchor:

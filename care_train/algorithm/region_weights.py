@@ -59,8 +59,7 @@ def token_credit(
 
 
 def _malformed_weight(is_negative: bool, settings: CareSettings) -> float:
-    malformed = settings.decisions.malformed
-    return float(malformed == "uniform" or (malformed == "penalize" and is_negative))
+    return float(settings.decisions.malformed == "penalize" and is_negative)
 
 
 def spread_advantages(

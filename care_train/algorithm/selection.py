@@ -81,7 +81,7 @@ def select_hard_negatives(
         count: K', at most len(pool).
         embeddings: [G, D] unit vectors.
         anchor: index of the anchor.
-        settings: selector, preselect_size and decisions.farthest_first_start.
+        settings: selector and preselect_size.
         generator: for `random`.
     """
     assert count <= len(pool)
@@ -92,14 +92,14 @@ def select_hard_negatives(
     ranked = sorted(pool, key=lambda i: (distance[i], i))
     if settings.selector == "cosine_diverse" and settings.preselect_size > count:
         nearest = ranked[: settings.preselect_size]
-        chosen = farthest_first(nearest, count, embeddings, settings.decisions.farthest_first_start)
+        chosen = farthest_first(nearest, count, embeddings)
     else:
         chosen = _by_rank(ranked, count, settings.selector)
     return sorted(chosen, key=lambda i: (distance[i], i))
 
 
 def farthest_first(
-    ranked: Sequence[int], count: int, embeddings: torch.Tensor, start: str = "nearest"
+    ranked: Sequence[int], count: int, embeddings: torch.Tensor, start: int = 0
 ) -> list[int]:
     """The brief de-duplication of Sec. 3.3: greedy max-min cosine distance among the chosen.
 
@@ -107,19 +107,28 @@ def farthest_first(
         ranked: preselected indices, nearest to the anchor first; ties go to the nearer.
         count: how many to keep.
         embeddings: [G, D] unit vectors.
-        start: begin with the nearest to the anchor, or with the farthest of the preselected.
+        start: the place in `ranked` of the one to begin with.
     """
     if count >= len(ranked):
         return list(ranked)
     vectors = embeddings[list(ranked)].double()
     between = _round(cosine_distance(vectors[:, None], vectors))
-    chosen = [0 if start == "nearest" else len(ranked) - 1]
+    chosen = [start]
     while len(chosen) < count:
         gap = between[:, chosen].min(dim=1).values
         gap[chosen] = -torch.inf
         # argmax of ties must be the first: the nearer to the anchor.
         chosen.append(int((gap == gap.max()).nonzero()[0]))
     return [ranked[i] for i in chosen]
+
+
+def select_spread(
+    pool: Sequence[int], count: int, embeddings: torch.Tensor, anchor: int
+) -> list[int]:
+    """`count` failures far from the anchor and from each other: the rescue of `official`."""
+    distance = cosine_distances(embeddings, anchor)[list(pool)]
+    farthest = int((distance == distance.max()).nonzero()[0])
+    return farthest_first(pool, count, embeddings, farthest)
 
 
 def _by_rank(ranked: Sequence[int], count: int, selector: Selector) -> list[int]:

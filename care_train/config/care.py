@@ -28,23 +28,35 @@ class Decisions:
     anchor_prefers_format: bool = True
     """Positives with fmt = 1 come first: a correct rollout without a rationale has T_think = 0 and
     would otherwise always win, until the policy stops reasoning."""
-    farthest_first_start: Literal["nearest", "farthest"] = "nearest"
-    """The farthest-first pass starts at the hardest negative, or at the easiest (`official`)."""
+    rescue_negatives: Literal["nearest", "spread"] = "nearest"
+    """A rescue's negatives: chosen like an anchored group's, or by a farthest-first pass over all
+    failures that starts at the farthest (`official`)."""
     failed_reflection: Literal["append", "replace"] = "append"
     """A failed reflection joins S (line 18), or replaces the negative it came from (`official`)."""
     repaired_advantage: Literal["raw", "penalized"] = "raw"
     """A verified repair keeps A_raw (Eq. 8 scales negatives only), or gets -s|A_raw| as line 37
     has it (`literal`)."""
-    count_negatives_by: Literal["accuracy", "reward"] = "accuracy"
-    """K_S counts members with acc = 0, or with a reward below the anchor's (line 26, `literal`)."""
+    count_negatives_by: Literal["accuracy", "reward", "members"] = "accuracy"
+    """K_S counts members with acc = 0, those with a reward below the anchor's (line 26,
+    `literal`), or all but the anchor, a verified repair included (`official`)."""
     clamp_anchor: bool = True
     """Set a negative anchor advantage to 0 (possible where format scores differ)."""
     tag_weight: float | None = None
     """Weight of tag and EOS tokens. None: answer tags and EOS 1, think tags like the rationale,
     since otherwise nothing trains the closing tags."""
-    malformed: Literal["penalize", "ignore", "uniform"] = "penalize"
+    malformed: Literal["penalize", "ignore"] = "penalize"
     """A malformed rollout: negatives get weight 1 on every token and positives 0 (`penalize`, since
-    otherwise nothing penalises broken output), both 0 (`ignore`), or both 1 (`uniform`)."""
+    otherwise nothing penalises broken output), or both 0 (`ignore`)."""
+    spans: Literal["text", "tokens"] = "text"
+    """Where rationale and answer lie and what they weigh: by the tags in the decoded text, or by
+    the tags' token ids (`official`: `algorithm.released`)."""
+    repair: Literal["rationale", "answer"] = "rationale"
+    """A reflection continues an open rationale, and is scored with it; or it continues the failed
+    response from an opened answer tag, and its new tokens alone are scored and trained, as if they
+    had been sampled after the prompt (`official`)."""
+    beyond_subgroup: Literal["dropped", "regularized"] = "dropped"
+    """Sequences outside S* are not forwarded; or they count in the loss's denominator and the KL
+    pulls at them (`official`)."""
     normalize_over: Literal["step", "group"] = "step"
     """1/|S*| over the whole optimiser step, on all ranks, or per group and then over groups: the
     division per group would undo the equalisation."""
@@ -73,10 +85,13 @@ LITERAL = Decisions(
 OFFICIAL = Decisions(
     positive="reward",
     anchor_prefers_format=False,
-    farthest_first_start="farthest",
+    rescue_negatives="spread",
     failed_reflection="replace",
-    tag_weight=0.0,
-    malformed="uniform",
+    count_negatives_by="members",
+    clamp_anchor=False,
+    spans="tokens",
+    repair="answer",
+    beyond_subgroup="regularized",
     proxy_score="sum",
     proxy_requires_format=False,
 )
@@ -163,15 +178,41 @@ class CareSettings:
         return self.neg_scale / 2 if scale is None else scale
 
 
+_OFFICIAL_SETTINGS: dict[str, Any] = {
+    "care": {
+        "decisions": OFFICIAL,
+        "reflection": {
+            "cue": "\n<repair>\n- Mistake:\n- Fix:\n- Corrected final answer:\n</repair>\n",
+            "context": "x_only",
+            "temperature": 0.6,
+            "top_p": 0.95,
+            "max_new_tokens": 512,
+        },
+    },
+    "model": {"min_pixels": 262_144, "max_pixels": 4_194_304},
+    "prompt": {
+        "system": None,
+        "suffix": (
+            "You FIRST think about the reasoning process as an internal monologue and then provide "
+            "the final answer. The reasoning process MUST BE enclosed within <think> </think> "
+            "tags. The final answer MUST BE put in \\boxed{}."
+        ),
+        "overlong": "drop",
+    },
+    "reward": {"answer": "boxed"},
+    "rollout": {"max_new_tokens": 2048},
+    "loss": {
+        "aggregation": "token",
+        "clip_eps_high": 0.3,
+        "dual_clip": 3.0,
+        "kl_coef": 0.01,
+        "importance_sampling": "none",
+    },
+    "train": {"prompts_per_step": 512, "mini_batches": 4, "warmup_steps": 0, "weight_decay": 0.01},
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {"care": {"decisions": Decisions()}},
     "literal": {"care": {"decisions": LITERAL}},
-    "official": {
-        "care": {
-            "decisions": OFFICIAL,
-            "reflection": {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 512},
-        },
-        "loss": {"aggregation": "token"},
-    },
+    "official": _OFFICIAL_SETTINGS,
 }
 """What each `preset` lays under the user's own settings."""

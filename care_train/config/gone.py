@@ -9,7 +9,6 @@ _DECISIONS = {
     "care.positive": "positive",
     "care.partial": "partial",
     "care.anchor_prefers_format": "anchor_prefers_format",
-    "care.farthest_first_start": "farthest_first_start",
     "care.reflection.on_failure": "failed_reflection",
     "care.reflection.success_advantage": "repaired_advantage",
     "care.count_negatives_by": "count_negatives_by",
@@ -23,7 +22,10 @@ _DECISIONS = {
 }
 """Old keys of the fields of `Decisions`."""
 
+_BY_PRESET = "the preset decides it (default | literal | official)"
+
 _CONSTANTS: dict[str, tuple[object, str]] = {
+    "care.farthest_first_start": ("nearest", _BY_PRESET),
     "care.robust": (False, "mean and standard deviation (Eqs. 5-6) are used"),
     "care.robust_trim": (0.2, "mean and standard deviation (Eqs. 5-6) are used"),
     "care.weight_eps": (1e-8, "eps_w of Eq. 11 is 1e-8"),
@@ -109,9 +111,6 @@ def _with_new(section: dict[str, Any], name: str, value: Any, path: str) -> dict
             "wanted one of the two"
         )
     return {**section, name: value}
-
-
-_BY_PRESET = "the preset decides it (default | literal | official)"
 
 
 def _left(

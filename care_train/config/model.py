@@ -69,6 +69,8 @@ class PromptSettings:
         "<answer> </answer>."
     )
     """System message. None: none."""
+    suffix: str | None = None
+    """Text behind each row's prompt, in the same message. None: none."""
     think_tag: str = "think"
     """Name of the rationale's tag (`reasoning` for Qwen3-VL, Sec. 8.2)."""
     answer_tag: str = "answer"

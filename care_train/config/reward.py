@@ -103,6 +103,9 @@ class RewardSettings:
 
     format_weight: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
     """lambda: below one half, every correct answer outranks every wrong one."""
+    answer: Literal["tags", "boxed"] = "tags"
+    """Where a response's answer stands: between the answer tags, or in its last `\\boxed{}`. The
+    format asked for is a rationale in its tags and then the answer."""
     tolerance: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Largest distance of a number, relative to the key. None: the answer type's own; a row's
     `tolerance` column comes first."""

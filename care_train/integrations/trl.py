@@ -169,6 +169,9 @@ def _check(trainer: Any) -> None:
         ),
         f"a processing_class with padding_side={side!r}; wanted 'left', as TRL pads its prompts: "
         "the image tokens' positions would be others": (trainer._is_vlm and side != "left"),
+        "a preset official; wanted Algorithm 1's own reading of spans and reflections": (
+            trainer.care.decisions.spans == "tokens"
+        ),
         "tools, environments or a rollout_func; wanted none: responses have one turn": bool(
             trainer.tools or trainer.environment_factories or trainer.rollout_func
         ),

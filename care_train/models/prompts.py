@@ -148,7 +148,10 @@ class PromptEncoder:
         messages: list[dict[str, Any]] = []
         if self._prompt.system is not None:
             messages.append({"role": "system", "content": self._prompt.system})
-        content = _content_parts(sample) if sample.images else sample.prompt
+        prompt = sample.prompt
+        if self._prompt.suffix is not None:
+            prompt = f"{prompt.strip()} {self._prompt.suffix}"
+        content = _content_parts(prompt, len(sample.images)) if sample.images else prompt
         messages.append({"role": "user", "content": content})
         return self._apply_template(messages, True).removesuffix(self._opening)
 
@@ -224,12 +227,11 @@ class PromptEncoder:
             )
 
 
-def _content_parts(sample: Sample) -> list[dict[str, str]]:
+def _content_parts(prompt: str, num_images: int) -> list[dict[str, str]]:
     """The message's parts; without `<image>` placeholders the images come first."""
-    pieces = _PLACEHOLDER.split(sample.prompt)
+    pieces = _PLACEHOLDER.split(prompt)
     if len(pieces) == 1:
-        parts = [{"type": "image"}] * len(sample.images)
-        return [*parts, {"type": "text", "text": sample.prompt}]
+        return [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
     parts = []
     for place, piece in enumerate(pieces):
         if place:

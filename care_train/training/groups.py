@@ -4,8 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from care_train.algorithm.released import TagPatterns, token_tag_spans
 from care_train.algorithm.spans import parse_spans, token_spans
-from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, Subgroup, skipped_update
+from care_train.algorithm.types import (
+    GroupUpdate,
+    Rollout,
+    RolloutGroup,
+    Spans,
+    Subgroup,
+    skipped_update,
+)
 from care_train.config import PromptSettings
 from care_train.data import Sample
 from care_train.models.batch import TokenSequence
@@ -51,8 +59,23 @@ class Group(RolloutGroup):
 class RolloutScorer:
     """Decodes completions, locates their spans and has them verified (Eq. 1)."""
 
-    def __init__(self, token_text: TokenText, verifier: Verifier, prompt: PromptSettings) -> None:
+    def __init__(
+        self,
+        token_text: TokenText,
+        verifier: Verifier,
+        prompt: PromptSettings,
+        tag_patterns: TagPatterns | None = None,
+    ) -> None:
+        """
+        Args:
+            token_text: decodes.
+            verifier: scores.
+            prompt: the tags' names.
+            tag_patterns: read responses as the released code does (`preset: official`): spans by
+                token ids, of a reflection the new tokens alone. None: by the text.
+        """
         self._token_text = token_text
+        self._tag_patterns = tag_patterns
         self.verifier = verifier
         self._tags = (prompt.think_tag, prompt.answer_tag)
 
@@ -74,7 +97,9 @@ class RolloutScorer:
 
     def score_all(self, answers: Sequence[Answer], *, reflected: bool = False) -> list[Rollout]:
         """Rollouts of completions, in order, all verified in one call."""
-        decoded = [self._token_text.decode(a.prefix_ids + a.completion.token_ids) for a in answers]
+        decoded = [
+            self._token_text.decode(self._read_prefix(a) + a.completion.token_ids) for a in answers
+        ]
         responses = [
             Response(text, a.sample, a.completion.finished, a.completion.token_ids)
             for (text, _), a in zip(decoded, answers, strict=True)
@@ -85,16 +110,24 @@ class RolloutScorer:
             for answer, (text, ends), score in zip(answers, decoded, scores, strict=True)
         ]
 
+    def _read_prefix(self, answer: Answer) -> tuple[int, ...]:
+        return answer.prefix_ids if self._tag_patterns is None else ()
+
+    def _spans(self, answer: Answer, text: str, ends: Sequence[int]) -> Spans:
+        if self._tag_patterns is not None:
+            return token_tag_spans(answer.completion.token_ids, self._tag_patterns)
+        if answer.completion.finished:
+            ends = ends[:-1]
+        return token_spans(parse_spans(text, *self._tags), ends, len(answer.prefix_ids))
+
     def _rollout(
         self, answer: Answer, text: str, ends: Sequence[int], score: Score, reflected: bool
     ) -> Rollout:
         completion, prefix_ids = answer.completion, answer.prefix_ids
-        if completion.finished:
-            ends = ends[:-1]
         return Rollout(
             token_ids=completion.token_ids,
             text=text,
-            spans=token_spans(parse_spans(text, *self._tags), ends, len(prefix_ids)),
+            spans=self._spans(answer, text, ends),
             accuracy=score.accuracy,
             format_score=score.format_score,
             reward=score.reward,

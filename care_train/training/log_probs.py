@@ -223,7 +223,7 @@ class LogProbs:
         every = self._has_several_updates or self._config.rollout.engine != "transformers"
         if every or self._may_train_off_context:  # by the configuration: so all ranks agree
             wanted = items if every else moved
-            missing = [item for item in wanted if item.sampled_log_probs is None]
+            missing = [item for item in wanted if self._lacks_sampled(item)]
             sequences = [item.group.sequence(item.sequence.rollout) for item in missing]
             rows = self.old_policy(sequences + [item.tokens for item in moved])
             for item, row in zip(missing, rows, strict=False):
@@ -238,7 +238,7 @@ class LogProbs:
     def _weigh(self, item: TrainItem) -> None:
         """Importance weights, and which log-probs are the old policy's."""
         sampled, trained, loss = item.sampled_log_probs, item.old_log_probs, self._config.loss
-        if trained is not None:
+        if trained is not None and self._weighs_lost_context:
             # min(pi(y | x) / pi(y | x, prefix, cue), cap): trained without its context.
             assert sampled is not None
             item.importance_weights = (trained - sampled).exp().clamp(max=IMPORTANCE_CAP)
@@ -261,10 +261,22 @@ class LogProbs:
         """The context a sequence is trained in: its own, or the prompt alone (`x_only`)."""
         if not self._trains_off_context(sequence):
             return group.sequence(sequence.rollout)
+        if not self._weighs_lost_context:
+            return group.sequence(sequence.rollout, ())
         # The response continues an open think span.
         tag = f"<{self._config.prompt.think_tag}>"
         encoded = self._engine.loaded.tokenizer(tag, add_special_tokens=False)
         return group.sequence(sequence.rollout, tuple(encoded["input_ids"]))
+
+    def _lacks_sampled(self, item: TrainItem) -> bool:
+        """Whether log pi_old in the sampled context is to be computed: something reads it."""
+        is_read = self._weighs_lost_context or item.sequence.rollout.log_probs is not None
+        is_moved = self._trains_off_context(item.sequence)
+        return item.sampled_log_probs is None and (is_read or not is_moved)
+
+    @property
+    def _weighs_lost_context(self) -> bool:
+        return self._config.care.decisions.repair == "rationale"
 
     def _trains_off_context(self, sequence: TrainSequence) -> bool:
         return sequence.rollout.reflected and self._may_train_off_context

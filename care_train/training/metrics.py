@@ -141,7 +141,7 @@ def _of_updates(updates: Sequence[GroupUpdate]) -> dict[str, float]:
     trained = [update for update in updates if update.sequences]
     sequences = [sequence for update in trained for sequence in update.sequences]
     sums: dict[str, float] = {
-        "groups_skipped": len(updates) - len(trained),
+        "groups_skipped": sum(update.skipped is not None for update in updates),
         "groups_rescued": sum(update.rescued for update in trained),
         "anchor_clamped": sum(update.anchor_clamped for update in updates),
         "trained_sequences": len(sequences),

@@ -21,8 +21,9 @@ from care_train.config import (
 from care_train.data import Sample, sample_digests
 from care_train.distributed import barrier, is_main, world_size
 from care_train.training.checkpoint import Checkpoint
+from care_train.training.events import EVENT_FILES
 
-LOGS = ("metrics.jsonl", "samples.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", *EVENT_FILES)
 
 _MAY_GO = ("deepspeed.config.", "model.lora.")
 """Starts of keys that a configuration may lack."""

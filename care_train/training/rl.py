@@ -17,6 +17,7 @@ from care_train.rollout.engine import RolloutEngine
 from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
 from care_train.training.empty_steps import EmptySteps
 from care_train.training.engine import PolicyEngine
+from care_train.training.events import append_events
 from care_train.training.groups import Group
 from care_train.training.guard import StopSignals
 from care_train.training.log_probs import FrozenCopy, Reference, WithoutAdapters
@@ -149,6 +150,8 @@ class _RlLoop(StepLoop):
         self.owes_evaluation = self._evaluate is not None and is_due(done, every, self.num_steps)
         if is_main():
             self._record_sample(outcome, done)
+        if self.config.preset == "official" and self.config.algorithm == "care":
+            append_events(self.run_dir, outcome.groups, self.config.care, done)
         return values
 
     def after_step(self, done: int, signals: StopSignals) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from care_train.algorithm.reflection import reflection_prefix
+from care_train.algorithm.released import answer_prefix
 from care_train.algorithm.types import Member
 from care_train.config import Config
 from care_train.data import Sample
@@ -126,7 +127,10 @@ class Sampler:
 
     def _reflection_prefix(self, negative: Member) -> tuple[int, ...]:
         prompt, cue = self._config.prompt, self._config.care.reflection.cue
-        text = reflection_prefix(negative.rollout, cue, prompt.think_tag, prompt.answer_tag)
+        if self._config.care.decisions.repair == "answer":
+            text = answer_prefix(negative.rollout.text, cue, prompt.think_tag, prompt.answer_tag)
+        else:
+            text = reflection_prefix(negative.rollout, cue, prompt.think_tag, prompt.answer_tag)
         return self._encoder.encode_text(text)
 
     @property

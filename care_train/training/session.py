@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from care_train.algorithm.released import tag_patterns
 from care_train.config import Config
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.prompts import PromptEncoder, TokenText
@@ -71,16 +72,12 @@ def open_session(config: Config, folder: Path, device: torch.device) -> Session:
     """Load the model of `folder` with its prompt encoder and verifier."""
     loaded = load_model(config.model, folder)
     loaded.model.to(device)
-    return Session(
-        config,
-        loaded,
-        PromptEncoder(loaded, config.prompt),
-        RolloutScorer(
-            TokenText(loaded.tokenizer),
-            Verifier(config.prompt, config.reward),
-            config.prompt,
-        ),
-    )
+    prompt, encoder, patterns = config.prompt, PromptEncoder(loaded, config.prompt), None
+    if config.care.decisions.spans == "tokens":
+        patterns = tag_patterns(encoder.encode_text, prompt.think_tag, prompt.answer_tag)
+    verifier = Verifier(prompt, config.reward)
+    scorer = RolloutScorer(TokenText(loaded.tokenizer), verifier, prompt, patterns)
+    return Session(config, loaded, encoder, scorer)
 
 
 def rank_share(batch: Sequence[Item], rank: int, world_size: int) -> list[Item]:

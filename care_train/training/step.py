@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from care_train.algorithm import baselines, care
+from care_train.algorithm.released import with_rest
 from care_train.algorithm.types import GroupUpdate, Subgroup
 from care_train.config import Config
 from care_train.distributed import all_max
@@ -123,8 +124,13 @@ class TrainStep:
                 keep_without_signal=self._config.loss.kl_coef > 0,
             )
         if isinstance(group.subgroup, str):
-            return care.skipped_update(group.subgroup)
-        return care.subgroup_update(group.subgroup, self._config.care, group.reflected)
+            update = care.skipped_update(group.subgroup)
+        else:
+            update = care.subgroup_update(group.subgroup, self._config.care, group.reflected)
+        if self._config.care.decisions.beyond_subgroup == "regularized":
+            sampled = [*group.rollouts, *([group.reflected] if group.reflected else [])]
+            update = with_rest(update, sampled, has_kl=self._config.loss.kl_coef > 0)
+        return update
 
     def _checked_gap(self, groups: list[Group], items: list[TrainItem]) -> dict[str, float]:
         """The trainer's gap to the rollout engine, held to its limit once for every start and

@@ -7,7 +7,7 @@ from care_train.algorithm.reward import reward
 from care_train.algorithm.spans import parse_spans
 from care_train.config import PromptSettings, RewardSettings
 from care_train.data import Sample
-from care_train.verifier.format import format_fault
+from care_train.verifier.format import boxed_answer, boxed_fault, format_fault
 from care_train.verifier.function_process import RewardFunction
 from care_train.verifier.functions import TrainerState
 from care_train.verifier.judge import Judge, case_of
@@ -135,6 +135,8 @@ class Verifier:
         return "; ".join([*parts, verdict.reason])
 
     def _form(self, response: Response) -> str:
+        if self._settings.answer == "boxed":
+            return boxed_fault(response.text, self._think_tag)
         if not response.finished:
             return "cut by the length limit"
         return format_fault(response.text, self._think_tag, self._answer_tag)
@@ -184,12 +186,16 @@ class Verifier:
         return dict(zip(cases, judge.judge(list(cases.values())), strict=True))
 
     def _answer(self, response: Response) -> str | None:
+        if self._settings.answer == "boxed":
+            return boxed_answer(response.text)
         span = parse_spans(response.text, self._think_tag, self._answer_tag).answer_content
         return None if span is None else response.text[span[0] : span[1]]
 
     def _missing(self, response: Response) -> Verdict:
         cut = "" if response.finished else ": cut by the length limit"
-        return Verdict(0.0, f"no complete <{self._answer_tag}> span{cut}")
+        boxed = self._settings.answer == "boxed"
+        wanted = "\\boxed{}" if boxed else f"complete <{self._answer_tag}> span"
+        return Verdict(0.0, f"no {wanted}{cut}")
 
 
 def _mean(weighted: Sequence[tuple[float, float]]) -> float:

@@ -19,7 +19,6 @@ from tests.algorithm.transcription import Choices, Draws, algorithm_1
 PRESETS = {
     "default": (build_config({}).care, transcription.DEFAULT),
     "literal": (build_config({"preset": "literal"}).care, transcription.LITERAL),
-    "official": (build_config({"preset": "official"}).care, transcription.OFFICIAL),
 }
 
 SELECTORS = ("cosine_diverse", "nearest", "mixed", "farthest", "random")
@@ -28,13 +27,12 @@ BOTH = {True: True, False: False}
 # Setting or decision -> the transcription's name for it, and each value here with the one there.
 FLIPS: dict[str, tuple[str, dict]] = {
     "anchor_prefers_format": ("well_formatted_anchor_first", BOTH),
-    "farthest_first_start": ("farthest_first_start", {v: v for v in ("nearest", "farthest")}),
     "positive": ("positive_is", {"accuracy": "acc is 1", "reward": "reward above 0"}),
     "partial": ("partial_is", {"neither": "neither", "literal": "not positive"}),
     "count_negatives_by": ("K_S_is", {"accuracy": "failures", "reward": "below the anchor"}),
     "clamp_anchor": ("clamp_anchor", BOTH),
     "tag_weight": ("tag_weight", {None: None, 0.0: 0.0, 0.3: 0.3}),
-    "malformed": ("malformed", {v: v for v in ("penalize", "ignore", "uniform")}),
+    "malformed": ("malformed", {v: v for v in ("penalize", "ignore")}),
     "failed_reflection": ("failed_reflection", {v: v for v in ("append", "replace")}),
     "repaired_advantage": ("repaired_advantage", {v: v for v in ("raw", "penalized")}),
     "proxy_score": ("pseudo_anchor_score", {v: v for v in ("mean", "sum")}),

@@ -98,7 +98,7 @@ def test_think_weight_is_gamma():
 
 @pytest.mark.parametrize(
     ("malformed", "positive", "negative"),
-    [("penalize", 0.0, 1.0), ("ignore", 0.0, 0.0), ("uniform", 1.0, 1.0)],
+    [("penalize", 0.0, 1.0), ("ignore", 0.0, 0.0)],
 )
 def test_a_response_without_answer_span(malformed, positive, negative):
     """`malformed`: what each token of a response without a complete answer pair weighs."""
@@ -106,15 +106,15 @@ def test_a_response_without_answer_span(malformed, positive, negative):
     assert weights(broken(), False, malformed=malformed) == [negative] * 6
 
 
-@pytest.mark.parametrize(("malformed", "weight"), [("penalize", 0), ("ignore", 0), ("uniform", 1)])
-def test_a_malformed_pseudo_anchor_earns_nothing(malformed, weight):
+@pytest.mark.parametrize("malformed", ["penalize", "ignore"])
+def test_a_malformed_pseudo_anchor_earns_nothing(malformed):
     """A pseudo-anchor is rewarded: where malformed, as a positive is, on no token."""
     settings = care(f"malformed={malformed}")
     found = region_weights(broken(), settings, is_negative=False, earns_rationale=False)
-    assert found.tolist() == [weight] * 6
+    assert found.tolist() == [0] * 6
 
 
-@pytest.mark.parametrize(("malformed", "weight"), [("penalize", 1), ("ignore", 0), ("uniform", 1)])
+@pytest.mark.parametrize(("malformed", "weight"), [("penalize", 1), ("ignore", 0)])
 def test_a_negative_of_bad_format(malformed, weight):
     """care.malformed_when: bad_format: a negative with fmt < 1 is malformed, answer or not."""
     negative = make_rollout(0.0, 0.0, think=2, answer=1)
@@ -125,7 +125,7 @@ def test_a_negative_of_bad_format(malformed, weight):
     assert weights(wrong(think=2, answer=1), False, **changes) == plain
 
 
-@pytest.mark.parametrize("malformed", ["penalize", "ignore", "uniform"])
+@pytest.mark.parametrize("malformed", ["penalize", "ignore"])
 def test_a_positive_of_bad_format_keeps_its_regions(malformed):
     """care.malformed_when: bad_format is about negatives: a correct answer is still credited."""
     positive = make_rollout(1.0, 0.0, think=2, answer=1)

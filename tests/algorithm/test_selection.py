@@ -184,8 +184,8 @@ def test_farthest_first_measures_to_the_closest_chosen():
 def test_farthest_first_starts_where_told():
     """At 10, 50, -60 degrees: from the nearest to -60, from the farthest (-60) to 50."""
     vectors = unit_vectors([10, 50, -60])
-    assert farthest_first([0, 1, 2], 2, vectors, "nearest") == [0, 2]
-    assert farthest_first([0, 1, 2], 2, vectors, "farthest") == [2, 1]
+    assert farthest_first([0, 1, 2], 2, vectors, 0) == [0, 2]
+    assert farthest_first([0, 1, 2], 2, vectors, 2) == [2, 1]
 
 
 def test_farthest_first_ties_go_to_the_nearer():

@@ -27,7 +27,7 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 WITHOUT_FORMAT = {
     "care.decisions.anchor_prefers_format": False,
-    "care.decisions.tag_weight": 0.0,
+    "care.decisions.clamp_anchor": False,
     "care.decisions.proxy_score": "sum",
     "care.decisions.proxy_requires_format": False,
 }
@@ -37,21 +37,47 @@ CHANGES = {
         "care.decisions.partial": "literal",
         "care.decisions.normalize_over": "group",
         "care.decisions.count_negatives_by": "reward",
-        "care.decisions.clamp_anchor": False,
         "care.decisions.malformed": "ignore",
         "care.decisions.repaired_advantage": "penalized",
         "care.decisions.rescue_size": "literal",
+        "care.decisions.tag_weight": 0.0,
         **WITHOUT_FORMAT,
     },
     "official": {
         "care.decisions.positive": "reward",
-        "care.decisions.farthest_first_start": "farthest",
-        "care.decisions.malformed": "uniform",
+        "care.decisions.rescue_negatives": "spread",
         "care.decisions.failed_reflection": "replace",
+        "care.decisions.count_negatives_by": "members",
+        "care.decisions.spans": "tokens",
+        "care.decisions.repair": "answer",
+        "care.decisions.beyond_subgroup": "regularized",
+        "care.reflection.cue": (
+            "\n<repair>\n- Mistake:\n- Fix:\n- Corrected final answer:\n</repair>\n"
+        ),
+        "care.reflection.context": "x_only",
         "care.reflection.temperature": 0.6,
         "care.reflection.top_p": 0.95,
         "care.reflection.max_new_tokens": 512,
         "loss.aggregation": "token",
+        "loss.clip_eps_high": 0.3,
+        "loss.dual_clip": 3.0,
+        "loss.kl_coef": 0.01,
+        "loss.importance_sampling": "none",
+        "model.min_pixels": 262_144,
+        "model.max_pixels": 4_194_304,
+        "prompt.system": None,
+        "prompt.suffix": (
+            "You FIRST think about the reasoning process as an internal monologue and then provide "
+            "the final answer. The reasoning process MUST BE enclosed within <think> </think> "
+            "tags. The final answer MUST BE put in \\boxed{}."
+        ),
+        "prompt.overlong": "drop",
+        "reward.answer": "boxed",
+        "rollout.max_new_tokens": 2048,
+        "train.mini_batches": 4,
+        "train.prompts_per_step": 512,
+        "train.warmup_steps": 0,
+        "train.weight_decay": 0.01,
         **WITHOUT_FORMAT,
     },
 }

@@ -1,8 +1,9 @@
 """Algorithm 1 of the paper, copied line by line into plain Python: an oracle for the tests.
 
 It imports nothing of the code under test but the rollout's fields, computes in floats and lists,
-and takes every decision the paper leaves open as an explicit argument (`Choices`). The three
-constants at the end are what the presets promise, written from their descriptions.
+and takes every decision the paper leaves open as an explicit argument (`Choices`). The two
+constants at the end are what the presets promise, written from their descriptions; the third
+preset's rule is `tests/algorithm/released.py`.
 """
 
 import math
@@ -30,7 +31,6 @@ class Choices:
     partial_is: str = "neither"  # or: "not positive" (lines 17 and 21 are plain elses)
     well_formatted_anchor_first: bool = True
     selector: str = "cosine_diverse"
-    farthest_first_start: str = "nearest"
     reflection: bool = True
     failed_reflection: str = "append"  # or: "replace"
     repaired_advantage: str = "raw"  # or: "penalized" (line 37)
@@ -43,7 +43,7 @@ class Choices:
     clamp_anchor: bool = True
     equalize: bool = True
     tag_weight: float | None = None
-    malformed: str = "penalize"  # or: "ignore", "uniform"
+    malformed: str = "penalize"  # or: "ignore"
     malformed_negative_is: str = "without answer"  # or: "of fmt below 1"
 
 
@@ -239,7 +239,7 @@ def anchor_aware_negatives(
     if c.selector != "cosine_diverse" or min(c.M, len(F)) <= K_prime:
         return ranked[:K_prime]
     pool = ranked[: c.M]
-    chosen = [pool[0] if c.farthest_first_start == "nearest" else pool[-1]]
+    chosen = [pool[0]]
     while len(chosen) < K_prime:
         best, best_gap = None, -math.inf
         for i in pool:
@@ -264,9 +264,7 @@ def weight(item: Item, t: int, c: Choices) -> float:
     spans = item.y.spans
     bad_format = item.failed and item.y.format_score < 1
     if spans.answer is None or (c.malformed_negative_is == "of fmt below 1" and bad_format):
-        if c.malformed == "penalize":
-            return 1.0 if item.failed else 0.0
-        return 1.0 if c.malformed == "uniform" else 0.0
+        return 1.0 if c.malformed == "penalize" and item.failed else 0.0
     think_weight = c.gamma if item.positive else 0.0
     if item.y.finished and t == len(item.y.token_ids) - 1:
         return 1.0 if c.tag_weight is None else c.tag_weight
@@ -302,16 +300,3 @@ LITERAL = replace(
     malformed="ignore",
 )
 """Algorithm 1 to the letter: only <answer> and <think> content has a weight."""
-
-OFFICIAL = replace(
-    DEFAULT,
-    positive_is="reward above 0",
-    well_formatted_anchor_first=False,
-    farthest_first_start="farthest",
-    failed_reflection="replace",
-    pseudo_anchor_score="sum",
-    pseudo_anchor_well_formatted=False,
-    tag_weight=0.0,
-    malformed="uniform",
-)
-"""The authors' released code: a rollout with any reward is a positive."""
