@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -213,7 +214,7 @@ def test_token_advantages_equal_the_released_rule_on_rollouts_of_a_model(
     )
     device = torch.device("cpu")
     engine, inner, reference = open_policy(session, device)
-    rollout = Tagged(inner, session.loaded.tokenizer)
+    rollout: Any = Tagged(inner, session.loaded.tokenizer)
     sampler = Sampler(rollout, session.encoder, session.config)
     step = TrainStep(session.config, engine, sampler, session.scorer, reference)
     samples = [text_sample(i, prompt=f"what is {i}?", answer="red") for i in range(6)]
@@ -277,6 +278,7 @@ def check_reflections(groups: list[Group], rollout: Tagged, session) -> None:
     assert len(requests) == len(reflected) > 0
     decode = session.loaded.tokenizer.decode
     for group, request in zip(reflected, requests, strict=True):
+        assert group.reflected is not None
         text = decode(request.prefix_ids)
         assert text.endswith("<answer>") and "<repair>\n- Mistake:\n- Fix:" in text
         assert group.reflected.text == decode(group.reflected.token_ids, skip_special_tokens=True)
