@@ -119,7 +119,7 @@ def compile_cases(architecture: str = "9") -> list[CompileCase]:
         *_combine_cases(),
         *_exp_gradients_cases(architecture),
         _objective_case(),
-        *_token_advantages_cases(),
+        _token_advantages_case(),
         *_rationale_distance_cases(),
     ]
 
@@ -258,28 +258,19 @@ def _objective_case() -> CompileCase:
     )
 
 
-def _token_advantages_cases() -> list[CompileCase]:
-    """Padded and packed, with the paper's two regions and four of a trainer's."""
-    types = {
-        "out_ptr": "*fp32",
-        "advantages_ptr": "*fp32",
-        "spans_ptr": "*i64",
-        "weights_ptr": "*fp64",
-        "weight_eps": "fp64",
-    }
-    constants = {"BLOCK": region_weights.BLOCK, "NORMALIZE": True, "NUM_REGIONS": 6}
-    return [
-        compile_case(
-            f"token_advantages_{layout}",
-            region_weights._token_advantages_kernel,
-            types | pointer,
-            constants | absent,
-            num_warps=region_weights.NUM_WARPS,
-            grid=f"{NUM_SEQUENCES} sequences x {triton.cdiv(SEQ_LEN, region_weights.BLOCK)} splits",
-            hbm_bytes=NUM_SEQUENCES * (SEQ_LEN * 4 + 4 + 6 * (2 * 8 + 8)),
-        )
-        for layout, pointer, absent in _LAYOUTS
-    ]
+def _token_advantages_case() -> CompileCase:
+    """The paper's two regions and four of a trainer's."""
+    kernel, block = region_weights._token_advantages_kernel, region_weights.BLOCK
+    types = _pointers(kernel) | {"weights_ptr": "*fp64", "weight_eps": "fp64"}
+    return compile_case(
+        "token_advantages",
+        kernel,
+        types | dict.fromkeys(("spans_ptr", "ends_ptr"), "*i64"),
+        {"BLOCK": block, "NORMALIZE": True, "NUM_REGIONS": 6},
+        num_warps=region_weights.NUM_WARPS,
+        grid=f"{NUM_SEQUENCES} sequences x {triton.cdiv(SEQ_LEN, block)} splits",
+        hbm_bytes=NUM_SEQUENCES * (SEQ_LEN * 4 + 4 + 6 * (2 * 8 + 8)),
+    )
 
 
 def _rationale_distance_cases() -> list[CompileCase]:
@@ -295,14 +286,11 @@ def _rationale_distance_cases() -> list[CompileCase]:
             grid=f"{NUM_SEQUENCES} sequences x {triton.cdiv(WIDTH, block_d)} column blocks",
             hbm_bytes=NUM_SEQUENCES * (SEQ_LEN * WIDTH * 2 + 2 * 8 + WIDTH * 4),
         )
-        for layout, pointer, absent in _LAYOUTS
+        for layout, pointer, absent in (
+            ("padded", {}, {"cu_seqlens_ptr": None}),
+            ("packed", {"cu_seqlens_ptr": "*i32"}, {}),
+        )
     ]
-
-
-_LAYOUTS = (
-    ("padded", {}, {"cu_seqlens_ptr": None}),
-    ("packed", {"cu_seqlens_ptr": "*i32"}, {}),
-)
 
 
 def _pointers(kernel: Any) -> dict[str, str]:

@@ -3,7 +3,7 @@
 Depends on torch and triton alone, so any trainer can import it.
 """
 
-from care_kernels.care_loss import CareLoss, CareLossOutput, care_loss
+from care_kernels.care_loss import CareLoss, care_loss
 from care_kernels.heads import head_parameters
 from care_kernels.log_probs import linear_log_probs
 from care_kernels.loss import linear_policy_loss
@@ -14,7 +14,6 @@ from care_kernels.vocab_parallel import VocabShard
 
 __all__ = [
     "CareLoss",
-    "CareLossOutput",
     "Cispo",
     "Clip",
     "PolicyLoss",

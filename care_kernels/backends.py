@@ -1,6 +1,6 @@
 """One chunk of logits: made by a GEMM with their row statistics, then turned into their gradient.
 
-`LogitChunk` says what a backend provides, `logit_chunk` chooses among them:
+`LogitChunk` says what every kind provides, `chunk_kind` chooses among them:
 
 - `TritonChunk`: bfloat16 or float16 on a GPU. The GEMM's epilogue reads the statistics off its
   float32 accumulators and keeps 16-bit exponentials of the logits.
@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from care_kernels import checks
 from care_kernels.cpu import native_ops
 from care_kernels.softmax import (
     LogitTransform,
@@ -38,6 +39,20 @@ class Head:
     transform: LogitTransform
 
 
+class ChunkRows(NamedTuple):
+    """What a chunk's logits are made of."""
+
+    hidden: Tensor
+    """[C, D]."""
+    target_ids: Tensor
+    """[C] int64 rows of this head."""
+    ref_hidden: Tensor | None = None
+    """[C, D'] of the reference, for the exact KL."""
+    anchor: Tensor | None = None
+    """[C] float32 near each row's log-normaliser, which a kernel may use as the exponentials'
+    origin in place of the maximum."""
+
+
 class LogitGradient(NamedTuple):
     """dL/draw = factor * matrix, row by row."""
 
@@ -47,31 +62,33 @@ class LogitGradient(NamedTuple):
     """[C] float32; None: 1."""
 
 
+@dataclass(frozen=True)
+class ChunkSpec:
+    """What is asked of a chunk."""
+
+    hidden_dtype: torch.dtype
+    head: Head
+    ref_head: Head | None = None
+    """The reference's, for the exact KL."""
+    with_entropy: bool = False
+    with_gradients: bool = False
+
+
 class LogitChunk(Protocol):
     """Room for up to `num_rows` rows of logits, and the kernels that work on them."""
 
     grad_dtype: torch.dtype
     """Of the logits' gradient."""
 
-    def project(
-        self,
-        inputs: Tensor,
-        target_ids: Tensor,
-        *,
-        ref_inputs: Tensor | None = None,
-        anchor: Tensor | None = None,
-        keep: bool = False,
-    ) -> RowStatistics:
-        """Statistics [C] of the logits of inputs [C, D].
+    def __init__(self, spec: ChunkSpec, num_rows: int) -> None: ...
 
-        Args:
-            inputs: hidden states.
-            target_ids: [C] int64 rows of this head.
-            ref_inputs: the reference's hidden states, for the exact KL.
-            anchor: [C] float32 near each row's log-normaliser, which a kernel may use as the
-                exponentials' origin in place of the maximum.
-            keep: `gradients` will be called.
-        """
+    @staticmethod
+    def logit_bytes(spec: ChunkSpec) -> int:
+        """Bytes held for each logit."""
+        ...
+
+    def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
+        """Statistics [C] of the rows' logits, which are kept for `gradients` where asked."""
         ...
 
     def gradients(
@@ -87,59 +104,51 @@ class LogitChunk(Protocol):
 class TorchChunk:
     """Torch operations on float32 logits, float64 for float64."""
 
-    def __init__(
-        self,
-        head: Head,
-        num_rows: int,
-        dtype: torch.dtype,
-        grad_dtype: torch.dtype,
-        *,
-        with_entropy: bool,
-        ref_head: Head | None = None,
-    ) -> None:
-        weight = head.weight
-        self._head, self._ref_head, self._with_entropy = head, ref_head, with_entropy
+    def __init__(self, spec: ChunkSpec, num_rows: int) -> None:
+        weight, ref_head = spec.head.weight, spec.ref_head
+        dtype = compute_dtype(weight, None if ref_head is None else ref_head.weight)
+        dtype = torch.float64 if spec.hidden_dtype == torch.float64 else dtype
+        # In the weight's own 16 bits where the GEMMs that follow have fast kernels for them.
+        is_fast = weight.is_cuda or _runs_natively(spec.hidden_dtype, spec.head.weight)
+        self.grad_dtype = weight.dtype if is_fast and dtype == torch.float32 else dtype
+        self._spec = spec
         self._logits = torch.empty(num_rows, weight.shape[0], dtype=dtype, device=weight.device)
         self._ref_logits = None if ref_head is None else torch.empty_like(self._logits)
-        self.grad_dtype = grad_dtype
 
-    def project(
-        self,
-        inputs: Tensor,
-        target_ids: Tensor,
-        *,
-        ref_inputs: Tensor | None = None,
-        anchor: Tensor | None = None,
-        keep: bool = False,
-    ) -> RowStatistics:
+    @staticmethod
+    def logit_bytes(spec: ChunkSpec) -> int:
         """See `LogitChunk`."""
-        logits = self._logits[: inputs.shape[0]]
-        _write_logits(inputs, self._head, logits)
-        ref_logits = self._ref_rows(inputs.shape[0])
+        return 4 if spec.ref_head is None else 8
+
+    def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
+        """See `LogitChunk`."""
+        spec = self._spec
+        logits, ref_logits = self._first(len(rows.hidden))
+        _write_logits(rows.hidden, spec.head, logits)
         if ref_logits is not None:
-            assert ref_inputs is not None and self._ref_head is not None
-            _write_logits(ref_inputs, self._ref_head, ref_logits)
+            assert rows.ref_hidden is not None and spec.ref_head is not None
+            _write_logits(rows.ref_hidden, spec.ref_head, ref_logits)
         return row_statistics(
-            logits, target_ids, with_entropy=self._with_entropy, ref_logits=ref_logits
+            logits, rows.target_ids, with_entropy=spec.with_entropy, ref_logits=ref_logits
         )
 
     def gradients(
         self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients
     ) -> LogitGradient:
         """See `LogitChunk`."""
-        logits = self._logits[: target_ids.shape[0]]
+        logits, ref_logits = self._first(len(target_ids))
         # Over the logits' own memory: each row's first bytes.
         out = logits.view(self.grad_dtype)[:, : logits.shape[1]]
-        ref_logits = self._ref_rows(target_ids.shape[0])
-        transform = self._head.transform
+        transform = self._spec.head.transform
         logit_gradients(
             logits, target_ids, stats, upstream, transform, out=out, ref_logits=ref_logits
         )
         clear_padding(out)
         return LogitGradient(out)
 
-    def _ref_rows(self, num_rows: int) -> Tensor | None:
-        return None if self._ref_logits is None else self._ref_logits[:num_rows]
+    def _first(self, num_rows: int) -> tuple[Tensor, Tensor | None]:
+        ref_logits = self._ref_logits
+        return self._logits[:num_rows], None if ref_logits is None else ref_logits[:num_rows]
 
 
 class NativeChunk:
@@ -147,30 +156,25 @@ class NativeChunk:
 
     grad_dtype = torch.bfloat16
 
-    def __init__(
-        self, head: Head, num_rows: int, *, with_entropy: bool, with_gradients: bool
-    ) -> None:
-        self._head, self._with_entropy = head, with_entropy
-        shape = (num_rows, head.weight.shape[0])
-        self._exps = torch.empty(shape, dtype=torch.bfloat16) if with_gradients else None
+    def __init__(self, spec: ChunkSpec, num_rows: int) -> None:
+        self._spec = spec
+        shape = (num_rows if spec.with_gradients else 0, spec.head.weight.shape[0])
+        self._exps = torch.empty(shape, dtype=torch.bfloat16)
         self._target_logit = self._block_max = torch.empty(0)
 
-    def project(
-        self,
-        inputs: Tensor,
-        target_ids: Tensor,
-        *,
-        ref_inputs: Tensor | None = None,
-        anchor: Tensor | None = None,
-        keep: bool = False,
-    ) -> RowStatistics:
+    @staticmethod
+    def logit_bytes(spec: ChunkSpec) -> int:
         """See `LogitChunk`."""
-        exps = None
-        if keep:
-            assert self._exps is not None
-            exps = self._exps[: inputs.shape[0]]
+        return 2 if spec.with_gradients else 0
+
+    def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
+        """See `LogitChunk`."""
         self._target_logit, max_logit, log_total, entropy, self._block_max = _native_project(
-            inputs, self._head, target_ids, with_entropy=self._with_entropy, exps=exps
+            rows.hidden,
+            self._spec.head,
+            rows.target_ids,
+            with_entropy=self._spec.with_entropy,
+            exps=self._exps[: len(rows.hidden)] if keep else None,
         )
         log_probs = (self._target_logit - max_logit) - log_total
         return RowStatistics(log_probs, max_logit, log_total, entropy)
@@ -180,8 +184,8 @@ class NativeChunk:
     ) -> LogitGradient:
         """See `LogitChunk`."""
         ops = native_ops()
-        assert ops is not None and self._exps is not None
-        exps = self._exps[: target_ids.shape[0]]
+        assert ops is not None, "chosen only where the kernels run"
+        exps = self._exps[: len(target_ids)]
         ops.exp_gradients(
             exps,
             self._block_max,
@@ -193,7 +197,7 @@ class NativeChunk:
             upstream.log_probs.contiguous(),
             None if upstream.entropy is None else upstream.entropy.contiguous(),
             stats.entropy,
-            *_numbers(self._head.transform),
+            *_numbers(self._spec.head.transform),
         )
         return LogitGradient(exps)
 
@@ -206,66 +210,52 @@ class TritonChunk:
     expm1(l) e^(L - a).
     """
 
-    def __init__(
-        self, head: Head, num_rows: int, *, with_entropy: bool, with_gradients: bool
-    ) -> None:
-        from care_kernels.triton.projection import empty_exps
-        from care_kernels.triton.tiles import TileStatistics
+    def __init__(self, spec: ChunkSpec, num_rows: int) -> None:
+        # Triton is imported where its kernels run: it takes a second.
+        from care_kernels.triton import projection, softmax, tiles
 
-        self._head, self._with_entropy = head, with_entropy
-        weight = head.weight
+        self._projection, self._softmax, self._combine = projection, softmax, tiles.combine
+        self._spec, weight = spec, spec.head.weight
         self.grad_dtype = weight.dtype
-        self._exps = None
-        if with_gradients:
-            self._exps = empty_exps(num_rows, weight.shape[0], weight.dtype, weight.device)
-        self._tiles: TileStatistics | None = None
+        shape = (num_rows if spec.with_gradients else 0, weight.shape[0])
+        self._exps = projection.empty_exps(*shape, weight.dtype, weight.device)
+        self._tiles: tiles.TileStatistics | None = None
         self._log_shift: Tensor | None = None
         """L - a [C] of the rows projected last, NaN where it is too far; None: no anchor."""
 
-    def project(
-        self,
-        inputs: Tensor,
-        target_ids: Tensor,
-        *,
-        ref_inputs: Tensor | None = None,
-        anchor: Tensor | None = None,
-        keep: bool = False,
-    ) -> RowStatistics:
+    @staticmethod
+    def logit_bytes(spec: ChunkSpec) -> int:
         """See `LogitChunk`."""
-        from care_kernels.triton.projection import project
-        from care_kernels.triton.tiles import combine
+        return 2 if spec.with_gradients else 0
 
-        exps = None
-        if keep:
-            assert self._exps is not None
-            exps = self._exps[: inputs.shape[0]]
-        head = self._head
-        self._tiles = project(
-            inputs,
+    def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
+        """See `LogitChunk`."""
+        head = self._spec.head
+        tiles = self._projection.project(
+            rows.hidden,
             head.weight,
             head.bias,
-            target_ids,
+            rows.target_ids,
             head.transform,
-            with_entropy=self._with_entropy,
-            anchor=anchor if keep else None,
-            exps=exps,
+            with_entropy=self._spec.with_entropy,
+            anchor=rows.anchor if keep else None,
+            exps=self._exps[: len(rows.hidden)] if keep else None,
         )
-        stats = combine(self._tiles)
-        self._log_shift = None if self._tiles.anchor is None else stats.log_total
+        stats = self._combine(tiles)
+        self._tiles = tiles
+        self._log_shift = None if tiles.anchor is None else stats.log_total
         return stats
 
     def gradients(
         self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients
     ) -> LogitGradient:
         """See `LogitChunk`."""
-        from care_kernels.triton.softmax import anchor_targets_, exp_gradients_
-
-        assert self._exps is not None and self._tiles is not None
-        exps, transform = self._exps[: target_ids.shape[0]], self._head.transform
+        exps, transform = self._exps[: len(target_ids)], self._spec.head.transform
+        assert self._tiles is not None
         if self._log_shift is None:
-            exp_gradients_(exps, self._tiles, target_ids, stats, upstream, transform)
+            self._softmax.exp_gradients_(exps, self._tiles, target_ids, stats, upstream, transform)
             return LogitGradient(exps)
-        anchor_targets_(exps, target_ids, stats.log_probs, self._log_shift)
+        self._softmax.anchor_targets_(exps, target_ids, stats.log_probs, self._log_shift)
         slope = transform.scale / transform.temperature
         return LogitGradient(exps, upstream.log_probs * torch.exp(-self._log_shift) * -slope)
 
@@ -278,14 +268,14 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
     Raises:
         ValueError: `backend` is unknown, or cannot run on `device`.
     """
-    if backend not in (None, "triton", "torch"):
-        raise ValueError(f"backend: got {backend!r}; wanted None, 'triton' or 'torch'")
+    checks.check_options(backend=backend)
     if backend is None:
         return "triton" if device.type == "cuda" else "torch"
     if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"backend: got 'triton' for tensors on {device}; wanted CUDA or ROCm tensors, or "
-            "TRITON_INTERPRET=1 in the environment"
+        raise checks.wrong(
+            "backend",
+            f"'triton' for tensors on {device}",
+            "CUDA or ROCm tensors, or TRITON_INTERPRET=1 in the environment",
         )
     return backend
 
@@ -296,46 +286,15 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if is_double else torch.float32
 
 
-def kernels_for(backend: str, hidden_dtype: torch.dtype, head: Head, ref_head: Head | None) -> str:
-    """Which chunk a call gets: "triton", "native" or "torch"."""
-    weight = head.weight
-    if ref_head is None and backend == "triton":
+def chunk_kind(backend: str, spec: ChunkSpec) -> type[LogitChunk]:
+    """The kind of chunk that a call gets."""
+    if spec.ref_head is not None:
+        return TorchChunk
+    if backend == "triton":
         from care_kernels.triton.projection import supports
 
-        return "triton" if supports(hidden_dtype, weight) else "torch"
-    is_native = ref_head is None and _runs_natively(hidden_dtype, weight)
-    return "native" if is_native else "torch"
-
-
-def logit_bytes(kernels: str, *, with_gradients: bool, with_ref: bool) -> int:
-    """Bytes held for each logit of a chunk."""
-    if kernels == "torch":
-        return 8 if with_ref else 4
-    return 2 if with_gradients else 0
-
-
-def logit_chunk(
-    kernels: str,
-    hidden_dtype: torch.dtype,
-    head: Head,
-    num_rows: int,
-    *,
-    with_entropy: bool,
-    with_gradients: bool,
-    ref_head: Head | None,
-) -> LogitChunk:
-    """The chunk that `kernels_for` names."""
-    if kernels == "torch":
-        weights = [head.weight] if ref_head is None else [head.weight, ref_head.weight]
-        dtype = torch.float64 if hidden_dtype == torch.float64 else compute_dtype(*weights)
-        # In the weight's own 16 bits where the GEMMs that follow have fast kernels for them.
-        is_fast = head.weight.is_cuda or _runs_natively(hidden_dtype, head.weight)
-        grad_dtype = head.weight.dtype if is_fast and dtype == torch.float32 else dtype
-        return TorchChunk(
-            head, num_rows, dtype, grad_dtype, with_entropy=with_entropy, ref_head=ref_head
-        )
-    kind = TritonChunk if kernels == "triton" else NativeChunk
-    return kind(head, num_rows, with_entropy=with_entropy, with_gradients=with_gradients)
+        return TritonChunk if supports(spec.hidden_dtype, spec.head.weight) else TorchChunk
+    return NativeChunk if _runs_natively(spec.hidden_dtype, spec.head.weight) else TorchChunk
 
 
 def clear_padding(matrix: Tensor) -> None:
@@ -367,7 +326,7 @@ def _native_project(
     head: Head,
     target_ids: Tensor,
     *,
-    with_entropy: bool,
+    with_entropy: bool = False,
     logits: Tensor | None = None,
     exps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
@@ -389,7 +348,7 @@ def _write_logits(inputs: Tensor, head: Head, out: Tensor) -> None:
     if out.dtype == torch.float32 and _runs_natively(inputs.dtype, weight):
         # Any target will do: the statistics come later.
         targets = torch.zeros(inputs.shape[0], dtype=torch.int64)
-        _native_project(inputs, head, targets, with_entropy=False, logits=out)
+        _native_project(inputs, head, targets, logits=out)
         return
     if out.is_cuda and inputs.dtype == weight.dtype:
         if weight.dtype == out.dtype:

@@ -12,8 +12,7 @@ states belongs to token (b, t): moving the tokens' numbers leaves the hidden sta
 Shape letters: B sequences, T tokens, D hidden, V vocabulary.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,36 +20,9 @@ from torch import Tensor, nn
 from care_kernels import checks
 from care_kernels.backends import compute_dtype
 from care_kernels.loss import linear_policy_loss
-from care_kernels.objective import KL_ESTIMATORS, Clip, Surrogate
+from care_kernels.objective import SKIPPED_ROW, PolicyLoss
 from care_kernels.region_weights import THINK_WEIGHT, WEIGHT_EPS, token_advantages
 from care_kernels.vocab_parallel import VocabShard
-
-
-class CareLossOutput(NamedTuple):
-    """The loss and what each token contributed; only `loss` carries gradient.
-
-    Tokens that were not computed read 0 in `log_probs`, `entropy` and `kl`, 1 in `ratio` and False
-    in both flags. These are the tokens outside the response, those of sequences outside S*, and,
-    without KL or entropy bonus, those with a token advantage of 0 (at sequence level: those of
-    sequences where every token advantage is 0).
-    """
-
-    loss: Tensor
-    """Scalar."""
-    token_advantages: Tensor
-    """[B, T], Eq. 11's a_it before the division by |S*|."""
-    log_probs: Tensor
-    """[B, T]."""
-    entropy: Tensor | None
-    """[B, T]; None unless weighted or asked for."""
-    kl: Tensor | None
-    """[B, T], unweighted; None where kl_coef is 0."""
-    ratio: Tensor
-    """[B, T]; at sequence level every response token holds its sequence's ratio."""
-    clipped_low: Tensor
-    """[B, T] bool, as in `PolicyLoss`."""
-    clipped_high: Tensor
-    """[B, T] bool."""
 
 
 def care_loss(
@@ -68,12 +40,16 @@ def care_loss(
     ref_hidden: Tensor | None = None,
     ref_head_weight: Tensor | None = None,
     importance_weights: Tensor | None = None,
-    bias: Tensor | None = None,
     num_sequences: float | Tensor | None = None,
+    think_weight: float = THINK_WEIGHT,
+    weight_eps: float = WEIGHT_EPS,
+    kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    ratio_level: str = "token",
     vocab_shard: VocabShard | None = None,
-    weight_grad: Tensor | None = None,
+    backend: str | None = None,
     **options: Any,
-) -> CareLossOutput:
+) -> PolicyLoss:
     """Eqs. 11-13 (Sec. 3.5; Algorithm 1, lines 40-43) from hidden states, never holding [B, T, V].
 
     Pass hidden states and token ids of the same positions, unshifted: every [B, T] argument and
@@ -102,250 +78,137 @@ def care_loss(
         ref_hidden: [B, T, D'] of the reference.
         ref_head_weight: [V, D']; None: head_weight, detached.
         importance_weights: [B, T] w_it >= 0, correcting for the sampler's own probabilities.
-        bias: [V], finite.
         num_sequences: |S*|, a number or 0-dim tensor above 0. Pass the global count where a step
             spans ranks or micro-batches, and sum their gradients. None: the sequences of this call
             with a non-zero advantage, at least 1.
+        think_weight: gamma+ of Eq. 11.
+        weight_eps: eps_w of Eq. 11.
+        kl_coef: beta of Eq. 13, on each sequence's mean over response tokens, then over S*.
+        entropy_coef: coefficient of an entropy bonus, averaged like the KL.
+        ratio_level: "token", or "sequence" for GSPO's exp(mean log-ratio) over the response.
         vocab_shard: which part of the vocabulary head_weight, ref_head_weight and bias are, where
             ranks share it; the call is then a collective one.
-        weight_grad: [V, D]; dW is added to it during this call instead of reaching
-            head_weight.grad through the backward, as in `linear_policy_loss`.
-        options: the fields of `CareLoss`.
+        backend: None: chosen by device; "triton" or "torch".
+        options: surrogate, kl_estimator, return_entropy, temperature, logit_softcap, logit_scale,
+            bias, weight_grad and chunk_rows of `linear_policy_loss`.
 
     Returns:
-        `CareLossOutput`, all float32 (float64 for float64 inputs).
+        `PolicyLoss` with [B, T] fields, `token_advantages` among them. Tokens that were not
+        computed read as its skipped rows do: those outside the response, those of sequences outside
+        S*, and, without KL or entropy bonus, those with a token advantage of 0 (at sequence level:
+        those of sequences where every token advantage is 0).
 
     Raises:
         ValueError: an argument does not fit; the message names it, what came and what was wanted.
     """
-    return CareLoss(**options)(
-        hidden,
-        head_weight,
-        token_ids,
+    checks.check_options(kl_coef=kl_coef, entropy_coef=entropy_coef)
+    if not kl_coef and not (ref_log_probs is None and ref_hidden is None):
+        raise checks.wrong("kl_coef", kl_coef, "more than 0, as a reference is given")
+    checks.check_tensor("hidden", hidden, (None, None, None))
+    like, shape = ("hidden", hidden), hidden.shape[:2]
+    checks.check_tensor("head_weight", head_weight, (None, hidden.shape[2]), like=like)
+    checks.check_tensor("token_ids", token_ids, shape, checks.INT_DTYPES, like)
+    checks.check_tensor("advantages", advantages, shape[:1], like=like)
+    mask_dtypes = (torch.bool, *checks.INT_DTYPES)
+    checks.check_vectors(like, shape, mask_dtypes, response_mask=response_mask)
+    checks.check_vectors(
+        like,
+        shape,
+        old_log_probs=old_log_probs,
+        ref_log_probs=ref_log_probs,
+        importance_weights=importance_weights,
+    )
+    _check_num_sequences(num_sequences)
+    checks.check_reference(hidden, head_weight, ref_hidden, ref_head_weight)
+    if response_mask is None and (kl_coef or entropy_coef or ratio_level == "sequence"):
+        raise checks.wrong(
+            "response_mask",
+            None,
+            "[B, T], as the KL, the entropy bonus and the sequence ratio run over the whole "
+            "response",
+        )
+
+    advantages = advantages.detach().to(compute_dtype(hidden, head_weight))
+    credit = token_advantages(
         advantages,
         think_spans,
         answer_spans,
         is_positive,
-        response_mask=response_mask,
-        old_log_probs=old_log_probs,
-        ref_log_probs=ref_log_probs,
-        ref_hidden=ref_hidden,
-        ref_head_weight=ref_head_weight,
-        importance_weights=importance_weights,
-        bias=bias,
-        num_sequences=num_sequences,
-        vocab_shard=vocab_shard,
-        weight_grad=weight_grad,
+        seq_len=shape[1],
+        think_weight=think_weight,
+        weight_eps=weight_eps,
+        backend=backend,
     )
+    response = credit != 0 if response_mask is None else response_mask.bool()
+    vocab_size = head_weight.shape[0] if vocab_shard is None else vocab_shard.vocab_size
+    _check_response(response_mask, credit, token_ids, vocab_size)
+    credit = credit.masked_fill(~response, 0.0)
+    if importance_weights is not None:
+        # Outside the response anything may stand, NaN included.
+        importance_weights = importance_weights.masked_fill(~response, 1.0)
+    is_active = advantages != 0
+    if num_sequences is None:
+        num_sequences = is_active.sum().clamp(min=1)
+    # A token's part in the mean over its sequence's response, then over S*.
+    num_response = response.sum(1, keepdim=True).clamp(min=1)
+    mean_weights = (response & is_active[:, None]) / num_response.to(advantages.dtype)
+    mean_weights = mean_weights / num_sequences
+
+    outcome = linear_policy_loss(
+        hidden.flatten(0, 1),
+        head_weight,
+        _to_rows(token_ids),
+        _to_rows(credit / num_sequences),
+        old_log_probs=_to_rows(old_log_probs),
+        ref_log_probs=_to_rows(ref_log_probs),
+        importance_weights=_to_rows(importance_weights),
+        ref_hidden=None if ref_hidden is None else ref_hidden.flatten(0, 1),
+        ref_head_weight=ref_head_weight,
+        kl_weights=_to_rows(kl_coef * mean_weights) if kl_coef else None,
+        entropy_weights=_to_rows(entropy_coef * mean_weights) if entropy_coef else None,
+        ratio_level=ratio_level,
+        sequence_ids=_response_sequence_ids(response) if ratio_level == "sequence" else None,
+        vocab_shard=vocab_shard,
+        backend=backend,
+        **options,
+    )
+    per_token = [
+        None if rows is None else _to_tokens(rows, shape, fill)
+        for rows, fill in zip(outcome[1:], SKIPPED_ROW[1:], strict=True)
+    ]
+    return outcome._make([outcome.loss, *per_token])._replace(token_advantages=credit)
 
 
-@dataclass(eq=False, kw_only=True)
 class CareLoss(nn.Module):
-    """`care_loss` with its options fixed: options here, tensors in `forward`.
+    """`care_loss` with its options fixed: options here, tensors in the call.
 
     Raises:
         ValueError: an option does not fit; the message names it.
     """
 
-    surrogate: Surrogate = field(default_factory=Clip)
-    """`Clip(low, high, dual)` of Eq. 12, `Cispo` or `Sapo`."""
-    think_weight: float = THINK_WEIGHT
-    """gamma+ of Eq. 11."""
-    weight_eps: float = WEIGHT_EPS
-    """eps_w of Eq. 11."""
-    kl_coef: float = 0.0
-    """beta of Eq. 13, on each sequence's mean over response tokens, then over S*."""
-    kl_estimator: str = "k3"
-    """As in `linear_policy_loss`; "exact" needs ref_hidden."""
-    entropy_coef: float = 0.0
-    """Coefficient of an entropy bonus, averaged like the KL."""
-    return_entropy: bool = False
-    """Also return the entropy where nothing weighs it."""
-    ratio_level: str = "token"
-    """Or "sequence", for GSPO's exp(mean log-ratio) over the response."""
-    temperature: float = 1.0
-    """Divides the logits."""
-    logit_softcap: float | None = None
-    """z = cap * tanh(z / cap) before the temperature; None leaves it out."""
-    logit_scale: float = 1.0
-    """Multiplies the raw logits, before the softcap."""
-    chunk_rows: int | None = None
-    """Rows of logits held at a time; None: chosen."""
-    backend: str | None = None
-    """None, "triton" or "torch"."""
-
-    def __post_init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
+        """Take any option of `care_loss` that is no tensor."""
         super().__init__()
-        checks.check_surrogate(self.surrogate)
-        checks.check_number("think_weight", self.think_weight, "0 or more", least=0)
-        checks.check_number("weight_eps", self.weight_eps, "more than 0", above=0)
-        checks.check_number("kl_coef", self.kl_coef, "0 or more", least=0)
-        checks.check_number("entropy_coef", self.entropy_coef, "a finite number")
-        if self.kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(f"kl_estimator: got {self.kl_estimator!r}; wanted {KL_ESTIMATORS}")
-        if self.ratio_level not in checks.RATIO_LEVELS:
-            wanted = checks.RATIO_LEVELS
-            raise ValueError(f"ratio_level: got {self.ratio_level!r}; wanted {wanted}")
-        checks.check_transform(self.temperature, self.logit_softcap, self.logit_scale)
-        checks.check_chunk_rows(self.chunk_rows)
+        checks.check_options(**options)
+        self.options = options
 
-    def forward(
-        self,
-        hidden: Tensor,
-        head_weight: Tensor,
-        token_ids: Tensor,
-        advantages: Tensor,
-        think_spans: Tensor,
-        answer_spans: Tensor,
-        is_positive: Tensor,
-        *,
-        response_mask: Tensor | None = None,
-        old_log_probs: Tensor | None = None,
-        ref_log_probs: Tensor | None = None,
-        ref_hidden: Tensor | None = None,
-        importance_weights: Tensor | None = None,
-        num_sequences: float | Tensor | None = None,
-        ref_head_weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        vocab_shard: VocabShard | None = None,
-        weight_grad: Tensor | None = None,
-    ) -> CareLossOutput:
+    def extra_repr(self) -> str:
+        """The options, as they were given."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+    def forward(self, *tensors: Tensor, **keywords: Any) -> PolicyLoss:
         """Arguments, result and errors as `care_loss` has them."""
-        self._check_reference_form(ref_log_probs, ref_hidden)
-        _check_batch(
-            hidden,
-            head_weight,
-            token_ids,
-            advantages,
-            response_mask,
-            old_log_probs=old_log_probs,
-            ref_log_probs=ref_log_probs,
-            importance_weights=importance_weights,
-        )
-        _check_num_sequences(num_sequences)
-        checks.check_reference(hidden, head_weight, ref_hidden, ref_head_weight)
-        covers_response = self.kl_coef or self.entropy_coef or self.ratio_level == "sequence"
-        if response_mask is None and covers_response:
-            raise ValueError(
-                "response_mask: got None; wanted [B, T], as the KL, the entropy bonus and the "
-                "sequence ratio run over the whole response"
-            )
-
-        advantages = advantages.detach().to(compute_dtype(hidden, head_weight))
-        credit = token_advantages(
-            advantages,
-            think_spans,
-            answer_spans,
-            is_positive,
-            seq_len=hidden.shape[1],
-            think_weight=self.think_weight,
-            weight_eps=self.weight_eps,
-            backend=self.backend,
-        )
-        response = credit != 0 if response_mask is None else response_mask.bool()
-        vocab_size = head_weight.shape[0] if vocab_shard is None else vocab_shard.vocab_size
-        _check_response(response_mask, credit, token_ids, vocab_size)
-        credit = credit.masked_fill(~response, 0.0)
-        if importance_weights is not None:
-            # Outside the response anything may stand, NaN included.
-            importance_weights = importance_weights.masked_fill(~response, 1.0)
-        is_active = advantages != 0
-        if num_sequences is None:
-            num_sequences = is_active.sum().clamp(min=1)
-        # A token's part in the mean over its sequence's response, then over S*.
-        num_response = response.sum(1, keepdim=True).clamp(min=1)
-        mean_weights = (response & is_active[:, None]) / num_response.to(advantages.dtype)
-        mean_weights = mean_weights / num_sequences
-        is_sequence = self.ratio_level == "sequence"
-
-        outcome = linear_policy_loss(
-            hidden.flatten(0, 1),
-            head_weight,
-            _to_rows(token_ids),
-            _to_rows(credit / num_sequences),
-            surrogate=self.surrogate,
-            old_log_probs=_to_rows(old_log_probs),
-            ref_log_probs=_to_rows(ref_log_probs),
-            importance_weights=_to_rows(importance_weights),
-            ref_hidden=None if ref_hidden is None else ref_hidden.flatten(0, 1),
-            ref_head_weight=ref_head_weight,
-            kl_weights=_to_rows(self.kl_coef * mean_weights) if self.kl_coef else None,
-            kl_estimator=self.kl_estimator,
-            entropy_weights=(
-                _to_rows(self.entropy_coef * mean_weights) if self.entropy_coef else None
-            ),
-            return_entropy=self.return_entropy,
-            ratio_level=self.ratio_level,
-            sequence_ids=_response_sequence_ids(response) if is_sequence else None,
-            temperature=self.temperature,
-            logit_softcap=self.logit_softcap,
-            logit_scale=self.logit_scale,
-            bias=bias,
-            vocab_shard=vocab_shard,
-            weight_grad=weight_grad,
-            chunk_rows=self.chunk_rows,
-            backend=self.backend,
-        )
-        shape = token_ids.shape
-        return CareLossOutput(
-            loss=outcome.loss,
-            token_advantages=credit,
-            log_probs=_to_tokens(outcome.log_probs, shape),
-            entropy=None if outcome.entropy is None else _to_tokens(outcome.entropy, shape),
-            kl=None if outcome.kl is None else _to_tokens(outcome.kl, shape),
-            ratio=_to_tokens(outcome.ratio, shape, fill=1.0),
-            clipped_low=_to_tokens(outcome.clipped_low, shape),
-            clipped_high=_to_tokens(outcome.clipped_high, shape),
-        )
-
-    def _check_reference_form(
-        self, ref_log_probs: Tensor | None, ref_hidden: Tensor | None
-    ) -> None:
-        """A reference exactly where there is a KL, in one of its two forms."""
-        num_forms = (ref_log_probs is not None) + (ref_hidden is not None)
-        if self.kl_coef and num_forms != 1:
-            got = "both" if num_forms else "neither"
-            raise ValueError(
-                f"ref_log_probs: got {got} of ref_log_probs and ref_hidden; wanted exactly one, as "
-                f"kl_coef is {self.kl_coef}"
-            )
-        if num_forms and not self.kl_coef:
-            raise ValueError(
-                f"kl_coef: got {self.kl_coef}; wanted more than 0, as a reference is given"
-            )
-
-
-def _check_batch(
-    hidden: Tensor,
-    head_weight: Tensor,
-    token_ids: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor | None,
-    **per_token: Tensor | None,
-) -> None:
-    """Shapes, dtypes and devices; `per_token` are [B, T] floats or None."""
-    checks.check_tensor("hidden", hidden, (None, None, None))
-    like, shape = ("hidden", hidden), tuple(hidden.shape[:2])
-    checks.check_tensor("head_weight", head_weight, (None, hidden.shape[2]), like=like)
-    checks.check_tensor("token_ids", token_ids, shape, checks.INT_DTYPES, like)
-    checks.check_tensor("advantages", advantages, shape[:1], like=like)
-    if response_mask is not None:
-        dtypes = (torch.bool, *checks.INT_DTYPES)
-        checks.check_tensor("response_mask", response_mask, shape, dtypes, like)
-    for name, value in per_token.items():
-        if value is not None:
-            checks.check_tensor(name, value, shape, like=like)
+        return care_loss(*tensors, **keywords, **self.options)
 
 
 def _check_num_sequences(num_sequences: float | Tensor | None) -> None:
     if isinstance(num_sequences, Tensor):
-        checks.check_tensor(
-            "num_sequences", num_sequences, (), (*checks.FLOAT_DTYPES, *checks.INT_DTYPES)
-        )
+        dtypes = (*checks.FLOAT_DTYPES, *checks.INT_DTYPES)
+        checks.check_tensor("num_sequences", num_sequences, (), dtypes)
         if num_sequences.device.type != "cpu":
             return
     if num_sequences is not None and not num_sequences > 0:
-        raise ValueError(f"num_sequences: got {float(num_sequences)}; wanted more than 0")
+        raise checks.wrong("num_sequences", float(num_sequences), "more than 0")
 
 
 def _check_response(
@@ -358,21 +221,15 @@ def _check_response(
     response = has_credit if response_mask is None else response_mask.bool()
     if (place := checks.first_true(response[:, :1])) is not None:
         name = "think_spans, answer_spans" if response_mask is None else "response_mask"
-        raise ValueError(
-            f"{name}: got token 0 of row {place[0]}; wanted token 1 or later, as no hidden state "
-            "predicts it"
-        )
+        wanted = "token 1 or later, as no hidden state predicts it"
+        raise checks.wrong(name, f"token 0 of row {place[0]}", wanted)
     if (place := checks.first_true(has_credit & ~response)) is not None:
-        raise ValueError(
-            f"response_mask: got False at token {place[1]} of row {place[0]}; wanted True, as a "
-            "span gives it an advantage"
-        )
+        got = f"False at token {place[1]} of row {place[0]}"
+        raise checks.wrong("response_mask", got, "True, as a span gives it an advantage")
     outside = response & ((token_ids < 0) | (token_ids >= vocab_size))
     if (place := checks.first_true(outside)) is not None:
-        raise ValueError(
-            f"token_ids: got {int(token_ids[place])} at token {place[1]} of row {place[0]}; wanted "
-            f"0 to {vocab_size - 1}"
-        )
+        got = f"{int(token_ids[place])} at token {place[1]} of row {place[0]}"
+        raise checks.wrong("token_ids", got, f"0 to {vocab_size - 1}")
 
 
 @overload
@@ -393,7 +250,7 @@ def _to_rows(per_token: Tensor | None) -> Tensor | None:
     return rows.flatten()
 
 
-def _to_tokens(rows: Tensor, shape: torch.Size, fill: float = 0.0) -> Tensor:
+def _to_tokens(rows: Tensor, shape: torch.Size, fill: float) -> Tensor:
     """[B * T] back to [B, T], each row's entry at the token it predicts; token 0 gets `fill`."""
     per_token = rows.new_full(shape, fill)
     per_token[:, 1:] = rows.view(shape)[:, :-1]

@@ -7,7 +7,7 @@ Shape letters: N rows, B sequences, T tokens, D hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,6 +23,55 @@ RATIO_LEVELS = ("token", "sequence")
 Shape = tuple[int | None, ...]
 
 
+def wrong(name: str, got: Any, wanted: Any) -> ValueError:
+    """The error of an argument that does not fit."""
+    return ValueError(f"{name}: got {got}; wanted {wanted}")
+
+
+def _is_number(value: Any) -> bool:
+    """A finite Python number: a tensor might need a gradient, which an option does not get."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+_OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (lambda x: _is_number(x) and x > 0, "more than 0"),
+    "logit_softcap": (lambda x: x is None or (_is_number(x) and x > 0), "None or more than 0"),
+    "logit_scale": (_is_number, "a finite number"),
+    "chunk_rows": (lambda x: x is None or _is_count(x, 1), "None or an int of at least 1"),
+    "backend": (lambda x: x in (None, "triton", "torch"), "None, 'triton' or 'torch'"),
+    "surrogate": (
+        lambda x: isinstance(x, Clip | Cispo | Sapo),
+        "a Clip, a Cispo or a Sapo of care_kernels",
+    ),
+    "kl_estimator": (lambda x: x in KL_ESTIMATORS, f"one of {KL_ESTIMATORS}"),
+    "ratio_level": (lambda x: x in RATIO_LEVELS, f"one of {RATIO_LEVELS}"),
+    "return_entropy": (lambda x: isinstance(x, bool), "True or False"),
+    "kl_coef": (lambda x: _is_number(x) and x >= 0, "0 or more"),
+    "entropy_coef": (_is_number, "a finite number"),
+    "think_weight": (lambda x: _is_number(x) and x >= 0, "0 or more"),
+    "weight_eps": (lambda x: _is_number(x) and x > 0, "more than 0"),
+    "seq_len": (lambda x: x is None or _is_count(x, 0), "None or an int of at least 0"),
+    "total_tokens": (lambda x: x is None or _is_count(x, 0), "None or an int of at least 0"),
+}
+"""Options that are no tensors of numbers: what each may be, as a test and in words."""
+
+
+def check_options(**options: Any) -> None:
+    """Each is one of `_OPTIONS`, and what it may be."""
+    for name, value in options.items():
+        if name not in _OPTIONS:
+            raise wrong("options", repr(name), f"some of {', '.join(_OPTIONS)}")
+        is_right, wanted = _OPTIONS[name]
+        if isinstance(value, Tensor) or not is_right(value):
+            got = f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
+            raise wrong(name, got, wanted)
+
+
 def check_tensor(
     name: str,
     value: Any,
@@ -32,47 +81,52 @@ def check_tensor(
 ) -> None:
     """A tensor of `shape` (None leaves a size free), of a dtype of `dtypes`, where `like` is."""
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: got a {type(value).__name__}; wanted a tensor")
+        raise wrong(name, f"a {type(value).__name__}", "a tensor")
     fits = value.dim() == len(shape) and all(
         size is None or size == got for size, got in zip(shape, value.shape, strict=True)
     )
     if not fits:
         sizes = ", ".join("any" if size is None else str(size) for size in shape)
         comma = "," if len(shape) == 1 else ""
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}; wanted ({sizes}{comma})")
+        raise wrong(name, f"shape {tuple(value.shape)}", f"({sizes}{comma})")
     if value.dtype not in dtypes:
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{name}: got dtype {value.dtype}; wanted one of {wanted}")
+        raise wrong(name, f"dtype {value.dtype}", f"one of {wanted}")
     if like is not None and value.device != like[1].device:
-        raise ValueError(
-            f"{name}: got device {value.device}; wanted {like[1].device}, where {like[0]} is"
-        )
+        raise wrong(name, f"device {value.device}", f"{like[1].device}, where {like[0]} is")
+
+
+def check_numbers(name: str, value: Tensor) -> None:
+    """No meta tensor."""
+    if value.device.type == "meta":
+        raise wrong(name, "a meta tensor, which holds no numbers", "one that does")
 
 
 def check_head(hidden: Any, head_weight: Any, target_ids: Any, bias: Any) -> None:
     """hidden [N, D], head_weight [V, D], V >= 1, target_ids [N] int, a finite bias [V] or None."""
     check_tensor("hidden", hidden, (None, None))
-    if hidden.device.type == "meta":
-        raise ValueError("hidden: got a meta tensor, which holds no numbers; wanted one that does")
+    check_numbers("hidden", hidden)
     like = ("hidden", hidden)
     check_tensor("head_weight", head_weight, (None, hidden.shape[1]), like=like)
     if head_weight.shape[0] == 0:
-        raise ValueError(f"head_weight: got shape {tuple(head_weight.shape)}; wanted V >= 1")
+        raise wrong("head_weight", f"shape {tuple(head_weight.shape)}", "V >= 1")
     check_tensor("target_ids", target_ids, (hidden.shape[0],), INT_DTYPES, like)
     if bias is not None:
         check_tensor("bias", bias, (head_weight.shape[0],), like=like)
-        if bias.device.type == "cpu" and not bool(bias.isfinite().all()):
-            place = int((~bias.isfinite()).nonzero()[0, 0])
-            raise ValueError(f"bias: got {float(bias[place])} at {place}; wanted finite numbers")
+        if bias.device.type == "cpu" and (place := first_true(~bias.isfinite())) is not None:
+            raise wrong("bias", f"{float(bias[place])} at {place[0]}", "finite numbers")
 
 
-def check_rows(
-    hidden: Tensor, dtypes: Iterable[torch.dtype] = FLOAT_DTYPES, **vectors: Any
+def check_vectors(
+    like: tuple[str, Tensor],
+    shape: Shape,
+    dtypes: Iterable[torch.dtype] = FLOAT_DTYPES,
+    **vectors: Any,
 ) -> None:
-    """Each is None or one number for each row of `hidden`, named by its keyword."""
+    """Each is None or a tensor of one shape, named by its keyword."""
     for name, value in vectors.items():
         if value is not None:
-            check_tensor(name, value, (hidden.shape[0],), dtypes, ("hidden", hidden))
+            check_tensor(name, value, shape, dtypes, like)
 
 
 def check_reference(
@@ -100,32 +154,33 @@ def check_targets(
     if vocab_shard is not None:
         vocab_size, start = vocab_shard.vocab_size, vocab_shard.start
         if start < 0 or start + num_local > vocab_size:
-            raise ValueError(
-                f"vocab_shard: got rows {start} to {start + num_local}; wanted them within "
-                f"0 to {vocab_size}"
-            )
+            got = f"rows {start} to {start + num_local}"
+            raise wrong("vocab_shard", got, f"them within 0 to {vocab_size}")
     if target_ids.numel() == 0 or not (read or target_ids.device.type == "cpu"):
         return
     low, high = torch.stack(target_ids.aminmax()).tolist()
     if low < 0 or high >= vocab_size:
-        raise ValueError(f"target_ids: got ids from {low} to {high}; wanted 0 to {vocab_size - 1}")
+        raise wrong("target_ids", f"ids from {low} to {high}", f"0 to {vocab_size - 1}")
 
 
 def check_no_graph(name: str) -> None:
     """Within a backward: nobody wants to differentiate it again, which would give zeros."""
     if torch.is_grad_enabled():
-        raise ValueError(
-            f"{name}: got create_graph=True; wanted False: its gradients are constants, of which "
-            "second derivatives would be wrong"
+        raise wrong(
+            name,
+            "create_graph=True",
+            "False: its gradients are constants, of which second derivatives would be wrong",
         )
 
 
 def check_weight_grad(weight_grad: Any, head_weight: Tensor) -> None:
-    """A buffer like head_weight, in any floating dtype, outside any graph."""
+    """None, or a buffer like head_weight, in any floating dtype, outside any graph."""
+    if weight_grad is None:
+        return
     shape = tuple(head_weight.shape)
     check_tensor("weight_grad", weight_grad, shape, like=("head_weight", head_weight))
     if weight_grad.requires_grad:
-        raise ValueError("weight_grad: got a tensor that requires grad; wanted a plain buffer")
+        raise wrong("weight_grad", "a tensor that requires grad", "a plain buffer")
 
 
 def check_not_negative(name: str, value: Tensor | None) -> None:
@@ -134,51 +189,7 @@ def check_not_negative(name: str, value: Tensor | None) -> None:
         return
     lowest = float(value.min())
     if lowest < 0:
-        raise ValueError(f"{name}: got a minimum of {lowest}; wanted 0 or more")
-
-
-def check_number(
-    name: str, value: Any, wanted: str, *, least: float = -math.inf, above: float = -math.inf
-) -> None:
-    """A finite Python number, at least `least` and over `above`; a tensor would need a gradient."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and value >= least and value > above):
-        got = f"a {type(value).__name__}" if not is_number else repr(value)
-        raise ValueError(f"{name}: got {got}; wanted {wanted}")
-
-
-def check_transform(
-    temperature: float, logit_softcap: float | None, logit_scale: float = 1.0
-) -> None:
-    """A positive temperature; a positive softcap or None; a finite scale."""
-    check_number("temperature", temperature, "more than 0", above=0)
-    if logit_softcap is not None:
-        check_number("logit_softcap", logit_softcap, "None or more than 0", above=0)
-    check_number("logit_scale", logit_scale, "a finite number")
-
-
-def check_chunk_rows(chunk_rows: int | None) -> None:
-    """None or a whole number of at least 1."""
-    if chunk_rows is None:
-        return
-    if not isinstance(chunk_rows, int) or isinstance(chunk_rows, bool) or chunk_rows < 1:
-        raise ValueError(f"chunk_rows: got {chunk_rows!r}; wanted None or an int of at least 1")
-
-
-def check_surrogate(surrogate: Any) -> None:
-    """One of the surrogates that `objective` defines."""
-    if not isinstance(surrogate, Clip | Cispo | Sapo):
-        raise ValueError(
-            f"surrogate: got {surrogate!r}; wanted a Clip, a Cispo or a Sapo of care_kernels"
-        )
-
-
-def check_ratio_level(ratio_level: str, sequence_ids: Tensor | None) -> None:
-    """A known level, with sequence ids where it needs them."""
-    if ratio_level not in RATIO_LEVELS:
-        raise ValueError(f"ratio_level: got {ratio_level!r}; wanted one of {RATIO_LEVELS}")
-    if ratio_level == "sequence" and sequence_ids is None:
-        raise ValueError("sequence_ids: got None; wanted [N] ids, for ratio_level 'sequence'")
+        raise wrong(name, f"a minimum of {lowest}", "0 or more")
 
 
 def check_kl(
@@ -189,25 +200,19 @@ def check_kl(
     ref_head_weight: Any,
 ) -> None:
     """The reference comes in exactly one form, the one its estimator can use, and is put to use."""
-    if kl_estimator not in KL_ESTIMATORS:
-        raise ValueError(f"kl_estimator: got {kl_estimator!r}; wanted one of {KL_ESTIMATORS}")
     if ref_head_weight is not None and ref_hidden is None:
-        raise ValueError("ref_hidden: got None; wanted [N, D], as ref_head_weight is given")
+        raise wrong("ref_hidden", None, "[N, D], as ref_head_weight is given")
     if kl_weights is None:
         if ref_log_probs is not None or ref_hidden is not None:
-            raise ValueError("kl_weights: got None; wanted [N] weights, as a reference is given")
-        return
-    if kl_estimator == "exact":
+            raise wrong("kl_weights", None, "[N] weights, as a reference is given")
+    elif kl_estimator == "exact":
         if ref_hidden is None:
-            raise ValueError("ref_hidden: got None; wanted [N, D], for kl_estimator 'exact'")
+            raise wrong("ref_hidden", None, "[N, D], for kl_estimator 'exact'")
         if ref_log_probs is not None:
-            raise ValueError("ref_log_probs: got a tensor; wanted None, for kl_estimator 'exact'")
+            raise wrong("ref_log_probs", "a tensor", "None, for kl_estimator 'exact'")
     elif (ref_log_probs is None) == (ref_hidden is None):
-        got = "neither" if ref_hidden is None else "both"
-        raise ValueError(
-            f"ref_log_probs: got {got} of ref_log_probs and ref_hidden; wanted exactly one, "
-            "as kl_weights is given"
-        )
+        got = f"{'neither' if ref_hidden is None else 'both'} of ref_log_probs and ref_hidden"
+        raise wrong("ref_log_probs", got, "exactly one, as kl_weights is given")
 
 
 def check_spans(
@@ -221,10 +226,8 @@ def check_spans(
     limits = torch.as_tensor(lengths).reshape(-1, *(1,) * (start.dim() - 1)).expand(start.shape)
     place = first_true((start < 0) | (start > end) | (end > limits))
     if place is not None:
-        raise ValueError(
-            f"{name}: got {spans[place].tolist()} at row {place[0]}; wanted "
-            f"0 <= start <= end <= {int(limits[place])}"
-        )
+        got = f"{spans[place].tolist()} at row {place[0]}"
+        raise wrong(name, got, f"0 <= start <= end <= {int(limits[place])}")
 
 
 def check_cu_seqlens(
@@ -236,15 +239,13 @@ def check_cu_seqlens(
         return
     ends = cu_seqlens.long()
     if ends[0] != 0:
-        raise ValueError(f"cu_seqlens: got {int(ends[0])} at row 0; wanted 0")
-    place = first_true(ends.diff() < 0)
-    if place is not None:
-        got, before = int(ends[place[0] + 1]), int(ends[place[0]])
-        raise ValueError(f"cu_seqlens: got {got} at row {place[0] + 1}; wanted at least {before}")
+        raise wrong("cu_seqlens", f"{int(ends[0])} at row 0", 0)
+    if (place := first_true(ends.diff() < 0)) is not None:
+        got, before = ends[place[0] + 1], ends[place[0]]
+        raise wrong("cu_seqlens", f"{int(got)} at row {place[0] + 1}", f"at least {int(before)}")
     if total_tokens is not None and ends[-1] > total_tokens:
-        raise ValueError(
-            f"cu_seqlens: got {int(ends[-1])} at row {num_sequences}; wanted at most {total_tokens}"
-        )
+        got = f"{int(ends[-1])} at row {num_sequences}"
+        raise wrong("cu_seqlens", got, f"at most {total_tokens}")
 
 
 def first_true(flags: Tensor) -> tuple[int, ...] | None:

@@ -8,16 +8,28 @@ Shape letters: N rows, D hidden, V vocabulary, M selected rows, C rows of a chun
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from care_kernels.backends import Head, LogitGradient, kernels_for, logit_bytes, logit_chunk
+from care_kernels.backends import (
+    ChunkRows,
+    ChunkSpec,
+    Head,
+    LogitGradient,
+    chunk_kind,
+)
 from care_kernels.cpu import native_ops
-from care_kernels.softmax import RowGradients, RowStatistics, join, vocab_tiles
+from care_kernels.softmax import (
+    LogitTransform,
+    RowGradients,
+    RowStatistics,
+    join,
+    vocab_tiles,
+)
 from care_kernels.vocab_parallel import VocabShard
 
 # Each chunk reads and writes the whole head gradient, so chunks should be large: with C rows a
@@ -100,6 +112,21 @@ class HeadGradients:
     """dW holds no numbers yet: the first chunk overwrites it."""
 
 
+@dataclass(frozen=True)
+class SweepOptions:
+    """How a head is swept: what every operation on it takes alike."""
+
+    transform: LogitTransform
+    chunk_rows: int | None
+    """Rows of logits held at a time; None: `chunk_rows` chooses."""
+    backend: str
+    """As `resolve_backend` returns it."""
+    vocab_shard: VocabShard | None
+    """Which part of the vocabulary the head is; None: all of it."""
+    with_entropy: bool
+    """Statistics include the entropy."""
+
+
 class HeadChunks:
     """Iterate over chunks; for each call `project` and at most once `add_gradients`.
 
@@ -109,72 +136,63 @@ class HeadChunks:
     def __init__(
         self,
         hidden: Tensor,
-        head: Head,
+        weight: Tensor,
+        bias: Tensor | None,
         target_ids: Tensor,
         rows: Tensor,
-        rows_at_once: int | None,
-        backend: str,
+        options: SweepOptions,
         *,
-        with_entropy: bool = False,
         wanted: tuple[bool, ...] = (False, False, False),
+        row_weights: Iterable[Tensor | None] = (),
         weight_grad: Tensor | None = None,
-        gradient_scale: float = 1.0,
         anchor: Tensor | None = None,
-        reference: tuple[Tensor, Head] | None = None,
-        vocab_shard: VocabShard | None = None,
+        reference: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """
         Args:
             hidden: [N, D].
-            head: the projection.
+            weight: [V, D] of the head.
+            bias: [V], or None.
             target_ids: [N] int, valid at the selected rows.
             rows: [M] int64, the selected rows; chunks are consecutive slices of it.
-            rows_at_once: C, at least 1; None: `chunk_rows` chooses.
-            backend: as `resolve_backend` returns it.
-            with_entropy: whether statistics include the entropy.
+            options: how to sweep.
             wanted: which of (hidden, weight, bias) need a gradient.
+            row_weights: vectors of the size of dL/dl. float16 gradients of logits are held divided
+                by a power of two near the largest of them: below 6e-8 they would vanish.
             weight_grad: dW is added to this instead of a buffer of its own.
-            gradient_scale: a power of two near the largest |dL/dl|. float16 gradients of logits are
-                held divided by it: below 6e-8 they would vanish.
             anchor: [M] float32, the rows' log-normalisers by an older policy, or None.
-            reference: hidden states [N, D'] and head of the reference, for the exact KL.
-            vocab_shard: which part of the vocabulary these heads are; None: all of it.
+            reference: hidden states [N, D'] and head weight [V, D'] of the reference, for the exact
+                KL.
         """
-        self._hidden, self._head, self._rows = hidden, head, rows
-        self._ref_hidden, ref_head = (None, None) if reference is None else reference
-        self._shard, self._wanted, self._weight_grad = vocab_shard, wanted, weight_grad
+        self._hidden, self._weight, self._rows = hidden, weight, rows
+        self._shard, self._wanted, self._weight_grad = options.vocab_shard, wanted, weight_grad
         # A bias gradient sums the logits' gradient without its row factor.
         self._anchor = None if wanted[2] else anchor
         targets = target_ids.index_select(0, rows).long()
         # A shard reads statistics at a target of its own, and has a gradient at none of another's.
         self._targets = self._own_targets = targets
-        vocab_size, width = head.weight.shape
-        if vocab_shard is not None:
-            self._targets, self._own_targets = vocab_shard.local_targets(targets, vocab_size)
-            vocab_size = vocab_shard.usual_size
-        kernels = kernels_for(backend, hidden.dtype, head, ref_head)
-        num_rows, with_gradients = rows.numel(), any(wanted)
-        self._chunk_rows = rows_at_once or chunk_rows(
+        vocab_size, width = weight.shape
+        if self._shard is not None:
+            self._targets, self._own_targets = self._shard.local_targets(targets, vocab_size)
+            vocab_size = self._shard.usual_size
+        self._ref_hidden, ref_head = None, None
+        if reference is not None:
+            self._ref_hidden = reference[0]
+            ref_head = Head(reference[1], bias, options.transform)
+        head = Head(weight, bias, options.transform)
+        spec = ChunkSpec(hidden.dtype, head, ref_head, options.with_entropy, any(wanted))
+        kind, num_rows = chunk_kind(options.backend, spec), rows.numel()
+        self._chunk_rows = options.chunk_rows or chunk_rows(
             num_rows,
             vocab_size,
             width,
-            logit_bytes=logit_bytes(
-                kernels, with_gradients=with_gradients, with_ref=ref_head is not None
-            ),
+            logit_bytes=kind.logit_bytes(spec),
             device=hidden.device,
             sums_weight_gradient=wanted[1] and weight_grad is None,
         )
-        self._logits = logit_chunk(
-            kernels,
-            hidden.dtype,
-            head,
-            min(self._chunk_rows, num_rows),
-            with_entropy=with_entropy,
-            with_gradients=with_gradients,
-            ref_head=ref_head,
-        )
-        is_half = self._logits.grad_dtype == torch.float16
-        self._scale = gradient_scale if is_half else 1.0
+        self._logits = kind(spec, min(self._chunk_rows, num_rows))
+        is_half = any(wanted) and self._logits.grad_dtype == torch.float16
+        self._scale = _largest_power_of_two(row_weights) if is_half else 1.0
 
     def __iter__(self) -> Iterator[slice]:
         """Slices of the selected rows: at least one, empty if no row is selected."""
@@ -194,14 +212,14 @@ class HeadChunks:
         wide = torch.float64 if self._logits.grad_dtype == torch.float64 else torch.float32
         narrow = self._logits.grad_dtype if self._logits.grad_dtype == torch.bfloat16 else wide
         is_lone = self._rows.numel() <= self._chunk_rows and dtype == narrow
-        shape, new = self._head.weight.shape, self._hidden.new_zeros
+        shape, new = self._weight.shape, self._hidden.new_zeros
         new_weight = self._weight_grad
         if weight and new_weight is None:
-            new_weight = self._head.weight.new_empty(shape, dtype=narrow if is_lone else wide)
+            new_weight = self._weight.new_empty(shape, dtype=narrow if is_lone else wide)
         return HeadGradients(
             new(self._hidden.shape, dtype=narrow) if hidden else None,
             new_weight,
-            new(shape[0], dtype=wide) if bias and self._head.bias is not None else None,
+            new(shape[0], dtype=wide) if bias else None,
             weight_is_new=self._weight_grad is None,
         )
 
@@ -214,14 +232,14 @@ class HeadChunks:
             keep: `add_gradients` follows.
         """
         rows = self._rows[chunk]
+        inputs = ChunkRows(
+            self._hidden.index_select(0, rows),
+            self._targets[chunk],
+            None if self._ref_hidden is None else self._ref_hidden[rows],
+            None if self._anchor is None else self._anchor[chunk],
+        )
         with torch.autocast(self._hidden.device.type, enabled=False):
-            stats = self._logits.project(
-                self._hidden.index_select(0, rows),
-                self._targets[chunk],
-                ref_inputs=None if self._ref_hidden is None else self._ref_hidden[rows],
-                anchor=None if self._anchor is None else self._anchor[chunk],
-                keep=keep,
-            )
+            stats = self._logits.project(inputs, keep=keep)
         if self._shard is None:
             return stats
         return self._shard.combine(stats, self._own_targets[chunk] >= 0)
@@ -241,7 +259,7 @@ class HeadChunks:
         gradient = self._logits.gradients(self._own_targets[chunk], stats, upstream)
         with torch.autocast(self._hidden.device.type, enabled=False):
             if into.hidden is not None:
-                grad_inputs = back_project(gradient, self._head.weight, scale)
+                grad_inputs = back_project(gradient, self._weight, scale)
                 if self._shard is not None:
                     grad_inputs = self._shard.sum(grad_inputs)
                 into.hidden.index_copy_(0, rows, grad_inputs.to(into.hidden.dtype))
@@ -270,9 +288,9 @@ def under_autocast(operand: Tensor) -> Tensor:
     return operand.to(torch.get_autocast_dtype(kind))
 
 
-def largest_power_of_two(*weights: Tensor | None) -> float:
+def _largest_power_of_two(vectors: Iterable[Tensor | None]) -> float:
     """A power of two near the largest magnitude in any of the vectors: a host synchronisation."""
-    sizes = [float(w.abs().amax()) for w in weights if w is not None and w.numel()]
+    sizes = [float(x.abs().amax()) for x in vectors if x is not None and x.numel()]
     largest = max(sizes, default=0.0)
     return 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
 

@@ -6,17 +6,20 @@ all, in exchange for accepting any loss on top.
 Shape letters: N rows, D hidden, V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from care_kernels import checks
-from care_kernels.backends import Head, resolve_backend
-from care_kernels.chunks import HeadChunks, largest_power_of_two, under_autocast
+from care_kernels.backends import resolve_backend
+from care_kernels.chunks import HeadChunks, SweepOptions, under_autocast
 from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics, take
 from care_kernels.vocab_parallel import VocabShard
+
+Gathered = Callable[..., AbstractContextManager[Any]]
 
 
 def linear_log_probs(
@@ -32,14 +35,15 @@ def linear_log_probs(
     return_log_normalizer: bool = False,
     vocab_shard: VocabShard | None = None,
     chunk_rows: int | None = None,
+    gathered: Gathered | None = None,
     backend: str | None = None,
 ) -> Any:
     """log softmax(z)[target] with z = softcap * tanh(scale * (x W^T + b) / softcap) / temperature.
 
     Differentiable with respect to hidden, head_weight and bias. Never holds [N, V]. The backward
-    reads head_weight again, so a partitioned weight must stay gathered until then; it skips the
-    rows whose upstream gradients are zero. Under autocast float32 operands are multiplied in its
-    dtype, as `nn.Linear` would.
+    reads head_weight again, so a partitioned weight must stay gathered until then, or be gathered
+    by `gathered`; it skips the rows whose upstream gradients are zero. Under autocast float32
+    operands are multiplied in its dtype, as `nn.Linear` would.
 
     Args:
         hidden: [N, D] bfloat16, float16 or float32 (float64 is computed in float64).
@@ -55,6 +59,8 @@ def linear_log_probs(
         vocab_shard: which part of the vocabulary head_weight and bias are, where ranks share it;
             forward and backward are then collective calls.
         chunk_rows: rows of logits held at a time; None: `care_kernels.chunks.chunk_rows` chooses.
+        gathered: called with head_weight and bias in the backward, a context within which
+            partitioned parameters (ZeRO-3) are whole.
         backend: None: chosen by device; "triton" or "torch".
 
     Returns:
@@ -66,26 +72,20 @@ def linear_log_probs(
     checks.check_head(hidden, head_weight, target_ids, bias)
     backend = resolve_backend(backend, hidden.device)
     checks.check_targets(target_ids, head_weight, vocab_shard)
-    checks.check_transform(temperature, logit_softcap, logit_scale)
-    checks.check_chunk_rows(chunk_rows)
-    transform = LogitTransform(temperature, logit_softcap, logit_scale)
-    options = _Options(transform, chunk_rows, backend, vocab_shard, return_entropy)
-    log_probs, entropy, log_normalizer = LinearLogProbs.apply(
-        hidden, head_weight, bias, target_ids, options
+    checks.check_options(
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+        chunk_rows=chunk_rows,
     )
-    wanted = (True, return_entropy, return_log_normalizer)
-    results = (log_probs, entropy, log_normalizer)
-    picked = tuple(result for result, is_wanted in zip(results, wanted, strict=True) if is_wanted)
-    return picked if len(picked) > 1 else log_probs
-
-
-@dataclass(frozen=True)
-class _Options:
-    transform: LogitTransform
-    chunk_rows: int | None
-    backend: str
-    vocab_shard: VocabShard | None
-    with_entropy: bool
+    transform = LogitTransform(temperature, logit_softcap, logit_scale)
+    options = SweepOptions(transform, chunk_rows, backend, vocab_shard, return_entropy)
+    log_probs, entropy, log_normalizer = LinearLogProbs.apply(
+        hidden, head_weight, bias, target_ids, options, gathered
+    )
+    more = ((entropy, return_entropy), (log_normalizer, return_log_normalizer))
+    asked_for = [result for result, is_asked in more if is_asked]
+    return (log_probs, *asked_for) if asked_for else log_probs
 
 
 class LinearLogProbs(torch.autograd.Function):
@@ -98,24 +98,21 @@ class LinearLogProbs(torch.autograd.Function):
         head_weight: Tensor,
         bias: Tensor | None,
         target_ids: Tensor,
-        options: _Options,
+        options: SweepOptions,
+        gathered: Gathered | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return log-probs [N], entropies [N] if asked for, and log-normalisers [N]."""
         inputs, weight = under_autocast(hidden), under_autocast(head_weight)
         # The backward runs outside the autocast, and multiplies what the forward did.
         ctx.operand_dtypes = inputs.dtype, weight.dtype
-        is_known = (target_ids >= 0) & (target_ids < _vocab_size(head_weight, options))
+        shard = options.vocab_shard
+        vocab_size = len(head_weight) if shard is None else shard.vocab_size
+        is_known = (target_ids >= 0) & (target_ids < vocab_size)
         target_ids = target_ids.where(is_known, 0)
-        chunks = _chunks(
-            inputs,
-            Head(weight, bias, options.transform),
-            target_ids,
-            torch.arange(hidden.shape[0], device=hidden.device),
-            options,
-        )
-        stats = chunks.all_statistics()
+        rows = torch.arange(len(hidden), device=hidden.device)
+        stats = HeadChunks(inputs, weight, bias, target_ids, rows, options).all_statistics()
         ctx.save_for_backward(hidden, head_weight, bias, target_ids, *stats)
-        ctx.options, ctx.head_shape = options, head_weight.shape
+        ctx.options, ctx.gathered, ctx.head_shape = options, gathered, head_weight.shape
         log_normalizer = stats.max_logit + stats.log_total
         ctx.mark_non_differentiable(log_normalizer)
         log_probs = stats.log_probs.masked_fill(~is_known, torch.nan)
@@ -128,59 +125,34 @@ class LinearLogProbs(torch.autograd.Function):
         """dX, dW and db, from the same logits made again."""
         checks.check_no_graph("linear_log_probs")
         hidden, head_weight, bias, target_ids, *saved = ctx.saved_tensors
-        options: _Options = ctx.options
-        if head_weight.shape != ctx.head_shape:
-            raise RuntimeError(
-                f"head_weight: got shape {tuple(head_weight.shape)} in the backward; wanted "
-                f"{tuple(ctx.head_shape)}: keep a partitioned weight gathered until then"
-            )
         stats = RowStatistics(*saved)
         upstream = RowGradients(grad_log_probs, grad_entropy if stats.entropy is not None else None)
         rows = _rows_with_gradient(upstream)
-        inputs, weight = hidden.to(ctx.operand_dtypes[0]), head_weight.to(ctx.operand_dtypes[1])
-        chunks = _chunks(
-            inputs,
-            Head(weight, bias, options.transform),
-            target_ids,
-            rows,
-            options,
-            wanted=ctx.needs_input_grad[:3],
-            gradient_scale=(
-                largest_power_of_two(*upstream) if inputs.dtype == torch.float16 else 1.0
-            ),
-        )
-        gradients = chunks.new_gradients(head_weight.dtype)
-        for chunk in chunks:
-            chunks.project(chunk, keep=True)
-            picked = rows[chunk]
-            chunks.add_gradients(chunk, take(stats, picked), take(upstream, picked), gradients)
-        pairs = (
-            (gradients.hidden, hidden),
-            (gradients.weight, head_weight),
-            (gradients.bias, bias),
-        )
-        return *(None if grad is None else grad.to(x.dtype) for grad, x in pairs), None, None
-
-
-def _chunks(
-    inputs: Tensor, head: Head, target_ids: Tensor, rows: Tensor, options: _Options, **more: Any
-) -> HeadChunks:
-    return HeadChunks(
-        inputs,
-        head,
-        target_ids,
-        rows,
-        options.chunk_rows,
-        options.backend,
-        with_entropy=options.with_entropy,
-        vocab_shard=options.vocab_shard,
-        **more,
-    )
-
-
-def _vocab_size(head_weight: Tensor, options: _Options) -> int:
-    shard = options.vocab_shard
-    return head_weight.shape[0] if shard is None else shard.vocab_size
+        with nullcontext() if ctx.gathered is None else ctx.gathered(head_weight, bias):
+            if head_weight.shape != ctx.head_shape:
+                raise RuntimeError(
+                    f"head_weight: got shape {tuple(head_weight.shape)} in the backward; wanted "
+                    f"{tuple(ctx.head_shape)}: keep a partitioned weight gathered until then, or "
+                    "give `gathered`"
+                )
+            chunks = HeadChunks(
+                hidden.to(ctx.operand_dtypes[0]),
+                head_weight.to(ctx.operand_dtypes[1]),
+                bias,
+                target_ids,
+                rows,
+                ctx.options,
+                wanted=ctx.needs_input_grad[:3],
+                row_weights=upstream,
+            )
+            gradients = chunks.new_gradients(head_weight.dtype)
+            for chunk in chunks:
+                chunks.project(chunk, keep=True)
+                at = rows[chunk]
+                chunks.add_gradients(chunk, take(stats, at), take(upstream, at), gradients)
+        made = (gradients.hidden, gradients.weight, gradients.bias)
+        pairs = zip(made, (hidden, head_weight, bias), strict=True)
+        return *(None if grad is None else grad.to(x.dtype) for grad, x in pairs), None, None, None
 
 
 def _rows_with_gradient(upstream: RowGradients) -> Tensor:

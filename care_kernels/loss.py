@@ -10,20 +10,15 @@ sequence-level ratio needs the log-probs of whole sequences first, which costs a
 Shape letters: N rows (one sampled token each), M rows that reach a GEMM, D hidden, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from care_kernels import checks
-from care_kernels.backends import Head, compute_dtype, resolve_backend
-from care_kernels.chunks import (
-    HeadChunks,
-    HeadGradients,
-    largest_power_of_two,
-    under_autocast,
-)
+from care_kernels.backends import compute_dtype, resolve_backend
+from care_kernels.chunks import HeadChunks, HeadGradients, SweepOptions, under_autocast
 from care_kernels.objective import (
     SKIPPED_ROW,
     Clip,
@@ -129,13 +124,20 @@ def linear_policy_loss(
     """
     checks.check_head(hidden, head_weight, target_ids, bias)
     backend = resolve_backend(backend, hidden.device)
-    checks.check_transform(temperature, logit_softcap, logit_scale)
-    checks.check_chunk_rows(chunk_rows)
-    checks.check_surrogate(surrogate)
-    checks.check_ratio_level(ratio_level, sequence_ids)
+    checks.check_options(
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
+        chunk_rows=chunk_rows,
+        surrogate=surrogate,
+        kl_estimator=kl_estimator,
+        ratio_level=ratio_level,
+    )
     checks.check_kl(kl_estimator, kl_weights, ref_log_probs, ref_hidden, ref_head_weight)
-    checks.check_rows(
-        hidden,
+    like, shape = ("hidden", hidden), (len(hidden),)
+    checks.check_vectors(
+        like,
+        shape,
         advantages=advantages,
         old_log_probs=old_log_probs,
         old_log_normalizer=old_log_normalizer,
@@ -144,38 +146,47 @@ def linear_policy_loss(
         entropy_weights=entropy_weights,
         importance_weights=importance_weights,
     )
-    checks.check_rows(hidden, checks.INT_DTYPES, sequence_ids=sequence_ids)
+    checks.check_vectors(like, shape, checks.INT_DTYPES, sequence_ids=sequence_ids)
+    if ratio_level == "token":
+        sequence_ids = None
+    elif sequence_ids is None:
+        raise checks.wrong("sequence_ids", None, "[N] ids, for ratio_level 'sequence'")
     checks.check_not_negative("importance_weights", importance_weights)
     checks.check_reference(hidden, head_weight, ref_hidden, ref_head_weight)
-    if weight_grad is not None:
-        checks.check_weight_grad(weight_grad, head_weight)
+    checks.check_weight_grad(weight_grad, head_weight)
 
+    dtype = compute_dtype(hidden, head_weight)
+    weighted_advantages = advantages.detach().to(dtype)
+    if importance_weights is not None:
+        weighted_advantages = weighted_advantages * importance_weights.detach().to(dtype)
+    others = (old_log_probs, ref_log_probs, kl_weights, entropy_weights)
+    reference = None
+    if ref_hidden is not None:
+        reference = (
+            ref_hidden.detach(),
+            (head_weight if ref_head_weight is None else ref_head_weight).detach(),
+        )
     problem = _Problem(
         target_ids=target_ids,
-        terms=_row_terms(
-            compute_dtype(hidden, head_weight),
-            advantages,
-            importance_weights,
-            old_log_probs,
-            ref_log_probs,
-            kl_weights,
-            entropy_weights,
+        terms=RowTerms(
+            weighted_advantages, *(None if x is None else x.detach().to(dtype) for x in others)
         ),
-        transform=LogitTransform(temperature, logit_softcap, logit_scale),
+        options=SweepOptions(
+            LogitTransform(temperature, logit_softcap, logit_scale),
+            chunk_rows,
+            backend,
+            vocab_shard,
+            with_entropy=return_entropy or entropy_weights is not None,
+        ),
         surrogate=surrogate,
         kl_estimator=kl_estimator,
         anchor=None if old_log_normalizer is None else old_log_normalizer.detach().float(),
-        with_entropy=return_entropy or entropy_weights is not None,
-        sequence_ids=sequence_ids if ratio_level == "sequence" else None,
-        ref_hidden=None if ref_hidden is None else ref_hidden.detach(),
-        ref_head_weight=None if ref_head_weight is None else ref_head_weight.detach(),
-        chunk_rows=chunk_rows,
-        backend=backend,
+        sequence_ids=sequence_ids,
+        reference=reference,
         report_all_rows=report_all_rows,
-        vocab_shard=vocab_shard,
         weight_grad=weight_grad,
     )
-    rows = active_rows(problem.terms, problem.sequence_ids)
+    rows = active_rows(problem.terms, sequence_ids)
     checks.check_targets(
         target_ids if report_all_rows else target_ids[rows], head_weight, vocab_shard, read=True
     )
@@ -190,19 +201,15 @@ class _Problem:
 
     target_ids: Tensor
     terms: RowTerms
-    transform: LogitTransform
+    options: SweepOptions
     surrogate: Surrogate
     kl_estimator: str
     anchor: Tensor | None
-    with_entropy: bool
     sequence_ids: Tensor | None
     """[N], given where the ratio is a sequence's."""
-    ref_hidden: Tensor | None
-    ref_head_weight: Tensor | None
-    chunk_rows: int | None
-    backend: str
+    reference: tuple[Tensor, Tensor] | None
+    """Hidden states [N, D'] and head weight [V, D'] of the reference."""
     report_all_rows: bool
-    vocab_shard: VocabShard | None
     weight_grad: Tensor | None
 
 
@@ -224,10 +231,8 @@ class LinearPolicyLoss(torch.autograd.Function):
         # The caller's own buffer is filled even where head_weight is a detached copy.
         needs_weight = needs_weight or problem.weight_grad is not None
         wanted = tuple(grad_mode and needed for needed in (needs_hidden, needs_weight, needs_bias))
-        head = Head(under_autocast(head_weight), bias, problem.transform)
-        outcome, gradients = _evaluate(
-            under_autocast(hidden), head, problem, rows, wanted, head_weight.dtype
-        )
+        inputs = (under_autocast(hidden), under_autocast(head_weight), bias)
+        outcome, gradients = _evaluate(inputs, problem, rows, wanted, head_weight.dtype)
         ctx.gradients, ctx.dtypes = None, None
         if gradients is not None:
             # What went into the caller's own buffer is not autograd's to hand on.
@@ -283,10 +288,13 @@ def active_rows(terms: RowTerms, sequence_ids: Tensor | None) -> Tensor:
     return active.nonzero()[:, 0]
 
 
+Inputs = tuple[Tensor, Tensor, Tensor | None]
+"""hidden [N, D], head weight [V, D] and bias [V], as they are multiplied."""
+
+
 @torch.no_grad()
 def _evaluate(
-    hidden: Tensor,
-    head: Head,
+    inputs: Inputs,
     problem: _Problem,
     rows: Tensor,
     wanted: tuple[bool, ...],
@@ -297,8 +305,8 @@ def _evaluate(
     The loss sums over the M rows alone, so that rows which are skipped do not even change the
     order of its sum.
     """
-    num_rows = hidden.shape[0]
-    outcome, gradients = _evaluate_rows(hidden, head, problem, rows, wanted, weight_dtype)
+    num_rows = len(problem.target_ids)
+    outcome, gradients = _evaluate_rows(inputs, problem, rows, wanted, weight_dtype)
     loss = outcome.loss.sum()
     full = outcome._make(
         None if field is None else field.new_full((num_rows,), fill).index_copy_(0, rows, field)
@@ -308,7 +316,7 @@ def _evaluate(
         others = torch.ones(num_rows, dtype=torch.bool, device=rows.device)
         rest = others.index_fill_(0, rows, False).nonzero()[:, 0]
         nothing = (False, False, False)
-        reported, _ = _evaluate_rows(hidden, head, problem, rest, nothing, weight_dtype)
+        reported, _ = _evaluate_rows(inputs, problem, rest, nothing, weight_dtype)
         full = full._make(
             None if field is None or values is None else field.index_copy(0, rest, values)
             for field, values in zip(full, reported, strict=True)
@@ -317,45 +325,43 @@ def _evaluate(
 
 
 def _evaluate_rows(
-    hidden: Tensor,
-    head: Head,
+    inputs: Inputs,
     problem: _Problem,
     rows: Tensor,
     wanted: tuple[bool, ...],
     weight_dtype: torch.dtype,
 ) -> tuple[PolicyLoss, HeadGradients | None]:
     """What the rows [M] bring, with the wanted gradients; without any, one GEMM."""
-    terms, reference = take(problem.terms, rows), _reference(head, problem)
-    shared = (rows, problem.chunk_rows, problem.backend)
+    (hidden, weight, bias), options = inputs, problem.options
+    terms, reference = take(problem.terms, rows), problem.reference
+    if reference is not None:
+        reference = under_autocast(reference[0]), under_autocast(reference[1])
     if reference is not None and problem.kl_estimator != "exact":
-        sampled = HeadChunks(
-            *reference, problem.target_ids, *shared, vocab_shard=problem.vocab_shard
-        )
+        plain = replace(options, with_entropy=False)
+        sampled = HeadChunks(*reference, bias, problem.target_ids, rows, plain)
         ref_log_probs = sampled.all_statistics().log_probs
         terms = terms._replace(ref_log_probs=ref_log_probs.to(terms.advantages.dtype))
         reference = None
-    weights = (terms.advantages, terms.kl_weights, terms.entropy_weights)
     # Entropy bonus, exact KL and softcap need the logits again; a shard's own share may vanish.
     can_anchor = (
-        problem.terms.entropy_weights is None
+        terms.entropy_weights is None
         and reference is None
-        and problem.transform.softcap is None
-        and problem.vocab_shard is None
-        and head.weight.dtype == torch.bfloat16
+        and options.transform.softcap is None
+        and options.vocab_shard is None
+        and weight.dtype == torch.bfloat16
     )
-    is_half = any(wanted) and head.weight.dtype == hidden.dtype == torch.float16
     chunks = HeadChunks(
         hidden,
-        head,
+        weight,
+        bias,
         problem.target_ids,
-        *shared,
-        with_entropy=problem.with_entropy,
+        rows,
+        options,
         wanted=wanted,
+        row_weights=(terms.advantages, terms.kl_weights, terms.entropy_weights),
         weight_grad=problem.weight_grad if any(wanted) else None,
-        gradient_scale=largest_power_of_two(*weights) if is_half else 1.0,
         anchor=problem.anchor[rows] if problem.anchor is not None and can_anchor else None,
         reference=reference,
-        vocab_shard=problem.vocab_shard,
     )
     gradients = chunks.new_gradients(weight_dtype) if any(wanted) else None
     groups = None
@@ -383,7 +389,7 @@ def _sweep(
                 chunks.add_gradients(chunk, take(stats, chunk), take(upstream, chunk), gradients)
         return outcome
     shared = None if groups is None else slope_at_ratio_one(terms, problem.surrogate, groups)
-    is_fused = problem.backend == "triton" and terms.advantages.dtype == torch.float32
+    is_fused = problem.options.backend == "triton" and terms.advantages.dtype == torch.float32
     outcomes: list[PolicyLoss] = []
     for chunk in chunks:
         stats, part = chunks.project(chunk, keep=gradients is not None), take(terms, chunk)
@@ -405,29 +411,3 @@ def _fused_objective(
     from care_kernels.triton.objective import row_objective
 
     return row_objective(stats, terms, surrogate, kl_estimator)
-
-
-def _reference(head: Head, problem: _Problem) -> tuple[Tensor, Head] | None:
-    if problem.ref_hidden is None:
-        return None
-    weight = head.weight
-    if problem.ref_head_weight is not None:
-        weight = under_autocast(problem.ref_head_weight)
-    return under_autocast(problem.ref_hidden), Head(weight, head.bias, head.transform)
-
-
-def _row_terms(
-    dtype: torch.dtype,
-    advantages: Tensor,
-    importance_weights: Tensor | None,
-    *others: Tensor | None,
-) -> RowTerms:
-    """The row constants detached and in compute precision, the importance weights moved inside."""
-
-    def constant(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.detach().to(dtype)
-
-    weighted_advantages = advantages.detach().to(dtype)
-    if importance_weights is not None:
-        weighted_advantages = weighted_advantages * importance_weights.detach().to(dtype)
-    return RowTerms(weighted_advantages, *(constant(value) for value in others))

@@ -44,9 +44,11 @@ class PolicyLoss(NamedTuple):
     """[N] bool: the surrogate's lower bound took the gradient away or capped it."""
     clipped_high: Tensor
     """[N] bool: the surrogate's upper bound did."""
+    token_advantages: Tensor | None = None
+    """Eq. 11's a_it before the division by |S*|, where `care_loss` made them."""
 
 
-SKIPPED_ROW = (0.0, 0.0, 0.0, 0.0, 1.0, False, False)
+SKIPPED_ROW = (0.0, 0.0, 0.0, 0.0, 1.0, False, False, 0.0)
 """What `PolicyLoss` holds at a row that was not computed."""
 
 

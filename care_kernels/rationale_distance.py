@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from care_kernels import checks
 from care_kernels.backends import compute_dtype, resolve_backend
-from care_kernels.checks import INT_DTYPES, check_cu_seqlens, check_spans, check_tensor, first_true
 from care_kernels.region_weights import load_span
 
 NORM_EPS = 1e-12
@@ -59,7 +59,7 @@ def pool_rationale(
     """
     num_sequences = _check_layout(hidden, cu_seqlens)
     lengths = hidden.shape[1] if cu_seqlens is None else cu_seqlens.long().diff()
-    check_spans("think_spans", think_spans, (num_sequences, 2), lengths, ("hidden", hidden))
+    checks.check_spans("think_spans", think_spans, (num_sequences, 2), lengths, ("hidden", hidden))
     is_fused = resolve_backend(backend, hidden.device) == "triton"
     span_means = _launch if is_fused else _span_means
     means = span_means(hidden, think_spans, cu_seqlens, compute_dtype(hidden))
@@ -101,13 +101,12 @@ def rationale_distance(
     Source: paper Eq. 4; Algorithm 1, lines 6 and 23.
     """
     num_sequences = _check_layout(hidden, cu_seqlens)
-    check_tensor("anchors", anchors, (num_sequences,), INT_DTYPES, ("hidden", hidden))
+    checks.check_tensor("anchors", anchors, (num_sequences,), checks.INT_DTYPES, ("hidden", hidden))
     anchors = anchors.long()
     is_known = (anchors >= 0) & (anchors < num_sequences)
-    if anchors.device.type == "cpu" and (place := first_true(~is_known)) is not None:
-        raise ValueError(
-            f"anchors: got {int(anchors[place])} at row {place[0]}; wanted 0 to {num_sequences - 1}"
-        )
+    if anchors.device.type == "cpu" and (place := checks.first_true(~is_known)) is not None:
+        got = f"{int(anchors[place])} at row {place[0]}"
+        raise checks.wrong("anchors", got, f"0 to {num_sequences - 1}")
     embeddings = pool_rationale(hidden, think_spans, cu_seqlens=cu_seqlens, backend=backend)
     # Near misses are nearly parallel: in float32 the last digits of 1 - cosine would be rounding.
     others = embeddings[anchors.where(is_known, 0)].double()
@@ -117,15 +116,18 @@ def rationale_distance(
 
 def _check_layout(hidden: Tensor, cu_seqlens: Tensor | None) -> int:
     """B, of padded or packed hidden states."""
-    check_tensor("hidden", hidden, (None, None, None) if cu_seqlens is None else (None, None))
+    checks.check_tensor(
+        "hidden", hidden, (None, None, None) if cu_seqlens is None else (None, None)
+    )
+    checks.check_numbers("hidden", hidden)
     if cu_seqlens is None:
         return hidden.shape[0]
     like = ("hidden", hidden)
-    check_tensor("cu_seqlens", cu_seqlens, (None,), INT_DTYPES, like)
+    checks.check_tensor("cu_seqlens", cu_seqlens, (None,), checks.INT_DTYPES, like)
     num_sequences = cu_seqlens.shape[0] - 1
     if num_sequences < 0:
-        raise ValueError("cu_seqlens: got shape (0,); wanted (B + 1,)")
-    check_cu_seqlens(cu_seqlens, num_sequences, hidden.shape[0], like)
+        raise checks.wrong("cu_seqlens", "shape (0,)", "(B + 1,)")
+    checks.check_cu_seqlens(cu_seqlens, num_sequences, hidden.shape[0], like)
     return num_sequences
 
 

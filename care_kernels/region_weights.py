@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from care_kernels import checks
 from care_kernels.backends import compute_dtype, resolve_backend
-from care_kernels.checks import check_cu_seqlens, check_number, check_spans, check_tensor
 
 THINK_WEIGHT = 0.005
 """gamma+ (Sec. 3.5)."""
@@ -91,102 +91,93 @@ def token_advantages(
 
     Source: paper Eq. 11; Algorithm 1, lines 40-41.
     """
-    check_tensor("advantages", advantages, (None,))
+    checks.check_options(
+        seq_len=seq_len, total_tokens=total_tokens, think_weight=think_weight, weight_eps=weight_eps
+    )
+    checks.check_tensor("advantages", advantages, (None,))
     chosen = resolve_backend(backend, advantages.device)
     num_sequences, like = advantages.shape[0], ("advantages", advantages)
-    _check_layout(num_sequences, seq_len, cu_seqlens, total_tokens, like)
-    check_number("think_weight", think_weight, "0 or more", least=0)
-    check_number("weight_eps", weight_eps, "more than 0", above=0)
-    lengths = seq_len if cu_seqlens is None else cu_seqlens.long().diff()
-    assert lengths is not None
-    check_spans("think_spans", think_spans, (num_sequences, 2), lengths, like)
-    check_spans("answer_spans", answer_spans, (num_sequences, 2), lengths, like)
-    check_tensor("is_positive", is_positive, (num_sequences,), (torch.bool,), like)
+    ends, shape = _layout(num_sequences, seq_len, cu_seqlens, total_tokens, like)
+    lengths = ends.diff()
+    checks.check_spans("think_spans", think_spans, (num_sequences, 2), lengths, like)
+    checks.check_spans("answer_spans", answer_spans, (num_sequences, 2), lengths, like)
+    checks.check_tensor("is_positive", is_positive, (num_sequences,), (torch.bool,), like)
     spans = torch.stack((think_spans.long(), answer_spans.long()), 1)
     rationale = is_positive.double() * think_weight
     weights = torch.stack((rationale, torch.ones_like(rationale)), 1)
     if regions is not None:
-        check_spans("regions.spans", regions.spans, (num_sequences, None, 2), lengths, like)
-        shape = (num_sequences, regions.spans.shape[1])
-        check_tensor("regions.weights", regions.weights, shape, like=like)
+        checks.check_spans("regions.spans", regions.spans, (num_sequences, None, 2), lengths, like)
+        checks.check_tensor("regions.weights", regions.weights, regions.spans.shape[:2], like=like)
         spans = torch.cat((spans, regions.spans.long()), 1)
         weights = torch.cat((weights, regions.weights.double()), 1)
 
-    if cu_seqlens is None:
-        assert seq_len is not None
-        shape: tuple[int, ...] = (num_sequences, seq_len)
-    else:
-        shape = (int(cu_seqlens[-1]) if total_tokens is None else total_tokens,)
     result = advantages.new_zeros(shape, dtype=compute_dtype(advantages))
-    if num_sequences == 0 or result.numel() == 0:
-        return result
-    inputs = (advantages, spans, weights, cu_seqlens, normalize, weight_eps)
-    if chosen == "triton":
-        _launch(result, *inputs)
-        return result
-    return _token_advantages(result, *inputs)
+    if num_sequences > 0 and result.numel() > 0:
+        credit = _Credit(advantages, spans, weights, ends, normalize, weight_eps)
+        (_launch if chosen == "triton" else _fill)(result.view(-1), credit)
+    return result
 
 
-def _check_layout(
+class _Credit(NamedTuple):
+    """What Eq. 11 spreads over sequences that lie one behind the other."""
+
+    advantages: Tensor
+    """[B]."""
+    spans: Tensor
+    """[B, R, 2] int64."""
+    weights: Tensor
+    """[B, R] float64."""
+    ends: Tensor
+    """[B + 1] int64, where each sequence starts, and the end of the last."""
+    normalize: bool
+    weight_eps: float
+
+
+def _layout(
     num_sequences: int,
     seq_len: int | None,
     cu_seqlens: Tensor | None,
     total_tokens: int | None,
     like: tuple[str, Tensor],
-) -> None:
-    """Exactly one layout is described, and fits."""
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Where sequences start and the last one ends, [B + 1] int64, and the result's shape."""
     if (seq_len is None) == (cu_seqlens is None):
         got = "neither" if seq_len is None else "both"
-        raise ValueError(f"seq_len: got {got} of seq_len and cu_seqlens; wanted exactly one")
-    if seq_len is not None and seq_len < 0:
-        raise ValueError(f"seq_len: got {seq_len}; wanted 0 or more")
+        raise checks.wrong("seq_len", f"{got} of seq_len and cu_seqlens", "exactly one")
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, num_sequences, total_tokens, like)
-    elif total_tokens is not None:
-        raise ValueError(f"total_tokens: got {total_tokens}; wanted None without cu_seqlens")
+        checks.check_cu_seqlens(cu_seqlens, num_sequences, total_tokens, like)
+        return cu_seqlens.long(), (int(cu_seqlens[-1]) if total_tokens is None else total_tokens,)
+    assert seq_len is not None
+    if total_tokens is not None:
+        raise checks.wrong("total_tokens", total_tokens, "None without cu_seqlens")
+    ends = seq_len * torch.arange(num_sequences + 1, device=like[1].device)
+    return ends, (num_sequences, seq_len)
 
 
-def _token_advantages(
-    like: Tensor,
-    advantages: Tensor,
-    spans: Tensor,
-    weights: Tensor,
-    cu_seqlens: Tensor | None,
-    normalize: bool,
-    weight_eps: float,
-) -> Tensor:
-    """Eq. 11 on every token at once, in the shape and dtype of `like`."""
-    positions = torch.arange(like.shape[-1], device=like.device)
-    if cu_seqlens is None:
-        owner = torch.arange(len(advantages), device=like.device)[:, None]
-        lengths: Tensor | int = like.shape[1]
-    else:
-        ends = cu_seqlens.long()
-        # Tokens beyond the last sequence count as its own, past its end, where no span reaches.
-        owner = torch.searchsorted(ends[1:], positions, right=True).clamp_(max=len(advantages) - 1)
-        positions, lengths = positions - ends[owner], ends.diff()[:, None]
-    limit = torch.as_tensor(lengths, device=spans.device)
-    starts = spans[..., 0].long().clamp(min=0).minimum(limit)
-    ends = starts.maximum(spans[..., 1].long().minimum(limit))
+def _fill(result: Tensor, credit: _Credit) -> None:
+    """Write Eq. 11 into `result` [N], every token at once; behind the last sequence 0."""
+    advantages, spans, weights, ends, normalize, weight_eps = credit
+    tokens = torch.arange(len(result), device=result.device)
+    # Tokens beyond the last sequence count as its own, past its end, where no span reaches.
+    owner = torch.searchsorted(ends[1:], tokens, right=True).clamp_(max=len(advantages) - 1)
+    positions, lengths = tokens - ends[owner], ends.diff()[:, None]
+    first = spans[..., 0].clamp(min=0).minimum(lengths)
+    last = first.maximum(spans[..., 1].minimum(lengths))
 
-    num_sequences, num_regions = weights.shape
-    region = torch.full_like(owner + positions, -1)
-    for r in range(num_regions):
-        inside = (positions >= starts[owner, r]) & (positions < ends[owner, r])
+    region = torch.full_like(owner, -1)
+    for r in range(weights.shape[1]):
+        inside = (positions >= first[owner, r]) & (positions < last[owner, r])
         region = region.masked_fill(inside, r)
     total = torch.ones_like(weights[:, 0])
     if normalize:
         total = torch.zeros_like(total)
-        for r in range(num_regions):
-            counts = torch.zeros(num_sequences, dtype=torch.int64, device=like.device)
-            counts.index_put_(
-                (owner.expand(region.shape).flatten(),), (region == r).flatten().long(), True
-            )
+        for r in range(weights.shape[1]):
+            counts = torch.zeros(len(weights), dtype=torch.int64, device=result.device)
+            counts.index_put_((owner,), (region == r).long(), accumulate=True)
             total = total + counts * weights[:, r]
         total = total + weight_eps
     values = advantages.double()[:, None] * weights / total[:, None]
-    chosen = values[owner, region.clamp(min=0)]
-    return torch.where(region < 0, 0.0, chosen).to(like.dtype)
+    result.copy_(torch.where(region < 0, 0.0, values[owner, region.clamp(min=0)]))
 
 
 @triton.jit
@@ -208,15 +199,14 @@ def _last_region(token, spans_ptr, sequence, length, NUM_REGIONS: tl.constexpr):
     return region
 
 
-# T and the number of programs change with every batch: compiling again for each would cost more.
-@triton.jit(do_not_specialize=["seq_len", "num_splits"])
+# The number of programs changes with every batch: compiling again for each would cost more.
+@triton.jit(do_not_specialize=["num_splits"])
 def _token_advantages_kernel(
-    out_ptr,  # [B, T], or [N] with cu_seqlens: float32 or float64
+    out_ptr,  # [N] float32 or float64
     advantages_ptr,  # [B]
-    spans_ptr,  # [B, R, 2] int
+    spans_ptr,  # [B, R, 2] int64
     weights_ptr,  # [B, R] float64
-    cu_seqlens_ptr,  # [B + 1] int, or None
-    seq_len,
+    ends_ptr,  # [B + 1] int64
     num_splits,
     weight_eps: tl.float64,  # pyright: ignore[reportInvalidTypeForm]
     NORMALIZE: tl.constexpr,
@@ -226,12 +216,8 @@ def _token_advantages_kernel(
     # One program counts all of one sequence's tokens and writes every num_splits-th block of them.
     sequence = (tl.program_id(0) // num_splits).to(tl.int64)
     split = tl.program_id(0) % num_splits
-    if cu_seqlens_ptr is None:
-        length = seq_len.to(tl.int64)
-        first = sequence * length
-    else:
-        first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        length = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64) - first
+    first = tl.load(ends_ptr + sequence)
+    length = tl.load(ends_ptr + sequence + 1) - first
 
     total = weight_eps * 0.0
     if NORMALIZE:
@@ -256,30 +242,21 @@ def _token_advantages_kernel(
         tl.store(out_ptr + first + token, value, mask=token < length)
 
 
-def _launch(
-    out: Tensor,
-    advantages: Tensor,
-    spans: Tensor,
-    weights: Tensor,
-    cu_seqlens: Tensor | None,
-    normalize: bool,
-    weight_eps: float,
-) -> None:
-    """Fill `out`; tokens beyond the last sequence are left as they are."""
-    num_sequences, num_regions = weights.shape
-    num_splits = triton.cdiv(triton.cdiv(out.numel(), num_sequences), BLOCK)
+def _launch(result: Tensor, credit: _Credit) -> None:
+    """`_fill` in one kernel; what lies behind the last sequence is left as it is."""
+    num_sequences, num_regions = credit.weights.shape
+    num_splits = triton.cdiv(triton.cdiv(len(result), num_sequences), BLOCK)
     # Triton launches on the current device, whatever the tensors' own.
-    with torch.cuda.device_of(out):
+    with torch.cuda.device_of(result):
         _token_advantages_kernel[(num_sequences * num_splits,)](
-            out,
-            advantages.contiguous(),
-            spans.contiguous(),
-            weights.contiguous(),
-            None if cu_seqlens is None else cu_seqlens.contiguous(),
-            out.shape[-1],
+            result,
+            credit.advantages.contiguous(),
+            credit.spans,
+            credit.weights,
+            credit.ends.contiguous(),
             num_splits,
-            weight_eps,
-            NORMALIZE=normalize,
+            credit.weight_eps,
+            NORMALIZE=credit.normalize,
             NUM_REGIONS=num_regions,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]

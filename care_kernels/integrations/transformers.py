@@ -32,9 +32,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from care_kernels.checks import check_no_graph
 from care_kernels.heads import head_parameters, logit_options, output_head
-from care_kernels.log_probs import linear_log_probs
 from care_kernels.loss import linear_policy_loss
 
 _IGNORED = -100
@@ -225,89 +223,3 @@ def gathered(*parameters: Tensor | None) -> Iterator[None]:
             if parted:
                 stack.enter_context(deepspeed.zero.GatheredParameters(parted))
         yield
-
-
-def log_probs_and_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target_ids: Tensor,
-    *,
-    with_entropy: bool,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """`linear_log_probs` of hidden [N, D] at target_ids [N], with the head of `gathered_head`.
-
-    Args:
-        hidden: [N, D].
-        weight: [V, D].
-        bias: [V], or None.
-        target_ids: [N].
-        with_entropy: also return the entropy.
-        options: temperature, logit_softcap and logit_scale.
-
-    Returns:
-        log_probs [N] and entropy [N], None unless asked for; both float32.
-    """
-    if is_deepspeed_zero3_enabled():
-        return GatheringLogProbs.apply(hidden, weight, bias, target_ids, with_entropy, options)
-    result = linear_log_probs(
-        hidden, weight, target_ids, bias=bias, return_entropy=with_entropy, **options
-    )
-    return result if isinstance(result, tuple) else (result, None)
-
-
-class GatheringLogProbs(torch.autograd.Function):
-    """`linear_log_probs` with a head that is gathered in the forward and again in the backward.
-
-    By then the upstream gradients are known numbers, so the backward is the gradient of a policy
-    loss that is linear in log-probs and entropies.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target_ids: Tensor,
-        with_entropy: bool,
-        options: dict[str, Any],
-    ) -> tuple[Tensor, Tensor | None]:
-        """log_probs [N] and entropy [N] or None."""
-        ctx.save_for_backward(hidden, weight, bias, target_ids)
-        ctx.options = options
-        result = linear_log_probs(
-            hidden, weight, target_ids, bias=bias, return_entropy=with_entropy, **options
-        )
-        return result if isinstance(result, tuple) else (result, None)
-
-    @staticmethod
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        """dX, dW and db."""
-        check_no_graph("linear_log_probs")
-        hidden, weight, bias, target_ids = ctx.saved_tensors
-        zeros = torch.zeros_like(grad_log_probs)
-        with gathered(weight, bias), torch.enable_grad():
-            inputs: list[Any] = [
-                None if x is None else x.detach().requires_grad_(needed)
-                for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
-            ]
-            loss = linear_policy_loss(
-                inputs[0],
-                inputs[1],
-                target_ids,
-                zeros,
-                ref_log_probs=zeros,
-                kl_weights=grad_log_probs,
-                kl_estimator="k1",
-                entropy_weights=None if grad_entropy is None else -grad_entropy,
-                bias=inputs[2],
-                **ctx.options,
-            ).loss
-            wanted = [x for x in inputs if x is not None and x.requires_grad]
-            found = iter(torch.autograd.grad(loss, wanted))
-        grads = (None if x is None or not x.requires_grad else next(found) for x in inputs)
-        return *grads, None, None, None

@@ -39,10 +39,11 @@ from trl.trainer.utils import FusedCausalLMOutput
 from care_kernels.heads import logit_options
 from care_kernels.integrations.transformers import (
     check_head,
+    gathered,
     gathered_head,
-    log_probs_and_entropy,
     unbound_forward,
 )
+from care_kernels.log_probs import linear_log_probs
 from care_kernels.loss import linear_policy_loss
 from care_kernels.objective import Cispo, Clip, Sapo, Surrogate
 
@@ -347,9 +348,16 @@ def _log_probs_output(
     with gathered_head(model) as (weight, bias):
         hidden, targets = hidden.to(weight.device), targets.to(weight.device)
         mask = targets != -100
-        log_probs, entropy = log_probs_and_entropy(
-            hidden[mask], weight, bias, targets[mask], with_entropy=with_entropy, **options
+        found = linear_log_probs(
+            hidden[mask],
+            weight,
+            targets[mask],
+            bias=bias,
+            return_entropy=with_entropy,
+            gathered=gathered,
+            **options,
         )
+    log_probs, entropy = found if with_entropy else (found, None)
     count = mask.sum().clamp(min=1) if num_items is None else num_items
     return FusedCausalLMOutput(
         loss=-log_probs.sum() / count,

@@ -2,9 +2,11 @@
 
 - `projection`: hidden x head; the GEMM's epilogue reads each row's softmax statistics from the
   float32 products, so that no float32 logits are ever stored.
+- `tiles`: those statistics, and each row's made of its vocabulary tiles'.
 - `softmax`: the epilogue's exponentials turned into the loss's derivative, in place.
 - `objective`: Eqs. 12-13 of each row, with the derivative with respect to its log-prob.
-- `region_weights`: Eq. 11, spans to token advantages.
-- `rationale_distance`: Eq. 4, span means and their cosine distance.
-- `launch`: what these share: checks, interpreter detection, the logits' transform in a kernel.
+- `launch`: what these share: interpreter detection, the logits' transform in a kernel.
+
+The kernels of Eqs. 4 and 11 stand beside their torch code, in `care_kernels.rationale_distance` and
+`care_kernels.region_weights`.
 """

@@ -1,4 +1,4 @@
-"""What kernels and launchers share: checks, interpreter detection, the logits' transform.
+"""What kernels and launchers share: interpreter detection, the logits' transform.
 
     z = scale / temperature * raw,  or  softcap / temperature * tanh(scale / softcap * raw)
     dz / draw = scale / temperature * (1 - (z * temperature / softcap)^2)
@@ -13,10 +13,8 @@ the tensors' own. On CPU tensors that does nothing.
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from care_kernels.softmax import LogitTransform
 
@@ -27,34 +25,6 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def is_interpreted(kernel: Any) -> bool:
     """Whether `@triton.jit` chose the interpreter (TRITON_INTERPRET=1 when it decorated)."""
     return not isinstance(kernel, triton.JITFunction)
-
-
-def check_rows(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """A [C, V] matrix of one of `dtypes` whose rows are contiguous, whatever the row stride.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if value.dim() != 2 or value.dtype not in dtypes:
-        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(
-            f"{name}: got {value.dtype} of shape {tuple(value.shape)}; wanted [C, V] in {wanted}"
-        )
-    if value.shape[1] > 1 and value.stride(1) != 1:
-        raise ValueError(f"{name}: got column stride {value.stride(1)}; wanted 1")
-
-
-def check_vector(name: str, value: Tensor, num_rows: int) -> None:
-    """A float32 vector [C].
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if value.shape != (num_rows,) or value.dtype != torch.float32:
-        raise ValueError(
-            f"{name}: got {value.dtype} of shape {tuple(value.shape)}; "
-            f"wanted float32 of shape ({num_rows},)"
-        )
 
 
 def transform_arguments(transform: LogitTransform) -> dict[str, float | bool]:

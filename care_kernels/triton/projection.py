@@ -28,14 +28,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from care_kernels.softmax import LogitTransform
-from care_kernels.triton.launch import (
-    LOG2_E,
-    check_rows,
-    check_vector,
-    is_interpreted,
-    to_logits,
-    transform_arguments,
-)
+from care_kernels.triton.launch import LOG2_E, is_interpreted, to_logits, transform_arguments
 from care_kernels.triton.tiles import LOWEST, TileStatistics
 
 OPERAND_DTYPES = (torch.bfloat16, torch.float16)
@@ -314,35 +307,19 @@ def project(
             exponentials are relative to the maximum of their vocabulary tile.
         exps: from `empty_exps` or its first C rows, in the operands' dtype, filled with E; None:
             log-probs alone are wanted.
-
-    Raises:
-        ValueError: a dtype, shape or stride that the kernel does not take; an anchor with a softcap
-            or with float16 exponentials.
     """
-    check_rows("hidden", hidden, OPERAND_DTYPES)
-    check_rows("weight", weight, (hidden.dtype,))
     (num_rows, width), vocab_size = hidden.shape, weight.shape[0]
     padded_size = _padded(vocab_size)
-    if weight.shape[1] != width:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}; wanted [V, {width}]")
+    assert supports(hidden.dtype, weight) and weight.shape[1] == width
+    assert width == 1 or hidden.stride(1) == 1, "hidden: rows are contiguous"
     if exps is not None:
-        check_rows("exps", exps, (hidden.dtype,))
-        if exps.shape != (num_rows, vocab_size) or exps.stride(0) < padded_size:
-            raise ValueError(
-                f"exps: got shape {tuple(exps.shape)} and strides {exps.stride()}; wanted "
-                f"({num_rows}, {vocab_size}) with rows {padded_size} apart, as of `empty_exps`"
-            )
+        assert exps.shape == (num_rows, vocab_size) and exps.dtype == hidden.dtype
+        assert exps.stride(0) >= padded_size, "exps: rows as far apart as those of `empty_exps`"
     if anchor is not None:
-        check_vector("anchor", anchor, num_rows)
-        if transform.softcap is not None:
-            raise ValueError(
-                "anchor: got a tensor with a softcap; wanted None, as its slope needs z"
-            )
-        if exps is not None and exps.dtype == torch.float16:
-            raise ValueError(
-                "anchor: got a tensor with float16 exponentials, which overflow at a drift of 11 "
-                "nats; wanted None or bfloat16"
-            )
+        assert anchor.shape == (num_rows,) and anchor.dtype == torch.float32
+        assert transform.softcap is None, "anchor: a softcap's slope needs z"
+        # float16 exponentials overflow at a drift of 11 nats.
+        assert exps is None or exps.dtype == torch.bfloat16, "anchor: exponentials are bfloat16"
 
     matrices = [matrix for matrix in (hidden, weight, exps) if matrix is not None]
     if width % ROW_ALIGNMENT != 0 or not all(map(_starts_aligned, matrices)):

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from care_kernels import Clip
-from care_kernels.care_loss import CareLossOutput, care_loss
+from care_kernels import Clip, PolicyLoss, care_loss
 from care_kernels.oracle import (
     reference_entropy,
     reference_exact_kl,
@@ -84,7 +83,7 @@ def with_kl(case: Case, estimator: str) -> Case:
     return case | added
 
 
-def transcription(case: Case, dtype: torch.dtype = torch.float64) -> CareLossOutput:
+def transcription(case: Case, dtype: torch.dtype = torch.float64) -> PolicyLoss:
     """Eqs. 11-13 sequence by sequence and token by token, autograd for every gradient."""
     case = {name: cast(value, dtype) for name, value in case.items()}
     transform = ("temperature", "logit_softcap", "logit_scale", "bias")
@@ -131,10 +130,10 @@ def transcription(case: Case, dtype: torch.dtype = torch.float64) -> CareLossOut
             out[name][i, tokens] = value.detach()
     credit = torch.stack(credit)
     low, high = reference_flags(case.get("surrogate", Clip()), out["ratio"], credit)
-    return CareLossOutput(loss, credit, **out, clipped_low=low, clipped_high=high)
+    return PolicyLoss(loss, **out, clipped_low=low, clipped_high=high, token_advantages=credit)
 
 
-def run(case: Case, function: Any) -> tuple[CareLossOutput, dict[str, Tensor]]:
+def run(case: Case, function: Any) -> tuple[PolicyLoss, dict[str, Tensor]]:
     """The loss on fresh leaves, and their gradients."""
     leaves = {name: case[name].detach().requires_grad_() for name in LEAVES if name in case}
     outcome = function(case | leaves)
@@ -142,5 +141,5 @@ def run(case: Case, function: Any) -> tuple[CareLossOutput, dict[str, Tensor]]:
     return outcome, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
 
-def ours(case: Case) -> CareLossOutput:
+def ours(case: Case) -> PolicyLoss:
     return care_loss(**case)

@@ -16,6 +16,8 @@ WRONG_OPTIONS: tuple[tuple[Case, str], ...] = (
     ({"temperature": 0.0}, "temperature: got 0.0"),
     ({"logit_softcap": 0.0}, "logit_softcap: got 0.0"),
     ({"chunk_rows": 0}, "chunk_rows: got 0"),
+    ({"kl_coef": float("nan")}, "kl_coef: got nan"),
+    ({"backend": "cuda"}, "backend: got 'cuda'"),
 )
 
 FALSE = torch.zeros(B, T, dtype=torch.bool)
@@ -73,7 +75,6 @@ WRONG: tuple[tuple[Case, str], ...] = (
     ({"num_sequences": 0}, "num_sequences: got 0.0; wanted more than 0"),
     ({"num_sequences": torch.tensor(-1.0)}, "num_sequences: got -1.0; wanted more than 0"),
     ({"num_sequences": torch.ones(1)}, r"num_sequences: got shape \(1,\); wanted \(\)"),
-    ({"backend": "cuda"}, "backend: got 'cuda'"),
 )
 
 
@@ -89,3 +90,9 @@ def test_module_refuses(wrong: Case, message: str) -> None:
     """A wrong option is refused where it is set, not at the first step."""
     with pytest.raises(ValueError, match=message):
         CareLoss(**wrong)
+
+
+def test_module_knows_its_options() -> None:
+    """A misspelt option is refused too."""
+    with pytest.raises(ValueError, match="options: got 'kl_coeff'; wanted some of temperature"):
+        CareLoss(kl_coeff=0.1)

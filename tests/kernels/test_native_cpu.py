@@ -15,12 +15,13 @@ from torch import Tensor
 
 from care_kernels import cpu, linear_log_probs
 from care_kernels.backends import (
+    ChunkRows,
+    ChunkSpec,
     Head,
     LogitChunk,
     NativeChunk,
     TorchChunk,
-    kernels_for,
-    logit_chunk,
+    chunk_kind,
 )
 from care_kernels.oracle import reference_entropy, reference_log_probs, reference_logits
 from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics
@@ -73,16 +74,24 @@ def upstream_of(num_rows: int) -> RowGradients:
     return RowGradients(ramp, ramp.flip(0).masked_fill(torch.arange(num_rows) % 3 == 2, 0.0))
 
 
+def native_chunk(head: Head, num_rows: int, *, with_entropy: bool) -> NativeChunk:
+    spec = ChunkSpec(torch.bfloat16, head, with_entropy=with_entropy, with_gradients=True)
+    return NativeChunk(spec, num_rows)
+
+
 def portable_chunk(head: Head, num_rows: int, *, with_entropy: bool) -> TorchChunk:
-    """The torch operations that the C++ kernels are held against."""
-    return TorchChunk(head, num_rows, torch.float32, torch.float32, with_entropy=with_entropy)
+    """The torch operations that the C++ kernels are held against, with a float32 gradient."""
+    spec = ChunkSpec(torch.bfloat16, head, with_entropy=with_entropy)
+    chunk = TorchChunk(spec, num_rows)
+    chunk.grad_dtype = torch.float32
+    return chunk
 
 
 def run_chunk(
     chunk: LogitChunk, case: Case, upstream: RowGradients, *, with_entropy: bool = True
 ) -> tuple[RowStatistics, Tensor]:
     """Statistics and the gradient of the raw logits."""
-    stats = chunk.project(case["hidden"], case["target_ids"], keep=True)
+    stats = chunk.project(ChunkRows(case["hidden"], case["target_ids"]), keep=True)
     if not with_entropy:
         upstream = upstream._replace(entropy=None)
     return stats, chunk.gradients(case["target_ids"], stats, upstream).matrix
@@ -119,7 +128,7 @@ def test_statistics_and_gradients(shape: tuple[int, int, int], kind: str, bias: 
     transform, upstream = TRANSFORMS[kind], upstream_of(num_rows)
     head = head_of(case, transform)
     for with_entropy in (False, True):
-        native = NativeChunk(head, num_rows, with_entropy=with_entropy, with_gradients=True)
+        native = native_chunk(head, num_rows, with_entropy=with_entropy)
         portable = portable_chunk(head, num_rows, with_entropy=with_entropy)
         got, gradient = run_chunk(native, case, upstream, with_entropy=with_entropy)
         torch_stats, _ = run_chunk(portable, case, upstream, with_entropy=with_entropy)
@@ -141,7 +150,7 @@ def test_agrees_with_the_portable_code(kind: str) -> None:
     """Same inputs, same statistics and gradients as `TorchChunk`, the split normaliser included."""
     case = head_case(70, 34, 211, torch.bfloat16, bias=True, spread=3.0)
     head, upstream = head_of(case, TRANSFORMS[kind]), upstream_of(70)
-    native = NativeChunk(head, 70, with_entropy=True, with_gradients=True)
+    native = native_chunk(head, 70, with_entropy=True)
     portable = portable_chunk(head, 70, with_entropy=True)
     got, gradient = run_chunk(native, case, upstream)
     want, want_gradient = run_chunk(portable, case, upstream)
@@ -159,9 +168,7 @@ def test_huge_logits(size: float) -> None:
     raw = reference_logits(case["hidden"].double(), case["head_weight"].double())
     transform = LogitTransform(scale=size / float(raw.max()))
     head, upstream = head_of(case, transform), upstream_of(65)
-    got, gradient = run_chunk(
-        NativeChunk(head, 65, with_entropy=True, with_gradients=True), case, upstream
-    )
+    got, gradient = run_chunk(native_chunk(head, 65, with_entropy=True), case, upstream)
     portable, torch_gradient = run_chunk(
         portable_chunk(head, 65, with_entropy=True), case, upstream
     )
@@ -183,11 +190,9 @@ def test_log_prob_precision() -> None:
     assert (got.double() - want).square().mean().sqrt() <= 1e-5
 
 
-def chunk_kind(case: Case) -> type:
-    head = head_of(case, LogitTransform())
-    options: dict[str, Any] = {"with_entropy": False, "with_gradients": True, "ref_head": None}
-    dtype = case["hidden"].dtype
-    return type(logit_chunk(kernels_for("torch", dtype, head, None), dtype, head, 1, **options))
+def kind_of(case: Case) -> type[LogitChunk]:
+    spec = ChunkSpec(case["hidden"].dtype, head_of(case, LogitTransform()))
+    return chunk_kind("torch", spec)
 
 
 def restrided(case: Case, layout: str) -> Case:
@@ -220,7 +225,7 @@ def test_weight_layouts(layout: str, kind: type) -> None:
     """A weight whose rows cannot be read in pairs goes to `TorchChunk`; every layout is right."""
     case = restrided(policy_case(width=18, dtype=torch.bfloat16), layout)
     assert not case["head_weight"].is_contiguous()
-    assert chunk_kind(case) is kind
+    assert kind_of(case) is kind
     check_against_oracle(case)
 
 
@@ -229,7 +234,7 @@ def test_weight_layouts(layout: str, kind: type) -> None:
 def test_odd_hidden_size(width: int) -> None:
     """An odd D runs in torch."""
     case = policy_case(width=width, dtype=torch.bfloat16)
-    assert chunk_kind(case) is TorchChunk
+    assert kind_of(case) is TorchChunk
     check_against_oracle(case)
 
 
@@ -263,10 +268,10 @@ import torch
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     from tests.kernels.cases import check_against_oracle, policy_case
-    from tests.kernels.test_native_cpu import chunk_kind
+    from tests.kernels.test_native_cpu import kind_of
     for _ in range(2):
         check_against_oracle(policy_case(dtype=torch.bfloat16))
-    kind = chunk_kind(policy_case(dtype=torch.bfloat16)).__name__
+    kind = kind_of(policy_case(dtype=torch.bfloat16)).__name__
 ours = [str(w.message) for w in caught if "care_kernels" in str(w.message)]
 print(json.dumps({"warnings": ours, "kind": kind}))
 """

@@ -182,6 +182,7 @@ WRONG: tuple[tuple[dict[str, Any], str], ...] = (
     (PACKED | {"cu_seqlens": torch.zeros(0, dtype=torch.int64)}, r"cu_seqlens: got shape \(0,\)"),
     (PACKED | {"cu_seqlens": torch.tensor([0, 4, 11])}, "cu_seqlens: got 11 at row 2; wanted at"),
     ({"backend": "cuda"}, "backend: got 'cuda'"),
+    ({"hidden": torch.zeros(2, 5, 4, device="meta")}, "hidden: got a meta tensor"),
 )
 
 

@@ -244,7 +244,9 @@ WRONG: tuple[tuple[dict[str, Any], str], ...] = (
     ({"is_positive": torch.ones(2, dtype=torch.bool)}, r"is_positive: got .*; wanted \(3,\)"),
     ({"seq_len": None}, "seq_len: got neither of seq_len and cu_seqlens; wanted exactly one"),
     (CU_SEQLENS | {"seq_len": 8}, "seq_len: got both of seq_len and cu_seqlens"),
-    ({"seq_len": -1}, "seq_len: got -1; wanted 0 or more"),
+    ({"seq_len": -1}, "seq_len: got -1; wanted None or an int of at least 0"),
+    ({"seq_len": 2.5}, "seq_len: got 2.5; wanted None or an int of at least 0"),
+    (CU_SEQLENS | {"total_tokens": 24.0}, "total_tokens: got 24.0; wanted None or an int"),
     ({"total_tokens": 24}, "total_tokens: got 24; wanted None without cu_seqlens"),
     (CU_SEQLENS | {"total_tokens": 18}, "cu_seqlens: got 19 at row 3; wanted at most 18"),
     (

@@ -263,20 +263,18 @@ def test_a_drift_of_59_nats_is_still_right() -> None:
 
 
 def test_anchors_that_do_not_apply() -> None:
-    """A softcap, float16 exponentials, another shape, and the two ways to a gradient mixed up."""
+    """A softcap, float16 exponentials, and the two ways to a gradient mixed up: never silently."""
     problem = Problem(5, 64, 17, TRANSFORMS["softcap"])
     anchor = problem.log_normalizer().float()
-    with pytest.raises(ValueError, match="anchor: got a tensor with a softcap"):
+    with pytest.raises(AssertionError, match="a softcap's slope needs z"):
         problem.project(anchor=anchor)
-    with pytest.raises(ValueError, match=r"anchor: got torch.float64 .* wanted float32"):
-        problem.project(anchor=anchor.double())
     half = Problem(5, 64, 17, TRANSFORMS["plain"], dtype=torch.float16)
-    with pytest.raises(ValueError, match="anchor: got a tensor with float16 exponentials"):
+    with pytest.raises(AssertionError, match="exponentials are bfloat16"):
         half.project(half.empty_exps(), anchor=anchor)
     plain = Problem(5, 64, 17, TRANSFORMS["plain"])
     exps = plain.empty_exps()
     stats, tiles = plain.project(exps, anchor=anchor)
-    with pytest.raises(ValueError, match="tiles: got anchored statistics"):
+    with pytest.raises(AssertionError, match="anchored tiles take `anchor_targets_`"):
         exp_gradients_(exps, tiles, plain.target_ids, stats, RowGradients(plain.g), plain.transform)
 
 
@@ -346,10 +344,8 @@ def test_strided_operands_and_buffer(loads: str) -> None:
 def test_a_buffer_without_padding_is_refused() -> None:
     """Its next row would be overwritten."""
     problem = Problem(5, 64, 17, TRANSFORMS["plain"])
-    with pytest.raises(ValueError, match=r"exps: got shape .* rows 32 apart, as of `empty_exps`"):
+    with pytest.raises(AssertionError, match="as far apart as those of `empty_exps`"):
         problem.project(torch.empty(5, 17, dtype=torch.bfloat16, device=DEVICE))
-    with pytest.raises(ValueError, match=r"exps: got torch.float32 .* in bfloat16"):
-        problem.project(torch.empty(5, 17, device=DEVICE))
 
 
 def test_a_target_too_unlikely_for_an_exponential() -> None:
@@ -384,16 +380,6 @@ def test_supports() -> None:
     assert not supports(torch.bfloat16, weight)
     assert not supports(torch.float32, weight)
     assert not supports(torch.bfloat16, torch.zeros(3, 4).bfloat16().T)
-
-
-def test_the_exact_kl_is_refused() -> None:
-    """It needs the reference's logits beside the policy's."""
-    problem = Problem(5, 64, 17, TRANSFORMS["plain"])
-    exps = problem.empty_exps()
-    stats, tiles = problem.project(exps)
-    upstream = RowGradients(problem.g, kl=problem.g)
-    with pytest.raises(ValueError, match=r"gradients.kl: got a tensor; wanted None"):
-        exp_gradients_(exps, tiles, problem.target_ids, stats, upstream, problem.transform)
 
 
 @pytest.mark.gpu

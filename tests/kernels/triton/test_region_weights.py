@@ -91,7 +91,7 @@ def test_non_contiguous_inputs() -> None:
 
 def test_spans_are_cut_to_their_sequence() -> None:
     """What would be refused on the CPU writes into no neighbour where values are not read."""
-    from care_kernels.region_weights import _launch
+    from care_kernels.region_weights import _Credit, _launch
 
     batch = random_batch([6, 6, 6])
     wild = torch.tensor([[-3, 4], [2, 99], [5, 1]])
@@ -100,8 +100,8 @@ def test_spans_are_cut_to_their_sequence() -> None:
     for spans in (wild, cut):
         stacked = torch.stack((spans, spans.flip(0)), 1).to(DEVICE)
         weights = torch.tensor([[0.5, 1.0]] * 3, dtype=torch.float64, device=DEVICE)
-        out = torch.zeros(3, 6, device=DEVICE)
-        _launch(out, batch.advantages.to(DEVICE), stacked, weights, None, True, 1e-8)
+        out, ends = torch.zeros(18, device=DEVICE), 6 * torch.arange(4, device=DEVICE)
+        _launch(out, _Credit(batch.advantages.to(DEVICE), stacked, weights, ends, True, 1e-8))
         results.append(out)
     assert torch.equal(*results)
 
