@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from care_kernels.checks import FLOAT_DTYPES
+from care_kernels.checks import FLOAT_DTYPES, wrong
 
 
 def head_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -55,10 +55,8 @@ def head_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     name = type(module).__name__
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
-        raise ValueError(
-            f"module: got {name} without a weight tensor; wanted a head with a weight [V, D], such "
-            "as model.get_output_embeddings(), not quantised"
-        )
+        wanted = "a head with a weight [V, D], such as model.get_output_embeddings(), not quantised"
+        raise wrong("module", f"{name} without a weight tensor", wanted)
     weight, bias = _plain(f"{name}.weight", weight, 2), getattr(module, "bias", None)
     # transformers' Conv1D (GPT-2's layers) is a linear layer with its weight stored as [D, V].
     weight = weight.T if name == "Conv1D" and hasattr(module, "nf") else weight
@@ -73,8 +71,8 @@ def output_head(model: Any) -> Any:
     """
     head = model.get_output_embeddings()
     if head is None:
-        name = type(model).__name__
-        raise ValueError(f"model: got {name} without output embeddings; wanted a language model")
+        got = f"{type(model).__name__} without output embeddings"
+        raise wrong("model", got, "a language model")
     return head
 
 
@@ -110,10 +108,8 @@ def _adapted(module: Any) -> tuple[Tensor, Tensor | None]:
     weight, bias = head_parameters(module.base_layer)
     if getattr(module, "disable_adapters", False):
         if getattr(module, "merged", False):
-            raise ValueError(
-                f"module: got {type(module).__name__} with adapters disabled but still merged into "
-                "its base weight; wanted unmerge() first"
-            )
+            got = "with adapters disabled but still merged into its base weight"
+            raise wrong("module", f"{type(module).__name__} {got}", "unmerge() first")
         return weight, bias
     if getattr(module, "merged", False):
         return weight, bias
@@ -135,15 +131,13 @@ def _active_adapters(module: Any) -> Iterator[_Adapter]:
     kind = f"{type(module).__module__}.{type(module).__name__}"
     is_lora = all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling"))
     if not is_lora or hasattr(module, "parameter_name"):
-        raise ValueError(
-            f"module: got {kind}; wanted a plain head or a LoRA linear layer: merge this adapter, "
-            "or keep it off the head"
-        )
+        wanted = "a plain head or a LoRA linear layer: merge this adapter, or keep it off the head"
+        raise wrong("module", kind, wanted)
     if getattr(module, "fan_in_fan_out", False):
-        raise ValueError(f"module: got {kind} with fan_in_fan_out; wanted a weight [V, D]")
+        raise wrong("module", f"{kind} with fan_in_fan_out", "a weight [V, D]")
     for name in module.active_adapters:
         if name in getattr(module, "lora_embedding_A", ()):
-            raise ValueError(f"module: got {kind}, LoRA on an embedding; wanted it on a linear")
+            raise wrong("module", f"{kind}, LoRA on an embedding", "it on a linear")
         if name in module.lora_A:
             _check_expressible(module, name)
             yield _Adapter(
@@ -157,19 +151,18 @@ def _check_expressible(module: Any, name: str) -> None:
     """scaling * B A says all that adapter `name` does."""
     variant = getattr(module, "lora_variant", {}).get(name)
     if variant is not None or getattr(module, "use_dora", {}).get(name, False):
-        got = "DoRA" if variant is None else type(variant).__name__
-        raise ValueError(
-            f"module: got adapter {name!r} of the LoRA variant {got}; wanted plain LoRA"
-        )
+        kind = "DoRA" if variant is None else type(variant).__name__
+        raise wrong("module", f"adapter {name!r} of the LoRA variant {kind}", "plain LoRA")
     if getattr(module.lora_B[name], "bias", None) is not None:
-        raise ValueError(f"module: got adapter {name!r} with lora_bias=True; wanted False")
+        raise wrong("module", f"adapter {name!r} with lora_bias=True", "False")
     dropout = getattr(module, "lora_dropout", {})
     dropout = dropout[name] if name in dropout else None
     probability = getattr(dropout, "p", 0.0)
     if dropout is not None and dropout.training and probability > 0:
-        raise ValueError(
-            f"module: got adapter {name!r} with lora_dropout {probability} while training; wanted "
-            "0 on the head (dropout masks each row, which no weight expresses), or eval()"
+        raise wrong(
+            "module",
+            f"adapter {name!r} with lora_dropout {probability} while training",
+            "0 on the head (dropout masks each row, which no weight expresses), or eval()",
         )
 
 
@@ -178,7 +171,7 @@ def _without_copies(module: Any) -> Any:
     if not hasattr(module, "original_module"):
         return module
     if not hasattr(module, "modules_to_save"):
-        raise ValueError(f"module: got {type(module).__name__}; wanted a plain head or LoRA")
+        raise wrong("module", type(module).__name__, "a plain head or LoRA")
     active = module.active_adapters
     if module.disable_adapters or not active or active[0] not in module.modules_to_save:
         return module.original_module
@@ -192,14 +185,12 @@ def _plain(name: str, value: Tensor, num_dims: int) -> Tensor:
     # Quantised weights are subclasses that dequantise on use, or floats that hold packed bits.
     is_ordinary = type(value) in (Tensor, nn.Parameter) and not hasattr(value, "quant_state")
     if not is_ordinary or value.dtype not in FLOAT_DTYPES:
-        raise ValueError(
-            f"{name}: got a {type(value).__name__} of {value.dtype}; wanted an ordinary floating "
-            "tensor: dequantise the head"
-        )
+        got = f"a {type(value).__name__} of {value.dtype}"
+        raise wrong(name, got, "an ordinary floating tensor: dequantise the head")
     if value.dim() != num_dims:
         hint = " (a partitioned weight: gather it first)" if hasattr(value, "ds_id") else ""
-        wanted = "[V, D]" if num_dims == 2 else "[V]"
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}{hint}; wanted {wanted}")
+        got = f"shape {tuple(value.shape)}{hint}"
+        raise wrong(name, got, "[V, D]" if num_dims == 2 else "[V]")
     return value
 
 

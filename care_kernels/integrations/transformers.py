@@ -32,6 +32,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from care_kernels.checks import wrong
 from care_kernels.heads import head_parameters, logit_options, output_head
 from care_kernels.loss import linear_policy_loss
 
@@ -71,13 +72,13 @@ def use_care_kernels(model: Any) -> None:
 def _check_model(model: Any) -> None:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model: got {name}; wanted a transformers PreTrainedModel")
+        raise wrong("model", name, "a transformers PreTrainedModel")
     check_head(model)
     if model.config.is_encoder_decoder:
-        raise ValueError(f"model: got {name}, an encoder-decoder; wanted a decoder-only model")
+        raise wrong("model", f"{name}, an encoder-decoder", "a decoder-only model")
     if model.loss_function is not ForCausalLMLoss:
         got = getattr(model.loss_function, "__name__", model.loss_function)
-        raise ValueError(f"model: got {name} with the loss {got}; wanted ForCausalLMLoss")
+        raise wrong("model", f"{name} with the loss {got}", "ForCausalLMLoss")
 
 
 def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -112,20 +113,11 @@ def _loss_output(
     ignored = arguments.pop("ignore_index", _IGNORED)
     arguments.pop("logits_to_keep", None)
     if arguments.get("output_router_logits", _configured_router(model)):
-        raise ValueError(
-            "output_router_logits: got True; wanted False: the router's auxiliary loss is not "
-            "computed here"
-        )
-    # Nothing goes on from a training forward.
+        wanted = "False: the router's auxiliary loss is not computed here"
+        raise wrong("output_router_logits", True, wanted)
     arguments.setdefault("use_cache", False)
-    # A few vision-language backbones build their attention mask from the labels.
-    if "labels" in inspect.signature(model.base_model.forward).parameters:
-        arguments["labels"] = labels
-    backbone = model.base_model(**arguments)
-    hidden = backbone.last_hidden_state
-    if shift_labels is None:
-        hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
-    total, count = _summed_cross_entropy(model, hidden, shift_labels, ignored, options)
+    backbone, hidden, targets = backbone_rows(model, labels, shift_labels, **arguments)
+    total, count = _summed_cross_entropy(model, hidden, targets, ignored, options)
     if torch.is_tensor(num_items):
         num_items = num_items.to(total.device)
     loss: Any = total / (count if num_items is None else num_items)
@@ -135,6 +127,24 @@ def _loss_output(
         hidden_states=backbone.get("hidden_states"),
         attentions=backbone.get("attentions"),
     )
+
+
+def backbone_rows(
+    model: Any, labels: Tensor | None, shift_labels: Tensor | None, *args: Any, **arguments: Any
+) -> tuple[Any, Tensor, Tensor]:
+    """The backbone's output; its last hidden states [B, L, D], and the labels [B, L] they predict.
+
+    These are the next position's, or `shift_labels` where given.
+    """
+    # A few vision-language backbones build their attention mask from the labels.
+    if "labels" in inspect.signature(model.base_model.forward).parameters:
+        arguments["labels"] = labels
+    backbone = model.base_model(*args, **arguments)
+    hidden = backbone.last_hidden_state
+    if shift_labels is not None:
+        return backbone, hidden, shift_labels
+    assert labels is not None
+    return backbone, hidden[:, :-1], labels[:, 1:]
 
 
 def _configured_router(model: Any) -> bool:

@@ -36,8 +36,10 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
+from care_kernels.checks import wrong
 from care_kernels.heads import logit_options
 from care_kernels.integrations.transformers import (
+    backbone_rows,
     check_head,
     gathered,
     gathered_head,
@@ -85,9 +87,9 @@ def use_care_kernels(trainer: GRPOTrainer, path: str | None = None) -> Choice:
     """
     if ".".join(trl.__version__.split(".")[:2]) not in TESTED_VERSIONS:
         wanted = " or ".join(f"{version}.x" for version in TESTED_VERSIONS)
-        raise ValueError(f"trl: got version {trl.__version__}; wanted {wanted}")
+        raise wrong("trl", f"version {trl.__version__}", wanted)
     if not isinstance(trainer, GRPOTrainer):
-        raise ValueError(f"trainer: got {type(trainer).__name__}; wanted a GRPOTrainer")
+        raise wrong("trainer", type(trainer).__name__, "a GRPOTrainer")
     choice = choose_path(trainer, path)
     for model, with_entropy in ((trainer.model, True), (trainer.ref_model, False)):
         if model is not None:
@@ -105,14 +107,14 @@ def choose_path(trainer: GRPOTrainer, path: str | None = None) -> Choice:
         ValueError: an unknown path, or "fused" with an option it cannot express.
     """
     if path not in (None, *PATHS):
-        raise ValueError(f"path: got {path!r}; wanted None or one of {PATHS}")
+        raise wrong("path", repr(path), f"None or one of {PATHS}")
     obstacle = why_not_fused(trainer)
     if path == "log_probs":
         return Choice("log_probs", "asked for")
     if obstacle is None:
         return Choice("fused", "linear_policy_loss covers every option")
     if path == "fused":
-        raise ValueError(f"path: got 'fused' with {obstacle}; wanted None or 'log_probs'")
+        raise wrong("path", f"'fused' with {obstacle}", "None or 'log_probs'")
     return Choice("log_probs", f"TRL's own formula runs, because of {obstacle}")
 
 
@@ -291,24 +293,17 @@ def _replace_fused_head(model: Any, temperature: float, with_entropy: bool) -> N
         **kwargs: Any,
     ) -> Any:
         if not fused_lm_head:
-            given = {
-                "labels": labels,
-                "shift_labels": shift_labels,
-                "num_items_in_batch": num_items_in_batch,
-            }
+            given = {"labels": labels, "shift_labels": shift_labels}
+            given["num_items_in_batch"] = num_items_in_batch
             given = {name: value for name, value in given.items() if value is not None}
             return others(self, *args, **given, **kwargs)
-        kwargs = _backbone_arguments(self, labels, kwargs)
-        backbone = self.base_model(*args, **kwargs)
-        hidden = backbone.last_hidden_state
-        if shift_labels is None:
-            assert labels is not None
-            hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
+        kwargs["use_cache"] = False
+        if getattr(self.config.get_text_config(), "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        backbone, hidden, targets = backbone_rows(self, labels, shift_labels, *args, **kwargs)
         if policy_terms is not None:
-            return _policy_loss_output(self, hidden, shift_labels, policy_terms, options)
-        output = _log_probs_output(
-            self, hidden, shift_labels, options, with_entropy, num_items_in_batch
-        )
+            return _policy_loss_output(self, hidden, targets, policy_terms, options)
+        output = _log_probs_output(self, hidden, targets, options, with_entropy, num_items_in_batch)
         return _with_router_loss(output, self, backbone, kwargs)
 
     model.forward = types.MethodType(forward, model)
@@ -324,16 +319,6 @@ def _forward_under_trl(model: Any) -> Callable[..., Any]:
     if isinstance(inner, types.MethodType) and inner.__self__ is model:
         return inner.__func__
     return unbound_forward(model)
-
-
-def _backbone_arguments(model: Any, labels: Tensor | None, given: dict[str, Any]) -> dict[str, Any]:
-    arguments = {**given, "use_cache": False}
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        arguments.setdefault("output_router_logits", True)
-    # A few vision-language backbones build their attention mask from the labels.
-    if "labels" in inspect.signature(model.base_model.forward).parameters:
-        arguments["labels"] = labels
-    return arguments
 
 
 def _log_probs_output(

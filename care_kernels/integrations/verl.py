@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from care_kernels.checks import wrong
 from care_kernels.log_probs import linear_log_probs
 
 
@@ -52,10 +53,8 @@ def fused_linear_for_ppo(
     """
     shape = input_ids.shape
     if hidden_states.shape[:-1] != shape:
-        raise ValueError(
-            f"input_ids: got shape {tuple(shape)}; wanted {tuple(hidden_states.shape[:-1])}, "
-            "as hidden_states is"
-        )
+        wanted = f"{tuple(hidden_states.shape[:-1])}, as hidden_states is"
+        raise wrong("input_ids", f"shape {tuple(shape)}", wanted)
     hidden, temperature = _with_one_temperature(hidden_states, temperature)
     log_probs, entropy = linear_log_probs(
         hidden.flatten(0, -2),
@@ -87,14 +86,10 @@ class FusedLinearForPPO(nn.Module):
 
 def _with_one_temperature(hidden: Tensor, temperature: float | Tensor) -> tuple[Tensor, float]:
     """A temperature for each token goes into the hidden states, in float32."""
-    if not torch.is_tensor(temperature):
-        return hidden, float(temperature)
-    if temperature.numel() == 1:
+    if not torch.is_tensor(temperature) or temperature.numel() == 1:
         return hidden, float(temperature)
     shape = hidden.shape[:-1]
     if temperature.numel() != shape.numel():
-        raise ValueError(
-            f"temperature: got shape {tuple(temperature.shape)}; wanted one number or "
-            f"{tuple(shape)}, as hidden_states is"
-        )
+        wanted = f"one number or {tuple(shape)}, as hidden_states is"
+        raise wrong("temperature", f"shape {tuple(temperature.shape)}", wanted)
     return hidden.float() / temperature.reshape(*shape, 1), 1.0
