@@ -149,7 +149,7 @@ def easyr1_gspo(batch: Batch, log_probs: Tensor) -> Tensor:
 def sapo(batch: Batch, log_probs: Tensor) -> Tensor:
     """TRL's, verl's and EasyR1's."""
     ratio = (log_probs - batch.old).exp()
-    temperature = torch.where(batch.advantages > 0, 1.0, 1.05).double()
+    temperature = torch.full_like(ratio, 1.05).masked_fill(batch.advantages > 0, 1.0)
     soft = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
     return sequence_mean(-soft * batch.advantages, batch.mask)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from care_kernels import Clip, linear_log_probs, linear_policy_loss
-from care_kernels.chunks import HeadChunks, chunk_rows
+from care_kernels.chunks import HeadChunks
 from care_kernels.objective import SKIPPED_ROW, PolicyLoss
 from care_kernels.oracle import reference_log_probs
 from tests.kernels.cases import (
@@ -96,22 +96,6 @@ def test_never_holds_all_logits(estimator: str, level: str) -> None:
     assert watched(case).largest <= largest_allowed < 400 * vocab_size
 
 
-def test_default_chunk_is_bounded() -> None:
-    """By default a CPU holds at most 512 MiB of logits, a reference's included, and 4096 rows."""
-    for vocab_size, logit_bytes, rows in (
-        (1000, 4, 4096),
-        (152064, 2, 1765),
-        (152064, 4, 882),
-        (152064, 8, 441),
-        (10**9, 4, 1),
-    ):
-        size = chunk_rows(rows, vocab_size, 64, logit_bytes=logit_bytes, device=torch.device("cpu"))
-        more = chunk_rows(
-            rows + 1, vocab_size, 64, logit_bytes=logit_bytes, device=torch.device("cpu")
-        )
-        assert size == rows and more <= rows
-
-
 @pytest.mark.parametrize("hidden_dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_autocast_reaches_a_float32_head(hidden_dtype: torch.dtype) -> None:
     """Float32 weights under bfloat16 autocast, TRL's default: bfloat16 GEMMs, float32 statistics.
@@ -160,22 +144,6 @@ def test_backward_holds_no_second_gradient() -> None:
         with Allocations() as allocations:
             (0.3 * loss).backward()
         assert allocations.largest < 900 * 32
-
-
-def test_gpu_chunks_fill_waves_and_balance() -> None:
-    """Two bytes a bfloat16 exponential, multiples of 128 rows, no tiny last chunk; one chunk where
-    it takes no more than a usual one and the float32 dW it saves."""
-    head = (152_064, 3_584)
-    cuda = torch.device("cuda")
-    options = {"logit_bytes": 2, "device": cuda}
-    assert chunk_rows(8192, *head, **options, sums_weight_gradient=True) == 8192
-    assert chunk_rows(16_384, *head, **options, sums_weight_gradient=True) < 16_384
-    for num_rows in (4096, 8192, 16_384, 40_000):
-        rows = chunk_rows(num_rows, *head, **options)
-        assert rows % 128 == 0 and rows * 152_064 * 2 <= 2**30
-        num_chunks = -(-num_rows // rows)
-        assert num_chunks == -(-num_rows // 3_456)
-    assert chunk_rows(8192, *head, logit_bytes=0, device=cuda) == 4096
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from care_kernels import Cispo, Clip, Sapo, care_loss, linear_log_probs, linear_policy_loss
 from tests.kernels import test_log_probs as log_probs
@@ -206,6 +207,22 @@ def test_float16_keeps_what_is_small(scale: float) -> None:
     for name, grad in grads.items():
         as_exact = 1.5 * error(plain[name], oracle[name]) + FLOOR[torch.float16]
         assert error(grad, oracle[name]) <= as_exact
+
+
+def test_float16_log_probs_keep_what_is_small() -> None:
+    """The same under a loss of one's own: upstream gradients of 2e-4, of which dL/dz would be a few
+    steps of float16."""
+    case = head_case(23, dtype=torch.float16)
+
+    def gradients(scale: float, dtype: torch.dtype = torch.float16) -> list[Tensor]:
+        leaves = [case[n].to(dtype, copy=True).requires_grad_() for n in ("hidden", "head_weight")]
+        result = linear_log_probs(*leaves, case["target_ids"], backend="triton")
+        (scale * torch.linspace(-1, 1, 23) * result).sum().backward()
+        return [leaf.grad.double() / scale for leaf in leaves if leaf.grad is not None]
+
+    plain, tiny, oracle = gradients(1.0), gradients(2e-4), gradients(1.0, torch.float64)
+    for first, second, want in zip(plain, tiny, oracle, strict=True):
+        assert error(second, want) <= 1.5 * error(first, want) + FLOOR[torch.float16]
 
 
 @pytest.mark.parametrize("surrogate", (Cispo(1.2), Sapo()), ids=repr)
