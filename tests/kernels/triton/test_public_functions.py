@@ -134,9 +134,17 @@ def test_care_loss_is_the_same_on_both_backends() -> None:
     torch.testing.assert_close(results[0].loss, results[1].loss, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("level", ("token", "sequence"))
-@pytest.mark.parametrize("drift", (0.0, 3.0, 30.0))
-@pytest.mark.parametrize("shape", ((23, 16, 211), (33, 34, 1000), (5, 7, 17)), ids=str)
+@pytest.mark.parametrize(
+    ("shape", "drift", "level"),
+    (
+        ((23, 16, 211), 0.0, "token"),
+        ((23, 16, 211), 3.0, "sequence"),
+        ((23, 16, 211), 30.0, "token"),
+        ((20, 34, 400), 3.0, "token"),
+        ((5, 7, 17), 30.0, "sequence"),
+    ),
+    ids=str,
+)
 def test_anchored_exponentials(shape: tuple, drift: float, level: str) -> None:
     """exp(z - L_old) in place of exp(z - max): the same values, whatever L_old, and gradients that
     are the oracle's but for three roundings."""

@@ -45,17 +45,18 @@ def check(
     assert torch.equal(got, rationale_distance(*arguments, cu_seqlens=cu_seqlens, backend="triton"))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
-@pytest.mark.parametrize("width", (1, 63, 130))
-def test_follows_the_oracle(dtype: torch.dtype, packed: bool, width: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "dtype"), ((1, torch.float32), *((63, dtype) for dtype in DTYPES)), ids=str
+)
+def test_follows_the_oracle(width: int, dtype: torch.dtype, packed: bool) -> None:
     """Every dtype and layout, with widths that divide nothing."""
     check([17, 70, 5, 0, 200, 64], width, dtype, packed=packed)
 
 
 def test_wide() -> None:
     """Means of several blocks in both kernels."""
-    check([9, 3], 2100)
+    check([9, 3], 1030)
 
 
 def test_strides() -> None:
