@@ -27,6 +27,8 @@ from care_train.reporting import (
     write_report,
     write_summary,
 )
+from care_train.reporting.archive import ArchiveWriter
+from care_train.training.archiving import open_writer
 from care_train.training.checkpoint import Checkpoint
 from care_train.training.folders import clean_up
 from care_train.training.resume import (
@@ -77,13 +79,13 @@ def _checkpoint(config: Config, run: RunFolder, cold_start: str | None = None) -
     if checkpoint is None:
         where = folder / CONFIG_FILE
         check_settings(settings_of(load_config(where)), config, where=where, free=free)
-        cut_logs(folder, cold_start_logs(folder, cold_start))
+        cut_logs(folder, cold_start_logs(folder, cold_start), -1)
     else:
         settings, where = checkpoint.state["settings"], checkpoint.folder
         check_settings(settings, config, where=where, free=free)
         section = "sft" if in_cold_start else "train"
         check_progress(checkpoint, f"{section}.steps", getattr(config, section).steps)
-        cut_logs(folder, checkpoint.state["logs"])
+        cut_logs(folder, checkpoint.state["logs"], -1 if in_cold_start else checkpoint.step)
     if is_main():
         start = "step 0: no checkpoint yet" if checkpoint is None else str(checkpoint.folder)
         print(f"resuming {folder} from {start}", file=sys.stderr)
@@ -123,8 +125,8 @@ def train(config: Config, run: RunFolder) -> Summary:
     session = open_session(config, model_folder(config, run.path / "base", samples), device)
     samples = _usable(session, samples, held_out, run.path)
     run_dir = run.begin({"data": samples, "eval.data": held_out})
-    with _metrics(run_dir, config) as metrics:
-        summary = _train_from(session, run, samples, held_out, metrics, device, checkpoint)
+    with _metrics(run_dir, config) as metrics, open_writer(config, run_dir) as archive:
+        summary = _train_from(session, run, samples, held_out, metrics, archive, device, checkpoint)
     return _finish(run_dir, config, summary, start)
 
 
@@ -142,12 +144,12 @@ def quickstart(config: Config, run: RunFolder) -> Summary:
     samples = _usable(session, samples, held_out, run.path)
     rows = None if has_cold_start else cold_start_rows(session, cold_samples, run.path)
     run_dir = run.begin({"sft.data": cold_samples, "data": samples, "eval.data": held_out})
-    with _metrics(run_dir, config) as metrics:
+    with _metrics(run_dir, config) as metrics, open_writer(config, run_dir) as archive:
         if rows is not None:
             cold_start = run_dir / "cold_start"
             run_sft(session, rows, cold_start, metrics, device, checkpoint, run.started)
             session, checkpoint = open_session(config, cold_start, device), None
-        summary = _train_from(session, run, samples, held_out, metrics, device, checkpoint)
+        summary = _train_from(session, run, samples, held_out, metrics, archive, device, checkpoint)
     return _finish(run_dir, config, summary, start)
 
 
@@ -171,7 +173,8 @@ def evaluate(config: Config, run: RunFolder) -> Summary:
     run_dir = run.begin({"eval.data": held_out})
     engine = session.rollout_engine(session.loaded, config.eval.batch_size)
     run.started()
-    values = evaluate_both(session, engine, held_out, device)
+    with open_writer(config, run_dir) as archive:
+        values = evaluate_both(session, engine, held_out, device, archive=archive)
     return _finish(run_dir, config, _basics(config) | values, start)
 
 
@@ -212,13 +215,14 @@ def _train_from(
     samples: Sequence[Sample],
     held_out: Sequence[Sample],
     metrics: MetricsLogger,
+    archive: ArchiveWriter | None,
     device: torch.device,
     checkpoint: Checkpoint | None,
 ) -> Summary:
     config, run_dir = session.config, run.path
     before = _logged_before(config, run_dir, checkpoint)
     if before is None and held_out:
-        before = _evaluate_session(session, held_out, device, "evaluate before")
+        before = _evaluate_session(session, held_out, device, archive, "evaluate before", 0)
         metrics.log(0, before, phase="eval")
     totals = run_training(
         session,
@@ -227,7 +231,10 @@ def _train_from(
         metrics,
         device,
         checkpoint=checkpoint,
-        evaluate=lambda engine: evaluate_both(session, engine, held_out, device),
+        evaluate=lambda engine, step: evaluate_both(
+            session, engine, held_out, device, archive=archive, step=step
+        ),
+        archive=archive,
         started=run.started,
     )
     facts = _basics(config) | {key: int(value) for key, value in totals.items()}
@@ -236,9 +243,10 @@ def _train_from(
     if before is None:
         return facts
     trained = open_session(config, run_dir / "final", device)
-    after = _evaluate_session(trained, held_out, device, "evaluate after")
-    metrics.log(facts["steps"], after, phase="eval")
-    open_checkpoints(config, run_dir).mark_best(facts["steps"], after)
+    steps = facts["steps"]
+    after = _evaluate_session(trained, held_out, device, archive, "evaluate after", steps)
+    metrics.log(steps, after, phase="eval")
+    open_checkpoints(config, run_dir).mark_best(steps, after)
     return facts | _before_and_after(before, after)
 
 
@@ -258,10 +266,15 @@ def _logged_before(
 
 
 def _evaluate_session(
-    session: Session, held_out: Sequence[Sample], device: torch.device, description: str
+    session: Session,
+    held_out: Sequence[Sample],
+    device: torch.device,
+    archive: ArchiveWriter | None,
+    description: str,
+    step: int,
 ) -> dict[str, float]:
     engine = session.rollout_engine(session.loaded, session.config.eval.batch_size)
-    return evaluate_both(session, engine, held_out, device, description)
+    return evaluate_both(session, engine, held_out, device, description, archive=archive, step=step)
 
 
 def _before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> Summary:

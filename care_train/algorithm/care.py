@@ -75,8 +75,8 @@ def _anchored_subgroup(
     pool = failures(rollouts, by)
     anchor = select_anchor(rollouts, positives(rollouts, by), settings, generator)
     count = min(settings.max_negatives, len(pool))  # Eq. 3
-    assert group.embeddings is not None
-    chosen = select_hard_negatives(pool, count, group.embeddings, anchor, settings, generator)
+    assert group.distances is not None
+    chosen = select_hard_negatives(pool, count, group.distances, anchor, settings, generator)
     subgroup = Subgroup(
         anchor=Member(rollouts[anchor], rollouts[anchor].reward, is_negative=False, index=anchor),
         others=tuple(Member(rollouts[i], rollouts[i].reward, True, i) for i in chosen),
@@ -90,16 +90,16 @@ def _rescue_subgroup(
 ) -> Subgroup | str:
     rollouts = group.rollouts
     pool = failures(rollouts, settings.decisions.positive)
-    assert group.log_prob_sums is not None and group.embeddings is not None
+    assert group.log_prob_sums is not None and group.distances is not None
     proxy = select_proxy_anchor(rollouts, pool, group.log_prob_sums, settings.decisions)
     if proxy is None:
         return "no_proxy_anchor"
     rest = [i for i in pool if i != proxy]
     count = min(settings.max_negatives, len(rest))
     if settings.decisions.rescue_negatives == "spread":
-        chosen = select_spread(rest, count, group.embeddings, proxy)
+        chosen = select_spread(rest, count, group.distances, proxy)
     else:
-        chosen = select_hard_negatives(rest, count, group.embeddings, proxy, settings, generator)
+        chosen = select_hard_negatives(rest, count, group.distances, proxy, settings, generator)
     literal = settings.decisions.rescue_size == "literal"
     divisor = min(settings.max_negatives, len(pool)) if literal else count
     shaped = rescue_rewards(count, divisor).tolist()

@@ -61,15 +61,16 @@ def select_anchor(
     )
 
 
-def cosine_distances(embeddings: torch.Tensor, anchor: int) -> torch.Tensor:
-    """Eq. 4: d_cos(i) = 1 - h_i . h_anchor, [G] fp64 from unit embeddings [G, D]."""
-    return _round(cosine_distance(embeddings.double(), embeddings[anchor].double()))
+def pairwise_distances(embeddings: torch.Tensor) -> torch.Tensor:
+    """Eq. 4: d_cos = 1 - h_i . h_j of every two rollouts, [G, G] fp64 from unit vectors [G, D]."""
+    vectors = embeddings.double()
+    return _round(torch.stack([cosine_distance(vectors, vector) for vector in vectors]))
 
 
 def select_hard_negatives(
     pool: Sequence[int],
     count: int,
-    embeddings: torch.Tensor,
+    distances: torch.Tensor,
     anchor: int,
     settings: CareSettings,
     generator: torch.Generator | None = None,
@@ -79,7 +80,7 @@ def select_hard_negatives(
     Args:
         pool: indices of failures.
         count: K', at most len(pool).
-        embeddings: [G, D] unit vectors.
+        distances: [G, G] `pairwise_distances`.
         anchor: index of the anchor.
         settings: selector and preselect_size.
         generator: for `random`.
@@ -88,31 +89,30 @@ def select_hard_negatives(
     if settings.selector == "random":
         order = torch.randperm(len(pool), generator=generator).tolist()
         pool = [pool[i] for i in order[:count]]
-    distance = cosine_distances(embeddings, anchor).tolist()
+    distance = distances[anchor].tolist()
     ranked = sorted(pool, key=lambda i: (distance[i], i))
     if settings.selector == "cosine_diverse" and settings.preselect_size > count:
         nearest = ranked[: settings.preselect_size]
-        chosen = farthest_first(nearest, count, embeddings)
+        chosen = farthest_first(nearest, count, distances)
     else:
         chosen = _by_rank(ranked, count, settings.selector)
     return sorted(chosen, key=lambda i: (distance[i], i))
 
 
 def farthest_first(
-    ranked: Sequence[int], count: int, embeddings: torch.Tensor, start: int = 0
+    ranked: Sequence[int], count: int, distances: torch.Tensor, start: int = 0
 ) -> list[int]:
     """The brief de-duplication of Sec. 3.3: greedy max-min cosine distance among the chosen.
 
     Args:
         ranked: preselected indices, nearest to the anchor first; ties go to the nearer.
         count: how many to keep.
-        embeddings: [G, D] unit vectors.
+        distances: [G, G] `pairwise_distances`.
         start: the place in `ranked` of the one to begin with.
     """
     if count >= len(ranked):
         return list(ranked)
-    vectors = embeddings[list(ranked)].double()
-    between = _round(cosine_distance(vectors[:, None], vectors))
+    between = distances[list(ranked)][:, list(ranked)]
     chosen = [start]
     while len(chosen) < count:
         gap = between[:, chosen].min(dim=1).values
@@ -123,12 +123,12 @@ def farthest_first(
 
 
 def select_spread(
-    pool: Sequence[int], count: int, embeddings: torch.Tensor, anchor: int
+    pool: Sequence[int], count: int, distances: torch.Tensor, anchor: int
 ) -> list[int]:
     """`count` failures far from the anchor and from each other: the rescue of `official`."""
-    distance = cosine_distances(embeddings, anchor)[list(pool)]
+    distance = distances[anchor][list(pool)]
     farthest = int((distance == distance.max()).nonzero()[0])
-    return farthest_first(pool, count, embeddings, farthest)
+    return farthest_first(pool, count, distances, farthest)
 
 
 def _by_rank(ranked: Sequence[int], count: int, selector: Selector) -> list[int]:

@@ -68,7 +68,11 @@ class Rollout:
     reflected: bool = False
     """Whether this is y^rgr, the resample of a hard negative."""
     verdict: str = ""
-    """The verifier's reason, for people."""
+    """The verifier's reason for the accuracy, for people."""
+    format_verdict: str = ""
+    """And for the format."""
+    rewards: tuple[tuple[str, float], ...] = ()
+    """What the verifier and each reward function gave, by name."""
     graded: float = 0.0
     """acc before `reward.success_threshold` makes it 0 or 1."""
     log_probs: tuple[float, ...] | None = field(default=None, repr=False)
@@ -84,8 +88,8 @@ class RolloutGroup:
     """Y: the G rollouts of one prompt, with what the old policy's forward says of them."""
 
     rollouts: tuple[Rollout, ...]
-    embeddings: torch.Tensor | None = None
-    """[G, D] fp32 unit vectors: the pooled rationale (Eq. 4). None where no selector needs them."""
+    distances: torch.Tensor | None = None
+    """[G, G] fp64 d_cos of every two rationales (Eq. 4). None before the old policy's forward."""
     log_prob_sums: torch.Tensor | None = None
     """[G] fp32: log pi_old(y | x), summed over the response's tokens."""
 

@@ -3,7 +3,7 @@
 from dataclasses import field
 from typing import Literal
 
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeInt, PositiveFloat
 
 from care_train.config.base import section
 
@@ -21,5 +21,11 @@ class LoggingSettings:
     """Project name for wandb and trackio."""
     samples_every: NonNegativeInt = 25
     """Steps between printed sample completions; 0: never."""
+    archive: bool = True
+    """Keep every group of every step and every evaluated answer in the run's `archive/`, for
+    `care-train report` and `care-train replay` (docs/archive.md)."""
+    archive_max_gib: PositiveFloat | None = 20.0
+    """Size of the archive in GiB, images included, at which its oldest steps are dropped; null: no
+    limit."""
     progress: bool = True
     """Show progress bars."""

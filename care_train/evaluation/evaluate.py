@@ -2,15 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
+from care_train.algorithm.types import Rollout
 from care_train.config import Config
 from care_train.data import Sample
 from care_train.distributed import all_max, all_sum, is_main, rank, world_size
 from care_train.reporting import track
+from care_train.reporting.archive import ArchiveWriter
 from care_train.rollout.engine import Request, RolloutEngine, SamplingSettings, request_seed
+from care_train.training.archiving import archive_evaluation
 from care_train.training.groups import Answer
 from care_train.training.session import Session, rank_share
 from care_train.training.timer import timer
@@ -38,13 +42,26 @@ def evaluate(
     *,
     greedy: bool,
     description: str = "evaluate",
+    archive: ArchiveWriter | None = None,
+    step: int = 0,
 ) -> EvalResult:
-    """Decode every question once, at the training temperature or greedily, and verify."""
+    """Decode every question once, at the training temperature or greedily, and verify.
+
+    Args:
+        session: the model with its prompt encoder and verifier.
+        engine: generates with it.
+        samples: the questions of all ranks.
+        device: this rank's.
+        greedy: whether to take the likeliest token each time.
+        description: what the progress says.
+        archive: where the answers go; None: nowhere.
+        step: how many steps the policy was trained.
+    """
     config = session.config
     share = rank_share(samples, rank(), world_size())
     batches = equal_batches(share, config.eval.batch_size, device)
     sampling = decoding(config, greedy)
-    correct = well_formed = 0.0
+    rollouts: list[Rollout] = []
     enabled = config.logging.progress and is_main()
     for batch in track(batches, f"{description}{' (greedy)' if greedy else ''}", enabled):
         prompts = session.encoder.encode(batch)
@@ -55,9 +72,11 @@ def evaluate(
         with timer("generate"):
             completions = engine.generate(requests, sampling)
         answered = list(map(Answer, batch, completions))
-        for rollout in session.scorer.score_all(answered):
-            correct += rollout.accuracy
-            well_formed += rollout.format_score
+        rollouts += session.scorer.score_all(answered)
+    if archive is not None:
+        archive_evaluation(archive, step, "greedy" if greedy else "sampled", share, rollouts)
+    correct = sum(rollout.accuracy for rollout in rollouts)
+    well_formed = sum(rollout.format_score for rollout in rollouts)
     correct, well_formed, count = all_sum([correct, well_formed, float(len(share))], device)
     return EvalResult(correct / count, well_formed / count, int(count))
 
@@ -68,12 +87,21 @@ def evaluate_both(
     samples: Sequence[Sample],
     device: torch.device,
     description: str = "evaluate",
+    *,
+    archive: ArchiveWriter | None = None,
+    step: int = 0,
 ) -> dict[str, float]:
-    """`accuracy` and `format` at the training temperature, and greedily where `eval.greedy`."""
-    sampled = evaluate(session, engine, samples, device, greedy=False, description=description)
+    """`accuracy` and `format` at the training temperature, and greedily where `eval.greedy`.
+
+    Args:
+        session, engine, samples, device, description, archive, step: `evaluate`'s.
+    """
+    ask = partial(evaluate, session, engine, samples, device)
+    shared: dict[str, Any] = {"description": description, "archive": archive, "step": step}
+    sampled = ask(greedy=False, **shared)
     values = {"accuracy": sampled.accuracy, "format": sampled.format}
     if session.config.eval.greedy:
-        greedy = evaluate(session, engine, samples, device, greedy=True, description=description)
+        greedy = ask(greedy=True, **shared)
         values |= {"greedy_accuracy": greedy.accuracy, "greedy_format": greedy.format}
     return values | {"num_questions": float(sampled.num_questions)}
 

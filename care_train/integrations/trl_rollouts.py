@@ -15,6 +15,7 @@ from trl.trainer.utils import use_adapter
 from care_kernels import pool_rationale
 from care_kernels.integrations.trl import base_model
 from care_train.algorithm.reflection import reflection_prefix
+from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.spans import parse_spans, rationale_span, token_spans
 from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, Subgroup
 from care_train.verifier.format import format_score
@@ -76,7 +77,7 @@ def rollout_of(
 def rollout_groups(
     trainer: Any, batch: Mapping[str, Any], rollouts: Sequence[Rollout]
 ) -> list[RolloutGroup]:
-    """Each prompt's rollouts, with rationale embeddings and log-probs by the old policy.
+    """Each prompt's rollouts, with rationale distances and log-probs by the old policy.
 
     One forward of all B sequences, whichever need it: with sharded parameters it is a collective
     call.
@@ -98,7 +99,7 @@ def rollout_groups(
     size = trainer.num_generations
     parts = (
         [tuple(rollouts[i : i + size]) for i in range(0, len(rollouts), size)],
-        torch.cat(pooled).cpu().split(size),
+        map(pairwise_distances, torch.cat(pooled).cpu().split(size)),
         log_probs.sum(1).float().cpu().split(size),
     )
     return [RolloutGroup(*fields) for fields in zip(*parts, strict=True)]

@@ -1,5 +1,6 @@
 """What a run tells: metrics, progress, samples, plots, the report."""
 
+from care_train.reporting.archive_reader import image_path, open_archive, read_archive
 from care_train.reporting.interval import mean_interval, proportion_interval
 from care_train.reporting.metrics import MetricsLogger, read_metrics
 from care_train.reporting.plots import plot_comparison, plot_learning_curves
@@ -12,10 +13,13 @@ __all__ = [
     "SampleRecord",
     "TrainProgress",
     "append_sample",
+    "image_path",
     "mean_interval",
+    "open_archive",
     "plot_comparison",
     "plot_learning_curves",
     "proportion_interval",
+    "read_archive",
     "read_metrics",
     "read_samples",
     "show_sample",

@@ -136,5 +136,7 @@ class RolloutScorer:
             reflected=reflected,
             verdict=score.reason,
             graded=score.graded,
+            format_verdict=score.format_reason,
+            rewards=score.rewards,
             log_probs=completion.log_probs,
         )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from care_train.algorithm.care import skip_before_forward
+from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.spans import rationale_span
 from care_train.algorithm.types import Rollout, TrainSequence
 from care_train.config import Config, LossSettings
@@ -95,6 +96,16 @@ class SequenceRows(NamedTuple):
     """[D] the pooled span."""
 
 
+class TokenOutcome(NamedTuple):
+    """What an update said of one sequence's T tokens, [T] each."""
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor | None
+    kl: torch.Tensor | None
+    clipped_low: torch.Tensor
+    clipped_high: torch.Tensor
+
+
 @dataclass
 class TrainItem:
     """One sequence of S* and what the loss compares it with.
@@ -119,6 +130,8 @@ class TrainItem:
     """log pi_ref, on the policy's device; None without a KL of sampled tokens."""
     importance_weights: torch.Tensor | None = field(default=None, repr=False)
     """None where all are 1."""
+    outcome: TokenOutcome | None = field(default=None, repr=False)
+    """Of the last update that it was part of, on the policy's device."""
 
 
 class LogProbs:
@@ -174,7 +187,7 @@ class LogProbs:
 
     def of_groups(self, groups: Sequence[Group]) -> list[Group]:
         """The old policy's one forward (Secs. 3.3, 3.7): the groups that are not skipped get the
-        log-probs of their rollouts and the embeddings of their rationales."""
+        log-probs of their rollouts and the distances of their rationales."""
         care = self._config.care
         needs = [skip_before_forward(group.rollouts, care) is None for group in groups]
         rollouts = [
@@ -312,6 +325,7 @@ def _rationale_positions(sequence: TokenSequence, rollout: Rollout) -> tuple[int
 
 
 def _with_old_policy(group: Group, rows: Sequence[SequenceRows]) -> Group:
+    embeddings = torch.stack([row.embedding for row in rows if row.embedding is not None])
     return replace(
         group,
         rollouts=tuple(
@@ -322,7 +336,7 @@ def _with_old_policy(group: Group, rows: Sequence[SequenceRows]) -> Group:
             )
             for rollout, row in zip(group.rollouts, rows, strict=True)
         ),
-        embeddings=torch.stack([row.embedding for row in rows if row.embedding is not None]).cpu(),
+        distances=pairwise_distances(embeddings.cpu()),
         log_prob_sums=torch.stack([row.log_probs.sum() for row in rows]).cpu(),
     )
 

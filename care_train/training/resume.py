@@ -20,6 +20,7 @@ from care_train.config import (
 )
 from care_train.data import Sample, sample_digests
 from care_train.distributed import barrier, is_main, world_size
+from care_train.reporting.archive import cut_archive
 from care_train.training.checkpoint import Checkpoint
 from care_train.training.events import EVENT_FILES
 
@@ -158,9 +159,16 @@ def log_sizes(run_dir: Path) -> dict[str, int]:
     return sizes
 
 
-def cut_logs(run_dir: Path, sizes: Mapping[str, int]) -> None:
-    """Drop what a killed run wrote after its checkpoint; the resumed one writes it again."""
+def cut_logs(run_dir: Path, sizes: Mapping[str, int], step: int) -> None:
+    """Drop what a killed run wrote after its checkpoint; the resumed one writes it again.
+
+    Args:
+        run_dir: the run's folder.
+        sizes: `log_sizes` at the checkpoint.
+        step: how many of reinforcement learning it has done; -1: it has not begun.
+    """
     if is_main():
+        cut_archive(run_dir, step)
         for name in LOGS:
             path, size = run_dir / name, sizes.get(name, 0)
             if not path.is_file():

@@ -13,6 +13,7 @@ from care_train.config import Config
 from care_train.data import PromptOrder, Sample
 from care_train.distributed import is_main, rank, world_size
 from care_train.reporting import MetricsLogger, SampleRecord, append_sample, show_sample
+from care_train.reporting.archive import ArchiveWriter
 from care_train.rollout.engine import RolloutEngine
 from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
 from care_train.training.empty_steps import EmptySteps
@@ -32,7 +33,8 @@ from care_train.verifier import TrainerState
 
 logger = logging.getLogger(__name__)
 
-Evaluate = Callable[[RolloutEngine], dict[str, float]]
+Evaluate = Callable[[RolloutEngine, int], dict[str, float]]
+"""Takes the rollout engine and how many steps the policy was trained."""
 
 
 class PromptSource:
@@ -68,6 +70,7 @@ def run_training(
     *,
     checkpoint: Checkpoint | None = None,
     evaluate: Evaluate | None = None,
+    archive: ArchiveWriter | None = None,
     started: Callable[[], None],
 ) -> dict[str, float]:
     """Train, save `final/`, and return the totals of the run.
@@ -79,14 +82,15 @@ def run_training(
         metrics: the run's log.
         device: this rank's device.
         checkpoint: where to go on from; its log lines must be cut already.
-        evaluate: called every `train.eval_every` steps on all ranks, with the rollout engine.
+        evaluate: called every `train.eval_every` steps on all ranks.
+        archive: where every group goes.
         started: called before the first step.
 
     Raises:
         Stopped: a signal asked for it; a checkpoint is saved.
     """
     session.scorer.verifier.check_columns(samples)
-    loop = _RlLoop(session, samples, run_dir, metrics, device, evaluate)
+    loop = _RlLoop(session, samples, run_dir, metrics, device, evaluate, archive)
     if checkpoint is not None:
         loop.resume_from(checkpoint)
     started()
@@ -108,6 +112,7 @@ class _RlLoop(StepLoop):
         metrics: MetricsLogger,
         device: torch.device,
         evaluate: Evaluate | None,
+        archive: ArchiveWriter | None,
     ) -> None:
         config = session.config
         self.title = config.algorithm
@@ -115,13 +120,15 @@ class _RlLoop(StepLoop):
         super().__init__(
             session, samples, run_dir, metrics, device, config.train.steps, checkpoints
         )
-        self._evaluate = evaluate
+        self._evaluate, self._archive = evaluate, archive
         self.engine, self._rollout, reference = open_policy(session, device)
         kind = AheadSampler if config.train.rollouts_ahead else Sampler
         self._sampler = kind(self._rollout, session.encoder, config)
         self._source = PromptSource(samples, config)
         self._empty_steps = EmptySteps(config, len(samples))
-        self._train_step = TrainStep(config, self.engine, self._sampler, session.scorer, reference)
+        self._train_step = TrainStep(
+            config, self.engine, self._sampler, session.scorer, reference, archive
+        )
         self.totals = {"steps": 0.0, "decoded_tokens": 0.0, "trained_sequences": 0.0}
         self.totals["sampled_sequences"] = 0.0
 
@@ -170,6 +177,8 @@ class _RlLoop(StepLoop):
             failure = self._empty_steps.error()
             must_save = must_save or has_trained
         if must_save or is_due(done, self.config.train.save_every, self.num_steps):
+            if self._archive is not None:
+                self._archive.flush()
             own = {"ahead": self._sampler.state()}
             self.save(done, self._state(), stop, scores, own)
         if failure:
@@ -185,7 +194,7 @@ class _RlLoop(StepLoop):
     def _run_evaluation(self, done: int) -> dict[str, float]:
         assert self._evaluate is not None
         self._sampler.sync(self.engine)
-        scores = self._evaluate(self._rollout)
+        scores = self._evaluate(self._rollout, done)
         self._sampler.rest()
         self.metrics.log(done, scores, phase="eval")
         self.owes_evaluation = False

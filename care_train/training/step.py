@@ -9,7 +9,9 @@ from care_train.algorithm.released import with_rest
 from care_train.algorithm.types import GroupUpdate, Subgroup
 from care_train.config import Config
 from care_train.distributed import all_max
+from care_train.reporting.archive import ArchiveWriter
 from care_train.rollout.engine import request_seed
+from care_train.training.archiving import archive_step
 from care_train.training.engine import PolicyEngine
 from care_train.training.groups import Group, RolloutScorer
 from care_train.training.log_probs import LogProbs, Reference, TrainItem
@@ -39,8 +41,10 @@ class TrainStep:
         sampler: Sampler,
         scorer: RolloutScorer,
         reference: Reference | None,
+        archive: ArchiveWriter | None = None,
     ) -> None:
         self._config = config
+        self._archive = archive
         self._engine = engine
         self._sampler = sampler
         self._scorer = scorer
@@ -74,6 +78,9 @@ class TrainStep:
         gap = self._checked_gap(groups, items)
         learning_rate = self._engine.learning_rate  # the first update's, which sets the next one's
         results = self._updater.update(groups, items)  # lines 42-43, Eqs. 12-13
+        if self._archive is not None:
+            with timer("archive"):
+                archive_step(self._archive, step + 1, groups, dropped, items)
 
         values = step_metrics(groups, results, self._engine.device, dropped)
         values |= seconds.values() | sync | gap

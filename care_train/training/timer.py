@@ -35,6 +35,7 @@ PARTS = {
     "collate": "other",
     "update": "update",
     "optimizer": "update",
+    "archive": "save",
     "save": "save",
     "other": "other",
 }
@@ -44,8 +45,9 @@ PARTS = {
 G rollouts. `score`: spans and verifier. `old_forward`: old log-probs and rationale embeddings.
 `select`: the subgroup and its advantages. `reflect`: generation of the reflections. `reference`:
 pi_ref's log-probs. `gap`: log-probs that only the correction for the engine needs. `collate`: loss
-rows and padding. `update`: forward and backward. `optimizer`: its step. `save`: a checkpoint or
-model. `other`: everything outside of a timer."""
+rows and padding. `update`: forward and backward. `optimizer`: its step. `archive`: what is
+handed over to be written to it. `save`: a checkpoint or model. `other`: everything outside of a
+timer."""
 
 MODEL_PARTS = ("generate", "old_forward", "reflect", "reference", "gap", "update")
 """Generation, forwards and backwards; the other parts are the trainer's overhead."""

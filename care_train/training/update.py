@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from care_kernels import Clip
+from care_kernels import Clip, PolicyLoss
 from care_train.algorithm.types import GroupUpdate
 from care_train.config import Config
 from care_train.distributed import all_sum
 from care_train.training.engine import MicroBatch, PolicyEngine, StepResult
 from care_train.training.groups import Group
-from care_train.training.log_probs import Reference, TrainItem
+from care_train.training.log_probs import Reference, TokenOutcome, TrainItem
 from care_train.training.loss import (
     Denominators,
     LossRows,
@@ -65,7 +65,10 @@ class PolicyUpdater:
             batches, _ = agreed_micro_batches(own, limits, self._engine.device)
             micro = [self._micro_batch([items[i] for i in part], denominators) for part in batches]
         with timer("update"):
-            return self._engine.step(micro, self._config.rollout.temperature)
+            result = self._engine.step(micro, self._config.rollout.temperature)
+        for part, output in zip(batches, result.outputs, strict=True):
+            _keep_outcomes([items[i] for i in part], output)
+        return result
 
     def _micro_batch(self, items: Sequence[TrainItem], denominators: Denominators) -> MicroBatch:
         config = self._config
@@ -122,3 +125,15 @@ class PolicyUpdater:
             return None
         assert len(present) == len(rows)
         return torch.cat([row.to(self._engine.device, torch.float32) for row in present])
+
+
+def _keep_outcomes(items: Sequence[TrainItem], output: PolicyLoss) -> None:
+    """Cut a micro-batch's rows into its sequences'."""
+    lengths = [len(item.tokens.response_ids) for item in items]
+    rows = {
+        name: None if (values := getattr(output, name)) is None else values.split(lengths)
+        for name in TokenOutcome._fields
+    }
+    for place, item in enumerate(items):
+        own = {name: None if parts is None else parts[place] for name, parts in rows.items()}
+        item.outcome = TokenOutcome(**own)  # pyright: ignore[reportArgumentType]

@@ -33,6 +33,8 @@ class Score:
     """Why the format is what it is."""
     graded: float = 0.0
     """acc before `reward.success_threshold` makes it 0 or 1."""
+    rewards: tuple[tuple[str, float], ...] = ()
+    """What the verifier and each reward function gave, by name."""
 
 
 class Verifier:
@@ -52,6 +54,8 @@ class Verifier:
         self._answer_tag = prompt.answer_tag
         self._settings = reward
         self._functions = [RewardFunction(one, prompt.max_image_pixels) for one in reward.functions]
+        names = [function.name for function in self._functions]
+        self._names = [f"{n}_{i + 1}" if n in names[:i] else n for i, n in enumerate(names)]
         self.state = TrainerState()
         """Where the run is: reward functions may ask."""
         self._judge = Judge(reward.judge) if reward.judge else None
@@ -90,6 +94,11 @@ class Verifier:
             accuracy = graded if threshold is None else float(graded >= threshold)
             given = [(s.weight, f.format_score) for s, f in own if f.format_score is not None]
             form = _mean(given) if given else float(not fault)
+            given_by = [
+                (name, found.value)
+                for name, (_, found) in zip(self._names, own, strict=True)
+                if found.value is not None
+            ]
             bonus = sum(s.weight * (f.value or 0.0) for s, f in own if s.target == "bonus")
             scores.append(
                 Score(
@@ -99,6 +108,7 @@ class Verifier:
                     self._reason(verdict, own),
                     "by reward.functions" if given else fault or "as asked",
                     graded,
+                    (("verifier", verdict.accuracy), *given_by),
                 )
             )
         return scores
@@ -118,9 +128,7 @@ class Verifier:
         By the function's name for its results, `name_metric` for what it logged.
         """
         found: dict[str, list[float]] = {}
-        for number, function in enumerate(self._functions):
-            others = [other.name for other in self._functions[:number]]
-            name = function.name + f"_{number + 1}" * (function.name in others)
+        for name, function in zip(self._names, self._functions, strict=True):
             found |= {f"{name}_{key}" if key else name: v for key, v in function.metrics.items()}
             function.metrics = {}
         return found

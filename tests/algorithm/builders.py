@@ -10,6 +10,7 @@ import yaml
 
 from care_train.algorithm.region_weights import token_credit
 from care_train.algorithm.reward import reward
+from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.types import (
     Credit,
     Member,
@@ -106,7 +107,9 @@ def make_group(
     count = len(rollouts)
     return RolloutGroup(
         tuple(rollouts),
-        unit_vectors([10.0 * i for i in range(count)] if degrees is None else degrees),
+        pairwise_distances(
+            unit_vectors([10.0 * i for i in range(count)] if degrees is None else degrees)
+        ),
         torch.tensor([-1.0] * count if log_prob_sums is None else list(log_prob_sums)),
     )
 

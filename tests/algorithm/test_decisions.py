@@ -12,6 +12,7 @@ import torch
 
 from care_train.algorithm.care import select_subgroup, subgroup_update
 from care_train.algorithm.region_weights import token_credit
+from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.types import GroupUpdate, Spans, Subgroup, TrainSequence
 from care_train.config import CareSettings, load_config
 from care_train.training.loss import loss_rows
@@ -76,7 +77,10 @@ class TestFarthestFirst:
         """2, 3 and 4 are all at right angles to the start: 2, then 3, which is opposite to 2."""
         vectors = [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
         vectors += [[0.0, 1.0, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, 1.0]]
-        group = replace(make_group([right()] + [wrong()] * 4), embeddings=torch.tensor(vectors))
+        group = replace(
+            make_group([right()] + [wrong()] * 4),
+            distances=pairwise_distances(torch.tensor(vectors)),
+        )
         assert indices(subgroup_of(group, care("max_negatives=2")))[1:] == [1, 2]
         assert indices(subgroup_of(group, care("max_negatives=3")))[1:] == [1, 2, 3]
 

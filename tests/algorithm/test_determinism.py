@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from care_train.algorithm.care import select_subgroup, subgroup_update
 from care_train.algorithm.selection import (
+    pairwise_distances,
     select_anchor,
     select_hard_negatives,
     select_proxy_anchor,
@@ -43,7 +44,7 @@ class TestTies:
     def test_hard_negatives_at_one_distance(self, selector):
         """Failures at the same place: the first K' of them, in order."""
         vectors = exact([[0.5, 0.5, 0.5, 0.5]] * 6)
-        group = RolloutGroup((right(), *[wrong()] * 5), vectors)
+        group = RolloutGroup((right(), *[wrong()] * 5), pairwise_distances(vectors))
         care = replace(SETTINGS, max_negatives=3, selector=selector)
         chosen = indices(subgroup_of(group, care))
         # MIXED takes its far half from the other end of the ranking.
@@ -52,7 +53,7 @@ class TestTies:
     def test_the_order_of_the_pool_does_not_decide(self):
         """Ties among equals around a nearer one: still by index."""
         vectors = exact([[1, 0], [0, 1], [0, -1], [1, 0], [0, 1]])
-        group = RolloutGroup((right(), *[wrong()] * 4), vectors)
+        group = RolloutGroup((right(), *[wrong()] * 4), pairwise_distances(vectors))
         care = replace(SETTINGS, max_negatives=3, selector="nearest")
         assert indices(subgroup_of(group, care)) == [0, 3, 1, 2]
 
@@ -66,7 +67,7 @@ class TestTies:
             row = torch.nn.functional.normalize(torch.randn(width, generator=generator), dim=0)
             for size in (6, 9, 16):
                 rows = row.repeat(size, 1)
-                chosen = select_hard_negatives(range(1, size), 4, rows, 0, care)
+                chosen = select_hard_negatives(range(1, size), 4, pairwise_distances(rows), 0, care)
                 assert chosen == [1, 2, 3, 4]
 
     @pytest.mark.parametrize("score", ["mean", "sum"])
@@ -118,7 +119,7 @@ def distinct_group(seed: int, size: int, all_wrong: bool) -> RolloutGroup:
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.nn.functional.normalize(torch.randn(size, 16, generator=generator), dim=-1)
     sums = torch.tensor([-n * (0.5 + chance.random()) for n in lengths])
-    return RolloutGroup(tuple(rollouts), vectors, sums)
+    return RolloutGroup(tuple(rollouts), pairwise_distances(vectors), sums)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -135,7 +136,7 @@ def test_permuting_rollouts_permutes_the_result(seed, size, all_wrong, selector,
     order = data.draw(st.permutations(range(size)))
     shuffled = RolloutGroup(
         tuple(group.rollouts[i] for i in order),
-        group.embeddings[order],
+        group.distances[order][:, order],
         group.log_prob_sums[order],
     )
     care = replace(SETTINGS, selector=selector, max_negatives=3, preselect_size=5)

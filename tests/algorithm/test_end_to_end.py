@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from care_train.algorithm.care import select_subgroup, subgroup_update
 from care_train.algorithm.reward import reward
+from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, Spans, Subgroup
 from care_train.config import CareSettings, build_config
 from tests.algorithm import transcription
@@ -177,7 +178,9 @@ def set_key(care: CareSettings, key: str, value: object) -> CareSettings:
 def run_care(case: Case) -> tuple[Subgroup | str, GroupUpdate | None]:
     """The group through the code under test."""
     group = RolloutGroup(
-        case.rollouts, torch.tensor(case.embeddings), torch.tensor(case.log_prob_sums)
+        case.rollouts,
+        pairwise_distances(torch.tensor(case.embeddings)),
+        torch.tensor(case.log_prob_sums),
     )
     subgroup = select_subgroup(group, case.care, torch.Generator().manual_seed(0))
     if isinstance(subgroup, str):

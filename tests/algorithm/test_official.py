@@ -18,10 +18,12 @@ from care_train.algorithm.released import (
     token_tag_spans,
     with_rest,
 )
+from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.types import Credit, GroupUpdate, Rollout, RolloutGroup
 from care_train.config import build_config
 from care_train.data import Sample
 from care_train.rollout.engine import Completion
+from care_train.training import log_probs
 from care_train.training.events import append_events
 from care_train.training.groups import Group
 from care_train.training.rl import open_policy
@@ -106,9 +108,9 @@ def train_group(
 ) -> tuple[GroupUpdate, list[Rollout], Rollout | None]:
     """One group through the code under test; its reflection where it has one."""
     rollouts = [rollout_of(response, PATTERNS) for response in group]
-    embeddings = torch.tensor([response.embedding for response in group])
+    distances = pairwise_distances(torch.tensor([response.embedding for response in group]))
     sums = torch.tensor([response.log_prob for response in group])
-    subgroup = select_subgroup(RolloutGroup(tuple(rollouts), embeddings, sums), CARE)
+    subgroup = select_subgroup(RolloutGroup(tuple(rollouts), distances, sums), CARE)
     if isinstance(subgroup, str):
         return with_rest(skipped_update(subgroup), rollouts, has_kl=True), rollouts, None
     reflected = None
@@ -194,7 +196,7 @@ def compute_score(reward_inputs):
 
 @pytest.mark.parametrize("kl_coef", [0.01, 0.0])
 def test_token_advantages_equal_the_released_rule_on_rollouts_of_a_model(
-    tiny_folder, tmp_path: Path, kl_coef
+    tiny_folder, tmp_path: Path, monkeypatch, kl_coef
 ):
     """Through the whole step, with the model's embeddings, log-probs and reflections."""
     (tmp_path / "reward.py").write_text(REWARD)
@@ -218,21 +220,31 @@ def test_token_advantages_equal_the_released_rule_on_rollouts_of_a_model(
     sampler = Sampler(rollout, session.encoder, session.config)
     step = TrainStep(session.config, engine, sampler, session.scorer, reference)
     samples = [text_sample(i, prompt=f"what is {i}?", answer="red") for i in range(6)]
+    embeddings: dict[int, torch.Tensor] = {}
+
+    def spied(vectors: torch.Tensor) -> torch.Tensor:
+        found = pairwise_distances(vectors)
+        embeddings[id(found)] = vectors
+        return found
+
+    monkeypatch.setattr(log_probs, "pairwise_distances", spied)
     groups = step.run(lambda: samples, 0).groups
-    outcome = by_the_release(groups, session)
+    outcome = by_the_release(groups, embeddings, session)
     check_groups(groups, outcome, kept=kl_coef > 0)
     check_events(groups, outcome, session.config.care, tmp_path)
     check_reflections(groups, rollout, session)
 
 
-def by_the_release(groups: list[Group], session) -> Outcome:
+def by_the_release(
+    groups: list[Group], embeddings: dict[int, torch.Tensor], session
+) -> Outcome:
     patterns = tag_patterns(session.encoder.encode_text, "think", "answer")
     batch, repairs = [], {}
     for group in groups:
         for i, rollout in enumerate(group.rollouts):
             embedding, log_prob = (), 0.0
-            if group.embeddings is not None and group.log_prob_sums is not None:
-                embedding = tuple(group.embeddings[i].tolist())
+            if group.distances is not None and group.log_prob_sums is not None:
+                embedding = tuple(embeddings[id(group.distances)][i].tolist())
                 log_prob = float(group.log_prob_sums[i])
             uid = group.sample.id
             batch.append(Response(uid, rollout.token_ids, rollout.reward, log_prob, embedding))

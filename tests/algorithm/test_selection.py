@@ -11,9 +11,9 @@ import torch
 
 from care_kernels import pool_rationale
 from care_train.algorithm.selection import (
-    cosine_distances,
     failures,
     farthest_first,
+    pairwise_distances,
     positives,
     select_anchor,
     select_hard_negatives,
@@ -25,11 +25,16 @@ from tests.algorithm.builders import broken, make_rollout, right, unit_vectors, 
 SETTINGS = CareSettings()
 
 
+def distances(degrees) -> torch.Tensor:
+    """Of unit vectors at these angles."""
+    return pairwise_distances(unit_vectors(degrees))
+
+
 def select(degrees, count, **changes) -> list[int]:
     """Hard negatives among rollouts 1.. for the anchor at index 0."""
     settings = replace(SETTINGS, **changes)
     pool = range(1, len(degrees))
-    return select_hard_negatives(pool, count, unit_vectors(degrees), 0, settings)
+    return select_hard_negatives(pool, count, distances(degrees), 0, settings)
 
 
 def test_positives_and_failures_go_by_accuracy():
@@ -122,14 +127,15 @@ def test_an_empty_rationale_is_far_from_everything():
     hidden = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
     pooled = pool_rationale(hidden, torch.tensor([[0, 4], [2, 2]]))
     assert pooled[1].tolist() == [0.0] * 3
-    assert cosine_distances(pooled, 0).tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
-    assert cosine_distances(pooled, 1).tolist() == [1.0, 1.0]
+    assert pairwise_distances(pooled)[0].tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
+    assert pairwise_distances(pooled)[1].tolist() == [1.0, 1.0]
 
 
 def test_cosine_distance_by_hand():
     """Eq. 4: 0 for the anchor itself, 1 - cos 60, 1 at right angles, 2 for the opposite."""
-    distances = cosine_distances(unit_vectors([30, 90, 120, 210, 30]), 0).tolist()
-    assert distances == pytest.approx([0.0, 0.5, 1.0, 2.0, 0.0], abs=1e-6)
+    assert distances([30, 90, 120, 210, 30])[0].tolist() == pytest.approx(
+        [0.0, 0.5, 1.0, 2.0, 0.0], abs=1e-6
+    )
 
 
 def test_nearest_takes_the_nearest():
@@ -154,12 +160,12 @@ def test_mixed_takes_half_near_and_half_far(count, expected):
 def test_random_takes_distinct_failures_nearest_first():
     """Figure 5's RANDOM: K' different members of the pool, in the order reflection relies on."""
     settings = replace(SETTINGS, selector="random")
-    vectors = unit_vectors([0, 40, 0, 30, 20, 0, 50, 10])
+    between = distances([0, 40, 0, 30, 20, 0, 50, 10])
     nearest_first = [7, 4, 3, 1, 6]
 
     def draw(seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
-        return select_hard_negatives([1, 3, 4, 6, 7], 3, vectors, 0, settings, generator)
+        return select_hard_negatives([1, 3, 4, 6, 7], 3, between, 0, settings, generator)
 
     drawn = [draw(seed) for seed in range(60)]
     assert {frozenset(one) for one in drawn} > {frozenset([7, 4, 3]), frozenset([3, 1, 6])}
@@ -169,30 +175,30 @@ def test_random_takes_distinct_failures_nearest_first():
 
 def test_farthest_first_by_hand():
     """Sec. 3.3: from 10, 12, 40, 80 degrees keep 10, then 80 (farthest), then 40 (not 12)."""
-    vectors = unit_vectors([10, 12, 40, 80])
-    assert farthest_first([0, 1, 2, 3], 1, vectors) == [0]
-    assert farthest_first([0, 1, 2, 3], 2, vectors) == [0, 3]
-    assert farthest_first([0, 1, 2, 3], 3, vectors) == [0, 3, 2]
-    assert farthest_first([0, 1, 2, 3], 4, vectors) == [0, 1, 2, 3]
+    between = distances([10, 12, 40, 80])
+    assert farthest_first([0, 1, 2, 3], 1, between) == [0]
+    assert farthest_first([0, 1, 2, 3], 2, between) == [0, 3]
+    assert farthest_first([0, 1, 2, 3], 3, between) == [0, 3, 2]
+    assert farthest_first([0, 1, 2, 3], 4, between) == [0, 1, 2, 3]
 
 
 def test_farthest_first_measures_to_the_closest_chosen():
     """Max-min: at 0, 90, 100, 45 degrees the third is 45 (45 from both), not 90 (10 from 100)."""
-    assert farthest_first([0, 1, 2, 3], 3, unit_vectors([0, 90, 100, 45])) == [0, 2, 3]
+    assert farthest_first([0, 1, 2, 3], 3, distances([0, 90, 100, 45])) == [0, 2, 3]
 
 
 def test_farthest_first_starts_where_told():
     """At 10, 50, -60 degrees: from the nearest to -60, from the farthest (-60) to 50."""
-    vectors = unit_vectors([10, 50, -60])
-    assert farthest_first([0, 1, 2], 2, vectors, 0) == [0, 2]
-    assert farthest_first([0, 1, 2], 2, vectors, 2) == [2, 1]
+    between = distances([10, 50, -60])
+    assert farthest_first([0, 1, 2], 2, between, 0) == [0, 2]
+    assert farthest_first([0, 1, 2], 2, between, 2) == [2, 1]
 
 
 def test_farthest_first_ties_go_to_the_nearer():
     """Two equally far candidates: the one ranked nearer to the anchor."""
-    vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    assert farthest_first([0, 1, 2], 2, vectors) == [0, 1]
-    assert farthest_first([0, 2, 1], 2, vectors) == [0, 2]
+    between = pairwise_distances(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
+    assert farthest_first([0, 1, 2], 2, between) == [0, 1]
+    assert farthest_first([0, 2, 1], 2, between) == [0, 2]
 
 
 def test_diverse_selection_preselects_then_spreads():

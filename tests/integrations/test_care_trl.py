@@ -175,7 +175,7 @@ def test_rationales_and_log_probs_are_the_policys(build: Build, spied: None) -> 
     generation_batch(trainer)
     model: Any = trainer.model
     for group in trainer.seen_groups[:2]:
-        place = trainer.seen_groups.index(group)
+        place, means = trainer.seen_groups.index(group), []
         for i, rollout in enumerate(group.rollouts):
             prompt = trainer.sampled_prompt_ids[place * GROUP + i]
             ids = torch.tensor([[*prompt, *rollout.token_ids]])
@@ -183,10 +183,11 @@ def test_rationales_and_log_probs_are_the_policys(build: Build, spied: None) -> 
                 hidden = model.base_model(input_ids=ids).last_hidden_state[0]
                 log_probs = torch.log_softmax(model.lm_head(hidden) / trainer.temperature, -1)
             start, end = (len(prompt) + place for place in trl_rollouts.rationale_span(rollout))
-            mean = torch.nn.functional.normalize(hidden[start:end].mean(0), dim=0)
-            torch.testing.assert_close(group.embeddings[i], mean, rtol=1e-4, atol=1e-5)
+            means.append(torch.nn.functional.normalize(hidden[start:end].mean(0), dim=0))
             sampled = log_probs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])
             torch.testing.assert_close(group.log_prob_sums[i], sampled.sum(), rtol=1e-4, atol=1e-4)
+        vectors = torch.stack(means).double()
+        torch.testing.assert_close(group.distances, 1 - vectors @ vectors.T, rtol=0, atol=1e-5)
 
 
 def test_a_reflection_is_asked_for_after_the_failed_rationale_and_the_cue(

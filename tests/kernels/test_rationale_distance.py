@@ -8,7 +8,7 @@ import torch
 
 from care_kernels.oracle import reference_rationale_distance
 from care_kernels.rationale_distance import pool_rationale, rationale_distance
-from care_train.algorithm.selection import cosine_distances
+from care_train.algorithm.selection import pairwise_distances
 from tests.kernels.cases import error
 from tests.kernels.span_cases import pad, random_spans
 from tests.kernels.tolerances import VALUE_FLOOR
@@ -84,7 +84,7 @@ def test_agrees_with_the_trainer() -> None:
     embeddings = pool_rationale(hidden, spans)
     for anchor in range(6):
         got = rationale_distance(hidden, spans, torch.full((6,), anchor))
-        want = cosine_distances(embeddings, anchor).float()
+        want = pairwise_distances(embeddings)[anchor].float()
         torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
 
 

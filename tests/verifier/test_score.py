@@ -42,7 +42,7 @@ def test_cut_responses_have_no_format():
     text = "<think>so</think><answer>blue</answer>"
     cut = "cut by the length limit"
     assert VERIFIER.score(text, BLUE, finished=False) == Score(
-        1.0, 0.0, 0.8, "exact match", cut, 1.0
+        1.0, 0.0, 0.8, "exact match", cut, 1.0, (("verifier", 1.0),)
     )
     reason = VERIFIER.score("<think>so", BLUE, finished=False).reason
     assert reason == "no complete <answer> span: cut by the length limit"

@@ -1,0 +1,246 @@
+"""A run's archive: every group of every step and every evaluated answer, as files of Parquet.
+
+    archive/step-000012-rank-00.parquet          the groups of step 12 (counted from 1) of one rank
+    archive/eval-000050-sampled-rank-00.parquet  the answers of the evaluation after step 50
+    archive/images/<sha256>.png                  each image once, by its content
+
+A file is written under a temporary name, synced and renamed: it is there whole or not at all.
+"""
+
+import hashlib
+import io
+import logging
+import os
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from PIL import Image
+
+from care_train.data.images import IMAGE_FORMATS, ImageRef, encoded_image
+from care_train.reporting.archive_schema import Row, evaluation_schema, group_schema, make_table
+from care_train.reporting.files import PARTIAL, sync
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ARCHIVE = "archive"
+IMAGES = "images"
+_NAME = re.compile(r"(step|eval)-(\d{6,})(?:-(sampled|greedy))?-rank-(\d{2,})\.parquet")
+_KEPT_SHARE = 0.9
+"""Of the limit, once it is reached: dropping a tenth at once keeps the search for it rare."""
+_IMAGE_REST_SECONDS = 600.0
+"""How long an image stays after it was last named: another rank's file may be about to name it."""
+
+logger = logging.getLogger(__name__)
+
+
+class ArchiveFile(NamedTuple):
+    """One file of an archive; sorts by step."""
+
+    step: int
+    kind: str
+    """step | eval."""
+    decoding: str
+    """sampled | greedy; empty for a step."""
+    rank: int
+    path: Path
+
+
+def archive_files(run_dir: Path) -> list[ArchiveFile]:
+    """The whole files of a run's archive in order; none where there is no archive."""
+    folder = run_dir / ARCHIVE
+    names = os.listdir(folder) if folder.is_dir() else []
+    found = [(match, folder / name) for name in names if (match := _NAME.fullmatch(name))]
+    return sorted(
+        ArchiveFile(int(match[2]), match[1], match[3] or "", int(match[4]), path)
+        for match, path in found
+    )
+
+
+def cut_archive(run_dir: Path, step: int) -> None:
+    """Drop what was written after `step`, and files that a kill left half written.
+
+    Args:
+        run_dir: the run's folder.
+        step: the checkpoint that the run goes on from; -1 drops every step and evaluation.
+    """
+    folder = run_dir / ARCHIVE
+    for partial in folder.rglob(f"*{PARTIAL}"):
+        partial.unlink()
+    for file in archive_files(run_dir):
+        if file.step > step:
+            file.path.unlink()
+    if folder.is_dir():
+        sync(folder)
+
+
+class ArchiveWriter:
+    """Writes this rank's files in the background, one at a time; use it as a context manager.
+
+    An error of a write is raised by the next call: `OSError` where there is no room.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, ranks: int, max_gib: float | None) -> None:
+        """Nothing is written yet.
+
+        Args:
+            run_dir: the run's folder.
+            rank: this process's; the first one keeps the archive below its limit.
+            ranks: how many write to it.
+            max_gib: `logging.archive_max_gib`.
+        """
+        self._run_dir, self.rank, self._ranks = run_dir, rank, ranks
+        self._folder = run_dir / ARCHIVE
+        self._limit = None if max_gib is None else int(max_gib * 2**30)
+        self._room = 0
+        """Bytes until the archive's size must be looked up again."""
+        self._has_warned = False
+        self._thread = ThreadPoolExecutor(1, "archive")
+        self._pending: Future[None] | None = None
+
+    def write_step(
+        self, step: int, rows: Sequence[Row], images: Sequence[Sequence[ImageRef]]
+    ) -> None:
+        """Begin to write a step's groups, once the file before is written.
+
+        Args:
+            step: counted from 1.
+            rows: by `group_schema`, without `images`.
+            images: of each row.
+        """
+        self._begin(f"step-{step:06d}-rank-{self.rank:02d}", rows, images, group_schema())
+
+    def write_evaluation(
+        self, step: int, decoding: str, rows: Sequence[Row], images: Sequence[Sequence[ImageRef]]
+    ) -> None:
+        """Begin to write an evaluation's answers, once the file before is written.
+
+        Args:
+            step: how many steps the policy was trained.
+            decoding: sampled | greedy.
+            rows: by `evaluation_schema`, without `images`.
+            images: of each row.
+        """
+        name = f"eval-{step:06d}-{decoding}-rank-{self.rank:02d}"
+        self._begin(name, rows, images, evaluation_schema())
+
+    def flush(self) -> None:
+        """Wait until all that was handed over is on the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self.flush()
+
+    def _begin(
+        self,
+        name: str,
+        rows: Sequence[Row],
+        images: Sequence[Sequence[ImageRef]],
+        schema: "pa.Schema",
+    ) -> None:
+        self.flush()
+        self._pending = self._thread.submit(self._write, name, rows, images, schema)
+
+    def _write(
+        self,
+        name: str,
+        rows: Sequence[Row],
+        images: Sequence[Sequence[ImageRef]],
+        schema: "pa.Schema",
+    ) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+
+        (self._folder / IMAGES).mkdir(parents=True, exist_ok=True)
+        named = [
+            {**row, "images": [self._keep(ref) for ref in refs]}
+            for row, refs in zip(rows, images, strict=True)
+        ]
+        buffer = pa.BufferOutputStream()
+        parquet.write_table(make_table(named, schema), buffer, compression="zstd")
+        self._replace(self._folder / f"{name}.parquet", memoryview(buffer.getvalue()))
+        if self._limit is not None and self.rank == 0 and self._room < 0:
+            self._room = self._shrink(self._limit)
+
+    def _keep(self, ref: ImageRef) -> str:
+        """The name of an image's file, which is written where it is new."""
+        content = encoded_image(ref)
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+            suffix = (image.format or "bin").lower()
+        name = f"{hashlib.sha256(content).hexdigest()}.{suffix}"
+        path = self._folder / IMAGES / name
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            self._replace(path, memoryview(content))
+        return name
+
+    def _replace(self, path: Path, content: memoryview) -> None:
+        # By rank: several may come to write the same image.
+        partial = path.with_name(f"{path.name}.{self.rank}{PARTIAL}")
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync(path.parent)
+        self._room -= len(content) * self._ranks
+
+    def _shrink(self, limit: int) -> int:
+        """Drop the oldest files where the archive is over its limit; how much room is left."""
+        files = archive_files(self._run_dir)
+        sizes = [file.path.stat().st_size for file in files]
+        images = list(os.scandir(self._folder / IMAGES))
+        total = sum(sizes) + sum(image.stat().st_size for image in images)
+        if total <= limit:
+            return limit - total
+        last = files[-1].step
+        dropped = []
+        for file, size in zip(files, sizes, strict=True):
+            if total <= _KEPT_SHARE * limit or file.step == last:
+                break
+            file.path.unlink()
+            dropped.append(file.step)
+            total -= size
+        named = _images_of(files[len(dropped) :])
+        for image in images:
+            is_old = time.time() - image.stat().st_mtime > _IMAGE_REST_SECONDS
+            if is_old and image.name not in named:
+                os.unlink(image.path)
+                total -= image.stat().st_size
+        if dropped and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "warning: %s: over logging.archive_max_gib = %g: from now on the oldest steps are "
+                "dropped, so far those up to %d",
+                *(self._folder, limit / 2**30, dropped[-1]),
+            )
+        return max(limit - total, 0)
+
+
+def _images_of(files: Sequence[ArchiveFile]) -> set[str]:
+    import pyarrow.parquet as parquet
+
+    tables = (parquet.read_table(file.path, columns=["images"]) for file in files)
+    return {name for table in tables for names in table["images"].to_pylist() for name in names}

@@ -1,0 +1,297 @@
+"""What the archive keeps of a step's groups and of an evaluation's answers, as its rows."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from care_train.algorithm.baselines import has_mixed_outcomes
+from care_train.algorithm.region_weights import spread_advantages
+from care_train.algorithm.types import Rollout, Spans, Subgroup, TrainSequence
+from care_train.config import Config
+from care_train.data import Sample
+from care_train.distributed import rank, world_size
+from care_train.reporting.archive import ArchiveWriter
+from care_train.training.groups import Group
+from care_train.training.log_probs import TokenOutcome, TrainItem
+
+_UNTRAINED = {
+    "trained": False,
+    "raw_advantage": None,
+    "sequence_advantage": None,
+    "token_weights": None,
+    "token_advantages": None,
+    "ref_log_probs": None,
+    "entropy": None,
+    "clipped": None,
+}
+
+
+def open_writer(config: Config, run_dir: Path) -> AbstractContextManager[ArchiveWriter | None]:
+    """This rank's writer of the run's archive; None with `logging.archive=false`."""
+    if not config.logging.archive:
+        return nullcontext()
+    return ArchiveWriter(run_dir, rank(), world_size(), config.logging.archive_max_gib)
+
+
+def archive_step(
+    archive: ArchiveWriter,
+    step: int,
+    groups: Sequence[Group],
+    dropped: Sequence[Group],
+    items: Sequence[TrainItem],
+) -> None:
+    """Hand a step's groups over to be written.
+
+    Args:
+        archive: where to.
+        step: counted from 1.
+        groups: this rank's batch, updated.
+        dropped: what dynamic sampling sampled beside it.
+        items: the sequences the batch trained, with what the update said of them.
+    """
+    trained = _trained(items)
+    rows = [_group_row(group, trained) for group in groups]
+    rows += [_group_row(group, {}, _dropped_reason(group)) for group in dropped]
+    for place, row in enumerate(rows):
+        row |= {"step": step, "rank": archive.rank, "group": place}
+    archive.write_step(step, rows, [group.sample.images for group in [*groups, *dropped]])
+
+
+def archive_evaluation(
+    archive: ArchiveWriter,
+    step: int,
+    decoding: str,
+    samples: Sequence[Sample],
+    rollouts: Sequence[Rollout],
+) -> None:
+    """Hand an evaluation's answers over to be written.
+
+    Args:
+        archive: where to.
+        step: how many steps the policy was trained.
+        decoding: sampled | greedy.
+        samples: this rank's questions.
+        rollouts: the answer to each.
+    """
+    rows = [
+        _question(sample) | _answer(rollout) | {"step": step, "decoding": decoding}
+        for sample, rollout in zip(samples, rollouts, strict=True)
+    ]
+    archive.write_evaluation(step, decoding, rows, [sample.images for sample in samples])
+
+
+def _question(sample: Sample) -> dict[str, Any]:
+    return {
+        "row_id": sample.id,
+        "visit": sample.visit,
+        "location": sample.location,
+        "source": sample.source,
+        "prompt": sample.prompt,
+        "answer": sample.answer,
+        "answer_type": sample.answer_type,
+        "options": list(sample.options),
+    }
+
+
+def _answer(rollout: Rollout) -> dict[str, Any]:
+    return {
+        "text": rollout.text,
+        "token_ids": np.asarray(rollout.token_ids, np.int32),
+        "finished": rollout.finished,
+        "accuracy": rollout.accuracy,
+        "format": rollout.format_score,
+        "reward": rollout.reward,
+        "rewards": [{"name": name, "value": value} for name, value in rollout.rewards],
+        "verdict": rollout.verdict,
+        "format_verdict": rollout.format_verdict,
+    }
+
+
+def _group_row(
+    group: Group, trained: Mapping[int, dict[str, Any]], dropped: str = ""
+) -> dict[str, Any]:
+    update, subgroup = group.update, group.subgroup
+    if dropped:
+        outcome, reason = "dropped", dropped
+    elif not update.sequences:
+        outcome, reason = "skipped", update.skipped or ""
+    elif isinstance(subgroup, Subgroup):
+        outcome, reason = "rescued" if update.rescued else "anchored", ""
+    else:
+        outcome, reason = "trained", ""
+    return _question(group.sample) | {
+        "outcome": outcome,
+        "reason": reason,
+        "num_correct": sum(rollout.accuracy == 1 for rollout in group.rollouts),
+        "num_negatives": update.num_negatives,
+        "equalize_factor": update.equalize_factor,
+        "anchor_clamped": update.anchor_clamped,
+        "reflection": _reflection(group),
+        "pair_distances": None if group.distances is None else group.distances.flatten().numpy(),
+        "rollouts": _rollout_rows(group, trained),
+    }
+
+
+def _reflection(group: Group) -> str:
+    """What became of lines 11-19."""
+    if not isinstance(group.subgroup, Subgroup) or group.subgroup.reflect_on is None:
+        return "none"
+    if group.reflected is None:
+        return "too_long"
+    accuracy = group.reflected.accuracy
+    return "repaired" if accuracy == 1 else "failed" if accuracy == 0 else "partial"
+
+
+def _rollout_rows(group: Group, trained: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The G rollouts, and the reflection behind them where there is one."""
+    roles, subgroup = _roles(group), group.subgroup
+    distances = None
+    if isinstance(subgroup, Subgroup) and group.distances is not None:
+        distances = group.distances[subgroup.anchor.index].tolist()
+    rows = []
+    for place, rollout in enumerate(group.rollouts):
+        default = "trained" if id(rollout) in trained else "unused"
+        role, nearness = roles.get(place, (default, None))
+        rows.append(
+            _rollout(rollout, trained)
+            | {
+                "role": role,
+                "rank_of_negative": nearness,
+                "distance": None if distances is None else distances[place],
+                "old_log_prob_sum": _item(group.log_prob_sums, place),
+                "reflected_from": None,
+            }
+        )
+    if group.reflected is not None:
+        assert isinstance(subgroup, Subgroup) and subgroup.reflect_on is not None
+        outcome = {"repaired": "success", "failed": "failure"}.get(_reflection(group), "partial")
+        rows.append(
+            _rollout(group.reflected, trained)
+            | {
+                "role": f"reflected_{outcome}",
+                "rank_of_negative": None,
+                "distance": None,
+                "old_log_prob_sum": None,
+                "reflected_from": subgroup.others[subgroup.reflect_on].index,
+            }
+        )
+    return rows
+
+
+def _roles(group: Group) -> dict[int, tuple[str, int | None]]:
+    """Of S before the reflection: a rollout's role, and a negative's rank from the anchor on."""
+    if not isinstance(group.subgroup, Subgroup):
+        return {}
+    anchor, others = group.subgroup.anchor, group.subgroup.others
+    found: dict[int, tuple[str, int | None]] = {}
+    for place, member in enumerate(others, start=1):
+        if member.index is not None:
+            found[member.index] = ("hard_negative", place)
+    if anchor.index is not None:
+        found[anchor.index] = ("pseudo_anchor" if group.subgroup.rescued else "anchor", None)
+    return found
+
+
+def _rollout(rollout: Rollout, trained: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    own = trained.get(id(rollout))
+    old = None if rollout.old_log_probs is None else rollout.old_log_probs.numpy()
+    if own is None:
+        own = _UNTRAINED | {"old_log_probs": old}
+    elif old is not None:
+        own = own | {"old_log_probs": old}
+    return (
+        _answer(rollout)
+        | _spans(rollout.spans)
+        | own
+        | {
+            "prefix_ids": np.asarray(rollout.prefix_ids, np.int32),
+            "rollout_log_probs": (
+                None if rollout.log_probs is None else np.asarray(rollout.log_probs, np.float32)
+            ),
+        }
+    )
+
+
+def _spans(spans: Spans) -> dict[str, int | None]:
+    found = {}
+    for region in ("think", "think_content", "answer", "answer_content"):
+        start, end = getattr(spans, region) or (None, None)
+        found |= {f"{region}_start": start, f"{region}_end": end}
+    return found
+
+
+def _trained(items: Sequence[TrainItem]) -> dict[int, dict[str, Any]]:
+    """What each trained sequence was credited with, and the update's numbers, by its rollout's id.
+
+    Tensors of all sequences are joined first: a GPU is waited for once.
+    """
+    if not items:
+        return {}
+    sequences = [item.sequence for item in items]
+    lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
+    outcomes = [item.outcome for item in items]
+    credited = spread_advantages(sequences).split(lengths)
+    columns = {
+        "token_advantages": credited,
+        "token_weights": spread_advantages([_weighed(s) for s in sequences]).split(lengths),
+        "ref_log_probs": _joined([item.ref_log_probs for item in items]),
+        "old_log_probs": _joined(list(map(_old_log_probs, items, credited))),
+        "entropy": _joined([outcome and outcome.entropy for outcome in outcomes]),
+        "clipped": _joined([outcome and _clipped(outcome) for outcome in outcomes]),
+    }
+    return {
+        id(sequence.rollout): {
+            "trained": True,
+            "raw_advantage": sequence.raw_advantage,
+            "sequence_advantage": sequence.advantage,
+            **{name: _array(values[place]) for name, values in columns.items()},
+        }
+        for place, sequence in enumerate(sequences)
+    }
+
+
+def _old_log_probs(item: TrainItem, credited: torch.Tensor) -> torch.Tensor | None:
+    """Of a sequence that the old policy was not run on, they are those of the one update."""
+    if item.sampled_log_probs is not None or item.outcome is None:
+        return item.sampled_log_probs
+    # Without a KL the loss leaves out the tokens without an advantage, which then read 0.
+    is_whole = item.outcome.kl is not None or bool((credited != 0).all())
+    return item.outcome.log_probs if is_whole else None
+
+
+def _clipped(outcome: TokenOutcome) -> torch.Tensor:
+    """-1 where the surrogate's lower bound took the gradient away, 1 where the upper one did."""
+    return outcome.clipped_high.to(torch.int8) - outcome.clipped_low.to(torch.int8)
+
+
+def _weighed(sequence: TrainSequence) -> TrainSequence:
+    """An advantage of 1 and weights that are not normalised: Eq. 11 of it is w itself."""
+    return replace(sequence, advantage=1.0, credit=replace(sequence.credit, normalize=False))
+
+
+def _joined(rows: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+    """The rows on the CPU, fetched from their device at once."""
+    present = [row.detach() for row in rows if row is not None]
+    if not present:
+        return rows
+    parts = iter(torch.cat(present).cpu().split([len(row) for row in present]))
+    return [None if row is None else next(parts) for row in rows]
+
+
+def _array(values: torch.Tensor | None) -> np.ndarray | None:
+    return None if values is None else values.numpy()
+
+
+def _item(values: torch.Tensor | None, place: int) -> float | None:
+    return None if values is None else float(values[place])
+
+
+def _dropped_reason(group: Group) -> str:
+    if has_mixed_outcomes(group.rollouts):
+        return "beyond_batch"
+    return "all_correct" if group.rollouts[0].accuracy == 1 else "all_wrong"
