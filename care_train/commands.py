@@ -21,8 +21,13 @@ from care_train.evaluation.benchmark_run import (
 from care_train.evaluation.evaluate import evaluate_both
 from care_train.models.tiny import model_folder
 from care_train.reporting import (
+    ARCHIVE,
+    SIGNATURE_COLUMNS,
     MetricsLogger,
+    k_signature,
     plot_learning_curves,
+    plot_signature,
+    read_archive,
     read_metrics,
     write_report,
     write_summary,
@@ -314,6 +319,10 @@ def _finish(run_dir: Path, config: Config, summary: Summary, start: float) -> Su
         metrics = read_metrics(path) if path.is_file() else []
         if metrics:
             plot_learning_curves(metrics, run_dir / "learning_curves.png")
+        if config.algorithm == "care" and (run_dir / ARCHIVE).is_dir():
+            signature = k_signature(read_archive(run_dir, columns=SIGNATURE_COLUMNS))
+            if signature is not None:
+                plot_signature(signature, run_dir / "signature.png")
         write_summary(run_dir, summary)
         write_report(run_dir, summary, config_to_yaml(config), metrics)
     return summary

@@ -24,29 +24,28 @@ def read_archive(
     Args:
         run: the run's folder.
         evaluations: the answers of its evaluations in place of the groups.
-        columns: those to read; `rollouts.list.element.text` names a field of the rollouts. None:
-            all.
+        columns: those to read; `rollouts.text` names a field of the rollouts. None: all.
         steps: those to read; None: all.
 
     Raises:
-        ValueError: the run has no archive, or a file of it is damaged.
+        ValueError: the run has no archive, a file of it is damaged, or there is no such column.
     """
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
     files = _files(Path(run), "eval" if evaluations else "step", steps)
+    schema = evaluation_schema() if evaluations else group_schema()
+    paths = None if columns is None else [_path(column, schema) for column in columns]
     tables = []
     for file in files:
         try:
-            tables.append(parquet.read_table(file.path, columns=columns))
+            with parquet.ParquetFile(file.path) as opened:
+                tables.append(opened.read(columns=paths))
         except FileNotFoundError:
             continue  # A run that goes on dropped it, being over its limit.
         except pa.ArrowException as error:
             raise ValueError(f"{file.path}: damaged ({error}): delete the file") from error
-    if tables:
-        return pa.concat_tables(tables)
-    schema = evaluation_schema() if evaluations else group_schema()
-    return schema.empty_table()
+    return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
 def open_archive(
@@ -88,6 +87,18 @@ def image_path(run: str | Path, name: str) -> Path:
     if not (stem.isalnum() and suffix.isalnum()):
         raise ValueError(f"images: got {name!r}, wanted a checksum and an ending")
     return Path(run) / ARCHIVE / IMAGES / name
+
+
+def _path(column: str, schema: "pa.Schema") -> str:
+    """A column's name in Parquet's schema."""
+    name, _, field = column.partition(".")
+    fields = schema.field("rollouts").type.value_type.names if name == "rollouts" else []
+    if name not in schema.names or (field and field not in fields):
+        raise ValueError(
+            f"columns: got {column!r}, wanted one of {', '.join(schema.names)}, or rollouts.FIELD "
+            "(docs/archive.md)"
+        )
+    return f"{name}.list.element.{field}" if field else name
 
 
 def _files(run: Path, kind: str, steps: range | None) -> list[ArchiveFile]:

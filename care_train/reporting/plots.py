@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from care_train.reporting.curves import Records, average_window, seed_curves, series, smoothed
 from care_train.reporting.interval import mean_interval
+from care_train.reporting.signature import Fit, Signature
 
 # Okabe and Ito's palette: told apart with any colour vision. Dashes tell lines apart in grey.
 _BLUE, _VERMILION, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
@@ -136,6 +137,43 @@ def plot_comparison(
         text = spread + average
         axis.text(0, 1.025, text, transform=axis.transAxes, fontsize=9, color=_GREY)
         _save(figure, path)
+
+
+def plot_signature(signature: Signature, path: Path) -> None:
+    """Fig. 2 of the paper from a run's own groups, and the check of alpha beside it.
+
+    Args:
+        signature: `k_signature` of the run.
+        path: the PNG to write.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(12.6, 3.6)
+        anchor, negative, alpha = figure.subplots(1, 3)
+        buckets = signature.buckets
+        roots = np.sqrt([bucket.num_negatives for bucket in buckets])
+        shared = {"fmt": "o", "capsize": 3, "markersize": 5}
+        heights = [b.anchor for b in buckets], [b.anchor_half_width for b in buckets]
+        anchor.errorbar(roots, heights[0], heights[1], color=_BLUE, **shared)
+        _draw_fit(anchor, roots, signature.anchor, signature.anchor_groups, _BLUE)
+        anchor.set(title="anchor: mean A_raw", xlabel="sqrt(K')")
+        heights = [b.negative for b in buckets], [b.negative_half_width for b in buckets]
+        negative.errorbar(1 / roots, heights[0], heights[1], color=_VERMILION, **shared)
+        _draw_fit(negative, 1 / roots, signature.negative, signature.negative_groups, _VERMILION)
+        negative.set(title="negatives: minus mean A_raw", xlabel="1 / sqrt(K')")
+        alpha.plot(signature.alpha, signature.scaled_anchor, ".", color=_GREEN, alpha=0.4)
+        alpha.set(title="anchor's A_raw / sqrt(K')", xlabel="alpha-hat (Eq. 9)")
+        alpha.text(0.04, 0.9, f"r = {signature.alpha_r:.3f}", transform=alpha.transAxes)
+        count = sum(bucket.num_groups for bucket in buckets)
+        title = f"K' in {count:,} anchored groups; bars: 95% interval; lines: fits of the means"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9, color=_GREY)
+        _save(figure, path)
+
+
+def _draw_fit(axis: Axes, x: np.ndarray, fit: Fit, over_groups: Fit, color: str) -> None:
+    shares = f"{fit.r_squared:.3f} (of all groups {over_groups.r_squared:.3f})"
+    label = f"slope {fit.slope:.3f}, $R^2$ {shares}"
+    axis.plot(x, fit.intercept + fit.slope * x, color=color, label=label)
+    axis.legend(loc="best")
 
 
 def _draw_panel(axis: Axes, metrics: Records, phase: str, key: str) -> None:

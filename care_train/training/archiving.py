@@ -116,10 +116,11 @@ def _group_row(
     group: Group, trained: Mapping[int, dict[str, Any]], dropped: str = ""
 ) -> dict[str, Any]:
     update, subgroup = group.update, group.subgroup
+    skipped = subgroup if isinstance(subgroup, str) else ""
     if dropped:
         outcome, reason = "dropped", dropped
-    elif not update.sequences:
-        outcome, reason = "skipped", update.skipped or ""
+    elif skipped or update.skipped:
+        outcome, reason = "skipped", skipped or update.skipped
     elif isinstance(subgroup, Subgroup):
         outcome, reason = "rescued" if update.rescued else "anchored", ""
     else:

@@ -235,9 +235,7 @@ def test_token_advantages_equal_the_released_rule_on_rollouts_of_a_model(
     check_reflections(groups, rollout, session)
 
 
-def by_the_release(
-    groups: list[Group], embeddings: dict[int, torch.Tensor], session
-) -> Outcome:
+def by_the_release(groups: list[Group], embeddings: dict[int, torch.Tensor], session) -> Outcome:
     patterns = tag_patterns(session.encoder.encode_text, "think", "answer")
     batch, repairs = [], {}
     for group in groups:
