@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
+from care_kernels import PolicyLoss
 from care_train.algorithm.types import GroupUpdate
 from care_train.config import build_config
 from care_train.data import Sample
@@ -43,7 +44,7 @@ class FakeEngine:
 
     def step(self, micro_batches, temperature):
         self.steps.append(list(micro_batches))
-        return StepResult(0.0, 0.0, [])
+        return StepResult(0.0, 0.0, [_unchanged(len(micro.batch.rows)) for micro in micro_batches])
 
     def rows(self, name: str) -> torch.Tensor | None:
         """One loss argument of all rows of all steps; None where no row has it."""
@@ -120,3 +121,9 @@ class FakeEncoder:
 def make_sampler(**values) -> tuple[Sampler, FakeRollouts]:
     engine = FakeRollouts()
     return Sampler(engine, FakeEncoder(), build_config(values)), engine
+
+
+def _unchanged(count: int) -> PolicyLoss:
+    """The loss's report on rows that it does not compute."""
+    zeros, flags = torch.zeros(count), torch.zeros(count, dtype=torch.bool)
+    return PolicyLoss(torch.zeros(()), zeros, None, zeros, zeros + 1, flags, flags)

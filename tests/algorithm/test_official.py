@@ -396,9 +396,8 @@ def test_a_rescue_spreads_from_the_farthest():
     """All failures take part; at 0 the pseudo-anchor, then -170, 10 and -80 degrees."""
     rollouts = tuple(rollout_of(Response("", (30, EOS), 0.0), PATTERNS) for _ in range(6))
     care = replace(CARE, max_negatives=3, preselect_size=1)
-    group = RolloutGroup(
-        rollouts, unit_vectors([0, 10, 90, -80, -170, 5]), torch.tensor([-1.0] + [-2.0] * 5)
-    )
+    distances = pairwise_distances(unit_vectors([0, 10, 90, -80, -170, 5]))
+    group = RolloutGroup(rollouts, distances, torch.tensor([-1.0] + [-2.0] * 5))
     subgroup = select_subgroup(group, care)
     assert not isinstance(subgroup, str) and subgroup.rescued
     assert [member.index for member in subgroup.members] == [0, 4, 1, 3]
