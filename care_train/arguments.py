@@ -136,6 +136,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     out = "the file to write; default: report.html in the first run's folder"
     report.add_argument("--out", type=Path, metavar="FILE", help=out)
+    most = "how much of the archives the page carries; evenly spaced steps beyond (default 64)"
+    report.add_argument("--max-mib", type=int, default=64, metavar="N", help=most)
+    watch = "serve the page to this machine's browsers, newest data first, until Ctrl-C"
+    report.add_argument("--watch", action="store_true", help=watch)
+    report.add_argument("--port", type=int, default=0, help="of --watch; default: a free one")
     summary = "means over the evaluations of several trainings, beside the paper's Tables 1 and 2"
     table = commands.add_parser("table", help=summary, description=_sentence(summary))
     table.add_argument(

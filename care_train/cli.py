@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +138,19 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from care_train.reporting.page import write_page
+    from care_train.reporting.page import LiveServer, write_page
 
-    path = options.out or options.runs[0] / "report.html"
-    write_page(options.runs, path)
-    print(path)
+    if options.max_mib < 1:
+        raise ValueError(f"--max-mib: got {options.max_mib}, wanted at least 1")
+    if not options.watch:
+        path = options.out or options.runs[0] / "report.html"
+        write_page(options.runs, path, options.max_mib)
+        print(path)
+        return 0
+    with LiveServer(options.runs, options.port, options.max_mib) as server:
+        print(f"{server.url}  (Ctrl-C ends it)", flush=True)
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
     return 0
 
 

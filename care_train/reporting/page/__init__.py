@@ -1,5 +1,6 @@
 """`care-train report`: runs as one HTML page, with a browser of their groups."""
 
+from care_train.reporting.page.live import LiveServer
 from care_train.reporting.page.page import Page, write_page
 
-__all__ = ["Page", "write_page"]
+__all__ = ["LiveServer", "Page", "write_page"]

@@ -1,7 +1,7 @@
 """The page's charts as plain data: what each shows, one line per condition, its band over seeds."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -132,19 +132,21 @@ def charts(conditions: Sequence[Condition]) -> list[Json]:
     """
     found = []
     for section, templates in CHARTS.items():
-        for chart in templates:
-            for one in _split(chart, conditions):
-                if series := list(_series(one, conditions)):
-                    found.append({"section": section} | _aligned(one, series))
+        for chart in (part for template in templates for part in _split(template, conditions)):
+            # Stacks on top of each other compare nothing: one chart each.
+            shown = [[place] for place in range(len(conditions))] if chart.stacked else [None]
+            for places in shown:
+                if series := list(_series(chart, conditions, places)):
+                    found.append({"section": section} | _aligned(chart, series))
     return found
 
 
 def _split(chart: Chart, conditions: Sequence[Condition]) -> Iterator[Chart]:
-    """A stacked chart once per condition: stacks do not compare; the reward functions' charts."""
+    """`chart`, with the parts of a step's time that are known; behind it the reward functions'."""
     known = {key for c in conditions for run in c.runs for record in run.records for key in record}
     if chart.title.startswith("Seconds"):
         lines = {key: label for key, label in _TIMES.items() if key in known}
-        chart = Chart(chart.title, lines, chart.unit, stacked=True)
+        chart = replace(chart, lines=lines)
     yield chart
     if chart.title == "Reward":
         names = sorted(k[7:-5] for k in known if k.startswith("reward_") and k.endswith("_mean"))
@@ -152,16 +154,22 @@ def _split(chart: Chart, conditions: Sequence[Condition]) -> Iterator[Chart]:
             yield Chart(f"Reward function {name}", {f"reward_{name}_mean": "mean"})
 
 
-def _series(chart: Chart, conditions: Sequence[Condition]) -> Iterator[Json]:
-    shown = conditions[:1] if chart.stacked else conditions
-    for place, condition in enumerate(shown):
+def _series(
+    chart: Chart, conditions: Sequence[Condition], places: Sequence[int] | None
+) -> Iterator[Json]:
+    for place, condition in enumerate(conditions):
+        if places is not None and place not in places:
+            continue
         for metric, (key, label) in enumerate(chart.lines.items()):
             found = {"condition": place, "metric": metric, "label": label}
             seeds = [_with_ratio(run.records, key) for run in condition.runs]
             smooth = chart.phase == "train"
-            lines = _lines(found, seeds, chart.phase, key, smooth=smooth)
-            # What is stacked adds up; a line beside it would not.
-            yield from (line for line in lines if not (chart.stacked and line["kind"] == "faint"))
+            for line in _lines(found, seeds, chart.phase, key, smooth=smooth):
+                if not chart.stacked:
+                    yield line
+                elif line["kind"] == "line":
+                    # What is stacked adds up, which single steps and bands beside it would not.
+                    yield {name: line[name] for name in line if name not in ("low", "high")}
         for metric, (key, label) in enumerate(chart.evaluations.items(), len(chart.lines)):
             found = {"condition": place, "metric": metric, "label": label, "kind": "points"}
             seeds = [run.records for run in condition.runs]

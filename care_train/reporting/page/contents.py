@@ -6,6 +6,7 @@ from typing import Any
 
 import care_train
 from care_train.reporting.page.charts import charts
+from care_train.reporting.page.diagnostics import signature_contents
 from care_train.reporting.page.runs import Run, conditions, differences
 from care_train.reporting.report import fact_rows, group_rows, score_rows
 
@@ -28,6 +29,7 @@ def page_contents(runs: Sequence[Run]) -> Json:
         "tiles": _tiles(runs[0]) if len(runs) == 1 else [],
         "tables": [table for table in _tables(runs) if table["rows"]],
         "charts": charts(compared),
+        "signature": signature_contents(compared),
         "differences": _differences(runs) if len(runs) > 1 else None,
         "runs": [_run(run) for run in runs],
     }

@@ -16,6 +16,7 @@ from care_train.data.images import load_image
 Json = dict[str, Any]
 Decode = Callable[[Sequence[int]], tuple[str, list[int]]]
 """Token ids -> the text, and where each token's text ends (`models.prompts.TokenText.decode`)."""
+TokenRange = tuple[int, int]
 
 _VALUES = {
     "token_weights": "weight",
@@ -24,22 +25,25 @@ _VALUES = {
     "old_log_probs": "old",
     "ref_log_probs": "ref",
     "rollout_log_probs": "engine",
+    "clipped": "clipped",
 }
-_FACTS = (
-    "role",
-    "accuracy",
-    "format",
-    "verdict",
-    "reward",
-    "rewards",
-    "distance",
-    "reflected_from",
-    "rank_of_negative",
-    "sequence_advantage",
-    "trained",
-)
+_FACTS = {
+    "role": "role",
+    "trained": "trained",
+    "accuracy": "accuracy",
+    "format": "format",
+    "verdict": "verdict",
+    "format_verdict": "formatVerdict",
+    "reward": "reward",
+    "distance": "distance",
+    "rank_of_negative": "rank",
+    "reflected_from": "reflectedFrom",
+    "raw_advantage": "rawAdvantage",
+    "sequence_advantage": "sequenceAdvantage",
+    "finished": "finished",
+}
 _MAX_CHARS = 60_000
-"""Of one text in the page; a rollout of megabytes stays whole in the archive alone."""
+"""Of one text in the page; a rollout of megabytes is whole in the archive alone."""
 _MAX_LINE = 160
 _IMAGE_EDGE = 448
 _MAX_IMAGE_PIXELS = 100_000_000
@@ -47,20 +51,13 @@ _MAX_IMAGE_PIXELS = 100_000_000
 
 def index_line(row: Mapping[str, Any]) -> Json:
     """What the list, its filters and the search for a question need of an archive's row."""
-    rollouts = row["rollouts"]
-    rewards = [rollout["reward"] for rollout in rollouts if rollout["reward"] is not None]
+    sampled = [one for one in row["rollouts"] if one["reflected_from"] is None]
+    rewards = [rollout["reward"] for rollout in sampled]
     return {
-        "step": row["step"],
-        "row": str(row["row_id"]),
-        "source": row["source"] or "",
-        "type": row["answer_type"] or "",
-        "outcome": row["outcome"] or "",
-        "correct": row["num_correct"],
-        "size": sum(rollout["reflected_from"] is None for rollout in rollouts),
-        "roles": sorted({rollout["role"] for rollout in rollouts}),
+        **_question(row, _MAX_LINE),
+        "size": len(sampled),
+        "roles": sorted({rollout["role"] for rollout in row["rollouts"]}),
         "reward": round(sum(rewards) / len(rewards), 4) if rewards else None,
-        "prompt": _cut(row["prompt"], _MAX_LINE),
-        "answer": _cut(row["answer"], _MAX_LINE),
     }
 
 
@@ -71,96 +68,109 @@ def group_block(
 
     Args:
         rows: of the archive.
-        images: the folder that holds the archive's images by hash.
+        images: the folder that holds the archive's images.
         decode: the run's tokenizer; without it values are shown per span, not per token.
         tags: names of the rationale's and the answer's tags.
     """
-    groups = [_group(row, decode, tags) for row in rows]
-    hashes = dict.fromkeys(one for group in groups for one in group["images"])
-    return {"groups": groups, "images": {one: _thumbnail(images, one) for one in hashes}}
+    groups = [
+        {
+            **_question(row, _MAX_CHARS),
+            "size": sum(one["reflected_from"] is None for one in row["rollouts"]),
+            "options": row["options"] or [],
+            "images": row["images"] or [],
+            "reflection": row["reflection"],
+            "rollouts": [_rollout(rollout, decode, tags) for rollout in row["rollouts"]],
+        }
+        for row in rows
+    ]
+    names = dict.fromkeys(name for group in groups for name in group["images"])
+    return {"groups": groups, "images": {name: _thumbnail(images / name) for name in names}}
 
 
-def _group(row: Mapping[str, Any], decode: Decode | None, tags: tuple[str, str]) -> Json:
+def _question(row: Mapping[str, Any], max_chars: int) -> Json:
     return {
         "step": row["step"],
-        "row": str(row["row_id"]),
+        "row": row["row_id"],
         "source": row["source"] or "",
-        "prompt": _cut(row["prompt"], _MAX_CHARS),
-        "images": list(row["images"] or ()),
-        "answer": _cut(row["answer"], _MAX_CHARS),
         "type": row["answer_type"] or "",
-        "options": row["options"] or {},
-        "outcome": row["outcome"] or "",
+        "outcome": row["reason"] or row["outcome"],
         "correct": row["num_correct"],
-        "rollouts": [_rollout(rollout, decode, tags) for rollout in row["rollouts"]],
+        "prompt": _cut(row["prompt"], max_chars),
+        "answer": _cut(row["answer"], max_chars),
     }
 
 
 def _rollout(rollout: Mapping[str, Any], decode: Decode | None, tags: tuple[str, str]) -> Json:
-    text, ids = rollout["text"] or "", rollout["token_ids"]
-    ends = None
-    if decode is not None and ids is not None:
-        text, ends = decode(ids)
-    if ends is None:
-        pieces, ranges = _spans(text, rollout, tags)
+    ids, prefix = rollout["token_ids"], rollout["prefix_ids"]
+    if decode is None:
+        pieces, ranges = _spans(rollout, tags)
     else:
-        starts = [0, *ends[:-1]]
-        pieces = [text[start:end] for start, end in zip(starts, ends, strict=True)]
-        ranges = [(place, place + 1) for place in range(len(pieces))]
-    values = {name: _per_piece(rollout.get(key), ranges) for key, name in _VALUES.items()}
-    total, kept = len(text), _first_pieces(pieces, _MAX_CHARS)
-    shown = [piece[:_MAX_CHARS] for piece in pieces[:kept]]
+        # Both at once: a character may begin in the prefix.
+        text, ends = decode([*(prefix or ()), *ids])
+        pieces = [text[i:j] for i, j in zip([0, *ends[:-1]], ends, strict=True)]
+        ranges = [(place, place + 1) for place in range(len(ids))]
+    forced = "".join(pieces[: len(pieces) - len(ranges)])
+    pieces = pieces[len(pieces) - len(ranges) :]
+    kept, left = _bounded(pieces)
+    values = {name: _per_piece(rollout[key], ranges[: len(kept)]) for key, name in _VALUES.items()}
     return {
-        **{key: rollout.get(key) for key in _FACTS},
-        "pieces": shown,
-        "tokens": None if ids is None else len(ids),
-        "perToken": ends is not None,
-        "left": total - sum(map(len, shown)),
-        **{name: each[:kept] for name, each in values.items() if each is not None},
+        **{name: rollout[key] for key, name in _FACTS.items()},
+        "rewards": {reward["name"]: reward["value"] for reward in rollout["rewards"] or ()},
+        "prefix": _cut(forced, _MAX_CHARS),
+        "pieces": kept,
+        "left": left,
+        "tokens": len(ids),
+        "perToken": decode is not None,
+        **{name: each for name, each in values.items() if each is not None},
     }
 
 
-def _spans(
-    text: str, rollout: Mapping[str, Any], tags: tuple[str, str]
-) -> tuple[list[str], list[tuple[int, int]]]:
+def _spans(rollout: Mapping[str, Any], tags: tuple[str, str]) -> tuple[list[str], list[TokenRange]]:
     """The text cut at the rationale and the answer, and the tokens of each part."""
+    text, num_tokens = rollout["text"], len(rollout["token_ids"])
     found = parse_spans(text, *tags)
-    marked = []
-    for name, span in (("think", found.think), ("answer", found.answer)):
-        first, last = rollout.get(f"{name}_start"), rollout.get(f"{name}_end")
-        if span is not None and first is not None and last is not None:
-            marked.append((span, (first, last)))
-    pieces, ranges, place, token = [], [], 0, 0
-    for (start, end), (first, last) in sorted(marked):
-        pieces += [text[place:start], text[start:end]]
-        ranges += [(token, first), (first, last)]
-        place, token = end, last
-    return [*pieces, text[place:]], [*ranges, (token, len(rollout["token_ids"] or ()))]
+    marked = sorted(
+        (span, (rollout[f"{name}_start"], rollout[f"{name}_end"]))
+        for name, span in (("think", found.think), ("answer", found.answer))
+        if span is not None and rollout[f"{name}_start"] is not None
+    )
+    pieces: list[str] = []
+    ranges: list[TokenRange] = []
+    place = token = 0
+    for (start, end), (first, last) in marked:
+        # An answer inside an unclosed rationale belongs to it.
+        if start >= place:
+            pieces += [text[place:start], text[start:end]]
+            ranges += [(token, max(first, token)), (max(first, token), last)]
+            place, token = end, last
+    return [*pieces, text[place:]], [*ranges, (token, num_tokens)]
 
 
 def _per_piece(
-    values: Sequence[float] | None, ranges: Sequence[tuple[int, int]]
+    values: Sequence[float] | None, ranges: Sequence[TokenRange]
 ) -> list[float | None] | None:
-    """The mean of `values` over the tokens of each piece; None where there are none."""
-    if values is None or not len(values):
+    """The mean of `values` over each piece's tokens; None for a piece without any."""
+    if values is None:
         return None
     array = np.asarray(values, np.float64)
-    if all(end == start + 1 for start, end in ranges) and len(ranges) == len(array):
-        means = array
+    if all(end == start + 1 for start, end in ranges):
+        means = array[: len(ranges)]
     else:
         parts = (array[start:end] for start, end in ranges)
-        means = np.array([part.mean() if len(part) else np.nan for part in parts])
-    return [value if math.isfinite(value) else None for value in np.round(means, 6).tolist()]
+        means = np.array([part.mean() if len(part) else math.nan for part in parts])
+    return [value if math.isfinite(value) else None for value in np.round(means, 5).tolist()]
 
 
-def _first_pieces(pieces: Sequence[str], max_chars: int) -> int:
-    """How many of the first pieces have no more characters than asked for; at least one."""
-    total = 0
-    for place, piece in enumerate(pieces):
-        total += len(piece)
-        if total > max_chars:
-            return max(place, 1)
-    return len(pieces)
+def _bounded(pieces: Sequence[str]) -> tuple[list[str], int]:
+    """The first pieces, up to the bound, and how many characters are left out."""
+    kept: list[str] = []
+    room = _MAX_CHARS
+    for piece in pieces:
+        if room <= 0:
+            break
+        kept.append(piece[:room])
+        room -= len(piece)
+    return kept, sum(map(len, pieces)) - sum(map(len, kept))
 
 
 def _cut(text: str | None, max_chars: int) -> str:
@@ -168,13 +178,10 @@ def _cut(text: str | None, max_chars: int) -> str:
     return text if len(text) <= max_chars else f"{text[:max_chars]} […]"
 
 
-def _thumbnail(folder: Path, name: str) -> str | None:
+def _thumbnail(path: Path) -> str | None:
     """A small WebP of the image as base64; None where it is gone or cannot be read."""
-    path = next(iter(sorted(folder.glob(f"{name}*"))), None)
-    if path is None:
-        return None
     try:
-        image = load_image(path, location=name, max_pixels=_MAX_IMAGE_PIXELS)
+        image = load_image(path, location=path.name, max_pixels=_MAX_IMAGE_PIXELS)
     except ValueError:
         return None
     image.thumbnail((_IMAGE_EDGE, _IMAGE_EDGE), Image.Resampling.LANCZOS)

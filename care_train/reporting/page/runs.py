@@ -31,6 +31,13 @@ class Run:
     def name(self) -> str:
         return self.folder.name
 
+    @property
+    def tags(self) -> tuple[str, str]:
+        """Names of the rationale's and the answer's tags."""
+        names = ("prompt.think_tag", "prompt.answer_tag")
+        think, answer = (self.settings.get(name) for name in names)
+        return think or "think", answer or "answer"
+
 
 @dataclass(frozen=True)
 class Condition:

@@ -46,22 +46,30 @@ export function forgetCharts() {
 }
 
 function unitOf(data) {
+  if (data.xLabel !== "step") return `against ${data.xLabel}`;
   return data.unit === "share" ? "" : data.unit;
 }
 
 function nameOf(one, conditions) {
-  const several = conditions.length > 1 && !("alone" in one);
-  return several ? `${conditions[one.condition]}: ${one.label}` : one.label;
+  return conditions.length > 1 ? `${conditions[one.condition]}: ${one.label}` : one.label;
+}
+
+/** Whether colours tell conditions apart, and dashes their metrics. */
+function isCompared(data) {
+  return new Set(data.series.map((one) => one.condition)).size > 1;
+}
+
+function colorName(place) {
+  return `var(--series-${place % NUM_COLORS})`;
 }
 
 function colorOf(style, data, one) {
-  const several = new Set(data.series.map((other) => other.condition)).size > 1;
-  return style.getPropertyValue(`--series-${(several ? one.condition : one.metric) % NUM_COLORS}`).trim();
+  const place = isCompared(data) ? one.condition : one.metric;
+  return style.getPropertyValue(colorName(place).slice(4, -1)).trim();
 }
 
 function dashOf(data, one) {
-  const several = new Set(data.series.map((other) => other.condition)).size > 1;
-  return DASHES[(several ? one.metric : 0) % DASHES.length];
+  return DASHES[(isCompared(data) ? one.metric : 0) % DASHES.length];
 }
 
 /** The series of a stack: each on top of those before it. */
@@ -123,7 +131,7 @@ function seriesOptions(data, one, color) {
   const base = { stroke: color, spanGaps: true, points: { show: data.x.length === 1 } };
   if (one.kind === "faint") return { ...base, stroke: `${color}55`, width: 1 };
   if (one.kind === "line") return { ...base, width: 2, dash: dashOf(data, one) };
-  const hollow = one.metric % 2 === 0 && !one.low;
+  const hollow = one.metric > 1;
   const size = data.series.length && one.y.length > 200 ? 4 : 8;
   const points = { show: true, size, stroke: color, fill: hollow ? "transparent" : color, width: 2 };
   return { ...base, paths: () => null, points };
@@ -161,27 +169,38 @@ function errorBars(plot, data) {
   ctx.restore();
 }
 
+/** What each colour, dash and marker means, and the values below the cursor. */
 function makeLegend(data, conditions) {
-  const style = getComputedStyle(document.documentElement);
-  const at = h("span", { class: "at" });
-  const values = [];
-  const items = data.series.flatMap((one, i) => {
-    if (one.kind === "faint") return [];
+  const lines = data.series.filter((one) => one.kind !== "faint");
+  const several = isCompared(data);
+  const at = h("li", { class: "at" });
+  const values = new Map();
+  const key = (one, color) => h("span", { class: `key ${one.kind === "points" ? `dot${one.metric > 1 ? " hollow" : ""}` : `dash${several ? one.metric % 4 : 0}`}`, "--color": color });
+  const item = (label, mark, own) => {
     const value = h("span", { class: "value" });
-    values.push([value, one]);
-    const several = new Set(data.series.map((other) => other.condition)).size > 1;
-    const kind = `key ${one.kind === "points" ? "dot" : "dash"}${several ? one.metric % 4 : 0}`;
-    const color = `var(--series-${(several ? one.condition : one.metric) % NUM_COLORS})`;
-    return [h("li", {}, h("span", { class: kind, "--color": color }), nameOf(one, conditions), " ", value)];
-  });
+    values.set(value, own);
+    return h("li", {}, mark, label, " ", value);
+  };
+  const metrics = [...new Map(lines.map((one) => [one.metric, one])).values()];
+  const items = several
+    ? [
+        ...[...new Set(lines.map((one) => one.condition))].map((place) => {
+          const own = lines.filter((one) => one.condition === place);
+          return item(conditions[place], key({ kind: "line", metric: 0 }, colorName(place)), own);
+        }),
+        ...(metrics.length > 1 ? metrics.map((one) => h("li", {}, key(one, "var(--muted)"), one.label)) : []),
+      ]
+    : lines.map((one) => item(one.label, key(one, colorName(one.metric)), [one]));
+  const owner = data.stacked && conditions.length > 1 ? h("li", {}, conditions[lines[0].condition]) : null;
   const show = (index) => {
     const known = index !== null && index !== undefined;
     at.textContent = known ? `${data.xLabel} ${shown(data.x[index])}` : "";
-    for (const [element, one] of values) {
-      element.textContent = known && one.y[index] !== null ? shown(one.y[index], data.unit) : "";
+    for (const [element, own] of values) {
+      const found = own.flatMap((one) => (known && one.y[index] !== null ? [shown(one.y[index], data.unit)] : []));
+      element.textContent = found.join(" / ");
     }
   };
-  return { element: h("ul", { class: "legend", "aria-hidden": "true" }, items, h("li", {}, at)), show };
+  return { element: h("ul", { class: "legend", "aria-hidden": "true" }, owner, items, at), show };
 }
 
 function spoken(data, conditions) {

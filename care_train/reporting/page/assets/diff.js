@@ -1,4 +1,5 @@
 const MAX_CELLS = 4_000_000;
+const WORDS = /<\/?\w+>|\s+|[\p{L}\p{N}]+|[^\s\p{L}\p{N}]/gu;
 
 /**
  * What turns `before` into `after`, word by word.
@@ -7,8 +8,8 @@ const MAX_CELLS = 4_000_000;
  * compared. Returns runs of ["same" | "gone" | "new", text]; null where both are too long.
  */
 export function differences(before, after) {
-  const a = before.match(/\s+|[\p{L}\p{N}]+|[^\s\p{L}\p{N}]/gu) ?? [];
-  const b = after.match(/\s+|[\p{L}\p{N}]+|[^\s\p{L}\p{N}]/gu) ?? [];
+  const a = before.match(WORDS) ?? [];
+  const b = after.match(WORDS) ?? [];
   let start = 0;
   while (start < Math.min(a.length, b.length) && a[start] === b[start]) start += 1;
   let [endA, endB] = [a.length, b.length];

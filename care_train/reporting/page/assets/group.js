@@ -3,8 +3,6 @@ import { roleName, rolloutCard } from "./rollout.js";
 import { scaleOf, shadeLegend, shadingsOf } from "./shading.js";
 import { visible, words } from "./text.js";
 
-const ANCHORS = ["anchor", "proxy_anchor", "pseudo_anchor"];
-const NEGATIVES = ["negative", "hard_negative"];
 let chosenShading = "advantage";
 
 /** A group as the paper's case studies show one: question, anchor, hard negatives, reflection. */
@@ -20,7 +18,7 @@ export function groupView(group, images, { run, link }) {
     chosenShading = key;
     const scale = scaleOf(group.rollouts, chosen);
     legend.replaceChildren(shadeLegend(chosen, scale));
-    body.replaceChildren(...groupParts(group, { shading: chosen, scale, cue: run.cue }));
+    body.replaceChildren(...groupParts(group, { shading: chosen, scale }));
   }
   view.append(
     h("header", { class: "group-head" },
@@ -35,9 +33,9 @@ export function groupView(group, images, { run, link }) {
   return view;
 }
 
-/** What became of a group, in a sentence. */
+/** What became of a group. */
 export function headline(group) {
-  return `${group.correct} of ${group.size ?? group.rollouts.filter((r) => r.reflected_from === null || r.reflected_from === undefined).length} correct, ${words(group.outcome)}`;
+  return `${group.correct} of ${group.size} correct, ${words(group.outcome)}`;
 }
 
 function question(group, images) {
@@ -46,37 +44,40 @@ function question(group, images) {
       ? h("img", { src: `data:image/webp;base64,${images[name]}`, alt: `Image ${i + 1} of the question` })
       : h("p", { class: "note" }, `Image ${i + 1} is not in this page: ${name}`),
   );
-  const options = Object.entries(group.options ?? {});
+
   return h("section", { class: "question", "aria-label": "Question" },
     pictures.length ? h("div", { class: "images" }, pictures) : null,
     h("div", {},
       h("h3", {}, "Question"), h("p", { class: "text", dir: "auto" }, visible(group.prompt)),
-      options.length ? h("ul", { class: "options" }, options.map(([name, text]) => h("li", {}, visible(`${name}. ${text}`)))) : null,
+      group.options.length ? h("ol", { class: "options" }, group.options.map((text) => h("li", {}, visible(text)))) : null,
       h("h3", {}, "Reference answer"), h("p", { class: "text reference", dir: "auto" }, visible(group.answer))));
 }
 
 function groupParts(group, shared) {
-  const anchor = group.rollouts.find(({ role }) => ANCHORS.includes(role));
-  const negatives = group.rollouts.filter(({ role }) => NEGATIVES.includes(role));
-  negatives.sort((a, b) => (a.rank_of_negative ?? 99) - (b.rank_of_negative ?? 99) || (a.distance ?? 9) - (b.distance ?? 9));
-  const reflections = group.rollouts.filter(({ role }) => role.startsWith("reflected"));
-  const used = new Set([anchor, ...negatives, ...reflections]);
-  const others = group.rollouts.filter((rollout) => !used.has(rollout));
+  const { rollouts } = group;
+  const numbered = (rollout) => `Rollout ${rollouts.indexOf(rollout) + 1}`;
   const card = (rollout, title, more) => rolloutCard(rollout, { title, ...shared, ...more });
-  const lettered = (i) => `Negative ${String.fromCharCode(65 + (i % 26))}`;
-  const from = (rollout) => negatives.findIndex((one) => one === group.rollouts[rollout.reflected_from]);
+  const anchor = rollouts.find(({ role }) => role.endsWith("anchor"));
+  const negatives = rollouts.filter(({ role }) => role === "hard_negative");
+  negatives.sort((a, b) => a.rank - b.rank);
+  const names = new Map(negatives.map((one, i) => [one, `Negative ${String.fromCharCode(65 + (i % 26))}`]));
+  const reflection = rollouts.find(({ reflectedFrom }) => reflectedFrom !== null);
+  const source = reflection ? rollouts[reflection.reflectedFrom] : null;
+  const used = new Set([anchor, ...negatives, reflection]);
+  const others = rollouts.filter((rollout) => !used.has(rollout));
+  const note = (one) => {
+    if (one.trained) return null;
+    return one === source && reflection.trained ? "Replaced by its reflection." : "Not trained.";
+  };
+  const reflects = source ? `Reflection on ${(names.get(source) ?? numbered(source)).toLowerCase().replace(/ (.)$/, (_, c) => ` ${c.toUpperCase()}`)}` : "";
+  const rest = (part) => part.map((one) => card(one, `${numbered(one)}: ${roleName(one.role).toLowerCase()}`, { anchor }));
   return [
-    part("Anchor", anchor ? [card(anchor, roleName(anchor.role))] : []),
-    part("Hard negatives, nearest first", negatives.map((one, i) => card(one, lettered(i), { anchor }))),
-    part("Reflection-guided resampling", reflections.map((one) => {
-      const source = from(one);
-      const of = source >= 0 ? `of negative ${String.fromCharCode(65 + source)}` : "of a negative that it replaced";
-      const note = shared.cue ? `${of}, with the repair cue “${shared.cue}”` : of;
-      return card(one, roleName(one.role), { anchor, note: visible(note) });
-    })),
-    others.length && used.size > 1
-      ? h("details", { class: "part" }, h("summary", {}, h("h3", {}, `Other rollouts (${others.length})`)), others.map((one, i) => card(one, `${roleName(one.role)} ${i + 1}`, { anchor })))
-      : part("Rollouts", others.map((one, i) => card(one, `${roleName(one.role)} ${i + 1}`))),
+    anchor ? part(roleName(anchor.role), [card(anchor, numbered(anchor), { note: note(anchor) })]) : null,
+    part("Hard negatives, in the order they were selected", negatives.map((one) => card(one, names.get(one), { anchor, note: note(one) }))),
+    reflection ? part(reflects, [card(reflection, roleName(reflection.role), { anchor: source, versus: "the rollout it repairs" })]) : null,
+    anchor && others.length
+      ? h("details", { class: "part" }, h("summary", {}, h("h3", {}, `Other rollouts (${others.length})`)), rest(others))
+      : part("Rollouts", rest(others)),
   ].filter(Boolean);
 }
 

@@ -1,11 +1,12 @@
 import { GroupBrowser } from "./browser.js";
 import { forgetCharts, redrawCharts } from "./charts.js";
-import { dataVersion, isLive, keptBlock, readBlock } from "./data.js";
+import { dataVersion, isLive, readBlock } from "./data.js";
 import { h } from "./dom.js";
 import { curves, diagnostics, overview, settings } from "./overview.js";
 import { visible } from "./text.js";
 
-const POLL_MILLISECONDS = 5000;
+const POLL_MILLISECONDS = 3000;
+const GONE = "The server has gone.";
 const root = document.getElementById("main");
 const nav = document.getElementById("nav");
 let sections = {};
@@ -36,8 +37,8 @@ async function load() {
 }
 
 async function groupSection(page) {
-  if (!page.numGroups) return [h("p", { class: "empty" }, page.noGroups)];
-  browser = new GroupBrowser(page, await keptBlock("index"));
+  if (!page.numGroups) return [h("p", { class: "empty" }, "No groups: the runs have no archive (logging.archive=false).")];
+  browser = new GroupBrowser(page, await readBlock("index"));
   return [page.groupNote ? h("p", { class: "note" }, page.groupNote) : null, browser.element];
 }
 
@@ -85,19 +86,26 @@ function theme() {
   set(system.matches);
 }
 
+/** Takes in newer data; a group that somebody looks at stays until they ask for it. */
 async function watch() {
   const news = document.getElementById("news");
+  const show = h("button", { type: "button", onclick: take }, "Show new steps");
   let version = await dataVersion();
+  async function take() {
+    news.replaceChildren();
+    await load();
+  }
   for (;;) {
     await new Promise((wake) => setTimeout(wake, POLL_MILLISECONDS));
     try {
       const now = await dataVersion();
-      news.textContent = "";
+      if (news.textContent === GONE) news.replaceChildren();
       if (now === version) continue;
       version = now;
-      await load();
+      if (sections.groups.element.hidden) await take();
+      else news.replaceChildren(show);
     } catch {
-      news.textContent = "The server has gone.";
+      news.textContent = GONE;
     }
   }
 }

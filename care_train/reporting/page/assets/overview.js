@@ -11,6 +11,7 @@ export function overview(page) {
   );
   const first = FIRST.flatMap((title) => page.charts.filter((one) => one.title === title));
   return [
+    h("h2", { class: "hidden" }, "Outcome"),
     tiles.length ? h("dl", { class: "tiles" }, tiles) : null,
     chartGrid(first, page.conditions),
     page.tables.map((one) =>
@@ -37,8 +38,7 @@ export function diagnostics(page) {
         h("h2", {}, "K' signature (Eqs. 9–10, Fig. 2)"),
         h("p", { class: "lead" }, found.text),
         chartGrid(found.charts, page.conditions),
-        table("Fits of the K' signature", found.table.header, found.table.rows, { class: "facts" }),
-        h("p", { class: "note" }, found.note),
+        h("section", { class: "card" }, table("Fits of the K' signature", found.table.header.map(visible), found.table.rows, { class: "facts" })),
       ]
     : [];
   return [...signature, ...curves(page, ["Signal"])];

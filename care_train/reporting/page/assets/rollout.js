@@ -4,16 +4,14 @@ import { SHADINGS, shade } from "./shading.js";
 import { shown, signed, visible, words } from "./text.js";
 
 const ROLES = {
-  anchor: "Anchor y⁺",
-  negative: "Hard negative",
+  anchor: "Anchor",
+  pseudo_anchor: "Pseudo-anchor",
   hard_negative: "Hard negative",
   reflected_success: "Reflection that succeeded",
   reflected_failure: "Reflection that failed",
-  proxy_anchor: "Pseudo-anchor",
-  pseudo_anchor: "Pseudo-anchor",
-  positive: "Correct, trained too",
+  reflected_partial: "Reflection, partly right",
+  trained: "Trained",
   unused: "Not used",
-  rollout: "Rollout",
 };
 const MAX_TABLE_TOKENS = 500;
 
@@ -23,22 +21,23 @@ export function roleName(role) {
 }
 
 /** One response: its part in the update, its text shaded by token, what differs from the anchor. */
-export function rolloutCard(rollout, { title, shading, scale, anchor, note }) {
+export function rolloutCard(rollout, { title, shading, scale, anchor, note, versus = "the anchor" }) {
   const text = rollout.pieces.join("");
   const body = h("div", { class: "text", dir: "auto", tabindex: "0", role: "group", "aria-label": `${title}: text` });
   const readout = h("output", { class: "readout" }, "");
   showTokens(body, readout, rollout, shading, scale);
-  const foot = h("div", { class: "foot" }, readout);
-  if (anchor && anchor !== rollout) foot.append(differenceButton(body, rollout, anchor, text, () => showTokens(body, readout, rollout, shading, scale)));
+  const back = () => showTokens(body, readout, rollout, shading, scale);
+  const compares = anchor && anchor !== rollout;
   return h(
     "article",
     { class: `rollout ${toneOf(rollout)}`, "aria-label": title },
     h("header", {}, h("h4", {}, title), outcome(rollout), facts(rollout)),
     note ? h("p", { class: "note" }, note) : null,
+    rollout.prefix ? h("p", { class: "text prefix", dir: "auto", "aria-label": "Given" }, visible(rollout.prefix)) : null,
     body,
     rollout.left > 0 ? h("p", { class: "note" }, `${shown(rollout.left)} more characters are in the archive alone.`) : null,
-    foot,
-    rollout.perToken ? lazyDetails("Tokens", {}, () => tokenTable(rollout, title)) : null,
+    h("div", { class: "foot" }, compares ? differenceButton(body, rollout, anchor, text, back, versus) : null,
+      rollout.perToken ? lazyDetails("Tokens", {}, () => tokenTable(rollout, title)) : null, readout),
   );
 }
 
@@ -51,17 +50,19 @@ function outcome(rollout) {
   const tone = toneOf(rollout);
   const mark = { right: "✓ correct", partly: `${shown(rollout.accuracy, "share")} correct`, wrong: "✗ wrong", "": "" }[tone];
   const format = rollout.format === 0 ? ", malformed" : "";
-  const verdict = rollout.verdict ? `: ${words(rollout.verdict)}` : "";
-  return h("p", { class: `outcome ${tone}` }, h("strong", {}, mark + format), verdict);
+  const verdict = [rollout.verdict, rollout.format < 1 ? rollout.formatVerdict : ""].filter(Boolean).map(visible);
+  return h("p", { class: `outcome ${tone}` }, h("strong", {}, mark + format), verdict.length ? `: ${[...new Set(verdict)].join("; ")}` : "");
 }
 
 function facts(rollout) {
+  const rewards = Object.entries(rollout.rewards);
+  const isAnchor = rollout.role.endsWith("anchor");
   const pairs = [
     ["reward", shown(rollout.reward)],
-    ...Object.entries(rollout.rewards ?? {}).map(([name, value]) => [words(name), shown(value)]),
-    ["advantage", rollout.trained === false ? "not trained" : signed(rollout.sequence_advantage)],
-    rollout.distance === null || rollout.distance === undefined ? null : ["distance", shown(rollout.distance)],
-    rollout.tokens === null ? null : ["tokens", shown(rollout.tokens)],
+    ...(rewards.length > 1 ? rewards.map(([name, value]) => [visible(name), shown(value)]) : []),
+    rollout.trained ? ["advantage", signed(rollout.sequenceAdvantage)] : null,
+    rollout.distance === null || isAnchor ? null : ["distance", shown(rollout.distance)],
+    ["tokens", shown(rollout.tokens) + (rollout.finished ? "" : ", cut")],
   ];
   return h("dl", { class: "pairs" }, pairs.filter(Boolean).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
 }
@@ -102,8 +103,8 @@ function describe(rollout, i) {
   return [name, ...values].join(" · ");
 }
 
-function differenceButton(body, rollout, anchor, text, back) {
-  const button = h("button", { type: "button", class: "quiet", "aria-pressed": "false" }, "Difference to the anchor");
+function differenceButton(body, rollout, anchor, text, back, versus) {
+  const button = h("button", { type: "button", class: "quiet", "aria-pressed": "false" }, `Difference to ${versus}`);
   button.addEventListener("click", () => {
     const on = button.getAttribute("aria-pressed") !== "true";
     button.setAttribute("aria-pressed", String(on));

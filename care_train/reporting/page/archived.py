@@ -1,0 +1,87 @@
+"""The groups of a run's archive for the page: as many steps as it can carry, each packed once."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from care_train.reporting.archive import ARCHIVE, IMAGES, ArchiveFile, archive_files
+from care_train.reporting.page.document import pack
+from care_train.reporting.page.groups import Decode, group_block, index_line
+from care_train.reporting.page.runs import Run
+
+Json = dict[str, Any]
+Packed = tuple[list[Json], bytes]
+"""A file's lines of the index, and its groups as a block of the page."""
+
+
+class ArchivedGroups:
+    """A run's groups, packed; what is packed is kept for the next look at a run that goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._packed: dict[Path, Packed] = {}
+        self._decode: Decode | None = None
+
+    def read(self, run: Run, max_bytes: int) -> tuple[dict[str, Packed], int, int]:
+        """The packed files in order, by name; of how many steps they are, and how many there are.
+
+        Args:
+            run: for its tags and its tokenizer.
+            max_bytes: of the archive's files; evenly spaced steps are left out beyond.
+        """
+        steps = [
+            list(files)
+            for _, files in groupby(
+                (file for file in archive_files(self._folder) if file.kind == "step"),
+                key=lambda file: file.step,
+            )
+        ]
+        chosen = _spaced(steps, max_bytes)
+        files = [file for step in chosen for file in step]
+        if files and self._decode is None:
+            self._decode = _decoder(run)
+        packed = {file.path.stem: self._read(file, run) for file in files}
+        found = {name: one for name, one in packed.items() if one is not None}
+        return found, len(chosen), len(steps)
+
+    def _read(self, file: ArchiveFile, run: Run) -> Packed | None:
+        if file.path not in self._packed:
+            import pyarrow.parquet as parquet
+
+            try:
+                rows = parquet.read_table(file.path).to_pylist()
+            except FileNotFoundError:
+                return None  # A run that goes on dropped it, being over its limit.
+            images = self._folder / ARCHIVE / IMAGES
+            block = pack(group_block(rows, images, self._decode, run.tags))
+            self._packed[file.path] = [index_line(row) for row in rows], block
+        return self._packed[file.path]
+
+
+def _spaced(steps: Sequence[list[ArchiveFile]], max_bytes: int) -> list[list[ArchiveFile]]:
+    """The last step and evenly spaced ones before it, of about so many bytes at most."""
+    total = sum(file.path.stat().st_size for step in steps for file in step)
+    every = max(1, -(-total // max_bytes))
+    return list(reversed(steps[::-1][::every]))
+
+
+def _decoder(run: Run) -> Decode | None:
+    """The tokenizer of the run's own folder or its model's; None where there is none to be had."""
+    from transformers import AutoTokenizer
+
+    from care_train.models.prompts import TokenText
+
+    checkpoints = sorted(run.folder.glob("checkpoints/*/model"), reverse=True)
+    places = [run.folder / "final", run.folder / "cold_start", run.folder / "base", *checkpoints]
+    for place in [*places, Path(str(run.settings.get("model.path", "")))]:
+        if not (place / "tokenizer.json").is_file():
+            continue
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                place, trust_remote_code=False, local_files_only=True
+            )
+            return TokenText(tokenizer).decode
+        except (OSError, ValueError):
+            continue
+    return None

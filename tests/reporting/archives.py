@@ -1,0 +1,107 @@
+"""Runs' folders with an archive of invented groups, for what a short run cannot hold."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from care_train.reporting.archive import ArchiveWriter
+from care_train.reporting.files import JsonlWriter
+
+_ROLES = ("anchor", "hard_negative", "hard_negative", "unused")
+
+
+def write_run(folder: Path, groups: Sequence[dict[str, Any]], per_step: int = 16) -> Path:
+    """A run's folder: a metric per step, and `groups` as its archive."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = JsonlWriter(folder / "metrics.jsonl")
+    image = Image.new("RGB", (40, 30), "red")
+    with ArchiveWriter(folder, 0, 1, None) as archive:
+        for step, first in enumerate(range(0, len(groups), per_step), start=1):
+            rows = [row | {"step": step} for row in groups[first : first + per_step]]
+            archive.write_step(step, rows, [(image,)] * len(rows))
+            metrics.write({"phase": "train", "step": step, "accuracy": 0.5, "reward": 0.4})
+    metrics.close()
+    return folder
+
+
+def invented_groups(number: int) -> Iterator[dict[str, Any]]:
+    """`number` groups of one anchor, two hard negatives and an unused rollout."""
+    for place in range(number):
+        texts = [f"<think>it is {word}</think><answer>{word}</answer>" for word in "abcd"]
+        yield group(place, texts)
+
+
+def group(place: int, texts: Sequence[str], **changes: Any) -> dict[str, Any]:
+    """One group whose rollouts said `texts`; the first is the anchor."""
+    rollouts = [_rollout(text, role) for text, role in zip(texts, _ROLES, strict=True)]
+    row = {
+        "row_id": f"row-{place}",
+        "visit": 0,
+        "location": f"rows.jsonl:{place}",
+        "source": ("charts", "geometry")[place % 2],
+        "prompt": f"what is number {place}?",
+        "answer": "a",
+        "answer_type": "text",
+        "options": [],
+        "rank": 0,
+        "group": place,
+        "outcome": "anchored",
+        "reason": "",
+        "num_correct": 1,
+        "num_negatives": 2,
+        "equalize_factor": 1.0,
+        "anchor_clamped": False,
+        "reflection": "none",
+        "pair_distances": None,
+        "rollouts": rollouts,
+    }
+    return row | changes
+
+
+def _rollout(text: str, role: str) -> dict[str, Any]:
+    tokens = np.arange(8, dtype=np.int32)
+    numbers = np.linspace(0, 1, 8, dtype=np.float32)
+    is_anchor, is_trained = role == "anchor", role != "unused"
+    values = {
+        "token_weights": numbers,
+        "token_advantages": numbers if is_anchor else -numbers,
+        "entropy": numbers,
+        "ref_log_probs": -numbers,
+        "clipped": np.zeros(8, np.int8),
+    }
+    spans = dict.fromkeys(
+        f"{region}_{end}"
+        for region in ("think", "think_content", "answer", "answer_content")
+        for end in ("start", "end")
+    )
+    return {
+        "text": text,
+        "token_ids": tokens,
+        "finished": True,
+        "accuracy": float(is_anchor),
+        "format": 1.0,
+        "reward": float(is_anchor),
+        "rewards": [],
+        "verdict": "exact match" if is_anchor else "got another answer",
+        "format_verdict": "",
+        **spans,
+        "think_start": 0,
+        "think_end": 5,
+        "answer_start": 5,
+        "answer_end": 8,
+        "prefix_ids": np.empty(0, np.int32),
+        "role": role,
+        "trained": is_trained,
+        "rank_of_negative": 1 if role == "hard_negative" else None,
+        "distance": 0.0 if is_anchor else 0.25,
+        "reflected_from": None,
+        "raw_advantage": 1.4 if is_anchor else -0.7,
+        "sequence_advantage": 1.4 if is_anchor else -0.35,
+        "old_log_probs": -numbers,
+        "old_log_prob_sum": -4.0,
+        "rollout_log_probs": None,
+        **(values if is_trained else dict.fromkeys(values)),
+    }

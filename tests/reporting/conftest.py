@@ -1,0 +1,62 @@
+"""A run whose page is looked at, and the browser that looks at it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from care_train.distributed import own_environment
+
+ROOT = Path(__file__).parents[2]
+_CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+_SETTINGS = (
+    "prompt.system=null",
+    "rollout.group_size=4",
+    "rollout.max_new_tokens=24",
+    "train.steps=4",
+    "train.prompts_per_step=4",
+    "train.micro_batch_size=8",
+    "train.learning_rate=2e-4",
+    "train.warmup_steps=0",
+    "sft.steps=40",
+    "sft.batch_size=8",
+    "sft.learning_rate=3e-3",
+    "sft.warmup_steps=0",
+    "logging.report_to=[]",
+    "logging.progress=false",
+)
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tiny_folder, color_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short `care-train quickstart` on drawn images."""
+    output = tmp_path_factory.mktemp("page")
+    data = [f"{section}.path={color_rows}" for section in ("data", "sft.data", "eval.data")]
+    more = [f"model.path={tiny_folder()}", f"output_dir={output}", "name=colors"]
+    done = subprocess.run(
+        [sys.executable, "-m", "care_train", "quickstart", *_SETTINGS, *data, *more],
+        cwd=ROOT,
+        env=own_environment() | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return output / "colors"
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Headless Chromium, as the distribution has it."""
+    if _CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        # Its sandbox needs what root in a container may not have.
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=_CHROMIUM, args=arguments)
+        yield browser
+        browser.close()

@@ -1,0 +1,209 @@
+"""The report page in headless Chromium: it renders, filters, navigates, and asks for nothing."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from care_train.reporting.files import JsonlWriter
+from care_train.reporting.page import LiveServer, write_page
+from tests.reporting.archives import group, invented_groups, write_run
+
+_DESKTOP, _PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+_SECTIONS = ("overview", "curves", "diagnostics", "groups", "settings")
+
+
+@contextmanager
+def _opened(
+    browser: Any, url: str, viewport: dict[str, int] = _DESKTOP, **options: Any
+) -> Iterator[Any]:
+    """The page at `url`, which must ask for nothing else and complain of nothing."""
+    context = browser.new_context(viewport=viewport, **options)
+    page = context.new_page()
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(url)
+    page.wait_for_selector("#main[data-ready]")
+    yield page
+    assert problems == []
+    home = url.partition("#")[0]
+    others = [one for one in requests if not one.startswith((home, "data:"))]
+    assert others == []
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def page_url(quickstart_run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("pages") / "report.html"
+    write_page([quickstart_run], path)
+    return path.as_uri()
+
+
+@pytest.mark.parametrize("viewport", [_DESKTOP, _PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_section_is_accessible(chromium, page_url, viewport, scheme):
+    """axe-core finds nothing in any section, and nothing is wider than the screen."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    # axe-core is put into the page, which the page's policy forbids.
+    options = {"color_scheme": scheme, "bypass_csp": True}
+    with _opened(chromium, page_url, viewport, **options) as page:
+        for section in _SECTIONS:
+            page.evaluate(f"location.hash = '{section}'")
+            page.wait_for_selector(f"#main[data-ready={section}]")
+            if section == "groups" and viewport is _DESKTOP:
+                page.locator(".groups a").first.click()
+                page.wait_for_selector("#group-title")
+            found = axe.run(page).response["violations"]
+            assert found == [], json.dumps(found, indent=1)[:4000]
+            assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+
+
+def test_a_run_is_shown(chromium, page_url, quickstart_run):
+    """Scores, charts with words for those who cannot see them, and every setting."""
+    summary = json.loads((quickstart_run / "summary.json").read_text())
+    with _opened(chromium, page_url) as page:
+        assert f"{summary['accuracy_after']:.1%}" in page.locator(".tiles").inner_text()
+        assert page.locator(".chart canvas").count() == page.locator(".chart:visible").count() > 3
+        label = page.get_by_role("img", name="Accuracy.").get_attribute("aria-label")
+        assert "training:" in label and "at step 1" in label
+        page.get_by_role("link", name="Settings").click()
+        page.get_by_text("Every setting").click()
+        assert page.locator("pre").inner_text() == (quickstart_run / "config.yaml").read_text()
+
+
+def test_a_group_is_shown_as_a_case_study(chromium, page_url):
+    """Image, question, reference, rollouts in their roles, shaded tokens; the link leads back."""
+    with _opened(chromium, f"{page_url}#groups") as page:
+        page.locator("#filter-role").select_option("anchor")
+        page.locator(".groups a").first.click()
+        page.wait_for_selector("#group-title")
+        url, text = page.url, page.locator(".group").inner_text()
+        assert "what color is the image?" in text and "Reference answer" in text
+        assert page.locator(".images img").evaluate("image => image.naturalWidth") > 0
+        assert page.get_by_role("heading", name="Anchor", exact=True).is_visible()
+        assert page.locator(".rollout .above").count() > 0
+        page.locator(".rollout .text span").first.hover()
+        assert "token 1 of" in page.locator(".readout").first.inner_text()
+        page.get_by_text("Tokens", exact=True).first.click()
+        assert page.locator(".rollout tbody tr").count() > 3
+    with _opened(chromium, url) as page:
+        assert page.locator(".group").inner_text().splitlines()[0] == text.splitlines()[0]
+
+
+def test_keys_move_from_group_to_group(chromium, page_url):
+    """j and k go on and back, / searches, and neither does so while somebody types."""
+    with _opened(chromium, f"{page_url}#groups") as page:
+        page.keyboard.press("j")
+        page.wait_for_selector("#group-title")
+        first = page.url
+        page.keyboard.press("j")
+        assert page.url != first
+        page.keyboard.press("k")
+        page.wait_for_url(first)
+        page.keyboard.press("/")
+        page.keyboard.type("jjj")
+        assert page.locator("#search").input_value() == "jjj" and page.url == first
+        page.get_by_text("0 groups").wait_for()
+
+
+@pytest.fixture(scope="module")
+def large_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("large")
+    rows = list(invented_groups(400))
+    rows[7] = group(7, ["fine", "hidden needle", "no", "no"], outcome="skipped", reason="odd")
+    write_page([write_run(folder / "large", rows)], folder / "report.html")
+    return (folder / "report.html").as_uri()
+
+
+def test_filters_and_search_narrow_the_list(chromium, large_url):
+    """By outcome, source, step and reward; a search looks at questions, or at responses too."""
+    with _opened(chromium, f"{large_url}#groups") as page:
+        status = page.locator(".side [role=status]")
+        status.get_by_text("1\u201350 of 400 groups").wait_for()
+        page.get_by_role("button", name="Next", exact=True).click()
+        status.get_by_text("51\u2013100 of 400 groups").wait_for()
+        page.locator("#filter-outcome").select_option("odd")
+        status.get_by_text("1 group").wait_for()
+        page.get_by_role("button", name="Clear").click()
+        page.locator("#filter-source").select_option("charts")
+        status.get_by_text("of 200 groups").wait_for()
+        page.locator("#filter-step-to").fill("1")
+        status.get_by_text("8 groups").wait_for()
+        page.get_by_role("button", name="Clear").click()
+        page.locator("#search").fill("number 39")
+        status.get_by_text("11 groups").wait_for()
+        page.locator("#search").fill("needle")
+        status.get_by_text("0 groups").wait_for()
+        page.locator("#in-texts").check()
+        status.get_by_text("1 group").wait_for()
+
+
+def test_differences_to_the_anchor_are_marked(chromium, large_url):
+    """What a negative says in other words stands beside the anchor's words."""
+    with _opened(chromium, f"{large_url}#group=large/1/row-0") as page:
+        page.get_by_role("button", name="Difference to the anchor").first.click()
+        assert page.locator("del").all_inner_texts() == ["a", "a"]
+        assert page.locator("ins").all_inner_texts() == ["b", "b"]
+
+
+def test_hostile_text_is_shown_as_text(chromium, tmp_path):
+    """Markup, scripts, controls, half characters and megabytes change nothing but the text."""
+    hostile = "</script><script>document.title='gone'</script><img src=x onerror=alert(1)><!--"
+    turned = "abc\u202edcba\u2066 \u0007\u2028 end"
+    broken = "cut \udcff pair"
+    rows = [group(0, [hostile, turned, broken, "x" * 3_000_000], prompt=hostile, answer=hostile)]
+    run = write_run(tmp_path / "run<b>'\"&", rows)
+    (run / "config.yaml").write_text(f"name: {json.dumps(hostile)}\n")
+    write_page([run], tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size < 1_000_000
+    with _opened(chromium, (tmp_path / "report.html").as_uri()) as page:
+        page.get_by_role("link", name="Groups").click()
+        page.locator(".groups a").first.click()
+        page.get_by_text("Other rollouts").click()
+        texts = page.locator(".rollout .text").all_inner_texts()
+        assert texts[0] == hostile
+        assert texts[1] == "abc⟨U+202E⟩dcba⟨U+2066⟩ ⟨U+0007⟩⟨U+2028⟩ end"
+        assert texts[2] == "cut ? pair"
+        assert len(texts[3]) == 60_000 and "more characters" in page.locator(".group").inner_text()
+        assert page.title() == run.name
+        assert page.locator("script").count() == 5 and page.locator("img[onerror]").count() == 0
+
+
+def test_a_run_that_goes_on_is_watched(chromium, tmp_path):
+    """The served page takes in new steps, but not under somebody who reads a group."""
+    run = write_run(tmp_path / "run", list(invented_groups(32)))
+    with LiveServer([run]) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with _opened(chromium, server.url) as page:
+            assert page.locator(".chart").count() > 0
+            page.get_by_role("link", name="Groups").click()
+            page.get_by_text("32 groups").wait_for()
+            write_run(run, list(invented_groups(48)))
+            page.get_by_role("button", name="Show new steps").click(timeout=10_000)
+            page.get_by_text("48 groups").wait_for()
+        server.shutdown()
+
+
+def test_runs_are_compared(chromium, tmp_path):
+    """Seeds of one configuration are one band; the settings that differ are a table."""
+    for name, algorithm, seed in (("care-0", "care", 0), ("care-1", "care", 1), ("g", "grpo", 0)):
+        writer = JsonlWriter(tmp_path / name / "metrics.jsonl")
+        for step in range(1, 30):
+            writer.write({"phase": "train", "step": step, "accuracy": (step + seed) / 40})
+        writer.close()
+        (tmp_path / name / "config.yaml").write_text(
+            f"name: {name}\nseed: {seed}\nalgorithm: {algorithm}\n"
+        )
+    write_page([tmp_path / name for name in ("care-0", "care-1", "g")], tmp_path / "report.html")
+    with _opened(chromium, (tmp_path / "report.html").as_uri()) as page:
+        legend = page.locator(".legend").first.inner_text()
+        assert legend.split() == ["care,", "2", "seeds", "g"]
+        page.get_by_role("link", name="Settings").click()
+        assert "algorithm\tcare\tcare\tgrpo" in page.locator("table").first.inner_text()
