@@ -1,15 +1,18 @@
 """What the command line runs: each command from a configuration to a run's folder."""
 
+import platform
 import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import care_train
 from care_train.config import Config, config_to_dict, config_to_yaml, load_config
 from care_train.data import Sample, load_samples, require_rationales
 from care_train.distributed import barrier, initialize_process_group, is_main
@@ -304,6 +307,12 @@ def _basics(config: Config) -> Summary:
         "seed": config.seed,
         "model": config.model.path,
         "command": shlex.join(["care-train", *sys.argv[1:]]),
+        "versions": {
+            "care-rl": care_train.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "deepspeed", "triton")},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        },
     }
 
 

@@ -18,6 +18,7 @@ from care_train.training.log_probs import LogProbs, Reference, TrainItem
 from care_train.training.metrics import check_engine_gap, engine_gap, step_metrics
 from care_train.training.sampler import Draw, Sampler
 from care_train.training.timer import StepSeconds, timer
+from care_train.training.token_metrics import token_metrics
 from care_train.training.update import PolicyUpdater
 
 
@@ -83,6 +84,7 @@ class TrainStep:
                 archive_step(self._archive, step + 1, groups, dropped, items)
 
         values = step_metrics(groups, results, self._engine.device, dropped)
+        values |= token_metrics(groups, items, self._engine.device)
         values |= seconds.values() | sync | gap
         values["learning_rate"] = learning_rate
         values["tokens_per_second"] = values["decoded_tokens"] / max(values["seconds"], 1e-9)

@@ -45,7 +45,12 @@ CHARTS: Mapping[str, Sequence[Chart]] = {
         Chart("Well-formed responses", {"format": "training"}, "share", _evaluated("format")),
         Chart("Lengths", {"response_length": "response", "think_length": "rationale"}, "tokens"),
         Chart("KL to the reference", {"kl": "KL"}, "nats per token"),
-        Chart("Entropy", {"entropy": "entropy"}, "nats per token"),
+        Chart(
+            "Entropy",
+            {"entropy": "estimate"},
+            "nats per token",
+            note="The mean surprise, -log prob, of the sampled tokens under the sampling policy.",
+        ),
         Chart(
             "Clipped tokens", {"clipped_low": "lower bound", "clipped_high": "upper bound"}, "share"
         ),

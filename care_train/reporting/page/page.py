@@ -12,6 +12,7 @@ from care_train.reporting.page.runs import Run, read_run
 
 MAX_MIB = 64
 """How much of the archives' files a page carries unless asked otherwise."""
+_MIB = 1 << 20
 _MAX_TITLE = 60
 
 
@@ -30,7 +31,7 @@ class Page:
         """
         self._groups = [ArchivedGroups(folder) for folder in folders]
         self._folders = folders
-        self._max_bytes = (max_mib << 20) // len(folders)
+        self._max_bytes = max_mib * _MIB // len(folders)
         self.title = ""
         self.blocks: dict[str, bytes] = {}
         self.refresh()

@@ -1,0 +1,147 @@
+"""The report page's data: bands over seeds, what it carries of an archive, what it refuses."""
+
+import base64
+import gzip
+import hashlib
+import http.client
+import json
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from care_train.cli import main
+from care_train.reporting.curves import average_window, smoothed
+from care_train.reporting.files import JsonlWriter
+from care_train.reporting.interval import mean_interval
+from care_train.reporting.page import LiveServer, Page, write_page
+from care_train.reporting.page.charts import charts
+from care_train.reporting.page.runs import conditions, differences, read_run
+from tests.reporting.archives import group, invented_groups, write_run
+
+
+def _run(folder: Path, config: str = "", steps: int = 30, seed: int = 0) -> Path:
+    writer = JsonlWriter(folder / "metrics.jsonl")
+    for step in range(1, steps + 1):
+        values = {"accuracy": (step * (1 + seed)) % 7 / 7, "groups": 8, "groups_skipped": 2}
+        writer.write({"phase": "train", "step": step, **values})
+    writer.close()
+    (folder / "config.yaml").write_text(config)
+    return folder
+
+
+def _block(page: Page, name: str) -> Any:
+    return json.loads(gzip.decompress(page.blocks[name]))
+
+
+def test_a_page_carries_all_it_needs_and_allows_nothing_else(tmp_path: Path) -> None:
+    """The policy names the scripts and the style by their hashes; no address is loaded."""
+    write_page([_run(tmp_path / "run")], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert policy is not None
+    rules = dict(rule.split(" ", 1) for rule in policy[1].replace("&#x27;", "'").split("; "))
+    parts = re.findall(r"<(script|style)(?: type=\"module\")?>(.*?)</\1>", text, re.DOTALL)
+    assert [kind for kind, _ in parts] == ["style", "script", "script"]
+    for kind, content in parts:
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in rules[f"{kind}-src"].split()
+    assert rules["default-src"] == rules["connect-src"] == "'none'"
+    assert not re.search(r"(src|href|action)=\"(?!#)", text)
+
+
+def test_seeds_are_a_band(tmp_path: Path) -> None:
+    """Each step's mean and 95 % interval over the seeds' moving averages."""
+    folders = [_run(tmp_path / f"s{seed}", f"seed: {seed}\n", seed=seed) for seed in range(3)]
+    runs = [read_run(folder) for folder in folders]
+    (condition,) = conditions(runs)
+    assert condition.label == "s, 3 seeds"
+    (line,) = next(chart for chart in charts([condition]) if chart["title"] == "Accuracy")["series"]
+    values = [np.array([record["accuracy"] for record in run.records]) for run in runs]
+    averages = [smoothed(one, average_window(30)) for one in values]
+    mean, half = mean_interval([float(one[9]) for one in averages])
+    assert line["y"][9] == pytest.approx(mean, rel=1e-4)
+    assert line["high"][9] - line["y"][9] == pytest.approx(half, rel=1e-3)
+
+
+def test_runs_of_different_settings_are_not_one_band(tmp_path: Path) -> None:
+    """Settings that decide the result part the runs; names, logging and limits do not."""
+    care = _run(tmp_path / "a", "algorithm: care\nname: a\n")
+    same = _run(tmp_path / "b", "algorithm: care\nname: b\nseed: 1\nlogging: {progress: false}\n")
+    grpo = _run(tmp_path / "c", "algorithm: grpo\nname: c\n")
+    runs = [read_run(folder) for folder in (care, same, grpo)]
+    assert [len(condition.runs) for condition in conditions(runs)] == [2, 1]
+    assert differences(runs)["algorithm"] == ["care", "care", "grpo"]
+
+
+def test_shares_of_a_stack_add_up(tmp_path: Path) -> None:
+    """Trained, rescued and skipped groups are all groups."""
+    found = charts(conditions([read_run(_run(tmp_path / "run"))]))
+    series = next(chart for chart in found if chart["stacked"])["series"]
+    assert [sum(values) for values in zip(*(one["y"] for one in series), strict=True)] == [1.0] * 30
+
+
+def test_a_large_archive_is_thinned_evenly(tmp_path: Path, monkeypatch: Any) -> None:
+    """Evenly spaced steps with the last one, no more than asked for, and the page says so."""
+    run = write_run(tmp_path / "run", list(invented_groups(64)), per_step=4)
+    sizes = [path.stat().st_size for path in (run / "archive").glob("*.parquet")]
+    monkeypatch.setattr("care_train.reporting.page.page._MIB", -(-sum(sizes) // 4))
+    page = Page([run], max_mib=1)
+    steps = sorted({line["step"] for line in _block(page, "index")})
+    assert steps == [4, 8, 12, 16]
+    assert _block(page, "page")["groupNote"] == "run: 4 of 16 steps, evenly spaced."
+
+
+def test_without_a_tokenizer_spans_are_shaded(tmp_path: Path) -> None:
+    """Rationale and answer are a piece each, with the mean of their tokens' values."""
+    text = "<think>why</think> so <answer>a</answer>"
+    page = Page([write_run(tmp_path / "run", [group(0, [text] * 4)])])
+    (found,) = _block(page, "0-step-000001-rank-00")["groups"]
+    rollout = found["rollouts"][0]
+    assert rollout["pieces"] == ["", "<think>why</think>", " so ", "<answer>a</answer>", ""]
+    numbers = np.linspace(0, 1, 8)
+    means = [numbers[:5].mean(), numbers[5:].mean()]
+    assert rollout["weight"][1::2] == pytest.approx(means, abs=1e-5)
+    assert rollout["weight"][::2] == [None, None, None] and not rollout["perToken"]
+
+
+def test_errors_name_what_is_wrong(tmp_path: Path, capsys: Any) -> None:
+    """A folder that is no run's, and a bound that is none."""
+    assert main(["report", str(tmp_path)]) == 2
+    assert (
+        f"{tmp_path}: got no metrics.jsonl, wanted the folder of a run" in capsys.readouterr().err
+    )
+    assert main(["report", str(_run(tmp_path / "run")), "--max-mib", "0"]) == 2
+    assert "--max-mib: got 0" in capsys.readouterr().err
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[LiveServer]:
+    with LiveServer([write_run(tmp_path / "run", list(invented_groups(4)))]) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def _status(server: LiveServer, path: str, host: str | None = None) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    headers = {} if host is None else {"Host": host}
+    connection.request("GET", path, headers=headers)
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+def test_the_served_page_is_its_users_alone(server: LiveServer) -> None:
+    """It listens on the loopback, wants the path that was told and its own name as Host."""
+    assert server.server_address[0] == "127.0.0.1"
+    path = server.url.split(str(server.server_port))[1]
+    assert _status(server, path) == _status(server, f"{path}block/index") == 200
+    for wrong in ("/", "/version", "/x/", f"{path}block/none", f"{path}../etc/passwd"):
+        assert _status(server, wrong) == 404
+    for host in ("evil.example", f"evil.example:{server.server_port}", "127.0.0.1", ""):
+        assert _status(server, path, host) == 421
