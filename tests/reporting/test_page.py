@@ -78,6 +78,19 @@ def test_runs_of_different_settings_are_not_one_band(tmp_path: Path) -> None:
     assert differences(runs)["algorithm"] == ["care", "care", "grpo"]
 
 
+def test_fig_6_is_shown_as_differences_too(tmp_path: Path) -> None:
+    """The variance ratio of s = 0.5 less that of s = 1, the run that was named first."""
+    for name, ratio in (("one", 0.5), ("half", 0.125)):
+        writer = JsonlWriter(tmp_path / name / "metrics.jsonl")
+        for step in (1, 2):
+            writer.write({"phase": "train", "step": step, "advantage_variance_ratio": ratio})
+        writer.close()
+    runs = [read_run(tmp_path / name) for name in ("one", "half")]
+    _, delta = charts(conditions(runs))
+    assert delta["title"] == "Variance ratio: difference to one"
+    assert [(one["label"], one["y"]) for one in delta["series"]] == [("half", [-0.375, -0.375])]
+
+
 def test_shares_of_a_stack_add_up(tmp_path: Path) -> None:
     """Trained, rescued and skipped groups are all groups."""
     found = charts(conditions([read_run(_run(tmp_path / "run"))]))

@@ -28,6 +28,8 @@ class Chart:
     evaluations: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
     stacked: bool = False
+    has_delta: bool = False
+    """Whether several conditions are also shown by their difference to the first, as in Fig. 6."""
     phase: str = "train"
 
 
@@ -97,12 +99,14 @@ CHARTS: Mapping[str, Sequence[Chart]] = {
             {"clipped_negative_answer": "clipped"},
             "share",
             note="Fig. 6, left: tokens of negatives' answers at the lower clip bound.",
+            has_delta=True,
         ),
         Chart(
             "Variance ratio",
             {"advantage_variance_ratio": "Var A[y-] / Var A[y+]"},
             note="Fig. 6, right: of the advantages that are trained, a step's negatives against "
             "its positives.",
+            has_delta=True,
         ),
     ),
     "Time": (
@@ -143,7 +147,24 @@ def charts(conditions: Sequence[Condition]) -> list[Json]:
             for places in shown:
                 if series := list(_series(chart, conditions, places)):
                     found.append({"section": section} | _aligned(chart, series))
-    return found
+                    if chart.has_delta:
+                        found.append(_delta(found[-1], conditions))
+    return [chart for chart in found if chart["series"]]
+
+
+def _delta(chart: Json, conditions: Sequence[Condition]) -> Json:
+    """What each condition's line has over the first condition's, step by step."""
+    lines = [one for one in chart["series"] if one["kind"] == "line"]
+    base = next((one["y"] for one in lines if one["condition"] == 0), [])
+    series = [
+        {name: one[name] for name in ("condition", "metric", "kind")}
+        | {"label": conditions[one["condition"]].label}
+        | {"y": [None if None in (a, b) else a - b for a, b in zip(one["y"], base, strict=True)]}
+        for one in lines
+        if one["condition"] > 0 and base
+    ]
+    title = f"{chart['title']}: difference to {conditions[0].label}"
+    return chart | {"title": title, "unit": "", "series": series}
 
 
 def _split(chart: Chart, conditions: Sequence[Condition]) -> Iterator[Chart]:
