@@ -1,18 +1,15 @@
 """Promises of `linear_policy_loss` beyond agreement with the oracle."""
 
-from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from care_kernels import Clip, linear_log_probs, linear_policy_loss
 from care_kernels.chunks import HeadChunks
 from care_kernels.objective import SKIPPED_ROW, PolicyLoss
 from care_kernels.oracle import reference_log_probs
 from tests.kernels.cases import (
-    PER_ROW,
     Case,
     assert_same,
     double_logits,
@@ -43,16 +40,6 @@ def watched(case: Case, *, frozen: tuple[str, ...] = (), grad_mode: bool = True)
         if grad_mode:
             loss.backward()
     return watch
-
-
-def keep_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Turn row compaction off."""
-    # By module name: the package's attribute of that name is the function.
-    monkeypatch.setattr(
-        import_module("care_kernels.loss"),
-        "active_rows",
-        lambda terms, sequence_ids: torch.arange(terms.advantages.numel()),
-    )
 
 
 @pytest.mark.parametrize(
@@ -198,36 +185,6 @@ def test_autocast_does_not_round_logits(dtype: torch.dtype) -> None:
     assert all(torch.equal(plain_grads[name], cast_grads[name]) for name in plain_grads)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("extra", ("none", "k3", "exact", "entropy"))
-def test_compaction_changes_nothing(
-    level: str, extra: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Skipped rows have no say: loss, gradients and the other rows equal a run that skips none."""
-    case = in_sequences(policy_case(), level)
-    case["advantages"] = case["advantages"].clone()
-    case["advantages"][9:36] = 0
-    if extra in ("k3", "exact"):
-        case = with_kl(case, extra)
-        case["kl_weights"] = case["kl_weights"].masked_fill(torch.arange(63) % 63 < 20, 0.0)
-    elif extra == "entropy":
-        case["entropy_weights"] = torch.zeros(63).index_fill(0, torch.tensor([20, 40]), 0.1)
-    rows = rows_that_count(case)
-    assert 0 < int(rows.sum()) < 63
-
-    skipping, skipping_grads = run_ours(case)
-    keep_every_row(monkeypatch)
-    keeping, keeping_grads = run_ours(case)
-
-    assert_same(skipping.loss, keeping.loss)
-    for name in PER_ROW:
-        ours, theirs = getattr(skipping, name), getattr(keeping, name)
-        if ours is not None:
-            assert_same(ours[rows], theirs[rows])
-    for name, grad in skipping_grads.items():
-        assert_same(grad, keeping_grads[name])
-
-
 def test_skipped_rows_never_reach_a_gemm() -> None:
     """Compute scales with the rows that count, and a skipped row reads as documented."""
     case = policy_case() | {"entropy_weights": torch.zeros(63)}
@@ -279,22 +236,6 @@ def test_runs_are_bitwise_equal(level: str, dtype: torch.dtype) -> None:
     (first, first_grads), (second, second_grads) = run_ours(case), run_ours(case)
     assert all(torch.equal(getattr(first, n), getattr(second, n)) for n in ("loss", "log_probs"))
     assert all(torch.equal(first_grads[name], second_grads[name]) for name in first_grads)
-
-
-def test_row_alone_equals_row_in_batch() -> None:
-    """A row's results do not depend on its neighbours."""
-    case = with_kl(policy_case(), "exact")
-    together, grads = run_ours(case)
-    for row in (0, 31, 62):
-        alone = {
-            name: value[row : row + 1]
-            if isinstance(value, Tensor) and name not in ("head_weight", "ref_head_weight")
-            else value
-            for name, value in case.items()
-        }
-        single, single_grads = run_ours(alone)
-        assert_same(single.log_probs, together.log_probs[row : row + 1])
-        assert_same(single_grads["hidden"], grads["hidden"][row : row + 1])
 
 
 @pytest.mark.parametrize("chunk_rows", (1, 10, 62, 63, 1000))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from care_kernels import Cispo, Clip, Sapo, care_loss, linear_log_probs, linear_policy_loss
+from care_kernels import Cispo, Clip, Sapo, care_loss, linear_log_probs
 from tests.kernels import test_log_probs as log_probs
 from tests.kernels.cases import (
     assert_same,
@@ -239,9 +239,3 @@ def test_other_surrogates(level: str, surrogate: Any) -> None:
     """CISPO and SAPO with the unbiased KL."""
     case = at_level(policy_case(23), level) | {"surrogate": surrogate}
     check_against_oracle(on_triton(with_kl(case, "k3_unbiased")))
-
-
-def test_unknown_backend() -> None:
-    """Only backends that exist."""
-    with pytest.raises(ValueError, match="backend: got 'cuda'; wanted None, 'triton' or 'torch'"):
-        linear_policy_loss(**(policy_case(3) | {"backend": "cuda"}))
