@@ -1,31 +1,18 @@
 """Eqs. 4 and 11-13 in plain torch: the oracle.
 
-Full logits, autograd for every gradient, any dtype. Written from the equations and sharing no code
-with what it checks, save the records of a surrogate's numbers; meant for float64, small shapes and
-tests.
+Full logits, autograd for every gradient, any dtype. Written from the equations, and sharing with
+what it checks only the records of a surrogate's numbers and of a loss's results; meant for float64, small
+shapes and tests.
 
 Shape letters: N rows, B sequences, T tokens, D hidden, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from care_kernels.objective import Cispo, Clip, Sapo
-
-
-class ReferenceLoss(NamedTuple):
-    """The loss and what each row contributed, all in the autograd graph but the flags."""
-
-    loss: Tensor
-    log_probs: Tensor
-    entropy: Tensor
-    kl: Tensor | None
-    ratio: Tensor
-    clipped_low: Tensor
-    clipped_high: Tensor
+from care_kernels.objective import Cispo, Clip, PolicyLoss, Sapo, Surrogate
 
 
 def reference_logits(
@@ -90,7 +77,7 @@ def reference_ratio(
 
 
 def reference_surrogate(
-    surrogate: Clip | Cispo | Sapo, ratio: Tensor, log_probs: Tensor, advantages: Tensor
+    surrogate: Surrogate, ratio: Tensor, log_probs: Tensor, advantages: Tensor
 ) -> Tensor:
     """[N] summands of the surrogate, for autograd to differentiate.
 
@@ -112,7 +99,7 @@ def reference_surrogate(
 
 
 def reference_flags(
-    surrogate: Clip | Cispo | Sapo, ratio: Tensor, advantages: Tensor
+    surrogate: Surrogate, ratio: Tensor, advantages: Tensor
 ) -> tuple[Tensor, Tensor]:
     """[N] bool each: where the surrogate's lower and upper bound take effect."""
     if isinstance(surrogate, Cispo):
@@ -138,7 +125,7 @@ def reference_policy_loss(
     kl_weights: Tensor | None = None,
     kl_estimator: str = "k3",
     entropy_weights: Tensor | None = None,
-    surrogate: Clip | Cispo | Sapo = Clip(),  # noqa: B008  a frozen record
+    surrogate: Surrogate = Clip(),  # noqa: B008  a frozen record
     ratio_level: str = "token",
     sequence_ids: Tensor | None = None,
     importance_weights: Tensor | None = None,
@@ -146,10 +133,10 @@ def reference_policy_loss(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     bias: Tensor | None = None,
-) -> ReferenceLoss:
+) -> PolicyLoss:
     """What `linear_policy_loss` promises, with every row computed.
 
-    Arguments as there, all in one dtype; the result is in that dtype.
+    Arguments as there, all in one dtype; the result is in that dtype, and in the autograd graph.
     """
 
     def logits_of(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -192,9 +179,8 @@ def reference_policy_loss(
                 kl = ratio * kl
         assert kl is not None
         loss = loss + (kl_weights * kl).sum()
-    return ReferenceLoss(
-        loss, log_probs, entropy, kl, ratio, *reference_flags(surrogate, ratio, advantages)
-    )
+    flags = reference_flags(surrogate, ratio, advantages)
+    return PolicyLoss(loss, log_probs, entropy, kl, ratio, *flags)
 
 
 def reference_token_advantages(

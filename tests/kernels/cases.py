@@ -8,7 +8,6 @@ from torch.overrides import TorchFunctionMode
 
 from care_kernels import PolicyLoss, linear_policy_loss
 from care_kernels.oracle import (
-    ReferenceLoss,
     reference_log_probs,
     reference_logits,
     reference_policy_loss,
@@ -117,7 +116,7 @@ def run_ours(
 
 def run_reference(
     case: Case, dtype: torch.dtype = torch.float64, *, upstream: float = 1.0
-) -> tuple[ReferenceLoss, dict[str, Tensor]]:
+) -> tuple[PolicyLoss, dict[str, Tensor]]:
     """The oracle on the same numbers, computed in `dtype`.
 
     The leaves keep their own dtype unless that is float64, so that in float32 the gradients are
