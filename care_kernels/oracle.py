@@ -1,8 +1,8 @@
 """Eqs. 4 and 11-13 in plain torch: the oracle.
 
 Full logits, autograd for every gradient, any dtype. Written from the equations, and sharing with
-what it checks only the records of a surrogate's numbers and of a loss's results; meant for float64, small
-shapes and tests.
+what it checks only the records of a surrogate's numbers and of a loss's results; meant for float64,
+small shapes and tests.
 
 Shape letters: N rows, B sequences, T tokens, D hidden, V vocabulary.
 """
