@@ -5,7 +5,7 @@
     python -m bench.gate --record FILE          # this tree's numbers, as hex floats ...
     python -m bench.gate --compare FILE         # ... and later another tree against them
 
-Each side makes one cold start (`care-train sft` with `configs/quickstart.yaml`), from which
+Each side makes one cold start (`care-train sft` with `configs/easy_vqa.yaml`), from which
 `care-train train` goes on in four ways: `care`, `grpo`, `zero2` (two ranks) and `vllm`. Compared
 are all numbers of `metrics.jsonl` but `LEFT_OUT`, and a digest of the final weights. Other
 processors and libraries round differently: a recorded file holds for those it names.
@@ -53,7 +53,7 @@ RUNS = {
     "vllm": ("algorithm=care", "train.steps=3", "rollout.engine=vllm"),
 }
 _TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-_SHARED = ("--config", "configs/quickstart.yaml", "seed=0", "eval.data.max_samples=128")
+_SHARED = ("--config", "configs/easy_vqa.yaml", "seed=0", "eval.data.max_samples=128")
 # A run's whole environment beside PATH and HOME: no other variable of the caller's can change it.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 _TIMEOUT_SECONDS = 900  # A run takes half a minute.

@@ -24,12 +24,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from care_train.config import DataSettings, load_config
+from care_train.commands import load_held_out
+from care_train.config import Config, configs_folder, load_config
 from care_train.data import load_samples
 from care_train.reporting import mean_interval, plot_comparison, read_metrics
 
 _SCORES = ("accuracy_before", "accuracy_after", "format_before", "format_after", "greedy_after")
 _COLLAPSED_FORMAT = 0.7
+QUICKSTART = configs_folder() / "quickstart.yaml"
 
 
 def main() -> int:
@@ -53,19 +55,19 @@ def main() -> int:
             for algorithm in options.algorithms
         }
         plot_comparison(curves, options.picture)
-    guesser = round(_text_only_accuracy(), 4)
+    guesser = round(_text_only_accuracy(load_config(QUICKSTART, options.overrides)), 4)
     print(f"A guesser who never sees an image scores {guesser:.1%}.")
     facts = {"seeds": options.seeds, "overrides": options.overrides, "text_only": guesser}
     print(json.dumps(facts | figures))
     return 0
 
 
-def _text_only_accuracy() -> float:
+def _text_only_accuracy(config: Config) -> float:
     """Test accuracy of each question's commonest training answer: what the images must beat."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
-    for sample in load_samples(DataSettings(split="train")):
+    for sample in load_samples(config.data):
         answers[sample.prompt][sample.answer] += 1
-    test = load_samples(DataSettings(split="test"))
+    test = load_held_out(config)
     guesses = [answers[sample.prompt].most_common(1) for sample in test]
     right = [g[0][0] == s.answer for g, s in zip(guesses, test, strict=True) if g]
     return sum(right) / len(test)
@@ -73,7 +75,7 @@ def _text_only_accuracy() -> float:
 
 def _steps_to_match(summaries: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:
     """Steps after which an algorithm without reflection has sampled as many sequences."""
-    config = load_config(Path("configs/quickstart.yaml"), options.overrides)
+    config = load_config(QUICKSTART, options.overrides)
     per_step = config.train.prompts_per_step * config.rollout.group_size
     sampled = sum(summary["sampled_sequences"] for summary in summaries) / len(summaries)
     return math.ceil(sampled / per_step)

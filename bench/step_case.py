@@ -16,7 +16,7 @@ from care_train.training.session import open_session
 from care_train.training.sft import cold_start_rows, run_sft
 from care_train.verifier import Response, Score, Verifier
 
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[1] / "configs" / "easy_vqa.yaml"
 
 
 @dataclass(frozen=True)

@@ -290,6 +290,7 @@ def _before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -
         "accuracy": "accuracy",
         "format": "format",
         "greedy": "greedy_accuracy",
+        "blind": "blind_accuracy",
         "greedy_format": "greedy_format",
     }
     summary: Summary = {"num_questions": int(before["num_questions"])}

@@ -5,9 +5,14 @@
     merge_reflection     lines 15-19            reflection.py
     subgroup_update      lines 26-41            advantages.py, region_weights.py
 
+Not the paper's: `anchor: all`, `think_share` and the kinds of `credit` but `regions`
+(docs/experiments.md).
+
 Line 41 (Eq. 11) is `care_kernels.token_advantages`, lines 42-43, the clipped surrogate and the KL
 (Eqs. 12-13), are `care_kernels.linear_policy_loss`; `training.loss` hands them their rows.
 """
+
+from dataclasses import replace
 
 import torch
 
@@ -18,7 +23,7 @@ from care_train.algorithm.advantages import (
     scale_negative,
 )
 from care_train.algorithm.reflection import choose_reflected_negative, merge_reflection
-from care_train.algorithm.region_weights import token_credit
+from care_train.algorithm.region_weights import departures, token_credit
 from care_train.algorithm.released import released_credit
 from care_train.algorithm.selection import (
     failures,
@@ -82,7 +87,9 @@ def _anchored_subgroup(
         others=tuple(Member(rollouts[i], rollouts[i].reward, True, i) for i in chosen),
     )
     reflect_on = choose_reflected_negative(subgroup, settings.reflection, generator)
-    return Subgroup(subgroup.anchor, subgroup.others, reflect_on=reflect_on)
+    more = [i for i in positives(rollouts, by) if settings.anchor == "all" and i != anchor]
+    anchors = tuple(Member(rollouts[i], rollouts[i].reward, False, i) for i in more)
+    return Subgroup(subgroup.anchor, subgroup.others + anchors, reflect_on=reflect_on)
 
 
 def _rescue_subgroup(
@@ -124,6 +131,7 @@ def subgroup_update(
     factor = equalize_factor(num_negatives, settings.max_negatives) if settings.equalize else 1.0
     scale = factor * (settings.rescue.scale if subgroup.rescued else 1.0)
     clamped = settings.decisions.clamp_anchor and raw[0] < 0
+    starts = departures(subgroup) if settings.credit == "departure" else [0] * len(raw)
     sequences = []
     for place, (member, raw_advantage) in enumerate(zip(subgroup.members, raw, strict=True)):
         is_anchor = place == 0
@@ -132,7 +140,8 @@ def subgroup_update(
             advantage = scale_negative(raw_advantage, _scale_of(member, settings))
         advantage *= scale
         if advantage != 0:  # S* = {i : A[y_i] != 0}
-            sequences.append(_train_sequence(member, subgroup, advantage, raw_advantage, settings))
+            sequence = _train_sequence(member, subgroup, advantage, settings, starts[place])
+            sequences.append(replace(sequence, raw_advantage=raw_advantage))
     return GroupUpdate(
         tuple(sequences),
         num_sequences=len(sequences),
@@ -156,8 +165,10 @@ def count_negatives(subgroup: Subgroup, settings: CareSettings) -> int:
 
 
 def _is_penalized(member: Member, settings: CareSettings) -> bool:
-    """Eq. 8 names the negatives; line 37 to the letter names all but the anchor."""
-    return member.is_negative or settings.decisions.repaired_advantage == "penalized"
+    """Eq. 8 names the negatives; line 37 to the letter names a verified repair too."""
+    if member.is_negative or not member.rollout.reflected:
+        return member.is_negative
+    return settings.decisions.repaired_advantage == "penalized"
 
 
 def _scale_of(member: Member, settings: CareSettings) -> float:
@@ -166,16 +177,12 @@ def _scale_of(member: Member, settings: CareSettings) -> float:
 
 
 def _train_sequence(
-    member: Member,
-    subgroup: Subgroup,
-    advantage: float,
-    raw_advantage: float,
-    settings: CareSettings,
+    member: Member, subgroup: Subgroup, advantage: float, settings: CareSettings, departure: int
 ) -> TrainSequence:
     is_anchor = member is subgroup.anchor
     # Line 40 reads acc: a pseudo-anchor is a failure, and its rationale earns nothing.
     earns_rationale = not member.is_negative and not subgroup.rescued
-    if settings.decisions.spans == "tokens":
+    if settings.decisions.spans == "tokens" and settings.credit == "regions":
         credit = released_credit(
             member.rollout, settings.think_weight, earns_rationale=earns_rationale
         )
@@ -185,17 +192,12 @@ def _train_sequence(
             settings,
             is_negative=member.is_negative,
             earns_rationale=earns_rationale,
+            departure=departure,
         )
     if member.rollout.reflected:
         role = "reflected_failure" if member.is_negative else "reflected_success"
     elif is_anchor:
         role = "proxy_anchor" if subgroup.rescued else "anchor"
     else:
-        role = "negative"
-    return TrainSequence(
-        rollout=member.rollout,
-        advantage=advantage,
-        credit=credit,
-        role=role,
-        raw_advantage=raw_advantage,
-    )
+        role = "negative" if member.is_negative else "positive"
+    return TrainSequence(rollout=member.rollout, advantage=advantage, credit=credit, role=role)

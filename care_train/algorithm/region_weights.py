@@ -9,14 +9,19 @@ from itertools import accumulate
 import torch
 
 from care_kernels import Regions, token_advantages
-from care_train.algorithm.types import Credit, Region, Rollout, TrainSequence
+from care_train.algorithm.types import Credit, Region, Rollout, Subgroup, TrainSequence
 from care_train.config import CareSettings
 
 _NOWHERE = (0, 0)
 
 
 def token_credit(
-    rollout: Rollout, settings: CareSettings, *, is_negative: bool, earns_rationale: bool
+    rollout: Rollout,
+    settings: CareSettings,
+    *,
+    is_negative: bool,
+    earns_rationale: bool,
+    departure: int = 0,
 ) -> Credit:
     """The regions of w_{i,t}: 1 on the answer, gamma+ on a positive's rationale, 0 elsewhere.
 
@@ -25,23 +30,33 @@ def token_credit(
 
     Args:
         rollout: the response.
-        settings: think_weight, malformed_when and the decisions on tags and malformed responses.
+        settings: credit, think_weight, think_share, malformed_when and the decisions on tags and
+            malformed responses.
         is_negative: whether it is a negative of its subgroup.
         earns_rationale: whether its rationale tokens weigh gamma+: acc = 1 (line 40), so neither a
             negative nor a pseudo-anchor.
+        departure: its entry of `departures`, where `credit` is `departure`.
     """
     spans, num_tokens = rollout.spans, len(rollout.token_ids)
+    if settings.credit in ("uniform", "departure"):
+        first = departure if settings.credit == "departure" else 0
+        return Credit(_NOWHERE, _NOWHERE, False, (Region(first, num_tokens, 1.0),))
+    earns_rationale = earns_rationale or settings.credit == "unmasked"
     broken = settings.malformed_when == "bad_format" and rollout.format_score < 1
     if not spans.well_formed or (broken and is_negative):
         whole = Region(0, num_tokens, _malformed_weight(is_negative, settings))
         return Credit(_NOWHERE, _NOWHERE, False, (whole,))
     tag, regions = settings.decisions.tag_weight, []
+    think_weight = _think_weight(rollout, settings) if earns_rationale else 0.0
+    if tag is None and settings.think_share is not None:
+        # A weight of this sequence alone, which Eq. 11's gamma+ cannot be.
+        weights = ((spans.think, think_weight), (spans.answer, 1.0))
+        regions += [Region(*span, weight) for span, weight in weights if span is not None]
     if tag is not None:
-        rationale = settings.think_weight if earns_rationale else 0.0
         # From the outside in: a token that tags and content share counts as content.
         for span, weight in (
             (spans.think, tag),
-            (spans.think_content, rationale),
+            (spans.think_content, think_weight),
             (spans.answer, tag),
             (spans.answer_content, 1.0),
         ):
@@ -56,6 +71,45 @@ def token_credit(
         tuple(regions),
         think_weight=settings.think_weight,
     )
+
+
+def departures(subgroup: Subgroup) -> list[int]:
+    """Where each member of S stops following the others, in the order of `subgroup.members`.
+
+    A negative: its first token that differs from the positive it follows longest. A positive, or
+    the pseudo-anchor of a rescue: its first token that differs from some negative. What they share
+    before cannot be what made one right and the other wrong. A reflected response follows a prompt
+    of its own and departs at once.
+    """
+    members = [(m, m.is_negative) for m in subgroup.members if not m.rollout.reflected]
+    found = []
+    for member in subgroup.members:
+        lengths = [
+            _common_length(member.rollout.token_ids, other.rollout.token_ids)
+            for other, is_negative in members
+            if is_negative != member.is_negative
+        ]
+        if member.rollout.reflected or not lengths:
+            found.append(0)
+        else:
+            found.append(max(lengths) if member.is_negative else min(lengths))
+    return found
+
+
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    pairs = zip(a, b, strict=False)
+    return next((place for place, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+def _think_weight(rollout: Rollout, settings: CareSettings) -> float:
+    """gamma+, or the weight per token that gives the rationale `think_share` of the credit."""
+    share, spans = settings.think_share, rollout.spans
+    if share is None or spans.think is None or spans.answer is None:
+        return settings.think_weight if share is None else 0.0
+    answer = set(range(*spans.answer))
+    rationale = len(set(range(*spans.think)) - answer)
+    weight_of_rest = len(answer) + rollout.finished
+    return share / (1 - share) * weight_of_rest / max(rationale, 1)
 
 
 def _malformed_weight(is_negative: bool, settings: CareSettings) -> float:

@@ -172,7 +172,8 @@ class TrainSequence:
     credit: Credit
     """How Eq. 11 spreads it over the tokens."""
     role: str = "rollout"
-    """anchor | negative | reflected_success | reflected_failure | proxy_anchor | rollout."""
+    """anchor | positive | negative | reflected_success | reflected_failure | proxy_anchor |
+    rollout."""
     raw_advantage: float = 0.0
     """A_raw[y] of Eq. 7."""
 

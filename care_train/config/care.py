@@ -146,14 +146,23 @@ class CareSettings:
     selector: Selector = "cosine_diverse"
     """How hard negatives are chosen: `cosine_diverse` (nearest M, then farthest-first), `nearest`
     (Figure 5's COSINE-TOPK'), `mixed` (half nearest, half farthest), `farthest`, `random`."""
-    anchor: Literal["shortest_think", "random"] = "shortest_think"
-    """The anchor among the positives: Eq. 2, or a random one (Sec. 9.2's control)."""
+    anchor: Literal["shortest_think", "random", "all"] = "shortest_think"
+    """The anchor among the positives: Eq. 2, or a random one (Sec. 9.2's control). `all`: Eq. 2's
+    for the distances, and the other positives join S beside it."""
     neg_scale: PositiveShare = 0.5
     """s: factor on the negatives' advantages (Eq. 8)."""
     equalize: bool = True
     """Multiply by sqrt(K / K_S) where K_S < K."""
+    credit: Literal["regions", "unmasked", "uniform", "departure"] = "regions"
+    """Which tokens weigh. `regions`: Eq. 11's. `unmasked`: a negative's rationale too, like a
+    positive's (Figure 8's control). `uniform`: every token 1. `departure`: 1 from the token on
+    where a negative departs from the positive it follows longest, 0 before; a positive from the
+    first such departure on."""
     think_weight: NonNegativeFloat = 0.005
     """gamma+: weight of a positive's rationale tokens; a negative's weigh 0 (Eq. 11)."""
+    think_share: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of a positive's credit that its rationale gets, however long it is, in place of
+    gamma+ per token: 0.005 gives 24 tokens 2 % of it and 1,000 tokens half. null: gamma+."""
     malformed_when: Literal["no_answer", "bad_format"] = "no_answer"
     """Malformed is a rollout without a complete answer span, or any with fmt < 1: a policy that
     still breaks its think tags is corrected only by the second, for a negative's rationale weighs

@@ -58,6 +58,9 @@ class EvalSettings:
     (`easy_vqa`, `digits`); of other rows none, and a run is not evaluated."""
     greedy: bool = True
     """Report greedy decoding too, beside the training temperature."""
+    blind: bool = False
+    """Report accuracy with a blank image in the place of each too, at the training temperature:
+    what can be answered without looking."""
     batch_size: PositiveInt = 256
     """Sequences generated at once on one rank."""
     benchmarks: list[BenchmarkName] = field(default_factory=list)

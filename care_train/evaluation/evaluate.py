@@ -1,15 +1,17 @@
 """Evaluation: a single decode per question, no reflection (Sec. 8.3)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 
 from care_train.algorithm.types import Rollout
 from care_train.config import Config
 from care_train.data import Sample
+from care_train.data.images import image_sizes
 from care_train.distributed import all_max, all_sum, is_main, rank, world_size
 from care_train.reporting import track
 from care_train.reporting.archive import ArchiveWriter
@@ -40,19 +42,21 @@ def evaluate(
     samples: Sequence[Sample],
     device: torch.device,
     *,
-    greedy: bool,
+    greedy: bool = False,
+    blind: bool = False,
     description: str = "evaluate",
     archive: ArchiveWriter | None = None,
     step: int = 0,
 ) -> EvalResult:
-    """Decode every question once, at the training temperature or greedily, and verify.
+    """Decode every question once and verify.
 
     Args:
         session: the model with its prompt encoder and verifier.
         engine: generates with it.
         samples: the questions of all ranks.
         device: this rank's.
-        greedy: whether to take the likeliest token each time.
+        greedy: take the likeliest token each time, instead of sampling as in training.
+        blind: show a blank image in the place of each.
         description: what the progress says.
         archive: where the answers go; None: nowhere.
         step: how many steps the policy was trained.
@@ -64,6 +68,8 @@ def evaluate(
     rollouts: list[Rollout] = []
     enabled = config.logging.progress and is_main()
     for batch in track(batches, f"{description}{' (greedy)' if greedy else ''}", enabled):
+        if blind:
+            batch = [without_images(sample, config.prompt.max_image_pixels) for sample in batch]
         prompts = session.encoder.encode(batch)
         requests = [
             Request(prompt, request_seed(config.seed, EVAL_STEP, sample.id, 0))
@@ -91,19 +97,33 @@ def evaluate_both(
     archive: ArchiveWriter | None = None,
     step: int = 0,
 ) -> dict[str, float]:
-    """`accuracy` and `format` at the training temperature, and greedily where `eval.greedy`.
+    """`accuracy` and `format` at the training temperature, and what `eval.greedy` and `eval.blind`
+    ask for beside.
 
     Args:
         session, engine, samples, device, description, archive, step: `evaluate`'s.
     """
     ask = partial(evaluate, session, engine, samples, device)
     shared: dict[str, Any] = {"description": description, "archive": archive, "step": step}
-    sampled = ask(greedy=False, **shared)
+    sampled = ask(**shared)
     values = {"accuracy": sampled.accuracy, "format": sampled.format}
     if session.config.eval.greedy:
         greedy = ask(greedy=True, **shared)
         values |= {"greedy_accuracy": greedy.accuracy, "greedy_format": greedy.format}
+    if session.config.eval.blind:
+        blind = ask(blind=True, description=f"{description} (blind)")
+        values["blind_accuracy"] = blind.accuracy
     return values | {"num_questions": float(sampled.num_questions)}
+
+
+def without_images(sample: Sample, max_pixels: int) -> Sample:
+    """The sample with a white image of the same size in the place of each of its own.
+
+    Raises:
+        RowError: as `image_sizes`.
+    """
+    sizes = image_sizes(sample, max_pixels)
+    return replace(sample, images=tuple(Image.new("RGB", size, "white") for size in sizes))
 
 
 def decoding(config: Config, greedy: bool | None = None) -> SamplingSettings:

@@ -159,7 +159,7 @@ def show_summary(run_dir: Path, summary: Mapping[str, Any], console: Console | N
     console = console or Console()
     if "accuracy_before" in summary:
         table = Table("held-out questions", "before", "after", "change", title_justify="left")
-        for name in ("accuracy", "format", "greedy", "greedy_format"):
+        for name in ("accuracy", "format", "greedy", "greedy_format", "blind"):
             if f"{name}_before" in summary:
                 before, after = summary[f"{name}_before"], summary[f"{name}_after"]
                 change = f"{100 * (after - before):+.1f} points"

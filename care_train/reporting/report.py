@@ -28,6 +28,7 @@ _FACTS = {
 _SCORES = {
     "accuracy": "Accuracy, sampled",
     "greedy": "Accuracy, greedy",
+    "blind": "Accuracy, sampled, blank images",
     "format": "Well-formed, sampled",
     "greedy_format": "Well-formed, greedy",
 }
@@ -111,7 +112,7 @@ def score_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
         for key, label in _SCORES.items()
         if _known(summary, f"{key}_before", f"{key}_after")
     ]
-    single = _SCORES | {"greedy_accuracy": _SCORES["greedy"]}
+    single = _SCORES | {f"{key}_accuracy": _SCORES[key] for key in ("greedy", "blind")}
     return rows or [(single[k], _share(summary[k], total)) for k in single if _known(summary, k)]
 
 

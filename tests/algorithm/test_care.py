@@ -57,6 +57,22 @@ class TestSubgroup:
         assert [m.shaped_reward for m in subgroup.members] == [1.0, 0.1, 0.1]
         assert not subgroup.rescued and subgroup.reflect_on == 0
 
+    def test_every_positive_may_join_as_an_anchor(self):
+        """`anchor: all`: Eq. 2's anchor leads, negatives follow, the other positives close S, and
+        Eq. 8 scales the negatives alone."""
+        settings = replace(SETTINGS, anchor="all", max_negatives=2, equalize=False)
+        group = make_group([wrong(), right(think=9), wrong(), right(think=2), wrong(), right()])
+        subgroup = select_subgroup(group, settings)
+        assert isinstance(subgroup, Subgroup)
+        assert indices(subgroup) == [3, 2, 4, 1, 5] and subgroup.reflect_on == 0
+        assert [m.is_negative for m in subgroup.members] == [False, True, True, False, False]
+        update = subgroup_update(subgroup, settings, wrong(reflected=True))
+        expected = ["anchor", "negative", "negative", "positive", "positive", "reflected_failure"]
+        assert roles(update) == expected and update.num_negatives == 3
+        for sequence in update.sequences:
+            scale = {"negative": 0.5, "reflected_failure": 0.25}.get(sequence.role, 1.0)
+            assert sequence.advantage == pytest.approx(scale * sequence.raw_advantage)
+
     def test_k_prime_shrinks_to_the_failures(self):
         """Eq. 3: K' = min(K, |F|)."""
         group = make_group([right(), wrong(), right(), wrong()])

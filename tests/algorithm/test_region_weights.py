@@ -7,15 +7,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from care_train.algorithm.types import Spans, TrainSequence
+from care_train.algorithm.care import subgroup_update
+from care_train.algorithm.region_weights import departures
+from care_train.algorithm.types import Member, Spans, Subgroup, TrainSequence
 from tests.algorithm.builders import (
     broken,
     care,
     credit_of,
     make_rollout,
+    make_subgroup,
     region_weights,
     right,
     token_advantages,
+    token_weights,
     wrong,
 )
 
@@ -157,3 +161,97 @@ def test_a_sequence_hands_out_its_whole_advantage(values, advantage):
 def test_no_weight_is_no_advantage():
     """eps_w: a sequence whose weights are all 0 gets zeros, not NaN."""
     assert spread(2.0, [0.0] * 4).tolist() == [0.0] * 4
+
+
+class TestOtherCredit:
+    """`care.credit` and `care.think_share`, which are not the paper's."""
+
+    @staticmethod
+    def rollout(accuracy: float, *token_ids: int, reflected: bool = False):
+        made = right() if accuracy else wrong()
+        return replace(made, token_ids=token_ids, reflected=reflected)
+
+    @staticmethod
+    def member(rollout) -> Member:
+        return Member(rollout, rollout.reward, is_negative=rollout.accuracy == 0)
+
+    def departures_of(self, *rollouts) -> list[int]:
+        anchor, *others = map(self.member, rollouts)
+        return departures(Subgroup(anchor, tuple(others)))
+
+    def test_a_negative_weighs_from_where_it_leaves_the_anchor(self):
+        """[1 2 3 4] is right: [1 2 9 9] departs at 2, [1 8 9] at 1, where the anchor does first."""
+        found = self.departures_of(
+            self.rollout(1, 1, 2, 3, 4), self.rollout(0, 1, 2, 9, 9), self.rollout(0, 1, 8, 9)
+        )
+        assert found == [1, 2, 1]
+
+    def test_of_several_positives_a_negative_leaves_the_one_it_follows_longest(self):
+        """[1 5 6 9] follows the first positive for one token and the second for three."""
+        found = self.departures_of(
+            self.rollout(1, 1, 2, 3), self.rollout(1, 1, 5, 6, 7), self.rollout(0, 1, 5, 6, 9)
+        )
+        assert found == [1, 3, 3]
+
+    def test_a_reflected_response_is_compared_with_none(self):
+        """It follows a prompt of its own: it weighs whole and moves nobody's departure."""
+        found = self.departures_of(
+            self.rollout(1, 1, 2, 3),
+            self.rollout(0, 1, 2, 9),
+            self.rollout(0, 7, 7, reflected=True),
+            self.rollout(1, 1, 2, 3, reflected=True),
+        )
+        assert found == [2, 2, 0, 0]
+
+    def test_a_prefix_departs_at_its_end(self):
+        """A response cut short by its limit leaves no token that differs."""
+        assert self.departures_of(self.rollout(1, 1, 2, 3), self.rollout(0, 1, 2)) == [2, 2]
+
+    @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=2, max_size=6))
+    def test_departures_lie_within_their_response(self, token_ids):
+        """Each is between 0 and the length, and the tokens before it are some other member's."""
+        rollouts = [self.rollout(place == 0, *ids) for place, ids in enumerate(token_ids)]
+        found = self.departures_of(*rollouts)
+        for start, ids in zip(found[1:], token_ids[1:], strict=True):
+            assert start <= len(ids) and ids[:start] == token_ids[0][:start]
+            assert found[0] <= start
+
+    def test_the_update_weighs_from_the_departure_on(self):
+        """The negative's credit is spread over its last two tokens, the anchor's over three."""
+        anchor, near, far = (
+            self.rollout(1, 1, 2, 3, 4),
+            self.rollout(0, 1, 2, 9, 9),
+            self.rollout(0, 1, 8, 9),
+        )
+        settings = care("credit=departure", "reflection.enabled=false", "equalize=false")
+        update = subgroup_update(make_subgroup(anchor, [near, far]), settings)
+        first, second, third = (token_weights(sequence).tolist() for sequence in update.sequences)
+        assert first == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3])
+        assert second == pytest.approx([0, 0, 1 / 2, 1 / 2])
+        assert third == pytest.approx([0, 1 / 2, 1 / 2])
+
+    def test_uniform_credit_weighs_every_token(self):
+        """Of positives, negatives and malformed responses alike."""
+        for rollout in (right(), broken()):
+            ones = [1.0] * len(rollout.token_ids)
+            assert weights(rollout, True, credit="uniform") == ones
+            assert weights(rollout, False, credit="uniform") == ones
+
+    def test_unmasked_failures_earn_like_positives(self):
+        """Figure 8's control: gamma+ on a negative's rationale."""
+        expected = [GAMMA] * 4 + [1.0] * 3 + [1.0]
+        assert weights(wrong(think=2, answer=1), False, credit="unmasked") == expected
+
+    @pytest.mark.parametrize("think", [1, 24, 400])
+    def test_a_rationale_gets_its_share_however_long_it_is(self, think):
+        """`think_share` = 0.25: a quarter of the credit is the rationale's."""
+        settings = care("think_share=0.25")
+        values = region_weights(
+            right(think=think), settings, is_negative=False, earns_rationale=True
+        )
+        assert float(values[: think + 2].sum() / values.sum()) == pytest.approx(0.25)
+        assert set(values[think + 2 :].tolist()) == {1.0}
+
+    def test_a_share_leaves_negatives_as_they_are(self):
+        """A negative's rationale weighs 0 whatever the share."""
+        assert weights(wrong(think=2, answer=1), False, think_share=0.25) == [0] * 4 + [1.0] * 4

@@ -88,14 +88,14 @@ def _train(out: Path, name: str, cold_start: Path, rows: Path, *arguments: str, 
 
 def test_a_run_leaves_everything_it_promises(cold_start, color_rows, tmp_path):
     """`care-train train`: config, metrics, summary, checkpoints, final model, plots and report."""
-    done, run = _train(tmp_path, "care", cold_start, color_rows)
+    done, run = _train(tmp_path, "care", cold_start, color_rows, "eval.blind=true")
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.md", "samples.jsonl"):
         assert (run / name).stat().st_size > 0, name
     assert (run / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000003"]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["algorithm"] == "care" and summary["steps"] == 3
-    for key in ("accuracy", "format", "greedy"):
+    for key in ("accuracy", "format", "greedy", "blind"):
         assert 0 <= summary[f"{key}_before"] <= 1 and 0 <= summary[f"{key}_after"] <= 1
     assert summary["sampled_sequences"] >= 3 * 4 * 4
     assert summary["decoded_tokens"] > 0 and summary["wall_seconds"] > 0
@@ -231,7 +231,7 @@ def test_qwen3_vl_and_mixed_rows_train(color_rows, tmp_path):
     mixed.write_text("\n".join(map(json.dumps, rows)))
     done = _run(
         "quickstart",
-        f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
+        f"--config={ROOT / 'configs' / 'easy_vqa.yaml'}",
         *_data(mixed),
         "sft.data.max_samples=null",
         "eval.data.max_samples=null",

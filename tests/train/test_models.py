@@ -28,6 +28,18 @@ def test_tiny_model_survives_a_save(kind, tiny_folder, tmp_path):
     assert again.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()
 
 
+def test_scaled_weights_fit_their_width(tmp_path):
+    """`tiny-qwen2.5-vl-scaled`: both towers' matrices begin at 1 / sqrt(width); others at 0.02."""
+    for kind, text, vision in (
+        ("tiny-qwen2.5-vl", 0.02, 0.02),
+        ("tiny-qwen2.5-vl-scaled", 64**-0.5, 64**-0.5),
+    ):
+        model = load(build_tiny_model(kind, tmp_path / kind, hidden_size=64)).model
+        language, eyes = model.model.language_model.layers[0], model.model.visual.blocks[0]
+        assert language.mlp.up_proj.weight.std().item() == pytest.approx(text, rel=0.05)
+        assert eyes.mlp.up_proj.weight.std().item() == pytest.approx(vision, rel=0.05)
+
+
 def test_unknown_models_are_named(tmp_path):
     """A folder that is not there, and a tiny kind that is none."""
     with pytest.raises(ValueError, match=r"model\.path.*nowhere.*config\.json"):

@@ -1,0 +1,144 @@
+"""The paper's experiments as data: for each, the variants that are compared and what it claims.
+
+Every variant is a list of overrides over `base.yaml`, which has CARE as in the paper.
+"""
+
+from dataclasses import dataclass
+
+Overrides = tuple[str, ...]
+
+CARE_PLUS: Overrides = ("care.credit=departure", "care.anchor=all")
+"""What `configs/care_plus.yaml` changes; a test keeps the two equal."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One table or figure."""
+
+    title: str
+    claim: str
+    """What the paper says, on its models and benchmarks."""
+    variants: dict[str, Overrides]
+    """By name. The first one's sampled sequences are the budget of the others."""
+    measures: tuple[str, ...] = ("accuracy_after",)
+    """Columns that the summary and the picture show."""
+
+
+def _algorithm(name: str) -> Overrides:
+    return (f"algorithm={name}",)
+
+
+_PAPER: Overrides = ()
+_NO_RGR: Overrides = ("care.reflection.enabled=false",)
+_GRPO = _algorithm("grpo")
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "table2": Experiment(
+        "Table 2: components, and beside them other algorithms",
+        "CARE without RGR is 3.9 points ahead of GRPO on Qwen2.5-VL-7B, CARE 4.6; 2.3 points ahead "
+        "of DAPO and 0.7 of GSPO (Table 1)",
+        {
+            "care": _PAPER,
+            "care w/o rgr": _NO_RGR,
+            "grpo": _GRPO,
+            "care_plus": CARE_PLUS,
+            "dapo": _algorithm("dapo"),
+            "gspo": _algorithm("gspo"),
+        },
+        ("accuracy_after", "greedy_after", "format_after"),
+    ),
+    "fig2": Experiment(
+        "Figure 2: the signature in K'",
+        "The anchor's raw advantage grows as sqrt(K'), a negative's shrinks as 1 / sqrt(K')",
+        {f"K={k}": (f"care.max_negatives={k}", "train.steps=6") for k in range(2, 8)},
+        ("num_negatives", "anchor_raw_advantage", "negative_raw_advantage"),
+    ),
+    "fig3": Experiment(
+        "Figure 3: reward curves",
+        "Both CARE variants rise faster than GRPO and end higher",
+        {"care": _PAPER, "care w/o rgr": _NO_RGR, "grpo": _GRPO, "care_plus": CARE_PLUS},
+        ("reward",),
+    ),
+    "fig4": Experiment(
+        "Figure 4: reflection against resampling without a cue",
+        "Reflection succeeds in 76.6 %, without a cue in 19.3 %, at random in 12.8 %",
+        {
+            "reflection": _PAPER,
+            "no cue": ("care.reflection.cue=",),
+            "random": ("care.reflection.cue=", "care.reflection.negative=random"),
+        },
+        ("reflection_success", "accuracy_after"),
+    ),
+    "fig5": Experiment(
+        "Figure 5: selectors",
+        "Nearest ends above mixed, mixed above farthest; cosine 7.5 points above random",
+        {
+            "cosine, diverse": _PAPER,
+            "nearest": ("care.selector=nearest",),
+            "mixed": ("care.selector=mixed",),
+            "farthest": ("care.selector=farthest",),
+            "random": ("care.selector=random",),
+        },
+    ),
+    "fig6": Experiment(
+        "Figure 6: the negatives' scale s",
+        "The smaller s, the less the negatives' tokens are clipped",
+        {
+            f"s={s}": (f"care.neg_scale={s}", "train.num_iterations=2", "train.steps=30")
+            for s in (1.0, 0.7, 0.5, 0.3)
+        },
+        ("clipped_low", "accuracy_after"),
+    ),
+    "fig7": Experiment(
+        "Figure 7: rescue of all-wrong groups",
+        "With rescue accuracy gains more after steps with all-wrong groups, at a small KL",
+        {"on": _PAPER, "off": ("care.rescue.enabled=false",)},
+        ("accuracy_after", "kl", "groups_all_wrong"),
+    ),
+    "fig8": Experiment(
+        "Figure 8: region weights over decoded tokens",
+        "Region weights end 3 points above token-uniform GRPO, answer-only and unmasked failures",
+        {
+            "region-weighted": _PAPER,
+            "answer only": ("care.think_weight=0",),
+            "fail-think unmasked": ("care.credit=unmasked",),
+            "grpo": _GRPO,
+            "uniform": ("care.credit=uniform",),
+            "departure": ("care.credit=departure",),
+            "half the credit": ("care.think_share=0.5",),
+        },
+    ),
+    "fig9": Experiment(
+        "Figures 9 and 10: K with and without equalisation",
+        "K = 4 is best; equalisation adds 1.0 to 1.8 points at every K and lowers the KL",
+        {
+            f"K={k}{'' if equalize else ', not equalised'}": (
+                f"care.max_negatives={k}",
+                f"care.equalize={str(equalize).lower()}",
+            )
+            for k in (4, 2, 6)
+            for equalize in (True, False)
+        },
+        ("accuracy_after", "kl"),
+    ),
+    "fig11": Experiment(
+        "Figure 11: anchors",
+        "Eq. 2's anchor makes rationales 15 to 20 tokens shorter than a random one, as accurate",
+        {
+            "shortest": _PAPER,
+            "random": ("care.anchor=random",),
+            "all positives": ("care.anchor=all",),
+        },
+        ("accuracy_after", "think_length"),
+    ),
+    "fig12": Experiment(
+        "Figure 12: the scale of a failed reflection",
+        "s / 2 is best, then 3 s / 4; s / 4 and s lag behind",
+        {
+            "s / 2": _PAPER,
+            "s": ("care.reflection.reflect_scale=0.5",),
+            "3 s / 4": ("care.reflection.reflect_scale=0.375",),
+            "s / 4": ("care.reflection.reflect_scale=0.125",),
+        },
+    ),
+}

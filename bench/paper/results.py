@@ -1,0 +1,160 @@
+"""Results of runs as CSV, and what is said and drawn of them: from the CSV alone."""
+
+import csv
+import importlib.metadata
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.paper.experiments import Experiment
+from bench.paper.runs import Done, configuration_hash
+from care_train.config import load_config
+from care_train.reporting import mean_interval, plot_comparison, read_metrics
+
+_SUMMARY = (
+    *("steps", "sampled_sequences", "trained_sequences", "decoded_tokens"),
+    *("accuracy_before", "accuracy_after", "greedy_before", "greedy_after"),
+    *("format_before", "format_after", "wall_seconds"),
+)
+_MEANS = (
+    *("reflection_success", "num_negatives", "anchor_raw_advantage", "negative_raw_advantage"),
+    *("clipped_low", "clipped_high", "groups_all_wrong", "groups_rescued"),
+)
+"""Of the training's metrics, means over its steps."""
+_ENDS = ("reward", "kl", "think_length", "response_length")
+"""Means over its last tenth."""
+_CURVES = ("reward", "accuracy", "format", "kl", "think_length")
+_FACTS = ("config", "commit", "torch", "transformers", "command")
+
+Row = Mapping[str, Any]
+
+
+def write_results(folder: Path, name: str, runs: Sequence[Done]) -> None:
+    """Write `NAME.csv`, a row per run, and `NAME_curves.csv`, a row per five steps of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [read_metrics(done.folder / "metrics.jsonl") for done in runs]
+    rows = [_row(done, found) for done, found in zip(runs, records, strict=True)]
+    _write(folder / f"{name}.csv", rows)
+    curves = [
+        point for done, found in zip(runs, records, strict=True) for point in _curve(done, found)
+    ]
+    _write(folder / f"{name}_curves.csv", curves)
+
+
+def _row(done: Done, records: Sequence[Row]) -> dict[str, Any]:
+    steps = [record for record in records if record["phase"] == "train"]
+    row: dict[str, Any] = {"variant": done.run.variant, "seed": done.run.seed}
+    row |= {key: done.summary.get(key, "") for key in _SUMMARY}
+    row |= {key: _mean(steps, key) for key in _MEANS}
+    row |= {key: _mean(steps[-max(len(steps) // 10, 1) :], key) for key in _ENDS}
+    config = configuration_hash(load_config(done.folder / "config.yaml"))
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    return row | {"config": config, "commit": _commit(), **versions, "command": done.command}
+
+
+def _curve(done: Done, records: Sequence[Row], every: int = 5) -> list[dict[str, Any]]:
+    steps = [record for record in records if record["phase"] == "train"]
+    points, tokens = [], 0.0
+    for start in range(0, len(steps), every):
+        part = steps[start : start + every]
+        tokens += sum(record["decoded_tokens"] for record in part)
+        point = {"variant": done.run.variant, "seed": done.run.seed, "step": part[-1]["step"]}
+        points.append(
+            point | {"decoded_tokens": round(tokens)} | {k: _mean(part, k) for k in _CURVES}
+        )
+    return points
+
+
+def _mean(records: Sequence[Row], key: str) -> float | str:
+    values = [record[key] for record in records if record.get(key) is not None]
+    return round(fmean(values), 5) if values else ""
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ("git", "describe", "--always", "--dirty"), capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_results(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def summarize(rows: Sequence[Row], measures: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """By variant: how many seeds, and mean and half width of the 95 % interval of each measure.
+
+    Beside them the difference to the first variant, paired by seed, as `MEASURE_gain`.
+    """
+    by_variant: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        by_variant.setdefault(row["variant"], {})[int(row["seed"])] = row
+    first = next(iter(by_variant.values()))
+    found: dict[str, dict[str, Any]] = {}
+    for variant, seeds in by_variant.items():
+        found[variant] = {"seeds": len(seeds)}
+        for measure in measures:
+            values, base = _values(seeds, measure), _values(first, measure)
+            if not values:
+                continue
+            found[variant][measure] = mean_interval(list(values.values()))
+            gains = [value - base[seed] for seed, value in values.items() if seed in base]
+            if gains and seeds is not first:
+                found[variant][f"{measure}_gain"] = mean_interval(gains)
+    return found
+
+
+def _values(seeds: Mapping[int, Row], measure: str) -> dict[int, float]:
+    """By seed, where it was measured."""
+    return {seed: float(row[measure]) for seed, row in seeds.items() if row[measure] != ""}
+
+
+def print_table(experiment: Experiment, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Print `summarize`, and return it."""
+    found = summarize(rows, experiment.measures)
+    title = f"{experiment.title}: mean and 95 % interval over seeds"
+    table = Table("variant", "seeds", *experiment.measures, "gain", title=title)
+    for variant, values in found.items():
+        cells = [_cell(values.get(measure)) for measure in experiment.measures]
+        gain = _cell(values.get(f"{experiment.measures[0]}_gain"))
+        table.add_row(variant, str(values["seeds"]), *cells, gain)
+    Console(width=140).print(table)
+    return found
+
+
+def _cell(value: tuple[float, float] | None) -> str:
+    return "" if value is None else f"{value[0]:.4f} ± {value[1]:.4f}"
+
+
+def draw(folder: Path, name: str) -> Path:
+    """Draw `NAME.png` from `NAME_curves.csv`: accuracy, or in fig3 the reward, against the step."""
+    curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for point in read_results(folder / f"{name}_curves.csv"):
+        numbers = {k: float(v) for k, v in point.items() if k != "variant" and v != ""}
+        record = numbers | {"phase": "train", "step": int(point["step"])}
+        curves.setdefault(point["variant"], {}).setdefault(point["seed"], []).append(record)
+    shared = {variant: list(seeds.values()) for variant, seeds in curves.items()}
+    path = folder / f"{name}.png"
+    plot_comparison(shared, path, "reward" if name == "fig3" else "accuracy")
+    return path
+
+
+def to_json(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """`summarize` on one line; NaN, the interval of a single seed, becomes null."""
+    clean = json.dumps(found)
+    return clean.replace("NaN", "null")

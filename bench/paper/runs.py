@@ -1,0 +1,150 @@
+"""Runs of the trainer, each in a process and a folder of its own that the configuration names."""
+
+import hashlib
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.paper.experiments import Experiment
+from care_train.config import Config, load_config
+from care_train.config.loader import config_to_dict
+
+BASE = Path(__file__).with_name("base.yaml")
+
+QUICK = (
+    "sft={steps: 2, batch_size: 8}",
+    "sft.data.max_samples=64",
+    "data.max_samples=64",
+    "eval.data.max_samples=8",
+    "train={prompts_per_step: 4, save_every: 0}",
+    "limits.empty_steps=null",
+)
+"""Laid over every run by `--quick`, beside two training steps: all runs, nothing is learnt."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, to be made or found."""
+
+    variant: str
+    seed: int
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a finished training left."""
+
+    run: Run
+    folder: Path
+    command: str
+    summary: dict[str, Any]
+
+
+class Runner:
+    """Makes runs below a folder, or finds them there: finished ones are never made again."""
+
+    def __init__(self, folder: Path, *, quick: bool, shared: Sequence[str] = ()) -> None:
+        """Make runs in `folder`, with the overrides `shared` over every one."""
+        self._folder = folder
+        self._shared = (*(QUICK if quick else ()), *shared)
+        self._last = ("train.steps=2",) if quick else ()
+
+    def runs(self, experiment: Experiment, names: Sequence[str], seeds: int) -> list[Run]:
+        """A run of every variant with one seed, then with the next."""
+        variants = experiment.variants
+        return [Run(name, seed, variants[name]) for seed in range(seeds) for name in names]
+
+    def make(self, experiment: Experiment, run: Run) -> Done:
+        """A run with its seed's cold start and its variant's budget."""
+        cold = self._finish("sft", self._settings(run.seed, ()), "cold start")
+        settings = [*self._settings(run.seed, run.overrides), f"model.path={cold / 'final'}"]
+        settings += self._budget(experiment, run, cold)
+        folder = self._finish("train", settings, run.variant)
+        summary = json.loads((folder / "summary.json").read_text())
+        return Done(run, folder, _command("train", folder, settings), summary)
+
+    def _settings(self, seed: int, overrides: Sequence[str]) -> list[str]:
+        return [f"seed={seed}", *self._shared, *overrides, *self._last]
+
+    def _budget(self, experiment: Experiment, run: Run, cold: Path) -> list[str]:
+        """As many steps as sample what the experiment's first variant has sampled, reflections
+        included."""
+        first, overrides = next(iter(experiment.variants.items()))
+        if run.variant == first:
+            return []
+        reference = [*self._settings(run.seed, overrides), f"model.path={cold / 'final'}"]
+        summary = self._place("train", reference) / "summary.json"
+        sampled = json.loads(summary.read_text())["sampled_sequences"]
+        config = load_config(BASE, self._settings(run.seed, run.overrides))
+        per_step = config.train.prompts_per_step * config.rollout.group_size
+        if config.algorithm != "care" or not config.care.reflection.enabled:
+            return [f"train.steps={math.ceil(sampled / per_step)}"]
+        return []
+
+    def _place(self, command: str, settings: Sequence[str]) -> Path:
+        found = configuration_hash(load_config(BASE, settings), command)
+        return self._folder / f"{command}-{found}"
+
+    def _finish(self, command: str, settings: Sequence[str], what: str) -> Path:
+        """The folder of a finished run, which is made, or gone on with, where it is not there.
+
+        Raises:
+            RuntimeError: it ended with an error.
+        """
+        folder = self._place(command, settings)
+        if (folder / "summary.json").is_file():
+            return folder
+        words = [sys.executable, "-m", *shlex.split(_command(command, folder, settings))]
+        if (folder / "config.yaml").is_file():
+            words.append("resume=true")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ
+        with (self._folder / f"{folder.name}.log").open("a") as log:
+            code = subprocess.run(words, stdout=log, stderr=log, env=environment).returncode
+        if code:
+            raise RuntimeError(f"{what}: status {code}, see {log.name}")
+        return folder
+
+
+def configuration_hash(config: Config, command: str = "train") -> str:
+    """Twelve hexadecimal digits of the settings that decide the numbers of `train` or `sft`.
+
+    Those that have their default are left out, so that a run is found again by a version that has
+    more settings.
+    """
+    kept = ("seed", "model", "prompt", "sft")
+    if command == "train":
+        kept = (
+            *kept[:-1],
+            *("algorithm", "data", "rollout", "reward", "care", "loss", "train", "eval"),
+        )
+    values, defaults = config_to_dict(config), config_to_dict(Config())
+    # Where a cold start lies is another folder elsewhere; its own name says how it was made.
+    values["model"]["path"] = "/".join(Path(config.model.path).parts[-2:])
+    changed = {name: _changed(values[name], defaults[name]) for name in kept}
+    changed["cue"] = config.care.reflection.cue
+    return hashlib.sha256(json.dumps(changed, sort_keys=True, default=str).encode()).hexdigest()[
+        :12
+    ]
+
+
+def _changed(values: Any, defaults: Any) -> Any:
+    """What of nested settings is not the default."""
+    if not isinstance(values, dict) or not isinstance(defaults, dict):
+        return values
+    pairs = {key: (value, defaults.get(key)) for key, value in values.items()}
+    return {key: _changed(v, d) for key, (v, d) in pairs.items() if v != d}
+
+
+def _command(command: str, folder: Path, settings: Sequence[str]) -> str:
+    base = BASE.relative_to(Path.cwd()) if BASE.is_relative_to(Path.cwd()) else BASE
+    words = ["care_train", command, "--config", str(base), *settings]
+    return shlex.join([*words, f"output_dir={folder.parent}", f"name={folder.name}"])
