@@ -2,6 +2,7 @@
 
     python -m bench.report_page runs/quickstart
     python -m bench.report_page runs/quickstart --groups 50000 --max-mib 512
+    python -m bench.report_page runs/quickstart --pictures docs    # those of docs/report.md
 
 The run's own archive is repeated until it holds as many groups as asked for. The page is then
 opened in headless Chromium (Debian's package; `pip install playwright` drives it) and used as a
@@ -11,6 +12,7 @@ The last line is one JSON object; the exit code is 1 where something could not b
 """
 
 import argparse
+import io
 import json
 import shutil
 import sys
@@ -23,6 +25,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +33,7 @@ from care_train.reporting.archive import ARCHIVE, IMAGES, archive_files
 from care_train.reporting.page import write_page
 
 _ROUNDS = 5
+_SETTLE_MS = 600
 
 
 def main() -> int:
@@ -52,6 +56,9 @@ def main() -> int:
             "build_s": round(time.perf_counter() - start, 2),
         }
         figures |= _used(browser, page.as_uri())
+        if options.pictures:
+            write_page([options.run], page)
+            _take_pictures(browser, page.as_uri(), options.pictures)
     table = Table("", "")
     for name, value in figures.items():
         table.add_row(name, f"{value:,}")
@@ -67,6 +74,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="a run's folder with an archive")
     parser.add_argument("--groups", type=int, default=10_000)
     parser.add_argument("--max-mib", type=int, default=64)
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="where to write pictures")
     return parser.parse_args()
 
 
@@ -135,6 +143,33 @@ def _used(browser: str, url: str) -> dict[str, float]:
         found["filter_and_sort_ms"] = _time(to_filter)
         chromium.close()
     return found
+
+
+def _take_pictures(browser: str, url: str, folder: Path) -> None:
+    """A group whose reflection succeeded, and the curves, on a desktop's screen and a phone's."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = chromium.new_page()
+        page.goto(f"{url}#groups")
+        page.locator("#filter-role").select_option("reflected_success")
+        page.locator("#filter-order").select_option("worst")
+        page.wait_for_timeout(_SETTLE_MS)
+        group = page.locator(".groups a").first.get_attribute("href")
+        for name, hash, width, height, scheme in (
+            ("report-group", group, 1280, 1000, "light"),
+            ("report-curves", "#overview", 1280, 800, "dark"),
+            ("report-phone", group, 390, 800, "light"),
+        ):
+            size: Any = {"width": width, "height": height}
+            shown = chromium.new_page(viewport=size, color_scheme=scheme)
+            shown.goto(f"{url}{hash}")
+            shown.wait_for_selector("#main[data-ready]")
+            shown.wait_for_timeout(_SETTLE_MS)
+            with Image.open(io.BytesIO(shown.screenshot())) as image:
+                image.save(folder / f"{name}.webp", quality=85, method=6)
+        chromium.close()
 
 
 def _time(action: Callable[[], None]) -> float:

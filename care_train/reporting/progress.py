@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from care_train.reporting.archive import ARCHIVE
 from care_train.reporting.samples import SampleRecord, printable
 
 Item = TypeVar("Item")
@@ -179,7 +180,11 @@ def show_summary(run_dir: Path, summary: Mapping[str, Any], console: Console | N
     names = ("results.md", "results.json", "report.md", "summary.json", "metrics.jsonl", "final")
     written = ", ".join(name for name in names if (run_dir / name).exists())
     folder = Text(printable(str(run_dir), max_chars=4000, max_lines=1), style="bold")
-    console.print(folder.append(f": {written}", style="not bold"), soft_wrap=True)
+    line = folder.copy().append(f": {written}", style="not bold")
+    console.print(line, soft_wrap=True)
+    if (run_dir / ARCHIVE).is_dir():
+        hint = Text("its curves and groups on one page: care-train report ").append(folder)
+        console.print(hint, soft_wrap=True)
 
 
 def _shown(values: Mapping[str, Any]) -> dict[str, str]:
