@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.gpu.record import Bench
 
+_CONFIG = Path(__file__).parents[2] / "configs" / "easy_vqa.yaml"
 _INTERPRET = "TRITON_INTERPRET"
 _NEEDED = ("deepspeed", "pydantic", "yaml", "easy_vqa", "math_verify", "accelerate", "datasets")
 _SETTINGS = ("train.steps=30", "eval.data.max_samples=500")
@@ -39,10 +40,10 @@ def run(bench: Bench) -> None:
         return
     settings = _DRY_SETTINGS if bench.dry else _SETTINGS
     with tempfile.TemporaryDirectory(prefix="quickstart-") as folder:
-        command = [sys.executable, "-m", "care_train", "quickstart", f"output_dir={folder}"]
+        command = [sys.executable, "-m", "care_train", "quickstart", "--config", str(_CONFIG)]
         # The trainer's own kernels are for the device, or torch's.
         environment = {key: value for key, value in os.environ.items() if key != _INTERPRET}
-        command += [*settings, "name=quickstart"]
+        command += [f"output_dir={folder}", *settings, "name=quickstart"]
         code = subprocess.run(command, env=environment).returncode
         summaries = sorted(Path(folder).rglob("summary.json"))
         summary: dict[str, Any] = json.loads(summaries[0].read_text()) if summaries else {}

@@ -3,6 +3,7 @@
 import csv
 import importlib.metadata
 import json
+import math
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,6 @@ _MEANS = (
 _ENDS = ("reward", "kl", "think_length", "response_length")
 """Means over its last tenth."""
 _CURVES = ("reward", "accuracy", "format", "kl", "think_length")
-_FACTS = ("config", "commit", "torch", "transformers", "command")
 
 Row = Mapping[str, Any]
 
@@ -138,7 +138,10 @@ def print_table(experiment: Experiment, rows: Sequence[Row]) -> dict[str, dict[s
 
 
 def _cell(value: tuple[float, float] | None) -> str:
-    return "" if value is None else f"{value[0]:.4f} ± {value[1]:.4f}"
+    if value is None:
+        return ""
+    mean, half_width = value
+    return f"{mean:.4f}" + ("" if math.isnan(half_width) else f" ± {half_width:.4f}")
 
 
 def draw(folder: Path, name: str) -> Path:
