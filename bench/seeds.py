@@ -1,6 +1,7 @@
 """The quickstart over algorithms and seeds: means, 95 % intervals, and the README's picture.
 
     python -m bench.seeds
+    python -m bench.seeds --config configs/easy_vqa.yaml --output runs/easy_vqa
     python -m bench.seeds --algorithms care grpo --seeds 0 1 2 --picture docs/learning_curves.png
 
 Every run is `care-train quickstart` in a process of its own, from the same cold start. The first
@@ -55,7 +56,7 @@ def main() -> int:
             for algorithm in options.algorithms
         }
         plot_comparison(curves, options.picture)
-    guesser = round(_text_only_accuracy(load_config(QUICKSTART, options.overrides)), 4)
+    guesser = round(_text_only_accuracy(load_config(options.config, options.overrides)), 4)
     print(f"A guesser who never sees an image scores {guesser:.1%}.")
     facts = {"seeds": options.seeds, "overrides": options.overrides, "text_only": guesser}
     print(json.dumps(facts | figures))
@@ -75,7 +76,7 @@ def _text_only_accuracy(config: Config) -> float:
 
 def _steps_to_match(summaries: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:
     """Steps after which an algorithm without reflection has sampled as many sequences."""
-    config = load_config(QUICKSTART, options.overrides)
+    config = load_config(options.config, options.overrides)
     per_step = config.train.prompts_per_step * config.rollout.group_size
     sampled = sum(summary["sampled_sequences"] for summary in summaries) / len(summaries)
     return math.ceil(sampled / per_step)
@@ -85,8 +86,9 @@ def _run(
     algorithm: str, seed: int, steps: Sequence[str], options: argparse.Namespace
 ) -> dict[str, Any]:
     folder = _folder(algorithm, seed, options)
-    arguments = ["quickstart", f"algorithm={algorithm}", f"seed={seed}", f"name={folder.name}"]
-    arguments += [f"output_dir={folder.parent}", *options.overrides, *steps]
+    arguments = ["quickstart", "--config", str(options.config), f"algorithm={algorithm}"]
+    arguments += [f"seed={seed}", f"name={folder.name}", f"output_dir={folder.parent}"]
+    arguments += [*options.overrides, *steps]
     if not _is_finished(folder, arguments):
         command = [sys.executable, "-m", "care_train", *arguments]
         threads = max((os.cpu_count() or 1) // options.jobs, 1)
@@ -145,6 +147,7 @@ def _options() -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--algorithms", nargs="+", default=["care", "grpo"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--config", type=Path, default=QUICKSTART, help="default: the quickstart's")
     parser.add_argument("--output", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--picture", type=Path, help="write the learning curves here")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores")
