@@ -154,7 +154,7 @@ def _take_pictures(browser: str, url: str, folder: Path) -> None:
         page = chromium.new_page()
         page.goto(f"{url}#groups")
         page.locator("#filter-role").select_option("reflected_success")
-        page.locator("#filter-order").select_option("worst")
+        page.locator("#filter-outcome").select_option("anchored")
         page.wait_for_timeout(_SETTLE_MS)
         group = page.locator(".groups a").first.get_attribute("href")
         for name, hash, width, height, scheme in (

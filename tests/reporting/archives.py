@@ -34,9 +34,12 @@ def invented_groups(number: int) -> Iterator[dict[str, Any]]:
         yield group(place, texts)
 
 
-def group(place: int, texts: Sequence[str], **changes: Any) -> dict[str, Any]:
-    """One group whose rollouts said `texts`; the first is the anchor."""
-    rollouts = [_rollout(text, role) for text, role in zip(texts, _ROLES, strict=True)]
+def group(
+    place: int, texts: Sequence[str], roles: Sequence[str] = _ROLES, **changes: Any
+) -> dict[str, Any]:
+    """One group whose rollouts said `texts`; the first is right."""
+    pairs = zip(texts, roles, strict=True)
+    rollouts = [_rollout(text, role, is_right=not i) for i, (text, role) in enumerate(pairs)]
     row = {
         "row_id": f"row-{place}",
         "visit": 0,
@@ -61,13 +64,13 @@ def group(place: int, texts: Sequence[str], **changes: Any) -> dict[str, Any]:
     return row | changes
 
 
-def _rollout(text: str, role: str) -> dict[str, Any]:
+def _rollout(text: str, role: str, is_right: bool) -> dict[str, Any]:
     tokens = np.arange(8, dtype=np.int32)
     numbers = np.linspace(0, 1, 8, dtype=np.float32)
-    is_anchor, is_trained = role == "anchor", role != "unused"
+    is_trained = role != "unused"
     values = {
         "token_weights": numbers,
-        "token_advantages": numbers if is_anchor else -numbers,
+        "token_advantages": numbers if is_right else -numbers,
         "entropy": numbers,
         "ref_log_probs": -numbers,
         "clipped": np.zeros(8, np.int8),
@@ -81,11 +84,11 @@ def _rollout(text: str, role: str) -> dict[str, Any]:
         "text": text,
         "token_ids": tokens,
         "finished": True,
-        "accuracy": float(is_anchor),
+        "accuracy": float(is_right),
         "format": 1.0,
-        "reward": float(is_anchor),
+        "reward": float(is_right),
         "rewards": [],
-        "verdict": "exact match" if is_anchor else "got another answer",
+        "verdict": "exact match" if is_right else "got another answer",
         "format_verdict": "",
         **spans,
         "think_start": 0,
@@ -96,10 +99,10 @@ def _rollout(text: str, role: str) -> dict[str, Any]:
         "role": role,
         "trained": is_trained,
         "rank_of_negative": 1 if role == "hard_negative" else None,
-        "distance": 0.0 if is_anchor else 0.25,
+        "distance": 0.0 if is_right else 0.25,
         "reflected_from": None,
-        "raw_advantage": 1.4 if is_anchor else -0.7,
-        "sequence_advantage": 1.4 if is_anchor else -0.35,
+        "raw_advantage": 1.4 if is_right else -0.7,
+        "sequence_advantage": 1.4 if is_right else -0.35,
         "old_log_probs": -numbers,
         "old_log_prob_sum": -4.0,
         "rollout_log_probs": None,

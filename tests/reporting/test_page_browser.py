@@ -74,6 +74,7 @@ def test_a_run_is_shown(chromium, page_url, quickstart_run):
         label = page.get_by_role("img", name="Accuracy.").get_attribute("aria-label")
         assert "training:" in label and "at step 1" in label
         page.get_by_role("link", name="Settings").click()
+        assert summary["versions"]["torch"] in page.locator(".card").inner_text()
         page.get_by_text("Every setting").click()
         assert page.locator("pre").inner_text() == (quickstart_run / "config.yaml").read_text()
 
@@ -151,6 +152,17 @@ def test_differences_to_the_anchor_are_marked(chromium, large_url):
         page.get_by_role("button", name="Difference to the anchor").first.click()
         assert page.locator("del").all_inner_texts() == ["a", "a"]
         assert page.locator("ins").all_inner_texts() == ["b", "b"]
+
+
+def test_a_baselines_group_has_no_anchor(chromium, tmp_path):
+    """All of its rollouts stand side by side, with their advantages."""
+    rows = [group(0, ["a", "b", "c", "d"], roles=["trained"] * 4, outcome="trained")]
+    write_page([write_run(tmp_path / "grpo", rows)], tmp_path / "report.html")
+    with _opened(chromium, f"{(tmp_path / 'report.html').as_uri()}#group=grpo/1/row-0") as page:
+        titles = page.locator(".rollout h4").all_inner_texts()
+        assert titles == [f"Rollout {number}: trained" for number in range(1, 5)]
+        assert "advantage" in page.locator(".rollout .pairs").last.inner_text()
+        assert page.get_by_role("button", name="Difference").count() == 0
 
 
 def test_hostile_text_is_shown_as_text(chromium, tmp_path):

@@ -34,7 +34,10 @@ _OF_MODULES = re.compile(r"^(import [^;]*;|export (?=(async )?(function|const|le
 
 def pack(value: Any) -> bytes:
     """A block of data as the page's scripts read it: JSON, gzip. Any text is safe in it."""
-    text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
+    try:
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    except ValueError:
+        text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
     # No time in it: the same data is the same page.
     return gzip.compress(text.encode(), compresslevel=6, mtime=0)
 

@@ -4,6 +4,7 @@ import base64
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,7 @@ def _cut(text: str | None, max_chars: int) -> str:
     return text if len(text) <= max_chars else f"{text[:max_chars]} […]"
 
 
+@lru_cache(maxsize=4096)
 def _thumbnail(path: Path) -> str | None:
     """A small WebP of the image as base64; None where it is gone or cannot be read."""
     try:

@@ -3,6 +3,7 @@
 import secrets
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -76,9 +77,11 @@ class LiveServer(ThreadingHTTPServer):
         """The runs' state, which the page then shows."""
         with self._lock:
             state = self._state()
-            if state != self._version:
-                self._page.refresh()
-                self._version = state
+            # A run that another one replaces has no files for a moment: the page stays as it is.
+            with suppress(OSError, ValueError):
+                if state != self._version:
+                    self._page.refresh()
+                    self._version = state
         return self._version
 
     def _state(self) -> str:

@@ -2,6 +2,7 @@ import { h, lazyDetails, table } from "./dom.js";
 import { shown } from "./text.js";
 
 const DASHES = [[], [6, 4], [2, 3], [8, 3, 2, 3]];
+const STEPS = [1, 10, 100, 1e3, 1e4, 1e5, 1e6].flatMap((ten) => [ten, 2 * ten, 5 * ten]);
 const NUM_COLORS = 8;
 const HEIGHT = 200;
 const MAX_TABLE_ROWS = 40;
@@ -117,7 +118,7 @@ function options(data, width, legend) {
     cursor: { sync: { key: data.xLabel }, y: false, points: { size: 6 } },
     scales: { x: { time: false, range: around }, y: { range: (_, low, high) => yRange(data, low, high) } },
     axes: [
-      { ...axis, size: 30, space: 60 },
+      { ...axis, size: 30, space: 60, ...(data.xLabel === "step" ? { incrs: STEPS } : {}) },
       { ...axis, size: 52, values: (_, ticks) => ticks.map((value) => shown(value, data.unit)) },
     ],
     hooks: {
