@@ -32,7 +32,7 @@ _CONSTANTS: dict[str, tuple[object, str]] = {
     "care.norm_eps": (1e-6, "eps of Eq. 6 is 1e-6"),
     "train.min_learning_rate": (0.0, "cosine and linear schedules end at 0"),
     "train.adam_betas": ([0.9, 0.999], "AdamW's betas are 0.9 and 0.999"),
-    "loss.importance_over_cap": ("truncate", "a weight above loss.importance_cap is the cap"),
+    "loss.importance_over_cap": ("truncate", "it is loss.importance_beyond now"),
     "rollout.vllm.log_level": ("error", "set VLLM_LOGGING_LEVEL in the environment"),
     "care.rescue.delta": (0.1, "the z-score cancels it; care.rescue.scale weakens a rescue"),
 }

@@ -90,6 +90,10 @@ FOREIGN = {
     "experiment_name": "name",
     "reward_function": "reward.functions.NAME.function",
     "model_path": "model.path",
+    "mask_truncated_completions": "loss.mask_truncated",
+    "use_bias_correction_kl": "loss.kl_estimator",
+    "vllm_importance_sampling_mode": "loss.importance_beyond",
+    "format_prompt": "prompt.suffix",
 }
 """Names that other trainers use, with what they are here."""
 

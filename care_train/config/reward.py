@@ -109,6 +109,9 @@ class RewardSettings:
     tolerance: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Largest distance of a number, relative to the key. None: the answer type's own; a row's
     `tolerance` column comes first."""
+    overlong_buffer: PositiveInt | None = None
+    """Tokens before the length limit over which the reward falls by up to 1: DAPO's soft overlong
+    punishment (arXiv:2503.14476, Eq. 13). None: length does not count."""
     workers: Annotated[PositiveInt, Role.SPEED] = 2
     """Processes per rank that compare symbolic answers; they start when first needed."""
     timeout: PositiveFloat = 5.0

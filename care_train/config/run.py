@@ -27,7 +27,8 @@ class Config:
     seed: int = 0
     """Seeds the model's first weights, the order of rows and every rollout."""
     algorithm: Algorithm = "care"
-    """care | grpo | dapo | gspo | dr_grpo, configured as in Table 5."""
+    """care, or a baseline: grpo | dapo | gspo (as in Table 5) | dr_grpo | rloo | reinforce_pp |
+    cispo | sapo."""
     preset: Literal["default", "literal", "official"] = "default"
     """`literal`: Algorithm 1 to the letter. `official`: the authors' released code."""
     resume: Annotated[bool, Role.FREE] = False
@@ -84,6 +85,9 @@ class Config:
             self.loss.aggregation,
             "'sequence' with preset = 'literal': a token mean has no per-group form",
         )
+        buffer, limit = self.reward.overlong_buffer, self.rollout.max_new_tokens
+        wanted = f"null, or at most rollout.max_new_tokens = {limit}"
+        check(buffer is None or buffer <= limit, "reward.overlong_buffer", buffer, wanted)
         if self.train.rollouts_ahead:
             self._check_rollouts_ahead()
         if self.rollout.vllm.lora == "adapter":

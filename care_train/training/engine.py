@@ -23,6 +23,7 @@ from care_train.models.lora import add_adapters, without_adapters
 from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt
 from care_train.rollout.engine import WeightParts
+from care_train.training.loss import rows_with_a_say
 from care_train.training.optimizer import (
     BETAS,
     LeftOut,
@@ -62,6 +63,8 @@ class StepResult:
     """The `PolicyLoss` of each micro-batch."""
     applied: bool = True
     """False where loss or gradient was not finite, so that nothing was updated."""
+    entropies: tuple[torch.Tensor, ...] = ()
+    """Of the rows that each micro-batch's loss computed."""
 
 
 class PolicyEngine:
@@ -204,7 +207,7 @@ class PolicyEngine:
         self._engine.train()
         count = all_max(len(micro_batches), self.device)
         assert count, "some rank needs a micro-batch"
-        outputs, total, cause = [], 0.0, None
+        outputs, entropies, total, cause = [], [], 0.0, None
         for place in range(count):
             self._engine.set_gradient_accumulation_boundary(place == count - 1)
             is_filler = place >= len(micro_batches)
@@ -221,11 +224,13 @@ class PolicyEngine:
             self._engine.backward(loss, scale_wrt_gas=False)
             if not is_filler:
                 outputs.append(output)
+                if output.entropy is not None:
+                    entropies.append(output.entropy[rows_with_a_say(micro.loss_arguments)])
         with timer("optimizer"):
             grad_norm, applied = self._apply()
             if not applied:
                 self._left_out.add(cause, total, grad_norm)
-        return StepResult(total, grad_norm, outputs, applied)
+        return StepResult(total, grad_norm, outputs, applied, tuple(entropies))
 
     def _silent_micro_batch(self) -> MicroBatch:
         batch = self.collate([self.filler])

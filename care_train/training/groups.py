@@ -1,6 +1,6 @@
 """One prompt on its way through a step, and the verdicts on its responses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -65,6 +65,7 @@ class RolloutScorer:
         verifier: Verifier,
         prompt: PromptSettings,
         tag_patterns: TagPatterns | None = None,
+        length_bonus: Callable[[int], float] | None = None,
     ) -> None:
         """
         Args:
@@ -73,9 +74,11 @@ class RolloutScorer:
             prompt: the tags' names.
             tag_patterns: read responses as the released code does (`preset: official`): spans by
                 token ids, of a reflection the new tokens alone. None: by the text.
+            length_bonus: what a response's length in tokens adds to its reward. None: nothing.
         """
         self._token_text = token_text
         self._tag_patterns = tag_patterns
+        self._length_bonus = length_bonus or (lambda num_tokens: 0.0)
         self.verifier = verifier
         self._tags = (prompt.think_tag, prompt.answer_tag)
 
@@ -130,7 +133,7 @@ class RolloutScorer:
             spans=self._spans(answer, text, ends),
             accuracy=score.accuracy,
             format_score=score.format_score,
-            reward=score.reward,
+            reward=score.reward + self._length_bonus(len(completion.token_ids)),
             finished=completion.finished,
             prefix_ids=prefix_ids,
             reflected=reflected,

@@ -303,7 +303,9 @@ class LogProbs:
 def importance_weights(
     trainer: torch.Tensor, engine: Sequence[float], loss: LossSettings
 ) -> torch.Tensor:
-    """[T] pi_trainer / pi_engine, per token or the sequence's product, held below the cap.
+    """[T] pi_trainer / pi_engine: each token's, or the sequence's product or geometric mean.
+
+    Beyond the floor and the cap it is cut to them, or 0.
 
     An engine computes the policy with other kernels, batches and caches, or from weights that are
     one update old.
@@ -311,12 +313,18 @@ def importance_weights(
     Args:
         trainer: [T] log-probs by the trainer, before the update.
         engine: T log-probs by the engine that sampled.
-        loss: `importance_sampling` and `importance_cap`.
+        loss: the settings that begin with `importance`.
     """
     log_ratio = trainer.float().cpu() - torch.tensor(engine)
     if loss.importance_sampling == "sequence":
         log_ratio = log_ratio.sum().expand_as(log_ratio)
-    return log_ratio.exp().clamp(max=loss.importance_cap)
+    elif loss.importance_sampling == "geometric":
+        log_ratio = log_ratio.mean().expand_as(log_ratio)
+    weights = log_ratio.exp()
+    bounded = weights.clamp(loss.importance_floor, loss.importance_cap)
+    if loss.importance_beyond == "truncate":
+        return bounded
+    return weights.where(weights == bounded, 0.0)
 
 
 def _rationale_positions(sequence: TokenSequence, rollout: Rollout) -> tuple[int, int]:

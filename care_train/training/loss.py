@@ -1,7 +1,8 @@
 """From group updates to rows of `care_kernels.linear_policy_loss` (Algorithm 1, lines 41-43)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,6 +48,15 @@ def sequence_scale(
     if per_group:
         return 1.0 / (update.num_sequences * denominators.groups)
     return 1.0 / denominators.sequences
+
+
+def rows_with_a_say(arguments: Mapping[str, Any]) -> torch.Tensor:
+    """[N] bool of `linear_policy_loss`'s arguments: the rows it computes, and does not skip."""
+    has_say = arguments["advantages"] != 0
+    for name in ("kl_weights", "entropy_weights"):
+        if arguments.get(name) is not None:
+            has_say = has_say | (arguments[name] != 0)
+    return has_say
 
 
 @dataclass(frozen=True)

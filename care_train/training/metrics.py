@@ -29,6 +29,7 @@ _KEYS = (
     "decoded_tokens",
     "sampled_sequences",
     "groups",
+    "reward_std/groups",
     "groups_all_correct",
     "groups_all_wrong",
     "groups_skipped",
@@ -52,6 +53,8 @@ _KEYS = (
     "clipped_low/_rows",
     "clipped_high/_rows",
     "kl/_rows",
+    "_active_rows",
+    "entropy/_active_rows",
 )
 """Sums of one step; `a/b` is reported as the ratio of the sums a and b, `_a` not at all."""
 
@@ -129,6 +132,7 @@ def _of_groups(groups: Sequence[Group], reflected: Sequence[Rollout]) -> dict[st
     wanted = sum(subgroup.reflect_on is not None for subgroup in subgroups)
     return {
         "groups": len(groups),
+        "reward_std/groups": sum(pstdev(r.reward for r in group.rollouts) for group in groups),
         "groups_all_correct": sum(map(all, correct)),
         "groups_all_wrong": sum(not any(found) for found in correct),
         "reflections": len(reflected),
@@ -167,6 +171,10 @@ def _of_rows(results: Sequence[StepResult]) -> dict[str, float]:
         "_rows": sum(len(output.log_probs) for output in outputs),
         "clipped_low/_rows": sum(float(output.clipped_low.sum()) for output in outputs),
         "clipped_high/_rows": sum(float(output.clipped_high.sum()) for output in outputs),
+        "_active_rows": sum(len(rows) for result in applied for rows in result.entropies),
+        "entropy/_active_rows": sum(
+            float(rows.sum()) for result in applied for rows in result.entropies
+        ),
         "kl/_rows": sum(float(o.kl.sum()) for o in outputs if o.kl is not None),
     }
 

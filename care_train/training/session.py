@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from care_train.algorithm.released import tag_patterns
+from care_train.algorithm.reward import overlong_penalty
 from care_train.config import Config
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.prompts import PromptEncoder, TokenText
@@ -75,8 +77,11 @@ def open_session(config: Config, folder: Path, device: torch.device) -> Session:
     prompt, encoder, patterns = config.prompt, PromptEncoder(loaded, config.prompt), None
     if config.care.decisions.spans == "tokens":
         patterns = tag_patterns(encoder.encode_text, prompt.think_tag, prompt.answer_tag)
-    verifier = Verifier(prompt, config.reward)
-    scorer = RolloutScorer(TokenText(loaded.tokenizer), verifier, prompt, patterns)
+    limit, buffer, length_bonus = config.rollout.max_new_tokens, config.reward.overlong_buffer, None
+    if buffer is not None:
+        length_bonus = partial(overlong_penalty, limit=limit, buffer=buffer)
+    verifier, text = Verifier(prompt, config.reward), TokenText(loaded.tokenizer)
+    scorer = RolloutScorer(text, verifier, prompt, patterns, length_bonus)
     return Session(config, loaded, encoder, scorer)
 
 

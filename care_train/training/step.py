@@ -1,14 +1,15 @@
 """One step of training: rollouts in, an updated policy and metrics out. Reads like Algorithm 1."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from care_train.algorithm import baselines, care
 from care_train.algorithm.released import with_rest
-from care_train.algorithm.types import GroupUpdate, Subgroup
+from care_train.algorithm.types import GroupUpdate, Rollout, Subgroup
 from care_train.config import Config
-from care_train.distributed import all_max
+from care_train.distributed import all_max, all_sum
 from care_train.reporting.archive import ArchiveWriter
 from care_train.rollout.engine import request_seed
 from care_train.training.archiving import archive_step
@@ -74,7 +75,8 @@ class TrainStep:
                 groups = self._scorer.verify_reflections(groups)
         self._sampler.rest()
         with timer("select"):  # lines 15-19 and 26-41, Eqs. 5-8 and 11
-            groups = [replace(g, update=self._group_update(g)) for g in groups]
+            updates = self._updates(groups)
+            groups = [replace(g, update=u) for g, u in zip(groups, updates, strict=True)]
         items = self._log_probs.items(groups)  # log pi_old and log pi_ref where they are missing
         gap = self._checked_gap(groups, items)
         learning_rate = self._engine.learning_rate  # the first update's, which sets the next one's
@@ -123,20 +125,42 @@ class TrainStep:
         generator = torch.Generator().manual_seed(seed)
         return care.select_subgroup(group, self._config.care, generator)
 
-    def _group_update(self, group: Group) -> GroupUpdate:
-        if self._config.algorithm != "care":
-            return baselines.group_update(
-                group.rollouts,
-                divide_by_std=self._config.algorithm != "dr_grpo",
+    def _updates(self, groups: list[Group]) -> list[GroupUpdate]:
+        loss = self._config.loss
+        if self._config.algorithm == "care":
+            updates = [self._care_update(group) for group in groups]
+        else:
+            updates = baselines.baseline_updates(
+                [group.rollouts for group in groups],
+                self._config.algorithm,
+                partial(all_sum, device=self._engine.device),
                 # A token mean or Dr. GRPO's constant divides by length itself.
-                length_normalized=self._config.loss.aggregation == "sequence",
-                keep_without_signal=self._config.loss.kl_coef > 0,
+                length_normalized=loss.aggregation == "sequence",
+                keep_without_signal=loss.kl_coef > 0,
             )
+        if not loss.mask_truncated:
+            return updates
+        return [
+            baselines.without_truncated(update, self._counted(group, update))
+            for group, update in zip(groups, updates, strict=True)
+        ]
+
+    def _counted(self, group: Group, update: GroupUpdate) -> list[Rollout]:
+        """The responses that the update's denominators count: S*, or all that were sampled."""
+        if self._config.algorithm == "care" and not self._counts_all:
+            return [sequence.rollout for sequence in update.sequences]
+        return [*group.rollouts, *([group.reflected] if group.reflected else [])]
+
+    @property
+    def _counts_all(self) -> bool:
+        return self._config.care.decisions.beyond_subgroup == "regularized"
+
+    def _care_update(self, group: Group) -> GroupUpdate:
         if isinstance(group.subgroup, str):
             update = care.skipped_update(group.subgroup)
         else:
             update = care.subgroup_update(group.subgroup, self._config.care, group.reflected)
-        if self._config.care.decisions.beyond_subgroup == "regularized":
+        if self._counts_all:
             sampled = [*group.rollouts, *([group.reflected] if group.reflected else [])]
             update = with_rest(update, sampled, has_kl=self._config.loss.kl_coef > 0)
         return update

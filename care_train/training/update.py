@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from care_kernels import Clip, PolicyLoss
+from care_kernels import Cispo, Clip, PolicyLoss, Sapo
 from care_train.algorithm.types import GroupUpdate
-from care_train.config import Config
+from care_train.config import Config, LossSettings
 from care_train.distributed import all_sum
 from care_train.training.engine import MicroBatch, PolicyEngine, StepResult
 from care_train.training.groups import Group
@@ -21,6 +21,15 @@ from care_train.training.loss import (
 )
 from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
 from care_train.training.timer import timer
+
+
+def surrogate_of(loss: LossSettings) -> Clip | Cispo | Sapo:
+    """f of Eq. 12, or what `loss.surrogate` puts in its place."""
+    if loss.surrogate == "cispo":
+        return Cispo(1 + loss.clip_eps_high, 1 - loss.clip_eps_low)
+    if loss.surrogate == "sapo":
+        return Sapo()
+    return Clip(loss.clip_eps_low, loss.clip_eps_high, loss.dual_clip)
 
 
 class PolicyUpdater:
@@ -103,7 +112,8 @@ class PolicyUpdater:
             "entropy_weights": rows.entropy_weights,
             "old_log_probs": self._join([item.old_log_probs for item in items]),
             "ref_log_probs": self._join([item.ref_log_probs for item in items]),
-            "surrogate": Clip(loss.clip_eps_low, loss.clip_eps_high, loss.dual_clip),
+            "surrogate": surrogate_of(loss),
+            "return_entropy": True,
             "kl_estimator": loss.kl_estimator,
             "ratio_level": loss.ratio_level,
         }

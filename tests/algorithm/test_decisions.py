@@ -440,9 +440,9 @@ class TestKl:
         loss = load_config().loss
         assert (loss.kl_coef, loss.kl_estimator) == (0.02, "k3")
 
-    @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
+    @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3_unbiased", "exact"])
     def test_estimators(self, estimator):
-        """All four are offered."""
+        """All five are offered."""
         loss = load_config(None, [f"loss.kl_estimator={estimator}"]).loss
         assert loss.kl_estimator == estimator
 

@@ -12,6 +12,7 @@ from care_train.training.loss import (
     LossRows,
     local_denominators,
     loss_rows,
+    rows_with_a_say,
     sequence_scale,
 )
 from tests.algorithm.builders import credit_of, make_rollout
@@ -95,6 +96,15 @@ def test_no_coefficient_no_rows():
     """beta = 0 asks for no KL, and so for no reference."""
     rows = rows_of(sequence(1.0, 5), 0.1, LossSettings(kl_coef=0.0))
     assert rows.kl_weights is None and rows.entropy_weights is None
+
+
+def test_rows_with_a_say():
+    """An advantage, a share of the KL, or one of the entropy bonus."""
+    zero = torch.zeros(3)
+    advantages, kl = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.1, 0.0])
+    arguments = {"advantages": advantages, "kl_weights": None, "entropy_weights": zero}
+    assert rows_with_a_say(arguments).tolist() == [True, False, False]
+    assert rows_with_a_say(arguments | {"kl_weights": kl}).tolist() == [True, True, False]
 
 
 class TestStep:

@@ -76,6 +76,9 @@ def test_the_gate_is_passed_after_every_start_of_the_engine():
         step._checked_gap(bad, [])
 
 
+MASK = {"importance_beyond": "mask"}
+
+
 @pytest.mark.parametrize(
     ("values", "wanted"),
     [
@@ -83,11 +86,26 @@ def test_the_gate_is_passed_after_every_start_of_the_engine():
         ({"importance_cap": 5.0}, [4.0, 0.5, 1.0]),
         ({"importance_sampling": "sequence"}, [2.0, 2.0, 2.0]),
         ({"importance_sampling": "sequence", "importance_cap": 1.5}, [1.5, 1.5, 1.5]),
+        ({"importance_floor": 0.8}, [2.0, 0.8, 1.0]),
+        # IcePop's band, whose edges belong to it.
+        (
+            {"importance_beyond": "mask", "importance_floor": 0.5, "importance_cap": 3.0},
+            [0, 0.5, 1],
+        ),
+        ({"importance_beyond": "mask", "importance_floor": 0.6, "importance_cap": 5.0}, [4, 0, 1]),
+        ({"importance_sampling": "geometric"}, [2 ** (1 / 3)] * 3),
+        (MASK | {"importance_sampling": "geometric", "importance_cap": 1.25}, [0.0] * 3),
     ],
 )
 def test_importance_weights(values, wanted):
-    """Ratios 4, 1/2 and 1, of product 2."""
+    """Ratios 4, 1/2 and 1, of product 2 and geometric mean 2^(1/3): cut to floor and cap, or 0."""
     engine = [-2.0, -1.0, -0.5]
     trainer = torch.tensor(engine) + torch.tensor([4.0, 0.5, 1.0]).log()
     weights = importance_weights(trainer, engine, LossSettings(**values))
-    torch.testing.assert_close(weights, torch.tensor(wanted))
+    torch.testing.assert_close(weights, torch.tensor(wanted, dtype=torch.float32))
+
+
+def test_a_floor_above_the_cap_is_refused():
+    """No weight could lie between them."""
+    with pytest.raises(ValueError, match=r"loss.importance_floor: got 3.0, wanted at most .* 2.0"):
+        build_config({"loss": {"importance_floor": 3.0}})

@@ -170,7 +170,7 @@ def test_two_ranks_follow_one(stage, batches, cold_start, color_rows, tmp_path):
     for one, two in zip(_metrics(single), _metrics(double), strict=True):
         assert one["decoded_tokens"] == two["decoded_tokens"]
         assert one["trained_sequences"] == two["trained_sequences"]
-        for key in ("reward", "accuracy", "loss", "kl"):
+        for key in ("reward", "reward_std", "accuracy", "loss", "kl", "entropy"):
             assert one[key] == pytest.approx(two[key], abs=1e-3), key
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=2e-2)
 

@@ -14,6 +14,7 @@ from care_train.models.load import load_model
 from care_train.models.policy import Policy
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.training.engine import MicroBatch, PolicyEngine
+from care_train.training.metrics import step_metrics
 from care_train.training.optimizer import OptimizerSettings
 from tests.train.builders import load, make_engine, micro_batch, random_sequences
 from tests.train.runs import ROOT
@@ -48,6 +49,23 @@ def test_one_step_is_adamw_on_the_reference_gradient(tiny_folder):
             clear = gradients[name].abs() > 1e-6
             trained = loaded.model.get_parameter(name)
             torch.testing.assert_close(trained[clear], parameter[clear], rtol=1e-4, atol=1e-5)
+
+
+def test_the_entropy_of_the_rows_that_were_computed(tiny_folder):
+    """Rows without a say are skipped, and no part of the mean that is logged."""
+    loaded = load(tiny_folder("tiny-qwen2"))
+    engine = make_engine(loaded)
+    micro = micro_batch(engine, random_sequences(loaded), [1.0, 0.0, 2.0, 0.0, 0.25, 1.5])
+    hidden = engine.rows(micro.batch)
+    logits = (hidden @ loaded.model.get_output_embeddings().weight.T).detach().float()
+    wanted = torch.distributions.Categorical(logits=logits).entropy()
+    active = micro.loss_arguments["advantages"] != 0
+    assert 0 < int(active.sum()) < len(active)
+    result = engine.step(
+        [MicroBatch(micro.batch, micro.loss_arguments | {"return_entropy": True})], 1.0
+    )
+    values = step_metrics([], [result], engine.device)
+    assert values["entropy"] == pytest.approx(float(wanted[active].mean()), rel=1e-4)
 
 
 def test_micro_batches_accumulate_to_the_whole_batch(tiny_folder):

@@ -1,0 +1,234 @@
+"""CARE inside verl: on the same group its token advantages are Algorithm 1's, bit for bit.
+
+Needs verl 0.9, which is no dependency of the project: docs/verl.md says how these are run.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("verl", reason="verl is not installed: docs/verl.md")
+
+from omegaconf import OmegaConf
+from verl import DataProto
+from verl.trainer.ppo import core_algos, ray_trainer
+
+from care_kernels.objective import Clip
+from care_kernels.oracle import reference_surrogate
+from care_train.algorithm.care import select_subgroup, subgroup_update
+from care_train.algorithm.region_weights import spread_advantages
+from care_train.algorithm.types import RolloutGroup
+from care_train.config import build_config
+from care_train.integrations import verl as door
+
+RIGHT = "<think>the sky is {}</think> <answer>blue</answer>"
+WRONG = "<think>the sky is {}</think> <answer>red</answer>"
+WORDS = ("wide", "a rose", "low and far", "clay", "sea", "no idea", "b c", "d e f")
+GROUPS = (
+    [RIGHT.format(w) for w in WORDS[:3]] + [WRONG.format(w) for w in WORDS[3:]] + ["a", "<think"],
+    [WRONG.format(w) for w in WORDS],
+    [RIGHT.format(w) for w in WORDS],
+)
+"""Anchored, with malformed failures; rescued; skipped."""
+
+
+def reward_of(text: str) -> float:
+    return 0.9 * ("<answer>blue" in text) + 0.1 * ("</answer>" in text)
+
+
+class Batch:
+    """verl's batch of `GROUPS`, their responses in an order of their own."""
+
+    def __init__(self, model: Path) -> None:
+        self.text = door.token_text(str(model))
+        tokenizer: Any = self.text._tokenizer
+        flat = [(f"uid-{g}", text) for g, group in enumerate(GROUPS) for text in group]
+        order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(0)).tolist()
+        self.rows = [flat[i] for i in order]
+        ids = [tokenizer(text)["input_ids"] for _, text in self.rows]
+        # One was cut by the length limit; the others end.
+        ends = [[] if i == 4 else [tokenizer.eos_token_id] for i in range(len(ids))]
+        self.ids = [own + end for own, end in zip(ids, ends, strict=True)]
+        width = max(map(len, self.ids)) + 2
+        self.responses = torch.zeros(len(ids), width, dtype=torch.long)
+        self.mask = torch.zeros(len(ids), width)
+        rewards = torch.zeros(len(ids), width)
+        for i, own in enumerate(self.ids):
+            self.responses[i, : len(own)] = torch.tensor(own)
+            self.mask[i, : len(own)] = 1
+            rewards[i, len(own) - 1] = reward_of(self.rows[i][1])
+        generator = torch.Generator().manual_seed(1)
+        self.log_probs = -torch.rand(len(ids), width, generator=generator)
+        self.data = DataProto.from_single_dict(
+            {
+                "responses": self.responses,
+                "response_mask": self.mask,
+                "token_level_rewards": rewards,
+                "old_log_probs": self.log_probs,
+                "uid": np.array([uid for uid, _ in self.rows], dtype=object),
+            }
+        )
+
+    def group(self, uid: str, care: door.CareInVerl) -> tuple[list[int], RolloutGroup]:
+        rows = [i for i, (own, _) in enumerate(self.rows) if own == uid]
+        rollouts = [
+            door.rollout_of(self.ids[i], reward_of(self.rows[i][1]), self.text, care) for i in rows
+        ]
+        embeddings = torch.stack([door.rationale_counts(rollout) for rollout in rollouts])
+        sums = (self.log_probs * self.mask).sum(-1)[rows]
+        return rows, RolloutGroup(tuple(rollouts), embeddings, sums)
+
+
+def algorithm_config(model: Path, **settings: Any) -> Any:
+    """The `algorithm` section of a whole configuration, as hydra would give it."""
+    care = {"model": "${actor_rollout_ref.model.path}", "settings": settings}
+    values = {
+        "actor_rollout_ref": {"model": {"path": str(model)}},
+        "algorithm": {"adv_estimator": "care", "care": care},
+    }
+    return OmegaConf.create(values).algorithm
+
+
+def computed(batch: Batch, config: Mapping) -> Tensor:
+    """Through the call of verl's own trainers."""
+    data = ray_trainer.compute_advantage(batch.data, "care", config=config)
+    assert torch.equal(data.batch["advantages"], data.batch["returns"])
+    return data.batch["advantages"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_negatives": 2, "think_weight": 0.5}], ids=str)
+def test_token_advantages_are_algorithm_1s(tiny_folder, settings):
+    """Selection, rescue and region weights on the same groups, without reflection."""
+    folder = tiny_folder("tiny-qwen2")
+    batch, config = Batch(folder), algorithm_config(folder, **settings)
+    advantages = computed(batch, config)
+    care = build_config({"care": {**settings, "reflection": {"enabled": False}}}).care
+    wanted, skipped = torch.zeros_like(advantages), []
+    for uid in dict.fromkeys(uid for uid, _ in batch.rows):
+        rows, group = batch.group(uid, door.settings_of(config))
+        subgroup = select_subgroup(group, care)
+        if isinstance(subgroup, str):
+            skipped.append(subgroup)
+            continue
+        update = subgroup_update(subgroup, care)
+        places = {id(rollout): i for i, rollout in zip(rows, group.rollouts, strict=True)}
+        lengths = [len(sequence.rollout.token_ids) for sequence in update.sequences]
+        pieces = spread_advantages(update.sequences).split(lengths)
+        for sequence, row in zip(update.sequences, pieces, strict=True):
+            wanted[places[id(sequence.rollout)], : len(row)] = row
+    assert skipped == ["all_correct"]
+    assert torch.equal(advantages, wanted) and (advantages > 0).any() and (advantages < 0).any()
+    assert (advantages[batch.mask == 0] == 0).all()
+
+
+def test_what_a_response_is(tiny_folder):
+    """Right from the threshold on; its end token is told from a cut."""
+    batch = Batch(tiny_folder("tiny-qwen2"))
+    groups = [batch.group(f"uid-{g}", door.CareInVerl(model="x"))[1].rollouts for g in range(3)]
+    assert sorted(rollout.accuracy for rollout in groups[0]) == [0.0] * 7 + [1.0] * 3
+    assert sum(not rollout.finished for group in groups for rollout in group) == 1
+
+
+def test_near_rationales_are_near(tiny_folder):
+    """The stand-in for Eq. 4: the same words are at distance 0, fewer shared ones farther."""
+    text = door.token_text(str(tiny_folder("tiny-qwen2")))
+    care = door.CareInVerl(model="x")
+    tokenizer: Any = text._tokenizer
+
+    def counts(words: str) -> Tensor:
+        ids = tokenizer(f"<think>{words}</think><answer>1</answer>")["input_ids"]
+        return door.rationale_counts(door.rollout_of(ids, 0.0, text, care))
+
+    same, near, far = (
+        float(counts("the image is red") @ counts(other))
+        for other in ("the image is red", "the image is blue", "what?")
+    )
+    assert same == pytest.approx(1.0) and same > near > far
+
+
+def test_the_loss_is_eq_12(tiny_folder):
+    """The mean over responses of the clipped surrogate's sum, and its gradient."""
+    batch = Batch(tiny_folder("tiny-qwen2"))
+    advantages = computed(batch, algorithm_config(tiny_folder("tiny-qwen2")))
+    generator = torch.Generator().manual_seed(2)
+    log_probs = batch.log_probs + 0.5 * torch.randn(advantages.shape, generator=generator)
+    ours, plain = (log_probs.clone().requires_grad_() for _ in range(2))
+    config = SimpleNamespace(
+        clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=0.28, global_batch_info={}
+    )
+    loss_of = core_algos.get_policy_loss_fn("care")
+    loss, metrics = loss_of(
+        batch.log_probs, ours, advantages, batch.mask, "token-mean", config, None
+    )
+    ratio = (plain - batch.log_probs).exp()
+    value = reference_surrogate(Clip(0.2, 0.28), ratio, plain, advantages)
+    wanted = -(value * batch.mask).sum() / len(batch.rows)
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
+    wanted.backward()
+    torch.testing.assert_close(ours.grad, plain.grad)
+    assert 0 < metrics["actor/pg_clipfrac"] < 1
+
+
+class Fetched(dict):
+    """What verl's queue returns."""
+
+    def to_padded_tensor(self) -> "Fetched":
+        return self
+
+
+class Meta(SimpleNamespace):
+    """verl's handle of a batch in the queue."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def test_the_v1_trainer_fetches_the_token_ids(tiny_folder, monkeypatch):
+    """Its own batch has rewards and log-probs alone; the queue has the rest.
+
+    The trainer's method is verl's; the queue, which needs its servers, is replaced.
+    """
+    base = pytest.importorskip("verl.trainer.ppo.v1.trainer_base")
+    folder = tiny_folder("tiny-qwen2")
+    batch, asked = Batch(folder), []
+
+    def kv_batch_get(keys, partition_id, select_fields):
+        asked.append(select_fields)
+        columns: dict[str, Any] = dict(batch.data.batch.items())
+        columns["rm_scores"] = columns["token_level_rewards"]
+        columns["uid"] = batch.data.non_tensor_batch["uid"]
+        return Fetched({name: columns[name] for name in select_fields if name in columns})
+
+    def kv_batch_put(keys, partition_id, fields):
+        return fields
+
+    def data_proto(batch):
+        return SimpleNamespace(batch=batch, non_tensor_batch={})
+
+    queue = SimpleNamespace(kv_batch_get=kv_batch_get, kv_batch_put=kv_batch_put)
+    monkeypatch.setattr(base, "tq", queue)
+    monkeypatch.setattr(base, "DataProto", data_proto)
+    monkeypatch.setattr(base, "response_to_nested", lambda values, mask: values)
+    monkeypatch.setattr(base, "TensorDict", lambda values, batch_size: values)
+    algorithm = OmegaConf.to_container(algorithm_config(folder), resolve=True)
+    assert isinstance(algorithm, dict)
+    algorithm |= {"gamma": 1.0, "lam": 1.0, "use_kl_in_reward": False}
+    config = {"algorithm": algorithm, "actor_rollout_ref": {"rollout": {"n": 8}}}
+    trainer = SimpleNamespace(config=OmegaConf.create(config))
+    meta = Meta(keys=["key"] * len(batch.rows), partition_id="train")
+    found = base.PPOTrainer._compute_advantage(trainer, meta, {})
+    assert ["responses"] in asked
+    assert torch.equal(found["advantages"], computed(batch, algorithm_config(folder)))
+
+
+def test_a_missing_section_is_named():
+    """With the override that mends it."""
+    with pytest.raises(ValueError, match=r"algorithm.care: got nothing, wanted at least"):
+        door.settings_of({"adv_estimator": "care"})
