@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from care_train.algorithm.care import skip_before_forward
+from care_train.algorithm.importance import importance_weights
 from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.spans import rationale_span
 from care_train.algorithm.types import Rollout, TrainSequence
-from care_train.config import Config, LossSettings
+from care_train.config import Config
 from care_train.models.batch import ModelBatch, TokenSequence
 from care_train.models.policy import Policy
 from care_train.training.engine import PolicyEngine
@@ -298,33 +299,6 @@ class LogProbs:
     def _may_train_off_context(self) -> bool:
         config = self._config
         return config.algorithm == "care" and config.care.reflection.context == "x_only"
-
-
-def importance_weights(
-    trainer: torch.Tensor, engine: Sequence[float], loss: LossSettings
-) -> torch.Tensor:
-    """[T] pi_trainer / pi_engine: each token's, or the sequence's product or geometric mean.
-
-    Beyond the floor and the cap it is cut to them, or 0.
-
-    An engine computes the policy with other kernels, batches and caches, or from weights that are
-    one update old.
-
-    Args:
-        trainer: [T] log-probs by the trainer, before the update.
-        engine: T log-probs by the engine that sampled.
-        loss: the settings that begin with `importance`.
-    """
-    log_ratio = trainer.float().cpu() - torch.tensor(engine)
-    if loss.importance_sampling == "sequence":
-        log_ratio = log_ratio.sum().expand_as(log_ratio)
-    elif loss.importance_sampling == "geometric":
-        log_ratio = log_ratio.mean().expand_as(log_ratio)
-    weights = log_ratio.exp()
-    bounded = weights.clamp(loss.importance_floor, loss.importance_cap)
-    if loss.importance_beyond == "truncate":
-        return bounded
-    return weights.where(weights == bounded, 0.0)
 
 
 def _rationale_positions(sequence: TokenSequence, rollout: Rollout) -> tuple[int, int]:

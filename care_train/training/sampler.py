@@ -158,7 +158,7 @@ class AheadSampler(Sampler):
 
     They come from the weights before this step's update, one update old when they are trained on.
     The engine's log-probs, those of the policy that sampled, correct for it: each token's (or
-    sequence's) gradient is weighed by pi_trainer / pi_engine (`log_probs.importance_weights`).
+    sequence's) gradient is weighed by pi_trainer / pi_engine (`algorithm.importance`).
     """
 
     _next: _Started | None = None

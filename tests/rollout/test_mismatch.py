@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from care_train.algorithm.importance import importance_weights
 from care_train.algorithm.types import Credit, TrainSequence
 from care_train.config import LossSettings, build_config
 from care_train.training.failures import EngineError
-from care_train.training.log_probs import TrainItem, importance_weights
+from care_train.training.log_probs import TrainItem
 from care_train.training.metrics import check_engine_gap, engine_gap
 from care_train.training.step import TrainStep
 from tests.algorithm.builders import right
