@@ -107,8 +107,11 @@ SMALL = [
 @pytest.mark.parametrize(
     "names",
     [
-        ["care_official", "dapo"],
-        pytest.param(["care", "care_no_rgr", "dr_grpo", "grpo", "gspo"], marks=pytest.mark.slow),
+        ["care_official", "dapo", "cispo", "reinforce_pp"],
+        pytest.param(
+            ["care", "care_no_rgr", "dr_grpo", "grpo", "gspo", "rloo", "sapo"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["some", "others"],
 )

@@ -12,12 +12,13 @@ def reward(accuracy: float, format_score: float, format_weight: float) -> float:
     return (1.0 - format_weight) * accuracy + format_weight * format_score
 
 
-def overlong_penalty(num_tokens: int, limit: int, buffer: int) -> float:
+def overlong_penalty(num_tokens: int, limit: int, buffer: float) -> float:
     """DAPO's soft overlong punishment (arXiv:2503.14476, Eq. 13), in [-1, 0].
 
     Args:
         num_tokens: |y|.
         limit: L_max, the length limit of a response.
-        buffer: L_cache, over which the punishment grows from 0 to -1.
+        buffer: L_cache as a share of L_max; over it the punishment grows from 0 to -1.
     """
-    return -max(num_tokens - (limit - buffer), 0) / buffer
+    cache = buffer * limit
+    return -max(num_tokens - (limit - cache), 0.0) / cache

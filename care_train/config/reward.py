@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from care_train.config.base import Role, check, section
+from care_train.config.base import PositiveShare, Role, check, section
 
 JUDGE_PROMPT = """\
 You compare a candidate's final answer with the reference answer to a question. They agree when
@@ -109,9 +109,9 @@ class RewardSettings:
     tolerance: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Largest distance of a number, relative to the key. None: the answer type's own; a row's
     `tolerance` column comes first."""
-    overlong_buffer: PositiveInt | None = None
-    """Tokens before the length limit over which the reward falls by up to 1: DAPO's soft overlong
-    punishment (arXiv:2503.14476, Eq. 13). None: length does not count."""
+    overlong_buffer: PositiveShare | None = None
+    """The last share of `rollout.max_new_tokens`, over which the reward falls by up to 1: DAPO's
+    soft overlong punishment (arXiv:2503.14476, Eq. 13; there 0.2). None: length does not count."""
     workers: Annotated[PositiveInt, Role.SPEED] = 2
     """Processes per rank that compare symbolic answers; they start when first needed."""
     timeout: PositiveFloat = 5.0

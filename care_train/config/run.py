@@ -85,9 +85,6 @@ class Config:
             self.loss.aggregation,
             "'sequence' with preset = 'literal': a token mean has no per-group form",
         )
-        buffer, limit = self.reward.overlong_buffer, self.rollout.max_new_tokens
-        wanted = f"null, or at most rollout.max_new_tokens = {limit}"
-        check(buffer is None or buffer <= limit, "reward.overlong_buffer", buffer, wanted)
         if self.train.rollouts_ahead:
             self._check_rollouts_ahead()
         if self.rollout.vllm.lora == "adapter":

@@ -145,7 +145,7 @@ class TestTruncated:
 )
 def test_the_soft_overlong_punishment(num_tokens, penalty):
     """DAPO, Eq. 13: 0 up to L_max - L_cache = 80, then falling to -1 at L_max = 100."""
-    assert overlong_penalty(num_tokens, 100, 20) == pytest.approx(penalty)
+    assert overlong_penalty(num_tokens, 100, 0.2) == pytest.approx(penalty)
 
 
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
