@@ -7,6 +7,7 @@ from typing import Any
 
 from care_train.reporting.files import write_file, write_json
 from care_train.reporting.interval import proportion_interval
+from care_train.reporting.learnt import learnt_section
 from care_train.reporting.markdown import fenced, markdown_table, markdown_text
 from care_train.reporting.samples import SAMPLES_FILE, SampleRecord, printable, read_samples
 
@@ -68,6 +69,7 @@ def write_report(
         markdown_table(("", ""), fact_rows(summary)),
         _time_use(metrics),
         _scores(summary),
+        learnt_section(run_dir),
         _pictures(run_dir),
         _group_use(metrics),
         _samples(read_samples(run_dir / SAMPLES_FILE)),

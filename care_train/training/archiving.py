@@ -192,7 +192,8 @@ def _roles(group: Group) -> dict[int, tuple[str, int | None]]:
     found: dict[int, tuple[str, int | None]] = {}
     for place, member in enumerate(others, start=1):
         if member.index is not None:
-            found[member.index] = ("hard_negative", place)
+            is_negative = member.is_negative
+            found[member.index] = ("hard_negative", place) if is_negative else ("positive", None)
     if anchor.index is not None:
         found[anchor.index] = ("pseudo_anchor" if group.subgroup.rescued else "anchor", None)
     return found

@@ -13,6 +13,7 @@ from care_train.distributed import own_environment
 ROOT = Path(__file__).parents[2]
 _CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 _SETTINGS = (
+    f"--config={ROOT / 'configs' / 'easy_vqa.yaml'}",
     "prompt.system=null",
     "rollout.group_size=6",
     "rollout.max_new_tokens=24",

@@ -16,6 +16,7 @@ from care_train.reporting import (
     write_report,
     write_summary,
 )
+from care_train.reporting.learnt import compared_answers
 
 _SUMMARY: dict[str, Any] = {
     "name": "demo",
@@ -166,3 +167,31 @@ def test_summary_survives_a_failed_write(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         write_summary(tmp_path, {"step": 2})
     assert json.loads((tmp_path / "summary.json").read_text()) == {"step": 1}
+
+
+def _answers(step: int, **right: bool) -> list[dict]:
+    """An evaluation of `first` and `second` by greedy answers, and of `first` by a sampled one."""
+    rows = [
+        {"row_id": name, "prompt": f"what is {name}?", "answer": "7", "decoding": "greedy"}
+        | {"text": f"<answer>{7 if is_right else step}</answer>", "accuracy": float(is_right)}
+        for name, is_right in right.items()
+    ]
+    return [*rows, rows[0] | {"decoding": "sampled", "accuracy": 1.0}]
+
+
+def test_what_a_run_learnt_is_shown_by_question_and_by_example():
+    """Of greedy answers: each question's accuracy before and after, and one that became right."""
+    before, after = _answers(1, first=False, second=False), _answers(2, first=True, second=False)
+    text = compared_answers(before, after)
+    assert "| what is first? | 1 | 0.0% | 100.0% |" in text
+    assert "| what is second? | 1 | 0.0% | 0.0% |" in text
+    assert "before:    <answer>1</answer>\nafter:     <answer>7</answer>" in text
+    assert "second:\n" not in text
+    assert compared_answers(before[:1], []) == ""
+
+
+def test_a_runs_report_has_what_its_archive_says_it_learnt(quickstart_run: Path):
+    """The first and the last evaluation of a real run, compared in its report.md."""
+    text = (quickstart_run / "report.md").read_text()
+    section = text.partition("## What it learnt")[2].partition("\n## ")[0]
+    assert "| what color is the image? |" in section

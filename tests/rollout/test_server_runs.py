@@ -14,6 +14,7 @@ def start(tiny_folder, color_rows, tmp_path_factory) -> list[str]:
     """Arguments of a quickstart from a folder, which the module's server serves too."""
     return [
         "quickstart",
+        "--config=configs/easy_vqa.yaml",
         *SMALL,
         *COLD_START,
         *data_arguments(color_rows),

@@ -8,6 +8,7 @@ from tests.train.runs import COLD_START, SMALL, Run, data_arguments, run
 
 ARGUMENTS = (
     "quickstart",
+    "--config=configs/easy_vqa.yaml",
     *SMALL,
     *COLD_START,
     "rollout.engine=vllm",

@@ -5,6 +5,7 @@ import { shown, signed, visible, words } from "./text.js";
 
 const ROLES = {
   anchor: "Anchor",
+  positive: "Positive beside the anchor",
   pseudo_anchor: "Pseudo-anchor",
   hard_negative: "Hard negative",
   reflected_success: "Reflection that succeeded",
