@@ -67,22 +67,13 @@ def _run(options: argparse.Namespace) -> int:
         path = configs_folder() / "quickstart.yaml"
     config, files = load_config(path, options.overrides), config_files(path, options.overrides)
     quiet_libraries()
-    from care_train import commands
+    from care_train.commands import run_command
     from care_train.distributed import barrier, is_main
     from care_train.reporting import show_summary
-    from care_train.training.guard import guarded
-    from care_train.training.run_folder import open_run
     from care_train.training.run_place import run_dir_of
 
-    run = {
-        "quickstart": commands.quickstart,
-        "sft": commands.sft,
-        "train": commands.train,
-        "eval": commands.evaluate,
-    }[options.command]
     try:
-        with guarded(config.limits, run_dir_of(config)), open_run(config, files) as folder:
-            summary = run(config, folder)
+        summary = run_command(options.command, config, files)
     except Stopped as stopped:
         if is_main():
             print(f"{stopped}; go on with the same command and --resume, or with", file=sys.stderr)

@@ -1,19 +1,14 @@
-"""What the command line runs: each command from a configuration to a run's folder."""
+"""What the command line and `CareTrainer` run: from a configuration to a run's folder."""
 
-import platform
-import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import care_train
-from care_train.config import Config, config_to_dict, config_to_yaml, load_config
+from care_train.config import Config, config_to_dict, load_config
 from care_train.data import Sample, load_samples, require_rationales
 from care_train.distributed import barrier, initialize_process_group, is_main
 from care_train.evaluation.benchmark_run import (
@@ -23,22 +18,18 @@ from care_train.evaluation.benchmark_run import (
 )
 from care_train.evaluation.evaluate import evaluate_both
 from care_train.models.tiny import model_folder
+from care_train.publishing import claim
 from care_train.reporting import (
-    ARCHIVE,
-    SIGNATURE_COLUMNS,
     MetricsLogger,
-    k_signature,
-    plot_learning_curves,
-    plot_signature,
-    read_archive,
     read_metrics,
-    write_report,
-    write_summary,
 )
 from care_train.reporting.archive import ArchiveWriter
+from care_train.summary import Summary, before_and_after, finish, run_facts
 from care_train.training.archiving import open_writer
 from care_train.training.checkpoint import Checkpoint
 from care_train.training.folders import clean_up
+from care_train.training.given import Given
+from care_train.training.guard import guarded
 from care_train.training.resume import (
     check_progress,
     check_settings,
@@ -49,12 +40,36 @@ from care_train.training.resume import (
 from care_train.training.rl import open_checkpoints, run_training
 from care_train.training.rng import seed_all
 from care_train.training.row_check import usable_rows
-from care_train.training.run_folder import RunFolder
-from care_train.training.run_place import CONFIG_FILE
+from care_train.training.run_folder import RunFolder, open_run
+from care_train.training.run_place import CONFIG_FILE, run_dir_of
 from care_train.training.session import Session, open_session
 from care_train.training.sft import cold_start_checkpoints, cold_start_rows, count_rows, run_sft
 
-Summary = dict[str, Any]
+
+def run_command(
+    command: str, config: Config, files: Mapping[str, Path], given: Given | None = None
+) -> Summary:
+    """Run `quickstart`, `sft`, `train` or `eval`, in a folder of its own; its summary.
+
+    Args:
+        command: which.
+        config: the run's settings.
+        files: those the settings were read from, by what named them.
+        given: what a program hands over.
+
+    Raises:
+        Stopped: a signal asked for it; a checkpoint is saved.
+        ValueError: a setting, a row or a file that cannot be used.
+        RunError: the run cannot go on (docs/failures.md).
+    """
+    given = given or Given()
+    work = {"quickstart": quickstart, "sft": sft, "train": train, "eval": evaluate}[command]
+    with (
+        guarded(config.limits, run_dir_of(config), in_program=given.in_program),
+        open_run(config, files) as run,
+    ):
+        claim(config)
+        return work(config, run, given)
 
 
 def _checkpoint(config: Config, run: RunFolder, cold_start: str | None = None) -> Checkpoint | None:
@@ -97,71 +112,73 @@ def _checkpoint(config: Config, run: RunFolder, cold_start: str | None = None) -
     if is_main():
         start = "step 0: no checkpoint yet" if checkpoint is None else str(checkpoint.folder)
         print(f"resuming {folder} from {start}", file=sys.stderr)
-        if {"wandb", "trackio"} & set(config.logging.report_to):
-            print("wandb and trackio show later steps a second time", file=sys.stderr)
+        if {*config.logging.report_to} - {"tensorboard"}:
+            print("trackers show steps after it a second time", file=sys.stderr)
     return checkpoint
 
 
-def sft(config: Config, run: RunFolder) -> Summary:
+def sft(config: Config, run: RunFolder, given: Given) -> Summary:
     """`care-train sft`: cold start; the model goes to `final/`."""
     device, start = _begin(config)
     checkpoint = _checkpoint(config, run, "final")
-    samples = load_samples(config.sft.data, config.seed, "sft.data")
+    samples = load_samples(config.sft.data, config.seed, "sft.data", given.rows)
     if run.is_resumed and (run.path / "final").is_dir():
         # It had ended: all that a kill can have cut short is the report.
         values = read_metrics(run.begin({}) / "metrics.jsonl")[-1]
         values |= count_rows(samples, require_rationales(samples))
     else:
-        session = open_session(config, model_folder(config, run.path / "base", samples), device)
+        base = model_folder(config, run.path / "base", samples)
+        session = open_session(config, base, device, given)
         rows = cold_start_rows(session, samples, run.path)
         run_dir = run.begin({"sft.data": samples})
-        with _metrics(run_dir, config) as metrics:
+        with _metrics(run_dir, session) as metrics:
             values = run_sft(
                 session, rows, run_dir / "final", metrics, device, checkpoint, run.started
             )
     kept = ("loss", "eval_loss", "rows", "rows_without_rationale")
     scores = {key: values[key] for key in kept if key in values}
-    return _finish(run.path, config, _basics(config) | scores | {"steps": config.sft.steps}, start)
+    scores = run_facts(config, given) | scores | {"steps": config.sft.steps}
+    return finish(run.path, config, scores, start)
 
 
-def train(config: Config, run: RunFolder) -> Summary:
+def train(config: Config, run: RunFolder, given: Given) -> Summary:
     """`care-train train`: reinforcement learning from `model.path`, evaluated before and after."""
     device, start = _begin(config)
     checkpoint = _checkpoint(config, run)
-    samples = load_samples(config.data, config.seed)
-    held_out = load_held_out(config)
-    session = open_session(config, model_folder(config, run.path / "base", samples), device)
+    samples = load_samples(config.data, config.seed, given=given.rows)
+    held_out = load_held_out(config, given)
+    session = open_session(config, model_folder(config, run.path / "base", samples), device, given)
     samples = _usable(session, samples, held_out, run.path)
     run_dir = run.begin({"data": samples, "eval.data": held_out})
-    with _metrics(run_dir, config) as metrics, open_writer(config, run_dir) as archive:
+    with _metrics(run_dir, session) as metrics, open_writer(config, run_dir) as archive:
         summary = _train_from(session, run, samples, held_out, metrics, archive, device, checkpoint)
-    return _finish(run_dir, config, summary, start)
+    return finish(run_dir, config, summary, start)
 
 
-def quickstart(config: Config, run: RunFolder) -> Summary:
+def quickstart(config: Config, run: RunFolder, given: Given) -> Summary:
     """`care-train quickstart`: a tiny model, a short cold start, then `train` on real images."""
     device, start = _begin(config)
     checkpoint = _checkpoint(config, run, "cold_start")
     has_cold_start = run.is_resumed and (run.path / "cold_start").is_dir()
-    cold_samples = load_samples(config.sft.data, config.seed, "sft.data")
-    samples = load_samples(config.data, config.seed)
-    held_out = load_held_out(config)
+    cold_samples = load_samples(config.sft.data, config.seed, "sft.data", given.rows)
+    samples = load_samples(config.data, config.seed, given=given.rows)
+    held_out = load_held_out(config, given)
     base = model_folder(config, run.path / "base", chain(cold_samples, samples))
     first = run.path / "cold_start" if has_cold_start else base
-    session = open_session(config, first, device)
+    session = open_session(config, first, device, given)
     samples = _usable(session, samples, held_out, run.path)
     rows = None if has_cold_start else cold_start_rows(session, cold_samples, run.path)
     run_dir = run.begin({"sft.data": cold_samples, "data": samples, "eval.data": held_out})
-    with _metrics(run_dir, config) as metrics, open_writer(config, run_dir) as archive:
+    with _metrics(run_dir, session) as metrics, open_writer(config, run_dir) as archive:
         if rows is not None:
             cold_start = run_dir / "cold_start"
             run_sft(session, rows, cold_start, metrics, device, checkpoint, run.started)
-            session, checkpoint = open_session(config, cold_start, device), None
+            session, checkpoint = open_session(config, cold_start, device, given), None
         summary = _train_from(session, run, samples, held_out, metrics, archive, device, checkpoint)
-    return _finish(run_dir, config, summary, start)
+    return finish(run_dir, config, summary, start)
 
 
-def evaluate(config: Config, run: RunFolder) -> Summary:
+def evaluate(config: Config, run: RunFolder, given: Given) -> Summary:
     """`care-train eval`: `model.path` on `eval.benchmarks`, or on `eval.data`."""
     device, start = _begin(config)
     if not config.eval.benchmarks and config.resume:
@@ -169,31 +186,34 @@ def evaluate(config: Config, run: RunFolder) -> Summary:
     is_data_read = not config.eval.benchmarks or "data" in config.eval.benchmarks
     if is_data_read and config.held_out is None:
         raise ValueError("eval.data.path: got none, wanted the rows to evaluate on: set it")
-    held_out = load_held_out(config) if is_data_read else []
-    session = open_session(config, model_folder(config, run.path / "base", held_out), device)
+    held_out = load_held_out(config, given) if is_data_read else []
+    session = open_session(config, model_folder(config, run.path / "base", held_out), device, given)
     if config.eval.benchmarks:
         # All rows are read before the first answer: a wrong file must not stop the last benchmark.
         question_sets = open_question_sets(config)
         run_dir = run.begin({"eval.data": held_out})
         results = evaluate_benchmarks(session, question_sets, run_dir, device, run.started)
-        return _finish(run_dir, config, _basics(config) | benchmark_summary(results), start)
+        scores = run_facts(config, given) | benchmark_summary(results)
+        return finish(run_dir, config, scores, start)
     usable_rows(session, held_out, "eval.data")
     run_dir = run.begin({"eval.data": held_out})
     engine = session.rollout_engine(session.loaded, config.eval.batch_size)
     run.started()
     with open_writer(config, run_dir) as archive:
         values = evaluate_both(session, engine, held_out, device, archive=archive)
-    return _finish(run_dir, config, _basics(config) | values, start)
+    return finish(run_dir, config, run_facts(config, given) | values, start)
 
 
-def load_held_out(config: Config) -> Sequence[Sample]:
+def load_held_out(config: Config, given: Given) -> Sequence[Sample]:
     """The held-out rows; none without `eval.data`.
 
     Raises:
         ValueError: as `load_samples`.
     """
     settings = config.held_out
-    return [] if settings is None else load_samples(settings, config.seed, "eval.data")
+    if settings is None:
+        return []
+    return load_samples(settings, config.seed, "eval.data", given.rows)
 
 
 def _begin(config: Config) -> tuple[torch.device, float]:
@@ -227,7 +247,9 @@ def _train_from(
     device: torch.device,
     checkpoint: Checkpoint | None,
 ) -> Summary:
-    config, run_dir = session.config, run.path
+    config, run_dir, given = session.config, run.path, session.given
+    first_step = 0 if checkpoint is None else checkpoint.step
+    given.callbacks.begin(config, config.train.steps, first_step, session.loaded.model)
     before = _logged_before(config, run_dir, checkpoint)
     if before is None and held_out:
         before = _evaluate_session(session, held_out, device, archive, "evaluate before", 0)
@@ -245,17 +267,18 @@ def _train_from(
         archive=archive,
         started=run.started,
     )
-    facts = _basics(config) | {key: int(value) for key, value in totals.items()}
+    facts = run_facts(config, given) | {key: int(value) for key, value in totals.items()}
     if facts["steps"] < config.train.steps:
-        facts["ended_early"] = "nearly all responses were right"
-    if before is None:
-        return facts
-    trained = open_session(config, run_dir / "final", device)
-    steps = facts["steps"]
-    after = _evaluate_session(trained, held_out, device, archive, "evaluate after", steps)
-    metrics.log(steps, after, phase="eval")
-    open_checkpoints(config, run_dir).mark_best(steps, after)
-    return facts | _before_and_after(before, after)
+        asked = given.callbacks.control.should_training_stop
+        facts["ended_early"] = "a callback asked" if asked else "nearly all responses were right"
+    if before is not None:
+        trained, steps = open_session(config, run_dir / "final", device, given), facts["steps"]
+        after = _evaluate_session(trained, held_out, device, archive, "evaluate after", steps)
+        metrics.log(steps, after, phase="eval")
+        open_checkpoints(config, run_dir).mark_best(steps, after)
+        facts |= before_and_after(before, after)
+    given.callbacks.end()
+    return facts
 
 
 def _logged_before(
@@ -285,54 +308,8 @@ def _evaluate_session(
     return evaluate_both(session, engine, held_out, device, description, archive=archive, step=step)
 
 
-def _before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> Summary:
-    names = {
-        "accuracy": "accuracy",
-        "format": "format",
-        "greedy": "greedy_accuracy",
-        "blind": "blind_accuracy",
-        "greedy_format": "greedy_format",
-    }
-    summary: Summary = {"num_questions": int(before["num_questions"])}
-    for short, key in names.items():
-        if key in before:
-            summary |= {f"{short}_before": before[key], f"{short}_after": after[key]}
-    return summary
-
-
-def _basics(config: Config) -> Summary:
-    return {
-        "name": config.name,
-        "algorithm": config.algorithm,
-        "preset": config.preset,
-        "seed": config.seed,
-        "model": config.model.path,
-        "command": shlex.join(["care-train", *sys.argv[1:]]),
-        "versions": {
-            "care-rl": care_train.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "deepspeed", "triton")},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        },
-    }
-
-
-def _metrics(run_dir: Path, config: Config) -> MetricsLogger:
-    return MetricsLogger(run_dir, config.logging, config_to_dict(config), enabled=is_main())
-
-
-def _finish(run_dir: Path, config: Config, summary: Summary, start: float) -> Summary:
-    """Write summary, plots and report; the wall time is the whole command's."""
-    summary = summary | {"wall_seconds": round(time.perf_counter() - start, 1)}
-    if is_main():
-        path = run_dir / "metrics.jsonl"
-        metrics = read_metrics(path) if path.is_file() else []
-        if metrics:
-            plot_learning_curves(metrics, run_dir / "learning_curves.png")
-        if config.algorithm == "care" and (run_dir / ARCHIVE).is_dir():
-            signature = k_signature(read_archive(run_dir, columns=SIGNATURE_COLUMNS))
-            if signature is not None:
-                plot_signature(signature, run_dir / "signature.png")
-        write_summary(run_dir, summary)
-        write_report(run_dir, summary, config_to_yaml(config), metrics)
-    return summary
+def _metrics(run_dir: Path, session: Session) -> MetricsLogger:
+    config = session.config
+    logger = MetricsLogger(run_dir, config.logging, config_to_dict(config), enabled=is_main())
+    logger.observers.append(session.given.callbacks.observe)
+    return logger

@@ -6,7 +6,7 @@
 Nothing here needs torch, and nothing of care_train outside this package is imported.
 """
 
-from care_train.config.base import Role
+from care_train.config.base import FROM_PYTHON, Role
 from care_train.config.build import (
     Adapter,
     BuildSettings,
@@ -22,9 +22,16 @@ from care_train.config.care import (
     RescueSettings,
     Selector,
 )
-from care_train.config.data import SHIPPED_DATA, BenchmarkName, DataSettings, EvalSettings
+from care_train.config.data import (
+    SHIPPED_DATA,
+    BenchmarkName,
+    DataSettings,
+    EvalSettings,
+    hub_data,
+)
 from care_train.config.deepspeed import DeepSpeedSettings
 from care_train.config.help import full_help, short_help
+from care_train.config.hub import HubSettings
 from care_train.config.keys import Key, find_key, list_keys, role_of
 from care_train.config.limits import LimitSettings
 from care_train.config.loader import (
@@ -36,6 +43,7 @@ from care_train.config.loader import (
     load_build_settings,
     load_config,
     merge,
+    merge_config,
     names_run,
 )
 from care_train.config.logging import LoggingSettings
@@ -52,6 +60,7 @@ from care_train.config.run import Config
 from care_train.config.training import SftSettings, TrainSettings
 
 __all__ = [
+    "FROM_PYTHON",
     "PRESETS",
     "SHIPPED_DATA",
     "TABLE_5",
@@ -68,6 +77,7 @@ __all__ = [
     "DedupSettings",
     "DeepSpeedSettings",
     "EvalSettings",
+    "HubSettings",
     "JudgeSettings",
     "Key",
     "LimitSettings",
@@ -94,10 +104,12 @@ __all__ = [
     "configs_folder",
     "find_key",
     "full_help",
+    "hub_data",
     "list_keys",
     "load_build_settings",
     "load_config",
     "merge",
+    "merge_config",
     "names_run",
     "role_of",
     "short_help",

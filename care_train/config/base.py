@@ -9,6 +9,9 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 T = TypeVar("T")
 
+FROM_PYTHON = "python:"
+"""What stands for rows and reward functions that a program hands over: `python:NAME`."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 

@@ -1,6 +1,8 @@
 """Settings of the rows: where they come from, and the held-out ones."""
 
+import re
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, PositiveInt
@@ -22,6 +24,27 @@ SHIPPED_DATA = ("easy_vqa", "digits", *(f"digits-{length}" for length in range(2
 """Data sets that come with the installation: their names take a path's place."""
 
 
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?(?:@([\w.-]+))?")
+_ROW_FILE = re.compile(r"\.(parquet|jsonl|ndjson|json|csv|txt|gz|zip)$", re.IGNORECASE)
+
+
+def hub_data(path: str) -> tuple[str, str | None, str | None] | None:
+    """Repository, configuration and split of a data set of the Hub; None: `path` is no such id.
+
+    A file's name that is not there is a mistake, not an id.
+    """
+    found = _HUB_ID.fullmatch(path)
+    if found is None or _ROW_FILE.search(path) or Path(path).exists():
+        return None
+    return found[1], found[2], found[3]
+
+
+def without_split(path: str) -> str:
+    """`path` without the split of an id."""
+    found = hub_data(path)
+    return path if found is None else path.removesuffix(f"@{found[2]}")
+
+
 @section
 class DataSettings:
     """Where rows come from."""
@@ -29,10 +52,13 @@ class DataSettings:
     path: str = "easy_vqa"
     """`easy_vqa` (the published package); `digits`, or `digits-2` to `digits-6` (strips of so many
     handwritten digits; `digits` has 4); a Parquet, JSON lines or JSON file; a folder of them,
-    such as a downloaded repository; or a folder saved by the datasets library."""
+    such as a downloaded repository; a folder saved by the datasets library; or a data set of the
+    Hugging Face Hub, `ORG/NAME[:CONFIG][@SPLIT]`. What is on this disk comes first."""
     split: str | None = None
     """Split, where the source has several. None: `train` for training rows; for held-out ones
     (sft.eval_data) `test`, else `validation`, never `train`."""
+    revision: str | None = None
+    """Branch, tag or commit of a data set of the Hub. None: the newest."""
     max_samples: PositiveInt | None = None
     """Take this many rows, chosen by the run's seed. None: all."""
 
@@ -45,6 +71,8 @@ class HeldOutSettings:
     """As data.path. None: that of data.path."""
     split: str | None = None
     """Split, where the source has several. None: `test`, else `validation`; never `train`."""
+    revision: str | None = None
+    """As data.revision, which counts where there is no path here."""
     max_samples: PositiveInt | None = None
     """Take this many rows, chosen by the run's seed. None: all."""
 

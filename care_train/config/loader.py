@@ -48,10 +48,16 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         if not (run / "config.yaml").is_file():
             raise ValueError(f"resume: {run}: no config.yaml there, so no run to go on with")
         layers.append({"resume": True, "output_dir": str(run.parent), "name": run.name})
-    values = {} if path is None else _read(Path(path))
+    values = {} if path is None else _read(config_file(path))
     for layer in layers:
         values = _lay(values, layer)
     return build_config(values, source=str(path) if path else "the command line")
+
+
+def merge_config(path: str | Path | None, settings: Mapping[str, Any]) -> Config:
+    """The configuration of a file with nested mappings laid over it; errors as `load_config`'s."""
+    values = {} if path is None else _read(config_file(path))
+    return build_config(_lay(values, settings), source=str(path or "settings"))
 
 
 def config_files(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Path]:
@@ -60,7 +66,7 @@ def config_files(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, 
     sections = [_layer(override) for override in overrides]
     key = "--config"
     while path is not None:
-        files[key] = path
+        files[key] = path = config_file(path)
         values = read_yaml(path, _is_section())
         sections.append(values)
         base = values.get("extends")
@@ -76,7 +82,7 @@ def load_build_settings(path: str | Path, overrides: Sequence[str] = ()) -> Buil
 
     `sources.NAME.key=value` changes the source of that name.
     """
-    values = _read(Path(path), BuildSettings)
+    values = _read(config_file(path), BuildSettings)
     for override in overrides:
         values = _lay(values, _layer(override, BuildSettings))
     try:
@@ -151,6 +157,22 @@ def _read(path: Path, root: type = Config, above: tuple[Path, ...] = ()) -> dict
     values = read_yaml(path, _is_section(root))
     base = values.pop("extends", None)
     return _lay({} if base is None else _read(path.parent / base, root, above), values)
+
+
+def config_file(path: str | Path) -> Path:
+    """The file itself, or where there is none, the shipped one of this name: `care`, `data/rl`.
+
+    Raises:
+        ValueError: a name alone that is no shipped file's.
+    """
+    path, folder = Path(path), configs_folder()
+    if path.exists() or path.suffix:
+        return path
+    shipped = {file.relative_to(folder).with_suffix(""): file for file in folder.rglob("*.yaml")}
+    if path not in shipped:
+        known = ", ".join(sorted(name.as_posix() for name in shipped))
+        raise ValueError(f"--config: got {path}, wanted a YAML file or one of {known}")
+    return shipped[path]
 
 
 def _is_section(root: type = Config, prefix: str = "") -> Callable[[str], bool]:

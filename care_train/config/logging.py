@@ -7,7 +7,7 @@ from pydantic import NonNegativeInt, PositiveFloat
 
 from care_train.config.base import section
 
-Tracker = Literal["tensorboard", "wandb", "trackio"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
 
 
 @section
@@ -16,9 +16,9 @@ class LoggingSettings:
 
     report_to: list[Tracker] = field(default_factory=lambda: ["tensorboard"])
     """Where metrics go beside metrics.jsonl: tensorboard (event files in the run's folder), wandb,
-    trackio; the last two must be installed."""
+    trackio, mlflow, swanlab; all but the first must be installed."""
     project: str = "care"
-    """Project name for wandb and trackio."""
+    """Project name for the trackers that have projects."""
     samples_every: NonNegativeInt = 25
     """Steps between printed sample completions; 0: never."""
     archive: bool = True

@@ -41,8 +41,9 @@ class ModelSettings:
     """Which model, and in which precision."""
 
     path: str = "tiny-qwen2.5-vl"
-    """A Hugging Face folder, or a tiny model made on the spot: tiny-qwen2.5-vl |
-    tiny-qwen2.5-vl-scaled (first weights scaled to its width) | tiny-qwen3-vl | tiny-qwen2."""
+    """A Hugging Face folder; a model of the Hub, `ORG/NAME[@REVISION]`, where no such folder is; or
+    a tiny model made on the spot: tiny-qwen2.5-vl | tiny-qwen2.5-vl-scaled (first weights scaled to
+    its width) | tiny-qwen3-vl | tiny-qwen2."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and activations; bfloat16 keeps fp32 master weights in the optimiser."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"

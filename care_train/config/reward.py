@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from care_train.config.base import PositiveShare, Role, check, section
+from care_train.config.base import FROM_PYTHON, PositiveShare, Role, check, section
 
 JUDGE_PROMPT = """\
 You compare a candidate's final answer with the reference answer to a question. They agree when
@@ -33,7 +33,8 @@ class RewardFunctionSettings:
     """One of `reward.functions`."""
 
     function: str
-    """`file.py:function`, in the form of EasyR1, TRL or verl; docs/verifier.md has examples."""
+    """`file.py:function`, in the form of EasyR1, TRL or verl; docs/verifier.md has examples.
+    `python:NAME` stands for one that a program hands over (docs/python.md)."""
     weight: float = 1.0
     """Weight among those of the same target; a bonus is multiplied by it."""
     target: Literal["accuracy", "bonus"] = "accuracy"
@@ -49,8 +50,8 @@ class RewardFunctionSettings:
     prompt is chat messages."""
 
     def __post_init__(self) -> None:
-        path, _, name = self.function.rpartition(":")
-        good = path.endswith(".py") and name.isidentifier()
+        path, separator, name = self.function.rpartition(":")
+        good = (path.endswith(".py") or path + separator == FROM_PYTHON) and name.isidentifier()
         check(good, "reward.functions.function", self.function, "file.py:function")
         positive = self.weight > 0 or self.target == "bonus"
         check(positive, "reward.functions.weight", self.weight, "above 0")

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from care_train.config.base import Role, check, section
 from care_train.config.care import CareSettings
-from care_train.config.data import SHIPPED_DATA, DataSettings, EvalSettings
+from care_train.config.data import SHIPPED_DATA, DataSettings, EvalSettings, without_split
 from care_train.config.deepspeed import DeepSpeedSettings
+from care_train.config.hub import HubSettings
 from care_train.config.limits import LimitSettings
 from care_train.config.logging import LoggingSettings
 from care_train.config.loss import Algorithm, LossSettings
@@ -52,6 +53,7 @@ class Config:
     sft: SftSettings = field(default_factory=SftSettings)
     eval: Annotated[EvalSettings, Role.FREE] = field(default_factory=EvalSettings)
     deepspeed: DeepSpeedSettings = field(default_factory=DeepSpeedSettings)
+    hub: Annotated[HubSettings, Role.FREE] = field(default_factory=HubSettings)
     limits: Annotated[LimitSettings, Role.FREE] = field(default_factory=LimitSettings)
     logging: Annotated[LoggingSettings, Role.FREE] = field(default_factory=LoggingSettings)
 
@@ -98,8 +100,15 @@ class Config:
             if self.data.path not in SHIPPED_DATA:
                 return None
             return DataSettings(path=self.data.path, split="test")
-        path = self.data.path if held_out.path is None else held_out.path
-        return DataSettings(path=path, split=held_out.split, max_samples=held_out.max_samples)
+        path, revision = held_out.path, held_out.revision
+        if path is None:
+            path, revision = without_split(self.data.path), self.data.revision
+        return DataSettings(
+            path=path,
+            split=held_out.split,
+            revision=revision,
+            max_samples=held_out.max_samples,
+        )
 
     def _check_micro_batch_tokens(self) -> None:
         """Any sequence must fit: one that does not would end the run hours in."""

@@ -10,6 +10,7 @@ from care_train.data.dataset import (
 )
 from care_train.data.easy_vqa import Figure, derive_figures
 from care_train.data.errors import RowError, join_errors
+from care_train.data.files import Rows
 from care_train.data.images import ImageRef, image_sizes, load_image, load_images
 from care_train.data.schema import Sample, sample_digest, sample_from_row
 
@@ -18,6 +19,7 @@ __all__ = [
     "ImageRef",
     "PromptOrder",
     "RowError",
+    "Rows",
     "Sample",
     "derive_figures",
     "image_sizes",

@@ -10,13 +10,20 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, overload
 
-from care_train.config import SHIPPED_DATA, DataSettings
+from care_train.config import FROM_PYTHON, SHIPPED_DATA, DataSettings
 from care_train.data.answers import AnswerType
 from care_train.data.arrow_rows import DIGEST_COLUMN
 from care_train.data.digits import digits_samples
 from care_train.data.easy_vqa import easy_vqa_samples
 from care_train.data.errors import RowError, join_errors
-from care_train.data.files import HELD_OUT, TRAINING, open_rows
+from care_train.data.files import (
+    HELD_OUT,
+    TRAINING,
+    Rows,
+    given_rows,
+    open_hub_rows,
+    open_rows,
+)
 from care_train.data.images import ImageRef
 from care_train.data.rows import RowFile
 from care_train.data.schema import Sample, sample_digest, sample_from_row
@@ -113,7 +120,12 @@ def permutation(length: int, key: str) -> tuple[int, ...]:
     return tuple(indices)
 
 
-def load_samples(settings: DataSettings, seed: int = 0, key: str = "data") -> Sequence[Sample]:
+def load_samples(
+    settings: DataSettings,
+    seed: int = 0,
+    key: str = "data",
+    given: Mapping[str, Rows] | None = None,
+) -> Sequence[Sample]:
     """The samples of a data set, in its order, each read when it is asked for.
 
     With `max_samples`, whole rows are drawn by `seed`; a larger number adds rows to a smaller
@@ -126,6 +138,7 @@ def load_samples(settings: DataSettings, seed: int = 0, key: str = "data") -> Se
         seed: chooses rows.
         key: the settings' own name, for errors. Without `split`, `data` and `sft.data` are the
             training split, any other key a held-out one.
+        given: rows that a program hands over, by the path that stands for them.
 
     Raises:
         ValueError: an unknown or missing source, no rows, or rows that cannot be used, all of them
@@ -137,7 +150,19 @@ def load_samples(settings: DataSettings, seed: int = 0, key: str = "data") -> Se
         samples = _shipped_samples(settings.path, settings.split or splits[0])
         return [samples[place] for place in _choose(len(samples), limit, seed)]
     path = Path(settings.path).expanduser()
-    files = open_rows(settings.path, key=f"{key}.path", split=settings.split, default_splits=splits)
+    if settings.path.startswith(FROM_PYTHON):
+        files = [given_rows(settings.path, given or {}, f"{key}.path")]
+    else:
+        hub_rows = open_hub_rows(
+            settings.path, settings.split, splits, settings.revision, f"{key}.path"
+        )
+        files = (
+            [hub_rows]
+            if hub_rows
+            else open_rows(
+                settings.path, key=f"{key}.path", split=settings.split, default_splits=splits
+            )
+        )
     starts = list(accumulate(map(len, files), initial=0))
     if not starts[-1]:
         raise ValueError(f"{key}.path: {path} has no rows, wanted at least 1")

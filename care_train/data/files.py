@@ -3,12 +3,22 @@
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from care_train.data.rows import RowFile, open_file
+from care_train.config import FROM_PYTHON, hub_data
+from care_train.data.rows import ListedRows, RowFile, open_file
+from care_train.hub import snapshot
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
+
+# A class in quotes takes no `|`.
+Rows: TypeAlias = Union["datasets.Dataset", Sequence[Mapping[str, Any]]]
+"""Rows that a program hands over: of the datasets library, or a list of mappings."""
 
 TRAINING, HELD_OUT = ("train",), ("test", "validation", "val", "dev")
 """The splits that are read where none is named, the first one that is there: training rows are
@@ -16,7 +26,6 @@ never read for an evaluation unasked."""
 
 _SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json")
 _WANTED = "a Parquet, JSON lines or JSON file, a folder of them, or one of Dataset.save_to_disk"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 # What a repository, a saved data set or a finished build has beside its rows.
 _NO_ROWS = {"dataset_infos.json", "dataset_info.json", "state.json", "dataset_dict.json"}
@@ -53,10 +62,10 @@ def open_rows(
     """
     path = Path(source).expanduser()
     if not path.exists():
-        if not (download and _HUB_ID.fullmatch(source)):
+        if not (download and hub_data(source) == (source, None, None)):
             also = ", or the id of a data set on the Hub" if download else ""
             raise ValueError(f"{key}: {source} does not exist: wanted {_WANTED}{also}")
-        path = _download(source, download, revision, key)
+        path = snapshot(source, "dataset", revision, key, download)
     if not path.is_dir():
         return [_opened(path, path.name, key)]
     splits = default_splits if split is None else (split,)
@@ -67,6 +76,38 @@ def open_rows(
     files = _distinct([file for root in roots for file in _row_files(root)])
     chosen = _of_split(path, files, splits, must=split is not None, key=split_key)
     return [_opened(file, str(file.relative_to(path)), key) for file in chosen]
+
+
+def given_rows(path: str, given: Mapping[str, Rows], key: str) -> RowFile:
+    """Rows that a program hands over; relative paths of images start from the working folder.
+
+    Args:
+        path: what stands for them in the settings.
+        given: all that there are.
+        key: the setting, for errors.
+
+    Raises:
+        ValueError: none of this name, or nothing that can be indexed as rows.
+    """
+    if path not in given:
+        raise ValueError(
+            f"{key}: {path} stands for rows that a program handed over (CareTrainer): run it from "
+            "there, or set the path of a file"
+        )
+    rows, name = given[path], path.removeprefix(FROM_PYTHON)
+    if isinstance(rows, Sequence) and not isinstance(rows, str):
+        return ListedRows(name, rows)
+    import datasets
+
+    if isinstance(rows, datasets.Dataset):
+        from care_train.data.arrow_rows import ArrowRows
+
+        return ArrowRows(Path.cwd(), rows, name)
+    hint = f": choose one of {', '.join(map(str, rows))}" if isinstance(rows, Mapping) else ""
+    raise ValueError(
+        f"{name}: got a {type(rows).__name__}, wanted a datasets.Dataset or a list of "
+        f"mappings{hint}"
+    )
 
 
 def file_checksums(file: RowFile) -> list[dict[str, object]]:
@@ -101,21 +142,51 @@ def _opened(path: Path, name: str, key: str) -> RowFile:
         raise ValueError(f"{key}: {error}") from None
 
 
-def _download(hub_id: str, patterns: Sequence[str], revision: str | None, key: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def open_hub_rows(
+    path: str,
+    split: str | None,
+    default_splits: Sequence[str],
+    revision: str | None,
+    key: str,
+) -> RowFile | None:
+    """The rows of a data set of the Hub, as the datasets library reads it; None: `path` is no id.
+
+    Args:
+        path: `ORG/NAME[:CONFIG][@SPLIT]`.
+        split: which split; that of `path` is the same.
+        default_splits: those looked for, in this order, where none is named.
+        revision: which revision; None: the newest.
+        key: the setting, for errors.
+
+    Raises:
+        ValueError: no such data set, configuration or split, or it cannot be read.
+    """
+    if (found := hub_data(path)) is None:
+        return None
+    repo, name, named_split = found
+    if split and named_split and split != named_split:
+        raise ValueError(f"{key}: got {path} and split {split!r}, wanted one of the two")
+    folder = snapshot(repo, "dataset", revision, key, ("*",))
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    from care_train.data.arrow_rows import ArrowRows
 
     try:
-        folder = snapshot_download(
-            hub_id, repo_type="dataset", revision=revision, allow_patterns=list(patterns)
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
+        loaded = datasets.load_dataset(str(folder), name=name)
+    except (ValueError, OSError, DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{key}: {path}: the datasets library cannot read it: {reason}") from None
+    assert isinstance(loaded, datasets.DatasetDict)
+    wanted = split or named_split
+    splits = default_splits if wanted is None else (wanted,)
+    chosen = next((one for one in splits if one in loaded), None)
+    if chosen is None:
         raise ValueError(
-            f"{key}: {hub_id} could not be downloaded ({first}): download it elsewhere with "
-            f"`hf download --repo-type dataset {hub_id}` and give its folder"
-        ) from None
-    return Path(folder)
+            f"{key}: {path}: got no split {' or '.join(map(repr, splits))}, wanted one of "
+            f"{', '.join(map(str, loaded))}: append @SPLIT"
+        )
+    return ArrowRows(folder, loaded[chosen], f"{repo}@{chosen}")
 
 
 def _open_saved(folder: Path, splits: Sequence[str], key: str) -> RowFile:

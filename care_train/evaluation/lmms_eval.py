@@ -8,7 +8,6 @@ point `lmms_eval.models`. Imported by LMMs-Eval alone, which is no dependency of
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from care_train.data.schema import IMAGE_PLACEHOLDER
 from care_train.distributed import initialize_process_group, rank, world_size
 from care_train.evaluation.answering import answer_of
 from care_train.evaluation.evaluate import decoding
+from care_train.hub import model_folder
 from care_train.rollout.engine import Request, SamplingSettings, request_seed
 from care_train.training.session import open_session
 
@@ -69,7 +69,7 @@ class CareTrainModel(lmms):
         # On several ranks LMMs-Eval counts requests and waits through these two.
         self._device = initialize_process_group()
         self.accelerator = Accelerator(cpu=self._device.type == "cpu")
-        self._session = open_session(self._config, Path(path), self._device)
+        self._session = open_session(self._config, model_folder(path), self._device)
         self._engine = self._session.rollout_engine(
             self._session.loaded, self._config.eval.batch_size
         )

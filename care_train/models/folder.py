@@ -63,8 +63,8 @@ def read_config(folder: Path) -> Any:
                 "(peft: `merge_and_unload`, or `care-train export` without --adapter)"
             )
         raise ValueError(
-            f"model.path: {folder}: no config.json there; wanted a Hugging Face model folder "
-            "(download it first, for example with `hf download`)"
+            f"model.path: {folder}: no config.json there; wanted a Hugging Face model folder, or a "
+            "model of the Hub (ORG/NAME)"
         )
     pointers = [path.name for path in sorted(folder.iterdir()) if _is_pointer(path)]
     if pointers:

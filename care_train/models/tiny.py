@@ -31,6 +31,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
+from care_train import hub
 from care_train.config import Config
 from care_train.data import Sample
 from care_train.distributed import barrier, is_main
@@ -69,7 +70,7 @@ _CORPUS = (
 
 
 def model_folder(config: Config, folder: Path, samples: Iterable[Sample]) -> Path:
-    """`model.path`, or the tiny model that it names, built in `folder` unless it is there already.
+    """`model.path`'s folder, or the tiny model that it names, built in `folder` unless it is there.
 
     Args:
         config: the run's.
@@ -78,7 +79,7 @@ def model_folder(config: Config, folder: Path, samples: Iterable[Sample]) -> Pat
             Read only where a tiny model is built.
     """
     if config.model.path not in TINY_KINDS:
-        return Path(config.model.path)
+        return hub.model_folder(config.model.path)
     if is_main() and not (folder / "config.json").is_file():
         # The suffix of what a killed run leaves unfinished: `clean_up` removes it.
         partial = folder.with_name(folder.name + ".partial")

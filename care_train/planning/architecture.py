@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from care_train.hub import model_folder
 from care_train.models.folder import read_config
 from care_train.models.load import auto_class
 from care_train.models.tiny import TINY_KINDS, tiny_config
@@ -106,13 +107,14 @@ def _read_config(path: str) -> Any:
     if name is not None and not (Path(path) / "config.json").is_file():
         values = json.loads((_FOLDER / f"{name}.json").read_text())
         return AutoConfig.for_model(values.pop("model_type"), **values)
-    if not Path(path).is_dir():
+    folder = model_folder(path, with_weights=False)
+    if not folder.is_dir():
         raise ValueError(
-            f"model.path: {path}: no such folder; wanted a Hugging Face model folder, one of "
-            f"{', '.join(TINY_KINDS)}, or a folder named {', '.join(BACKBONES)} (with or without "
-            "-Instruct)"
+            f"model.path: {path}: no such folder; wanted a Hugging Face model folder, a model of "
+            f"the Hub (ORG/NAME), one of {', '.join(TINY_KINDS)}, or a folder named "
+            f"{', '.join(BACKBONES)} (with or without -Instruct)"
         )
-    return read_config(Path(path))
+    return read_config(folder)
 
 
 def backbone_of(path: str) -> str | None:

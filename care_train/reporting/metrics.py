@@ -1,15 +1,14 @@
-"""The numbers of a run: metrics.jsonl, and TensorBoard, Weights & Biases or trackio on request."""
+"""The numbers of a run: metrics.jsonl, and on request experiment trackers."""
 
-import importlib
-import importlib.util
 import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from care_train.config import LoggingSettings
 from care_train.reporting.files import JsonlWriter, read_jsonl
+from care_train.reporting.samples import SampleRecord, append_sample
+from care_train.reporting.trackers import Tracker, open_trackers
 
 METRICS_FILE = "metrics.jsonl"
 _RESERVED = ("phase", "step", "time")
@@ -36,11 +35,14 @@ class MetricsLogger:
         Raises:
             ValueError: a tracker that the settings ask for is not installed.
         """
+        self.observers: list[Callable[[str, int, Mapping[str, float]], None]] = []
+        """Called on every rank with phase, step and values of each record."""
+        self._run_dir = run_dir
         self._file: JsonlWriter | None = None
-        self._trackers: list[_Tracker] = []
+        self._trackers: list[Tracker] = []
         if enabled:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._trackers = _open_trackers(run_dir, settings, config)
+            self._trackers = open_trackers(run_dir, settings, config)
             self._file = JsonlWriter(run_dir / METRICS_FILE)
 
     def log(self, step: int, values: Mapping[str, float], phase: str = "train") -> None:
@@ -56,14 +58,29 @@ class MetricsLogger:
         """
         if taken := [key for key in _RESERVED if key in values]:
             raise ValueError(f"values: got the reserved name {taken[0]!r}")
-        if self._file is None:
-            return
         numbers = {
             key: value if isinstance(value, int) else float(value) for key, value in values.items()
         }
-        self._file.write({"phase": phase, "step": step, "time": time.time(), **numbers})
+        if self._file is not None:
+            self._file.write({"phase": phase, "step": step, "time": time.time(), **numbers})
+            for tracker in self._trackers:
+                tracker.log(phase, step, numbers)
+        for observe in self.observers:
+            observe(phase, step, numbers)
+
+    def sample(self, record: SampleRecord, images: Callable[[], Sequence[Any]]) -> None:
+        """Keep a completion in samples.jsonl, and show it where trackers show such.
+
+        Args:
+            record: the completion.
+            images: makes its prompt's images; called where there are trackers.
+        """
+        if self._file is None:
+            return
+        append_sample(self._run_dir, record)
+        shown = images() if self._trackers else ()
         for tracker in self._trackers:
-            tracker.log(phase, step, numbers)
+            tracker.sample(record, shown)
 
     def close(self) -> None:
         """Close every place; closing twice is fine."""
@@ -98,89 +115,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}:{number}: no {missing[0]!r}")
         records[record["phase"], record["step"]] = record
     return list(records.values())
-
-
-class _Tracker(Protocol):
-    def log(self, phase: str, step: int, values: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def _open_trackers(
-    run_dir: Path, settings: LoggingSettings, config: Mapping[str, Any]
-) -> list[_Tracker]:
-    kinds = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
-    for name in settings.report_to:
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(
-                f"logging.report_to: got {name}, but it is not installed: `pip install {name}`, or "
-                "take it off the list"
-            )
-    return [kinds[name](run_dir, settings.project, dict(config)) for name in settings.report_to]
-
-
-class _TensorBoard:
-    """One event folder per phase, so that train and eval share a chart of the same name."""
-
-    def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
-        self._module = importlib.import_module("torch.utils.tensorboard")
-        self._folder = run_dir / "tensorboard"
-        self._writers: dict[str, Any] = {}
-
-    def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        if phase not in self._writers:
-            # A run that restarts at an earlier step hides what it is about to write again.
-            folder = str(self._folder / phase)
-            self._writers[phase] = self._module.SummaryWriter(folder, purge_step=step)
-        for key, value in values.items():
-            self._writers[phase].add_scalar(key, value, step)
-
-    def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
-
-
-class _Wandb:
-    """One run, found again after a restart by the id kept in the run's folder."""
-
-    def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
-        id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex)
-        self._run = importlib.import_module("wandb").init(
-            project=project,
-            name=run_dir.name,
-            dir=str(run_dir),
-            id=id_file.read_text(),
-            resume="allow",
-            config=config,
-        )
-        self._phases: set[str] = set()
-
-    def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        if phase not in self._phases:
-            # wandb's own step may not go back, and each phase counts from its own start.
-            self._run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
-            self._phases.add(phase)
-        self._run.log({f"{phase}/step": step} | _prefixed(phase, values))
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _Trackio:
-    """One run, found again after a restart by its name."""
-
-    def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
-        self._module = importlib.import_module("trackio")
-        self._module.init(project=project, name=run_dir.name, config=config, resume="allow")
-
-    def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
-        self._module.log(_prefixed(phase, values), step=step)
-
-    def close(self) -> None:
-        self._module.finish()
-
-
-def _prefixed(phase: str, values: Mapping[str, float]) -> dict[str, float]:
-    return {f"{phase}/{key}": value for key, value in values.items()}

@@ -54,9 +54,11 @@ _SAME_REQUEST = 1.0
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT while its `with` block runs; a second signal ends the process."""
+    """Notes SIGTERM and SIGINT while its `with` block runs; a second signal ends the process, or
+    where that is a program's (a notebook's), does what signals do there."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_program: bool = False) -> None:
+        self._in_program = in_program
         self._first = 0
         self._time = 0.0
         self._before: dict[int, Any] = {}
@@ -78,7 +80,7 @@ class StopSignals:
     def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self._first and now - self._time > _SAME_REQUEST:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, self._before[number] if self._in_program else signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif not self._first:
             self._first, self._time = number, now
@@ -306,8 +308,14 @@ def _as_error(fault: Fault) -> RunError:
 
 
 @contextmanager
-def guarded(limits: LimitSettings, run_dir: Path) -> Iterator[None]:
+def guarded(limits: LimitSettings, run_dir: Path, *, in_program: bool = False) -> Iterator[None]:
     """Join the process group, and watch over what is done in the `with` block.
+
+    Args:
+        limits: how long things may take.
+        run_dir: the run's folder.
+        in_program: the process is a program's, which the guard must not end: it watches over
+            several ranks alone, where the others would wait for ever.
 
     Raises:
         RankLostError: another rank failed, died or fell silent.
@@ -315,6 +323,9 @@ def guarded(limits: LimitSettings, run_dir: Path) -> Iterator[None]:
     """
     initialize_process_group(limits.start, limits.collective)
     begin_step(None)
+    if in_program and world_size() == 1:
+        yield
+        return
     try:
         board = RankBoard(ranks_store(), rank(), world_size())
     except ForeignValueError as error:

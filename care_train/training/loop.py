@@ -106,18 +106,21 @@ class StepLoop(ABC):
         """The steps that are left."""
         enabled, first = self.config.logging.progress and is_main(), self.first_step
         display = TrainProgress(self.num_steps, enabled, self.title, start_step=first)
-        with StopSignals() as signals, display as self.progress:
+        callbacks, in_program = self.session.given.callbacks, self.session.given.in_program
+        with StopSignals(in_program=in_program) as signals, display as self.progress:
             if self.owes_evaluation:
                 with at_step(self.first_step, self.num_steps, self.run_dir):
                     self.after_step(self.first_step, signals)
-            step = self.first_step
-            while step < self.num_steps:  # which a step may lower to itself
-                with at_step(step + 1, self.num_steps, self.run_dir):
-                    values = self.step(step)
-                    self.metrics.log(step + 1, values, phase=self.phase)
-                    self.progress.update(step + 1, values)
-                    self.after_step(step + 1, signals)
-                step += 1
+            done = self.first_step
+            while done < self.num_steps:  # which a step or a callback may lower to the steps done
+                with at_step(done + 1, self.num_steps, self.run_dir):
+                    values = self.step(done)
+                    done += 1
+                    self.metrics.log(done, values, phase=self.phase)
+                    self.progress.update(done, values)
+                    if callbacks.want_stop(self.device):
+                        self.num_steps = done
+                    self.after_step(done, signals)
 
     def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Be where the run was when it saved `checkpoint`; returns what this rank saved of its own.
@@ -151,6 +154,7 @@ class StepLoop(ABC):
         """
         state = self._identity | {"step": done, "logs": log_sizes(self.run_dir)} | dict(state)
         saved = self.checkpoints.save(self.engine, state, scores, own)
+        self.session.given.callbacks.saved()
         if stop:
             raise Stopped(stop, done, self.num_steps, self.run_dir, saved)
 

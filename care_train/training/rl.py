@@ -10,9 +10,9 @@ import torch
 
 from care_train.algorithm.types import Rollout
 from care_train.config import Config
-from care_train.data import PromptOrder, Sample
+from care_train.data import PromptOrder, Sample, load_images
 from care_train.distributed import is_main, rank, world_size
-from care_train.reporting import MetricsLogger, SampleRecord, append_sample, show_sample
+from care_train.reporting import MetricsLogger, SampleRecord, show_sample
 from care_train.reporting.archive import ArchiveWriter
 from care_train.rollout.engine import RolloutEngine
 from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
@@ -224,7 +224,8 @@ class _RlLoop(StepLoop):
             reward=rollout.reward,
             role=role,
         )
-        append_sample(self.run_dir, record)
+        limit = self.config.prompt.max_image_pixels
+        self.metrics.sample(record, lambda: load_images(group.sample, limit))
         show_sample(self.progress, record)
 
 

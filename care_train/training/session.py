@@ -1,7 +1,7 @@
 """The parts a run is made of, put together once for training, cold start and evaluation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +17,7 @@ from care_train.rollout.engine import RolloutEngine
 from care_train.rollout.remote_engine import VllmServerEngine
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.vllm_engine import VllmEngine
+from care_train.training.given import Given
 from care_train.training.groups import RolloutScorer
 from care_train.training.weights import policy_weights
 from care_train.verifier import Verifier
@@ -32,6 +33,7 @@ class Session:
     loaded: LoadedModel
     encoder: PromptEncoder
     scorer: RolloutScorer
+    given: Given = field(default_factory=Given)
 
     def rollout_engine(self, loaded: LoadedModel, batch_size: int) -> RolloutEngine:
         """The configured engine, ready to generate with `loaded` as it is."""
@@ -70,8 +72,11 @@ def vllm_limits(config: Config) -> tuple[int, int]:
     return max_context, max(rollout.batch_size, config.eval.batch_size)
 
 
-def open_session(config: Config, folder: Path, device: torch.device) -> Session:
+def open_session(
+    config: Config, folder: Path, device: torch.device, given: Given | None = None
+) -> Session:
     """Load the model of `folder` with its prompt encoder and verifier."""
+    given = given or Given()
     loaded = load_model(config.model, folder)
     loaded.model.to(device)
     prompt, encoder, patterns = config.prompt, PromptEncoder(loaded, config.prompt), None
@@ -80,9 +85,10 @@ def open_session(config: Config, folder: Path, device: torch.device) -> Session:
     limit, buffer, length_bonus = config.rollout.max_new_tokens, config.reward.overlong_buffer, None
     if buffer is not None:
         length_bonus = partial(overlong_penalty, limit=limit, buffer=buffer)
-    verifier, text = Verifier(prompt, config.reward), TokenText(loaded.tokenizer)
+    verifier = Verifier(prompt, config.reward, given.rewards)
+    text = TokenText(loaded.tokenizer)
     scorer = RolloutScorer(text, verifier, prompt, patterns, length_bonus)
-    return Session(config, loaded, encoder, scorer)
+    return Session(config, loaded, encoder, scorer, given)
 
 
 def rank_share(batch: Sequence[Item], rank: int, world_size: int) -> list[Item]:

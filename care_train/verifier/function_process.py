@@ -1,11 +1,15 @@
-"""A user's reward function in a process of its own, killed and replaced where it hangs."""
+"""A user's reward function: in a process of its own, killed and replaced where it hangs, or, handed
+over by a program, in this one."""
 
 import logging
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any
 
-from care_train.config import RewardFunctionSettings
+from care_train.config import FROM_PYTHON, RewardFunctionSettings
 from care_train.data import Sample
 from care_train.killable import Limits, Lost, Worker
 from care_train.verifier.functions import (
@@ -23,8 +27,18 @@ logger = logging.getLogger(__name__)
 class RewardFunction:
     """Called with responses and every column of their rows; it keeps its state between calls."""
 
-    def __init__(self, settings: RewardFunctionSettings, max_image_pixels: int) -> None:
+    def __init__(
+        self,
+        settings: RewardFunctionSettings,
+        max_image_pixels: int,
+        given: Mapping[str, Callable[..., Any]],
+    ) -> None:
         """Start its process.
+
+        Args:
+            settings: which function, and how it is called.
+            max_image_pixels: largest image accepted.
+            given: functions that a program hands over, by `settings.function`; they run in it.
 
         Raises:
             ValueError: no such file or function, or another signature than those known.
@@ -33,11 +47,18 @@ class RewardFunction:
         self.name = settings.function.rpartition(":")[2]
         self.metrics: dict[str, list[float]] = {}
         """What the function logged since this was last emptied, by name."""
-        self._worker = Worker[Request | None, Any](
-            f"reward.functions: {settings.function}",
-            partial(_make_function, settings, max_image_pixels),
-            Limits(seconds=settings.timeout),
-        )
+        make = partial(_make_function, settings, max_image_pixels)
+        if settings.function.startswith(FROM_PYTHON):
+            if settings.function not in given:
+                raise ValueError(
+                    f"reward.functions: {settings.function} stands for a function that a program "
+                    "handed over (CareTrainer): run it from there, or name file.py:function"
+                )
+            self._worker = _InProgram(make(given[settings.function]), settings.timeout)
+        else:
+            self._worker = Worker[Request | None, Any](
+                f"reward.functions: {settings.function}", make, Limits(seconds=settings.timeout)
+            )
         signature: Any = self._worker(None)
         assert isinstance(signature, Signature)
         self._signature = signature
@@ -98,8 +119,48 @@ class RewardFunction:
         return [FunctionScore(0.0, note=f" ({reply.reason})")]
 
 
+class _InProgram:
+    """A function called in this process, as `Worker` calls one in another.
+
+    It can use what the program holds, a model on the GPU say; but it shares the program's memory
+    and cannot be killed. Its time limit is a signal, which ends what Python executes: one C call
+    that hangs (a regular expression) goes on, and only a function of a file is safe from it. A
+    function that sets the same alarm itself, as math-verify does, takes the limit off; outside of
+    the main thread there is none.
+    """
+
+    def __init__(self, call: Callable[[Request | None], Any], seconds: float) -> None:
+        self._call, self._seconds = call, seconds
+
+    def __call__(self, item: Request | None) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            return self._call(item)
+        before = signal.signal(signal.SIGALRM, _out_of_time)
+        signal.setitimer(signal.ITIMER_REAL, self._seconds)
+        try:
+            return self._call(item)
+        except _OutOfTimeError:
+            return Lost(f"got nothing in {self._seconds:g} s", is_timeout=True)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+class _OutOfTimeError(BaseException):
+    """Not an Exception, so that a function's own `except Exception` does not catch it."""
+
+
+def _out_of_time(_number: int, _frame: FrameType | None) -> None:
+    raise _OutOfTimeError
+
+
 def _make_function(
-    settings: RewardFunctionSettings, max_image_pixels: int
+    settings: RewardFunctionSettings,
+    max_image_pixels: int,
+    given: Callable[..., Any] | None = None,
 ) -> Callable[[Request | None], Any]:
-    function = UserFunction(settings, max_image_pixels)
+    function = UserFunction(settings, max_image_pixels, given)
     return lambda asked: function.signature if asked is None else function(asked)

@@ -6,15 +6,13 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, overload
-
-from PIL import Image
+from typing import Any
 
 from care_train.config import RewardFunctionSettings
-from care_train.data import Sample, load_image
-from care_train.verifier.responses import Response
+from care_train.verifier.responses import Response, RowImages
 
 _MAX_EXTRA_CHARS = 200
 _TRL_NAMES = {
@@ -87,32 +85,16 @@ class Signature:
     """Parameters that only a row's columns can fill."""
 
 
-class RowImages(Sequence[Image.Image]):
-    """A row's images as RGB, each decoded when it is asked for."""
-
-    def __init__(self, sample: Sample, max_pixels: int) -> None:
-        self._sample, self._max_pixels = sample, max_pixels
-
-    def __len__(self) -> int:
-        return len(self._sample.images)
-
-    @overload
-    def __getitem__(self, index: int) -> Image.Image: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Image.Image]: ...
-    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(len(self))[index]]
-        place = self._sample.location or self._sample.id
-        ref = self._sample.images[index]
-        return load_image(ref, location=place, max_pixels=self._max_pixels)
-
-
 class UserFunction:
     """A function or object of the user's, called with responses and every column of their rows."""
 
-    def __init__(self, settings: RewardFunctionSettings, max_image_pixels: int) -> None:
-        """Load it.
+    def __init__(
+        self,
+        settings: RewardFunctionSettings,
+        max_image_pixels: int,
+        given: Callable[..., Any] | None = None,
+    ) -> None:
+        """Load it, or take the one that a program hands over.
 
         Raises:
             ValueError: no such file or function, or another signature than those known.
@@ -121,10 +103,10 @@ class UserFunction:
         self._max_image_pixels = max_image_pixels
         self._metrics: dict[str, list[float]] = {}
         self._extra: list[dict[str, Any]] = []
-        self._call = _load(settings.function)
+        self._call = _load(settings.function) if given is None else given
         parameters = inspect.signature(self._call).parameters
-        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._parameters = set(parameters)
+        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         known = {
             "reward_inputs": (self._easyr1_batch, set()),
             "reward_input": (self._easyr1_sequential, set()),
@@ -138,13 +120,13 @@ class UserFunction:
                 f"{', '.join(parameters) or 'none'}, wanted {_FORMS}"
             )
         self._form: Callable[[Request], Sequence[Any]] = known[name][0]
-        given = {name, *known[name][1], *settings.arguments}
+        filled = {name, *known[name][1], *settings.arguments}
         needed = [
             p.name
             for p in parameters.values()
             if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
             and p.default is p.empty
-            and p.name not in given
+            and p.name not in filled
         ]
         if needed and name != "completions":
             raise ValueError(
@@ -232,7 +214,11 @@ class UserFunction:
 
     def _run(self, *arguments: Any, **named: Any) -> Any:
         result = self._call(*arguments, **named)
-        return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+        if inspect.isawaitable(result):
+            # In a thread of its own: a notebook's main thread has a loop already.
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(asyncio.run, _awaited(result)).result()
+        return result
 
     def _easyr1_batch(self, request: Request) -> Sequence[Any]:
         inputs = [self._input(one) for one in request.responses]
@@ -251,16 +237,14 @@ class UserFunction:
         if "image" in self._parameters:
             # Decoded only for a function that names it.
             columns["image"] = [next(iter(row["images"]), None) for row in inputs]
-        as_messages = [self._has_messages(one) for one in responses]
-        pairs = list(zip(responses, as_messages, strict=True))
+        pairs = [(one, self._has_messages(one)) for one in responses]
         columns["prompts"] = [_prompt(one) if chat else one.sample.prompt for one, chat in pairs]
         columns["completions"] = [
             [{"role": "assistant", "content": one.text}] if chat else one.text
             for one, chat in pairs
         ]
         columns["completion_ids"] = [list(one.token_ids) for one in responses]
-        columns["trainer_state"] = request.state
-        columns["log_metric"] = self._log_metric
+        columns |= {"trainer_state": request.state, "log_metric": self._log_metric}
         columns["log_extra"] = self._log_extra
         return self._run(**self._known(columns), **self.settings.arguments)
 
@@ -321,16 +305,16 @@ def _prompt(response: Response) -> list[dict[str, str]]:
 
 def _load(function: str) -> Callable[..., Any]:
     path, _, name = function.rpartition(":")
-    file = Path(path)
+    file = Path(path).absolute()
     if not file.is_file():
-        raise ValueError(f"reward.functions: {function}: got no file {file.absolute()}, wanted one")
-    module_name = f"care_train_reward_{file.stem}_{abs(hash(file.absolute()))}"
+        raise ValueError(f"reward.functions: {function}: got no file {file}, wanted one")
+    module_name = f"care_train_reward_{file.stem}_{abs(hash(file))}"
     spec = importlib.util.spec_from_file_location(module_name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # A helper beside the file is found, after the standard library and before installed packages.
     installed = [n for n, entry in enumerate(sys.path) if entry.endswith("-packages")]
-    sys.path.insert(min(installed, default=len(sys.path)), str(file.absolute().parent))
+    sys.path.insert(min(installed, default=len(sys.path)), str(file.parent))
     # Dataclasses and pickling look a function's module up by name.
     sys.modules[module_name] = module
     spec.loader.exec_module(module)

@@ -1,8 +1,12 @@
 """A response with its row, and a row's columns as the verifier reads them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
-from care_train.data import Sample
+from PIL import Image
+
+from care_train.data import Sample, load_image
 from care_train.verifier.types import Item
 
 
@@ -22,6 +26,27 @@ class Response:
     def num_tokens(self) -> int:
         """Sampled tokens."""
         return len(self.token_ids)
+
+
+class RowImages(Sequence[Image.Image]):
+    """A row's images as RGB, each decoded when it is asked for."""
+
+    def __init__(self, sample: Sample, max_pixels: int) -> None:
+        self._sample, self._max_pixels = sample, max_pixels
+
+    def __len__(self) -> int:
+        return len(self._sample.images)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        place = self._sample.location or self._sample.id
+        ref = self._sample.images[index]
+        return load_image(ref, location=place, max_pixels=self._max_pixels)
 
 
 def item_of(predicted: str, sample: Sample, tolerance: float | None = None) -> Item:

@@ -1,7 +1,8 @@
 """The verifier V: accuracy, format and reward of responses (Eq. 1; Algorithm 1, line 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from care_train.algorithm.reward import reward
 from care_train.algorithm.spans import parse_spans
@@ -44,7 +45,18 @@ class Verifier:
         self,
         prompt: PromptSettings,
         reward: RewardSettings,
+        given: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
+        """Start the reward functions' processes.
+
+        Args:
+            prompt: the tags.
+            reward: how responses are scored.
+            given: functions that a program hands over, by their name in `reward.functions`.
+
+        Raises:
+            ValueError: the tags are the same, or a reward function cannot be used.
+        """
         if not prompt.think_tag or not prompt.answer_tag or prompt.think_tag == prompt.answer_tag:
             raise ValueError(
                 f"prompt.think_tag, prompt.answer_tag: got {prompt.think_tag!r} and "
@@ -53,7 +65,9 @@ class Verifier:
         self._think_tag = prompt.think_tag
         self._answer_tag = prompt.answer_tag
         self._settings = reward
-        self._functions = [RewardFunction(one, prompt.max_image_pixels) for one in reward.functions]
+        self._functions = [
+            RewardFunction(one, prompt.max_image_pixels, given or {}) for one in reward.functions
+        ]
         names = [function.name for function in self._functions]
         self._names = [f"{n}_{i + 1}" if n in names[:i] else n for i, n in enumerate(names)]
         self.state = TrainerState()

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from care_train.config import LoggingSettings
-from care_train.reporting import MetricsLogger, read_metrics
+from care_train.reporting import MetricsLogger, SampleRecord, read_metrics
 
 _QUIET = LoggingSettings(report_to=[])
 
@@ -30,7 +31,20 @@ def init(**kwargs):
 
 def log(values, step): calls.append(("log", values, step))
 def finish(): calls.append(("finish",))
+
+class Table:
+    def __init__(self, columns, data): self.rows = [dict(zip(columns, row)) for row in data]
+
+class Image:
+    def __init__(self, image): self.size = image.size
+
+Text = str
 """
+SAMPLE = SampleRecord(3, "what color?", "<answer>red</answer>", "red", 1.0, "anchor")
+
+
+def _images() -> list[Image.Image]:
+    return [Image.new("RGB", (8, 8), "red")]
 
 
 def _logger(run_dir: Path, settings: LoggingSettings = _QUIET) -> MetricsLogger:
@@ -129,7 +143,7 @@ def test_tensorboard_gets_each_phase(tmp_path: Path) -> None:
     assert (tmp_path / "tensorboard" / "eval").is_dir()
 
 
-@pytest.mark.parametrize("package", ["wandb", "trackio"])
+@pytest.mark.parametrize("package", ["wandb", "trackio", "mlflow", "swanlab"])
 def test_missing_tracker_is_explained(
     tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +160,9 @@ def test_missing_tracker_is_explained(
 def _fake(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Install a module that only records its calls."""
     (tmp_path / f"{package}.py").write_text(_FAKE_TRACKER)
-    monkeypatch.delitem(sys.modules, package, raising=False)
+    # Set first, so that what is there now, or that nothing is, comes back after the test.
+    monkeypatch.setitem(sys.modules, package, None)
+    del sys.modules[package]
     monkeypatch.syspath_prepend(tmp_path)
     return importlib.import_module(package).calls
 
@@ -157,11 +173,73 @@ def test_wandb_run_survives_a_restart(tmp_path: Path, monkeypatch: pytest.Monkey
     for _ in range(2):
         with _logger(tmp_path / "run", LoggingSettings(report_to=["wandb"])) as metrics:
             metrics.log(3, {"reward": 0.5})
+            metrics.sample(SAMPLE, _images)
     first, again = (call[1] for call in calls if call[0] == "init")
     assert first["id"] == again["id"] and first["resume"] == "allow" and first["name"] == "run"
     assert ("define", "train/*", "train/step") in calls
     assert ("log", {"train/step": 3, "train/reward": 0.5}) in calls
+    row = next(call[1]["samples"].rows[0] for call in calls if "samples" in call[-1])
+    assert (row["completion"], row["images"][0].size) == (SAMPLE.completion, (8, 8))
     assert calls[-1] == ("finish",)
+
+
+def test_swanlab_run_survives_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restarted run asks for the same experiment; a sample is text beside its images."""
+    calls = _fake("swanlab", tmp_path, monkeypatch)
+    for _ in range(2):
+        with _logger(tmp_path / "run", LoggingSettings(report_to=["swanlab"])) as metrics:
+            metrics.log(3, {"reward": 0.5})
+            metrics.sample(SAMPLE, _images)
+    first, again = (call[1] for call in calls if call[0] == "init")
+    assert first["id"] == again["id"] and first["resume"] == "allow"
+    assert ("log", {"train/reward": 0.5}, 3) in calls
+    (_, shown, step), _ = calls[-2:]
+    assert step == 3 and SAMPLE.completion in shown["sample"] and shown["images"][0].size == (8, 8)
+
+
+def test_the_real_wandb_keeps_a_run_offline(tmp_path: Path, monkeypatch) -> None:
+    """Numbers, a table with an image, and a restart, through wandb itself."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for step in (1, 2):
+        with _logger(tmp_path / "run", LoggingSettings(report_to=["wandb"])) as metrics:
+            metrics.log(step, {"reward": 0.5})
+            metrics.sample(replace(SAMPLE, step=step), _images)
+    runs = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len({run.name.rpartition("-")[2] for run in runs}) == 1
+    assert any(run.rglob("*.png") for run in runs) and any(
+        list(run.glob("*.wandb")) for run in runs
+    )
+
+
+def test_the_real_mlflow_keeps_a_run_in_files(tmp_path: Path, monkeypatch) -> None:
+    """Numbers of both starts are in one run of mlflow's own file store."""
+    mlflow = pytest.importorskip("mlflow")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2):
+        with _logger(tmp_path / "run", LoggingSettings(report_to=["mlflow"])) as metrics:
+            metrics.log(step, {"reward": step / 4})
+            metrics.sample(replace(SAMPLE, step=step), _images)
+    (run,) = mlflow.search_runs(experiment_names=["care"], output_format="list")
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/reward")
+    assert [(one.step, one.value) for one in history] == [(1, 0.25), (2, 0.5)]
+    assert len(mlflow.load_table("samples.json", run_ids=[run.info.run_id])) == 2
+
+
+def test_the_real_trackio_keeps_a_run(tmp_path: Path, monkeypatch) -> None:
+    """Numbers of both starts are in one run of trackio's local store."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    store = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
+    for step in (1, 2):
+        with _logger(tmp_path / "run", LoggingSettings(report_to=["trackio"])) as metrics:
+            metrics.log(step, {"reward": step / 4})
+            metrics.sample(replace(SAMPLE, step=step), _images)
+    (run,) = trackio.Api().runs("care")
+    logs = store.get_logs("care", run.name)
+    assert [log["train/reward"] for log in logs if "train/reward" in log] == [0.25, 0.5]
+    assert sum("samples" in log for log in logs) == 2
 
 
 def test_trackio_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,24 @@ def test_scripts_are_valid_and_explain_themselves(script):
     assert done.returncode == 2 and "train --config configs/care.yaml" in done.stderr
 
 
+def test_accelerate_launches_ranks(color_rows, tmp_path):
+    """`accelerate launch -m care_train` starts ranks that train as one run."""
+    accelerate = ("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu")
+    options = ("--num_processes=2", "--num_machines=1", "--mixed_precision=no", "-m", "care_train")
+    arguments = (*RUN, *data_arguments(color_rows), f"output_dir={tmp_path}", "name=run")
+    done = subprocess.run(
+        [sys.executable, *accelerate, "--dynamo_backend=no", *options, *arguments],
+        cwd=ROOT,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    assert [record["step"] for record in timeless(tmp_path / "run")] == [1, 2, 3]
+
+
 def test_commands_name_nodes_and_ranks():
     """What is handed to the launchers, several nodes included."""
     config = ("train", "--config", "configs/care.yaml")

@@ -1,0 +1,105 @@
+"""A trained model on the Hugging Face Hub: `final/` with a model card written from the run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from care_train import hub
+from care_train.config import FROM_PYTHON, SHIPPED_DATA, Config, config_to_yaml, hub_data
+from care_train.distributed import is_main
+from care_train.reporting.files import write_file
+from care_train.reporting.markdown import fenced, markdown_table, markdown_text
+
+_KEY = "hub.push_to"
+_SCORES = {
+    "accuracy": "Accuracy, sampled",
+    "greedy": "Accuracy, greedy",
+    "format": "Well-formed, sampled",
+    "greedy_format": "Well-formed, greedy",
+}
+
+
+def publish(run_dir: Path, config: Config, summary: Mapping[str, Any]) -> str:
+    """Write the model card into `final/` and upload the folder; the commit's address.
+
+    Args:
+        run_dir: the run's folder.
+        config: its settings; `hub.push_to` names the repository.
+        summary: what summary.json holds.
+
+    Raises:
+        ValueError: it could not be uploaded; `final/` is whole.
+    """
+    repo = config.hub.push_to
+    assert repo is not None
+    final = run_dir / "final"
+    write_file(final / "README.md", model_card(config, summary))
+    try:
+        return hub.upload(final, repo, f"{config.name}, {summary['steps']} steps", _KEY)
+    except ValueError as error:
+        raise ValueError(f"{error}; {final} is whole: `hf upload {repo} {final}`") from None
+
+
+def claim(config: Config) -> None:
+    """Make the repository that a run will upload to, where it names one.
+
+    Raises:
+        ValueError: no token, or none that may write there.
+    """
+    if config.hub.push_to is not None and is_main():
+        hub.create_repository(config.hub.push_to, private=config.hub.private, key=_KEY)
+
+
+def model_card(config: Config, summary: Mapping[str, Any]) -> str:
+    """The card: metadata that the Hub reads, results, how it was trained, versions."""
+    from huggingface_hub import ModelCardData
+
+    repo = config.hub.push_to or config.name
+    base = None if Path(config.model.path).exists() else hub.repository_of(config.model.path)
+    data = hub_data(config.data.path)
+    metadata = ModelCardData(
+        library_name="transformers",
+        base_model=base,
+        datasets=None if data is None else [data[0]],
+        tags=["care", config.algorithm, "reinforcement-learning", "vision-language"],
+    )
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {markdown_text(repo.rpartition('/')[2])}",
+        _origin(config, summary),
+        _results(summary),
+        "## Training",
+    ]
+    if "command" in summary:
+        parts.append(fenced(str(summary["command"]), "sh"))
+    parts.append(fenced(config_to_yaml(config).rstrip(), "yaml"))
+    parts.append(f"Versions: {', '.join(map(' '.join, summary.get('versions', {}).items()))}.")
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _origin(config: Config, summary: Mapping[str, Any]) -> str:
+    data = config.data.path
+    shown = f"`{markdown_text(data)}`"
+    if data.startswith(FROM_PYTHON):
+        shown = "rows of a Python program"
+    elif data not in SHIPPED_DATA and hub_data(data) is None:
+        shown = "a local file" if Path(data).is_file() else "a local folder"
+    base = config.model.path
+    base = "a local model" if Path(base).exists() else f"`{markdown_text(base)}`"
+    return (
+        f"Trained from {base} on {shown} with {config.algorithm.upper()} for {summary['steps']} "
+        "steps, by care-train (*CARE What Fails: Contrastive Anchored-Reflection for Verifiable "
+        "Multimodal Reasoning*)."
+    )
+
+
+def _results(summary: Mapping[str, Any]) -> str:
+    rows = [
+        (label, f"{summary[f'{name}_before']:.1%}", f"{summary[f'{name}_after']:.1%}")
+        for name, label in _SCORES.items()
+        if f"{name}_before" in summary
+    ]
+    if not rows:
+        return ""
+    table = markdown_table(("", "before", "after"), rows)
+    return f"## Results\n\n{table}\n\nOn {summary['num_questions']} held-out questions."

@@ -1,0 +1,167 @@
+"""Models and data by their Hub ids, and a trained model uploaded, against a Hub made here."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import constants
+
+from care_train import hub
+from care_train.config import build_config, hub_data
+from care_train.data import load_samples
+from care_train.models.load import load_model
+from care_train.planning.architecture import read_architecture
+from care_train.publishing import claim, publish
+from tests.hub_server import Hub, contents, running_hub
+from tests.train.runs import SMALL, run
+
+FILE = "/{repo_id}/resolve/{revision}/{filename}"
+
+
+@pytest.fixture
+def local_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder):
+    """A Hub with a model and a data set of two splits, a cache of its own, this process online."""
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for split, count in (("train", 8), ("test", 4)):
+        lines = [{"prompt": f"what is {i} and one?", "answer": f"{i + 1}"} for i in range(count)]
+        (rows / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    splits = [{"split": name, "path": f"{name}.jsonl"} for name in ("train", "test")]
+    card = {"configs": [{"config_name": "sums", "data_files": splits}]}
+    (rows / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+    with running_hub() as server:
+        server.add("models/acme/tiny", tiny_folder("tiny-qwen2"))
+        server.repositories["models/acme/tiny"].files |= {
+            "pytorch_model.bin": b"pickle",
+            "modeling.py": b"raise SystemExit",
+            "original/model.safetensors": b"again",
+        }
+        server.add("datasets/acme/sums", rows)
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        for name, value in {
+            "ENDPOINT": server.endpoint,
+            "HF_HUB_CACHE": str(tmp_path / "home" / "hub"),
+            "HUGGINGFACE_CO_URL_TEMPLATE": f"{server.endpoint}{FILE}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        import datasets
+
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home" / "datasets")
+        yield server
+
+
+def samples(path: str, key: str = "data", **settings):
+    config = build_config({"data": {"path": path, **settings}})
+    return load_samples(config.data if key == "data" else config.held_out, 0, key)
+
+
+def test_a_model_is_fetched_once_and_then_found_offline(local_hub: Hub, monkeypatch):
+    """Weights, configuration and tokenizer alone; never code or pickled weights."""
+    folder = hub.model_folder("acme/tiny@v1")
+    names = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
+    assert not names & {"pytorch_model.bin", "modeling.py"} and not (folder / "original").exists()
+    config = build_config({"model": {"path": "acme/tiny@v1"}})
+    assert load_model(config.model, folder).model.num_parameters() > 0
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    local_hub.requests.clear()
+    assert hub.model_folder("acme/tiny@v1") == folder
+    assert local_hub.requests == []
+    with pytest.raises(ValueError, match=r"acme/other: not in the cache .*hub") as error:
+        hub.model_folder("acme/other")
+    assert "`hf download acme/other`" in str(error.value)
+    assert "HF_HUB_OFFLINE is set" in str(error.value)
+
+
+def test_a_plan_fetches_no_weights(local_hub: Hub):
+    """Its sizes come from the configuration."""
+    assert read_architecture("acme/tiny").num_parameters > 0
+    assert not any("safetensors" in request for request in local_hub.requests)
+
+
+def test_what_is_on_this_disk_comes_first(local_hub: Hub, tmp_path, monkeypatch):
+    """A folder of an id's name is the model, a file's name that is not there no id."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "acme" / "tiny").mkdir(parents=True)
+    assert hub.model_folder("acme/tiny") == Path("acme/tiny")
+    assert hub.model_folder("runs/a/final") == Path("runs/a/final")
+    with pytest.raises(ValueError, match=r"rows/trian\.jsonl does not exist"):
+        samples("rows/trian.jsonl")
+    assert local_hub.requests == []
+
+
+def test_errors_say_what_to_do(local_hub: Hub, monkeypatch):
+    """A name that nobody has, a revision that is none, terms to accept, a private repository."""
+    local_hub.repositories["models/acme/tiny"].is_gated = True
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(
+        ValueError, match=r"model\.path: acme/tiny: .*accept the terms on http.*HF_TOKEN"
+    ):
+        hub.model_folder("acme/tiny")
+    monkeypatch.setenv("HF_TOKEN", local_hub.token)
+    assert hub.model_folder("acme/tiny").is_dir()
+    with pytest.raises(ValueError, match="acme/tiny@v9: no such revision"):
+        hub.model_folder("acme/tiny@v9")
+    with pytest.raises(
+        ValueError, match=r"data\.path: acme/nothing: no path here, and no dataset on"
+    ):
+        samples("acme/nothing")
+    with pytest.raises(
+        ValueError, match=r"data\.path: acme/sums@dev: got no split 'dev', wanted one of"
+    ):
+        samples("acme/sums@dev")
+    with pytest.raises(
+        ValueError, match=r"acme/sums:other: the datasets library cannot read it: .*other"
+    ):
+        samples("acme/sums:other")
+    with pytest.raises(ValueError, match=r"got acme/sums@train and split 'test'"):
+        samples("acme/sums@train", split="test")
+
+
+def test_data_sets_name_configuration_split_and_revision(local_hub: Hub, monkeypatch):
+    """Training reads `train`, the held-out rows of the same set `test`; then offline."""
+    assert hub_data("acme/sums:sums@train") == ("acme/sums", "sums", "train")
+    rows = samples("acme/sums:sums@train", revision="v1")
+    assert (len(rows), rows[7].answer, rows[0].location) == (8, "8", "acme/sums@train: row 1")
+    config = build_config({"data": {"path": "acme/sums@train"}, "eval": {"data": {}}})
+    held_out = load_samples(config.held_out, 0, "eval.data")
+    assert [row.answer for row in held_out] == ["1", "2", "3", "4"]
+    assert len(samples("acme/sums", split="test")) == 4
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert len(samples("acme/sums")) == 8
+
+
+def test_uploads_say_what_is_missing(local_hub: Hub, tmp_path, monkeypatch):
+    """Without a token the run ends before it begins; a failed upload keeps `final/`."""
+    config = build_config({"hub": {"push_to": "acme/mine"}, "name": "run"})
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(ValueError, match=r"hub\.push_to: acme/mine: .*HF_TOKEN"):
+        claim(config)
+    (tmp_path / "final").mkdir()
+    with pytest.raises(ValueError, match="final is whole: `hf upload acme/mine"):
+        publish(tmp_path, config, {"steps": 2})
+    with pytest.raises(ValueError, match=r"hub\.push_to"):
+        build_config({"hub": {"push_to": "mine"}})
+
+
+def test_a_run_goes_from_the_hub_to_the_hub(local_hub: Hub, tmp_path):
+    """`care-train train` on ids, uploaded with a card that says what it is made of."""
+    run(
+        *("train", *SMALL, "model.path=acme/tiny", "data.path=acme/sums@train", "eval.data={}"),
+        *("train.steps=1", "rollout.max_new_tokens=8", f"output_dir={tmp_path}", "name=run"),
+        "hub.push_to=acme/mine",
+    )
+    uploaded = local_hub.repositories["models/acme/mine"]
+    assert uploaded.is_private
+    assert uploaded.files == contents(tmp_path / "run" / "final")
+    _, metadata, text = uploaded.files["README.md"].decode().split("---", 2)
+    card = yaml.safe_load(metadata)
+    assert (card["base_model"], card["datasets"]) == ("acme/tiny", ["acme/sums"])
+    assert "| Accuracy, sampled |" in text and "train.steps=1" in text and "torch 2" in text

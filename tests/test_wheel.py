@@ -1,0 +1,43 @@
+"""The wheel by itself, in an empty folder: shipped configurations are found by their names."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_shipped_configuration_is_named_after_a_wheel_install(tmp_path: Path):
+    """`care-train plan --config care` from the installed package, which has configs/ inside."""
+    build = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet")
+    subprocess.run([*build, "--wheel-dir", tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    installed, empty = tmp_path / "site", tmp_path / "empty"
+    install = (sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target")
+    subprocess.run([*install, installed, wheel], check=True)
+    empty.mkdir()
+    code = (
+        "import care_train, sys; assert 'site' in care_train.__file__.split('/'), sys.path\n"
+        "from care_train.__main__ import main\n"
+        "sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", "--config", "care_no_rgr", "--json"],
+        cwd=empty,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == "Qwen2.5-VL-3B-Instruct"
+    wrong = subprocess.run(
+        [sys.executable, "-c", code, "verify", "--config", "caer"],
+        cwd=empty,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert wrong.returncode == 2
+    assert "--config: got caer, wanted a YAML file or one of care, care_no_rgr" in wrong.stderr
