@@ -82,7 +82,7 @@ def test_a_run_is_shown(chromium, page_url, quickstart_run):
 def test_a_group_is_shown_as_a_case_study(chromium, page_url):
     """Image, question, reference, rollouts in their roles, shaded tokens; the link leads back."""
     with _opened(chromium, f"{page_url}#groups") as page:
-        page.locator("#filter-role").select_option("anchor")
+        page.locator("#filter-role").select_option("hard_negative")
         page.locator(".groups a").first.click()
         page.wait_for_selector("#group-title")
         url, text = page.url, page.locator(".group").inner_text()
@@ -90,6 +90,9 @@ def test_a_group_is_shown_as_a_case_study(chromium, page_url):
         assert page.locator(".images img").evaluate("image => image.naturalWidth") > 0
         assert page.get_by_role("heading", name="Anchor", exact=True).is_visible()
         assert page.locator(".rollout .above").count() > 0
+        negatives = page.locator(".part", has=page.get_by_role("heading", name="Hard negatives"))
+        wrong = negatives.locator(".rollout.wrong").count()
+        assert wrong == negatives.locator(".rollout").count() > 0
         page.locator(".rollout .text span").first.hover()
         assert "token 1 of" in page.locator(".readout").first.inner_text()
         page.get_by_text("Tokens", exact=True).first.click()

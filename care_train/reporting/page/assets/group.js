@@ -58,12 +58,13 @@ function groupParts(group, shared) {
   const numbered = (rollout) => `Rollout ${rollouts.indexOf(rollout) + 1}`;
   const card = (rollout, title, more) => rolloutCard(rollout, { title, ...shared, ...more });
   const anchor = rollouts.find(({ role }) => role.endsWith("anchor"));
+  const positives = rollouts.filter(({ role }) => role === "positive");
   const negatives = rollouts.filter(({ role }) => role === "hard_negative");
   negatives.sort((a, b) => a.rank - b.rank);
   const names = new Map(negatives.map((one, i) => [one, `Negative ${String.fromCharCode(65 + (i % 26))}`]));
   const reflection = rollouts.find(({ reflectedFrom }) => reflectedFrom !== null);
   const source = reflection ? rollouts[reflection.reflectedFrom] : null;
-  const used = new Set([anchor, ...negatives, reflection]);
+  const used = new Set([anchor, ...positives, ...negatives, reflection]);
   const others = rollouts.filter((rollout) => !used.has(rollout));
   const note = (one) => {
     if (one.trained) return null;
@@ -73,6 +74,7 @@ function groupParts(group, shared) {
   const rest = (part) => part.map((one) => card(one, `${numbered(one)}: ${roleName(one.role).toLowerCase()}`, { anchor }));
   return [
     anchor ? part(roleName(anchor.role), [card(anchor, numbered(anchor), { note: note(anchor) })]) : null,
+    part("Positives beside the anchor", positives.map((one) => card(one, numbered(one), { anchor, note: note(one) }))),
     part("Hard negatives, in the order they were selected", negatives.map((one) => card(one, names.get(one), { anchor, note: note(one) }))),
     reflection ? part(reflects, [card(reflection, roleName(reflection.role), { anchor: source, versus: "the rollout it repairs" })]) : null,
     anchor && others.length
