@@ -11,8 +11,8 @@ from care_train.algorithm.care import (
     skip_before_forward,
     subgroup_update,
 )
-from care_train.algorithm.types import Subgroup
-from care_train.config import CareSettings, ReflectionSettings, RescueSettings
+from care_train.algorithm.types import GroupUpdate, RolloutGroup, Subgroup
+from care_train.config import CareSettings, build_config
 from tests.algorithm.builders import (
     broken,
     care,
@@ -21,24 +21,31 @@ from tests.algorithm.builders import (
     make_rollout,
     make_subgroup,
     right,
+    token_advantages,
     token_weights,
     with_reward,
     wrong,
 )
 
 SETTINGS = CareSettings()
-NO_REFLECTION = replace(SETTINGS, reflection=ReflectionSettings(enabled=False))
+ROOT2, ROOT3, ROOT43 = math.sqrt(2), math.sqrt(3), math.sqrt(4 / 3)
+HALF = with_reward(right(), 0.5)
+REPAIRED = right(reflected=True)
+REPAIRED_UNFORMED = make_rollout(1.0, 0.0, reflected=True)
+FAILED = wrong(reflected=True)
 
 
-def advantages(update) -> list[float]:
-    return [sequence.advantage for sequence in update.sequences]
+def subgroup_of(group: RolloutGroup, settings: CareSettings = SETTINGS) -> Subgroup:
+    subgroup = select_subgroup(group, settings)
+    assert isinstance(subgroup, Subgroup), subgroup
+    return subgroup
 
 
-def raw_advantages(update) -> list[float]:
-    return [sequence.raw_advantage for sequence in update.sequences]
+def advantages(update: GroupUpdate) -> list[float]:
+    return pytest.approx([sequence.advantage for sequence in update.sequences], rel=1e-4)
 
 
-def roles(update) -> list[str]:
+def roles(update: GroupUpdate) -> list[str]:
     return [sequence.role for sequence in update.sequences]
 
 
@@ -49,9 +56,7 @@ class TestSubgroup:
         """Lines 5-10: S = {y+} and K' = K = 2 hard negatives; a partial answer is left out."""
         settings = replace(SETTINGS, max_negatives=2, preselect_size=2)
         rollouts = [wrong(), right(think=9), wrong(), right(think=2), make_rollout(0.5), wrong()]
-        group = make_group(rollouts, [50, 0, 90, 100, 101, 130])
-        subgroup = select_subgroup(group, settings)
-        assert isinstance(subgroup, Subgroup)
+        subgroup = subgroup_of(make_group(rollouts, [50, 0, 90, 100, 101, 130]), settings)
         assert indices(subgroup) == [3, 2, 5]
         assert [m.is_negative for m in subgroup.members] == [False, True, True]
         assert [m.shaped_reward for m in subgroup.members] == [1.0, 0.1, 0.1]
@@ -75,99 +80,107 @@ class TestSubgroup:
 
     def test_k_prime_shrinks_to_the_failures(self):
         """Eq. 3: K' = min(K, |F|)."""
-        group = make_group([right(), wrong(), right(), wrong()])
-        subgroup = select_subgroup(group, SETTINGS)
-        assert isinstance(subgroup, Subgroup)
+        subgroup = subgroup_of(make_group([right(), wrong(), right(), wrong()]))
         assert indices(subgroup) == [0, 1, 3] and subgroup.num_negatives == 2
-
-    def test_all_correct_is_skipped(self):
-        """Line 7: K' = 0 under saturated rewards is no update."""
-        assert select_subgroup(make_group([right(), right()]), SETTINGS) == "all_correct"
-
-    def test_right_and_partly_right_is_skipped(self):
-        """Line 7: partial answers are no failures, so K' = 0 here too."""
-        group = make_group([right(), make_rollout(0.5), right()])
-        assert isinstance(select_subgroup(group, SETTINGS), str)
 
     def test_rescue(self):
         """Lines 22-24: the likeliest failure against its nearest others, r~ = (delta, -delta/3)."""
         group = make_group([wrong()] * 4, [40, 0, 10, 80], [-3.0, -1.0, -2.0, -5.0])
-        subgroup = select_subgroup(group, SETTINGS)
-        assert isinstance(subgroup, Subgroup) and subgroup.rescued
+        subgroup = subgroup_of(group)
+        assert subgroup.rescued and subgroup.reflect_on is None
         assert indices(subgroup) == [1, 2, 0, 3]
-        shaped = [m.shaped_reward for m in subgroup.members]
-        assert shaped == pytest.approx([0.1] + [-0.1 / 3] * 3)
         assert [m.is_negative for m in subgroup.members] == [False, True, True, True]
-        assert subgroup.reflect_on is None
-
-    def test_rescue_takes_at_most_k(self):
-        """Line 23: K' = min(K, ...)."""
-        group = make_group([wrong()] * 8)
-        subgroup = select_subgroup(group, replace(SETTINGS, max_negatives=3))
-        assert isinstance(subgroup, Subgroup) and subgroup.num_negatives == 3
-        assert subgroup.others[0].shaped_reward == pytest.approx(-0.1 / 3)
 
     @pytest.mark.parametrize(
-        ("rollouts", "settings", "skips"),
+        ("failures", "changes", "shaped"),
         [
-            ([right(), wrong()], SETTINGS, False),
-            ([right(), right()], SETTINGS, True),
-            ([wrong(), wrong()], SETTINGS, False),
-            ([wrong(), wrong()], replace(SETTINGS, rescue=RescueSettings(enabled=False)), True),
-            ([wrong()], SETTINGS, True),
-            ([wrong(), wrong(), make_rollout(0.5)], SETTINGS, True),
-            ([make_rollout(0.5), make_rollout(0.5)], SETTINGS, True),
+            # Line 23: K' = min(K, ...), the same K' in -delta/K'.
+            (8, ["max_negatives=3"], [0.1] + [-0.1 / 3] * 3),
+            (3, [], [0.1] + [-0.05] * 2),
+            # To the letter K' counts the pseudo-anchor: not zero-sum where failures are few.
+            (3, ["rescue_size=literal"], [0.1] + [-0.1 / 3] * 2),
+            (3, ["rescue_size=literal", "max_negatives=2"], [0.1] + [-0.05] * 2),
         ],
     )
-    def test_known_before_the_forward(self, rollouts, settings, skips):
-        """Groups that cannot train cost no forward of the old policy, and the others get one."""
-        assert (skip_before_forward(tuple(rollouts), settings) is not None) == skips
-        assert isinstance(select_subgroup(make_group(rollouts), settings), str) == skips
+    def test_rescue_size(self, failures, changes, shaped):
+        """`rescue_size`: min(K, failures - 1), or line 23's min(K, failures)."""
+        subgroup = subgroup_of(make_group([wrong()] * failures), care(*changes))
+        assert [m.shaped_reward for m in subgroup.members] == pytest.approx(shaped)
 
     @pytest.mark.parametrize(
-        ("accuracies", "reason"),
+        ("accuracies", "changes", "reason"),
         [
-            ((1, 1), "all_correct"),
-            ((1, 0.5), "no_failures"),
-            ((0,), "all_wrong"),
-            ((0, 0.5), "no_positives"),
-            ((0.5, 0.5), "no_positives"),
+            ((1, 0), [], None),
+            ((0, 0), [], None),
+            ((1, 1), [], "all_correct"),
+            ((1, 0.5), [], "no_failures"),
+            ((0,), [], "all_wrong"),
+            ((0, 0), ["rescue.enabled=false"], "all_wrong"),
+            ((0, 0, 0.5), [], "no_positives"),
+            ((0.5, 0.5), [], "no_positives"),
         ],
     )
-    def test_the_reason_is_true(self, accuracies, reason):
-        """A group is called all right or all wrong only where every rollout is."""
-        group = make_group([make_rollout(float(accuracy)) for accuracy in accuracies])
-        assert select_subgroup(group, SETTINGS) == reason
+    def test_who_is_skipped(self, accuracies, changes, reason):
+        """Line 7, with a true reason; known before the old policy's forward, which it saves."""
+        settings, rollouts = care(*changes), [make_rollout(float(a)) for a in accuracies]
+        found = select_subgroup(make_group(rollouts), settings)
+        assert (found if isinstance(found, str) else None) == reason
+        assert (skip_before_forward(tuple(rollouts), settings) is None) == (reason is None)
+
+
+CASES = {
+    # r = (1, .1, .1): A_raw = (sqrt 2, -1/sqrt 2 x2), s = 1/2, sqrt(4/2).
+    "two negatives": ([], 2, None, [2, -0.5, -0.5], "aNN"),
+    "K_S = K is not rescaled": ([], 4, None, [2] + [-0.25] * 4, "aNNNN"),
+    "Figure 9's control": (["equalize=false"], 2, None, [ROOT2] + [-ROOT2 / 4] * 2, "aNN"),
+    "scale is for rescues alone": (["rescue.scale=0.25"], 2, None, [2, -0.5, -0.5], "aNN"),
+    # Lines 15-16, 34-39: S = {1, 1, .1}, K_S = 1, factor 2; the repair is not the anchor.
+    "repaired": ([], 2, REPAIRED, [ROOT2, ROOT2, -ROOT2], "aSN"),
+    "repaired, penalised": (
+        ["repaired_advantage=penalized"],
+        *(2, REPAIRED, [ROOT2, -ROOT2 / 2, -ROOT2], "aSN"),
+    ),
+    # Line 18: S = {1, .1, .1, .1}: s_refl = s/2, K_S = 3.
+    "failed": (
+        [],
+        *(2, FAILED, [ROOT43 * x / ROOT3 for x in (3, -0.5, -0.5, -0.25)], "aNNF"),
+    ),
+    "failed, replaces": (["failed_reflection=replace"], 2, FAILED, [2, -0.25, -0.5], "aFN"),
+    "s_refl up to s": (
+        ["failed_reflection=replace", "reflection.reflect_scale=0.4"],
+        *(2, FAILED, [2, -0.4, -0.5], "aFN"),
+    ),
+    # Line 39: K_S = K + 1 is not scaled down.
+    "K_S > K": (
+        ["max_negatives=2"],
+        *(2, FAILED, [x / ROOT3 for x in (3, -0.5, -0.5, -0.25)], "aNNF"),
+    ),
+}
+ROLES = {"a": "anchor", "N": "negative", "S": "reflected_success", "F": "reflected_failure"}
 
 
 class TestAdvantages:
     """Lines 26-39."""
 
-    def test_by_hand(self):
-        """r = (1, .1, .1): A_raw = (sqrt 2, -1/sqrt 2); s = 1/2; sqrt(4/2): A = (2, -1/2, -1/2)."""
-        update = subgroup_update(make_subgroup(right(), [wrong()] * 2), SETTINGS)
-        root = math.sqrt(2)
-        assert raw_advantages(update) == pytest.approx([root, -1 / root, -1 / root], rel=1e-5)
-        assert advantages(update) == pytest.approx([2.0, -0.5, -0.5], rel=1e-5)
-        assert update.equalize_factor == pytest.approx(root)
-        assert roles(update) == ["anchor", "negative", "negative"]
-        assert (update.num_negatives, update.num_sequences) == (2, 3)
-        assert update.num_tokens == 3 * len(right().token_ids)
+    @pytest.mark.parametrize("name", CASES)
+    def test_by_hand(self, name):
+        """An anchor and well-formed failures, the first of which reflects."""
+        changes, negatives, reflected, expected, who = CASES[name]
+        subgroup = make_subgroup(right(), [wrong()] * negatives, reflect_on=0)
+        update = subgroup_update(subgroup, care(*changes), reflected)
+        assert advantages(update) == expected
+        assert roles(update) == [ROLES[letter] for letter in who]
+        assert update.num_negatives == who.count("N") + who.count("F")
+        assert update.num_sequences == len(who)
+        assert update.num_tokens == sum(len(s.rollout.token_ids) for s in update.sequences)
         assert not (update.rescued or update.anchor_clamped) and update.skipped is None
-
-    def test_a_full_subgroup_is_not_rescaled(self):
-        """Line 39: K_S = K: A = (sqrt 4, -s / sqrt 4)."""
-        update = subgroup_update(make_subgroup(right(), [wrong()] * 4), SETTINGS)
-        assert advantages(update) == pytest.approx([2.0] + [-0.25] * 4, rel=1e-5)
-        assert update.equalize_factor == 1.0
 
     def test_format_gaps_among_negatives(self):
         """r = (1, .1, 0, 0): mu = .275, sigma^2 = .171875; better negatives are blamed less."""
-        negatives = [wrong(), broken(), broken()]
-        update = subgroup_update(make_subgroup(right(), negatives), SETTINGS)
-        sigma, factor = math.sqrt(0.176875) + 1e-6, math.sqrt(4 / 3)
+        update = subgroup_update(make_subgroup(right(), [wrong(), broken(), broken()]), SETTINGS)
+        sigma = math.sqrt(0.176875) + 1e-6
         expected = [0.725, -0.5 * 0.175, -0.5 * 0.275, -0.5 * 0.275]
-        assert advantages(update) == pytest.approx([factor * x / sigma for x in expected])
+        assert advantages(update) == [ROOT43 * x / sigma for x in expected]
 
     def test_a_negative_above_the_mean_is_still_blamed(self):
         """Line 37: -s |A_raw|: r = (1, .9, 0, 0) has a negative with A_raw > 0."""
@@ -175,57 +188,42 @@ class TestAdvantages:
         update = subgroup_update(make_subgroup(right(), negatives), SETTINGS)
         assert update.sequences[1].raw_advantage > 0 > update.sequences[1].advantage
 
-    def test_reflection_succeeded(self):
-        """Lines 16, 34-39: S = {1, 1, .1}: A_raw = (.707, .707, -1.414), K_S = 1, factor 2."""
-        subgroup = make_subgroup(right(), [wrong()] * 2, reflect_on=0)
-        update = subgroup_update(subgroup, SETTINGS, right(reflected=True))
-        root = math.sqrt(2)
-        assert raw_advantages(update) == pytest.approx([1 / root, 1 / root, -root], rel=1e-5)
-        assert advantages(update) == pytest.approx([root, root, -root], rel=1e-5)
-        assert roles(update) == ["anchor", "reflected_success", "negative"]
-        assert update.num_negatives == 1
-
-    def test_reflection_failed(self):
-        """Lines 18, 36: S = {1, .1, .1, .1}: A_raw = (sqrt 3, -1/sqrt 3 x3), s and s/2, K_S = 3."""
-        subgroup = make_subgroup(right(), [wrong()] * 2, reflect_on=0)
-        update = subgroup_update(subgroup, SETTINGS, wrong(reflected=True))
-        factor = math.sqrt(4 / 3)
-        expected = [math.sqrt(3), -0.5 / math.sqrt(3), -0.5 / math.sqrt(3), -0.25 / math.sqrt(3)]
-        assert advantages(update) == pytest.approx([factor * x for x in expected], rel=1e-5)
-        assert roles(update) == ["anchor", "negative", "negative", "reflected_failure"]
-        assert update.num_negatives == 3
-
-    def test_a_failed_reflection_may_exceed_k(self):
-        """Line 39: K_S = K + 1 is not scaled down: S = {1, .1 x3} with K = 2."""
-        subgroup = make_subgroup(right(), [wrong()] * 2, reflect_on=0)
-        settings = replace(SETTINGS, max_negatives=2)
-        update = subgroup_update(subgroup, settings, wrong(reflected=True))
-        assert update.num_negatives == 3 and update.equalize_factor == 1.0
-        assert update.sequences[0].advantage == pytest.approx(math.sqrt(3), rel=1e-5)
-
-    def test_no_negative_left(self):
-        """Line 27: the only negative was repaired: K_S = 0, skip."""
-        subgroup = make_subgroup(right(), [wrong()], reflect_on=0)
-        update = subgroup_update(subgroup, SETTINGS, right(reflected=True))
-        assert update.skipped == "no_negatives" and update.sequences == ()
-        assert (update.num_sequences, update.num_tokens) == (0, 0)
-
     def test_statistics_follow_the_reflection(self):
         """Line 29 is after line 20: a repaired sample without format moves mu and sigma."""
         subgroup = make_subgroup(right(), [broken()] * 2, reflect_on=1)
-        update = subgroup_update(subgroup, SETTINGS, make_rollout(1.0, 0.0, reflected=True))
+        update = subgroup_update(subgroup, SETTINGS, REPAIRED_UNFORMED)
         mu = (1.0 + 0.0 + 0.9) / 3
         sigma = math.sqrt(((1 - mu) ** 2 + mu**2 + (0.9 - mu) ** 2) / 3) + 1e-6
-        expected = [(1 - mu) / sigma, -mu / sigma, (0.9 - mu) / sigma]
-        assert raw_advantages(update) == pytest.approx(expected)
+        raw = [sequence.raw_advantage for sequence in update.sequences]
+        assert raw == pytest.approx([(1 - mu) / sigma, -mu / sigma, (0.9 - mu) / sigma])
 
-    def test_an_anchor_below_the_mean_is_clamped(self):
-        """r = (.5, 1, .1): A_raw(anchor) < 0 becomes 0, leaves S* and is counted."""
-        subgroup = make_subgroup(with_reward(right(), 0.5), [wrong()] * 2, reflect_on=0)
-        update = subgroup_update(subgroup, SETTINGS, right(reflected=True))
-        assert update.anchor_clamped
-        assert roles(update) == ["reflected_success", "negative"]
-        assert update.num_sequences == 2
+    @pytest.mark.parametrize(
+        ("changes", "negatives", "count"),
+        [
+            ([], 2, 1),
+            (["count_negatives_by=reward"], 2, 2),
+            # Line 27: nothing to contrast with by accuracy, one negative to the letter.
+            ([], 1, 0),
+            (["count_negatives_by=reward"], 1, 1),
+        ],
+    )
+    def test_who_counts_as_negative(self, changes, negatives, count):
+        """Line 26: K_S counts acc = 0, or rewards below the anchor's: a repair with less format."""
+        subgroup = make_subgroup(right(), [wrong()] * negatives, reflect_on=0)
+        update = subgroup_update(subgroup, care(*changes), REPAIRED_UNFORMED)
+        assert (update.num_negatives if update.sequences else 0) == count
+        assert update.skipped == (None if count else "no_negatives")
+        assert count_negatives(subgroup, care(*changes)) == negatives
+
+    @pytest.mark.parametrize("clamped", [True, False])
+    def test_an_anchor_below_the_mean(self, clamped):
+        """r = (.5, 1, .1): A_raw(anchor) < 0 becomes 0, leaves S* and is counted; line 34: not."""
+        settings = care(f"clamp_anchor={clamped}")
+        subgroup = make_subgroup(HALF, [wrong()] * 2, reflect_on=0)
+        update = subgroup_update(subgroup, settings, REPAIRED)
+        assert update.anchor_clamped == clamped
+        assert roles(update) == ["anchor"] * (not clamped) + ["reflected_success", "negative"]
+        assert clamped or update.sequences[0].advantage < 0
 
     def test_zero_advantage_is_outside_s_star(self):
         """Eq. 12: S* = {A != 0}: r = (1, .5, 0) leaves the middle out of sequences and counts."""
@@ -235,37 +233,29 @@ class TestAdvantages:
         assert update.num_sequences == 2
         assert update.num_tokens == len(right().token_ids) + len(negatives[1].token_ids)
 
-    def test_equal_rewards_train_nothing(self):
+    @pytest.mark.parametrize(("count", "reason"), [(0, "no_negatives"), (3, "no_signal")])
+    def test_equal_rewards_train_nothing(self, count, reason):
         """Eq. 7 gives zeros everywhere: no sequence, no count, and a reason."""
-        update = subgroup_update(make_subgroup(with_reward(right(), 0.5), []), SETTINGS)
-        assert update.skipped == "no_negatives"
-        level = [with_reward(wrong(), 0.5)] * 3
-        update = subgroup_update(make_subgroup(with_reward(right(), 0.5), level), SETTINGS)
-        assert update.skipped == "no_signal" and update.num_sequences == 0
+        level = [with_reward(wrong(), 0.5)] * count
+        update = subgroup_update(make_subgroup(HALF, level), SETTINGS)
+        assert (update.skipped, update.num_sequences, update.num_tokens) == (reason, 0, 0)
 
-    def test_rescue_by_hand(self):
-        """Corollary 2 with K' = 2, K = 4: A = sqrt 2 (sqrt 2, -s / sqrt 2 x2) = (2, -.5, -.5)."""
+    @pytest.mark.parametrize(
+        ("scale", "expected"), [(1.0, [2, -0.5, -0.5]), (0.25, [0.5, -0.125, -0.125]), (0.0, [])]
+    )
+    def test_rescue(self, scale, expected):
+        """Corollary 2 with K' = 2, K = 4: A = (2, -.5, -.5), times rescue.scale; 0 trains nothing.
+
+        The factor reported is sqrt(K / K_S) alone.
+        """
+        settings = care(f"rescue.scale={scale}")
         group = make_group([wrong()] * 3, log_prob_sums=[-9.0, -1.0, -9.0])
-        subgroup = select_subgroup(group, SETTINGS)
-        assert isinstance(subgroup, Subgroup)
-        update = subgroup_update(subgroup, SETTINGS)
-        assert advantages(update) == pytest.approx([2.0, -0.5, -0.5], rel=1e-4)
-        assert roles(update) == ["proxy_anchor", "negative", "negative"]
-        assert update.rescued and update.num_negatives == 2
-
-
-class TestCounting:
-    """Line 26."""
-
-    def test_by_accuracy_and_by_reward(self):
-        """A repaired sample below the anchor is no negative; to line 26 it is one."""
-        subgroup = make_subgroup(right(), [wrong(), wrong()])
-        repaired = replace(
-            subgroup.others[0], rollout=make_rollout(1.0, 0.0), shaped_reward=0.9, is_negative=False
-        )
-        subgroup = replace(subgroup, others=(repaired, subgroup.others[1]))
-        assert count_negatives(subgroup, SETTINGS) == 1
-        assert count_negatives(subgroup, care("count_negatives_by=reward")) == 2
+        update = subgroup_update(subgroup_of(group, settings), settings)
+        assert advantages(update) == expected
+        assert roles(update) == ["proxy_anchor", "negative", "negative"][: len(expected)]
+        assert update.rescued and (update.skipped == "no_signal") == (not expected)
+        if expected:
+            assert update.equalize_factor == pytest.approx(ROOT2)
 
 
 class TestCredit:
@@ -274,24 +264,66 @@ class TestCredit:
     def test_rationales_by_role(self):
         """acc = 1 earns gamma+ on its rationale (anchor, repaired), acc = 0 nothing."""
         subgroup = make_subgroup(right(), [wrong()] * 2, reflect_on=0)
-        update = subgroup_update(subgroup, SETTINGS, right(reflected=True))
+        update = subgroup_update(subgroup, SETTINGS, REPAIRED)
         share = 0.005 / (5 * 0.005 + 5)
         first = [float(token_weights(s)[0]) for s in update.sequences]
         assert first == pytest.approx([share, share, 0.0])
 
     def test_a_pseudo_anchor_is_a_failure(self):
         """Line 40 reads acc: its answer is encouraged, its rationale is not."""
-        subgroup = select_subgroup(make_group([wrong()] * 3), SETTINGS)
-        assert isinstance(subgroup, Subgroup)
-        weights = token_weights(subgroup_update(subgroup, SETTINGS).sequences[0])
+        update = subgroup_update(subgroup_of(make_group([wrong()] * 3)), SETTINGS)
+        weights = token_weights(update.sequences[0])
         assert weights.tolist() == pytest.approx([0.0] * 5 + [0.2] * 5)
 
     def test_a_malformed_pseudo_anchor_earns_nothing(self):
         """Its advantage is positive: with weights, broken output would be rewarded."""
         settings = care("proxy_requires_format=false")
         group = make_group([broken(), wrong(), wrong()], log_prob_sums=[-1.0, -90.0, -90.0])
-        subgroup = select_subgroup(group, settings)
-        assert isinstance(subgroup, Subgroup)
-        sequence = subgroup_update(subgroup, settings).sequences[0]
+        sequence = subgroup_update(subgroup_of(group, settings), settings).sequences[0]
         assert sequence.role == "proxy_anchor" and sequence.advantage > 0
         assert token_weights(sequence).tolist() == [0.0] * 6
+
+
+class TestToTheLetter:
+    """Three ways Algorithm 1 fails when taken to the letter, and what the defaults do instead."""
+
+    DEFAULT, LITERAL = build_config({}).care, build_config({"preset": "literal"}).care
+    UNREASONED = make_rollout(1.0, 0.0, think=None)
+    GARBAGE = broken(think=None)
+    LONG = (wrong(think=0, answer=0), wrong(think=20))
+
+    @pytest.mark.parametrize(
+        ("rollouts", "sums", "default", "literal"),
+        [
+            # T_think = 0 always wins Eq. 2: rewarded, it teaches the policy to stop reasoning.
+            ([wrong(), right(think=12), UNREASONED, right(think=7)], None, 3, 2),
+            # Where no positive is well-formed there is still an anchor.
+            ([wrong(), make_rollout(1.0, 0.0, think=4), UNREASONED], None, 2, 2),
+            # A sum of log-probs is highest for the shortest garbage, which then takes over.
+            ([wrong(think=9), GARBAGE, wrong(think=6)], (-32.0, -4.0, -14.0), 2, 1),
+            # Equally likely per token, a longer failure loses nothing; here it is a little better.
+            (LONG, [-p * len(r.token_ids) for p, r in zip((0.5, 0.49), LONG, strict=True)], 1, 0),
+        ],
+        ids=["unreasoned", "no format", "garbage", "length"],
+    )
+    def test_the_anchor(self, rollouts, sums, default, literal):
+        """Well-formed ones first, and likelihood per token; or Eq. 2 and line 22 as printed."""
+        group = make_group(rollouts, log_prob_sums=sums)
+        assert indices(subgroup_of(group, self.DEFAULT))[0] == default
+        assert indices(subgroup_of(group, self.LITERAL))[0] == literal
+
+    def test_only_garbage_is_not_rescued(self):
+        """Without a well-formed failure nothing is worth pulling toward: the group is skipped."""
+        group = make_group([broken(), broken(think=1), self.GARBAGE])
+        assert select_subgroup(group, self.DEFAULT) == "no_proxy_anchor"
+        assert isinstance(select_subgroup(group, self.LITERAL), Subgroup)
+
+    def test_broken_output_is_penalised(self):
+        """Line 40 has no region in it, so nothing would: by default all T = 7 tokens share A."""
+        group = make_group([right(), broken(think=4), wrong()])
+        for settings, share in ((self.DEFAULT, 1 / 7), (self.LITERAL, 0.0)):
+            update = subgroup_update(subgroup_of(group, settings), settings)
+            sequence = next(s for s in update.sequences if not s.rollout.spans.well_formed)
+            assert sequence.advantage < 0
+            credit = token_advantages(sequence).tolist()
+            assert credit == pytest.approx([sequence.advantage * share] * 7)

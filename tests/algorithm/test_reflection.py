@@ -73,36 +73,20 @@ def test_the_default_cue_is_the_papers():
         "the sides are equal<answer>1</answer> no <answer>2</answer>",
         "<think>the sides are equal</answer> or <think>not</think>",
         "<think>the sides are equal<think></th<answer>ink>",
-    ],
-    ids=[
-        "plain",
-        "blanks",
-        "unclosed",
-        "answer inside",
-        "cut",
-        "never thought",
-        "no tags",
-        "never opened",
-        "two answers",
-        "answer cut",
-        "never thought, two answers",
-        "stray tags",
-        "tags in pieces",
+        "<answer>3</answer> <think>the sides are equal</think>",
     ],
 )
 def test_the_prompt_is_failed_rationale_and_cue_with_think_left_open(text):
-    """Line 13: `<think>`, what the failure reasoned, the cue; its answer is dropped."""
+    """Line 13: `<think>`, what the failure reasoned, the cue; its answer is dropped.
+
+    Only an answer that begins after `<think>` cuts the rationale.
+    """
     assert prefix_of(text) == PREFIX
 
 
 def test_an_empty_rationale_leaves_the_cue():
     """A failure that only answered contributes no text."""
     assert prefix_of("<answer>3</answer>") == "<think>\nlook again:\n"
-
-
-def test_an_answer_before_the_rationale_is_no_end_of_it():
-    """Only an answer that begins after `<think>` cuts the rationale."""
-    assert prefix_of("<answer>3</answer> <think>the sides are equal</think>") == PREFIX
 
 
 def test_the_prompt_uses_the_configured_tags():
@@ -121,61 +105,34 @@ def test_the_reflected_response_continues_the_open_rationale():
     assert text[slice(*spans.answer_content)] == "7"
 
 
-def test_a_success_replaces_its_negative():
-    """Lines 15-16: S loses the failure it came from and gains a positive with its own reward."""
-    repaired = right(reflected=True)
-    merged = merge_reflection(replace(SUBGROUP, reflect_on=1), repaired, CARE)
-    assert [m.rollout for m in merged.others] == [NEGATIVES[0], repaired, NEGATIVES[2]]
-    assert [m.is_negative for m in merged.others] == [True, False, True]
-    assert merged.others[1].shaped_reward == repaired.reward
-    assert merged.others[1].index is None
-
-
-def test_a_success_without_format_is_a_success():
-    """Line 15 reads acc alone."""
-    repaired = make_rollout(1.0, 0.0, reflected=True)
-    merged = merge_reflection(SUBGROUP, repaired, CARE)
-    assert merged.num_negatives == 2 and not merged.others[0].is_negative
-
-
-def test_a_failure_joins_the_subgroup():
-    """Lines 17-18: S keeps the original failure and gains the reflected one."""
-    failed = wrong(reflected=True)
-    merged = merge_reflection(SUBGROUP, failed, CARE)
-    assert [m.rollout for m in merged.others] == [*NEGATIVES, failed]
-    assert merged.num_negatives == 4
-
-
-def test_a_failure_may_replace_its_negative():
-    """`failed_reflection: replace`: the released code's rule."""
-    failed = wrong(reflected=True)
-    merged = merge_reflection(SUBGROUP, failed, care("failed_reflection=replace"))
-    assert [m.rollout for m in merged.others] == [failed, *NEGATIVES[1:]]
-    assert merged.others[0].is_negative
-
-
-def test_a_partly_correct_reflection_is_neither():
-    """0 < acc < 1 is neither success nor failure, and S stays as it was."""
-    partial = make_rollout(0.5, 1.0, reflected=True)
-    assert merge_reflection(SUBGROUP, partial, CARE) == SUBGROUP
-
-
-def test_a_partly_correct_reflection_failed_to_the_letter():
-    """`partial: literal`: lines 15-18 know success and failure only."""
-    partial = make_rollout(0.5, 1.0, reflected=True)
-    merged = merge_reflection(SUBGROUP, partial, care("partial=literal"))
-    assert merged.others[-1].rollout is partial and merged.others[-1].is_negative
-
-
 @pytest.mark.parametrize(
-    ("accuracy", "format_score", "success"), [(0.0, 1.0, True), (0.5, 0.0, True), (0, 0, False)]
+    ("accuracy", "format_score", "changes", "others"),
+    [
+        # Lines 15-16: a success, which acc alone makes, takes its negative's place.
+        (1.0, 1.0, [], "aRc"),
+        (1.0, 0.0, [], "aRc"),
+        # Lines 17-18: a failure joins S; in the released code it replaces its negative.
+        (0.0, 1.0, [], "abcr"),
+        (0.0, 1.0, ["failed_reflection=replace"], "arc"),
+        # 0 < acc < 1 is neither; to the letter whatever is no success failed.
+        (0.5, 1.0, [], "abc"),
+        (0.5, 1.0, ["partial=literal"], "abcr"),
+        # `positive: reward` reads reward > 0, for reflections as for rollouts.
+        (0.0, 1.0, ["positive=reward"], "aRc"),
+        (0.5, 0.0, ["positive=reward"], "aRc"),
+        (0.0, 0.0, ["positive=reward"], "abcr"),
+    ],
 )
-def test_success_by_reward(accuracy, format_score, success):
-    """`positive: reward` counts reward > 0 as success, for reflections as for rollouts."""
-    reflected = make_rollout(accuracy, format_score, reflected=True)
-    merged = merge_reflection(SUBGROUP, reflected, care("positive=reward"))
-    assert (merged.others[0].rollout is reflected) == success
-    assert len(merged.others) == (3 if success else 4)
+def test_how_a_reflection_joins_the_subgroup(accuracy, format_score, changes, others):
+    """Negatives a, b, c of which b reflects; r is the reflection as a negative, R as a success."""
+    reflected = make_rollout(accuracy, format_score, reflected=True, verdict="r")
+    subgroup = replace(SUBGROUP, reflect_on=1)
+    merged = merge_reflection(subgroup, reflected, care(*changes)).others
+    assert "".join(m.rollout.verdict for m in merged) == others.lower()
+    assert [not m.is_negative for m in merged] == [letter == "R" for letter in others]
+    for member in merged:
+        if member.rollout is reflected:
+            assert (member.shaped_reward, member.index) == (reflected.reward, None)
 
 
 @pytest.mark.parametrize("accuracy", [0.0, 1.0])

@@ -30,25 +30,15 @@ def distances(degrees) -> torch.Tensor:
     return pairwise_distances(unit_vectors(degrees))
 
 
-def select(degrees, count, **changes) -> list[int]:
-    """Hard negatives among rollouts 1.. for the anchor at index 0."""
-    settings = replace(SETTINGS, **changes)
-    pool = range(1, len(degrees))
-    return select_hard_negatives(pool, count, distances(degrees), 0, settings)
-
-
-def test_positives_and_failures_go_by_accuracy():
-    """Line 3: acc = 1 is positive, acc = 0 a failure, and a partial answer is neither."""
+@pytest.mark.parametrize(
+    ("by", "positive", "failed"),
+    [("accuracy", [0, 3], [1, 4, 5]), ("reward", [0, 1, 2, 3], [4, 5])],
+)
+def test_positives_and_failures(by, positive, failed):
+    """Line 3: acc = 1, acc = 0, and a partial answer is neither; or by reward > 0."""
     group = [right(), wrong(), make_rollout(0.5, 1.0), make_rollout(1.0, 0.0), broken()]
-    assert positives(group) == [0, 3]
-    assert failures(group) == [1, 4]
-
-
-def test_positives_and_failures_by_reward():
-    """By reward (`positive: reward`), a well-formed wrong answer is a positive."""
-    group = [right(), wrong(), make_rollout(0.5, 0.0), broken(), with_reward(broken(), -1.0)]
-    assert positives(group, "reward") == [0, 1, 2]
-    assert failures(group, "reward") == [3, 4]
+    group.append(with_reward(broken(), -1.0))
+    assert (positives(group, by), failures(group, by)) == (positive, failed)
 
 
 @pytest.mark.parametrize(
@@ -79,28 +69,16 @@ def test_lengths_are_of_the_content():
     assert broken(think=None).spans.think_length == 0
 
 
-def test_random_anchor_is_a_positive_and_follows_the_seed():
-    """Sec. 9.2's control: any positive, the same one for the same seed."""
+def test_random_anchor_is_a_well_formed_positive():
+    """Sec. 9.2's control (`anchor: random`); test_determinism.py holds it to its seed."""
     group = [right(think=i + 1) if i % 2 else wrong() for i in range(8)]
-    settings = replace(SETTINGS, anchor="random")
-
-    def draw(seed: int) -> int:
-        return select_anchor(group, positives(group), settings, torch.Generator().manual_seed(seed))
-
-    drawn = [draw(seed) for seed in range(40)]
-    assert set(drawn) == {1, 3, 5, 7}
-    assert drawn == [draw(seed) for seed in range(40)]
-
-
-def test_random_anchor_still_prefers_format():
-    """`anchor: random` draws among the well-formed positives where there are any."""
-    group = [make_rollout(1.0, 0.0), right(), make_rollout(1.0, 0.0)]
+    group.append(make_rollout(1.0, 0.0))
     settings = replace(SETTINGS, anchor="random")
     drawn = {
-        select_anchor(group, [0, 1, 2], settings, torch.Generator().manual_seed(seed))
-        for seed in range(20)
+        select_anchor(group, positives(group), settings, torch.Generator().manual_seed(seed))
+        for seed in range(40)
     }
-    assert drawn == {1}
+    assert drawn == {1, 3, 5, 7}
 
 
 def test_rationale_embedding_by_hand():
@@ -133,28 +111,38 @@ def test_an_empty_rationale_is_far_from_everything():
 
 def test_cosine_distance_by_hand():
     """Eq. 4: 0 for the anchor itself, 1 - cos 60, 1 at right angles, 2 for the opposite."""
-    assert distances([30, 90, 120, 210, 30])[0].tolist() == pytest.approx(
-        [0.0, 0.5, 1.0, 2.0, 0.0], abs=1e-6
-    )
-
-
-def test_nearest_takes_the_nearest():
-    """Sec. 3.3: rank F by ascending d_cos and keep K'."""
-    degrees = [0, 80, 10, -30, 170]
-    assert select(degrees, 2, selector="nearest") == [2, 3]
-
-
-def test_farthest_takes_the_farthest_nearest_first():
-    """Figure 5's control, in the order reflection relies on: nearest of them first."""
-    assert select([0, 80, 10, -30, 170], 2, selector="farthest") == [1, 4]
+    found = distances([30, 90, 120, 210, 30])[0].tolist()
+    assert found == pytest.approx([0.0, 0.5, 1.0, 2.0, 0.0], abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("count", "expected"), [(1, [2]), (2, [2, 4]), (3, [2, 3, 4]), (4, [2, 3, 1, 4])]
+    ("degrees", "count", "changes", "expected"),
+    [
+        # Sec. 3.3: F by ascending d_cos, the first K'; Figure 5's controls, nearest of them first.
+        ([80, 10, -30, 170], 2, {"selector": "nearest"}, [2, 3]),
+        ([80, 10, -30, 170], 2, {"selector": "farthest"}, [1, 4]),
+        # MIXED: half nearest, half farthest; an odd one goes to the nearest.
+        *[
+            ([80, 10, -30, 170, 60], count, {"selector": "mixed"}, expected)
+            for count, expected in ((1, [2]), (2, [2, 4]), (3, [2, 3, 4]), (4, [2, 3, 1, 4]))
+        ],
+        # Of 10, 12, 40, 80 degrees M = 3 keeps three to spread: 10 and 40; M > 3 reaches 80.
+        ([80, 12, 40, 10], 2, {"preselect_size": 3}, [4, 3]),
+        ([80, 12, 40, 10], 2, {"preselect_size": 4}, [4, 1]),
+        ([80, 12, 40, 10], 2, {"preselect_size": 100}, [4, 1]),
+        # M <= K': the nearest K' as they are.
+        ([80, 12, 40, 10], 2, {"preselect_size": 1}, [4, 2]),
+        ([80, 12, 40, 10], 2, {"preselect_size": 2}, [4, 2]),
+        # N is handed on nearest first, whichever order the spreading chose; K' = |F| takes all.
+        ([80, 12, 40, 10], 3, {}, [4, 3, 1]),
+        ([80, 12, 40], 3, {}, [2, 3, 1]),
+    ],
 )
-def test_mixed_takes_half_near_and_half_far(count, expected):
-    """Figure 5's MIXED: half nearest, half farthest; an odd one goes to the nearest."""
-    assert select([0, 80, 10, -30, 170, 60], count, selector="mixed") == expected
+def test_hard_negatives(degrees, count, changes, expected):
+    """Who is chosen among rollouts 1.. for an anchor at index 0 and 0 degrees."""
+    between, pool = distances([0, *degrees]), range(1, len(degrees) + 1)
+    settings = replace(SETTINGS, **changes)
+    assert select_hard_negatives(pool, count, between, 0, settings) == expected
 
 
 def test_random_takes_distinct_failures_nearest_first():
@@ -170,28 +158,25 @@ def test_random_takes_distinct_failures_nearest_first():
     drawn = [draw(seed) for seed in range(60)]
     assert {frozenset(one) for one in drawn} > {frozenset([7, 4, 3]), frozenset([3, 1, 6])}
     assert all(one == [i for i in nearest_first if i in one] and len(one) == 3 for one in drawn)
-    assert drawn == [draw(seed) for seed in range(60)]
 
 
-def test_farthest_first_by_hand():
-    """Sec. 3.3: from 10, 12, 40, 80 degrees keep 10, then 80 (farthest), then 40 (not 12)."""
-    between = distances([10, 12, 40, 80])
-    assert farthest_first([0, 1, 2, 3], 1, between) == [0]
-    assert farthest_first([0, 1, 2, 3], 2, between) == [0, 3]
-    assert farthest_first([0, 1, 2, 3], 3, between) == [0, 3, 2]
-    assert farthest_first([0, 1, 2, 3], 4, between) == [0, 1, 2, 3]
-
-
-def test_farthest_first_measures_to_the_closest_chosen():
-    """Max-min: at 0, 90, 100, 45 degrees the third is 45 (45 from both), not 90 (10 from 100)."""
-    assert farthest_first([0, 1, 2, 3], 3, distances([0, 90, 100, 45])) == [0, 2, 3]
-
-
-def test_farthest_first_starts_where_told():
-    """At 10, 50, -60 degrees: from the nearest to -60, from the farthest (-60) to 50."""
-    between = distances([10, 50, -60])
-    assert farthest_first([0, 1, 2], 2, between, 0) == [0, 2]
-    assert farthest_first([0, 1, 2], 2, between, 2) == [2, 1]
+@pytest.mark.parametrize(
+    ("degrees", "count", "start", "expected"),
+    [
+        # From 10 degrees 80 is farthest, then 40 (not 12).
+        *[([10, 12, 40, 80], n, 0, [0, 3, 2, 1][:n]) for n in (1, 2, 3)],
+        ([10, 12, 40, 80], 4, 0, [0, 1, 2, 3]),
+        # Max-min: the third is 45 (45 from both), not 90 (10 from 100).
+        ([0, 90, 100, 45], 3, 0, [0, 2, 3]),
+        # It starts where told: from 10 to -60, or from -60 to 50.
+        ([10, 50, -60], 2, 0, [0, 2]),
+        ([10, 50, -60], 2, 2, [2, 1]),
+    ],
+)
+def test_farthest_first_by_hand(degrees, count, start, expected):
+    """Sec. 3.3's greedy max-min pass."""
+    pool = list(range(len(degrees)))
+    assert farthest_first(pool, count, distances(degrees), start) == expected
 
 
 def test_farthest_first_ties_go_to_the_nearer():
@@ -201,59 +186,26 @@ def test_farthest_first_ties_go_to_the_nearer():
     assert farthest_first([0, 2, 1], 2, between) == [0, 2]
 
 
-def test_diverse_selection_preselects_then_spreads():
-    """Sec. 3.3 at K' = 2: of 10, 12, 40, 80 degrees M = 3 keeps the first three, so 10 and 40."""
-    degrees = [0, 80, 12, 40, 10]
-    assert select(degrees, 2, preselect_size=3) == [4, 3]
-    assert select(degrees, 2, preselect_size=4) == [4, 1]
-    assert select(degrees, 2, preselect_size=100) == [4, 1]
+# 8, 8 and 5 tokens; then a right one and two broken ones.
+CANDIDATES = [wrong(think=1, answer=2), wrong(think=2, answer=1), wrong(think=0, answer=0)]
+CANDIDATES += [right(), broken(), broken()]
+SUMS = torch.tensor([-8.5, -8.0, -6.0, -0.1, -1.0, -2.0])
 
 
-@pytest.mark.parametrize("preselect_size", [1, 2])
-def test_no_diversity_pass_without_spare_candidates(preselect_size):
-    """M <= K': the nearest K' as they are."""
-    assert select([0, 80, 12, 40, 10], 2, preselect_size=preselect_size) == [4, 2]
-
-
-def test_hard_negatives_stand_nearest_first():
-    """N is handed on nearest to the anchor first, whichever order the spreading chose them in."""
-    assert select([0, 80, 12, 40, 10], 3) == [4, 3, 1]
-
-
-def test_all_failures_when_there_are_no_more_than_asked():
-    """Eq. 3: K' = |F| takes every failure."""
-    assert select([0, 80, 12, 40], 3) == [2, 3, 1]
-
-
-PROXY = Decisions()
-
-
-def test_pseudo_anchor_is_the_likeliest_per_token():
-    """Sec. 3.7 by mean: -8 over 8 tokens beats -6 over 4 tokens."""
-    group = [wrong(think=1, answer=2), wrong(think=2, answer=1), wrong(think=0, answer=0)]
-    assert [len(r.token_ids) for r in group] == [8, 8, 5]
-    assert select_proxy_anchor(group, [0, 1, 2], torch.tensor([-8.5, -8.0, -6.0]), PROXY) == 1
-
-
-def test_pseudo_anchor_by_sum():
-    """Line 22 to the letter: the largest log pi_old(y | x)."""
-    group = [wrong(think=1, answer=2), wrong(think=2, answer=1), wrong(think=0, answer=0)]
-    settings = replace(PROXY, proxy_score="sum")
-    assert select_proxy_anchor(group, [0, 1, 2], torch.tensor([-8.5, -8.0, -6.0]), settings) == 2
-
-
-def test_pseudo_anchor_comes_from_the_pool():
-    """Line 22 maximises over F alone."""
-    group = [right(), wrong(), wrong()]
-    assert select_proxy_anchor(group, [1, 2], torch.tensor([-0.1, -9.0, -8.0]), PROXY) == 2
-
-
-def test_pseudo_anchor_must_be_well_formed():
-    """Without a well-formed failure there is no pseudo-anchor, unless format is not asked for."""
-    group = [broken(), broken(), wrong()]
-    sums = torch.tensor([-1.0, -2.0, -50.0])
-    assert select_proxy_anchor(group, [0, 1, 2], sums, PROXY) == 2
-    assert select_proxy_anchor(group, [0, 1], sums, PROXY) is None
-    assert (
-        select_proxy_anchor(group, [0, 1], sums, replace(PROXY, proxy_requires_format=False)) == 0
-    )
+@pytest.mark.parametrize(
+    ("pool", "changes", "expected"),
+    [
+        # Sec. 3.7 by mean: -8 over 8 tokens beats -6 over 5; line 22 to the letter sums.
+        ([0, 1, 2], {}, 1),
+        ([0, 1, 2], {"proxy_score": "sum"}, 2),
+        # Of the pool alone; well-formed, unless format is not asked for.
+        ([0, 2], {}, 0),
+        ([0, 4, 5], {}, 0),
+        ([4, 5], {}, None),
+        ([4, 5], {"proxy_requires_format": False}, 4),
+    ],
+)
+def test_pseudo_anchor(pool, changes, expected):
+    """Lines 22-23: the likeliest failure under the old policy."""
+    assert [len(r.token_ids) for r in CANDIDATES[:3]] == [8, 8, 5]
+    assert select_proxy_anchor(CANDIDATES, pool, SUMS, Decisions(**changes)) == expected
