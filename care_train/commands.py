@@ -197,7 +197,7 @@ def evaluate(config: Config, run: RunFolder, given: Given) -> Summary:
         return finish(run_dir, config, scores, start)
     usable_rows(session, held_out, "eval.data")
     run_dir = run.begin({"eval.data": held_out})
-    engine = session.rollout_engine(session.loaded, config.eval.batch_size)
+    engine = session.rollout_engine(session.loaded, config.rollout.batch_size)
     run.started()
     with open_writer(config, run_dir) as archive:
         values = evaluate_both(session, engine, held_out, device, archive=archive)
@@ -304,7 +304,7 @@ def _evaluate_session(
     description: str,
     step: int,
 ) -> dict[str, float]:
-    engine = session.rollout_engine(session.loaded, session.config.eval.batch_size)
+    engine = session.rollout_engine(session.loaded, session.config.rollout.batch_size)
     return evaluate_both(session, engine, held_out, device, description, archive=archive, step=step)
 
 

@@ -89,8 +89,6 @@ class EvalSettings:
     blind: bool = False
     """Report accuracy with a blank image in the place of each too, at the training temperature:
     what can be answered without looking."""
-    batch_size: PositiveInt = 256
-    """Sequences generated at once on one rank."""
     benchmarks: list[BenchmarkName] = field(default_factory=list)
     """What `care-train eval` scores (also `--benchmarks a,b`): benchmarks of Table 1, and `data`
     for the rows of eval.data. Empty: eval.data alone, at the training temperature and greedily."""

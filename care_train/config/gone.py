@@ -34,6 +34,9 @@ _CONSTANTS: dict[str, tuple[object, str]] = {
     "train.adam_betas": ([0.9, 0.999], "AdamW's betas are 0.9 and 0.999"),
     "loss.importance_over_cap": ("truncate", "it is loss.importance_beyond now"),
     "rollout.vllm.log_level": ("error", "set VLLM_LOGGING_LEVEL in the environment"),
+    "eval.batch_size": (256, "rollout.batch_size is that of evaluations too"),
+    "rollout.vllm.server_timeout": (600.0, "an answer may take 600 s"),
+    "train.max_resample_rounds": (3, "more prompts are drawn three times at most"),
     "care.rescue.delta": (0.1, "the z-score cancels it; care.rescue.scale weakens a rescue"),
 }
 """Keys with the value that is built in now, and what to say of another."""

@@ -16,9 +16,6 @@ class VllmSettings:
     server: Annotated[str | None, Role.FREE] = None
     """`http://host:port` of a `care-train serve`, which then generates for all ranks. None: vLLM
     runs in the training processes."""
-    server_timeout: Annotated[PositiveFloat, Role.FREE] = 600.0
-    """Seconds that one request to the server may take, a whole batch or a bucket of weights; after
-    them the run stops."""
     server_token_file: Annotated[str | None, Role.FREE] = None
     """A file with the token that the server demands, where it is neither in
     $CARE_TRAIN_SERVER_TOKEN nor found by itself: both sides may be given it. None: the server makes
@@ -68,7 +65,7 @@ class RolloutSettings:
     max_new_tokens: PositiveInt = 1024
     """Longest response in tokens."""
     batch_size: Annotated[PositiveInt, Role.SPEED] = 256
-    """Sequences generated at once on one rank."""
+    """Sequences generated at once on one rank, in evaluations too."""
     max_log_prob_gap: Annotated[NonNegativeFloat | None, Role.SPEED] = 0.2
     """Mean difference of trainer's and engine's log-probs, in nats per token, over which a run
     stops. Compared in the first step after vLLM started or woke up. None: no limit."""

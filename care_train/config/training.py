@@ -65,9 +65,8 @@ class TrainSettings(LoopSettings):
     freeze_vision: bool = False
     """Train the language model alone."""
     dynamic_sampling: bool = False
-    """Draw more prompts until every group of the batch has both right and wrong rollouts (DAPO)."""
-    max_resample_rounds: PositiveInt = 3
-    """Rounds of dynamic sampling before the batch is trained as it is."""
+    """Draw more prompts, up to three times, until every group of the batch has both right and wrong
+    rollouts (DAPO); then the batch is trained as it is."""
     rollouts_ahead: Literal[0, 1] = 0
     """1: while a step trains, the next one's rollouts are sampled with the weights before its
     update, and weighed for it by `loss.importance_sampling`. Needs `rollout.vllm.server`."""

@@ -60,7 +60,7 @@ def answer_questions(
     _check_found(found, questions, folder)
     missing = [job for job in jobs if (ids[job[0]], *job[1:]) not in found]
     own = missing[rank() :: world_size()]
-    batches = equal_batches(own, config.eval.batch_size, device)
+    batches = equal_batches(own, config.rollout.batch_size, device)
     bar = track(batches, questions.name, config.logging.progress and is_main())
     answered = 0
     with StopSignals() as signals, closing(JsonlWriter(folder / f"rank_{rank()}.jsonl")) as log:

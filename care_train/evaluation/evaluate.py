@@ -63,7 +63,7 @@ def evaluate(
     """
     config = session.config
     share = rank_share(samples, rank(), world_size())
-    batches = equal_batches(share, config.eval.batch_size, device)
+    batches = equal_batches(share, config.rollout.batch_size, device)
     sampling = decoding(config, greedy)
     rollouts: list[Rollout] = []
     enabled = config.logging.progress and is_main()

@@ -49,7 +49,7 @@ class CareTrainModel(lmms):
         Args:
             path: a Hugging Face folder, such as a run's `final/`.
             config: a YAML file with prompt, tags, engine and lengths; None: the defaults.
-            batch_size: sequences generated at once; None or `auto`: the config's eval.batch_size.
+            batch_size: sequences generated at once; None or `auto`: rollout.batch_size.
                 LMMs-Eval's own default is 1, which it passes.
             answer_only: return the answer span's text where a response has one, for tasks that
                 parse answers and no reasoning; False returns whole responses.
@@ -63,7 +63,7 @@ class CareTrainModel(lmms):
         super().__init__()
         settings = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
         if batch_size not in (None, "auto"):
-            settings.append(f"eval.batch_size={int(batch_size)}")
+            settings.append(f"rollout.batch_size={int(batch_size)}")
         self._config = load_config(config, [*settings, f"model.path={path}"])
         self._answer_only = str(answer_only).lower() in ("true", "1")
         # On several ranks LMMs-Eval counts requests and waits through these two.
@@ -71,7 +71,7 @@ class CareTrainModel(lmms):
         self.accelerator = Accelerator(cpu=self._device.type == "cpu")
         self._session = open_session(self._config, model_folder(path), self._device)
         self._engine = self._session.rollout_engine(
-            self._session.loaded, self._config.eval.batch_size
+            self._session.loaded, self._config.rollout.batch_size
         )
         self._rank, self._world_size = rank(), world_size()
 
@@ -87,7 +87,7 @@ class CareTrainModel(lmms):
         """
         texts: list[str] = []
         asked: Counter[str] = Counter()
-        size = self._config.eval.batch_size
+        size = self._config.rollout.batch_size
         for start in range(0, len(requests), size):
             texts += self._respond(requests[start : start + size], asked)
         return texts

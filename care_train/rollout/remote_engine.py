@@ -19,7 +19,7 @@ from care_train.rollout.engine import (
 )
 from care_train.rollout.errors import RolloutServerError
 from care_train.rollout.server_access import find_token
-from care_train.rollout.server_client import ServerClient, process_lease
+from care_train.rollout.server_client import ANSWER_SECONDS, ServerClient, process_lease
 from care_train.rollout.server_messages import (
     Bucket,
     Done,
@@ -56,7 +56,7 @@ class VllmServerEngine:
         self._loaded = loaded
         self._bucket_bytes = settings.sync_bucket_mib << 20
         token = find_token(settings.server, settings.server_token_file)
-        self._client = ServerClient(settings.server, settings.server_timeout, token)
+        self._client = ServerClient(settings.server, ANSWER_SECONDS, token)
         self._info = self._client.ask(ServerInfo, "/info")
         if problem := _misfit(self._info, loaded, settings):
             raise ValueError(f"rollout.vllm.server {self._client.url}: {problem}")

@@ -269,7 +269,7 @@ async def _body(request: Any, max_bytes: int) -> bytes:
                     raise RequestError(
                         413,
                         f"got a message of more than {max_bytes} bytes: send fewer sequences at "
-                        "once (rollout.batch_size, eval.batch_size)",
+                        "once (rollout.batch_size)",
                     )
     except TimeoutError:
         raise RequestError(422, f"the message was not there after {_BODY_SECONDS:g} s") from None

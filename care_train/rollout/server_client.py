@@ -20,6 +20,9 @@ CONNECT_RETRIES = 5
 """Attempts to connect after the first, over about 8 seconds. Nothing was sent then: a request that
 the server may have begun is never repeated."""
 
+ANSWER_SECONDS = 600.0
+"""How long one answer may take, a whole batch or a bucket of weights; after that the run stops."""
+
 BEAT_SECONDS = 5.0
 """How often the server hears that the run is alive: a sixth of what it waits for that."""
 
@@ -81,9 +84,7 @@ class ServerClient:
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             raise self.error(f"cannot connect: {error}; is `care-train serve` running?") from error
         except httpx.TimeoutException as error:
-            raise self.error(
-                f"{path}: no answer in rollout.vllm.server_timeout = {self._timeout:g} s"
-            ) from error
+            raise self.error(f"{path}: no answer in {self._timeout:g} s") from error
         except httpx.TransportError as error:
             raise self.error(f"{path}: the connection broke: {error}") from error
         status = response.status_code

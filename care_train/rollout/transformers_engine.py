@@ -81,7 +81,7 @@ class TransformersEngine:
         self._batch_size = len(requests) // 2
         logger.warning(
             "warning: out of memory while %d responses were generated (%s): going on with %d at "
-            "once; set rollout.batch_size (or eval.batch_size) so",
+            "once; set rollout.batch_size so",
             *(len(requests), reason, self._batch_size),
         )
         if self._model.device.type == "cuda":

@@ -68,8 +68,7 @@ def vllm_limits(config: Config) -> tuple[int, int]:
     longest = max(rollout.max_new_tokens, config.care.reflection.max_new_tokens or 0)
     # A reflection's prompt and prefix together have as many as a prompt and a response.
     max_context = config.prompt.max_prompt_tokens + rollout.max_new_tokens + longest
-    # The same for training and evaluation, which then share one vLLM.
-    return max_context, max(rollout.batch_size, config.eval.batch_size)
+    return max_context, rollout.batch_size
 
 
 def open_session(

@@ -22,6 +22,9 @@ from care_train.training.timer import StepSeconds, timer
 from care_train.training.token_metrics import token_metrics
 from care_train.training.update import PolicyUpdater
 
+_MAX_RESAMPLE_ROUNDS = 3
+"""Of dynamic sampling, before the batch is trained as it is."""
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -102,7 +105,7 @@ class TrainStep:
         if not self._config.train.dynamic_sampling:
             return groups, []
         size = len(groups)
-        for _ in range(self._config.train.max_resample_rounds):
+        for _ in range(_MAX_RESAMPLE_ROUNDS):
             # All ranks draw as long as one needs to, so that they stay at the same position.
             mixed = sum(baselines.has_mixed_outcomes(group.rollouts) for group in groups)
             if not all_max(mixed < size, self._engine.device):

@@ -53,7 +53,7 @@ MODEL_PARTS = ("generate", "old_forward", "reflect", "reference", "gap", "update
 """Generation, forwards and backwards; the other parts are the trainer's overhead."""
 
 _GENERATION = (
-    "lower rollout.batch_size (eval.batch_size in evaluations) or rollout.max_new_tokens, and "
+    "lower rollout.batch_size or rollout.max_new_tokens, and "
     "under rollout.engine=vllm rollout.vllm.gpu_memory_utilization or rollout.vllm.kv_cache_gib"
 )
 _TRAINING = (

@@ -18,7 +18,7 @@ ALL = ",".join(BENCHMARKS)
 SMALL = (
     "prompt.system=null",
     "rollout.max_new_tokens=16",
-    "eval.batch_size=4",
+    "rollout.batch_size=4",
     "logging.progress=false",
     "logging.report_to=[]",
 )
@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_after_its_last_answer(whole, repositories, tiny_fo
 def test_a_signal_ends_between_batches(repositories, tiny_folder, tmp_path):
     """SIGTERM: the batch is written, the status says that the run can go on."""
     arguments = _arguments(repositories, tiny_folder(), tmp_path, "stopped")
-    stopped = Run(*arguments, "eval.samples=40", "eval.batch_size=2")
+    stopped = Run(*arguments, "eval.samples=40", "rollout.batch_size=2")
     log = tmp_path / "stopped" / "answers" / "mathvista" / "rank_0.jsonl"
     assert stopped.wait_for(lambda: log.exists() and log.stat().st_size > 0)
     stopped.send(signal.SIGTERM)
@@ -177,7 +177,7 @@ def test_changed_questions_are_refused(change, repositories, tiny_folder, tmp_pa
 def two_ranks(repositories, tiny_folder, color_rows, tmp_path_factory) -> Path:
     """What two ranks leave behind."""
     out = tmp_path_factory.mktemp("ranks")
-    arguments = [*_arguments(repositories, tiny_folder(), out, "ranks"), "eval.batch_size=16"]
+    arguments = [*_arguments(repositories, tiny_folder(), out, "ranks"), "rollout.batch_size=16"]
     own = (tiny_folder(), color_rows, out)
     run_ranks("tests.evaluation.ranks", *own, *arguments, *_SAMPLES, ranks=2, seconds=120)
     return out

@@ -111,7 +111,7 @@ def served(server, tiny_folder):
 
     def engine(kind: str, loaded: LoadedModel) -> VllmServerEngine:
         url = server(kind).url
-        settings = VllmSettings(server=url, server_timeout=60, sync_bucket_mib=1)
+        settings = VllmSettings(server=url, sync_bucket_mib=1)
         engines.append(VllmServerEngine(loaded, settings))
         return engines[-1]
 

@@ -21,7 +21,7 @@ def limits(batch_size: int = 64) -> tuple[str, ...]:
     """Overrides for a server that takes what the tests' tiny models are asked."""
     return (
         *("prompt.max_prompt_tokens=300", "rollout.max_new_tokens=50"),
-        *(f"rollout.batch_size={batch_size}", f"eval.batch_size={batch_size}"),
+        f"rollout.batch_size={batch_size}",
         "rollout.vllm.kv_cache_gib=0.25",
     )
 

@@ -22,7 +22,6 @@ def start(tiny_folder, color_rows, tmp_path_factory) -> list[str]:
         f"output_dir={tmp_path_factory.mktemp('runs')}",
         "rollout.engine=vllm",
         "rollout.vllm.sync_bucket_mib=1",
-        "rollout.vllm.server_timeout=60",
         "train.steps=3",
     ]
 

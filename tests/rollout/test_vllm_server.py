@@ -113,7 +113,7 @@ def test_a_server_of_another_model_is_refused(server, tiny_folder):
 
 
 def test_no_server_and_a_late_server_are_named(served, tiny_folder, monkeypatch):
-    """URL, what was asked, and the setting to change."""
+    """URL, what was asked, and for how long."""
     from care_train.rollout.remote_engine import VllmServerEngine
 
     monkeypatch.setattr(server_client, "CONNECT_RETRIES", 1)
@@ -122,7 +122,7 @@ def test_no_server_and_a_late_server_are_named(served, tiny_folder, monkeypatch)
     model = served()
     client = model.engine._client.with_timeout(0.01)
     kept, model.engine._client = model.engine._client, client
-    with pytest.raises(RolloutServerError, match=r"/generate: no answer in .*server_timeout"):
+    with pytest.raises(RolloutServerError, match=r"/generate: no answer in 0.01 s"):
         model.engine.generate(model.requests(), SamplingSettings(48))
     model.engine._client = kept
     model.sync()

@@ -105,7 +105,7 @@ def _target(tiny_folder, tmp_path_factory):
         environment={"SLOW": str(slow)},
     )
     loaded = load(tiny_folder())
-    engine = VllmServerEngine(loaded, VllmSettings(server=server.url, server_timeout=20))
+    engine = VllmServerEngine(loaded, VllmSettings(server=server.url))
     yield Target(server, Pair(loaded, engine), slow)
     engine.close()
     assert server.stop() == 0, server.errors()

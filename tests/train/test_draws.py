@@ -58,7 +58,7 @@ def test_dynamic_sampling_keeps_mixed_groups_and_counts_all():
         sampled_group([wrong(), wrong()], name="all wrong"),
         sampled_group([wrong(), right()], name="mixed b"),
     ]
-    train = {"dynamic_sampling": True, "max_resample_rounds": 5}
+    train = {"dynamic_sampling": True}
     config = make_config({"algorithm": "dapo", "train": train})
     step = TrainStep(config, FakeEngine(), Sampler(groups), Scorer(), None)
     outcome = step.run(lambda: [groups[0].sample] * 2, 0)

@@ -38,7 +38,7 @@ def test_a_resume_takes_settings_that_change_nothing_or_are_allowed():
     saved = settings_of(make_config())
     free = {
         "name": "other",
-        "eval": {"greedy": False, "batch_size": 2},
+        "eval": {"greedy": False, "samples": 2},
         "logging": {"samples_every": 3},
         "train": {"steps": 9, "save_every": 3, "keep_best": "accuracy", "eval_every": 2},
     }
