@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pytest
@@ -64,53 +63,6 @@ def test_every_missing_column_is_named(name: str, column: str, tmp_path: Path):
     start = f"source s ({name}): {path.name}: column {column!r}: got none (the columns are "
     assert str(error.value).startswith(start)
     assert f"wanted {PUBLISHED[name].columns[column].wanted}" in str(error.value)
-
-
-def change(name: str, values: list[Any], kind: Any) -> Any:
-    def write(folder: Path) -> Path:
-        path = published.geometry3k(folder) / "data" / "train-00000-of-00001.parquet"
-        table = parquet.read_table(path)
-        place = table.schema.get_field_index(name)
-        parquet.write_table(table.set_column(place, name, pyarrow.array(values, kind)), path)
-        return folder
-
-    return write
-
-
-def without(name: str) -> Any:
-    def write(folder: Path) -> Path:
-        path = published.geometry3k(folder) / "data" / "train-00000-of-00001.parquet"
-        parquet.write_table(parquet.read_table(path).drop_columns([name]), path)
-        return folder
-
-    return write
-
-
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (
-            change("answer", [1.0, 2.0, 3.0], pyarrow.float64()),
-            "column 'answer': got float 1.0, wanted text",
-        ),
-        (
-            change("problem", [["q"]] * 3, pyarrow.list_(pyarrow.string())),
-            "column 'problem': got a list of str, wanted text",
-        ),
-        (
-            change("images", [1, 2, 3], pyarrow.int64()),
-            "column 'images': got int 1, wanted an image (bytes or a path), or a list of them",
-        ),
-        (without("problem"), "column 'problem': got none (the columns are 'images'"),
-    ],
-)
-def test_changed_schemas_are_named(tmp_path: Path, write: Any, message: str):
-    """A published schema that changed: source, file, column, the type got and the type wanted."""
-    source = {"name": "geo", "adapter": "geometry3k", "path": str(write(tmp_path))}
-    with pytest.raises(ValueError) as error:
-        build_from(tmp_path, [source])
-    where = "source geo (geometry3k): data/train-00000-of-00001.parquet: "
-    assert where + message in str(error.value)
 
 
 def test_changed_json_schemas_are_named(tmp_path: Path):

@@ -11,7 +11,6 @@ from care_train.data import RowError, sample_from_row
 from care_train.data.building.adapters import ADAPTERS
 from care_train.data.conversations import read_conversation, split_response, split_solution
 from care_train.data.images import image_refs
-from tests.data.published import drawing
 
 
 def test_parts_become_text_and_placeholders():
@@ -115,12 +114,6 @@ def test_an_answer_of_the_row_wins_over_the_response():
     }
     sample = sample_from_row(row, location="r: row 1", base_dir=Path(), id="1")
     assert (sample.answer, sample.rationale) == ("two", "so")
-
-
-def test_open_images_are_taken(tmp_path: Path):
-    """A picture in memory is a reference too."""
-    image = drawing(1)
-    assert image_refs([image], column="images", base_dir=tmp_path, at="r") == (image,)
 
 
 def test_adapters_are_settings():
