@@ -35,29 +35,34 @@ class TestText:
                 ("<think>a</think>", "a", "<answer>b</answer>", "b"),
             ),
             ("<think></think><answer></answer>", ("<think></think>", "", "<answer></answer>", "")),
-            ("a b", (None, None, None, None)),
-            ("", (None, None, None, None)),
+            *[
+                (text, (None, None, None, None))
+                for text in ("a b", "", "a</think> b</answer>", "</answer><answer>")
+            ],
+            # Tags are exact.
+            *[
+                (text, (None, None, None, None))
+                for text in ("<Think>a</Think>", "< think>a</think>")
+            ],
             ("<answer>b</answer>", (None, None, "<answer>b</answer>", "b")),
+            # An unclosed think runs to the end; an unclosed answer is none.
             ("<think>a", ("<think>a", "a", None, None)),
             (
                 "<think>a <answer>b</answer> c",
                 (
-                    "<think>a <answer>b</answer> c",
-                    "a <answer>b</answer> c",
+                    *("<think>a <answer>b</answer> c", "a <answer>b</answer> c"),
                     "<answer>b</answer>",
                     "b",
                 ),
             ),
             ("<think>a</think> <answer>b", ("<think>a</think>", "a", None, None)),
-            ("a</think> b</answer>", (None, None, None, None)),
-            ("</answer><answer>", (None, None, None, None)),
+            # A second rationale is text like any other.
             ("</think>a<think>b", ("<think>b", "b", None, None)),
-            ("<Think>a</Think>", (None, None, None, None)),
-            ("< think>a</think>", (None, None, None, None)),
+            ("<think>a</think><think>b</think>", ("<think>a</think>", "a", None, None)),
         ],
     )
     def test_where_the_spans_lie(self, text, expected):
-        """Tags are exact; an unclosed think runs to the end; an unclosed answer is none."""
+        """Think, its content, answer, its content."""
         assert parts(text) == expected
 
     @pytest.mark.parametrize(
@@ -77,19 +82,11 @@ class TestText:
         """One answer is scored and credited: the last that has both tags."""
         assert parts(text)[3] == answer
 
-    def test_the_first_rationale_counts(self):
-        """A second think span is text like any other."""
-        assert parts("<think>a</think><think>b</think>")[1] == "a"
-
     def test_configured_tags(self):
         """Sec. 8.2: `prompt.think_tag: reasoning`; the default tags then mean nothing."""
         text = "<think>a</think><reasoning>b</reasoning><answer>c</answer><final>d</final>"
-        assert parts(text, think_tag="reasoning", answer_tag="final") == (
-            "<reasoning>b</reasoning>",
-            "b",
-            "<final>d</final>",
-            "d",
-        )
+        expected = ("<reasoning>b</reasoning>", "b", "<final>d</final>", "d")
+        assert parts(text, think_tag="reasoning", answer_tag="final") == expected
 
     @pytest.mark.parametrize(
         "piece",
@@ -108,59 +105,55 @@ class TestText:
 class TestTokens:
     """`token_spans`."""
 
-    def test_one_token_per_tag(self):
-        """The plain case: tags with their content, contents without."""
-        spans = locate(["<think>", "a", " b", "</think>", " ", "<answer>", "c", "</answer>"])
-        assert spans == Spans((0, 4), (1, 3), (5, 8), (6, 7))
-        assert (spans.think_length, spans.answer_length, spans.well_formed) == (2, 1, True)
-
-    def test_merges_across_tag_boundaries(self):
-        """BPE merges tags with their neighbours: a token belongs where it touches a character."""
-        pieces = [
-            "<th",
-            "ink",
-            ">a",
-            " b",
-            ".</",
-            "think",
-            ">\n<",
-            "answer",
-            ">4",
-            "2</",
-            "answer>",
-        ]
-        assert locate(pieces) == Spans((0, 7), (2, 5), (6, 11), (8, 10))
-
-    def test_one_token_for_everything(self):
-        """Even then every span has its token."""
-        spans = locate(["<think>a</think><answer>b</answer>"])
-        assert spans == Spans((0, 1), (0, 1), (0, 1), (0, 1))
-
-    def test_unclosed_think_runs_to_the_last_token(self):
-        """Cut by the length limit: T_think counts all that was reasoned."""
-        assert locate(["x", "<think>", "a", " b"]) == Spans((1, 4), (2, 4), None, None)
+    @pytest.mark.parametrize(
+        ("pieces", "num_prefix", "expected"),
+        [
+            # One token per tag: tags with their content, contents without.
+            ("<think>|a| b|</think>| |<answer>|c|</answer>", 0, ((0, 4), (1, 3), (5, 8), (6, 7))),
+            # BPE merges tags with their neighbours: a token belongs where it touches a character.
+            (
+                "<th|ink|>a| b|.</|think|>\n<|answer|>4|2</|answer>",
+                *(0, ((0, 7), (2, 5), (6, 11), (8, 10))),
+            ),
+            ("<think>a</think><answer>b</answer>", 0, ((0, 1),) * 4),
+            # Cut by the length limit: T_think counts all that was reasoned.
+            ("x|<think>|a| b", 0, ((1, 4), (2, 4), None, None)),
+            # Spans may overlap; each is mapped on its own.
+            (
+                "<think>|a|<answer>|b|</answer>|c|</think>",
+                *(0, ((0, 7), (1, 6), (2, 5), (3, 4))),
+            ),
+            # Empty contents have no tokens, also where `></` is one token.
+            ("<think>|</think>|<answer>|</answer>", 0, ((0, 2), (1, 1), (2, 4), (3, 3))),
+            ("<think|></|think>", 0, ((0, 3), (1, 1), None, None)),
+            # Reflection: spans count from the first sampled token; forced ones are not in them.
+            (
+                "<think>|bad|\n|cue|\n|good|</think>| |<answer>|7|</answer>",
+                *(5, ((0, 2), (0, 1), (3, 6), (4, 5))),
+            ),
+            ("<think>|bad|cue|more| and| more", 3, ((0, 3), (0, 3), None, None)),
+            # What lies, or ends, in forced tokens is no part of the response.
+            ("<think>|a|</think>|<answer>|b|</answer>|cue|x|y", 7, (None,) * 4),
+            ("<answer>|a|</answer>|x", 3, (None,) * 4),
+            # An answer opened there is one from its first sampled token; of a tag split there only
+            # the rest is in the span, and no content is left.
+            ("<answer>|a|b|</answer>", 2, (None, None, (0, 2), (0, 1))),
+            ("<answer>|a|</ans|wer>", 3, (None, None, (0, 1), (0, 0))),
+        ],
+    )
+    def test_by_hand(self, pieces, num_prefix, expected):
+        """Tokens' texts between bars, the first of them forced."""
+        found = locate(pieces.split("|"), num_prefix)
+        assert found == Spans(*expected)
+        assert found.well_formed == (expected[2] is not None)
+        for span, length in ((expected[1], found.think_length), (expected[3], found.answer_length)):
+            assert length == (span[1] - span[0] if span else 0)
 
     def test_eos_is_in_no_span(self):
         """EOS has no text and may be left out of the offsets; an unclosed think ends before it."""
         spans = parse_spans("<think>a")
         assert token_spans(spans, [7, 8]) == token_spans(spans, [7, 8, 8])
         assert token_spans(spans, [7, 8, 8]).think == (0, 2)
-
-    def test_answer_inside_the_rationale(self):
-        """Spans may overlap; each is mapped on its own."""
-        pieces = ["<think>", "a", "<answer>", "b", "</answer>", "c", "</think>"]
-        assert locate(pieces) == Spans((0, 7), (1, 6), (2, 5), (3, 4))
-
-    def test_empty_contents_have_no_tokens(self):
-        """`<think></think>`: T_think = 0, though the span is there."""
-        spans = locate(["<think>", "</think>", "<answer>", "</answer>"])
-        assert (spans.think, spans.think_length) == ((0, 2), 0)
-        assert (spans.answer, spans.answer_length) == ((2, 4), 0)
-
-    def test_empty_contents_within_one_token(self):
-        """`></` is one token: it touches no content, for there is none."""
-        spans = locate(["<think", "></", "think>"])
-        assert (spans.think, spans.think_length) == ((0, 3), 0)
 
     def test_characters_split_over_tokens(self):
         """A token ending inside a character ends before it; the one completing it holds it.
@@ -175,37 +168,6 @@ class TestTokens:
     def test_text_after_the_last_token(self):
         """Trailing incomplete bytes decode to a character that no token ends at."""
         assert token_spans(parse_spans("<think>a\ufffd"), [7, 8, 8]).think == (0, 3)
-
-    def test_forced_prefix_with_think_opened_in_it(self):
-        """Reflection: spans count from the first sampled token; forced tokens are not in them."""
-        prefix = ["<think>", "bad", "\n", "cue", "\n"]
-        response = ["good", "</think>", " ", "<answer>", "7", "</answer>"]
-        assert locate(prefix + response, len(prefix)) == Spans((0, 2), (0, 1), (3, 6), (4, 5))
-
-    def test_forced_prefix_that_was_never_closed(self):
-        """The response reasons on to its end: all of it is rationale."""
-        spans = locate(["<think>", "bad", "cue", "more", " and", " more"], 3)
-        assert spans == Spans((0, 3), (0, 3), None, None)
-
-    def test_spans_within_the_prefix_are_none(self):
-        """What lies in forced tokens alone is no part of the response."""
-        pieces = ["<think>", "a", "</think>", "<answer>", "b", "</answer>", "cue", "x", "y"]
-        assert locate(pieces, 7) == Spans(None, None, None, None)
-
-    def test_an_answer_that_ends_with_the_prefix_is_none(self):
-        """Its last character may be the prefix's last: the response still has no answer."""
-        spans = locate(["<answer>", "a", "</answer>", "x"], 3)
-        assert spans.answer is None and not spans.well_formed
-
-    def test_an_answer_opened_in_the_prefix(self):
-        """Its sampled tokens are an answer, from the first."""
-        spans = locate(["<answer>", "a", "b", "</answer>"], 2)
-        assert (spans.answer, spans.answer_content) == ((0, 2), (0, 1))
-
-    def test_an_answer_tag_split_at_the_prefix(self):
-        """The tag's rest is in the span, but no content is left to the response."""
-        spans = locate(["<answer>", "a", "</ans", "wer>"], 3)
-        assert spans.answer == (0, 1) and spans.answer_length == 0
 
 
 _PIECES = ["<think>", "</think>", "<answer>", "</answer>", "a", " b", ".", "<", ">", "é", "好"]
