@@ -9,6 +9,8 @@ from typing import Any, TextIO
 
 from care_train.config import Config
 from care_train.data import sample_from_row
+from care_train.data.errors import describe
+from care_train.data.rows import named_columns, parsed
 from care_train.verifier.responses import Response
 from care_train.verifier.score import Score, Verifier
 
@@ -80,46 +82,19 @@ def _batches(source: TextIO) -> Iterator[list[tuple[int, str]]]:
 
 
 def _read(line: str, place: str) -> Response:
-    try:
-        # Some editors begin a file with a byte order mark.
-        row = json.loads(line.removeprefix("\ufeff"))
-    except json.JSONDecodeError as error:
-        at = f"{error.msg} at character {error.pos + 1}"
+    # Some editors begin a file with a byte order mark.
+    content = line.removeprefix("\ufeff").encode(errors="surrogatepass")
+    row = named_columns(parsed(content), at=place, labels={})
+    response = row.pop("response", None)
+    if not isinstance(response, str):
         raise ValueError(
-            f"{place}: got no JSON ({at} of {_show(line)}), wanted {_WANTED}"
-        ) from None
-    except ValueError as error:
-        # A number of thousands of digits.
-        raise ValueError(f"{place}: got no JSON ({error}), wanted {_WANTED}") from None
-    except RecursionError:
-        raise ValueError(f"{place}: got JSON nested too deeply, wanted {_WANTED}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: got {_show(row)}, wanted {_WANTED}")
-    response = _response(row, place)
-    columns = {name: value for name, value in row.items() if name != "response"}
-    if "type" in columns:
-        columns["answer_type"] = columns.pop("type")
-    sample = sample_from_row(columns, location=place, base_dir=Path(), id=place, needs_prompt=False)
+            f"{place}: response: got {describe(response)} beside {', '.join(row) or 'nothing'}, "
+            "wanted text"
+        )
+    if "type" in row:
+        row["answer_type"] = row.pop("type")
+    sample = sample_from_row(row, location=place, base_dir=Path(), id=place, needs_prompt=False)
     return Response(response, sample)
-
-
-def _response(row: dict[str, Any], place: str) -> str:
-    value = row.get("response")
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: response: got {_got(row, 'response')}, wanted text")
-    return value
-
-
-def _got(row: dict[str, Any], field: str) -> str:
-    """What is in a field, or which fields there are."""
-    if field in row:
-        return _show(row[field])
-    return f"nothing, only {', '.join(row) or 'an empty object'}"
-
-
-def _show(value: Any) -> str:
-    shown = repr(value.strip() if isinstance(value, str) else value)
-    return shown if len(shown) <= 80 else shown[:80] + "..."
 
 
 def _record(score: Score) -> dict[str, Any]:

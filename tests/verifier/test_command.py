@@ -49,14 +49,17 @@ def test_verdicts_in_order():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{", "line 2: got no JSON (Expecting property name enclosed in double quotes at char"),
-        ("<think>", "line 2: got no JSON (Expecting value at character 1 of '<think>'), wanted {"),
-        ('{"answer": ' + "1" * 5000 + "}", "line 2: got no JSON (Exceeds the limit"),
-        ("[" * 100_000, "line 2: got JSON nested too deeply"),
-        ("[]", "line 2: got [], wanted {"),
-        ('{"answer": "x"}', "line 2: response: got nothing, only answer, wanted text"),
-        ('{"respons": "x", "answer": "x"}', "response: got nothing, only respons, answer, wanted"),
-        ('{"response": 5, "answer": "x"}', "line 2: response: got 5, wanted text"),
+        ("{", "line 2: not JSON (Expecting property name enclosed in double quotes"),
+        ("<think>", "line 2: not JSON (Expecting value"),
+        ('{"answer": ' + "1" * 5000 + "}", "line 2: not JSON (Exceeds the limit"),
+        ("[" * 100_000, "line 2: not JSON (nested too deeply): correct or drop the line"),
+        ("[]", "line 2: got a list, wanted an object with named columns"),
+        ('{"answer": "x"}', "line 2: response: got nothing beside answer, wanted text"),
+        ('{"respons": "x", "answer": "x"}', "response: got nothing beside respons, answer, wanted"),
+        (
+            '{"response": 5, "answer": "x"}',
+            "response: got a int beside answer, wanted text",
+        ),
         ('{"response": "x", "answer": null}', "line 2: answer: got nothing in 'answer', and the"),
         ('{"response": "x", "answer": " "}', "line 2: answer: got empty text, wanted text, a num"),
         ('{"response": "x", "answer": NaN}', "line 2: answer: got nan, wanted text, a number or"),
@@ -81,7 +84,7 @@ def test_errors_end_the_command():
     """Status 2 and one line on standard error, without a traceback; so does an empty input."""
     code, verdicts, error = _run(f"{_line('5', 5)}\n{{\n")
     assert code == 2 and len(verdicts) == 1
-    assert error.startswith("care-train verify: error: standard input: line 2: got no JSON")
+    assert error.startswith("care-train verify: error: standard input: line 2: not JSON")
     assert "Traceback" not in error
     for nothing in ("", "\n \n"):
         code, verdicts, error = _run(nothing)
