@@ -4,7 +4,7 @@ import json
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, chain
 from pathlib import Path
@@ -62,25 +62,8 @@ class LazySamples(Sequence[Sample]):
     def __getitem__(self, index: slice) -> "LazySamples": ...
     def __getitem__(self, index: int | slice) -> "Sample | LazySamples":
         if isinstance(index, slice):
-            return LazySamples(self.read, self.places[index], self.stored_digests)
+            return replace(self, places=self.places[index])
         return self.read(self.places[index])
-
-    def where(self, holds: Callable[[Sample], bool]) -> "LazySamples":
-        """Those that `holds` is true of; reads each once."""
-        kept = [place for place in self.places if holds(self.read(place))]
-        return LazySamples(self.read, kept, self.stored_digests)
-
-    def at(self, indices: Sequence[int]) -> "LazySamples":
-        """Those at these indices; reads none."""
-        return LazySamples(self.read, [self.places[i] for i in indices], self.stored_digests)
-
-    def digests(self) -> Iterator[str]:
-        """Each row's checksum, in order: the files' own where they have them."""
-        if self.stored_digests is not None:
-            stored = self.stored_digests()
-            yield from (stored[place] for place in self.places)
-        else:
-            yield from _digests(self)
 
 
 @dataclass(frozen=True)
@@ -197,7 +180,7 @@ def require_rationales(samples: Sequence[Sample]) -> Sequence[Sample]:
     Raises:
         ValueError: when none has, naming the first rows.
     """
-    rows = samples_where(samples, lambda sample: sample.rationale is not None)
+    rows = samples_at(samples, [i for i, row in enumerate(samples) if row.rationale is not None])
     if not rows:
         shown = ", ".join(sample.location or sample.id for sample in samples[:3])
         raise ValueError(
@@ -213,26 +196,18 @@ def sample_digests(samples: Iterable[Sample]) -> Iterator[str]:
     Raises:
         ValueError: a missing image file, naming the row.
     """
-    return samples.digests() if isinstance(samples, LazySamples) else _digests(samples)
-
-
-def samples_where(samples: Sequence[Sample], holds: Callable[[Sample], bool]) -> Sequence[Sample]:
-    """The samples that `holds` is true of, lazy where `samples` are."""
-    if isinstance(samples, LazySamples):
-        return samples.where(holds)
-    return [sample for sample in samples if holds(sample)]
+    if isinstance(samples, LazySamples) and samples.stored_digests is not None:
+        stored = samples.stored_digests()
+        return (stored[place] for place in samples.places)
+    files: dict[ImageRef, str] = {}
+    return (sample_digest(sample, files) for sample in samples)
 
 
 def samples_at(samples: Sequence[Sample], indices: Sequence[int]) -> Sequence[Sample]:
-    """The samples at these indices, lazy where `samples` are."""
+    """The samples at these indices; where `samples` are lazy so are they, and none is read."""
     if isinstance(samples, LazySamples):
-        return samples.at(indices)
+        return replace(samples, places=[samples.places[i] for i in indices])
     return [samples[index] for index in indices]
-
-
-def _digests(samples: Iterable[Sample]) -> Iterator[str]:
-    files: dict[ImageRef, str] = {}
-    return (sample_digest(sample, files) for sample in samples)
 
 
 def _choose(num_rows: int, limit: int | None, seed: int) -> Sequence[int]:
