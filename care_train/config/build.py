@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from care_train.config.base import Role, check, section
 
-Adapter = Literal["rows", "chartqa", "geometry3k", "virl39k", "vision_r1_cold", "easy_vqa"]
+Adapter = Literal["rows", "chartqa", "geometry3k", "virl39k", "vision_r1_cold"]
 
 HASH_SIZE = 16
 """Side of the perceptual hash: its 256 bits tell diagrams apart that 64 do not."""
@@ -19,12 +19,12 @@ class SourceSettings:
 
     name: str
     """What the rows' `source` column calls it."""
-    path: str | list[str] = ""
+    path: str | list[str]
     """A file (.parquet, .jsonl, .json), a folder of such files or of Dataset.save_to_disk, or a
-    Hugging Face id, which is downloaded; or a list of files. Not for easy_vqa."""
+    Hugging Face id, which is downloaded; or a list of files."""
     adapter: Adapter = "rows"
-    """The published schema the rows must have: chartqa, geometry3k, virl39k, vision_r1_cold,
-    easy_vqa; `rows` for any other file: plain columns, or EasyR1's, verl's or TRL's."""
+    """The published schema the rows must have: chartqa, geometry3k, virl39k, vision_r1_cold;
+    `rows` for any other file: plain columns, or EasyR1's, verl's or TRL's."""
     split: str = "train"
     """Split, where the source has several."""
     revision: str | None = None
@@ -36,11 +36,6 @@ class SourceSettings:
     """Take only rows whose columns have these values; how many were left out is counted."""
     expected_rows: int | None = None
     """How many usable rows there should be before duplicates go; another number is reported."""
-
-    def __post_init__(self) -> None:
-        takes_path = self.adapter != "easy_vqa"
-        wanted = "a file, folder or Hugging Face id" if takes_path else "none for easy_vqa"
-        check(bool(self.path) == takes_path, f"sources.{self.name}.path", self.path, wanted)
 
 
 @section

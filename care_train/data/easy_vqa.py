@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import easy_vqa
 
@@ -72,20 +71,6 @@ def easy_vqa_samples(split: str) -> list[Sample]:
             )
         )
     return samples
-
-
-def easy_vqa_rows(split: str) -> list[dict[str, Any]]:
-    """The same as rows of plain columns, for a build."""
-    return [
-        {
-            "prompt": sample.prompt,
-            "answer": sample.answer,
-            "images": [str(image) for image in sample.images],
-            "rationale": sample.rationale,
-            "failed_rationale": sample.failed_rationale,
-        }
-        for sample in easy_vqa_samples(split)
-    ]
 
 
 def derive_figures(split: str) -> dict[int, Figure | None]:

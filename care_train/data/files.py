@@ -111,13 +111,8 @@ def given_rows(path: str, given: Mapping[str, Rows], key: str) -> RowFile:
 
 
 def file_checksums(file: RowFile) -> list[dict[str, object]]:
-    """Name, size and SHA-256 of an input; of a data set's folder, those of its Arrow files.
-
-    Rows that come with a package are known by their number.
-    """
+    """Name, size and SHA-256 of an input; of a data set's folder, those of its Arrow files."""
     path = file.path
-    if not path.exists():
-        return [{"name": file.name, "rows": file.num_rows}]
     parts = sorted(path.glob("*.arrow")) if path.is_dir() else [path]
     return [
         {

@@ -124,16 +124,6 @@ def test_built_rows_are_scored_by_their_kind(built_samples, key, answer, accurac
     assert verifier.score(text, built_samples[key]).accuracy == accuracy
 
 
-def test_easy_vqa(tmp_path: Path):
-    """The package's rows need no file; where its answers state the figure they have a rationale."""
-    source = {"name": "easy", "adapter": "easy_vqa", "split": "test", "where": {"answer": "teal"}}
-    manifest, output = build_from(tmp_path, [source])
-    samples = samples_of(output)
-    assert {s.answer for s in samples} == {"teal"}
-    assert manifest["counts"]["sources"]["easy"]["read"] == 9673
-    assert sum("teal" in (s.rationale or "") for s in samples) > 10
-
-
 def png(number: int) -> bytes:
     buffer = io.BytesIO()
     drawing(number).save(buffer, "PNG")

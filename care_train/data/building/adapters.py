@@ -69,7 +69,6 @@ def _vision_r1_cold(row: Row, at: str) -> Row:
 
 ADAPTERS: Mapping[str, Adapter] = {
     "rows": Adapter(),
-    "easy_vqa": Adapter(),
     "chartqa": Adapter(
         {
             "image": IMAGE,

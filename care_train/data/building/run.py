@@ -28,9 +28,8 @@ from care_train.data.building.parts import (
 )
 from care_train.data.building.prepare import Piece, Task, prepare
 from care_train.data.columns import check_row
-from care_train.data.easy_vqa import easy_vqa_rows
 from care_train.data.files import file_checksums, open_rows, sha256_of
-from care_train.data.rows import ListedRows, RowFile
+from care_train.data.rows import RowFile
 from care_train.killable import ordered_map
 
 _WORK, _BEGUN = ".unfinished", "begun.json"
@@ -104,8 +103,6 @@ def build(settings: BuildSettings, report: Report | None = None) -> dict[str, An
 
 def _open_source(source: SourceSettings) -> list[RowFile]:
     """The files of a source, in the order of their rows."""
-    if source.adapter == "easy_vqa":
-        return [ListedRows(f"easy_vqa {source.split}", easy_vqa_rows(source.split))]
     paths = [source.path] if isinstance(source.path, str) else source.path
     return [
         file
