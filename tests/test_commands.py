@@ -158,7 +158,7 @@ class TestHelp:
     def test_settings_of_a_build(self, capsys):
         """`data build` has its own."""
         text = "\n".join(self.printed(capsys, "data", "build", "--help-all"))
-        assert "sources.NAME.path = ''" in text and "train.steps" not in text
+        assert "sources.NAME.path = required" in text and "train.steps" not in text
 
     def test_version(self, capsys):
         """`care-train --version` is `care_train.__version__`."""

@@ -138,7 +138,7 @@ class TestTokens:
             # An answer opened there is one from its first sampled token; of a tag split there only
             # the rest is in the span, and no content is left.
             ("<answer>|a|b|</answer>", 2, (None, None, (0, 2), (0, 1))),
-            ("<answer>|a|</ans|wer>", 3, (None, None, (0, 1), (0, 0))),
+            ("<answer>|a|</ans|wer>", 3, (None, None, (0, 1), None)),
         ],
     )
     def test_by_hand(self, pieces, num_prefix, expected):
