@@ -179,7 +179,7 @@ class CareTrainer:
             folder = final if final.is_dir() else model_folder(config, base, held_out)
             session = open_session(config, folder, device, given)
         usable_rows(session, held_out, "eval.data")
-        engine = session.rollout_engine(session.loaded, config.eval.batch_size)
+        engine = session.rollout_engine(session.loaded, config.rollout.batch_size)
         return evaluate_both(session, engine, held_out, device)
 
     def save_model(self, folder: str | Path) -> None:

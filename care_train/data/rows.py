@@ -100,6 +100,21 @@ class RowFile:
         raise NotImplementedError
 
 
+class ListedRows(RowFile):
+    """Rows that are in memory anyway."""
+
+    def __init__(self, name: str, rows: Sequence[Any]) -> None:
+        super().__init__(Path(name))
+        self.num_rows = len(rows)
+        self._rows = rows
+
+    def chunks(self) -> Iterator[Chunk]:
+        yield from _blocks(iter(self._rows))
+
+    def _value(self, place: int) -> Any:
+        return self._rows[place]
+
+
 class JsonLines(RowFile):
     """A file of JSON lines."""
 
