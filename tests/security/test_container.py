@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from care_train.training.failures import INPUT_STATUS
 from tests.security.containers import ROOT, can_run, run_in_container
 from tests.train.runs import SMALL, data_arguments
 
@@ -53,3 +54,13 @@ def test_a_run_needs_no_home_no_name_and_no_writable_tree(engine, home, desk):
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert (desk / "runs" / "care" / "final" / "model.safetensors").is_file()
     assert (desk / "runs" / "care" / "learning_curves.png").is_file(), done.stdout
+
+
+def test_an_output_folder_of_another_user_is_status_2(desk):
+    """A folder that this user may read, not write: named, with the reason, and no traceback."""
+    closed = desk / "closed"
+    closed.mkdir(mode=0o755)
+    command = ("python", "-m", "care_train", *_arguments(desk), f"output_dir={closed}")
+    done = run_in_container(desk, *command, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    assert done.returncode == INPUT_STATUS and "Traceback" not in done.stderr, done.stderr
+    assert f"output_dir: {closed} cannot be written" in done.stderr, done.stderr

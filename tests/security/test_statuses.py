@@ -68,22 +68,64 @@ def test_a_disk_that_is_full_anywhere_is_status_74(kib, rows, disk):
     assert "No space left" in errors or "disk is full" in errors, errors
 
 
+COMMANDS = ["sft", "eval", "export", "data"]
+
+
+def _writing(command: str, rows: Path, out: Path, tmp_path: Path) -> list[str]:
+    """Arguments with which a command writes into `out`; what it needs is in `tmp_path`."""
+    if command == "export":
+        status, errors = _one(*_arguments(rows, tmp_path), "train.steps=1")
+        assert status == 0, errors
+        return ["export", f"--run={tmp_path / 'run'}", f"--out={out / 'out'}"]
+    if command == "data":
+        (tmp_path / "build.yaml").write_text(f"sources:\n- {{name: rows, path: {rows}}}\n")
+        return ["data", "build", f"--config={tmp_path / 'build.yaml'}", f"output={out / 'o'}"]
+    return [command, *_arguments(rows, out)[1:]]
+
+
 @pytest.mark.parametrize("kib", [0, 8])
-@pytest.mark.parametrize("command", ["sft", "eval", "export", "data"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_full_disk_under_every_command_is_status_74(command, kib, rows, disk, tmp_path):
     """Whatever it was about to write there."""
-    if command == "export":
-        status, errors = _one(*_arguments(rows, tmp_path))
-        assert status == 0, errors
-        arguments = ["export", f"--run={tmp_path / 'run'}", f"--out={disk / 'out'}"]
-    elif command == "data":
-        (tmp_path / "build.yaml").write_text(f"sources:\n- {{name: rows, path: {rows}}}\n")
-        arguments = ["data", "build", f"--config={tmp_path / 'build.yaml'}", f"output={disk / 'o'}"]
-    else:
-        arguments = [command, *_arguments(rows, disk)[1:]]
+    arguments = _writing(command, rows, disk, tmp_path)
     _leave(disk, kib << 10)
     status, errors = _one(*arguments)
     assert status == DISK_FULL_STATUS, errors
+
+
+@pytest.fixture
+def read_only(tmp_path) -> Iterator[Path]:
+    """A disk that nobody can write to, root neither."""
+    with mounted_disk(tmp_path / "disk", "size=1m,ro") as folder:
+        yield folder
+
+
+@pytest.mark.parametrize("command", ["train", *COMMANDS])
+def test_a_read_only_output_is_status_2_under_every_command(command, rows, read_only, tmp_path):
+    """The folder is named, and that it cannot be written."""
+    status, errors = _one(*_writing(command, rows, read_only, tmp_path))
+    assert status == INPUT_STATUS, errors
+    assert "Read-only file system" in errors and str(read_only) in errors, errors
+
+
+REMOUNT = """
+import subprocess
+from care_train.training.step import TrainStep
+real = TrainStep.run
+def run(self, draw, step):
+    if step == 1:
+        subprocess.run(["mount", "-o", "remount,ro,size=8m", {disk!r}], check=True)
+    return real(self, draw, step)
+TrainStep.run = run
+"""
+
+
+def test_an_output_that_becomes_read_only_ends_the_run(rows, disk):
+    """As a disk with errors does: the file that could not be written is named."""
+    before = REMOUNT.format(disk=str(disk))
+    status, errors = _one(*_arguments(rows, disk), "train.steps=4", before=before)
+    assert status == INPUT_STATUS and "Read-only file system" in errors, errors
+    assert str(disk / "run") in errors, errors
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)

@@ -111,7 +111,7 @@ class FastRun:
         for process in self._processes:
             process.start()
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> bool:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 300) -> bool:
         """Whether `condition` came true before the run ended."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -132,7 +132,7 @@ class FastRun:
         """SIGKILL to one rank."""
         self._processes[rank].kill()
 
-    def end(self, seconds: float = 60) -> list[tuple[int | None, str]]:
+    def end(self, seconds: float = 300) -> list[tuple[int | None, str]]:
         """Wait; exit status and standard error of every rank, None for one that did not end."""
         end = time.monotonic() + seconds
         for process in self._processes:

@@ -6,56 +6,23 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from care_train.distributed import own_environment
 from care_train.training.timer import MODEL_PARTS
+from tests.train.runs import COLD_START, ROOT, SMALL, FastRun, assert_same_runs, data_arguments
 
-ROOT = Path(__file__).parents[2]
-
-SMALL = (
-    "prompt.system=null",
-    "rollout.group_size=4",
-    "rollout.max_new_tokens=32",
-    "train.steps=3",
-    "train.prompts_per_step=4",
-    "train.micro_batch_size=8",
-    "train.learning_rate=2e-4",
-    "train.warmup_steps=0",
-    "sft.steps=40",
-    "sft.batch_size=8",
-    "sft.learning_rate=3e-3",
-    "sft.warmup_steps=0",
-    "logging.report_to=[]",
-    "logging.samples_every=2",
+OWN = (
+    *SMALL,
+    *COLD_START,
+    *("rollout.max_new_tokens=32", "train.steps=3", "train.schedule=constant"),
+    *("sft.steps=40", "eval.greedy=true"),
 )
 
 
-def _command(command: str, *arguments: str, ranks: int = 1) -> list[str]:
-    launch = ["-m", "care_train"]
-    if ranks > 1:
-        launch = [
-            *("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
-            *("-m", "care_train"),
-        ]
-    return [sys.executable, *launch, command, *SMALL, *arguments]
-
-
-def _run(command: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    environment = own_environment() | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        _command(command, *arguments, ranks=ranks),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def _data(rows: Path) -> list[str]:
-    return [f"{section}.path={rows}" for section in ("data", "sft.data", "eval.data")]
+def _run(command: str, *arguments: str, ranks: int = 1) -> tuple[int | None, str]:
+    """The run's exit status and standard error."""
+    return FastRun(command, *OWN, *arguments, ranks=ranks).end()[0]
 
 
 def _metrics(run_dir: Path, phase: str = "train") -> list[dict]:
@@ -67,28 +34,45 @@ def _metrics(run_dir: Path, phase: str = "train") -> list[dict]:
 def cold_start(tmp_path_factory, color_rows) -> Path:
     """A tiny Qwen2.5-VL that has seen the format: what the training tests start from."""
     out = tmp_path_factory.mktemp("cold")
-    done = _run("sft", *_data(color_rows), f"output_dir={out}", "name=cold")
-    assert done.returncode == 0, done.stderr
+    status, errors = _run("sft", *data_arguments(color_rows), f"output_dir={out}", "name=cold")
+    assert status == 0, errors
     return out / "cold" / "final"
 
 
-def _train(out: Path, name: str, cold_start: Path, rows: Path, *arguments: str, ranks: int = 1):
-    done = _run(
-        "train",
-        *_data(rows),
-        f"model.path={cold_start}",
-        f"output_dir={out}",
-        f"name={name}",
-        *arguments,
-        ranks=ranks,
+def _arguments(out: Path, name: str, cold_start: Path, rows: Path) -> list[str]:
+    own = (f"model.path={cold_start}", f"output_dir={out}", f"name={name}")
+    return [*data_arguments(rows), *own]
+
+
+def _train(
+    out: Path, name: str, cold_start: Path, rows: Path, *arguments: str, ranks: int = 1
+) -> Path:
+    """The folder of a run that must succeed."""
+    own = _arguments(out, name, cold_start, rows)
+    status, errors = _run("train", *own, *arguments, ranks=ranks)
+    assert status == 0, errors
+    return out / name
+
+
+@pytest.fixture(scope="module")
+def command(cold_start, color_rows, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    """`python -m care_train train` as a user types it: what it printed, and its folder."""
+    out = tmp_path_factory.mktemp("command")
+    arguments = [*OWN, *_arguments(out, "care", cold_start, color_rows), "eval.blind=true"]
+    done = subprocess.run(
+        [sys.executable, "-m", "care_train", "train", *arguments],
+        cwd=ROOT,
+        env=own_environment() | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    return done, out / name
+    return done, out / "care"
 
 
-def test_a_run_leaves_everything_it_promises(cold_start, color_rows, tmp_path):
+def test_a_run_leaves_everything_it_promises(command):
     """`care-train train`: config, metrics, summary, checkpoints, final model, plots and report."""
-    done, run = _train(tmp_path, "care", cold_start, color_rows, "eval.blind=true")
+    done, run = command
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.md", "samples.jsonl"):
         assert (run / name).stat().st_size > 0, name
     assert (run / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
@@ -122,14 +106,19 @@ def _assert_times_add_up(metrics: list[dict]) -> None:
         assert overhead == pytest.approx(values["seconds"] - model)
 
 
-def test_runs_repeat_bit_for_bit(cold_start, color_rows, tmp_path):
+def test_runs_repeat_bit_for_bit(command, cold_start, color_rows, tmp_path):
     """Same configuration and seed: the same metrics and the same weights."""
-    runs = [_train(tmp_path, name, cold_start, color_rows)[1] for name in ("one", "two")]
-    for key in ("reward", "loss", "grad_norm", "decoded_tokens"):
-        assert [m[key] for m in _metrics(runs[0])] == [m[key] for m in _metrics(runs[1])]
-    weights = [AutoModelForImageTextToText.from_pretrained(run / "final") for run in runs]
-    for name, parameter in weights[0].named_parameters():
-        assert torch.equal(parameter, weights[1].get_parameter(name)), name
+    again = _train(tmp_path, "again", cold_start, color_rows, "eval.blind=true")
+    assert_same_runs(again, command[1])
+
+
+ON_RANKS = ("loss.kl_coef=0.1", "train.mini_batches=2", "prompt.max_prompt_tokens=200")
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(cold_start, color_rows, tmp_path_factory) -> Path:
+    """The run that two ranks follow."""
+    return _train(tmp_path_factory.mktemp("one"), "single", cold_start, color_rows, *ON_RANKS)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +136,7 @@ def test_runs_repeat_bit_for_bit(cold_start, color_rows, tmp_path):
     ],
     ids=["zero2", "zero3-packed"],
 )
-def test_two_ranks_follow_one(stage, batches, cold_start, color_rows, tmp_path):
+def test_two_ranks_follow_one(stage, batches, on_one_rank, cold_start, color_rows, tmp_path):
     """Two gloo ranks under ZeRO-2, or under ZeRO-3 with packs of a token budget and checkpointing,
     take one process's trajectory at the same batch: scores, reference and training.
 
@@ -155,19 +144,9 @@ def test_two_ranks_follow_one(stage, batches, cold_start, color_rows, tmp_path):
     of float32 sums over micro-batches and ranks, which AdamW's division by sqrt(v) can amplify in
     weights whose gradient is near zero: hence 1e-3 on losses of order 1 over three steps.
     """
-    arguments = ("loss.kl_coef=0.1", "train.mini_batches=2", "prompt.max_prompt_tokens=200")
-    _, single = _train(tmp_path, "single", cold_start, color_rows, *arguments)
-    _, double = _train(
-        tmp_path,
-        "double",
-        cold_start,
-        color_rows,
-        *arguments,
-        f"deepspeed.zero_stage={stage}",
-        *batches,
-        ranks=2,
-    )
-    for one, two in zip(_metrics(single), _metrics(double), strict=True):
+    more = (*ON_RANKS, f"deepspeed.zero_stage={stage}", *batches)
+    double = _train(tmp_path, "double", cold_start, color_rows, *more, ranks=2)
+    for one, two in zip(_metrics(on_one_rank), _metrics(double), strict=True):
         assert one["decoded_tokens"] == two["decoded_tokens"]
         assert one["trained_sequences"] == two["trained_sequences"]
         for key in ("reward", "reward_std", "accuracy", "loss", "kl", "entropy"):
@@ -175,22 +154,20 @@ def test_two_ranks_follow_one(stage, batches, cold_start, color_rows, tmp_path):
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=2e-2)
 
 
-def test_a_resumed_run_goes_on_where_it_stopped(cold_start, color_rows, tmp_path):
-    """Stopped after step 2 and resumed, a run ends with the weights of one that never stopped."""
-    _, whole = _train(tmp_path, "whole", cold_start, color_rows, "train.save_every=1")
-    _, part = _train(tmp_path, "part", cold_start, color_rows, "train.steps=2")
-    _train(tmp_path, "part", cold_start, color_rows, "resume=true")
-    assert _metrics(part)[-1]["step"] == 3
-    assert _metrics(part)[-1]["loss"] == _metrics(whole)[-1]["loss"]
-    weights = [AutoModelForImageTextToText.from_pretrained(run / "final") for run in (whole, part)]
-    for name, parameter in weights[0].named_parameters():
-        assert torch.equal(parameter, weights[1].get_parameter(name)), name
+def test_a_resumed_run_goes_on_where_it_stopped(command, cold_start, color_rows, tmp_path):
+    """Ended after step 2 and resumed, a run is the one that never stopped."""
+    _train(tmp_path, "part", cold_start, color_rows, "train.steps=2")
+    part = _train(tmp_path, "part", cold_start, color_rows, "resume=true")
+    [whole_last, part_last] = [_metrics(run)[-1] for run in (command[1], part)]
+    assert part_last["step"] == 3 and part_last["loss"] == whole_last["loss"]
+    weights = [run / "final" / "model.safetensors" for run in (command[1], part)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo", "dr_grpo"])
 def test_baselines_train(algorithm, cold_start, color_rows, tmp_path):
     """Every baseline of Table 5 runs through the same trainer, over several updates a batch."""
-    _, run = _train(
+    run = _train(
         tmp_path,
         algorithm,
         cold_start,
@@ -217,7 +194,7 @@ def test_baselines_train(algorithm, cold_start, color_rows, tmp_path):
 )
 def test_care_variants_train(arguments, cold_start, color_rows, tmp_path):
     """Presets and the main alternatives of the decision table run to the end."""
-    _, run = _train(tmp_path, "variant", cold_start, color_rows, *arguments)
+    run = _train(tmp_path, "variant", cold_start, color_rows, *arguments)
     assert sum(m["trained_sequences"] for m in _metrics(run)) > 0
 
 
@@ -229,10 +206,10 @@ def test_qwen3_vl_and_mixed_rows_train(color_rows, tmp_path):
         row["images"] = row["images"] * (index % 3)
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text("\n".join(map(json.dumps, rows)))
-    done = _run(
+    status, errors = _run(
         "quickstart",
         f"--config={ROOT / 'configs' / 'easy_vqa.yaml'}",
-        *_data(mixed),
+        *data_arguments(mixed),
         "sft.data.max_samples=null",
         "eval.data.max_samples=null",
         "model.path=tiny-qwen3-vl",
@@ -240,7 +217,7 @@ def test_qwen3_vl_and_mixed_rows_train(color_rows, tmp_path):
         f"output_dir={tmp_path}",
         "name=mixed",
     )
-    assert done.returncode == 0, done.stderr
+    assert status == 0, errors
     summary = json.loads((tmp_path / "mixed" / "summary.json").read_text())
     assert summary["steps"] == 3 and summary["trained_sequences"] > 0
 
@@ -250,16 +227,16 @@ def test_a_text_model_trains_in_bf16(color_rows, tmp_path):
     rows = [json.loads(line) | {"images": []} for line in color_rows.read_text().splitlines()]
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(map(json.dumps, rows)))
-    done = _run(
+    status, errors = _run(
         "train",
-        *_data(text),
+        *data_arguments(text),
         "model.path=tiny-qwen2",
         "model.dtype=bfloat16",
         "deepspeed.zero_stage=1",
         f"output_dir={tmp_path}",
         "name=text",
     )
-    assert done.returncode == 0, done.stderr
+    assert status == 0, errors
     assert len(_metrics(tmp_path / "text")) == 3
 
 
@@ -277,9 +254,11 @@ def test_a_text_model_trains_in_bf16(color_rows, tmp_path):
 )
 def test_bad_input_is_one_clear_line(arguments, message, color_rows, tmp_path):
     """User errors exit with 2 and one line, no traceback."""
-    done = _run("train", *_data(color_rows), f"output_dir={tmp_path}", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
+    status, errors = _run(
+        "train", *data_arguments(color_rows), f"output_dir={tmp_path}", *arguments
+    )
+    assert status == 2
+    assert message in errors and "Traceback" not in errors
 
 
 def test_a_run_never_replaces_what_it_reads(color_rows, tmp_path):
@@ -287,15 +266,15 @@ def test_a_run_never_replaces_what_it_reads(color_rows, tmp_path):
     final = tmp_path / "same" / "final"
     final.mkdir(parents=True)
     (tmp_path / "same" / "config.yaml").write_text("name: same\n")
-    done = _run(
+    status, errors = _run(
         "eval",
-        *_data(color_rows),
+        *data_arguments(color_rows),
         f"model.path={final}",
         f"output_dir={tmp_path}",
         "name=same",
         "overwrite=true",
     )
-    assert done.returncode == 2 and "set name=" in done.stderr
+    assert status == 2 and "set name=" in errors
     assert final.is_dir()
 
 
@@ -311,6 +290,8 @@ def test_bad_rows_are_named(color_rows, tmp_path):
     rows = color_rows.read_text().replace('"0.png"', '"lost.png"')
     broken = color_rows.parent / "broken.jsonl"
     broken.write_text(rows)
-    done = _run("train", *_data(broken), "model.path=tiny-qwen2.5-vl", f"output_dir={tmp_path}")
-    assert done.returncode == 2
-    assert "broken.jsonl" in done.stderr and "lost.png" in done.stderr
+    status, errors = _run(
+        "train", *data_arguments(broken), "model.path=tiny-qwen2.5-vl", f"output_dir={tmp_path}"
+    )
+    assert status == 2
+    assert "broken.jsonl" in errors and "lost.png" in errors

@@ -58,8 +58,8 @@ def test_a_killed_rank_ends_the_others_within_seconds(killed, arguments, tmp_pat
     assert run.wait_for(lambda: _steps(tmp_path / "run") >= 2), run.end()
     run.kill(killed)
     start = time.monotonic()
-    outputs = run.end(seconds=30)
-    assert time.monotonic() - start < 20
+    outputs = run.end()
+    assert time.monotonic() - start < 60, "not noticed, only timed out"
     status, errors = outputs[1 - killed]
     assert outputs[killed][0] == -signal.SIGKILL and status == RANK_LOST_STATUS, errors
     assert re.search(rf"rank {killed}: its process \d+ died.* meanwhile rank \d was in \w+", errors)
@@ -72,7 +72,7 @@ def test_an_error_of_one_rank_ends_all_with_its_message(arguments, tmp_path):
     """A verifier that fails on rank 1: rank 0 stops too, with the same message and status."""
     fault = "raise ValueError('rows.jsonl: row 3: no verdict')"
     before = IN_REWARD.format(rank=1, fault=fault)
-    outputs = FastRun(*arguments, ranks=2, before=before).end(seconds=60)
+    outputs = FastRun(*arguments, ranks=2, before=before).end()
     for status, errors in outputs:
         assert status == 2 and "Traceback" not in errors, errors
         assert "rows.jsonl: row 3: no verdict" in errors
@@ -130,7 +130,7 @@ def test_a_hang_in_generation_or_a_collective_is_located(phase, arguments, tmp_p
     ranks, module, owner, name = HANGS[phase]
     before = HANG.format(module=module, owner=owner, name=name)
     more = ("algorithm=grpo", f"limits.{phase}=3")
-    outputs = FastRun(*arguments, *more, ranks=ranks, before=before).end(90)
+    outputs = FastRun(*arguments, *more, ranks=ranks, before=before).end()
     assert [status for status, _ in outputs] == [HUNG_STATUS] * ranks, outputs
     errors = outputs[0][1]
     for rank in range(ranks):
@@ -144,7 +144,7 @@ def test_a_hung_verifier_is_ended_and_located(ranks, arguments, tmp_path):
     """Over limits.reward: phase, step, stacks of all threads, status 70; on every rank."""
     before = IN_REWARD.format(rank=ranks - 1, fault="time.sleep(600)")
     run = FastRun(*arguments, "limits.reward=2", "limits.forward=1", ranks=ranks, before=before)
-    outputs = run.end(seconds=90)
+    outputs = run.end()
     assert [status for status, _ in outputs] == [HUNG_STATUS] * ranks, outputs
     errors = outputs[0][1]
     assert f"rank {ranks - 1} has been in score of step" in errors, errors

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from care_train.verifier import verify
 from care_train.verifier.answers import MAX_ANSWER_CHARS
+from care_train.verifier.intervals import read_real_set
 
 EQUAL = [
     ("blue", "blue"),
@@ -171,3 +172,10 @@ def test_hostile_answers_are_quick(text: str):
     start = time.perf_counter()
     assert verify(text, "5").accuracy == 0.0
     assert time.perf_counter() - start < 0.5
+
+
+@pytest.mark.parametrize("answer", ["x < 3 or x", "x", "x, x < 3", "x < 3 and x", "x or x < 1 < 2"])
+def test_a_variable_without_a_relation_is_no_condition(answer):
+    """Half of an inequality is no set of numbers: wrong, not an error."""
+    assert read_real_set(answer) is None
+    assert verify(answer, "x < 3").accuracy == 0
