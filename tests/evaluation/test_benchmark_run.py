@@ -12,7 +12,7 @@ from bench.protocol_fixtures import draw, math_vision_rows, write_parquet, write
 from care_train.cli import main
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.models.tiny import build_tiny_model
-from tests.train.runs import Run, run, run_ranks
+from tests.train.runs import FastRun, run, run_ranks
 
 ALL = ",".join(BENCHMARKS)
 SMALL = (
@@ -87,7 +87,7 @@ def test_numbers_follow_from_the_records(whole):
 def test_a_killed_run_goes_on_after_its_last_answer(whole, repositories, tiny_folder, tmp_path):
     """SIGKILL amid the answers and `--resume`: no question twice, the answers those of one run."""
     arguments = [*_arguments(repositories, tiny_folder(), tmp_path, "part"), *_SAMPLES]
-    first, part = Run(*arguments), tmp_path / "part"
+    first, part = FastRun(*arguments), tmp_path / "part"
     assert first.wait_for(lambda: (part / "answers" / "mathverse" / "rank_0.jsonl").exists())
     first.kill()
     before = _records(part)
@@ -106,11 +106,11 @@ def test_a_killed_run_goes_on_after_its_last_answer(whole, repositories, tiny_fo
 def test_a_signal_ends_between_batches(repositories, tiny_folder, tmp_path):
     """SIGTERM: the batch is written, the status says that the run can go on."""
     arguments = _arguments(repositories, tiny_folder(), tmp_path, "stopped")
-    stopped = Run(*arguments, "eval.samples=40", "rollout.batch_size=2")
+    stopped = FastRun(*arguments, "eval.samples=40", "rollout.batch_size=2")
     log = tmp_path / "stopped" / "answers" / "mathvista" / "rank_0.jsonl"
     assert stopped.wait_for(lambda: log.exists() and log.stat().st_size > 0)
     stopped.send(signal.SIGTERM)
-    status, errors = stopped.end()
+    status, errors = stopped.end()[0]
     assert status == 75 and "resume=" in errors, errors
     assert not (tmp_path / "stopped" / "results.json").exists()
 

@@ -1,12 +1,11 @@
 """Whole runs with a `care-train serve`: ZeRO-3 on two ranks, a killed server, one step ahead."""
 
 import json
-import signal
 
 import pytest
 
 from tests.rollout.servers import Server
-from tests.train.runs import COLD_START, SMALL, Run, data_arguments, run, timeless
+from tests.train.runs import COLD_START, SMALL, FastRun, data_arguments, run, timeless
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +59,10 @@ def test_a_run_whose_server_dies_says_how_it_goes_on(start, tiny_folder):
     arguments = [*start, "name=orphan", "train.steps=400", "train.save_every=2"]
     arguments += ["train.schedule=constant", "train.rollouts_ahead=1"]
     first, folder = Server(*serve), _folder(start, "orphan")
-    orphan = Run(*arguments, f"rollout.vllm.server={first.url}")
+    orphan = FastRun(*arguments, f"rollout.vllm.server={first.url}")
     assert orphan.wait_for(lambda: (folder / "checkpoints" / "step_000004").is_dir(), seconds=200)
     first.kill()
-    status, errors = orphan.end()
+    status, errors = orphan.end()[0]
     assert status == 72 and "Traceback" not in errors
     assert f"rollout.vllm.server {first.url}: " in errors and " of 400: " in errors
     assert f"the newest checkpoint is {folder}/checkpoints/step_" in errors
@@ -83,10 +82,9 @@ def test_one_step_ahead_resumes_where_it_was(start, server):
     arguments += ["train.steps=6", "train.save_every=2"]
     run(*arguments, "name=whole")
     whole, folder = _folder(start, "whole"), _folder(start, "killed")
-    killed = Run(*arguments, "name=killed")
+    killed = FastRun(*arguments, "name=killed")
     assert killed.wait_for(lambda: (folder / "checkpoints" / "step_000002").is_dir(), seconds=200)
-    killed.send(signal.SIGKILL)
-    killed.end()
+    killed.kill()
     run(*arguments, "name=killed", "--resume")
     assert timeless(folder) == timeless(whole)
     weights = [(path / "final" / "model.safetensors").read_bytes() for path in (whole, folder)]

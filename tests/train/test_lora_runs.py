@@ -17,7 +17,7 @@ from tests.train.runs import (
     COLD_START,
     ROOT,
     SMALL,
-    Run,
+    FastRun,
     assert_same_runs,
     data_arguments,
     run,
@@ -123,7 +123,7 @@ def test_killed_with_dropout_on_two_ranks_a_run_ends_the_same(stage, start):
     names = [f"{kind}-{stage}" for kind in ("whole", "killed")]
     run(*arguments, f"name={names[0]}", ranks=2)
     killed = _folder(start, names[1])
-    first = Run(*arguments, f"name={names[1]}", ranks=2)
+    first = FastRun(*arguments, f"name={names[1]}", ranks=2)
     assert first.wait_for((killed / "checkpoints" / "step_000003").exists)
     first.kill()
     run(*arguments, f"name={names[1]}", "--resume", ranks=2)

@@ -15,7 +15,7 @@ from care_train.training import sft
 from tests.train.runs import (
     COLD_START,
     SMALL,
-    Run,
+    FastRun,
     assert_same_runs,
     data_arguments,
     run,
@@ -64,16 +64,16 @@ def test_killed_in_a_save_then_stopped_by_sigterm_a_run_ends_the_same(start, who
     folder = _folder(start, "killed")
     arguments = [*start, *_schedule(), "name=killed"]
     partial = folder / "checkpoints" / "step_000004.partial"
-    first = Run(*arguments)
+    first = FastRun(*arguments)
     assert first.wait_for(partial.exists)
     first.kill()
     assert [path.name for path in sorted((folder / "checkpoints").glob("step_*"))][:1] == [
         "step_000002"
     ]
-    second = Run(*arguments, "--resume")
+    second = FastRun(*arguments, "--resume")
     assert second.wait_for(lambda: _resumed_at_four(folder))
     second.send(signal.SIGTERM)
-    status, errors = second.end()
+    status, errors = second.end()[0]
     assert status == 75, errors
     assert "SIGTERM: stopped after step" in errors and f"resume={folder}" in errors
     assert not partial.exists()
@@ -157,7 +157,7 @@ def test_kills_at_random_lose_nothing(ranks, stage, start):
     run(*arguments, f"name={names[0]}", ranks=ranks)
     folder = _folder(start, names[1])
     for _ in range(5):
-        attempt = Run(*arguments, f"name={names[1]}", "--resume", ranks=ranks)
+        attempt = FastRun(*arguments, f"name={names[1]}", "--resume", ranks=ranks)
         known = _saves(folder)
         assert attempt.wait_for(lambda known=known: bool(_saves(folder) - known)), attempt.end()
         time.sleep(draw.uniform(0, 0.8))
@@ -176,10 +176,10 @@ def test_a_signal_to_one_rank_stops_both(start):
     """Two ranks under ZeRO-3, SIGTERM to the second alone: both save together and leave."""
     arguments = [*start, *_schedule(40), "deepspeed.zero_stage=3", "name=one-of-two"]
     folder = _folder(start, "one-of-two")
-    both = Run(*arguments, ranks=2)
+    both = FastRun(*arguments, ranks=2)
     assert both.wait_for(lambda: _steps_logged(folder) >= 3)
     both.send(signal.SIGTERM, rank=1)
-    status, errors = both.end(seconds=60)
+    status, errors = both.end()[0]
     assert status == 75, errors
-    status, errors = Run("train", f"resume={folder}").end()
+    status, errors = FastRun("train", f"resume={folder}").end()[0]
     assert status == 2 and "was saved by 2 ranks, got 1" in errors
