@@ -8,9 +8,7 @@ from types import SimpleNamespace
 
 import deepspeed
 import pytest
-import torch
 from deepspeed.runtime.checkpoint_engine import torch_checkpoint_engine
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import zero_to_fp32
 
 from care_train.compat import deferred_write_errors
@@ -44,8 +42,9 @@ else:
 
 
 UNPATCHED_DEEPSPEED = """
-import deepspeed, sys
+import deepspeed, sys, torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from care_train.compat import patch_deepspeed
 builds = []
 builder = type(get_accelerator().create_op_builder("ShareMemCommBuilder"))
@@ -53,6 +52,14 @@ builder.load = lambda *_: builds.append(1)
 build = lambda: sys.modules["deepspeed.comm.torch"].build_shm_op()
 build()
 assert len(builds) == 1, "DeepSpeed builds nothing"
+
+weight = torch.nn.Parameter(torch.ones(2))
+adamw = torch.optim.AdamW([weight])
+wrapper = FP16_UnfusedOptimizer.__new__(FP16_UnfusedOptimizer)
+wrapper.optimizer, wrapper.fp16_groups, wrapper.fp32_groups = adamw, [[]], [[weight]]
+wrapper.initialize_optimizer_states()
+assert int(adamw.state[weight]["step"]) == 1, "DeepSpeed begins without a step on zero gradients"
+
 patch_deepspeed()
 build()
 assert len(builds) == 1, "the patch does not keep it from building"
@@ -67,19 +74,10 @@ def _run_alone(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_deepspeed_would_compile_its_all_reduce():
-    """Needed while a process group of CPUs builds the extension at its start."""
+def test_deepspeed_still_needs_its_patches():
+    """While a process group of CPUs builds an extension at its start, and AdamW has made a step
+    before the first update, in bfloat16 under ZeRO-0."""
     _run_alone(UNPATCHED_DEEPSPEED)
-
-
-def test_deepspeed_would_begin_with_a_step_on_zero_gradients():
-    """Needed while AdamW has made a step before the first update, in bfloat16 under ZeRO-0."""
-    weight = torch.nn.Parameter(torch.ones(2))
-    adamw = torch.optim.AdamW([weight])
-    wrapper = FP16_UnfusedOptimizer.__new__(FP16_UnfusedOptimizer)
-    wrapper.optimizer, wrapper.fp16_groups, wrapper.fp32_groups = adamw, [[]], [[weight]]
-    wrapper.initialize_optimizer_states()
-    assert int(adamw.state[weight]["step"]) == 1
 
 
 def test_deepspeed_would_raise_between_two_barriers():
