@@ -114,10 +114,10 @@ class RunLock:
             return
         self._released.set()
         self._thread.join()
-        (self._place / self._token).unlink(missing_ok=True)
         try:
+            (self._place / self._token).unlink(missing_ok=True)
             self._place.rmdir()
-        except OSError:  # somebody else's already
+        except OSError:  # somebody else's already, or the disk has become read-only
             return
 
     def _publish(self) -> bool:

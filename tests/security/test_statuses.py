@@ -2,6 +2,7 @@
 traceback, whatever is wrong around it."""
 
 import json
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,13 +109,14 @@ def test_a_read_only_output_is_status_2_under_every_command(command, rows, read_
     assert "Read-only file system" in errors and str(read_only) in errors, errors
 
 
-REMOUNT = """
+CLOSE = """
 import subprocess
 from care_train.training.step import TrainStep
 real = TrainStep.run
 def run(self, draw, step):
     if step == 1:
-        subprocess.run(["mount", "-o", "remount,ro,size=8m", {disk!r}], check=True)
+        for options in (["--bind", {disk!r}], ["-o", "remount,bind,ro"]):
+            subprocess.run(["mount", *options, {disk!r}], check=True)
     return real(self, draw, step)
 TrainStep.run = run
 """
@@ -122,8 +124,10 @@ TrainStep.run = run
 
 def test_an_output_that_becomes_read_only_ends_the_run(rows, disk):
     """As a disk with errors does: the file that could not be written is named."""
-    before = REMOUNT.format(disk=str(disk))
-    status, errors = _one(*_arguments(rows, disk), "train.steps=4", before=before)
+    status, errors = _one(
+        *_arguments(rows, disk), "train.steps=4", before=CLOSE.format(disk=str(disk))
+    )
+    subprocess.run(["umount", "-l", disk], check=True)
     assert status == INPUT_STATUS and "Read-only file system" in errors, errors
     assert str(disk / "run") in errors, errors
 
