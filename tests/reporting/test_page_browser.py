@@ -46,8 +46,11 @@ def page_url(quickstart_run: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return path.as_uri()
 
 
-@pytest.mark.parametrize("viewport", [_DESKTOP, _PHONE], ids=["desktop", "phone"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("viewport", "scheme"),
+    [(_DESKTOP, "light"), (_PHONE, "dark")],
+    ids=["desktop-light", "phone-dark"],
+)
 def test_every_section_is_accessible(chromium, page_url, viewport, scheme):
     """axe-core finds nothing in any section, and nothing is wider than the screen."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()

@@ -35,9 +35,9 @@ export class GroupBrowser {
     const mine = (this.search += 1);
     const candidates = this.filters.apply();
     const query = this.filters.query();
-    if (!query) return this.list_(candidates, "");
+    if (!query) return this.showFound(candidates, "");
     const inIndex = candidates.filter((group) => group.haystack.includes(query));
-    if (!this.filters.searchesTexts()) return this.list_(inIndex, "");
+    if (!this.filters.searchesTexts()) return this.showFound(inIndex, "");
     const hits = new Set(inIndex);
     const blocks = [...new Set(candidates.map((group) => group.block))];
     for (const [i, name] of blocks.entries()) {
@@ -46,12 +46,13 @@ export class GroupBrowser {
       for (const group of candidates) {
         if (group.block === name && holds(groups[group.at], query)) hits.add(group);
       }
-      if (i % 20 === 0) this.list_(candidates.filter((group) => hits.has(group)), `, searched ${Math.round((100 * i) / blocks.length)} %`);
+      if (i % 20 === 0) this.showFound(candidates.filter((group) => hits.has(group)), `, searched ${Math.round((100 * i) / blocks.length)} %`);
     }
-    return this.list_(candidates.filter((group) => hits.has(group)), "");
+    return this.showFound(candidates.filter((group) => hits.has(group)), "");
   }
 
-  list_(found, more) {
+  /** Show these groups, from the page of the one that is looked at; `more` ends the status. */
+  showFound(found, more) {
     this.found = found;
     const at = found.findIndex((group) => group === this.current);
     this.from = at < 0 ? 0 : at - (at % PAGE);

@@ -61,7 +61,7 @@ function groupParts(group, shared) {
   const positives = rollouts.filter(({ role }) => role === "positive");
   const negatives = rollouts.filter(({ role }) => role === "hard_negative");
   negatives.sort((a, b) => a.rank - b.rank);
-  const names = new Map(negatives.map((one, i) => [one, `Negative ${String.fromCharCode(65 + (i % 26))}`]));
+  const letters = new Map(negatives.map((one, i) => [one, String.fromCharCode(65 + (i % 26))]));
   const reflection = rollouts.find(({ reflectedFrom }) => reflectedFrom !== null);
   const source = reflection ? rollouts[reflection.reflectedFrom] : null;
   const used = new Set([anchor, ...positives, ...negatives, reflection]);
@@ -70,13 +70,13 @@ function groupParts(group, shared) {
     if (one.trained) return null;
     return one === source && reflection.trained ? "Replaced by its reflection." : "Not trained.";
   };
-  const reflects = source ? `Reflection on ${(names.get(source) ?? numbered(source)).toLowerCase().replace(/ (.)$/, (_, c) => ` ${c.toUpperCase()}`)}` : "";
+  const repaired = letters.has(source) ? `negative ${letters.get(source)}` : "a rollout";
   const rest = (part) => part.map((one) => card(one, `${numbered(one)}: ${roleName(one.role).toLowerCase()}`, { anchor }));
   return [
     anchor ? part(roleName(anchor.role), [card(anchor, numbered(anchor), { note: note(anchor) })]) : null,
     part("Positives beside the anchor", positives.map((one) => card(one, numbered(one), { anchor, note: note(one) }))),
-    part("Hard negatives, in the order they were selected", negatives.map((one) => card(one, names.get(one), { anchor, note: note(one) }))),
-    reflection ? part(reflects, [card(reflection, roleName(reflection.role), { anchor: source, versus: "the rollout it repairs" })]) : null,
+    part("Hard negatives, in the order they were selected", negatives.map((one) => card(one, `Negative ${letters.get(one)}`, { anchor, note: note(one) }))),
+    reflection ? part(`Reflection on ${repaired}`, [card(reflection, roleName(reflection.role), { anchor: source, versus: "the rollout it repairs" })]) : null,
     anchor && others.length
       ? h("details", { class: "part" }, h("summary", {}, h("h3", {}, `Other rollouts (${others.length})`)), rest(others))
       : part("Rollouts", rest(others)),
