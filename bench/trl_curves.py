@@ -33,7 +33,7 @@ from care_train.distributed import own_environment
 from care_train.integrations.trl import CareGRPOTrainer
 from care_train.models.load import load_model
 from care_train.reporting import mean_interval, plot_comparison, read_metrics
-from care_train.reporting.files import write_json
+from care_train.reporting.files import finite, write_json
 from care_train.rollout.engine import banned_token_ids
 from care_train.verifier import Verifier
 
@@ -57,7 +57,7 @@ def main() -> int:
     _print(facts, options)
     if options.picture is not None:
         plot_comparison({CONTENDERS[name]: runs for name, runs in curves.items()}, options.picture)
-    print(json.dumps({"steps": options.steps, "seeds": options.seeds} | facts))
+    print(json.dumps(finite({"steps": options.steps, "seeds": options.seeds} | facts)))
     return 0
 
 
@@ -69,7 +69,7 @@ def _records(
     if path.is_file() and (found := json.loads(path.read_text()))["case"] == case:
         return found["records"]
     command = [sys.executable, "-m", "bench.trl_curves", *sys.argv[1:], "--run", name, str(seed)]
-    # This process's group of one, around which TRL would wrap DistributedDataParallel, is not theirs.
+    # Without this process's group of one, around which TRL would wrap DistributedDataParallel.
     subprocess.run(command, check=True, env=own_environment())
     write_json(path, {"case": case, "records": json.loads(_raw(path).read_text())})
     return json.loads(path.read_text())["records"]
