@@ -77,7 +77,7 @@ def test_a_run_is_shown(chromium, page_url, quickstart_run):
         label = page.get_by_role("img", name="Accuracy.").get_attribute("aria-label")
         assert "training:" in label and "at step 1" in label
         page.get_by_role("link", name="Settings").click()
-        assert summary["versions"]["torch"] in page.locator(".card").inner_text()
+        assert summary["versions"]["torch"] in page.locator("#section-settings .card").inner_text()
         page.get_by_text("Every setting").click()
         assert page.locator("pre").inner_text() == (quickstart_run / "config.yaml").read_text()
 
