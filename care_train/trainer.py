@@ -223,6 +223,7 @@ class CareTrainer:
         try:
             return run_command(command, config, {}, given)
         finally:
+            given.callbacks.release()
             # DeepSpeed's engine is a cycle: until it is collected its memory is not free.
             gc.collect()
             if torch.cuda.is_available():

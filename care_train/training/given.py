@@ -63,7 +63,11 @@ class Callbacks:
     def end(self) -> None:
         """The run is over: `on_train_end`."""
         self._tell("on_train_end")
-        self._arguments = {}  # which hold the model
+        self.release()
+
+    def release(self) -> None:
+        """Hold the model no longer."""
+        self._arguments = {}
 
     def _tell(self, event: str, **values: Any) -> None:
         for one in self._callbacks:
