@@ -23,6 +23,7 @@ examples:
   care-train data build --config configs/data/rl.yaml
   care-train export --run runs/care --checkpoint best --out care-best
   care-train report runs/care runs/grpo --out comparison.html
+  care-train replay runs/care care.max_negatives=2 care.neg_scale=0.3
   care-train table care=runs/score-0,runs/score-1 grpo=runs/score-2,runs/score-3
 
 Every run writes runs/<name>/: config.yaml, metrics.jsonl, summary.json, checkpoints/, final/ (a
@@ -141,6 +142,19 @@ def _parser() -> argparse.ArgumentParser:
     watch = "serve the page to this machine's browsers, newest data first, until Ctrl-C"
     report.add_argument("--watch", action="store_true", help=watch)
     report.add_argument("--port", type=int, default=0, help="of --watch; default: a free one")
+    summary = "another algorithm or ablation over a run's archive, without a model"
+    replay = commands.add_parser("replay", help=summary, description=_sentence(summary))
+    replay.add_argument("run", type=Path, help="the run's folder")
+    replay.add_argument(
+        "--out",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also write totals and groups (.json), groups (.csv) or a picture (.png); may be "
+        "given several times",
+    )
+    _add_settings(replay, Config)
     summary = "means over the evaluations of several trainings, beside the paper's Tables 1 and 2"
     table = commands.add_parser("table", help=summary, description=_sentence(summary))
     table.add_argument(

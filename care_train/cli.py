@@ -145,6 +145,19 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _replay(options: argparse.Namespace) -> int:
+    quiet_libraries()
+    from care_train.replay import replay
+    from care_train.replay.show import check_outputs, show_replay, write_replay
+
+    check_outputs(options.out)
+    found = replay(options.run, options.overrides)
+    show_replay(found)
+    for path in options.out:
+        write_replay(found, path)
+    return 0
+
+
 def _table(options: argparse.Namespace) -> int:
     from care_train.evaluation.table import combine_runs, trainings_markdown
 
@@ -235,6 +248,7 @@ _COMMANDS = {
     "data": _build_data,
     "export": _export,
     "report": _report,
+    "replay": _replay,
     "table": _table,
 }
 

@@ -76,6 +76,7 @@ _GROUP = _QUESTION | {
     "equalize_factor": "double",
     "anchor_clamped": "bool",
     "reflection": "string",
+    "reflect_on": "int32",
     "pair_distances": "list<double>",
     "rollouts": "list<rollout>",
 }

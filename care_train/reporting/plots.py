@@ -169,6 +169,33 @@ def plot_signature(signature: Signature, path: Path) -> None:
         _save(figure, path)
 
 
+def plot_replay(
+    recorded: Sequence[float], replayed: Sequence[float], overlaps: Sequence[float], path: Path
+) -> None:
+    """How a replay's advantages and chosen sets lie beside the run's own.
+
+    Args:
+        recorded: the advantages of the sequences that the run trained.
+        replayed: of those that the replay would train.
+        overlaps: of the two sets in each group.
+        path: the PNG to write.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(8.4, 3.4)
+        advantages, sets = figure.subplots(1, 2)
+        edges = np.histogram_bin_edges([*recorded, *replayed, 0.0], bins=40)
+        for values, label, color in (
+            (recorded, "the run", _BLUE),
+            (replayed, "replayed", _VERMILION),
+        ):
+            advantages.hist(values, edges, label=label, color=color, histtype="step", linewidth=2)
+        advantages.set(title="advantages of trained sequences", ylabel="sequences")
+        advantages.legend(loc="best")
+        sets.hist(overlaps, np.linspace(0, 1, 11), color=_GREEN)
+        sets.set(title="overlap of the rollouts that train", ylabel="groups")
+        _save(figure, path)
+
+
 def _draw_fit(axis: Axes, x: np.ndarray, fit: Fit, over_groups: Fit, color: str) -> None:
     shares = f"{fit.r_squared:.3f} (of all groups {over_groups.r_squared:.3f})"
     label = f"slope {fit.slope:.3f}, $R^2$ {shares}"

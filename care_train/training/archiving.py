@@ -133,6 +133,7 @@ def _group_row(
         "equalize_factor": update.equalize_factor,
         "anchor_clamped": update.anchor_clamped,
         "reflection": _reflection(group),
+        "reflect_on": _reflect_on(group),
         "pair_distances": None if group.distances is None else group.distances.flatten().numpy(),
         "rollouts": _rollout_rows(group, trained),
     }
@@ -146,6 +147,13 @@ def _reflection(group: Group) -> str:
         return "too_long"
     accuracy = group.reflected.accuracy
     return "repaired" if accuracy == 1 else "failed" if accuracy == 0 else "partial"
+
+
+def _reflect_on(group: Group) -> int | None:
+    subgroup = group.subgroup
+    if not isinstance(subgroup, Subgroup) or subgroup.reflect_on is None:
+        return None
+    return subgroup.others[subgroup.reflect_on].index
 
 
 def _rollout_rows(group: Group, trained: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -169,7 +177,6 @@ def _rollout_rows(group: Group, trained: Mapping[int, dict[str, Any]]) -> list[d
             }
         )
     if group.reflected is not None:
-        assert isinstance(subgroup, Subgroup) and subgroup.reflect_on is not None
         outcome = {"repaired": "success", "failed": "failure"}.get(_reflection(group), "partial")
         rows.append(
             _rollout(group.reflected, trained)
@@ -178,7 +185,7 @@ def _rollout_rows(group: Group, trained: Mapping[int, dict[str, Any]]) -> list[d
                 "rank_of_negative": None,
                 "distance": None,
                 "old_log_prob_sum": None,
-                "reflected_from": subgroup.others[subgroup.reflect_on].index,
+                "reflected_from": _reflect_on(group),
             }
         )
     return rows

@@ -3,16 +3,13 @@
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
-from care_train.algorithm import baselines, care
-from care_train.algorithm.released import with_rest
-from care_train.algorithm.types import GroupUpdate, Rollout, Subgroup
+from care_train.algorithm import baselines
+from care_train.algorithm.types import GroupUpdate
 from care_train.config import Config
 from care_train.distributed import all_max, all_sum
 from care_train.reporting.archive import ArchiveWriter
-from care_train.rollout.engine import request_seed
 from care_train.training.archiving import archive_step
+from care_train.training.credit import Choice, choose_subgroup, group_updates
 from care_train.training.engine import PolicyEngine
 from care_train.training.groups import Group, RolloutScorer
 from care_train.training.log_probs import LogProbs, Reference, TrainItem
@@ -71,7 +68,10 @@ class TrainStep:
             with timer("old_forward"):  # log pi_old, rationale embeddings
                 groups = self._log_probs.of_groups(groups)
             with timer("select"):  # lines 3-10 and 21-25, Eqs. 2-4 and 14
-                groups = [replace(g, subgroup=self._subgroup(g, step)) for g in groups]
+                groups = [
+                    replace(g, subgroup=choose_subgroup(g, self._config, step, g.sample.draw))
+                    for g in groups
+                ]
             with timer("reflect"):  # lines 11-13
                 groups = self._sampler.reflect(groups, step)
             with timer("score"):  # line 14
@@ -121,52 +121,9 @@ class TrainStep:
         with timer("score"):
             return self._scorer.verify(groups)
 
-    def _subgroup(self, group: Group, step: int) -> Subgroup | str:
-        # Beyond the rollouts' and the reflection's own indices.
-        index = self._config.rollout.group_size + 1
-        seed = request_seed(self._config.seed, step, group.sample.draw, index)
-        generator = torch.Generator().manual_seed(seed)
-        return care.select_subgroup(group, self._config.care, generator)
-
     def _updates(self, groups: list[Group]) -> list[GroupUpdate]:
-        loss = self._config.loss
-        if self._config.algorithm == "care":
-            updates = [self._care_update(group) for group in groups]
-        else:
-            updates = baselines.baseline_updates(
-                [group.rollouts for group in groups],
-                self._config.algorithm,
-                partial(all_sum, device=self._engine.device),
-                # A token mean or Dr. GRPO's constant divides by length itself.
-                length_normalized=loss.aggregation == "sequence",
-                keep_without_signal=loss.kl_coef > 0,
-            )
-        if not loss.mask_truncated:
-            return updates
-        return [
-            baselines.without_truncated(update, self._counted(group, update))
-            for group, update in zip(groups, updates, strict=True)
-        ]
-
-    def _counted(self, group: Group, update: GroupUpdate) -> list[Rollout]:
-        """The responses that the update's denominators count: S*, or all that were sampled."""
-        if self._config.algorithm == "care" and not self._counts_all:
-            return [sequence.rollout for sequence in update.sequences]
-        return [*group.rollouts, *([group.reflected] if group.reflected else [])]
-
-    @property
-    def _counts_all(self) -> bool:
-        return self._config.care.decisions.beyond_subgroup == "regularized"
-
-    def _care_update(self, group: Group) -> GroupUpdate:
-        if isinstance(group.subgroup, str):
-            update = care.skipped_update(group.subgroup)
-        else:
-            update = care.subgroup_update(group.subgroup, self._config.care, group.reflected)
-        if self._counts_all:
-            sampled = [*group.rollouts, *([group.reflected] if group.reflected else [])]
-            update = with_rest(update, sampled, has_kl=self._config.loss.kl_coef > 0)
-        return update
+        chosen = [Choice(group.rollouts, group.subgroup, group.reflected) for group in groups]
+        return group_updates(chosen, self._config, partial(all_sum, device=self._engine.device))
 
     def _checked_gap(self, groups: list[Group], items: list[TrainItem]) -> dict[str, float]:
         """The trainer's gap to the rollout engine, held to its limit once for every start and

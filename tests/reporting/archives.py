@@ -58,6 +58,7 @@ def group(
         "equalize_factor": 1.0,
         "anchor_clamped": False,
         "reflection": "none",
+        "reflect_on": None,
         "pair_distances": None,
         "rollouts": rollouts,
     }

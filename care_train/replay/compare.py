@@ -1,0 +1,251 @@
+"""Replay an archive under other settings, and compare what trains with what the run trained."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import numpy as np
+
+from care_train.algorithm.care import skip_before_forward
+from care_train.algorithm.region_weights import spread_advantages
+from care_train.algorithm.types import Subgroup, TrainSequence
+from care_train.config import TABLE_5, Config, load_config
+from care_train.replay.archived import ArchivedGroup, Credited, batches
+from care_train.training.credit import choose_subgroup, group_update
+from care_train.training.resume import settings_of
+
+_REPLAYED = ("algorithm", "preset", "care.", "loss.")
+_SAMPLED = tuple(
+    f"care.reflection.{name}" for name in ("cue", "temperature", "top_p", "max_new_tokens")
+)
+"""Settings that decide what is sampled, though their section is replayed."""
+_NO_DISTANCES = "the run had no distances and log-probs of the group"
+_OTHER_REFLECTION = "another negative would have been repaired, whose repair was never sampled"
+
+
+@dataclass(frozen=True)
+class GroupDifference:
+    """One group under both."""
+
+    step: int
+    rank: int
+    group: int
+    row_id: str
+    recorded_outcome: str
+    replayed_outcome: str
+    recorded_chosen: tuple[int, ...]
+    """Places of the rollouts that train; the group's size is the reflection's."""
+    replayed_chosen: tuple[int, ...]
+    overlap: float
+    """Of the two sets: their common members over all their members; 1 where both are empty."""
+    advantage_difference: float
+    """Largest |difference| of a rollout's advantage; 0 is that of one that does not train."""
+    token_difference: float
+    """Largest |difference| of a token's advantage."""
+
+
+@dataclass
+class Side:
+    """Totals over the compared groups under one configuration."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    advantages: list[float] = field(default_factory=list)
+    signal_tokens: int = 0
+    """Tokens with an advantage that is not 0."""
+    tokens: int = 0
+    """All sampled ones."""
+
+    def add(self, credited: Credited, num_tokens: int) -> None:
+        """Count one group."""
+        reason = f" ({credited.reason})" if credited.reason else ""
+        self.outcomes[f"{credited.outcome}{reason}"] += 1
+        self.advantages += credited.advantages.values()
+        found = credited.token_advantages.values()
+        self.signal_tokens += sum(int(np.count_nonzero(values)) for values in found)
+        self.tokens += num_tokens
+
+    def summary(self) -> dict[str, Any]:
+        """Numbers in JSON's types; null where there is nothing to say."""
+        values = self.advantages
+        return {
+            "outcomes": dict(self.outcomes.most_common()),
+            "trained_sequences": len(values),
+            "advantage_mean": fmean(values) if values else None,
+            "advantage_std": pstdev(values) if values else None,
+            "advantage_min": min(values, default=None),
+            "advantage_max": max(values, default=None),
+            "positive_share": fmean(value > 0 for value in values) if values else None,
+            "signal_share": self.signal_tokens / self.tokens if self.tokens else None,
+        }
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A replay, group by group and in total."""
+
+    run: Path
+    changes: dict[str, tuple[Any, Any]]
+    """The settings that differ: the run's value and the replay's."""
+    groups: list[GroupDifference]
+    recorded: Side
+    replayed: Side
+    unknown: Counter[str]
+    """Groups that could not be replayed, by reason; they are in no other number."""
+
+    def summary(self) -> dict[str, Any]:
+        """All but the groups, in JSON's types."""
+        chosen = [group for group in self.groups if group.recorded_chosen or group.replayed_chosen]
+        return {
+            "run": str(self.run),
+            "changes": {key: list(values) for key, values in self.changes.items()},
+            "groups": len(self.groups),
+            "unknown": dict(self.unknown),
+            "groups_with_same_chosen": sum(g.overlap == 1 for g in self.groups),
+            "mean_overlap": fmean(group.overlap for group in chosen) if chosen else None,
+            "max_advantage_difference": max(g.advantage_difference for g in self.groups),
+            "max_token_difference": max(g.token_difference for g in self.groups),
+            "recorded": self.recorded.summary(),
+            "replayed": self.replayed.summary(),
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The groups, in JSON's types."""
+        return [asdict(group) for group in self.groups]
+
+
+def replay(run: Path, overrides: Sequence[str] = ()) -> Replay:
+    """What settings would have chosen and credited of what a run sampled.
+
+    Args:
+        run: the run's folder, with its archive.
+        overrides: `key=value` over the run's own: `algorithm`, `preset`, `care.*` but for what
+            decides how a reflection is sampled, and `loss.*`. Another algorithm brings its loss.
+
+    Raises:
+        ValueError: no archive, a setting that decides what is sampled, or no group that has what
+            the replay needs, with the reason.
+    """
+    config, changes = _configs(run, overrides)
+    found: list[GroupDifference] = []
+    recorded, replayed, unknown = Side(), Side(), Counter[str]()
+    for batch in batches(run):
+        for group, credited in zip(batch, credit(batch, config), strict=True):
+            if isinstance(credited, str):
+                unknown[credited] += 1
+                continue
+            found.append(_difference(group, credited))
+            recorded.add(group.recorded, group.num_tokens)
+            replayed.add(credited, group.num_tokens)
+    if not found:
+        reasons = "; ".join(f"{count} groups: {reason}" for reason, count in unknown.items())
+        raise ValueError(f"{run}: nothing to replay: {reasons or 'the archive has no groups'}")
+    return Replay(run, changes, found, recorded, replayed, unknown)
+
+
+def credit(batch: Sequence[ArchivedGroup], config: Config) -> list[Credited | str]:
+    """What a configuration makes of a batch's groups, or why that cannot be known.
+
+    Tokens are credited for the whole batch at once, as in the step: sums in another order would
+    differ in last bits.
+    """
+    results = [_group_credit(group, config) for group in batch]
+    sequences = [
+        sequence
+        for result in results
+        if not isinstance(result, str)
+        for sequence, _ in result[1].values()
+    ]
+    lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
+    tokens = iter(spread_advantages(sequences).split(lengths) if sequences else ())
+    return [
+        result
+        if isinstance(result, str)
+        else Credited(
+            *result[0],
+            {place: advantage for place, (_, advantage) in result[1].items()},
+            {place: next(tokens).numpy() for place in result[1]},
+        )
+        for result in results
+    ]
+
+
+def _group_credit(
+    group: ArchivedGroup, config: Config
+) -> str | tuple[tuple[str, str], dict[int, tuple[TrainSequence, float]]]:
+    """(outcome, reason) and the trained sequences by place; or why it cannot be known."""
+    rollouts, subgroup, reflected = group.sampled.rollouts, "", None
+    if config.algorithm == "care":
+        is_needed = skip_before_forward(rollouts, config.care) is None
+        if is_needed and (group.sampled.distances is None or group.sampled.log_prob_sums is None):
+            return _NO_DISTANCES
+        subgroup = choose_subgroup(group.sampled, config, group.step - 1, group.draw)
+        if isinstance(subgroup, Subgroup) and subgroup.reflect_on is not None:
+            if subgroup.others[subgroup.reflect_on].index != group.reflect_on:
+                return _OTHER_REFLECTION
+            reflected = group.reflected
+    update = group_update(rollouts, subgroup, reflected, config)
+    reason = subgroup if isinstance(subgroup, str) and subgroup else update.skipped
+    if reason:
+        outcome = "skipped"
+    elif isinstance(subgroup, Subgroup):
+        outcome = "rescued" if update.rescued else "anchored"
+    else:
+        outcome = "trained"
+    everyone = [*rollouts, *([reflected] if reflected else [])]
+    places = {id(rollout): place for place, rollout in enumerate(everyone)}
+    trained = {places[id(s.rollout)]: (s, s.advantage) for s in update.sequences}
+    return (outcome, reason or ""), trained
+
+
+def _difference(group: ArchivedGroup, credited: Credited) -> GroupDifference:
+    one, other = group.recorded, credited
+    chosen = set(one.advantages), set(other.advantages)
+    union, common = chosen[0] | chosen[1], chosen[0] & chosen[1]
+    gaps = [abs(one.advantages.get(i, 0.0) - other.advantages.get(i, 0.0)) for i in union]
+    zero = np.zeros(1, np.float32)
+    tokens = [
+        np.abs(one.token_advantages.get(i, zero) - other.token_advantages.get(i, zero)).max()
+        for i in union
+    ]
+    return GroupDifference(
+        step=group.step,
+        rank=group.rank,
+        group=group.group,
+        row_id=group.row_id,
+        recorded_outcome=one.outcome,
+        replayed_outcome=other.outcome,
+        recorded_chosen=tuple(sorted(chosen[0])),
+        replayed_chosen=tuple(sorted(chosen[1])),
+        overlap=len(common) / len(union) if union else 1.0,
+        advantage_difference=max(gaps, default=0.0),
+        token_difference=float(max(tokens, default=0.0)),
+    )
+
+
+def _configs(run: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, tuple[Any, Any]]]:
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run}: no config.yaml: it is no run's folder")
+    before, now = load_config(path), load_config(path, overrides)
+    if now.algorithm != before.algorithm:
+        brought: Mapping[str, Any] = TABLE_5[now.algorithm]["loss"]
+        now = load_config(path, [*(f"loss.{k}={v}" for k, v in brought.items()), *overrides])
+    old, new = settings_of(before), settings_of(now)
+    changes = {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
+    refused = [key for key in changes if not key.startswith(_REPLAYED) or key in _SAMPLED]
+    if refused:
+        raise ValueError(
+            f"{refused[0]}: got {changes[refused[0]][1]!r}: it decides what is sampled, and the "
+            "archive has the run's own samples; a replay changes algorithm, preset, care.*, loss.*"
+        )
+    decisions = before.care.decisions, now.care.decisions
+    for name in ("spans", "repair"):
+        if getattr(decisions[0], name) != getattr(decisions[1], name):
+            raise ValueError(
+                f"preset: got {now.preset!r}, under which responses are read or repaired in "
+                f"another way ({name}) than in the run: train with it"
+            )
+    return now, changes
