@@ -37,7 +37,7 @@ class GroupDifference:
     recorded_outcome: str
     replayed_outcome: str
     recorded_chosen: tuple[int, ...]
-    """Places of the rollouts that train; the group's size is the reflection's."""
+    """Places of the rollouts with an advantage; the group's size is the reflection's."""
     replayed_chosen: tuple[int, ...]
     overlap: float
     """Of the two sets: their common members over all their members; 1 where both are empty."""
@@ -53,6 +53,7 @@ class Side:
 
     outcomes: Counter[str] = field(default_factory=Counter)
     advantages: list[float] = field(default_factory=list)
+    """Of the sequences that have one: under `preset=official` the KL pulls at others too."""
     signal_tokens: int = 0
     """Tokens with an advantage that is not 0."""
     tokens: int = 0
@@ -62,7 +63,7 @@ class Side:
         """Count one group."""
         reason = f" ({credited.reason})" if credited.reason else ""
         self.outcomes[f"{credited.outcome}{reason}"] += 1
-        self.advantages += credited.advantages.values()
+        self.advantages += filter(None, credited.advantages.values())
         found = credited.token_advantages.values()
         self.signal_tokens += sum(int(np.count_nonzero(values)) for values in found)
         self.tokens += num_tokens
@@ -202,7 +203,7 @@ def _group_credit(
 
 def _difference(group: ArchivedGroup, credited: Credited) -> GroupDifference:
     one, other = group.recorded, credited
-    chosen = set(one.advantages), set(other.advantages)
+    chosen = [{i for i, a in side.advantages.items() if a} for side in (one, other)]
     union, common = chosen[0] | chosen[1], chosen[0] & chosen[1]
     gaps = [abs(one.advantages.get(i, 0.0) - other.advantages.get(i, 0.0)) for i in union]
     zero = np.zeros(1, np.float32)
