@@ -64,8 +64,8 @@ class ArchivedGroup:
         return sum(len(rollout.token_ids) for rollout in responses)
 
 
-def batches(run: Path) -> Iterator[list[ArchivedGroup]]:
-    """The groups of each step and rank that the run trained or skipped, in order.
+def steps_of(run: Path) -> Iterator[list[ArchivedGroup]]:
+    """The groups of each step that the run trained or skipped, rank after rank.
 
     Raises:
         ValueError: as `read_archive`.
@@ -76,10 +76,8 @@ def batches(run: Path) -> Iterator[list[ArchivedGroup]]:
         table = read_archive(run, columns=columns, steps=range(step, step + 1))
         rows = table.select(_GROUP_COLUMNS).to_pylist()
         found = [_group(row, one) for row, one in zip(rows, _rollouts(table), strict=True)]
-        ranks = dict.fromkeys(row["rank"] for row in rows)
-        for rank in ranks:
-            # What dynamic sampling dropped was no part of the batch.
-            yield [g for g in found if g.rank == rank and g.recorded.outcome != "dropped"]
+        # What dynamic sampling dropped was no part of the batch.
+        yield [group for group in found if group.recorded.outcome != "dropped"]
 
 
 def _rollouts(table: Any) -> Iterator[list[dict[str, Any]]]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -11,10 +12,10 @@ import numpy as np
 
 from care_train.algorithm.care import skip_before_forward
 from care_train.algorithm.region_weights import spread_advantages
-from care_train.algorithm.types import Subgroup, TrainSequence
+from care_train.algorithm.types import GroupUpdate, Subgroup
 from care_train.config import TABLE_5, Config, load_config
-from care_train.replay.archived import ArchivedGroup, Credited, batches
-from care_train.training.credit import choose_subgroup, group_update
+from care_train.replay.archived import ArchivedGroup, Credited, steps_of
+from care_train.training.credit import Choice, choose_subgroup, group_updates
 from care_train.training.resume import settings_of
 
 _REPLAYED = ("algorithm", "preset", "care.", "loss.")
@@ -132,8 +133,8 @@ def replay(run: Path, overrides: Sequence[str] = ()) -> Replay:
     config, changes = _configs(run, overrides)
     found: list[GroupDifference] = []
     recorded, replayed, unknown = Side(), Side(), Counter[str]()
-    for batch in batches(run):
-        for group, credited in zip(batch, credit(batch, config), strict=True):
+    for groups in steps_of(run):
+        for group, credited in zip(groups, credit(groups, config), strict=True):
             if isinstance(credited, str):
                 unknown[credited] += 1
                 continue
@@ -146,59 +147,69 @@ def replay(run: Path, overrides: Sequence[str] = ()) -> Replay:
     return Replay(run, changes, found, recorded, replayed, unknown)
 
 
-def credit(batch: Sequence[ArchivedGroup], config: Config) -> list[Credited | str]:
-    """What a configuration makes of a batch's groups, or why that cannot be known.
+def credit(groups: Sequence[ArchivedGroup], config: Config) -> list[Credited | str]:
+    """What a configuration makes of a step's groups, or why that cannot be known.
 
-    Tokens are credited for the whole batch at once, as in the step: sums in another order would
-    differ in last bits.
+    Tokens are credited for a rank's whole batch at once, as in the step: sums in another order
+    would differ in last bits.
     """
-    results = [_group_credit(group, config) for group in batch]
-    sequences = [
-        sequence
-        for result in results
-        if not isinstance(result, str)
-        for sequence, _ in result[1].values()
-    ]
+    choices = [_choice(group, config) for group in groups]
+    known = [choice for choice in choices if not isinstance(choice, str)]
+    updates = iter(group_updates(known, config, lambda values: values))
+    found = [one if isinstance(one, str) else (one, next(updates)) for one in choices]
+    results: list[Credited | str] = []
+    for _, batch in groupby(zip(groups, found, strict=True), lambda pair: pair[0].rank):
+        results += _credited([one for _, one in batch])
+    return results
+
+
+def _choice(group: ArchivedGroup, config: Config) -> Choice | str:
+    """What credits the group; or why that cannot be known."""
+    rollouts = group.sampled.rollouts
+    if config.algorithm != "care":
+        return Choice(rollouts, "", None)
+    is_needed = skip_before_forward(rollouts, config.care) is None
+    if is_needed and (group.sampled.distances is None or group.sampled.log_prob_sums is None):
+        return _NO_DISTANCES
+    subgroup = choose_subgroup(group.sampled, config, group.step - 1, group.draw)
+    if isinstance(subgroup, str) or subgroup.reflect_on is None:
+        return Choice(rollouts, subgroup, None)
+    if subgroup.others[subgroup.reflect_on].index != group.reflect_on:
+        return _OTHER_REFLECTION
+    return Choice(rollouts, subgroup, group.reflected)
+
+
+def _credited(found: Sequence[str | tuple[Choice, GroupUpdate]]) -> list[Credited | str]:
+    """One rank's groups."""
+    sequences = [s for one in found if not isinstance(one, str) for s in one[1].sequences]
     lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
     tokens = iter(spread_advantages(sequences).split(lengths) if sequences else ())
-    return [
-        result
-        if isinstance(result, str)
-        else Credited(
-            *result[0],
-            {place: advantage for place, (_, advantage) in result[1].items()},
-            {place: next(tokens).numpy() for place in result[1]},
+    results: list[Credited | str] = []
+    for one in found:
+        if isinstance(one, str):
+            results.append(one)
+            continue
+        choice, update = one
+        place_of = {id(rollout): place for place, rollout in enumerate(choice.sampled)}
+        places = [place_of[id(sequence.rollout)] for sequence in update.sequences]
+        results.append(
+            Credited(
+                *_outcome(choice.subgroup, update),
+                {i: s.advantage for i, s in zip(places, update.sequences, strict=True)},
+                {place: next(tokens).numpy() for place in places},
+            )
         )
-        for result in results
-    ]
+    return results
 
 
-def _group_credit(
-    group: ArchivedGroup, config: Config
-) -> str | tuple[tuple[str, str], dict[int, tuple[TrainSequence, float]]]:
-    """(outcome, reason) and the trained sequences by place; or why it cannot be known."""
-    rollouts, subgroup, reflected = group.sampled.rollouts, "", None
-    if config.algorithm == "care":
-        is_needed = skip_before_forward(rollouts, config.care) is None
-        if is_needed and (group.sampled.distances is None or group.sampled.log_prob_sums is None):
-            return _NO_DISTANCES
-        subgroup = choose_subgroup(group.sampled, config, group.step - 1, group.draw)
-        if isinstance(subgroup, Subgroup) and subgroup.reflect_on is not None:
-            if subgroup.others[subgroup.reflect_on].index != group.reflect_on:
-                return _OTHER_REFLECTION
-            reflected = group.reflected
-    update = group_update(rollouts, subgroup, reflected, config)
+def _outcome(subgroup: Subgroup | str, update: GroupUpdate) -> tuple[str, str]:
+    """As the archive names it, and why the group is skipped."""
     reason = subgroup if isinstance(subgroup, str) and subgroup else update.skipped
     if reason:
-        outcome = "skipped"
-    elif isinstance(subgroup, Subgroup):
-        outcome = "rescued" if update.rescued else "anchored"
-    else:
-        outcome = "trained"
-    everyone = [*rollouts, *([reflected] if reflected else [])]
-    places = {id(rollout): place for place, rollout in enumerate(everyone)}
-    trained = {places[id(s.rollout)]: (s, s.advantage) for s in update.sequences}
-    return (outcome, reason or ""), trained
+        return "skipped", reason
+    if isinstance(subgroup, Subgroup):
+        return ("rescued" if update.rescued else "anchored"), ""
+    return "trained", ""
 
 
 def _difference(group: ArchivedGroup, credited: Credited) -> GroupDifference:

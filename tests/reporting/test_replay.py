@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from care_train.algorithm.baselines import group_update
+from care_train.algorithm.baselines import baseline_updates
 from care_train.algorithm.region_weights import spread_advantages
 from care_train.cli import main
 from care_train.replay import replay
-from care_train.replay.archived import batches
+from care_train.replay.archived import steps_of
 from care_train.replay.compare import _configs as replayed_config
 from care_train.replay.compare import credit
 from care_train.reporting import read_archive
@@ -35,15 +35,16 @@ def test_grpo_equals_its_own_code(quickstart_run: Path):
     """Advantages of the archived rewards, spread over each response's tokens."""
     config, _ = replayed_config(quickstart_run, ["algorithm=grpo"])
     count = 0
-    for batch in batches(quickstart_run):
-        for group, credited in zip(batch, credit(batch, config), strict=True):
+    for groups in steps_of(quickstart_run):
+        updates = baseline_updates(
+            [group.sampled.rollouts for group in groups],
+            "grpo",
+            lambda values: values,
+            length_normalized=True,
+            keep_without_signal=True,  # its KL has a gradient
+        )
+        for update, credited in zip(updates, credit(groups, config), strict=True):
             assert not isinstance(credited, str)
-            update = group_update(
-                group.sampled.rollouts,
-                divide_by_std=True,
-                length_normalized=True,
-                keep_without_signal=True,  # its KL has a gradient
-            )
             assert list(credited.advantages.values()) == [s.advantage for s in update.sequences]
             lengths = [len(s.rollout.token_ids) for s in update.sequences]
             wanted = spread_advantages(update.sequences).split(lengths)
