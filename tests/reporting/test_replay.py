@@ -73,7 +73,7 @@ def test_fewer_negatives_are_a_part_of_the_runs_own(quickstart_run: Path):
     ("override", "named"),
     [
         ("rollout.temperature=0.5", "rollout.temperature"),
-        ("reward.format_weight=0.2", "reward.format_weight"),
+        ("reward.format_weight=0.3", "reward.format_weight"),
         ("care.reflection.cue=again", "care.reflection.cue"),
         ("preset=official", "preset"),
     ],
