@@ -5,9 +5,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
+
 from care_train.algorithm.types import GroupUpdate
 from care_train.config import Config
-from care_train.distributed import gather, is_main
+from care_train.distributed import all_max, gather, is_main
 from care_train.training.failures import CHANGES, NoSignalError
 from care_train.training.groups import Group
 
@@ -37,14 +39,15 @@ _RESPONSES = {
 class EmptySteps:
     """Counts the steps in a row that trained nothing; the same on all ranks."""
 
-    def __init__(self, config: Config, num_prompts: int) -> None:
+    def __init__(self, config: Config, num_prompts: int, device: torch.device) -> None:
         """Start at 0.
 
         Args:
             config: the run's settings.
             num_prompts: the training rows.
+            device: for collectives.
         """
-        self._config, self._num_prompts = config, num_prompts
+        self._config, self._num_prompts, self._device = config, num_prompts, device
         self.steps = 0
         """In a row, up to the last one."""
         self._groups = self._right = 0
@@ -70,14 +73,13 @@ class EmptySteps:
             dropped: what dynamic sampling sampled beside it.
             done: the step, from 1.
         """
-        own = _counts([*groups, *dropped], any(has_signal(group.update) for group in groups))
-        total: Counter[str] = Counter()
-        found = gather(own)
-        for counts, _, _ in found:
-            total += counts
-        if total["signal"]:
+        if all_max(any(has_signal(group.update) for group in groups), self._device):
             self.steps = self._groups = self._right = 0
             return
+        found = gather(_counts([*groups, *dropped]))
+        total: Counter[str] = Counter()
+        for counts, _, _ in found:
+            total += counts
         self.steps += 1
         self._groups += total["groups"]
         self._right += total["right"]
@@ -156,10 +158,10 @@ def has_signal(update: GroupUpdate) -> bool:
     return any(s.advantage != 0 and s.credit.is_given for s in update.sequences)
 
 
-def _counts(groups: Sequence[Group], signal: bool) -> tuple[Counter[str], list[float], float]:
+def _counts(groups: Sequence[Group]) -> tuple[Counter[str], list[float], float]:
     """What groups were, the lowest and highest reward, and the best accuracy."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    counts = Counter({"signal": signal, "groups": len(groups), "responses": len(rollouts)})
+    counts = Counter({"groups": len(groups), "responses": len(rollouts)})
     counts.update(_kind(group) for group in groups)
     counts["same"] = sum(len({r.token_ids for r in group.rollouts}) == 1 for group in groups)
     counts["cut"] = sum(not r.finished for r in rollouts)

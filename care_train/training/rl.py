@@ -125,7 +125,7 @@ class _RlLoop(StepLoop):
         kind = AheadSampler if config.train.rollouts_ahead else Sampler
         self._sampler = kind(self._rollout, session.encoder, config)
         self._source = PromptSource(samples, config)
-        self._empty_steps = EmptySteps(config, len(samples))
+        self._empty_steps = EmptySteps(config, len(samples), device)
         self._train_step = TrainStep(
             config, self.engine, self._sampler, session.scorer, reference, archive
         )

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from care_train.algorithm.types import Credit, GroupUpdate, Region, Rollout, Spans, TrainSequence
 from care_train.models.prompts import EncodedPrompt
@@ -43,7 +44,7 @@ def _mixed() -> Group:
 
 def _steps(groups: list[Group], times: int = 2, rows: int = 100, **values) -> EmptySteps:
     config = make_config({"limits": {"empty_steps": 2}} | values)
-    steps = EmptySteps(config, rows)
+    steps = EmptySteps(config, rows, torch.device("cpu"))
     for done in range(1, times + 1):
         steps.add(groups, [], done)
     return steps
