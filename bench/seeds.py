@@ -29,6 +29,7 @@ from care_train.commands import load_held_out
 from care_train.config import Config, configs_folder, load_config
 from care_train.data import load_samples
 from care_train.reporting import mean_interval, plot_comparison, read_metrics
+from care_train.training.given import Given
 
 _SCORES = ("accuracy_before", "accuracy_after", "format_before", "format_after", "greedy_after")
 _COLLAPSED_FORMAT = 0.7
@@ -68,7 +69,7 @@ def _text_only_accuracy(config: Config) -> float:
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in load_samples(config.data):
         answers[sample.prompt][sample.answer] += 1
-    test = load_held_out(config)
+    test = load_held_out(config, Given())
     guesses = [answers[sample.prompt].most_common(1) for sample in test]
     right = [g[0][0] == s.answer for g, s in zip(guesses, test, strict=True) if g]
     return sum(right) / len(test)

@@ -293,7 +293,7 @@ def _replace_fused_head(model: Any, temperature: float, with_entropy: bool) -> N
         **kwargs: Any,
     ) -> Any:
         if not fused_lm_head:
-            given = {"labels": labels, "shift_labels": shift_labels}
+            given: dict[str, Any] = {"labels": labels, "shift_labels": shift_labels}
             given["num_items_in_batch"] = num_items_in_batch
             given = {name: value for name, value in given.items() if value is not None}
             return others(self, *args, **given, **kwargs)
