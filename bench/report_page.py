@@ -162,8 +162,8 @@ def _take_pictures(browser: str, url: str, folder: Path) -> None:
             ("report-curves", "#overview", 1280, 800, "dark"),
             ("report-phone", group, 390, 800, "light"),
         ):
-            size: Any = {"width": width, "height": height}
-            shown = chromium.new_page(viewport=size, color_scheme=scheme)
+            view: Any = {"viewport": {"width": width, "height": height}, "color_scheme": scheme}
+            shown = chromium.new_page(**view)
             shown.goto(f"{url}{hash}")
             shown.wait_for_selector("#main[data-ready]")
             shown.wait_for_timeout(_SETTLE_MS)
