@@ -17,6 +17,7 @@ from care_train.data import Sample, load_samples
 from care_train.doctor import Finding, Subject, data, machine, parity, spread
 from care_train.doctor.run import CHECKS, diagnose, guarded
 from care_train.models.load import LoadedModel
+from care_train.planning.workload import Device
 from care_train.training.run_place import MARKER, marker_text
 from tests.train.builders import image_sample, load, make_config
 
@@ -72,17 +73,6 @@ def test_a_sound_run_is_all_ok(config):
     assert [f.name for f in findings] == list(CHECKS)
 
 
-def test_missing_and_untested_packages(subject, monkeypatch):
-    """A missing package is an error, one outside the tested range a warning."""
-    monkeypatch.setattr(machine, "installed", lambda name: None)
-    finding = machine.check_versions(subject)
-    assert finding.level == "error" and "deepspeed" in finding.message
-    assert "pip install" in finding.fix
-    monkeypatch.setattr(machine, "installed", lambda name: "0.0.1")
-    finding = machine.check_versions(subject)
-    assert finding.level == "warning" and "torch 0.0.1, tested" in finding.message
-
-
 def test_what_this_machine_cannot_run(subject):
     """flash_attention_2 and Liger's kernels without a GPU: why, and what is used instead."""
     asked = {"attention": "flash_attention_2", "liger": True}
@@ -90,21 +80,6 @@ def test_what_this_machine_cannot_run(subject):
     assert finding.level == "warning" and "no GPU; sdpa is used" in finding.message
     assert "model.liger cannot run" in finding.message
     assert "model.attention=sdpa" in finding.fix and "model.liger=false" in finding.fix
-
-
-def test_a_full_disk(subject, monkeypatch):
-    """Too little space for the checkpoints is an error, little to spare a warning."""
-    monkeypatch.setattr(machine, "free_bytes", lambda folder: 1000)
-    finding = machine.check_disk(subject)
-    assert finding.level == "error" and "output_dir" in finding.fix
-    needed = _disk_need(subject)
-    monkeypatch.setattr(machine, "free_bytes", lambda folder: int(1.1 * needed))
-    assert machine.check_disk(subject).level == "warning"
-
-
-def _disk_need(subject: Subject) -> float:
-    # fp32: weights, two moments, and final/.
-    return (4 + 8 + 4) * sum(p.numel() for p in subject.model.model.parameters())
 
 
 def test_a_run_folder_that_is_taken_or_closed(subject, monkeypatch):
@@ -129,17 +104,6 @@ def test_a_run_folder_that_is_taken_or_closed(subject, monkeypatch):
 
 def _changed(subject: Subject, **fields) -> Subject:
     return replace(subject, config=replace(subject.config, **fields))
-
-
-def test_limits_of_the_system(subject, monkeypatch):
-    """Few open files and a small /dev/shm are warnings with the command that helps."""
-    monkeypatch.setattr(machine.resource, "getrlimit", lambda _: (256, 4096))
-    finding = machine.check_open_files(subject)
-    assert finding.level == "warning" and "ulimit -n 4096" in finding.fix
-    small = SimpleNamespace(total=64 * 2**20)
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: small)
-    finding = machine.check_shared_memory(replace(subject, ranks=2))
-    assert finding.level == "warning" and "shm-size" in finding.fix
 
 
 def _other_rows(subject: Subject, *samples: Sample) -> Subject:
@@ -191,12 +155,34 @@ def test_an_unreadable_image(subject, tmp_path):
     assert finding.level == "error" and "rows.jsonl: row 7" in finding.message
 
 
-def test_too_much_memory(subject, monkeypatch):
-    """A predicted peak over the device's memory refers to the plan."""
-    small = replace(machine.this_device(), memory=1e6)
-    monkeypatch.setattr(machine, "this_device", lambda: small)
-    finding = machine.check_memory(subject)
-    assert finding.level == "warning" and "care-train plan" in finding.fix
+def _free(share: float):
+    """So much of what the checkpoints need: in fp32 weights, two moments, and final/."""
+    return lambda s: 16 * share * sum(p.numel() for p in s.model.model.parameters())
+
+
+MACHINES = [
+    ("versions", "machine.installed", None, "error", "deepspeed"),
+    ("versions", "machine.installed", None, "error", "pip install"),
+    ("versions", "machine.installed", "0.0.1", "warning", "torch 0.0.1, tested"),
+    ("disk", "machine.free_bytes", _free(0.01), "error", "output_dir"),
+    ("disk", "machine.free_bytes", _free(1.1), "warning", "output_dir"),
+    ("open files", "machine.resource.getrlimit", (256, 4096), "warning", "ulimit -n 4096"),
+    (
+        "shared memory",
+        *("machine.shutil.disk_usage", SimpleNamespace(total=64 * 2**20), "warning", "shm-size"),
+    ),
+    ("memory", "machine.this_device", Device("CPU", 1e6, True), "warning", "care-train plan"),
+]
+"""The check, what answers in place of the machine and how, the finding's level and words of it."""
+
+
+@pytest.mark.parametrize(("name", "asked", "answer", "level", "words"), MACHINES)
+def test_a_machine_that_lacks_something(name, asked, answer, level, words, subject, monkeypatch):
+    """Packages, disk, limits of the system and memory: each with the command or key that helps."""
+    found = answer(subject) if callable(answer) else answer
+    monkeypatch.setattr(f"care_train.doctor.{asked}", lambda *_: found)
+    finding = _run(replace(subject, ranks=2), name)
+    assert finding.level == level and words in finding.message + finding.fix
 
 
 def test_rewards_that_take_long(subject, monkeypatch):
