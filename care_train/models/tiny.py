@@ -8,8 +8,8 @@ begins at 1 / sqrt(width): at 0.02 a layer of width 128 passes on a fifth of its
 model barely learns to read images in a few hundred steps.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def build_tiny_model(
     recipe, tokenizer = _RECIPES[kind], _train_tokenizer([*_CORPUS, *corpus])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = recipe.model(recipe.config(tokenizer, hidden_size))
+        model = recipe.model(_config(recipe, tokenizer, hidden_size))
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -138,7 +138,7 @@ def build_tiny_model(
 
 def tiny_config(kind: str) -> PreTrainedConfig:
     """The configuration of a tiny model whose tokenizer has seen no rows; nothing is built."""
-    return _RECIPES[kind].config(_train_tokenizer(list(_CORPUS)), 128)
+    return _config(_RECIPES[kind], _train_tokenizer(list(_CORPUS)), 128)
 
 
 def _train_tokenizer(corpus: list[str]) -> Any:
@@ -152,120 +152,86 @@ def _train_tokenizer(corpus: list[str]) -> Any:
     return tokenizer
 
 
-def _text_sizes(tokenizer: Any, hidden_size: int) -> dict[str, Any]:
-    return {
+@dataclass(frozen=True)
+class _Recipe:
+    """What a tiny model is made of."""
+
+    config: Any
+    model: Any
+    text: Mapping[str, Any] = field(default_factory=dict)
+    """What its language model's configuration has beside the sizes."""
+    vision: Mapping[str, Any] | None = None
+    """The same of the vision tower; None: text only."""
+    processor: Any = None
+    video_processor: Any = None
+    is_scaled: bool = False
+    """The first weights fit the width: their deviation is 1 / sqrt(hidden size)."""
+
+
+# Heads are 32 wide and have 16 rotary pairs: time 4, height 6, width 6.
+_ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
+_QWEN2_5_VL = _Recipe(
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    {"rope_parameters": _ROPE},
+    {"window_size": 56, "fullatt_block_indexes": [1]},
+    Qwen2_5_VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+_RECIPES = {
+    "tiny-qwen2.5-vl": _QWEN2_5_VL,
+    "tiny-qwen2.5-vl-scaled": replace(_QWEN2_5_VL, is_scaled=True),
+    "tiny-qwen3-vl": _Recipe(
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        {"head_dim": 32, "rope_parameters": _ROPE | {"mrope_interleaved": True}},
+        {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    ),
+    "tiny-qwen2": _Recipe(Qwen2Config, Qwen2ForCausalLM),
+}
+TINY_KINDS = tuple(_RECIPES)
+
+
+def _config(recipe: _Recipe, tokenizer: Any, hidden_size: int) -> PreTrainedConfig:
+    text = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
         "intermediate_size": 3 * hidden_size,
         "num_hidden_layers": 2,
         "num_attention_heads": hidden_size // 32,
         "num_key_value_heads": max(1, hidden_size // 64),
-        "head_dim": 32,
         "max_position_embeddings": 4096,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        **recipe.text,
     }
-
-
-def _vision_sizes(hidden_size: int) -> dict[str, Any]:
-    return {
+    if recipe.vision is None:
+        return recipe.config(tie_word_embeddings=False, **text)
+    vision = {
         "depth": 2,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_heads": 4,
         "patch_size": 14,
         "out_hidden_size": hidden_size,
+        **recipe.vision,
     }
-
-
-def _image_tokens(tokenizer: Any) -> dict[str, Any]:
     ids = tokenizer.convert_tokens_to_ids
-    return {
-        "image_token_id": ids("<|image_pad|>"),
-        "video_token_id": ids("<|video_pad|>"),
-        "vision_start_token_id": ids("<|vision_start|>"),
-        "vision_end_token_id": ids("<|vision_end|>"),
-    }
-
-
-def _qwen2_5_vl(tokenizer: Any, hidden_size: int) -> PreTrainedConfig:
-    # head_dim 32 has 16 rotary pairs: time 4, height 6, width 6.
-    text = _text_sizes(tokenizer, hidden_size) | {
-        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
-    }
-    text.pop("head_dim")
-    vision = _vision_sizes(hidden_size) | {"window_size": 56, "fullatt_block_indexes": [1]}
-    return Qwen2_5_VLConfig(
+    config = recipe.config(
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=False,
-        **_image_tokens(tokenizer),
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
     )
-
-
-def _scaled_qwen2_5_vl(tokenizer: Any, hidden_size: int) -> PreTrainedConfig:
-    config = _qwen2_5_vl(tokenizer, hidden_size)
-    for part in (config.get_text_config(), config.vision_config):
+    for part in (config.get_text_config(), config.vision_config) if recipe.is_scaled else ():
         part.initializer_range = part.hidden_size**-0.5
     return config
-
-
-def _qwen3_vl(tokenizer: Any, hidden_size: int) -> PreTrainedConfig:
-    text = _text_sizes(tokenizer, hidden_size) | {
-        "rope_parameters": {
-            "rope_type": "default",
-            "mrope_section": [4, 6, 6],
-            "mrope_interleaved": True,
-            "rope_theta": 1e4,
-        }
-    }
-    vision = _vision_sizes(hidden_size) | {
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0],
-    }
-    return Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=False,
-        **_image_tokens(tokenizer),
-    )
-
-
-def _qwen2(tokenizer: Any, hidden_size: int) -> PreTrainedConfig:
-    sizes = _text_sizes(tokenizer, hidden_size)
-    sizes.pop("head_dim")
-    return Qwen2Config(tie_word_embeddings=False, **sizes)
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """What a tiny model is made of."""
-
-    config: Callable[[Any, int], PreTrainedConfig]
-    """From the tokenizer and the hidden size."""
-    model: Any
-    processor: Any = None
-    """None: text only."""
-    video_processor: Any = None
-
-
-_RECIPES = {
-    "tiny-qwen2.5-vl": _Recipe(
-        _qwen2_5_vl, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
-    ),
-    "tiny-qwen2.5-vl-scaled": _Recipe(
-        _scaled_qwen2_5_vl,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLVideoProcessor,
-    ),
-    "tiny-qwen3-vl": _Recipe(
-        _qwen3_vl, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor
-    ),
-    "tiny-qwen2": _Recipe(_qwen2, Qwen2ForCausalLM),
-}
-TINY_KINDS = tuple(_RECIPES)
 
 
 def _preparation(recipe: _Recipe, tokenizer: Any) -> Any:
