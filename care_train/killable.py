@@ -219,8 +219,8 @@ class Pool(Generic[Item, Result]):
                 yield waiting[0][0], waiting[0][1].result()
                 waiting.popleft()
         finally:
-            # Interrupted, or nobody takes the rest: a process at work would go on.
-            if any(not future.cancel() and not future.done() for _, future in waiting):
+            # Nobody takes the rest. A list: calls that have not begun must all be cancelled first.
+            if any([not future.cancel() and not future.done() for _, future in waiting]):
                 self.close()
 
     def close(self) -> None:
