@@ -1,6 +1,8 @@
 """The report page in headless Chromium: it renders, filters, navigates, and asks for nothing."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -204,7 +206,7 @@ def test_a_run_that_goes_on_is_watched(chromium, tmp_path):
             page.get_by_role("link", name="Groups").click()
             page.get_by_text("32 groups").wait_for()
             write_run(run, list(invented_groups(48)))
-            page.get_by_role("button", name="Show new steps").click(timeout=10_000)
+            page.get_by_role("button", name="Show new steps").click(timeout=60_000)
             page.get_by_text("48 groups").wait_for()
         server.shutdown()
 
@@ -225,3 +227,14 @@ def test_runs_are_compared(chromium, tmp_path):
         assert legend.split() == ["care,", "2", "seeds", "g"]
         page.get_by_role("link", name="Settings").click()
         assert "algorithm\tcare\tcare\tgrpo" in page.locator("table").first.inner_text()
+
+
+def test_the_page_is_measured_with_many_groups(chromium, quickstart_run, tmp_path):
+    """`python -m bench.report_page` repeats a run's groups, times a reader and takes pictures."""
+    command = (sys.executable, "-m", "bench.report_page", str(quickstart_run))
+    options = ("--groups", "20", "--pictures", str(tmp_path))
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["groups"] >= 20 and figures["search_responses_ms"] > 0
+    assert len(list(tmp_path.glob("report-*.webp"))) == 3
