@@ -1,0 +1,92 @@
+"""The archive's files: whole or absent, bounded, readable while they are written."""
+
+import errno
+import logging
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from care_train.reporting import open_archive, read_archive
+from care_train.reporting.archive import ArchiveWriter, archive_files, cut_archive
+from care_train.reporting.archive_schema import evaluation_schema, group_schema
+from tests.reporting.archives import group, invented_groups, write_run
+from tests.train.runs import ROOT, mounted_disk
+
+
+def test_what_is_written_is_read(tmp_path: Path):
+    """Every column, nulls and nested lists too; each image once, decoded on request."""
+    rows = list(invented_groups(5))
+    run = write_run(tmp_path, rows, per_step=2)
+    table = read_archive(run)
+    assert table.schema.equals(group_schema()) and table["step"].to_pylist() == [1, 1, 2, 2, 3]
+    for row, wanted in zip(table.to_pylist(), rows, strict=True):
+        for name, value in wanted.items():
+            if name != "rollouts":
+                assert row[name] == value, name
+        for found, one in zip(row["rollouts"], wanted["rollouts"], strict=True):
+            assert found["text"] == one["text"]
+            assert found["token_ids"] == one["token_ids"].tolist()
+    assert len(list((run / "archive/images").iterdir())) == 1
+    assert open_archive(run, steps=range(2, 3))[0]["images"][0].size == (40, 30)
+    light = read_archive(run, columns=["step", "rollouts.role"])
+    assert light["rollouts"][0].as_py()[0] == {"role": "anchor"}
+    with pytest.raises(ValueError, match="rollouts\\.nothing"):
+        read_archive(run, columns=["rollouts.nothing"])
+
+
+def test_half_a_surrogate_pair_is_text(tmp_path: Path):
+    """A row's JSON may hold what UTF-8 cannot."""
+    rows = [group(0, ["\ud800 <b>", "b\u202e", "c\x00", "d"])]
+    texts = read_archive(write_run(tmp_path, rows))["rollouts"][0].as_py()
+    assert [one["text"] for one in texts] == ["? <b>", "b\u202e", "c\x00", "d"]
+
+
+def test_a_file_that_is_being_written_does_not_count(tmp_path: Path):
+    """What a kill leaves half written is not read, and a resume deletes it with later steps."""
+    run = write_run(tmp_path, list(invented_groups(6)), per_step=2)
+    whole = archive_files(run)[2].path
+    partial = whole.with_name("step-000004-rank-00.parquet.0.partial")
+    partial.write_bytes(whole.read_bytes()[:100])
+    assert read_archive(run)["step"].to_pylist() == [1, 1, 2, 2, 3, 3]
+    cut_archive(run, 2)
+    assert not partial.exists() and read_archive(run)["step"].to_pylist() == [1, 1, 2, 2]
+
+
+def test_the_oldest_steps_go_at_the_limit(tmp_path: Path, caplog):
+    """With one warning; the last step stays however small the limit."""
+    rows = list(invented_groups(1))
+    image = Image.new("RGB", (8, 8))
+    one_step = write_run(tmp_path / "one", rows) / "archive/step-000001-rank-00.parquet"
+    limit = 6 * one_step.stat().st_size / 2**30
+    with caplog.at_level(logging.WARNING), ArchiveWriter(tmp_path, 0, 1, limit) as archive:
+        for step in range(1, 21):
+            archive.write_step(step, [rows[0] | {"step": step}], [(image,)])
+    steps = [file.step for file in archive_files(tmp_path)]
+    assert 2 < len(steps) <= 6 and steps == list(range(21 - len(steps), 21))
+    assert len(caplog.records) == 1 and "logging.archive_max_gib" in caplog.text
+    with ArchiveWriter(tmp_path / "tiny", 0, 1, 1e-9) as archive:
+        for step in (1, 2):
+            archive.write_step(step, [rows[0] | {"step": step}], [(image,)])
+    assert [file.step for file in archive_files(tmp_path / "tiny")] == [2]
+
+
+def test_a_full_disk_is_reported_by_the_next_call(tmp_path: Path):
+    """As the error that ends a run with 74 (docs/failures.md)."""
+    rows = [group(0, ["x" * 100_000, "b", "c", "d"]) | {"step": 1}]
+    noise = Image.effect_noise((300, 300), 90)
+    with mounted_disk(tmp_path / "disk", "size=64k") as disk:
+        with pytest.raises(OSError) as caught, ArchiveWriter(disk, 0, 1, None) as archive:
+            archive.write_step(1, rows, [(noise,)])
+            archive.flush()
+        assert caught.value.errno == errno.ENOSPC
+        assert not archive_files(disk)
+
+
+def test_every_column_is_documented():
+    text = (ROOT / "docs/archive.md").read_text()
+    rollout = group_schema().field("rollouts").type.value_type
+    names = {*group_schema().names, *evaluation_schema().names, *rollout.names}
+    # The content spans share a pattern.
+    names = {name.replace("_content", "") for name in names}
+    assert [name for name in sorted(names) if f"`{name}`" not in text] == []
