@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from care_train.distributed import own_environment
+from care_train.reporting import read_archive
+from care_train.reporting.archive import archive_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -174,9 +176,14 @@ def timeless(run_dir: Path, log: str = "metrics.jsonl") -> list[dict]:
 
 
 def assert_same_runs(one: Path, other: Path) -> None:
-    """Same weights bit for bit, same metrics and samples, nothing missing, nothing twice."""
+    """Same weights bit for bit, same metrics, samples and archive, nothing missing or twice."""
     for log in ("metrics.jsonl", "samples.jsonl"):
         assert timeless(one, log) == timeless(other, log), log
+    files = [[file.path.name for file in archive_files(path)] for path in (one, other)]
+    assert files[0] == files[1] and files[0]
+    for evaluations in (False, True):
+        tables = [read_archive(path, evaluations=evaluations) for path in (one, other)]
+        assert tables[0].equals(tables[1])
     weights = [(path / "final" / "model.safetensors").read_bytes() for path in (one, other)]
     assert weights[0] == weights[1]
 
