@@ -57,7 +57,8 @@ def test_each_command_of_the_docs_parses(page, words):
     if options.command == "data":
         load_build_settings(ROOT / options.config, options.overrides)
     elif hasattr(options, "overrides"):
-        load_config(options.config and ROOT / options.config, options.overrides)
+        config = getattr(options, "config", None)  # `replay` takes a run's own.
+        load_config(config and ROOT / config, options.overrides)
 
 
 def test_there_are_commands_to_test():

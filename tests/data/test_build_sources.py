@@ -244,6 +244,6 @@ def test_a_missing_hub_data_set_says_how_to_get_it(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     source = {"name": "geo", "adapter": "geometry3k", "path": "hiyouga/no-such-geometry"}
     with pytest.raises(
-        ValueError, match="hf download --repo-type dataset hiyouga/no-such-geometry"
+        ValueError, match="hf download hiyouga/no-such-geometry --repo-type dataset"
     ):
         build_from(tmp_path, [source])
