@@ -1,6 +1,8 @@
 """Models and data by their Hub ids, and a trained model uploaded, against a Hub made here."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,12 @@ from huggingface_hub import constants
 from care_train import hub
 from care_train.config import build_config, hub_data
 from care_train.data import load_samples
+from care_train.distributed import own_environment
 from care_train.models.load import load_model
 from care_train.planning.architecture import read_architecture
 from care_train.publishing import claim, publish
 from tests.hub_server import Hub, contents, running_hub
-from tests.train.runs import SMALL, run
+from tests.train.runs import ROOT, SMALL
 
 FILE = "/{repo_id}/resolve/{revision}/{filename}"
 
@@ -153,15 +156,25 @@ def test_uploads_say_what_is_missing(local_hub: Hub, tmp_path, monkeypatch):
 
 def test_a_run_goes_from_the_hub_to_the_hub(local_hub: Hub, tmp_path):
     """`care-train train` on ids, uploaded with a card that says what it is made of."""
-    run(
+    # A process of its own: huggingface_hub reads its environment once, and the card sys.argv.
+    command = (
         *("train", *SMALL, "model.path=acme/tiny", "data.path=acme/sums@train", "eval.data={}"),
         *("train.steps=1", "rollout.max_new_tokens=8", f"output_dir={tmp_path}", "name=run"),
         "hub.push_to=acme/mine",
     )
+    done = subprocess.run(
+        [sys.executable, "-m", "care_train", *command],
+        cwd=ROOT,
+        env=own_environment() | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
     uploaded = local_hub.repositories["models/acme/mine"]
     assert uploaded.is_private
     assert uploaded.files == contents(tmp_path / "run" / "final")
     _, metadata, text = uploaded.files["README.md"].decode().split("---", 2)
     card = yaml.safe_load(metadata)
     assert (card["base_model"], card["datasets"]) == ("acme/tiny", ["acme/sums"])
-    assert "| Accuracy, sampled |" in text and "train.steps=1" in text and "torch 2" in text
+    for shown in ("| Accuracy, sampled |", "train.steps=1", "torch 2"):
+        assert shown in text, text

@@ -41,7 +41,7 @@ class Callbacks:
 
     def observe(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """A step or an evaluation has been logged: `on_step_end` and `on_log`, or `on_evaluate`."""
-        if not self._callbacks:
+        if not self._arguments:  # a cold start's
             return
         self.state.global_step = step
         self.state.log_history.append({**values, "step": step})
