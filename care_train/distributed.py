@@ -55,6 +55,12 @@ def initialize_process_group(
     return device
 
 
+def leave_process_group() -> None:
+    """Destroy this process's group, if it has one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _ranks_share_machine() -> bool:
     """Whether the launcher started all ranks on this machine."""
     size = os.environ["WORLD_SIZE"]

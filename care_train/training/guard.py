@@ -6,6 +6,7 @@ every rank is over the time limit of what it does, or waits for a rank that is. 
 with the same message and exit status.
 """
 
+import atexit
 import faulthandler
 import os
 import signal
@@ -25,6 +26,7 @@ from care_train.distributed import (
     all_max,
     initialize_process_group,
     is_main,
+    leave_process_group,
     rank,
     ranks_store,
     world_size,
@@ -322,6 +324,10 @@ def guarded(limits: LimitSettings, run_dir: Path, *, in_program: bool = False) -
         ValueError: not all ranks came.
     """
     initialize_process_group(limits.start, limits.collective)
+    if in_program:
+        # The next trainer of the program uses the group too. Left to the interpreter's exit, its
+        # threads are torn down in any order, which can end the process with SIGABRT.
+        atexit.register(leave_process_group)
     begin_step(None)
     if in_program and world_size() == 1:
         yield
