@@ -101,7 +101,7 @@ def test_a_group_is_shown_as_a_case_study(chromium, page_url):
         page.locator(".rollout .text span").first.hover()
         assert "token 1 of" in page.locator(".readout").first.inner_text()
         page.get_by_text("Tokens", exact=True).first.click()
-        assert page.locator(".rollout tbody tr").count() > 3
+        page.locator(".rollout tbody tr").nth(3).wait_for()
     with _opened(chromium, url) as page:
         assert page.locator(".group").inner_text().splitlines()[0] == text.splitlines()[0]
 
@@ -116,7 +116,9 @@ def test_keys_move_from_group_to_group(chromium, page_url):
         assert page.url != first
         page.keyboard.press("k")
         page.wait_for_url(first)
+        page.wait_for_selector("#group-title:focus")
         page.keyboard.press("/")
+        page.wait_for_selector("#search:focus")
         page.keyboard.type("jjj")
         assert page.locator("#search").input_value() == "jjj" and page.url == first
         page.get_by_text("0 groups").wait_for()

@@ -107,6 +107,8 @@ export class GroupBrowser {
     const link = `${location.href.split("#")[0]}#group=${id}`;
     const view = groupView(groups[group.at], images, { run: this.page.runs[group.run], link });
     this.detail.replaceChildren(view);
+    // The block was decoded meanwhile: somebody may have begun to type.
+    if (document.activeElement.closest("input, select, textarea")) return undefined;
     return view.querySelector("#group-title").focus({ preventScroll: true });
   }
 }
