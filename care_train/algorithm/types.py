@@ -93,6 +93,11 @@ class RolloutGroup:
     log_prob_sums: torch.Tensor | None = None
     """[G] fp32: log pi_old(y | x), summed over the response's tokens."""
 
+    def __post_init__(self) -> None:
+        size = len(self.rollouts)
+        assert self.distances is None or self.distances.shape == (size, size)
+        assert self.log_prob_sums is None or self.log_prob_sums.shape == (size,)
+
 
 @dataclass(frozen=True)
 class Member:

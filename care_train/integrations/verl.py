@@ -39,6 +39,7 @@ from verl.trainer.ppo.core_algos import agg_loss, register_adv_est, register_pol
 from care_kernels import Clip
 from care_train.algorithm.care import select_subgroup, subgroup_update
 from care_train.algorithm.region_weights import spread_advantages
+from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.spans import parse_spans, rationale_span, token_spans
 from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup
 from care_train.config import CareSettings
@@ -103,7 +104,7 @@ def care_advantages(
         rows = [i for i, own in enumerate(index.tolist()) if own == prompt]
         group = RolloutGroup(
             tuple(rollouts[i] for i in rows),
-            torch.stack([rationale_counts(rollouts[i]) for i in rows]),
+            pairwise_distances(torch.stack([rationale_counts(rollouts[i]) for i in rows])),
             sums[rows],
         )
         for place, row in token_rows(group, update_of(group, care.settings, number)):

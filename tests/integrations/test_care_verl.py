@@ -23,6 +23,7 @@ from care_kernels.objective import Clip
 from care_kernels.oracle import reference_surrogate
 from care_train.algorithm.care import select_subgroup, subgroup_update
 from care_train.algorithm.region_weights import spread_advantages
+from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.types import RolloutGroup
 from care_train.config import build_config
 from care_train.integrations import verl as door
@@ -80,9 +81,9 @@ class Batch:
         rollouts = [
             door.rollout_of(self.ids[i], reward_of(self.rows[i][1]), self.text, care) for i in rows
         ]
-        embeddings = torch.stack([door.rationale_counts(rollout) for rollout in rollouts])
+        vectors = torch.stack([door.rationale_counts(rollout) for rollout in rollouts])
         sums = (self.log_probs * self.mask).sum(-1)[rows]
-        return rows, RolloutGroup(tuple(rollouts), embeddings, sums)
+        return rows, RolloutGroup(tuple(rollouts), pairwise_distances(vectors), sums)
 
 
 def algorithm_config(model: Path, **settings: Any) -> Any:
