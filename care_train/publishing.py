@@ -9,14 +9,11 @@ from care_train.config import FROM_PYTHON, SHIPPED_DATA, Config, config_to_yaml,
 from care_train.distributed import is_main
 from care_train.reporting.files import write_file
 from care_train.reporting.markdown import fenced, markdown_table, markdown_text
+from care_train.reporting.report import SCORES
 
 _KEY = "hub.push_to"
-_SCORES = {
-    "accuracy": "Accuracy, sampled",
-    "greedy": "Accuracy, greedy",
-    "format": "Well-formed, sampled",
-    "greedy_format": "Well-formed, greedy",
-}
+_SCORES = ("accuracy", "greedy", "format", "greedy_format")
+"""Of `report.SCORES`, those of the card."""
 
 
 def publish(run_dir: Path, config: Config, summary: Mapping[str, Any]) -> str:
@@ -95,8 +92,8 @@ def _origin(config: Config, summary: Mapping[str, Any]) -> str:
 
 def _results(summary: Mapping[str, Any]) -> str:
     rows = [
-        (label, f"{summary[f'{name}_before']:.1%}", f"{summary[f'{name}_after']:.1%}")
-        for name, label in _SCORES.items()
+        (SCORES[name], f"{summary[f'{name}_before']:.1%}", f"{summary[f'{name}_after']:.1%}")
+        for name in _SCORES
         if f"{name}_before" in summary
     ]
     if not rows:

@@ -12,16 +12,16 @@ import torch
 from care_train.algorithm.types import Rollout, RolloutGroup, Spans
 from care_train.reporting.archive import archive_files
 from care_train.reporting.archive_reader import read_archive
+from care_train.reporting.archive_schema import REGIONS, SPAN_COLUMNS
 
 _GROUP_COLUMNS = (
     *("step", "rank", "group", "row_id", "visit", "outcome", "reason"),
     *("reflect_on", "pair_distances"),
 )
-_REGIONS = ("think", "think_content", "answer", "answer_content")
 _SCALARS = (
     *("finished", "accuracy", "format", "reward", "reflected_from", "old_log_prob_sum"),
     *("trained", "sequence_advantage"),
-    *(f"{region}_{end}" for region in _REGIONS for end in ("start", "end")),
+    *SPAN_COLUMNS,
 )
 _LISTS = ("token_ids", "prefix_ids", "token_advantages")
 
@@ -134,7 +134,7 @@ def _group(row: dict[str, Any], records: Sequence[dict[str, Any]]) -> ArchivedGr
 
 def _rollout(record: dict[str, Any], *, reflected: bool = False) -> Rollout:
     spans = []
-    for region in _REGIONS:
+    for region in REGIONS:
         start, end = record[f"{region}_start"], record[f"{region}_end"]
         spans.append(None if start is None else (start, end))
     return Rollout(

@@ -12,10 +12,10 @@ import numpy as np
 
 from care_train.algorithm.care import skip_before_forward
 from care_train.algorithm.region_weights import spread_advantages
-from care_train.algorithm.types import GroupUpdate, Subgroup
+from care_train.algorithm.types import GroupUpdate
 from care_train.config import TABLE_5, Config, load_config
 from care_train.replay.archived import ArchivedGroup, Credited, steps_of
-from care_train.training.credit import Choice, choose_subgroup, group_updates
+from care_train.training.credit import Choice, choose_subgroup, group_updates, outcome_of
 from care_train.training.resume import settings_of
 
 _REPLAYED = ("algorithm", "preset", "care.", "loss.")
@@ -194,22 +194,12 @@ def _credited(found: Sequence[str | tuple[Choice, GroupUpdate]]) -> list[Credite
         places = [place_of[id(sequence.rollout)] for sequence in update.sequences]
         results.append(
             Credited(
-                *_outcome(choice.subgroup, update),
+                *outcome_of(choice.subgroup, update),
                 {i: s.advantage for i, s in zip(places, update.sequences, strict=True)},
                 {place: next(tokens).numpy() for place in places},
             )
         )
     return results
-
-
-def _outcome(subgroup: Subgroup | str, update: GroupUpdate) -> tuple[str, str]:
-    """As the archive names it, and why the group is skipped."""
-    reason = subgroup if isinstance(subgroup, str) and subgroup else update.skipped
-    if reason:
-        return "skipped", reason
-    if isinstance(subgroup, Subgroup):
-        return ("rescued" if update.rescued else "anchored"), ""
-    return "trained", ""
 
 
 def _difference(group: ArchivedGroup, credited: Credited) -> GroupDifference:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from care_train.data.images import IMAGE_FORMATS, ImageRef, encoded_image
 from care_train.reporting.archive_schema import Row, evaluation_schema, group_schema, make_table
-from care_train.reporting.files import PARTIAL, sync
+from care_train.reporting.files import PARTIAL, sync, write_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -198,13 +198,7 @@ class ArchiveWriter:
 
     def _replace(self, path: Path, content: memoryview) -> None:
         # By rank: several may come to write the same image.
-        partial = path.with_name(f"{path.name}.{self.rank}{PARTIAL}")
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync(path.parent)
+        write_file(path, content, writer=f".{self.rank}")
         self._room -= len(content) * self._ranks
 
     def _shrink(self, limit: int) -> int:

@@ -39,14 +39,12 @@ _ANSWER = {
     "verdict": "string",
     "format_verdict": "string",
 }
-_SPANS = {
-    f"{region}_{end}": "int32"
-    for region in ("think", "think_content", "answer", "answer_content")
-    for end in ("start", "end")
-}
+REGIONS = ("think", "think_content", "answer", "answer_content")
+"""The fields of `algorithm.Spans`, in order."""
+SPAN_COLUMNS = tuple(f"{region}_{end}" for region in REGIONS for end in ("start", "end"))
 _ROLLOUT = (
     _ANSWER
-    | _SPANS
+    | dict.fromkeys(SPAN_COLUMNS, "int32")
     | {
         "prefix_ids": "list<int32>",
         "role": "string",

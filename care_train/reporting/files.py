@@ -88,10 +88,16 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write `path` whole: a kill leaves the old content or the new."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text, encoding="utf-8")
+def write_file(path: Path, content: str | memoryview, writer: str = "") -> None:
+    """Write `path` whole: a kill leaves the old content or the new.
+
+    Args:
+        path: the file; its folder exists.
+        content: text, which is written as UTF-8, or bytes.
+        writer: tells this process's partial file from those of others that may write `path` too.
+    """
+    partial = path.with_name(f"{path.name}{writer}{PARTIAL}")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     sync(partial)
     partial.replace(path)
     sync(path.parent)

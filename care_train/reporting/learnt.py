@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from care_train.reporting.archive import ARCHIVE, archive_files
+from care_train.reporting.archive import archive_files
 from care_train.reporting.archive_reader import read_archive
 from care_train.reporting.markdown import fenced, markdown_table, markdown_text
 from care_train.reporting.samples import printable
@@ -19,8 +19,6 @@ Row = Mapping[str, Any]
 
 def learnt_section(run_dir: Path) -> str:
     """The report's section of answers before and after; empty where the archive has not both."""
-    if not (run_dir / ARCHIVE).is_dir():
-        return ""
     steps = sorted({file.step for file in archive_files(run_dir) if file.kind == "eval"})
     if len(steps) < 2:
         return ""

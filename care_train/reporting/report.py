@@ -26,13 +26,14 @@ _FACTS = {
     "trained_sequences": "Responses trained on",
     "decoded_tokens": "Tokens decoded",
 }
-_SCORES = {
+SCORES = {
     "accuracy": "Accuracy, sampled",
     "greedy": "Accuracy, greedy",
     "blind": "Accuracy, sampled, blank images",
     "format": "Well-formed, sampled",
     "greedy_format": "Well-formed, greedy",
 }
+"""What summary.json's scores are called; each has a value before and after."""
 _GROUPS = {
     "groups": "Groups sampled",
     "groups_all_correct": "All responses correct",
@@ -111,10 +112,10 @@ def score_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     total = summary.get("num_questions")
     rows = [
         (label, _share(summary[f"{key}_before"], total), _share(summary[f"{key}_after"], total))
-        for key, label in _SCORES.items()
+        for key, label in SCORES.items()
         if _known(summary, f"{key}_before", f"{key}_after")
     ]
-    single = _SCORES | {f"{key}_accuracy": _SCORES[key] for key in ("greedy", "blind")}
+    single = SCORES | {f"{key}_accuracy": SCORES[key] for key in ("greedy", "blind")}
     return rows or [(single[k], _share(summary[k], total)) for k in single if _known(summary, k)]
 
 

@@ -16,6 +16,8 @@ from care_train.config import Config
 from care_train.data import Sample
 from care_train.distributed import rank, world_size
 from care_train.reporting.archive import ArchiveWriter
+from care_train.reporting.archive_schema import REGIONS
+from care_train.training.credit import outcome_of
 from care_train.training.groups import Group
 from care_train.training.log_probs import TokenOutcome, TrainItem
 
@@ -115,16 +117,8 @@ def _answer(rollout: Rollout) -> dict[str, Any]:
 def _group_row(
     group: Group, trained: Mapping[int, dict[str, Any]], dropped: str = ""
 ) -> dict[str, Any]:
-    update, subgroup = group.update, group.subgroup
-    skipped = subgroup if isinstance(subgroup, str) else ""
-    if dropped:
-        outcome, reason = "dropped", dropped
-    elif skipped or update.skipped:
-        outcome, reason = "skipped", skipped or update.skipped
-    elif isinstance(subgroup, Subgroup):
-        outcome, reason = "rescued" if update.rescued else "anchored", ""
-    else:
-        outcome, reason = "trained", ""
+    update = group.update
+    outcome, reason = ("dropped", dropped) if dropped else outcome_of(group.subgroup, update)
     return _question(group.sample) | {
         "outcome": outcome,
         "reason": reason,
@@ -228,7 +222,7 @@ def _rollout(rollout: Rollout, trained: Mapping[int, dict[str, Any]]) -> dict[st
 
 def _spans(spans: Spans) -> dict[str, int | None]:
     found = {}
-    for region in ("think", "think_content", "answer", "answer_content"):
+    for region in REGIONS:
         start, end = getattr(spans, region) or (None, None)
         found |= {f"{region}_start": start, f"{region}_end": end}
     return found

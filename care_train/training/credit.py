@@ -30,6 +30,21 @@ def choose_subgroup(group: RolloutGroup, config: Config, step: int, draw: str) -
     return care.select_subgroup(group, config.care, generator)
 
 
+def outcome_of(subgroup: Subgroup | str, update: GroupUpdate) -> tuple[str, str]:
+    """anchored | rescued | trained | skipped, and why it is skipped: what the archive says of it.
+
+    Args:
+        subgroup: `choose_subgroup`'s; empty for a baseline.
+        update: what the group trains.
+    """
+    reason = subgroup if isinstance(subgroup, str) and subgroup else update.skipped
+    if reason:
+        return "skipped", reason
+    if isinstance(subgroup, Subgroup):
+        return ("rescued" if update.rescued else "anchored"), ""
+    return "trained", ""
+
+
 class Choice(NamedTuple):
     """What a group's credit is made from."""
 

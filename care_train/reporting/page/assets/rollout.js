@@ -7,7 +7,6 @@ const ROLES = {
   anchor: "Anchor",
   positive: "Positive beside the anchor",
   pseudo_anchor: "Pseudo-anchor",
-  positive: "Positive beside the anchor",
   hard_negative: "Hard negative",
   reflected_success: "Reflection that succeeded",
   reflected_failure: "Reflection that failed",
