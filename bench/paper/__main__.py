@@ -12,6 +12,7 @@ others. CSV files hold the command, the commit and the versions.
 """
 
 import argparse
+import json
 import sys
 import time
 from datetime import timedelta
@@ -19,8 +20,9 @@ from pathlib import Path
 from statistics import fmean
 
 from bench.paper.experiments import EXPERIMENTS
-from bench.paper.results import draw, print_table, read_results, to_json, write_results
+from bench.paper.results import draw, print_table, read_results, write_results
 from bench.paper.runs import Done, Runner
+from care_train.reporting.files import finite
 
 _RESULTS = Path(__file__).with_name("results")
 
@@ -36,7 +38,7 @@ def main() -> int:
         rows = read_results(options.results / f"{name}.csv")
         found[name] = print_table(experiment, rows)
         print(f"{options.results / name}.csv, {draw(options.results, name)}")
-    print(to_json(found))
+    print(json.dumps(finite(found)))  # The interval of a single seed is NaN.
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import importlib.metadata
-import json
 import math
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -155,9 +154,3 @@ def draw(folder: Path, name: str) -> Path:
     path = folder / f"{name}.png"
     plot_comparison(shared, path, "reward" if name == "fig3" else "accuracy")
     return path
-
-
-def to_json(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """`summarize` on one line; NaN, the interval of a single seed, becomes null."""
-    clean = json.dumps(found)
-    return clean.replace("NaN", "null")
