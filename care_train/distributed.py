@@ -5,6 +5,7 @@ has no store that anything could connect to. Across machines the ranks listen on
 trust each other: it must be a network of their own (docs/security.md).
 """
 
+import itertools
 import os
 import socket
 from datetime import timedelta
@@ -19,6 +20,7 @@ _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTE
 _LOOPBACK = "127.0.0.1"
 
 _store: dist.Store = dist.HashStore()
+_runs = itertools.count()
 
 
 def initialize_process_group(
@@ -112,10 +114,14 @@ def _listen(port: int) -> int:
 
 
 def ranks_store() -> dist.Store:
-    """The group's store, for keys of one's own and for use in another thread."""
+    """The group's store for one run, and for use in another thread.
+
+    A process may make several runs. Each has keys of its own, so that none finds an earlier one's
+    error; all ranks call this equally often.
+    """
     store = _store.clone()
     store.set_timeout(timedelta(seconds=30))
-    return dist.PrefixStore("care", store)
+    return dist.PrefixStore(f"care/{next(_runs)}", store)
 
 
 def own_environment() -> dict[str, str]:

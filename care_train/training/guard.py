@@ -324,9 +324,9 @@ def guarded(limits: LimitSettings, run_dir: Path, *, in_program: bool = False) -
         ValueError: not all ranks came.
     """
     initialize_process_group(limits.start, limits.collective)
+    # Left to the interpreter's exit, the group's threads are torn down in any order, which can end
+    # the process with SIGABRT. The process's next run uses the group too.
     if in_program:
-        # The next trainer of the program uses the group too. Left to the interpreter's exit, its
-        # threads are torn down in any order, which can end the process with SIGABRT.
         atexit.register(leave_process_group)
     begin_step(None)
     if in_program and world_size() == 1:
@@ -338,3 +338,5 @@ def guarded(limits: LimitSettings, run_dir: Path, *, in_program: bool = False) -
         raise RankLostError(str(error)) from None
     with Guard(limits, run_dir, board):
         yield
+    if not in_program:
+        atexit.register(leave_process_group)  # after an error other ranks may not answer

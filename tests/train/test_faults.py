@@ -10,7 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from care_train.config import LimitSettings
 from care_train.distributed import own_environment
+from care_train.training import guard
 from care_train.training.failures import (
     DISK_FULL_STATUS,
     ENGINE_STATUS,
@@ -49,6 +51,18 @@ def arguments(tmp_path) -> list[str]:
 def _steps(folder: Path) -> int:
     path = folder / "metrics.jsonl"
     return path.read_text().count('"train"') if path.is_file() else 0
+
+
+def test_an_error_does_not_reach_the_next_run_of_its_process(monkeypatch, tmp_path):
+    """The ranks' store outlives a run; what one reported there is not taken for the next one's."""
+    ended = []
+    monkeypatch.setattr(guard, "end_at_once", ended.append)
+    monkeypatch.setattr(guard, "_GRACE", 0.0)
+    with pytest.raises(ValueError, match="mine"), guard.guarded(LimitSettings(), tmp_path):
+        raise ValueError("mine")
+    with guard.guarded(LimitSettings(), tmp_path):
+        time.sleep(0.5)
+    assert ended == []
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -16,7 +16,12 @@ import torch
 
 from care_train.config import load_config
 from care_train.data import load_samples
-from care_train.distributed import gather, initialize_process_group, is_main
+from care_train.distributed import (
+    gather,
+    initialize_process_group,
+    is_main,
+    leave_process_group,
+)
 from care_train.rollout.engine import (
     Completion,
     Request,
@@ -101,6 +106,7 @@ def main(out: str, model: str, rows: str, cases: str) -> None:
     torch.set_num_threads(1)
     for name, overrides in json.loads(cases).items():
         run_case(Path(out), name, overrides, model, rows)
+    leave_process_group()
 
 
 if __name__ == "__main__":
