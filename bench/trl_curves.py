@@ -1,12 +1,12 @@
-"""CareGRPOTrainer beside our trainer and TRL's GRPO: learning curves and seconds per step.
+"""CareGRPOTrainer beside our trainer, and TRL's GRPO beside ours: accuracy and seconds.
 
     python -m bench.trl_curves
     python -m bench.trl_curves --steps 200 --seeds 0 1 2 --picture docs/trl_curves.png
 
 One tiny VLM, one cold start, the same rows in the same order, the same reward, learning rate and
-number of rollouts a step; CARE's reflections come on top, and are counted. A step's accuracy is
-that of its rollouts, all of rows that were never seen before. Every run is a process of its own;
-finished ones in the output folder are reused.
+number of rollouts a step; CARE's reflections come on top, and are counted. Before and after, each
+policy answers the same held-out questions once at the training temperature, by our evaluation.
+Every run is a process of its own; finished ones in the output folder are reused.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -27,6 +28,7 @@ from transformers import AutoProcessor, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from bench.step_case import QUICKSTART, prepare
+from care_train import CareTrainer
 from care_train.config import Config, load_config
 from care_train.data import PromptOrder, Sample, load_samples
 from care_train.distributed import own_environment
@@ -40,8 +42,12 @@ from care_train.verifier import Verifier
 CONTENDERS = {
     "care": "CARE, our trainer",
     "care_trl": "CARE, CareGRPOTrainer",
+    "grpo": "GRPO, our trainer",
     "grpo_trl": "GRPO, TRL",
 }
+
+Run = dict[str, Any]
+"""`accuracy_before` and `accuracy_after` on held-out questions, and `records`, one per step."""
 
 
 def main() -> int:
@@ -50,86 +56,97 @@ def main() -> int:
         _run(options, *options.run)
         return 0
     folder = prepare(options.output / "cold_start", options.cold_steps).folder
-    curves: dict[str, list[list[dict[str, Any]]]] = {}
-    for name in options.contenders:
-        curves[name] = [_records(options, folder, name, seed) for seed in options.seeds]
-    facts = {name: _figures(runs) for name, runs in curves.items()}
+    # Seed by seed, so that a run that is cut has whole comparisons.
+    runs: dict[str, list[Run]] = {name: [] for name in options.contenders}
+    for seed, name in product(options.seeds, options.contenders):
+        runs[name].append(_finished(options, folder, name, seed))
+    facts = {name: _figures(found) for name, found in runs.items()}
+    for ours, peer in (("care", "care_trl"), ("grpo", "grpo_trl")):
+        if ours in facts and peer in facts:
+            facts[f"{peer}_to_{ours}"] = _comparison(facts[ours], facts[peer])
     _print(facts, options)
     if options.picture is not None:
-        plot_comparison({CONTENDERS[name]: runs for name, runs in curves.items()}, options.picture)
+        curves = {CONTENDERS[name]: [run["records"] for run in runs[name]] for name in runs}
+        plot_comparison(curves, options.picture)
     print(json.dumps(finite({"steps": options.steps, "seeds": options.seeds} | facts)))
     return 0
 
 
-def _records(
-    options: argparse.Namespace, folder: Path, name: str, seed: int
-) -> list[dict[str, Any]]:
+def _finished(options: argparse.Namespace, folder: Path, name: str, seed: int) -> Run:
     path = options.output / f"{name}-{seed}.json"
-    case = {"steps": options.steps, "prompts": options.prompts, "model": str(folder)}
+    case = {"steps": options.steps, "prompts": options.prompts, "questions": options.questions}
+    case |= {"model": str(folder)}
     if path.is_file() and (found := json.loads(path.read_text()))["case"] == case:
-        return found["records"]
+        return found
     command = [sys.executable, "-m", "bench.trl_curves", *sys.argv[1:], "--run", name, str(seed)]
     # Without this process's group of one, around which TRL would wrap DistributedDataParallel.
     subprocess.run(command, check=True, env=own_environment())
-    write_json(path, {"case": case, "records": json.loads(_raw(path).read_text())})
-    return json.loads(path.read_text())["records"]
+    write_json(path, {"case": case} | json.loads(_raw(path).read_text()))
+    return json.loads(path.read_text())
 
 
 def _raw(path: Path) -> Path:
-    return path.with_suffix(".records.json")
+    return path.with_suffix(".run.json")
 
 
-def _run(options: argparse.Namespace, name: str, seed_text: str) -> None:
-    seed = int(seed_text)
+def _run(options: argparse.Namespace, name: str, seed: str) -> None:
     folder = prepare(options.output / "cold_start", options.cold_steps).folder
     overrides = [f"seed={seed}", f"train.steps={options.steps}", f"model.path={folder}"]
-    overrides += [f"train.prompts_per_step={options.prompts}", "train.eval_every=0"]
+    overrides += [f"train.prompts_per_step={options.prompts}", f"algorithm={name[:4]}"]
+    overrides += [f"eval.data.max_samples={options.questions}", "eval.greedy=false"]
+    overrides += [f"name={name}-{seed}", f"output_dir={options.output / 'runs'}"]
+    overrides += ["logging.progress=false", "logging.report_to=[]"]
     config = load_config(QUICKSTART, overrides)
-    if name == "care":
-        records = _ours(options.output / "runs" / f"{name}-{seed}", overrides)
-    else:
-        records = _trl(config, folder, name, options.output / "trl")
-    write_json(_raw(options.output / f"{name}-{seed}.json"), records)
+    run = _trl(config, folder) if name.endswith("_trl") else _ours(config)
+    write_json(_raw(options.output / f"{name}-{seed}.json"), run)
 
 
-def _ours(run_dir: Path, overrides: Sequence[str]) -> list[dict[str, Any]]:
-    arguments = ["train", "--config", str(QUICKSTART), *overrides, f"name={run_dir.name}"]
-    arguments += [f"output_dir={run_dir.parent}", "overwrite=true", "logging.progress=false"]
-    # Nothing of the evaluations before and after is read.
-    arguments += ["logging.report_to=[]", "eval.greedy=false", "eval.data.max_samples=8"]
-    subprocess.run([sys.executable, "-m", "care_train", *arguments], check=True)
-    records = read_metrics(run_dir / "metrics.jsonl")
-    return [
-        {key: record[key] for key in ("phase", "step", "accuracy", "seconds", "sampled_sequences")}
-        for record in records
-        if record["phase"] == "train"
-    ]
+def _ours(config: Config) -> Run:
+    trainer = CareTrainer(config=config)
+    summary = trainer.train()
+    records = read_metrics(trainer.run_dir / "metrics.jsonl")
+    kept = ("phase", "step", "accuracy", "seconds", "decoded_tokens", "sampled_sequences")
+    return {
+        "accuracy_before": summary["accuracy_before"],
+        "accuracy_after": summary["accuracy_after"],
+        "records": [{key: r[key] for key in kept} for r in records if r["phase"] == "train"],
+    }
 
 
-def _trl(config: Config, folder: Path, name: str, scratch: Path) -> list[dict[str, Any]]:
+def _trl(config: Config, folder: Path) -> Run:
     train = config.train
     samples = load_samples(config.data, config.seed)
     order = PromptOrder(len(samples), config.seed).take(0, train.steps * train.prompts_per_step)
     rows = [samples[i] for i in order]
-    loaded, recorder = load_model(config.model, folder), _Recorder(config)
+    loaded, rewards = load_model(config.model, folder), _Rewards(config, rows)
+    recorder = _Recorder(rewards)
     arguments = _arguments(config, banned_token_ids(loaded))
-    if name == "care_trl":
-        arguments["epsilon_high"] = config.loss.clip_eps_high
+    processor = AutoProcessor.from_pretrained(folder, padding_side="left")
     shared: dict[str, Any] = {
         "model": loaded.model,
-        "reward_funcs": _rewards(config, rows),
-        "args": GRPOConfig(output_dir=str(scratch), **arguments),
+        "reward_funcs": [rewards.accuracy, rewards.form],
+        "args": GRPOConfig(output_dir=str(Path(config.output_dir) / config.name), **arguments),
         "train_dataset": _dataset(rows),
-        "processing_class": AutoProcessor.from_pretrained(folder, padding_side="left"),
+        "processing_class": processor,
         "callbacks": [recorder],
     }
-    if name == "care_trl":
+    if config.algorithm == "care":
         trainer: GRPOTrainer = CareGRPOTrainer(care=config.care, **shared)
     else:
         trainer = GRPOTrainer(**shared)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return recorder.records
+    trained = Path(config.output_dir) / config.name / "trained"
+    trainer.save_model(str(trained))
+    return {
+        "accuracy_before": _accuracy(config, folder),
+        "accuracy_after": _accuracy(config, trained),
+        "records": recorder.records,
+    }
+
+
+def _accuracy(config: Config, folder: Path) -> float:
+    return CareTrainer(str(folder), config=config).evaluate()["accuracy"]
 
 
 def _arguments(config: Config, banned: list[int]) -> dict[str, Any]:
@@ -159,7 +176,8 @@ def _arguments(config: Config, banned: list[int]) -> dict[str, Any]:
         "beta": config.loss.kl_coef,
         "use_bias_correction_kl": False,
         "loss_type": "grpo",
-        "epsilon": 0.2,
+        "epsilon": config.loss.clip_eps_low,
+        "epsilon_high": config.loss.clip_eps_high,
         "reward_weights": [1 - weight, weight],
         "shuffle_dataset": False,
         "seed": config.seed,
@@ -179,11 +197,34 @@ def _dataset(rows: Sequence[Sample]) -> Dataset:
     return Dataset.from_dict(columns, features=features)
 
 
-class _Recorder(TrainerCallback):
-    """Each step's accuracy, seconds and sampled sequences."""
+class _Rewards:
+    """Our verifier as two reward functions in TRL's form: acc and fmt of Eq. 1."""
 
-    def __init__(self, config: Config) -> None:
-        self._groups, self._size = config.train.prompts_per_step, config.rollout.group_size
+    def __init__(self, config: Config, rows: Sequence[Sample]) -> None:
+        self._verifier, self._rows = Verifier(config.prompt, config.reward), rows
+        self.sequences = self.tokens = 0
+
+    def accuracy(
+        self, completions: list, completion_ids: list, row: list[int], **_: Any
+    ) -> list[float]:
+        """Counts what was sampled, too: TRL asks for every completion, CARE for reflections."""
+        self.sequences += len(completion_ids)
+        self.tokens += sum(map(len, completion_ids))
+        return [score.accuracy for score in self._scores(completions, row)]
+
+    def form(self, completions: list, row: list[int], **_: Any) -> list[float]:
+        return [score.format_score for score in self._scores(completions, row)]
+
+    def _scores(self, completions: list, row: list[int]) -> list[Any]:
+        texts = [completion[0]["content"] for completion in completions]
+        return [self._verifier.score(t, self._rows[i]) for t, i in zip(texts, row, strict=True)]
+
+
+class _Recorder(TrainerCallback):
+    """Each step's accuracy, seconds, and sampled sequences and tokens."""
+
+    def __init__(self, rewards: _Rewards) -> None:
+        self._rewards = rewards
         self._start = self._seconds = 0.0
         self.records: list[dict[str, Any]] = []
 
@@ -196,58 +237,62 @@ class _Recorder(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs is None or "rewards/accuracy/mean" not in logs:
             return
-        repairs = round(logs.get("care/reflected_groups", 0.0) * self._groups)
+        rewards = self._rewards
         self.records.append(
             {
                 "phase": "train",
                 "step": state.global_step,
                 "accuracy": logs["rewards/accuracy/mean"],
                 "seconds": self._seconds,
-                "sampled_sequences": self._groups * self._size + repairs,
+                "decoded_tokens": rewards.tokens,
+                "sampled_sequences": rewards.sequences,
             }
         )
+        rewards.sequences = rewards.tokens = 0
 
 
-def _rewards(config: Config, rows: Sequence[Sample]) -> list[Any]:
-    """Our verifier as two reward functions in TRL's form: acc and fmt of Eq. 1."""
-    verifier = Verifier(config.prompt, config.reward)
-
-    def scores(completions: list, row: list[int]) -> list[Any]:
-        texts = [completion[0]["content"] for completion in completions]
-        return [verifier.score(text, rows[i]) for text, i in zip(texts, row, strict=True)]
-
-    def accuracy(completions: list, row: list[int], **_: Any) -> list[float]:
-        return [score.accuracy for score in scores(completions, row)]
-
-    def form(completions: list, row: list[int], **_: Any) -> list[float]:
-        return [score.format_score for score in scores(completions, row)]
-
-    return [accuracy, form]
-
-
-def _figures(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """Over seeds: accuracy of the first and the last tenth of the steps, and a step's seconds."""
-    tenth = max(len(runs[0]) // 10, 1)
+def _figures(runs: Sequence[Run]) -> dict[str, Any]:
+    """Over seeds: accuracy before and after, and what a step takes; first steps warm up."""
     found: dict[str, Any] = {}
-    for key, part in (("first", slice(0, tenth)), ("last", slice(-tenth, None))):
-        means = [fmean(record["accuracy"] for record in run[part]) for run in runs]
-        mean, half_width = mean_interval(means)
-        found[f"accuracy_{key}_tenth"] = {"mean": round(mean, 4), "interval": round(half_width, 4)}
-    found["seconds_per_step"] = round(median(r["seconds"] for run in runs for r in run), 3)
-    found["sampled_per_step"] = round(fmean(r["sampled_sequences"] for run in runs for r in run))
+    for key in ("accuracy_before", "accuracy_after"):
+        by_seed = [run[key] for run in runs]
+        mean, half_width = mean_interval(by_seed)
+        found[key] = {"mean": round(mean, 4), "interval": round(half_width, 4), "by_seed": by_seed}
+    records = [record for run in runs for record in run["records"][1:] or run["records"]]
+    found["seconds_per_step"] = round(median(r["seconds"] for r in records), 3)
+    found["sampled_per_step"] = round(fmean(r["sampled_sequences"] for r in records))
+    tokens = sum(record["decoded_tokens"] for record in records)
+    seconds = sum(record["seconds"] for record in records)
+    found["ms_per_token"] = round(1000 * seconds / tokens, 4)
     return found
+
+
+def _comparison(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
+    """Of the same algorithm in two trainers; NaN intervals of one seed hold nothing."""
+    own, other = (one["accuracy_after"] for one in (ours, peer))
+    gap = other["mean"] - own["mean"]
+    differences = [b - a for a, b in zip(own["by_seed"], other["by_seed"], strict=True)]
+    mean, half_width = mean_interval(differences)
+    return {
+        "seconds_per_token_ratio": round(peer["ms_per_token"] / ours["ms_per_token"], 3),
+        "within_our_interval": abs(gap) <= own["interval"],
+        "accuracy_difference": {"mean": round(mean, 4), "interval": round(half_width, 4)},
+    }
 
 
 def _print(facts: dict[str, Any], options: argparse.Namespace) -> None:
     title = f"{options.steps} steps, mean and 95 % interval over {len(options.seeds)} seeds"
-    table = Table("", "accuracy, first tenth", "last tenth", "s per step", "sampled", title=title)
-    for name, values in facts.items():
-        scores = [values[f"accuracy_{key}_tenth"] for key in ("first", "last")]
+    columns = ("accuracy before", "after", "s per step", "sampled", "ms per token")
+    table = Table("", *columns, title=title)
+    for name in options.contenders:
+        values = facts[name]
+        scores = [values[f"accuracy_{key}"] for key in ("before", "after")]
         table.add_row(
             CONTENDERS[name],
             *[f"{100 * s['mean']:.1f} ± {100 * s['interval']:.1f}" for s in scores],
             f"{values['seconds_per_step']:.2f}",
             str(values["sampled_per_step"]),
+            f"{values['ms_per_token']:.3f}",
         )
     Console(width=100).print(table)
 
@@ -258,8 +303,9 @@ def _options() -> argparse.Namespace:
     names = list(CONTENDERS)
     parser.add_argument("--contenders", nargs="+", default=names, choices=names)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
+    parser.add_argument("--questions", type=int, default=500, help="held-out, before and after")
     parser.add_argument("--cold-steps", type=int, default=100)
     parser.add_argument("--output", type=Path, default=Path("runs/trl_curves"))
     parser.add_argument("--picture", type=Path, help="write the learning curves here")

@@ -1,8 +1,11 @@
 """A trained model on the Hugging Face Hub: `final/` with a model card written from the run."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from care_train import hub
 from care_train.config import FROM_PYTHON, SHIPPED_DATA, Config, config_to_yaml, hub_data
@@ -14,6 +17,11 @@ from care_train.reporting.report import SCORES
 _KEY = "hub.push_to"
 _SCORES = ("accuracy", "greedy", "format", "greedy_format")
 """Of `report.SCORES`, those of the card."""
+
+_NOT_SHOWN = ("output_dir", "resume", "allow_changes", "overwrite", "hub", "limits", "logging")
+"""Settings that change nothing of what was trained."""
+_FOLDERS = re.compile(r"(?<![^\s=,{\[\"'])~?/(?:[^\s/,}\]\"']+/)+")
+"""The folders of an absolute path, at the start of a value."""
 
 
 def publish(run_dir: Path, config: Config, summary: Mapping[str, Any]) -> str:
@@ -68,10 +76,22 @@ def model_card(config: Config, summary: Mapping[str, Any]) -> str:
         "## Training",
     ]
     if "command" in summary:
-        parts.append(fenced(str(summary["command"]), "sh"))
-    parts.append(fenced(config_to_yaml(config).rstrip(), "yaml"))
+        parts.append(fenced(without_folders(str(summary["command"])), "sh"))
+    parts.append(fenced(shown_settings(config), "yaml"))
     parts.append(f"Versions: {', '.join(map(' '.join, summary.get('versions', {}).items()))}.")
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def shown_settings(config: Config) -> str:
+    """As YAML, what decides what was learnt, with the names alone of files and folders."""
+    values = yaml.safe_load(config_to_yaml(config))
+    kept = {name: value for name, value in values.items() if name not in _NOT_SHOWN}
+    return without_folders(yaml.safe_dump(kept, sort_keys=False, width=10**6).rstrip())
+
+
+def without_folders(text: str) -> str:
+    """Each absolute path's last part in its place: where a file lay is no reader's business."""
+    return _FOLDERS.sub("", text)
 
 
 def _origin(config: Config, summary: Mapping[str, Any]) -> str:

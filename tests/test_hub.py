@@ -15,7 +15,7 @@ from care_train.data import load_samples
 from care_train.distributed import own_environment
 from care_train.models.load import load_model
 from care_train.planning.architecture import read_architecture
-from care_train.publishing import claim, publish
+from care_train.publishing import claim, model_card, publish
 from tests.hub_server import Hub, contents, running_hub
 from tests.train.runs import ROOT, SMALL
 
@@ -152,6 +152,36 @@ def test_uploads_say_what_is_missing(local_hub: Hub, tmp_path, monkeypatch):
         publish(tmp_path, config, {"steps": 2})
     with pytest.raises(ValueError, match=r"hub\.push_to"):
         build_config({"hub": {"push_to": "mine"}})
+
+
+def test_a_card_shows_no_folder_of_the_machine(tmp_path):
+    """What decides the training stays, files by their names; where a run lay is left out."""
+    config = build_config(
+        {
+            "model": {"path": f"{tmp_path}/secret/base"},
+            "data": {"path": "/home/me/my rows/train.jsonl"},
+            "prompt": {"suffix": "say </think> or <answer>a/b</answer>"},
+            "reward": {"functions": [{"function": "~/rewards.py:right"}]},
+            "output_dir": "/scratch/me/runs",
+            "train": {"steps": 7},
+        }
+    )
+    command = (
+        "care-train train --config /home/me/care.yaml data.path=/home/me/train.jsonl "
+        "'sft.data={path: /home/me/cold.jsonl}' model.path=acme/base"
+    )
+    card = model_card(config, {"steps": 7, "command": command})
+    for private in ("/home", "scratch", "secret", "~", "output_dir", str(tmp_path)):
+        assert private not in card, card
+    for shown in (
+        "steps: 7",
+        "path: base\n",
+        "function: rewards.py:right",
+        "say </think> or <answer>a/b</answer>",
+        "train --config care.yaml data.path=train.jsonl 'sft.data={path: cold.jsonl}'",
+        "model.path=acme/base",
+    ):
+        assert shown in card, card
 
 
 def test_a_run_goes_from_the_hub_to_the_hub(local_hub: Hub, tmp_path):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 from care_train import CareConfig, CareTrainer
 from care_train.config import Config
+from care_train.verifier.function_process import RewardFunction
 from tests.conftest import COLORS
 from tests.train.runs import run_ranks
 
@@ -144,6 +146,18 @@ def test_errors_leave_the_process_usable(tiny_folder, tmp_path):
     with pytest.raises(ValueError, match="eval_dataset"):
         make(tmp_path, tiny_folder()).evaluate()
     assert make(tmp_path, tiny_folder(), name="good").train()["steps"] == 2
+
+
+def test_a_reward_without_a_time_limit_is_said(caplog):
+    """The limit is an alarm, which only the main thread has: elsewhere a warning names the way."""
+    settings = CareConfig(reward={"functions": [{"function": "python:named"}]}).reward.functions[0]
+    make_one = partial(RewardFunction, settings, 10**6, {"python:named": named})
+    make_one()
+    assert not caplog.records
+    thread = threading.Thread(target=make_one)
+    thread.start()
+    thread.join()
+    assert "python:named has no time limit" in caplog.text
 
 
 def test_a_callback_stops_and_resume_goes_on(tiny_folder, tmp_path):

@@ -54,6 +54,12 @@ class RewardFunction:
                     f"reward.functions: {settings.function} stands for a function that a program "
                     "handed over (CareTrainer): run it from there, or name file.py:function"
                 )
+            if threading.current_thread() is not threading.main_thread():
+                logger.warning(
+                    "warning: reward.functions: %s has no time limit, as this is not the program's "
+                    "main thread; a function that is named as file.py:function has one",
+                    settings.function,
+                )
             self._worker = _InProgram(make(given[settings.function]), settings.timeout)
         else:
             self._worker = Worker[Request | None, Any](

@@ -212,6 +212,24 @@ def test_the_real_wandb_keeps_a_run_offline(tmp_path: Path, monkeypatch) -> None
     )
 
 
+def test_the_real_swanlab_keeps_a_run_offline(tmp_path: Path, monkeypatch) -> None:
+    """Numbers, text and images of both starts are kept under one id, for `swanlab sync`."""
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    pytest.importorskip("swanlab")
+    for step in (1, 2):
+        with _logger(tmp_path / "run", LoggingSettings(report_to=["swanlab"])) as metrics:
+            metrics.log(step, {"reward": step / 4})
+            metrics.sample(replace(SAMPLE, step=step), _images)
+    stores = list((tmp_path / "run" / "swanlab").glob("run-*/run-*.swanlab"))
+    assert len(stores) == 2 and len({store.name for store in stores}) == 1
+    for store in stores:
+        assert b"train/reward" in store.read_bytes()
+        (text,) = (store.parent / "media" / "text").iterdir()
+        assert SAMPLE.completion in text.read_text()
+        (image,) = (store.parent / "media" / "image").iterdir()
+        assert Image.open(image).size == (8, 8)
+
+
 def test_the_real_mlflow_keeps_a_run_in_files(tmp_path: Path, monkeypatch) -> None:
     """Numbers of both starts are in one run of mlflow's own file store."""
     mlflow = pytest.importorskip("mlflow")
