@@ -20,7 +20,7 @@ _SCORES = ("accuracy", "greedy", "format", "greedy_format")
 
 _NOT_SHOWN = ("output_dir", "resume", "allow_changes", "overwrite", "hub", "limits", "logging")
 """Settings that change nothing of what was trained."""
-_FOLDERS = re.compile(r"(?<![^\s=,{\[\"'])~?/(?:[^\s/,}\]\"']+/)+")
+_FOLDERS = re.compile(r"(?<![^\s=,{\[\"'])(?:~|/[^\s/,}\]\"']+)/(?:[^\s/,}\]\"']+/)*")
 """The folders of an absolute path, at the start of a value."""
 
 
@@ -102,7 +102,8 @@ def _origin(config: Config, summary: Mapping[str, Any]) -> str:
     elif data not in SHIPPED_DATA and hub_data(data) is None:
         shown = "a local file" if Path(data).is_file() else "a local folder"
     base = config.model.path
-    base = "a local model" if Path(base).exists() else f"`{markdown_text(base)}`"
+    is_local = Path(base).exists() or Path(base).is_absolute()
+    base = "a local model" if is_local else f"`{markdown_text(base)}`"
     return (
         f"Trained from {base} on {shown} with {config.algorithm.upper()} for {summary['steps']} "
         "steps, by care-train (*CARE What Fails: Contrastive Anchored-Reflection for Verifiable "
