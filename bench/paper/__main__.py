@@ -2,6 +2,7 @@
 
     python -m bench.paper table2 --seeds 5
     python -m bench.paper fig8 fig11 --seeds 3
+    python -m bench.paper table2 --data charts    # another task, into results/charts/
     python -m bench.paper all --quick             # everything, with two steps a run
     python -m bench.paper table2 --summarize      # from the CSV alone
 
@@ -22,9 +23,11 @@ from statistics import fmean
 from bench.paper.experiments import EXPERIMENTS
 from bench.paper.results import draw, print_table, read_results, write_results
 from bench.paper.runs import Done, Runner
+from care_train.config import SHIPPED_DATA
 from care_train.reporting.files import finite
 
 _RESULTS = Path(__file__).with_name("results")
+_DATA_PATHS = ("data.path", "sft.data.path", "eval.data.path")
 
 
 def main() -> int:
@@ -68,6 +71,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to SEEDS - 1; default: 3")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--data", choices=SHIPPED_DATA, metavar="NAME", help="default: digits")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--quick", action="store_true", help="one seed, two steps: is it whole?")
     parser.add_argument("--summarize", action="store_true", help="make no runs, read the CSV")
@@ -79,6 +83,9 @@ def _options() -> argparse.Namespace:
     quick = Path("runs/paper-quick")
     options.output = options.output or (quick if options.quick else Path("runs/paper"))
     options.results = options.results or (quick / "results" if options.quick else _RESULTS)
+    if options.data:
+        options.results /= options.data
+        options.overrides += [f"{key}={options.data}" for key in _DATA_PATHS]
     for name in options.names if options.variants else []:
         known = EXPERIMENTS[name].variants
         if unknown := [variant for variant in options.variants if variant not in known]:

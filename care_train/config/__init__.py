@@ -23,6 +23,7 @@ from care_train.config.care import (
     Selector,
 )
 from care_train.config.data import (
+    LEVELS,
     SHIPPED_DATA,
     BenchmarkName,
     DataSettings,
@@ -61,6 +62,7 @@ from care_train.config.training import SftSettings, TrainSettings
 
 __all__ = [
     "FROM_PYTHON",
+    "LEVELS",
     "PRESETS",
     "SHIPPED_DATA",
     "TABLE_5",

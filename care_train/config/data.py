@@ -20,7 +20,13 @@ BenchmarkName = Literal[
 ]
 
 
-SHIPPED_DATA = ("easy_vqa", "digits", *(f"digits-{length}" for length in range(2, 7)))
+LEVELS = {"digits": range(2, 7), "charts": range(2, 7)}
+"""Levels of difficulty of data sets that have them: digits of a strip, bars of a chart."""
+
+SHIPPED_DATA = (
+    *("easy_vqa", *LEVELS),
+    *(f"{name}-{level}" for name, levels in LEVELS.items() for level in levels),
+)
 """Data sets that come with the installation: their names take a path's place."""
 
 
@@ -51,7 +57,8 @@ class DataSettings:
 
     path: str = "easy_vqa"
     """`easy_vqa` (the published package); `digits`, or `digits-2` to `digits-6` (strips of so many
-    handwritten digits; `digits` has 4); a Parquet, JSON lines or JSON file; a folder of them,
+    handwritten digits; `digits` has 4); `charts`, or `charts-2` to `charts-6` (charts of so many
+    bars; `charts` has 3); a Parquet, JSON lines or JSON file; a folder of them,
     such as a downloaded repository; a folder saved by the datasets library; or a data set of the
     Hugging Face Hub, `ORG/NAME[:CONFIG][@SPLIT]`. What is on this disk comes first."""
     split: str | None = None
@@ -83,7 +90,7 @@ class EvalSettings:
 
     data: HeldOutSettings | None = None
     """Held-out rows. None: the test split of training rows that come with the installation
-    (`easy_vqa`, `digits`); of other rows none, and a run is not evaluated."""
+    (`easy_vqa`, `digits`, `charts`); of other rows none, and a run is not evaluated."""
     greedy: bool = True
     """Report greedy decoding too, beside the training temperature."""
     blind: bool = False

@@ -13,8 +13,6 @@ from typing import Any, overload
 from care_train.config import FROM_PYTHON, SHIPPED_DATA, DataSettings
 from care_train.data.answers import AnswerType
 from care_train.data.arrow_rows import DIGEST_COLUMN
-from care_train.data.digits import digits_samples
-from care_train.data.easy_vqa import easy_vqa_samples
 from care_train.data.errors import RowError, join_errors
 from care_train.data.files import (
     HELD_OUT,
@@ -27,6 +25,7 @@ from care_train.data.files import (
 from care_train.data.images import ImageRef
 from care_train.data.rows import RowFile
 from care_train.data.schema import Sample, sample_digest, sample_from_row
+from care_train.data.shipped import shipped_samples
 
 OTHER_COLUMNS = "other_columns"
 """A built file's column of the source's columns that the schema has no place for, as JSON."""
@@ -130,8 +129,8 @@ def load_samples(
     limit = settings.max_samples
     splits = TRAINING if key in ("data", "sft.data") else HELD_OUT
     if settings.path in SHIPPED_DATA:
-        samples = _shipped_samples(settings.path, settings.split or splits[0])
-        return [samples[place] for place in _choose(len(samples), limit, seed)]
+        split = settings.split or splits[0]
+        return shipped_samples(settings.path, split, lambda rows: _choose(rows, limit, seed))
     path = Path(settings.path).expanduser()
     if settings.path.startswith(FROM_PYTHON):
         files = [given_rows(settings.path, given or {}, f"{key}.path")]
@@ -164,14 +163,6 @@ def load_samples(
     if not is_built:
         _check(samples, f"{key}: {path}")
     return samples
-
-
-def _shipped_samples(name: str, split: str) -> list[Sample]:
-    """All rows of one of SHIPPED_DATA."""
-    if name == "easy_vqa":
-        return easy_vqa_samples(split)
-    _, _, length = name.partition("-")
-    return digits_samples(int(length or 4), split)
 
 
 def require_rationales(samples: Sequence[Sample]) -> Sequence[Sample]:

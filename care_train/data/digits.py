@@ -19,12 +19,6 @@ from PIL import Image
 
 from care_train.data.schema import Sample
 
-LENGTHS = range(2, 7)
-"""Digits of a strip."""
-
-NUM_ROWS = {"train": 12_000, "test": 2_000}
-"""Rows of each split."""
-
 KINDS = ("sum", "largest", "smallest", "difference", "even")
 """What is asked."""
 
@@ -32,65 +26,17 @@ _NUM_TEST_IMAGES = 400
 _TILE = 28  # pixels a side: four patches of 14, which Qwen's vision towers merge into one token
 
 
-def digits_samples(length: int, split: str) -> list[Sample]:
-    """All rows of a split, `train` or `test`; rows count from 1.
+def digits_sample(length: int, split: str, row: int) -> Sample:
+    """A strip of so many digits with a question.
 
-    A row's `columns` hold the kind of its question, its `digits` and the `failed_answer` that the
-    failed rationale leads to.
-
-    Raises:
-        ValueError: another split, or a length outside `LENGTHS`.
-    """
-    if split not in NUM_ROWS:
-        raise ValueError(f"data.split: got {split!r}, digits has 'train' and 'test'")
-    if length not in LENGTHS:
-        wanted = f"digits-{LENGTHS.start} to digits-{LENGTHS.stop - 1}"
-        raise ValueError(f"data.path: got 'digits-{length}', wanted {wanted}")
-    return [_sample(length, split, row) for row in range(1, NUM_ROWS[split] + 1)]
-
-
-def derive(kind: str, digits: Sequence[int]) -> tuple[str, str, str]:
-    """Question, rationale and answer about a strip of digits.
+    Its `columns` hold the question's kind, the `digits` and the `failed_answer` that the failed
+    rationale leads to.
 
     Args:
-        kind: one of `KINDS`.
-        digits: what is read from left to right.
+        length: how many digits, one of `config.LEVELS`.
+        split: `train` or `test`.
+        row: from 1.
     """
-    seen = "i see " + " ".join(map(str, digits))
-    high, low = max(digits), min(digits)
-    if kind == "sum":
-        steps, total = [], digits[0]
-        for digit in digits[1:]:
-            steps.append(f"{total} plus {digit} is {total + digit}")
-            total += digit
-        return "what is the sum of the digits?", " . ".join([seen, *steps]), str(total)
-    if kind == "largest":
-        return "what is the largest digit?", f"{seen} . the largest is {high}", str(high)
-    if kind == "smallest":
-        return "what is the smallest digit?", f"{seen} . the smallest is {low}", str(low)
-    if kind == "difference":
-        rationale = f"{seen} . {high} minus {low} is {high - low}"
-        return "what is the largest digit minus the smallest?", rationale, str(high - low)
-    assert kind == "even"
-    even = [digit for digit in digits if digit % 2 == 0]
-    listed = " ".join(map(str, even)) or "none"
-    rationale = f"{seen} . even ones : {listed} . that makes {len(even)}"
-    return "how many digits are even?", rationale, str(len(even))
-
-
-def misreadings(kind: str, digits: Sequence[int]) -> list[list[int]]:
-    """The strip with one digit taken for another, as often as that leads to another answer."""
-    answer = derive(kind, digits)[2]
-    strips = [
-        [*digits[:place], wrong, *digits[place + 1 :]]
-        for place, right in enumerate(digits)
-        for wrong in range(10)
-        if wrong != right
-    ]
-    return [strip for strip in strips if derive(kind, strip)[2] != answer]
-
-
-def _sample(length: int, split: str, row: int) -> Sample:
     id = f"digits-{length}/{split}/{row}"
     rng = random.Random(id)
     labels, _ = _images()
@@ -112,6 +58,60 @@ def _sample(length: int, split: str, row: int) -> Sample:
         location=f"digits-{length} {split}: row {row}",
         columns={"kind": kind, "digits": digits, "failed_answer": failed_answer},
     )
+
+
+def derive(kind: str, digits: Sequence[int]) -> tuple[str, str, str]:
+    """Question, rationale and answer about a strip of digits.
+
+    Args:
+        kind: one of `KINDS`.
+        digits: what is read from left to right.
+    """
+    seen = "i see " + " ".join(map(str, digits))
+    high, low = max(digits), min(digits)
+    if kind == "sum":
+        steps, total = add_up(digits)
+        return "what is the sum of the digits?", " . ".join([seen, *steps]), str(total)
+    if kind == "largest":
+        return "what is the largest digit?", f"{seen} . the largest is {high}", str(high)
+    if kind == "smallest":
+        return "what is the smallest digit?", f"{seen} . the smallest is {low}", str(low)
+    if kind == "difference":
+        rationale = f"{seen} . {high} minus {low} is {high - low}"
+        return "what is the largest digit minus the smallest?", rationale, str(high - low)
+    assert kind == "even"
+    even = [digit for digit in digits if digit % 2 == 0]
+    listed = " ".join(map(str, even)) or "none"
+    rationale = f"{seen} . even ones : {listed} . that makes {len(even)}"
+    return "how many digits are even?", rationale, str(len(even))
+
+
+def add_up(numbers: Sequence[int]) -> tuple[list[str], int]:
+    """A rationale's steps that add one number after the other, and the sum."""
+    steps, total = [], numbers[0]
+    for number in numbers[1:]:
+        steps.append(f"{total} plus {number} is {total + number}")
+        total += number
+    return steps, total
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """[height, width] grey or [height, width, 3] colored uint8 pixels as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def misreadings(kind: str, digits: Sequence[int]) -> list[list[int]]:
+    """The strip with one digit taken for another, as often as that leads to another answer."""
+    answer = derive(kind, digits)[2]
+    strips = [
+        [*digits[:place], wrong, *digits[place + 1 :]]
+        for place, right in enumerate(digits)
+        for wrong in range(10)
+        if wrong != right
+    ]
+    return [strip for strip in strips if derive(kind, strip)[2] != answer]
 
 
 @cache
@@ -138,9 +138,6 @@ def _image_numbers(split: str) -> list[int]:
 
 
 def _strip(numbers: Sequence[int]) -> bytes:
-    """Images side by side, as a grey PNG file."""
+    """Images side by side."""
     tiles = _images()[1]
-    strip = Image.fromarray(np.concatenate([tiles[i] for i in numbers], axis=1))
-    file = io.BytesIO()
-    strip.save(file, "PNG")
-    return file.getvalue()
+    return png(np.concatenate([tiles[i] for i in numbers], axis=1))

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from care_train.cli import main
 from care_train.config import DataSettings, SftSettings
 from care_train.data import load_samples
-from care_train.data.digits import digits_samples
+from care_train.data.digits import digits_sample
 from care_train.models.prompts import TokenText
 from care_train.training.sft import response_text, sft_target, target_sequence
 from care_train.verifier import format_score
@@ -230,7 +230,7 @@ def test_what_the_cold_start_teaches_is_what_the_verifier_wants(tag, tiny_folder
 def test_a_share_of_rows_is_learnt_as_slips():
     """The same rows in every step; a row without a wrong answer of its own never slips."""
     config = make_config({"sft": {"slip_share": 0.5}})
-    rows = digits_samples(3, "train")[:200]
+    rows = [digits_sample(3, "train", row) for row in range(1, 201)]
     slipped = [sft_target(config, row, 0)[1] != response_text(config.prompt, row) for row in rows]
     assert 60 < sum(slipped) < 140
     for row, slips in zip(rows, slipped, strict=True):

@@ -1,0 +1,111 @@
+"""`charts`: answers follow from the picture, slips are near misses, splits share no heights."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from care_train.config import DataSettings, load_config
+from care_train.data import Sample, load_samples
+from care_train.data.charts import COLORS, KINDS, charts_sample, derive
+
+BARS = (("red", 3), ("blue", 7), ("green", 3))
+
+
+def rows(num_bars: int, split: str, count: int) -> list[Sample]:
+    return [charts_sample(num_bars, split, row) for row in range(1, count + 1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "rationale", "answer"),
+    (
+        ("value", ("blue", "red"), "blue is 7", "7"),
+        ("tallest", ("red", "green"), "the tallest is blue", "blue"),
+        ("difference", ("red", "blue"), "7 minus 3 is 4", "4"),
+        ("difference", ("red", "green"), "3 minus 3 is 0", "0"),
+        ("above", ("red", "blue"), "above 3 : blue . that makes 1", "1"),
+        ("above", ("blue", "red"), "above 7 : none . that makes 0", "0"),
+        ("sum", ("red", "blue"), "3 plus 7 is 10 . 10 plus 3 is 13", "13"),
+    ),
+)
+def test_derivations_by_hand(kind: str, named: tuple[str, str], rationale: str, answer: str):
+    """The rationale reads the chart, then derives the answer."""
+    found = derive(kind, BARS, named)
+    assert found[1:] == (f"i see red 3 blue 7 green 3 . {rationale}", answer)
+    asks_by_name = kind in ("value", "difference", "above")
+    assert (named[0] in found[0]) == asks_by_name
+    assert (named[1] in found[0]) == (kind == "difference")
+
+
+@pytest.mark.parametrize("num_bars", (2, 3, 6))
+def test_rows_hold_together(num_bars: int):
+    """Answer, rationale and columns agree; the slip misreads one height, and changes the answer."""
+    for sample in rows(num_bars, "test", 200):
+        columns = sample.columns
+        kind, colors, named = columns["kind"], columns["colors"], columns["named"]
+        bars = list(zip(colors, columns["heights"], strict=True))
+        assert derive(kind, bars, named) == (sample.prompt, sample.rationale, sample.answer)
+        if kind == "tallest":
+            assert sorted(columns["heights"])[-2] < max(columns["heights"])
+        assert sample.failed_rationale is not None
+        read = re.findall(r"([a-z]+) (\d)", sample.failed_rationale.partition(" . ")[0])
+        slip = [(color, int(height)) for color, height in read]
+        assert [color for color, _ in slip] == colors and len(set(colors)) == num_bars
+        assert sum(a != b for a, b in zip(slip, bars, strict=True)) == 1
+        failed = sample.failed_rationale, columns["failed_answer"]
+        assert derive(kind, slip, named)[1:] == failed and failed[1] != sample.answer
+
+
+@pytest.mark.parametrize("num_bars", (2, 5))
+def test_pictures_show_the_bars(num_bars: int):
+    """In the middle of each bar's place its color reaches as high as the columns say."""
+    names, shades = list(COLORS), np.array(list(COLORS.values()))
+    for sample in rows(num_bars, "train", 60):
+        picture = np.asarray(Image.open(io.BytesIO(sample.images[0]))) / 255
+        assert picture.shape == (56, 28 + 28 * num_bars, 3)
+        seen = []
+        for place in range(num_bars):
+            column = picture[:, 28 * (place + 1) + 14]
+            gaps = np.abs(column[:, None] - shades).max(2)
+            painted = gaps.min(1) < 0.08
+            color = names[gaps[painted].argmin(1)[0]]
+            seen.append((color, round(painted.sum() / 5)))
+        assert seen == list(zip(sample.columns["colors"], sample.columns["heights"], strict=True))
+
+
+def test_splits_share_no_sequence_of_heights():
+    """What is read in the test has not been read in training, a fifth of all charts."""
+    train, test = (
+        {tuple(sample.columns["heights"]) for sample in rows(2, split, 1500)}
+        for split in ("train", "test")
+    )
+    assert not train & test and len(train | test) == 81 and 8 < len(test) < 24
+
+
+def test_every_kind_is_asked_and_a_constant_answer_is_poor():
+    """Blind guessing: the commonest answer of each question is right for less than a third."""
+    samples = rows(3, "test", 2000)
+    answers: dict[str, list[str]] = {}
+    for sample in samples:
+        answers.setdefault(sample.prompt, []).append(sample.answer)
+    assert {sample.columns["kind"] for sample in samples} == set(KINDS)
+    best = sum(max(map(given.count, set(given))) for given in answers.values())
+    assert best / len(samples) < 0.33
+
+
+def test_rows_are_the_same_every_time():
+    """A row is a pure function of its name, picture included, whatever was drawn before it."""
+    again = [rows(4, split, 20) for split in ("test", "train", "test")]
+    assert again[0] == again[2] != again[1]
+
+
+def test_charts_is_a_source():
+    """`charts` is a name like `digits`, with its own held-out split and no other."""
+    samples = load_samples(DataSettings(path="charts", split="test", max_samples=5))
+    assert all(sample.id.startswith("charts-3/test/") for sample in samples)
+    held_out = load_config(None, ["data.path=charts-2"]).held_out
+    assert held_out == DataSettings(path="charts-2", split="test")
+    with pytest.raises(ValueError, match=r"data\.split: got 'dev', charts has"):
+        load_samples(DataSettings(path="charts-6", split="dev"))
