@@ -5,9 +5,11 @@ has no store that anything could connect to. Across machines the ranks listen on
 trust each other: it must be a network of their own (docs/security.md).
 """
 
+import functools
 import itertools
 import os
 import socket
+import weakref
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -54,6 +56,7 @@ def initialize_process_group(
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=timedelta(seconds=collective_seconds),
         )
+        _at_exit()
     return device
 
 
@@ -61,6 +64,24 @@ def leave_process_group() -> None:
     """Destroy this process's group, if it has one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave_at_exit() -> None:
+    """Destroy this process's group when the interpreter ends.
+
+    Left to the interpreter, the group's threads are torn down in any order, which can end the
+    process with SIGABRT.
+    """
+    _at_exit().atexit = True
+
+
+@functools.cache
+def _at_exit() -> weakref.finalize:
+    # Made with the group: finalizers run in reverse order, so those of engines that use the group
+    # (vLLM's) run first.
+    finalizer = weakref.finalize(dist, leave_process_group)
+    finalizer.atexit = False
+    return finalizer
 
 
 def _ranks_share_machine() -> bool:

@@ -6,7 +6,6 @@ every rank is over the time limit of what it does, or waits for a rank that is. 
 with the same message and exit status.
 """
 
-import atexit
 import faulthandler
 import os
 import signal
@@ -26,7 +25,7 @@ from care_train.distributed import (
     all_max,
     initialize_process_group,
     is_main,
-    leave_process_group,
+    leave_at_exit,
     rank,
     ranks_store,
     world_size,
@@ -324,10 +323,8 @@ def guarded(limits: LimitSettings, run_dir: Path, *, in_program: bool = False) -
         ValueError: not all ranks came.
     """
     initialize_process_group(limits.start, limits.collective)
-    # Left to the interpreter's exit, the group's threads are torn down in any order, which can end
-    # the process with SIGABRT. The process's next run uses the group too.
     if in_program:
-        atexit.register(leave_process_group)
+        leave_at_exit()  # not before: the program's next run uses the group too
     begin_step(None)
     if in_program and world_size() == 1:
         yield
@@ -338,5 +335,4 @@ def guarded(limits: LimitSettings, run_dir: Path, *, in_program: bool = False) -
         raise RankLostError(str(error)) from None
     with Guard(limits, run_dir, board):
         yield
-    if not in_program:
-        atexit.register(leave_process_group)  # after an error other ranks may not answer
+    leave_at_exit()  # not after an error: other ranks may not answer
