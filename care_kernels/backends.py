@@ -82,11 +82,6 @@ class LogitChunk(Protocol):
 
     def __init__(self, spec: ChunkSpec, num_rows: int) -> None: ...
 
-    @staticmethod
-    def logit_bytes(spec: ChunkSpec) -> int:
-        """Bytes held for each logit."""
-        ...
-
     def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
         """Statistics [C] of the rows' logits, which are kept for `gradients` where asked."""
         ...
@@ -114,11 +109,6 @@ class TorchChunk:
         self._spec = spec
         self._logits = torch.empty(num_rows, weight.shape[0], dtype=dtype, device=weight.device)
         self._ref_logits = None if ref_head is None else torch.empty_like(self._logits)
-
-    @staticmethod
-    def logit_bytes(spec: ChunkSpec) -> int:
-        """See `LogitChunk`."""
-        return 4 if spec.ref_head is None else 8
 
     def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
         """See `LogitChunk`."""
@@ -162,19 +152,11 @@ class NativeChunk:
         self._exps = torch.empty(shape, dtype=torch.bfloat16)
         self._target_logit = self._block_max = torch.empty(0)
 
-    @staticmethod
-    def logit_bytes(spec: ChunkSpec) -> int:
-        """See `LogitChunk`."""
-        return 2 if spec.with_gradients else 0
-
     def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
         """See `LogitChunk`."""
+        exps = self._exps[: len(rows.hidden)] if keep else None
         self._target_logit, max_logit, log_total, entropy, self._block_max = _native_project(
-            rows.hidden,
-            self._spec.head,
-            rows.target_ids,
-            with_entropy=self._spec.with_entropy,
-            exps=self._exps[: len(rows.hidden)] if keep else None,
+            rows.hidden, self._spec.head, rows.target_ids, self._spec.with_entropy, exps=exps
         )
         log_probs = (self._target_logit - max_logit) - log_total
         return RowStatistics(log_probs, max_logit, log_total, entropy)
@@ -222,11 +204,6 @@ class TritonChunk:
         self._tiles: tiles.TileStatistics | None = None
         self._log_shift: Tensor | None = None
         """L - a [C] of the rows projected last, NaN where it is too far; None: no anchor."""
-
-    @staticmethod
-    def logit_bytes(spec: ChunkSpec) -> int:
-        """See `LogitChunk`."""
-        return 2 if spec.with_gradients else 0
 
     def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
         """See `LogitChunk`."""
@@ -286,15 +263,20 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if is_double else torch.float32
 
 
-def chunk_kind(backend: str, spec: ChunkSpec) -> type[LogitChunk]:
-    """The kind of chunk that a call gets."""
+def chunk_kind(backend: str, spec: ChunkSpec) -> tuple[type[LogitChunk], int]:
+    """The kind of chunk that a call gets, and the bytes that it holds for each logit."""
     if spec.ref_head is not None:
-        return TorchChunk
+        return TorchChunk, 8
     if backend == "triton":
         from care_kernels.triton.projection import supports
 
-        return TritonChunk if supports(spec.hidden_dtype, spec.head.weight) else TorchChunk
-    return NativeChunk if _runs_natively(spec.hidden_dtype, spec.head.weight) else TorchChunk
+        kind = TritonChunk if supports(spec.hidden_dtype, spec.head.weight) else TorchChunk
+    else:
+        is_native = _runs_natively(spec.hidden_dtype, spec.head.weight)
+        kind = NativeChunk if is_native else TorchChunk
+    if kind is TorchChunk:
+        return kind, 4
+    return kind, 2 if spec.with_gradients else 0
 
 
 def clear_padding(matrix: Tensor) -> None:
@@ -325,8 +307,8 @@ def _native_project(
     inputs: Tensor,
     head: Head,
     target_ids: Tensor,
-    *,
     with_entropy: bool = False,
+    *,
     logits: Tensor | None = None,
     exps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:

@@ -15,19 +15,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from care_kernels.backends import (
-    ChunkRows,
-    ChunkSpec,
-    Head,
-    LogitGradient,
-    chunk_kind,
-)
+from care_kernels.backends import ChunkRows, ChunkSpec, Head, LogitGradient, chunk_kind
 from care_kernels.cpu import native_ops
 from care_kernels.softmax import (
     LogitTransform,
     RowGradients,
     RowStatistics,
     join,
+    take,
     vocab_tiles,
 )
 from care_kernels.vocab_parallel import VocabShard
@@ -101,17 +96,6 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-@dataclass
-class HeadGradients:
-    """dX [N, D], dW [V, D] and db [V] under construction; None where not wanted."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    weight_is_new: bool = True
-    """dW holds no numbers yet: the first chunk overwrites it."""
-
-
 @dataclass(frozen=True)
 class SweepOptions:
     """How a head is swept: what every operation on it takes alike."""
@@ -125,6 +109,15 @@ class SweepOptions:
     """Which part of the vocabulary the head is; None: all of it."""
     with_entropy: bool
     """Statistics include the entropy."""
+    autocast: torch.dtype | None
+    """What float32 matrices are multiplied in, as `autocast_dtype` found it; None: in float32."""
+
+
+Inputs = tuple[Tensor, Tensor, Tensor | None]
+"""hidden [N, D], head weight [V, D] and bias [V]."""
+Wanted = tuple[bool, ...]
+"""Which of `Inputs` need a gradient."""
+NOTHING: Wanted = (False, False, False)
 
 
 class HeadChunks:
@@ -133,16 +126,20 @@ class HeadChunks:
     Nothing here records an autograd graph or follows an enclosing autocast.
     """
 
+    gradients: list[Tensor | None]
+    """dX [N, D], dW [V, D] and db [V] under construction; None where not wanted.
+
+    Several chunks add up in float32; a lone one is rounded to its own type by its GEMM.
+    """
+
     def __init__(
         self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        inputs: Inputs,
         target_ids: Tensor,
         rows: Tensor,
         options: SweepOptions,
         *,
-        wanted: tuple[bool, ...] = (False, False, False),
+        wanted: Wanted = NOTHING,
         row_weights: Iterable[Tensor | None] = (),
         weight_grad: Tensor | None = None,
         anchor: Tensor | None = None,
@@ -150,13 +147,11 @@ class HeadChunks:
     ) -> None:
         """
         Args:
-            hidden: [N, D].
-            weight: [V, D] of the head.
-            bias: [V], or None.
+            inputs: of the policy.
             target_ids: [N] int, valid at the selected rows.
             rows: [M] int64, the selected rows; chunks are consecutive slices of it.
             options: how to sweep.
-            wanted: which of (hidden, weight, bias) need a gradient.
+            wanted: the gradients to make.
             row_weights: vectors of the size of dL/dl. float16 gradients of logits are held divided
                 by a power of two near the largest of them: below 6e-8 they would vanish.
             weight_grad: dW is added to this instead of a buffer of its own.
@@ -164,10 +159,16 @@ class HeadChunks:
             reference: hidden states [N, D'] and head weight [V, D'] of the reference, for the exact
                 KL.
         """
-        self._hidden, self._weight, self._rows = hidden, weight, rows
-        self._shard, self._wanted, self._weight_grad = options.vocab_shard, wanted, weight_grad
-        # A bias gradient sums the logits' gradient without its row factor.
-        self._anchor = None if wanted[2] else anchor
+
+        def operand(matrix: Tensor) -> Tensor:
+            is_cast = options.autocast is not None and matrix.dtype == torch.float32
+            return matrix.to(options.autocast) if is_cast else matrix
+
+        self._hidden, weight, bias = operand(inputs[0]), operand(inputs[1]), inputs[2]
+        self._weight, self._rows = weight, rows
+        # float16 exponentials overflow at a drift of 11 nats.
+        self._anchor = anchor if weight.dtype == torch.bfloat16 else None
+        self._shard, self.makes_gradients = options.vocab_shard, any(wanted)
         targets = target_ids.index_select(0, rows).long()
         # A shard reads statistics at a target of its own, and has a gradient at none of another's.
         self._targets = self._own_targets = targets
@@ -177,51 +178,44 @@ class HeadChunks:
             vocab_size = self._shard.usual_size
         self._ref_hidden, ref_head = None, None
         if reference is not None:
-            self._ref_hidden = reference[0]
-            ref_head = Head(reference[1], bias, options.transform)
+            self._ref_hidden = operand(reference[0])
+            ref_head = Head(operand(reference[1]), bias, options.transform)
         head = Head(weight, bias, options.transform)
-        spec = ChunkSpec(hidden.dtype, head, ref_head, options.with_entropy, any(wanted))
-        kind, num_rows = chunk_kind(options.backend, spec), rows.numel()
+        spec = ChunkSpec(
+            self._hidden.dtype, head, ref_head, options.with_entropy, self.makes_gradients
+        )
+        kind, logit_bytes = chunk_kind(options.backend, spec)
+        num_rows = rows.numel()
         self._chunk_rows = options.chunk_rows or chunk_rows(
             num_rows,
             vocab_size,
             width,
-            logit_bytes=kind.logit_bytes(spec),
-            device=hidden.device,
+            logit_bytes=logit_bytes,
+            device=weight.device,
             sums_weight_gradient=wanted[1] and weight_grad is None,
         )
         self._logits = kind(spec, min(self._chunk_rows, num_rows))
-        is_half = any(wanted) and self._logits.grad_dtype == torch.float16
+
+        grad_dtype = self._logits.grad_dtype
+        is_half = self.makes_gradients and grad_dtype == torch.float16
         self._scale = _largest_power_of_two(row_weights) if is_half else 1.0
+        wide = torch.float64 if grad_dtype == torch.float64 else torch.float32
+        narrow = grad_dtype if grad_dtype == torch.bfloat16 else wide
+        is_lone = num_rows <= self._chunk_rows and inputs[1].dtype == narrow
+        self._weight_is_new = wanted[1] and weight_grad is None
+        if self._weight_is_new:
+            weight_grad = weight.new_empty(weight.shape, dtype=narrow if is_lone else wide)
+        self.gradients = [
+            weight.new_zeros(self._hidden.shape, dtype=narrow) if wanted[0] else None,
+            weight_grad if wanted[1] else None,
+            weight.new_zeros(len(weight), dtype=wide) if wanted[2] else None,
+        ]
 
     def __iter__(self) -> Iterator[slice]:
         """Slices of the selected rows: at least one, empty if no row is selected."""
         num_rows = self._rows.numel()
         for start in range(0, max(num_rows, 1), self._chunk_rows):
             yield slice(start, min(start + self._chunk_rows, num_rows))
-
-    def new_gradients(self, dtype: torch.dtype) -> HeadGradients:
-        """Room for each gradient that is wanted.
-
-        Several chunks add up in float32; a lone one is rounded to its own type by its GEMM.
-
-        Args:
-            dtype: of the head's gradient when it is handed on.
-        """
-        hidden, weight, bias = self._wanted
-        wide = torch.float64 if self._logits.grad_dtype == torch.float64 else torch.float32
-        narrow = self._logits.grad_dtype if self._logits.grad_dtype == torch.bfloat16 else wide
-        is_lone = self._rows.numel() <= self._chunk_rows and dtype == narrow
-        shape, new = self._weight.shape, self._hidden.new_zeros
-        new_weight = self._weight_grad
-        if weight and new_weight is None:
-            new_weight = self._weight.new_empty(shape, dtype=narrow if is_lone else wide)
-        return HeadGradients(
-            new(self._hidden.shape, dtype=narrow) if hidden else None,
-            new_weight,
-            new(shape[0], dtype=wide) if bias else None,
-            weight_is_new=self._weight_grad is None,
-        )
 
     @torch.no_grad()
     def project(self, chunk: slice, *, keep: bool = False) -> RowStatistics:
@@ -248,44 +242,47 @@ class HeadChunks:
         """Statistics of all selected rows, [M]."""
         return join([self.project(chunk) for chunk in self])
 
+    def add_all_gradients(self, stats: RowStatistics, upstream: RowGradients) -> None:
+        """Add what all selected rows bring, from their statistics [M] and the loss's derivatives:
+        their logits are made again."""
+        for chunk in self:
+            self.project(chunk, keep=True)
+            self.add_gradients(chunk, take(stats, chunk), take(upstream, chunk))
+
     @torch.no_grad()
-    def add_gradients(
-        self, chunk: slice, stats: RowStatistics, upstream: RowGradients, into: HeadGradients
-    ) -> None:
-        """Consume the logits that `project(chunk, keep=True)` has made; add to dX, dW and db."""
+    def add_gradients(self, chunk: slice, stats: RowStatistics, upstream: RowGradients) -> None:
+        """Consume the logits that `project(chunk, keep=True)` has made; add to `gradients`."""
         rows, scale = self._rows[chunk], self._scale
+        grad_hidden, grad_weight, grad_bias = self.gradients
         if scale != 1:
             upstream = upstream.divided_by(scale)
         gradient = self._logits.gradients(self._own_targets[chunk], stats, upstream)
         with torch.autocast(self._hidden.device.type, enabled=False):
-            if into.hidden is not None:
+            if grad_hidden is not None:
                 grad_inputs = back_project(gradient, self._weight, scale)
                 if self._shard is not None:
                     grad_inputs = self._shard.sum(grad_inputs)
-                into.hidden.index_copy_(0, rows, grad_inputs.to(into.hidden.dtype))
-            if into.weight is not None:
+                grad_hidden.index_copy_(0, rows, grad_inputs.to(grad_hidden.dtype))
+            if grad_weight is not None:
                 inputs = self._hidden.index_select(0, rows)
                 if gradient.factor is not None:
                     inputs = inputs.float() * gradient.factor[:, None]
                 inputs = inputs.to(gradient.matrix.dtype)
+                is_first, self._weight_is_new = self._weight_is_new, False
                 add_weight_gradient(
-                    gradient.matrix, inputs, into.weight, is_first=into.weight_is_new, scale=scale
+                    gradient.matrix, inputs, grad_weight, is_first=is_first, scale=scale
                 )
-        if into.bias is not None:
+        if grad_bias is not None:
+            # The row factor would be missing in this sum.
             assert gradient.factor is None
-            into.bias.add_(gradient.matrix.sum(0, dtype=into.bias.dtype), alpha=scale)
-        into.weight_is_new = False
+            grad_bias.add_(gradient.matrix.sum(0, dtype=grad_bias.dtype), alpha=scale)
 
 
-def under_autocast(operand: Tensor) -> Tensor:
-    """A float32 matrix in the enclosing autocast's dtype, as the matrix product of a layer has it.
-
-    Anything else as it is: 16-bit operands keep their own type.
-    """
-    kind = operand.device.type
-    if operand.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
-        return operand
-    return operand.to(torch.get_autocast_dtype(kind))
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The enclosing autocast's, in which a layer multiplies float32 operands; None without one."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def _largest_power_of_two(vectors: Iterable[Tensor | None]) -> float:

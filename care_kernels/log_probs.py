@@ -15,7 +15,7 @@ from torch import Tensor
 
 from care_kernels import checks
 from care_kernels.backends import resolve_backend
-from care_kernels.chunks import HeadChunks, SweepOptions, under_autocast
+from care_kernels.chunks import HeadChunks, SweepOptions, autocast_dtype
 from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics, take
 from care_kernels.vocab_parallel import VocabShard
 
@@ -79,7 +79,8 @@ def linear_log_probs(
         chunk_rows=chunk_rows,
     )
     transform = LogitTransform(temperature, logit_softcap, logit_scale)
-    options = SweepOptions(transform, chunk_rows, backend, vocab_shard, return_entropy)
+    autocast = autocast_dtype(hidden.device)
+    options = SweepOptions(transform, chunk_rows, backend, vocab_shard, return_entropy, autocast)
     log_probs, entropy, log_normalizer = LinearLogProbs.apply(
         hidden, head_weight, bias, target_ids, options, gathered
     )
@@ -102,16 +103,14 @@ class LinearLogProbs(torch.autograd.Function):
         gathered: Gathered | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return log-probs [N], entropies [N] if asked for, and log-normalisers [N]."""
-        inputs, weight = under_autocast(hidden), under_autocast(head_weight)
-        # The backward runs outside the autocast, and multiplies what the forward did.
-        ctx.operand_dtypes = inputs.dtype, weight.dtype
         shard = options.vocab_shard
         vocab_size = len(head_weight) if shard is None else shard.vocab_size
         is_known = (target_ids >= 0) & (target_ids < vocab_size)
         target_ids = target_ids.where(is_known, 0)
         rows = torch.arange(len(hidden), device=hidden.device)
-        stats = HeadChunks(inputs, weight, bias, target_ids, rows, options).all_statistics()
-        ctx.save_for_backward(hidden, head_weight, bias, target_ids, *stats)
+        inputs = (hidden, head_weight, bias)
+        stats = HeadChunks(inputs, target_ids, rows, options).all_statistics()
+        ctx.save_for_backward(*inputs, target_ids, *stats)
         ctx.options, ctx.gathered, ctx.head_shape = options, gathered, head_weight.shape
         log_normalizer = stats.max_logit + stats.log_total
         ctx.mark_non_differentiable(log_normalizer)
@@ -135,23 +134,17 @@ class LinearLogProbs(torch.autograd.Function):
                     f"{tuple(ctx.head_shape)}: keep a partitioned weight gathered until then, or "
                     "give `gathered`"
                 )
+            inputs = (hidden, head_weight, bias)
             chunks = HeadChunks(
-                hidden.to(ctx.operand_dtypes[0]),
-                head_weight.to(ctx.operand_dtypes[1]),
-                bias,
+                inputs,
                 target_ids,
                 rows,
                 ctx.options,
                 wanted=ctx.needs_input_grad[:3],
                 row_weights=upstream,
             )
-            gradients = chunks.new_gradients(head_weight.dtype)
-            for chunk in chunks:
-                chunks.project(chunk, keep=True)
-                at = rows[chunk]
-                chunks.add_gradients(chunk, take(stats, at), take(upstream, at), gradients)
-        made = (gradients.hidden, gradients.weight, gradients.bias)
-        pairs = zip(made, (hidden, head_weight, bias), strict=True)
+            chunks.add_all_gradients(take(stats, rows), take(upstream, rows))
+        pairs = zip(chunks.gradients, inputs, strict=True)
         return *(None if grad is None else grad.to(x.dtype) for grad, x in pairs), None, None, None
 
 

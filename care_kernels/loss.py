@@ -10,6 +10,7 @@ sequence-level ratio needs the log-probs of whole sequences first, which costs a
 Shape letters: N rows (one sampled token each), M rows that reach a GEMM, D hidden, V vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,14 @@ from torch import Tensor
 
 from care_kernels import checks
 from care_kernels.backends import compute_dtype, resolve_backend
-from care_kernels.chunks import HeadChunks, HeadGradients, SweepOptions, under_autocast
+from care_kernels.chunks import (
+    NOTHING,
+    HeadChunks,
+    Inputs,
+    SweepOptions,
+    Wanted,
+    autocast_dtype,
+)
 from care_kernels.objective import (
     SKIPPED_ROW,
     Clip,
@@ -29,7 +37,7 @@ from care_kernels.objective import (
     row_objective,
     slope_at_ratio_one,
 )
-from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics, join, take
+from care_kernels.softmax import LogitTransform, join, take
 from care_kernels.vocab_parallel import VocabShard
 
 
@@ -156,43 +164,75 @@ def linear_policy_loss(
     checks.check_weight_grad(weight_grad, head_weight)
 
     dtype = compute_dtype(hidden, head_weight)
-    weighted_advantages = advantages.detach().to(dtype)
+
+    def constant(vector: Tensor | None) -> Any:
+        return None if vector is None else vector.detach().to(dtype)
+
+    weighted_advantages = constant(advantages)
     if importance_weights is not None:
-        weighted_advantages = weighted_advantages * importance_weights.detach().to(dtype)
-    others = (old_log_probs, ref_log_probs, kl_weights, entropy_weights)
+        weighted_advantages = weighted_advantages * constant(importance_weights)
+    constants = (old_log_probs, ref_log_probs, kl_weights, entropy_weights, old_log_normalizer)
+    terms = RowTerms(weighted_advantages, *map(constant, constants))
     reference = None
     if ref_hidden is not None:
-        reference = (
-            ref_hidden.detach(),
-            (head_weight if ref_head_weight is None else ref_head_weight).detach(),
-        )
+        ref_weight = head_weight if ref_head_weight is None else ref_head_weight
+        reference = ref_hidden.detach(), ref_weight.detach()
     problem = _Problem(
-        target_ids=target_ids,
-        terms=RowTerms(
-            weighted_advantages, *(None if x is None else x.detach().to(dtype) for x in others)
-        ),
-        options=SweepOptions(
+        target_ids,
+        terms,
+        SweepOptions(
             LogitTransform(temperature, logit_softcap, logit_scale),
             chunk_rows,
             backend,
             vocab_shard,
             with_entropy=return_entropy or entropy_weights is not None,
+            autocast=autocast_dtype(hidden.device),
         ),
-        surrogate=surrogate,
-        kl_estimator=kl_estimator,
-        anchor=None if old_log_normalizer is None else old_log_normalizer.detach().float(),
-        sequence_ids=sequence_ids,
-        reference=reference,
-        report_all_rows=report_all_rows,
-        weight_grad=weight_grad,
+        surrogate,
+        kl_estimator,
+        sequence_ids,
+        reference,
+        weight_grad,
     )
-    rows = active_rows(problem.terms, sequence_ids)
+    rows = active_rows(terms, sequence_ids)
     checks.check_targets(
         target_ids if report_all_rows else target_ids[rows], head_weight, vocab_shard, read=True
     )
+    inputs = (hidden, head_weight, bias)
     # The Function itself always runs without grad mode, so it has to be told.
-    grad_mode = torch.is_grad_enabled()
-    return PolicyLoss(*LinearPolicyLoss.apply(hidden, head_weight, bias, problem, rows, grad_mode))
+    loss, *found = LinearPolicyLoss.apply(*inputs, problem, rows, torch.is_grad_enabled())
+    parts = [(rows, found)]
+    if report_all_rows:
+        others = torch.ones(len(hidden), dtype=torch.bool, device=rows.device)
+        rest = others.index_fill_(0, rows, False).nonzero()[:, 0]
+        parts.append((rest, problem.evaluate(inputs, rest)[0][1:]))
+    return PolicyLoss(loss, *_spread(parts, len(hidden)))
+
+
+def active_rows(terms: RowTerms, sequence_ids: Tensor | None) -> Tensor:
+    """Indices [M] of the rows with a say: an advantage, a KL weight or an entropy weight.
+
+    With sequence ids a row also has a say in its neighbours' ratio, so sequences stay whole.
+    """
+    active = terms.advantages != 0
+    for weights in (terms.kl_weights, terms.entropy_weights):
+        if weights is not None:
+            active = active | (weights != 0)
+    if sequence_ids is not None:
+        groups = SequenceGroups.from_ids(sequence_ids)
+        active = groups.sum(active.to(terms.advantages.dtype)) > 0
+    return active.nonzero()[:, 0]
+
+
+def _spread(parts: list[tuple[Tensor, Any]], num_rows: int) -> Iterator[Tensor | None]:
+    """Each field of `PolicyLoss` behind the loss, from what some rows brought to all [N]."""
+    for index, fill in enumerate(SKIPPED_ROW[1:]):
+        full = None
+        for rows, fields in parts:
+            if (field := fields[index]) is not None:
+                full = field.new_full((num_rows,), fill) if full is None else full
+                full.index_copy_(0, rows, field)
+        yield full
 
 
 @dataclass(frozen=True)
@@ -204,13 +244,75 @@ class _Problem:
     options: SweepOptions
     surrogate: Surrogate
     kl_estimator: str
-    anchor: Tensor | None
     sequence_ids: Tensor | None
     """[N], given where the ratio is a sequence's."""
     reference: tuple[Tensor, Tensor] | None
     """Hidden states [N, D'] and head weight [V, D'] of the reference."""
-    report_all_rows: bool
     weight_grad: Tensor | None
+
+    @torch.no_grad()
+    def evaluate(
+        self, inputs: Inputs, rows: Tensor, wanted: Wanted = NOTHING
+    ) -> tuple[PolicyLoss, list[Tensor | None]]:
+        """What the rows [M] bring, and dX, dW and db as wanted; without any, one GEMM."""
+        terms, reference = take(self.terms, rows), self.reference
+        if reference is not None and self.kl_estimator != "exact":
+            options = replace(self.options, with_entropy=False)
+            sampled = HeadChunks((*reference, inputs[2]), self.target_ids, rows, options)
+            log_probs = sampled.all_statistics().log_probs.to(terms.advantages.dtype)
+            terms, reference = terms._replace(ref_log_probs=log_probs), None
+        # Entropy bonus, exact KL and softcap need the logits again, a bias gradient sums without the
+        # rows' factors, and a shard's own share may vanish.
+        can_anchor = (
+            terms.entropy_weights is None
+            and reference is None
+            and self.options.transform.softcap is None
+            and not wanted[2]
+            and self.options.vocab_shard is None
+        )
+        chunks = HeadChunks(
+            inputs,
+            self.target_ids,
+            rows,
+            self.options,
+            wanted=wanted,
+            row_weights=(terms.advantages, terms.kl_weights, terms.entropy_weights),
+            weight_grad=self.weight_grad,
+            anchor=terms.old_log_normalizer if can_anchor else None,
+            reference=reference,
+        )
+        return self._sweep(chunks, terms, rows), chunks.gradients
+
+    def _sweep(self, chunks: HeadChunks, terms: RowTerms, rows: Tensor) -> PolicyLoss:
+        """One pass over the chunks, or two where a chunk's gradients need whole sequences first."""
+        options, groups = (self.surrogate, self.kl_estimator), None
+        if self.sequence_ids is not None:
+            groups = SequenceGroups.from_ids(self.sequence_ids.index_select(0, rows))
+        ratio_is_known = terms.old_log_probs is None and self.kl_estimator != "k3_unbiased"
+        if groups is not None and not ratio_is_known:
+            stats = chunks.all_statistics()
+            outcome, upstream = row_objective(stats, terms, *options, groups=groups)
+            if chunks.makes_gradients:
+                chunks.add_all_gradients(stats, upstream)
+            return outcome
+        shared = None if groups is None else slope_at_ratio_one(terms, self.surrogate, groups)
+        is_fused = self.options.backend == "triton" and terms.advantages.dtype == torch.float32
+        outcomes: list[PolicyLoss] = []
+        for chunk in chunks:
+            stats = chunks.project(chunk, keep=chunks.makes_gradients)
+            part = take(terms, chunk)
+            if shared is None and is_fused:
+                # Imported where it runs: Triton takes a second.
+                from care_kernels.triton import objective
+
+                outcome, upstream = objective.row_objective(stats, part, *options)
+            else:
+                slope = None if shared is None else shared[chunk]
+                outcome, upstream = row_objective(stats, part, *options, along_ratio=slope)
+            outcomes.append(outcome)
+            if chunks.makes_gradients:
+                chunks.add_gradients(chunk, stats, upstream)
+        return join(outcomes)
 
 
 class LinearPolicyLoss(torch.autograd.Function):
@@ -226,22 +328,24 @@ class LinearPolicyLoss(torch.autograd.Function):
         rows: Tensor,
         grad_mode: bool,
     ) -> tuple[Tensor | None, ...]:
-        """Return the fields of `PolicyLoss`."""
+        """Return the loss and the other fields of `PolicyLoss` at the rows [M].
+
+        The loss sums over these alone, so that rows which are skipped do not even change the order
+        of its sum.
+        """
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         # The caller's own buffer is filled even where head_weight is a detached copy.
         needs_weight = needs_weight or problem.weight_grad is not None
         wanted = tuple(grad_mode and needed for needed in (needs_hidden, needs_weight, needs_bias))
-        inputs = (under_autocast(hidden), under_autocast(head_weight), bias)
-        outcome, gradients = _evaluate(inputs, problem, rows, wanted, head_weight.dtype)
-        ctx.gradients, ctx.dtypes = None, None
-        if gradients is not None:
+        inputs = (hidden, head_weight, bias)
+        outcome, gradients = problem.evaluate(inputs, rows, wanted)
+        if problem.weight_grad is not None:
             # What went into the caller's own buffer is not autograd's to hand on.
-            weight = None if problem.weight_grad is not None else gradients.weight
-            ctx.dtypes = [None if x is None else x.dtype for x in (hidden, head_weight, bias)]
-            made = (gradients.hidden, weight, gradients.bias)
-            ctx.gradients = list(map(_held, made, ctx.dtypes))
+            gradients[1] = None
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        ctx.gradients = list(map(_held, gradients, ctx.dtypes))
         ctx.mark_non_differentiable(*(field for field in outcome[1:] if field is not None))
-        return tuple(outcome)
+        return outcome.loss.sum(), *outcome[1:]
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -271,143 +375,3 @@ def _held(grad: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     A loss scale must reach a gradient before float16 rounds it.
     """
     return grad if grad is None or dtype == torch.float16 else grad.to(dtype)
-
-
-def active_rows(terms: RowTerms, sequence_ids: Tensor | None) -> Tensor:
-    """Indices [M] of the rows with a say: an advantage, a KL weight or an entropy weight.
-
-    With sequence ids a row also has a say in its neighbours' ratio, so sequences stay whole.
-    """
-    active = terms.advantages != 0
-    for weights in (terms.kl_weights, terms.entropy_weights):
-        if weights is not None:
-            active = active | (weights != 0)
-    if sequence_ids is not None:
-        groups = SequenceGroups.from_ids(sequence_ids)
-        active = groups.sum(active.to(terms.advantages.dtype)) > 0
-    return active.nonzero()[:, 0]
-
-
-Inputs = tuple[Tensor, Tensor, Tensor | None]
-"""hidden [N, D], head weight [V, D] and bias [V], as they are multiplied."""
-
-
-@torch.no_grad()
-def _evaluate(
-    inputs: Inputs,
-    problem: _Problem,
-    rows: Tensor,
-    wanted: tuple[bool, ...],
-    weight_dtype: torch.dtype,
-) -> tuple[PolicyLoss, HeadGradients | None]:
-    """Run the rows [M]: the loss, with what each row brought spread over [N], and the gradients.
-
-    The loss sums over the M rows alone, so that rows which are skipped do not even change the
-    order of its sum.
-    """
-    num_rows = len(problem.target_ids)
-    outcome, gradients = _evaluate_rows(inputs, problem, rows, wanted, weight_dtype)
-    loss = outcome.loss.sum()
-    full = outcome._make(
-        None if field is None else field.new_full((num_rows,), fill).index_copy_(0, rows, field)
-        for field, fill in zip(outcome, SKIPPED_ROW, strict=True)
-    )
-    if problem.report_all_rows:
-        others = torch.ones(num_rows, dtype=torch.bool, device=rows.device)
-        rest = others.index_fill_(0, rows, False).nonzero()[:, 0]
-        nothing = (False, False, False)
-        reported, _ = _evaluate_rows(inputs, problem, rest, nothing, weight_dtype)
-        full = full._make(
-            None if field is None or values is None else field.index_copy(0, rest, values)
-            for field, values in zip(full, reported, strict=True)
-        )
-    return full._replace(loss=loss), gradients
-
-
-def _evaluate_rows(
-    inputs: Inputs,
-    problem: _Problem,
-    rows: Tensor,
-    wanted: tuple[bool, ...],
-    weight_dtype: torch.dtype,
-) -> tuple[PolicyLoss, HeadGradients | None]:
-    """What the rows [M] bring, with the wanted gradients; without any, one GEMM."""
-    (hidden, weight, bias), options = inputs, problem.options
-    terms, reference = take(problem.terms, rows), problem.reference
-    if reference is not None:
-        reference = under_autocast(reference[0]), under_autocast(reference[1])
-    if reference is not None and problem.kl_estimator != "exact":
-        plain = replace(options, with_entropy=False)
-        sampled = HeadChunks(*reference, bias, problem.target_ids, rows, plain)
-        ref_log_probs = sampled.all_statistics().log_probs
-        terms = terms._replace(ref_log_probs=ref_log_probs.to(terms.advantages.dtype))
-        reference = None
-    # Entropy bonus, exact KL and softcap need the logits again; a shard's own share may vanish.
-    can_anchor = (
-        terms.entropy_weights is None
-        and reference is None
-        and options.transform.softcap is None
-        and options.vocab_shard is None
-        and weight.dtype == torch.bfloat16
-    )
-    chunks = HeadChunks(
-        hidden,
-        weight,
-        bias,
-        problem.target_ids,
-        rows,
-        options,
-        wanted=wanted,
-        row_weights=(terms.advantages, terms.kl_weights, terms.entropy_weights),
-        weight_grad=problem.weight_grad if any(wanted) else None,
-        anchor=problem.anchor[rows] if problem.anchor is not None and can_anchor else None,
-        reference=reference,
-    )
-    gradients = chunks.new_gradients(weight_dtype) if any(wanted) else None
-    groups = None
-    if problem.sequence_ids is not None:
-        groups = SequenceGroups.from_ids(problem.sequence_ids.index_select(0, rows))
-    return _sweep(chunks, terms, problem, groups, gradients), gradients
-
-
-def _sweep(
-    chunks: HeadChunks,
-    terms: RowTerms,
-    problem: _Problem,
-    groups: SequenceGroups | None,
-    gradients: HeadGradients | None,
-) -> PolicyLoss:
-    """One pass over the chunks, or two where a chunk's gradients need whole sequences first."""
-    options = (problem.surrogate, problem.kl_estimator)
-    ratio_is_known = terms.old_log_probs is None and problem.kl_estimator != "k3_unbiased"
-    if groups is not None and not ratio_is_known:
-        stats = chunks.all_statistics()
-        outcome, upstream = row_objective(stats, terms, *options, groups=groups)
-        if gradients is not None:
-            for chunk in chunks:
-                chunks.project(chunk, keep=True)
-                chunks.add_gradients(chunk, take(stats, chunk), take(upstream, chunk), gradients)
-        return outcome
-    shared = None if groups is None else slope_at_ratio_one(terms, problem.surrogate, groups)
-    is_fused = problem.options.backend == "triton" and terms.advantages.dtype == torch.float32
-    outcomes: list[PolicyLoss] = []
-    for chunk in chunks:
-        stats, part = chunks.project(chunk, keep=gradients is not None), take(terms, chunk)
-        if shared is None and is_fused:
-            outcome, upstream = _fused_objective(stats, part, *options)
-        else:
-            slope = None if shared is None else shared[chunk]
-            outcome, upstream = row_objective(stats, part, *options, along_ratio=slope)
-        outcomes.append(outcome)
-        if gradients is not None:
-            chunks.add_gradients(chunk, stats, upstream, gradients)
-    return join(outcomes)
-
-
-def _fused_objective(
-    stats: RowStatistics, terms: RowTerms, surrogate: Surrogate, kl_estimator: str
-) -> tuple[PolicyLoss, RowGradients]:
-    """`row_objective` at token level in one Triton kernel, imported where it runs."""
-    from care_kernels.triton.objective import row_objective
-
-    return row_objective(stats, terms, surrogate, kl_estimator)

@@ -61,6 +61,8 @@ class RowTerms(NamedTuple):
     ref_log_probs: Tensor | None
     kl_weights: Tensor | None
     entropy_weights: Tensor | None
+    old_log_normalizer: Tensor | None = None
+    """L of the old policy, which a GPU may anchor its exponentials at."""
 
 
 class SurrogateRows(NamedTuple):

@@ -192,7 +192,7 @@ def test_log_prob_precision() -> None:
 
 def kind_of(case: Case) -> type[LogitChunk]:
     spec = ChunkSpec(case["hidden"].dtype, head_of(case, LogitTransform()))
-    return chunk_kind("torch", spec)
+    return chunk_kind("torch", spec)[0]
 
 
 def restrided(case: Case, layout: str) -> Case:
