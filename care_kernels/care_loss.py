@@ -104,22 +104,21 @@ def care_loss(
     checks.check_options(kl_coef=kl_coef, entropy_coef=entropy_coef)
     if not kl_coef and not (ref_log_probs is None and ref_hidden is None):
         raise checks.wrong("kl_coef", kl_coef, "more than 0, as a reference is given")
-    checks.check_tensor("hidden", hidden, (None, None, None))
-    like, shape = ("hidden", hidden), hidden.shape[:2]
-    checks.check_tensor("head_weight", head_weight, (None, hidden.shape[2]), like=like)
-    checks.check_tensor("token_ids", token_ids, shape, checks.INT_DTYPES, like)
-    checks.check_tensor("advantages", advantages, shape[:1], like=like)
-    mask_dtypes = (torch.bool, *checks.INT_DTYPES)
-    checks.check_vectors(like, shape, mask_dtypes, response_mask=response_mask)
-    checks.check_vectors(
-        like,
-        shape,
+    shapes = checks.Shapes()
+    shapes.check("B T D", hidden=hidden)
+    shapes.check("V D", head_weight=head_weight)
+    shapes.check("B T", checks.INT_DTYPES, token_ids=token_ids)
+    shapes.check("B", advantages=advantages)
+    shapes.check_given("B T", (torch.bool, *checks.INT_DTYPES), response_mask=response_mask)
+    shapes.check_given(
+        "B T",
         old_log_probs=old_log_probs,
         ref_log_probs=ref_log_probs,
         importance_weights=importance_weights,
     )
     _check_num_sequences(num_sequences)
-    checks.check_reference(hidden, head_weight, ref_hidden, ref_head_weight)
+    shapes.check_given("V E", ref_head_weight=ref_head_weight)
+    shapes.check_given("B T D" if ref_head_weight is None else "B T E", ref_hidden=ref_hidden)
     if response_mask is None and (kl_coef or entropy_coef or ratio_level == "sequence"):
         raise checks.wrong(
             "response_mask",
@@ -134,7 +133,7 @@ def care_loss(
         think_spans,
         answer_spans,
         is_positive,
-        seq_len=shape[1],
+        seq_len=token_ids.shape[1],
         think_weight=think_weight,
         weight_eps=weight_eps,
         backend=backend,
@@ -173,7 +172,7 @@ def care_loss(
         **options,
     )
     per_token = [
-        None if rows is None else _to_tokens(rows, shape, fill)
+        None if rows is None else _to_tokens(rows, token_ids.shape, fill)
         for rows, fill in zip(outcome[1:], SKIPPED_ROW[1:], strict=True)
     ]
     return outcome._make([outcome.loss, *per_token])._replace(token_advantages=credit)
@@ -204,7 +203,7 @@ class CareLoss(nn.Module):
 def _check_num_sequences(num_sequences: float | Tensor | None) -> None:
     if isinstance(num_sequences, Tensor):
         dtypes = (*checks.FLOAT_DTYPES, *checks.INT_DTYPES)
-        checks.check_tensor("num_sequences", num_sequences, (), dtypes)
+        checks.Shapes().check("", dtypes, num_sequences=num_sequences)
         if num_sequences.device.type != "cpu":
             return
     if num_sequences is not None and not num_sequences > 0:

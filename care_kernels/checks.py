@@ -20,8 +20,6 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INT_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 RATIO_LEVELS = ("token", "sequence")
 
-Shape = tuple[int | None, ...]
-
 
 def wrong(name: str, got: Any, wanted: Any) -> ValueError:
     """The error of an argument that does not fit."""
@@ -72,28 +70,48 @@ def check_options(**options: Any) -> None:
             raise wrong(name, got, wanted)
 
 
-def check_tensor(
-    name: str,
-    value: Any,
-    shape: Shape,
-    dtypes: Iterable[torch.dtype] = FLOAT_DTYPES,
-    like: tuple[str, Tensor] | None = None,
-) -> None:
-    """A tensor of `shape` (None leaves a size free), of a dtype of `dtypes`, where `like` is."""
-    if not isinstance(value, Tensor):
-        raise wrong(name, f"a {type(value).__name__}", "a tensor")
-    fits = value.dim() == len(shape) and all(
-        size is None or size == got for size, got in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
-        sizes = ", ".join("any" if size is None else str(size) for size in shape)
-        comma = "," if len(shape) == 1 else ""
-        raise wrong(name, f"shape {tuple(value.shape)}", f"({sizes}{comma})")
-    if value.dtype not in dtypes:
-        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise wrong(name, f"dtype {value.dtype}", f"one of {wanted}")
-    if like is not None and value.device != like[1].device:
-        raise wrong(name, f"device {value.device}", f"{like[1].device}, where {like[0]} is")
+class Shapes:
+    """The sizes, by letter, and the device that the tensors of one call share."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, int] = {}
+        self._first: tuple[str, torch.device] | None = None
+
+    def check(
+        self, letters: str, dtypes: Iterable[torch.dtype] = FLOAT_DTYPES, **tensors: Any
+    ) -> None:
+        """Each is a tensor of shape `letters`, of a dtype of `dtypes`, where the first one is.
+
+        A letter such as N stands for the size that it had before; a number stands for itself.
+        """
+        names = letters.split()
+        for name, value in tensors.items():
+            if not isinstance(value, Tensor):
+                raise wrong(name, f"a {type(value).__name__}", "a tensor")
+            sizes = [int(size) if size.isdigit() else self._sizes.get(size) for size in names]
+            fits = value.dim() == len(sizes) and all(
+                size is None or size == got for size, got in zip(sizes, value.shape, strict=True)
+            )
+            if not fits:
+                wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+                comma = "," if len(sizes) == 1 else ""
+                raise wrong(name, f"shape {tuple(value.shape)}", f"({wanted}{comma})")
+            if value.dtype not in dtypes:
+                wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+                raise wrong(name, f"dtype {value.dtype}", f"one of {wanted}")
+            if self._first is None:
+                self._first = (name, value.device)
+            where, device = self._first
+            if value.device != device:
+                raise wrong(name, f"device {value.device}", f"{device}, where {where} is")
+            self._sizes |= zip(names, value.shape, strict=True)
+
+    def check_given(
+        self, letters: str, dtypes: Iterable[torch.dtype] = FLOAT_DTYPES, **tensors: Any
+    ) -> None:
+        """`check` of those that are not None."""
+        given = {name: value for name, value in tensors.items() if value is not None}
+        self.check(letters, dtypes, **given)
 
 
 def check_numbers(name: str, value: Tensor) -> None:
@@ -102,44 +120,20 @@ def check_numbers(name: str, value: Tensor) -> None:
         raise wrong(name, "a meta tensor, which holds no numbers", "one that does")
 
 
-def check_head(hidden: Any, head_weight: Any, target_ids: Any, bias: Any) -> None:
+def check_head(hidden: Any, head_weight: Any, target_ids: Any, bias: Any) -> Shapes:
     """hidden [N, D], head_weight [V, D], V >= 1, target_ids [N] int, a finite bias [V] or None."""
-    check_tensor("hidden", hidden, (None, None))
+    shapes = Shapes()
+    shapes.check("N D", hidden=hidden)
     check_numbers("hidden", hidden)
-    like = ("hidden", hidden)
-    check_tensor("head_weight", head_weight, (None, hidden.shape[1]), like=like)
+    shapes.check("V D", head_weight=head_weight)
     if head_weight.shape[0] == 0:
         raise wrong("head_weight", f"shape {tuple(head_weight.shape)}", "V >= 1")
-    check_tensor("target_ids", target_ids, (hidden.shape[0],), INT_DTYPES, like)
-    if bias is not None:
-        check_tensor("bias", bias, (head_weight.shape[0],), like=like)
-        if bias.device.type == "cpu" and (place := first_true(~bias.isfinite())) is not None:
+    shapes.check("N", INT_DTYPES, target_ids=target_ids)
+    shapes.check_given("V", bias=bias)
+    if bias is not None and bias.device.type == "cpu":
+        if (place := first_true(~bias.isfinite())) is not None:
             raise wrong("bias", f"{float(bias[place])} at {place[0]}", "finite numbers")
-
-
-def check_vectors(
-    like: tuple[str, Tensor],
-    shape: Shape,
-    dtypes: Iterable[torch.dtype] = FLOAT_DTYPES,
-    **vectors: Any,
-) -> None:
-    """Each is None or a tensor of one shape, named by its keyword."""
-    for name, value in vectors.items():
-        if value is not None:
-            check_tensor(name, value, shape, dtypes, like)
-
-
-def check_reference(
-    hidden: Tensor, head_weight: Tensor, ref_hidden: Any, ref_head_weight: Any
-) -> None:
-    """ref_hidden [N, D'] and a head [V, D'], which is head_weight unless another is given."""
-    if ref_hidden is None:
-        return
-    like = ("hidden", hidden)
-    if ref_head_weight is not None:
-        check_tensor("ref_head_weight", ref_head_weight, (head_weight.shape[0], None), like=like)
-    width = (head_weight if ref_head_weight is None else ref_head_weight).shape[1]
-    check_tensor("ref_hidden", ref_hidden, (*hidden.shape[:-1], width), like=like)
+    return shapes
 
 
 def check_targets(
@@ -171,16 +165,6 @@ def check_no_graph(name: str) -> None:
             "create_graph=True",
             "False: its gradients are constants, of which second derivatives would be wrong",
         )
-
-
-def check_weight_grad(weight_grad: Any, head_weight: Tensor) -> None:
-    """None, or a buffer like head_weight, in any floating dtype, outside any graph."""
-    if weight_grad is None:
-        return
-    shape = tuple(head_weight.shape)
-    check_tensor("weight_grad", weight_grad, shape, like=("head_weight", head_weight))
-    if weight_grad.requires_grad:
-        raise wrong("weight_grad", "a tensor that requires grad", "a plain buffer")
 
 
 def check_not_negative(name: str, value: Tensor | None) -> None:
@@ -215,11 +199,8 @@ def check_kl(
         raise wrong("ref_log_probs", got, "exactly one, as kl_weights is given")
 
 
-def check_spans(
-    name: str, spans: Any, shape: Shape, lengths: Tensor | int, like: tuple[str, Tensor]
-) -> None:
+def check_spans(name: str, spans: Tensor, lengths: Tensor | int) -> None:
     """[B, 2] or [B, R, 2] half-open ranges within their sequences, of one length or [B] lengths."""
-    check_tensor(name, spans, shape, INT_DTYPES, like)
     if spans.device.type != "cpu":
         return
     start, end = spans.long().unbind(-1)
@@ -230,11 +211,8 @@ def check_spans(
         raise wrong(name, got, f"0 <= start <= end <= {int(limits[place])}")
 
 
-def check_cu_seqlens(
-    cu_seqlens: Any, num_sequences: int, total_tokens: int | None, like: tuple[str, Tensor]
-) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, total_tokens: int | None) -> None:
     """[B + 1] ints that start at 0, never fall and end at or before total_tokens."""
-    check_tensor("cu_seqlens", cu_seqlens, (num_sequences + 1,), INT_DTYPES, like)
     if cu_seqlens.device.type != "cpu":
         return
     ends = cu_seqlens.long()
@@ -244,7 +222,7 @@ def check_cu_seqlens(
         got, before = ends[place[0] + 1], ends[place[0]]
         raise wrong("cu_seqlens", f"{int(got)} at row {place[0] + 1}", f"at least {int(before)}")
     if total_tokens is not None and ends[-1] > total_tokens:
-        got = f"{int(ends[-1])} at row {num_sequences}"
+        got = f"{int(ends[-1])} at row {len(ends) - 1}"
         raise wrong("cu_seqlens", got, f"at most {total_tokens}")
 
 

@@ -130,7 +130,7 @@ def linear_policy_loss(
     Raises:
         ValueError: an argument does not fit; the message names it, what came and what was wanted.
     """
-    checks.check_head(hidden, head_weight, target_ids, bias)
+    shapes = checks.check_head(hidden, head_weight, target_ids, bias)
     backend = resolve_backend(backend, hidden.device)
     checks.check_options(
         temperature=temperature,
@@ -142,11 +142,9 @@ def linear_policy_loss(
         ratio_level=ratio_level,
     )
     checks.check_kl(kl_estimator, kl_weights, ref_log_probs, ref_hidden, ref_head_weight)
-    like, shape = ("hidden", hidden), (len(hidden),)
-    checks.check_vectors(
-        like,
-        shape,
-        advantages=advantages,
+    shapes.check("N", advantages=advantages)
+    shapes.check_given(
+        "N",
         old_log_probs=old_log_probs,
         old_log_normalizer=old_log_normalizer,
         ref_log_probs=ref_log_probs,
@@ -154,14 +152,17 @@ def linear_policy_loss(
         entropy_weights=entropy_weights,
         importance_weights=importance_weights,
     )
-    checks.check_vectors(like, shape, checks.INT_DTYPES, sequence_ids=sequence_ids)
+    shapes.check_given("N", checks.INT_DTYPES, sequence_ids=sequence_ids)
     if ratio_level == "token":
         sequence_ids = None
     elif sequence_ids is None:
         raise checks.wrong("sequence_ids", None, "[N] ids, for ratio_level 'sequence'")
     checks.check_not_negative("importance_weights", importance_weights)
-    checks.check_reference(hidden, head_weight, ref_hidden, ref_head_weight)
-    checks.check_weight_grad(weight_grad, head_weight)
+    shapes.check_given("V E", ref_head_weight=ref_head_weight)
+    shapes.check_given("N D" if ref_head_weight is None else "N E", ref_hidden=ref_hidden)
+    shapes.check_given("V D", weight_grad=weight_grad)
+    if weight_grad is not None and weight_grad.requires_grad:
+        raise checks.wrong("weight_grad", "a tensor that requires grad", "a plain buffer")
 
     dtype = compute_dtype(hidden, head_weight)
 
@@ -261,8 +262,8 @@ class _Problem:
             sampled = HeadChunks((*reference, inputs[2]), self.target_ids, rows, options)
             log_probs = sampled.all_statistics().log_probs.to(terms.advantages.dtype)
             terms, reference = terms._replace(ref_log_probs=log_probs), None
-        # Entropy bonus, exact KL and softcap need the logits again, a bias gradient sums without the
-        # rows' factors, and a shard's own share may vanish.
+        # Entropy bonus, exact KL and softcap need the logits again, a bias gradient sums without
+        # the rows' factors, and a shard's own share may vanish.
         can_anchor = (
             terms.entropy_weights is None
             and reference is None

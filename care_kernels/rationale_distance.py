@@ -57,9 +57,18 @@ def pool_rationale(
         ValueError: an argument does not fit; the message names it, its row, what came and what was
             wanted.
     """
-    num_sequences = _check_layout(hidden, cu_seqlens)
-    lengths = hidden.shape[1] if cu_seqlens is None else cu_seqlens.long().diff()
-    checks.check_spans("think_spans", think_spans, (num_sequences, 2), lengths, ("hidden", hidden))
+    shapes = checks.Shapes()
+    shapes.check("B T D" if cu_seqlens is None else "N D", hidden=hidden)
+    checks.check_numbers("hidden", hidden)
+    num_sequences, lengths = hidden.shape[:2]
+    if cu_seqlens is not None:
+        shapes.check("S", checks.INT_DTYPES, cu_seqlens=cu_seqlens)
+        if len(cu_seqlens) == 0:
+            raise checks.wrong("cu_seqlens", "shape (0,)", "(B + 1,)")
+        checks.check_cu_seqlens(cu_seqlens, len(hidden))
+        num_sequences, lengths = len(cu_seqlens) - 1, cu_seqlens.long().diff()
+    shapes.check(f"{num_sequences} 2", checks.INT_DTYPES, think_spans=think_spans)
+    checks.check_spans("think_spans", think_spans, lengths)
     is_fused = resolve_backend(backend, hidden.device) == "triton"
     span_means = _launch if is_fused else _span_means
     means = span_means(hidden, think_spans, cu_seqlens, compute_dtype(hidden))
@@ -100,35 +109,19 @@ def rationale_distance(
 
     Source: paper Eq. 4; Algorithm 1, lines 6 and 23.
     """
-    num_sequences = _check_layout(hidden, cu_seqlens)
-    checks.check_tensor("anchors", anchors, (num_sequences,), checks.INT_DTYPES, ("hidden", hidden))
+    embeddings = pool_rationale(hidden, think_spans, cu_seqlens=cu_seqlens, backend=backend)
+    shapes = checks.Shapes()
+    shapes.check("B D", hidden=embeddings)
+    shapes.check("B", checks.INT_DTYPES, anchors=anchors)
     anchors = anchors.long()
-    is_known = (anchors >= 0) & (anchors < num_sequences)
+    is_known = (anchors >= 0) & (anchors < len(embeddings))
     if anchors.device.type == "cpu" and (place := checks.first_true(~is_known)) is not None:
         got = f"{int(anchors[place])} at row {place[0]}"
-        raise checks.wrong("anchors", got, f"0 to {num_sequences - 1}")
-    embeddings = pool_rationale(hidden, think_spans, cu_seqlens=cu_seqlens, backend=backend)
+        raise checks.wrong("anchors", got, f"0 to {len(embeddings) - 1}")
     # Near misses are nearly parallel: in float32 the last digits of 1 - cosine would be rounding.
     others = embeddings[anchors.where(is_known, 0)].double()
     distance = cosine_distance(embeddings.double(), others).to(embeddings.dtype)
     return distance.masked_fill(~is_known, torch.nan)
-
-
-def _check_layout(hidden: Tensor, cu_seqlens: Tensor | None) -> int:
-    """B, of padded or packed hidden states."""
-    checks.check_tensor(
-        "hidden", hidden, (None, None, None) if cu_seqlens is None else (None, None)
-    )
-    checks.check_numbers("hidden", hidden)
-    if cu_seqlens is None:
-        return hidden.shape[0]
-    like = ("hidden", hidden)
-    checks.check_tensor("cu_seqlens", cu_seqlens, (None,), checks.INT_DTYPES, like)
-    num_sequences = cu_seqlens.shape[0] - 1
-    if num_sequences < 0:
-        raise checks.wrong("cu_seqlens", "shape (0,)", "(B + 1,)")
-    checks.check_cu_seqlens(cu_seqlens, num_sequences, hidden.shape[0], like)
-    return num_sequences
 
 
 def _span_means(

@@ -94,20 +94,23 @@ def token_advantages(
     checks.check_options(
         seq_len=seq_len, total_tokens=total_tokens, think_weight=think_weight, weight_eps=weight_eps
     )
-    checks.check_tensor("advantages", advantages, (None,))
-    chosen = resolve_backend(backend, advantages.device)
-    num_sequences, like = advantages.shape[0], ("advantages", advantages)
-    ends, shape = _layout(num_sequences, seq_len, cu_seqlens, total_tokens, like)
+    shapes = checks.Shapes()
+    shapes.check("B", advantages=advantages)
+    chosen, num_sequences = resolve_backend(backend, advantages.device), len(advantages)
+    shapes.check_given(str(num_sequences + 1), checks.INT_DTYPES, cu_seqlens=cu_seqlens)
+    shapes.check("B 2", checks.INT_DTYPES, think_spans=think_spans, answer_spans=answer_spans)
+    shapes.check("B", (torch.bool,), is_positive=is_positive)
+    ends, shape = _layout(advantages, seq_len, cu_seqlens, total_tokens)
     lengths = ends.diff()
-    checks.check_spans("think_spans", think_spans, (num_sequences, 2), lengths, like)
-    checks.check_spans("answer_spans", answer_spans, (num_sequences, 2), lengths, like)
-    checks.check_tensor("is_positive", is_positive, (num_sequences,), (torch.bool,), like)
+    checks.check_spans("think_spans", think_spans, lengths)
+    checks.check_spans("answer_spans", answer_spans, lengths)
     spans = torch.stack((think_spans.long(), answer_spans.long()), 1)
     rationale = is_positive.double() * think_weight
     weights = torch.stack((rationale, torch.ones_like(rationale)), 1)
     if regions is not None:
-        checks.check_spans("regions.spans", regions.spans, (num_sequences, None, 2), lengths, like)
-        checks.check_tensor("regions.weights", regions.weights, regions.spans.shape[:2], like=like)
+        shapes.check("B R 2", checks.INT_DTYPES, **{"regions.spans": regions.spans})
+        shapes.check("B R", **{"regions.weights": regions.weights})
+        checks.check_spans("regions.spans", regions.spans, lengths)
         spans = torch.cat((spans, regions.spans.long()), 1)
         weights = torch.cat((weights, regions.weights.double()), 1)
 
@@ -134,24 +137,20 @@ class _Credit(NamedTuple):
 
 
 def _layout(
-    num_sequences: int,
-    seq_len: int | None,
-    cu_seqlens: Tensor | None,
-    total_tokens: int | None,
-    like: tuple[str, Tensor],
+    advantages: Tensor, seq_len: int | None, cu_seqlens: Tensor | None, total_tokens: int | None
 ) -> tuple[Tensor, tuple[int, ...]]:
     """Where sequences start and the last one ends, [B + 1] int64, and the result's shape."""
     if (seq_len is None) == (cu_seqlens is None):
         got = "neither" if seq_len is None else "both"
         raise checks.wrong("seq_len", f"{got} of seq_len and cu_seqlens", "exactly one")
     if cu_seqlens is not None:
-        checks.check_cu_seqlens(cu_seqlens, num_sequences, total_tokens, like)
+        checks.check_cu_seqlens(cu_seqlens, total_tokens)
         return cu_seqlens.long(), (int(cu_seqlens[-1]) if total_tokens is None else total_tokens,)
     assert seq_len is not None
     if total_tokens is not None:
         raise checks.wrong("total_tokens", total_tokens, "None without cu_seqlens")
-    ends = seq_len * torch.arange(num_sequences + 1, device=like[1].device)
-    return ends, (num_sequences, seq_len)
+    ends = seq_len * torch.arange(len(advantages) + 1, device=advantages.device)
+    return ends, (len(advantages), seq_len)
 
 
 def _fill(result: Tensor, credit: _Credit) -> None:
