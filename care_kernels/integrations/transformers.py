@@ -90,19 +90,14 @@ def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 
 def _wants_loss_alone(model: Any, arguments: dict[str, Any]) -> bool:
     """A training forward with labels whose caller can do without logits."""
-    keep = arguments.get("logits_to_keep")
+    keep, as_dict = arguments.get("logits_to_keep"), arguments.get("return_dict")
     return (
         model.training
         and arguments.get("labels") is not None
         and torch.is_grad_enabled()
-        and _returns_dict(model, arguments)
+        and (model.config.return_dict if as_dict is None else as_dict)
         and (keep is None or (isinstance(keep, int) and keep == 0))
     )
-
-
-def _returns_dict(model: Any, arguments: dict[str, Any]) -> bool:
-    asked = arguments.get("return_dict")
-    return model.config.return_dict if asked is None else asked
 
 
 def _loss_output(
@@ -112,7 +107,8 @@ def _loss_output(
     num_items = arguments.pop("num_items_in_batch", None)
     ignored = arguments.pop("ignore_index", _IGNORED)
     arguments.pop("logits_to_keep", None)
-    if arguments.get("output_router_logits", _configured_router(model)):
+    configured = getattr(model.config.get_text_config(), "output_router_logits", False)
+    if arguments.get("output_router_logits", configured):
         wanted = "False: the router's auxiliary loss is not computed here"
         raise wrong("output_router_logits", True, wanted)
     arguments.setdefault("use_cache", False)
@@ -145,10 +141,6 @@ def backbone_rows(
         return backbone, hidden, shift_labels
     assert labels is not None
     return backbone, hidden[:, :-1], labels[:, 1:]
-
-
-def _configured_router(model: Any) -> bool:
-    return getattr(model.config.get_text_config(), "output_router_logits", False)
 
 
 def _summed_cross_entropy(

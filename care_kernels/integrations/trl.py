@@ -136,30 +136,26 @@ class PolicyTerms:
         """
         self.mask, self.per_token, self.options = mask, per_token, options
 
-    def at(self, rows: Tensor) -> dict[str, Any]:
-        """Keyword arguments of `linear_policy_loss` for rows [N] of the flattened [B * T]."""
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `linear_policy_loss` for the tokens [N] that count."""
+        counts = self.mask.bool()
         picked = {
-            name: None if value is None else value.flatten()[rows]
-            for name, value in self.per_token.items()
+            name: None if value is None else value[counts] for name, value in self.per_token.items()
         }
-        return {**picked, "sequence_ids": rows // self.mask.shape[1], **self.options}
-
-    def magnitude(self) -> Tensor:
-        """Sum of the absolute advantages: the size of the loss, were nothing to cancel."""
-        advantages = self.per_token["advantages"]
-        assert advantages is not None
-        return advantages.abs().sum()
+        return {**picked, "sequence_ids": counts.nonzero()[:, 0], **self.options}
 
 
 def why_not_fused(trainer: Any) -> str | None:
     """The first option of `trainer` that `linear_policy_loss` cannot express; None: it has none."""
     args = trainer.args
     peft = getattr(trainer.model, "active_peft_config", None)
+    makers = ("_compute_loss", "_get_per_token_logps_and_entropies")
+    is_own = all(getattr(type(trainer), name) is getattr(GRPOTrainer, name) for name in makers)
     obstacles = {
         f"loss_type={trainer.loss_type!r} (fused: {', '.join(FUSED_LOSS_TYPES)})": (
             trainer.loss_type not in FUSED_LOSS_TYPES
         ),
-        f"{type(trainer).__name__}'s own _compute_loss": not _is_trl_own(trainer),
+        f"{type(trainer).__name__}'s own _compute_loss": not is_own,
         f"delta={args.delta} under 1": args.delta is not None and args.delta < 1,
         f"top_entropy_quantile={trainer.top_entropy_quantile}": trainer.top_entropy_quantile < 1,
         f"off_policy_mask_threshold={trainer.off_policy_mask_threshold}": (
@@ -217,7 +213,10 @@ def check_agreement(fused: Tensor, trl: Tensor, terms: PolicyTerms) -> None:
         RuntimeError: they differ by more than round-off, so an option was misread.
     """
     fused, trl = fused.detach(), trl.detach()
-    allowed = 1e-3 * trl.abs() + 1e-4 * terms.magnitude() + 1e-7
+    advantages = terms.per_token["advantages"]
+    assert advantages is not None
+    # The size of the loss, were nothing to cancel, says what round-off is.
+    allowed = 1e-3 * trl.abs() + 1e-4 * advantages.abs().sum() + 1e-7
     if bool(torch.isfinite(trl)) and not bool((fused - trl).abs() <= allowed):
         raise RuntimeError(
             f"the fused loss is {fused.item()}, TRL's own {trl.item()}: use "
@@ -241,12 +240,6 @@ def policy_surrogate(trainer: Any) -> Surrogate:
         return Clip(trainer.epsilon_low, high)
     upper = max(delta, 1 + high)
     return Clip(trainer.epsilon_low, min(high, delta - 1), upper if upper > 1 else None)
-
-
-def _is_trl_own(trainer: Any) -> bool:
-    """Whether both methods that make the loss are GRPOTrainer's, not a subclass's."""
-    names = ("_compute_loss", "_get_per_token_logps_and_entropies")
-    return all(getattr(type(trainer), name) is getattr(GRPOTrainer, name) for name in names)
 
 
 def _normaliser(
@@ -386,22 +379,20 @@ def _policy_loss_output(
     Rows that the loss skips (a zero advantage, and neither KL nor entropy bonus) are counted in
     the metrics all the same: one more matrix product for these alone.
     """
-    num_tokens = terms.mask.shape[1]
-    rows = terms.mask.flatten().nonzero()[:, 0]
+    mask = terms.mask.bool()
+    num_tokens = mask.shape[1]
     with gathered_head(model) as (weight, bias):
-        hidden = hidden[:, -num_tokens:].to(weight.device)
         out = linear_policy_loss(
-            hidden.flatten(0, 1)[rows],
+            hidden[:, -num_tokens:].to(weight.device)[mask],
             weight,
-            targets[:, -num_tokens:].to(weight.device).flatten()[rows],
-            **terms.at(rows),
+            targets[:, -num_tokens:].to(weight.device)[mask],
+            **terms.arguments(),
             bias=bias,
             return_entropy=True,
             report_all_rows=True,
             **options,
         )
     assert out.entropy is not None
-    mask = terms.mask.bool()
     return FusedCausalLMOutput(
         loss=out.loss,
         log_probs=_spread(out.log_probs, mask),

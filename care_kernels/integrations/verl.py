@@ -27,47 +27,11 @@ from care_kernels.checks import wrong
 from care_kernels.log_probs import linear_log_probs
 
 
-def fused_linear_for_ppo(
-    hidden_states: Tensor,
-    vocab_weights: Tensor,
-    input_ids: Tensor,
-    temperature: float | Tensor = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of `input_ids` under softmax(hidden_states vocab_weights^T / t).
-
-    Differentiable with respect to hidden_states and vocab_weights, through both results.
-
-    Args:
-        hidden_states: [B, T, D] or [T, D] bfloat16, float16 or float32.
-        vocab_weights: [V, D].
-        input_ids: [B, T] or [T] int, the token each position predicts: verl rolls them before.
-        temperature: a number, a tensor of one, or one for each token.
-
-    Returns:
-        log_probs and entropy in the shape of input_ids, float32.
-
-    Raises:
-        ValueError: shapes that do not fit, or whatever `linear_log_probs` refuses.
+class FusedLinearForPPO(nn.Module):
+    """In the shape of verl's class of this name.
 
     Source: `FusedLinearForPPO` in verl/utils/experimental/torch_functional.py (verl 0.5 to 0.9).
     """
-    shape = input_ids.shape
-    if hidden_states.shape[:-1] != shape:
-        wanted = f"{tuple(hidden_states.shape[:-1])}, as hidden_states is"
-        raise wrong("input_ids", f"shape {tuple(shape)}", wanted)
-    hidden, temperature = _with_one_temperature(hidden_states, temperature)
-    log_probs, entropy = linear_log_probs(
-        hidden.flatten(0, -2),
-        vocab_weights,
-        input_ids.flatten(),
-        temperature=temperature,
-        return_entropy=True,
-    )
-    return log_probs.view(shape), entropy.view(shape)
-
-
-class FusedLinearForPPO(nn.Module):
-    """`fused_linear_for_ppo` in the shape of verl's class of this name."""
 
     def __init__(self, chunk_size: int | None = None, impl_backend: str | None = None) -> None:
         """Take verl's arguments; how rows are cut into chunks is chosen from V instead."""
@@ -80,8 +44,35 @@ class FusedLinearForPPO(nn.Module):
         input_ids: Tensor,
         temperature: Any = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """See `fused_linear_for_ppo`."""
-        return fused_linear_for_ppo(hidden_states, vocab_weights, input_ids, temperature)
+        """Log-probs and entropies of `input_ids` under softmax(hidden_states vocab_weights^T / t).
+
+        Differentiable with respect to hidden_states and vocab_weights, through both results.
+
+        Args:
+            hidden_states: [B, T, D] or [T, D] bfloat16, float16 or float32.
+            vocab_weights: [V, D].
+            input_ids: [B, T] or [T] int, the token each position predicts: verl rolls them before.
+            temperature: a number, a tensor of one, or one for each token.
+
+        Returns:
+            log_probs and entropy in the shape of input_ids, float32.
+
+        Raises:
+            ValueError: shapes that do not fit, or whatever `linear_log_probs` refuses.
+        """
+        shape = input_ids.shape
+        if hidden_states.shape[:-1] != shape:
+            wanted = f"{tuple(hidden_states.shape[:-1])}, as hidden_states is"
+            raise wrong("input_ids", f"shape {tuple(shape)}", wanted)
+        hidden, temperature = _with_one_temperature(hidden_states, temperature)
+        log_probs, entropy = linear_log_probs(
+            hidden.flatten(0, -2),
+            vocab_weights,
+            input_ids.flatten(),
+            temperature=temperature,
+            return_entropy=True,
+        )
+        return log_probs.view(shape), entropy.view(shape)
 
 
 def _with_one_temperature(hidden: Tensor, temperature: float | Tensor) -> tuple[Tensor, float]:

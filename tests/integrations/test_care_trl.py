@@ -13,11 +13,6 @@ from transformers import AutoProcessor
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'trl>=1.16,<1.17'")
 
-from care_kernels.oracle import (
-    reference_ratio,
-    reference_sampled_kl,
-    reference_surrogate,
-)
 from care_train.algorithm import care
 from care_train.algorithm.region_weights import spread_advantages
 from care_train.config import CareSettings, ReflectionSettings
@@ -26,6 +21,11 @@ from care_train.integrations import trl_rollouts
 from care_train.integrations.trl import CareGRPOTrainer
 from care_train.integrations.trl_batch import picked, policy_terms
 from tests.integrations.trl_runs import build_trainer
+from tests.kernels.oracle import (
+    reference_ratio,
+    reference_sampled_kl,
+    reference_surrogate,
+)
 
 GROUP = 8
 RIGHT = "<think>{} and more</think> <answer>blue</answer>"

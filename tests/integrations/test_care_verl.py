@@ -20,13 +20,13 @@ from verl import DataProto
 from verl.trainer.ppo import core_algos, ray_trainer
 
 from care_kernels.objective import Clip
-from care_kernels.oracle import reference_surrogate
 from care_train.algorithm.care import select_subgroup, subgroup_update
 from care_train.algorithm.region_weights import spread_advantages
 from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.types import RolloutGroup
 from care_train.config import build_config
 from care_train.integrations import verl as door
+from tests.kernels.oracle import reference_surrogate
 
 RIGHT = "<think>the sky is {}</think> <answer>blue</answer>"
 WRONG = "<think>the sky is {}</think> <answer>red</answer>"

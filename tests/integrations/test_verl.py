@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from care_kernels.integrations.verl import FusedLinearForPPO, fused_linear_for_ppo
+from care_kernels.integrations.verl import FusedLinearForPPO
 
 
 def _inputs(*lead: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -45,7 +45,7 @@ def test_values_and_gradients_are_torchs(lead, temperature):
 def test_bfloat16_comes_back_in_float32():
     """Half-precision hidden states give float32 log-probs and entropies."""
     hidden, weight, input_ids = _inputs(6)
-    results = fused_linear_for_ppo(hidden.bfloat16(), weight.bfloat16(), input_ids)
+    results = FusedLinearForPPO()(hidden.bfloat16(), weight.bfloat16(), input_ids)
     assert [result.dtype for result in results] == [torch.float32, torch.float32]
 
 
@@ -53,9 +53,9 @@ def test_shapes_that_do_not_fit():
     """The error names the argument, what came and what was wanted."""
     hidden, weight, input_ids = _inputs(2, 3)
     with pytest.raises(ValueError, match=r"input_ids: got shape \(6,\); wanted \(2, 3\)"):
-        fused_linear_for_ppo(hidden, weight, input_ids.flatten())
+        FusedLinearForPPO()(hidden, weight, input_ids.flatten())
     with pytest.raises(ValueError, match=r"temperature: got shape \(2,\); wanted one number"):
-        fused_linear_for_ppo(hidden, weight, input_ids, torch.ones(2))
+        FusedLinearForPPO()(hidden, weight, input_ids, torch.ones(2))
 
 
 @pytest.mark.parametrize("module", ["care_kernels", "care_kernels.integrations.verl"])

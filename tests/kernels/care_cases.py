@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from care_kernels import Clip, PolicyLoss, care_loss
-from care_kernels.oracle import (
+from tests.kernels.cases import cast
+from tests.kernels.oracle import (
     reference_entropy,
     reference_exact_kl,
     reference_flags,
@@ -17,7 +18,6 @@ from care_kernels.oracle import (
     reference_surrogate,
     reference_token_advantages,
 )
-from tests.kernels.cases import cast
 
 B, T, D, V = 5, 14, 8, 23
 LEAVES = ("hidden", "head_weight", "bias")

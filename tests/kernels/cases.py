@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from care_kernels import PolicyLoss, linear_policy_loss
-from care_kernels.oracle import (
+from tests.kernels.oracle import (
     reference_log_probs,
     reference_logits,
     reference_policy_loss,

@@ -12,14 +12,6 @@ from torch import Tensor
 
 from care_kernels import Clip
 from care_kernels.care_loss import CareLoss, care_loss
-from care_kernels.oracle import (
-    reference_log_probs,
-    reference_logits,
-    reference_ratio,
-    reference_sampled_kl,
-    reference_surrogate,
-    reference_token_advantages,
-)
 from care_kernels.vocab_parallel import VocabShard
 from care_train.algorithm.types import TrainSequence
 from care_train.config import LossSettings
@@ -40,6 +32,14 @@ from tests.kernels.care_cases import (
 )
 from tests.kernels.cases import RoundLogitGradient, assert_close, assert_same, cast
 from tests.kernels.dispatch import Watch
+from tests.kernels.oracle import (
+    reference_log_probs,
+    reference_logits,
+    reference_ratio,
+    reference_sampled_kl,
+    reference_surrogate,
+    reference_token_advantages,
+)
 
 
 def check(case: Case) -> None:

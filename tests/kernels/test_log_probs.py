@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from care_kernels import linear_log_probs
-from care_kernels.oracle import reference_entropy, reference_log_probs, reference_logits
 from tests.kernels.cases import LEAVES, RUN_OPTIONS, Case, assert_close, assert_same, head_case
 from tests.kernels.dispatch import Watch
+from tests.kernels.oracle import reference_entropy, reference_log_probs, reference_logits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -23,7 +23,6 @@ from care_kernels.backends import (
     TorchChunk,
     chunk_kind,
 )
-from care_kernels.oracle import reference_entropy, reference_log_probs, reference_logits
 from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics
 from tests.kernels.cases import (
     Case,
@@ -36,6 +35,7 @@ from tests.kernels.cases import (
     run_ours,
     with_kl,
 )
+from tests.kernels.oracle import reference_entropy, reference_log_probs, reference_logits
 from tests.kernels.tolerances import SAME_MATHS, TWO_ROUNDINGS
 
 ROOT = Path(__file__).parents[2]

@@ -15,14 +15,14 @@ from care_kernels.objective import (
     row_objective,
     sampled_kl,
 )
-from care_kernels.oracle import (
+from care_kernels.softmax import RowStatistics
+from tests.kernels.cases import assert_same
+from tests.kernels.oracle import (
     reference_flags,
     reference_ratio,
     reference_sampled_kl,
     reference_surrogate,
 )
-from care_kernels.softmax import RowStatistics
-from tests.kernels.cases import assert_same
 
 SURROGATES = (Clip(), Clip(dual=3.0), Cispo(1.5), Cispo(1.28, 0.8), Sapo(), Sapo(2.0, 0.5))
 

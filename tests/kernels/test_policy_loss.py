@@ -8,7 +8,6 @@ import torch
 from care_kernels import Clip, linear_log_probs, linear_policy_loss
 from care_kernels.chunks import HeadChunks
 from care_kernels.objective import SKIPPED_ROW, PolicyLoss
-from care_kernels.oracle import reference_log_probs
 from tests.kernels.cases import (
     Case,
     assert_same,
@@ -20,6 +19,7 @@ from tests.kernels.cases import (
     with_kl,
 )
 from tests.kernels.dispatch import Allocations, Watch
+from tests.kernels.oracle import reference_log_probs
 
 LEVELS = ("token", "sequence")
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from care_kernels import Clip
-from care_kernels.oracle import reference_log_probs
 from tests.kernels.cases import (
     check_against_oracle,
     double_logits,
@@ -12,6 +11,7 @@ from tests.kernels.cases import (
     row_vector,
     with_kl,
 )
+from tests.kernels.oracle import reference_log_probs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ESTIMATORS = ("k1", "k2", "k3", "exact")

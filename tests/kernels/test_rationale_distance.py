@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from care_kernels.oracle import reference_rationale_distance
 from care_kernels.rationale_distance import pool_rationale, rationale_distance
 from care_train.algorithm.selection import pairwise_distances
 from tests.kernels.cases import error
+from tests.kernels.oracle import reference_rationale_distance
 from tests.kernels.span_cases import pad, random_spans
 from tests.kernels.tolerances import VALUE_FLOOR
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from care_kernels import Clip
-from care_kernels.oracle import (
+from tests.kernels.cases import LEAVES, policy_case, row_vector, with_kl
+from tests.kernels.oracle import (
     reference_entropy,
     reference_exact_kl,
     reference_logits,
@@ -15,7 +16,6 @@ from care_kernels.oracle import (
     reference_ratio,
     reference_surrogate,
 )
-from tests.kernels.cases import LEAVES, policy_case, row_vector, with_kl
 
 
 @pytest.mark.parametrize("level", ("token", "sequence"))

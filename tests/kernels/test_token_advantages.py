@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from care_kernels.oracle import reference_token_advantages
 from care_kernels.region_weights import token_advantages
 from care_train.algorithm.region_weights import spread_advantages, token_credit
 from care_train.algorithm.types import TrainSequence
 from care_train.config import CareSettings, Decisions
 from tests.algorithm.builders import right, wrong
 from tests.kernels.cases import error
+from tests.kernels.oracle import reference_token_advantages
 from tests.kernels.span_cases import SpanBatch, normal_floats, pad, span_batches
 from tests.kernels.tolerances import FLOOR
 

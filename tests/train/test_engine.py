@@ -7,7 +7,6 @@ import torch
 import yaml
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-from care_kernels import oracle as reference
 from care_train.config import DeepSpeedSettings, ModelSettings
 from care_train.distributed import initialize_process_group
 from care_train.models.load import load_model
@@ -16,6 +15,7 @@ from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.metrics import step_metrics
 from care_train.training.optimizer import OptimizerSettings
+from tests.kernels import oracle as reference
 from tests.train.builders import load, make_engine, micro_batch, random_sequences
 from tests.train.runs import ROOT
 

@@ -5,9 +5,9 @@ from importlib import import_module
 import pytest
 import torch
 
-from care_kernels.oracle import reference_rationale_distance
 from care_kernels.rationale_distance import rationale_distance
 from tests.kernels.cases import error
+from tests.kernels.oracle import reference_rationale_distance
 from tests.kernels.span_cases import pad, random_spans
 from tests.kernels.tolerances import VALUE_FLOOR
 from tests.kernels.triton.interpreter import DEVICE, interpret_kernels_of
