@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -115,22 +115,24 @@ def gemms(problem: Problem) -> Outcome:
         return Outcome(None, logits @ problem.head_weight, logits.T @ problem.hidden)
 
 
-def ours(problem: Problem) -> Outcome:
-    """`linear_policy_loss`: the whole loss, gradients made in the forward."""
+def ours(problem: Problem, **options: Any) -> Outcome:
+    """`linear_policy_loss`: the whole loss, gradients made in the forward; `options` are its."""
     out = linear_policy_loss(
         problem.hidden,
         problem.head_weight,
         problem.target_ids,
         problem.advantages,
         surrogate=Clip(CLIP_LOW, CLIP_HIGH),
+        **options,
     )
     grads = torch.autograd.grad(out.loss, (problem.hidden, problem.head_weight))
     return Outcome(out.log_probs, *grads)
 
 
-def ours_log_probs(problem: Problem) -> Outcome:
+def ours_log_probs(problem: Problem, backend: str | None = None) -> Outcome:
     """`linear_log_probs`, the loss composed on top."""
-    log_probs = linear_log_probs(problem.hidden, problem.head_weight, problem.target_ids)
+    inputs = (problem.hidden, problem.head_weight, problem.target_ids)
+    log_probs = linear_log_probs(*inputs, backend=backend)
     return _differentiate(problem, log_probs)
 
 

@@ -23,17 +23,16 @@ from bench.gpu.measuring import at_most, attempt, peak_mib, release, rounded, ti
 from bench.gpu.record import Bench
 from bench.measure import Spread
 from bench.peers import (
-    CLIP_HIGH,
-    CLIP_LOW,
     CONTENDERS,
     Outcome,
     Problem,
-    clipped_surrogate,
     gemms,
     installed_version,
     make_problem,
+    ours,
+    ours_log_probs,
 )
-from care_kernels import Clip, linear_log_probs, linear_policy_loss
+from care_kernels import linear_log_probs, linear_policy_loss
 
 FLOOR = "three bare GEMMs"
 OURS = "linear_policy_loss"
@@ -57,29 +56,11 @@ class Entrant:
     """It returns an `Outcome` of the whole problem, which is checked."""
 
 
-def _ours(problem: Problem, **options: Any) -> Outcome:
-    out = linear_policy_loss(
-        problem.hidden,
-        problem.head_weight,
-        problem.target_ids,
-        problem.advantages,
-        surrogate=Clip(CLIP_LOW, CLIP_HIGH),
-        backend="triton",
-        **options,
-    )
-    grads = torch.autograd.grad(out.loss, (problem.hidden, problem.head_weight))
-    return Outcome(out.log_probs, *grads)
+_ours = partial(ours, backend="triton")
 
 
 def _of_active(fraction: float) -> Callable[[Problem], Outcome]:
     return lambda problem: _ours(problem.with_active(fraction))
-
-
-def _log_probs_and_loss(problem: Problem) -> Outcome:
-    inputs = (problem.hidden, problem.head_weight)
-    log_probs = linear_log_probs(*inputs, problem.target_ids, backend="triton")
-    loss = clipped_surrogate(log_probs, problem.advantages)
-    return Outcome(log_probs.detach(), *torch.autograd.grad(loss, inputs))
 
 
 def _log_probs_alone(problem: Problem) -> object:
@@ -131,7 +112,7 @@ CORE = {
     "linear_policy_loss, 25 % active": Entrant(_of_active(0.25), 0.75, is_whole=False),
     "linear_policy_loss, no gradients": Entrant(_loss_alone, 1, is_whole=False),
     "linear_log_probs, no gradients": Entrant(_log_probs_alone, 1, is_whole=False),
-    "linear_log_probs + loss": Entrant(_log_probs_and_loss, 3),
+    "linear_log_probs + loss": Entrant(partial(ours_log_probs, backend="triton"), 3),
     "torch, fp32 softmax": Entrant(CONTENDERS["torch"].run, 3),
     "torch log-probs, no gradients": Entrant(_torch_log_probs_alone, 1, is_whole=False),
 }

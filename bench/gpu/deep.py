@@ -7,8 +7,8 @@ from bench.accuracy import relative_error, true_outcome
 from bench.gpu.measuring import attempt, release, rounded
 from bench.gpu.record import Bench
 from bench.gpu.sizes import sizes_of
-from bench.peers import CLIP_HIGH, CLIP_LOW, Problem, make_problem
-from care_kernels import Clip, linear_log_probs, linear_policy_loss
+from bench.peers import make_problem, ours
+from care_kernels import linear_log_probs
 
 _VOCAB_SLICE = 4096
 # Relative errors of the gradients and the largest log-prob error in nats that pass.
@@ -27,27 +27,12 @@ def run(bench: Bench) -> None:
         release(bench)
 
 
-def _loss(problem: Problem, chunk_rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs [N], dX [N, D] and dW [V, D]."""
-    out = linear_policy_loss(
-        problem.hidden,
-        problem.head_weight,
-        problem.target_ids,
-        problem.advantages,
-        surrogate=Clip(CLIP_LOW, CLIP_HIGH),
-        chunk_rows=chunk_rows,
-        backend="triton",
-    )
-    leaves = problem.hidden, problem.head_weight
-    grad_hidden, grad_weight = torch.autograd.grad(out.loss, leaves)
-    return out.log_probs, grad_hidden, grad_weight
-
-
 def _deep(bench: Bench, name: str, dtype: torch.dtype) -> None:
     """All log-probs, and dX and dW at the first, the last and some rows between."""
     num, width, vocab = sizes_of(bench.dry).deep
     problem = make_problem(num, width, vocab, bench.device, dtype)
-    log_probs, grad_hidden, grad_weight = _loss(problem, num)
+    log_probs, grad_hidden, grad_weight = ours(problem, backend="triton", chunk_rows=num)
+    assert log_probs is not None
     hidden, weight = problem.hidden.detach().double(), problem.head_weight.detach().double()
     targets, advantages = problem.target_ids, problem.advantages.double()[:, None]
     normaliser = torch.stack(
@@ -85,7 +70,8 @@ def _real(bench: Bench, head: str) -> None:
     sizes = sizes_of(bench.dry)
     problem = make_problem(sizes.real_rows, *sizes.heads[head], bench.device)
     truth = true_outcome(problem)
-    log_probs, grad_hidden, grad_weight = _loss(problem, None)
+    log_probs, grad_hidden, grad_weight = ours(problem, backend="triton")
+    assert log_probs is not None
     with torch.no_grad():
         inputs = problem.hidden, problem.head_weight, problem.target_ids
         alone = linear_log_probs(*inputs, backend="triton")

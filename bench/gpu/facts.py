@@ -9,8 +9,7 @@ import torch
 from bench.gpu.measuring import attempt, rounded, time_in_turns
 from bench.gpu.record import Bench
 from bench.measure import machine_facts
-from bench.peers import installed_version, make_problem
-from care_kernels import linear_policy_loss
+from bench.peers import installed_version, make_problem, ours
 
 # Liger's own kernels for Hopper need nvidia-cutlass-dsl; without it its torch code runs.
 _PACKAGES = (
@@ -64,17 +63,11 @@ def _importable(package: str) -> str:
 def _first_call(bench: Bench) -> None:
     problem = make_problem(64, 64, 64 if bench.dry else 512, bench.device)
     start = time.time()
-    out = linear_policy_loss(
-        problem.hidden,
-        problem.head_weight,
-        problem.target_ids,
-        problem.advantages,
-        backend="triton",
-    )
-    out.loss.backward()
+    log_probs = ours(problem, backend="triton").log_probs
+    assert log_probs is not None
     logits = problem.hidden.double() @ problem.head_weight.double().T
     truth = logits.log_softmax(-1).gather(1, problem.target_ids[:, None])[:, 0]
-    off = rounded(float((out.log_probs - truth.detach()).abs().max()))
+    off = rounded(float((log_probs - truth.detach()).abs().max()))
     bench.record.put(
         "first_call", {"log_prob_error": off, "seconds": round(time.time() - start, 1)}
     )

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.autograd import DeviceType
@@ -9,8 +10,8 @@ from torch.autograd import DeviceType
 from bench.gpu.measuring import attempt, rounded, synchronize
 from bench.gpu.record import Bench
 from bench.gpu.sizes import sizes_of
-from bench.peers import Problem, clipped_surrogate, make_problem
-from care_kernels import linear_log_probs, linear_policy_loss
+from bench.peers import Problem, make_problem, ours, ours_log_probs
+from care_kernels import linear_log_probs
 
 _ROWS_SHOWN = 16
 
@@ -21,34 +22,19 @@ def run(bench: Bench) -> None:
     width, vocab = sizes.heads["7b"]
     problem = make_problem(sizes.profile_rows, width, vocab, bench.device)
     calls: dict[str, Callable[[], object]] = {
-        "linear_policy_loss": lambda: _loss(problem),
-        "linear_log_probs + loss": lambda: _log_probs_and_loss(problem),
-        "linear_log_probs, no gradients": lambda: _log_probs(problem.hidden.detach(), problem),
+        "linear_policy_loss": partial(ours, problem, backend="triton"),
+        "linear_log_probs + loss": partial(ours_log_probs, problem, backend="triton"),
+        "linear_log_probs, no gradients": partial(_log_probs, problem),
     }
     for name, call in calls.items():
         attempt(bench, name, lambda name=name, call=call: _profile(bench, name, call, problem))
     attempt(bench, "overhead", lambda: _overhead(bench))
 
 
-def _loss(problem: Problem) -> object:
-    out = linear_policy_loss(
-        problem.hidden,
-        problem.head_weight,
-        problem.target_ids,
-        problem.advantages,
-        backend="triton",
-    )
-    return torch.autograd.grad(out.loss, (problem.hidden, problem.head_weight))
-
-
-def _log_probs(hidden: torch.Tensor, problem: Problem) -> torch.Tensor:
-    weight = problem.head_weight if hidden.requires_grad else problem.head_weight.detach()
-    return linear_log_probs(hidden, weight, problem.target_ids, backend="triton")
-
-
-def _log_probs_and_loss(problem: Problem) -> object:
-    loss = clipped_surrogate(_log_probs(problem.hidden, problem), problem.advantages)
-    return torch.autograd.grad(loss, (problem.hidden, problem.head_weight))
+def _log_probs(problem: Problem) -> object:
+    with torch.no_grad():
+        inputs = (problem.hidden, problem.head_weight, problem.target_ids)
+        return linear_log_probs(*inputs, backend="triton")
 
 
 def _profile(bench: Bench, name: str, call: Callable[[], object], problem: Problem) -> None:
@@ -91,12 +77,12 @@ def _overhead(bench: Bench) -> None:
     """A call whose work is nothing: checks, launches and the one wait for the number of rows."""
     problem = make_problem(64, 256, 64 if bench.dry else 1024, bench.device)
     for _ in range(3):
-        _loss(problem)
+        ours(problem, backend="triton")
     synchronize(bench)
     repeats = 1 if bench.dry else 100
     start = time.perf_counter()
     for _ in range(repeats):
-        _loss(problem)
+        ours(problem, backend="triton")
     synchronize(bench)
     microseconds = 1e6 * (time.perf_counter() - start) / repeats
     bench.record.put("overhead_us", round(microseconds))

@@ -18,8 +18,7 @@ from bench.gpu import projection
 from bench.gpu.measuring import attempt, peak_mib, release, rounded, time_in_turns
 from bench.gpu.record import Bench
 from bench.gpu.sizes import sizes_of
-from bench.peers import Problem, make_problem
-from care_kernels import linear_policy_loss
+from bench.peers import Problem, make_problem, ours
 
 _THREADS = 12
 # A log-prob further off than this, in nats, belongs to a wrong kernel.
@@ -163,14 +162,10 @@ def _sweep_chunks(bench: Bench, head: str) -> dict[str, Any]:
     sizes = sizes_of(bench.dry)
     rows = max(sizes.headline_rows)
     problem = make_problem(rows, *sizes.heads[head], bench.device)
-    leaves = problem.hidden, problem.head_weight
-
-    def loss(chunk_rows: int | None) -> object:
-        inputs = *leaves, problem.target_ids, problem.advantages
-        out = linear_policy_loss(*inputs, chunk_rows=chunk_rows, backend="triton")
-        return torch.autograd.grad(out.loss, leaves)
-
-    calls = {str(n): partial(loss, n) for n in ((None, 8) if bench.dry else _CHUNK_ROWS)}
+    calls: dict[str, Callable[[], object]] = {
+        str(rows): partial(ours, problem, backend="triton", chunk_rows=rows)
+        for rows in ((None, 8) if bench.dry else _CHUNK_ROWS)
+    }
     times = time_in_turns(bench, calls, 2 if bench.dry else 5, budget=1.0)
     found: dict[str, dict[str, Any]] = {}
     print(f"\nrows of a chunk, whole loss, {head} N={rows}")
