@@ -199,6 +199,8 @@ def restrided(case: Case, layout: str) -> Case:
     """The same numbers in a head weight of another layout."""
     weight = case["head_weight"]
     vocab_size, width = weight.shape
+    if layout == "contiguous":
+        return case
     if layout == "transposed":
         return case | {"head_weight": weight.T.contiguous().T}
     if layout == "every_other":
@@ -212,29 +214,22 @@ def restrided(case: Case, layout: str) -> Case:
 
 @needs_native
 @pytest.mark.parametrize(
-    ("layout", "kind"),
+    ("layout", "width", "kind"),
     (
-        ("transposed", TorchChunk),
-        ("every_other", TorchChunk),
-        ("odd_rows", TorchChunk),
-        ("even_rows", NativeChunk),
-        ("offset", NativeChunk),
+        ("transposed", 18, TorchChunk),
+        ("every_other", 18, TorchChunk),
+        ("odd_rows", 18, TorchChunk),
+        ("even_rows", 18, NativeChunk),
+        ("offset", 18, NativeChunk),
+        ("contiguous", 1, TorchChunk),
+        ("contiguous", 17, TorchChunk),
     ),
 )
-def test_weight_layouts(layout: str, kind: type) -> None:
+def test_weight_layouts(layout: str, width: int, kind: type) -> None:
     """A weight whose rows cannot be read in pairs goes to `TorchChunk`; every layout is right."""
-    case = restrided(policy_case(width=18, dtype=torch.bfloat16), layout)
-    assert not case["head_weight"].is_contiguous()
+    case = restrided(policy_case(width=width, dtype=torch.bfloat16), layout)
+    assert case["head_weight"].is_contiguous() == (layout == "contiguous")
     assert kind_of(case) is kind
-    check_against_oracle(case)
-
-
-@needs_native
-@pytest.mark.parametrize("width", (1, 17))
-def test_odd_hidden_size(width: int) -> None:
-    """An odd D runs in torch."""
-    case = policy_case(width=width, dtype=torch.bfloat16)
-    assert kind_of(case) is TorchChunk
     check_against_oracle(case)
 
 

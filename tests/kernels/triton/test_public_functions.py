@@ -171,8 +171,11 @@ def test_an_anchor_too_far_is_nan() -> None:
     now = linear_log_probs(**head, return_log_normalizer=True)[1]
     moved = torch.tensor([0.0, -61.0, 61.0, -200.0, 200.0, 0.0])
     ones = torch.ones(6)
-    loss, _ = run_ours(on_triton(case | {"old_log_normalizer": now + moved, "advantages": ones}))
-    assert loss.log_probs.isnan().tolist() == [False, True, True, True, True, False]
+    case |= {"old_log_normalizer": now + moved, "advantages": ones, "return_entropy": True}
+    loss, _ = run_ours(on_triton(case))
+    assert loss.entropy is not None
+    for field in (loss.log_probs, loss.entropy):
+        assert field.isnan().tolist() == [False, True, True, True, True, False]
     assert loss.loss.isnan()
 
 
