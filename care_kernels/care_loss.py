@@ -12,7 +12,7 @@ states belongs to token (b, t): moving the tokens' numbers leaves the hidden sta
 Shape letters: B sequences, T tokens, D hidden, V vocabulary.
 """
 
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -231,13 +231,7 @@ def _check_response(
         raise checks.wrong("token_ids", got, f"0 to {vocab_size - 1}")
 
 
-@overload
-def _to_rows(per_token: Tensor) -> Tensor: ...
-@overload
-def _to_rows(per_token: None) -> None: ...
-
-
-def _to_rows(per_token: Tensor | None) -> Tensor | None:
+def _to_rows(per_token: Tensor | None) -> Any:
     """[B, T] to [B * T], each token's entry moved to the row of the hidden state that predicts it.
 
     A sequence's last row predicts nothing here and gets 0.

@@ -69,10 +69,10 @@ class SurrogateRows(NamedTuple):
     """f of each row and its two derivatives, each [N]."""
 
     value: Tensor
-    along_ratio: Tensor | None
+    along_ratio: Tensor
     """df / d log rho, which at sequence level reaches every row of the sequence."""
-    along_log_prob: Tensor | None
-    """df / dl where rho is a constant: the row's own."""
+    along_log_prob: Tensor
+    """df / dl at a constant rho: the row's own."""
     clipped_low: Tensor
     clipped_high: Tensor
 
@@ -112,8 +112,8 @@ class Clip:
             clipped_high = clipped_high | beyond_dual
             bounded = torch.where(beyond_dual, self.dual, bounded)
         slope = torch.where(clipped_low | clipped_high, 0.0, advantages)
-        value = _times(advantages, bounded)
-        return SurrogateRows(value, _times(slope, ratio), None, clipped_low, clipped_high)
+        value, nothing = _times(advantages, bounded), torch.zeros_like(ratio)
+        return SurrogateRows(value, _times(slope, ratio), nothing, clipped_low, clipped_high)
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,9 @@ class Cispo:
     def __call__(self, ratio: Tensor, log_probs: Tensor, advantages: Tensor) -> SurrogateRows:
         """f at each row."""
         weight = _times(advantages, ratio.clamp(self.min_ratio, self.max_ratio))
+        value, nothing = _times(weight, log_probs), torch.zeros_like(ratio)
         flags = (ratio < self.min_ratio, ratio > self.max_ratio)
-        return SurrogateRows(_times(weight, log_probs), None, weight, *flags)
+        return SurrogateRows(value, nothing, weight, *flags)
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,10 @@ class Sapo:
         temperature = temperature.masked_fill(advantages > 0, self.positive_temperature)
         gate = torch.sigmoid(temperature * (ratio - 1))
         slope = _times(4 * gate * (1 - gate), ratio)
-        never = torch.zeros_like(ratio, dtype=torch.bool)
+        nothing = torch.zeros_like(ratio)
         value = _times(advantages, 4 * gate / temperature)
-        return SurrogateRows(value, _times(advantages, slope), None, never, never)
+        flags = (nothing.bool(), nothing.bool())
+        return SurrogateRows(value, _times(advantages, slope), nothing, *flags)
 
 
 Surrogate = Clip | Cispo | Sapo
@@ -244,46 +246,38 @@ def row_objective(
         log_ratio = groups.mean(log_ratio)
     ratio = log_ratio.exp()
     rows = surrogate(ratio, stats.log_probs, terms.advantages)
-    value, kl, along_log_prob = -rows.value, stats.kl, 0.0
-    if along_ratio is None and rows.along_ratio is not None:
+    value, kl, along_log_prob = -rows.value, stats.kl, -rows.along_log_prob
+    if along_ratio is None:
         along_ratio = -rows.along_ratio
-    if rows.along_log_prob is not None:
-        along_log_prob = -rows.along_log_prob
     if terms.kl_weights is not None:
         if kl_estimator != "exact":
             assert terms.ref_log_probs is not None
             kl, slope = sampled_kl(kl_estimator, stats.log_probs, terms.ref_log_probs)
             if kl_estimator == "k3_unbiased":
                 kl, slope = ratio * kl, ratio * slope
-                weighted_kl = _times(terms.kl_weights, kl)
-                along_ratio = weighted_kl if along_ratio is None else along_ratio + weighted_kl
+                along_ratio = along_ratio + _times(terms.kl_weights, kl)
             along_log_prob = along_log_prob + _times(terms.kl_weights, slope)
         assert kl is not None
         value = value + _times(terms.kl_weights, kl)
     if terms.entropy_weights is not None:
         assert stats.entropy is not None
         value = value - _times(terms.entropy_weights, stats.entropy)
-    if along_ratio is not None and groups is not None:
+    if groups is not None:
         # d log s / dl = 1 / n for each of a sequence's n rows, whether or not it has an advantage.
         along_ratio = groups.mean(along_ratio)
-    g = along_log_prob if along_ratio is None else along_log_prob + along_ratio
-    assert isinstance(g, Tensor)
     outcome = PolicyLoss(
         value, stats.log_probs, stats.entropy, kl, ratio, rows.clipped_low, rows.clipped_high
     )
-    return outcome, row_gradients(g, terms, kl_estimator)
+    return outcome, row_gradients(along_log_prob + along_ratio, terms, kl_estimator)
 
 
-def slope_at_ratio_one(
-    terms: RowTerms, surrogate: Surrogate, groups: SequenceGroups
-) -> Tensor | None:
+def slope_at_ratio_one(terms: RowTerms, surrogate: Surrogate, groups: SequenceGroups) -> Tensor:
     """[N] dL / d log s of each row's sequence over its rows, where the policy is the old one.
 
-    Then s is 1 whatever the log-probs are. None where the surrogate takes its ratio as a constant.
+    Then s is 1 whatever the log-probs are.
     """
     zeros = torch.zeros_like(terms.advantages)
-    slope = surrogate(zeros.exp(), zeros, terms.advantages).along_ratio
-    return None if slope is None else groups.mean(-slope)
+    return groups.mean(-surrogate(zeros.exp(), zeros, terms.advantages).along_ratio)
 
 
 def row_gradients(g: Tensor, terms: RowTerms, kl_estimator: str) -> RowGradients:
