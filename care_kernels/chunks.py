@@ -127,10 +127,7 @@ class HeadChunks:
     """
 
     gradients: list[Tensor | None]
-    """dX [N, D], dW [V, D] and db [V] under construction; None where not wanted.
-
-    Several chunks add up in float32; a lone one is rounded to its own type by its GEMM.
-    """
+    """dX [N, D], dW [V, D] and db [V] under construction; None where not wanted."""
 
     def __init__(
         self,
@@ -196,16 +193,22 @@ class HeadChunks:
         )
         self._logits = kind(spec, min(self._chunk_rows, num_rows))
 
-        grad_dtype = self._logits.grad_dtype
-        is_half = self.makes_gradients and grad_dtype == torch.float16
+        is_half = self.makes_gradients and self._logits.grad_dtype == torch.float16
         self._scale = _largest_power_of_two(row_weights) if is_half else 1.0
+        self._weight_is_new = weight_grad is None
+        self.gradients = self._room_for(wanted, weight_grad, inputs[1].dtype)
+
+    def _room_for(
+        self, wanted: Wanted, weight_grad: Tensor | None, weight_dtype: torch.dtype
+    ) -> list[Tensor | None]:
+        """Several chunks add up in float32; a lone one is rounded to its own type by its GEMM."""
+        grad_dtype, weight = self._logits.grad_dtype, self._weight
         wide = torch.float64 if grad_dtype == torch.float64 else torch.float32
         narrow = grad_dtype if grad_dtype == torch.bfloat16 else wide
-        is_lone = num_rows <= self._chunk_rows and inputs[1].dtype == narrow
-        self._weight_is_new = wanted[1] and weight_grad is None
-        if self._weight_is_new:
+        if wanted[1] and weight_grad is None:
+            is_lone = self._rows.numel() <= self._chunk_rows and weight_dtype == narrow
             weight_grad = weight.new_empty(weight.shape, dtype=narrow if is_lone else wide)
-        self.gradients = [
+        return [
             weight.new_zeros(self._hidden.shape, dtype=narrow) if wanted[0] else None,
             weight_grad if wanted[1] else None,
             weight.new_zeros(len(weight), dtype=wide) if wanted[2] else None,

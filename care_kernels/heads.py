@@ -8,8 +8,7 @@ has one; under PEFT, FSDP2 or tensor parallelism it has to be put together first
 Shape letters: V vocabulary, D hidden, r rank of an adapter.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,16 +94,12 @@ def logit_options(config: Any) -> dict[str, Any]:
     }
 
 
-class _Adapter(NamedTuple):
-    """One active LoRA adapter: scaling * up [V, r] down [r, D]."""
-
-    down: Tensor
-    up: Tensor
-    scaling: float
-
-
 def _adapted(module: Any) -> tuple[Tensor, Tensor | None]:
-    """Base and adapters of a PEFT layer; read by attributes, so that peft is never imported."""
+    """Base and active adapters of a PEFT layer; read by attributes: peft is never imported.
+
+    Raises:
+        ValueError: the layer's forward does something else, or more.
+    """
     weight, bias = head_parameters(module.base_layer)
     if getattr(module, "disable_adapters", False):
         if getattr(module, "merged", False):
@@ -113,21 +108,6 @@ def _adapted(module: Any) -> tuple[Tensor, Tensor | None]:
         return weight, bias
     if getattr(module, "merged", False):
         return weight, bias
-    for adapter in _active_adapters(module):
-        dtype = torch.promote_types(weight.dtype, adapter.up.dtype)
-        up, down = adapter.up.to(dtype), adapter.down.to(dtype)
-        # Autocast would round the sum to its own type.
-        with torch.autocast(weight.device.type, enabled=False):
-            weight = torch.addmm(weight.to(dtype), up, down, alpha=adapter.scaling)
-    return weight, bias
-
-
-def _active_adapters(module: Any) -> Iterator[_Adapter]:
-    """The adapters that the layer's forward would add.
-
-    Raises:
-        ValueError: the layer does something else, or more.
-    """
     kind = f"{type(module).__module__}.{type(module).__name__}"
     is_lora = all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling"))
     if not is_lora or hasattr(module, "parameter_name"):
@@ -140,11 +120,14 @@ def _active_adapters(module: Any) -> Iterator[_Adapter]:
             raise wrong("module", f"{kind}, LoRA on an embedding", "it on a linear")
         if name in module.lora_A:
             _check_expressible(module, name)
-            yield _Adapter(
-                _plain(f"lora_A[{name!r}]", module.lora_A[name].weight, 2),
-                _plain(f"lora_B[{name!r}]", module.lora_B[name].weight, 2),
-                module.scaling[name],
-            )
+            down = _plain(f"lora_A[{name!r}]", module.lora_A[name].weight, 2)
+            up = _plain(f"lora_B[{name!r}]", module.lora_B[name].weight, 2)
+            dtype = torch.promote_types(weight.dtype, up.dtype)
+            # Autocast would round the sum to its own type.
+            with torch.autocast(weight.device.type, enabled=False):
+                scaling, delta = module.scaling[name], (up.to(dtype), down.to(dtype))
+                weight = torch.addmm(weight.to(dtype), *delta, alpha=scaling)
+    return weight, bias
 
 
 def _check_expressible(module: Any, name: str) -> None:
