@@ -53,73 +53,6 @@ class GemmTile(NamedTuple):
     num_stages: int
 
 
-@triton.jit
-def _finish_columns(
-    raw,
-    target_ids,
-    anchor,
-    first_row,
-    first_column,
-    bias_ptr,
-    exps,
-    tile_max_ptr,
-    tile_total_ptr,
-    tile_moment_ptr,
-    target_logit_ptr,
-    num_rows,
-    vocab_size,
-    padded_size,
-    stride_exps,
-    inner,
-    outer,
-    HAS_SOFTCAP: tl.constexpr,
-    USE_TMA: tl.constexpr,
-):
-    # One tile of the statistics: raw holds all of x W^T for its rows and columns.
-    NUM_COLUMNS: tl.constexpr = raw.shape[1]
-    lanes = tl.arange(0, NUM_COLUMNS)
-    rows = first_row + tl.arange(0, raw.shape[0])
-    columns = first_column + lanes
-    within = columns < vocab_size
-    inside = rows < num_rows
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + columns, mask=within, other=0.0).to(tl.float32)
-        raw += tl.maximum(bias, LEAST_BIAS)[None, :]
-    z = to_logits(raw, inner, outer, HAS_SOFTCAP)
-
-    # Few tiles hold a target of their rows: the others skip a comparison of every column.
-    last = tl.minimum(first_column + NUM_COLUMNS, vocab_size)
-    is_here = (target_ids >= first_column) & (target_ids < last)
-    if tl.max(is_here.to(tl.int32), 0) > 0:
-        target_lane = tl.where(is_here, target_ids - first_column, -1).to(tl.int32)
-        target_logit = tl.sum(tl.where(lanes[None, :] == target_lane[:, None], z, 0.0), 1)
-        tl.store(target_logit_ptr + rows, target_logit, mask=is_here)
-
-    tile_offsets = (first_column // NUM_COLUMNS).to(tl.int64) * num_rows + rows
-    if tile_max_ptr is not None:
-        z = tl.where(within[None, :], z, LOWEST)
-        shift = tl.max(z, 1)
-        tl.store(tile_max_ptr + tile_offsets, shift, mask=inside)
-        z -= shift[:, None]
-        e = tl.exp2(z)
-    else:
-        # Masked after the subtraction, which then is one instruction with the scaling.
-        z -= anchor[:, None]
-        e = tl.where(within[None, :], tl.exp2(z), 0.0)
-    tl.store(tile_total_ptr + tile_offsets, tl.sum(e, 1), mask=inside)
-    if tile_moment_ptr is not None:
-        tl.store(tile_moment_ptr + tile_offsets, tl.sum(e * z, 1), mask=inside)
-    # Columns between the vocabulary's end and the padded width are zeros, for GEMMs on CPUs that
-    # read on behind a row; storing them keeps every store a whole vector.
-    if exps is not None:
-        if USE_TMA:
-            exps.store([first_row, first_column], e.to(exps.dtype))
-        else:
-            ptrs = exps + rows.to(tl.int64)[:, None] * stride_exps + columns[None, :]
-            stored = inside[:, None] & (columns < padded_size)[None, :]
-            tl.store(ptrs, e.to(exps.dtype.element_ty), mask=stored)
-
-
 # The number of rows differs from chunk to chunk: compiling again for it would gain nothing.
 @triton.jit(do_not_specialize=["num_rows"])
 def _project_kernel(
@@ -168,6 +101,7 @@ def _project_kernel(
         first_row = (group * group_blocks + in_group % group_size) * BLOCK_C
         first_column = in_group // group_size * BLOCK_V
         rows = first_row + tl.arange(0, BLOCK_C)
+        inside = rows < num_rows
 
         raw = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
         if not USE_TMA:
@@ -198,37 +132,59 @@ def _project_kernel(
             else:
                 raw = tl.dot(x, w, raw)
 
-        target_ids = tl.load(target_ids_ptr + rows, mask=rows < num_rows, other=-1)
+        target_ids = tl.load(target_ids_ptr + rows, mask=inside, other=-1)
         anchor = None
         if anchor_ptr is not None:
-            anchor = tl.load(anchor_ptr + rows, mask=rows < num_rows, other=0.0) * LOG2_E
+            anchor = tl.load(anchor_ptr + rows, mask=inside, other=0.0) * LOG2_E
         # In two halves, of which the second's exponentials need no registers yet: all at once do
         # not fit beside the products.
         HALF_V: tl.constexpr = BLOCK_V // 2
         halves = tl.permute(tl.reshape(raw, (BLOCK_C, 2, HALF_V)), (0, 2, 1))
         left, right = tl.split(halves)
         for half in tl.static_range(2):
-            _finish_columns(
-                left if half == 0 else right,
-                target_ids,
-                anchor,
-                first_row,
-                first_column + half * HALF_V,
-                bias_ptr,
-                exps,
-                tile_max_ptr,
-                tile_total_ptr,
-                tile_moment_ptr,
-                target_logit_ptr,
-                num_rows,
-                vocab_size,
-                padded_size,
-                stride_exps,
-                inner,
-                outer,
-                HAS_SOFTCAP,
-                USE_TMA,
-            )
+            # All of x W^T for these rows and columns.
+            z = left if half == 0 else right
+            first_half = first_column + half * HALF_V
+            lanes = tl.arange(0, HALF_V)
+            columns = first_half + lanes
+            within = columns < vocab_size
+            if bias_ptr is not None:
+                bias = tl.load(bias_ptr + columns, mask=within, other=0.0).to(tl.float32)
+                z += tl.maximum(bias, LEAST_BIAS)[None, :]
+            z = to_logits(z, inner, outer, HAS_SOFTCAP)
+
+            # Few tiles hold a target of their rows: the others skip a comparison of every column.
+            last = tl.minimum(first_half + HALF_V, vocab_size)
+            is_here = (target_ids >= first_half) & (target_ids < last)
+            if tl.max(is_here.to(tl.int32), 0) > 0:
+                target_lane = tl.where(is_here, target_ids - first_half, -1).to(tl.int32)
+                is_target = lanes[None, :] == target_lane[:, None]
+                target_logit = tl.sum(tl.where(is_target, z, 0.0), 1)
+                tl.store(target_logit_ptr + rows, target_logit, mask=is_here)
+
+            tile_offsets = (first_half // HALF_V).to(tl.int64) * num_rows + rows
+            if tile_max_ptr is not None:
+                z = tl.where(within[None, :], z, LOWEST)
+                shift = tl.max(z, 1)
+                tl.store(tile_max_ptr + tile_offsets, shift, mask=inside)
+                z -= shift[:, None]
+                e = tl.exp2(z)
+            else:
+                # Masked after the subtraction, which then is one instruction with the scaling.
+                z -= anchor[:, None]
+                e = tl.where(within[None, :], tl.exp2(z), 0.0)
+            tl.store(tile_total_ptr + tile_offsets, tl.sum(e, 1), mask=inside)
+            if tile_moment_ptr is not None:
+                tl.store(tile_moment_ptr + tile_offsets, tl.sum(e * z, 1), mask=inside)
+            # Columns between the vocabulary's end and the padded width are zeros, for GEMMs on CPUs
+            # that read on behind a row; storing them keeps every store a whole vector.
+            if exps is not None:
+                if USE_TMA:
+                    exps.store([first_row, first_half], e.to(exps.dtype))
+                else:
+                    ptrs = exps + rows.to(tl.int64)[:, None] * stride_exps + columns[None, :]
+                    stored = inside[:, None] & (columns < padded_size)[None, :]
+                    tl.store(ptrs, e.to(exps.dtype.element_ty), mask=stored)
 
 
 FORMS = ("plain", "entropy", "anchored", "softcap")
