@@ -120,7 +120,7 @@ def compile_cases(architecture: str = "9") -> list[CompileCase]:
         *_exp_gradients_cases(architecture),
         _objective_case(),
         _token_advantages_case(),
-        *_rationale_distance_cases(),
+        _span_means_case(),
     ]
 
 
@@ -260,37 +260,31 @@ def _objective_case() -> CompileCase:
 
 def _token_advantages_case() -> CompileCase:
     """The paper's two regions and four of a trainer's."""
-    kernel, block = region_weights._token_advantages_kernel, region_weights.BLOCK
-    types = _pointers(kernel) | {"weights_ptr": "*fp64", "weight_eps": "fp64"}
+    kernel, block = region_weights._paint_kernel, region_weights.BLOCK
     return compile_case(
         "token_advantages",
         kernel,
-        types | dict.fromkeys(("spans_ptr", "ends_ptr"), "*i64"),
-        {"BLOCK": block, "NORMALIZE": True, "NUM_REGIONS": 6},
+        _pointers(kernel) | dict.fromkeys(("spans_ptr", "ends_ptr"), "*i64"),
+        {"BLOCK": block, "NUM_REGIONS": 6},
         num_warps=region_weights.NUM_WARPS,
         grid=f"{NUM_SEQUENCES} sequences x {triton.cdiv(SEQ_LEN, block)} splits",
-        hbm_bytes=NUM_SEQUENCES * (SEQ_LEN * 4 + 4 + 6 * (2 * 8 + 8)),
+        hbm_bytes=NUM_SEQUENCES * (SEQ_LEN * 4 + 6 * (2 * 8 + 4)),
     )
 
 
-def _rationale_distance_cases() -> list[CompileCase]:
-    """The means, padded and packed."""
+def _span_means_case() -> CompileCase:
+    """Columns side by side; padded and packed states differ in a stride alone."""
     block_t, block_d = rationale_distance.BLOCK_T, rationale_distance.BLOCK_D
-    return [
-        compile_case(
-            f"span_means_{layout}",
-            rationale_distance._span_means_kernel,
-            {"means_ptr": "*fp32", "hidden_ptr": "*bf16", "spans_ptr": "*i64"} | pointer,
-            {"stride_column": 1, "BLOCK_T": block_t, "BLOCK_D": block_d} | absent,
-            num_warps=rationale_distance.NUM_WARPS,
-            grid=f"{NUM_SEQUENCES} sequences x {triton.cdiv(WIDTH, block_d)} column blocks",
-            hbm_bytes=NUM_SEQUENCES * (SEQ_LEN * WIDTH * 2 + 2 * 8 + WIDTH * 4),
-        )
-        for layout, pointer, absent in (
-            ("padded", {}, {"cu_seqlens_ptr": None}),
-            ("packed", {"cu_seqlens_ptr": "*i32"}, {}),
-        )
-    ]
+    indices = dict.fromkeys(("starts_ptr", "spans_ptr"), "*i64")
+    return compile_case(
+        "span_means",
+        rationale_distance._span_means_kernel,
+        {"means_ptr": "*fp32", "hidden_ptr": "*bf16"} | indices,
+        {"stride_column": 1, "BLOCK_T": block_t, "BLOCK_D": block_d},
+        num_warps=rationale_distance.NUM_WARPS,
+        grid=f"{NUM_SEQUENCES} sequences x {triton.cdiv(WIDTH, block_d)} column blocks",
+        hbm_bytes=NUM_SEQUENCES * (SEQ_LEN * WIDTH * 2 + 3 * 8 + WIDTH * 4),
+    )
 
 
 def _pointers(kernel: Any) -> dict[str, str]:

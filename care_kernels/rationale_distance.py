@@ -7,8 +7,6 @@ with h the mean of the final hidden states over the think span, scaled to unit L
 Shape letters: B sequences, T tokens, N tokens of all sequences in a row, D hidden.
 """
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from care_kernels import checks
 from care_kernels.backends import compute_dtype, resolve_backend
-from care_kernels.region_weights import load_span
+from care_kernels.region_weights import cut_spans
 
 NORM_EPS = 1e-12
 """Shorter means count as this long, so that a zero vector stays zero."""
@@ -60,19 +58,19 @@ def pool_rationale(
     shapes = checks.Shapes()
     shapes.check("B T D" if cu_seqlens is None else "N D", hidden=hidden)
     checks.check_numbers("hidden", hidden)
-    num_sequences, lengths = hidden.shape[:2]
+    starts, lengths = torch.arange(len(hidden), device=hidden.device), hidden.shape[1]
     if cu_seqlens is not None:
         shapes.check("S", checks.INT_DTYPES, cu_seqlens=cu_seqlens)
         if len(cu_seqlens) == 0:
             raise checks.wrong("cu_seqlens", "shape (0,)", "(B + 1,)")
         checks.check_cu_seqlens(cu_seqlens, len(hidden))
-        num_sequences, lengths = len(cu_seqlens) - 1, cu_seqlens.long().diff()
-    shapes.check(f"{num_sequences} 2", checks.INT_DTYPES, think_spans=think_spans)
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.long().diff()
+    shapes.check(f"{len(starts)} 2", checks.INT_DTYPES, think_spans=think_spans)
     checks.check_spans("think_spans", think_spans, lengths)
+    spans = cut_spans(think_spans.long(), torch.as_tensor(lengths, device=hidden.device))
     is_fused = resolve_backend(backend, hidden.device) == "triton"
     span_means = _launch if is_fused else _span_means
-    means = span_means(hidden, think_spans, cu_seqlens, compute_dtype(hidden))
-    return F.normalize(means, dim=1, eps=NORM_EPS)
+    return F.normalize(span_means(hidden, starts, spans), dim=1, eps=NORM_EPS)
 
 
 def cosine_distance(embeddings: Tensor, others: Tensor) -> Tensor:
@@ -124,33 +122,32 @@ def rationale_distance(
     return distance.masked_fill(~is_known, torch.nan)
 
 
-def _span_means(
-    hidden: Tensor, spans: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """[B, D] mean of each span, zero where it is empty."""
-    means = hidden.new_zeros((spans.shape[0], hidden.shape[-1]), dtype=dtype)
-    sequences = hidden
-    if cu_seqlens is not None:
-        sequences = [hidden[start:end] for start, end in pairwise(cu_seqlens.tolist())]
-    for mean, states, (start, end) in zip(means, sequences, spans.tolist(), strict=True):
-        inside = states[max(start, 0) : max(end, 0)]
+def _span_means(hidden: Tensor, starts: Tensor, spans: Tensor) -> Tensor:
+    """[B, D] mean of each span, zero where it is empty; float32, or float64 for float64.
+
+    Args:
+        hidden: [B, T, D], or [N, D] of packed sequences.
+        starts: [B] int64, where each sequence starts along the first dimension.
+        spans: [B, 2] int64, within their sequences.
+    """
+    means = hidden.new_zeros((len(spans), hidden.shape[-1]), dtype=compute_dtype(hidden))
+    for mean, first, (start, end) in zip(means, starts.tolist(), spans.tolist(), strict=True):
+        states = hidden[first] if hidden.dim() == 3 else hidden[first:]
         # In blocks: on the CPU a sum into another dtype converts all of its input first.
-        for block in inside.split(BLOCK_TOKENS):
-            mean += block.sum(0, dtype=dtype)
-        mean /= max(len(inside), 1)
+        for block in states[start:end].split(BLOCK_TOKENS):
+            mean += block.sum(0, dtype=means.dtype)
+        mean /= max(end - start, 1)
     return means
 
 
-# T changes with every batch: compiling again for each would cost more.
-@triton.jit(do_not_specialize=["seq_len"])
+@triton.jit
 def _span_means_kernel(
     means_ptr,  # [B, D] float32 or float64
-    hidden_ptr,  # [B, T, D], or [N, D] with cu_seqlens; any strides
-    spans_ptr,  # [B, 2] int
-    cu_seqlens_ptr,  # [B + 1] int, or None
-    seq_len,
+    hidden_ptr,  # [B, T, D] or [N, D]; any strides
+    starts_ptr,  # [B] int64, along the first dimension
+    spans_ptr,  # [B, 2] int64
     width,
-    stride_sequence,
+    stride_start,
     stride_token,
     stride_column,
     BLOCK_T: tl.constexpr,
@@ -161,14 +158,8 @@ def _span_means_kernel(
     num_column_blocks = tl.cdiv(width, BLOCK_D)
     sequence = (tl.program_id(0) // num_column_blocks).to(tl.int64)
     column = (tl.program_id(0) % num_column_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    if cu_seqlens_ptr is None:
-        length = seq_len.to(tl.int64)
-        first_ptr = hidden_ptr + sequence * stride_sequence
-    else:
-        first = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        length = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64) - first
-        first_ptr = hidden_ptr + first * stride_token
-    start, end = load_span(spans_ptr, sequence, length)
+    first_ptr = hidden_ptr + tl.load(starts_ptr + sequence) * stride_start
+    start, end = tl.load(spans_ptr + 2 * sequence), tl.load(spans_ptr + 2 * sequence + 1)
 
     column_ptr = first_ptr + column.to(tl.int64)[None, :] * stride_column
     inside = column < width
@@ -182,10 +173,10 @@ def _span_means_kernel(
     tl.store(means_ptr + sequence * width + column, mean, mask=inside)
 
 
-def _launch(hidden: Tensor, spans: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _launch(hidden: Tensor, starts: Tensor, spans: Tensor) -> Tensor:
     """`_span_means` in one kernel."""
-    num_sequences, width = spans.shape[0], hidden.shape[-1]
-    means = hidden.new_empty((num_sequences, width), dtype=dtype)
+    num_sequences, width = len(spans), hidden.shape[-1]
+    means = hidden.new_empty((num_sequences, width), dtype=compute_dtype(hidden))
     if means.numel() == 0:
         return means
     # Triton launches on the current device, whatever the tensors' own.
@@ -193,11 +184,10 @@ def _launch(hidden: Tensor, spans: Tensor, cu_seqlens: Tensor | None, dtype: tor
         _span_means_kernel[(num_sequences * triton.cdiv(width, BLOCK_D),)](
             means,
             hidden,
-            spans.contiguous(),
-            None if cu_seqlens is None else cu_seqlens.contiguous(),
-            hidden.shape[-2],
+            starts,
+            spans,
             width,
-            hidden.stride(0) if cu_seqlens is None else 0,
+            hidden.stride(0),
             hidden.stride(-2),
             hidden.stride(-1),
             BLOCK_T=BLOCK_T,

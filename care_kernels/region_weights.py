@@ -114,26 +114,16 @@ def token_advantages(
         spans = torch.cat((spans, regions.spans.long()), 1)
         weights = torch.cat((weights, regions.weights.double()), 1)
 
+    spans, total = cut_spans(spans, lengths[:, None]), torch.ones_like(rationale)
+    if normalize:
+        sizes = _region_sizes(spans)
+        total = sum(sizes[:, r] * weights[:, r] for r in range(weights.shape[1])) + weight_eps
     result = advantages.new_zeros(shape, dtype=compute_dtype(advantages))
     if num_sequences > 0 and result.numel() > 0:
-        credit = _Credit(advantages, spans, weights, ends, normalize, weight_eps)
-        (_launch if chosen == "triton" else _fill)(result.view(-1), credit)
+        values = advantages.double()[:, None] * weights / total[:, None]
+        paint = _launch if chosen == "triton" else _paint
+        paint(result.view(-1), values.to(result.dtype), spans, ends)
     return result
-
-
-class _Credit(NamedTuple):
-    """What Eq. 11 spreads over sequences that lie one behind the other."""
-
-    advantages: Tensor
-    """[B]."""
-    spans: Tensor
-    """[B, R, 2] int64."""
-    weights: Tensor
-    """[B, R] float64."""
-    ends: Tensor
-    """[B + 1] int64, where each sequence starts, and the end of the last."""
-    normalize: bool
-    weight_eps: float
 
 
 def _layout(
@@ -153,109 +143,82 @@ def _layout(
     return ends, (len(advantages), seq_len)
 
 
-def _fill(result: Tensor, credit: _Credit) -> None:
-    """Write Eq. 11 into `result` [N], every token at once; behind the last sequence 0."""
-    advantages, spans, weights, ends, normalize, weight_eps = credit
+def cut_spans(spans: Tensor, lengths: Tensor) -> Tensor:
+    """Half-open ranges [..., 2], cut to their sequences of [...] tokens: start <= end within."""
+    start = spans[..., 0].clamp(min=0).minimum(lengths)
+    return torch.stack((start, start.maximum(spans[..., 1].minimum(lengths))), -1)
+
+
+def _region_sizes(spans: Tensor) -> Tensor:
+    """[B, R] float64, how many tokens of each region no later one covers, from its spans.
+
+    Between two neighbouring ends of spans all tokens lie in the same regions.
+    """
+    edges = spans.flatten(1).sort(1).values
+    left, regions = edges[:, :-1, None], torch.arange(spans.shape[1], device=spans.device)
+    covers = (spans[:, None, :, 0] <= left) & (left < spans[:, None, :, 1])
+    last = torch.where(covers, regions, -1).amax(2, keepdim=True)
+    return ((last == regions) * edges.diff(dim=1)[..., None]).sum(1).double()
+
+
+def _paint(result: Tensor, values: Tensor, spans: Tensor, ends: Tensor) -> None:
+    """Write each region's number into its tokens, the last region where they overlap.
+
+    Args:
+        result: [N], zeros.
+        values: [B, R] in its dtype.
+        spans: [B, R, 2] int64, within their sequences.
+        ends: [B + 1] int64, where each sequence starts, and the end of the last.
+    """
     tokens = torch.arange(len(result), device=result.device)
     # Tokens beyond the last sequence count as its own, past its end, where no span reaches.
-    owner = torch.searchsorted(ends[1:], tokens, right=True).clamp_(max=len(advantages) - 1)
-    positions, lengths = tokens - ends[owner], ends.diff()[:, None]
-    first = spans[..., 0].clamp(min=0).minimum(lengths)
-    last = first.maximum(spans[..., 1].minimum(lengths))
-
-    region = torch.full_like(owner, -1)
-    for r in range(weights.shape[1]):
-        inside = (positions >= first[owner, r]) & (positions < last[owner, r])
-        region = region.masked_fill(inside, r)
-    total = torch.ones_like(weights[:, 0])
-    if normalize:
-        total = torch.zeros_like(total)
-        for r in range(weights.shape[1]):
-            counts = torch.zeros(len(weights), dtype=torch.int64, device=result.device)
-            counts.index_put_((owner,), (region == r).long(), accumulate=True)
-            total = total + counts * weights[:, r]
-        total = total + weight_eps
-    values = advantages.double()[:, None] * weights / total[:, None]
-    result.copy_(torch.where(region < 0, 0.0, values[owner, region.clamp(min=0)]))
-
-
-@triton.jit
-def load_span(spans_ptr, index, length):
-    """Start and end of a span, cut to its sequence."""
-    start = tl.load(spans_ptr + 2 * index).to(tl.int64)
-    end = tl.load(spans_ptr + 2 * index + 1).to(tl.int64)
-    start = tl.minimum(tl.maximum(start, 0), length)
-    return start, tl.maximum(start, tl.minimum(end, length))
-
-
-@triton.jit
-def _last_region(token, spans_ptr, sequence, length, NUM_REGIONS: tl.constexpr):
-    """Index of the last region that holds each token; -1 where none does."""
-    region = tl.zeros_like(token) - 1
-    for r in tl.static_range(NUM_REGIONS):
-        start, end = load_span(spans_ptr, sequence * NUM_REGIONS + r, length)
-        region = tl.where((token >= start) & (token < end), r, region)
-    return region
+    owner = torch.searchsorted(ends[1:], tokens, right=True).clamp_(max=len(values) - 1)
+    positions = tokens - ends[owner]
+    for r in range(values.shape[1]):
+        start, end = spans[owner, r].unbind(1)
+        inside = (positions >= start) & (positions < end)
+        result.copy_(torch.where(inside, values[owner, r], result))
 
 
 # The number of programs changes with every batch: compiling again for each would cost more.
 @triton.jit(do_not_specialize=["num_splits"])
-def _token_advantages_kernel(
-    out_ptr,  # [N] float32 or float64
-    advantages_ptr,  # [B]
+def _paint_kernel(
+    result_ptr,  # [N]
+    values_ptr,  # [B, R] of the result's type
     spans_ptr,  # [B, R, 2] int64
-    weights_ptr,  # [B, R] float64
     ends_ptr,  # [B + 1] int64
     num_splits,
-    weight_eps: tl.float64,  # pyright: ignore[reportInvalidTypeForm]
-    NORMALIZE: tl.constexpr,
     NUM_REGIONS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # One program counts all of one sequence's tokens and writes every num_splits-th block of them.
+    # One program writes every num_splits-th block of one sequence's tokens.
     sequence = (tl.program_id(0) // num_splits).to(tl.int64)
     split = tl.program_id(0) % num_splits
     first = tl.load(ends_ptr + sequence)
     length = tl.load(ends_ptr + sequence + 1) - first
-
-    total = weight_eps * 0.0
-    if NORMALIZE:
-        for r in tl.static_range(NUM_REGIONS):
-            count = tl.zeros((BLOCK,), tl.int64)
-            for block_start in range(0, length, BLOCK):
-                token = block_start + tl.arange(0, BLOCK)
-                region = _last_region(token, spans_ptr, sequence, length, NUM_REGIONS)
-                count += (region == r).to(tl.int64)
-            region_weight = tl.load(weights_ptr + sequence * NUM_REGIONS + r)
-            total += tl.sum(count, 0).to(tl.float64) * region_weight
-        total += weight_eps
-    else:
-        total += 1.0
-    advantage = tl.load(advantages_ptr + sequence).to(tl.float64)
-
     for block_start in range(split * BLOCK, length, num_splits * BLOCK):
         token = block_start + tl.arange(0, BLOCK)
-        region = _last_region(token, spans_ptr, sequence, length, NUM_REGIONS)
-        weight = tl.load(weights_ptr + sequence * NUM_REGIONS + region, mask=region >= 0, other=0.0)
-        value = (advantage * weight / total).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + first + token, value, mask=token < length)
+        value = tl.zeros((BLOCK,), result_ptr.dtype.element_ty)
+        for r in tl.static_range(NUM_REGIONS):
+            region = sequence * NUM_REGIONS + r
+            start, end = tl.load(spans_ptr + 2 * region), tl.load(spans_ptr + 2 * region + 1)
+            inside = (token >= start) & (token < end)
+            value = tl.where(inside, tl.load(values_ptr + region), value)
+        tl.store(result_ptr + first + token, value, mask=token < length)
 
 
-def _launch(result: Tensor, credit: _Credit) -> None:
-    """`_fill` in one kernel; what lies behind the last sequence is left as it is."""
-    num_sequences, num_regions = credit.weights.shape
+def _launch(result: Tensor, values: Tensor, spans: Tensor, ends: Tensor) -> None:
+    """`_paint` in one kernel; what lies behind the last sequence is left as it is."""
+    num_sequences, num_regions = values.shape
     num_splits = triton.cdiv(triton.cdiv(len(result), num_sequences), BLOCK)
     # Triton launches on the current device, whatever the tensors' own.
     with torch.cuda.device_of(result):
-        _token_advantages_kernel[(num_sequences * num_splits,)](
+        _paint_kernel[(num_sequences * num_splits,)](
             result,
-            credit.advantages.contiguous(),
-            credit.spans,
-            credit.weights,
-            credit.ends.contiguous(),
+            values,
+            spans,
+            ends.contiguous(),
             num_splits,
-            credit.weight_eps,
-            NORMALIZE=credit.normalize,
             NUM_REGIONS=num_regions,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,  # pyright: ignore[reportCallIssue]

@@ -88,20 +88,18 @@ def test_non_contiguous_inputs() -> None:
     )
 
 
-def test_spans_are_cut_to_their_sequence() -> None:
+@pytest.mark.parametrize("backend", ("triton", "torch"))
+def test_spans_are_cut_to_their_sequence(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What would be refused on the CPU writes into no neighbour where values are not read."""
-    from care_kernels.region_weights import _Credit, _launch
-
+    monkeypatch.setattr("care_kernels.checks.check_spans", lambda *_: None)
     batch = random_batch([6, 6, 6])
     wild = torch.tensor([[-3, 4], [2, 99], [5, 1]])
     cut = torch.tensor([[0, 4], [2, 6], [5, 5]])
     results = []
     for spans in (wild, cut):
-        stacked = torch.stack((spans, spans.flip(0)), 1).to(DEVICE)
-        weights = torch.tensor([[0.5, 1.0]] * 3, dtype=torch.float64, device=DEVICE)
-        out, ends = torch.zeros(18, device=DEVICE), 6 * torch.arange(4, device=DEVICE)
-        _launch(out, _Credit(batch.advantages.to(DEVICE), stacked, weights, ends, True, 1e-8))
-        results.append(out)
+        changed = batch.to(think_spans=spans, answer_spans=spans.flip(0))
+        arguments = [value.to(DEVICE) for value in changed.arguments]
+        results.append(token_advantages(*arguments, seq_len=6, backend=backend))
     assert torch.equal(*results)
 
 
