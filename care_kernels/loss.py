@@ -202,7 +202,7 @@ def linear_policy_loss(
     inputs = (hidden, head_weight, bias)
     # The Function itself always runs without grad mode, so it has to be told.
     loss, *found = LinearPolicyLoss.apply(*inputs, problem, rows, torch.is_grad_enabled())
-    parts = [(rows, found)]
+    parts: list[tuple[Tensor, Any]] = [(rows, found)]
     if report_all_rows:
         others = torch.ones(len(hidden), dtype=torch.bool, device=rows.device)
         rest = others.index_fill_(0, rows, False).nonzero()[:, 0]
@@ -225,7 +225,7 @@ def active_rows(terms: RowTerms, sequence_ids: Tensor | None) -> Tensor:
     return active.nonzero()[:, 0]
 
 
-def _spread(parts: list[tuple[Tensor, Any]], num_rows: int) -> Iterator[Tensor | None]:
+def _spread(parts: list[tuple[Tensor, Any]], num_rows: int) -> Iterator[Any]:
     """Each field of `PolicyLoss` behind the loss, from what some rows brought to all [N]."""
     for index, fill in enumerate(SKIPPED_ROW[1:]):
         full = None

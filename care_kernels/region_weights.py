@@ -109,15 +109,16 @@ def token_advantages(
     weights = torch.stack((rationale, torch.ones_like(rationale)), 1)
     if regions is not None:
         shapes.check("B R 2", checks.INT_DTYPES, **{"regions.spans": regions.spans})
-        shapes.check("B R", **{"regions.weights": regions.weights})
+        shapes.check("B R", checks.FLOAT_DTYPES, **{"regions.weights": regions.weights})
         checks.check_spans("regions.spans", regions.spans, lengths)
         spans = torch.cat((spans, regions.spans.long()), 1)
         weights = torch.cat((weights, regions.weights.double()), 1)
 
     spans, total = cut_spans(spans, lengths[:, None]), torch.ones_like(rationale)
     if normalize:
-        sizes = _region_sizes(spans)
-        total = sum(sizes[:, r] * weights[:, r] for r in range(weights.shape[1])) + weight_eps
+        # Term by term, so that the sum has one order everywhere.
+        terms = (_region_sizes(spans) * weights).unbind(1)
+        total = sum(terms, torch.zeros_like(rationale)) + weight_eps
     result = advantages.new_zeros(shape, dtype=compute_dtype(advantages))
     if num_sequences > 0 and result.numel() > 0:
         values = advantages.double()[:, None] * weights / total[:, None]

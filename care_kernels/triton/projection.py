@@ -17,7 +17,7 @@ tiles.
 
 # Kernels are in Triton's language, of which a type checker for Python knows little.
 # pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false, reportArgumentType=false
-# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportOptionalSubscript=false
 
 from typing import NamedTuple
 
