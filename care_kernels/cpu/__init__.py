@@ -91,13 +91,13 @@ def load() -> Path:
             )
         else:
             built = built.replace(cache / name)
-            _sync(cache)
         torch.ops.load_library(str(built))
     return built
 
 
 def _build(library: Path) -> None:
-    compiler = shlex.split(os.environ.get("CXX", "")) or _compiler()
+    found = shutil.which("c++") or shutil.which("g++")
+    compiler = shlex.split(os.environ.get("CXX") or found or "")
     if not compiler:
         raise FileNotFoundError("no C++ compiler: neither $CXX, c++ nor g++")
     torch_dir = Path(torch.__file__).parent
@@ -105,11 +105,10 @@ def _build(library: Path) -> None:
     libraries = (f"-L{torch_dir}/lib", "-ltorch_cpu", "-lc10")
     command = (*compiler, *_FLAGS, *paths, *libraries)
     subprocess.run(command, check=True, capture_output=True, text=True)
-    # The loader ignores what follows the last section.
+    # The loader ignores what follows the last section; a file that a crash cut short lacks it.
     with library.open("ab") as file:
         file.write(hashlib.sha256(library.read_bytes()).digest())
     library.chmod(0o700)
-    _sync(library)
 
 
 def _private_folders() -> Iterator[Path]:
@@ -143,20 +142,6 @@ def _is_whole(library: Path) -> bool:
 def _is_ours(status: os.stat_result, is_kind: Any) -> bool:
     is_owned = status.st_uid in (os.geteuid(), 0)
     return is_kind(status.st_mode) and is_owned and not status.st_mode & 0o022
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _compiler() -> list[str]:
-    found = shutil.which("c++") or shutil.which("g++")
-    return [] if found is None else [found]
 
 
 def _cpu_flags() -> str:
