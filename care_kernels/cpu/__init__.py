@@ -96,14 +96,14 @@ def load() -> Path:
 
 
 def _build(library: Path) -> None:
+    given = shlex.split(os.environ.get("CXX", ""))
     found = shutil.which("c++") or shutil.which("g++")
-    compiler = shlex.split(os.environ.get("CXX") or found or "")
-    if not compiler:
+    if not (given or found):
         raise FileNotFoundError("no C++ compiler: neither $CXX, c++ nor g++")
     torch_dir = Path(torch.__file__).parent
     paths = (f"-isystem{torch_dir}/include", str(_SOURCE), "-o", str(library))
     libraries = (f"-L{torch_dir}/lib", "-ltorch_cpu", "-lc10")
-    command = (*compiler, *_FLAGS, *paths, *libraries)
+    command = [*(given or [found]), *_FLAGS, *paths, *libraries]
     subprocess.run(command, check=True, capture_output=True, text=True)
     # The loader ignores what follows the last section; a file that a crash cut short lacks it.
     with library.open("ab") as file:
