@@ -5,10 +5,16 @@ from typing import Any
 import pytest
 import torch
 
-from care_kernels import linear_log_probs, linear_policy_loss
+from care_kernels import VocabShard, linear_log_probs, linear_policy_loss
 from tests.kernels.cases import policy_case, with_kl
 
 ROWS = torch.zeros(63)
+
+
+def shard_of(start: int, vocab_size: int) -> VocabShard:
+    """A part that is refused before its group is asked anything."""
+    return VocabShard(None, start, vocab_size)  # pyright: ignore[reportArgumentType]
+
 
 WRONG_HEAD: tuple[tuple[dict[str, Any], str], ...] = (
     ({"hidden": torch.zeros(63)}, r"hidden: got shape \(63,\); wanted \(any, any\)"),
@@ -39,6 +45,9 @@ WRONG_HEAD: tuple[tuple[dict[str, Any], str], ...] = (
     ({"chunk_rows": 2.5}, "chunk_rows: got 2.5; wanted None or an int of at least 1"),
     ({"logit_softcap": -1.0}, "logit_softcap: got -1.0; wanted None or more than 0"),
     ({"chunk_rows": 0}, "chunk_rows: got 0; wanted None or an int of at least 1"),
+    ({"vocab_shard": shard_of(-1, 300)}, "vocab_shard: got rows -1 to 210; wanted them within"),
+    ({"vocab_shard": shard_of(100, 300)}, "vocab_shard: got rows 100 to 311"),
+    ({"vocab_shard": shard_of(0, 210)}, "vocab_shard: got rows 0 to 211"),
     ({"backend": "triton"}, "backend: got 'triton' for tensors on cpu"),
     ({"backend": "cuda"}, "backend: got 'cuda'; wanted None, 'triton' or 'torch'"),
 )
@@ -85,6 +94,23 @@ WRONG_POLICY: tuple[tuple[dict[str, Any], str], ...] = (
             "ref_head_weight": torch.zeros(5, 12),
         },
         r"ref_head_weight: got shape \(5, 12\); wanted \(211, any\)",
+    ),
+    (
+        {"weight_grad": torch.zeros(16, 211)},
+        r"weight_grad: got shape \(16, 211\); wanted \(211, 16\)",
+    ),
+    ({"weight_grad": torch.zeros(211 * 16)}, r"weight_grad: got shape \(3376,\)"),
+    (
+        {"weight_grad": torch.zeros(211, 16, dtype=torch.int32)},
+        r"weight_grad: got dtype torch\.int32",
+    ),
+    (
+        {"weight_grad": torch.zeros(211, 16, device="meta")},
+        r"weight_grad: got device meta; wanted cpu",
+    ),
+    (
+        {"weight_grad": torch.zeros(211, 16, requires_grad=True)},
+        "weight_grad: got a tensor that requires grad",
     ),
 )
 

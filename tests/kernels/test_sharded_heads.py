@@ -304,18 +304,6 @@ def test_weight_grad_over_vocabulary_shards(results: list[dict[str, Any]]) -> No
     assert_same(got, 1 + gradients["head_weight"])
 
 
-@pytest.mark.parametrize(("start", "vocab_size"), ((-1, 300), (100, 300), (0, 210)))
-def test_shard_outside_the_vocabulary(start: int, vocab_size: int) -> None:
-    """A part that does not lie within the vocabulary is refused before anything is sent."""
-    case = policy_case()
-    shard = VocabShard(None, start, vocab_size)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="vocab_shard: got rows"):
-        linear_policy_loss(**case, vocab_shard=shard)
-    case = head_case()
-    with pytest.raises(ValueError, match="vocab_shard: got rows"):
-        linear_log_probs(**case, vocab_shard=shard)
-
-
 @pytest.mark.parametrize("form", ("fused", "log_probs", "outside_fused", "outside_log_probs"))
 def test_fsdp2(form: str, results: list[dict[str, Any]]) -> None:
     """FSDP2 gathers a head module's weight around the fused operations; outside the module

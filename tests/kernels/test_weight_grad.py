@@ -165,20 +165,3 @@ def test_nothing_to_learn_from_leaves_it_alone() -> None:
     before = buffer.clone()
     run_into(case | {"report_all_rows": True}, buffer)
     assert torch.equal(buffer, before)
-
-
-@pytest.mark.parametrize(
-    ("buffer", "message"),
-    (
-        (torch.zeros(16, 211), r"weight_grad: got shape \(16, 211\); wanted \(211, 16\)"),
-        (torch.zeros(211 * 16), r"weight_grad: got shape \(3376,\)"),
-        (torch.zeros(211, 16, dtype=torch.int32), r"weight_grad: got dtype torch\.int32"),
-        (torch.zeros(211, 16, device="meta"), r"weight_grad: got device meta; wanted cpu"),
-        (torch.zeros(211, 16, requires_grad=True), r"weight_grad: got a tensor that requires grad"),
-    ),
-    ids=("transposed", "flat", "integer", "elsewhere", "in_a_graph"),
-)
-def test_errors(buffer: Tensor, message: str) -> None:
-    """What cannot take dW is refused by name."""
-    with pytest.raises(ValueError, match=message):
-        linear_policy_loss(**policy_case(), weight_grad=buffer)

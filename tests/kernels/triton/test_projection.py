@@ -133,16 +133,22 @@ def check_padding(exps: Tensor) -> None:
     assert not padding.any()
 
 
-def check_gradients(problem: Problem, exps: Tensor, got: Tensor, upstream: RowGradients) -> None:
+def check_exp_gradients(problem: Problem, *, with_entropy: bool = True) -> Tensor:
     """As close as float32 logits rounded once to the dtype of the exponentials."""
+    exps = problem.empty_exps()
+    stats, tiles = problem.project(exps)
+    check_statistics(problem, stats)
+    upstream = RowGradients(problem.g, problem.d_entropy if with_entropy else None)
+    exp_gradients_(exps, tiles, problem.target_ids, stats, upstream, problem.transform)
     want = problem.gradients(problem.logits, upstream)
     eager = problem.gradients(problem.logits.float(), upstream).to(exps.dtype)
-    assert_close(got, want, eager, is_gradient=True)
+    assert_close(exps, want, eager, is_gradient=True)
     norm = float(want.norm())
     if norm > 0:
-        ours, torchs = (float((value - want).norm()) / norm for value in (got, eager))
+        ours, torchs = (float((value - want).norm()) / norm for value in (exps, eager))
         assert ours <= 1.3 * torchs + 1e-4
     check_padding(exps)
+    return exps
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
@@ -179,23 +185,13 @@ def test_gradients(
     shape: tuple[int, int, int], transform: LogitTransform, with_entropy: bool, loads: str
 ) -> None:
     """From bfloat16 exponentials, for edges of every dimension."""
-    problem = Problem(*shape, transform)
-    exps = problem.empty_exps()
-    stats, tiles = problem.project(exps)
-    upstream = RowGradients(problem.g, problem.d_entropy if with_entropy else None)
-    exp_gradients_(exps, tiles, problem.target_ids, stats, upstream, transform)
-    check_gradients(problem, exps, exps, upstream)
+    check_exp_gradients(Problem(*shape, transform), with_entropy=with_entropy)
 
 
 def test_float16_gradients(loads: str) -> None:
     """Exponentials and derivatives in the operands' own dtype."""
     problem = Problem(20, 96, 2307, TRANSFORMS["temperature"], dtype=torch.float16)
-    exps = problem.empty_exps()
-    stats, tiles = problem.project(exps)
-    upstream = RowGradients(problem.g, problem.d_entropy)
-    exp_gradients_(exps, tiles, problem.target_ids, stats, upstream, problem.transform)
-    assert exps.dtype == torch.float16
-    check_gradients(problem, exps, exps, upstream)
+    assert check_exp_gradients(problem).dtype == torch.float16
 
 
 def test_a_target_in_the_last_column(loads: str) -> None:
@@ -203,12 +199,7 @@ def test_a_target_in_the_last_column(loads: str) -> None:
     problem = Problem(3, 16, 1297, TRANSFORMS["plain"], bias_dtype=None)
     problem.target_ids[-1] = 1296
     problem.stats = softmax.row_statistics(problem.logits, problem.target_ids, with_entropy=True)
-    exps = problem.empty_exps()
-    stats, tiles = problem.project(exps)
-    check_statistics(problem, stats)
-    upstream = RowGradients(problem.g)
-    exp_gradients_(exps, tiles, problem.target_ids, stats, upstream, problem.transform)
-    check_gradients(problem, exps, exps, upstream)
+    check_exp_gradients(problem)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
