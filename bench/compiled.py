@@ -8,8 +8,8 @@ Nothing here is a timing. For each kernel and target: registers, shared memory, 
 matrix instructions (HGMMA is Hopper's wgmma) and the tensor copies (TMA). The roofline is the least
 time an H100 SXM could take, from the FLOPs and the bytes that the kernel must move, at 989 TFLOP/s
 of dense bfloat16 and 3.35 TB/s (NVIDIA's data sheet); real kernels take longer. Shapes: 4,096 rows,
-the head of Qwen2.5-VL-7B. A kernel of ours that does not compile, or spills, ends the command with
-status 1. The last line is one JSON object.
+the head of Qwen2.5-VL-7B. A kernel of ours that does not compile, spills, or needs more shared
+memory than there is ends the command with status 1. The last line is one JSON object.
 """
 
 import argparse
@@ -68,8 +68,11 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """It did not compile, or spills."""
-        return self.resources is None or self.resources.spills
+        """It did not compile, spills, or needs more shared memory than a program may have."""
+        if self.resources is None:
+            return True
+        room = 1024 * TARGETS[self.target].shared_kib
+        return self.resources.spills or self.resources.shared_bytes > room
 
 
 def roofline_ms(flops: float, hbm_bytes: float) -> float:
