@@ -221,7 +221,10 @@ def main(arguments: list[str] | None = None) -> int:
             writer.writerows(rows)
     failed = [outcome for outcome in outcomes if outcome.is_ours and outcome.failed]
     for outcome in failed:
-        print(f"{outcome.kernel} on {outcome.target}: does not compile or spills", file=sys.stderr)
+        print(
+            f"{outcome.kernel} on {outcome.target}: does not compile, spills or does not fit",
+            file=sys.stderr,
+        )
     print(json.dumps(figures(outcomes)))
     return 1 if failed else 0
 
