@@ -6,16 +6,26 @@ import math
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
+import pyarrow as pa
+import scipy.stats
 from rich.console import Console
 from rich.table import Table
 
-from bench.paper.experiments import Experiment
+from bench.paper.experiments import EXPERIMENTS, SIGNATURE, Experiment
 from bench.paper.runs import Done, configuration_hash
 from care_train.config import load_config
-from care_train.reporting import mean_interval, plot_comparison, read_metrics
+from care_train.reporting import (
+    SIGNATURE_COLUMNS,
+    k_signature,
+    plot_comparison,
+    plot_signature,
+    read_archive,
+    read_metrics,
+)
+from care_train.reporting.signature import Signature
 
 _SUMMARY = (
     *("steps", "sampled_sequences", "trained_sequences", "decoded_tokens"),
@@ -39,11 +49,33 @@ def write_results(folder: Path, name: str, runs: Sequence[Done]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     records = [read_metrics(done.folder / "metrics.jsonl") for done in runs]
     rows = [_row(done, found) for done, found in zip(runs, records, strict=True)]
+    if EXPERIMENTS[name].measures == SIGNATURE:
+        rows = [row | _signature_columns(done) for done, row in zip(runs, rows, strict=True)]
     _write(folder / f"{name}.csv", rows)
     curves = [
         point for done, found in zip(runs, records, strict=True) for point in _curve(done, found)
     ]
     _write(folder / f"{name}_curves.csv", curves)
+    if EXPERIMENTS[name].measures == SIGNATURE and (found := _signature(runs)) is not None:
+        plot_signature(found, _picture(folder, name))
+
+
+def _signature(runs: Sequence[Done]) -> Signature | None:
+    """Figure 2 over all groups of the runs."""
+    groups = [read_archive(done.folder, columns=SIGNATURE_COLUMNS) for done in runs]
+    return k_signature(pa.concat_tables(groups))
+
+
+def _signature_columns(done: Done) -> dict[str, float | str]:
+    if (found := _signature([done])) is None:
+        return dict.fromkeys(SIGNATURE, "")
+    fits = {"anchor": (found.anchor, found.anchor_groups)}
+    fits["negative"] = (found.negative, found.negative_groups)
+    columns: dict[str, float] = {"alpha_r": found.alpha_r}
+    for name, (means, groups) in fits.items():
+        columns |= {f"{name}_slope": means.slope, f"{name}_r2": means.r_squared}
+        columns[f"{name}_groups_r2"] = groups.r_squared
+    return {key: round(value, 5) for key, value in columns.items()}
 
 
 def _row(done: Done, records: Sequence[Row]) -> dict[str, Any]:
@@ -95,27 +127,39 @@ def read_results(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def summarize(rows: Sequence[Row], measures: Sequence[str]) -> dict[str, dict[str, Any]]:
+def summarize(
+    rows: Sequence[Row], measures: Sequence[str], against: str = ""
+) -> dict[str, dict[str, Any]]:
     """By variant: how many seeds, and mean and half width of the 95 % interval of each measure.
 
-    Beside them the difference to the first variant, paired by seed, as `MEASURE_gain`.
+    Beside them the difference to the variant `against`, or the first, paired by seed, as
+    `MEASURE_gain`. Intervals are Student's t, which few seeds need.
     """
     by_variant: dict[str, dict[int, Row]] = {}
     for row in rows:
         by_variant.setdefault(row["variant"], {})[int(row["seed"])] = row
-    first = next(iter(by_variant.values()))
+    reference = by_variant.get(against) or next(iter(by_variant.values()))
     found: dict[str, dict[str, Any]] = {}
     for variant, seeds in by_variant.items():
         found[variant] = {"seeds": len(seeds)}
         for measure in measures:
-            values, base = _values(seeds, measure), _values(first, measure)
+            values, base = _values(seeds, measure), _values(reference, measure)
             if not values:
                 continue
-            found[variant][measure] = mean_interval(list(values.values()))
+            found[variant][measure] = _interval(list(values.values()))
             gains = [value - base[seed] for seed, value in values.items() if seed in base]
-            if gains and seeds is not first:
-                found[variant][f"{measure}_gain"] = mean_interval(gains)
+            if gains and seeds is not reference:
+                found[variant][f"{measure}_gain"] = _interval(gains)
     return found
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half width of its 95 % interval; NaN for one value."""
+    count = len(values)
+    if count == 1:
+        return values[0], math.nan
+    quantile = float(scipy.stats.t.ppf(0.975, count - 1))
+    return fmean(values), quantile * stdev(values) / math.sqrt(count)
 
 
 def _values(seeds: Mapping[int, Row], measure: str) -> dict[int, float]:
@@ -125,7 +169,7 @@ def _values(seeds: Mapping[int, Row], measure: str) -> dict[int, float]:
 
 def print_table(experiment: Experiment, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Print `summarize`, and return it."""
-    found = summarize(rows, experiment.measures)
+    found = summarize(rows, experiment.measures, experiment.against)
     title = f"{experiment.title}: mean and 95 % interval over seeds"
     table = Table("variant", "seeds", *experiment.measures, "gain", title=title)
     for variant, values in found.items():
@@ -144,13 +188,22 @@ def _cell(value: tuple[float, float] | None) -> str:
 
 
 def draw(folder: Path, name: str) -> Path:
-    """Draw `NAME.png` from `NAME_curves.csv`: accuracy, or in fig3 the reward, against the step."""
+    """Draw `NAME.png` from `NAME_curves.csv`: accuracy, or in fig3 the reward, against the step.
+
+    Figure 2's is made with its CSV, from the groups of its runs.
+    """
+    path = _picture(folder, name)
+    if EXPERIMENTS[name].measures == SIGNATURE:
+        return path
     curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for point in read_results(folder / f"{name}_curves.csv"):
         numbers = {k: float(v) for k, v in point.items() if k != "variant" and v != ""}
         record = numbers | {"phase": "train", "step": int(point["step"])}
         curves.setdefault(point["variant"], {}).setdefault(point["seed"], []).append(record)
     shared = {variant: list(seeds.values()) for variant, seeds in curves.items()}
-    path = folder / f"{name}.png"
     plot_comparison(shared, path, "reward" if name == "fig3" else "accuracy")
     return path
+
+
+def _picture(folder: Path, name: str) -> Path:
+    return folder / f"{name}.png"
