@@ -126,6 +126,9 @@ def subgroup_update(
     num_negatives = count_negatives(subgroup, settings)  # line 26
     if num_negatives == 0:
         return skipped_update("no_negatives", rescued=subgroup.rescued)
+    if subgroup.rescued and settings.credit == "departure":
+        # All are wrong: where one leaves another says nothing about which token went wrong.
+        settings = replace(settings, credit="regions")
     shaped = torch.tensor([m.shaped_reward for m in subgroup.members], dtype=torch.float64)
     raw = normalize_rewards(shaped).tolist()
     factor = equalize_factor(num_negatives, settings.max_negatives) if settings.equalize else 1.0

@@ -76,10 +76,9 @@ def token_credit(
 def departures(subgroup: Subgroup) -> list[int]:
     """Where each member of S stops following the others, in the order of `subgroup.members`.
 
-    A negative: its first token that differs from the positive it follows longest. A positive, or
-    the pseudo-anchor of a rescue: its first token that differs from some negative. What they share
-    before cannot be what made one right and the other wrong. A reflected response follows a prompt
-    of its own and departs at once.
+    A negative: its first token that differs from the positive it follows longest. A positive: its
+    first token that differs from some negative. What they share before cannot be what made one
+    right and the other wrong. A reflected response follows a prompt of its own and departs at once.
     """
     members = [(m, m.is_negative) for m in subgroup.members if not m.rollout.reflected]
     found = []

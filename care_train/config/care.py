@@ -157,7 +157,7 @@ class CareSettings:
     """Which tokens weigh. `regions`: Eq. 11's. `unmasked`: a negative's rationale too, like a
     positive's (Figure 8's control). `uniform`: every token 1. `departure`: 1 from the token on
     where a negative departs from the positive it follows longest, 0 before; a positive from the
-    first such departure on."""
+    first such departure on; a rescued group, which has no positive, as under `regions`."""
     think_weight: NonNegativeFloat = 0.005
     """gamma+: weight of a positive's rationale tokens; a negative's weigh 0 (Eq. 11)."""
     think_share: Annotated[float, Field(ge=0, lt=1)] | None = None

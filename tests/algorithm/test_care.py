@@ -269,11 +269,14 @@ class TestCredit:
         first = [float(token_weights(s)[0]) for s in update.sequences]
         assert first == pytest.approx([share, share, 0.0])
 
-    def test_a_pseudo_anchor_is_a_failure(self):
-        """Line 40 reads acc: its answer is encouraged, its rationale is not."""
-        update = subgroup_update(subgroup_of(make_group([wrong()] * 3)), SETTINGS)
-        weights = token_weights(update.sequences[0])
-        assert weights.tolist() == pytest.approx([0.0] * 5 + [0.2] * 5)
+    @pytest.mark.parametrize("credit", ["regions", "departure"])
+    def test_a_pseudo_anchor_is_a_failure(self, credit):
+        """Line 40 reads acc: its answer is encouraged, its rationale is not, nor is that of the
+        negatives corrected, which may be right where they depart from it."""
+        update = subgroup_update(subgroup_of(make_group([wrong()] * 3)), care(f"credit={credit}"))
+        for sequence in update.sequences:
+            weights = token_weights(sequence)
+            assert weights.tolist() == pytest.approx([0.0] * 5 + [0.2] * 5)
 
     def test_a_malformed_pseudo_anchor_earns_nothing(self):
         """Its advantage is positive: with weights, broken output would be rewarded."""
