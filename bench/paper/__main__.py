@@ -6,8 +6,8 @@
     python -m bench.paper all --quick             # everything, with two steps a run
     python -m bench.paper table2 --summarize      # from the CSV alone
 
-Every run is `care-train train` in a process of its own, from the cold start of its seed. Runs lie
-in `runs/paper/` under a hash of their configuration: finished ones are used again, interrupted ones
+Every run is `care-train train` in a process of its own; all share one cold start. Runs lie in
+`runs/paper/` under a hash of their configuration: finished ones are used again, interrupted ones
 gone on with. The first variant's sampled sequences, reflections included, are the budget of the
 others. CSV files hold the command, the commit and the versions.
 """

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 Overrides = tuple[str, ...]
 
-CARE_PLUS: Overrides = ("care.credit=departure", "care.anchor=all")
+CARE_PLUS: Overrides = (
+    *("care.credit=departure", "care.anchor=all"),
+    "care.rescue.enabled=false",
+)
 """What `configs/care_plus.yaml` changes; a test keeps the two equal."""
 
 

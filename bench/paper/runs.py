@@ -28,6 +28,8 @@ QUICK = (
 )
 """Laid over every run by `--quick`, beside two training steps: all runs, nothing is learnt."""
 
+_COLD_SEED = 0
+
 
 @dataclass(frozen=True)
 class Run:
@@ -63,8 +65,11 @@ class Runner:
         return [Run(name, seed, variants[name]) for seed in range(seeds) for name in names]
 
     def make(self, experiment: Experiment, run: Run) -> Done:
-        """A run with its seed's cold start and its variant's budget."""
-        cold = self._finish("sft", self._settings(run.seed, ()), "cold start")
+        """A run with its variant's budget, from the cold start that all runs share.
+
+        Seeds differ in what follows: the order of the prompts and the samples.
+        """
+        cold = self._finish("sft", self._settings(_COLD_SEED, ()), "cold start")
         settings = [*self._settings(run.seed, run.overrides), f"model.path={cold / 'final'}"]
         settings += self._budget(experiment, run, cold)
         folder = self._finish("train", settings, run.variant)
