@@ -100,7 +100,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Figure 6: the negatives' scale s",
         "The smaller s, the less the negatives' tokens are clipped",
         {
-            f"s={s}": (f"care.neg_scale={s}", "train.num_iterations=2", "train.steps=30")
+            f"s={s}": (f"care.neg_scale={s}", "train.num_iterations=2", "train.steps=18")
             for s in (1.0, 0.7, 0.5, 0.3)
         },
         ("clipped_low", "accuracy_after"),

@@ -48,7 +48,7 @@ def test_a_hash_names_what_decides_the_numbers() -> None:
 
 
 def test_a_summary_by_hand() -> None:
-    """Means over seeds, and gains over the first variant in pairs of the same seed."""
+    """Means over seeds, t = 12.706 for two, and gains over a variant in pairs of the same seed."""
     rows = [
         {"variant": "a", "seed": "0", "accuracy_after": "0.5", "kl": ""},
         {"variant": "a", "seed": "1", "accuracy_after": "0.7", "kl": ""},
@@ -56,9 +56,11 @@ def test_a_summary_by_hand() -> None:
         {"variant": "b", "seed": "1", "accuracy_after": "0.8", "kl": "0.1"},
     ]
     found = summarize(rows, ("accuracy_after", "kl"))
-    assert found["a"] == {"seeds": 2, "accuracy_after": pytest.approx((0.6, 0.196))}
+    assert found["a"] == {"seeds": 2, "accuracy_after": pytest.approx((0.6, 1.2706), abs=1e-4)}
     assert found["b"]["accuracy_after_gain"] == pytest.approx((0.1, 0.0))
     assert found["b"]["kl"] == pytest.approx((0.1, 0.0))
+    turned = summarize(rows, ("accuracy_after",), against="b")
+    assert turned["a"]["accuracy_after_gain"] == pytest.approx((-0.1, 0.0))
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.csv")), ids=lambda path: path.stem)
