@@ -43,6 +43,8 @@ def _algorithm(name: str) -> Overrides:
 _PAPER: Overrides = ()
 _NO_RGR: Overrides = ("care.reflection.enabled=false",)
 _GRPO = _algorithm("grpo")
+_DEPARTURE: Overrides = ("care.credit=departure",)
+_ANCHORS: Overrides = ("care.anchor=all",)
 
 EXPERIMENTS: dict[str, Experiment] = {
     "table2": Experiment(
@@ -56,6 +58,22 @@ EXPERIMENTS: dict[str, Experiment] = {
             "care_plus": CARE_PLUS,
             "dapo": _algorithm("dapo"),
             "gspo": _algorithm("gspo"),
+        },
+        ("accuracy_after", "greedy_after", "format_after"),
+        against="grpo",
+    ),
+    "chain": Experiment(
+        "From CARE to care_plus, one change after the other, and two more from there",
+        "Not in the paper: why CARE lags on rationales that decide the answer",
+        {
+            "care": _PAPER,
+            "uniform": ("care.credit=uniform",),
+            "departure": _DEPARTURE,
+            "departure, all positives": _DEPARTURE + _ANCHORS,
+            "care_plus": CARE_PLUS,
+            "care_plus w/o rgr": CARE_PLUS + _NO_RGR,
+            "care_plus, s=1": (*CARE_PLUS, "care.neg_scale=1.0"),
+            "grpo": _GRPO,
         },
         ("accuracy_after", "greedy_after", "format_after"),
         against="grpo",
@@ -120,7 +138,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "fail-think unmasked": ("care.credit=unmasked",),
             "grpo": _GRPO,
             "uniform": ("care.credit=uniform",),
-            "departure": ("care.credit=departure",),
+            "departure": _DEPARTURE,
             "half the credit": ("care.think_share=0.5",),
         },
     ),
@@ -143,7 +161,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         {
             "shortest": _PAPER,
             "random": ("care.anchor=random",),
-            "all positives": ("care.anchor=all",),
+            "all positives": _ANCHORS,
         },
         ("accuracy_after", "think_length"),
     ),
