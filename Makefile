@@ -22,16 +22,17 @@ ARGS ?=
 quickstart: $(READY)
 	$(BIN)/care-train quickstart $(ARGS)
 
-# Two at a time: each may hold a vLLM or several ranks. A file's tests share what they set up.
+# Two at a time: each may hold a vLLM or several ranks. A file's tests share what they set up. A worker
+# that dies ends the suite: with another in its place pytest-xdist may wait for ever.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --max-worker-restart=0
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0
 
 # The kernels in Triton's interpreter and on the CPU, then compiled ahead of time for four targets.
 test-floor: $(FLOOR)/.ready
-	$(FLOOR)/bin/python -m pytest tests/kernels -n 2 --dist loadfile
+	$(FLOOR)/bin/python -m pytest tests/kernels -n 2 --dist loadfile --max-worker-restart=0
 	$(FLOOR)/bin/python -m bench.compiled --skip-peers
 
 # MkDocs 1 announces a successor at every build; the site is built with what it has.
@@ -44,7 +45,7 @@ newest:
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --no-deps \
 		transformers trl peft accelerate datasets huggingface_hub tokenizers deepspeed
 	$(NEWEST)/bin/python -m pip list
-	$(NEWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(NEWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --max-worker-restart=0
 
 audit: $(READY)
 	$(BIN)/python -m bench.audit
