@@ -175,4 +175,10 @@ EXPERIMENTS: dict[str, Experiment] = {
             "s / 4": ("care.reflection.reflect_scale=0.125",),
         },
     ),
+    "adaptive": Experiment(
+        "Section 10.2: K and s that adapt to a target signal-to-noise ratio",
+        "Named as future work, without a result",
+        {"care": _PAPER, **{f"target {t}": (f"care.target_snr={t}",) for t in (2.5, 4)}},
+        ("accuracy_after", "num_negatives"),
+    ),
 }

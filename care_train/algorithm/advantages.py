@@ -34,6 +34,32 @@ def equalize_factor(num_negatives: int, max_negatives: int) -> float:
     return math.sqrt(max_negatives / num_negatives)
 
 
+def adapt_negatives(similarity: torch.Tensor, neg_scale: float, target: float) -> tuple[int, float]:
+    """How many negatives, and which factor on s, bring a subgroup to a signal-to-noise ratio.
+
+    One anchor among K' negatives has the advantage sqrt(K'), each negative s / sqrt(K'). The signal
+    is the anchor's; the noise is the length of the negatives' sum along their rationales' unit
+    vectors h: s / sqrt(K') |h_1 + ... + h_K'|. So the ratio is sqrt(K') / s where the rationales
+    have nothing in common, and 1 / s however many there are where they are all the same.
+
+    Args:
+        similarity: [n, n] h_i . h_j of the chosen negatives, nearest to the anchor first.
+        neg_scale: s.
+        target: the ratio.
+
+    Returns:
+        The fewest negatives that reach the target, or n; and 1, or the factor below 1 with which
+        all n do.
+
+    Source: the paper names the aim alone (Sec. 10.2, adaptive subgroup sizing and scaling).
+    """
+    counts = range(1, len(similarity) + 1)
+    noises = [float(similarity[:k, :k].sum().clamp_min(NORM_EPS).sqrt()) for k in counts]
+    ratios = [k / (neg_scale * noise) for k, noise in zip(counts, noises, strict=True)]
+    enough = [k for k, ratio in zip(counts, ratios, strict=True) if ratio >= target]
+    return (enough[0], 1.0) if enough else (len(ratios), ratios[-1] / target)
+
+
 def rescue_rewards(
     num_negatives: int, divisor: int | None = None, delta: float = RESCUE_DELTA
 ) -> torch.Tensor:

@@ -5,7 +5,7 @@
     merge_reflection     lines 15-19            reflection.py
     subgroup_update      lines 26-41            advantages.py, region_weights.py
 
-Not the paper's: `anchor: all`, `think_share` and the kinds of `credit` but `regions`
+Not the paper's: `anchor: all`, `target_snr`, `think_share` and the kinds of `credit` but `regions`
 (docs/experiments.md).
 
 Line 41 (Eq. 11) is `care_kernels.token_advantages`, lines 42-43, the clipped surrogate and the KL
@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 
 from care_train.algorithm.advantages import (
+    adapt_negatives,
     equalize_factor,
     normalize_rewards,
     rescue_rewards,
@@ -82,6 +83,11 @@ def _anchored_subgroup(
     count = min(settings.max_negatives, len(pool))  # Eq. 3
     assert group.distances is not None
     chosen = select_hard_negatives(pool, count, group.distances, anchor, settings, generator)
+    scale = 1.0
+    if settings.target_snr is not None:
+        similarity = 1 - group.distances[chosen][:, chosen]
+        count, scale = adapt_negatives(similarity, settings.neg_scale, settings.target_snr)
+        chosen = chosen[:count]
     subgroup = Subgroup(
         anchor=Member(rollouts[anchor], rollouts[anchor].reward, is_negative=False, index=anchor),
         others=tuple(Member(rollouts[i], rollouts[i].reward, True, i) for i in chosen),
@@ -89,7 +95,8 @@ def _anchored_subgroup(
     reflect_on = choose_reflected_negative(subgroup, settings.reflection, generator)
     more = [i for i in positives(rollouts, by) if settings.anchor == "all" and i != anchor]
     anchors = tuple(Member(rollouts[i], rollouts[i].reward, False, i) for i in more)
-    return Subgroup(subgroup.anchor, subgroup.others + anchors, reflect_on=reflect_on)
+    others = subgroup.others + anchors
+    return replace(subgroup, others=others, reflect_on=reflect_on, scale=scale)
 
 
 def _rescue_subgroup(
@@ -140,7 +147,7 @@ def subgroup_update(
         is_anchor = place == 0
         advantage = max(raw_advantage, 0.0) if is_anchor and clamped else raw_advantage
         if not is_anchor and _is_penalized(member, settings):
-            advantage = scale_negative(raw_advantage, _scale_of(member, settings))
+            advantage = scale_negative(raw_advantage, subgroup.scale * _scale_of(member, settings))
         advantage *= scale
         if advantage != 0:  # S* = {i : A[y_i] != 0}
             sequence = _train_sequence(member, subgroup, advantage, settings, starts[place])

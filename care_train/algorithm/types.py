@@ -121,6 +121,8 @@ class Subgroup:
     """Whether the anchor is the pseudo-anchor of Sec. 3.7."""
     reflect_on: int | None = None
     """Which of `others` reflection rewrites; None where it does not apply."""
+    scale: float = 1.0
+    """Factor on s and s_refl (`target_snr`)."""
 
     @property
     def members(self) -> tuple[Member, ...]:

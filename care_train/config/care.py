@@ -151,6 +151,10 @@ class CareSettings:
     for the distances, and the other positives join S beside it."""
     neg_scale: PositiveShare = 0.5
     """s: factor on the negatives' advantages (Eq. 8)."""
+    target_snr: PositiveFloat | None = None
+    """Signal-to-noise ratio that K' and s adapt to in each group with an anchor: the fewest of the
+    chosen negatives that reach it are taken; where all of them do not, s is lowered until they do.
+    One negative reaches 1 / s, four with nothing in common 2 / s. null: K and s as they are set."""
     equalize: bool = True
     """Multiply by sqrt(K / K_S) where K_S < K."""
     credit: Literal["regions", "unmasked", "uniform", "departure"] = "regions"

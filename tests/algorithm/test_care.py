@@ -62,6 +62,29 @@ class TestSubgroup:
         assert [m.shaped_reward for m in subgroup.members] == [1.0, 0.1, 0.1]
         assert not subgroup.rescued and subgroup.reflect_on == 0
 
+    @pytest.mark.parametrize(
+        ("target", "degrees", "count", "scale"),
+        [
+            (2.0, (60, 60, 60), 1, 0.5),  # one negative: 1 / s
+            (3.0, (60, 300, 60), 2, 0.5),  # two with |h_1 + h_2| = 1: 2 / s
+            (3.0, (60, 60, 60), 3, 1 / 3),  # three that are the same: 1 / s
+        ],
+    )
+    def test_negatives_and_their_scale_adapt_to_a_target(self, target, degrees, count, scale):
+        """`target_snr`: as many negatives as it takes, else a smaller s, of a failed reflection
+        too."""
+        settings = replace(SETTINGS, target_snr=target, selector="nearest")
+        group = make_group([right(), wrong(), wrong(), wrong()], [0, *degrees])
+        subgroup = subgroup_of(group, settings)
+        assert indices(subgroup) == [0, 1, 2, 3][: count + 1]
+        same = replace(SETTINGS, neg_scale=scale, selector="nearest", max_negatives=4)
+        plain = make_subgroup(right(), [wrong()] * count, reflect_on=0)
+        found, expected = (
+            subgroup_update(one, chosen, FAILED)
+            for one, chosen in ((subgroup, settings), (plain, same))
+        )
+        assert [s.advantage for s in found.sequences] == advantages(expected)
+
     def test_every_positive_may_join_as_an_anchor(self):
         """`anchor: all`: Eq. 2's anchor leads, negatives follow, the other positives close S, and
         Eq. 8 scales the negatives alone."""
