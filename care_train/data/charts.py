@@ -1,9 +1,9 @@
 """Bar charts drawn by matplotlib, and questions whose answer must be read off and derived.
 
-A chart has 2 to 6 bars of different colours and of heights 1 to 9, over a scale. Its rationale
+A chart has 2 to 6 bars of different colours and of heights 1 to 8, beside a scale. Its rationale
 reads the bars and derives the answer step by step. The failed rationale misreads one height and
-goes on from there without another mistake: a near miss. No sequence of heights is both in train
-and in test.
+goes on from there without another mistake: a near miss. No chart's colors and heights are both in
+train and in test.
 
 Every row is a pure function of its number of bars, split and number.
 """
@@ -28,14 +28,14 @@ COLORS = {
 }
 """Red, green and blue, of which a bar's own differ a little."""
 
-HEIGHTS = range(1, 10)
+HEIGHTS = range(1, 9)
 """Of a bar."""
 
 KINDS = ("value", "tallest", "difference", "above", "sum")
 """What is asked."""
 
-_TEST_SHARE = 0.2  # of all sequences of heights
-_TILE = 28  # pixels of a bar's width, twice that in height: what two image tokens cover
+_TEST_SHARE = 0.2  # of all charts
+_TILE = 28  # pixels a side, 3 of them per unit of height: one token of Qwen's vision towers
 
 Bar = tuple[str, int]
 """Color and height."""
@@ -55,11 +55,11 @@ def charts_sample(num_bars: int, split: str, row: int) -> Sample:
     id = f"charts-{num_bars}/{split}/{row}"
     rng = random.Random(id)
     colors = rng.sample(list(COLORS), num_bars)
-    heights = [rng.choice(HEIGHTS) for _ in colors]
-    while _is_test(heights) != (split == "test"):
-        heights = [rng.choice(HEIGHTS) for _ in colors]
-    bars, named = list(zip(colors, heights, strict=True)), rng.sample(colors, 2)
-    # Of two bars of heights 9 and 1 the first is the taller one whatever is misread.
+    bars = [(color, rng.choice(HEIGHTS)) for color in colors]
+    while _is_test(bars) != (split == "test"):
+        bars = [(color, rng.choice(HEIGHTS)) for color in colors]
+    named = rng.sample(colors, 2)
+    # Of two bars of heights 8 and 1 the first is the taller one whatever is misread.
     kinds = rng.sample(KINDS, len(KINDS))
     kind, slips = next((kind, slips) for kind in kinds if (slips := misreadings(kind, bars, named)))
     question, rationale, answer = derive(kind, bars, named)
@@ -76,7 +76,7 @@ def charts_sample(num_bars: int, split: str, row: int) -> Sample:
         columns={
             "kind": kind,
             "colors": colors,
-            "heights": heights,
+            "heights": [height for _, height in bars],
             "named": named,
             "failed_answer": failed_answer,
         },
@@ -135,8 +135,8 @@ def _has_answer(kind: str, bars: Sequence[Bar]) -> bool:
     return kind != "tallest" or heights.count(max(heights)) == 1
 
 
-def _is_test(heights: Sequence[int]) -> bool:
-    return random.Random(f"charts/{heights}").random() < _TEST_SHARE
+def _is_test(bars: Sequence[Bar]) -> bool:
+    return random.Random(f"charts/{bars}").random() < _TEST_SHARE
 
 
 class _Canvas:
@@ -147,13 +147,14 @@ class _Canvas:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(1 + num_bars, 2), dpi=_TILE)
+        figure = Figure(figsize=(1 + num_bars, 1), dpi=_TILE)
         self._canvas: Any = FigureCanvasAgg(figure)
-        axes: Any = figure.add_axes((0, 0, 1, 1), xlim=(-1.5, num_bars - 0.5), ylim=(-0.8, 10.4))
+        axes: Any = figure.add_axes((0, 0, 1, 1), xlim=(-1.5, num_bars - 0.5), ylim=(-1, 25 / 3))
         axes.set_axis_off()
-        for height in (0, 3, 6, 9):
-            axes.plot((-0.6, num_bars), (height, height), color="0.75", linewidth=72 / _TILE)
-            axes.text(-1, height, str(height), fontsize=8 * 72 / _TILE, ha="center", va="center")
+        pixel = 72 / _TILE  # in points
+        for height, align in ((0, "bottom"), (4, "center"), (8, "top")):
+            axes.plot((-0.6, num_bars), (height, height), color="0.75", linewidth=pixel)
+            axes.text(-1, height, str(height), fontsize=8 * pixel, ha="center", va=align)
         self._canvas.draw()
         self._scale = self._canvas.copy_from_bbox(figure.bbox)
         self._bars = axes.bar(range(num_bars), 1)
@@ -165,7 +166,7 @@ class _Canvas:
         return cls(num_bars)
 
     def draw(self, bars: Sequence[Bar], rng: random.Random) -> np.ndarray:
-        """[56, 28 + 28 * bars, 3] uint8; `rng` chooses the bars' width and shades."""
+        """[28, 28 + 28 * bars, 3] uint8; `rng` chooses the bars' width and shades."""
         self._canvas.restore_region(self._scale)
         width = rng.uniform(0.5, 0.9)
         for place, (patch, (color, height)) in enumerate(zip(self._bars, bars, strict=True)):

@@ -1,4 +1,4 @@
-"""`charts`: answers follow from the picture, slips are near misses, splits share no heights."""
+"""`charts`: answers follow from the picture, slips are near misses, splits share no chart."""
 
 import io
 import re
@@ -64,24 +64,24 @@ def test_pictures_show_the_bars(num_bars: int):
     names, shades = list(COLORS), np.array(list(COLORS.values()))
     for sample in rows(num_bars, "train", 60):
         picture = np.asarray(Image.open(io.BytesIO(sample.images[0]))) / 255
-        assert picture.shape == (56, 28 + 28 * num_bars, 3)
+        assert picture.shape == (28, 28 + 28 * num_bars, 3)
         seen = []
         for place in range(num_bars):
             column = picture[:, 28 * (place + 1) + 14]
             gaps = np.abs(column[:, None] - shades).max(2)
             painted = gaps.min(1) < 0.08
             color = names[gaps[painted].argmin(1)[0]]
-            seen.append((color, round(painted.sum() / 5)))
+            seen.append((color, round(painted.sum() / 3)))
         assert seen == list(zip(sample.columns["colors"], sample.columns["heights"], strict=True))
 
 
-def test_splits_share_no_sequence_of_heights():
-    """What is read in the test has not been read in training, a fifth of all charts."""
+def test_splits_share_no_chart():
+    """The colors and heights of a test's chart are in no training row; it is one in five."""
     train, test = (
-        {tuple(sample.columns["heights"]) for sample in rows(2, split, 1500)}
+        {(*sample.columns["colors"], *sample.columns["heights"]) for sample in rows(2, split, 1000)}
         for split in ("train", "test")
     )
-    assert not train & test and len(train | test) == 81 and 8 < len(test) < 24
+    assert not train & test and len(train) > 500 and 200 < len(test) < 500
 
 
 def test_every_kind_is_asked_and_a_constant_answer_is_poor():
