@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import care_train
-from care_train.config import Config, config_to_yaml
+from care_train.config import Config
 from care_train.distributed import is_main
 from care_train.publishing import publish
 from care_train.reporting import (
@@ -79,7 +79,7 @@ def finish(run_dir: Path, config: Config, summary: Summary, start: float) -> Sum
             if signature is not None:
                 plot_signature(signature, run_dir / "signature.png")
         write_summary(run_dir, summary)
-        write_report(run_dir, summary, config_to_yaml(config), metrics)
+        write_report(run_dir, summary, metrics)
         if config.hub.push_to and (run_dir / "final").is_dir():
             print(publish(run_dir, config, summary), file=sys.stderr)
     return summary

@@ -20,7 +20,8 @@ class LoggingSettings:
     project: str = "care"
     """Project name for the trackers that have projects."""
     samples_every: NonNegativeInt = 25
-    """Steps between printed sample completions; 0: never."""
+    """Steps between groups that the terminal and the trackers show: the anchor, the nearest hard
+    negative, its repair; 0: never."""
     archive: bool = True
     """Keep every group of every step and every evaluated answer in the run's `archive/`, for
     `care-train report` and `care-train replay` (docs/archive.md)."""
@@ -28,4 +29,4 @@ class LoggingSettings:
     """Size of the archive in GiB, images included, at which its oldest steps are dropped; null: no
     limit."""
     progress: bool = True
-    """Show progress bars."""
+    """Show progress bars; false: a plain line per training step."""

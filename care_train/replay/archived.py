@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from care_train.algorithm.types import Rollout, RolloutGroup, Spans
+from care_train.data import Sample
 from care_train.reporting.archive import archive_files
 from care_train.reporting.archive_reader import read_archive
 from care_train.reporting.archive_schema import REGIONS, SPAN_COLUMNS
@@ -115,7 +116,7 @@ def _group(row: dict[str, Any], records: Sequence[dict[str, Any]]) -> ArchivedGr
         rank=row["rank"],
         group=row["group"],
         row_id=row["row_id"],
-        draw=f"{row['row_id']}/{row['visit']}" if row["visit"] else row["row_id"],
+        draw=Sample(row["row_id"], "", "", visit=row["visit"]).draw,
         sampled=RolloutGroup(
             tuple(_rollout(record) for record in sampled),
             None if distances is None else torch.tensor(distances).double().reshape(size, size),

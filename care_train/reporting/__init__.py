@@ -1,13 +1,13 @@
-"""What a run tells: metrics, progress, samples, plots, the report."""
+"""What a run tells: metrics, progress, groups, plots, the report."""
 
 from care_train.reporting.archive import ARCHIVE
 from care_train.reporting.archive_reader import image_path, open_archive, read_archive
 from care_train.reporting.interval import mean_interval, proportion_interval
 from care_train.reporting.metrics import MetricsLogger, read_metrics
 from care_train.reporting.plots import plot_comparison, plot_learning_curves, plot_signature
-from care_train.reporting.progress import TrainProgress, show_sample, show_summary, track
+from care_train.reporting.progress import TrainProgress, show_group, show_summary, track
 from care_train.reporting.report import write_report, write_summary
-from care_train.reporting.samples import SampleRecord, append_sample, read_samples
+from care_train.reporting.samples import SampleRecord
 from care_train.reporting.signature import SIGNATURE_COLUMNS, k_signature
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "MetricsLogger",
     "SampleRecord",
     "TrainProgress",
-    "append_sample",
     "image_path",
     "k_signature",
     "mean_interval",
@@ -27,8 +26,7 @@ __all__ = [
     "proportion_interval",
     "read_archive",
     "read_metrics",
-    "read_samples",
-    "show_sample",
+    "show_group",
     "show_summary",
     "track",
     "write_report",

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from care_train.config import LoggingSettings
 from care_train.reporting.files import JsonlWriter, read_jsonl
-from care_train.reporting.samples import SampleRecord, append_sample
+from care_train.reporting.samples import SampleRecord
 from care_train.reporting.trackers import Tracker, open_trackers
 
 METRICS_FILE = "metrics.jsonl"
@@ -37,7 +37,6 @@ class MetricsLogger:
         """
         self.observers: list[Callable[[str, int, Mapping[str, float]], None]] = []
         """Called on every rank with phase, step and values of each record."""
-        self._run_dir = run_dir
         self._file: JsonlWriter | None = None
         self._trackers: list[Tracker] = []
         if enabled:
@@ -68,19 +67,16 @@ class MetricsLogger:
         for observe in self.observers:
             observe(phase, step, numbers)
 
-    def sample(self, record: SampleRecord, images: Callable[[], Sequence[Any]]) -> None:
-        """Keep a completion in samples.jsonl, and show it where trackers show such.
+    def samples(self, records: Sequence[SampleRecord], images: Callable[[], Sequence[Any]]) -> None:
+        """Show completions of one prompt in the trackers.
 
         Args:
-            record: the completion.
-            images: makes its prompt's images; called where there are trackers.
+            records: the completions.
+            images: makes the prompt's images; called where there are trackers.
         """
-        if self._file is None:
-            return
-        append_sample(self._run_dir, record)
         shown = images() if self._trackers else ()
         for tracker in self._trackers:
-            tracker.sample(record, shown)
+            tracker.samples(records, shown)
 
     def close(self) -> None:
         """Close every place; closing twice is fine."""

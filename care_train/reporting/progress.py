@@ -1,7 +1,7 @@
-"""What a run shows on a terminal or in a log: bars or plain lines, samples, its scores."""
+"""What a run shows on a terminal or in a log: bars or plain lines, groups, its scores."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -51,6 +51,7 @@ class TrainProgress:
         enabled: bool = True,
         description: str = "Training",
         *,
+        bar: bool = True,
         start_step: int = 0,
         console: Console | None = None,
     ) -> None:
@@ -60,13 +61,16 @@ class TrainProgress:
             total_steps: steps of the whole run.
             enabled: False shows and prints nothing (every rank but the first).
             description: what goes on.
+            bar: draw a bar on a terminal, and in a log print about ten lines; False: print a line
+                per step on either.
             start_step: steps done before, where the run was resumed.
             console: where to; standard error by default.
         """
         self._console = console or _CONSOLE
         self._enabled = enabled
-        self._live = enabled and self._console.is_interactive
-        self._lines = _PlainLines(self._console, total_steps, description, start_step)
+        self._live = enabled and bar and self._console.is_interactive
+        lines = _PLAIN_LINES if bar else total_steps
+        self._lines = _PlainLines(self._console, total_steps, description, start_step, lines)
         self._bar = _TrainBar(console=self._console)
         self._task = self._bar.add_task(description, total=total_steps, completed=start_step)
 
@@ -133,19 +137,29 @@ def track(
             lines.update(done, {})
 
 
-def show_sample(target: Console | TrainProgress, sample: SampleRecord) -> None:
-    """Print one completion in a panel, on a console or above a bar.
+def show_group(
+    target: Console | TrainProgress, outcome: str, records: Sequence[SampleRecord]
+) -> None:
+    """Print completions of one prompt in a panel, on a console or above a bar.
 
-    Its text, which may be a model's, is shown to the letter and bounded in length.
+    Their texts, which may be a model's, are shown to the letter and bounded in length.
+
+    Args:
+        target: where to.
+        outcome: what became of the group.
+        records: the completions to show of it, at least one.
     """
+    first = records[0]
     rows = Table.grid(padding=(0, 1))
     rows.add_column(style="dim", justify="right")
     rows.add_column(overflow="fold")
-    rows.add_row("prompt", Text(printable(sample.prompt, max_chars=400, max_lines=6)))
-    rows.add_row("completion", Text(printable(sample.completion, max_chars=1500, max_lines=24)))
-    rows.add_row("reference", Text(printable(sample.answer, max_chars=200, max_lines=3)))
-    role = printable(sample.role, max_chars=40, max_lines=1)
-    title = Text(f"step {sample.step} · {role} · {sample.reward:+.2f}")
+    rows.add_row("prompt", Text(printable(first.prompt, max_chars=400, max_lines=6)))
+    rows.add_row("reference", Text(printable(first.answer, max_chars=200, max_lines=3)))
+    for record in records:
+        role = printable(record.role.replace("_", " "), max_chars=40, max_lines=1)
+        text = Text(printable(record.completion, max_chars=1000, max_lines=12))
+        rows.add_row(Text(f"{role}\n{record.reward:+.2f}"), text)
+    title = Text(f"step {first.step} · {printable(outcome, max_chars=80, max_lines=1)}")
     target.print(Panel(rows, title=title, title_align="left", border_style="dim"))
 
 
@@ -228,22 +242,29 @@ class _TrainBar(Progress):
 
 
 class _PlainLines:
-    """About ten lines per run: a log keeps every redraw of a bar."""
+    """A line now and then: a log keeps every redraw of a bar."""
 
-    def __init__(self, console: Console, total: int, description: str, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        console: Console,
+        total: int,
+        description: str,
+        start_step: int = 0,
+        lines: int = _PLAIN_LINES,
+    ) -> None:
         self._console = console
-        self._total = total
+        self._total, self._lines = total, lines
         self._description = description
         self._first = start_step
         self._printed: int | None = None
         self._started = time.monotonic()
 
     def update(self, step: int, values: Mapping[str, str]) -> None:
-        """Print where the first step, the last one, or a further tenth is reached."""
-        tenth = step * _PLAIN_LINES // max(self._total, 1)
-        if self._printed is not None and tenth <= self._printed:
+        """Print the first step, the last one, and where the next of about `lines` is due."""
+        due = step * self._lines // max(self._total, 1)
+        if self._printed is not None and due <= self._printed:
             return
-        self._printed = tenth
+        self._printed = due
         elapsed, done = time.monotonic() - self._started, step - self._first
         parts = [f"{self._description} {step}/{self._total}"]
         parts += [f"{label} {value}" for label, value in values.items()]

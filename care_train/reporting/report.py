@@ -1,5 +1,6 @@
 """The run's last word: report.md for people, summary.json for programs."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -9,11 +10,9 @@ from care_train.reporting.files import write_file, write_json
 from care_train.reporting.interval import proportion_interval
 from care_train.reporting.learnt import learnt_section
 from care_train.reporting.markdown import fenced, markdown_table, markdown_text
-from care_train.reporting.samples import SAMPLES_FILE, SampleRecord, printable, read_samples
 
 Records = Sequence[Mapping[str, Any]]
 
-_MAX_SAMPLES = 4
 _FACTS = {
     "algorithm": "Algorithm",
     "preset": "Preset",
@@ -41,40 +40,26 @@ _GROUPS = {
     "groups_rescued": "Trained through a rescue",
     "groups_skipped": "Skipped",
 }
-_TIMES = {
-    "seconds_generate": "generation",
-    "seconds_score": "scoring",
-    "seconds_old_forward": "old policy's forward",
-    "seconds_reflect": "reflection",
-    "seconds_reference": "reference",
-    "seconds_update": "forward and backward",
-    "seconds_optimizer": "optimiser",
-    "seconds_sync": "weight sync",
-}
 
 
-def write_report(
-    run_dir: Path, summary: Mapping[str, Any], config_yaml: str, metrics: Records
-) -> None:
-    """Write report.md: what ran, what came of it, and how to run it again.
+def write_report(run_dir: Path, summary: Mapping[str, Any], metrics: Records) -> None:
+    """Write report.md: what ran and what came of it, for those without the report page at hand.
 
     Args:
-        run_dir: the run's folder; its PNGs and samples.jsonl are taken in.
+        run_dir: the run's folder; its PNGs and its archive's answers are taken in.
         summary: the run's facts and scores; missing ones are left out.
-        config_yaml: the resolved configuration.
         metrics: the run's records.
     """
     sections = [
         f"# {markdown_text(summary.get('name', run_dir.name))}",
         _headline(summary),
         markdown_table(("", ""), fact_rows(summary)),
-        _time_use(metrics),
         _scores(summary),
         learnt_section(run_dir),
         _pictures(run_dir),
         _group_use(metrics),
-        _samples(read_samples(run_dir / SAMPLES_FILE)),
-        _reproduce(summary, config_yaml),
+        _command(summary),
+        _page(run_dir) if metrics else "",
     ]
     write_file(run_dir / "report.md", "\n\n".join(filter(None, sections)) + "\n")
 
@@ -170,48 +155,18 @@ def _group_use(metrics: Records) -> str:
     return f"## How the groups were used\n\n{table}" if table else ""
 
 
-def _time_use(metrics: Records) -> str:
-    total = _total(metrics, "seconds")
-    if not total:
+def _command(summary: Mapping[str, Any]) -> str:
+    if "command" not in summary:
         return ""
-    parts = [
-        f"{label} {_total(metrics, key) / total:.0%}"
-        for key, label in _TIMES.items()
-        if _total(metrics, key)
-    ]
-    steps = f"The training steps took {timedelta(seconds=round(total))}"
-    return f"{steps}, of which {', '.join(parts)}." if parts else f"{steps}."
+    shown = fenced(str(summary["command"]), "sh")
+    return f"## Run it again\n\nEvery setting is in `config.yaml`.\n\n{shown}"
 
 
-def _samples(samples: Sequence[SampleRecord]) -> str:
-    """The latest of each role, at most a few: late responses show what the run came to."""
-    latest = {sample.role: sample for sample in samples}
-    chosen = sorted(latest.values(), key=lambda sample: sample.step)[-_MAX_SAMPLES:]
-    if not chosen:
-        return ""
-    return "\n\n".join(["## Sample completions", *map(_sample, chosen)])
-
-
-def _sample(sample: SampleRecord) -> str:
-    text = "\n".join(
-        (
-            f"prompt:     {printable(sample.prompt, max_chars=400, max_lines=6)}",
-            f"reference:  {printable(sample.answer, max_chars=200, max_lines=3)}",
-            f"completion: {printable(sample.completion, max_chars=1500, max_lines=24)}",
-        )
-    )
-    role = markdown_text(sample.role.replace("_", " "))
-    title = f"Step {sample.step}, {role}, reward {sample.reward:+.2f}"
-    return f"{title}:\n\n{fenced(text, 'text')}"
-
-
-def _reproduce(summary: Mapping[str, Any], config_yaml: str) -> str:
-    parts = ["## Run it again"]
-    if "command" in summary:
-        parts.append(fenced(str(summary["command"]), "sh"))
-    parts.append("Every setting of this run:")
-    parts.append(fenced(config_yaml.rstrip(), "yaml"))
-    return "\n\n".join(parts)
+def _page(run_dir: Path) -> str:
+    """What makes the page of all that is not said here."""
+    command = f"care-train report {shlex.quote(str(Path(*run_dir.parts[-2:])))}"
+    shown = fenced(command, "sh")
+    return f"## Curves, time, settings, every group and every evaluated answer\n\n{shown}"
 
 
 def _number(value: Any) -> str:

@@ -1,13 +1,8 @@
-"""Sample completions, for people: what a record holds, and how its text is made safe to show."""
+"""Completions for people: what a record of one holds, and how its text is made safe to show."""
 
 import unicodedata
-from contextlib import closing
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
-from care_train.reporting.files import JsonlWriter, read_jsonl
-
-SAMPLES_FILE = "samples.jsonl"
 _CUT = " […] "
 
 
@@ -22,28 +17,7 @@ class SampleRecord:
     """The reference answer."""
     reward: float
     role: str
-    """Its part in the update: anchor | negative | reflected_success | ..., or eval."""
-
-
-def append_sample(run_dir: Path, sample: SampleRecord) -> None:
-    """Add `sample` to the run's samples.jsonl, its text as it is: readers bound and escape it."""
-    with closing(JsonlWriter(run_dir / SAMPLES_FILE)) as writer:
-        writer.write(asdict(sample))
-
-
-def read_samples(path: Path) -> list[SampleRecord]:
-    """The samples of a samples.jsonl; a cut last line is dropped, a missing file has none.
-
-    Raises:
-        ValueError: a line is bad; the message names file and line.
-    """
-    names = [field.name for field in fields(SampleRecord)]
-    samples = []
-    for number, record in enumerate(read_jsonl(path) if path.exists() else [], start=1):
-        if missing := [name for name in names if name not in record]:
-            raise ValueError(f"{path}:{number}: no {missing[0]!r}")
-        samples.append(SampleRecord(**{name: record[name] for name in names}))
-    return samples
+    """Its part in the update, as the archive calls it (docs/archive.md)."""
 
 
 def printable(text: str, max_chars: int, max_lines: int) -> str:

@@ -19,8 +19,8 @@ class Tracker(Protocol):
         """Show a record's numbers."""
         ...
 
-    def sample(self, record: SampleRecord, images: Sequence[Any]) -> None:
-        """Show a completion with its prompt's images, as PIL has them."""
+    def samples(self, records: Sequence[SampleRecord], images: Sequence[Any]) -> None:
+        """Show completions of one prompt with its images, as PIL has them."""
         ...
 
     def close(self) -> None:
@@ -62,9 +62,11 @@ class _TensorBoard:
         for key, value in values.items():
             self._writer(phase, step).add_scalar(key, value, step)
 
-    def sample(self, record: SampleRecord, images: Sequence[Any]) -> None:
-        text = "\n\n".join(f"    {name}: {value}" for name, value in asdict(record).items())
-        self._writer("train", record.step).add_text("sample", text, record.step)
+    def samples(self, records: Sequence[SampleRecord], images: Sequence[Any]) -> None:
+        step = records[0].step
+        # Indented by four, Markdown shows it to the letter.
+        text = "".join(f"    {line}\n" for line in _text(records).split("\n"))
+        self._writer("train", step).add_text("samples", text, step)
 
     def close(self) -> None:
         for writer in self._writers.values():
@@ -99,9 +101,9 @@ class _Wandb:
             self._phases.add(phase)
         self._run.log({f"{phase}/step": step} | _prefixed(phase, values))
 
-    def sample(self, record: SampleRecord, images: Sequence[Any]) -> None:
-        table = _table(self._module, record, images)
-        self._run.log({"train/step": record.step, "samples": table})
+    def samples(self, records: Sequence[SampleRecord], images: Sequence[Any]) -> None:
+        table = _table(self._module, records, images)
+        self._run.log({"train/step": records[0].step, "samples": table})
 
     def close(self) -> None:
         self._run.finish()
@@ -117,8 +119,8 @@ class _Trackio:
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         self._module.log(_prefixed(phase, values), step=step)
 
-    def sample(self, record: SampleRecord, images: Sequence[Any]) -> None:
-        self._module.log({"samples": _table(self._module, record, images)}, step=record.step)
+    def samples(self, records: Sequence[SampleRecord], images: Sequence[Any]) -> None:
+        self._module.log({"samples": _table(self._module, records, images)}, step=records[0].step)
 
     def close(self) -> None:
         self._module.finish()
@@ -140,9 +142,11 @@ class _Mlflow:
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         self._module.log_metrics(_prefixed(phase, values), step=step)
 
-    def sample(self, record: SampleRecord, images: Sequence[Any]) -> None:
+    def samples(self, records: Sequence[SampleRecord], images: Sequence[Any]) -> None:
         shown = {f"image_{n}": self._module.Image(image) for n, image in enumerate(images, 1)}
-        self._module.log_table(asdict(record) | shown, "samples.json")
+        rows = [asdict(record) | shown for record in records]
+        table = {name: [row[name] for row in rows] for name in rows[0]}
+        self._module.log_table(table, "samples.json")
 
     def close(self) -> None:
         self._module.end_run()
@@ -165,10 +169,10 @@ class _Swanlab:
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         self._module.log(_prefixed(phase, values), step=step)
 
-    def sample(self, record: SampleRecord, images: Sequence[Any]) -> None:
-        text = "\n".join(f"{name}: {value}" for name, value in asdict(record).items())
+    def samples(self, records: Sequence[SampleRecord], images: Sequence[Any]) -> None:
         shown = {"images": [self._module.Image(image) for image in images]} if images else {}
-        self._module.log({"sample": self._module.Text(text), **shown}, step=record.step)
+        text = self._module.Text(_text(records))
+        self._module.log({"samples": text, **shown}, step=records[0].step)
 
     def close(self) -> None:
         self._module.finish()
@@ -190,10 +194,17 @@ def _kept_id(file: Path) -> str:
     return file.read_text()
 
 
-def _table(module: Any, record: SampleRecord, images: Sequence[Any]) -> Any:
-    """One row, as wandb's and trackio's tables have it."""
-    row = asdict(record) | {"images": [module.Image(image) for image in images]}
-    return module.Table(columns=list(row), data=[list(row.values())])
+def _table(module: Any, records: Sequence[SampleRecord], images: Sequence[Any]) -> Any:
+    """A row each, as wandb's and trackio's tables have it."""
+    shown = {"images": [module.Image(image) for image in images]}
+    rows = [asdict(record) | shown for record in records]
+    return module.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+
+
+def _text(records: Sequence[SampleRecord]) -> str:
+    """The completions one below the other."""
+    lines = ("\n".join(f"{k}: {v}" for k, v in asdict(record).items()) for record in records)
+    return "\n\n".join(lines)
 
 
 def _prefixed(phase: str, values: Mapping[str, float]) -> dict[str, float]:

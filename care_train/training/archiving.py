@@ -20,6 +20,7 @@ from care_train.reporting.archive_schema import REGIONS
 from care_train.training.credit import outcome_of
 from care_train.training.groups import Group
 from care_train.training.log_probs import TokenOutcome, TrainItem
+from care_train.training.roles import reflected_place, reflection_outcome, roles_of
 
 _UNTRAINED = {
     "trained": False,
@@ -126,78 +127,34 @@ def _group_row(
         "num_negatives": update.num_negatives,
         "equalize_factor": update.equalize_factor,
         "anchor_clamped": update.anchor_clamped,
-        "reflection": _reflection(group),
-        "reflect_on": _reflect_on(group),
+        "reflection": reflection_outcome(group),
+        "reflect_on": reflected_place(group),
         "pair_distances": None if group.distances is None else group.distances.flatten().numpy(),
         "rollouts": _rollout_rows(group, trained),
     }
 
 
-def _reflection(group: Group) -> str:
-    """What became of lines 11-19."""
-    if not isinstance(group.subgroup, Subgroup) or group.subgroup.reflect_on is None:
-        return "none"
-    if group.reflected is None:
-        return "too_long"
-    accuracy = group.reflected.accuracy
-    return "repaired" if accuracy == 1 else "failed" if accuracy == 0 else "partial"
-
-
-def _reflect_on(group: Group) -> int | None:
-    subgroup = group.subgroup
-    if not isinstance(subgroup, Subgroup) or subgroup.reflect_on is None:
-        return None
-    return subgroup.others[subgroup.reflect_on].index
-
-
 def _rollout_rows(group: Group, trained: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
     """The G rollouts, and the reflection behind them where there is one."""
-    roles, subgroup = _roles(group), group.subgroup
+    roles, subgroup = roles_of(group), group.subgroup
     distances = None
     if isinstance(subgroup, Subgroup) and group.distances is not None:
-        distances = group.distances[subgroup.anchor.index].tolist()
+        distances = group.distances[subgroup.anchor.index]
     rows = []
-    for place, rollout in enumerate(group.rollouts):
-        default = "trained" if id(rollout) in trained else "unused"
-        role, nearness = roles.get(place, (default, None))
+    for place, rollout in enumerate(group.responses):
+        role, nearness = roles.get(place, ("trained" if id(rollout) in trained else "unused", None))
+        is_sampled = place < len(group.rollouts)
         rows.append(
             _rollout(rollout, trained)
             | {
                 "role": role,
                 "rank_of_negative": nearness,
-                "distance": None if distances is None else distances[place],
-                "old_log_prob_sum": _item(group.log_prob_sums, place),
-                "reflected_from": None,
-            }
-        )
-    if group.reflected is not None:
-        outcome = {"repaired": "success", "failed": "failure"}.get(_reflection(group), "partial")
-        rows.append(
-            _rollout(group.reflected, trained)
-            | {
-                "role": f"reflected_{outcome}",
-                "rank_of_negative": None,
-                "distance": None,
-                "old_log_prob_sum": None,
-                "reflected_from": _reflect_on(group),
+                "distance": _item(distances, place) if is_sampled else None,
+                "old_log_prob_sum": _item(group.log_prob_sums, place) if is_sampled else None,
+                "reflected_from": None if is_sampled else reflected_place(group),
             }
         )
     return rows
-
-
-def _roles(group: Group) -> dict[int, tuple[str, int | None]]:
-    """Of S before the reflection: a rollout's role, and a negative's rank from the anchor on."""
-    if not isinstance(group.subgroup, Subgroup):
-        return {}
-    anchor, others = group.subgroup.anchor, group.subgroup.others
-    found: dict[int, tuple[str, int | None]] = {}
-    for place, member in enumerate(others, start=1):
-        if member.index is not None:
-            is_negative = member.is_negative
-            found[member.index] = ("hard_negative", place) if is_negative else ("positive", None)
-    if anchor.index is not None:
-        found[anchor.index] = ("pseudo_anchor" if group.subgroup.rescued else "anchor", None)
-    return found
 
 
 def _rollout(rollout: Rollout, trained: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
@@ -243,7 +200,7 @@ def _trained(items: Sequence[TrainItem]) -> dict[int, dict[str, Any]]:
         "token_advantages": credited,
         "token_weights": spread_advantages([_weighed(s) for s in sequences]).split(lengths),
         "ref_log_probs": _joined([item.ref_log_probs for item in items]),
-        "old_log_probs": _joined(list(map(_old_log_probs, items, credited))),
+        "old_log_probs": _joined(list(map(TrainItem.known_old_log_probs, items, credited))),
         "entropy": _joined([outcome and outcome.entropy for outcome in outcomes]),
         "clipped": _joined([outcome and _clipped(outcome) for outcome in outcomes]),
     }
@@ -256,15 +213,6 @@ def _trained(items: Sequence[TrainItem]) -> dict[int, dict[str, Any]]:
         }
         for place, sequence in enumerate(sequences)
     }
-
-
-def _old_log_probs(item: TrainItem, credited: torch.Tensor) -> torch.Tensor | None:
-    """Of a sequence that the old policy was not run on, they are those of the one update."""
-    if item.sampled_log_probs is not None or item.outcome is None:
-        return item.sampled_log_probs
-    # Without a KL the loss leaves out the tokens without an advantage, which then read 0.
-    is_whole = item.outcome.kl is not None or bool((credited != 0).all())
-    return item.outcome.log_probs if is_whole else None
 
 
 def _clipped(outcome: TokenOutcome) -> torch.Tensor:

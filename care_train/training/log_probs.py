@@ -134,6 +134,20 @@ class TrainItem:
     outcome: TokenOutcome | None = field(default=None, repr=False)
     """Of the last update that it was part of, on the policy's device."""
 
+    def known_old_log_probs(self, token_advantages: torch.Tensor) -> torch.Tensor | None:
+        """log pi_old of each token, [T], once the policy is updated.
+
+        Of a sequence that the old policy was not run on, they are those of its one update; None
+        where that left tokens out: without a KL, those without an advantage, which read 0.
+
+        Args:
+            token_advantages: [T].
+        """
+        if self.sampled_log_probs is not None or self.outcome is None:
+            return self.sampled_log_probs
+        is_whole = self.outcome.kl is not None or bool((token_advantages != 0).all())
+        return self.outcome.log_probs if is_whole else None
+
 
 class LogProbs:
     """Runs sequences through a policy in micro-batches."""

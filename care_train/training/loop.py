@@ -104,8 +104,8 @@ class StepLoop(ABC):
 
     def run(self) -> None:
         """The steps that are left."""
-        enabled, first = self.config.logging.progress and is_main(), self.first_step
-        display = TrainProgress(self.num_steps, enabled, self.title, start_step=first)
+        bar, first = self.config.logging.progress, self.first_step
+        display = TrainProgress(self.num_steps, is_main(), self.title, bar=bar, start_step=first)
         callbacks, in_program = self.session.given.callbacks, self.session.given.in_program
         with StopSignals(in_program=in_program) as signals, display as self.progress:
             if self.owes_evaluation:

@@ -24,7 +24,7 @@ from care_train.reporting.archive import cut_archive
 from care_train.training.checkpoint import Checkpoint
 from care_train.training.events import EVENT_FILES
 
-LOGS = ("metrics.jsonl", "samples.jsonl", *EVENT_FILES)
+LOGS = ("metrics.jsonl", *EVENT_FILES)
 
 _MAY_GO = ("deepspeed.config.", "model.lora.")
 """Starts of keys that a configuration may lack."""

@@ -8,23 +8,22 @@ from typing import Any
 
 import torch
 
-from care_train.algorithm.types import Rollout
 from care_train.config import Config
 from care_train.data import PromptOrder, Sample, load_images
 from care_train.distributed import is_main, rank, world_size
-from care_train.reporting import MetricsLogger, SampleRecord, show_sample
+from care_train.reporting import MetricsLogger, show_group
 from care_train.reporting.archive import ArchiveWriter
 from care_train.rollout.engine import RolloutEngine
 from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
 from care_train.training.empty_steps import EmptySteps
 from care_train.training.engine import PolicyEngine
 from care_train.training.events import append_events
-from care_train.training.groups import Group
 from care_train.training.guard import StopSignals
 from care_train.training.log_probs import FrozenCopy, Reference, WithoutAdapters
 from care_train.training.loop import StepLoop, is_due, policy_engine
 from care_train.training.metrics import function_metrics
 from care_train.training.optimizer import OptimizerSettings
+from care_train.training.roles import case_study
 from care_train.training.sampler import AheadSampler, Sampler
 from care_train.training.session import Session, rank_share
 from care_train.training.step import StepOutcome, TrainStep
@@ -78,7 +77,7 @@ def run_training(
     Args:
         session: the model to train, with its encoder and verifier.
         samples: the training prompts.
-        run_dir: where checkpoints, samples and the final model go.
+        run_dir: where checkpoints and the final model go.
         metrics: the run's log.
         device: this rank's device.
         checkpoint: where to go on from; its log lines must be cut already.
@@ -156,7 +155,7 @@ class _RlLoop(StepLoop):
         every = self.config.train.eval_every
         self.owes_evaluation = self._evaluate is not None and is_due(done, every, self.num_steps)
         if is_main():
-            self._record_sample(outcome, done)
+            self._show_group(outcome, done)
         if self.config.preset == "official" and self.config.algorithm == "care":
             append_events(self.run_dir, outcome.groups, self.config.care, done)
         return values
@@ -210,32 +209,15 @@ class _RlLoop(StepLoop):
             "empty_steps": self._empty_steps.state(),
         }
 
-    def _record_sample(self, outcome: StepOutcome, done: int) -> None:
-        """Now and then, show one completion and keep it in samples.jsonl."""
+    def _show_group(self, outcome: StepOutcome, done: int) -> None:
+        """Now and then, show a group on the terminal and in the trackers."""
         every = self.config.logging.samples_every
         if not every or done % every:
             return
-        group, rollout, role = _pick_sample(outcome)
-        record = SampleRecord(
-            step=done,
-            prompt=group.sample.prompt,
-            completion=rollout.text,
-            answer=group.sample.answer,
-            reward=rollout.reward,
-            role=role,
-        )
+        group, title, records = case_study(outcome.groups, done, self.session.scorer.text)
         limit = self.config.prompt.max_image_pixels
-        self.metrics.sample(record, lambda: load_images(group.sample, limit))
-        show_sample(self.progress, record)
-
-
-def _pick_sample(outcome: StepOutcome) -> tuple[Group, Rollout, str]:
-    """The first trained sequence with its role, or where nothing trained, the first rollout."""
-    for group in outcome.groups:
-        if group.update.sequences:
-            first = group.update.sequences[0]
-            return group, first.rollout, first.role
-    return outcome.groups[0], outcome.groups[0].rollouts[0], "untrained"
+        self.metrics.samples(records, lambda: load_images(group.sample, limit))
+        show_group(self.progress, title, records)
 
 
 def open_checkpoints(config: Config, run_dir: Path) -> Checkpoints:

@@ -19,7 +19,7 @@ user's files in it, never gets it."""
 
 _TRACES = (
     *(CONFIG_FILE, MARKER, "checkpoints", "cold_start_checkpoints", "metrics.jsonl", "answers"),
-    *("samples.jsonl", "base", "cold_start", "final", "summary.json", "results.json"),
+    *("base", "cold_start", "final", "summary.json", "results.json"),
 )
 """What tells that a run wrote to a folder."""
 

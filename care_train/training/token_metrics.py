@@ -5,6 +5,7 @@ from statistics import pstdev
 
 import torch
 
+from care_train.algorithm.region_weights import spread_advantages
 from care_train.distributed import all_sum
 from care_train.training.groups import Group
 from care_train.training.log_probs import TrainItem
@@ -55,21 +56,16 @@ def _surprise(groups: Sequence[Group], items: Sequence[TrainItem]) -> tuple[floa
     all right or all wrong.
     """
     known = [r.old_log_probs for group in groups for r in group.rollouts]
-    if all(log_probs is None for log_probs in known):
-        known = [_old_log_probs(item) for item in items]
+    if items and all(log_probs is None for log_probs in known):
+        sequences = [item.sequence for item in items]
+        lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
+        credited = spread_advantages(sequences).split(lengths)
+        known = list(map(TrainItem.known_old_log_probs, items, credited))
     present = [log_probs for log_probs in known if log_probs is not None]
     if not present:
         return 0.0, 0.0
     joined = torch.cat(present)
     return -float(joined.sum()), float(len(joined))
-
-
-def _old_log_probs(item: TrainItem) -> torch.Tensor | None:
-    """They are the update's own where the old policy is the current one."""
-    if item.old_log_probs is not None or item.outcome is None:
-        return item.old_log_probs
-    # Without a KL the loss leaves out the tokens without an advantage, which then read 0.
-    return None if item.outcome.kl is None else item.outcome.log_probs
 
 
 def _clipped_answers(items: Sequence[TrainItem]) -> tuple[float, float]:

@@ -40,7 +40,10 @@ class Image:
 
 Text = str
 """
-SAMPLE = SampleRecord(3, "what color?", "<answer>red</answer>", "red", 1.0, "anchor")
+SAMPLES = [
+    SampleRecord(3, "what color?", f"<answer>{word}</answer>", "red", float(word == "red"), role)
+    for word, role in (("red", "anchor"), ("blue", "hard_negative"))
+]
 
 
 def _images() -> list[Image.Image]:
@@ -173,28 +176,30 @@ def test_wandb_run_survives_a_restart(tmp_path: Path, monkeypatch: pytest.Monkey
     for _ in range(2):
         with _logger(tmp_path / "run", LoggingSettings(report_to=["wandb"])) as metrics:
             metrics.log(3, {"reward": 0.5})
-            metrics.sample(SAMPLE, _images)
+            metrics.samples(SAMPLES, _images)
     first, again = (call[1] for call in calls if call[0] == "init")
     assert first["id"] == again["id"] and first["resume"] == "allow" and first["name"] == "run"
     assert ("define", "train/*", "train/step") in calls
     assert ("log", {"train/step": 3, "train/reward": 0.5}) in calls
-    row = next(call[1]["samples"].rows[0] for call in calls if "samples" in call[-1])
-    assert (row["completion"], row["images"][0].size) == (SAMPLE.completion, (8, 8))
+    rows = next(call[1]["samples"].rows for call in calls if "samples" in call[-1])
+    assert [row["role"] for row in rows] == ["anchor", "hard_negative"]
+    assert (rows[1]["completion"], rows[1]["images"][0].size) == (SAMPLES[1].completion, (8, 8))
     assert calls[-1] == ("finish",)
 
 
 def test_swanlab_run_survives_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A restarted run asks for the same experiment; a sample is text beside its images."""
+    """A restarted run asks for the same experiment; samples are text beside their images."""
     calls = _fake("swanlab", tmp_path, monkeypatch)
     for _ in range(2):
         with _logger(tmp_path / "run", LoggingSettings(report_to=["swanlab"])) as metrics:
             metrics.log(3, {"reward": 0.5})
-            metrics.sample(SAMPLE, _images)
+            metrics.samples(SAMPLES, _images)
     first, again = (call[1] for call in calls if call[0] == "init")
     assert first["id"] == again["id"] and first["resume"] == "allow"
     assert ("log", {"train/reward": 0.5}, 3) in calls
     (_, shown, step), _ = calls[-2:]
-    assert step == 3 and SAMPLE.completion in shown["sample"] and shown["images"][0].size == (8, 8)
+    assert step == 3 and shown["images"][0].size == (8, 8)
+    assert all(sample.completion in shown["samples"] for sample in SAMPLES)
 
 
 def test_the_real_wandb_keeps_a_run_offline(tmp_path: Path, monkeypatch) -> None:
@@ -204,7 +209,7 @@ def test_the_real_wandb_keeps_a_run_offline(tmp_path: Path, monkeypatch) -> None
     for step in (1, 2):
         with _logger(tmp_path / "run", LoggingSettings(report_to=["wandb"])) as metrics:
             metrics.log(step, {"reward": 0.5})
-            metrics.sample(replace(SAMPLE, step=step), _images)
+            metrics.samples([replace(one, step=step) for one in SAMPLES], _images)
     runs = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len({run.name.rpartition("-")[2] for run in runs}) == 1
     assert any(run.rglob("*.png") for run in runs) and any(
@@ -238,11 +243,11 @@ def test_the_real_mlflow_keeps_a_run_in_files(tmp_path: Path, monkeypatch) -> No
     for step in (1, 2):
         with _logger(tmp_path / "run", LoggingSettings(report_to=["mlflow"])) as metrics:
             metrics.log(step, {"reward": step / 4})
-            metrics.sample(replace(SAMPLE, step=step), _images)
+            metrics.samples([replace(one, step=step) for one in SAMPLES], _images)
     (run,) = mlflow.search_runs(experiment_names=["care"], output_format="list")
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/reward")
     assert [(one.step, one.value) for one in history] == [(1, 0.25), (2, 0.5)]
-    assert len(mlflow.load_table("samples.json", run_ids=[run.info.run_id])) == 2
+    assert len(mlflow.load_table("samples.json", run_ids=[run.info.run_id])) == 4
 
 
 def test_the_real_trackio_keeps_a_run(tmp_path: Path, monkeypatch) -> None:
@@ -253,7 +258,7 @@ def test_the_real_trackio_keeps_a_run(tmp_path: Path, monkeypatch) -> None:
     for step in (1, 2):
         with _logger(tmp_path / "run", LoggingSettings(report_to=["trackio"])) as metrics:
             metrics.log(step, {"reward": step / 4})
-            metrics.sample(replace(SAMPLE, step=step), _images)
+            metrics.samples([replace(one, step=step) for one in SAMPLES], _images)
     (run,) = trackio.Api().runs("care")
     logs = store.get_logs("care", run.name)
     assert [log["train/reward"] for log in logs if "train/reward" in log] == [0.25, 0.5]

@@ -1,12 +1,13 @@
-"""Bars on a terminal, plain lines in a log, samples and names to the letter."""
+"""Bars on a terminal, plain lines in a log, groups and names to the letter."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from care_train.reporting import SampleRecord, TrainProgress, show_sample, show_summary, track
+from care_train.reporting import SampleRecord, TrainProgress, show_group, show_summary, track
 from care_train.reporting.samples import printable
 
 _VALUES = {"reward": 0.5, "accuracy": 0.25, "kl": 0.01, "tokens_per_second": 12345.6}
@@ -39,6 +40,19 @@ def test_log_gets_about_ten_lines() -> None:
     for shown in ("reward 0.500", "accuracy 25.0%", "KL 0.0100", "tokens/s 12,346"):
         assert shown in lines[-1]
     assert "format" not in lines[-1] and "\x1b" not in lines[-1]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_without_bars_there_is_a_line_per_step(is_terminal: bool) -> None:
+    """`logging.progress=false` on a terminal and in a log; a resumed run goes on counting."""
+    console = _terminal() if is_terminal else _log()
+    display = TrainProgress(40, description="care", bar=False, start_step=3, console=console)
+    with display as progress:
+        for step in range(4, 41):
+            progress.update(step, _VALUES)
+    lines = _written(console).splitlines()
+    assert [line.split()[1] for line in lines] == [f"{step}/40" for step in range(4, 41)]
+    assert all("reward 0.500" in line for line in lines)
 
 
 def test_loss_is_shown_without_a_reward() -> None:
@@ -86,9 +100,11 @@ _MARKUP = "[red]x[/red] [/bold] [link=http://a]b[/link] :smile:"
 def test_markup_is_literal(tmp_path: Path) -> None:
     """rich's markup in model output, a run's name or a description does nothing, nor raises."""
     console = _log()
-    show_sample(console, SampleRecord(3, _MARKUP, _MARKUP, _MARKUP, 1.1, _MARKUP))
-    assert _written(console).count(_MARKUP) == 3
-    assert "step 3 · [red]x" in _written(console) and "+1.10" in _written(console)
+    record = SampleRecord(3, _MARKUP, _MARKUP, _MARKUP, 1.1, "anchor")
+    show_group(console, _MARKUP, [record, replace(record, role="hard_negative", reward=0.1)])
+    assert _written(console).count(_MARKUP) == 5
+    for shown in ("step 3 · [red]x", "anchor", "+1.10", "hard negative", "+0.10"):
+        assert shown in _written(console)
     console = _log()
     TrainProgress(4, console=console).print("a[/b] [red]c")
     list(track([1], _MARKUP, console=console))
@@ -121,7 +137,7 @@ def test_completion_cannot_drive_the_terminal() -> None:
     """Escape sequences and other control characters never reach the terminal."""
     console = _terminal()
     hostile = "a\x1b]0;title\x07\x9b2Jb\rc\u202ed"
-    show_sample(console, SampleRecord(1, "q", hostile, "d", 0.0, "negative"))
+    show_group(console, hostile, [SampleRecord(1, "q", hostile, "d", 0.0, "negative")])
     assert "]0;title" in _written(console)
     for control in ("\x1b]0", "\x07", "\x9b", "\r", "\u202e"):
         assert control not in _written(console)
@@ -129,11 +145,12 @@ def test_completion_cannot_drive_the_terminal() -> None:
 
 @pytest.mark.parametrize("text", ["word " * 100_000, "\n" * 100_000, "x" * 100_000])
 def test_huge_completion_stays_small(text: str) -> None:
-    """However long a completion is, its panel is not; its end, the answer, is kept."""
+    """However long the completions are, their panel is not; their ends, the answers, are kept."""
     console = _log()
-    show_sample(console, SampleRecord(1, text, text + "THE END", text, 0.0, "negative"))
-    assert len(_written(console).splitlines()) < 50
-    assert "THE END" in _written(console)
+    record = SampleRecord(1, text, text + "THE END", text, 0.0, "negative")
+    show_group(console, text, [record] * 3)
+    assert len(_written(console).splitlines()) < 60
+    assert _written(console).count("THE END") == 3
 
 
 @pytest.mark.parametrize(

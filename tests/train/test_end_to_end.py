@@ -9,6 +9,8 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from care_train.distributed import own_environment
+from care_train.reporting import read_archive
+from care_train.reporting.archive import archive_files
 from care_train.training.timer import MODEL_PARTS
 from tests.train.runs import COLD_START, ROOT, SMALL, FastRun, assert_same_runs, data_arguments
 
@@ -73,7 +75,7 @@ def command(cold_start, color_rows, tmp_path_factory) -> tuple[subprocess.Comple
 def test_a_run_leaves_everything_it_promises(command):
     """`care-train train`: config, metrics, summary, checkpoints, final model, plots and report."""
     done, run = command
-    for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.md", "samples.jsonl"):
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.md"):
         assert (run / name).stat().st_size > 0, name
     assert (run / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000003"]
@@ -91,6 +93,11 @@ def test_a_run_leaves_everything_it_promises(command):
     # What it prints: scores before and after, no warnings, no tracebacks.
     assert "accuracy" in done.stdout and "before" in done.stdout
     assert "arning" not in done.stderr, done.stderr
+    # Without bars a line per step, and a group of step 2 (logging.samples_every).
+    lines = done.stderr.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("care ")] == ["1/3", "2/3", "3/3"]
+    assert sum("step 2 · " in line for line in lines) == 1
+    assert any(line.split()[1:2] == ["reference"] for line in lines)
 
 
 def _assert_times_add_up(metrics: list[dict]) -> None:
@@ -152,6 +159,40 @@ def test_two_ranks_follow_one(stage, batches, on_one_rank, cold_start, color_row
         for key in ("reward", "reward_std", "accuracy", "loss", "kl", "entropy"):
             assert one[key] == pytest.approx(two[key], abs=1e-3), key
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=2e-2)
+    _assert_same_archive(on_one_rank, double)
+
+
+def _assert_same_archive(single: Path, double: Path) -> None:
+    """Each of two ranks wrote its own groups and answers: together they are those of one rank, with
+    the numbers of its update but for the order of sums."""
+    files = archive_files(double)
+    assert {(file.kind, file.rank) for file in files} == {
+        (kind, rank) for kind in ("step", "eval") for rank in (0, 1)
+    }
+    assert {row["rank"] for row in read_archive(double, columns=["rank"]).to_pylist()} == {0, 1}
+    for evaluations in (False, True):
+        found = [_by_row(run, evaluations) for run in (single, double)]
+        assert found[0].keys() == found[1].keys() and found[0]
+        for key, row in found[0].items():
+            other = found[1][key]
+            assert row["images"] == other["images"]
+            if evaluations:
+                assert row["text"] == other["text"]
+                continue
+            assert row["outcome"] == other["outcome"]
+            for one, two in zip(row["rollouts"], other["rollouts"], strict=True):
+                for name in ("text", "role", "trained", "accuracy"):
+                    assert one[name] == two[name]
+                for name in ("token_advantages", "old_log_probs", "ref_log_probs"):
+                    assert (one[name] is None) == (two[name] is None)
+                    assert one[name] is None or one[name] == pytest.approx(two[name], abs=1e-2)
+
+
+def _by_row(run: Path, evaluations: bool) -> dict[tuple, dict]:
+    rows = read_archive(run, evaluations=evaluations).to_pylist()
+    found = {(row["step"], row.get("decoding"), row["row_id"], row["visit"]): row for row in rows}
+    assert len(found) == len(rows)
+    return found
 
 
 def test_a_resumed_run_goes_on_where_it_stopped(command, cold_start, color_rows, tmp_path):

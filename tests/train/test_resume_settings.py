@@ -67,10 +67,10 @@ def test_a_resume_refuses_fewer_steps_and_other_ranks():
 def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
     """Lines after it go, a torn one too; a log without a size goes altogether."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    (tmp_path / "samples.jsonl").write_text('{"step": 2}\n')
+    (tmp_path / "care_events.jsonl").write_text('{"step": 2}\n')
     cut_logs(tmp_path, {"metrics.jsonl": len('{"step": 1}\n')}, step=1)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
-    assert (tmp_path / "samples.jsonl").read_text() == ""
+    assert (tmp_path / "care_events.jsonl").read_text() == ""
 
 
 def test_resume_names_a_folder(tmp_path):
