@@ -59,7 +59,7 @@ def write_report(run_dir: Path, summary: Mapping[str, Any], metrics: Records) ->
         _pictures(run_dir),
         _group_use(metrics),
         _command(summary),
-        _page(run_dir) if metrics else "",
+        _page(run_dir),
     ]
     write_file(run_dir / "report.md", "\n\n".join(filter(None, sections)) + "\n")
 

@@ -27,6 +27,18 @@ def write_run(folder: Path, groups: Sequence[dict[str, Any]], per_step: int = 16
     return folder
 
 
+def write_evaluation(run: Path, step: int, decoding: str, said: Sequence[str]) -> None:
+    """Add an evaluation to a run's archive: what was said of each question, whose answer is `a`."""
+    rows = [
+        _question(place)
+        | {"step": step, "decoding": decoding, **_answer(f"<answer>{word}</answer>", word == "a")}
+        for place, word in enumerate(said)
+    ]
+    image = Image.new("RGB", (40, 30), "red")
+    with ArchiveWriter(run, 0, 1, None) as archive:
+        archive.write_evaluation(step, decoding, rows, [(image,)] * len(rows))
+
+
 def invented_groups(number: int) -> Iterator[dict[str, Any]]:
     """`number` groups of one anchor, two hard negatives and an unused rollout."""
     for place in range(number):
@@ -40,15 +52,7 @@ def group(
     """One group whose rollouts said `texts`; the first is right."""
     pairs = zip(texts, roles, strict=True)
     rollouts = [_rollout(text, role, is_right=not i) for i, (text, role) in enumerate(pairs)]
-    row = {
-        "row_id": f"row-{place}",
-        "visit": 0,
-        "location": f"rows.jsonl:{place}",
-        "source": ("charts", "geometry")[place % 2],
-        "prompt": f"what is number {place}?",
-        "answer": "a",
-        "answer_type": "text",
-        "options": [],
+    row = _question(place) | {
         "rank": 0,
         "group": place,
         "outcome": "anchored",
@@ -65,8 +69,34 @@ def group(
     return row | changes
 
 
+def _question(place: int) -> dict[str, Any]:
+    return {
+        "row_id": f"row-{place}",
+        "visit": 0,
+        "location": f"rows.jsonl:{place}",
+        "source": ("charts", "geometry")[place % 2],
+        "prompt": f"what is number {place}?",
+        "answer": "a",
+        "answer_type": "text",
+        "options": [],
+    }
+
+
+def _answer(text: str, is_right: bool) -> dict[str, Any]:
+    return {
+        "text": text,
+        "token_ids": np.arange(8, dtype=np.int32),
+        "finished": True,
+        "accuracy": float(is_right),
+        "format": 1.0,
+        "reward": float(is_right),
+        "rewards": [],
+        "verdict": "exact match" if is_right else "got another answer",
+        "format_verdict": "",
+    }
+
+
 def _rollout(text: str, role: str, is_right: bool) -> dict[str, Any]:
-    tokens = np.arange(8, dtype=np.int32)
     numbers = np.linspace(0, 1, 8, dtype=np.float32)
     is_trained = role != "unused"
     values = {
@@ -81,16 +111,7 @@ def _rollout(text: str, role: str, is_right: bool) -> dict[str, Any]:
         for region in ("think", "think_content", "answer", "answer_content")
         for end in ("start", "end")
     )
-    return {
-        "text": text,
-        "token_ids": tokens,
-        "finished": True,
-        "accuracy": float(is_right),
-        "format": 1.0,
-        "reward": float(is_right),
-        "rewards": [],
-        "verdict": "exact match" if is_right else "got another answer",
-        "format_verdict": "",
+    return _answer(text, is_right) | {
         **spans,
         "think_start": 0,
         "think_end": 5,

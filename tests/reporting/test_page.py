@@ -21,7 +21,7 @@ from care_train.reporting.interval import mean_interval
 from care_train.reporting.page import LiveServer, Page, write_page
 from care_train.reporting.page.charts import charts
 from care_train.reporting.page.runs import conditions, differences, read_run
-from tests.reporting.archives import group, invented_groups, write_run
+from tests.reporting.archives import group, invented_groups, write_evaluation, write_run
 
 
 def _run(folder: Path, config: str = "", steps: int = 30, seed: int = 0) -> Path:
@@ -104,9 +104,32 @@ def test_a_large_archive_is_thinned_evenly(tmp_path: Path, monkeypatch: Any) -> 
     sizes = [path.stat().st_size for path in (run / "archive").glob("*.parquet")]
     monkeypatch.setattr("care_train.reporting.page.page._MIB", -(-sum(sizes) // 4))
     page = Page([run], max_mib=1)
-    steps = sorted({line["step"] for line in _block(page, "index")})
+    steps = sorted({line["step"] for line in _block(page, "groups")})
     assert steps == [4, 8, 12, 16]
-    assert _block(page, "page")["groupNote"] == "run: 4 of 16 steps, evenly spaced."
+    assert _block(page, "page")["groups"]["note"] == "run: 4 of 16 steps, evenly spaced."
+
+
+def test_answers_of_a_lone_evaluation_are_a_page(tmp_path: Path, monkeypatch: Any) -> None:
+    """Without metrics too; of many questions evenly spaced ones, and the page says so."""
+    monkeypatch.setattr("care_train.reporting.page.answers._MAX_QUESTIONS", 3)
+    write_evaluation(tmp_path / "run", 0, "greedy", "abbabb")
+    page = Page([tmp_path / "run"])
+    lines = _block(page, "answers")
+    assert [(line["row"], line["outcome"]) for line in lines] == [
+        ("row-0", "right"),
+        ("row-2", "wrong"),
+        ("row-4", "wrong"),
+    ]
+    assert _block(page, "page")["answers"]["note"] == "run: 3 of 6 questions, evenly spaced."
+    block = _block(page, lines[1]["block"])
+    assert block["groups"][lines[1]["at"]]["rollouts"][0]["pieces"] == ["<answer>b</answer>"]
+    write_evaluation(tmp_path / "run", 5, "greedy", "aabbab")
+    page.refresh()
+    assert [line["outcome"] for line in _block(page, "answers")] == [
+        "stayed right",
+        "stayed wrong",
+        "became right",
+    ]
 
 
 def test_without_a_tokenizer_spans_are_shaded(tmp_path: Path) -> None:
@@ -153,7 +176,7 @@ def test_the_served_page_is_its_users_alone(server: LiveServer) -> None:
     """It listens on the loopback, wants the path that was told and its own name as Host."""
     assert server.server_address[0] == "127.0.0.1"
     path = server.url.split(str(server.server_port))[1]
-    assert _status(server, path) == _status(server, f"{path}block/index") == 200
+    assert _status(server, path) == _status(server, f"{path}block/groups") == 200
     for wrong in ("/", "/version", "/x/", f"{path}block/none", f"{path}../etc/passwd"):
         assert _status(server, wrong) == 404
     for host in ("evil.example", f"evil.example:{server.server_port}", "127.0.0.1", ""):

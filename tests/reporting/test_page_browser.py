@@ -13,10 +13,10 @@ import pytest
 
 from care_train.reporting.files import JsonlWriter
 from care_train.reporting.page import LiveServer, write_page
-from tests.reporting.archives import group, invented_groups, write_run
+from tests.reporting.archives import group, invented_groups, write_evaluation, write_run
 
 _DESKTOP, _PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
-_SECTIONS = ("overview", "curves", "diagnostics", "groups", "settings")
+_SECTIONS = ("overview", "curves", "diagnostics", "groups", "answers", "settings")
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def test_every_section_is_accessible(chromium, page_url, viewport, scheme):
         for section in _SECTIONS:
             page.evaluate(f"location.hash = '{section}'")
             page.wait_for_selector(f"#main[data-ready={section}]")
-            if section == "groups" and viewport is _DESKTOP:
+            if section in ("groups", "answers") and viewport is _DESKTOP:
                 page.locator(".groups a").first.click()
                 page.wait_for_selector("#group-title")
             found = axe.run(page).response["violations"]
@@ -156,6 +156,48 @@ def test_filters_and_search_narrow_the_list(chromium, large_url):
         status.get_by_text("1 group").wait_for()
 
 
+def test_evaluated_answers_are_shown(chromium, tmp_path):
+    """A question with the answers of each evaluation; filters, search, keys, a link."""
+    run = write_run(tmp_path / "run", list(invented_groups(4)))
+    for step, words in ((0, "baba"), (20, "aabc")):
+        for decoding in ("sampled", "greedy"):
+            write_evaluation(run, step, decoding, words)
+    write_page([run], tmp_path / "report.html")
+    url = (tmp_path / "report.html").as_uri()
+    with _opened(chromium, f"{url}#answers") as page:
+        status = page.locator(".side [role=status]")
+        status.get_by_text("8 answers").wait_for()
+        page.locator("#filter-outcome").select_option("became wrong")
+        status.get_by_text("2 answers").wait_for()
+        page.locator("#filter-decoding").select_option("greedy")
+        status.get_by_text("1 answer", exact=True).wait_for()
+        page.locator(".groups a").click()
+        page.wait_for_selector("#group-title:focus")
+        link, shown = page.url, page.locator(".group").inner_text()
+        assert link == f"{url}#answer=run/greedy/row-3"
+        for text in ("Greedy answers, row row-3", "what is number 3?", "Reference answer"):
+            assert text in shown
+        assert page.locator(".images img").evaluate("image => image.naturalWidth") == 40
+        assert page.locator("h4").all_inner_texts() == ["Before training", "After 20 steps"]
+        assert page.locator(".outcome").all_inner_texts() == [
+            "✓ correct: exact match",
+            "✗ wrong: got another answer",
+        ]
+        page.get_by_role("button", name="Difference to the first answer").click()
+        assert page.locator("del, ins").all_inner_texts() == ["a", "c"]
+        page.get_by_role("button", name="Clear").click()
+        page.locator("#search").fill("another")
+        status.get_by_text("4 answers").wait_for()
+        page.get_by_role("link", name="Groups").click()
+        status.get_by_text("4 groups").wait_for()
+        page.keyboard.press("j")
+        page.wait_for_url("**#group=run/**")
+        page.get_by_role("link", name="Answers").click()
+        status.get_by_text("4 answers").wait_for()
+    with _opened(chromium, link) as page:
+        assert page.locator(".group").inner_text().splitlines()[0] == shown.splitlines()[0]
+
+
 def test_differences_to_the_anchor_are_marked(chromium, large_url):
     """What a negative says in other words stands beside the anchor's words."""
     with _opened(chromium, f"{large_url}#group=large/1/row-0") as page:
@@ -231,12 +273,14 @@ def test_runs_are_compared(chromium, tmp_path):
         assert "algorithm\tcare\tcare\tgrpo" in page.locator("table").first.inner_text()
 
 
-def test_the_page_is_measured_with_many_groups(chromium, quickstart_run, tmp_path):
-    """`python -m bench.report_page` repeats a run's groups, times a reader and takes pictures."""
-    command = (sys.executable, "-m", "bench.report_page", str(quickstart_run))
+def test_archive_and_page_are_measured_with_many_groups(chromium, quickstart_run, tmp_path):
+    """`python -m bench.archive` writes a run's groups again, times readers and takes pictures."""
+    command = (sys.executable, "-m", "bench.archive", str(quickstart_run))
     options = ("--groups", "20", "--pictures", str(tmp_path))
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["groups"] >= 20 and figures["search_responses_ms"] > 0
+    assert 0 < figures["step_share_waited_percent"] < figures["step_share_total_percent"]
+    assert figures["bytes_per_group"] > 0 and figures["filter_ms"] > 0
     assert len(list(tmp_path.glob("report-*.webp"))) == 3

@@ -23,43 +23,56 @@ class ArchivedGroups:
         self._packed: dict[Path, Packed] = {}
         self._decode: Decode | None = None
 
-    def read(self, run: Run, max_bytes: int) -> tuple[dict[str, Packed], int, int]:
-        """The packed files in order, by name; of how many steps they are, and how many there are.
+    def read(self, run: Run, max_bytes: int) -> tuple[dict[str, Packed], str]:
+        """The packed files in order, by name; and what is left out, in words.
 
         Args:
             run: for its tags and its tokenizer.
             max_bytes: of the archive's files; evenly spaced steps are left out beyond.
         """
-        steps = [
-            list(files)
-            for _, files in groupby(
-                (file for file in archive_files(self._folder) if file.kind == "step"),
-                key=lambda file: file.step,
-            )
-        ]
-        chosen = _spaced(steps, max_bytes)
+        steps = files_by_step(self._folder, "step")
+        chosen = spaced(steps, max_bytes)
         files = [file for step in chosen for file in step]
         if files and self._decode is None:
             self._decode = _decoder(run)
         packed = {file.path.stem: self._read(file, run) for file in files}
         found = {name: one for name, one in packed.items() if one is not None}
-        return found, len(chosen), len(steps)
+        is_whole = len(chosen) == len(steps)
+        return found, "" if is_whole else f"{len(chosen)} of {len(steps)} steps"
 
     def _read(self, file: ArchiveFile, run: Run) -> Packed | None:
         if file.path not in self._packed:
-            import pyarrow.parquet as parquet
-
-            try:
-                rows = parquet.read_table(file.path).to_pylist()
-            except FileNotFoundError:
-                return None  # A run that goes on dropped it, being over its limit.
+            rows = read_rows(file)
+            if not rows:
+                return None
             images = self._folder / ARCHIVE / IMAGES
             block = pack(group_block(rows, images, self._decode, run.tags))
             self._packed[file.path] = [index_line(row) for row in rows], block
         return self._packed[file.path]
 
 
-def _spaced(steps: Sequence[list[ArchiveFile]], max_bytes: int) -> list[list[ArchiveFile]]:
+def files_by_step(folder: Path, kind: str) -> list[list[ArchiveFile]]:
+    """The files of a run's steps or evaluations, a list each, in order.
+
+    Args:
+        folder: the run's.
+        kind: step | eval.
+    """
+    files = (file for file in archive_files(folder) if file.kind == kind)
+    return [list(own) for _, own in groupby(files, key=lambda file: file.step)]
+
+
+def read_rows(file: ArchiveFile) -> list[Json]:
+    """The rows of a file; none where a run that goes on dropped it, being over its limit."""
+    import pyarrow.parquet as parquet
+
+    try:
+        return parquet.read_table(file.path).to_pylist()
+    except FileNotFoundError:
+        return []
+
+
+def spaced(steps: Sequence[list[ArchiveFile]], max_bytes: int) -> list[list[ArchiveFile]]:
     """The last step and evenly spaced ones before it, of about so many bytes at most."""
     total = sum(file.path.stat().st_size for step in steps for file in step)
     every = max(1, -(-total // max_bytes))

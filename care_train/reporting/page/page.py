@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from care_train.reporting.files import write_file
+from care_train.reporting.page.answers import ArchivedAnswers
 from care_train.reporting.page.archived import ArchivedGroups
 from care_train.reporting.page.contents import page_contents
 from care_train.reporting.page.document import pack, render
@@ -29,7 +30,7 @@ class Page:
         Raises:
             ValueError: a folder is not a run's.
         """
-        self._groups = [ArchivedGroups(folder) for folder in folders]
+        self._groups = [(ArchivedGroups(folder), ArchivedAnswers(folder)) for folder in folders]
         self._folders = folders
         self._max_bytes = max_mib * _MIB // len(folders)
         self.title = ""
@@ -43,22 +44,23 @@ class Page:
             ValueError: as at first.
         """
         runs = [read_run(folder) for folder in self._folders]
+        contents: dict[str, Any] = page_contents(runs)
         blocks: dict[str, bytes] = {}
-        index: list[dict[str, Any]] = []
-        notes = []
-        for place, (run, groups) in enumerate(zip(runs, self._groups, strict=True)):
-            packed, shown, total = groups.read(run, self._max_bytes)
-            if shown < total:
-                notes.append(f"{run.name}: {shown} of {total} steps, evenly spaced.")
-            for file, (lines, block) in packed.items():
-                # Named by what it holds: a page that looks on finds the same under the name.
-                where = {"run": place, "block": f"{place}-{file}"}
-                blocks[where["block"]] = block
-                index += [{**line, **where, "at": at} for at, line in enumerate(lines)]
-        contents = page_contents(runs)
-        contents |= {"numGroups": len(index), "groupNote": " ".join(notes)}
+        for kind, found in zip(("groups", "answers"), zip(*self._groups, strict=True), strict=True):
+            index: list[dict[str, Any]] = []
+            notes = []
+            for place, (run, archived) in enumerate(zip(runs, found, strict=True)):
+                packed, note = archived.read(run, self._max_bytes)
+                notes += [f"{run.name}: {note}, evenly spaced."] if note else []
+                for name, (lines, block) in packed.items():
+                    # A page that looks on finds the same groups, or questions, under the name.
+                    where = {"run": place, "block": f"{place}-{name}"}
+                    blocks[where["block"]] = block
+                    index += [{**line, **where, "at": at} for at, line in enumerate(lines)]
+            contents[kind] = {"count": len(index), "note": " ".join(notes)}
+            blocks[kind] = pack(index)
         self.title = _title(runs)
-        self.blocks = {"page": pack(contents), "index": pack(index), **blocks}
+        self.blocks = {"page": pack(contents), **blocks}
 
     def html(self, *, live: bool = False) -> str:
         """The page with all of its data; or live, to fetch its blocks."""
@@ -71,7 +73,8 @@ def write_page(folders: Sequence[Path], path: Path, max_mib: int = MAX_MIB) -> N
     Args:
         folders: the runs'.
         path: the HTML file.
-        max_mib: how much of the runs' archives it carries; evenly spaced steps are left out beyond.
+        max_mib: how much of the archives' groups it carries, and how much of their answers; evenly
+            spaced steps and evaluations are left out beyond.
 
     Raises:
         ValueError: a folder is not a run's.

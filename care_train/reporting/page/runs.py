@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from care_train.config import Role, role_of
+from care_train.reporting.archive import ARCHIVE
 from care_train.reporting.metrics import METRICS_FILE, read_metrics
 
 _OF_A_SEED = ("seed", "name")
@@ -48,13 +49,13 @@ class Condition:
 
 
 def read_run(folder: Path) -> Run:
-    """What is there of a run, which may still be going on.
+    """What is there of a run, which may still be going on; a lone evaluation has no metrics.
 
     Raises:
-        ValueError: `folder` holds no run's metrics, or a file of it is damaged.
+        ValueError: `folder` holds no run's metrics or archive, or a file of it is damaged.
     """
     metrics = folder / METRICS_FILE
-    if not metrics.is_file():
+    if not (metrics.is_file() or (folder / ARCHIVE).is_dir()):
         raise ValueError(f"{folder}: got no {METRICS_FILE}, wanted the folder of a run")
     config, summary = folder / "config.yaml", folder / "summary.json"
     config_yaml = config.read_text(encoding="utf-8") if config.is_file() else ""
@@ -63,7 +64,7 @@ def read_run(folder: Path) -> Run:
         settings=dict(_flat(yaml.safe_load(config_yaml) or {})),
         config_yaml=config_yaml,
         summary=json.loads(summary.read_text()) if summary.is_file() else {},
-        records=read_metrics(metrics),
+        records=read_metrics(metrics) if metrics.is_file() else [],
     )
 
 

@@ -6,13 +6,18 @@ import { visible } from "./text.js";
 
 const PAGE = 50;
 
-/** The failure browser: filters and a list of groups beside the one that is looked at. */
+/**
+ * The failure browser: filters and a list of groups beside the one that is looked at.
+ *
+ * `noun` is "group", or "answer" for evaluated questions, whose rollouts are the evaluations' answers.
+ */
 export class GroupBrowser {
-  constructor(page, index) {
+  constructor(page, index, noun) {
     this.page = page;
+    this.noun = noun;
     this.index = withIds(page, index);
     this.places = new Map(this.index.map((group, i) => [group.id, i]));
-    this.filters = filterForm(this.index, page.runs, () => this.refresh());
+    this.filters = filterForm(this.index, page.runs, noun, () => this.refresh());
     this.found = [];
     this.from = 0;
     this.current = null;
@@ -23,9 +28,9 @@ export class GroupBrowser {
     this.older = pager("Previous", () => this.turn(-PAGE));
     this.newer = pager("Next", () => this.turn(PAGE));
     const side = h("div", { class: "side" }, this.filters.element, this.status,
-      h("nav", { "aria-label": "Groups found" }, this.list), h("div", { class: "pager" }, this.older, this.newer));
-    const back = h("a", { class: "back", href: "#groups" }, "← All groups");
-    const steps = h("div", { class: "steps" }, back, pager("↑ Previous group", () => this.move(-1)), pager("↓ Next group", () => this.move(1)));
+      h("nav", { "aria-label": `${noun}s found` }, this.list), h("div", { class: "pager" }, this.older, this.newer));
+    const back = h("a", { class: "back", href: `#${noun}s` }, `← All ${noun}s`);
+    const steps = h("div", { class: "steps" }, back, pager(`↑ Previous ${noun}`, () => this.move(-1)), pager(`↓ Next ${noun}`, () => this.move(1)));
     this.element = h("div", { class: "browser" }, side, h("div", { class: "main" }, steps, this.detail));
     this.refresh();
   }
@@ -65,7 +70,7 @@ export class GroupBrowser {
     this.list.replaceChildren(...this.found.slice(this.from, last).map((group) => this.item(group)));
     const total = this.found.length.toLocaleString("en");
     const range = this.found.length > PAGE ? `${this.from + 1}–${last} of ${total}` : total;
-    this.status.textContent = `${range} ${this.found.length === 1 ? "group" : "groups"}${this.more}`;
+    this.status.textContent = `${range} ${this.noun}${this.found.length === 1 ? "" : "s"}${this.more}`;
     this.older.disabled = this.from === 0;
     this.newer.disabled = last >= this.found.length;
   }
@@ -73,9 +78,9 @@ export class GroupBrowser {
   item(group) {
     const chosen = group === this.current;
     return h("li", {},
-      h("a", { href: `#group=${group.id}`, "aria-current": chosen ? "true" : null },
+      h("a", { href: `#${this.noun}=${group.id}`, "aria-current": chosen ? "true" : null },
         h("span", { class: "prompt", dir: "auto" }, visible(group.prompt) || "(no text)"),
-        h("span", { class: "note" }, h("span", { class: `dot ${toneOfGroup(group)}`, "aria-hidden": "true" }), `step ${group.step} · ${headline(group)}`)));
+        h("span", { class: "note" }, h("span", { class: `dot ${toneOfGroup(group)}`, "aria-hidden": "true" }), `${group.decoding ?? `step ${group.step}`} · ${headline(group)}`)));
   }
 
   turn(by) {
@@ -88,7 +93,7 @@ export class GroupBrowser {
   move(by) {
     const at = this.found.indexOf(this.current);
     const next = this.found[at < 0 ? 0 : at + by];
-    if (next) location.hash = `group=${next.id}`;
+    if (next) location.hash = `${this.noun}=${next.id}`;
   }
 
   /** Show the group of that id; the list alone without one. */
@@ -100,11 +105,11 @@ export class GroupBrowser {
     if (at >= 0) this.from = at - (at % PAGE);
     this.showList();
     this.list.querySelector("[aria-current]")?.scrollIntoView({ block: "nearest" });
-    if (id === null) return this.detail.replaceChildren(h("p", { class: "empty" }, "Choose a group. Keys: j next, k previous, / search."));
-    if (!group) return this.detail.replaceChildren(h("p", { class: "empty" }, "This page has no such group."));
+    if (id === null) return this.detail.replaceChildren(h("p", { class: "empty" }, `Choose one of the ${this.noun}s. Keys: j next, k previous, / search.`));
+    if (!group) return this.detail.replaceChildren(h("p", { class: "empty" }, `This page has no such ${this.noun}.`));
     const { groups, images } = await keptBlock(group.block);
     if (this.current !== group) return undefined;
-    const link = `${location.href.split("#")[0]}#group=${id}`;
+    const link = `${location.href.split("#")[0]}#${this.noun}=${id}`;
     const view = groupView(groups[group.at], images, { run: this.page.runs[group.run], link });
     this.detail.replaceChildren(view);
     // The block was decoded meanwhile: somebody may have begun to type.
@@ -116,10 +121,10 @@ export class GroupBrowser {
 function withIds(page, index) {
   const seen = new Map();
   return index.map((group) => {
-    const id = [page.runs[group.run].name, group.step, group.row].map(encodeURIComponent).join("/");
+    const id = [page.runs[group.run].name, group.decoding ?? group.step, group.row].map(encodeURIComponent).join("/");
     const count = (seen.get(id) ?? 0) + 1;
     seen.set(id, count);
-    const haystack = [group.prompt, group.answer, group.row, group.source].join("\n").toLowerCase();
+    const haystack = [group.prompt, group.answer, group.row, group.source, group.verdict].join("\n").toLowerCase();
     return { ...group, id: count > 1 ? `${id}~${count}` : id, haystack };
   });
 }

@@ -31,6 +31,11 @@ export function keptBlock(name) {
   return found;
 }
 
+/** Forget what is remembered: the server may have newer blocks of the same names. */
+export function forgetBlocks() {
+  kept.clear();
+}
+
 /** What changes when the server has newer data. */
 export async function dataVersion() {
   return (await fetch("version", { cache: "no-store" })).text();

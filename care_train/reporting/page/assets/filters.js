@@ -10,13 +10,14 @@ const ORDERS = [
 ];
 
 /** The form of search and filters; `changed` is called when what it lets through changes. */
-export function filterForm(index, runs, changed) {
+export function filterForm(index, runs, noun, changed) {
   const values = (of) => [...new Set(index.flatMap(of))].sort();
-  const search = h("input", { type: "search", id: "search", placeholder: "question, answer, row", autocomplete: "off", spellcheck: "false" });
+  const search = h("input", { type: "search", id: "search", placeholder: noun === "answer" ? "question, verdict, row" : "question, answer, row", autocomplete: "off", spellcheck: "false" });
   const inTexts = h("input", { type: "checkbox", id: "in-texts" });
   const choices = [
     ["Run", "run", runs.map((run, i) => [String(i), run.name]), (group) => [String(group.run)]],
     ["Outcome", "outcome", named(values((g) => g.outcome), words), (group) => [group.outcome]],
+    ["Decoding", "decoding", named(values((g) => g.decoding ?? []), words), (group) => [group.decoding]],
     ["Has a", "role", named(values((g) => g.roles), roleName), (group) => group.roles],
     ["Source", "source", named(values((g) => g.source), visible), (group) => [group.source]],
     ["Answer type", "type", named(values((g) => g.type), words), (group) => [group.type]],
@@ -25,8 +26,10 @@ export function filterForm(index, runs, changed) {
     .map(([label, name, options, of]) => ({ label, of, select: choice(name, options) }));
   const ranges = [
     ["Step", "step", (group) => group.step],
-    ["Mean reward", "reward", (group) => group.reward],
-  ].map(([label, name, of]) => ({ label, of, ends: ["from", "to"].map((end) => bound(name, label, end)) }));
+    [noun === "answer" ? "Reward" : "Mean reward", "reward", (group) => group.reward],
+  ]
+    .filter(([, , of]) => index.some((group) => of(group) !== of(index[0])))
+    .map(([label, name, of]) => ({ label, of, ends: ["from", "to"].map((end) => bound(name, label, end)) }));
   const order = choice("order", ORDERS.map(([key, label]) => [key, label]), null);
   const count = h("span", { class: "count", "aria-hidden": "true" });
 
@@ -34,7 +37,7 @@ export function filterForm(index, runs, changed) {
     choices.filter(({ select }) => select.value).length + ranges.filter(({ ends }) => ends.some((end) => end.value !== "")).length;
   const form = h(
     "form",
-    { class: "filters", role: "search", "aria-label": "Groups", oninput: delayed(update), onsubmit: (event) => event.preventDefault() },
+    { class: "filters", role: "search", "aria-label": `${noun}s`, oninput: delayed(update), onsubmit: (event) => event.preventDefault() },
     field("Search", search),
     h("label", { class: "check", for: "in-texts" }, inTexts, "in the responses too"),
     h("details", { open: matchMedia("(min-width: 60rem)").matches }, h("summary", {}, "Filters ", count),

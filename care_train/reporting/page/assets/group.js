@@ -22,11 +22,11 @@ export function groupView(group, images, { run, link }) {
   }
   view.append(
     h("header", { class: "group-head" },
-      h("h2", { tabindex: "-1", id: "group-title" }, `Step ${group.step}, row ${visible(group.row)}`),
+      h("h2", { tabindex: "-1", id: "group-title" }, `${group.decoding ? `${words(group.decoding)} answers` : `Step ${group.step}`}, row ${visible(group.row)}`),
       h("p", { class: "note" }, [run.name, group.source, group.type, headline(group)].filter(Boolean).map(visible).join(" · ")),
       copyButton("Copy link", () => link)),
     question(group, images),
-    h("div", { class: "shade-bar" }, h("label", {}, "Shade text by ", select), legend),
+    shadings.length > 1 ? h("div", { class: "shade-bar" }, h("label", {}, "Shade text by ", select), legend) : "",
     body,
   );
   draw(shading.key);
@@ -57,6 +57,10 @@ function groupParts(group, shared) {
   const { rollouts } = group;
   const numbered = (rollout) => `Rollout ${rollouts.indexOf(rollout) + 1}`;
   const card = (rollout, title, more) => rolloutCard(rollout, { title, ...shared, ...more });
+  if (group.decoding) {
+    const versus = { anchor: rollouts[0], versus: "the first answer" };
+    return [part(rollouts.length > 1 ? "Answers of each evaluation" : "Answer", rollouts.map((one) => card(one, roleName(one.role), versus)))];
+  }
   const anchor = rollouts.find(({ role }) => role.endsWith("anchor"));
   const positives = rollouts.filter(({ role }) => role === "positive");
   const negatives = rollouts.filter(({ role }) => role === "hard_negative");

@@ -1,6 +1,6 @@
 import { GroupBrowser } from "./browser.js";
 import { forgetCharts, redrawCharts } from "./charts.js";
-import { dataVersion, isLive, readBlock } from "./data.js";
+import { dataVersion, forgetBlocks, isLive, readBlock } from "./data.js";
 import { h } from "./dom.js";
 import { curves, diagnostics, overview, settings } from "./overview.js";
 import { visible } from "./text.js";
@@ -10,24 +10,24 @@ const GONE = "The server has gone.";
 const root = document.getElementById("main");
 const nav = document.getElementById("nav");
 let sections = {};
-let browser = null;
 
 async function load() {
   const page = await readBlock("page");
   forgetCharts();
-  browser = null;
+  forgetBlocks();
   const views = {
     overview: ["Overview", () => overview(page)],
     curves: ["Curves", () => curves(page, ["Learning", "Time"])],
     diagnostics: ["Diagnostics", () => diagnostics(page)],
-    groups: ["Groups", () => groupSection(page)],
+    groups: ["Groups", () => browserSection(page, "group")],
+    answers: ["Answers", () => browserSection(page, "answer")],
     settings: ["Settings", () => settings(page)],
   };
   sections = Object.fromEntries(
     Object.entries(views).map(([name, [label, make]]) => {
       const element = h("section", { id: `section-${name}`, "aria-label": label, hidden: true });
       const link = h("a", { href: `#${name}` }, label);
-      return [name, { element, link, make }];
+      return [name, { element, link, make, content: null, browser: null }];
     }),
   );
   nav.replaceChildren(...Object.values(sections).map(({ link }) => link));
@@ -36,31 +36,39 @@ async function load() {
   await route();
 }
 
-async function groupSection(page) {
-  if (!page.numGroups) return [h("p", { class: "empty" }, "No groups: the runs have no archive (logging.archive=false).")];
-  browser = new GroupBrowser(page, await readBlock("index"));
-  return [page.groupNote ? h("p", { class: "note" }, page.groupNote) : null, browser.element];
+async function browserSection(page, noun) {
+  const { count, note } = page[`${noun}s`];
+  if (!count) return [h("p", { class: "empty" }, `No ${noun}s: the runs have none in an archive (logging.archive).`)];
+  const browser = new GroupBrowser(page, await readBlock(`${noun}s`), noun);
+  sections[`${noun}s`].browser = browser;
+  return [note ? h("p", { class: "note" }, note) : null, browser.element];
 }
 
 async function route() {
-  const hash = decodeURI(location.hash.slice(1)) || "overview";
-  const id = location.hash.startsWith("#group=") ? location.hash.slice(7) : null;
-  const name = id !== null ? "groups" : hash in sections ? hash : null;
-  if (name === null) return;
+  const [, noun, id = null] = location.hash.match(/^#(group|answer)=(.*)$/) ?? [];
+  const name = noun ? `${noun}s` : decodeURI(location.hash.slice(1)) || "overview";
+  if (!(name in sections)) return;
   for (const [key, section] of Object.entries(sections)) {
     section.element.hidden = key !== name;
     if (key === name) section.link.setAttribute("aria-current", "page");
     else section.link.removeAttribute("aria-current");
+    // Two browsers in the page would share their elements' ids.
+    if (key !== name && section.browser) section.element.replaceChildren();
   }
-  const { element, make } = sections[name];
-  if (!element.childNodes.length) element.append(...(await make()).filter(Boolean));
-  if (name === "groups") await browser?.show(id);
-  root.dataset.ready = name;
+  const section = sections[name];
+  section.content ??= section.make();
+  const content = await section.content;
+  // While it was made, somebody may have gone on to another section.
+  if (section.element.hidden) return;
+  if (!section.element.childNodes.length) section.element.append(...content.filter(Boolean));
+  await section.browser?.show(id);
+  if (!section.element.hidden) root.dataset.ready = name;
 }
 
 function keys(event) {
   const typing = event.target.closest("input, select, textarea, button");
-  if (event.ctrlKey || event.metaKey || event.altKey || !browser || sections.groups.element.hidden) return;
+  const { browser } = Object.values(sections).find(({ element }) => !element.hidden) ?? {};
+  if (event.ctrlKey || event.metaKey || event.altKey || !browser) return;
   if (event.key === "Escape" && typing) typing.blur();
   if (typing) return;
   const by = { j: 1, k: -1 }[event.key];
@@ -102,7 +110,7 @@ async function watch() {
       if (news.textContent === GONE) news.replaceChildren();
       if (now === version) continue;
       version = now;
-      if (sections.groups.element.hidden) await take();
+      if (sections.groups.element.hidden && sections.answers.element.hidden) await take();
       else news.replaceChildren(show);
     } catch {
       news.textContent = GONE;

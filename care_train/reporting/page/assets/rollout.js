@@ -100,6 +100,7 @@ function describe(rollout, i) {
     const found = value(rollout, i);
     return key === "none" || found === undefined || found === null ? [] : [`${label.toLowerCase()} ${signs ? signed(found) : shown(found)}`];
   });
+  if (!rollout.perToken && !values.length) return "";
   const name = rollout.perToken ? `token ${i + 1} of ${rollout.tokens}` : "mean over the part";
   return [name, ...values].join(" · ");
 }

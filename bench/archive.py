@@ -1,12 +1,16 @@
-"""The report page with many groups: how large it is, how long it takes to make, open and search.
+"""The archive and the report page with many groups: what writing costs a step, bytes, time to read.
 
-    python -m bench.report_page runs/quickstart
-    python -m bench.report_page runs/quickstart --groups 50000 --max-mib 512
-    python -m bench.report_page runs/quickstart --pictures docs    # those of docs/report.md
+    python -m bench.archive runs/quickstart
+    python -m bench.archive runs/quickstart --groups 50000
+    python -m bench.archive runs/quickstart --pictures docs    # those of docs/report.md
 
-The run's own archive is repeated until it holds as many groups as asked for. The page is then
-opened in headless Chromium (Debian's package; `pip install playwright` drives it) and used as a
-reader would: the list, a filter, a search through all responses, one group after another.
+The run's own groups are written again, step by step, until there are as many as asked for. What
+that costs is compared with the run's own steps: `step_share_waited_percent` is the time that its
+training thread took to hand the groups over and to wait for the writer, as its metrics have it;
+`step_share_total_percent` adds all of the writer's time here, as if training never ran beside it.
+The archive is then opened and filtered, and the page of it opened in headless Chromium (Debian's
+package; `pip install playwright` drives it) and used as a reader would: the list, a filter, a
+search through all responses, one group after another.
 
 The last line is one JSON object; the exit code is 1 where something could not be measured.
 """
@@ -23,17 +27,21 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from care_train.reporting.archive import ARCHIVE, IMAGES, archive_files
+from care_train.reporting import image_path, open_archive, read_archive, read_metrics
+from care_train.reporting.archive import ARCHIVE, IMAGES, ArchiveFile, ArchiveWriter, archive_files
 from care_train.reporting.page import write_page
 
+_WHOLE_MIB = 1 << 20
 _ROUNDS = 5
 _SETTLE_MS = 600
+_FIRST_PAINT = "Math.round(performance.getEntriesByName('first-contentful-paint')[0].startTime)"
 
 
 def main() -> int:
@@ -45,16 +53,12 @@ def main() -> int:
         return 1
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "many"
-        groups = _repeated(options.run, run, options.groups)
+        figures: dict[str, Any] = _written(options.run, run, options.groups) | _opened(run)
         page = Path(folder) / "report.html"
         start = time.perf_counter()
-        write_page([run], page, options.max_mib)
-        figures: dict[str, Any] = {
-            "groups": groups,
-            "archive_mib": _mib(file.path.stat().st_size for file in archive_files(run)),
-            "page_mib": _mib([page.stat().st_size]),
-            "build_s": round(time.perf_counter() - start, 2),
-        }
+        write_page([run], page, _WHOLE_MIB)
+        figures["page_build_s"] = round(time.perf_counter() - start, 2)
+        figures["page_mib"] = _mib([page.stat().st_size])
         figures |= _used(browser, page.as_uri())
         if options.pictures:
             write_page([options.run], page)
@@ -73,32 +77,83 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("run", type=Path, help="a run's folder with an archive")
     parser.add_argument("--groups", type=int, default=10_000)
-    parser.add_argument("--max-mib", type=int, default=64)
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="where to write pictures")
     return parser.parse_args()
 
 
-def _repeated(run: Path, target: Path, groups: int) -> int:
-    """A run's folder with at least so many groups; how many."""
+def _written(run: Path, target: Path, groups: int) -> dict[str, Any]:
+    """A run's folder with at least so many groups, and what writing them took."""
     files = [file for file in archive_files(run) if file.kind == "step"]
     if not files:
         raise SystemExit(f"{run}: no archive of steps")
-    (target / ARCHIVE).mkdir(parents=True)
+    target.mkdir()
     for name in ("config.yaml", "metrics.jsonl", "summary.json"):
         shutil.copy(run / name, target / name)
     shutil.copytree(run / "final", target / "final", ignore=shutil.ignore_patterns("*.safetensors"))
-    (target / ARCHIVE / IMAGES).symlink_to((run / ARCHIVE / IMAGES).resolve())
-    total = 0
-    for step, file in enumerate(cycle(files), start=1):
-        rows = parquet.read_table(file.path)
-        place = rows.column_names.index("step")
-        steps = pa.array([step] * len(rows), rows.schema.field(place).type)
-        rows = rows.set_column(place, "step", steps)
-        parquet.write_table(rows, target / ARCHIVE / f"step-{step:06d}-rank-00.parquet")
-        total += len(rows)
-        if total >= groups:
-            return total
-    raise AssertionError
+    seconds, total, steps = 0.0, 0, 0
+    with ArchiveWriter(target, 0, 1, None) as archive:
+        for file in cycle(files):
+            rows = _rows(file)
+            steps, total = steps + 1, total + len(rows)
+            images = [[image_path(run, name) for name in row["images"]] for row in rows]
+            start = time.perf_counter()
+            archive.write_step(steps, [row | {"step": steps} for row in rows], images)
+            archive.flush()
+            seconds += time.perf_counter() - start
+            if total >= groups:
+                break
+    metrics = [record for record in read_metrics(run / "metrics.jsonl") if "groups" in record]
+    step = sum(record["seconds"] for record in metrics) / len(metrics)
+    waited = sum(record["seconds_archive"] for record in metrics) / len(metrics)
+    size = sum(file.path.stat().st_size for file in archive_files(target))
+    return {
+        "groups": total,
+        "groups_per_step": round(total / steps, 1),
+        "step_s": round(step, 3),
+        "handed_over_ms": round(1000 * waited, 1),
+        "written_ms": round(1000 * seconds / steps, 1),
+        "step_share_waited_percent": round(100 * waited / step, 2),
+        "step_share_total_percent": round(100 * (waited + seconds / steps) / step, 2),
+        "bytes_per_group": round(size / total),
+        "bytes_per_token": round(size / _num_tokens(target), 1),
+        "images_mib": _mib(path.stat().st_size for path in (target / ARCHIVE / IMAGES).iterdir()),
+    }
+
+
+def _rows(file: ArchiveFile) -> list[dict[str, Any]]:
+    """A file's groups as the trainer hands them over: lists of numbers are arrays."""
+    table = parquet.read_table(file.path)
+    kinds = table.schema.field("rollouts").type.value_type
+    numbers = {
+        kind.name: kind.type.value_type.to_pandas_dtype()
+        for kind in (kinds.field(place) for place in range(kinds.num_fields))
+        if pa.types.is_list(kind.type) and pa.types.is_primitive(kind.type.value_type)
+    }
+    rows = table.to_pylist()
+    for row in rows:
+        for rollout in row["rollouts"]:
+            for name, dtype in numbers.items():
+                if rollout[name] is not None:
+                    rollout[name] = np.asarray(rollout[name], dtype)
+    return rows
+
+
+def _num_tokens(run: Path) -> int:
+    """Sampled tokens of all responses."""
+    rollouts = read_archive(run, columns=["rollouts.token_ids"])["rollouts"].combine_chunks()
+    return len(rollouts.flatten().field("token_ids").flatten())
+
+
+def _opened(run: Path) -> dict[str, float]:
+    """Milliseconds to open the archive and to filter it."""
+    columns = ["step", "outcome", "num_correct"]
+    whole = _time(lambda: open_archive(run))
+    light = open_archive(run, columns=columns)
+    return {
+        "open_ms": whole,
+        "open_columns_ms": _time(lambda: open_archive(run, columns=columns)),
+        "filter_ms": _time(lambda: light.filter(lambda group: group["outcome"] == "anchored")),
+    }
 
 
 def _used(browser: str, url: str) -> dict[str, float]:
@@ -135,7 +190,8 @@ def _used(browser: str, url: str) -> dict[str, float]:
             page.locator("#search").fill("no response says this")
             status.get_by_text("0 groups", exact=True).wait_for(timeout=120_000)
 
-        found = {"open_ms": _time(open_page), "list_ms": _time(to_list)}
+        found = {"page_ready_ms": _time(open_page), "first_paint_ms": page.evaluate(_FIRST_PAINT)}
+        found["list_ms"] = _time(to_list)
         found["next_group_ms"] = sorted(_time(to_next) for _ in range(_ROUNDS))[_ROUNDS // 2]
         found["search_responses_ms"] = _time(to_search)
         page.get_by_role("button", name="Clear").click()
