@@ -24,7 +24,7 @@ class ArchivedAnswers:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._chosen: list[ArchiveFile] = []
+        self._chosen: list[list[ArchiveFile]] = []
         self._packed: dict[str, Packed] = {}
         self._note = ""
 
@@ -36,29 +36,33 @@ class ArchivedAnswers:
             max_bytes: of the archive's files; evenly spaced evaluations are left out beyond.
         """
         steps = files_by_step(self._folder, "eval")
-        chosen = [file for step in spaced(steps, max_bytes) for file in step]
+        chosen = spaced(steps, max_bytes)
         if chosen != self._chosen:
-            self._pack(chosen, run.tags)
+            shown, total = self._pack(chosen, run.tags)
             self._chosen = chosen
+            counts = ((len(chosen), len(steps), "evaluations"), (shown, total, "questions"))
+            self._note = ", ".join(f"{a} of {b} {what}" for a, b, what in counts if a < b)
         return self._packed, self._note
 
-    def _pack(self, files: Sequence[ArchiveFile], tags: tuple[str, str]) -> None:
-        steps = {file.step for file in files}
+    def _pack(
+        self, evaluations: Sequence[Sequence[ArchiveFile]], tags: tuple[str, str]
+    ) -> tuple[int, int]:
+        """How many questions are packed, and how many there are."""
         answers: dict[str, dict[str, list[Json]]] = {}
-        for file in files:
+        for file in (file for files in evaluations for file in files):
             for row in read_rows(file):
-                title = _title(row["step"]) if len(steps) > 1 else "Answer"
+                title = _title(row["step"]) if len(evaluations) > 1 else "Answer"
                 by_decoding = answers.setdefault(row["row_id"], {})
                 by_decoding.setdefault(row["decoding"], []).append(row | {"role": title})
-        every = -(-len(answers) // _MAX_QUESTIONS) if answers else 1
+        every = max(1, -(-len(answers) // _MAX_QUESTIONS))
         shown = list(answers.values())[::every]
-        self._note = "" if every == 1 else f"{len(shown)} of {len(answers)} questions"
         self._packed = {
             f"answers-{place}": _packed(
                 shown[place : place + _PER_BLOCK], self._folder / ARCHIVE / IMAGES, tags
             )
             for place in range(0, len(shown), _PER_BLOCK)
         }
+        return len(shown), len(answers)
 
 
 def _packed(
