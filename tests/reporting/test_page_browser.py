@@ -175,7 +175,7 @@ def test_evaluated_answers_are_shown(chromium, tmp_path):
         page.wait_for_selector("#group-title:focus")
         link, shown = page.url, page.locator(".group").inner_text()
         assert link == f"{url}#answer=run/greedy/row-3"
-        for text in ("Greedy answers, row row-3", "what is number 3?", "Reference answer"):
+        for text in ("Answers, greedy, row row-3", "what is number 3?", "Reference answer"):
             assert text in shown
         assert page.locator(".images img").evaluate("image => image.naturalWidth") == 40
         assert page.locator("h4").all_inner_texts() == ["Before training", "After 20 steps"]
@@ -237,7 +237,7 @@ def test_hostile_text_is_shown_as_text(chromium, tmp_path):
         assert texts[2] == "cut ? pair"
         assert len(texts[3]) == 60_000 and "more characters" in page.locator(".group").inner_text()
         assert page.title() == run.name
-        assert page.locator("script").count() == 5 and page.locator("img[onerror]").count() == 0
+        assert page.locator("script").count() == 6 and page.locator("img[onerror]").count() == 0
 
 
 def test_a_run_that_goes_on_is_watched(chromium, tmp_path):

@@ -93,7 +93,10 @@ export class GroupBrowser {
   move(by) {
     const at = this.found.indexOf(this.current);
     const next = this.found[at < 0 ? 0 : at + by];
-    if (next) location.hash = `${this.noun}=${next.id}`;
+    if (!next) return;
+    // At once: the next key may come before the hash's event.
+    this.current = next;
+    location.hash = `${this.noun}=${next.id}`;
   }
 
   /** Show the group of that id; the list alone without one. */

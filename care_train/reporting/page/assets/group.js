@@ -22,7 +22,7 @@ export function groupView(group, images, { run, link }) {
   }
   view.append(
     h("header", { class: "group-head" },
-      h("h2", { tabindex: "-1", id: "group-title" }, `${group.decoding ? `${words(group.decoding)} answers` : `Step ${group.step}`}, row ${visible(group.row)}`),
+      h("h2", { tabindex: "-1", id: "group-title" }, `${group.decoding ? `Answers, ${words(group.decoding)}` : `Step ${group.step}`}, row ${visible(group.row)}`),
       h("p", { class: "note" }, [run.name, group.source, group.type, headline(group)].filter(Boolean).map(visible).join(" · ")),
       copyButton("Copy link", () => link)),
     question(group, images),
