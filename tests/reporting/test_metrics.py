@@ -224,13 +224,13 @@ def test_the_real_swanlab_keeps_a_run_offline(tmp_path: Path, monkeypatch) -> No
     for step in (1, 2):
         with _logger(tmp_path / "run", LoggingSettings(report_to=["swanlab"])) as metrics:
             metrics.log(step, {"reward": step / 4})
-            metrics.sample(replace(SAMPLE, step=step), _images)
+            metrics.samples([replace(one, step=step) for one in SAMPLES], _images)
     stores = list((tmp_path / "run" / "swanlab").glob("run-*/run-*.swanlab"))
     assert len(stores) == 2 and len({store.name for store in stores}) == 1
     for store in stores:
         assert b"train/reward" in store.read_bytes()
         (text,) = (store.parent / "media" / "text").iterdir()
-        assert SAMPLE.completion in text.read_text()
+        assert all(sample.completion in text.read_text() for sample in SAMPLES)
         (image,) = (store.parent / "media" / "image").iterdir()
         assert Image.open(image).size == (8, 8)
 
