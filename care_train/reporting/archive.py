@@ -23,7 +23,7 @@ from PIL import Image
 
 from care_train.data.images import IMAGE_FORMATS, ImageRef, encoded_image
 from care_train.reporting.archive_schema import Row, evaluation_schema, group_schema, make_table
-from care_train.reporting.files import PARTIAL, sync, write_file
+from care_train.reporting.files import PARTIAL, put_in_place, sync, write_partial
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -173,18 +173,21 @@ class ArchiveWriter:
         import pyarrow.parquet as parquet
 
         (self._folder / IMAGES).mkdir(parents=True, exist_ok=True)
+        new: dict[Path, Path] = {}
         named = [
-            {**row, "images": [self._keep(ref) for ref in refs]}
+            {**row, "images": [self._keep(ref, new) for ref in refs]}
             for row, refs in zip(rows, images, strict=True)
         ]
+        put_in_place(new)
         buffer = pa.BufferOutputStream()
         parquet.write_table(make_table(named, schema), buffer, compression="zstd")
-        self._replace(self._folder / f"{name}.parquet", memoryview(buffer.getvalue()))
+        path = self._folder / f"{name}.parquet"
+        put_in_place({path: self._partial(path, memoryview(buffer.getvalue()))})
         if self._limit is not None and self.rank == 0 and self._room < 0:
             self._room = self._shrink(self._limit)
 
-    def _keep(self, ref: ImageRef) -> str:
-        """The name of an image's file, which is written where it is new."""
+    def _keep(self, ref: ImageRef, new: dict[Path, Path]) -> str:
+        """The name of an image's file; where it is new its partial file is written, into `new`."""
         content = encoded_image(ref)
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             suffix = (image.format or "bin").lower()
@@ -193,13 +196,14 @@ class ArchiveWriter:
         try:
             os.utime(path)
         except FileNotFoundError:
-            self._replace(path, memoryview(content))
+            if path not in new:
+                new[path] = self._partial(path, memoryview(content))
         return name
 
-    def _replace(self, path: Path, content: memoryview) -> None:
-        # By rank: several may come to write the same image.
-        write_file(path, content, writer=f".{self.rank}")
+    def _partial(self, path: Path, content: memoryview) -> Path:
         self._room -= len(content) * self._ranks
+        # By rank: several may come to write the same image.
+        return write_partial(path, content, writer=f".{self.rank}")
 
     def _shrink(self, limit: int) -> int:
         """Drop the oldest files where the archive is over its limit; how much room is left."""

@@ -96,11 +96,28 @@ def write_file(path: Path, content: str | memoryview, writer: str = "") -> None:
         content: text, which is written as UTF-8, or bytes.
         writer: tells this process's partial file from those of others that may write `path` too.
     """
+    put_in_place({path: write_partial(path, content, writer)})
+
+
+def write_partial(path: Path, content: str | memoryview, writer: str = "") -> Path:
+    """The first half of `write_file`, whose arguments it has: the partial file, not yet synced."""
     partial = path.with_name(f"{path.name}{writer}{PARTIAL}")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
+    return partial
+
+
+def put_in_place(partials: Mapping[Path, Path]) -> None:
+    """The second half of it, for several files: the disk has much less to do than for one by one.
+
+    Args:
+        partials: what `write_partial` returned, by the file's path.
+    """
+    for partial in partials.values():
+        sync(partial)
+    for path, partial in partials.items():
+        partial.replace(path)
+    for folder in {path.parent for path in partials}:
+        sync(folder)
 
 
 def sync(path: Path) -> None:
