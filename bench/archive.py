@@ -228,7 +228,7 @@ def _take_pictures(browser: str, url: str, folder: Path) -> None:
         chromium.close()
 
 
-def _time(action: Callable[[], None]) -> float:
+def _time(action: Callable[[], object]) -> float:
     start = time.perf_counter()
     action()
     return round(1000 * (time.perf_counter() - start))

@@ -69,9 +69,9 @@ def case_study(
     parts = [outcome, reason, f"reflection {reflection}" if reflection != "none" else ""]
 
     def record(role: str, rollout: Rollout) -> SampleRecord:
-        is_repair = rollout is group.reflected and group.repair is not None
-        text = text_of(group.repair.completion) if is_repair else rollout.text
-        sample = group.sample
+        sample, text = group.sample, rollout.text
+        if rollout is group.reflected and group.repair is not None:
+            text = text_of(group.repair.completion)
         return SampleRecord(step, sample.prompt, text, sample.answer, rollout.reward, role)
 
     return group, " · ".join(filter(None, parts)), [record(*part) for part in _parts(group)]

@@ -95,5 +95,5 @@ def test_roles_cover_the_subgroup_and_its_reflection():
     assert isinstance(group.subgroup, Subgroup)
     assert roles[0] == ("anchor", None) and roles[4] == ("reflected_success", None)
     ranks = [rank for role, rank in roles.values() if role == "hard_negative"]
-    assert sorted(ranks) == list(range(1, len(group.subgroup.others) + 1))
+    assert set(ranks) == set(range(1, len(group.subgroup.others) + 1)) and len(ranks) > 1
     assert set(roles) == {4, *(member.index for member in group.subgroup.members)}
