@@ -306,10 +306,11 @@ def back_project(gradient: LogitGradient, weight: Tensor, scale: float = 1.0) ->
         out = matrix.new_zeros((matrix.shape[0], weight.shape[1]), dtype=dtype)
         for tile in vocab_tiles(weight.shape[0]):
             out.addmm_(matrix[:, tile].to(dtype), weight[tile].to(dtype).contiguous())
-    elif is_plain or matrix.element_size() > 2:
-        out = matrix @ weight
-    else:
+    elif weight.is_cuda and matrix.element_size() == 2:
+        # A 16-bit result may be summed from 16-bit parts: torch allows cuBLAS to by default.
         out = torch.mm(matrix, weight, out_dtype=torch.float32)
+    else:
+        out = matrix @ weight
     if is_plain:
         return out.to(matrix.dtype)
     return out * scale if factor is None else out * (scale * factor[:, None])

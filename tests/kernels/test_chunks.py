@@ -46,24 +46,25 @@ def test_gpu_chunks_fill_waves_and_balance() -> None:
 
 
 class Products(TorchDispatchMode):
-    """The names of the matrix products that run."""
+    """The types of what the matrix products that run leave."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[str] = []
+        self.dtypes: list[torch.dtype] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        name = func.overloadpacket.__name__.rstrip("_")
-        if name in ("mm", "addmm"):
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__.rstrip("_") in ("mm", "addmm"):
+            self.dtypes.append(result.dtype)
+        return result
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_each_product_on_a_gpu_is_one_call(dtype: torch.dtype) -> None:
-    """Logits, dX and dW of one chunk, also where torch makes them: no loop over vocabulary tiles.
+    """Logits, dX and dW of one chunk, also where torch makes them: no loop over vocabulary tiles,
+    and no sum of 16-bit parts, as a 16-bit result of cuBLAS may be.
 
     The tensors claim to be on a GPU and hold no numbers.
     """
@@ -80,4 +81,4 @@ def test_each_product_on_a_gpu_is_one_call(dtype: torch.dtype) -> None:
         back_project(LogitGradient(grad_logits), weight)
         into = on_gpu(150_000, 32, dtype=torch.float32)
         add_weight_gradient(grad_logits, hidden.to(chunk.grad_dtype), into, is_first=True)
-    assert len(products.names) == 3
+    assert products.dtypes == [torch.float32] * 3
