@@ -251,7 +251,7 @@ def _objective_case() -> CompileCase:
         "row_objective_k3",
         kernel,
         types,
-        constants | {"KL_CODE": objective.KL_CODES["k3_unbiased"], "exact_kl_ptr": None},
+        constants | {"KL_CODE": objective.KL_CODES["k3_unbiased"]},
         num_warps=objective.NUM_WARPS,
         grid=f"{triton.cdiv(NUM_ROWS, block)} blocks of {block} rows",
         hbm_bytes=NUM_ROWS * (7 + 4) * 4,

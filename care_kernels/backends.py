@@ -280,13 +280,13 @@ def chunk_kind(backend: str, spec: ChunkSpec) -> tuple[type[LogitChunk], int]:
 
 
 def clear_padding(matrix: Tensor) -> None:
-    """Zeros between the end of each row of [C, V] and the start of the next.
+    """Zeros between the end of each row of [C, V] and the start of the next, on a CPU.
 
-    On a CPU with AMX, oneDNN's bfloat16 GEMM reads on from a row's end to the next multiple of its
+    On one with AMX, oneDNN's bfloat16 GEMM reads on from a row's end to the next multiple of its
     tile and multiplies what it finds there by zeros; a NaN times zero is NaN.
     """
     num_rows, width = matrix.shape
-    if num_rows > 0 and matrix.stride(0) > width:
+    if not matrix.is_cuda and num_rows > 0 and matrix.stride(0) > width:
         shape, offset = (num_rows, matrix.stride(0) - width), matrix.storage_offset() + width
         matrix.as_strided(shape, (matrix.stride(0), 1), offset).zero_()
 

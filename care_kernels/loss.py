@@ -297,12 +297,17 @@ class _Problem:
                 chunks.add_all_gradients(stats, upstream)
             return outcome
         shared = None if groups is None else slope_at_ratio_one(terms, self.surrogate, groups)
-        is_fused = self.options.backend == "triton" and terms.advantages.dtype == torch.float32
+        is_fused = (
+            shared is None
+            and self.kl_estimator != "exact"
+            and self.options.backend == "triton"
+            and terms.advantages.dtype == torch.float32
+        )
         outcomes: list[PolicyLoss] = []
         for chunk in chunks:
             stats = chunks.project(chunk, keep=chunks.makes_gradients)
             part = take(terms, chunk)
-            if shared is None and is_fused:
+            if is_fused:
                 # Imported where it runs: Triton takes a second.
                 from care_kernels.triton import objective
 

@@ -1,4 +1,4 @@
-"""`care_kernels.objective.row_objective` at token level, in one kernel.
+"""`care_kernels.objective.row_objective` at token level, in one kernel; not of the exact KL.
 
 Shape letter: C rows.
 """
@@ -24,7 +24,7 @@ from care_kernels.triton.launch import expm1
 
 BLOCK_C = 256
 NUM_WARPS = 4
-KL_CODES = {"k1": 1, "k2": 2, "k3": 3, "k3_unbiased": 4, "exact": 5}
+KL_CODES = {"k1": 1, "k2": 2, "k3": 3, "k3_unbiased": 4}
 NO_KL = 0
 CLIP, CISPO, SAPO = 0, 1, 2
 
@@ -42,7 +42,6 @@ def _row_objective_kernel(
     old_log_probs_ptr,  # or None
     ref_log_probs_ptr,  # or None
     kl_weights_ptr,  # or None
-    exact_kl_ptr,  # or None
     entropy_ptr,  # or None
     entropy_weights_ptr,  # or None
     value_ptr,
@@ -97,26 +96,23 @@ def _row_objective_kernel(
 
     if KL_CODE > 0:
         kl_weights = tl.load(kl_weights_ptr + rows, mask=inside, other=0.0)
-        if KL_CODE == 5:
-            kl = tl.load(exact_kl_ptr + rows, mask=inside, other=0.0)
+        ref_log_probs = tl.load(ref_log_probs_ptr + rows, mask=inside, other=0.0)
+        difference = log_probs - ref_log_probs
+        if KL_CODE == 1:
+            kl = difference
+            kl_slope = tl.full((BLOCK_C,), 1.0, tl.float32)
+        elif KL_CODE == 2:
+            kl = difference * difference * 0.5
+            kl_slope = difference
         else:
-            ref_log_probs = tl.load(ref_log_probs_ptr + rows, mask=inside, other=0.0)
-            difference = log_probs - ref_log_probs
-            if KL_CODE == 1:
-                kl = difference
-                kl_slope = tl.full((BLOCK_C,), 1.0, tl.float32)
-            elif KL_CODE == 2:
-                kl = difference * difference * 0.5
-                kl_slope = difference
-            else:
-                growth = expm1(-difference)
-                kl = growth + difference
-                kl_slope = -growth
-            if KL_CODE == 4:
-                # The ratio is differentiated too: d rho / dl = rho.
-                kl_slope = ratio * (kl_slope + kl)
-                kl = ratio * kl
-            grad += _times(kl_weights, kl_slope)
+            growth = expm1(-difference)
+            kl = growth + difference
+            kl_slope = -growth
+        if KL_CODE == 4:
+            # The ratio is differentiated too: d rho / dl = rho.
+            kl_slope = ratio * (kl_slope + kl)
+            kl = ratio * kl
+        grad += _times(kl_weights, kl_slope)
         value += _times(kl_weights, kl)
         tl.store(kl_ptr + rows, kl, mask=inside)
     if entropy_weights_ptr is not None:
@@ -143,16 +139,14 @@ def row_objective(
         kl_estimator: one of `KL_CODES`; read where there are KL weights.
     """
     kl_code = NO_KL if terms.kl_weights is None else KL_CODES[kl_estimator]
-    is_exact = kl_code == KL_CODES["exact"]
     log_probs, num_rows = stats.log_probs, stats.log_probs.numel()
     has_bonus = terms.entropy_weights is not None
     inputs = (
         log_probs,
         terms.advantages,
         terms.old_log_probs,
-        None if is_exact or kl_code == NO_KL else terms.ref_log_probs,
+        None if kl_code == NO_KL else terms.ref_log_probs,
         terms.kl_weights,
-        stats.kl if is_exact else None,
         stats.entropy if has_bonus else None,
         terms.entropy_weights,
     )
