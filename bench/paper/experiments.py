@@ -59,7 +59,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "dapo": _algorithm("dapo"),
             "gspo": _algorithm("gspo"),
         },
-        ("accuracy_after", "greedy_after", "format_after"),
+        ("accuracy_after", "accuracy", "greedy_after", "format_after"),
         against="grpo",
     ),
     "chain": Experiment(
@@ -75,7 +75,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "care_plus, s=1": (*CARE_PLUS, "care.neg_scale=1.0"),
             "grpo": _GRPO,
         },
-        ("accuracy_after", "greedy_after", "format_after"),
+        ("accuracy_after", "accuracy", "greedy_after", "format_after"),
         against="grpo",
     ),
     "fig2": Experiment(

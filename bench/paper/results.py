@@ -37,8 +37,8 @@ _MEANS = (
     *("clipped_low", "clipped_high", "groups_all_wrong", "groups_rescued"),
 )
 """Of the training's metrics, means over its steps."""
-_ENDS = ("reward", "kl", "think_length", "response_length")
-"""Means over its last tenth."""
+_ENDS = ("accuracy", "reward", "kl", "think_length", "response_length")
+"""Means over its last third, of rollouts: far more responses than the held-out questions."""
 _CURVES = ("reward", "accuracy", "format", "kl", "think_length")
 
 Row = Mapping[str, Any]
@@ -83,7 +83,7 @@ def _row(done: Done, records: Sequence[Row]) -> dict[str, Any]:
     row: dict[str, Any] = {"variant": done.run.variant, "seed": done.run.seed}
     row |= {key: done.summary.get(key, "") for key in _SUMMARY}
     row |= {key: _mean(steps, key) for key in _MEANS}
-    row |= {key: _mean(steps[-max(len(steps) // 10, 1) :], key) for key in _ENDS}
+    row |= {key: _mean(steps[-max(len(steps) // 3, 1) :], key) for key in _ENDS}
     config = configuration_hash(load_config(done.folder / "config.yaml"))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return row | {"config": config, "commit": _commit(), **versions, "command": done.command}
@@ -170,19 +170,19 @@ def _values(seeds: Mapping[int, Row], measure: str) -> dict[int, float]:
 def print_table(experiment: Experiment, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Print `summarize`, and return it."""
     found = summarize(rows, experiment.measures, experiment.against)
-    title = f"{experiment.title}: mean and 95 % interval over seeds"
-    table = Table("variant", "seeds", *experiment.measures, "gain", title=title)
+    title = f"{experiment.title}: mean and 95 % interval over seeds; below it the gain"
+    table = Table("variant", "seeds", *experiment.measures, title=title)
     for variant, values in found.items():
-        cells = [_cell(values.get(measure)) for measure in experiment.measures]
-        gain = _cell(values.get(f"{experiment.measures[0]}_gain"))
-        table.add_row(variant, str(values["seeds"]), *cells, gain)
+        cells = [
+            "\n".join(_cell(values[key]) for key in (measure, f"{measure}_gain") if key in values)
+            for measure in experiment.measures
+        ]
+        table.add_row(variant, str(values["seeds"]), *cells)
     Console(width=140).print(table)
     return found
 
 
-def _cell(value: tuple[float, float] | None) -> str:
-    if value is None:
-        return ""
+def _cell(value: tuple[float, float]) -> str:
     mean, half_width = value
     return f"{mean:.4f}" + ("" if math.isnan(half_width) else f" ± {half_width:.4f}")
 
