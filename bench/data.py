@@ -42,7 +42,7 @@ opened = time.perf_counter() - start
 draws = PromptOrder(len(samples), 0).take(0, 2000)
 start = time.perf_counter()
 for index in draws:
-    load_images(samples[index], 50_000_000)
+    load_images(samples[index])
 seconds = time.perf_counter() - start
 # getrusage's maximum would begin with the parent's.
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))

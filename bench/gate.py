@@ -53,7 +53,7 @@ RUNS = {
     "vllm": ("algorithm=care", "train.steps=3", "rollout.engine=vllm"),
 }
 _TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-_SHARED = ("--config", "configs/easy_vqa.yaml", "seed=0", "eval.data.max_samples=128")
+_SHARED = ("--config", "configs/easy_vqa.yaml", "seed=0", "eval.max_samples=128")
 # A run's whole environment beside PATH and HOME: no other variable of the caller's can change it.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 _TIMEOUT_SECONDS = 900  # A run takes half a minute.

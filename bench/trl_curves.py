@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace, name: str, seed: str) -> None:
     folder = prepare(options.output / "cold_start", options.cold_steps).folder
     overrides = [f"seed={seed}", f"train.steps={options.steps}", f"model.path={folder}"]
     overrides += [f"train.prompts_per_step={options.prompts}", f"algorithm={name[:4]}"]
-    overrides += [f"eval.data.max_samples={options.questions}", "eval.greedy=false"]
+    overrides += [f"eval.max_samples={options.questions}", "eval.greedy=false"]
     overrides += [f"name={name}-{seed}", f"output_dir={options.output / 'runs'}"]
     overrides += ["logging.progress=false", "logging.report_to=[]"]
     config = load_config(QUICKSTART, overrides)

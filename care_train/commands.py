@@ -185,7 +185,7 @@ def evaluate(config: Config, run: RunFolder, given: Given) -> Summary:
         raise ValueError("resume: got true, but `eval without eval.benchmarks` starts anew")
     is_data_read = not config.eval.benchmarks or "data" in config.eval.benchmarks
     if is_data_read and config.held_out is None:
-        raise ValueError("eval.data.path: got none, wanted the rows to evaluate on: set it")
+        raise ValueError("eval.data: got none, wanted the rows to evaluate on: set it")
     held_out = load_held_out(config, given) if is_data_read else []
     session = open_session(config, model_folder(config, run.path / "base", held_out), device, given)
     if config.eval.benchmarks:

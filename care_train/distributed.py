@@ -24,14 +24,14 @@ _LOOPBACK = "127.0.0.1"
 _store: dist.Store = dist.HashStore()
 _runs = itertools.count()
 
+_START = timedelta(minutes=10)
+"""How long ranks may take to find each other."""
 
-def initialize_process_group(
-    start_seconds: float = 600.0, collective_seconds: float = 1800.0
-) -> torch.device:
+
+def initialize_process_group(collective_seconds: float = 1800.0) -> torch.device:
     """Join the launcher's group, or make a group of one; returns this process's device.
 
     Args:
-        start_seconds: how long ranks may take to find each other.
         collective_seconds: how long one collective may take.
 
     Raises:
@@ -48,7 +48,7 @@ def initialize_process_group(
     if not dist.is_initialized():
         if _ranks_share_machine():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
-        _store = _rendezvous(timedelta(seconds=start_seconds))
+        _store = _rendezvous(_START)
         dist.init_process_group(
             "nccl" if has_gpu else "gloo",
             store=_store,
@@ -116,7 +116,7 @@ def _rendezvous(timeout: timedelta) -> dist.Store:
     except dist.DistError as error:
         place = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
         raise ValueError(
-            f"rank {own}: not all of {size} ranks came to {place} within limits.start = "
+            f"rank {own}: not all of {size} ranks came to {place} within "
             f"{timeout.total_seconds():g} s: look at the first error of the others ({error})"
         ) from error
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from care_train import hub
-from care_train.config import FROM_PYTHON, SHIPPED_DATA, Config, config_to_yaml, hub_data
+from care_train.config import FROM_PYTHON, SHIPPED_DATA, Config, config_to_yaml, hub_data, source_of
 from care_train.distributed import is_main
 from care_train.reporting.files import write_file
 from care_train.reporting.markdown import fenced, markdown_table, markdown_text
@@ -61,7 +61,7 @@ def model_card(config: Config, summary: Mapping[str, Any]) -> str:
 
     repo = config.hub.push_to or config.name
     base = None if Path(config.model.path).exists() else hub.repository_of(config.model.path)
-    data = hub_data(config.data.path)
+    data = hub_data(source_of(config.data.path).path)
     metadata = ModelCardData(
         library_name="transformers",
         base_model=base,
@@ -99,8 +99,8 @@ def _origin(config: Config, summary: Mapping[str, Any]) -> str:
     shown = f"`{markdown_text(data)}`"
     if data.startswith(FROM_PYTHON):
         shown = "rows of a Python program"
-    elif data not in SHIPPED_DATA and hub_data(data) is None:
-        shown = "a local file" if Path(data).is_file() else "a local folder"
+    elif (path := source_of(data).path) not in SHIPPED_DATA and hub_data(path) is None:
+        shown = "a local file" if Path(path).is_file() else "a local folder"
     base = config.model.path
     is_local = Path(base).exists() or Path(base).is_absolute()
     base = "a local model" if is_local else f"`{markdown_text(base)}`"

@@ -43,7 +43,6 @@ def serve(config: Config, host: str, port: int, allowed_hosts: Sequence[str] = (
         config.rollout.vllm,
         max_context=max_context,
         batch_size=batch_size,
-        max_image_pixels=config.prompt.max_image_pixels,
         lora_rank=None if lora is None else lora.rank,
         host=host,
         port=port,

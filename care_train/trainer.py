@@ -20,7 +20,6 @@ from care_train.config import (
     RewardFunctionSettings,
     merge_config,
 )
-from care_train.config.data import HeldOutSettings
 from care_train.data import Rows
 from care_train.distributed import initialize_process_group, is_main
 from care_train.evaluation.evaluate import evaluate_both
@@ -103,12 +102,11 @@ class CareTrainer:
         if train_dataset is not None:
             path = f"{FROM_PYTHON}train_dataset"
             rows[path] = train_dataset
-            changes["data"] = replace(config.data, path=path, split=None)
+            changes["data"] = replace(config.data, path=path)
         if eval_dataset is not None:
             path = f"{FROM_PYTHON}eval_dataset"
             rows[path] = eval_dataset
-            held_out = replace(config.eval.data or HeldOutSettings(), path=path, split=None)
-            changes["eval"] = replace(config.eval, data=held_out)
+            changes["eval"] = replace(config.eval, data=path)
         if callable(reward_funcs) or isinstance(reward_funcs, str):
             reward_funcs = [reward_funcs]
         rewards = _named(reward_funcs)

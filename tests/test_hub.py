@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import constants
 
 from care_train import hub
-from care_train.config import build_config, hub_data
+from care_train.config import build_config, source_of
 from care_train.data import load_samples
 from care_train.distributed import own_environment
 from care_train.models.load import load_model
@@ -60,9 +60,8 @@ def local_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder):
         yield server
 
 
-def samples(path: str, key: str = "data", **settings):
-    config = build_config({"data": {"path": path, **settings}})
-    return load_samples(config.data if key == "data" else config.held_out, 0, key)
+def samples(path: str):
+    return load_samples(build_config({"data": {"path": path}}).data, 0, "data")
 
 
 def test_a_model_is_fetched_once_and_then_found_offline(local_hub: Hub, monkeypatch):
@@ -117,26 +116,24 @@ def test_errors_say_what_to_do(local_hub: Hub, monkeypatch):
     ):
         samples("acme/nothing")
     with pytest.raises(
-        ValueError, match=r"data\.path: acme/sums@dev: got no split 'dev', wanted one of"
+        ValueError, match=r"data\.path: acme/sums: got no split 'dev', wanted one of"
     ):
         samples("acme/sums@dev")
     with pytest.raises(
         ValueError, match=r"acme/sums:other: the datasets library cannot read it: .*other"
     ):
         samples("acme/sums:other")
-    with pytest.raises(ValueError, match=r"got acme/sums@train and split 'test'"):
-        samples("acme/sums@train", split="test")
 
 
 def test_data_sets_name_configuration_split_and_revision(local_hub: Hub, monkeypatch):
     """Training reads `train`, the held-out rows of the same set `test`; then offline."""
-    assert hub_data("acme/sums:sums@train") == ("acme/sums", "sums", "train")
-    rows = samples("acme/sums:sums@train", revision="v1")
+    assert source_of("acme/sums:sums@train#v1") == ("acme/sums:sums", "train", "v1")
+    rows = samples("acme/sums:sums@train#v1")
     assert (len(rows), rows[7].answer, rows[0].location) == (8, "8", "acme/sums@train: row 1")
-    config = build_config({"data": {"path": "acme/sums@train"}, "eval": {"data": {}}})
+    config = build_config({"data": {"path": "acme/sums@train"}, "eval": {"data": "@test"}})
     held_out = load_samples(config.held_out, 0, "eval.data")
     assert [row.answer for row in held_out] == ["1", "2", "3", "4"]
-    assert len(samples("acme/sums", split="test")) == 4
+    assert len(samples("acme/sums@test")) == 4
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert len(samples("acme/sums")) == 8
 
@@ -188,7 +185,7 @@ def test_a_run_goes_from_the_hub_to_the_hub(local_hub: Hub, tmp_path):
     """`care-train train` on ids, uploaded with a card that says what it is made of."""
     # A process of its own: huggingface_hub reads its environment once, and the card sys.argv.
     command = (
-        *("train", *SMALL, "model.path=acme/tiny", "data.path=acme/sums@train", "eval.data={}"),
+        *("train", *SMALL, "model.path=acme/tiny", "data.path=acme/sums@train", "eval.data=@test"),
         *("train.steps=1", "rollout.max_new_tokens=8", f"output_dir={tmp_path}", "name=run"),
         "hub.push_to=acme/mine",
     )

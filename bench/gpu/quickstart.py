@@ -18,7 +18,7 @@ from bench.gpu.record import Bench
 _CONFIG = Path(__file__).parents[2] / "configs" / "easy_vqa.yaml"
 _INTERPRET = "TRITON_INTERPRET"
 _NEEDED = ("deepspeed", "pydantic", "yaml", "easy_vqa", "math_verify", "accelerate", "datasets")
-_SETTINGS = ("train.steps=30", "eval.data.max_samples=500")
+_SETTINGS = ("train.steps=30", "eval.max_samples=500")
 _DRY_SETTINGS = (
     "sft.steps=1",
     "sft.data.max_samples=8",
@@ -27,7 +27,7 @@ _DRY_SETTINGS = (
     "train.prompts_per_step=2",
     "rollout.group_size=2",
     "rollout.max_new_tokens=4",
-    "eval.data.max_samples=4",
+    "eval.max_samples=4",
 )
 
 

@@ -27,7 +27,7 @@ from care_train.config import SHIPPED_DATA
 from care_train.reporting.files import finite
 
 _RESULTS = Path(__file__).with_name("results")
-_DATA_PATHS = ("data.path", "sft.data.path", "eval.data.path")
+_DATA_PATHS = ("data.path", "sft.data.path", "eval.data")
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ Overrides = tuple[str, ...]
 
 CARE_PLUS: Overrides = (
     *("care.credit=departure", "care.anchor=all"),
-    "care.rescue.enabled=false",
+    "care.rescue=0",
 )
 """What `configs/care_plus.yaml` changes; a test keeps the two equal."""
 
@@ -126,7 +126,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "fig7": Experiment(
         "Figure 7: rescue of all-wrong groups",
         "With rescue accuracy gains more after steps with all-wrong groups, at a small KL",
-        {"on": _PAPER, "off": ("care.rescue.enabled=false",)},
+        {"on": _PAPER, "off": ("care.rescue=0",)},
         ("accuracy_after", "kl", "groups_all_wrong"),
     ),
     "fig8": Experiment(

@@ -22,7 +22,7 @@ QUICK = (
     "sft={steps: 2, batch_size: 8}",
     "sft.data.max_samples=64",
     "data.max_samples=64",
-    "eval.data.max_samples=8",
+    "eval.max_samples=8",
     "train={prompts_per_step: 4, save_every: 0}",
     "limits.empty_steps=null",
 )

@@ -57,7 +57,7 @@ def skip_before_forward(rollouts: tuple[Rollout, ...], settings: CareSettings) -
     all_wrong = num_failures == len(rollouts)
     # A partially correct rollout carries a real signal: rescue is for groups without any.
     rescuable = all_wrong or settings.decisions.partial == "literal"
-    if settings.rescue.enabled and rescuable and num_failures >= 2:
+    if settings.rescue > 0 and rescuable and num_failures >= 2:
         return None
     return "all_wrong" if all_wrong else "no_positives"
 
@@ -139,7 +139,7 @@ def subgroup_update(
     shaped = torch.tensor([m.shaped_reward for m in subgroup.members], dtype=torch.float64)
     raw = normalize_rewards(shaped).tolist()
     factor = equalize_factor(num_negatives, settings.max_negatives) if settings.equalize else 1.0
-    scale = factor * (settings.rescue.scale if subgroup.rescued else 1.0)
+    scale = factor * (settings.rescue if subgroup.rescued else 1.0)
     clamped = settings.decisions.clamp_anchor and raw[0] < 0
     starts = departures(subgroup) if settings.credit == "departure" else [0] * len(raw)
     sequences = []

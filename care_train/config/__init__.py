@@ -19,7 +19,6 @@ from care_train.config.care import (
     CareSettings,
     Decisions,
     ReflectionSettings,
-    RescueSettings,
     Selector,
 )
 from care_train.config.data import (
@@ -28,7 +27,9 @@ from care_train.config.data import (
     BenchmarkName,
     DataSettings,
     EvalSettings,
+    Source,
     hub_data,
+    source_of,
 )
 from care_train.config.deepspeed import DeepSpeedSettings
 from care_train.config.help import full_help, short_help
@@ -89,13 +90,13 @@ __all__ = [
     "ModelSettings",
     "PromptSettings",
     "ReflectionSettings",
-    "RescueSettings",
     "RewardFunctionSettings",
     "RewardSettings",
     "Role",
     "RolloutSettings",
     "Selector",
     "SftSettings",
+    "Source",
     "SourceSettings",
     "TrainSettings",
     "VllmSettings",
@@ -115,4 +116,5 @@ __all__ = [
     "names_run",
     "role_of",
     "short_help",
+    "source_of",
 ]

@@ -126,16 +126,6 @@ class ReflectionSettings:
 
 
 @section
-class RescueSettings:
-    """All-negative rescue (Sec. 3.7, Eq. 14; Algorithm 1, lines 22-24)."""
-
-    enabled: bool = True
-    """Train groups in which every rollout is wrong."""
-    scale: NonNegativeFloat = 1.0
-    """Factor on a rescued group's advantages; delta has no effect, as the z-score cancels it."""
-
-
-@section
 class CareSettings:
     """CARE's settings (paper Table 5 and Sec. 3)."""
 
@@ -173,8 +163,10 @@ class CareSettings:
     0. Under `bad_format` a correct rollout keeps its region weights."""
     reflection: ReflectionSettings = field(default_factory=ReflectionSettings)
     """Reflection-guided resampling."""
-    rescue: RescueSettings = field(default_factory=RescueSettings)
-    """All-negative rescue."""
+    rescue: NonNegativeFloat = 1.0
+    """All-negative rescue (Sec. 3.7, Eq. 14; Algorithm 1, lines 22-24): factor on the advantages of
+    a group in which every rollout is wrong; 0: such groups are not trained. delta has no effect, as
+    the z-score cancels it."""
     decisions: Annotated[InstanceOf[Decisions], Field(exclude=True)] = field(
         default_factory=Decisions
     )

@@ -3,7 +3,7 @@
 import re
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 from pydantic import Field, PositiveInt
 
@@ -30,25 +30,36 @@ SHIPPED_DATA = (
 """Data sets that come with the installation: their names take a path's place."""
 
 
-_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?(?:@([\w.-]+))?")
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
+_SOURCE = re.compile(r"(.*?)(?:@([\w-]+))?(?:#([\w./-]+))?")
 _ROW_FILE = re.compile(r"\.(parquet|jsonl|ndjson|json|csv|txt|gz|zip)$", re.IGNORECASE)
 
 
-def hub_data(path: str) -> tuple[str, str | None, str | None] | None:
-    """Repository, configuration and split of a data set of the Hub; None: `path` is no such id.
+class Source(NamedTuple):
+    """`PATH[@SPLIT][#REVISION]` in its parts."""
+
+    path: str
+    split: str | None
+    revision: str | None
+
+
+def source_of(path: str) -> Source:
+    """The parts of a `data.path`; what is on this disk under the whole name has no others."""
+    found = _SOURCE.fullmatch(path)
+    if found is None or Path(path).expanduser().exists():
+        return Source(path, None, None)
+    return Source(found[1], found[2], found[3])
+
+
+def hub_data(path: str) -> tuple[str, str | None] | None:
+    """Repository and configuration of `ORG/NAME[:CONFIG]`; None: `path` is no such id.
 
     A file's name that is not there is a mistake, not an id.
     """
     found = _HUB_ID.fullmatch(path)
     if found is None or _ROW_FILE.search(path) or Path(path).exists():
         return None
-    return found[1], found[2], found[3]
-
-
-def without_split(path: str) -> str:
-    """`path` without the split of an id."""
-    found = hub_data(path)
-    return path if found is None else path.removesuffix(f"@{found[2]}")
+    return found[1], found[2]
 
 
 @section
@@ -60,26 +71,9 @@ class DataSettings:
     handwritten digits; `digits` has 4); `charts`, or `charts-2` to `charts-6` (charts of so many
     bars; `charts` has 3); a Parquet, JSON lines or JSON file; a folder of them,
     such as a downloaded repository; a folder saved by the datasets library; or a data set of the
-    Hugging Face Hub, `ORG/NAME[:CONFIG][@SPLIT]`. What is on this disk comes first."""
-    split: str | None = None
-    """Split, where the source has several. None: `train` for training rows; for held-out ones
-    (sft.eval_data) `test`, else `validation`, never `train`."""
-    revision: str | None = None
-    """Branch, tag or commit of a data set of the Hub. None: the newest."""
-    max_samples: PositiveInt | None = None
-    """Take this many rows, chosen by the run's seed. None: all."""
-
-
-@section
-class HeldOutSettings:
-    """Where held-out rows come from."""
-
-    path: str | None = None
-    """As data.path. None: that of data.path."""
-    split: str | None = None
-    """Split, where the source has several. None: `test`, else `validation`; never `train`."""
-    revision: str | None = None
-    """As data.revision, which counts where there is no path here."""
+    Hugging Face Hub, `ORG/NAME[:CONFIG]`. What is on this disk comes first. `@SPLIT` behind it
+    names a split, `#REVISION` the Hub's branch, tag or commit. Without a split training rows are
+    those of `train`, held-out ones those of `test`, else `validation`, never `train`."""
     max_samples: PositiveInt | None = None
     """Take this many rows, chosen by the run's seed. None: all."""
 
@@ -88,9 +82,13 @@ class HeldOutSettings:
 class EvalSettings:
     """Evaluation: single decode, no reflection (Sec. 8.3)."""
 
-    data: HeldOutSettings | None = None
-    """Held-out rows. None: the test split of training rows that come with the installation
-    (`easy_vqa`, `digits`, `charts`); of other rows none, and a run is not evaluated."""
+    data: str | None = None
+    """Held-out rows, as data.path; `@SPLIT` alone is another split of data.path. None: the test
+    split of training rows that come with the installation (`easy_vqa`, `digits`, `charts`); of
+    other rows none, and a run is not evaluated."""
+    max_samples: PositiveInt | None = None
+    """Take this many held-out rows, and questions of each benchmark, chosen by the run's seed.
+    None: all."""
     greedy: bool = True
     """Report greedy decoding too, beside the training temperature."""
     blind: bool = False
@@ -102,17 +100,13 @@ class EvalSettings:
     sources: dict[str, str] = field(default_factory=dict)
     """Where a benchmark's rows are, by its name: a downloaded folder, a .parquet, .jsonl or .json
     file, or the id of a data set on the Hub. A benchmark not named: its published id."""
-    max_questions: PositiveInt | None = None
-    """Take this many questions of each benchmark, chosen by the run's seed. None: all."""
     decode: Literal["sampled", "greedy"] = "sampled"
     """How benchmarks are decoded: as rollouts are (Sec. 8.2), or greedily."""
     seeds: Annotated[list[int], Field(min_length=1)] = field(default_factory=lambda: [0])
     """One pass over the benchmarks per seed; from two on there is a 95 % interval over them."""
     samples: PositiveInt = 1
-    """Responses to each question under each seed. Accuracy is their mean; more than one allow
-    pass@k and majority@k."""
-    k: list[int] = field(default_factory=list)
-    """For which k pass@k (unbiased) and majority@k are reported; each at most eval.samples."""
+    """Responses to each question under each seed. Accuracy is their mean; of more than one, pass@k
+    (unbiased) and majority@k are reported too, for every power of two and for all of them."""
 
     def __post_init__(self) -> None:
         check(
@@ -127,12 +121,6 @@ class EvalSettings:
             "eval.decode",
             self.decode,
             "'sampled' with several eval.seeds or eval.samples: greedy responses are all the same",
-        )
-        check(
-            all(1 <= k <= self.samples for k in self.k),
-            "eval.k",
-            self.k,
-            f"numbers from 1 to eval.samples = {self.samples}",
         )
         names = get_args(BenchmarkName)
         unknown = [name for name in self.sources if name not in names]

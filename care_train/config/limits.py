@@ -11,25 +11,15 @@ class LimitSettings:
     that waits for another one, which is within its own limit, does not hang. 0: no limit.
     And how many steps may train nothing."""
 
-    generate: NonNegativeFloat = 3600.0
-    """Sampling one batch."""
-    reward: NonNegativeFloat = 1800.0
-    """Verifying one batch."""
-    forward: NonNegativeFloat = 3600.0
-    """Log-probs of one batch."""
-    update: NonNegativeFloat = 3600.0
-    """One optimiser step with all its micro-batches."""
-    sync: NonNegativeFloat = 1800.0
-    """Sending the weights to the rollout engine."""
-    save: NonNegativeFloat = 3600.0
-    """Writing one checkpoint or model."""
+    step: NonNegativeFloat = 3600.0
+    """One part of a step: sampling a batch, verifying it, its log-probs, or an optimiser step with
+    all its micro-batches."""
     other: NonNegativeFloat = 3600.0
-    """Anything else at a stretch: loading, image processing, reports."""
+    """Anything else at a stretch: loading, sending weights to the rollout engine, image processing,
+    a checkpoint, reports."""
     rank: NonNegativeFloat = 300.0
     """Silence of a rank, after which it counts as lost; and of another machine's process that holds
     the lock of the run's folder. One that dies on the same machine is noticed within seconds."""
-    start: PositiveFloat = 600.0
-    """Until all ranks have found each other."""
     collective: PositiveFloat = 7200.0
     """One collective operation of the process group (NCCL's or gloo's own timeout)."""
     empty_steps: PositiveInt | None = 2

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from care_train.config.build import BuildSettings
 from care_train.config.care import PRESETS
-from care_train.config.gone import without_gone, without_gone_of_build
+from care_train.config.gone import without_gone, without_gone_of_build, without_old_sections
 from care_train.config.hints import explain
 from care_train.config.keys import find_key
 from care_train.config.loss import TABLE_5
@@ -186,6 +186,7 @@ def _is_section(root: type = Config, prefix: str = "") -> Callable[[str], bool]:
 def _lay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """`merge`, where a `deepspeed` that is a name replaces the whole section by a file's, and
     changes by name become a list's entries."""
+    top = without_old_sections(top)
     name = top.get("deepspeed")
     if isinstance(name, str):
         base = {**base, "deepspeed": {}}

@@ -3,7 +3,7 @@
 from dataclasses import field
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveFloat
+from pydantic import NonNegativeFloat, NonNegativeInt
 
 from care_train.config.base import section
 
@@ -22,11 +22,9 @@ class LoggingSettings:
     samples_every: NonNegativeInt = 25
     """Steps between groups that the terminal and the trackers show: the anchor, the nearest hard
     negative, its repair; 0: never."""
-    archive: bool = True
-    """Keep every group of every step and every evaluated answer in the run's `archive/`, for
-    `care-train report` and `care-train replay` (docs/archive.md)."""
-    archive_max_gib: PositiveFloat | None = 20.0
-    """Size of the archive in GiB, images included, at which its oldest steps are dropped; null: no
-    limit."""
+    archive_gib: NonNegativeFloat | None = 20.0
+    """Every group of every step and every evaluated answer is kept in the run's `archive/`, for
+    `care-train report` and `care-train replay` (docs/archive.md), up to this size in GiB, images
+    included, at which its oldest steps are dropped. null: no limit. 0: no archive."""
     progress: bool = True
     """Show progress bars; false: a plain line per training step."""

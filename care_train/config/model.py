@@ -82,5 +82,3 @@ class PromptSettings:
     """What becomes of training rows with a longer prompt. `error`: nothing starts, they are named.
     `drop`: the others are trained on, they are listed in the run's `data.dropped.jsonl` (the cold
     start's in `sft.data.dropped.jsonl`). Nothing is ever truncated, no held-out row dropped."""
-    max_image_pixels: PositiveInt = 50_000_000
-    """Largest image accepted, in pixels: rows are untrusted."""

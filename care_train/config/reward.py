@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from care_train.config.base import FROM_PYTHON, PositiveShare, Role, check, section
 
@@ -45,9 +45,6 @@ class RewardFunctionSettings:
     timeout: PositiveFloat = 300.0
     """Seconds for one call: of one response in EasyR1's one-by-one and verl's form, of a batch in
     the others. One that takes longer is ended, with the function's process; a new one follows."""
-    messages: bool | None = None
-    """Give a TRL-style function prompts and completions as chat messages. None: for rows whose
-    prompt is chat messages."""
 
     def __post_init__(self) -> None:
         path, separator, name = self.function.rpartition(":")
@@ -74,9 +71,8 @@ class JudgeSettings:
     """The environment variable that holds the key. It is sent to https://api.openai.com alone,
     unless the variable CARE_TRAIN_KEYS names it with the endpoint: `MY_KEY@https://host:8000`."""
     timeout: Annotated[PositiveFloat, Role.SPEED] = 60.0
-    """Seconds per request."""
-    retries: Annotated[NonNegativeInt, Role.SPEED] = 3
-    """More tries of a failed request, at growing intervals; then the run stops with an error."""
+    """Seconds per request. One that fails is tried three times more, at growing intervals; then the
+    run stops with an error."""
     max_tokens: PositiveInt = 512
     """Length limit of a reply in tokens."""
     concurrency: Annotated[PositiveInt, Role.SPEED] = 16
@@ -113,10 +109,6 @@ class RewardSettings:
     overlong_buffer: PositiveShare | None = None
     """The last share of `rollout.max_new_tokens`, over which the reward falls by up to 1: DAPO's
     soft overlong punishment (arXiv:2503.14476, Eq. 13; there 0.2). None: length does not count."""
-    workers: Annotated[PositiveInt, Role.SPEED] = 2
-    """Processes per rank that compare symbolic answers; they start when first needed."""
-    timeout: PositiveFloat = 5.0
-    """Seconds for one such comparison, which is wrong when it takes longer."""
     functions: list[RewardFunctionSettings] = field(default_factory=list)
     """Your own rewards."""
     verifier_weight: NonNegativeFloat | None = None

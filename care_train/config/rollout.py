@@ -15,11 +15,8 @@ class VllmSettings:
 
     server: Annotated[str | None, Role.FREE] = None
     """`http://host:port` of a `care-train serve`, which then generates for all ranks. None: vLLM
-    runs in the training processes."""
-    server_token_file: Annotated[str | None, Role.FREE] = None
-    """A file with the token that the server demands, where it is neither in
-    $CARE_TRAIN_SERVER_TOKEN nor found by itself: both sides may be given it. None: the server makes
-    a token, which runs of its user find on its machine."""
+    runs in the training processes. The server makes a token, which runs of its user find on its
+    machine; elsewhere both sides are given one by $CARE_TRAIN_SERVER_TOKEN."""
     kv_cache_gib: PositiveFloat | None = None
     """Size of the KV cache in GiB. None: 1 on CPUs; on GPUs what gpu_memory_utilization leaves."""
     gpu_memory_utilization: PositiveShare = 0.4
@@ -37,8 +34,6 @@ class VllmSettings:
     """How adapters (`model.lora`) get there: `merged` into the weights they adapt, all of which are
     sent after every step; or `adapter`: base weights once, then adapters alone, which vLLM's LoRA
     kernels add at every token."""
-    sync_bucket_mib: PositiveInt = 512
-    """Weights gathered at once for a weight sync, in MiB; a larger parameter goes alone."""
 
     def __post_init__(self) -> None:
         url = urlsplit(self.server or "http://x")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from care_train.config.base import Role, check, section
 from care_train.config.care import CareSettings
-from care_train.config.data import SHIPPED_DATA, DataSettings, EvalSettings, without_split
+from care_train.config.data import SHIPPED_DATA, DataSettings, EvalSettings, source_of
 from care_train.config.deepspeed import DeepSpeedSettings
 from care_train.config.hub import HubSettings
 from care_train.config.limits import LimitSettings
@@ -76,7 +76,7 @@ class Config:
             self.train.eval_every == 0 or self.held_out is not None,
             "train.eval_every",
             self.train.eval_every,
-            "0 without eval.data.path: there are no held-out rows to evaluate on",
+            "0 without eval.data: there are no held-out rows to evaluate on",
         )
         self.deepspeed.check_dtype(self.model.dtype)
         self._check_micro_batch_tokens()
@@ -95,20 +95,14 @@ class Config:
     @property
     def held_out(self) -> DataSettings | None:
         """Where the held-out rows are; None without any."""
-        held_out = self.eval.data
-        if held_out is None:
-            if self.data.path not in SHIPPED_DATA:
-                return None
-            return DataSettings(path=self.data.path, split="test")
-        path, revision = held_out.path, held_out.revision
+        path, own = self.eval.data, source_of(self.data.path)
         if path is None:
-            path, revision = without_split(self.data.path), self.data.revision
-        return DataSettings(
-            path=path,
-            split=held_out.split,
-            revision=revision,
-            max_samples=held_out.max_samples,
-        )
+            if own.path not in SHIPPED_DATA:
+                return None
+            path = "@test"
+        if path.startswith("@"):
+            path = f"{own.path}{path}" + (f"#{own.revision}" if own.revision else "")
+        return DataSettings(path=path, max_samples=self.eval.max_samples)
 
     def _check_micro_batch_tokens(self) -> None:
         """Any sequence must fit: one that does not would end the run hours in."""

@@ -18,12 +18,6 @@ class LoopSettings:
 
     steps: PositiveInt = 100
     """Steps of the loop: rollout batches of `train`, optimiser steps of `sft`."""
-    micro_batch_size: PositiveInt = 64
-    """Sequences per forward and backward on one rank; gradients accumulate over them."""
-    micro_batch_tokens: PositiveInt | None = None
-    """Tokens per forward and backward on one rank, padding included, instead of
-    `micro_batch_size`: sequences of similar cost together, and never more than fit. null: by
-    sequences."""
     learning_rate: PositiveFloat = 1e-6
     """Peak learning rate of AdamW, whose betas are 0.9 and 0.999."""
     warmup_steps: NonNegativeInt = 10
@@ -52,6 +46,13 @@ class TrainSettings(LoopSettings):
     """Passes over each rollout batch."""
     mini_batches: PositiveInt = 1
     """Optimiser steps per pass; the batch is split by prompts."""
+    micro_batch_size: PositiveInt = 64
+    """Sequences per forward and backward on one rank, in the cold start too; gradients accumulate
+    over them."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens per forward and backward on one rank, padding included, instead of
+    `micro_batch_size`: sequences of similar cost together, and never more than fit. null: by
+    sequences."""
     packing: bool = False
     """Lay the sequences of a micro-batch end to end instead of padding them to the longest, in the
     cold start too. Same numbers, no work on padding; worth most with flash_attention_2, as the
@@ -102,8 +103,9 @@ class SftSettings(LoopSettings):
     schedule: Schedule = "cosine"
     batch_size: PositiveInt = 64
     """Rows per step, over all ranks."""
-    eval_data: Annotated[DataSettings | None, Role.FREE] = None
-    """Held-out rows with a `rationale`, whose loss is logged as `eval_loss`. None: none."""
+    eval_data: Annotated[str | None, Role.FREE] = None
+    """Held-out rows with a `rationale`, as data.path, whose loss is logged as `eval_loss`. None:
+    none."""
     slip_share: Share = 0.0
     """Share of rows learnt as a slip, the same rows in every epoch: the wrong rationale and the
     answer it leads to, for rows that have both (`failed_rationale`, and a column `failed_answer`).

@@ -10,7 +10,7 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, overload
 
-from care_train.config import FROM_PYTHON, SHIPPED_DATA, DataSettings
+from care_train.config import FROM_PYTHON, SHIPPED_DATA, DataSettings, source_of
 from care_train.data.answers import AnswerType
 from care_train.data.arrow_rows import DIGEST_COLUMN
 from care_train.data.errors import RowError, join_errors
@@ -118,7 +118,7 @@ def load_samples(
     Args:
         settings: where the rows are, and which.
         seed: chooses rows.
-        key: the settings' own name, for errors. Without `split`, `data` and `sft.data` are the
+        key: the settings' own name, for errors. Without a split, `data` and `sft.data` are the
             training split, any other key a held-out one.
         given: rows that a program hands over, by the path that stands for them.
 
@@ -126,28 +126,22 @@ def load_samples(
         ValueError: an unknown or missing source, no rows, or rows that cannot be used, all of them
             named: those that break the schema, and those whose id another one has.
     """
-    limit = settings.max_samples
-    splits = TRAINING if key in ("data", "sft.data") else HELD_OUT
-    if settings.path in SHIPPED_DATA:
-        split = settings.split or splits[0]
-        return shipped_samples(settings.path, split, lambda rows: _choose(rows, limit, seed))
-    path = Path(settings.path).expanduser()
+    limit, source = settings.max_samples, source_of(settings.path)
+    is_training = key in ("data", "sft.data")
+    splits, setting = (TRAINING, f"{key}.path") if is_training else (HELD_OUT, key)
+    if source.path in SHIPPED_DATA:
+        split = source.split or splits[0]
+        return shipped_samples(source.path, split, lambda rows: _choose(rows, limit, seed))
+    path = Path(source.path).expanduser()
     if settings.path.startswith(FROM_PYTHON):
-        files = [given_rows(settings.path, given or {}, f"{key}.path")]
+        files = [given_rows(settings.path, given or {}, setting)]
+    elif (hub_rows := open_hub_rows(source, splits, setting)) is not None:
+        files = [hub_rows]
     else:
-        hub_rows = open_hub_rows(
-            settings.path, settings.split, splits, settings.revision, f"{key}.path"
-        )
-        files = (
-            [hub_rows]
-            if hub_rows
-            else open_rows(
-                settings.path, key=f"{key}.path", split=settings.split, default_splits=splits
-            )
-        )
+        files = open_rows(source.path, key=setting, split=source.split, default_splits=splits)
     starts = list(accumulate(map(len, files), initial=0))
     if not starts[-1]:
-        raise ValueError(f"{key}.path: {path} has no rows, wanted at least 1")
+        raise ValueError(f"{setting}: {path} has no rows, wanted at least 1")
     readers = [(_built_reader if file.is_built else _plain_reader)(file, path) for file in files]
 
     def read(place: int) -> Sample:

@@ -117,4 +117,4 @@ def _questions(split: str) -> tuple[list[str], list[str], list[int]]:
         return easy_vqa.get_train_questions()
     if split == "test":
         return easy_vqa.get_test_questions()
-    raise ValueError(f"data.split: got {split!r}, easy_vqa has 'train' and 'test'")
+    raise ValueError(f"easy_vqa: got split {split!r}, wanted 'train' or 'test'")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from care_train.config import FROM_PYTHON, hub_data
+from care_train.config import FROM_PYTHON, Source, hub_data
 from care_train.data.rows import ListedRows, RowFile, open_file
 from care_train.hub import snapshot
 
@@ -62,19 +62,18 @@ def open_rows(
     """
     path = Path(source).expanduser()
     if not path.exists():
-        if not (download and hub_data(source) == (source, None, None)):
+        if not (download and hub_data(source) == (source, None)):
             also = ", or the id of a data set on the Hub" if download else ""
             raise ValueError(f"{key}: {source} does not exist: wanted {_WANTED}{also}")
         path = snapshot(source, "dataset", revision, key, download)
     if not path.is_dir():
         return [_opened(path, path.name, key)]
     splits = default_splits if split is None else (split,)
-    split_key = f"{key.removesuffix('path')}split" if key.endswith(".path") else key
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return [_open_saved(path, splits, split_key)]
+        return [_open_saved(path, splits, key)]
     roots = [path / subset for subset in subsets if (path / subset).is_dir()] or [path]
     files = _distinct([file for root in roots for file in _row_files(root)])
-    chosen = _of_split(path, files, splits, must=split is not None, key=split_key)
+    chosen = _of_split(path, files, splits, must=split is not None, key=key)
     return [_opened(file, str(file.relative_to(path)), key) for file in chosen]
 
 
@@ -137,30 +136,21 @@ def _opened(path: Path, name: str, key: str) -> RowFile:
         raise ValueError(f"{key}: {error}") from None
 
 
-def open_hub_rows(
-    path: str,
-    split: str | None,
-    default_splits: Sequence[str],
-    revision: str | None,
-    key: str,
-) -> RowFile | None:
-    """The rows of a data set of the Hub, as the datasets library reads it; None: `path` is no id.
+def open_hub_rows(source: Source, default_splits: Sequence[str], key: str) -> RowFile | None:
+    """The rows of a data set of the Hub, as the datasets library reads it; None: it is no id.
 
     Args:
-        path: `ORG/NAME[:CONFIG][@SPLIT]`.
-        split: which split; that of `path` is the same.
-        default_splits: those looked for, in this order, where none is named.
-        revision: which revision; None: the newest.
+        source: `ORG/NAME[:CONFIG]`, with its split and revision; None: the newest revision.
+        default_splits: those looked for, in this order, where no split is named.
         key: the setting, for errors.
 
     Raises:
         ValueError: no such data set, configuration or split, or it cannot be read.
     """
+    path, split, revision = source
     if (found := hub_data(path)) is None:
         return None
-    repo, name, named_split = found
-    if split and named_split and split != named_split:
-        raise ValueError(f"{key}: got {path} and split {split!r}, wanted one of the two")
+    repo, name = found
     folder = snapshot(repo, "dataset", revision, key, ("*",))
     import datasets
     from datasets.exceptions import DatasetsError
@@ -173,8 +163,7 @@ def open_hub_rows(
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{key}: {path}: the datasets library cannot read it: {reason}") from None
     assert isinstance(loaded, datasets.DatasetDict)
-    wanted = split or named_split
-    splits = default_splits if wanted is None else (wanted,)
+    splits = default_splits if split is None else (split,)
     chosen = next((one for one in splits if one in loaded), None)
     if chosen is None:
         raise ValueError(
@@ -199,7 +188,7 @@ def _open_saved(folder: Path, splits: Sequence[str], key: str) -> RowFile:
     if found is None:
         raise ValueError(
             f"{key}: got {' or '.join(map(repr, splits))}, {folder} has "
-            f"{', '.join(map(str, loaded))}: name one of them"
+            f"{', '.join(map(str, loaded))}: append @SPLIT"
         )
     return ArrowRows(folder / found, loaded[found], f"{folder.name}/{found}")
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 ImageRef = str | Path | bytes | Image.Image
 """A file's path, an encoded image's bytes, or an open image."""
 
+MAX_IMAGE_PIXELS = 50_000_000
+"""Largest width x height of a run's images: rows are untrusted."""
+
 MAX_IMAGE_BYTES = 2**28
 """Largest image file that is opened: no decoder gets more, whatever the file says it holds."""
 
@@ -131,18 +134,18 @@ def encoded_image(ref: ImageRef, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
     return image_content(ref, max_bytes)
 
 
-def load_images(sample: "Sample", max_pixels: int) -> list[Image.Image]:
+def load_images(sample: "Sample") -> list[Image.Image]:
     """All images of a sample, in order, as RGB.
 
     Raises:
         RowError: as `load_image`, naming the sample's row.
     """
     location = sample.location or sample.id
-    return [load_image(ref, location=location, max_pixels=max_pixels) for ref in sample.images]
+    return [load_image(ref, location=location) for ref in sample.images]
 
 
 def load_image(
-    ref: ImageRef, *, location: str, max_pixels: int, limit_key: str = "prompt.max_image_pixels"
+    ref: ImageRef, *, location: str, max_pixels: int = MAX_IMAGE_PIXELS, limit_key: str = ""
 ) -> Image.Image:
     """Decode one image: first frame, upright as its EXIF says, transparency laid over white.
 
@@ -150,7 +153,7 @@ def load_image(
         ref: a path, encoded bytes, or an open image.
         location: file and row, for errors.
         max_pixels: largest width x height accepted, checked before any pixel is decoded.
-        limit_key: the setting that says so, for errors.
+        limit_key: the setting that says so, if one does, for errors.
 
     Returns:
         An RGB image.
@@ -159,13 +162,13 @@ def load_image(
         RowError: a missing, damaged or oversize image, naming row, path and fix.
     """
     name = f"{location}: image {_name(ref)}"
-    with _bombs_named(name, max_pixels, limit_key):
+    with _bombs_named(name, max_pixels):
         image = _open(ref, name)
         _check_size(image, name, max_pixels, limit_key)
         return _to_rgb(image, name)
 
 
-def image_sizes(sample: "Sample", max_pixels: int) -> list[tuple[int, int]]:
+def image_sizes(sample: "Sample") -> list[tuple[int, int]]:
     """Width and height of all images of a sample, as stored; only files' heads are read.
 
     Raises:
@@ -174,9 +177,9 @@ def image_sizes(sample: "Sample", max_pixels: int) -> list[tuple[int, int]]:
     sizes = []
     for ref in sample.images:
         name = f"{sample.location or sample.id}: image {_name(ref)}"
-        with _bombs_named(name, max_pixels, "prompt.max_image_pixels"):
+        with _bombs_named(name, MAX_IMAGE_PIXELS):
             image = _open(ref, name)
-            _check_size(image, name, max_pixels, "prompt.max_image_pixels")
+            _check_size(image, name, MAX_IMAGE_PIXELS)
             sizes.append(image.size)
         if image is not ref:
             image.close()
@@ -251,13 +254,13 @@ def _begins_like_an_image(text: str) -> bool:
 
 
 @contextmanager
-def _bombs_named(name: str, max_pixels: int, limit_key: str) -> Iterator[None]:
+def _bombs_named(name: str, max_pixels: int) -> Iterator[None]:
     try:
         yield
     except Image.DecompressionBombError as error:
         raise RowError(
             "image_too_large",
-            f"{name}: {error}: scale the image down to {limit_key} = {max_pixels} pixels",
+            f"{name}: {error}: scale the image down to {max_pixels} pixels",
         ) from None
 
 
@@ -292,13 +295,14 @@ def _open(ref: ImageRef, name: str) -> Image.Image:
         raise _damaged(name, error) from None
 
 
-def _check_size(image: Image.Image, name: str, max_pixels: int, limit_key: str) -> None:
+def _check_size(image: Image.Image, name: str, max_pixels: int, limit_key: str = "") -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise RowError(
             "image_too_large",
             f"{name}: got {width} x {height} = {width * height} pixels, wanted at most "
-            f"{max_pixels}: scale the image down, drop the row, or raise {limit_key}",
+            f"{max_pixels}: scale the image down or drop the row"
+            + (f", or raise {limit_key}" if limit_key else ""),
         )
 
 

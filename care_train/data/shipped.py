@@ -30,6 +30,6 @@ def shipped_samples(name: str, split: str, choose: Callable[[int], Sequence[int]
         return [samples[place] for place in choose(len(samples))]
     kind, _, level = name.partition("-")
     if split not in NUM_ROWS:
-        raise ValueError(f"data.split: got {split!r}, {kind} has 'train' and 'test'")
+        raise ValueError(f"{kind}: got split {split!r}, wanted 'train' or 'test'")
     make, usual = _MADE[kind]
     return [make(int(level or usual), split, place + 1) for place in choose(NUM_ROWS[split])]

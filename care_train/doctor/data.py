@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from care_train.config import source_of
 from care_train.data import Sample, load_images, load_samples
 from care_train.doctor import Finding, Subject, error, ok, spread, warning
 from care_train.models.prompts import PromptEncoder
@@ -91,17 +92,18 @@ def check_evaluation_rows(subject: Subject) -> Finding:
     """The held-out rows are there, readable, and not the training rows."""
     config, held_out, trained = subject.config, subject.config.held_out, subject.config.data
     if held_out is None:
-        return warning("none: a run is not evaluated", "set eval.data.path to held-out rows")
+        return warning("none: a run is not evaluated", "set eval.data to held-out rows")
     samples = load_samples(held_out, config.seed, "eval.data")
     rows = spread(samples, _NUM_ROWS)
     for row in rows:
-        load_images(row, config.prompt.max_image_pixels)
+        load_images(row)
+    own, held = source_of(trained.path), source_of(held_out.path)
     # A file has no splits.
-    is_same_split = held_out.split == (trained.split or "train") or Path(held_out.path).is_file()
-    if held_out.path == trained.path and is_same_split:
+    is_same_split = held.split == (own.split or "train") or Path(held.path).is_file()
+    if held.path == own.path and is_same_split:
         return warning(
             "eval.data is the training data: accuracy will be that of seen rows",
-            "set eval.data.path or eval.data.split to held-out rows",
+            "set eval.data to held-out rows",
         )
     return ok(f"{len(samples)} rows; {len(rows)} read with their images")
 

@@ -70,7 +70,7 @@ BREAKS = (
 
 _FIXES = {
     "model": "set model.path to a Hugging Face model folder",
-    "data": "correct data.path, data.split or the rows named",
+    "data": "correct data.path or the rows named",
 }
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 

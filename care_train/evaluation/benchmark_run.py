@@ -81,7 +81,7 @@ def evaluate_benchmarks(
     for questions in question_sets:
         folder = run_dir / _ANSWERS / questions.name
         records = answer_questions(session, engine, questions, folder, device)
-        summaries[questions.name] = summarize(records, config.eval.k)
+        summaries[questions.name] = summarize(records, _ks(config.eval.samples))
         summaries[questions.name]["odd_keys"] = questions.num_odd_keys
     averaged = {name: summary for name, summary in summaries.items() if name != DATA}
     results = {
@@ -107,6 +107,11 @@ def benchmark_summary(results: Mapping[str, Any]) -> dict[str, Any]:
     scores = {name: summary["accuracy"] for name, summary in results["benchmarks"].items()}
     macro = results["macro"]
     return {"benchmarks": scores} | ({"macro_accuracy": macro["accuracy"]} if macro else {})
+
+
+def _ks(samples: int) -> list[int]:
+    """For which k pass@k and majority@k are reported: powers of two, and all samples."""
+    return sorted({2**i for i in range(samples.bit_length())} | {samples}) if samples > 1 else []
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

@@ -69,7 +69,7 @@ def evaluate(
     enabled = config.logging.progress and is_main()
     for batch in track(batches, f"{description}{' (greedy)' if greedy else ''}", enabled):
         if blind:
-            batch = [without_images(sample, config.prompt.max_image_pixels) for sample in batch]
+            batch = [without_images(sample) for sample in batch]
         prompts = session.encoder.encode(batch)
         requests = [
             Request(prompt, request_seed(config.seed, EVAL_STEP, sample.id, 0))
@@ -116,13 +116,13 @@ def evaluate_both(
     return values | {"num_questions": float(sampled.num_questions)}
 
 
-def without_images(sample: Sample, max_pixels: int) -> Sample:
+def without_images(sample: Sample) -> Sample:
     """The sample with a white image of the same size in the place of each of its own.
 
     Raises:
         RowError: as `image_sizes`.
     """
-    sizes = image_sizes(sample, max_pixels)
+    sizes = image_sizes(sample)
     return replace(sample, images=tuple(Image.new("RGB", size, "white") for size in sizes))
 
 

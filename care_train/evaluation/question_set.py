@@ -50,7 +50,7 @@ def open_questions(name: str, config: Config) -> QuestionSet:
 
     Args:
         name: one of `BENCHMARKS`, or `data`.
-        config: `eval.sources` says where the rows are, `eval.max_questions` how many count.
+        config: `eval.sources` says where the rows are, `eval.max_samples` how many count.
 
     Raises:
         ValueError: no rows, a row that breaks the published schema, or an id that two different
@@ -58,7 +58,7 @@ def open_questions(name: str, config: Config) -> QuestionSet:
     """
     if name == DATA:
         if config.held_out is None:
-            raise ValueError("eval.data.path: got none, wanted the rows of the benchmark `data`")
+            raise ValueError("eval.data: got none, wanted the rows of the benchmark `data`")
         samples = load_samples(config.held_out, config.seed, "eval.data")
         count, source = len(samples), config.held_out.path
 
@@ -69,7 +69,7 @@ def open_questions(name: str, config: Config) -> QuestionSet:
     benchmark = BENCHMARKS[name]
     source = config.eval.sources.get(name, benchmark.dataset)
     read, total = _reader(benchmark, source)
-    limit = config.eval.max_questions or total
+    limit = config.eval.max_samples or total
     order = permutation(total, f"{config.seed}/{name}") if limit < total else range(total)
     return _read_all(name, source, read, order, limit, benchmark)
 

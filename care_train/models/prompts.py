@@ -88,7 +88,7 @@ class PromptEncoder:
             ValueError: as `encode`, but for damage behind an image's head, and whatever the length.
         """
         text = self._render(sample)
-        sizes = image_sizes(sample, self._prompt.max_image_pixels)
+        sizes = image_sizes(sample)
         self._check_placeholders(sample, text)
         ids = self._loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
         return len(ids) + sum(self._num_image_tokens(sample, *size) - 1 for size in sizes)
@@ -208,7 +208,7 @@ class PromptEncoder:
 
     def _images(self, sample: Sample, text: str) -> list[Image.Image]:
         self._check_placeholders(sample, text)
-        return load_images(sample, self._prompt.max_image_pixels)
+        return load_images(sample)
 
     def _check_placeholders(self, sample: Sample, text: str) -> None:
         wanted = len(sample.images)

@@ -15,6 +15,7 @@ import torch
 
 from care_kernels.chunks import chunk_rows
 from care_train.planning.workload import GIB, GPUS_PER_NODE, Workload
+from care_train.rollout.weight_sync import BUCKET_BYTES
 
 PHASES = ("load", "generate", "log_probs", "train", "step", "sync")
 """load: before ZeRO shards. log_probs: forwards without gradient. train: forward and backward.
@@ -183,7 +184,7 @@ def _rollout_items(work: Workload) -> list[Item]:
         share = whole / vllm.tensor_parallel_size + kv_cache * GIB
     sleeps = vllm.sleep_level > 0 and not work.device.is_cpu
     # As gathered, and in vLLM's precision.
-    bucket = vllm.sync_bucket_mib * 2.0**20 * (2 if work.stage == 3 else 1)
+    bucket = BUCKET_BYTES * (2 if work.stage == 3 else 1)
     # Level-2 sleep leaves about a GiB of CUDA graphs and workspaces: assumed.
     return [
         Item("vLLM", share, ("generate", "sync") if sleeps else PHASES),

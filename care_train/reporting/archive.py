@@ -92,7 +92,7 @@ class ArchiveWriter:
             run_dir: the run's folder.
             rank: this process's; the first one keeps the archive below its limit.
             ranks: how many write to it.
-            max_gib: `logging.archive_max_gib`.
+            max_gib: `logging.archive_gib`.
         """
         self._run_dir, self.rank, self._ranks = run_dir, rank, ranks
         self._folder = run_dir / ARCHIVE
@@ -230,7 +230,7 @@ class ArchiveWriter:
         if dropped and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "warning: %s: over logging.archive_max_gib = %g: from now on the oldest steps are "
+                "warning: %s: over logging.archive_gib = %g: from now on the oldest steps are "
                 "dropped, so far those up to %d",
                 *(self._folder, limit / 2**30, dropped[-1]),
             )

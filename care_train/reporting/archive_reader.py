@@ -104,7 +104,7 @@ def _path(column: str, schema: "pa.Schema") -> str:
 def _files(run: Path, kind: str, steps: range | None) -> list[ArchiveFile]:
     if not (run / ARCHIVE).is_dir():
         raise ValueError(
-            f"{run}: no folder {ARCHIVE}: it is no run's, or the run has logging.archive=false"
+            f"{run}: no folder {ARCHIVE}: it is no run's, or the run has logging.archive_gib=0"
         )
     found = [file for file in archive_files(run) if file.kind == kind]
     return found if steps is None else [file for file in found if file.step in steps]

@@ -34,7 +34,7 @@ from care_train.rollout.server_messages import (
 from care_train.rollout.vllm_engine import check_expansion, check_length
 from care_train.rollout.vllm_process import adapter_rank
 from care_train.rollout.weight_channel import MEET_SECONDS, Broadcast, backend_for, invite
-from care_train.rollout.weight_sync import buckets, described
+from care_train.rollout.weight_sync import BUCKET_BYTES, buckets, described
 
 
 class VllmServerEngine:
@@ -54,8 +54,7 @@ class VllmServerEngine:
         """
         assert settings.server is not None
         self._loaded = loaded
-        self._bucket_bytes = settings.sync_bucket_mib << 20
-        token = find_token(settings.server, settings.server_token_file)
+        token = find_token(settings.server)
         self._client = ServerClient(settings.server, ANSWER_SECONDS, token)
         self._info = self._client.ask(ServerInfo, "/info")
         if problem := _misfit(self._info, loaded, settings):
@@ -132,7 +131,7 @@ class VllmServerEngine:
         broadcast, sender, num_bytes = self._broadcast, self._lease.sender, 0
         self._client.ask(Done, "/weights/begin", OfSender(sender=sender))
         described_weights = described(weights, self._loaded.model.dtype)
-        for tensors, content in buckets(described_weights, self._bucket_bytes):
+        for tensors, content in buckets(described_weights, BUCKET_BYTES):
             size = content.numel()
             message = Bucket(sender=sender, tensors=tuple(tensors), num_bytes=size)
             answer = in_background(lambda m=message: self._client.ask(Done, "/weights/bucket", m))

@@ -128,17 +128,16 @@ class Token:
 
 
 @contextmanager
-def server_token(url: str, token_file: str | None) -> Iterator[Token]:
+def server_token(url: str) -> Iterator[Token]:
     """The token to demand: the one given, or a new one, whose file exists within the block.
 
     Args:
         url: the server's, as runs of this machine or user name it.
-        token_file: `rollout.vllm.server_token_file`.
 
     Raises:
-        ValueError: a given token cannot be read or has another form, or no folder takes the file.
+        ValueError: a given token has another form, or no folder takes the file.
     """
-    given = _given(token_file)
+    given = _given()
     if given is not None:
         yield given
         return
@@ -152,38 +151,34 @@ def server_token(url: str, token_file: str | None) -> Iterator[Token]:
             path.unlink()
 
 
-def find_token(url: str, token_file: str | None) -> Token:
+def find_token(url: str) -> Token:
     """The token to send to a server; its value is None where this user has none for that URL.
 
-    It is looked for in `$CARE_TRAIN_SERVER_TOKEN`, the given file, and the file that a server of
-    this user wrote, in this order.
+    It is looked for in `$CARE_TRAIN_SERVER_TOKEN`, then in the file that a server of this user
+    wrote.
 
     Args:
         url: `rollout.vllm.server`. The file that a server wrote is used for its own URL alone, so
             no other host is sent its token.
-        token_file: `rollout.vllm.server_token_file`.
 
     Raises:
         ValueError: a file cannot be read, belongs to someone else, or holds no token.
     """
-    given = _given(token_file)
+    given = _given()
     if given is not None:
         return given
     paths = [folder / _file_name(url) for folder in _folders()]
     for path in paths:
         if os.path.lexists(path):
-            return Token(_read(path, "token file", is_ours=True), str(path))
+            return Token(_read(path), str(path))
     return Token(None, f"no {' and no '.join(map(str, paths))}")
 
 
-def _given(token_file: str | None) -> Token | None:
+def _given() -> Token | None:
     value = os.environ.get(TOKEN_VARIABLE)
-    if value is not None:
-        return Token(_checked(value, TOKEN_VARIABLE), f"${TOKEN_VARIABLE}")
-    if token_file is not None:
-        path, key = Path(token_file).expanduser(), "rollout.vllm.server_token_file"
-        return Token(_read(path, key, is_ours=False), str(path))
-    return None
+    if value is None:
+        return None
+    return Token(_checked(value, TOKEN_VARIABLE), f"${TOKEN_VARIABLE}")
 
 
 def _checked(text: str, name: str) -> str:
@@ -193,19 +188,14 @@ def _checked(text: str, name: str) -> str:
     return text
 
 
-def _read(path: Path, key: str, *, is_ours: bool) -> str:
-    """A file's token.
-
-    Args:
-        path: the file.
-        key: what names it, for errors.
-        is_ours: whether it must be a plain file that only this user can read.
-    """
-    flags = os.O_RDONLY | os.O_NONBLOCK | (os.O_NOFOLLOW if is_ours else 0)
+def _read(path: Path) -> str:
+    """A file's token; it must be a plain file that only this user can read."""
+    key = "token file"
     try:
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
         with open(os.open(path, flags), encoding="ascii", errors="replace") as file:
             status = os.fstat(file.fileno())
-            if is_ours and (status.st_uid != os.getuid() or status.st_mode & 0o077):
+            if status.st_uid != os.getuid() or status.st_mode & 0o077:
                 raise ValueError(
                     f"{key}: {path} belongs to user {status.st_uid} with mode "
                     f"{stat.S_IMODE(status.st_mode):o}, wanted a file that only user {os.getuid()} "
@@ -237,8 +227,7 @@ def _write(name: str, token: str) -> Path:
         else:
             return path
     raise ValueError(
-        f"no folder takes the server's token ({'; '.join(problems)}): set {TOKEN_VARIABLE} or "
-        "rollout.vllm.server_token_file"
+        f"no folder takes the server's token ({'; '.join(problems)}): set {TOKEN_VARIABLE}"
     )
 
 

@@ -118,7 +118,7 @@ def _token_problem(token: Token) -> str:
     got = "no token was found" if token.value is None else "its token is not the one"
     return (
         f"{got} ({token.source}): the server says at its start where its token is; on this machine "
-        "as its user it is found, otherwise give it by rollout.vllm.server_token_file or "
+        "as its user it is found, otherwise give it by "
         f"${TOKEN_VARIABLE}"
     )
 

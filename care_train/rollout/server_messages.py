@@ -222,10 +222,9 @@ class PromptLimits:
     """The placeholder; None where the model takes no images."""
     media_token_ids: frozenset[int]
     """Placeholders of media other than images."""
-    max_image_pixels: int
 
     @classmethod
-    def of(cls, loaded: LoadedModel, max_context: int, max_image_pixels: int) -> "PromptLimits":
+    def of(cls, loaded: LoadedModel, max_context: int) -> "PromptLimits":
         """Those of a model."""
         config = loaded.model.config
         media = (getattr(config, f"{kind}_token_id", None) for kind in ("video", "audio"))
@@ -234,7 +233,6 @@ class PromptLimits:
             max_context=max_context,
             image_token_id=loaded.image_token_id if loaded.processor is not None else None,
             media_token_ids=frozenset(token for token in media if token is not None),
-            max_image_pixels=max_image_pixels,
         )
 
 
@@ -250,7 +248,7 @@ def unpack_batch(message: Generate, limits: PromptLimits) -> list[dict[str, Any]
     for index, prompt in enumerate(message.prompts):
         _check_ids(f"prompts.{index}.token_ids", prompt.token_ids, limits, len(prompt.images))
         keys = [f"prompts.{index}.images.{number}" for number in range(len(prompt.images))]
-        images.append([_image(*each, limits) for each in zip(prompt.images, keys, strict=True)])
+        images.append([_image(*each) for each in zip(prompt.images, keys, strict=True)])
     unpacked = []
     for index, request in enumerate(message.requests):
         _check_ids(f"requests.{index}.prefix_ids", request.prefix_ids, limits, 0)
@@ -283,9 +281,9 @@ def _check_ids(
         raise RequestError(422, f"{key}: got {min(media)}, wanted no token of media but images")
 
 
-def _image(content: bytes, key: str, limits: PromptLimits) -> Image.Image:
+def _image(content: bytes, key: str) -> Image.Image:
     try:
-        return load_image(content, location=key, max_pixels=limits.max_image_pixels)
+        return load_image(content, location=key)
     except ValueError as error:
         raise RequestError(422, str(error)) from None
 

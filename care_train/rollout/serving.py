@@ -28,7 +28,6 @@ def serve(
     *,
     max_context: int,
     batch_size: int,
-    max_image_pixels: int,
     lora_rank: int | None,
     host: str,
     port: int,
@@ -42,7 +41,6 @@ def serve(
         settings: `rollout.vllm`.
         max_context: longest prompt, forced prefix and response together, in tokens.
         batch_size: sequences generated at once, of all ranks together.
-        max_image_pixels: the largest width x height of an image in a prompt.
         lora_rank: of adapters that come beside base weights; None where none do.
         host: address to listen at.
         port: 0 takes a free one.
@@ -58,7 +56,7 @@ def serve(
         listening = stack.enter_context(_listen(host, port))
         name = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
         url = f"http://{name}:{listening.getsockname()[1]}"
-        token = stack.enter_context(server_token(url, settings.server_token_file))
+        token = stack.enter_context(server_token(url))
         assert token.value is not None
         folder = stack.enter_context(tempfile.TemporaryDirectory("-care-vllm"))
         loaded.save_skeleton(folder)
@@ -78,7 +76,7 @@ def serve(
             num_workers=settings.tensor_parallel_size,
             backend="nccl" if torch.cuda.is_available() else "tcp",
         )
-        limits = PromptLimits.of(loaded, max_context, max_image_pixels)
+        limits = PromptLimits.of(loaded, max_context)
         died = threading.Event()
         server = RolloutServer(EngineLoop(llm, died.set), info, limits)
         app = build_app(server, token.value, host, allowed_hosts)

@@ -14,6 +14,9 @@ from pydantic import Field
 
 from care_train.rollout.errors import RolloutError
 
+BUCKET_BYTES = 512 << 20
+"""Weights gathered and sent at once; a larger parameter goes alone."""
+
 _CHUNK = 1 << 22
 _MIX = -7046029254386353131  # 2^64 / golden ratio, as a signed integer
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

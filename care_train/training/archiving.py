@@ -35,10 +35,10 @@ _UNTRAINED = {
 
 
 def open_writer(config: Config, run_dir: Path) -> AbstractContextManager[ArchiveWriter | None]:
-    """This rank's writer of the run's archive; None with `logging.archive=false`."""
-    if not config.logging.archive:
+    """This rank's writer of the run's archive; None with `logging.archive_gib=0`."""
+    if config.logging.archive_gib == 0:
         return nullcontext()
-    return ArchiveWriter(run_dir, rank(), world_size(), config.logging.archive_max_gib)
+    return ArchiveWriter(run_dir, rank(), world_size(), config.logging.archive_gib)
 
 
 def archive_step(

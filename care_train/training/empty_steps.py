@@ -137,12 +137,12 @@ class EmptySteps:
                 f"<{config.prompt.answer_tag}>"
             )
         if total["unverified"] > half:
-            return "raise reward.timeout or reward.workers, and look at the rows' answers"
+            return "look at the rows' answers: comparing them takes too long"
         if total["same"] > groups / 2:
             return "the responses to a prompt are all the same: raise rollout.temperature"
         if total["wrong"] == groups:
-            is_off = config.algorithm == "care" and not config.care.rescue.enabled
-            rescue = ", or care.rescue.enabled=true" if is_off else ""
+            is_off = config.algorithm == "care" and config.care.rescue == 0
+            rescue = ", or care.rescue=1" if is_off else ""
             return (
                 "easier rows, a longer cold start, a larger rollout.group_size"
                 f"{rescue}; `care-train verify` says what the verifier makes of an answer"

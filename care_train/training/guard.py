@@ -322,7 +322,7 @@ def guarded(limits: LimitSettings, run_dir: Path, *, in_program: bool = False) -
         RankLostError: another rank failed, died or fell silent.
         ValueError: not all ranks came.
     """
-    initialize_process_group(limits.start, limits.collective)
+    initialize_process_group(limits.collective)
     if in_program:
         leave_at_exit()  # not before: the program's next run uses the group too
     begin_step(None)

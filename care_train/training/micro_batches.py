@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from care_train.config import SftSettings, TrainSettings
+from care_train.config import TrainSettings
 from care_train.distributed import all_max
 from care_train.models.batch import TokenSequence
 
@@ -24,18 +24,11 @@ class MicroBatchLimits:
     """The most positions, those of padding included."""
     packed: bool = False
     """Sequences are laid end to end, without padding."""
-    section: str = "train"
-    """The section of the settings that the limits come from, for messages."""
 
     @classmethod
     def of(cls, train: TrainSettings) -> "MicroBatchLimits":
-        """Those of scoring and training."""
+        """Those of a run."""
         return cls(train.micro_batch_size, train.micro_batch_tokens, train.packing)
-
-    @classmethod
-    def of_cold_start(cls, sft: SftSettings, train: TrainSettings) -> "MicroBatchLimits":
-        """Those of supervised fine-tuning."""
-        return cls(sft.micro_batch_size, sft.micro_batch_tokens, train.packing, "sft")
 
 
 def agreed_micro_batches(
@@ -74,7 +67,7 @@ def split(lengths: Sequence[int], limits: MicroBatchLimits, at_least: int = 0) -
     longest = lengths[order[0]]
     if longest > limits.tokens:
         raise ValueError(
-            f"{limits.section}.micro_batch_tokens: got {limits.tokens}, wanted at least {longest}, "
+            f"train.micro_batch_tokens: got {limits.tokens}, wanted at least {longest}, "
             "the tokens of the longest sequence, which are never cut"
         )
     if limits.packed:

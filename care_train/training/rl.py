@@ -215,8 +215,7 @@ class _RlLoop(StepLoop):
         if not every or done % every:
             return
         group, title, records = case_study(outcome.groups, done, self.session.scorer.text)
-        limit = self.config.prompt.max_image_pixels
-        self.metrics.samples(records, lambda: load_images(group.sample, limit))
+        self.metrics.samples(records, lambda: load_images(group.sample))
         show_group(self.progress, title, records)
 
 

@@ -20,6 +20,7 @@ from care_train.rollout.engine import (
     request_seed,
 )
 from care_train.rollout.errors import RolloutServerError
+from care_train.rollout.weight_sync import BUCKET_BYTES
 from care_train.training.engine import PolicyEngine
 from care_train.training.groups import Answer, Group
 from care_train.training.timer import timer
@@ -52,9 +53,8 @@ class Sampler:
 
     def sync(self, policy: PolicyEngine) -> dict[str, float]:
         """Bring the rollout engine up to date with the policy; returns what there is to log."""
-        bucket_bytes = self._config.rollout.vllm.sync_bucket_mib << 20
         with timer("sync"):
-            return self._engine.sync(policy.weights(bucket_bytes, self._engine.wanted))
+            return self._engine.sync(policy.weights(BUCKET_BYTES, self._engine.wanted))
 
     def rest(self) -> None:
         """This batch is sampled: the engine may free memory until the next `sync`."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from care_train.algorithm.reflection import repair_prefix
-from care_train.config import Config, PromptSettings
+from care_train.config import Config, DataSettings, PromptSettings
 from care_train.data import PromptOrder, Sample, load_samples, require_rationales
 from care_train.distributed import all_max, all_sum, is_main, rank, world_size
 from care_train.models.batch import TokenSequence
@@ -124,7 +124,7 @@ class _SftLoop(StepLoop):
         own_tokens = sum(len(sequence.response_ids) for sequence in sequences)
         tokens = all_sum([float(own_tokens)], engine.device)[0]
         micro_batches = []
-        limits = MicroBatchLimits.of_cold_start(config.sft, config.train)
+        limits = MicroBatchLimits.of(config.train)
         for places in agreed_micro_batches(sequences, limits, engine.device)[0]:
             batch = engine.collate([sequences[i] for i in places])
             weights = torch.full((len(batch.rows),), 1.0 / tokens, device=engine.device)
@@ -220,12 +220,12 @@ def count_rows(samples: Sequence[Sample], rows: Sequence[Sample]) -> dict[str, f
 
 
 def check_lengths(session: Session, rows: Sequence[Sample], prompt_lengths: Sequence[int]) -> None:
-    """Before the first step: no sequence has more tokens than `sft.micro_batch_tokens`.
+    """Before the first step: no sequence has more tokens than `train.micro_batch_tokens`.
 
     Raises:
         ValueError: one has; names the longest.
     """
-    limit = session.config.sft.micro_batch_tokens
+    limit = session.config.train.micro_batch_tokens
     if limit is None:
         return
     lengths = [
@@ -235,7 +235,7 @@ def check_lengths(session: Session, rows: Sequence[Sample], prompt_lengths: Sequ
     longest = max(lengths)
     if longest > limit:
         raise ValueError(
-            f"sft.micro_batch_tokens: got {limit}, wanted at least {longest}, the tokens of "
+            f"train.micro_batch_tokens: got {limit}, wanted at least {longest}, the tokens of "
             f"{rows[lengths.index(longest)].location}: the longest row, and none is ever cut"
         )
 
@@ -260,14 +260,15 @@ class HeldOutRows:
         """
         config = session.config
         assert config.sft.eval_data is not None
-        rows = require_rationales(load_samples(config.sft.eval_data, config.seed, "sft.eval_data"))
+        held_out = DataSettings(path=config.sft.eval_data)
+        rows = require_rationales(load_samples(held_out, config.seed, "sft.eval_data"))
         self._rows, _ = usable_rows(session, rows, "sft.eval_data")
         self._session = session
 
     @torch.no_grad()
     def loss(self, engine: PolicyEngine) -> float:
         """Mean negative log-likelihood in nats per response token, over all ranks."""
-        size = self._session.config.sft.micro_batch_size
+        size = self._session.config.train.micro_batch_size
         own = range(rank(), len(self._rows), world_size())
         chunks = [own[start : start + size] for start in range(0, len(own), size)]
         total, tokens = 0.0, 0.0

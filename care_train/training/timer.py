@@ -23,23 +23,23 @@ from care_train.training.failures import (
 )
 
 PARTS = {
-    "sync": "sync",
+    "sync": "other",
     "prepare": "other",
-    "generate": "generate",
-    "score": "reward",
-    "old_forward": "forward",
+    "generate": "step",
+    "score": "step",
+    "old_forward": "step",
     "select": "other",
-    "reflect": "generate",
-    "reference": "forward",
-    "gap": "forward",
+    "reflect": "step",
+    "reference": "step",
+    "gap": "step",
     "collate": "other",
-    "update": "update",
-    "optimizer": "update",
-    "archive": "save",
-    "save": "save",
+    "update": "step",
+    "optimizer": "step",
+    "archive": "other",
+    "save": "other",
     "other": "other",
 }
-"""The parts of a step, each with the key of `limits.*` that bounds it.
+"""The parts of a step, each with the key of `limits` that bounds it.
 
 `sync`: weights to the rollout engine. `prepare`: chat template and image processor. `generate`: the
 G rollouts. `score`: spans and verifier. `old_forward`: old log-probs and rationale embeddings.
@@ -57,15 +57,12 @@ _GENERATION = (
     "under rollout.engine=vllm rollout.vllm.gpu_memory_utilization or rollout.vllm.kv_cache_gib"
 )
 _TRAINING = (
-    "lower train.micro_batch_size (sft.micro_batch_size in a cold start), or start anew with a "
-    "higher deepspeed.zero_stage; `care-train plan` says what fits"
+    "lower train.micro_batch_size, or start anew with a higher deepspeed.zero_stage; "
+    "`care-train plan` says what fits"
 )
-_ADVICE = {
-    "generate": _GENERATION,
-    "sync": _GENERATION,
-    "forward": _TRAINING,
-    "update": _TRAINING,
-}
+_ADVICE = dict.fromkeys(("generate", "reflect", "sync"), _GENERATION) | dict.fromkeys(
+    ("old_forward", "reference", "gap", "update", "optimizer"), _TRAINING
+)
 _OTHER_ADVICE = "make room: fewer ranks on one machine, or fewer other programs beside them"
 
 
@@ -79,11 +76,6 @@ class Place:
     """Counted from 1; None outside of steps."""
     since: float = field(default_factory=time.monotonic)
     """When the part began, by `time.monotonic`."""
-
-    @property
-    def phase(self) -> str:
-        """The key of `limits.*` that bounds the part."""
-        return PARTS[self.part]
 
 
 class StepSeconds:
@@ -141,8 +133,7 @@ def timer(part: str) -> Iterator[None]:
         if isinstance(error, RolloutError) or not is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines() or ["no memory"]
-        limit = PARTS[part]
-        advice = f"{_ADVICE[limit]}; {CHANGES}" if limit in _ADVICE else _OTHER_ADVICE
+        advice = f"{_ADVICE[part]}; {CHANGES}" if part in _ADVICE else _OTHER_ADVICE
         raise OutOfMemoryError(f"out of memory in {part} ({reason[0]}): {advice}") from error
     # An error leaves the place as it is, so that the watchdog can still say where it came from.
     _enter(outer)

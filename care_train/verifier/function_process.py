@@ -30,14 +30,12 @@ class RewardFunction:
     def __init__(
         self,
         settings: RewardFunctionSettings,
-        max_image_pixels: int,
         given: Mapping[str, Callable[..., Any]],
     ) -> None:
         """Start its process.
 
         Args:
             settings: which function, and how it is called.
-            max_image_pixels: largest image accepted.
             given: functions that a program hands over, by `settings.function`; they run in it.
 
         Raises:
@@ -47,7 +45,7 @@ class RewardFunction:
         self.name = settings.function.rpartition(":")[2]
         self.metrics: dict[str, list[float]] = {}
         """What the function logged since this was last emptied, by name."""
-        make = partial(_make_function, settings, max_image_pixels)
+        make = partial(_make_function, settings)
         if settings.function.startswith(FROM_PYTHON):
             if settings.function not in given:
                 raise ValueError(
@@ -164,9 +162,7 @@ def _out_of_time(_number: int, _frame: FrameType | None) -> None:
 
 
 def _make_function(
-    settings: RewardFunctionSettings,
-    max_image_pixels: int,
-    given: Callable[..., Any] | None = None,
+    settings: RewardFunctionSettings, given: Callable[..., Any] | None = None
 ) -> Callable[[Request | None], Any]:
-    function = UserFunction(settings, max_image_pixels, given)
+    function = UserFunction(settings, given)
     return lambda asked: function.signature if asked is None else function(asked)

@@ -91,7 +91,6 @@ class UserFunction:
     def __init__(
         self,
         settings: RewardFunctionSettings,
-        max_image_pixels: int,
         given: Callable[..., Any] | None = None,
     ) -> None:
         """Load it, or take the one that a program hands over.
@@ -100,7 +99,6 @@ class UserFunction:
             ValueError: no such file or function, or another signature than those known.
         """
         self.settings = settings
-        self._max_image_pixels = max_image_pixels
         self._metrics: dict[str, list[float]] = {}
         self._extra: list[dict[str, Any]] = []
         self._call = _load(settings.function) if given is None else given
@@ -204,7 +202,7 @@ class UserFunction:
             **sample.columns,
             "prompt": sample.prompt,
             "answer": sample.answer,
-            "images": RowImages(sample, self._max_image_pixels),
+            "images": RowImages(sample),
             "source": sample.source,
             "finished": response.finished,
             "response": response.text,
@@ -237,7 +235,8 @@ class UserFunction:
         if "image" in self._parameters:
             # Decoded only for a function that names it.
             columns["image"] = [next(iter(row["images"]), None) for row in inputs]
-        pairs = [(one, self._has_messages(one)) for one in responses]
+        # As TRL does it: chat messages for rows that are.
+        pairs = [(one, one.sample.is_conversation) for one in responses]
         columns["prompts"] = [_prompt(one) if chat else one.sample.prompt for one, chat in pairs]
         columns["completions"] = [
             [{"role": "assistant", "content": one.text}] if chat else one.text
@@ -247,10 +246,6 @@ class UserFunction:
         columns |= {"trainer_state": request.state, "log_metric": self._log_metric}
         columns["log_extra"] = self._log_extra
         return self._run(**self._known(columns), **self.settings.arguments)
-
-    def _has_messages(self, response: Response) -> bool:
-        asked = self.settings.messages
-        return response.sample.is_conversation if asked is None else asked
 
     def _log_metric(self, name: str, value: float) -> None:
         self._metrics.setdefault(name, []).append(float(value))

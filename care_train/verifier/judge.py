@@ -21,6 +21,7 @@ _OPENAI = "https://api.openai.com"
 _CONFIRMED = "CARE_TRAIN_KEYS"
 """The variable that says which key goes where: it is set by whoever starts the run, while the
 settings may come from others."""
+_RETRIES = 3
 _MAX_CACHED = 100_000
 
 
@@ -59,7 +60,7 @@ class Judge:
             base_url=settings.base_url,
             api_key=self._key or "none",
             timeout=settings.timeout,
-            max_retries=settings.retries,
+            max_retries=_RETRIES,
         )
         self._known: dict[Case, Verdict] = {}
 
@@ -87,7 +88,7 @@ class Judge:
         }
         content = _FIELD.sub(lambda match: fields[match[1]], self._settings.prompt)
         fault = ""
-        for attempt in range(self._settings.retries + 1):
+        for attempt in range(_RETRIES + 1):
             if attempt:
                 time.sleep(min(0.5 * 2 ** (attempt - 1), 8.0))
             text, fault = self._complete(content)
@@ -120,7 +121,7 @@ class Judge:
         got = got.replace(self._key, "***") if self._key else got
         return ValueError(
             f"reward.judge: {self._settings.base_url}: {self._settings.model}: got {got} after "
-            f"{self._settings.retries + 1} tries, wanted a reply: start the server, or correct "
+            f"{_RETRIES + 1} tries, wanted a reply: start the server, or correct "
             f"reward.judge{self._hint}"
         )
 

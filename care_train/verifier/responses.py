@@ -31,8 +31,8 @@ class Response:
 class RowImages(Sequence[Image.Image]):
     """A row's images as RGB, each decoded when it is asked for."""
 
-    def __init__(self, sample: Sample, max_pixels: int) -> None:
-        self._sample, self._max_pixels = sample, max_pixels
+    def __init__(self, sample: Sample) -> None:
+        self._sample = sample
 
     def __len__(self) -> int:
         return len(self._sample.images)
@@ -46,7 +46,7 @@ class RowImages(Sequence[Image.Image]):
             return [self[place] for place in range(len(self))[index]]
         place = self._sample.location or self._sample.id
         ref = self._sample.images[index]
-        return load_image(ref, location=place, max_pixels=self._max_pixels)
+        return load_image(ref, location=place)
 
 
 def item_of(predicted: str, sample: Sample, tolerance: float | None = None) -> Item:

@@ -65,9 +65,7 @@ class Verifier:
         self._think_tag = prompt.think_tag
         self._answer_tag = prompt.answer_tag
         self._settings = reward
-        self._functions = [
-            RewardFunction(one, prompt.max_image_pixels, given or {}) for one in reward.functions
-        ]
+        self._functions = [RewardFunction(one, given or {}) for one in reward.functions]
         names = [function.name for function in self._functions]
         self._names = [f"{n}_{i + 1}" if n in names[:i] else n for i, n in enumerate(names)]
         self.state = TrainerState()
@@ -183,7 +181,7 @@ class Verifier:
             for place, answer in enumerate(answers)
             if answer is not None
         }
-        pool = shared_pool(self._settings.workers, self._settings.timeout)
+        pool = shared_pool()
         found = dict(zip(asked, verify_batch(list(asked.values()), pool), strict=True))
         if self._judge is not None:
             found |= self._judged(self._judge, responses, asked, found)

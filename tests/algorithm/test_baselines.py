@@ -238,7 +238,7 @@ def test_table_5_row_of_care():
     """Table 5 and Sec. 8.2: K = 4, M = 6, s = 0.5, delta = 0.1, gamma+ = 0.005, one resample."""
     care = build_config({}).care
     assert (care.max_negatives, care.preselect_size, care.neg_scale) == (4, 6, 0.5)
-    assert (care.rescue.enabled, RESCUE_DELTA, care.think_weight) == (True, 0.1, 0.005)
+    assert (care.rescue, RESCUE_DELTA, care.think_weight) == (1.0, 0.1, 0.005)
     assert care.reflection.enabled and care.reflect_scale == 0.25
 
 

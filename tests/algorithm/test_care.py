@@ -138,7 +138,7 @@ class TestSubgroup:
             ((1, 1), [], "all_correct"),
             ((1, 0.5), [], "no_failures"),
             ((0,), [], "all_wrong"),
-            ((0, 0), ["rescue.enabled=false"], "all_wrong"),
+            ((0, 0), ["rescue=0"], "all_wrong"),
             ((0, 0, 0.5), [], "no_positives"),
             ((0.5, 0.5), [], "no_positives"),
         ],
@@ -156,7 +156,7 @@ CASES = {
     "two negatives": ([], 2, None, [2, -0.5, -0.5], "aNN"),
     "K_S = K is not rescaled": ([], 4, None, [2] + [-0.25] * 4, "aNNNN"),
     "Figure 9's control": (["equalize=false"], 2, None, [ROOT2] + [-ROOT2 / 4] * 2, "aNN"),
-    "scale is for rescues alone": (["rescue.scale=0.25"], 2, None, [2, -0.5, -0.5], "aNN"),
+    "scale is for rescues alone": (["rescue=0.25"], 2, None, [2, -0.5, -0.5], "aNN"),
     # Lines 15-16, 34-39: S = {1, 1, .1}, K_S = 1, factor 2; the repair is not the anchor.
     "repaired": ([], 2, REPAIRED, [ROOT2, ROOT2, -ROOT2], "aSN"),
     "repaired, penalised": (
@@ -264,21 +264,20 @@ class TestAdvantages:
         assert (update.skipped, update.num_sequences, update.num_tokens) == (reason, 0, 0)
 
     @pytest.mark.parametrize(
-        ("scale", "expected"), [(1.0, [2, -0.5, -0.5]), (0.25, [0.5, -0.125, -0.125]), (0.0, [])]
+        ("scale", "expected"), [(1.0, [2, -0.5, -0.5]), (0.25, [0.5, -0.125, -0.125])]
     )
     def test_rescue(self, scale, expected):
-        """Corollary 2 with K' = 2, K = 4: A = (2, -.5, -.5), times rescue.scale; 0 trains nothing.
+        """Corollary 2 with K' = 2, K = 4: A = (2, -.5, -.5), times care.rescue.
 
         The factor reported is sqrt(K / K_S) alone.
         """
-        settings = care(f"rescue.scale={scale}")
+        settings = care(f"rescue={scale}")
         group = make_group([wrong()] * 3, log_prob_sums=[-9.0, -1.0, -9.0])
         update = subgroup_update(subgroup_of(group, settings), settings)
         assert advantages(update) == expected
-        assert roles(update) == ["proxy_anchor", "negative", "negative"][: len(expected)]
-        assert update.rescued and (update.skipped == "no_signal") == (not expected)
-        if expected:
-            assert update.equalize_factor == pytest.approx(ROOT2)
+        assert roles(update) == ["proxy_anchor", "negative", "negative"]
+        assert update.rescued and update.skipped is None
+        assert update.equalize_factor == pytest.approx(ROOT2)
 
 
 class TestCredit:

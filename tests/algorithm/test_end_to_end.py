@@ -46,8 +46,7 @@ FLIPS: dict[str, tuple[str, dict]] = {
     ),
     "reflection.enabled": ("reflection", BOTH),
     "reflection.reflect_scale": ("s_refl", {None: None, 0.05: 0.05}),
-    "rescue.enabled": ("rescue", BOTH),
-    "rescue.scale": ("rescue_scale", {1.0: 1.0, 0.25: 0.25}),
+    "rescue": ("rescue", {1.0: 1.0, 0.25: 0.25, 0.0: 0.0}),
 }
 
 # Unit vectors with exact dot products: ties are exact on both sides, and there are many.

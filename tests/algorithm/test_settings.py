@@ -141,7 +141,7 @@ class TestGone:
 
     def test_what_a_preset_decides_anyway_is_no_error(self):
         """A run's config.yaml names every key: one of an earlier version stays readable."""
-        old = {"robust": False, "clamp_anchor": False, "rescue": {"delta": 0.1, "score": "sum"}}
+        old = {"robust": False, "clamp_anchor": False}
         config = build_config({"preset": "literal", "care": old})
         assert config == build_config({"preset": "literal"})
 
@@ -149,9 +149,7 @@ class TestGone:
         ("preset", "values", "message"),
         [
             ("default", {"clamp_anchor": False}, "care.clamp_anchor: got False.* gone: the preset"),
-            ("literal", {"rescue": {"score": "mean"}}, "care.rescue.score: got 'mean'.* gone"),
             ("default", {"robust": True}, "care.robust: got True.* gone: mean and standard"),
-            ("default", {"rescue": {"delta": 1.0}}, "care.rescue.delta: got 1.0.*rescue.scale"),
         ],
     )
     def test_another_value_is_an_error(self, preset, values, message):

@@ -34,8 +34,7 @@ class Choices:
     reflection: bool = True
     failed_reflection: str = "append"  # or: "replace"
     repaired_advantage: str = "raw"  # or: "penalized" (line 37)
-    rescue: bool = True
-    rescue_scale: float = 1.0
+    rescue: float = 1.0
     pseudo_anchor_score: str = "mean"  # or: "sum"
     pseudo_anchor_well_formatted: bool = True
     rescue_negatives: str = "others"  # or: "failures" (line 23)
@@ -180,7 +179,7 @@ def algorithm_1(
     # line 39
     factor = math.sqrt(c.K / K_S) if c.equalize and K_S < c.K else 1.0
     if not P:
-        factor *= c.rescue_scale
+        factor *= c.rescue
     for item in S:
         item.A *= factor
     # lines 40-41

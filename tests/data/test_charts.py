@@ -103,9 +103,9 @@ def test_rows_are_the_same_every_time():
 
 def test_charts_is_a_source():
     """`charts` is a name like `digits`, with its own held-out split and no other."""
-    samples = load_samples(DataSettings(path="charts", split="test", max_samples=5))
+    samples = load_samples(DataSettings(path="charts@test", max_samples=5))
     assert all(sample.id.startswith("charts-3/test/") for sample in samples)
     held_out = load_config(None, ["data.path=charts-2"]).held_out
-    assert held_out == DataSettings(path="charts-2", split="test")
-    with pytest.raises(ValueError, match=r"data\.split: got 'dev', charts has"):
-        load_samples(DataSettings(path="charts-6", split="dev"))
+    assert held_out == DataSettings(path="charts-2@test")
+    with pytest.raises(ValueError, match=r"charts: got split 'dev'"):
+        load_samples(DataSettings(path="charts-6@dev"))

@@ -89,9 +89,9 @@ def test_every_kind_is_asked_and_a_constant_answer_is_poor():
 
 def test_digits_is_a_source():
     """`digits` is a name like `easy_vqa`, with its own held-out split and no other."""
-    samples = load_samples(DataSettings(path="digits", split="test", max_samples=5))
+    samples = load_samples(DataSettings(path="digits@test", max_samples=5))
     assert all(sample.id.startswith("digits-4/test/") for sample in samples)
     held_out = load_config(None, ["data.path=digits-2"]).held_out
-    assert held_out == DataSettings(path="digits-2", split="test")
-    with pytest.raises(ValueError, match=r"data\.split: got 'dev', digits has"):
-        load_samples(DataSettings(path="digits-2", split="dev"))
+    assert held_out == DataSettings(path="digits-2@test")
+    with pytest.raises(ValueError, match=r"digits: got split 'dev'"):
+        load_samples(DataSettings(path="digits-2@dev"))

@@ -64,7 +64,7 @@ def test_figures_match_the_pixels(rows: dict[str, list[Sample]]):
         figure = derive_figure([(sample.prompt, sample.answer)])
         if figure:
             color = ImageColor.getrgb({"green": "lime"}.get(figure.color, figure.color))
-            [image] = load_images(sample, 64 * 64)
+            [image] = load_images(sample)
             assert color in {pixel for _, pixel in image.getcolors(64 * 64) or []}
 
 
@@ -113,7 +113,5 @@ def test_splits_share_no_image(rows: dict[str, list[Sample]]):
 
 def test_unknown_split():
     """Another split is refused with the two that exist."""
-    with pytest.raises(
-        ValueError, match=r"data\.split: got 'val', easy_vqa has 'train' and 'test'"
-    ):
+    with pytest.raises(ValueError, match=r"easy_vqa: got split 'val', wanted 'train' or 'test'"):
         easy_vqa_samples("val")

@@ -17,8 +17,8 @@ ROWS = [{"prompt": f"q{i}", "answer": str(i)} for i in range(3)]
 LINES = "\n".join(map(json.dumps, ROWS))
 
 
-def load(path: Path, key: str = "data", **settings: Any) -> list[str]:
-    samples = load_samples(DataSettings(path=str(path), **settings), key=key)
+def load(path: Path, key: str = "data", split: str = "") -> list[str]:
+    samples = load_samples(DataSettings(path=f"{path}{split}"), key=key)
     assert len({sample.id for sample in samples}) == len(samples)
     return [sample.prompt for sample in samples]
 
@@ -73,9 +73,9 @@ def test_a_folder_of_one_split_is_read_with_a_warning(tmp_path: Path, caplog: An
     shards(tmp_path, "train-0.parquet")
     with caplog.at_level(logging.WARNING):
         assert load(tmp_path, "eval.data") == TRAIN
-    assert "eval.data.split" in caplog.text and "only files named train" in caplog.text
-    with pytest.raises(ValueError, match=r"^eval\.data\.split: .* no files of split 'test'"):
-        load(tmp_path, "eval.data", split="test")
+    assert "eval.data: " in caplog.text and "only files named train" in caplog.text
+    with pytest.raises(ValueError, match=r"^eval\.data: .* no files of split 'test'"):
+        load(tmp_path, "eval.data", split="@test")
 
 
 def test_splits_of_a_saved_data_set(tmp_path: Path):
@@ -87,9 +87,9 @@ def test_splits_of_a_saved_data_set(tmp_path: Path):
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
     assert load(tmp_path / "both") == ["train"]
     assert load(tmp_path / "both", "eval.data") == ["validation"]
-    assert load(tmp_path / "both", "eval.data", split="train") == ["train"]
+    assert load(tmp_path / "both", "eval.data", split="@train") == ["train"]
     datasets.DatasetDict(train=splits["train"]).save_to_disk(tmp_path / "one")
-    with pytest.raises(ValueError, match=r"^eval\.data\.split: got 'test' or .* has train: name"):
+    with pytest.raises(ValueError, match=r"^eval\.data: got 'test' or .* has train: append"):
         load(tmp_path / "one", "eval.data")
 
 
@@ -112,17 +112,20 @@ def test_what_lies_beside_the_rows_is_none(tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "held_out"),
     [
-        ({}, ("easy_vqa", "test")),
+        ({}, "easy_vqa@test"),
         ({"data": {"path": "x"}}, None),
-        ({"data": {"path": "x"}, "eval": {"data": {"split": "dev"}}}, ("x", "dev")),
-        ({"data": {"path": "x"}, "eval": {"data": {"max_samples": 2}}}, ("x", None)),
-        ({"data": {"path": "x"}, "eval": {"data": {"path": "y"}}}, ("y", None)),
+        ({"data": {"path": "x@train"}, "eval": {"data": "@dev"}}, "x@dev"),
+        ({"data": {"path": "x#v1"}, "eval": {"data": "@dev"}}, "x@dev#v1"),
+        ({"data": {"path": "x"}, "eval": {"data": "y"}}, "y"),
+        # As earlier versions had it.
+        ({"data": {"path": "x"}, "eval": {"data": {"split": "dev"}}}, "x@dev"),
+        ({"eval": {"data": {"path": "y", "split": None, "revision": "v1"}}}, "y#v1"),
     ],
 )
-def test_held_out_rows_are_of_no_other_data_set(settings: dict, held_out: Any):
-    """Without `eval.data.path` nothing is evaluated but the training data's own held-out rows."""
+def test_held_out_rows_are_of_no_other_data_set(settings: dict, held_out: str | None):
+    """Without `eval.data` nothing is evaluated but the training data's own held-out rows."""
     found = build_config(settings).held_out
-    assert (found and (found.path, found.split)) == held_out
+    assert (found and found.path) == held_out
     if found is None:
         with pytest.raises(ValueError, match=r"train\.eval_every: got 5, wanted 0 without eval"):
             build_config(settings | {"train": {"eval_every": 5}})
@@ -131,7 +134,7 @@ def test_held_out_rows_are_of_no_other_data_set(settings: dict, held_out: Any):
 @pytest.mark.parametrize("key", ["data", "eval.data", "sft.data", "sft.eval_data"])
 def test_errors_name_the_key(tmp_path: Path, key: str):
     """Which of a run's data sets is wrong."""
-    with pytest.raises(ValueError, match=rf"^{key}\.path: .*gone\.jsonl does not exist"):
+    with pytest.raises(ValueError, match=rf"^{key}(\.path)?: .*gone\.jsonl does not exist"):
         load(tmp_path / "gone.jsonl", key)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "q"}\n{"prompt": "q"}\n')
     with pytest.raises(ValueError, match=rf"^{key}: .*bad\.jsonl: 2 rows cannot be used"):

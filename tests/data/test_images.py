@@ -29,7 +29,7 @@ def test_every_kind_of_reference_loads(tmp_path: Path):
     path = tmp_path / "a.png"
     path.write_bytes(encode(image))
     sample = Sample(id="a", prompt="q", answer="x", images=(path, str(path), encode(image), image))
-    for loaded in load_images(sample, 100):
+    for loaded in load_images(sample):
         assert loaded.mode == "RGB"
         assert loaded.tobytes() == image.tobytes()
 

@@ -74,7 +74,7 @@ def test_every_source_gives_the_same_samples(folder: Path, write: Any):
     assert samples[0].source == path.name
     for sample in samples:
         assert isinstance(sample.images[0], (Path, bytes))
-        assert load_images(sample, 100)[0].getpixel((0, 0)) == (255, 0, 0)
+        assert load_images(sample)[0].getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_max_samples(folder: Path):
@@ -97,7 +97,7 @@ def test_max_samples(folder: Path):
 
 def test_easy_vqa_is_a_source():
     """`easy_vqa` needs no file; its rows are drawn whole."""
-    samples = load_samples(DataSettings(path="easy_vqa", split="test", max_samples=7))
+    samples = load_samples(DataSettings(path="easy_vqa@test", max_samples=7))
     assert len({sample.id for sample in samples}) == 7
     assert all(sample.id.startswith("easy_vqa/test/") for sample in samples)
 
@@ -156,8 +156,8 @@ def test_missing_paths_and_splits(folder: Path):
         load(folder / "gone.jsonl")
     with pytest.raises(ValueError, match="has no files of split 'train', wanted a Parquet"):
         load(folder)
-    with pytest.raises(ValueError, match=r"data\.split: got 'test', .*splits has train"):
-        load(as_folder_with_splits(folder), split="test")
+    with pytest.raises(ValueError, match=r"data\.path: got 'test', .*splits has train"):
+        load(Path(f"{as_folder_with_splits(folder)}@test"))
 
 
 def test_ids_are_unique(folder: Path):

@@ -51,7 +51,7 @@ def whole(tmp_path_factory, repositories, tiny_folder) -> Path:
     return out / "whole"
 
 
-_SAMPLES = ("eval.seeds=[0,1]", "eval.samples=2", "eval.k=[1,2]")
+_SAMPLES = ("eval.seeds=[0,1]", "eval.samples=2")
 _NUM_RESPONSES = (4 + 3 + 3 + 8 + 4 + 4) * 2 * 2
 
 
@@ -219,7 +219,7 @@ def test_greedy_decoding_and_rows_of_a_file(tiny_folder, tmp_path):
     write_training(tmp_path, count=12)
     arguments = [
         *("eval", "--benchmarks", "data", *SMALL, "eval.decode=greedy"),
-        f"eval.data.path={tmp_path / 'test.jsonl'}",
+        f"eval.data={tmp_path / 'test.jsonl'}",
         *(f"model.path={tiny_folder()}", f"output_dir={tmp_path}", "name=data"),
     ]
     assert main(arguments) == 0
@@ -233,11 +233,10 @@ def test_greedy_decoding_and_rows_of_a_file(tiny_folder, tmp_path):
     ("override", "message"),
     [
         ("eval.benchmarks=[mathvista,chartqa]", "eval.benchmarks"),
-        ("eval.k=[2]", "eval.k: got [2], wanted numbers from 1 to eval.samples = 1"),
         ("eval.seeds=[]", "eval.seeds"),
         ("eval.seeds=[1,1]", "eval.seeds: got [1, 1], wanted each seed once"),
         ("eval.sources={mmu: x}", "eval.sources"),
-        ("eval.max_questions=0", "eval.max_questions"),
+        ("eval.max_samples=0", "eval.max_samples"),
     ],
 )
 def test_wrong_settings_are_named(override, message, capfd):

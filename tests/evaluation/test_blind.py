@@ -14,7 +14,7 @@ def test_a_blind_sample_has_white_images_of_the_same_sizes():
     Image.new("RGB", (4, 3), "teal").save(file, "PNG")
     images = (file.getvalue(), Image.new("L", (5, 2)))
     sample = Sample(id="a", prompt="which?", answer="1", images=images)
-    blind = without_images(sample, max_pixels=100)
+    blind = without_images(sample)
     white = [(12, (255,) * 3)], [(10, (255,) * 3)]
     assert [i.getcolors() for i in blind.images if isinstance(i, Image.Image)] == [*white]
     assert sample.images == images and blind.prompt == sample.prompt

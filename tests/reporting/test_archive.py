@@ -64,7 +64,7 @@ def test_the_oldest_steps_go_at_the_limit(tmp_path: Path, caplog):
             archive.write_step(step, [rows[0] | {"step": step}], [(image,)])
     steps = [file.step for file in archive_files(tmp_path)]
     assert 2 < len(steps) <= 6 and steps == list(range(21 - len(steps), 21))
-    assert len(caplog.records) == 1 and "logging.archive_max_gib" in caplog.text
+    assert len(caplog.records) == 1 and "logging.archive_gib" in caplog.text
     with ArchiveWriter(tmp_path / "tiny", 0, 1, 1e-9) as archive:
         for step in (1, 2):
             archive.write_step(step, [rows[0] | {"step": step}], [(image,)])

@@ -108,10 +108,13 @@ def served(server, tiny_folder):
     from care_train.rollout.remote_engine import VllmServerEngine
 
     engines: list[VllmServerEngine] = []
+    patch = pytest.MonkeyPatch()
+    # Several buckets.
+    patch.setattr("care_train.rollout.remote_engine.BUCKET_BYTES", 1 << 20)
 
     def engine(kind: str, loaded: LoadedModel) -> VllmServerEngine:
         url = server(kind).url
-        settings = VllmSettings(server=url, sync_bucket_mib=1)
+        settings = VllmSettings(server=url)
         engines.append(VllmServerEngine(loaded, settings))
         return engines[-1]
 
@@ -119,6 +122,7 @@ def served(server, tiny_folder):
     # Other tests' runs use the server next.
     for used in engines:
         used.close()
+    patch.undo()
 
 
 @pytest.fixture(params=["in process", "server"])

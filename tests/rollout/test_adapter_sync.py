@@ -76,7 +76,7 @@ def served_adapter(tiny_folder):
         with pytest.raises(ValueError, match=r"takes adapters of rank 4, this run sends rank None"):
             VllmServerEngine(loaded, VllmSettings(server=server.url))
         add_adapters(loaded.model, LORA, seed=0)
-        settings = VllmSettings(server=server.url, lora="adapter", sync_bucket_mib=1)
+        settings = VllmSettings(server=server.url, lora="adapter")
         return AdapterPair(loaded, VllmServerEngine(loaded, settings))
 
     yield get

@@ -20,7 +20,6 @@ def start(tiny_folder, color_rows, tmp_path_factory) -> list[str]:
         f"model.path={tiny_folder()}",
         f"output_dir={tmp_path_factory.mktemp('runs')}",
         "rollout.engine=vllm",
-        "rollout.vllm.sync_bucket_mib=1",
         "train.steps=3",
     ]
 

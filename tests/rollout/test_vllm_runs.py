@@ -13,7 +13,6 @@ ARGUMENTS = (
     *COLD_START,
     "rollout.engine=vllm",
     "rollout.vllm.kv_cache_gib=0.1",
-    "rollout.vllm.sync_bucket_mib=1",
     "train.steps=2",
 )
 

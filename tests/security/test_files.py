@@ -235,7 +235,7 @@ def test_devices_and_pipes_are_no_images(tmp_path: Path, name: str):
         os.mkfifo(tmp_path / name)
     row = GOOD | {"image": name, "prompt": "?"}
     path = write_jsonl(tmp_path / "r.jsonl", [row])
-    config = build_config({"data": {"path": str(path)}, "eval": {"data": {"path": str(path)}}})
+    config = build_config({"data": {"path": str(path)}, "eval": {"data": str(path)}})
     with pytest.raises(ValueError, match=r"r\.jsonl: row 1: image .*no regular file"):
         open_questions("data", config)
     [sample] = load(path)

@@ -158,7 +158,7 @@ def _reward(folder: Path) -> list[str]:
 
 def _rows_within(folder: Path) -> list[str]:
     (folder / "rows.jsonl").write_text('{"prompt": "what?", "answer": "1", "rationale": "so"}\n')
-    return [f"sft.eval_data={{path: '{folder / 'rows.jsonl'}'}}"]
+    return [f"sft.eval_data={folder / 'rows.jsonl'}"]
 
 
 def _model_within(folder: Path) -> list[str]:
@@ -188,7 +188,7 @@ def _deepspeed(folder: Path) -> list[str]:
 
 INPUTS = {
     "reward.functions.function": _reward,
-    "sft.eval_data.path": _rows_within,
+    "sft.eval_data": _rows_within,
     "model.path": _model_within,
     "model.path ": _linked_model,
     "--config": _own_config,
@@ -235,7 +235,7 @@ def test_a_run_with_another_inside_is_not_replaced(arguments, out):
 
 WRONG = {
     "no such rows": (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
-    "a bad row": (["eval.data.path={bad}"], "bad.jsonl"),
+    "a bad row": (["eval.data={bad}"], "bad.jsonl"),
     "no such model": (["model.path=nowhere"], "no config.json there"),
     "a long prompt": (["prompt.max_prompt_tokens=1"], "wanted at most 1"),
     "contradicting settings": (

@@ -493,17 +493,17 @@ def test_the_token_is_in_a_file_of_its_user(home):
     from care_train.rollout.server_access import find_token, server_token
 
     url = "http://127.0.0.1:8000"
-    with server_token(url, None) as token:
+    with server_token(url) as token:
         path = Path(token.source)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
         assert token.value == path.read_text() and len(token.value) >= 40
         for own in (url, "http://localhost:8000/", f"http://{socket.gethostname()}:8000"):
-            assert find_token(own, None) == token
+            assert find_token(own) == token
         others = ("http://127.0.0.1:8001", "http://evil.example:8000", "http://10.0.0.1:8000")
-        assert [find_token(other, None).value for other in others] == [None] * 3
-    assert not path.exists() and "no " in find_token(url, None).source
-    with server_token(url, None) as first, server_token(url, None) as second:
+        assert [find_token(other).value for other in others] == [None] * 3
+    assert not path.exists() and "no " in find_token(url).source
+    with server_token(url) as first, server_token(url) as second:
         assert first.value != second.value
 
 
@@ -512,54 +512,46 @@ def test_a_token_file_that_others_can_write_or_read_is_refused(home):
     from care_train.rollout.server_access import find_token, server_token
 
     url = "http://127.0.0.1:8000"
-    with server_token(url, None) as token:
+    with server_token(url) as token:
         path = Path(token.source)
         path.chmod(0o640)
         with pytest.raises(ValueError, match=r"mode 640, wanted a file that only user"):
-            find_token(url, None)
+            find_token(url)
         kept = path.rename(path.with_name("kept"))
         path.symlink_to(kept)
         with pytest.raises(ValueError, match="cannot read"):
-            find_token(url, None)
+            find_token(url)
     path.parent.rename(home / "real")
     path.parent.symlink_to(home / "real")
-    with server_token(url, None) as token:
+    with server_token(url) as token:
         assert Path(token.source).parent == home / "tmp" / f"care-train-{os.getuid()}"
-        assert find_token(url, None) == token
+        assert find_token(url) == token
 
 
 def test_a_given_token_is_one(home, monkeypatch):
-    """From the variable or a file: another secret is refused unsent, and shown nowhere."""
+    """From the variable: another secret is refused unsent, and shown nowhere."""
     from care_train.rollout.server_access import TOKEN_VARIABLE, find_token, server_token
 
-    file, url = home / "given", "http://127.0.0.1:8000"
-    file.write_text("care_" + "a" * 32 + "\n")
-    with server_token(url, str(file)) as token:
-        assert token.value == "care_" + "a" * 32
-        assert find_token("http://other:1", str(file)) == token
-    assert file.exists()
-    for secret in ("hf_" + "s" * 40, "root:x:0:0\nmore", "", "care_short", "care_" + "s" * 2000):
-        file.write_text(secret)
-        with pytest.raises(ValueError, match=r"server_token_file: .*wanted `care_`") as error:
-            find_token(url, str(file))
+    url, given = "http://127.0.0.1:8000", "care_" + "a" * 32
+    monkeypatch.setenv(TOKEN_VARIABLE, given)
+    with server_token(url) as token:
+        assert token.value == given and find_token("http://other:1") == token
+    secrets = ("hf_" + "s" * 40, "root:x:0:0\nmore", "", "care_short", "care_" + "s" * 2000)
+    for secret in secrets:
+        monkeypatch.setenv(TOKEN_VARIABLE, secret)
+        with pytest.raises(ValueError, match=rf"{TOKEN_VARIABLE}: .*wanted `care_`") as error:
+            find_token(url)
         assert "sss" not in str(error.value)
-    with pytest.raises(ValueError, match="cannot read"):
-        find_token(url, str(home / "none"))
-    monkeypatch.setenv(TOKEN_VARIABLE, "care_" + "b" * 40)
-    assert find_token(url, str(file)).value == "care_" + "b" * 40
-    monkeypatch.setenv(TOKEN_VARIABLE, "password")
-    with pytest.raises(ValueError, match=f"{TOKEN_VARIABLE}: got 8 characters"):
-        find_token(url, None)
 
 
 def test_a_run_without_the_token_says_where_it_is_from(target, monkeypatch):
-    """The source that was looked at, and the setting that names another."""
+    """The source that was looked at, and how another is given."""
     from care_train.rollout.remote_engine import VllmServerEngine
     from care_train.rollout.server_access import TOKEN_VARIABLE
 
     settings = VllmSettings(server=target.server.url)
     monkeypatch.setenv(TOKEN_VARIABLE, "care_" + "x" * 40)
-    wanted = rf"its token is not the one \(\${TOKEN_VARIABLE}\).*rollout.vllm.server_token_file"
+    wanted = rf"its token is not the one \(\${TOKEN_VARIABLE}\).*otherwise give it by"
     with pytest.raises(RolloutServerError, match=wanted):
         VllmServerEngine(target.run.loaded, settings)
     monkeypatch.delenv(TOKEN_VARIABLE)

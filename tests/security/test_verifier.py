@@ -95,7 +95,7 @@ def server() -> Iterator[Server]:
 
 
 def _judge(server: Server, answer: str, **settings: str) -> Score:
-    judge = JudgeSettings(base_url=server.url, model="m", retries=0, **settings)  # pyright: ignore
+    judge = JudgeSettings(base_url=server.url, model="m", **settings)  # pyright: ignore
     verifier = Verifier(PromptSettings(), RewardSettings(judge=judge))
     sample = Sample(id="a", prompt="who?", answer="the key")
     return verifier.score(f"<think>so</think><answer>{answer}</answer>", sample)

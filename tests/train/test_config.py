@@ -76,7 +76,7 @@ def test_numbers_in_scientific_notation_are_numbers():
             r"vllm\.lora: got 'adapter', wanted 'merged' with model\.lora\.modules_to_save",
         ),
         ("preset=literal loss.aggregation=token", r"loss\.aggregation: got 'token', wanted 'seq"),
-        ("care.rescue.scale=-1", r"care\.rescue\.scale: got -1, wanted a number, at least 0"),
+        ("care.rescue=-1", r"care\.rescue: got -1, wanted a number, at least 0"),
         ("steps", r"override 'steps': wanted the form section\.key=value"),
     ],
 )
@@ -347,7 +347,7 @@ def test_roles():
     roles = {
         "train.steps": Role.DECIDES,
         "train.save_every": Role.FREE,
-        "eval.data.path": Role.FREE,
+        "eval.data": Role.FREE,
         "model.lora.rank": Role.FIXED,
         "model.lora.alpha": Role.DECIDES,
         "deepspeed.config.zero_optimization.stage": Role.DECIDES,
@@ -367,6 +367,14 @@ def test_roles():
         ("logging.wandb=true", "logging.report_to", ["tensorboard", "wandb"]),
         ("rollout.vllm.sleep=false", "rollout.vllm.sleep_level", 0),
         ("rollout.vllm.sleep=true", "rollout.vllm.sleep_level", 2),
+        ("care.rescue.enabled=false", "care.rescue", 0.0),
+        ("care.rescue.scale=0.3", "care.rescue", 0.3),
+        ("logging.archive=false", "logging.archive_gib", 0.0),
+        ("logging.archive_max_gib=5", "logging.archive_gib", 5.0),
+        ("eval.data.path=x", "eval.data", "x"),
+        ("eval.data.max_samples=4", "eval.max_samples", 4),
+        ("eval.max_questions=4", "eval.max_samples", 4),
+        ("sft.eval_data.path=x", "sft.eval_data", "x"),
         ("care.clamp_anchor=true", "care.decisions.clamp_anchor", True),
         ("train.adam_betas=[0.9,0.999]", "train.steps", load_config().train.steps),
     ],
@@ -391,6 +399,9 @@ def test_older_names_keep_their_meaning(override, key, value):
             "train.adam_betas: got .* this setting is gone: AdamW",
         ),
         ("care.robust=true", "care.robust: got True, but this setting is gone: mean and standard"),
+        ("limits.generate=60", "limits.generate: got 60, .* gone: limits.step bounds"),
+        ("data.split=dev", "data.split: got 'dev', .* gone: append @SPLIT to data.path"),
+        ("sft.eval_data.max_samples=5", "sft.eval_data.max_samples: this setting is gone"),
     ],
 )
 def test_a_setting_that_is_gone_says_what_takes_its_place(override, message):
@@ -403,6 +414,8 @@ def test_an_old_and_a_new_name_of_one_setting():
     """Both at once are refused unless they agree."""
     with pytest.raises(ValueError, match=r"logging\.report_to: got .* beside an older setting"):
         load_config(None, ["logging.tensorboard=false", "logging.report_to=[wandb]"])
+    with pytest.raises(ValueError, match=r"eval\.max_samples: got 2 beside an older setting"):
+        build_config({"eval": {"max_samples": 2, "max_questions": 3}})
 
 
 def test_the_table_of_other_trainers_names_is_true():

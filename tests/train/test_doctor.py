@@ -12,7 +12,6 @@ import yaml
 
 from care_train import cli
 from care_train.config import Config, DataSettings, PromptSettings
-from care_train.config.data import HeldOutSettings
 from care_train.data import Sample, load_samples
 from care_train.doctor import Finding, Subject, data, machine, parity, spread
 from care_train.doctor.run import CHECKS, diagnose, guarded
@@ -30,7 +29,7 @@ def values(tiny_folder, color_rows, tmp_path) -> dict:
         "model": {"path": str(tiny_folder())},
         "prompt": {"system": PromptSettings.system, "max_prompt_tokens": 300},
         "data": {"path": str(color_rows)},
-        "eval": {"data": {"path": "easy_vqa", "split": "test", "max_samples": 8}},
+        "eval": {"data": "easy_vqa@test", "max_samples": 8},
     }
 
 
@@ -111,7 +110,7 @@ def _other_rows(subject: Subject, *samples: Sample) -> Subject:
 
 
 def _held_out(subject: Subject, path: str) -> Subject:
-    return _with(subject, eval={"data": HeldOutSettings(path=path)})
+    return _with(subject, eval={"data": path})
 
 
 def _row(answer: str) -> Sample:

@@ -56,7 +56,7 @@ CAUSES = {
         {},
         ("of 8 groups 8 with all responses wrong and no rescue", "easier rows"),
     ),
-    "rescue off": (_alike(0.0), {"care": {"rescue": {"enabled": False}}}, ("rescue.enabled=true",)),
+    "rescue off": (_alike(0.0), {"care": {"rescue": 0.0}}, ("care.rescue=1",)),
     "partly right": (
         _alike(0.4) + _alike(0.3),
         {},
@@ -80,7 +80,7 @@ CAUSES = {
     "unverified": (
         _alike(0.0, verdict="unverified: took longer than 5 s"),
         {},
-        ("of 16 responses 16 unverified", "reward.timeout"),
+        ("of 16 responses 16 unverified", "takes too long"),
     ),
     "one response": (
         [_group(_rollout(0.0), _rollout(0.0)) for _ in range(8)],

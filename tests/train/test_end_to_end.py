@@ -252,7 +252,7 @@ def test_qwen3_vl_and_mixed_rows_train(color_rows, tmp_path):
         f"--config={ROOT / 'configs' / 'easy_vqa.yaml'}",
         *data_arguments(mixed),
         "sft.data.max_samples=null",
-        "eval.data.max_samples=null",
+        "eval.max_samples=null",
         "model.path=tiny-qwen3-vl",
         "prompt.think_tag=reasoning",
         f"output_dir={tmp_path}",

@@ -143,26 +143,26 @@ def test_a_hang_in_generation_or_a_collective_is_located(phase, arguments, tmp_p
     """The engine never answers; a rank waits in a collective for one that does not come."""
     ranks, module, owner, name = HANGS[phase]
     before = HANG.format(module=module, owner=owner, name=name)
-    more = ("algorithm=grpo", f"limits.{phase}=3")
+    more = ("algorithm=grpo", "limits.step=3")
     outputs = FastRun(*arguments, *more, ranks=ranks, before=before).end()
     assert [status for status, _ in outputs] == [HUNG_STATUS] * ranks, outputs
     errors = outputs[0][1]
     for rank in range(ranks):
         assert f"rank {rank} has been in {phase} of step" in errors, errors
         assert "in hang" in (tmp_path / "run" / "stacks" / f"rank_{rank:05d}.txt").read_text()
-    assert f"raise limits.{phase} where this is no hang" in errors
+    assert "raise limits.step where this is no hang" in errors
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_hung_verifier_is_ended_and_located(ranks, arguments, tmp_path):
-    """Over limits.reward: phase, step, stacks of all threads, status 70; on every rank."""
+    """Over limits.step: phase, step, stacks of all threads, status 70; on every rank."""
     before = IN_REWARD.format(rank=ranks - 1, fault="time.sleep(600)")
-    run = FastRun(*arguments, "limits.reward=2", "limits.forward=1", ranks=ranks, before=before)
+    run = FastRun(*arguments, "limits.step=2", ranks=ranks, before=before)
     outputs = run.end()
     assert [status for status, _ in outputs] == [HUNG_STATUS] * ranks, outputs
     errors = outputs[0][1]
     assert f"rank {ranks - 1} has been in score of step" in errors, errors
-    assert "limits.reward = 2" in errors and f"resume={tmp_path / 'run'}" in errors
+    assert "limits.step = 2" in errors and f"resume={tmp_path / 'run'}" in errors
     stacks = tmp_path / "run" / "stacks" / f"rank_{ranks - 1:05d}.txt"
     assert "in score_batch" in stacks.read_text()
 

@@ -92,7 +92,7 @@ def test_a_cold_start_trains_adapters(start):
 
 def test_a_run_of_all_weights_has_no_adapter(start, capsys, tmp_path):
     """`--adapter` says which setting is missing."""
-    arguments = [*start, "train.steps=1", "name=full", "eval.data.max_samples=2"]
+    arguments = [*start, "train.steps=1", "name=full", "eval.max_samples=2"]
     assert main([*arguments, "train.prompts_per_step=1"]) == 0
     folder = _folder(start, "full")
     assert main(["export", f"--run={folder}", f"--out={tmp_path / 'x'}", "--adapter"]) == 2

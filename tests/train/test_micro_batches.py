@@ -71,8 +71,8 @@ def test_a_budget_no_sequence_fits_is_an_error():
     with pytest.raises(ValueError, match=r"train\.micro_batch_tokens: got 223, .*at least 224"):
         make_config({"train": {"micro_batch_tokens": 223}})
     assert make_config({"train": {"micro_batch_tokens": 224}}).train.micro_batch_tokens == 224
-    limits = MicroBatchLimits(1, 20, section="sft")
-    with pytest.raises(ValueError, match=r"sft\.micro_batch_tokens: got 20, wanted at least 21"):
+    limits = MicroBatchLimits(1, 20)
+    with pytest.raises(ValueError, match=r"train\.micro_batch_tokens: got 20, wanted at least 21"):
         split([3, 21], limits)
 
 

@@ -171,5 +171,5 @@ def test_a_command_ends_with_status_2_and_one_line(tiny_folder, tmp_path, color_
     folder = shutil.copytree(tiny_folder(), tmp_path / "model")
     DAMAGED["wrapped"][0](folder)
     own = (f"model.path={folder}", f"data.path={color_rows}", f"output_dir={tmp_path}", "name=run")
-    assert main(["train", *own, "logging.report_to=[]", "eval.data.max_samples=2"]) == 2
+    assert main(["train", *own, "logging.report_to=[]", "eval.max_samples=2"]) == 2
     assert f"error: model.path: {folder}: " in capsys.readouterr().err

@@ -44,7 +44,7 @@ def test_the_protocol_in_miniature(tmp_path, monkeypatch):
     stages = (
         ("sft", "cold_start", "sft.steps=40", "sft.batch_size=16"),
         ("train", "care", "train.steps=2", "train.prompts_per_step=4", "eval.greedy=false"),
-        ("eval", "eval", "eval.max_questions=2", "eval.seeds=[0]"),
+        ("eval", "eval", "eval.max_samples=2", "eval.seeds=[0]"),
     )
     for command, config, *overrides in stages:
         arguments = [command, "--config", str(CONFIGS / f"{config}.yaml"), *overrides, *QUIET]
@@ -66,7 +66,7 @@ def test_built_data_goes_through_both_stages(tmp_path, monkeypatch):
         counts = json.loads(Path(name, "manifest.json").read_text())["counts"]["total"]
         assert counts["read"] == counts["kept"] == 24
     built = ["sft.data.path=cold/train.parquet", "data.path=rl/train.parquet"]
-    built += ["eval.data.path=raw/test.jsonl", *QUIET]
+    built += ["eval.data=raw/test.jsonl", *QUIET]
     for command, config, *overrides in (
         ("sft", "cold_start", "sft.steps=2", "sft.eval_data=null"),
         ("train", "care", "train.steps=1", "train.prompts_per_step=4", "eval.greedy=false"),

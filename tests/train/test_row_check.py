@@ -111,17 +111,18 @@ def test_rows_that_are_no_prompts_are_named_together(tiny_folder, tmp_path):
 
 
 def test_a_cold_start_row_over_the_micro_batch_is_named(tiny_folder):
-    """Prompt and the longer of response and repair, against `sft.micro_batch_tokens`."""
+    """Prompt and the longer of response and repair, against `train.micro_batch_tokens`."""
     plain = text_sample(0, rationale="it is red")
-    repair = text_sample(1, rationale="it is red", failed_rationale="it is blue " * 30)
-    for limit, share, row in ((20, 0.0, "row 1"), (60, 0.5, "row 2")):
-        values = {"sft": {"micro_batch_tokens": limit, "repair_share": share}}
+    long = text_sample(0, rationale="it is red " * 80)
+    repair = text_sample(1, rationale="it is red", failed_rationale="it is blue " * 80)
+    for first, share, row in ((long, 0.0, "row 1"), (plain, 0.5, "row 2")):
+        values = {"sft": {"repair_share": share}, "train": {"micro_batch_tokens": 224}}
         session = _session(tiny_folder, **values)
-        rows, lengths = usable_rows(session, [plain, repair], "sft.data")
-        wanted = rf"sft.micro_batch_tokens: got {limit}, wanted at least \d+, .*{row}"
+        rows, lengths = usable_rows(session, [first, repair], "sft.data")
+        wanted = rf"train.micro_batch_tokens: got 224, wanted at least \d+, .*{row}"
         with pytest.raises(ValueError, match=wanted):
             check_lengths(session, rows, lengths)
-    check_lengths(_session(tiny_folder, sft={"micro_batch_tokens": 4096}), rows, lengths)
+    check_lengths(_session(tiny_folder, train={"micro_batch_tokens": 4096}), rows, lengths)
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_the_held_out_loss_is_logged_and_falls(tiny_folder, color_rows, tmp_path
         tiny_folder(),
         color_rows,
         tmp_path,
-        *("sft.steps=25", "sft.eval_every=10", f"sft.eval_data={{path: {color_rows}}}"),
+        *("sft.steps=25", "sft.eval_every=10", f"sft.eval_data={color_rows}"),
     )
     losses = {r["step"]: r["eval_loss"] for r in _metrics(run) if "eval_loss" in r}
     assert list(losses) == [10, 20, 25]
@@ -65,14 +65,14 @@ def test_the_held_out_loss_is_logged_and_falls(tiny_folder, color_rows, tmp_path
 
 
 def test_packs_learn_what_padded_rows_do(tiny_folder, color_rows, tmp_path):
-    """`train.packing` and `sft.micro_batch_tokens`: the same losses, from images and text."""
+    """`train.packing` and `train.micro_batch_tokens`: the same losses, from images and text."""
     rows = tmp_path / "mixed.jsonl"
     images = [json.loads(line) for line in color_rows.read_text().splitlines()[:8]]
     texts = [{k: v for k, v in row.items() if k != "images"} for row in images[:4]]
     for row in images:
         row["images"] = [str(color_rows.parent / name) for name in row["images"]]
     rows.write_text("\n".join(map(json.dumps, texts + images)))
-    packed = ("train.packing=true", "sft.micro_batch_tokens=300")
+    packed = ("train.packing=true", "train.micro_batch_tokens=300")
     packed += ("train.gradient_checkpointing=true",)
     found = []
     for name, arguments in (("padded", ()), ("packed", packed)):
@@ -85,16 +85,17 @@ def test_packs_learn_what_padded_rows_do(tiny_folder, color_rows, tmp_path):
 
 def test_the_held_out_loss_is_that_of_the_plain_model(tiny_folder, color_rows, tmp_path):
     """Mean negative log-likelihood per response token, EOS included, in whatever micro-batches."""
-    eval_data = {"path": str(color_rows), "max_samples": 5}
+    eval_data = tmp_path / "five.jsonl"
+    eval_data.write_text("".join(color_rows.read_text().splitlines(keepends=True)[:5]))
     run = _sft(
         tiny_folder(),
         color_rows,
         tmp_path,
-        *("sft.steps=2", "sft.micro_batch_size=3", f"sft.eval_data={json.dumps(eval_data)}"),
+        *("sft.steps=2", "train.micro_batch_size=3", f"sft.eval_data={eval_data}"),
     )
     session = make_session(run / "final", {"prompt": {"max_prompt_tokens": 2048}})
     total = tokens = 0.0
-    for sample in load_samples(DataSettings(**eval_data)):
+    for sample in load_samples(DataSettings(path=str(eval_data))):
         (prompt,) = session.encoder.encode([sample])
         text = response_text(session.config.prompt, sample)
         sequence = target_sequence(session, prompt, "", text)
@@ -131,7 +132,7 @@ def test_a_held_out_file_without_rationales_is_an_error(tiny_folder, color_rows,
     bare = tmp_path / "bare.jsonl"
     bare.write_text(json.dumps({"prompt": "?", "answer": "red"}))
     arguments = ["sft", *SMALL, f"sft.data.path={color_rows}", f"model.path={tiny_folder()}"]
-    arguments += [f"sft.eval_data={{path: {bare}}}", f"output_dir={tmp_path}", "name=bare"]
+    arguments += [f"sft.eval_data={bare}", f"output_dir={tmp_path}", "name=bare"]
     assert main(arguments) == 2
     assert "rationale: got none in 1 rows" in capfd.readouterr().err
 
@@ -142,7 +143,7 @@ def test_lora_learns_too(tiny_folder, color_rows, tmp_path):
         tiny_folder(),
         color_rows,
         tmp_path,
-        *("sft.steps=20", "model.lora={rank: 8}", f"sft.eval_data={{path: {color_rows}}}"),
+        *("sft.steps=20", "model.lora={rank: 8}", f"sft.eval_data={color_rows}"),
         "sft.eval_every=1",
     )
     losses = [record["eval_loss"] for record in _metrics(run)]
@@ -262,7 +263,7 @@ def test_no_held_out_rows_by_default():
 
 def test_an_ended_cold_start_keeps_its_summary(tiny_folder, color_rows, tmp_path):
     """`--resume` of a run that is done writes the report again, with all that it said."""
-    arguments = ("sft.steps=2", f"sft.eval_data={{path: {color_rows}}}")
+    arguments = ("sft.steps=2", f"sft.eval_data={color_rows}")
     run = _sft(tiny_folder(), color_rows, tmp_path, *arguments)
     before = json.loads((run / "summary.json").read_text())
     _sft(tiny_folder(), color_rows, tmp_path, *arguments, "resume=true")

@@ -109,11 +109,9 @@ def test_trl_bonus_with_columns(tmp_path: Path):
 
 
 def test_trl_messages_and_no_opinion(tmp_path: Path):
-    """Chat messages on request; None leaves the verdict to the verifier."""
-    assert [s.accuracy for s in _score(tmp_path, TRL, "chat", [GOOD, WRONG], messages=True)] == [
-        1,
-        0,
-    ]
+    """Chat messages for rows that are; None leaves the verdict to the verifier."""
+    chat = replace(SAMPLE, is_conversation=True)
+    assert [s.accuracy for s in _score(tmp_path, TRL, "chat", [GOOD, WRONG], chat)] == [1, 0]
     assert [s.accuracy for s in _score(tmp_path, TRL, "some", [GOOD, WRONG])] == [1.0, 0.0]
 
 
