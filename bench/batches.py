@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from care_train.cli import quiet_libraries
-from care_train.config import ModelSettings
+from care_train.config import ModelSettings, TrainSettings
 from care_train.models.batch import ModelBatch, TokenSequence, collate, pack, packed_positions
 from care_train.models.load import load_model
 from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt
 from care_train.models.tiny import build_tiny_model
-from care_train.training.micro_batches import MicroBatchLimits, split
+from care_train.training.micro_batches import split
 
 LONGEST = 256
 """Tokens a response may have; every prompt has `PROMPT`."""
@@ -74,7 +74,7 @@ def micro_batches(loaded: Any, sequences: list[TokenSequence], way: str) -> list
         parts = [list(range(i, i + AT_ONCE)) for i in range(0, len(sequences), AT_ONCE)]
     else:
         budget = AT_ONCE * (PROMPT + LONGEST)
-        limits = MicroBatchLimits(1, budget, packed=way == "packed")
+        limits = TrainSettings(micro_batch_tokens=budget, packing=way == "packed")
         parts = split([len(s.token_ids) for s in sequences], limits)
     chosen = [[sequences[i] for i in part] for part in parts]
     if way == "packed":

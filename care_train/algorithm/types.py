@@ -85,18 +85,28 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RolloutGroup:
-    """Y: the G rollouts of one prompt, with what the old policy's forward says of them."""
+    """Y: the G rollouts of one prompt, what the old policy's forward says of them, and the subgroup
+    that is chosen by it."""
 
     rollouts: tuple[Rollout, ...]
     distances: torch.Tensor | None = None
     """[G, G] fp64 d_cos of every two rationales (Eq. 4). None before the old policy's forward."""
     log_prob_sums: torch.Tensor | None = None
     """[G] fp32: log pi_old(y | x), summed over the response's tokens."""
+    subgroup: Subgroup | str = ""
+    """Lines 3-10 and 21-25: S, or why the group is skipped; not read by a baseline."""
+    reflected: Rollout | None = None
+    """Line 14: the verified reflection."""
 
     def __post_init__(self) -> None:
         size = len(self.rollouts)
         assert self.distances is None or self.distances.shape == (size, size)
         assert self.log_prob_sums is None or self.log_prob_sums.shape == (size,)
+
+    @property
+    def responses(self) -> tuple[Rollout, ...]:
+        """The rollouts and, behind them, the reflection."""
+        return self.rollouts if self.reflected is None else (*self.rollouts, self.reflected)
 
 
 @dataclass(frozen=True)

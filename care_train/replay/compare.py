@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -12,10 +12,10 @@ import numpy as np
 
 from care_train.algorithm.care import skip_before_forward
 from care_train.algorithm.region_weights import spread_advantages
-from care_train.algorithm.types import GroupUpdate
+from care_train.algorithm.types import GroupUpdate, RolloutGroup
 from care_train.config import TABLE_5, Config, load_config
 from care_train.replay.archived import ArchivedGroup, Credited, steps_of
-from care_train.training.credit import Choice, choose_subgroup, group_updates, outcome_of
+from care_train.training.credit import choose_subgroup, group_updates, outcome_of
 from care_train.training.resume import settings_of
 
 _REPLAYED = ("algorithm", "preset", "care.", "loss.")
@@ -153,33 +153,33 @@ def credit(groups: Sequence[ArchivedGroup], config: Config) -> list[Credited | s
     Tokens are credited for a rank's whole batch at once, as in the step: sums in another order
     would differ in last bits.
     """
-    choices = [_choice(group, config) for group in groups]
-    known = [choice for choice in choices if not isinstance(choice, str)]
+    chosen = [_chosen(group, config) for group in groups]
+    known = [one for one in chosen if not isinstance(one, str)]
     updates = iter(group_updates(known, config, lambda values: values))
-    found = [one if isinstance(one, str) else (one, next(updates)) for one in choices]
+    found = [one if isinstance(one, str) else (one, next(updates)) for one in chosen]
     results: list[Credited | str] = []
     for _, batch in groupby(zip(groups, found, strict=True), lambda pair: pair[0].rank):
         results += _credited([one for _, one in batch])
     return results
 
 
-def _choice(group: ArchivedGroup, config: Config) -> Choice | str:
-    """What credits the group; or why that cannot be known."""
-    rollouts = group.sampled.rollouts
+def _chosen(group: ArchivedGroup, config: Config) -> RolloutGroup | str:
+    """The group with what this configuration chooses of it; or why that cannot be known."""
+    sampled = group.sampled
     if config.algorithm != "care":
-        return Choice(rollouts, "", None)
-    is_needed = skip_before_forward(rollouts, config.care) is None
-    if is_needed and (group.sampled.distances is None or group.sampled.log_prob_sums is None):
+        return sampled
+    is_needed = skip_before_forward(sampled.rollouts, config.care) is None
+    if is_needed and (sampled.distances is None or sampled.log_prob_sums is None):
         return _NO_DISTANCES
-    subgroup = choose_subgroup(group.sampled, config, group.step - 1, group.draw)
+    subgroup = choose_subgroup(sampled, config, group.step - 1, group.draw)
     if isinstance(subgroup, str) or subgroup.reflect_on is None:
-        return Choice(rollouts, subgroup, None)
+        return replace(sampled, subgroup=subgroup)
     if subgroup.others[subgroup.reflect_on].index != group.reflect_on:
         return _OTHER_REFLECTION
-    return Choice(rollouts, subgroup, group.reflected)
+    return replace(sampled, subgroup=subgroup, reflected=group.reflected)
 
 
-def _credited(found: Sequence[str | tuple[Choice, GroupUpdate]]) -> list[Credited | str]:
+def _credited(found: Sequence[str | tuple[RolloutGroup, GroupUpdate]]) -> list[Credited | str]:
     """One rank's groups."""
     sequences = [s for one in found if not isinstance(one, str) for s in one[1].sequences]
     lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
@@ -189,12 +189,12 @@ def _credited(found: Sequence[str | tuple[Choice, GroupUpdate]]) -> list[Credite
         if isinstance(one, str):
             results.append(one)
             continue
-        choice, update = one
-        place_of = {id(rollout): place for place, rollout in enumerate(choice.sampled)}
+        group, update = one
+        place_of = {id(rollout): place for place, rollout in enumerate(group.responses)}
         places = [place_of[id(sequence.rollout)] for sequence in update.sequences]
         results.append(
             Credited(
-                *outcome_of(choice.subgroup, update),
+                *outcome_of(group.subgroup, update),
                 {i: s.advantage for i, s in zip(places, update.sequences, strict=True)},
                 {place: next(tokens).numpy() for place in places},
             )

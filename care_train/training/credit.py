@@ -4,7 +4,6 @@ A step asks it of sampled groups, `care-train replay` of archived ones.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -45,37 +44,22 @@ def outcome_of(subgroup: Subgroup | str, update: GroupUpdate) -> tuple[str, str]
     return "trained", ""
 
 
-class Choice(NamedTuple):
-    """What a group's credit is made from."""
-
-    rollouts: Sequence[Rollout]
-    subgroup: Subgroup | str
-    """`choose_subgroup`'s; not read by a baseline."""
-    reflected: Rollout | None
-    """The verified reflection, where there is one."""
-
-    @property
-    def sampled(self) -> list[Rollout]:
-        """All responses."""
-        return [*self.rollouts, *([self.reflected] if self.reflected else [])]
-
-
 def group_updates(
-    choices: Sequence[Choice], config: Config, total: Callable[[list[float]], list[float]]
+    groups: Sequence[RolloutGroup], config: Config, total: Callable[[list[float]], list[float]]
 ) -> list[GroupUpdate]:
     """Lines 15-19 and 26-41, or a baseline's advantages: what each group trains.
 
     Args:
-        choices: a batch's groups.
+        groups: a batch's, with their subgroups and reflections.
         config: the algorithm and its settings.
         total: sums numbers over what else is of the batch, on other ranks; for a baseline alone.
     """
     loss = config.loss
     if config.algorithm == "care":
-        updates = [_care_update(choice, config) for choice in choices]
+        updates = [_care_update(group, config) for group in groups]
     else:
         updates = baselines.baseline_updates(
-            [tuple(choice.rollouts) for choice in choices],
+            [group.rollouts for group in groups],
             config.algorithm,
             total,
             # A token mean or Dr. GRPO's constant divides by length itself.
@@ -85,27 +69,27 @@ def group_updates(
     if not loss.mask_truncated:
         return updates
     return [
-        baselines.without_truncated(update, _counted(choice, update, config))
-        for choice, update in zip(choices, updates, strict=True)
+        baselines.without_truncated(update, _counted(group, update, config))
+        for group, update in zip(groups, updates, strict=True)
     ]
 
 
-def _counted(choice: Choice, update: GroupUpdate, config: Config) -> list[Rollout]:
+def _counted(group: RolloutGroup, update: GroupUpdate, config: Config) -> Sequence[Rollout]:
     """The responses that the update's denominators count: S*, or all that were sampled."""
     if config.algorithm == "care" and not _counts_all(config):
         return [sequence.rollout for sequence in update.sequences]
-    return choice.sampled
+    return group.responses
 
 
 def _counts_all(config: Config) -> bool:
     return config.care.decisions.beyond_subgroup == "regularized"
 
 
-def _care_update(choice: Choice, config: Config) -> GroupUpdate:
-    if isinstance(choice.subgroup, str):
-        update = care.skipped_update(choice.subgroup)
+def _care_update(group: RolloutGroup, config: Config) -> GroupUpdate:
+    if isinstance(group.subgroup, str):
+        update = care.skipped_update(group.subgroup)
     else:
-        update = care.subgroup_update(choice.subgroup, config.care, choice.reflected)
+        update = care.subgroup_update(group.subgroup, config.care, group.reflected)
     if _counts_all(config):
-        update = with_rest(update, choice.sampled, has_kl=config.loss.kl_coef > 0)
+        update = with_rest(update, group.responses, has_kl=config.loss.kl_coef > 0)
     return update

@@ -11,7 +11,6 @@ from care_train.algorithm.types import (
     Rollout,
     RolloutGroup,
     Spans,
-    Subgroup,
     skipped_update,
 )
 from care_train.config import PromptSettings
@@ -39,12 +38,8 @@ class Group(RolloutGroup):
     prompt: EncodedPrompt = field(repr=False)
     completions: tuple[Completion, ...] = field(default=(), repr=False)
     """Line 1: what the engine sampled; `rollouts` are their verified form (line 2)."""
-    subgroup: Subgroup | str = ""
-    """Lines 3-10 and 21-25: S, or why the group is skipped."""
     repair: Answer | None = None
     """Lines 11-13: the reflection as it was sampled; None where there is none."""
-    reflected: Rollout | None = None
-    """Line 14: the verified reflection."""
     update: GroupUpdate = field(default_factory=lambda: skipped_update(""))
     """Lines 15-19 and 26-41: what the group trains."""
 

@@ -18,7 +18,7 @@ from care_train.models.batch import ModelBatch, TokenSequence
 from care_train.models.policy import Policy
 from care_train.training.engine import PolicyEngine
 from care_train.training.groups import Group
-from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
+from care_train.training.micro_batches import agreed_micro_batches
 from care_train.training.timer import timer
 
 IMPORTANCE_CAP = 2.0
@@ -170,8 +170,7 @@ class LogProbs:
         sequences runs the engine's filler.
         """
         engine, temperature = self._engine, self._config.rollout.temperature
-        limits = MicroBatchLimits.of(self._config.train)
-        batches, count = agreed_micro_batches(sequences, limits, engine.device)
+        batches, count = agreed_micro_batches(sequences, self._config.train, engine.device)
         found: dict[int, SequenceRows] = {}
         for turn in range(count):
             if turn >= len(batches):

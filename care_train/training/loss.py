@@ -59,41 +59,35 @@ def rows_with_a_say(arguments: Mapping[str, Any]) -> torch.Tensor:
     return has_say
 
 
-@dataclass(frozen=True)
-class LossRows:
-    """Rows of the fused loss for sequences laid end to end, [N] float32 each."""
-
-    advantages: torch.Tensor
-    """Eq. 11's a_{i,t}, divided by the loss's denominator."""
-    kl_weights: torch.Tensor | None
-    """beta times the row's share: the mean over the sequence, then over S*."""
-    entropy_weights: torch.Tensor | None
-
-
 def loss_rows(
     sequences: Sequence[TrainSequence],
     scales: Sequence[float],
     loss: LossSettings,
     device: torch.device,
-) -> LossRows:
-    """The rows' coefficients of Eqs. 12-13 for sequences of S*.
+) -> dict[str, torch.Tensor]:
+    """The rows' coefficients of Eqs. 12-13, as arguments of `linear_policy_loss`.
 
     Args:
         sequences: at least one, whose credit differs in its regions alone.
         scales: `sequence_scale` of each.
         loss: aggregation and coefficients.
         device: where the rows go.
+
+    Returns:
+        [N] float32 each, for sequences laid end to end: `advantages`, Eq. 11's a_{i,t} over the
+        loss's denominator; where there is a KL `kl_weights`, beta times the row's share: the mean
+        over the sequence, then over S*; and `entropy_weights` likewise.
     """
     lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
-    advantages = spread_advantages(sequences, scales, device)
+    rows = {"advantages": spread_advantages(sequences, scales, device)}
     # Under a token mean, every token counts alike; otherwise every sequence does.
     is_sequence_mean = loss.aggregation == "sequence"
     shares = [s / n if is_sequence_mean else s for s, n in zip(scales, lengths, strict=True)]
     uniform = torch.tensor(shares, dtype=torch.float32, device=device).repeat_interleave(
         torch.tensor(lengths, device=device), output_size=sum(lengths)
     )
-    return LossRows(
-        advantages,
-        loss.kl_coef * uniform if loss.kl_coef else None,
-        loss.entropy_coef * uniform if loss.entropy_coef else None,
-    )
+    if loss.kl_coef:
+        rows["kl_weights"] = loss.kl_coef * uniform
+    if loss.entropy_coef:
+        rows["entropy_weights"] = loss.entropy_coef * uniform
+    return rows

@@ -5,7 +5,6 @@ micro-batches: each says how many it needs, all take the largest, and each sprea
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -14,25 +13,8 @@ from care_train.distributed import all_max
 from care_train.models.batch import TokenSequence
 
 
-@dataclass(frozen=True)
-class MicroBatchLimits:
-    """What one micro-batch may hold."""
-
-    sequences: int
-    """The most sequences; not used where `tokens` is given."""
-    tokens: int | None = None
-    """The most positions, those of padding included."""
-    packed: bool = False
-    """Sequences are laid end to end, without padding."""
-
-    @classmethod
-    def of(cls, train: TrainSettings) -> "MicroBatchLimits":
-        """Those of a run."""
-        return cls(train.micro_batch_size, train.micro_batch_tokens, train.packing)
-
-
 def agreed_micro_batches(
-    sequences: Sequence[TokenSequence], limits: MicroBatchLimits, device: torch.device
+    sequences: Sequence[TokenSequence], train: TrainSettings, device: torch.device
 ) -> tuple[list[list[int]], int]:
     """This rank's micro-batches as indices into `sequences`, and how many every rank runs.
 
@@ -43,38 +25,36 @@ def agreed_micro_batches(
         ValueError: a sequence has more tokens than a micro-batch may hold.
     """
     lengths = [len(sequence.token_ids) for sequence in sequences]
-    count = all_max(len(split(lengths, limits)), device)
-    return split(lengths, limits, at_least=count), count
+    count = all_max(len(split(lengths, train)), device)
+    return split(lengths, train, at_least=count), count
 
 
-def split(lengths: Sequence[int], limits: MicroBatchLimits, at_least: int = 0) -> list[list[int]]:
-    """Indices in as few micro-batches as keep the limits, the largest first.
+def split(lengths: Sequence[int], train: TrainSettings, at_least: int = 0) -> list[list[int]]:
+    """Indices in as few micro-batches as the limits allow, the largest first.
 
     Args:
         lengths: tokens of each sequence.
-        limits: of a micro-batch.
+        train: `micro_batch_size`, or `micro_batch_tokens` and `packing`.
         at_least: the fewest micro-batches to make, but never more than one per sequence.
 
     Raises:
-        ValueError: a length is over `limits.tokens`.
+        ValueError: a length is over `micro_batch_tokens`.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i), reverse=True)
     at_least = min(at_least, len(order))
-    if limits.tokens is None:
-        return _divide(lengths, _chunks(order, limits.sequences), at_least)
+    budget = train.micro_batch_tokens
+    if budget is None:
+        return _divide(lengths, _chunks(order, train.micro_batch_size), at_least)
     if not order:
         return []
     longest = lengths[order[0]]
-    if longest > limits.tokens:
+    if longest > budget:
         raise ValueError(
-            f"train.micro_batch_tokens: got {limits.tokens}, wanted at least {longest}, "
+            f"train.micro_batch_tokens: got {budget}, wanted at least {longest}, "
             "the tokens of the longest sequence, which are never cut"
         )
-    if limits.packed:
-        parts = _spread(lengths, order, limits.tokens, at_least)
-    else:
-        parts = _cut(lengths, order, limits.tokens, at_least)
-    size = num_tokens if limits.packed else padded_tokens
+    fill, size = (_spread, num_tokens) if train.packing else (_cut, padded_tokens)
+    parts = fill(lengths, order, budget, at_least)
     return sorted(parts, key=lambda part: size(lengths, part), reverse=True)
 
 

@@ -20,7 +20,7 @@ from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.guard import StopSignals
 from care_train.training.loop import StepLoop, is_due, policy_engine
-from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
+from care_train.training.micro_batches import agreed_micro_batches
 from care_train.training.optimizer import OptimizerSettings
 from care_train.training.row_check import usable_rows
 from care_train.training.session import Session, rank_share
@@ -124,8 +124,7 @@ class _SftLoop(StepLoop):
         own_tokens = sum(len(sequence.response_ids) for sequence in sequences)
         tokens = all_sum([float(own_tokens)], engine.device)[0]
         micro_batches = []
-        limits = MicroBatchLimits.of(config.train)
-        for places in agreed_micro_batches(sequences, limits, engine.device)[0]:
+        for places in agreed_micro_batches(sequences, config.train, engine.device)[0]:
             batch = engine.collate([sequences[i] for i in places])
             weights = torch.full((len(batch.rows),), 1.0 / tokens, device=engine.device)
             labels = tuple(sequences[i].prompt.location or "a prompt" for i in places)

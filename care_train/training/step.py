@@ -4,12 +4,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from care_train.algorithm import baselines
-from care_train.algorithm.types import GroupUpdate
 from care_train.config import Config
 from care_train.distributed import all_max, all_sum
 from care_train.reporting.archive import ArchiveWriter
 from care_train.training.archiving import archive_step
-from care_train.training.credit import Choice, choose_subgroup, group_updates
+from care_train.training.credit import choose_subgroup, group_updates
 from care_train.training.engine import PolicyEngine
 from care_train.training.groups import Group, RolloutScorer
 from care_train.training.log_probs import LogProbs, Reference, TrainItem
@@ -52,6 +51,7 @@ class TrainStep:
         self._scorer = scorer
         self._log_probs = LogProbs(engine, config, reference)
         self._updater = PolicyUpdater(engine, config, reference)
+        self._sum = partial(all_sum, device=engine.device)
         self._checked_start = 0
 
     def run(self, draw: Draw, step: int) -> StepOutcome:
@@ -78,7 +78,7 @@ class TrainStep:
                 groups = self._scorer.verify_reflections(groups)
         self._sampler.rest()
         with timer("select"):  # lines 15-19 and 26-41, Eqs. 5-8 and 11
-            updates = self._updates(groups)
+            updates = group_updates(groups, self._config, self._sum)
             groups = [replace(g, update=u) for g, u in zip(groups, updates, strict=True)]
         items = self._log_probs.items(groups)  # log pi_old and log pi_ref where they are missing
         gap = self._checked_gap(groups, items)
@@ -120,10 +120,6 @@ class TrainStep:
             groups = self._sampler.sample(draw, step)
         with timer("score"):
             return self._scorer.verify(groups)
-
-    def _updates(self, groups: list[Group]) -> list[GroupUpdate]:
-        chosen = [Choice(group.rollouts, group.subgroup, group.reflected) for group in groups]
-        return group_updates(chosen, self._config, partial(all_sum, device=self._engine.device))
 
     def _checked_gap(self, groups: list[Group], items: list[TrainItem]) -> dict[str, float]:
         """The trainer's gap to the rollout engine, held to its limit once for every start and

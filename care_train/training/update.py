@@ -14,12 +14,11 @@ from care_train.training.groups import Group
 from care_train.training.log_probs import Reference, TokenOutcome, TrainItem
 from care_train.training.loss import (
     Denominators,
-    LossRows,
     local_denominators,
     loss_rows,
     sequence_scale,
 )
-from care_train.training.micro_batches import MicroBatchLimits, agreed_micro_batches
+from care_train.training.micro_batches import agreed_micro_batches
 from care_train.training.timer import timer
 
 
@@ -69,9 +68,8 @@ class PolicyUpdater:
             return None
         denominators = Denominators(sequences, tokens, groups)
         with timer("collate"):
-            limits = MicroBatchLimits.of(self._config.train)
             own = [item.tokens for item in items]
-            batches, _ = agreed_micro_batches(own, limits, self._engine.device)
+            batches, _ = agreed_micro_batches(own, self._config.train, self._engine.device)
             micro = [self._micro_batch([items[i] for i in part], denominators) for part in batches]
         with timer("update"):
             result = self._engine.step(micro, self._config.rollout.temperature)
@@ -95,7 +93,7 @@ class PolicyUpdater:
         sequences = [item.sequence for item in items]
         rows = loss_rows(sequences, scales, config.loss, self._engine.device)
         batch = self._engine.collate([item.tokens for item in items])
-        arguments = self._loss_arguments(items, rows)
+        arguments = rows | self._loss_arguments(items)
         if config.loss.ratio_level == "sequence":
             arguments["sequence_ids"] = batch.sequence_ids
         if self._reference is not None and config.loss.kl_estimator == "exact":
@@ -103,13 +101,10 @@ class PolicyUpdater:
         labels = tuple(item.tokens.prompt.location or "a prompt" for item in items)
         return MicroBatch(batch, arguments, labels)
 
-    def _loss_arguments(self, items: Sequence[TrainItem], rows: LossRows) -> dict[str, Any]:
-        """Arguments of `linear_policy_loss` that need no forward."""
+    def _loss_arguments(self, items: Sequence[TrainItem]) -> dict[str, Any]:
+        """More arguments of `linear_policy_loss` that need no forward."""
         loss = self._config.loss
         arguments: dict[str, Any] = {
-            "advantages": rows.advantages,
-            "kl_weights": rows.kl_weights,
-            "entropy_weights": rows.entropy_weights,
             "old_log_probs": self._join([item.old_log_probs for item in items]),
             "ref_log_probs": self._join([item.ref_log_probs for item in items]),
             "surrogate": surrogate_of(loss),

@@ -137,7 +137,7 @@ def indices(subgroup: Subgroup) -> list[int | None]:
 
 def token_advantages(sequence: TrainSequence) -> torch.Tensor:
     """Eq. 11's a_{i,t} of one sequence, [T], as the trainer has them made."""
-    return loss_rows([sequence], [1.0], LossSettings(), torch.device("cpu")).advantages
+    return loss_rows([sequence], [1.0], LossSettings(), torch.device("cpu"))["advantages"]
 
 
 def token_weights(sequence: TrainSequence) -> torch.Tensor:

@@ -233,7 +233,7 @@ def test_the_trainers_rows() -> None:
         rollout = replace(right(), token_ids=tuple(range(len(weights))))
         sequence = TrainSequence(rollout, advantage, credit_of(weights, normalize=False))
         rows = loss_rows([sequence], [0.25], settings, torch.device("cpu"))
-        torch.testing.assert_close(rows.advantages, credit[i, tokens] / 4)
+        torch.testing.assert_close(rows["advantages"], credit[i, tokens] / 4)
         total += _trainer_gradient(case, i, tokens, rows)
     torch.testing.assert_close(grads["head_weight"], total)
 
@@ -300,7 +300,7 @@ def _trainer_gradient(case: Case, i: int, tokens: Tensor, rows: Any) -> Tensor:
     log_probs = reference_log_probs(logits, case["token_ids"][i, tokens])
     ratio = reference_ratio(log_probs, case["old_log_probs"][i, tokens])
     kl = reference_sampled_kl("k3", log_probs, case["ref_log_probs"][i, tokens])
-    surrogate = reference_surrogate(Clip(), ratio, log_probs, rows.advantages)
-    ((rows.kl_weights * kl).sum() - surrogate.sum()).backward()
+    surrogate = reference_surrogate(Clip(), ratio, log_probs, rows["advantages"])
+    ((rows["kl_weights"] * kl).sum() - surrogate.sum()).backward()
     assert weight.grad is not None
     return weight.grad

@@ -287,7 +287,7 @@ def loss_rows(*arguments):
     rows = real(*arguments)
     calls.append(1)
     if os.environ["RANK"] == "1" and len(calls) == 2:
-        rows.kl_weights[2] = float("nan")
+        rows["kl_weights"][2] = float("nan")
     return rows
 update.loss_rows = loss_rows
 """

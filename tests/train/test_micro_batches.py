@@ -7,17 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from care_train.config import TrainSettings
 from care_train.models.batch import TokenSequence, collate, pack, packed_positions
 from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt
-from care_train.training.micro_batches import MicroBatchLimits, num_tokens, padded_tokens, split
+from care_train.training.micro_batches import num_tokens, padded_tokens, split
 from tests.train.builders import load, make_config
 
 LENGTHS = st.lists(st.integers(1, 100), max_size=40)
 
 
-def _limits(packed: bool, tokens: int | None, size: int = 8) -> MicroBatchLimits:
-    return MicroBatchLimits(size, tokens, packed)
+def _limits(packed: bool, tokens: int | None, size: int = 8) -> TrainSettings:
+    return TrainSettings(micro_batch_size=size, micro_batch_tokens=tokens, packing=packed)
 
 
 @given(lengths=LENGTHS, packed=st.booleans(), more=st.integers(0, 200), ranks=st.integers(0, 50))
@@ -71,7 +72,7 @@ def test_a_budget_no_sequence_fits_is_an_error():
     with pytest.raises(ValueError, match=r"train\.micro_batch_tokens: got 223, .*at least 224"):
         make_config({"train": {"micro_batch_tokens": 223}})
     assert make_config({"train": {"micro_batch_tokens": 224}}).train.micro_batch_tokens == 224
-    limits = MicroBatchLimits(1, 20)
+    limits = _limits(False, 20)
     with pytest.raises(ValueError, match=r"train\.micro_batch_tokens: got 20, wanted at least 21"):
         split([3, 21], limits)
 
