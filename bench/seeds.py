@@ -11,7 +11,6 @@ steps as it takes to sample at least as many. Finished runs in the output folder
 
 import argparse
 import json
-import math
 import os
 import shlex
 import subprocess
@@ -25,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.paper.runs import steps_to_sample
 from care_train.commands import load_held_out
 from care_train.config import Config, configs_folder, load_config
 from care_train.data import load_samples
@@ -76,11 +76,9 @@ def _text_only_accuracy(config: Config) -> float:
 
 
 def _steps_to_match(summaries: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:
-    """Steps after which an algorithm without reflection has sampled as many sequences."""
-    config = load_config(options.config, options.overrides)
-    per_step = config.train.prompts_per_step * config.rollout.group_size
+    """Steps after which an algorithm without reflection has sampled what these runs did."""
     sampled = sum(summary["sampled_sequences"] for summary in summaries) / len(summaries)
-    return math.ceil(sampled / per_step)
+    return steps_to_sample(sampled, load_config(options.config, options.overrides))
 
 
 def _run(

@@ -31,6 +31,11 @@ QUICK = (
 _COLD_SEED = 0
 
 
+def steps_to_sample(sequences: float, config: Config) -> int:
+    """Steps after which an algorithm without reflection has sampled as many sequences."""
+    return math.ceil(sequences / (config.train.prompts_per_step * config.rollout.group_size))
+
+
 @dataclass(frozen=True)
 class Run:
     """One training, to be made or found."""
@@ -89,9 +94,8 @@ class Runner:
         summary = self._place("train", reference) / "summary.json"
         sampled = json.loads(summary.read_text())["sampled_sequences"]
         config = load_config(BASE, self._settings(run.seed, run.overrides))
-        per_step = config.train.prompts_per_step * config.rollout.group_size
         if config.algorithm != "care" or not config.care.reflection.enabled:
-            return [f"train.steps={math.ceil(sampled / per_step)}"]
+            return [f"train.steps={steps_to_sample(sampled, config)}"]
         return []
 
     def _place(self, command: str, settings: Sequence[str]) -> Path:
