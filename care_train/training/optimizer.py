@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-from care_train.config import DeepSpeedSettings, SftSettings, TrainSettings
+from care_train.config import DeepSpeedSettings
+from care_train.config.training import LoopSettings
 from care_train.distributed import gather, is_main
 from care_train.models.policy import first_broken_weight
 from care_train.training.failures import CHANGES, NotFiniteError
@@ -39,28 +40,18 @@ class OptimizerSettings:
     max_skipped_updates: int = 0
 
     @classmethod
-    def of_training(cls, train: TrainSettings) -> "OptimizerSettings":
-        """Those of reinforcement learning."""
+    def of(
+        cls, loop: LoopSettings, total_steps: int, max_skipped_updates: int = 0
+    ) -> "OptimizerSettings":
+        """Those of `train` or `sft`, for so many optimiser steps."""
         return cls(
-            learning_rate=train.learning_rate,
-            total_steps=train.steps * train.num_iterations * train.mini_batches,
-            warmup_steps=train.warmup_steps,
-            schedule=train.schedule,
-            weight_decay=train.weight_decay,
-            max_grad_norm=train.max_grad_norm,
-            max_skipped_updates=train.max_skipped_updates,
-        )
-
-    @classmethod
-    def of_cold_start(cls, sft: SftSettings) -> "OptimizerSettings":
-        """Those of supervised fine-tuning."""
-        return cls(
-            learning_rate=sft.learning_rate,
-            total_steps=sft.steps,
-            warmup_steps=sft.warmup_steps,
-            schedule=sft.schedule,
-            weight_decay=sft.weight_decay,
-            max_grad_norm=sft.max_grad_norm,
+            loop.learning_rate,
+            total_steps,
+            loop.warmup_steps,
+            loop.schedule,
+            loop.weight_decay,
+            loop.max_grad_norm,
+            max_skipped_updates,
         )
 
 

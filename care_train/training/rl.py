@@ -239,14 +239,15 @@ def open_policy(
     With LoRA the reference is the policy without its adapters; otherwise a copy made before.
     """
     config, reference = session.config, None
-    has_lora = config.model.lora is not None
+    train, has_lora = config.train, config.model.lora is not None
+    updates = train.steps * train.num_iterations * train.mini_batches
     if config.loss.kl_coef and not has_lora:
         reference = FrozenCopy(session.loaded.model)
     engine = policy_engine(
         session,
-        OptimizerSettings.of_training(config.train),
+        OptimizerSettings.of(train, updates, train.max_skipped_updates),
         device,
-        freeze_vision=config.train.freeze_vision,
+        freeze_vision=train.freeze_vision,
         copy_for_rollouts=config.rollout.engine == "transformers",
     )
     if config.loss.kl_coef and has_lora:
