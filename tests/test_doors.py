@@ -71,7 +71,7 @@ def read(rows: Path) -> list[dict[str, Any]]:
 
 def command_line(rows: Path, start: str, folder: Path) -> list[str]:
     """The arguments of `care-train` for a configuration file that a user wrote."""
-    config = {**SETTINGS, "eval": {"greedy": False, "data": {"path": str(rows)}}}
+    config = {**SETTINGS, "eval": {"greedy": False, "data": str(rows)}}
     config |= {"data": {"path": str(rows)}, "model": {"path": start}}
     (folder / "mine.yaml").write_text(json.dumps(config))
     return ["train", "--config", "mine.yaml", "name=mine"]
