@@ -83,7 +83,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "The anchor's raw advantage grows as sqrt(K') (R^2 0.223 over groups), a negative's "
         "shrinks as 1 / sqrt(K') (0.555); A_raw[y+] / sqrt(K') follows alpha-hat with r = 0.998",
         # All failures of a group of 8 are in S, so that one run has every K' from 1 to 7.
-        {"K=7": ("care.max_negatives=7", "train.steps=12", "eval.data.max_samples=100")},
+        {"K=7": ("care.max_negatives=7", "train.steps=12", "eval.max_samples=100")},
         SIGNATURE,
     ),
     "fig3": Experiment(
