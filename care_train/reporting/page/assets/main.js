@@ -38,7 +38,7 @@ async function load() {
 
 async function browserSection(page, noun) {
   const { count, note } = page[`${noun}s`];
-  if (!count) return [h("p", { class: "empty" }, `No ${noun}s: the runs have none in an archive (logging.archive).`)];
+  if (!count) return [h("p", { class: "empty" }, `No ${noun}s: the runs have none in an archive (logging.archive_gib).`)];
   const browser = new GroupBrowser(page, await readBlock(`${noun}s`), noun);
   sections[`${noun}s`].browser = browser;
   return [note ? h("p", { class: "note" }, note) : null, browser.element];
