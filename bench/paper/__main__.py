@@ -71,7 +71,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to SEEDS - 1; default: 3")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="default: all")
-    parser.add_argument("--data", choices=SHIPPED_DATA, metavar="NAME", help="default: digits")
+    parser.add_argument("--data", choices=SHIPPED_DATA, metavar="NAME", help="default: base.yaml's")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--quick", action="store_true", help="one seed, two steps: is it whole?")
     parser.add_argument("--summarize", action="store_true", help="make no runs, read the CSV")

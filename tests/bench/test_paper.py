@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def test_a_hash_names_what_decides_the_numbers() -> None:
     assert of(what="sft") != of("sft.steps=41", what="sft")
 
 
+def test_another_task_has_results_of_its_own(monkeypatch) -> None:
+    """`--data` is all three data sets', with as many held-out rows, in a folder of its own."""
+    monkeypatch.setattr(sys, "argv", ["bench.paper", "fig7", "--data", "charts"])
+    options = command._options()
+    found, base = (load_config(BASE, changes) for changes in (options.overrides, []))
+    assert (found.data.path, found.sft.data.path) == ("charts", "charts")
+    assert found.held_out == replace(base.held_out, path="charts")
+    assert options.results == RESULTS / "charts"
+
+
 def test_a_summary_by_hand() -> None:
     """Means over seeds, t = 12.706 for two, and gains over a variant in pairs of the same seed."""
     rows = [
@@ -63,7 +74,7 @@ def test_a_summary_by_hand() -> None:
     assert turned["a"]["accuracy_after_gain"] == pytest.approx((-0.1, 0.0))
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.csv")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.csv")), ids=lambda path: path.stem)
 def test_committed_results_say_where_they_come_from(path: Path) -> None:
     """Each row is of a variant that is still there, with its command, commit and versions."""
     name = path.stem.removesuffix("_curves")
