@@ -102,14 +102,16 @@ def _run(options: argparse.Namespace, name: str, seed: str) -> None:
 
 
 def _ours(config: Config) -> Run:
-    trainer = CareTrainer(config=config)
+    clock = _Clock()
+    trainer = CareTrainer(config=config, callbacks=[clock])
     summary = trainer.train()
     records = read_metrics(trainer.run_dir / "metrics.jsonl")
-    kept = ("phase", "step", "accuracy", "seconds", "decoded_tokens", "sampled_sequences")
+    kept = ("phase", "step", "accuracy", "decoded_tokens", "sampled_sequences")
+    steps = [{key: r[key] for key in kept} for r in records if r["phase"] == "train"]
     return {
         "accuracy_before": summary["accuracy_before"],
         "accuracy_after": summary["accuracy_after"],
-        "records": [{key: r[key] for key in kept} for r in records if r["phase"] == "train"],
+        "records": [r | {"seconds": s} for r, s in zip(steps, clock.seconds, strict=True)],
     }
 
 
@@ -119,7 +121,7 @@ def _trl(config: Config, folder: Path) -> Run:
     order = PromptOrder(len(samples), config.seed).take(0, train.steps * train.prompts_per_step)
     rows = [samples[i] for i in order]
     loaded, rewards = load_model(config.model, folder), _Rewards(config, rows)
-    recorder = _Recorder(rewards)
+    recorder, clock = _Recorder(rewards), _Clock()
     arguments = _arguments(config, banned_token_ids(loaded))
     processor = AutoProcessor.from_pretrained(folder, padding_side="left")
     shared: dict[str, Any] = {
@@ -128,7 +130,7 @@ def _trl(config: Config, folder: Path) -> Run:
         "args": GRPOConfig(output_dir=str(Path(config.output_dir) / config.name), **arguments),
         "train_dataset": _dataset(rows),
         "processing_class": processor,
-        "callbacks": [recorder],
+        "callbacks": [recorder, clock],
     }
     if config.algorithm == "care":
         trainer: GRPOTrainer = CareGRPOTrainer(care=config.care, **shared)
@@ -141,7 +143,9 @@ def _trl(config: Config, folder: Path) -> Run:
     return {
         "accuracy_before": _accuracy(config, folder),
         "accuracy_after": _accuracy(config, trained),
-        "records": recorder.records,
+        "records": [
+            r | {"seconds": s} for r, s in zip(recorder.records, clock.seconds, strict=True)
+        ],
     }
 
 
@@ -220,19 +224,29 @@ class _Rewards:
         return [self._verifier.score(t, self._rows[i]) for t, i in zip(texts, row, strict=True)]
 
 
+class _Clock(TrainerCallback):
+    """Seconds from the end of each step to the end of the next.
+
+    Without a GPU those that the process computed, whatever else the machine does meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._now = time.perf_counter if torch.cuda.is_available() else time.process_time
+        self._last = self._now()
+        self.seconds: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        now = self._now()
+        self.seconds.append(now - self._last)
+        self._last = now
+
+
 class _Recorder(TrainerCallback):
-    """Each step's accuracy, seconds, and sampled sequences and tokens."""
+    """Each step's accuracy, and sampled sequences and tokens."""
 
     def __init__(self, rewards: _Rewards) -> None:
         self._rewards = rewards
-        self._start = self._seconds = 0.0
         self.records: list[dict[str, Any]] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._start = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self._seconds = time.perf_counter() - self._start
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs is None or "rewards/accuracy/mean" not in logs:
@@ -243,7 +257,6 @@ class _Recorder(TrainerCallback):
                 "phase": "train",
                 "step": state.global_step,
                 "accuracy": logs["rewards/accuracy/mean"],
-                "seconds": self._seconds,
                 "decoded_tokens": rewards.tokens,
                 "sampled_sequences": rewards.sequences,
             }
@@ -303,7 +316,7 @@ def _options() -> argparse.Namespace:
     names = list(CONTENDERS)
     parser.add_argument("--contenders", nargs="+", default=names, choices=names)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--prompts", type=int, default=32, help="prompts per step")
     parser.add_argument("--questions", type=int, default=500, help="held-out, before and after")
     parser.add_argument("--cold-steps", type=int, default=100)

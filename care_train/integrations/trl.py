@@ -83,8 +83,12 @@ class CareGRPOTrainer(GRPOTrainer):
         self.accuracy_index = _index_of(accuracy, self.reward_func_names)
         trainer: Any = self
         self.token_text = TokenText(trainer._tokenizer)
-        _check(self)
+        check(self)
         use_care_kernels(self, "log_probs")
+        if trainer._dist.fsdp_version == 2:
+            # generate() then runs until the last process is done: each forward gathers weights.
+            # transformers 5.19 sets it where it shards a model itself, accelerate 1.15 does not.
+            trainer.model._is_fsdp_managed_module = True
 
     def _generate(self, prompts: list) -> Any:
         generated = super()._generate(prompts)
@@ -156,13 +160,20 @@ def _index_of(accuracy: str | None, names: Sequence[str]) -> int:
     return list(names).index(accuracy)
 
 
-def _check(trainer: Any) -> None:
+def check(trainer: Any) -> None:
     """Refuse what CARE and TRL cannot have together, before the first step."""
     args, reflection = trainer.args, trainer.care.reflection
     local = args.per_device_train_batch_size * args.steps_per_generation
     least = trainer.care.max_negatives + 2
     side = trainer._tokenizer.padding_side
+    fsdp: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    is_fsdp2 = fsdp is not None and fsdp.fsdp_version == 2
     refused = {
+        "FSDP2 with fsdp_cpu_ram_efficient_loading=true and beta > 0; wanted it false (`accelerate "
+        "launch --fsdp_cpu_ram_efficient_loading false`): TRL reads the reference's weights on the "
+        "first process alone and shares them with none": (
+            is_fsdp2 and fsdp.cpu_ram_efficient_loading and trainer.ref_model is not None
+        ),
         f"trl {trl.__version__}; wanted 1.16.x": not trl.__version__.startswith("1.16."),
         f"loss_type={trainer.loss_type!r}; wanted one of {LOSS_TYPES}": (
             trainer.loss_type not in LOSS_TYPES

@@ -1,6 +1,9 @@
-"""One step of `CareGRPOTrainer` on scripted groups, alone or as one of several processes.
+"""One step of `CareGRPOTrainer`, alone or as one of several processes.
 
-python -m tests.integrations.care_trl_ranks FOLDER OUT        # also under torch.distributed.run
+python -m tests.integrations.care_trl_ranks FOLDER OUT scripted    # also under `accelerate launch`
+
+`scripted` groups are the same however many processes there are; of `sampled` ones the processes
+need different numbers of tokens.
 """
 
 import os
@@ -9,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from transformers import AutoTokenizer
 
 from care_train.integrations.trl import CareGRPOTrainer
 from tests.integrations.trl_runs import build_trainer
@@ -32,15 +37,35 @@ def right(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
     return [float("<answer>blue" in completion[0]["content"]) for completion in completions]
 
 
-def main(folder: Path, out: Path) -> None:
+def shard_on_cpus() -> None:
+    """Let accelerate take its FSDP path on CPUs, which it keeps for GPUs; all below it is real."""
+    plain = AcceleratorState.__init__
+
+    def initialize(self: Any, *args: Any, fsdp_plugin: Any = None, **others: Any) -> None:
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **others)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = initialize
+
+
+def by_chance(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Right or wrong by the tokens."""
+    return [float(sum(ids) % 3 == 0) for ids in completion_ids]
+
+
+def main(folder: Path, out: Path, groups: str) -> None:
     """Train one step; the first process saves weights and metrics."""
     torch.set_num_threads(1)
+    shard_on_cpus()
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    eos = AutoTokenizer.from_pretrained(folder).eos_token_id
     trainer: Any = build_trainer(
         folder,
         out,
         trainer_class=CareGRPOTrainer,
-        reward=[right],
+        reward=[right if groups == "scripted" else by_chance],
         per_device_train_batch_size=8,
         gradient_accumulation_steps=4 // world,
         num_generations=8,
@@ -50,6 +75,8 @@ def main(folder: Path, out: Path) -> None:
         beta=0.1,
         use_bias_correction_kl=False,
         max_grad_norm=0.0,
+        # Ends are likely, so that one process has sampled all of its own before the other.
+        generation_kwargs=None if groups == "scripted" else {"sequence_bias": [[[eos], 5.0]]},
     )
 
     def generate(prompt_ids: list, images: Any, fields: Any, num_generations: int) -> Any:
@@ -61,13 +88,18 @@ def main(folder: Path, out: Path) -> None:
         rows = trainer._tokenizer(texts)["input_ids"]
         return [[*row, trainer.eos_token_ids[0]] for row in rows], None
 
-    trainer._generate_single_turn = generate
+    if groups == "scripted":
+        trainer._generate_single_turn = generate
     trainer.train()
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
-        model = trainer.accelerator.unwrap_model(trainer.model)
         logged = {n: v for n, v in trainer.state.log_history[0].items() if "care/" in n}
-        torch.save({"weights": model.state_dict(), "metrics": logged}, out / f"{world}.pt")
+        kind = type(trainer.model_wrapped).__name__
+        found = {"weights": weights, "metrics": logged, "kind": kind}
+        torch.save(found, out / "step.pt")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -4,12 +4,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'trl>=1.16,<1.17'")
 
@@ -18,7 +20,7 @@ from care_train.algorithm.region_weights import spread_advantages
 from care_train.config import CareSettings, ReflectionSettings
 from care_train.distributed import own_environment
 from care_train.integrations import trl_rollouts
-from care_train.integrations.trl import CareGRPOTrainer
+from care_train.integrations.trl import CareGRPOTrainer, check
 from care_train.integrations.trl_batch import picked, policy_terms
 from tests.integrations.trl_runs import build_trainer
 from tests.kernels.oracle import (
@@ -85,10 +87,10 @@ def build(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Build:
     def make(
         kind: str = "tiny-qwen2", repairs: Sequence[str] = (REPAIR, SLIP), **settings: Any
     ) -> tuple[CareGRPOTrainer, Scripted]:
-        care_settings = settings.pop("care", None)
+        more = {name: settings.pop(name, None) for name in ("care", "peft_config")}
 
         def trainer_class(**arguments: Any) -> CareGRPOTrainer:
-            return CareGRPOTrainer(care=care_settings, **arguments)
+            return CareGRPOTrainer(**more, **arguments)
 
         defaults = {
             "per_device_train_batch_size": 8,
@@ -293,6 +295,22 @@ def test_it_trains_by_trls_own_loop(settings: dict[str, Any], build: Build) -> N
     assert len(moved) > len(before) / 2
 
 
+def test_it_trains_adapters_over_4_bits(build: Build, tiny_folder: Any) -> None:
+    """QLoRA: bitsandbytes' weights stay, the adapters move, the reference is without them."""
+    pytest.importorskip("bitsandbytes")
+    quantised = AutoModelForImageTextToText.from_pretrained(
+        tiny_folder("tiny-qwen2.5-vl"),
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+    )
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer, _ = build("tiny-qwen2.5-vl", model=quantised, peft_config=lora, beta=0.1)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(before[n], p)}
+    assert moved and all("lora" in name for name in moved)
+    assert trainer.state.log_history[0]["care/trained_groups"] == pytest.approx(3 / 4)
+
+
 def test_evaluation_is_trls(build: Build) -> None:
     """In evaluation nothing is selected: TRL's rewards of TRL's completions."""
     trainer, script = build(per_device_eval_batch_size=8, num_generations_eval=8)
@@ -380,19 +398,68 @@ def test_a_processor_that_pads_on_the_right_is_refused(tiny_folder: Any, tmp_pat
         build_trainer(folder, tmp_path, trainer_class=trainer_class, **options)
 
 
-def test_two_processes_make_the_step_of_one(tiny_folder: Any, tmp_path: Path) -> None:
+LAUNCH = ("-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port=0")
+FSDP2 = (
+    *(*LAUNCH, "--use_fsdp", "--fsdp_version=2"),
+    "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
+    "--fsdp_cpu_ram_efficient_loading=false",
+)
+
+
+@pytest.fixture(scope="module")
+def step_of_one(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return step_of((), tiny_folder("tiny-qwen2.5-vl"), tmp_path_factory.mktemp("one"))
+
+
+def step_of(
+    launcher: Sequence[str], folder: Path, out: Path, groups: str = "scripted"
+) -> dict[str, Any]:
+    """Weights and metrics after one step under a launcher."""
+    script = ("-m", "tests.integrations.care_trl_ranks", str(folder), str(out), groups)
+    command = [sys.executable, *launcher, *script]
+    environment = own_environment() | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out / "step.pt")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "kind"),
+    (
+        ((*LAUNCH, "--multi_gpu"), "DistributedDataParallel"),
+        (FSDP2, "FSDPQwen2_5_VLForConditionalGeneration"),
+    ),
+    ids=("ddp", "fsdp2"),
+)
+def test_two_processes_make_the_step_of_one(
+    launcher: Sequence[str], kind: str, step_of_one: Any, tiny_folder: Any, tmp_path: Path
+) -> None:
     """|S*| spans the processes, and one without a reflection waits for the one that has two."""
-    module, folder = "tests.integrations.care_trl_ranks", tiny_folder("tiny-qwen2.5-vl")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    for command in (["-m", module], [*launcher, module]):
-        arguments = [sys.executable, *command, str(folder), str(tmp_path)]
-        environment = own_environment() | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            arguments, env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    alone, together = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
-    assert alone["metrics"] == together["metrics"]
-    assert alone["metrics"]["care/reflected_groups"] == 0.5
-    for name, weight in alone["weights"].items():
+    together = step_of(launcher, tiny_folder("tiny-qwen2.5-vl"), tmp_path)
+    assert together["kind"] == kind
+    assert step_of_one["metrics"] == together["metrics"]
+    assert together["metrics"]["care/reflected_groups"] == 0.5
+    for name, weight in step_of_one["weights"].items():
         torch.testing.assert_close(together["weights"][name], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_process_that_has_sampled_all_waits_for_the_other(
+    tiny_folder: Any, tmp_path: Path
+) -> None:
+    """With sharded weights each of generate()'s forwards is a collective call."""
+    step = step_of(FSDP2, tiny_folder("tiny-qwen2.5-vl"), tmp_path, "sampled")
+    assert 0 < step["metrics"]["care/trained_groups"] <= 1
+
+
+def test_a_reference_that_one_process_alone_has_read_is_refused(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 with ram-efficient loading fills no other process's part of TRL's reference."""
+    trainer, _ = build(beta=0.1)
+    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(ValueError, match="cpu_ram_efficient_loading=true and beta > 0"):
+        check(trainer)
+    trainer.ref_model = None
+    check(trainer)
