@@ -151,7 +151,7 @@ def test_errors_leave_the_process_usable(tiny_folder, tmp_path):
 def test_a_reward_without_a_time_limit_is_said(caplog):
     """The limit is an alarm, which only the main thread has: elsewhere a warning names the way."""
     settings = CareConfig(reward={"functions": [{"function": "python:named"}]}).reward.functions[0]
-    make_one = partial(RewardFunction, settings, 10**6, {"python:named": named})
+    make_one = partial(RewardFunction, settings, {"python:named": named})
     make_one()
     assert not caplog.records
     thread = threading.Thread(target=make_one)

@@ -74,6 +74,7 @@ def test_packs_learn_what_padded_rows_do(tiny_folder, color_rows, tmp_path):
     rows.write_text("\n".join(map(json.dumps, texts + images)))
     packed = ("train.packing=true", "train.micro_batch_tokens=300")
     packed += ("train.gradient_checkpointing=true",)
+    packed += ("prompt.max_prompt_tokens=200", "rollout.max_new_tokens=50")
     found = []
     for name, arguments in (("padded", ()), ("packed", packed)):
         run = _sft(tiny_folder(), rows, tmp_path / name, "sft.steps=3", *arguments)
@@ -85,7 +86,7 @@ def test_packs_learn_what_padded_rows_do(tiny_folder, color_rows, tmp_path):
 
 def test_the_held_out_loss_is_that_of_the_plain_model(tiny_folder, color_rows, tmp_path):
     """Mean negative log-likelihood per response token, EOS included, in whatever micro-batches."""
-    eval_data = tmp_path / "five.jsonl"
+    eval_data = color_rows.parent / "five.jsonl"
     eval_data.write_text("".join(color_rows.read_text().splitlines(keepends=True)[:5]))
     run = _sft(
         tiny_folder(),
