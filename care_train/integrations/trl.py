@@ -166,13 +166,13 @@ def check(trainer: Any) -> None:
     local = args.per_device_train_batch_size * args.steps_per_generation
     least = trainer.care.max_negatives + 2
     side = trainer._tokenizer.padding_side
-    fsdp: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    is_fsdp2 = fsdp is not None and fsdp.fsdp_version == 2
+    fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    is_loaded_once = fsdp is not None and fsdp.fsdp_version == 2 and fsdp.cpu_ram_efficient_loading
     refused = {
         "FSDP2 with fsdp_cpu_ram_efficient_loading=true and beta > 0; wanted it false (`accelerate "
         "launch --fsdp_cpu_ram_efficient_loading false`): TRL reads the reference's weights on the "
         "first process alone and shares them with none": (
-            is_fsdp2 and fsdp.cpu_ram_efficient_loading and trainer.ref_model is not None
+            is_loaded_once and trainer.ref_model is not None
         ),
         f"trl {trl.__version__}; wanted 1.16.x": not trl.__version__.startswith("1.16."),
         f"loss_type={trainer.loss_type!r}; wanted one of {LOSS_TYPES}": (
