@@ -55,8 +55,11 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__.rstrip("_") in ("mm", "addmm"):
+        is_product = func.overloadpacket.__name__.rstrip("_") in ("mm", "addmm")
+        # Nothing is written into a tensor without numbers, which torch 2.11 cannot do for addmm.
+        given = (kwargs or {}).get("out") if is_product else None
+        result = func(*args, **(kwargs or {})) if given is None else given
+        if is_product:
             self.dtypes.append(result.dtype)
         return result
 
