@@ -64,17 +64,19 @@ def open_archive(
     import pyarrow as pa
 
     table = read_archive(run, evaluations=evaluations, columns=columns, steps=steps)
-    has_images = "images" in table.column_names
-    if has_images:
-        paths = [
-            [str(image_path(run, name)) for name in row] for row in table["images"].to_pylist()
-        ]
-        place = table.column_names.index("images")
-        table = table.set_column(place, "images", pa.array(paths, pa.list_(pa.string())))
-    dataset = datasets.Dataset(table)
-    if has_images:
-        dataset = dataset.cast_column("images", datasets.List(datasets.Image()))
-    return dataset
+    if "images" not in table.column_names:
+        return datasets.Dataset(table)
+    image = datasets.Image()
+    stored = [
+        [{"bytes": None, "path": str(image_path(run, name))} for name in row]
+        for row in table["images"].to_pylist()
+    ]
+    place = table.column_names.index("images")
+    # As images are stored, since a cast of the column copies all others too.
+    table = table.set_column(place, "images", pa.array(stored, pa.list_(image.pa_type)))
+    features = datasets.Features.from_arrow_schema(table.schema)
+    features["images"] = datasets.List(image)
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
 
 def image_path(run: str | Path, name: str) -> Path:
