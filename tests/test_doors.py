@@ -1,7 +1,7 @@
 """A script as a new user would write it, for each way in: one small task, trained to a gain.
 
-All begin with the same cold-started tiny model, which names an image's colour in part of its
-samples. `python -m bench.trl_curves` compares the trainers; here each only has to learn.
+All but the notebook begin with the same cold-started tiny model, which names an image's colour in
+part of its samples. `python -m bench.trl_curves` compares the trainers; here each has to learn.
 """
 
 import json
@@ -10,12 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from datasets import Dataset, load_dataset
 from PIL import Image
 
@@ -159,80 +156,11 @@ def test_trl(rows: Path, start: str, tmp_path: Path) -> None:
     assert fmean(rewards[-5:]) > fmean(rewards[:5]) + GAIN, rewards
 
 
-def test_verl(tmp_path: Path) -> None:
-    """verl's estimator and policy loss `care` by verl's own calls. Its workers need GPUs: a loop of
-    sampling and AdamW stands here for them."""
-    pytest.importorskip("verl", reason="verl is not installed: docs/verl.md")
-    from omegaconf import OmegaConf
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from verl import DataProto
-    from verl.trainer.ppo import core_algos, ray_trainer
-
-    import care_train.integrations.verl  # noqa: F401
-
-    questions = [{"prompt": f"what comes after {i}?", "answer": str(i + 1)} for i in range(8)]
-    trainer = CareTrainer("tiny-qwen2", config=CareConfig(output_dir=str(tmp_path), **SETTINGS))
-    trainer.cold_start([row | {"rationale": f"after {row['answer']}"} for row in questions])
-    folder = trainer.config.model.path
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-4)
-    asked = [row for row in questions for _ in range(8)]
-    chats = [[{"role": "user", "content": row["prompt"]}] for row in asked]
-    prompts = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-    )
-    width = prompts["input_ids"].shape[1]
-    algorithm = OmegaConf.create({"adv_estimator": "care", "care": {"model": folder}})
-    clip = SimpleNamespace(
-        clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=0.28, global_batch_info={}
-    )
-    torch.manual_seed(0)
-    means = []
-    for _ in range(40):
-        with torch.no_grad():
-            ids = model.generate(**prompts, do_sample=True, top_k=0, max_new_tokens=24)
-        responses = ids[:, width:]
-        ends = (responses == tokenizer.eos_token_id).cumsum(1)
-        mask = (ends - (responses == tokenizer.eos_token_id).int() == 0).float()
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        rewards = in_answer(texts, [row["answer"] for row in asked])
-        means.append(fmean(rewards))
-        scores = torch.zeros_like(mask)
-        scores[range(len(asked)), mask.sum(1).long() - 1] = torch.tensor(rewards)
-        attention = torch.cat([prompts["attention_mask"], mask.long()], 1)
-        logits = model(input_ids=ids, attention_mask=attention).logits[:, width - 1 : -1]
-        log_probs = logits.log_softmax(-1).gather(-1, responses[..., None])[..., 0]
-        data = DataProto.from_single_dict(
-            {
-                "responses": responses,
-                "response_mask": mask,
-                "token_level_rewards": scores,
-                "old_log_probs": log_probs.detach(),
-                "uid": np.array([row["prompt"] for row in asked], dtype=object),
-            }
-        )
-        advantages = ray_trainer.compute_advantage(data, "care", config=algorithm)
-        loss, _ = core_algos.get_policy_loss_fn("care")(
-            log_probs.detach(),
-            log_probs,
-            advantages.batch["advantages"],
-            mask,
-            "seq-mean-token-sum",
-            clip,
-            None,
-        )
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    assert fmean(means[-5:]) > fmean(means[:5]) + GAIN, means
-
-
 def test_a_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`examples/quickstart.ipynb` as it is, from weights that know nothing."""
+    """`examples/quickstart.ipynb` as it is, from weights that know nothing: better than a guess."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.delenv("STEPS", raising=False)
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}).execute()
     summary = json.loads((tmp_path / "runs/colors/summary.json").read_text())
-    assert summary["accuracy_after"] > summary["accuracy_before"], summary
+    assert summary["accuracy_after"] > 1 / len(COLORS) + GAIN, summary
