@@ -1,5 +1,6 @@
-"""bench.gpu_experiment: its rows by hand, and when training ends."""
+"""bench.gpu_experiment: its rows by hand, its budget, and the whole of it on a tiny model."""
 
+import json
 import re
 import time
 from types import SimpleNamespace
@@ -45,6 +46,17 @@ def test_a_budget_ends_training(seconds: float, sequences: int | None, stops: li
         control = SimpleNamespace(should_training_stop=False)
         budget.on_log(None, None, control, logs={"sampled_sequences": 10.0})
         assert control.should_training_stop == stop
+
+
+def test_it_runs_whole(tmp_path, capsys):
+    """Both algorithms from one cold start, GRPO with CARE's budget; the last line is JSON."""
+    words = ["--quick", "--model", "tiny-qwen2", "--output", str(tmp_path)]
+    assert gpu_experiment.main([*words, "--overrides", "rollout.max_new_tokens=8"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["matched"] and found["quick"] and found["versions"]["device"]
+    assert found["care"]["accuracy_before"] == found["grpo"]["accuracy_before"]
+    assert found["care"]["steps"] == 2 and found["care"]["decoded_tokens"] > 0
+    assert 0 <= found["grpo"]["sampled_sequences"] - found["care"]["sampled_sequences"] < 8
 
 
 def test_it_wants_a_gpu(monkeypatch, capsys):
