@@ -113,7 +113,7 @@ def test_keys_move_from_group_to_group(chromium, page_url):
         page.wait_for_selector("#group-title")
         first = page.url
         page.keyboard.press("j")
-        assert page.url != first
+        page.wait_for_url(lambda url: url != first)
         page.keyboard.press("k")
         page.wait_for_url(first)
         page.wait_for_selector("#group-title:focus")
