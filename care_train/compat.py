@@ -29,6 +29,7 @@ def patch_vllm_on_cpu() -> None:
     # Upstream: https://github.com/vllm-project/vllm/issues/10556
     torch.ops._C.init_cpu_memory_env = _bind_nothing  # pyright: ignore[reportAttributeAccessIssue]
     _rewind_without_offset()
+    _name_shared_memory_by_run()
 
 
 def _keep_weight(layer: Any, remove_weight: bool) -> None:
@@ -43,6 +44,27 @@ def _keep_weight(layer: Any, remove_weight: bool) -> None:
 
 def _bind_nothing(nodes: list[int]) -> None:
     """Takes the place of vLLM's `init_cpu_memory_env`."""
+
+
+def _name_shared_memory_by_run() -> None:
+    """Keep runs apart whose ranks share one vLLM.
+
+    Under a launcher vLLM names the ranks' shared memory by its address, which is `env://` in every
+    run: a second run on the machine, or one after a killed run, would stop with EEXIST.
+    Upstream: none found.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import (  # pyright: ignore[reportMissingImports]
+        _CPUSHMDistributed,
+    )
+
+    original = _CPUSHMDistributed.make_group_name
+    if original.__module__ == __name__:
+        return
+
+    def make_group_name(communicator: Any) -> str:
+        return f"{os.environ.get('MASTER_PORT')}-{original(communicator).replace('/', '')}"
+
+    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
 
 
 def _rewind_without_offset() -> None:

@@ -43,11 +43,6 @@ class Group(RolloutGroup):
     update: GroupUpdate = field(default_factory=lambda: skipped_update(""))
     """Lines 15-19 and 26-41: what the group trains."""
 
-    @property
-    def responses(self) -> list[Rollout]:
-        """The G rollouts, and the reflection behind them where there is one."""
-        return [*self.rollouts, *([self.reflected] if self.reflected else [])]
-
     def sequence(
         self, rollout: Rollout, prefix_ids: tuple[int, ...] | None = None
     ) -> TokenSequence:

