@@ -5,8 +5,10 @@
 
 import os
 import pickle
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -192,3 +194,18 @@ class _Writer:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
+
+
+@cache
+def quiet_tensorboard_thread() -> None:
+    """An error in TensorBoard's writer thread (2.21) prints no traceback: the next write raises it.
+
+    Upstream: none found.
+    """
+    original = threading.excepthook
+
+    def report(error: Any) -> None:
+        if type(error.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+            original(error)
+
+    threading.excepthook = report

@@ -36,7 +36,7 @@ def test_the_memory_is_enough(name):
     plan = plan_values(Workload(config, model, gpu(device), gpus, 1, None))
     assert plan["fits"], (plan["peak_bytes"] / 2**30, plan["peak_phase"], plan["advice"])
     assert config.train.prompts_per_step % gpus == 0
-    assert config.held_out is not None and config.held_out.path == "hiyouga/geometry3k"
+    assert config.held_out is not None and config.held_out.path == "hiyouga/geometry3k@test"
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):

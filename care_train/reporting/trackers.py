@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from care_train.compat import quiet_tensorboard_thread
 from care_train.config import LoggingSettings
 from care_train.reporting.samples import SampleRecord
 
@@ -55,6 +56,7 @@ class _TensorBoard:
 
     def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
         self._module = importlib.import_module("torch.utils.tensorboard")
+        quiet_tensorboard_thread()
         self._folder = run_dir / "tensorboard"
         self._writers: dict[str, Any] = {}
 

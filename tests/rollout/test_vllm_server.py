@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from care_train.config import VllmSettings
-from care_train.rollout import server_client
+from care_train.rollout import remote_engine, server_client
 from care_train.rollout.engine import SamplingSettings
 from care_train.rollout.errors import RolloutServerError
 from care_train.rollout.transformers_engine import TransformersEngine
@@ -43,10 +43,10 @@ def test_a_corrupted_tensor_is_caught_and_named(served):
     assert model.engine.generate(model.requests(1), GREEDY)
 
 
-def test_weights_go_in_buckets_of_the_size_asked_for(served):
+def test_weights_go_in_buckets(served, monkeypatch):
     """No bucket is larger, unless one tensor alone is; together they are the model."""
     model, sizes = served(), []
-    model.engine._bucket_bytes = 1 << 15
+    monkeypatch.setattr(remote_engine, "BUCKET_BYTES", 1 << 15)
     broadcast = model.engine._broadcast
 
     def record(bucket):
@@ -55,7 +55,7 @@ def test_weights_go_in_buckets_of_the_size_asked_for(served):
 
     model.engine._broadcast = record
     total = model.sync()["sync_bytes"]
-    model.engine._bucket_bytes, model.engine._broadcast = 1 << 20, broadcast
+    model.engine._broadcast = broadcast
     parameters = [p.numel() * 4 for p in model.loaded.model.parameters()]
     assert sum(sizes) == sum(parameters) == total
     assert len(sizes) > 5 and max(sizes) <= max(1 << 15, *parameters)

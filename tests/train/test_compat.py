@@ -2,16 +2,24 @@
 
 import inspect
 import os
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import deepspeed
 import pytest
 from deepspeed.runtime.checkpoint_engine import torch_checkpoint_engine
 from deepspeed.utils import zero_to_fp32
+from torch.utils.tensorboard import SummaryWriter
 
-from care_train.compat import deferred_write_errors, patch_vllm_on_cpu
+from care_train.compat import (
+    deferred_write_errors,
+    patch_vllm_on_cpu,
+    quiet_tensorboard_thread,
+)
 from tests.train.runs import ROOT
 
 UNPATCHED_VLLM = """
@@ -131,3 +139,23 @@ def test_deepspeed_would_load_any_pickle():
     """`plain_data_alone` is needed while DeepSpeed's loaders ask torch for more than data."""
     for module in (torch_checkpoint_engine, zero_to_fp32):
         assert "weights_only=False" in inspect.getsource(module)
+
+
+def test_tensorboards_thread_prints_no_error_that_a_write_raises(tmp_path, monkeypatch):
+    """Its folder is gone: the next writes end with the error, and the thread's own is not shown."""
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    quiet_tensorboard_thread.__wrapped__()
+    writer = SummaryWriter(str(tmp_path / "events"), max_queue=1, flush_secs=0)
+    writer.add_scalar("a", 1.0, 0)
+    writer.flush()
+    shutil.rmtree(tmp_path / "events")
+    with pytest.raises(FileNotFoundError, match="events"):
+        for step in range(100):
+            writer.add_scalar("a", 1.0, step)
+            time.sleep(0.05)
+    assert shown == []
+    other = threading.Thread(target=list, args=(1,))
+    other.start()
+    other.join()
+    assert [error.exc_type for error in shown] == [TypeError]

@@ -208,8 +208,11 @@ def test_launchers_end_with_the_cause(launcher, arguments, tmp_path):
 
 
 LIMITED = """
+import ctypes
 import resource
 import torch
+# M_ARENA_MAX: threads share the heap's small rest. Without memory for its variables one aborts.
+ctypes.CDLL(None).mallopt(-8, 1)
 from {module} import {owner}
 real = {owner}.{name}
 def rest_of_the_heap():

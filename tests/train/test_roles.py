@@ -6,7 +6,7 @@ import pytest
 
 from care_train.algorithm.types import Rollout, Subgroup
 from care_train.rollout.engine import Completion
-from care_train.training.credit import Choice, choose_subgroup, group_updates
+from care_train.training.credit import choose_subgroup, group_updates
 from care_train.training.groups import Answer, Group
 from care_train.training.roles import case_study, roles_of
 from tests.algorithm.builders import make_group, right, wrong
@@ -29,9 +29,7 @@ def _group(
         group = replace(group, subgroup=choose_subgroup(group, config, 0, name))
     if reflected is not None:
         group = replace(group, reflected=reflected, repair=Answer(group.sample, REPAIR))
-    (update,) = group_updates(
-        [Choice(group.rollouts, group.subgroup, group.reflected)], config, lambda values: values
-    )
+    (update,) = group_updates([group], config, lambda values: values)
     return replace(group, update=update)
 
 
