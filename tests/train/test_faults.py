@@ -211,8 +211,8 @@ LIMITED = """
 import ctypes
 import resource
 import torch
-# M_ARENA_MAX: threads share the heap's small rest. Without memory for its variables one aborts.
-ctypes.CDLL(None).mallopt(-8, 1)
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 from {module} import {owner}
 real = {owner}.{name}
 def rest_of_the_heap():
@@ -226,15 +226,21 @@ def rest_of_the_heap():
 def limited(self, *arguments, **more):
     if len(arguments[0]) < {least}:
         return real(self, *arguments, **more)
+    # Small pieces stay free: the C library aborts where a thread gets no memory for its variables.
+    pieces = [libc.malloc(1 << 14) for _ in range(128)]
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (size, before[1]))
     taken = rest_of_the_heap()
+    for piece in pieces[::2]:
+        libc.free(piece)
     try:
         return real(self, *arguments, **more)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
         taken.clear()
+        for piece in pieces[1::2]:
+            libc.free(piece)
 {owner}.{name} = limited
 """
 GENERATE = {
