@@ -18,6 +18,7 @@ from PIL import Image
 
 from care_train import CareConfig, CareTrainer
 from tests.conftest import COLORS
+from tests.wheels import install_wheel
 
 pytestmark = pytest.mark.slow
 
@@ -91,12 +92,7 @@ def test_the_command_line(rows: Path, start: str, tmp_path: Path) -> None:
 
 def test_the_wheel_in_an_empty_folder(rows: Path, start: str, tmp_path: Path) -> None:
     """The same, by the installed package alone."""
-    build = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet")
-    subprocess.run([*build, "--wheel-dir", tmp_path, ROOT], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    site, empty = tmp_path / "site", tmp_path / "empty"
-    install = (sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target")
-    subprocess.run([*install, site, wheel], check=True)
+    site, empty = install_wheel(tmp_path), tmp_path / "empty"
     empty.mkdir()
     arguments = command_line(rows, start, empty)
     environment = os.environ | {"PYTHONPATH": str(site)}

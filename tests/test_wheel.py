@@ -6,17 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.wheels import install_wheel
 
 
 def test_a_shipped_configuration_is_named_after_a_wheel_install(tmp_path: Path):
     """`care-train plan --config care` from the installed package, which has configs/ inside."""
-    build = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet")
-    subprocess.run([*build, "--wheel-dir", tmp_path, ROOT], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    installed, empty = tmp_path / "site", tmp_path / "empty"
-    install = (sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target")
-    subprocess.run([*install, installed, wheel], check=True)
+    installed, empty = install_wheel(tmp_path), tmp_path / "empty"
     empty.mkdir()
     code = (
         "import care_train, sys; assert 'site' in care_train.__file__.split('/'), sys.path\n"

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from care_train.config import DataSettings, load_config
-from care_train.data import Sample, load_samples
+from care_train.data import Sample
 from care_train.data.charts import COLORS, KINDS, charts_sample, derive
 
 BARS = (("red", 3), ("blue", 7), ("green", 3))
@@ -99,13 +98,3 @@ def test_rows_are_the_same_every_time():
     """A row is a pure function of its name, picture included, whatever was drawn before it."""
     again = [rows(4, split, 20) for split in ("test", "train", "test")]
     assert again[0] == again[2] != again[1]
-
-
-def test_charts_is_a_source():
-    """`charts` is a name like `digits`, with its own held-out split and no other."""
-    samples = load_samples(DataSettings(path="charts@test", max_samples=5))
-    assert all(sample.id.startswith("charts-3/test/") for sample in samples)
-    held_out = load_config(None, ["data.path=charts-2"]).held_out
-    assert held_out == DataSettings(path="charts-2@test")
-    with pytest.raises(ValueError, match=r"charts: got split 'dev'"):
-        load_samples(DataSettings(path="charts-6@dev"))

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from care_train.config import DataSettings, load_config
-from care_train.data import Sample, load_samples
+from care_train.data import Sample
 from care_train.data.digits import KINDS, derive, digits_sample
 
 
@@ -85,13 +84,3 @@ def test_every_kind_is_asked_and_a_constant_answer_is_poor():
     assert len(answers) == len(KINDS)
     best = sum(max(map(given.count, set(given))) for given in answers.values())
     assert best / len(samples) < 0.33
-
-
-def test_digits_is_a_source():
-    """`digits` is a name like `easy_vqa`, with its own held-out split and no other."""
-    samples = load_samples(DataSettings(path="digits@test", max_samples=5))
-    assert all(sample.id.startswith("digits-4/test/") for sample in samples)
-    held_out = load_config(None, ["data.path=digits-2"]).held_out
-    assert held_out == DataSettings(path="digits-2@test")
-    with pytest.raises(ValueError, match=r"digits: got split 'dev'"):
-        load_samples(DataSettings(path="digits-2@dev"))
