@@ -35,12 +35,14 @@ def token_credit(
         is_negative: whether it is a negative of its subgroup.
         earns_rationale: whether its rationale tokens weigh gamma+: acc = 1 (line 40), so neither a
             negative nor a pseudo-anchor.
-        departure: its entry of `departures`, where `credit` is `departure`.
+        departure: its entry of `departures`, where `credit` is `departure` or `steps`.
     """
     spans, num_tokens = rollout.spans, len(rollout.token_ids)
-    if settings.credit in ("uniform", "departure"):
-        first = departure if settings.credit == "departure" else 0
-        return Credit(_NOWHERE, _NOWHERE, False, (Region(first, num_tokens, 1.0),))
+    if settings.credit in ("uniform", "departure", "steps"):
+        first, end = (0 if settings.credit == "uniform" else departure), num_tokens
+        if settings.credit == "steps" and spans.wrong_step is not None:
+            first, end = spans.wrong_step if is_negative else (first, spans.wrong_step[0])
+        return Credit(_NOWHERE, _NOWHERE, False, (Region(first, end, 1.0),))
     earns_rationale = earns_rationale or settings.credit == "unmasked"
     broken = settings.malformed_when == "bad_format" and rollout.format_score < 1
     if not spans.well_formed or (broken and is_negative):

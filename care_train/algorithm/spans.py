@@ -22,6 +22,7 @@ class TextSpans:
     think_content: CharRange | None
     answer: CharRange | None
     answer_content: CharRange | None
+    wrong_step: CharRange | None = None
 
 
 def parse_spans(text: str, think_tag: str = "think", answer_tag: str = "answer") -> TextSpans:
@@ -83,6 +84,7 @@ def token_spans(spans: TextSpans, token_ends: Sequence[int], num_prefix_tokens: 
         think_content=to_tokens(spans.think_content),
         answer=answer,
         answer_content=None if answer is None else to_tokens(spans.answer_content),
+        wrong_step=to_tokens(spans.wrong_step),
     )
 
 

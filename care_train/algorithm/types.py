@@ -25,6 +25,8 @@ class Spans:
     """Tokens from `<answer>` to `</answer>`, tags included; None without a complete pair."""
     answer_content: tuple[int, int] | None
     """Tokens touching the text between the answer tags: T_ans is its length."""
+    wrong_step: tuple[int, int] | None = None
+    """Tokens of the first wrong step, where a reward function names it; None: it names none."""
 
     @property
     def think_length(self) -> int:

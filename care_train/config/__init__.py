@@ -6,7 +6,7 @@
 Nothing here needs torch, and nothing of care_train outside this package is imported.
 """
 
-from care_train.config.base import FROM_PYTHON, Role
+from care_train.config.base import FROM_PYTHON, SHIPPED_REWARDS, Role
 from care_train.config.build import (
     Adapter,
     BuildSettings,
@@ -66,6 +66,7 @@ __all__ = [
     "LEVELS",
     "PRESETS",
     "SHIPPED_DATA",
+    "SHIPPED_REWARDS",
     "TABLE_5",
     "Adapter",
     "Algorithm",

@@ -12,6 +12,9 @@ T = TypeVar("T")
 FROM_PYTHON = "python:"
 """What stands for rows and reward functions that a program hands over: `python:NAME`."""
 
+SHIPPED_REWARDS = "care_train:"
+"""What stands for reward functions that come with the installation: `care_train:NAME`."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 

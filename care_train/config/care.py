@@ -147,11 +147,14 @@ class CareSettings:
     One negative reaches 1 / s, four with nothing in common 2 / s. null: K and s as they are set."""
     equalize: bool = True
     """Multiply by sqrt(K / K_S) where K_S < K."""
-    credit: Literal["regions", "unmasked", "uniform", "departure"] = "regions"
+    credit: Literal["regions", "unmasked", "uniform", "departure", "steps"] = "regions"
     """Which tokens weigh. `regions`: Eq. 11's. `unmasked`: a negative's rationale too, like a
     positive's (Figure 8's control). `uniform`: every token 1. `departure`: 1 from the token on
     where a negative departs from the positive it follows longest, 0 before; a positive from the
-    first such departure on; a rescued group, which has no positive, as under `regions`."""
+    first such departure on; a rescued group, which has no positive, as under `regions`. `steps`:
+    as `departure`, but where a reward function names a response's first wrong step
+    (docs/verifier.md), a negative weighs in that step alone, and a positive, which can be right by
+    luck, before it."""
     think_weight: NonNegativeFloat = 0.005
     """gamma+: weight of a positive's rationale tokens; a negative's weigh 0 (Eq. 11)."""
     think_share: Annotated[float, Field(ge=0, lt=1)] | None = None

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from care_train.config.base import FROM_PYTHON, PositiveShare, Role, check, section
+from care_train.config.base import FROM_PYTHON, SHIPPED_REWARDS, PositiveShare, Role, check, section
 
 JUDGE_PROMPT = """\
 You compare a candidate's final answer with the reference answer to a question. They agree when
@@ -34,7 +34,9 @@ class RewardFunctionSettings:
 
     function: str
     """`file.py:function`, in the form of EasyR1, TRL or verl; docs/verifier.md has examples.
-    `python:NAME` stands for one that a program hands over (docs/python.md)."""
+    `python:NAME` stands for one that a program hands over (docs/python.md),
+    `care_train:verified_steps` for the check of each step of an answer about `digits` and `charts`,
+    which names the first wrong one (`care.credit=steps`)."""
     weight: float = 1.0
     """Weight among those of the same target; a bonus is multiplied by it."""
     target: Literal["accuracy", "bonus"] = "accuracy"
@@ -48,7 +50,8 @@ class RewardFunctionSettings:
 
     def __post_init__(self) -> None:
         path, separator, name = self.function.rpartition(":")
-        good = (path.endswith(".py") or path + separator == FROM_PYTHON) and name.isidentifier()
+        named = path + separator in (FROM_PYTHON, SHIPPED_REWARDS)
+        good = (path.endswith(".py") or named) and name.isidentifier()
         check(good, "reward.functions.function", self.function, "file.py:function")
         positive = self.weight > 0 or self.target == "bonus"
         check(positive, "reward.functions.weight", self.weight, "above 0")

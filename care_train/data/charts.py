@@ -1,9 +1,9 @@
 """Bar charts drawn by matplotlib, and questions whose answer must be read off and derived.
 
-A chart has 2 to 6 bars of different colours and of heights 1 to 8, beside a scale. Its rationale
-reads the bars and derives the answer step by step. The failed rationale misreads one height and
-goes on from there without another mistake: a near miss. No chart's colors and heights are both in
-train and in test.
+A chart has 2 to 6 bars of different colors and of heights 1 to 8, beside a scale. Its rationale
+reads the bars that the question is about and derives the answer step by step. The failed rationale
+misreads one height and goes on from there without another mistake: a near miss. No chart's colors
+and heights are both in train and in test.
 
 Every row is a pure function of its number of bars, split and number.
 """
@@ -11,7 +11,7 @@ Every row is a pure function of its number of bars, split and number.
 import random
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,8 @@ COLORS = {
 HEIGHTS = range(1, 9)
 """Of a bar."""
 
+_LIMITS = range(2, 7)
+
 KINDS = ("value", "tallest", "difference", "above", "sum")
 """What is asked."""
 
@@ -41,11 +43,24 @@ Bar = tuple[str, int]
 """Color and height."""
 
 
+class Question(NamedTuple):
+    """What is asked about a chart."""
+
+    kind: str
+    """One of `KINDS`."""
+    first: str
+    second: str
+    """Colors of two bars, for questions that name one bar or two."""
+    limit: int
+    """A height, for the question how many bars are taller."""
+
+
 def charts_sample(num_bars: int, split: str, row: int) -> Sample:
     """A chart of so many bars with a question.
 
-    Its `columns` hold the question's kind, the `colors` and `heights` from left to right, the two
-    colors that the question may name, and the `failed_answer` that the failed rationale leads to.
+    Its `columns` hold the question's `kind`, the two colors and the height that it may name, the
+    `colors` and `heights` from left to right, and the `failed_answer` that the failed rationale
+    leads to.
 
     Args:
         num_bars: one of `config.LEVELS`.
@@ -58,15 +73,17 @@ def charts_sample(num_bars: int, split: str, row: int) -> Sample:
     bars = [(color, rng.choice(HEIGHTS)) for color in colors]
     while _is_test(bars) != (split == "test"):
         bars = [(color, rng.choice(HEIGHTS)) for color in colors]
-    named = rng.sample(colors, 2)
-    # Of two bars of heights 8 and 1 the first is the taller one whatever is misread.
-    kinds = rng.sample(KINDS, len(KINDS))
-    kind, slips = next((kind, slips) for kind in kinds if (slips := misreadings(kind, bars, named)))
-    question, rationale, answer = derive(kind, bars, named)
-    _, failed_rationale, failed_answer = derive(kind, rng.choice(slips), named)
+    first, second = rng.sample(colors, 2)
+    question = Question(rng.choice(KINDS), first, second, rng.choice(_LIMITS))
+    text, rationale, answer = derive(question, bars)
+    # Of two bars of heights 8 one stays the tallest whatever is misread: another kind is asked.
+    while not (slips := misreadings(question, bars)):
+        question = question._replace(kind=rng.choice(KINDS))
+        text, rationale, answer = derive(question, bars)
+    _, failed_rationale, failed_answer = derive(question, rng.choice(slips))
     return Sample(
         id=id,
-        prompt=question,
+        prompt=text,
         answer=answer,
         images=(png(_Canvas.of(num_bars).draw(bars, rng)),),
         rationale=rationale,
@@ -74,65 +91,57 @@ def charts_sample(num_bars: int, split: str, row: int) -> Sample:
         source="charts",
         location=f"charts-{num_bars} {split}: row {row}",
         columns={
-            "kind": kind,
+            **question._asdict(),
             "colors": colors,
             "heights": [height for _, height in bars],
-            "named": named,
             "failed_answer": failed_answer,
         },
     )
 
 
-def derive(kind: str, bars: Sequence[Bar], named: Sequence[str]) -> tuple[str, str, str]:
-    """Question, rationale and answer about a chart.
+def derive(question: Question, bars: Sequence[Bar]) -> tuple[str, str, str]:
+    """The question's text, the rationale and the answer.
 
     Args:
-        kind: one of `KINDS`.
+        question: what is asked.
         bars: what is read from left to right.
-        named: two colors, for questions that name one bar or two.
     """
-    height, (first, second) = dict(bars), named
-    seen = "i see " + " ".join(f"{color} {value}" for color, value in bars)
+    kind, first, second, limit = question
+    height = dict(bars)
     if kind == "value":
-        answer = str(height[first])
-        return f"how tall is the {first} bar?", f"{seen} . {first} is {answer}", answer
-    if kind == "tallest":
-        tallest = max(height, key=lambda color: height[color])
-        return "which bar is the tallest?", f"{seen} . the tallest is {tallest}", tallest
+        return f"how tall is the {first} bar?", f"i see {first} {height[first]}", str(height[first])
     if kind == "difference":
         low, high = sorted((height[first], height[second]))
-        question = f"by how much do the {first} bar and the {second} bar differ?"
-        return question, f"{seen} . {high} minus {low} is {high - low}", str(high - low)
+        text = f"by how much do the {first} bar and the {second} bar differ?"
+        seen = f"i see {first} {height[first]} {second} {height[second]}"
+        return text, f"{seen} . {high} minus {low} is {high - low}", str(high - low)
+    seen, heights = (
+        "i see " + " ".join(f"{color} {value}" for color, value in bars),
+        height.values(),
+    )
+    if kind == "tallest":
+        answer = str(max(heights))
+        return "how tall is the tallest bar?", f"{seen} . the tallest is {answer}", answer
     if kind == "above":
-        above = [color for color, value in bars if value > height[first]]
-        listed = " ".join(above) or "none"
-        rationale = f"{seen} . above {height[first]} : {listed} . that makes {len(above)}"
-        return f"how many bars are taller than the {first} one?", rationale, str(len(above))
+        above = [value for value in heights if value > limit]
+        listed = " ".join(map(str, above)) or "none"
+        rationale = f"{seen} . above {limit} : {listed} . that makes {len(above)}"
+        return f"how many bars are taller than {limit}?", rationale, str(len(above))
     assert kind == "sum"
-    steps, total = add_up([value for _, value in bars])
+    steps, total = add_up(list(heights))
     return "what is the sum of all bars?", " . ".join([seen, *steps]), str(total)
 
 
-def misreadings(kind: str, bars: Sequence[Bar], named: Sequence[str]) -> list[list[Bar]]:
-    """The chart with one height taken for another, as often as that leads to another answer.
-
-    None where several bars are the tallest and the question is which one is.
-    """
-    if not _has_answer(kind, bars):
-        return []
-    answer = derive(kind, bars, named)[2]
+def misreadings(question: Question, bars: Sequence[Bar]) -> list[list[Bar]]:
+    """The chart with one height taken for another, as often as that leads to another answer."""
+    answer = derive(question, bars)[2]
     charts = [
         [*bars[:place], (color, wrong), *bars[place + 1 :]]
         for place, (color, right) in enumerate(bars)
         for wrong in HEIGHTS
         if wrong != right
     ]
-    return [c for c in charts if _has_answer(kind, c) and derive(kind, c, named)[2] != answer]
-
-
-def _has_answer(kind: str, bars: Sequence[Bar]) -> bool:
-    heights = [height for _, height in bars]
-    return kind != "tallest" or heights.count(max(heights)) == 1
+    return [chart for chart in charts if derive(question, chart)[2] != answer]
 
 
 def _is_test(bars: Sequence[Bar]) -> bool:

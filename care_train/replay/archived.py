@@ -85,7 +85,9 @@ def _rollouts(table: Any) -> Iterator[list[dict[str, Any]]]:
     """The rollouts of each group; their lists of numbers as arrays."""
     column = table["rollouts"].combine_chunks()
     flat = column.flatten()
-    fields = {name: flat.field(name).to_pylist() for name in _SCALARS}
+    # Archives of before a reward function could name a wrong step have no such column.
+    known = {field.name for field in flat.type}
+    fields = {n: flat.field(n).to_pylist() if n in known else [None] * len(flat) for n in _SCALARS}
     fields |= {name: _arrays(flat.field(name)) for name in _LISTS}
     records = [
         dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)

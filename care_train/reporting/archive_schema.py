@@ -39,7 +39,7 @@ _ANSWER = {
     "verdict": "string",
     "format_verdict": "string",
 }
-REGIONS = ("think", "think_content", "answer", "answer_content")
+REGIONS = ("think", "think_content", "answer", "answer_content", "wrong_step")
 """The fields of `algorithm.Spans`, in order."""
 SPAN_COLUMNS = tuple(f"{region}_{end}" for region in REGIONS for end in ("start", "end"))
 _ROLLOUT = (

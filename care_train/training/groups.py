@@ -111,12 +111,13 @@ class RolloutScorer:
     def _read_prefix(self, answer: Answer) -> tuple[int, ...]:
         return answer.prefix_ids if self._tag_patterns is None else ()
 
-    def _spans(self, answer: Answer, text: str, ends: Sequence[int]) -> Spans:
+    def _spans(self, answer: Answer, text: str, ends: Sequence[int], score: Score) -> Spans:
         if self._tag_patterns is not None:
             return token_tag_spans(answer.completion.token_ids, self._tag_patterns)
         if answer.completion.finished:
             ends = ends[:-1]
-        return token_spans(parse_spans(text, *self._tags), ends, len(answer.prefix_ids))
+        spans = replace(parse_spans(text, *self._tags), wrong_step=score.wrong_step)
+        return token_spans(spans, ends, len(answer.prefix_ids))
 
     def _rollout(
         self, answer: Answer, text: str, ends: Sequence[int], score: Score, reflected: bool
@@ -125,7 +126,7 @@ class RolloutScorer:
         return Rollout(
             token_ids=completion.token_ids,
             text=text,
-            spans=self._spans(answer, text, ends),
+            spans=self._spans(answer, text, ends, score),
             accuracy=score.accuracy,
             format_score=score.format_score,
             reward=score.reward + self._length_bonus(len(completion.token_ids)),

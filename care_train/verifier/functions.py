@@ -4,14 +4,16 @@ import asyncio
 import importlib.util
 import inspect
 import math
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from care_train.config import RewardFunctionSettings
+from care_train.config import SHIPPED_REWARDS, RewardFunctionSettings
 from care_train.verifier.responses import Response, RowImages
 
 _MAX_EXTRA_CHARS = 200
@@ -48,6 +50,8 @@ class FunctionScore:
     """Why the value is no result of the function's."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """What the function gave TRL's `log_extra`."""
+    wrong_step: tuple[int, int] | None = None
+    """Characters of the response's first wrong step; None: it names none."""
 
 
 @dataclass(frozen=True)
@@ -161,23 +165,37 @@ class UserFunction:
         return Reply(scores, self._metrics)
 
     def _score(self, result: Any, response: Response) -> FunctionScore:
-        form = None
+        form, wrong_step = None, None
         if isinstance(result, Mapping):
             names = [name for name in ("accuracy", "overall", "score") if name in result]
             if not names:
                 raise self._wrong(result, response, "a key accuracy, overall or score")
             form = result.get("format")
+            wrong_step = self._wrong_step(result.get("wrong_step"), response)
             for name, value in result.items():
                 if name not in (names[0], "format") and _is_number(value):
                     self._metrics.setdefault(str(name), []).append(float(value))
             result = result[names[0]]
         if result is None:
-            return FunctionScore(None)
+            return FunctionScore(None, wrong_step=wrong_step)
         bounded = self.settings.target == "accuracy"
         return FunctionScore(
             self._number(result, response, bounded),
             None if form is None else self._number(form, response, True),
+            wrong_step=wrong_step,
         )
+
+    def _wrong_step(self, given: Any, response: Response) -> tuple[int, int] | None:
+        if given is None:
+            return None
+        try:
+            start, end = map(operator.index, given)
+        except (TypeError, ValueError):
+            start, end = -1, -1
+        if not 0 <= start < end <= len(response.text):
+            wanted = f"start and end of characters in [0, {len(response.text)}] as its wrong_step"
+            raise self._wrong(given, response, wanted)
+        return start, end
 
     def _number(self, value: Any, response: Response, bounded: bool) -> float:
         wanted = "a number in [0, 1]" if bounded else "a finite number"
@@ -299,8 +317,24 @@ def _prompt(response: Response) -> list[dict[str, str]]:
 
 
 def _load(function: str) -> Callable[..., Any]:
-    path, _, name = function.rpartition(":")
-    file = Path(path).absolute()
+    path, separator, name = function.rpartition(":")
+    if path + separator == SHIPPED_REWARDS:
+        module = importlib.import_module("care_train.verifier.steps")
+    else:
+        module = _load_file(function, Path(path).absolute())
+    found = getattr(module, name, None)
+    if inspect.isclass(found):
+        found = found()
+    if not callable(found):
+        defined = sorted(n for n, value in vars(module).items() if inspect.isfunction(value))
+        raise ValueError(
+            f"reward.functions: {function}: got no function {name} in it, wanted one of "
+            f"{', '.join(defined) or 'none'}"
+        )
+    return found
+
+
+def _load_file(function: str, file: Path) -> ModuleType:
     if not file.is_file():
         raise ValueError(f"reward.functions: {function}: got no file {file}, wanted one")
     module_name = f"care_train_reward_{file.stem}_{abs(hash(file))}"
@@ -313,13 +347,4 @@ def _load(function: str) -> Callable[..., Any]:
     # Dataclasses and pickling look a function's module up by name.
     sys.modules[module_name] = module
     spec.loader.exec_module(module)
-    found = getattr(module, name, None)
-    if inspect.isclass(found):
-        found = found()
-    if not callable(found):
-        defined = sorted(n for n, value in vars(module).items() if inspect.isfunction(value))
-        raise ValueError(
-            f"reward.functions: {function}: got no function {name} in it, wanted one of "
-            f"{', '.join(defined) or 'none'}"
-        )
-    return found
+    return module

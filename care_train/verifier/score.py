@@ -36,6 +36,8 @@ class Score:
     """acc before `reward.success_threshold` makes it 0 or 1."""
     rewards: tuple[tuple[str, float], ...] = ()
     """What the verifier and each reward function gave, by name."""
+    wrong_step: tuple[int, int] | None = None
+    """Characters of the first wrong step that a reward function names."""
 
 
 class Verifier:
@@ -121,6 +123,7 @@ class Verifier:
                     "by reward.functions" if given else fault or "as asked",
                     graded,
                     (("verifier", verdict.accuracy), *given_by),
+                    min((f.wrong_step for _, f in own if f.wrong_step), default=None),
                 )
             )
         return scores

@@ -291,7 +291,7 @@ class TestCredit:
         first = [float(token_weights(s)[0]) for s in update.sequences]
         assert first == pytest.approx([share, share, 0.0])
 
-    @pytest.mark.parametrize("credit", ["regions", "departure"])
+    @pytest.mark.parametrize("credit", ["regions", "departure", "steps"])
     def test_a_pseudo_anchor_is_a_failure(self, credit):
         """Line 40 reads acc: its answer is encouraged, its rationale is not, nor is that of the
         negatives corrected, which may be right where they depart from it."""

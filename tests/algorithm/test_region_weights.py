@@ -230,6 +230,21 @@ class TestOtherCredit:
         assert second == pytest.approx([0, 0, 1 / 2, 1 / 2])
         assert third == pytest.approx([0, 1 / 2, 1 / 2])
 
+    def test_the_update_weighs_the_wrong_step(self):
+        """Where it is named a negative weighs in it alone, a positive that is right by luck before
+        it; where it is not, both as under `departure`."""
+        lucky = self.rollout(1, 1, 2, 3, 4, 5)
+        lucky = replace(lucky, spans=replace(lucky.spans, wrong_step=(3, 4)))
+        named = self.rollout(0, 1, 2, 9, 9)
+        named = replace(named, spans=replace(named.spans, wrong_step=(3, 4)))
+        silent = self.rollout(0, 1, 8, 9)
+        settings = care("credit=steps", "reflection.enabled=false", "equalize=false")
+        update = subgroup_update(make_subgroup(lucky, [named, silent]), settings)
+        first, second, third = (token_weights(sequence).tolist() for sequence in update.sequences)
+        assert first == pytest.approx([0, 1 / 2, 1 / 2, 0, 0])
+        assert second == pytest.approx([0, 0, 0, 1])
+        assert third == pytest.approx([0, 1 / 2, 1 / 2])
+
     def test_uniform_credit_weighs_every_token(self):
         """Of positives, negatives and malformed responses alike."""
         for rollout in (right(), broken()):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from care_train.data import Sample
-from care_train.data.charts import COLORS, KINDS, charts_sample, derive
+from care_train.data.charts import COLORS, KINDS, Question, charts_sample, derive
 
 BARS = (("red", 3), ("blue", 7), ("green", 3))
 
@@ -20,22 +20,27 @@ def rows(num_bars: int, split: str, count: int) -> list[Sample]:
 @pytest.mark.parametrize(
     ("kind", "named", "rationale", "answer"),
     (
-        ("value", ("blue", "red"), "blue is 7", "7"),
-        ("tallest", ("red", "green"), "the tallest is blue", "blue"),
-        ("difference", ("red", "blue"), "7 minus 3 is 4", "4"),
-        ("difference", ("red", "green"), "3 minus 3 is 0", "0"),
-        ("above", ("red", "blue"), "above 3 : blue . that makes 1", "1"),
-        ("above", ("blue", "red"), "above 7 : none . that makes 0", "0"),
-        ("sum", ("red", "blue"), "3 plus 7 is 10 . 10 plus 3 is 13", "13"),
+        ("value", ("blue", "red"), "blue 7", "7"),
+        ("difference", ("blue", "red"), "blue 7 red 3 . 7 minus 3 is 4", "4"),
+        ("difference", ("red", "green"), "red 3 green 3 . 3 minus 3 is 0", "0"),
+        ("tallest", ("red", "green"), "red 3 blue 7 green 3 . the tallest is 7", "7"),
+        ("above", ("red", "blue"), "red 3 blue 7 green 3 . above 5 : 7 . that makes 1", "1"),
+        ("sum", ("red", "blue"), "red 3 blue 7 green 3 . 3 plus 7 is 10 . 10 plus 3 is 13", "13"),
     ),
 )
 def test_derivations_by_hand(kind: str, named: tuple[str, str], rationale: str, answer: str):
-    """The rationale reads the chart, then derives the answer."""
-    found = derive(kind, BARS, named)
-    assert found[1:] == (f"i see red 3 blue 7 green 3 . {rationale}", answer)
-    asks_by_name = kind in ("value", "difference", "above")
-    assert (named[0] in found[0]) == asks_by_name
+    """The rationale reads the bars that the question is about, then derives the answer."""
+    found = derive(Question(kind, *named, limit=5), BARS)
+    assert found[1:] == (f"i see {rationale}", answer)
+    assert (named[0] in found[0]) == (kind in ("value", "difference"))
     assert (named[1] in found[0]) == (kind == "difference")
+    assert ("5" in found[0]) == (kind == "above")
+
+
+def test_no_bar_above_is_none():
+    """An empty list has a word."""
+    question = Question("above", "red", "blue", limit=7)
+    assert derive(question, BARS)[1].endswith(" . above 7 : none . that makes 0")
 
 
 @pytest.mark.parametrize("num_bars", (2, 3, 6))
@@ -43,18 +48,20 @@ def test_rows_hold_together(num_bars: int):
     """Answer, rationale and columns agree; the slip misreads one height, and changes the answer."""
     for sample in rows(num_bars, "test", 200):
         columns = sample.columns
-        kind, colors, named = columns["kind"], columns["colors"], columns["named"]
-        bars = list(zip(colors, columns["heights"], strict=True))
-        assert derive(kind, bars, named) == (sample.prompt, sample.rationale, sample.answer)
-        if kind == "tallest":
-            assert sorted(columns["heights"])[-2] < max(columns["heights"])
+        question = Question(*(columns[name] for name in Question._fields))
+        height = dict(zip(columns["colors"], columns["heights"], strict=True))
+        assert len(height) == num_bars
+        assert derive(question, list(height.items())) == (
+            sample.prompt,
+            sample.rationale,
+            sample.answer,
+        )
         assert sample.failed_rationale is not None
         read = re.findall(r"([a-z]+) (\d)", sample.failed_rationale.partition(" . ")[0])
-        slip = [(color, int(height)) for color, height in read]
-        assert [color for color, _ in slip] == colors and len(set(colors)) == num_bars
-        assert sum(a != b for a, b in zip(slip, bars, strict=True)) == 1
+        slip = height | {color: int(value) for color, value in read}
+        assert sum(slip[color] != height[color] for color in height) == 1
         failed = sample.failed_rationale, columns["failed_answer"]
-        assert derive(kind, slip, named)[1:] == failed and failed[1] != sample.answer
+        assert derive(question, list(slip.items()))[1:] == failed and failed[1] != sample.answer
 
 
 @pytest.mark.parametrize("num_bars", (2, 5))

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from care_train.reporting.archive import ArchiveWriter
+from care_train.reporting.archive_schema import SPAN_COLUMNS
 from care_train.reporting.files import JsonlWriter
 
 _ROLES = ("anchor", "hard_negative", "hard_negative", "unused")
@@ -106,11 +107,7 @@ def _rollout(text: str, role: str, is_right: bool) -> dict[str, Any]:
         "ref_log_probs": -numbers,
         "clipped": np.zeros(8, np.int8),
     }
-    spans = dict.fromkeys(
-        f"{region}_{end}"
-        for region in ("think", "think_content", "answer", "answer_content")
-        for end in ("start", "end")
-    )
+    spans = dict.fromkeys(SPAN_COLUMNS)
     return _answer(text, is_right) | {
         **spans,
         "think_start": 0,
