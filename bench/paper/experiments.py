@@ -45,6 +45,10 @@ _NO_RGR: Overrides = ("care.reflection.enabled=false",)
 _GRPO = _algorithm("grpo")
 _DEPARTURE: Overrides = ("care.credit=departure",)
 _ANCHORS: Overrides = ("care.anchor=all",)
+_STEPS: Overrides = (
+    "care.credit=steps",
+    "reward.functions=[{function: 'care_train:verified_steps', target: bonus, weight: 0}]",
+)
 
 EXPERIMENTS: dict[str, Experiment] = {
     "table2": Experiment(
@@ -72,6 +76,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "departure, all positives": _DEPARTURE + _ANCHORS,
             "care_plus": CARE_PLUS,
             "care_plus w/o rgr": CARE_PLUS + _NO_RGR,
+            "steps": (*CARE_PLUS, *_STEPS),
             "care_plus, s=1": (*CARE_PLUS, "care.neg_scale=1.0"),
             "grpo": _GRPO,
         },
@@ -112,6 +117,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "mixed": ("care.selector=mixed",),
             "farthest": ("care.selector=farthest",),
             "random": ("care.selector=random",),
+            "learned": ("care.selector=learned",),
         },
     ),
     "fig6": Experiment(

@@ -23,6 +23,7 @@ from care_train.algorithm.advantages import (
     rescue_rewards,
     scale_negative,
 )
+from care_train.algorithm.fixability import Fixability
 from care_train.algorithm.reflection import choose_reflected_negative, merge_reflection
 from care_train.algorithm.region_weights import departures, token_credit
 from care_train.algorithm.released import released_credit
@@ -63,26 +64,50 @@ def skip_before_forward(rollouts: tuple[Rollout, ...], settings: CareSettings) -
 
 
 def select_subgroup(
-    group: RolloutGroup, settings: CareSettings, generator: torch.Generator | None = None
+    group: RolloutGroup,
+    settings: CareSettings,
+    generator: torch.Generator | None = None,
+    fixability: Fixability | None = None,
 ) -> Subgroup | str:
-    """Lines 3-10 and 21-25: S, or the reason the group is skipped."""
+    """Lines 3-10 and 21-25: S, or the reason the group is skipped.
+
+    Args:
+        group: with distances and log-prob sums, unless it is skipped before them.
+        settings: CARE's.
+        generator: for the random selectors.
+        fixability: for `selector: learned`.
+
+    Raises:
+        ValueError: `selector: learned` without it.
+    """
+    if settings.selector == "learned" and fixability is None:
+        raise ValueError(
+            "care.selector: got learned, wanted another one here: it learns from the reflections "
+            "of care-train's own trainer"
+        )
     skipped = skip_before_forward(group.rollouts, settings)
     if skipped is not None:
         return skipped
     if not positives(group.rollouts, settings.decisions.positive):
         return _rescue_subgroup(group, settings, generator)
-    return _anchored_subgroup(group, settings, generator)
+    return _anchored_subgroup(group, settings, generator, fixability)
 
 
 def _anchored_subgroup(
-    group: RolloutGroup, settings: CareSettings, generator: torch.Generator | None
+    group: RolloutGroup,
+    settings: CareSettings,
+    generator: torch.Generator | None,
+    fixability: Fixability | None,
 ) -> Subgroup:
     rollouts, by = group.rollouts, settings.decisions.positive
     pool = failures(rollouts, by)
     anchor = select_anchor(rollouts, positives(rollouts, by), settings, generator)
     count = min(settings.max_negatives, len(pool))  # Eq. 3
     assert group.distances is not None
-    chosen = select_hard_negatives(pool, count, group.distances, anchor, settings, generator)
+    likely = fixability.log_odds(group, anchor, pool) if fixability is not None else ()
+    chosen = select_hard_negatives(
+        pool, count, group.distances, anchor, settings, generator, likely
+    )
     scale = 1.0
     if settings.target_snr is not None:
         similarity = 1 - group.distances[chosen][:, chosen]

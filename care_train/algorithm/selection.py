@@ -74,6 +74,7 @@ def select_hard_negatives(
     anchor: int,
     settings: CareSettings,
     generator: torch.Generator | None = None,
+    fixability: Sequence[float] = (),
 ) -> list[int]:
     """N: `count` members of the failure pool (Sec. 3.3, Eqs. 3-4), nearest to the anchor first.
 
@@ -84,14 +85,19 @@ def select_hard_negatives(
         anchor: index of the anchor.
         settings: selector and preselect_size.
         generator: for `random`.
+        fixability: for `learned`, of each of the pool how likely it is to be repaired; the result
+            has the likeliest first.
     """
     assert count <= len(pool)
+    if fixability:
+        likely = dict(zip(pool, fixability, strict=True))
+        return sorted(pool, key=lambda i: (-likely[i], distances[anchor, i].item(), i))[:count]
     if settings.selector == "random":
         order = torch.randperm(len(pool), generator=generator).tolist()
         pool = [pool[i] for i in order[:count]]
     distance = distances[anchor].tolist()
     ranked = sorted(pool, key=lambda i: (distance[i], i))
-    if settings.selector == "cosine_diverse" and settings.preselect_size > count:
+    if settings.selector in ("cosine_diverse", "learned") and settings.preselect_size > count:
         nearest = ranked[: settings.preselect_size]
         chosen = farthest_first(nearest, count, distances)
     else:

@@ -12,7 +12,7 @@ from pydantic import Field, InstanceOf, NonNegativeFloat, PositiveFloat, Positiv
 
 from care_train.config.base import PositiveShare, check, section
 
-Selector = Literal["cosine_diverse", "random", "nearest", "mixed", "farthest"]
+Selector = Literal["cosine_diverse", "random", "nearest", "mixed", "farthest", "learned"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,9 @@ class CareSettings:
     """M: nearest failures kept before the farthest-first pass."""
     selector: Selector = "cosine_diverse"
     """How hard negatives are chosen: `cosine_diverse` (nearest M, then farthest-first), `nearest`
-    (Figure 5's COSINE-TOPK'), `mixed` (half nearest, half farthest), `farthest`, `random`."""
+    (Figure 5's COSINE-TOPK'), `mixed` (half nearest, half farthest), `farthest`, `random`.
+    `learned`: those that a reflection would most likely repair, the likeliest reflects, by a model
+    of the run's own reflections; as `cosine_diverse` until 64 of them are known."""
     anchor: Literal["shortest_think", "random", "all"] = "shortest_think"
     """The anchor among the positives: Eq. 2, or a random one (Sec. 9.2's control). `all`: Eq. 2's
     for the distances, and the other positives join S beside it."""

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from care_train.algorithm.care import skip_before_forward
+from care_train.algorithm.fixability import Fixability, outcomes_of
 from care_train.algorithm.region_weights import spread_advantages
 from care_train.algorithm.types import GroupUpdate, RolloutGroup
 from care_train.config import TABLE_5, Config, load_config
 from care_train.replay.archived import ArchivedGroup, Credited, steps_of
-from care_train.training.credit import choose_subgroup, group_updates, outcome_of
+from care_train.training.credit import choose_subgroup, fixability_of, group_updates, outcome_of
 from care_train.training.resume import settings_of
 
 _REPLAYED = ("algorithm", "preset", "care.", "loss.")
@@ -133,8 +134,9 @@ def replay(run: Path, overrides: Sequence[str] = ()) -> Replay:
     config, changes = _configs(run, overrides)
     found: list[GroupDifference] = []
     recorded, replayed, unknown = Side(), Side(), Counter[str]()
+    fixability = fixability_of(config)
     for groups in steps_of(run):
-        for group, credited in zip(groups, credit(groups, config), strict=True):
+        for group, credited in zip(groups, credit(groups, config, fixability), strict=True):
             if isinstance(credited, str):
                 unknown[credited] += 1
                 continue
@@ -147,14 +149,23 @@ def replay(run: Path, overrides: Sequence[str] = ()) -> Replay:
     return Replay(run, changes, found, recorded, replayed, unknown)
 
 
-def credit(groups: Sequence[ArchivedGroup], config: Config) -> list[Credited | str]:
+def credit(
+    groups: Sequence[ArchivedGroup], config: Config, fixability: Fixability | None = None
+) -> list[Credited | str]:
     """What a configuration makes of a step's groups, or why that cannot be known.
 
     Tokens are credited for a rank's whole batch at once, as in the step: sums in another order
     would differ in last bits.
+
+    Args:
+        groups: a step's.
+        config: says what trains.
+        fixability: what the steps before have taught; this one's reflections are added.
     """
-    chosen = [_chosen(group, config) for group in groups]
+    chosen = [_chosen(group, config, fixability) for group in groups]
     known = [one for one in chosen if not isinstance(one, str)]
+    if fixability is not None:
+        fixability.learn(outcomes_of(known))
     updates = iter(group_updates(known, config, lambda values: values))
     found = [one if isinstance(one, str) else (one, next(updates)) for one in chosen]
     results: list[Credited | str] = []
@@ -163,7 +174,9 @@ def credit(groups: Sequence[ArchivedGroup], config: Config) -> list[Credited | s
     return results
 
 
-def _chosen(group: ArchivedGroup, config: Config) -> RolloutGroup | str:
+def _chosen(
+    group: ArchivedGroup, config: Config, fixability: Fixability | None
+) -> RolloutGroup | str:
     """The group with what this configuration chooses of it; or why that cannot be known."""
     sampled = group.sampled
     if config.algorithm != "care":
@@ -171,7 +184,7 @@ def _chosen(group: ArchivedGroup, config: Config) -> RolloutGroup | str:
     is_needed = skip_before_forward(sampled.rollouts, config.care) is None
     if is_needed and (sampled.distances is None or sampled.log_prob_sums is None):
         return _NO_DISTANCES
-    subgroup = choose_subgroup(sampled, config, group.step - 1, group.draw)
+    subgroup = choose_subgroup(sampled, config, group.step - 1, group.draw, fixability)
     if isinstance(subgroup, str) or subgroup.reflect_on is None:
         return replace(sampled, subgroup=subgroup)
     if subgroup.others[subgroup.reflect_on].index != group.reflect_on:

@@ -8,13 +8,20 @@ from collections.abc import Callable, Sequence
 import torch
 
 from care_train.algorithm import baselines, care
+from care_train.algorithm.fixability import Fixability
 from care_train.algorithm.released import with_rest
 from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, Subgroup
 from care_train.config import Config
 from care_train.rollout.engine import request_seed
 
 
-def choose_subgroup(group: RolloutGroup, config: Config, step: int, draw: str) -> Subgroup | str:
+def choose_subgroup(
+    group: RolloutGroup,
+    config: Config,
+    step: int,
+    draw: str,
+    fixability: Fixability | None = None,
+) -> Subgroup | str:
     """Lines 3-10 and 21-25: CARE's S, or why the group is skipped.
 
     Args:
@@ -22,11 +29,18 @@ def choose_subgroup(group: RolloutGroup, config: Config, step: int, draw: str) -
         config: its `care` section, and the seed of the random selectors.
         step: counted from 0.
         draw: the prompt's `Sample.draw`.
+        fixability: what the steps before have taught, for `selector: learned`.
     """
     # Beyond the rollouts' and the reflection's own indices.
     index = config.rollout.group_size + 1
     generator = torch.Generator().manual_seed(request_seed(config.seed, step, draw, index))
-    return care.select_subgroup(group, config.care, generator)
+    return care.select_subgroup(group, config.care, generator, fixability)
+
+
+def fixability_of(config: Config) -> Fixability | None:
+    """What `care.selector: learned` learns into; None under another selector."""
+    learns = config.algorithm == "care" and config.care.selector == "learned"
+    return Fixability() if learns else None
 
 
 def outcome_of(subgroup: Subgroup | str, update: GroupUpdate) -> tuple[str, str]:

@@ -139,6 +139,8 @@ class _RlLoop(StepLoop):
         self.owes_evaluation = state["owes_evaluation"]
         self._sampler.restore(own.get("ahead", {}), self._source.draw)
         self._empty_steps.restore(state.get("empty_steps", (0, 0, 0)))
+        if self._train_step.fixability is not None:
+            self._train_step.fixability.learn(state["fixability"])
         self._end_where_finished(self.first_step)
 
     def step(self, step: int) -> dict[str, float]:
@@ -202,11 +204,13 @@ class _RlLoop(StepLoop):
     def _state(self) -> dict[str, Any]:
         # Before the prompts whose rollouts wait for the next step: a resume draws them again.
         position = self._source.position - self._source.count * self._sampler.has_next
+        fixability = self._train_step.fixability
         return {
             "position": position,
             "totals": self.totals,
             "owes_evaluation": self.owes_evaluation,
             "empty_steps": self._empty_steps.state(),
+            "fixability": [] if fixability is None else fixability.outcomes,
         }
 
     def _show_group(self, outcome: StepOutcome, done: int) -> None:

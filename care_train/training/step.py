@@ -4,11 +4,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from care_train.algorithm import baselines
+from care_train.algorithm.fixability import outcomes_of
 from care_train.config import Config
-from care_train.distributed import all_max, all_sum
+from care_train.distributed import all_max, all_sum, gather
 from care_train.reporting.archive import ArchiveWriter
 from care_train.training.archiving import archive_step
-from care_train.training.credit import choose_subgroup, group_updates
+from care_train.training.credit import choose_subgroup, fixability_of, group_updates
 from care_train.training.engine import PolicyEngine
 from care_train.training.groups import Group, RolloutScorer
 from care_train.training.log_probs import LogProbs, Reference, TrainItem
@@ -53,6 +54,8 @@ class TrainStep:
         self._updater = PolicyUpdater(engine, config, reference)
         self._sum = partial(all_sum, device=engine.device)
         self._checked_start = 0
+        self.fixability = fixability_of(config)
+        """What `care.selector: learned` has learnt; None under another selector."""
 
     def run(self, draw: Draw, step: int) -> StepOutcome:
         """Algorithm 1 on this rank's prompts, each line of it for all groups at once.
@@ -68,14 +71,17 @@ class TrainStep:
             with timer("old_forward"):  # log pi_old, rationale embeddings
                 groups = self._log_probs.of_groups(groups)
             with timer("select"):  # lines 3-10 and 21-25, Eqs. 2-4 and 14
+                choose = partial(choose_subgroup, config=self._config, step=step)
                 groups = [
-                    replace(g, subgroup=choose_subgroup(g, self._config, step, g.sample.draw))
+                    replace(g, subgroup=choose(g, draw=g.sample.draw, fixability=self.fixability))
                     for g in groups
                 ]
             with timer("reflect"):  # lines 11-13
                 groups = self._sampler.reflect(groups, step)
             with timer("score"):  # line 14
                 groups = self._scorer.verify_reflections(groups)
+            if self.fixability is not None:
+                self.fixability.learn([o for own in gather(outcomes_of(groups)) for o in own])
         self._sampler.rest()
         with timer("select"):  # lines 15-19 and 26-41, Eqs. 5-8 and 11
             updates = group_updates(groups, self._config, self._sum)

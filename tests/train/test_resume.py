@@ -1,6 +1,8 @@
 """Kill real runs, resume them, and compare with runs that nothing interrupted."""
 
+import json
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -110,6 +112,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(start, whole, 
         assert all((again[name] == tensor).all() for name, tensor in before[1].items())
     AutoModelForImageTextToText.from_pretrained(out)
     AutoProcessor.from_pretrained(out)
+
+
+def test_what_a_selector_has_learnt_goes_on(start, monkeypatch):
+    """`care.selector=learned`, gone on with from the middle: what it chooses is the same."""
+    monkeypatch.setattr("care_train.algorithm.fixability.MIN_OUTCOMES", 4)
+    name, folder = "learned", _folder(start, "learned")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    learned = ["care.selector=learned", "train.keep_checkpoints=3", f"name={name}"]
+    assert main([*start, *_schedule(), *learned]) == 0
+    before, newest = timeless(folder), folder / "checkpoints" / f"step_{STEPS:06d}"
+    state = json.loads((newest / "trainer_state.json").read_text())
+    assert {outcome[-1] for outcome in state["fixability"]} == {0.0, 1.0}
+    shutil.rmtree(newest)
+    assert main(["train", f"resume={folder}"]) == 0
+    torch.set_num_threads(threads)
+    assert timeless(folder) == before
+    assert json.loads((newest / "trainer_state.json").read_text()) == state
 
 
 def test_a_cold_start_goes_on_too(start, color_rows, monkeypatch):
