@@ -1,9 +1,9 @@
 """Bar charts drawn by matplotlib, and questions whose answer must be read off and derived.
 
 A chart has 2 to 6 bars of different colors and of heights 1 to 8, beside a scale. Its rationale
-reads the bars that the question is about and derives the answer step by step. The failed rationale
-misreads one height and goes on from there without another mistake: a near miss. No chart's colors
-and heights are both in train and in test.
+reads the bars and derives the answer step by step. The failed rationale misreads one height and
+goes on from there without another mistake: a near miss. No chart's colors and heights are both in
+train and in test.
 
 Every row is a pure function of its number of bars, split and number.
 """
@@ -33,8 +33,8 @@ HEIGHTS = range(1, 9)
 
 _LIMITS = range(2, 7)
 
-KINDS = ("value", "tallest", "difference", "above", "sum")
-"""What is asked."""
+KINDS = ("sum", "tallest", "shortest", "difference", "above", "value")
+"""What is asked; the last, about one bar by its color, of three bars or more."""
 
 _TEST_SHARE = 0.2  # of all charts
 _TILE = 28  # pixels a side, 3 of them per unit of height: one token of Qwen's vision towers
@@ -48,17 +48,16 @@ class Question(NamedTuple):
 
     kind: str
     """One of `KINDS`."""
-    first: str
-    second: str
-    """Colors of two bars, for questions that name one bar or two."""
+    named: str
+    """The color of a bar, for `value`."""
     limit: int
-    """A height, for the question how many bars are taller."""
+    """A height, for `above`."""
 
 
 def charts_sample(num_bars: int, split: str, row: int) -> Sample:
     """A chart of so many bars with a question.
 
-    Its `columns` hold the question's `kind`, the two colors and the height that it may name, the
+    Its `columns` hold the question's `kind`, the color and the height that it may name, the
     `colors` and `heights` from left to right, and the `failed_answer` that the failed rationale
     leads to.
 
@@ -73,13 +72,12 @@ def charts_sample(num_bars: int, split: str, row: int) -> Sample:
     bars = [(color, rng.choice(HEIGHTS)) for color in colors]
     while _is_test(bars) != (split == "test"):
         bars = [(color, rng.choice(HEIGHTS)) for color in colors]
-    first, second = rng.sample(colors, 2)
-    question = Question(rng.choice(KINDS), first, second, rng.choice(_LIMITS))
-    text, rationale, answer = derive(question, bars)
-    # Of two bars of heights 8 one stays the tallest whatever is misread: another kind is asked.
+    kinds = KINDS if num_bars > 2 else KINDS[:-1]
+    question = Question(rng.choice(kinds), rng.choice(colors), rng.choice(_LIMITS))
+    # Of two bars of height 8 one stays the tallest whatever is misread: another kind is asked.
     while not (slips := misreadings(question, bars)):
-        question = question._replace(kind=rng.choice(KINDS))
-        text, rationale, answer = derive(question, bars)
+        question = question._replace(kind=rng.choice(kinds))
+    text, rationale, answer = derive(question, bars)
     _, failed_rationale, failed_answer = derive(question, rng.choice(slips))
     return Sample(
         id=id,
@@ -106,30 +104,28 @@ def derive(question: Question, bars: Sequence[Bar]) -> tuple[str, str, str]:
         question: what is asked.
         bars: what is read from left to right.
     """
-    kind, first, second, limit = question
-    height = dict(bars)
-    if kind == "value":
-        return f"how tall is the {first} bar?", f"i see {first} {height[first]}", str(height[first])
-    if kind == "difference":
-        low, high = sorted((height[first], height[second]))
-        text = f"by how much do the {first} bar and the {second} bar differ?"
-        seen = f"i see {first} {height[first]} {second} {height[second]}"
-        return text, f"{seen} . {high} minus {low} is {high - low}", str(high - low)
-    seen, heights = (
-        "i see " + " ".join(f"{color} {value}" for color, value in bars),
-        height.values(),
-    )
+    kind, named, limit = question
+    seen = "i see " + " ".join(f"{color} {height}" for color, height in bars)
+    heights = [height for _, height in bars]
+    high, low = max(heights), min(heights)
+    if kind == "sum":
+        steps, total = add_up(heights)
+        return "what is the sum of all bars?", " . ".join([seen, *steps]), str(total)
     if kind == "tallest":
-        answer = str(max(heights))
-        return "how tall is the tallest bar?", f"{seen} . the tallest is {answer}", answer
+        return "how tall is the tallest bar?", f"{seen} . the tallest is {high}", str(high)
+    if kind == "shortest":
+        return "how tall is the shortest bar?", f"{seen} . the shortest is {low}", str(low)
+    if kind == "difference":
+        text = "how much taller is the tallest bar than the shortest?"
+        return text, f"{seen} . {high} minus {low} is {high - low}", str(high - low)
     if kind == "above":
-        above = [value for value in heights if value > limit]
+        above = [height for height in heights if height > limit]
         listed = " ".join(map(str, above)) or "none"
         rationale = f"{seen} . above {limit} : {listed} . that makes {len(above)}"
         return f"how many bars are taller than {limit}?", rationale, str(len(above))
-    assert kind == "sum"
-    steps, total = add_up(list(heights))
-    return "what is the sum of all bars?", " . ".join([seen, *steps]), str(total)
+    assert kind == "value"
+    height = dict(bars)[named]
+    return f"how tall is the {named} bar?", f"{seen} . {named} is {height}", str(height)
 
 
 def misreadings(question: Question, bars: Sequence[Bar]) -> list[list[Bar]]:
