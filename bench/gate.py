@@ -17,11 +17,13 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
@@ -122,15 +124,26 @@ def differences(old: Numbers, new: Numbers) -> list[Difference]:
 
 
 def comparison(old: Numbers, new: Numbers) -> dict[str, Any]:
-    """Steps, compared numbers, how many of them differ, and the first that does."""
+    """Steps, numbers, how many have another value, the first that has, and what one side lacks.
+
+    A key that is new in every step must not hide a value that changed.
+    """
     found = differences(old, new)
+    changed = [pair for pair in found if pair.old is not None and pair.new is not None]
     records = {name.partition(":")[0] for name in new}
     return {
         "steps": sum(record.startswith(("sft", "train")) for record in records),
         "numbers": len({**old, **new}),
-        "different": len(found),
-        "first": str(found[0]) if found else "",
+        "changed": len(changed),
+        "first": str(changed[0]) if changed else "",
+        "missing": _keys(pair for pair in found if pair.new is None),
+        "added": _keys(pair for pair in found if pair.old is None),
     }
+
+
+def _keys(found: Iterable[Difference]) -> dict[str, int]:
+    """How many records each key is missing or new in, as `phase: key`."""
+    return dict(Counter(re.sub(r"^(\w+) \d+:", r"\1:", pair.name) for pair in found))
 
 
 def _run(checkout: Path, name: str, output: Path) -> Numbers:
@@ -217,11 +230,13 @@ def main() -> int:
         options.record.write_text(json.dumps(content, indent=1))
     old, new = numbers["old"] if "old" in numbers else recorded.get("runs", {}), numbers["new"]
     runs = {name: comparison(old[name], new[name]) for name in new if name in old}
-    table = Table("run", "steps", "numbers", "different", "first difference")
+    table = Table("run", "steps", "numbers", "changed", "first change", "missing", "added")
     for name, row in runs.items():
-        table.add_row(name, *map(str, row.values()))
+        cells = (", ".join(cell) if isinstance(cell, dict) else str(cell) for cell in row.values())
+        table.add_row(name, *cells)
     Console(width=120).print(table if runs else "nothing compared")
-    status = 2 if errors else int(any(row["different"] for row in runs.values()))
+    kinds = ("changed", "missing", "added")
+    status = 2 if errors else int(any(row[kind] for row in runs.values() for kind in kinds))
     print(json.dumps({"status": status, "failed": list(errors), "runs": runs}))
     return status
 

@@ -28,7 +28,8 @@ from bench.paper.runs import steps_to_sample
 from care_train.commands import load_held_out
 from care_train.config import Config, configs_folder, load_config
 from care_train.data import load_samples
-from care_train.reporting import mean_interval, plot_comparison, read_metrics
+from care_train.reporting import mean_interval, read_metrics
+from care_train.reporting.plots import plot_comparison
 from care_train.training.given import Given
 
 _SCORES = ("accuracy_before", "accuracy_after", "format_before", "format_after", "greedy_after")

@@ -34,8 +34,9 @@ from care_train.data import PromptOrder, Sample, load_samples
 from care_train.distributed import own_environment
 from care_train.integrations.trl import CareGRPOTrainer
 from care_train.models.load import load_model
-from care_train.reporting import mean_interval, plot_comparison, read_metrics
+from care_train.reporting import mean_interval, read_metrics
 from care_train.reporting.files import finite, write_json
+from care_train.reporting.plots import plot_comparison
 from care_train.rollout.engine import banned_token_ids
 from care_train.verifier import Verifier
 

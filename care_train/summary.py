@@ -4,7 +4,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,6 @@ from care_train.reporting import (
     ARCHIVE,
     SIGNATURE_COLUMNS,
     k_signature,
-    plot_learning_curves,
-    plot_signature,
     read_archive,
     read_metrics,
     write_report,
@@ -72,14 +70,22 @@ def finish(run_dir: Path, config: Config, summary: Summary, start: float) -> Sum
     if is_main():
         path = run_dir / "metrics.jsonl"
         metrics = read_metrics(path) if path.is_file() else []
-        if metrics:
-            plot_learning_curves(metrics, run_dir / "learning_curves.png")
-        if config.algorithm == "care" and (run_dir / ARCHIVE).is_dir():
-            signature = k_signature(read_archive(run_dir, columns=SIGNATURE_COLUMNS))
-            if signature is not None:
-                plot_signature(signature, run_dir / "signature.png")
+        draw_plots(run_dir, config.algorithm, metrics)
         write_summary(run_dir, summary)
         write_report(run_dir, summary, metrics)
         if config.hub.push_to and (run_dir / "final").is_dir():
             print(publish(run_dir, config, summary), file=sys.stderr)
     return summary
+
+
+def draw_plots(run_dir: Path, algorithm: str, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """learning_curves.png of what was logged; of an archived CARE run signature.png too."""
+    # Matplotlib takes half a second to load, which a run's start need not wait for.
+    from care_train.reporting.plots import plot_learning_curves, plot_signature
+
+    if metrics:
+        plot_learning_curves(metrics, run_dir / "learning_curves.png")
+    if algorithm == "care" and (run_dir / ARCHIVE).is_dir():
+        signature = k_signature(read_archive(run_dir, columns=SIGNATURE_COLUMNS))
+        if signature is not None:
+            plot_signature(signature, run_dir / "signature.png")

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Tiny models gain nothing from more threads, which wait for each other on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Before transformers and deepspeed load: quiet, offline, on the CPU.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -16,6 +18,31 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # The same examples in every run; `--hypothesis-profile=default` looks for new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+
+# The longest first, so that no worker of pytest-xdist is left with one at the end.
+_LONGEST = (
+    *("train/test_end_to_end", "train/test_faults", "security/test_container"),
+    *("security/test_ranks", "rollout/test_vllm_engine", "reporting/test_page_browser"),
+    *("integrations/test_care_trl", "security/test_serve", "bench/test_paper", "test_trainer"),
+    *("kernels/triton/test_projection", "bench/test_compiled", "kernels/test_sharded_heads"),
+    *("security/test_verifier", "test_commands", "security/test_native_cache"),
+    *("integrations/test_trl", "rollout/test_adapter_sync", "rollout/test_server_runs"),
+    *("test_examples", "train/test_mixed_rows", "rollout/test_vllm_server", "rollout/test_ahead"),
+    *("evaluation/test_benchmark_run", "rollout/test_vllm_runs", "security/test_checkpoints"),
+    *("security/test_statuses", "verifier/test_pool", "security/test_run_folders"),
+)
+_ORDER = {f"tests/{name}.py": place for place, name in enumerate(_LONGEST)}
+assert all((Path(__file__).parents[1] / name).is_file() for name in _ORDER)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest-xdist would deal files out by how many tests they hold.
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _ORDER.get(item.nodeid.partition("::")[0], len(_ORDER)))
+
 
 COLORS = ("red", "green", "blue", "yellow")
 

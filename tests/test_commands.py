@@ -105,8 +105,8 @@ SMALL = [
 """Laid over a configuration made for GPUs: everything else of it stays as written."""
 
 
-SOME = ("care_official", "dapo", "cispo", "reinforce_pp")
-OTHERS = ("care", "care_no_rgr", "dr_grpo", "grpo", "gspo", "rloo", "sapo")
+SOME = ("care_official", "cispo", "reinforce_pp")
+OTHERS = ("care", "care_no_rgr", "dapo", "dr_grpo", "grpo", "gspo", "rloo", "sapo")
 
 
 @pytest.mark.parametrize(

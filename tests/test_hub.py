@@ -192,7 +192,7 @@ def test_a_run_goes_from_the_hub_to_the_hub(local_hub: Hub, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "care_train", *command],
         cwd=ROOT,
-        env=own_environment() | {"OMP_NUM_THREADS": "1"},
+        env=own_environment(),
         capture_output=True,
         text=True,
     )

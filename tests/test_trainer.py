@@ -1,6 +1,5 @@
 """`CareTrainer`: a run on a program's own rows, reward functions and callbacks, in its process."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from care_train import CareConfig, CareTrainer
 from care_train.config import Config
 from care_train.verifier.function_process import RewardFunction
 from tests.conftest import COLORS
-from tests.train.runs import run_ranks
+from tests.train.runs import records, run_ranks
 
 SMALL = {
     "prompt": {"system": None},
@@ -98,8 +97,7 @@ def test_a_program_trains_evaluates_and_saves(tiny_folder, tmp_path):
         *(("begin", 0), ("evaluate", 0, True), ("step", 1), ("step", 2), ("save", 2)),
         *(("evaluate", 2, True), ("end", 2)),
     ]
-    lines = (trainer.run_dir / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line) for line in lines if '"train"' in line]
+    steps = records(trainer.run_dir)
     assert all(0 <= step["reward_named_mean"] <= 1 for step in steps) and len(steps) == 2
     assert all(step["reward_named_columns_mean"] >= 3 for step in steps)
     scores = trainer.evaluate()

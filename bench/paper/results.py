@@ -20,11 +20,10 @@ from care_train.config import load_config
 from care_train.reporting import (
     SIGNATURE_COLUMNS,
     k_signature,
-    plot_comparison,
-    plot_signature,
     read_archive,
     read_metrics,
 )
+from care_train.reporting.plots import plot_comparison, plot_signature
 from care_train.reporting.signature import Signature
 
 _SUMMARY = (

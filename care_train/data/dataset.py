@@ -10,7 +10,7 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, overload
 
-from care_train.config import FROM_PYTHON, SHIPPED_DATA, DataSettings, source_of
+from care_train.config import FROM_PYTHON, DataSettings, source_of
 from care_train.data.answers import AnswerType
 from care_train.data.arrow_rows import DIGEST_COLUMN
 from care_train.data.errors import RowError, join_errors
@@ -25,7 +25,7 @@ from care_train.data.files import (
 from care_train.data.images import ImageRef
 from care_train.data.rows import RowFile
 from care_train.data.schema import Sample, sample_digest, sample_from_row
-from care_train.data.shipped import shipped_samples
+from care_train.data.shipped import is_shipped, shipped_samples
 
 OTHER_COLUMNS = "other_columns"
 """A built file's column of the source's columns that the schema has no place for, as JSON."""
@@ -129,7 +129,7 @@ def load_samples(
     limit, source = settings.max_samples, source_of(settings.path)
     is_training = key in ("data", "sft.data")
     splits, setting = (TRAINING, f"{key}.path") if is_training else (HELD_OUT, key)
-    if source.path in SHIPPED_DATA:
+    if is_shipped(source.path, setting):
         split = source.split or splits[0]
         return shipped_samples(source.path, split, lambda rows: _choose(rows, limit, seed))
     path = Path(source.path).expanduser()

@@ -1,7 +1,9 @@
 """The data sets that come with the installation, by the names that take a path's place."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from care_train.config import LEVELS, SHIPPED_DATA
 from care_train.data.charts import charts_sample
 from care_train.data.digits import digits_sample
 from care_train.data.easy_vqa import easy_vqa_samples
@@ -12,6 +14,19 @@ NUM_ROWS = {"train": 12_000, "test": 2_000}
 
 _MADE = {"digits": (digits_sample, 4), "charts": (charts_sample, 3)}
 """What makes a row, and the level of difficulty of the bare name."""
+
+
+def is_shipped(path: str, setting: str) -> bool:
+    """Whether a path is one of `config.SHIPPED_DATA`.
+
+    Raises:
+        ValueError: it has a level that there is not, and nothing on this disk has that name.
+    """
+    kind, _, level = path.partition("-")
+    if path in SHIPPED_DATA or kind not in LEVELS or not level.isdigit() or Path(path).exists():
+        return path in SHIPPED_DATA
+    least, most = LEVELS[kind][0], LEVELS[kind][-1]
+    raise ValueError(f"{setting}: got {path}, wanted {kind}-{least} to {kind}-{most}")
 
 
 def shipped_samples(name: str, split: str, choose: Callable[[int], Sequence[int]]) -> list[Sample]:

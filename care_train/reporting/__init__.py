@@ -4,7 +4,6 @@ from care_train.reporting.archive import ARCHIVE
 from care_train.reporting.archive_reader import image_path, open_archive, read_archive
 from care_train.reporting.interval import mean_interval, proportion_interval
 from care_train.reporting.metrics import MetricsLogger, read_metrics
-from care_train.reporting.plots import plot_comparison, plot_learning_curves, plot_signature
 from care_train.reporting.progress import TrainProgress, show_group, show_summary, track
 from care_train.reporting.report import write_report, write_summary
 from care_train.reporting.samples import SampleRecord
@@ -20,9 +19,6 @@ __all__ = [
     "k_signature",
     "mean_interval",
     "open_archive",
-    "plot_comparison",
-    "plot_learning_curves",
-    "plot_signature",
     "proportion_interval",
     "read_archive",
     "read_metrics",

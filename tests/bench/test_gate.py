@@ -32,7 +32,8 @@ def test_a_run_equals_itself_whatever_the_clock_says() -> None:
         records[1] |= {"time": 9.0, "seconds": 8.0, "seconds_new_part": 1.0, "tokens_per_second": 7}
 
     assert numbers_of(_lines(later)) == EQUAL
-    assert comparison(EQUAL, EQUAL) == {"steps": 2, "numbers": 5, "different": 0, "first": ""}
+    nothing = {"changed": 0, "first": "", "missing": {}, "added": {}}
+    assert comparison(EQUAL, EQUAL) == {"steps": 2, "numbers": 5, **nothing}
 
 
 def test_one_bit_is_a_difference() -> None:
@@ -55,11 +56,19 @@ def test_a_missing_step_and_a_missing_key_are_differences() -> None:
     without_step = numbers_of(_lines(lambda records: records.pop()))
     names = [difference.name for difference in differences(EQUAL, without_step)]
     assert names == ["train 2: loss", "train 2: groups"]
-    assert comparison(EQUAL, without_step)["first"] == "train 2: loss null -> missing"
+    lost = {"train: loss": 1, "train: groups": 1}
+    assert comparison(EQUAL, without_step) == comparison(EQUAL, EQUAL) | {
+        "steps": 1,
+        "missing": lost,
+    }
     without_key = numbers_of(_lines(lambda records: records[2].pop("groups")))
     assert str(*differences(EQUAL, without_key)) == "train 2: groups 4.0 -> missing"
     assert str(*differences(without_key, EQUAL)) == "train 2: groups missing -> 4.0"
-    assert comparison(without_key, EQUAL)["numbers"] == 5
+    # A change is seen beside keys that are new.
+    other = comparison(without_key, EQUAL | {"train 1: loss": (0.2).hex()})
+    assert (other["numbers"], other["changed"], other["missing"]) == (5, 1, {})
+    assert other["added"] == {"train: groups": 1}
+    assert other["first"] == "train 1: loss 0.1 -> 0.2 (relative 5.0e-01)"
 
 
 def test_a_step_logged_twice_is_refused() -> None:

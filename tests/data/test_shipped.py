@@ -17,3 +17,5 @@ def test_a_made_data_set_is_a_source(name: str, usual: int):
     for level in (2, 6):
         with pytest.raises(ValueError, match=f"{name}: got split 'dev'"):
             load_samples(DataSettings(path=f"{name}-{level}@dev"))
+    with pytest.raises(ValueError, match=f"^data.path: got {name}-7, wanted {name}-2 to {name}-6$"):
+        load_samples(DataSettings(path=f"{name}-7"))

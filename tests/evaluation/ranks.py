@@ -34,7 +34,6 @@ class CollectiveEngine(TransformersEngine):
 
 
 def main(model: str, rows: str, out: str, *arguments: str) -> int:
-    torch.set_num_threads(1)
     session = make_session(Path(model), {"rollout": {"batch_size": 2}})
     engine = CollectiveEngine(session.loaded, 2)
     samples = load_samples(DataSettings(path=rows, max_samples=5))

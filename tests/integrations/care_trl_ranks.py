@@ -57,7 +57,6 @@ def by_chance(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 def main(folder: Path, out: Path, groups: str) -> None:
     """Train one step; the first process saves weights and metrics."""
-    torch.set_num_threads(1)
     shard_on_cpus()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     eos = AutoTokenizer.from_pretrained(folder).eos_token_id

@@ -28,6 +28,7 @@ from tests.kernels.oracle import (
     reference_sampled_kl,
     reference_surrogate,
 )
+from tests.train.runs import run_ranks
 
 GROUP = 8
 RIGHT = "<think>{} and more</think> <answer>blue</answer>"
@@ -398,6 +399,7 @@ def test_a_processor_that_pads_on_the_right_is_refused(tiny_folder: Any, tmp_pat
         build_trainer(folder, tmp_path, trainer_class=trainer_class, **options)
 
 
+RANKS = "tests.integrations.care_trl_ranks"
 LAUNCH = ("-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port=0")
 FSDP2 = (
     *(*LAUNCH, "--use_fsdp", "--fsdp_version=2"),
@@ -408,16 +410,18 @@ FSDP2 = (
 
 @pytest.fixture(scope="module")
 def step_of_one(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return step_of((), tiny_folder("tiny-qwen2.5-vl"), tmp_path_factory.mktemp("one"))
+    out = tmp_path_factory.mktemp("one")
+    run_ranks(RANKS, tiny_folder("tiny-qwen2.5-vl"), out, "scripted", ranks=1)
+    return torch.load(out / "step.pt")
 
 
 def step_of(
     launcher: Sequence[str], folder: Path, out: Path, groups: str = "scripted"
 ) -> dict[str, Any]:
     """Weights and metrics after one step under a launcher."""
-    script = ("-m", "tests.integrations.care_trl_ranks", str(folder), str(out), groups)
+    script = ("-m", RANKS, str(folder), str(out), groups)
     command = [sys.executable, *launcher, *script]
-    environment = own_environment() | {"OMP_NUM_THREADS": "1"}
+    environment = own_environment()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out / "step.pt")

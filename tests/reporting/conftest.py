@@ -2,15 +2,12 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from care_train.distributed import own_environment
+from tests.train.runs import ROOT, run
 
-ROOT = Path(__file__).parents[2]
 _CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 _SETTINGS = (
     f"--config={ROOT / 'configs' / 'easy_vqa.yaml'}",
@@ -38,15 +35,7 @@ def quickstart_run(tiny_folder, color_rows: Path, tmp_path_factory: pytest.TempP
     output = tmp_path_factory.mktemp("page")
     data = [f"{section}.path={color_rows}" for section in ("data", "sft.data", "eval.data")]
     more = [f"model.path={tiny_folder()}", f"output_dir={output}", "name=colors"]
-    done = subprocess.run(
-        [sys.executable, "-m", "care_train", "quickstart", *_SETTINGS, *data, *more],
-        cwd=ROOT,
-        env=own_environment() | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    run("quickstart", *_SETTINGS, *data, *more)
     return output / "colors"
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from care_train.reporting import plot_comparison, plot_learning_curves
 from care_train.reporting.curves import smoothed
+from care_train.reporting.plots import plot_comparison, plot_learning_curves
 
 
 def _records(steps: int, offset: float = 0.0) -> list[dict[str, Any]]:

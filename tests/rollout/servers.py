@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-import tempfile
-import time
+import signal
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 
-from care_train.distributed import own_environment
-
-ROOT = Path(__file__).parents[2]
+from tests.train.runs import FastRun
 
 
 def limits(batch_size: int = 64) -> tuple[str, ...]:
@@ -46,45 +40,39 @@ class Server:
             before: code that it runs first, to break something.
             environment: variables laid over this process's.
         """
-        self._log = tempfile.NamedTemporaryFile(suffix=".log")
-        main = f"{before}\nimport sys, care_train.cli\nsys.exit(care_train.cli.main())"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", main, "serve", f"--port={port}", *arguments],
-            cwd=ROOT,
-            env=own_environment() | {"OMP_NUM_THREADS": "1"} | dict(environment),
-            stdout=subprocess.DEVNULL,
-            stderr=self._log.file,
-        )
+        variables = f"import os\nos.environ.update({dict(environment)!r})\n"
+        self._run = FastRun("serve", f"--port={port}", *arguments, before=variables + before)
         # A test that fails leaves no server behind.
-        weakref.finalize(self, self.process.kill)
+        weakref.finalize(self, self._run.kill)
         self.url = self._wait(seconds)
 
     def _wait(self, seconds: float) -> str:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if found := re.search(r"serving .* at (http\S+)", self.errors()):
-                return found[1]
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.05)
-        self.stop()
-        raise AssertionError(f"the server did not start:\n{self.errors()}")
+        self._run.wait_for(lambda: " at http" in self.errors(), seconds, every=0.05)
+        if found := re.search(r"serving .* at (http\S+)", self.errors()):
+            return found[1]
+        raise AssertionError(f"the server did not start:\n{self._run.end(0)}")
+
+    @property
+    def pid(self) -> int:
+        return self._run.pid(0)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._run.is_alive
 
     def errors(self) -> str:
         """What it wrote so far."""
-        return Path(self._log.name).read_text()
+        return self._run.errors()
 
     def kill(self) -> None:
         """SIGKILL."""
-        self.process.kill()
-        self.process.wait()
+        self._run.kill()
 
-    def stop(self) -> int:
+    def wait(self, seconds: float) -> int | None:
+        """The exit status; None for one that had to be killed then."""
+        return self._run.end(seconds)[0][0]
+
+    def stop(self) -> int | None:
         """SIGTERM; the exit status."""
-        if self.process.poll() is None:
-            self.process.terminate()
-        try:
-            return self.process.wait(timeout=120)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
+        self._run.send(signal.SIGTERM)
+        return self.wait(120)

@@ -1,11 +1,19 @@
 """Whole runs with a `care-train serve`: ZeRO-3 on two ranks, a killed server, one step ahead."""
 
-import json
+from pathlib import Path
 
 import pytest
 
 from tests.rollout.servers import Server
-from tests.train.runs import COLD_START, SMALL, FastRun, data_arguments, run, timeless
+from tests.train.runs import (
+    COLD_START,
+    SMALL,
+    FastRun,
+    data_arguments,
+    records,
+    run,
+    timeless,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +32,7 @@ def start(tiny_folder, color_rows, tmp_path_factory) -> list[str]:
     ]
 
 
-def _records(run_dir, phase="train"):
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["phase"] == phase]
-
-
 def _folder(start, name):
-    from pathlib import Path
-
     return Path(next(a for a in start if a.startswith("output_dir="))[11:]) / name
 
 
@@ -41,7 +42,7 @@ def test_two_ranks_share_a_server(start, server):
     url = f"rollout.vllm.server={server().url}"
     errors = run(*start, url, "deepspeed.zero_stage=3", "name=two", ranks=2)
     assert "Traceback" not in errors
-    steps = _records(_folder(start, "two"))
+    steps = records(_folder(start, "two"))
     assert [r["step"] for r in steps] == [1, 2, 3]
     assert all(r["sync_bytes"] > 1e5 and r["seconds_sync"] > 0 for r in steps)
     gaps = [r["gap_max"] for r in steps if "gap_max" in r]
@@ -67,10 +68,10 @@ def test_a_run_whose_server_dies_says_how_it_goes_on(start, tiny_folder):
     assert f"the newest checkpoint is {folder}/checkpoints/step_" in errors
     assert f"resume={folder}" in errors
     second = Server(*serve)
-    done = len(_records(folder)) + 2
+    done = len(records(folder)) + 2
     run(*arguments, f"rollout.vllm.server={second.url}", f"train.steps={done}", "--resume")
     assert second.stop() == 0
-    assert [r["step"] for r in _records(folder)] == list(range(1, done + 1))
+    assert [r["step"] for r in records(folder)] == list(range(1, done + 1))
 
 
 @pytest.mark.slow

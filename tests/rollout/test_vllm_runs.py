@@ -1,10 +1,8 @@
 """Whole runs with vLLM: every rank its own engine, weights from every ZeRO stage."""
 
-import json
-
 import pytest
 
-from tests.train.runs import COLD_START, SMALL, FastRun, data_arguments, run
+from tests.train.runs import COLD_START, SMALL, FastRun, data_arguments, records, run
 
 ARGUMENTS = (
     "quickstart",
@@ -48,8 +46,7 @@ def test_a_run_trains_and_evaluates(ranks, zero_stage, more, color_rows, tmp_pat
         ranks=ranks,
     )
     assert "Traceback" not in errors
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    steps = [r for r in map(json.loads, lines) if r["phase"] == "train"]
+    steps = records(tmp_path / "run")
     assert [r["step"] for r in steps] == [1, 2]
     assert all(r["sync_bytes"] > 1e5 and r["seconds_sync"] > 0 for r in steps)
     gaps = [r["gap_max"] for r in steps if "gap_max" in r]

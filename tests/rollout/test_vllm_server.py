@@ -164,10 +164,10 @@ def test_two_workers_hold_the_weights_together(tiny_folder):
     with pytest.raises(RolloutServerError, match="other numbers"):
         model.sync()
     model.sync()
-    workers = psutil.Process(server.process.pid).children(recursive=True)
+    workers = psutil.Process(server.pid).children(recursive=True)
     next(process for process in reversed(workers) if "VLLM" in process.name().upper()).kill()
     start = time.monotonic()
     with pytest.raises(RolloutServerError, match=server.url):
         model.engine.generate(requests, SamplingSettings(48))
     assert time.monotonic() - start < 60
-    assert server.process.wait(60) not in (0, None)
+    assert server.wait(60) not in (0, None)

@@ -116,6 +116,6 @@ def target(_target):
     """The server with a live run; after the attack it must be there, and serve that run."""
     _target.run.sync()
     yield _target
-    assert _target.server.process.poll() is None, _target.server.errors()
+    assert _target.server.is_alive, _target.server.errors()
     _target.run.sync()
     assert _target.ask("/generate", _target.batch()).status_code == 200

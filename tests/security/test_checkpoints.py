@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from care_train.training.folders import find_damage, write_manifest
-from tests.train.runs import SMALL, FastRun, data_arguments
+from tests.train.runs import FastRun, run, text_run_arguments
 
 
 class Payload:
@@ -27,22 +27,10 @@ class Payload:
 def trained(tmp_path_factory) -> Path:
     """Runs of one step under ZeRO-0, 2 and 3, each with its checkpoint."""
     out = tmp_path_factory.mktemp("trained")
-    rows = out / "rows.jsonl"
-    lines = [{"prompt": f"what is {i} and one?", "answer": f"{i + 1}"} for i in range(8)]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for stage in (0, 2, 3):
-        more = (f"name=zero{stage}", f"deepspeed.zero_stage={stage}", "train.save_every=1")
-        [(status, errors)] = FastRun(*_arguments(out), *more).end()
-        assert status == 0, errors
+        own = ("algorithm=grpo", "train.steps=1", "train.schedule=constant", "train.save_every=1")
+        run(*text_run_arguments(out), *own, f"name=zero{stage}", f"deepspeed.zero_stage={stage}")
     return out
-
-
-def _arguments(out: Path) -> list[str]:
-    return [
-        *("train", *SMALL, *data_arguments(out / "rows.jsonl"), f"output_dir={out}"),
-        *("model.path=tiny-qwen2", "rollout.max_new_tokens=8", "algorithm=grpo", "train.steps=1"),
-        "train.schedule=constant",
-    ]
 
 
 def _within_the_state(path: Path, says: Path) -> None:
@@ -71,8 +59,18 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize("plant", [_within_the_state, _instead_of_the_file, _by_a_name_of_torchs])
-@pytest.mark.parametrize(("stage", "name"), FILES)
+# Every file for one attack; DeepSpeed's reader and ours for the others.
+ATTACKS = [
+    *((_within_the_state, *file) for file in FILES),
+    *(
+        (plant, *file)
+        for plant in (_instead_of_the_file, _by_a_name_of_torchs)
+        for file in FILES[:2]
+    ),
+]
+
+
+@pytest.mark.parametrize(("plant", "stage", "name"), ATTACKS)
 def test_a_checkpoint_that_would_run_code_is_refused(plant, stage, name, trained, tmp_path):
     """With a manifest that fits, as whoever can write the files can make: `--resume` and `export`
     end with status 2 and name the checkpoint; nothing of the payload was called."""

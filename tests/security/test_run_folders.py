@@ -22,7 +22,7 @@ from care_train.training.processes import ProcessId
 from care_train.training.run_folder import RunFolder, recover
 from care_train.training.run_lock import FolderInUseError, Holder, RunLock
 from care_train.training.run_place import MARKER, check_free, marker_text
-from tests.train.runs import SMALL, FastRun, data_arguments
+from tests.train.runs import FastRun, text_rows, text_run_arguments
 
 Tree = dict[str, bytes]
 
@@ -48,18 +48,12 @@ def _one(*arguments: str, before: str = "") -> tuple[int | None, str]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    lines = [{"prompt": f"what is {i} and one?", "answer": f"{i + 1}"} for i in range(8)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return text_rows(tmp_path_factory.mktemp("rows"))
 
 
 def _arguments(rows: Path, out: Path) -> list[str]:
-    return [
-        *("train", *SMALL, *data_arguments(rows), f"output_dir={out}", "name=run"),
-        *("model.path=tiny-qwen2", "rollout.max_new_tokens=8", "algorithm=grpo", "train.steps=1"),
-        *("train.schedule=constant", "train.save_every=1"),
-    ]
+    own = ("algorithm=grpo", "train.steps=1", "train.schedule=constant", "train.save_every=1")
+    return [*text_run_arguments(out, rows), *own]
 
 
 @pytest.fixture(scope="module")

@@ -9,26 +9,19 @@ from pathlib import Path
 import pytest
 
 from care_train.training.failures import DISK_FULL_STATUS, INPUT_STATUS
-from tests.train.runs import SMALL, FastRun, data_arguments, mounted_disk
+from tests.train.runs import FastRun, mounted_disk, text_rows, text_run_arguments
 
 ODD_NAMES = ["[/red]", "[bold]x", "<img src=x onerror=alert(1)>", "a|b`c`", "a\nb", "\x1b[31mx"]
 
 
 @pytest.fixture
 def rows(tmp_path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    lines = [
-        {"prompt": f"what is {i} and one?", "answer": f"{i + 1}", "rationale": "so"}
-        for i in range(8)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    return text_rows(tmp_path)
 
 
 def _arguments(rows: Path, out: Path) -> list[str]:
     return [
-        *("train", *SMALL, *data_arguments(rows), f"output_dir={out}", "name=run"),
-        *("model.path=tiny-qwen2", "rollout.max_new_tokens=8", "algorithm=grpo", "train.steps=2"),
+        *(*text_run_arguments(out, rows), "algorithm=grpo", "train.steps=2"),
         *("train.schedule=constant", "train.save_every=1", "logging.report_to=[tensorboard]"),
     ]
 

@@ -80,7 +80,6 @@ def _all(rows: list[torch.Tensor]) -> torch.Tensor:
 
 
 def main(out: str, cases: str) -> None:
-    torch.set_num_threads(1)
     for name, (model, arguments) in json.loads(cases).items():
         result = run_case(model, **arguments)
         if is_main():

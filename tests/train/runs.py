@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -47,13 +48,14 @@ class FastRun:
     that a test may kill any of them.
     """
 
-    def __init__(self, *arguments: str, ranks: int = 1, before: str = "") -> None:
+    def __init__(self, *arguments: str, ranks: int = 1, before: str = "", module: str = "") -> None:
         """Start.
 
         Args:
-            arguments: of `care-train`.
+            arguments: of `care-train`, or of `module`.
             ranks: how many processes.
             before: code that each of them runs first, to break something.
+            module: a module of the tests that is the program in place of `care-train`.
         """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.train.warm"])
@@ -61,22 +63,33 @@ class FastRun:
         places = _places(ranks)
         self._logs = [Path(self._folder.name) / str(rank) for rank in range(ranks)]
         self._processes = [
-            context.Process(target=_rank, args=(arguments, place, before, log))
+            context.Process(target=_rank, args=(arguments, place, before, module, log))
             for place, log in zip(places, self._logs, strict=True)
         ]
         for process in self._processes:
             process.start()
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 300) -> bool:
+    def wait_for(
+        self, condition: Callable[[], bool], seconds: float = 300, every: float = 0.001
+    ) -> bool:
         """Whether `condition` came true before the run ended."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if condition():
                 return True
-            if not self._processes[0].is_alive():
+            if not self.is_alive:
                 return False
-            time.sleep(0.001)
+            time.sleep(every)
         raise TimeoutError("the run neither ended nor got there")
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the first rank is."""
+        return self._processes[0].is_alive()
+
+    def errors(self) -> str:
+        """What the first rank has written so far."""
+        return self._logs[0].read_text() if self._logs[0].is_file() else ""
 
     def pid(self, rank: int) -> int:
         """Of one rank's process."""
@@ -108,7 +121,9 @@ class FastRun:
         return [(s, log.read_text()) for s, log in zip(statuses, self._logs, strict=True)]
 
 
-def _rank(arguments: Sequence[str], place: dict[str, str], before: str, log: Path) -> None:
+def _rank(
+    arguments: Sequence[str], place: dict[str, str], before: str, module: str, log: Path
+) -> None:
     # The process they are forked from may have inherited a group's variables.
     own = own_environment() | place
     os.environ.clear()
@@ -117,11 +132,17 @@ def _rank(arguments: Sequence[str], place: dict[str, str], before: str, log: Pat
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     import torch
 
+    import care_train.summary
     from care_train.cli import main
 
     torch.set_num_threads(1)
+    # Half of a small run's time; runs in processes of their own draw them.
+    care_train.summary.draw_plots = lambda *_: None
     exec(before, {})
-    sys.exit(main(list(arguments)))
+    if not module:
+        sys.exit(main(list(arguments)))
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__")
 
 
 def _places(ranks: int) -> list[dict[str, str]]:
@@ -146,13 +167,22 @@ def data_arguments(rows: Path) -> list[str]:
     return [f"{section}.path={rows}" for section in ("data", "sft.data", "eval.data")]
 
 
-def text_run_arguments(folder: Path) -> list[str]:
-    """`train` on eight rows of text with a tiny language model: the run `run` in `folder`."""
+def text_rows(folder: Path) -> Path:
+    """A file of eight rows of text."""
     rows = folder / "rows.jsonl"
-    lines = [{"prompt": f"what is {i} and one?", "answer": f"{i + 1}"} for i in range(8)]
+    lines = [
+        {"prompt": f"what is {i} and one?", "answer": f"{i + 1}", "rationale": "so"}
+        for i in range(8)
+    ]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return rows
+
+
+def text_run_arguments(folder: Path, rows: Path | None = None) -> list[str]:
+    """`train` on `text_rows` with a tiny language model: the run `run` in `folder`."""
+    data = data_arguments(rows or text_rows(folder))
     return [
-        *("train", *SMALL, *data_arguments(rows), f"output_dir={folder}", "name=run"),
+        *("train", *SMALL, *data, f"output_dir={folder}", "name=run"),
         *("model.path=tiny-qwen2", "rollout.max_new_tokens=8"),
     ]
 
@@ -168,11 +198,19 @@ def mounted_disk(folder: Path, size: str) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def records(run_dir: Path, phase: str | None = "train") -> list[dict]:
+    """The metrics of one phase; None: of all."""
+    found = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [record for record in found if phase in (None, record["phase"])]
+
+
 def timeless(run_dir: Path) -> list[dict]:
     """The metrics without what the clock says."""
-    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     clock = ("time", "seconds", "tokens_per_second")
-    return [{k: v for k, v in r.items() if not k.startswith(clock)} for r in records]
+    return [
+        {k: v for k, v in record.items() if not k.startswith(clock)}
+        for record in records(run_dir, None)
+    ]
 
 
 def assert_same_runs(one: Path, other: Path) -> None:
@@ -189,27 +227,5 @@ def assert_same_runs(one: Path, other: Path) -> None:
 
 def run_ranks(module: str, *arguments: object, ranks: int, seconds: float = 300) -> None:
     """`python -m MODULE ARGUMENTS` on each rank: all must succeed in time; none stays behind."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = []
-    for rank in range(ranks):
-        place = shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": 1}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, arguments)],
-                cwd=ROOT,
-                env=own_environment() | {key: str(value) for key, value in place.items()},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    try:
-        for process in processes:
-            text, _ = process.communicate(timeout=seconds)
-            assert process.returncode == 0, text
-    finally:
-        for process in processes:
-            process.kill()
+    outputs = FastRun(*map(str, arguments), ranks=ranks, module=module).end(seconds)
+    assert [status for status, _ in outputs] == [0] * ranks, outputs

@@ -190,7 +190,7 @@ def test_launchers_end_with_the_cause(launcher, arguments, tmp_path):
             stdout=log,
             stderr=log,
             cwd=ROOT,
-            env=own_environment() | {"OMP_NUM_THREADS": "1"},
+            env=own_environment(),
         )
     end = time.monotonic() + 120
     while _steps(tmp_path / "run") < 2 and time.monotonic() < end:

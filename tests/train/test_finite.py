@@ -22,8 +22,6 @@ def _load(tiny_folder, bf16: bool) -> LoadedModel:
 def test_what_is_not_finite_updates_nothing(zero_stage, bf16, spoil, tiny_folder, caplog):
     """NaN in the loss or in a gradient alone: left out as often as allowed, then an error that
     names the first bad number; and the next good update is as if there had been none."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these models gain nothing from more
     settings = {"max_skipped_updates": 2, "zero_stage": zero_stage, "bf16": bf16}
     settings |= {"max_grad_norm": 1.0}
     loaded = _load(tiny_folder, bf16)
@@ -55,7 +53,6 @@ def test_what_is_not_finite_updates_nothing(zero_stage, bf16, spoil, tiny_folder
     assert all(result.applied for result in results)
     fresh = _whole(other)
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in _whole(engine).items())
-    torch.set_num_threads(threads)
 
 
 def _whole(engine) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ RUN = ("sft", *SMALL, *COLD_START, "sft.steps=3", "sft.save_every=1")
 def _environment(**more: str) -> dict[str, str]:
     # SLURM's are this machine's own, where the tests are a job.
     kept = {k: v for k, v in own_environment().items() if "SLURM" not in k}
-    return kept | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | more
+    return kept | {"PYTHON": sys.executable} | more
 
 
 def _start(script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -54,6 +54,7 @@ def test_scripts_are_valid_and_explain_themselves(script):
     assert done.returncode == 2 and "train --config configs/care.yaml" in done.stderr
 
 
+@pytest.mark.slow
 def test_accelerate_launches_ranks(color_rows, tmp_path):
     """`accelerate launch -m care_train` starts ranks that train as one run."""
     accelerate = ("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu")

@@ -1,7 +1,6 @@
 """Whole runs with LoRA: export, resume, what other libraries make of the result."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -163,7 +162,6 @@ def test_vllm_serves_both_exports(start, trained):
     done = subprocess.run(
         [sys.executable, "-c", VLLM, *folders],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

@@ -12,6 +12,7 @@ from care_train.config import DataSettings
 from care_train.data import load_samples
 from care_train.training.sft import response_text, target_sequence
 from tests.train.builders import full_log_probs, load, make_session
+from tests.train.runs import records
 
 KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
 
@@ -19,15 +20,6 @@ SMALL = (
     *("prompt.system=null", "prompt.max_prompt_tokens=512", "eval.greedy=false"),
     *("logging.report_to=[]", "logging.progress=false", "logging.samples_every=1"),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny models gain nothing from more, and wait for each other's threads on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +54,6 @@ def cold(request, mixed_rows, tiny_folder, tmp_path_factory) -> tuple[str, Path]
     return request.param, out / "cold"
 
 
-def _metrics(run: Path, phase: str) -> list[dict]:
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [record for record in records if record["phase"] == phase]
-
-
 def test_a_cold_start_step_of_mixed_rows(cold, mixed_rows, tiny_folder):
     """The first step's loss is that of the plain model on each row alone, and it falls."""
     kind, run = cold
@@ -89,7 +76,7 @@ def test_a_cold_start_step_of_mixed_rows(cold, mixed_rows, tiny_folder):
         own = [rows[p, t] for p, t in zip(places, sequence.response_ids, strict=True)]
         total, tokens = total - float(sum(own)), tokens + len(own)
     assert images == [0, 1, 2] * 2
-    losses = [record["loss"] for record in _metrics(run, "sft")]
+    losses = [record["loss"] for record in records(run, "sft")]
     assert losses[0] == pytest.approx(total / tokens, rel=1e-4)
     assert losses[-1] < 0.3 * losses[0]
 
@@ -108,7 +95,7 @@ def test_a_reinforcement_step_of_mixed_rows(cold, mixed_rows, tmp_path):
     paths = [f"{key}.path={mixed_rows}" for key in ("data", "eval.data")]
     arguments = [*SMALL, *own, *paths, f"model.path={run / 'final'}"]
     assert main(["train", *arguments, f"output_dir={tmp_path}", "name=care"]) == 0
-    first = _metrics(tmp_path / "care", "train")[0]
+    first = records(tmp_path / "care")[0]
     assert (first["groups"], first["groups_skipped"]) == (6, 0)
     assert first["sampled_sequences"] == 30 and first["trained_sequences"] >= 18
     assert abs(first["kl"]) < 1e-6 and first["clipped_low"] == first["clipped_high"] == 0

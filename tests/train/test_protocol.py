@@ -95,7 +95,7 @@ def test_the_documented_commands_run(tmp_path):
     pattern = r"```bash\n(python -m bench\.protocol_fixtures .*?)```"
     block = re.search(pattern, (ROOT / "README.md").read_text(), re.DOTALL)
     assert block is not None
-    environment = own_environment() | {"OMP_NUM_THREADS": "1"}
+    environment = own_environment()
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     for line in block[1].splitlines():
         command = shlex.split(line)

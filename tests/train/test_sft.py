@@ -24,6 +24,7 @@ from tests.train.builders import (
     make_session,
     text_sample,
 )
+from tests.train.runs import records
 
 SMALL = (
     "prompt.system=null",
@@ -46,10 +47,6 @@ def _sft(folder: Path, rows: Path, out: Path, *arguments: str) -> Path:
     return out / "cold"
 
 
-def _metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_the_held_out_loss_is_logged_and_falls(tiny_folder, color_rows, tmp_path):
     """`sft.eval_data`: every `sft.eval_every` steps and after the last; in the summary too."""
     run = _sft(
@@ -58,7 +55,7 @@ def test_the_held_out_loss_is_logged_and_falls(tiny_folder, color_rows, tmp_path
         tmp_path,
         *("sft.steps=25", "sft.eval_every=10", f"sft.eval_data={color_rows}"),
     )
-    losses = {r["step"]: r["eval_loss"] for r in _metrics(run) if "eval_loss" in r}
+    losses = {r["step"]: r["eval_loss"] for r in records(run, None) if "eval_loss" in r}
     assert list(losses) == [10, 20, 25]
     assert losses[25] < 0.8 * losses[10]
     assert json.loads((run / "summary.json").read_text())["eval_loss"] == losses[25]
@@ -78,7 +75,7 @@ def test_packs_learn_what_padded_rows_do(tiny_folder, color_rows, tmp_path):
     found = []
     for name, arguments in (("padded", ()), ("packed", packed)):
         run = _sft(tiny_folder(), rows, tmp_path / name, "sft.steps=3", *arguments)
-        found.append([(r["loss"], r["grad_norm"]) for r in _metrics(run)])
+        found.append([(r["loss"], r["grad_norm"]) for r in records(run, None)])
     assert len(found[0]) == 3
     for one, two in zip(*found, strict=True):
         assert two == pytest.approx(one, rel=1e-3)
@@ -108,7 +105,7 @@ def test_the_held_out_loss_is_that_of_the_plain_model(tiny_folder, color_rows, t
         for place, token in enumerate(sequence.response_ids):
             total -= float(rows[start - 1 + place, token])
             tokens += 1
-    assert _metrics(run)[-1]["eval_loss"] == pytest.approx(total / tokens, rel=1e-4)
+    assert records(run, None)[-1]["eval_loss"] == pytest.approx(total / tokens, rel=1e-4)
 
 
 def _token_types(token_ids, image_token_id):
@@ -147,7 +144,7 @@ def test_lora_learns_too(tiny_folder, color_rows, tmp_path):
         *("sft.steps=20", "model.lora={rank: 8}", f"sft.eval_data={color_rows}"),
         "sft.eval_every=1",
     )
-    losses = [record["eval_loss"] for record in _metrics(run)]
+    losses = [record["eval_loss"] for record in records(run, None)]
     assert losses[-1] < 0.9 * losses[0]
     session = make_session(run / "final")
     assert not any("lora" in name for name, _ in session.loaded.model.named_parameters())

@@ -103,7 +103,6 @@ def run_case(out: Path, name: str, overrides: Sequence[str], model: str, rows: s
 
 
 def main(out: str, model: str, rows: str, cases: str) -> None:
-    torch.set_num_threads(1)
     for name, overrides in json.loads(cases).items():
         run_case(Path(out), name, overrides, model, rows)
     leave_process_group()
