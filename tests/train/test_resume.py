@@ -114,8 +114,6 @@ def test_what_a_selector_has_learnt_goes_on(start, monkeypatch):
     """`care.selector=learned`, gone on with from the middle: what it chooses is the same."""
     monkeypatch.setattr("care_train.algorithm.fixability.MIN_OUTCOMES", 4)
     name, folder = "learned", _folder(start, "learned")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     learned = ["care.selector=learned", "train.keep_checkpoints=3", f"name={name}"]
     assert main([*start, *_schedule(), *learned]) == 0
     before, newest = timeless(folder), folder / "checkpoints" / f"step_{STEPS:06d}"
@@ -123,7 +121,6 @@ def test_what_a_selector_has_learnt_goes_on(start, monkeypatch):
     assert {outcome[-1] for outcome in state["fixability"]} == {0.0, 1.0}
     shutil.rmtree(newest)
     assert main(["train", f"resume={folder}"]) == 0
-    torch.set_num_threads(threads)
     assert timeless(folder) == before
     assert json.loads((newest / "trainer_state.json").read_text()) == state
 
