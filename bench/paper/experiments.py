@@ -77,6 +77,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "care_plus": CARE_PLUS,
             "care_plus w/o rgr": CARE_PLUS + _NO_RGR,
             "steps": (*CARE_PLUS, *_STEPS),
+            "steps, rescue": (*CARE_PLUS, *_STEPS, "care.rescue=1.0"),
             "care_plus, s=1": (*CARE_PLUS, "care.neg_scale=1.0"),
             "grpo": _GRPO,
         },

@@ -159,7 +159,10 @@ def subgroup_update(
     if num_negatives == 0:
         return skipped_update("no_negatives", rescued=subgroup.rescued)
     departs = settings.credit in ("departure", "steps")
-    if subgroup.rescued and departs:
+    verified = settings.credit == "steps" and all(
+        member.rollout.spans.wrong_step for member in subgroup.members
+    )
+    if subgroup.rescued and departs and not verified:
         # All are wrong: where one leaves another says nothing about which token went wrong.
         settings = replace(settings, credit="regions")
     shaped = torch.tensor([m.shaped_reward for m in subgroup.members], dtype=torch.float64)

@@ -156,7 +156,7 @@ class CareSettings:
     first such departure on; a rescued group, which has no positive, as under `regions`. `steps`:
     as `departure`, but where a reward function names a response's first wrong step
     (docs/verifier.md), a negative weighs in that step alone, and a positive, which can be right by
-    luck, before it."""
+    luck, before it; a rescued group too, where all of its steps are named."""
     think_weight: NonNegativeFloat = 0.005
     """gamma+: weight of a positive's rationale tokens; a negative's weigh 0 (Eq. 11)."""
     think_share: Annotated[float, Field(ge=0, lt=1)] | None = None

@@ -300,6 +300,22 @@ class TestCredit:
             weights = token_weights(sequence)
             assert weights.tolist() == pytest.approx([0.0] * 5 + [0.2] * 5)
 
+    def test_verified_steps_of_a_rescue(self):
+        """Where the first wrong step of each is known, the pseudo-anchor earns what it got right
+        from where a negative departs, and a negative is blamed for its wrong step."""
+        steps = {(1, 2, 3, 4, 9): (4, 5), (1, 2, 8, 4, 9): (2, 3), (1, 7, 3, 4, 9): (1, 2)}
+        rollouts = [
+            replace(wrong(), token_ids=ids, spans=replace(wrong().spans, wrong_step=span))
+            for ids, span in steps.items()
+        ]
+        settings = care("credit=steps")
+        group = make_group(rollouts, log_prob_sums=[-1.0, -9.0, -9.0])
+        update = subgroup_update(subgroup_of(group, settings), settings)
+        found = [token_weights(sequence).tolist() for sequence in update.sequences]
+        third = 1 / 3
+        assert found[0] == pytest.approx([0, third, third, third, 0])
+        assert found[1:] == [[0, 0, 1, 0, 0], [0, 1, 0, 0, 0]]
+
     def test_a_malformed_pseudo_anchor_earns_nothing(self):
         """Its advantage is positive: with weights, broken output would be rewarded."""
         settings = care("proxy_requires_format=false")
