@@ -143,15 +143,17 @@ class _SftLoop(StepLoop):
 
 def sft_target(config: Config, sample: Sample, step: int) -> tuple[str, str]:
     """(read only, learned) text after the prompt: Sec. 3.1's format, a slip, or a repair of it."""
-    failed_answer = sample.columns.get("failed_answer")
-    if sample.failed_rationale is not None and failed_answer is not None:
-        if random.Random(f"{config.seed}/slip/{sample.id}").random() < config.sft.slip_share:
-            slip = replace(sample, rationale=sample.failed_rationale, answer=failed_answer)
-            return "", response_text(config.prompt, slip)
-    draw = random.Random(f"{config.seed}/{step}/{sample.id}").random()
-    if sample.failed_rationale is None or draw >= config.sft.repair_share:
+    if sample.failed_rationale is None:
         return "", response_text(config.prompt, sample)
-    return repair_texts(config, sample, sample.failed_rationale)
+    draw = random.Random(f"{config.seed}/{step}/{sample.id}").random()
+    if draw < config.sft.repair_share:
+        return repair_texts(config, sample, sample.failed_rationale)
+    failed_answer = sample.columns.get("failed_answer")
+    slip_draw = random.Random(f"{config.seed}/slip/{sample.id}").random()
+    if failed_answer is None or slip_draw >= config.sft.slip_share:
+        return "", response_text(config.prompt, sample)
+    slip = replace(sample, rationale=sample.failed_rationale, answer=failed_answer)
+    return "", response_text(config.prompt, slip)
 
 
 def response_text(prompt: PromptSettings, sample: Sample) -> str:
