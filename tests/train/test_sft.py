@@ -242,6 +242,13 @@ def test_a_share_of_rows_is_learnt_as_slips():
     assert sft_target(slips, plain, 0)[1] == response_text(slips.prompt, plain)
 
 
+def test_repairs_are_a_share_of_all_rows():
+    """Of those too that are learnt as slips otherwise: a policy that slips learns to repair."""
+    config = make_config({"sft": {"slip_share": 1.0, "repair_share": 0.3}})
+    rows = [digits_sample(3, "train", row) for row in range(1, 201)]
+    assert 40 < sum(sft_target(config, row, 0)[0] != "" for row in rows) < 80
+
+
 def test_tags_that_are_tokens_are_learnt_as_tokens(tiny_folder, tmp_path):
     """Qwen3 has `<think>` as one token, no special one: encoded as it, and read back whole."""
     loaded = load(tiny_folder("tiny-qwen3-vl"))
