@@ -20,8 +20,8 @@ BenchmarkName = Literal[
 ]
 
 
-LEVELS = {"digits": range(2, 7), "charts": range(2, 7)}
-"""Levels of difficulty of data sets that have them: digits of a strip, bars of a chart."""
+LEVELS = {"digits": range(2, 7), "charts": range(2, 7), "geometry": range(2, 7)}
+"""Levels of difficulty of data sets that have them: digits, bars or rectangles of an image."""
 
 SHIPPED_DATA = (
     *("easy_vqa", *LEVELS),
@@ -69,7 +69,8 @@ class DataSettings:
     path: str = "easy_vqa"
     """`easy_vqa` (the published package); `digits`, or `digits-2` to `digits-6` (strips of so many
     handwritten digits; `digits` has 4); `charts`, or `charts-2` to `charts-6` (charts of so many
-    bars; `charts` has 3); a Parquet, JSON lines or JSON file; a folder of them,
+    bars; `charts` has 3); `geometry`, or `geometry-2` to `geometry-6` (so many rectangles;
+    `geometry` has 3); a Parquet, JSON lines or JSON file; a folder of them,
     such as a downloaded repository; a folder saved by the datasets library; or a data set of the
     Hugging Face Hub, `ORG/NAME[:CONFIG]`. What is on this disk comes first. `@SPLIT` behind it
     names a split, `#REVISION` the Hub's branch, tag or commit. Without a split training rows are
@@ -84,8 +85,8 @@ class EvalSettings:
 
     data: str | None = None
     """Held-out rows, as data.path; `@SPLIT` alone is another split of data.path. None: the test
-    split of training rows that come with the installation (`easy_vqa`, `digits`, `charts`); of
-    other rows none, and a run is not evaluated."""
+    split of training rows that come with the installation (`easy_vqa`, `digits`, `charts`,
+    `geometry`); of other rows none, and a run is not evaluated."""
     max_samples: PositiveInt | None = None
     """Take this many held-out rows, and questions of each benchmark, chosen by the run's seed.
     None: all."""

@@ -35,8 +35,8 @@ class RewardFunctionSettings:
     function: str
     """`file.py:function`, in the form of EasyR1, TRL or verl; docs/verifier.md has examples.
     `python:NAME` stands for one that a program hands over (docs/python.md),
-    `care_train:verified_steps` for the check of each step of an answer about `digits` and `charts`,
-    which names the first wrong one (`care.credit=steps`)."""
+    `care_train:verified_steps` for the check of each step of an answer about `digits`, `charts` and
+    `geometry`, which names the first wrong one (`care.credit=steps`)."""
     weight: float = 1.0
     """Weight among those of the same target; a bonus is multiplied by it."""
     target: Literal["accuracy", "bonus"] = "accuracy"

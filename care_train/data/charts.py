@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from care_train.data.digits import add_up, png
+from care_train.data.digits import Derived, add_up, derived_sample, png
 from care_train.data.schema import Sample
 
 COLORS = {
@@ -66,8 +66,7 @@ def charts_sample(num_bars: int, split: str, row: int) -> Sample:
         split: `train` or `test`.
         row: from 1.
     """
-    id = f"charts-{num_bars}/{split}/{row}"
-    rng = random.Random(id)
+    rng = random.Random(f"charts-{num_bars}/{split}/{row}")
     colors = rng.sample(list(COLORS), num_bars)
     bars = [(color, rng.choice(HEIGHTS)) for color in colors]
     while _is_test(bars) != (split == "test"):
@@ -77,27 +76,18 @@ def charts_sample(num_bars: int, split: str, row: int) -> Sample:
     # Of two bars of height 8 one stays the tallest whatever is misread: another kind is asked.
     while not (slips := misreadings(question, bars)):
         question = question._replace(kind=rng.choice(kinds))
-    text, rationale, answer = derive(question, bars)
-    _, failed_rationale, failed_answer = derive(question, rng.choice(slips))
-    return Sample(
-        id=id,
-        prompt=text,
-        answer=answer,
-        images=(png(_Canvas.of(num_bars).draw(bars, rng)),),
-        rationale=rationale,
-        failed_rationale=failed_rationale,
-        source="charts",
-        location=f"charts-{num_bars} {split}: row {row}",
-        columns={
-            **question._asdict(),
-            "colors": colors,
-            "heights": [height for _, height in bars],
-            "failed_answer": failed_answer,
-        },
+    slip = rng.choice(slips)
+    return derived_sample(
+        f"charts-{num_bars}",
+        (split, row),
+        png(_Canvas.of(num_bars).draw(bars, rng)),
+        derive(question, bars),
+        derive(question, slip),
+        question._asdict() | {"colors": colors, "heights": [height for _, height in bars]},
     )
 
 
-def derive(question: Question, bars: Sequence[Bar]) -> tuple[str, str, str]:
+def derive(question: Question, bars: Sequence[Bar]) -> Derived:
     """The question's text, the rationale and the answer.
 
     Args:

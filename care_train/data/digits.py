@@ -26,6 +26,10 @@ _NUM_TEST_IMAGES = 400
 _TILE = 28  # pixels a side: four patches of 14, which Qwen's vision towers merge into one token
 
 
+Derived = tuple[str, str, str]
+"""Question, rationale and answer."""
+
+
 def digits_sample(length: int, split: str, row: int) -> Sample:
     """A strip of so many digits with a question.
 
@@ -37,30 +41,56 @@ def digits_sample(length: int, split: str, row: int) -> Sample:
         split: `train` or `test`.
         row: from 1.
     """
-    id = f"digits-{length}/{split}/{row}"
-    rng = random.Random(id)
+    rng = random.Random(f"digits-{length}/{split}/{row}")
     labels, _ = _images()
     chosen = [rng.choice(_image_numbers(split)) for _ in range(length)]
     digits = [labels[i] for i in chosen]
     # Of two nines one stays the largest whatever is misread: no slip leads to another answer.
     kinds = rng.sample(KINDS, len(KINDS))
     kind, slips = next((kind, slips) for kind in kinds if (slips := misreadings(kind, digits)))
-    question, rationale, answer = derive(kind, digits)
-    _, failed_rationale, failed_answer = derive(kind, rng.choice(slips))
-    return Sample(
-        id=id,
-        prompt=question,
-        answer=answer,
-        images=(_strip(chosen),),
-        rationale=rationale,
-        failed_rationale=failed_rationale,
-        source="digits",
-        location=f"digits-{length} {split}: row {row}",
-        columns={"kind": kind, "digits": digits, "failed_answer": failed_answer},
+    return derived_sample(
+        f"digits-{length}",
+        (split, row),
+        _strip(chosen),
+        derive(kind, digits),
+        derive(kind, rng.choice(slips)),
+        {"kind": kind, "digits": digits},
     )
 
 
-def derive(kind: str, digits: Sequence[int]) -> tuple[str, str, str]:
+def derived_sample(
+    name: str,
+    place: tuple[str, int],
+    image: bytes,
+    right: Derived,
+    slip: Derived,
+    columns: dict[str, Any],
+) -> Sample:
+    """A row whose rationale and answer follow from what its image shows.
+
+    Args:
+        name: the data set's, with its level.
+        place: split and row.
+        image: a PNG file.
+        right: what follows from what it shows.
+        slip: what follows from something misread.
+        columns: more of the row.
+    """
+    (split, row), (question, rationale, answer) = place, right
+    return Sample(
+        id=f"{name}/{split}/{row}",
+        prompt=question,
+        answer=answer,
+        images=(image,),
+        rationale=rationale,
+        failed_rationale=slip[1],
+        source=name.partition("-")[0],
+        location=f"{name} {split}: row {row}",
+        columns=columns | {"failed_answer": slip[2]},
+    )
+
+
+def derive(kind: str, digits: Sequence[int]) -> Derived:
     """Question, rationale and answer about a strip of digits.
 
     Args:

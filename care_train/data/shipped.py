@@ -7,12 +7,17 @@ from care_train.config import LEVELS, SHIPPED_DATA
 from care_train.data.charts import charts_sample
 from care_train.data.digits import digits_sample
 from care_train.data.easy_vqa import easy_vqa_samples
+from care_train.data.geometry import geometry_sample
 from care_train.data.schema import Sample
 
 NUM_ROWS = {"train": 12_000, "test": 2_000}
 """Rows of each split of those that are made: each row when it is asked for."""
 
-_MADE = {"digits": (digits_sample, 4), "charts": (charts_sample, 3)}
+_MADE = {
+    "digits": (digits_sample, 4),
+    "charts": (charts_sample, 3),
+    "geometry": (geometry_sample, 3),
+}
 """What makes a row, and the level of difficulty of the bare name."""
 
 

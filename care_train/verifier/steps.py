@@ -1,4 +1,4 @@
-"""Which step of an answer about `digits` or `charts` is the first wrong one.
+"""Which step of an answer about `digits`, `charts` or `geometry` is the first wrong one.
 
 A reward function by name, `care_train:verified_steps`: the example of what any process verifier can
 say, and what `care.credit=steps` reads.
@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from care_train.data import charts, digits
+from care_train.data import charts, digits, geometry
 
 _VALUE = re.compile(rf"\b(?:\d+|none|{'|'.join(charts.COLORS)})\b")
 _READING = "i see"
@@ -38,8 +38,10 @@ def _derivation(row: Mapping[str, Any]) -> str:
         question = charts.Question(*(row[name] for name in charts.Question._fields))
         bars = list(zip(row["colors"], row["heights"], strict=True))
         return " ".join(charts.derive(question, bars)[1:])
+    if row["source"] == "geometry":
+        return " ".join(geometry.derive(row["kind"], row["rectangles"])[1:])
     raise ValueError(
-        f"verified_steps: got a row of source {row['source']!r}, wanted digits or charts"
+        f"verified_steps: got a row of source {row['source']!r}, wanted digits, charts or geometry"
     )
 
 

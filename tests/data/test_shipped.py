@@ -6,7 +6,7 @@ from care_train.config import DataSettings, load_config
 from care_train.data import load_samples
 
 
-@pytest.mark.parametrize(("name", "usual"), [("digits", 4), ("charts", 3)])
+@pytest.mark.parametrize(("name", "usual"), [("digits", 4), ("charts", 3), ("geometry", 3)])
 def test_a_made_data_set_is_a_source(name: str, usual: int):
     """It is a name like `easy_vqa`, with a usual level, its own held-out split and no other."""
     samples = load_samples(DataSettings(path=f"{name}@test", max_samples=5))

@@ -22,7 +22,7 @@ def text(rationale: str | None, answer: str) -> str:
     return f"<think>{rationale}</think> <answer>{answer}</answer>"
 
 
-@pytest.mark.parametrize("name", ["digits-3", "charts-3"])
+@pytest.mark.parametrize("name", ["digits-3", "charts-3", "geometry-3"])
 def test_a_slip_goes_wrong_at_what_it_misreads(name: str):
     """Every row's own rationale has no wrong step; a slip's is the value that it reads wrong."""
     samples = load_samples(DataSettings(path=name, max_samples=100))
@@ -61,7 +61,7 @@ def test_values_count_and_words_do_not(response: str, wrong: str | None, score: 
 
 def test_rows_of_another_source_are_an_error():
     """Nothing is known of what their pictures show."""
-    with pytest.raises(ValueError, match="source 'colors', wanted digits or charts"):
+    with pytest.raises(ValueError, match="source 'colors', wanted digits, charts or geometry"):
         verified_steps([{"source": "colors", "response": "red"}])
 
 
