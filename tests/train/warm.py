@@ -8,6 +8,8 @@ from care_train.cli import quiet_libraries
 
 quiet_libraries()
 
+# At the first engine with ZeRO DeepSpeed imports it, and with it torch's compiler.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401
 import torch  # noqa: E402
 
 import care_train.commands  # noqa: E402
