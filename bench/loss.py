@@ -3,6 +3,7 @@
     python -m bench.loss                        # the head of Qwen2.5-VL-3B at 256 and 512 rows
     python -m bench.loss --quick                # 128 rows, three rounds
     python -m bench.loss --shape both --full    # both heads, 256 to 4,096 rows: an hour and more
+    python -m bench.loss --floor --shape 7b --rows 2048    # ours beside the bare products alone
     python -m bench.loss --csv results.csv      # also one line per figure
 
 The floor is three bare matrix products of the same shapes (logits, dX, dW), taken in turns with the
@@ -88,7 +89,7 @@ class Bench:
                 problem = make_problem(self.rows[-1], width, vocab, self.device)
                 of_shape = self._time_shape(shape, problem)
                 cells += of_shape
-                if not active:
+                if self.options.active and not active:
                     active = self._time_active_rows(problem.first(self._headline(cells).rows))
                 del problem
                 if self.options.memory:
@@ -107,7 +108,8 @@ class Bench:
         num_shapes, num_contenders = len(self.options.shapes), len(self.contenders)
         calls = len(self.rows) * num_contenders * (1 + self.options.repeats)
         memory = num_contenders + 1 if self.options.memory else 0
-        return num_shapes * (calls + memory) + len(_ACTIVE_FRACTIONS) * self.options.repeats
+        active = len(_ACTIVE_FRACTIONS) if self.options.active else 0
+        return num_shapes * (calls + memory) + active * self.options.repeats
 
     def _time_shape(self, shape: str, problem: Problem) -> list[Cell]:
         vocab, width = problem.head_weight.shape
@@ -241,10 +243,15 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--budget", type=float, default=20.0, metavar="SECONDS", help=budget)
     parser.add_argument("--no-memory", dest="memory", action="store_false")
+    floor = "no peers, no memory, all rows active; --budget is then ten minutes"
+    parser.add_argument("--floor", action="store_true", help=floor)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="append the figures here")
     parser.add_argument("--skip-peer", nargs="+", default=[], choices=PEERS, metavar="PEER")
     parser.add_argument("--devices", nargs="+", default=devices(), choices=devices())
     options = parser.parse_args()
+    options.active = not options.floor
+    if options.floor:
+        options.skip_peer, options.memory, options.budget = list(PEERS), False, 600.0
     options.repeats = options.repeats or (3 if options.quick else 7 if options.full else 5)
     options.shapes = SHAPES if options.shape == "both" else {options.shape: SHAPES[options.shape]}
     if options.size:

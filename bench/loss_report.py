@@ -60,7 +60,7 @@ class Findings:
     """Whose figures lead the JSON line."""
     cells: list[Cell]
     active: dict[float, list[float]]
-    """Seconds of the loss at the headline's size, by fraction of rows with an advantage."""
+    """Seconds of the loss at the headline's size by fraction of active rows; may be empty."""
     temporaries: dict[int, int]
     """Bytes the loss holds beyond inputs, dX and dW, by rows; empty where not measured."""
 
@@ -76,7 +76,7 @@ def figures(found: Findings) -> dict[str, Any]:
         "ratio_to_gemms": round(cell.ratio("ours"), 3),
         "fastest_peer": fastest,
         "fastest_peer_ratio": against,
-        "quarter_active_ratio": active["0.25"],
+        "quarter_active_ratio": active.get("0.25"),
         "active_ratios": active,
         "temporaries_mib": {str(n): _mib(size) for n, size in found.temporaries.items()},
         "cells": [_cell_figures(cell) for cell in found.cells],
@@ -87,7 +87,8 @@ def print_tables(found: Findings, console: Console) -> None:
     """The tables for people."""
     for cell in found.cells:
         console.print(_cell_table(cell, found))
-    console.print(_active_table(found))
+    if found.active:
+        console.print(_active_table(found))
     if found.temporaries:
         console.print(_temporaries_table(found))
     console.print(describe(found.facts), highlight=False)

@@ -68,13 +68,14 @@ def test_loss_prints_tables_its_figures_and_csv(run: Command, capsys: Any, tmp_p
     assert all(float(row["p20"]) <= float(row["p50"]) <= float(row["p80"]) for row in rows)
 
 
-def test_loss_with_all_peers_skipped_says_so(run: Command, capsys: Any) -> None:
-    skip = ["--devices", "cpu", "--skip-peer", *peers.PEERS]
-    assert run(loss, *_LOSS, "--no-memory", *skip) == 0
+@pytest.mark.parametrize("skip", [["--no-memory", "--skip-peer", *peers.PEERS], ["--floor"]])
+def test_loss_with_all_peers_skipped_says_so(run: Command, capsys: Any, skip: list[str]) -> None:
+    assert run(loss, *_LOSS, "--devices", "cpu", *skip) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["fastest_peer"] is None
     assert figures["fastest_peer_ratio"] is None
     assert figures["skipped"] == list(peers.PEERS)
+    assert ("0.25" in figures["devices"]["cpu"]["active_ratios"]) == ("--floor" not in skip)
 
 
 @pytest.mark.parametrize("module", [accuracy, loss])
