@@ -23,7 +23,7 @@ from typing import Any
 import triton
 from triton.compiler import ASTSource
 
-from care_kernels.triton import objective, projection, softmax, tiles
+from care_kernels.triton import projection, softmax, tiles
 from care_kernels.triton.projection import GemmTile
 
 # By module name: the package's attribute of the first name is the function.
@@ -118,7 +118,6 @@ def compile_cases(architecture: str = "9") -> list[CompileCase]:
         *_project_cases(architecture),
         *_combine_cases(),
         *_exp_gradients_cases(architecture),
-        _objective_case(),
         _token_advantages_case(),
         _span_means_case(),
     ]
@@ -239,23 +238,6 @@ def _exp_gradients_cases(architecture: str) -> list[CompileCase]:
             )
         )
     return cases
-
-
-def _objective_case() -> CompileCase:
-    """With everything: old log-probs, the unbiased KL, entropy and dual clip."""
-    kernel, block = objective._row_objective_kernel, objective.BLOCK_C
-    types = _pointers(kernel) | dict.fromkeys(("clipped_low_ptr", "clipped_high_ptr"), "*i8")
-    types |= dict.fromkeys(("first", "second", "dual"), "fp32")
-    constants = {"SURROGATE": objective.CLIP, "HAS_DUAL": True, "BLOCK_C": block}
-    return compile_case(
-        "row_objective_k3",
-        kernel,
-        types,
-        constants | {"KL_CODE": objective.KL_CODES["k3_unbiased"]},
-        num_warps=objective.NUM_WARPS,
-        grid=f"{triton.cdiv(NUM_ROWS, block)} blocks of {block} rows",
-        hbm_bytes=NUM_ROWS * (7 + 4) * 4,
-    )
 
 
 def _token_advantages_case() -> CompileCase:

@@ -30,15 +30,6 @@ from care_kernels.softmax import (
 )
 
 
-@dataclass(frozen=True)
-class Head:
-    """The output projection: weight [V, D], bias [V] or None, and what follows it."""
-
-    weight: Tensor
-    bias: Tensor | None
-    transform: LogitTransform
-
-
 class ChunkRows(NamedTuple):
     """What a chunk's logits are made of."""
 
@@ -64,12 +55,16 @@ class LogitGradient(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkSpec:
-    """What is asked of a chunk."""
+    """One output projection, and what is asked of its chunks."""
 
     hidden_dtype: torch.dtype
-    head: Head
-    ref_head: Head | None = None
-    """The reference's, for the exact KL."""
+    weight: Tensor
+    """[V, D]."""
+    bias: Tensor | None
+    """[V]."""
+    transform: LogitTransform
+    ref_weight: Tensor | None = None
+    """[V, D'] of the reference, for the exact KL; bias and transform are the policy's."""
     with_entropy: bool = False
     with_gradients: bool = False
 
@@ -100,24 +95,25 @@ class TorchChunk:
     """Torch operations on float32 logits, float64 for float64."""
 
     def __init__(self, spec: ChunkSpec, num_rows: int) -> None:
-        weight, ref_head = spec.head.weight, spec.ref_head
-        dtype = compute_dtype(weight, None if ref_head is None else ref_head.weight)
+        weight, ref_weight = spec.weight, spec.ref_weight
+        dtype = compute_dtype(weight, ref_weight)
         dtype = torch.float64 if spec.hidden_dtype == torch.float64 else dtype
-        # In the weight's own 16 bits where the GEMMs that follow have fast kernels for them.
-        is_fast = weight.is_cuda or _runs_natively(spec.hidden_dtype, spec.head.weight)
-        self.grad_dtype = weight.dtype if is_fast and dtype == torch.float32 else dtype
+        # A GPU has fast kernels for 16-bit GEMMs. On a CPU oneDNN's read on behind a row's end,
+        # where a 16-bit gradient over float32 logits holds anything.
+        is_narrow = weight.is_cuda and dtype == torch.float32
+        self.grad_dtype = weight.dtype if is_narrow else dtype
         self._spec = spec
         self._logits = torch.empty(num_rows, weight.shape[0], dtype=dtype, device=weight.device)
-        self._ref_logits = None if ref_head is None else torch.empty_like(self._logits)
+        self._ref_logits = None if ref_weight is None else torch.empty_like(self._logits)
 
     def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
         """See `LogitChunk`."""
         spec = self._spec
         logits, ref_logits = self._first(len(rows.hidden))
-        _write_logits(rows.hidden, spec.head, logits)
+        _write_logits(rows.hidden, spec.weight, spec, logits)
         if ref_logits is not None:
-            assert rows.ref_hidden is not None and spec.ref_head is not None
-            _write_logits(rows.ref_hidden, spec.ref_head, ref_logits)
+            assert rows.ref_hidden is not None and spec.ref_weight is not None
+            _write_logits(rows.ref_hidden, spec.ref_weight, spec, ref_logits)
         return row_statistics(
             logits, rows.target_ids, with_entropy=spec.with_entropy, ref_logits=ref_logits
         )
@@ -129,11 +125,10 @@ class TorchChunk:
         logits, ref_logits = self._first(len(target_ids))
         # Over the logits' own memory: each row's first bytes.
         out = logits.view(self.grad_dtype)[:, : logits.shape[1]]
-        transform = self._spec.head.transform
+        transform = self._spec.transform
         logit_gradients(
             logits, target_ids, stats, upstream, transform, out=out, ref_logits=ref_logits
         )
-        clear_padding(out)
         return LogitGradient(out)
 
     def _first(self, num_rows: int) -> tuple[Tensor, Tensor | None]:
@@ -147,16 +142,25 @@ class NativeChunk:
     grad_dtype = torch.bfloat16
 
     def __init__(self, spec: ChunkSpec, num_rows: int) -> None:
-        self._spec = spec
-        shape = (num_rows if spec.with_gradients else 0, spec.head.weight.shape[0])
+        self._spec, self._ops = spec, native_ops()
+        self._bias = None if spec.bias is None else spec.bias.float().contiguous()
+        transform = spec.transform
+        self._numbers = (transform.scale, transform.softcap or 0.0, transform.temperature)
+        shape = (num_rows if spec.with_gradients else 0, len(spec.weight))
         self._exps = torch.empty(shape, dtype=torch.bfloat16)
         self._target_logit = self._block_max = torch.empty(0)
 
     def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
         """See `LogitChunk`."""
-        exps = self._exps[: len(rows.hidden)] if keep else None
-        self._target_logit, max_logit, log_total, entropy, self._block_max = _native_project(
-            rows.hidden, self._spec.head, rows.target_ids, self._spec.with_entropy, exps=exps
+        assert self._ops is not None, "chosen only where the kernels run"
+        self._target_logit, max_logit, log_total, entropy, self._block_max = self._ops.project(
+            rows.hidden,
+            self._spec.weight,
+            self._bias,
+            rows.target_ids,
+            *self._numbers,
+            self._spec.with_entropy,
+            self._exps[: len(rows.hidden)] if keep else None,
         )
         log_probs = (self._target_logit - max_logit) - log_total
         return RowStatistics(log_probs, max_logit, log_total, entropy)
@@ -165,10 +169,9 @@ class NativeChunk:
         self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients
     ) -> LogitGradient:
         """See `LogitChunk`."""
-        ops = native_ops()
-        assert ops is not None, "chosen only where the kernels run"
+        assert self._ops is not None, "chosen only where the kernels run"
         exps = self._exps[: len(target_ids)]
-        ops.exp_gradients(
+        self._ops.exp_gradients(
             exps,
             self._block_max,
             target_ids,
@@ -179,7 +182,7 @@ class NativeChunk:
             upstream.log_probs.contiguous(),
             None if upstream.entropy is None else upstream.entropy.contiguous(),
             stats.entropy,
-            *_numbers(self._spec.head.transform),
+            *self._numbers,
         )
         return LogitGradient(exps)
 
@@ -197,7 +200,7 @@ class TritonChunk:
         from care_kernels.triton import projection, softmax, tiles
 
         self._projection, self._softmax, self._combine = projection, softmax, tiles.combine
-        self._spec, weight = spec, spec.head.weight
+        self._spec, weight = spec, spec.weight
         self.grad_dtype = weight.dtype
         shape = (num_rows if spec.with_gradients else 0, weight.shape[0])
         self._exps = projection.empty_exps(*shape, weight.dtype, weight.device)
@@ -207,27 +210,26 @@ class TritonChunk:
 
     def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
         """See `LogitChunk`."""
-        head = self._spec.head
-        tiles = self._projection.project(
+        spec = self._spec
+        self._tiles = self._projection.project(
             rows.hidden,
-            head.weight,
-            head.bias,
+            spec.weight,
+            spec.bias,
             rows.target_ids,
-            head.transform,
-            with_entropy=self._spec.with_entropy,
+            spec.transform,
+            with_entropy=spec.with_entropy,
             anchor=rows.anchor if keep else None,
             exps=self._exps[: len(rows.hidden)] if keep else None,
         )
-        stats = self._combine(tiles)
-        self._tiles = tiles
-        self._log_shift = None if tiles.anchor is None else stats.log_total
+        stats = self._combine(self._tiles)
+        self._log_shift = None if self._tiles.anchor is None else stats.log_total
         return stats
 
     def gradients(
         self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients
     ) -> LogitGradient:
         """See `LogitChunk`."""
-        exps, transform = self._exps[: len(target_ids)], self._spec.head.transform
+        exps, transform = self._exps[: len(target_ids)], self._spec.transform
         assert self._tiles is not None
         if self._log_shift is None:
             self._softmax.exp_gradients_(exps, self._tiles, target_ids, stats, upstream, transform)
@@ -265,30 +267,17 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def chunk_kind(backend: str, spec: ChunkSpec) -> tuple[type[LogitChunk], int]:
     """The kind of chunk that a call gets, and the bytes that it holds for each logit."""
-    if spec.ref_head is not None:
+    if spec.ref_weight is not None:
         return TorchChunk, 8
     if backend == "triton":
         from care_kernels.triton.projection import supports
 
-        kind = TritonChunk if supports(spec.hidden_dtype, spec.head.weight) else TorchChunk
+        kind = TritonChunk if supports(spec.hidden_dtype, spec.weight) else TorchChunk
     else:
-        is_native = _runs_natively(spec.hidden_dtype, spec.head.weight)
-        kind = NativeChunk if is_native else TorchChunk
+        kind = NativeChunk if _runs_natively(spec.hidden_dtype, spec.weight) else TorchChunk
     if kind is TorchChunk:
         return kind, 4
     return kind, 2 if spec.with_gradients else 0
-
-
-def clear_padding(matrix: Tensor) -> None:
-    """Zeros between the end of each row of [C, V] and the start of the next, on a CPU.
-
-    On one with AMX, oneDNN's bfloat16 GEMM reads on from a row's end to the next multiple of its
-    tile and multiplies what it finds there by zeros; a NaN times zero is NaN.
-    """
-    num_rows, width = matrix.shape
-    if not matrix.is_cuda and num_rows > 0 and matrix.stride(0) > width:
-        shape, offset = (num_rows, matrix.stride(0) - width), matrix.storage_offset() + width
-        matrix.as_strided(shape, (matrix.stride(0), 1), offset).zero_()
 
 
 def _runs_natively(hidden_dtype: torch.dtype, weight: Tensor) -> bool:
@@ -303,44 +292,16 @@ def _runs_natively(hidden_dtype: torch.dtype, weight: Tensor) -> bool:
     )
 
 
-def _native_project(
-    inputs: Tensor,
-    head: Head,
-    target_ids: Tensor,
-    with_entropy: bool = False,
-    *,
-    logits: Tensor | None = None,
-    exps: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """`project` of `cpu/head_cpu.cpp`, which says what comes back."""
-    ops = native_ops()
-    assert ops is not None, "chosen only where the kernels run"
-    bias = None if head.bias is None else head.bias.float().contiguous()
-    options = _numbers(head.transform)
-    return ops.project(inputs, head.weight, bias, target_ids, *options, with_entropy, logits, exps)
-
-
-def _numbers(transform: LogitTransform) -> tuple[float, float, float]:
-    return transform.scale, transform.softcap or 0.0, transform.temperature
-
-
-def _write_logits(inputs: Tensor, head: Head, out: Tensor) -> None:
+def _write_logits(inputs: Tensor, weight: Tensor, spec: ChunkSpec, out: Tensor) -> None:
     """out [C, V] = z of inputs [C, D], never rounded to less than `out`'s precision."""
-    weight = head.weight
-    if out.dtype == torch.float32 and _runs_natively(inputs.dtype, weight):
-        # Any target will do: the statistics come later.
-        targets = torch.zeros(inputs.shape[0], dtype=torch.int64)
-        _native_project(inputs, head, targets, logits=out)
-        return
-    if out.is_cuda and inputs.dtype == weight.dtype:
-        if weight.dtype == out.dtype:
-            torch.mm(inputs, weight.T, out=out)
-        else:
-            torch.mm(inputs, weight.T, out_dtype=out.dtype, out=out)
-    else:
+    if not out.is_cuda or inputs.dtype != weight.dtype:
         inputs = inputs.to(out.dtype)
-        for tile in vocab_tiles(weight.shape[0]):
+        for tile in vocab_tiles(len(weight)):
             out[:, tile] = inputs @ weight[tile].to(out.dtype).contiguous().T
-    if head.bias is not None:
-        out.add_(head.bias)
-    head.transform.apply_(out)
+    elif weight.dtype == out.dtype:
+        torch.mm(inputs, weight.T, out=out)
+    else:
+        torch.mm(inputs, weight.T, out_dtype=out.dtype, out=out)
+    if spec.bias is not None:
+        out.add_(spec.bias)
+    spec.transform.apply_(out)

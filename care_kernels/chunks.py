@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from care_kernels.backends import ChunkRows, ChunkSpec, Head, LogitGradient, chunk_kind
+from care_kernels.backends import ChunkRows, ChunkSpec, LogitGradient, chunk_kind
 from care_kernels.cpu import native_ops
 from care_kernels.softmax import (
     LogitTransform,
@@ -162,37 +162,38 @@ class HeadChunks:
             return matrix.to(options.autocast) if is_cast else matrix
 
         self._hidden, weight, bias = operand(inputs[0]), operand(inputs[1]), inputs[2]
+        self._ref_hidden, ref_weight = (
+            (None, None) if reference is None else map(operand, reference)
+        )
         self._weight, self._rows = weight, rows
         # float16 exponentials overflow at a drift of 11 nats.
         self._anchor = anchor if weight.dtype == torch.bfloat16 else None
         self._shard, self.makes_gradients = options.vocab_shard, any(wanted)
-        targets = target_ids.index_select(0, rows).long()
         # A shard reads statistics at a target of its own, and has a gradient at none of another's.
-        self._targets = self._own_targets = targets
+        self._targets = self._own_targets = target_ids.index_select(0, rows).long()
         vocab_size, width = weight.shape
         if self._shard is not None:
-            self._targets, self._own_targets = self._shard.local_targets(targets, vocab_size)
+            self._targets, self._own_targets = self._shard.local_targets(self._targets, vocab_size)
             vocab_size = self._shard.usual_size
-        self._ref_hidden, ref_head = None, None
-        if reference is not None:
-            self._ref_hidden = operand(reference[0])
-            ref_head = Head(operand(reference[1]), bias, options.transform)
-        head = Head(weight, bias, options.transform)
         spec = ChunkSpec(
-            self._hidden.dtype, head, ref_head, options.with_entropy, self.makes_gradients
+            self._hidden.dtype,
+            weight,
+            bias,
+            options.transform,
+            ref_weight,
+            options.with_entropy,
+            self.makes_gradients,
         )
         kind, logit_bytes = chunk_kind(options.backend, spec)
-        num_rows = rows.numel()
         self._chunk_rows = options.chunk_rows or chunk_rows(
-            num_rows,
+            rows.numel(),
             vocab_size,
             width,
             logit_bytes=logit_bytes,
             device=weight.device,
             sums_weight_gradient=wanted[1] and weight_grad is None,
         )
-        self._logits = kind(spec, min(self._chunk_rows, num_rows))
-
+        self._logits = kind(spec, min(self._chunk_rows, rows.numel()))
         is_half = self.makes_gradients and self._logits.grad_dtype == torch.float16
         self._scale = _largest_power_of_two(row_weights) if is_half else 1.0
         self._weight_is_new = weight_grad is None

@@ -297,24 +297,12 @@ class _Problem:
                 chunks.add_all_gradients(stats, upstream)
             return outcome
         shared = None if groups is None else slope_at_ratio_one(terms, self.surrogate, groups)
-        is_fused = (
-            shared is None
-            and self.kl_estimator != "exact"
-            and self.options.backend == "triton"
-            and terms.advantages.dtype == torch.float32
-        )
         outcomes: list[PolicyLoss] = []
         for chunk in chunks:
             stats = chunks.project(chunk, keep=chunks.makes_gradients)
+            slope = None if shared is None else shared[chunk]
             part = take(terms, chunk)
-            if is_fused:
-                # Imported where it runs: Triton takes a second.
-                from care_kernels.triton import objective
-
-                outcome, upstream = objective.row_objective(stats, part, *options)
-            else:
-                slope = None if shared is None else shared[chunk]
-                outcome, upstream = row_objective(stats, part, *options, along_ratio=slope)
+            outcome, upstream = row_objective(stats, part, *options, along_ratio=slope)
             outcomes.append(outcome)
             if chunks.makes_gradients:
                 chunks.add_gradients(chunk, stats, upstream)

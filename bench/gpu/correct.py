@@ -219,7 +219,7 @@ def _run_kernel_tests(bench: Bench) -> None:
         return
     paths = ["tests/kernels/triton", "tests/kernels"]
     if bench.dry:
-        paths = ["tests/kernels/triton/test_objective.py"]
+        paths = ["tests/kernels/triton/test_region_weights.py"]
     command = [
         sys.executable,
         "-m",

@@ -104,15 +104,15 @@ struct BlockStatistics {
   }
 };
 
-// z = transform(inputs weight^T + bias), of which the caller may keep the float32 `logits` [C, V] or
-// the bfloat16 exponentials `exps` [C, V] of z minus its block's maximum, or neither.
+// z = transform(inputs weight^T + bias), of which the caller may keep the bfloat16 exponentials `exps`
+// [C, V] of z minus its block's maximum.
 //
 // Returns, [C] each: the target's logit, the largest logit, the logarithm of sum e^(z - max), the
 // entropy where asked for; and [C, blocks] the blocks' maxima.
 std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, Tensor> project(
     const Tensor& inputs, const Tensor& weight, const std::optional<Tensor>& bias,
     const Tensor& target_ids, double scale, double softcap, double temperature, bool with_entropy,
-    std::optional<Tensor> logits, std::optional<Tensor> exps) {
+    std::optional<Tensor> exps) {
   const int64_t num_rows = inputs.size(0), width = inputs.size(1), vocab = weight.size(0);
   const int64_t num_blocks = (vocab + kColumns - 1) / kColumns;
   const Transform transform{float(scale), float(softcap), float(temperature)};
@@ -120,9 +120,8 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, Tensor> project(
   const auto* w = weight.const_data_ptr<BFloat16>();
   const auto* b = bias ? bias->const_data_ptr<float>() : nullptr;
   const auto* target = target_ids.const_data_ptr<int64_t>();
-  auto* z_out = logits ? logits->mutable_data_ptr<float>() : nullptr;
   auto* e_out = exps ? exps->mutable_data_ptr<BFloat16>() : nullptr;
-  const int64_t z_stride = logits ? logits->stride(0) : 0, e_stride = exps ? exps->stride(0) : 0;
+  const int64_t e_stride = exps ? exps->stride(0) : 0;
   const auto options = inputs.options().dtype(at::kFloat);
   Tensor target_logit = at::empty({num_rows}, options);
   Tensor block_max = at::empty({num_rows, num_blocks}, options);
@@ -152,7 +151,6 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, Tensor> project(
           }
           if (target[i] >= column && target[i] < column + n) at_target[i] = z[target[i] - column];
           blocks.add(i * num_blocks + block, z, n, e);
-          if (z_out != nullptr) std::copy(z, z + n, z_out + i * z_stride + column);
           if (e_out != nullptr) store(e, n, e_out + i * e_stride + column);
         }
       }
@@ -332,7 +330,7 @@ void add_weight_gradient(
 TORCH_LIBRARY(care_kernels, library) {
   library.def(
       "project(Tensor inputs, Tensor weight, Tensor? bias, Tensor target_ids, float scale, "
-      "float softcap, float temperature, bool with_entropy, Tensor(a!)? logits, Tensor(b!)? exps) "
+      "float softcap, float temperature, bool with_entropy, Tensor(a!)? exps) "
       "-> (Tensor, Tensor, Tensor, Tensor?, Tensor)");
   library.def(
       "exp_gradients(Tensor(a!) exps, Tensor block_max, Tensor target_ids, Tensor target_logit, "

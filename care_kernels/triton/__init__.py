@@ -4,7 +4,6 @@
   float32 products, so that no float32 logits are ever stored.
 - `tiles`: those statistics, and each row's made of its vocabulary tiles'.
 - `softmax`: the epilogue's exponentials turned into the loss's derivative, in place.
-- `objective`: Eqs. 12-13 of each row, with the derivative with respect to its log-prob.
 - `launch`: what these share: interpreter detection, the logits' transform in a kernel.
 
 The kernels of Eqs. 4 and 11 stand beside their torch code, in `care_kernels.rationale_distance` and

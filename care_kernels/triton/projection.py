@@ -232,8 +232,8 @@ def empty_exps(
 ) -> Tensor:
     """A [C, V] buffer for `project`, a view over rows padded to a multiple of 16 numbers.
 
-    `project` writes zeros into the padding of the rows that it fills, as GEMMs on some CPUs read
-    them: see `care_kernels.backends.clear_padding`.
+    `project` writes zeros into the padding of the rows that it fills: oneDNN's bfloat16 GEMM, on a
+    CPU with AMX, multiplies what it finds there by zeros, and a NaN times zero is NaN.
     """
     padded = _padded(vocab_size)
     return torch.empty((num_rows, padded), dtype=dtype, device=device)[:, :vocab_size]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from care_kernels.backends import ChunkRows, ChunkSpec, Head, LogitGradient, TorchChunk
+from care_kernels.backends import ChunkRows, ChunkSpec, LogitGradient, TorchChunk
 from care_kernels.chunks import add_weight_gradient, back_project, chunk_rows
 from care_kernels.softmax import LogitTransform
 
@@ -77,8 +77,7 @@ def test_each_product_on_a_gpu_is_one_call(dtype: torch.dtype) -> None:
             return torch.empty(shape, dtype=dtype, device="cuda")
 
         hidden, weight = on_gpu(64, 32), on_gpu(150_000, 32)
-        head = Head(weight, None, LogitTransform())
-        chunk = TorchChunk(ChunkSpec(dtype, head), 64)
+        chunk = TorchChunk(ChunkSpec(dtype, weight, None, LogitTransform()), 64)
         chunk.project(ChunkRows(hidden, on_gpu(64, dtype=torch.int64)))
         grad_logits = on_gpu(64, 150_000, dtype=chunk.grad_dtype)
         back_project(LogitGradient(grad_logits), weight)

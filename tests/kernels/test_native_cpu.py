@@ -17,7 +17,6 @@ from care_kernels import cpu, linear_log_probs
 from care_kernels.backends import (
     ChunkRows,
     ChunkSpec,
-    Head,
     LogitChunk,
     NativeChunk,
     TorchChunk,
@@ -64,8 +63,12 @@ SHAPES = (
 """Rows, vocabulary and hidden size, on and beside the kernels' blocks of 64, 64 (16) and 32."""
 
 
-def head_of(case: Case, transform: LogitTransform) -> Head:
-    return Head(case["head_weight"], case.get("bias"), transform)
+def spec_of(
+    case: Case, transform: LogitTransform = TRANSFORMS["plain"], *, with_entropy: bool = False
+) -> ChunkSpec:
+    weight, bias = case["head_weight"], case.get("bias")
+    options = {"with_entropy": with_entropy, "with_gradients": True}
+    return ChunkSpec(case["hidden"].dtype, weight, bias, transform, **options)
 
 
 def upstream_of(num_rows: int) -> RowGradients:
@@ -74,17 +77,13 @@ def upstream_of(num_rows: int) -> RowGradients:
     return RowGradients(ramp, ramp.flip(0).masked_fill(torch.arange(num_rows) % 3 == 2, 0.0))
 
 
-def native_chunk(head: Head, num_rows: int, *, with_entropy: bool) -> NativeChunk:
-    spec = ChunkSpec(torch.bfloat16, head, with_entropy=with_entropy, with_gradients=True)
-    return NativeChunk(spec, num_rows)
-
-
-def portable_chunk(head: Head, num_rows: int, *, with_entropy: bool) -> TorchChunk:
-    """The torch operations that the C++ kernels are held against, with a float32 gradient."""
-    spec = ChunkSpec(torch.bfloat16, head, with_entropy=with_entropy)
-    chunk = TorchChunk(spec, num_rows)
-    chunk.grad_dtype = torch.float32
-    return chunk
+def chunks_of(
+    case: Case, transform: LogitTransform, *, with_entropy: bool = True
+) -> tuple[NativeChunk, TorchChunk]:
+    """The C++ kernels, and the torch operations in float32 that they are held against."""
+    spec = spec_of(case, transform, with_entropy=with_entropy)
+    num_rows = len(case["hidden"])
+    return NativeChunk(spec, num_rows), TorchChunk(spec, num_rows)
 
 
 def run_chunk(
@@ -126,10 +125,8 @@ def test_statistics_and_gradients(shape: tuple[int, int, int], kind: str, bias: 
     num_rows, vocab_size, width = shape
     case = head_case(num_rows, width, vocab_size, torch.bfloat16, bias=bias, spread=3.0)
     transform, upstream = TRANSFORMS[kind], upstream_of(num_rows)
-    head = head_of(case, transform)
     for with_entropy in (False, True):
-        native = native_chunk(head, num_rows, with_entropy=with_entropy)
-        portable = portable_chunk(head, num_rows, with_entropy=with_entropy)
+        native, portable = chunks_of(case, transform, with_entropy=with_entropy)
         got, gradient = run_chunk(native, case, upstream, with_entropy=with_entropy)
         torch_stats, _ = run_chunk(portable, case, upstream, with_entropy=with_entropy)
         log_probs, entropy, want = run_double(case, transform, upstream, with_entropy=with_entropy)
@@ -149,9 +146,8 @@ def test_statistics_and_gradients(shape: tuple[int, int, int], kind: str, bias: 
 def test_agrees_with_the_portable_code(kind: str) -> None:
     """Same inputs, same statistics and gradients as `TorchChunk`, the split normaliser included."""
     case = head_case(70, 34, 211, torch.bfloat16, bias=True, spread=3.0)
-    head, upstream = head_of(case, TRANSFORMS[kind]), upstream_of(70)
-    native = native_chunk(head, 70, with_entropy=True)
-    portable = portable_chunk(head, 70, with_entropy=True)
+    native, portable = chunks_of(case, TRANSFORMS[kind])
+    upstream = upstream_of(70)
     got, gradient = run_chunk(native, case, upstream)
     want, want_gradient = run_chunk(portable, case, upstream)
     for name in ("log_probs", "max_logit", "log_total", "entropy"):
@@ -167,11 +163,10 @@ def test_huge_logits(size: float) -> None:
     case["hidden"], case["head_weight"] = case["hidden"].abs(), case["head_weight"].abs()
     raw = reference_logits(case["hidden"].double(), case["head_weight"].double())
     transform = LogitTransform(scale=size / float(raw.max()))
-    head, upstream = head_of(case, transform), upstream_of(65)
-    got, gradient = run_chunk(native_chunk(head, 65, with_entropy=True), case, upstream)
-    portable, torch_gradient = run_chunk(
-        portable_chunk(head, 65, with_entropy=True), case, upstream
-    )
+    native_chunk, torch_chunk = chunks_of(case, transform)
+    upstream = upstream_of(65)
+    got, gradient = run_chunk(native_chunk, case, upstream)
+    portable, torch_gradient = run_chunk(torch_chunk, case, upstream)
     log_probs, entropy, want = run_double(case, transform, upstream)
     assert got.entropy is not None and portable.entropy is not None
     assert_close(got.log_probs, log_probs, portable.log_probs, is_gradient=False)
@@ -191,8 +186,7 @@ def test_log_prob_precision() -> None:
 
 
 def kind_of(case: Case) -> type[LogitChunk]:
-    spec = ChunkSpec(case["hidden"].dtype, head_of(case, LogitTransform()))
-    return chunk_kind("torch", spec)[0]
+    return chunk_kind("torch", spec_of(case))[0]
 
 
 def restrided(case: Case, layout: str) -> Case:

@@ -1,0 +1,27 @@
+"""expm1 and tanh of the kernels against float64."""
+
+import torch
+import triton
+import triton.language as tl
+
+from care_kernels.triton.launch import expm1, tanh
+from tests.kernels.cases import assert_same
+from tests.kernels.triton.interpreter import DEVICE, decorate
+
+
+def _elementary_kernel(x_ptr, expm1_ptr, tanh_ptr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + lanes)
+    tl.store(expm1_ptr + lanes, expm1(x))
+    tl.store(tanh_ptr + lanes, tanh(x))
+
+
+def test_expm1_and_tanh_keep_small_digits() -> None:
+    """The relative error stays near float32's over twelve orders of magnitude, both signs."""
+    size = torch.logspace(-10, 1.5, 512)
+    x = torch.cat((size, -size)).to(DEVICE)
+    got_expm1, got_tanh = torch.empty_like(x), torch.empty_like(x)
+    decorate(_elementary_kernel)[(1,)](x, got_expm1, got_tanh, BLOCK=triton.next_power_of_2(len(x)))
+    for got, want in ((got_expm1, torch.expm1(x.double())), (got_tanh, torch.tanh(x.double()))):
+        assert float(((got - want) / want).abs().max()) < 2e-6
+    assert_same(got_tanh[:512], -got_tanh[512:])
