@@ -47,16 +47,9 @@ def chunk_rows(
     """How many rows of logits to hold at a time: balanced chunks within CHUNK_BYTES.
 
     One chunk where that takes no more than a usual chunk and the float32 dW [V, D] that several
-    chunks need beside it. On a GPU otherwise a multiple of TILE_ROWS, of those that need the fewest
-    chunks the one whose dX GEMMs need the fewest waves of tiles.
-
-    Args:
-        num_rows: M.
-        vocab_size: V, of this rank's part where ranks share the vocabulary.
-        width: D.
-        logit_bytes: held for each logit.
-        device: where they are.
-        sums_weight_gradient: whether several chunks would add up in a float32 dW.
+    would add up in (`sums_weight_gradient`). On a GPU otherwise a multiple of TILE_ROWS, of those
+    that need the fewest chunks the one whose dX GEMMs need the fewest waves of tiles. `logit_bytes`
+    are held for each logit.
     """
     limit = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
     row_bytes = vocab_size * logit_bytes
@@ -64,25 +57,18 @@ def chunk_rows(
         return max(num_rows, 1)
     most = min(MAX_CHUNK_ROWS, limit // row_bytes) if row_bytes else MAX_CHUNK_ROWS
     if device.type != "cuda" or most < TILE_ROWS or num_rows <= most:
-        most = max(most, 1)
-        num_chunks = max(_ceil(num_rows, most), 1)
+        num_chunks = max(_ceil(num_rows, max(most, 1)), 1)
         return max(_ceil(num_rows, num_chunks), 1)
     most -= most % TILE_ROWS
-    num_chunks = _ceil(num_rows, most)
-    least = _ceil(_ceil(num_rows, num_chunks), TILE_ROWS) * TILE_ROWS
-    candidates = range(least, most + 1, TILE_ROWS)
-    processors = _multiprocessors(device)
-    return min(candidates, key=lambda rows: (_waves(num_rows, rows, width, processors), rows))
+    least = _ceil(_ceil(num_rows, _ceil(num_rows, most)), TILE_ROWS) * TILE_ROWS
+    columns, processors = _ceil(width, TILE_COLUMNS), _multiprocessors(device)
 
+    def waves(rows: int) -> int:
+        full, rest = divmod(num_rows, rows)
+        of_chunk = [_ceil(_ceil(size, TILE_ROWS) * columns, processors) for size in (rows, rest)]
+        return full * of_chunk[0] + of_chunk[1]
 
-def _waves(num_rows: int, rows: int, width: int, processors: int) -> int:
-    """Waves of dX tiles over all chunks of `rows` rows."""
-    columns = _ceil(width, TILE_COLUMNS)
-    full, rest = divmod(num_rows, rows)
-    return sum(
-        count * _ceil(_ceil(size, TILE_ROWS) * columns, processors)
-        for count, size in ((full, rows), (1, rest))
-    )
+    return min(range(least, most + 1, TILE_ROWS), key=lambda rows: (waves(rows), rows))
 
 
 @cache
@@ -142,19 +128,19 @@ class HeadChunks:
         anchor: Tensor | None = None,
         reference: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """
+        """Chunks are consecutive slices of `rows` [M] int64, at which `target_ids` [N] are valid.
+
         Args:
             inputs: of the policy.
-            target_ids: [N] int, valid at the selected rows.
-            rows: [M] int64, the selected rows; chunks are consecutive slices of it.
+            target_ids: [N] int.
+            rows: [M].
             options: how to sweep.
             wanted: the gradients to make.
             row_weights: vectors of the size of dL/dl. float16 gradients of logits are held divided
                 by a power of two near the largest of them: below 6e-8 they would vanish.
             weight_grad: dW is added to this instead of a buffer of its own.
-            anchor: [M] float32, the rows' log-normalisers by an older policy, or None.
-            reference: hidden states [N, D'] and head weight [V, D'] of the reference, for the exact
-                KL.
+            anchor: [M], `old_log_normalizer` of the rows where exponentials may be anchored there.
+            reference: its hidden states [N, D'] and head weight [V, D'], for the exact KL.
         """
 
         def operand(matrix: Tensor) -> Tensor:
@@ -223,11 +209,9 @@ class HeadChunks:
 
     @torch.no_grad()
     def project(self, chunk: slice, *, keep: bool = False) -> RowStatistics:
-        """Make the chunk's logits, and the reference's: one GEMM each. Returns their statistics.
+        """Statistics of the chunk's logits: one GEMM, one more for a reference's.
 
-        Args:
-            chunk: of the selected rows.
-            keep: `add_gradients` follows.
+        With `keep`, `add_gradients` follows.
         """
         rows = self._rows[chunk]
         inputs = ChunkRows(
@@ -247,8 +231,7 @@ class HeadChunks:
         return join([self.project(chunk) for chunk in self])
 
     def add_all_gradients(self, stats: RowStatistics, upstream: RowGradients) -> None:
-        """Add what all selected rows bring, from their statistics [M] and the loss's derivatives:
-        their logits are made again."""
+        """`add_gradients` of all selected rows, whose logits are made again."""
         for chunk in self:
             self.project(chunk, keep=True)
             self.add_gradients(chunk, take(stats, chunk), take(upstream, chunk))
@@ -320,14 +303,9 @@ def back_project(gradient: LogitGradient, weight: Tensor, scale: float = 1.0) ->
 def add_weight_gradient(
     grad_logits: Tensor, inputs: Tensor, into: Tensor, *, is_first: bool, scale: float = 1.0
 ) -> None:
-    """into [V, D] += scale dZ^T [V, C] X [C, D], or = for the first chunk.
+    """into [V, D] += scale dZ^T [V, C] X [C, D]; = where `is_first`, into what holds nothing yet.
 
-    Args:
-        grad_logits: dZ [C, V].
-        inputs: X in dZ's dtype.
-        into: any floating dtype; uninitialised where `is_first`.
-        is_first: nothing has been added yet.
-        scale: what dZ was divided by.
+    `inputs` have dZ's dtype, `into` any floating one.
     """
     is_native = grad_logits.dtype == torch.bfloat16 and not grad_logits.is_cuda
     beta = 0.0 if is_first else 1.0

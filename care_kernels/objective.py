@@ -206,8 +206,8 @@ class SequenceGroups:
 def sampled_kl(estimator: str, log_probs: Tensor, ref_log_probs: Tensor) -> tuple[Tensor, Tensor]:
     """KL[pi || ref] estimated at the sampled token: value and derivative, each [N].
 
-    With d = l - l_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, of which `k3_unbiased` is the
-    factor that its ratio multiplies.
+    With d = l - l_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d. `k3_unbiased` is rho times k3
+    (DeepSeek-V3.2, arXiv:2512.02556; TRL's `use_bias_correction_kl`): here its factor k3.
     Source: http://joschu.net/blog/kl-approx.html
     """
     d = log_probs - ref_log_probs
@@ -235,8 +235,7 @@ def row_objective(
         stats: of the rows; `kl` where the estimator is "exact".
         terms: the rows' constants.
         surrogate: f.
-        kl_estimator: one of `KL_ESTIMATORS`; "k3_unbiased" is rho times k3, the estimator of
-            DeepSeek-V3.2 (arXiv:2512.02556) and TRL's `use_bias_correction_kl`.
+        kl_estimator: as `linear_policy_loss` takes it.
         groups: the rows' sequences, whole, for a ratio of sequences; None: of tokens.
         along_ratio: [N] from `slope_at_ratio_one`, for rows of sequences that need not be whole.
     """
@@ -247,10 +246,13 @@ def row_objective(
     ratio = log_ratio.exp()
     rows = surrogate(ratio, stats.log_probs, terms.advantages)
     value, kl, along_log_prob = -rows.value, stats.kl, -rows.along_log_prob
+    along_kl = along_entropy = None
     if along_ratio is None:
         along_ratio = -rows.along_ratio
     if terms.kl_weights is not None:
-        if kl_estimator != "exact":
+        if kl_estimator == "exact":
+            along_kl = terms.kl_weights
+        else:
             assert terms.ref_log_probs is not None
             kl, slope = sampled_kl(kl_estimator, stats.log_probs, terms.ref_log_probs)
             if kl_estimator == "k3_unbiased":
@@ -261,14 +263,15 @@ def row_objective(
         value = value + _times(terms.kl_weights, kl)
     if terms.entropy_weights is not None:
         assert stats.entropy is not None
-        value = value - _times(terms.entropy_weights, stats.entropy)
+        along_entropy = -terms.entropy_weights
+        value = value + _times(along_entropy, stats.entropy)
     if groups is not None:
         # d log s / dl = 1 / n for each of a sequence's n rows, whether or not it has an advantage.
         along_ratio = groups.mean(along_ratio)
     outcome = PolicyLoss(
         value, stats.log_probs, stats.entropy, kl, ratio, rows.clipped_low, rows.clipped_high
     )
-    return outcome, row_gradients(along_log_prob + along_ratio, terms, kl_estimator)
+    return outcome, RowGradients(along_log_prob + along_ratio, along_entropy, along_kl)
 
 
 def slope_at_ratio_one(terms: RowTerms, surrogate: Surrogate, groups: SequenceGroups) -> Tensor:
@@ -278,12 +281,6 @@ def slope_at_ratio_one(terms: RowTerms, surrogate: Surrogate, groups: SequenceGr
     """
     zeros = torch.zeros_like(terms.advantages)
     return groups.mean(-surrogate(zeros.exp(), zeros, terms.advantages).along_ratio)
-
-
-def row_gradients(g: Tensor, terms: RowTerms, kl_estimator: str) -> RowGradients:
-    """g = dL/dl beside the derivatives along the entropy and the exact KL, which are weights."""
-    d_entropy = None if terms.entropy_weights is None else -terms.entropy_weights
-    return RowGradients(g, d_entropy, terms.kl_weights if kl_estimator == "exact" else None)
 
 
 def _times(factor: Tensor, value: Tensor) -> Tensor:

@@ -84,28 +84,19 @@ def vocab_tiles(vocab_size: int) -> Iterator[slice]:
 def row_statistics(
     logits: Tensor, target_ids: Tensor, *, with_entropy: bool, ref_logits: Tensor | None = None
 ) -> RowStatistics:
-    """Statistics of each row of a chunk.
+    """Of finite logits [C, V], float32 or float64, at targets [C] int64 in [0, V).
 
-    Args:
-        logits: [C, V] float32 or float64, finite.
-        target_ids: [C] int64 in [0, V).
-        with_entropy: also compute H.
-        ref_logits: [C, V] of the reference; given, the exact K is computed.
+    The exact K is computed where the reference's logits [C, V] are given.
     """
     max_logit, log_total = _log_normalizer(logits)
     target_logit = logits.gather(1, target_ids[:, None])[:, 0]
-    ref_max_logit, ref_log_total = (
-        (None, None) if ref_logits is None else _log_normalizer(ref_logits)
-    )
-    stats = RowStatistics(
-        log_probs=(target_logit - max_logit) - log_total,
-        max_logit=max_logit,
-        log_total=log_total,
-        entropy=torch.zeros_like(max_logit) if with_entropy else None,
-        kl=None if ref_logits is None else torch.zeros_like(max_logit),
-        ref_max_logit=ref_max_logit,
-        ref_log_total=ref_log_total,
-    )
+    stats = RowStatistics((target_logit - max_logit) - log_total, max_logit, log_total)
+    if with_entropy:
+        stats = stats._replace(entropy=torch.zeros_like(max_logit))
+    if ref_logits is not None:
+        ref_max, ref_total = _log_normalizer(ref_logits)
+        kl = torch.zeros_like(max_logit)
+        stats = stats._replace(kl=kl, ref_max_logit=ref_max, ref_log_total=ref_total)
     if stats.entropy is None and stats.kl is None:
         return stats
     for tile in vocab_tiles(logits.shape[1]):
@@ -128,17 +119,10 @@ def logit_gradients(
     out: Tensor,
     ref_logits: Tensor | None = None,
 ) -> None:
-    """Write the loss's derivative with respect to the raw logits x W^T + b into `out`.
+    """Write the loss's derivative with respect to the raw logits x W^T + b into `out` [C, V].
 
-    Args:
-        logits: [C, V] of z.
-        target_ids: [C] int64.
-        stats: from `row_statistics` on these logits.
-        gradients: g, dL/dH and kappa of each row.
-        transform: what made z of the raw logits.
-        out: [C, V]; may be `logits` itself, or a narrower type over the same memory with the same
-            row stride in bytes.
-        ref_logits: [C, V], needed where `gradients.kl` is given.
+    `out` may be `logits` itself, or a narrower type over the same memory with the same row stride
+    in bytes. A target of -1 is no column: no part of g lands there.
     """
     column = target_ids[:, None]
     g = gradients.log_probs[:, None]

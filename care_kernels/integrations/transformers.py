@@ -56,7 +56,6 @@ def use_care_kernels(model: Any) -> None:
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     _check_model(model)
     own_forward = unbound_forward(model)
-    options = logit_options(model.config.get_text_config())
 
     # generate() and Trainer read the signature.
     @functools.wraps(type(model).forward)
@@ -64,7 +63,7 @@ def use_care_kernels(model: Any) -> None:
         kwargs = _by_name(self, args, kwargs)
         if not _wants_loss_alone(self, kwargs):
             return own_forward(self, **kwargs)
-        return _loss_output(self, kwargs, options)
+        return _loss_output(self, kwargs)
 
     model.forward = types.MethodType(forward, model)
 
@@ -100,9 +99,7 @@ def _wants_loss_alone(model: Any, arguments: dict[str, Any]) -> bool:
     )
 
 
-def _loss_output(
-    model: Any, arguments: dict[str, Any], options: dict[str, Any]
-) -> CausalLMOutputWithPast:
+def _loss_output(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast:
     labels, shift_labels = arguments.pop("labels"), arguments.pop("shift_labels", None)
     num_items = arguments.pop("num_items_in_batch", None)
     ignored = arguments.pop("ignore_index", _IGNORED)
@@ -113,10 +110,13 @@ def _loss_output(
         raise wrong("output_router_logits", True, wanted)
     arguments.setdefault("use_cache", False)
     backbone, hidden, targets = backbone_rows(model, labels, shift_labels, **arguments)
-    total, count = _summed_cross_entropy(model, hidden, targets, ignored, options)
-    if torch.is_tensor(num_items):
-        num_items = num_items.to(total.device)
-    loss: Any = total / (count if num_items is None else num_items)
+    mask = targets != ignored
+    with head_rows(model, hidden, targets, mask) as rows:
+        zeros = torch.zeros(len(rows["hidden"]), device=rows["hidden"].device)
+        constants = {"advantages": zeros, "ref_log_probs": zeros, "kl_weights": zeros - 1}
+        total = linear_policy_loss(**rows, **constants, kl_estimator="k1").loss
+    count = mask.sum() if num_items is None else num_items
+    loss: Any = total / (count.to(total.device) if torch.is_tensor(count) else count)
     return CausalLMOutputWithPast(
         loss=loss,
         past_key_values=backbone.get("past_key_values"),
@@ -143,27 +143,20 @@ def backbone_rows(
     return backbone, hidden[:, :-1], labels[:, 1:]
 
 
-def _summed_cross_entropy(
-    model: Any, hidden: Tensor, targets: Tensor, ignored: int, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Sum of -log p over the targets [B, L] that are not `ignored`, and how many these are."""
+@contextmanager
+def head_rows(
+    model: Any, hidden: Tensor, targets: Tensor, mask: Tensor
+) -> Iterator[dict[str, Any]]:
+    """The kernels' arguments for the positions of hidden [B, L, D] and targets [B, L] in `mask`."""
     with gathered_head(model) as (weight, bias):
-        hidden, targets = hidden.to(weight.device), targets.to(weight.device)
-        mask = targets != ignored
-        rows = hidden[mask]
-        zeros = torch.zeros(rows.shape[0], dtype=torch.float32, device=rows.device)
-        out = linear_policy_loss(
-            rows,
-            weight,
-            targets[mask],
-            advantages=zeros,
-            ref_log_probs=zeros,
-            kl_weights=zeros - 1,
-            kl_estimator="k1",
-            bias=bias,
-            **options,
-        )
-    return out.loss, mask.sum()
+        device, config = weight.device, model.config.get_text_config()
+        yield {
+            "hidden": hidden.to(device)[mask.to(device)],
+            "head_weight": weight,
+            "target_ids": targets.to(device)[mask.to(device)],
+            "bias": bias,
+            **logit_options(config),
+        }
 
 
 def unbound_forward(model: Any) -> Callable[..., Any]:

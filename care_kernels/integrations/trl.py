@@ -16,8 +16,7 @@ the advantage is zero and there is neither KL nor an entropy bonus. "log_probs" 
 
 On both paths TRL's own `_compute_loss` runs on the log-probs and entropies, so the metrics are its
 own; on the fused path the loss it finds is held against the fused one at every step. The reference
-model's log-probs come from the same kernel. Under autocast (TRL's default: float32 weights, bf16
-computation) the head is multiplied in its dtype, with float32 statistics.
+model's log-probs come from the same kernel.
 
 Shape letters: B sequences, L positions, T completion tokens, N rows, D hidden.
 """
@@ -37,12 +36,11 @@ from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from care_kernels.checks import wrong
-from care_kernels.heads import logit_options
 from care_kernels.integrations.transformers import (
     backbone_rows,
     check_head,
     gathered,
-    gathered_head,
+    head_rows,
     unbound_forward,
 )
 from care_kernels.log_probs import linear_log_probs
@@ -53,7 +51,6 @@ TESTED_VERSIONS = ("1.16",)
 """TRL releases whose internals this module knows."""
 
 PATHS = ("fused", "log_probs")
-# All but the last two are clipped alike, and differ in how tokens are averaged.
 FUSED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo")
 
 _logger = logging.getLogger(__name__)
@@ -101,11 +98,7 @@ def use_care_kernels(trainer: GRPOTrainer, path: str | None = None) -> Choice:
 
 
 def choose_path(trainer: GRPOTrainer, path: str | None = None) -> Choice:
-    """The path for `trainer`: "fused" unless one of its options needs TRL's own formula.
-
-    Raises:
-        ValueError: an unknown path, or "fused" with an option it cannot express.
-    """
+    """The path that `use_care_kernels` takes, with the same arguments and errors."""
     if path not in (None, *PATHS):
         raise wrong("path", repr(path), f"None or one of {PATHS}")
     obstacle = why_not_fused(trainer)
@@ -119,7 +112,7 @@ def choose_path(trainer: GRPOTrainer, path: str | None = None) -> Choice:
 
 
 class PolicyTerms:
-    """What the fused loss needs besides the model's inputs.
+    """What the fused loss needs besides the model's inputs: `linear_policy_loss`'s arguments.
 
     A plain class, so that wrappers which cast or copy the tensors of dicts, tuples and dataclasses
     (FSDP's mixed precision rounds them to bfloat16) leave these alone.
@@ -128,12 +121,7 @@ class PolicyTerms:
     def __init__(
         self, mask: Tensor, per_token: dict[str, Tensor | None], options: dict[str, Any]
     ) -> None:
-        """
-        Args:
-            mask: [B, T], which completion tokens count.
-            per_token: [B, T] each, under `linear_policy_loss`'s names.
-            options: its other keyword arguments.
-        """
+        """Those of every token, and `mask` of the tokens that count, are [B, T]."""
         self.mask, self.per_token, self.options = mask, per_token, options
 
     def arguments(self) -> dict[str, Any]:
@@ -170,13 +158,9 @@ def why_not_fused(trainer: Any) -> str | None:
 
 
 def policy_terms(trainer: Any, inputs: dict[str, Any]) -> PolicyTerms:
-    """One micro-batch of `trainer`'s loss as arguments of `linear_policy_loss`.
+    """The micro-batch that `_compute_loss` gets, where `why_not_fused` knows no obstacle.
 
     Source: `GRPOTrainer._compute_loss` of TRL 1.16.
-
-    Args:
-        trainer: without an obstacle to `why_not_fused`.
-        inputs: the micro-batch that `_compute_loss` gets.
     """
     mask = inputs["completion_mask"]
     if "tool_mask" in inputs:
@@ -207,10 +191,9 @@ def policy_terms(trainer: Any, inputs: dict[str, Any]) -> PolicyTerms:
 
 
 def check_agreement(fused: Tensor, trl: Tensor, terms: PolicyTerms) -> None:
-    """Hold the fused loss against the one TRL's own code finds from the same log-probs.
+    """RuntimeError where TRL's own code finds another loss from the same log-probs.
 
-    Raises:
-        RuntimeError: they differ by more than round-off, so an option was misread.
+    A difference beyond round-off says that an option was misread.
     """
     fused, trl = fused.detach(), trl.detach()
     advantages = terms.per_token["advantages"]
@@ -271,7 +254,6 @@ def _replace_fused_head(model: Any, temperature: float, with_entropy: bool) -> N
     """Replace what TRL put before the model's forward: calls with `fused_lm_head=True`."""
     check_head(model)
     others = _forward_under_trl(model)
-    options = {"temperature": temperature, **logit_options(model.config.get_text_config())}
 
     # generate() and Trainer read the signature.
     @functools.wraps(type(model).forward)
@@ -280,23 +262,26 @@ def _replace_fused_head(model: Any, temperature: float, with_entropy: bool) -> N
         *args: Any,
         fused_lm_head: bool = False,
         policy_terms: PolicyTerms | None = None,
-        labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
         if not fused_lm_head:
-            given: dict[str, Any] = {"labels": labels, "shift_labels": shift_labels}
-            given["num_items_in_batch"] = num_items_in_batch
-            given = {name: value for name, value in given.items() if value is not None}
-            return others(self, *args, **given, **kwargs)
+            return others(self, *args, **kwargs)
+        names = ("labels", "shift_labels", "num_items_in_batch")
+        labels, shift_labels, num_items = (kwargs.pop(name, None) for name in names)
         kwargs["use_cache"] = False
         if getattr(self.config.get_text_config(), "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
         backbone, hidden, targets = backbone_rows(self, labels, shift_labels, *args, **kwargs)
         if policy_terms is not None:
-            return _policy_loss_output(self, hidden, targets, policy_terms, options)
-        output = _log_probs_output(self, hidden, targets, options, with_entropy, num_items_in_batch)
+            return _policy_loss_output(self, hidden, targets, policy_terms, temperature)
+        mask = targets != -100
+        with head_rows(self, hidden, targets, mask) as rows:
+            found = linear_log_probs(
+                **rows, temperature=temperature, return_entropy=with_entropy, gathered=gathered
+            )
+        log_probs, entropy = found if with_entropy else (found, None)
+        count = mask.sum().clamp(min=1) if num_items is None else num_items
+        output = _output(-log_probs.sum() / count, log_probs, entropy, mask)
         return _with_router_loss(output, self, backbone, kwargs)
 
     model.forward = types.MethodType(forward, model)
@@ -314,40 +299,20 @@ def _forward_under_trl(model: Any) -> Callable[..., Any]:
     return unbound_forward(model)
 
 
-def _log_probs_output(
-    model: Any,
-    hidden: Tensor,
-    targets: Tensor,
-    options: dict[str, Any],
-    with_entropy: bool,
-    num_items: Tensor | int | None,
+def _output(
+    loss: Tensor, log_probs: Tensor, entropy: Tensor | None, mask: Tensor
 ) -> FusedCausalLMOutput:
-    """Log-probs and entropies [B, L-1] of hidden [B, L-1, D] at targets, 0 where these are -100."""
-    with gathered_head(model) as (weight, bias):
-        hidden, targets = hidden.to(weight.device), targets.to(weight.device)
-        mask = targets != -100
-        found = linear_log_probs(
-            hidden[mask],
-            weight,
-            targets[mask],
-            bias=bias,
-            return_entropy=with_entropy,
-            gathered=gathered,
-            **options,
-        )
-    log_probs, entropy = found if with_entropy else (found, None)
-    count = mask.sum().clamp(min=1) if num_items is None else num_items
-    return FusedCausalLMOutput(
-        loss=-log_probs.sum() / count,
-        log_probs=_spread(log_probs, mask),
-        entropy=None if entropy is None else _spread(entropy, mask),
-        label_mask=mask,
-    )
+    """Log-probs and entropies [N] of the positions in `mask` [B, L] as TRL wants them, 0 elsewhere.
 
+    The graph stays even where N is 0.
+    """
+    mask = mask.to(log_probs.device)
 
-def _spread(rows: Tensor, mask: Tensor) -> Tensor:
-    """[N] into zeros [B, L], keeping the graph even where N is 0."""
-    return rows.new_zeros(mask.shape).masked_scatter(mask, rows)
+    def spread(rows: Tensor) -> Tensor:
+        return rows.new_zeros(mask.shape).masked_scatter(mask, rows)
+
+    entropies = None if entropy is None else spread(entropy)
+    return FusedCausalLMOutput(loss, spread(log_probs), entropies, label_mask=mask)
 
 
 def _with_router_loss(
@@ -372,7 +337,7 @@ def _with_router_loss(
 
 
 def _policy_loss_output(
-    model: Any, hidden: Tensor, targets: Tensor, terms: PolicyTerms, options: dict[str, Any]
+    model: Any, hidden: Tensor, targets: Tensor, terms: PolicyTerms, temperature: float
 ) -> FusedCausalLMOutput:
     """The fused loss, with detached log-probs and entropies [B, T] for TRL's metrics.
 
@@ -380,25 +345,11 @@ def _policy_loss_output(
     the metrics all the same: one more matrix product for these alone.
     """
     mask = terms.mask.bool()
-    num_tokens = mask.shape[1]
-    with gathered_head(model) as (weight, bias):
-        out = linear_policy_loss(
-            hidden[:, -num_tokens:].to(weight.device)[mask],
-            weight,
-            targets[:, -num_tokens:].to(weight.device)[mask],
-            **terms.arguments(),
-            bias=bias,
-            return_entropy=True,
-            report_all_rows=True,
-            **options,
-        )
-    assert out.entropy is not None
-    return FusedCausalLMOutput(
-        loss=out.loss,
-        log_probs=_spread(out.log_probs, mask),
-        entropy=_spread(out.entropy, mask),
-        label_mask=mask,
-    )
+    last = slice(-mask.shape[1], None)
+    with head_rows(model, hidden[:, last], targets[:, last], mask) as rows:
+        asked = {"return_entropy": True, "report_all_rows": True, "temperature": temperature}
+        found = linear_policy_loss(**rows, **terms.arguments(), **asked)
+    return _output(found.loss, found.log_probs, found.entropy, mask)
 
 
 class PolicyLossCall:
