@@ -60,8 +60,7 @@ def care_loss(
     constant.
 
     Args:
-        hidden: [B, T, D] final hidden states, after the last norm: bfloat16, float16 or float32
-            (float64 is computed in float64). Not copied where contiguous.
+        hidden: [B, T, D] final hidden states, after the last norm. Not copied where contiguous.
         head_weight: [V, D].
         token_ids: [B, T] int, prompt and response; anything outside the response.
         advantages: [B], A of Eqs. 7-8; 0 for sequences outside S*, which then cost nothing, and for
@@ -73,11 +72,8 @@ def care_loss(
         response_mask: [B, T] bool or int, the sampled tokens; it must cover every token with an
             advantage. Required for KL, entropy and the sequence ratio, which run over the whole
             response; elsewhere None will do.
-        old_log_probs: [B, T]; None: the current ones, detached, so that every ratio is 1.
-        ref_log_probs: [B, T] of the reference; or give ref_hidden.
-        ref_hidden: [B, T, D'] of the reference.
-        ref_head_weight: [V, D']; None: head_weight, detached.
-        importance_weights: [B, T] w_it >= 0, correcting for the sampler's own probabilities.
+        old_log_probs, ref_log_probs, ref_hidden, ref_head_weight, importance_weights: as
+            `linear_policy_loss` takes them, with [B, T] in place of [N].
         num_sequences: |S*|, a number or 0-dim tensor above 0. Pass the global count where a step
             spans ranks or micro-batches, and sum their gradients. None: the sequences of this call
             with a non-zero advantage, at least 1.
@@ -86,11 +82,9 @@ def care_loss(
         kl_coef: beta of Eq. 13, on each sequence's mean over response tokens, then over S*.
         entropy_coef: coefficient of an entropy bonus, averaged like the KL.
         ratio_level: "token", or "sequence" for GSPO's exp(mean log-ratio) over the response.
-        vocab_shard: which part of the vocabulary head_weight, ref_head_weight and bias are, where
-            ranks share it; the call is then a collective one.
-        backend: None: chosen by device; "triton" or "torch".
-        options: surrogate, kl_estimator, return_entropy, temperature, logit_softcap, logit_scale,
-            bias, weight_grad and chunk_rows of `linear_policy_loss`.
+        vocab_shard, backend, options: of `linear_policy_loss`; options are its surrogate,
+            kl_estimator, return_entropy, temperature, logit_softcap, logit_scale, bias, weight_grad
+            and chunk_rows.
 
     Returns:
         `PolicyLoss` with [B, T] fields, `token_advantages` among them. Tokens that were not

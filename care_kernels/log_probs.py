@@ -46,25 +46,18 @@ def linear_log_probs(
     operands are multiplied in its dtype, as `nn.Linear` would.
 
     Args:
-        hidden: [N, D] bfloat16, float16 or float32 (float64 is computed in float64).
-        head_weight: [V, D], any of these dtypes.
+        hidden, head_weight, bias: [N, D], [V, D] and [V], as `linear_policy_loss` takes them, and
+            so temperature, logit_softcap, logit_scale, vocab_shard, chunk_rows and backend.
         target_ids: [N] int, in [0, V); on CUDA, where they are not read, one outside gives NaN.
-        temperature: divides the logits; the sampler's temperature.
-        logit_softcap: bound of the tanh; None leaves it out.
-        logit_scale: multiplies the raw logits.
-        bias: [V], finite.
         return_entropy: also return each row's entropy.
         return_log_normalizer: also return each row's log sum exp of z, without gradient: the
             `old_log_normalizer` of `linear_policy_loss`.
-        vocab_shard: which part of the vocabulary head_weight and bias are, where ranks share it;
-            forward and backward are then collective calls.
-        chunk_rows: rows of logits held at a time; None: `care_kernels.chunks.chunk_rows` chooses.
         gathered: called with head_weight and bias in the backward, a context within which
             partitioned parameters (ZeRO-3) are whole.
-        backend: None: chosen by device; "triton" or "torch".
 
     Returns:
-        log_probs [N] float32, or a tuple of it, the entropy and the log-normaliser as asked for.
+        log_probs [N] float32 (float64 for float64 inputs), or a tuple of it, the entropy and the
+        log-normaliser as asked for.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -102,7 +95,7 @@ class LinearLogProbs(torch.autograd.Function):
         options: SweepOptions,
         gathered: Gathered | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return log-probs [N], entropies [N] if asked for, and log-normalisers [N]."""
+        """Log-probs [N], entropies [N] where asked for, and log-normalisers [N]."""
         shard = options.vocab_shard
         vocab_size = len(head_weight) if shard is None else shard.vocab_size
         is_known = (target_ids >= 0) & (target_ids < vocab_size)
@@ -126,7 +119,8 @@ class LinearLogProbs(torch.autograd.Function):
         hidden, head_weight, bias, target_ids, *saved = ctx.saved_tensors
         stats = RowStatistics(*saved)
         upstream = RowGradients(grad_log_probs, grad_entropy if stats.entropy is not None else None)
-        rows = _rows_with_gradient(upstream)
+        has_gradient = torch.stack([field != 0 for field in upstream if field is not None]).any(0)
+        rows = has_gradient.nonzero()[:, 0]
         with nullcontext() if ctx.gathered is None else ctx.gathered(head_weight, bias):
             if head_weight.shape != ctx.head_shape:
                 raise RuntimeError(
@@ -135,21 +129,10 @@ class LinearLogProbs(torch.autograd.Function):
                     "give `gathered`"
                 )
             inputs = (hidden, head_weight, bias)
+            wanted, options = ctx.needs_input_grad[:3], ctx.options
             chunks = HeadChunks(
-                inputs,
-                target_ids,
-                rows,
-                ctx.options,
-                wanted=ctx.needs_input_grad[:3],
-                row_weights=upstream,
+                inputs, target_ids, rows, options, wanted=wanted, row_weights=upstream
             )
             chunks.add_all_gradients(take(stats, rows), take(upstream, rows))
         pairs = zip(chunks.gradients, inputs, strict=True)
         return *(None if grad is None else grad.to(x.dtype) for grad, x in pairs), None, None, None
-
-
-def _rows_with_gradient(upstream: RowGradients) -> Tensor:
-    has_gradient = upstream.log_probs != 0
-    if upstream.entropy is not None:
-        has_gradient = has_gradient | (upstream.entropy != 0)
-    return has_gradient.nonzero()[:, 0]

@@ -88,7 +88,8 @@ def linear_policy_loss(
 
     Args:
         hidden: [N, D] bfloat16, float16 or float32 (float64 is computed in float64).
-        head_weight: [V, D]; frozen, its gradient is not computed. Not kept for the backward.
+        head_weight: [V, D], of these dtypes; no gradient is computed where it is frozen. Not kept
+            for the backward.
         target_ids: [N] int, the sampled tokens.
         advantages: [N], Eq. 11's a_it, already divided by its normaliser.
         surrogate: `Clip(low, high, dual)` of Eq. 12, `Cispo` or `Sapo`.
@@ -169,11 +170,10 @@ def linear_policy_loss(
     def constant(vector: Tensor | None) -> Any:
         return None if vector is None else vector.detach().to(dtype)
 
-    weighted_advantages = constant(advantages)
-    if importance_weights is not None:
-        weighted_advantages = weighted_advantages * constant(importance_weights)
     constants = (old_log_probs, ref_log_probs, kl_weights, entropy_weights, old_log_normalizer)
-    terms = RowTerms(weighted_advantages, *map(constant, constants))
+    terms = RowTerms(*map(constant, (advantages, *constants)))
+    if importance_weights is not None:
+        terms = terms._replace(advantages=terms.advantages * constant(importance_weights))
     reference = None
     if ref_hidden is not None:
         ref_weight = head_weight if ref_head_weight is None else ref_head_weight
@@ -322,22 +322,21 @@ class LinearPolicyLoss(torch.autograd.Function):
         rows: Tensor,
         grad_mode: bool,
     ) -> tuple[Tensor | None, ...]:
-        """Return the loss and the other fields of `PolicyLoss` at the rows [M].
-
-        The loss sums over these alone, so that rows which are skipped do not even change the order
-        of its sum.
-        """
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        """`PolicyLoss` at the rows [M]; a skipped row does not even change the order of its sum."""
+        needed, inputs = list(ctx.needs_input_grad[:3]), (hidden, head_weight, bias)
         # The caller's own buffer is filled even where head_weight is a detached copy.
-        needs_weight = needs_weight or problem.weight_grad is not None
-        wanted = tuple(grad_mode and needed for needed in (needs_hidden, needs_weight, needs_bias))
-        inputs = (hidden, head_weight, bias)
+        needed[1] |= problem.weight_grad is not None
+        wanted = tuple(grad_mode and is_needed for is_needed in needed)
         outcome, gradients = problem.evaluate(inputs, rows, wanted)
         if problem.weight_grad is not None:
             # What went into the caller's own buffer is not autograd's to hand on.
             gradients[1] = None
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        ctx.gradients = list(map(_held, gradients, ctx.dtypes))
+        # A loss scale must reach a gradient before float16 rounds it.
+        ctx.gradients = [
+            grad if grad is None or dtype == torch.float16 else grad.to(dtype)
+            for grad, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
         ctx.mark_non_differentiable(*(field for field in outcome[1:] if field is not None))
         return outcome.loss.sum(), *outcome[1:]
 
@@ -349,9 +348,8 @@ class LinearPolicyLoss(torch.autograd.Function):
         checks.check_no_graph("linear_policy_loss")
         if ctx.gradients is None:
             raise RuntimeError(
-                "linear_policy_loss: a second backward over the same graph; wanted one: its "
-                "gradients were handed over by the first. Call the loss again instead of "
-                "retain_graph=True"
+                "linear_policy_loss: a second backward over the same graph, whose gradients the "
+                "first handed over; call the loss again instead of retain_graph=True"
             )
         held, ctx.gradients = ctx.gradients, None
         # Looking at a CUDA scalar would stall the device; scaling there costs next to nothing.
@@ -361,11 +359,3 @@ class LinearPolicyLoss(torch.autograd.Function):
             for grad, dtype in zip(held, ctx.dtypes, strict=True)
         )
         return *grads, None, None, None
-
-
-def _held(grad: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """A gradient as it waits for its upstream factor: in its own type, but float32 for float16.
-
-    A loss scale must reach a gradient before float16 rounds it.
-    """
-    return grad if grad is None or dtype == torch.float16 else grad.to(dtype)
