@@ -214,7 +214,7 @@ def _combine_cases() -> list[CompileCase]:
 def _exp_gradients_cases(architecture: str) -> list[CompileCase]:
     """Plain, and with entropy and softcap, for the tiles that `project` leaves."""
     kernel = softmax._exp_gradients_kernel
-    types = _pointers(kernel) | {"exps_ptr": "*bf16", "slope": "fp32", "uncap": "fp32"}
+    types = _pointers(kernel) | {"exps_ptr": "*bf16", "inner": "fp32", "outer": "fp32"}
     cases = []
     for suffix, absent, form in (
         ("", ("entropy_ptr", "d_entropy_ptr"), "plain"),

@@ -28,21 +28,13 @@ def is_interpreted(kernel: Any) -> bool:
 
 
 def transform_arguments(transform: LogitTransform) -> dict[str, float | bool]:
-    """The keyword arguments of `to_logits`: factors of a raw logit and of the capped result."""
+    """How kernels take a transform: factors of a raw logit and of the capped result."""
     if transform.softcap is None:
         inner, outer = transform.scale / transform.temperature * LOG2_E.value, 1.0
     else:
         inner = transform.scale / transform.softcap
         outer = transform.softcap / transform.temperature * LOG2_E.value
     return {"inner": inner, "outer": outer, "HAS_SOFTCAP": transform.softcap is not None}
-
-
-def slope_arguments(transform: LogitTransform) -> dict[str, float | bool]:
-    """The keyword arguments of `slope_at`: dz/draw at 0, and what turns z log2(e) into the tanh."""
-    slope, uncap = transform.scale / transform.temperature, 0.0
-    if transform.softcap is not None:
-        uncap = transform.temperature / transform.softcap * LN_2.value
-    return {"slope": slope, "uncap": uncap, "HAS_SOFTCAP": transform.softcap is not None}
 
 
 @triton.jit
@@ -77,10 +69,10 @@ def to_logits(raw, inner, outer, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def slope_at(z, slope, uncap, HAS_SOFTCAP: tl.constexpr):
-    """dz / draw, from z log2(e)."""
-    result = z * 0.0 + slope
+def slope_at(z, inner, outer, HAS_SOFTCAP: tl.constexpr):
+    """dz / draw, from z log2(e), which is the tanh times `outer`."""
+    slope = inner * outer * LN_2
     if HAS_SOFTCAP:
-        t = z * uncap
-        result = slope * (1.0 - t * t)
-    return result
+        t = z * (1.0 / outer)
+        slope *= 1.0 - t * t
+    return slope

@@ -259,10 +259,8 @@ def project(
         target_ids: [C] int; one outside [0, V) has a NaN target logit.
         transform: what makes z of x W^T + b.
         with_entropy: also keep what the entropy needs.
-        anchor: [C] float32, each row's log-normaliser under a policy at most 60 nats away; None:
-            exponentials are relative to the maximum of their vocabulary tile.
-        exps: from `empty_exps` or its first C rows, in the operands' dtype, filled with E; None:
-            log-probs alone are wanted.
+        anchor: [C] float32, each row's log-normaliser under a policy at most `MAX_DRIFT` away.
+        exps: from `empty_exps` or its first C rows, in the operands' dtype, filled with E.
     """
     (num_rows, width), vocab_size = hidden.shape, weight.shape[0]
     padded_size = _padded(vocab_size)

@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics
-from care_kernels.triton.launch import LN_2, LOG2_E, expm1, slope_arguments, slope_at
+from care_kernels.triton.launch import LN_2, LOG2_E, expm1, slope_at, transform_arguments
 from care_kernels.triton.projection import ROW_ALIGNMENT
 from care_kernels.triton.tiles import TileStatistics
 
@@ -55,8 +55,8 @@ def _exp_gradients_kernel(
     num_tiles,
     padded_size,
     stride_exps,
-    slope,
-    uncap,
+    inner,
+    outer,
     HAS_SOFTCAP: tl.constexpr,
     TILE_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -76,7 +76,7 @@ def _exp_gradients_kernel(
         entropy = tl.load(entropy_ptr + row)
         weight_at_target -= d_entropy * tl.exp(log_prob) * (log_prob + entropy)
     target_logit = tl.load(target_logit_ptr + row)
-    at_target = weight_at_target * slope_at(target_logit, slope, uncap, HAS_SOFTCAP)
+    at_target = weight_at_target * slope_at(target_logit, inner, outer, HAS_SOFTCAP)
 
     for start in range(0, num_tiles, BLOCK_T):
         tiles = start + tl.arange(0, BLOCK_T)
@@ -96,10 +96,8 @@ def _exp_gradients_kernel(
         if d_entropy_ptr is not None:
             weight -= d_entropy * ((log_e + log_scale[:, None]) * LN_2 + entropy)
         grad = p * weight
-        if HAS_SOFTCAP:
-            grad *= slope_at(log_e + tile_max[:, None], slope, uncap, HAS_SOFTCAP)
-        else:
-            grad *= slope
+        z = log_e + tile_max[:, None] if HAS_SOFTCAP else 0.0
+        grad *= slope_at(z, inner, outer, HAS_SOFTCAP)
         grad = tl.where(columns == target_id, at_target, grad)
         tl.store(exps_row_ptr + columns, grad.to(exps_ptr.dtype.element_ty), mask=inside)
 
@@ -112,20 +110,13 @@ def exp_gradients_(
     gradients: RowGradients,
     transform: LogitTransform,
 ) -> None:
-    """Overwrite E with the loss's derivative with respect to the raw logits x W^T + b.
+    """Overwrite E [C, V] with the loss's derivative with respect to the raw logits x W^T + b.
 
-    Args:
-        exps: [C, V] bfloat16 or float16, as `project` filled it without an anchor.
-        tiles: from the same `project`.
-        target_ids: [C] int; -1 is no column of this head, and no part of g lands there.
-        stats: from `combine` on these tiles, or of the whole vocabulary that they are a part of.
-        gradients: g and dL/dH of each row; never the exact KL's.
-        transform: what made z of the raw logits.
+    `tiles` are from the `project` that filled E, without an anchor; `stats` from `combine` on them,
+    or of the whole vocabulary that they are a part of. A target of -1 is no column of this head.
     """
     assert tiles.max_logit is not None, "anchored tiles take `anchor_targets_`"
     assert gradients.kl is None, "the exact KL needs two models' logits"
-    with_entropy = gradients.entropy is not None
-    assert stats.entropy is not None or not with_entropy
     num_rows, vocab_size = exps.shape
     if num_rows == 0:
         return
@@ -138,14 +129,14 @@ def exp_gradients_(
             stats.log_probs,
             stats.max_logit,
             stats.log_total,
-            stats.entropy if with_entropy else None,
+            None if gradients.entropy is None else stats.entropy,
             gradients.log_probs.contiguous(),
-            gradients.entropy.contiguous() if gradients.entropy is not None else None,
+            None if gradients.entropy is None else gradients.entropy.contiguous(),
             num_rows,
             tiles.total.shape[0],
             triton.cdiv(vocab_size, ROW_ALIGNMENT) * ROW_ALIGNMENT,
             exps.stride(0),
-            **slope_arguments(transform),
+            **transform_arguments(transform),
             TILE_V=tiles.tile_size,
             BLOCK_T=BLOCK_V // tiles.tile_size,
             num_warps=NUM_WARPS,
@@ -154,17 +145,9 @@ def exp_gradients_(
 
 
 def anchor_targets_(exps: Tensor, target_ids: Tensor, log_probs: Tensor, log_shift: Tensor) -> None:
-    """Overwrite anchored E at each row's target with expm1(l) e^{L - a}.
+    """Overwrite anchored E [C, V] at each row's target with expm1(l) e^{L - a}.
 
-    A derivative of the loss along the raw logits is then c E, with c = -g e^{a - L} dz/draw.
-
-    Args:
-        exps: [C, V] bfloat16, as `project` filled it with an anchor.
-        target_ids: [C] int64; -1 is no column of this head, and its row stays as it is.
-        log_probs: l, [C] float32.
-        log_shift: L - a, [C] float32: `log_total` of `combine`.
+    L - a is `log_total` of `combine`. Every target is a column: the head is no shard.
     """
-    columns = target_ids.clamp(min=0)[:, None]
-    at_target = torch.expm1(log_probs).mul_(log_shift.exp()).to(exps.dtype)[:, None]
-    kept = exps.gather(1, columns)
-    exps.scatter_(1, columns, torch.where(target_ids[:, None] >= 0, at_target, kept))
+    at_target = torch.expm1(log_probs).mul_(log_shift.exp()).to(exps.dtype)
+    exps.scatter_(1, target_ids[:, None], at_target[:, None])

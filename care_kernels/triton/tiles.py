@@ -118,11 +118,10 @@ def _combine_kernel(
 
 
 def combine(tiles: TileStatistics) -> RowStatistics:
-    """Statistics of each row from its tiles; never the exact KL.
+    """Statistics of each row from its tiles.
 
     With an anchor `max_logit` is the anchor and `log_total` = L - anchor, the drift of the row's
-    log-normaliser; beyond 60 nats, where exponentials vanish or overflow, it and the log-prob are
-    NaN.
+    log-normaliser; beyond `MAX_DRIFT` it and the log-prob are NaN.
     """
     num_tiles, num_rows = tiles.total.shape
     options = {"dtype": torch.float32, "device": tiles.total.device}
@@ -132,9 +131,6 @@ def combine(tiles: TileStatistics) -> RowStatistics:
         max_logit=tiles.anchor if max_logit is None else max_logit,
         log_total=torch.empty(num_rows, **options),
         entropy=None if tiles.moment is None else torch.empty(num_rows, **options),
-        kl=None,
-        ref_max_logit=None,
-        ref_log_total=None,
     )
     if num_rows > 0:
         with torch.cuda.device_of(tiles.total):

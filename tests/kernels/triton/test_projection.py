@@ -257,7 +257,7 @@ def test_anchors_that_do_not_apply() -> None:
 
 
 def test_a_target_of_another_head(loads: str) -> None:
-    """-1: the derivative is that of the normaliser alone, anchored or not."""
+    """-1: the derivative is that of the normaliser alone."""
     problem = Problem(5, 64, 211, TRANSFORMS["plain"])
     want = -problem.g[:, None] * torch.softmax(problem.logits, 1)
     nowhere = torch.full_like(problem.target_ids, -1)
@@ -265,10 +265,6 @@ def test_a_target_of_another_head(loads: str) -> None:
     stats, tiles = problem.project(exps)
     exp_gradients_(exps, tiles, nowhere, stats, RowGradients(problem.g), problem.transform)
     assert float((exps - want).abs().max()) <= 2**-8 * float(want.abs().max())
-    stats, _ = problem.project(exps, anchor=problem.log_normalizer().float())
-    before = exps.clone()
-    anchor_targets_(exps, nowhere, stats.log_probs, stats.log_total)
-    assert torch.equal(exps, before)
 
 
 @pytest.mark.parametrize("anchored", (False, True))
