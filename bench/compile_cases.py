@@ -23,7 +23,7 @@ from typing import Any
 import triton
 from triton.compiler import ASTSource
 
-from care_kernels.triton import projection, softmax, tiles
+from care_kernels.triton import projection, softmax
 from care_kernels.triton.projection import GemmTile
 
 # By module name: the package's attribute of the first name is the function.
@@ -192,15 +192,15 @@ def _project_grid(tile: GemmTile) -> str:
 
 def _combine_cases() -> list[CompileCase]:
     """With the entropy, for tiles of 128 columns: relative to maxima, and anchored."""
-    block_c, block_t = tiles.COMBINE_BLOCK_C, tiles.COMBINE_BLOCK_T
+    block_c, block_t = softmax.COMBINE_BLOCK_C, softmax.COMBINE_BLOCK_T
     num_tiles = triton.cdiv(VOCAB_SIZE, 128)
     return [
         compile_case(
             f"combine_{name}",
-            tiles._combine_kernel,
-            _pointers(tiles._combine_kernel),
+            softmax._combine_kernel,
+            _pointers(softmax._combine_kernel),
             {"BLOCK_C": block_c, "BLOCK_T": block_t} | dict.fromkeys(absent),
-            num_warps=tiles.COMBINE_WARPS,
+            num_warps=softmax.COMBINE_WARPS,
             grid=f"{NUM_ROWS // block_c} blocks of {block_c} rows",
             hbm_bytes=4 * matrices * num_tiles * NUM_ROWS,
         )

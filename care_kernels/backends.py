@@ -197,14 +197,14 @@ class TritonChunk:
 
     def __init__(self, spec: ChunkSpec, num_rows: int) -> None:
         # Triton is imported where its kernels run: it takes a second.
-        from care_kernels.triton import projection, softmax, tiles
+        from care_kernels.triton import projection, softmax
 
-        self._projection, self._softmax, self._combine = projection, softmax, tiles.combine
+        self._projection, self._softmax = projection, softmax
         self._spec, weight = spec, spec.weight
         self.grad_dtype = weight.dtype
         shape = (num_rows if spec.with_gradients else 0, weight.shape[0])
         self._exps = projection.empty_exps(*shape, weight.dtype, weight.device)
-        self._tiles: tiles.TileStatistics | None = None
+        self._tiles: projection.TileStatistics | None = None
         self._log_shift: Tensor | None = None
         """L - a [C] of the rows projected last, NaN where it is too far; None: no anchor."""
 
@@ -221,7 +221,7 @@ class TritonChunk:
             anchor=rows.anchor if keep else None,
             exps=self._exps[: len(rows.hidden)] if keep else None,
         )
-        stats = self._combine(self._tiles)
+        stats = self._softmax.combine(self._tiles)
         self._log_shift = None if self._tiles.anchor is None else stats.log_total
         return stats
 

@@ -63,11 +63,7 @@ def head_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def output_head(model: Any) -> Any:
-    """The head module of a transformers model, looked up anew since wrappers replace it.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """The head module of a transformers model, looked up anew since wrappers replace it."""
     head = model.get_output_embeddings()
     if head is None:
         got = f"{type(model).__name__} without output embeddings"
@@ -95,18 +91,13 @@ def logit_options(config: Any) -> dict[str, Any]:
 
 
 def _adapted(module: Any) -> tuple[Tensor, Tensor | None]:
-    """Base and active adapters of a PEFT layer; read by attributes: peft is never imported.
-
-    Raises:
-        ValueError: the layer's forward does something else, or more.
-    """
+    """Base and active adapters of a PEFT layer; read by attributes: peft is never imported."""
     weight, bias = head_parameters(module.base_layer)
-    if getattr(module, "disable_adapters", False):
-        if getattr(module, "merged", False):
-            got = "with adapters disabled but still merged into its base weight"
-            raise wrong("module", f"{type(module).__name__} {got}", "unmerge() first")
-        return weight, bias
-    if getattr(module, "merged", False):
+    is_off, is_merged = (getattr(module, name, False) for name in ("disable_adapters", "merged"))
+    if is_off and is_merged:
+        got = "with adapters disabled but still merged into its base weight"
+        raise wrong("module", f"{type(module).__name__} {got}", "unmerge() first")
+    if is_off or is_merged:
         return weight, bias
     kind = f"{type(module).__module__}.{type(module).__name__}"
     is_lora = all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling"))

@@ -43,8 +43,7 @@ def pool_rationale(
         hidden: [B, T, D] final hidden states, after the last norm; or [N, D] with cu_seqlens.
         think_spans: [B, 2] int, half-open token ranges of the rationale, counted from the start of
             their sequence; start == end where there is none.
-        cu_seqlens: [B + 1] int, where each packed sequence starts, and the end of the last
-            (FlashAttention's convention).
+        cu_seqlens: [B + 1] int, where each packed sequence starts, and the end of the last.
         backend: None, "triton" or "torch".
 
     Returns:
@@ -52,8 +51,7 @@ def pool_rationale(
         distance 1 from everything, itself included.
 
     Raises:
-        ValueError: an argument does not fit; the message names it, its row, what came and what was
-            wanted.
+        ValueError: an argument does not fit; the message names it and its row.
     """
     shapes = checks.Shapes()
     shapes.check("B T D" if cu_seqlens is None else "N D", hidden=hidden)
@@ -90,20 +88,13 @@ def rationale_distance(
     """Eq. 4 (Sec. 3.3): cosine distance of each rationale to its anchor's, without gradient.
 
     Args:
-        hidden: as for `pool_rationale`.
-        think_spans: as for `pool_rationale`.
+        hidden, think_spans, cu_seqlens, backend: as for `pool_rationale`, and so are the errors.
         anchors: [B] int, index in this batch of the sequence that anchors i's group. Groups may be
             mixed in any order. One that is no sequence is refused on the CPU, and gives NaN where
             values are not read.
-        cu_seqlens: as for `pool_rationale`.
-        backend: as for `pool_rationale`.
 
     Returns:
         [B] float32 (float64 for float64 hidden), in [0, 2] up to rounding.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it, its row, what came and what was
-            wanted.
 
     Source: paper Eq. 4; Algorithm 1, lines 6 and 23.
     """
@@ -125,10 +116,7 @@ def rationale_distance(
 def _span_means(hidden: Tensor, starts: Tensor, spans: Tensor) -> Tensor:
     """[B, D] mean of each span, zero where it is empty; float32, or float64 for float64.
 
-    Args:
-        hidden: [B, T, D], or [N, D] of packed sequences.
-        starts: [B] int64, where each sequence starts along the first dimension.
-        spans: [B, 2] int64, within their sequences.
+    `starts` [B] are where each sequence starts along the first dimension of `hidden`.
     """
     means = hidden.new_zeros((len(spans), hidden.shape[-1]), dtype=compute_dtype(hidden))
     for mean, first, (start, end) in zip(means, starts.tolist(), spans.tolist(), strict=True):
@@ -179,7 +167,6 @@ def _launch(hidden: Tensor, starts: Tensor, spans: Tensor) -> Tensor:
     means = hidden.new_empty((num_sequences, width), dtype=compute_dtype(hidden))
     if means.numel() == 0:
         return means
-    # Triton launches on the current device, whatever the tensors' own.
     with torch.cuda.device_of(hidden):
         _span_means_kernel[(num_sequences * triton.cdiv(width, BLOCK_D),)](
             means,

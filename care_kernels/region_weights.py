@@ -72,8 +72,8 @@ def token_advantages(
         is_positive: [B] bool, whose rationale tokens weigh `think_weight` (acc = 1, line 40).
         regions: more of them, laid over the two: tags, the end token, a malformed response.
         seq_len: T; the result is [B, T].
-        cu_seqlens: [B + 1] int, where each packed sequence starts, and the end of the last
-            (FlashAttention's convention); the result is [N].
+        cu_seqlens: [B + 1] int, where each packed sequence starts, and the end of the last; the
+            result is [N].
         total_tokens: N, at least cu_seqlens[-1]; tokens beyond it get 0. None: cu_seqlens[-1],
             which costs a host synchronisation on CUDA.
         think_weight: gamma+.
@@ -86,8 +86,7 @@ def token_advantages(
         [B, T] or [N] float32 (float64 for float64 advantages).
 
     Raises:
-        ValueError: an argument does not fit; the message names it, its row, what came and what was
-            wanted.
+        ValueError: an argument does not fit; the message names it and its row.
 
     Source: paper Eq. 11; Algorithm 1, lines 40-41.
     """
@@ -163,13 +162,9 @@ def _region_sizes(spans: Tensor) -> Tensor:
 
 
 def _paint(result: Tensor, values: Tensor, spans: Tensor, ends: Tensor) -> None:
-    """Write each region's number into its tokens, the last region where they overlap.
+    """Write each region's number [B, R] into its tokens of a result [N] of zeros.
 
-    Args:
-        result: [N], zeros.
-        values: [B, R] in its dtype.
-        spans: [B, R, 2] int64, within their sequences.
-        ends: [B + 1] int64, where each sequence starts, and the end of the last.
+    `ends` [B + 1] are where each sequence starts, and the end of the last.
     """
     tokens = torch.arange(len(result), device=result.device)
     # Tokens beyond the last sequence count as its own, past its end, where no span reaches.
@@ -212,7 +207,6 @@ def _launch(result: Tensor, values: Tensor, spans: Tensor, ends: Tensor) -> None
     """`_paint` in one kernel; what lies behind the last sequence is left as it is."""
     num_sequences, num_regions = values.shape
     num_splits = triton.cdiv(triton.cdiv(len(result), num_sequences), BLOCK)
-    # Triton launches on the current device, whatever the tensors' own.
     with torch.cuda.device_of(result):
         _paint_kernel[(num_sequences * num_splits,)](
             result,

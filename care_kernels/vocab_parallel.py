@@ -49,12 +49,7 @@ class VocabShard:
         return local.clamp(0, num_local - 1), torch.where(is_mine, local, -1)
 
     def combine(self, stats: RowStatistics, is_mine: Tensor) -> RowStatistics:
-        """Statistics of the whole vocabulary from this part's.
-
-        Args:
-            stats: of this part, [C] each; `log_probs` counts where `is_mine`.
-            is_mine: [C] bool, whether the target lies in this part.
-        """
+        """Statistics of the whole vocabulary from this part's, which has the targets `is_mine`."""
         log_probs = torch.where(is_mine, stats.log_probs, -torch.inf)
         parts = self._gather(stats._replace(log_probs=log_probs))
         max_logit, log_total, log_share = _merge(parts.max_logit, parts.log_total)

@@ -14,7 +14,7 @@ from torch import Tensor
 from care_kernels.softmax import LogitTransform
 from care_kernels.triton import projection as fused_projection
 from care_kernels.triton.projection import GemmTile
-from care_kernels.triton.tiles import combine
+from care_kernels.triton.softmax import combine
 
 KINDS = ("training", "log_probs", "training, entropy")
 """With exponentials stored; statistics alone; with the entropy's moment too."""

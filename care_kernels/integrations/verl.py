@@ -12,10 +12,6 @@ import the module that `actor_rollout_ref.model.external_lib` names, so such a m
 
 With it, run verl with `actor_rollout_ref.model.use_fused_kernels=True` and
 `actor_rollout_ref.model.fused_kernel_options.impl_backend=torch`.
-
-This module needs torch alone.
-
-Shape letters: T tokens, D hidden, V vocabulary; a leading batch dimension B is optional.
 """
 
 from typing import Any

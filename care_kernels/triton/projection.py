@@ -4,8 +4,8 @@ z = transform(x W^T + b) lives in registers, tile by tile. For each row and voca
 
     m_t = max_j z_j,  s_t = sum_j e^{z_j - m_t},  h_t = sum_j e^{z_j - m_t} (z_j - m_t)
 
-and for training E_j = e^{z_j - m_t}, rounded to the operands' dtype; `softmax` turns E into the
-gradient, and `tiles.combine` makes each row's statistics of its tiles'.
+and for training E_j = e^{z_j - m_t}, rounded to the operands' dtype. `softmax` makes each row's
+statistics of its tiles', and the gradient of E.
 
 Where the caller knows the row's log-normaliser under an earlier policy, the anchor a, then every
 m_t is a: no maximum is taken, and E = e^{z - a} needs no further pass.
@@ -29,7 +29,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from care_kernels.softmax import LogitTransform
 from care_kernels.triton.launch import LOG2_E, is_interpreted, to_logits, transform_arguments
-from care_kernels.triton.tiles import LOWEST, TileStatistics
 
 OPERAND_DTYPES = (torch.bfloat16, torch.float16)
 # Triton vectorises loads and stores of rows whose stride it sees to be divisible by 16, and a
@@ -37,6 +36,8 @@ OPERAND_DTYPES = (torch.bfloat16, torch.float16)
 ROW_ALIGNMENT = 16
 # Stands for a bias of -inf: far below every logit, yet finite after scaling.
 LEAST_BIAS = tl.constexpr(-1e30)
+# The least float32: a finite stand-in for -inf, whose differences are numbers.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 class GemmTile(NamedTuple):
@@ -51,6 +52,26 @@ class GemmTile(NamedTuple):
     """Tensor descriptors and as many programs as multiprocessors, or pointers and one per tile."""
     num_warps: int
     num_stages: int
+
+
+class TileStatistics(NamedTuple):
+    """What the epilogue saw, logits in base 2: z log2(e).
+
+    Tiles come first, so that neighbouring rows are stored together.
+    """
+
+    max_logit: Tensor | None
+    """m_t, [T, C]; None where the rows are anchored."""
+    total: Tensor
+    """s_t, [T, C]."""
+    moment: Tensor | None
+    """h_t, [T, C]."""
+    target_logit: Tensor
+    """z_y, [C]; NaN where y is outside the vocabulary."""
+    anchor: Tensor | None
+    """a, [C], in nats."""
+    tile_size: int
+    """Columns per tile."""
 
 
 # The number of rows differs from chunk to chunk: compiling again for it would gain nothing.

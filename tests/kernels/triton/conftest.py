@@ -7,7 +7,7 @@ import pytest
 from tests.kernels.triton.interpreter import import_interpreted, interpreting
 
 # Before the test modules import them.
-import_interpreted("tiles", "projection", "softmax")
+import_interpreted("projection", "softmax")
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,8 @@ from torch import Tensor
 from care_kernels import softmax
 from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics
 from care_kernels.triton import projection
-from care_kernels.triton.projection import GemmTile, empty_exps, project, supports
-from care_kernels.triton.softmax import anchor_targets_, exp_gradients_
-from care_kernels.triton.tiles import TileStatistics, combine
+from care_kernels.triton.projection import GemmTile, TileStatistics, empty_exps, project, supports
+from care_kernels.triton.softmax import anchor_targets_, combine, exp_gradients_
 from tests.kernels.cases import assert_close, error
 from tests.kernels.tolerances import FLOOR
 from tests.kernels.triton.interpreter import DEVICE, IS_INTERPRETED

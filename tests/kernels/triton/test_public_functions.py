@@ -23,7 +23,7 @@ from tests.kernels.test_policy_loss_oracle import at_level
 from tests.kernels.tolerances import FLOOR, THREE_ROUNDINGS
 from tests.kernels.triton.interpreter import DEVICE, import_interpreted, interpret_kernels_of
 
-import_interpreted("tiles", "projection", "softmax")
+import_interpreted("projection", "softmax")
 interpret_kernels_of("care_kernels.region_weights")
 interpret_kernels_of("care_kernels.rationale_distance")
 
