@@ -116,7 +116,6 @@ def compile_cases(architecture: str = "9") -> list[CompileCase]:
     """
     return [
         *_project_cases(architecture),
-        *_combine_cases(),
         *_exp_gradients_cases(architecture),
         _token_advantages_case(),
         _span_means_case(),
@@ -188,27 +187,6 @@ def _project_grid(tile: GemmTile) -> str:
     row_blocks, tiles = NUM_ROWS // tile.BLOCK_C, triton.cdiv(VOCAB_SIZE, tile.BLOCK_V)
     grid = f"{row_blocks} row blocks x {tiles} vocabulary tiles"
     return f"one a multiprocessor, for {grid}" if tile.USE_TMA else grid
-
-
-def _combine_cases() -> list[CompileCase]:
-    """With the entropy, for tiles of 128 columns: relative to maxima, and anchored."""
-    block_c, block_t = softmax.COMBINE_BLOCK_C, softmax.COMBINE_BLOCK_T
-    num_tiles = triton.cdiv(VOCAB_SIZE, 128)
-    return [
-        compile_case(
-            f"combine_{name}",
-            softmax._combine_kernel,
-            _pointers(softmax._combine_kernel),
-            {"BLOCK_C": block_c, "BLOCK_T": block_t} | dict.fromkeys(absent),
-            num_warps=softmax.COMBINE_WARPS,
-            grid=f"{NUM_ROWS // block_c} blocks of {block_c} rows",
-            hbm_bytes=4 * matrices * num_tiles * NUM_ROWS,
-        )
-        for name, absent, matrices in (
-            ("entropy", ("anchor_ptr",), 3),
-            ("anchored", ("tile_max_ptr", "tile_moment_ptr", "max_logit_ptr", "entropy_ptr"), 1),
-        )
-    ]
 
 
 def _exp_gradients_cases(architecture: str) -> list[CompileCase]:
