@@ -3,7 +3,7 @@
 `LogitChunk` says what every kind provides, `chunk_kind` chooses among them:
 
 - `TritonChunk`: bfloat16 or float16 on a GPU. The GEMM's epilogue reads the statistics off its
-  float32 accumulators and keeps 16-bit exponentials of the logits.
+  float32 accumulators and keeps 16-bit exponentials of the logits, for gradients alone.
 - `NativeChunk`: the same in C++, for bfloat16 on a CPU with AVX-512.
 - `TorchChunk`: float32 or float64 logits and torch operations, anywhere; also the exact KL, which
   needs two models' logits at once.
@@ -137,7 +137,7 @@ class TorchChunk:
 
 
 class NativeChunk:
-    """The C++ CPU kernels. Without gradients nothing of size [C, V] is held at all."""
+    """The C++ CPU kernels."""
 
     grad_dtype = torch.bfloat16
 
@@ -188,22 +188,16 @@ class NativeChunk:
 
 
 class TritonChunk:
-    """The fused projection. Without gradients nothing of size [C, V] is held at all.
-
-    With an anchor a, E = e^(z - a) and no pass over E is needed: with L the row's log-normaliser
-    and c = -g e^(a - L) dz/draw, dL/draw = c E but at the target, where E becomes
-    expm1(l) e^(L - a).
-    """
+    """The fused projection; how an anchor saves a pass over E, `triton.softmax` says."""
 
     def __init__(self, spec: ChunkSpec, num_rows: int) -> None:
         # Triton is imported where its kernels run: it takes a second.
         from care_kernels.triton import projection, softmax
 
         self._projection, self._softmax = projection, softmax
-        self._spec, weight = spec, spec.weight
-        self.grad_dtype = weight.dtype
-        shape = (num_rows if spec.with_gradients else 0, weight.shape[0])
-        self._exps = projection.empty_exps(*shape, weight.dtype, weight.device)
+        self._spec, self.grad_dtype = spec, spec.weight.dtype
+        shape = (num_rows if spec.with_gradients else 0, len(spec.weight))
+        self._exps = projection.empty_exps(*shape, self.grad_dtype, spec.weight.device)
         self._tiles: projection.TileStatistics | None = None
         self._log_shift: Tensor | None = None
         """L - a [C] of the rows projected last, NaN where it is too far; None: no anchor."""

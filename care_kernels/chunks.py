@@ -8,7 +8,7 @@ Shape letters: N rows, D hidden, V vocabulary, M selected rows, C rows of a chun
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -88,13 +88,10 @@ class SweepOptions:
 
     transform: LogitTransform
     chunk_rows: int | None
-    """Rows of logits held at a time; None: `chunk_rows` chooses."""
     backend: str
     """As `resolve_backend` returns it."""
     vocab_shard: VocabShard | None
-    """Which part of the vocabulary the head is; None: all of it."""
     with_entropy: bool
-    """Statistics include the entropy."""
     autocast: torch.dtype | None
     """What float32 matrices are multiplied in, as `autocast_dtype` found it; None: in float32."""
 
@@ -123,21 +120,17 @@ class HeadChunks:
         options: SweepOptions,
         *,
         wanted: Wanted = NOTHING,
-        row_weights: Iterable[Tensor | None] = (),
         weight_grad: Tensor | None = None,
         anchor: Tensor | None = None,
         reference: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Chunks are consecutive slices of `rows` [M] int64, at which `target_ids` [N] are valid.
-
+        """
         Args:
             inputs: of the policy.
-            target_ids: [N] int.
-            rows: [M].
+            target_ids: [N] int, valid at the selected rows.
+            rows: [M] int64, the selected rows; chunks are consecutive slices of it.
             options: how to sweep.
             wanted: the gradients to make.
-            row_weights: vectors of the size of dL/dl. float16 gradients of logits are held divided
-                by a power of two near the largest of them: below 6e-8 they would vanish.
             weight_grad: dW is added to this instead of a buffer of its own.
             anchor: [M], `old_log_normalizer` of the rows where exponentials may be anchored there.
             reference: its hidden states [N, D'] and head weight [V, D'], for the exact KL.
@@ -180,8 +173,6 @@ class HeadChunks:
             sums_weight_gradient=wanted[1] and weight_grad is None,
         )
         self._logits = kind(spec, min(self._chunk_rows, rows.numel()))
-        is_half = self.makes_gradients and self._logits.grad_dtype == torch.float16
-        self._scale = _largest_power_of_two(row_weights) if is_half else 1.0
         self._weight_is_new = weight_grad is None
         self.gradients = self._room_for(wanted, weight_grad, inputs[1].dtype)
 
@@ -239,9 +230,11 @@ class HeadChunks:
     @torch.no_grad()
     def add_gradients(self, chunk: slice, stats: RowStatistics, upstream: RowGradients) -> None:
         """Consume the logits that `project(chunk, keep=True)` has made; add to `gradients`."""
-        rows, scale = self._rows[chunk], self._scale
+        rows, scale = self._rows[chunk], 1.0
         grad_hidden, grad_weight, grad_bias = self.gradients
-        if scale != 1:
+        if self._logits.grad_dtype == torch.float16:
+            # Below 6e-8 a gradient would vanish.
+            scale = _largest_power_of_two(upstream)
             upstream = upstream.divided_by(scale)
         gradient = self._logits.gradients(self._own_targets[chunk], stats, upstream)
         with torch.autocast(self._hidden.device.type, enabled=False):
@@ -272,9 +265,9 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
-def _largest_power_of_two(vectors: Iterable[Tensor | None]) -> float:
-    """A power of two near the largest magnitude in any of the vectors: a host synchronisation."""
-    sizes = [float(x.abs().amax()) for x in vectors if x is not None and x.numel()]
+def _largest_power_of_two(upstream: RowGradients) -> float:
+    """A power of two near the largest magnitude in any of its vectors: a host synchronisation."""
+    sizes = [float(x.abs().amax()) for x in upstream if x is not None and x.numel()]
     largest = max(sizes, default=0.0)
     return 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
 

@@ -129,10 +129,8 @@ class LinearLogProbs(torch.autograd.Function):
                     "give `gathered`"
                 )
             inputs = (hidden, head_weight, bias)
-            wanted, options = ctx.needs_input_grad[:3], ctx.options
-            chunks = HeadChunks(
-                inputs, target_ids, rows, options, wanted=wanted, row_weights=upstream
-            )
+            wanted = ctx.needs_input_grad[:3]
+            chunks = HeadChunks(inputs, target_ids, rows, ctx.options, wanted=wanted)
             chunks.add_all_gradients(take(stats, rows), take(upstream, rows))
         pairs = zip(chunks.gradients, inputs, strict=True)
         return *(None if grad is None else grad.to(x.dtype) for grad, x in pairs), None, None, None

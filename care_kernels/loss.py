@@ -277,7 +277,6 @@ class _Problem:
             rows,
             self.options,
             wanted=wanted,
-            row_weights=(terms.advantages, terms.kl_weights, terms.entropy_weights),
             weight_grad=self.weight_grad,
             anchor=terms.old_log_normalizer if can_anchor else None,
             reference=reference,

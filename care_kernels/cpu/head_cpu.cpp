@@ -65,9 +65,7 @@ float largest(const float* z, int64_t n) {
 }
 
 float sum(const float* values) {
-  Vec total(0);
-  for (int64_t j = 0; j < kColumns; j += Vec::size()) total = total + Vec::loadu(values + j);
-  return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, total);
+  return at::vec::reduce_all<float>([](Vec a, Vec b) { return a + b; }, values, kColumns);
 }
 
 void store(const float* values, int64_t n, BFloat16* out) {
