@@ -234,13 +234,7 @@ class TritonChunk:
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:
-    """The backend that will run: "triton" on CUDA and ROCm tensors, else "torch".
-
-    "triton" on CPU tensors runs under TRITON_INTERPRET=1 only.
-
-    Raises:
-        ValueError: `backend` is unknown, or cannot run on `device`.
-    """
+    """The backend that will run: by default "triton" on CUDA and ROCm tensors, else "torch"."""
     checks.check_options(backend=backend)
     if backend is None:
         return "triton" if device.type == "cuda" else "torch"

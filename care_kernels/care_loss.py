@@ -57,7 +57,8 @@ def care_loss(
     them all alike, from the last prompt token on.
 
     Differentiable, once, with respect to hidden, head_weight and bias; everything else is a
-    constant.
+    constant. Arguments that are not named below are as `linear_policy_loss` takes them, with [B, T]
+    in place of [N].
 
     Args:
         hidden: [B, T, D] final hidden states, after the last norm. Not copied where contiguous.
@@ -72,8 +73,6 @@ def care_loss(
         response_mask: [B, T] bool or int, the sampled tokens; it must cover every token with an
             advantage. Required for KL, entropy and the sequence ratio, which run over the whole
             response; elsewhere None will do.
-        old_log_probs, ref_log_probs, ref_hidden, ref_head_weight, importance_weights: as
-            `linear_policy_loss` takes them, with [B, T] in place of [N].
         num_sequences: |S*|, a number or 0-dim tensor above 0. Pass the global count where a step
             spans ranks or micro-batches, and sum their gradients. None: the sequences of this call
             with a non-zero advantage, at least 1.
@@ -82,9 +81,8 @@ def care_loss(
         kl_coef: beta of Eq. 13, on each sequence's mean over response tokens, then over S*.
         entropy_coef: coefficient of an entropy bonus, averaged like the KL.
         ratio_level: "token", or "sequence" for GSPO's exp(mean log-ratio) over the response.
-        vocab_shard, backend, options: of `linear_policy_loss`; options are its surrogate,
-            kl_estimator, return_entropy, temperature, logit_softcap, logit_scale, bias, weight_grad
-            and chunk_rows.
+        options: surrogate, kl_estimator, return_entropy, temperature, logit_softcap, logit_scale,
+            bias, weight_grad and chunk_rows of `linear_policy_loss`.
 
     Returns:
         `PolicyLoss` with [B, T] fields, `token_advantages` among them. Tokens that were not

@@ -43,11 +43,12 @@ def linear_log_probs(
     Differentiable with respect to hidden, head_weight and bias. Never holds [N, V]. The backward
     reads head_weight again, so a partitioned weight must stay gathered until then, or be gathered
     by `gathered`; it skips the rows whose upstream gradients are zero. Under autocast float32
-    operands are multiplied in its dtype, as `nn.Linear` would.
+    operands are multiplied in its dtype, as `nn.Linear` would. Arguments that are not named below
+    are as `linear_policy_loss` takes them.
 
     Args:
-        hidden, head_weight, bias: [N, D], [V, D] and [V], as `linear_policy_loss` takes them, and
-            so temperature, logit_softcap, logit_scale, vocab_shard, chunk_rows and backend.
+        hidden: [N, D].
+        head_weight: [V, D].
         target_ids: [N] int, in [0, V); on CUDA, where they are not read, one outside gives NaN.
         return_entropy: also return each row's entropy.
         return_log_normalizer: also return each row's log sum exp of z, without gradient: the

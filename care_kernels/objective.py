@@ -62,7 +62,6 @@ class RowTerms(NamedTuple):
     kl_weights: Tensor | None
     entropy_weights: Tensor | None
     old_log_normalizer: Tensor | None = None
-    """L of the old policy, which a GPU may anchor its exponentials at."""
 
 
 class SurrogateRows(NamedTuple):
@@ -187,11 +186,9 @@ class SequenceGroups:
         starts_sequence = torch.ones_like(sorted_ids)
         starts_sequence[1:] = sorted_ids[1:] != sorted_ids[:-1]
         sorted_index = starts_sequence.cumsum(0) - 1
-        slots = torch.arange(sequence_ids.numel(), device=sequence_ids.device)
-        first = torch.searchsorted(sorted_index, slots)
-        last = torch.searchsorted(sorted_index, slots, right=True)
         index = torch.empty_like(sorted_index).scatter_(0, order, sorted_index)
-        return SequenceGroups(order, index, last - first)
+        slots = torch.arange(sequence_ids.numel() + 1, device=sequence_ids.device)
+        return SequenceGroups(order, index, torch.searchsorted(sorted_index, slots).diff())
 
     def sum(self, values: Tensor) -> Tensor:
         """Each row's sequence sum of [N] values, back in row order."""

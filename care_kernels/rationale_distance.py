@@ -87,8 +87,9 @@ def rationale_distance(
 ) -> Tensor:
     """Eq. 4 (Sec. 3.3): cosine distance of each rationale to its anchor's, without gradient.
 
+    The other arguments, and errors, are `pool_rationale`'s.
+
     Args:
-        hidden, think_spans, cu_seqlens, backend: as for `pool_rationale`, and so are the errors.
         anchors: [B] int, index in this batch of the sequence that anchors i's group. Groups may be
             mixed in any order. One that is no sequence is refused on the CPU, and gives NaN where
             values are not read.

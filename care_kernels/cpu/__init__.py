@@ -59,10 +59,7 @@ def native_ops() -> Any | None:
 
 
 def load() -> Path:
-    """Load the library, from the cache or built now.
-
-    Returns:
-        Its path.
+    """Load the library, from the cache or built now, and return its path.
 
     Raises:
         OSError: there is no compiler, no room, or the system refuses the built library.

@@ -184,11 +184,7 @@ def unbound_forward(model: Any) -> Callable[..., Any]:
 
 
 def check_head(model: Any) -> None:
-    """The head is one that `head_parameters` can write as a matrix.
-
-    Raises:
-        ValueError: it is not; the message says what it is.
-    """
+    """Refuse a head that `head_parameters` cannot write as one matrix."""
     with gathered_head(model):
         pass
 

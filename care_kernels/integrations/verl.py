@@ -42,16 +42,14 @@ class FusedLinearForPPO(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of `input_ids` under softmax(hidden_states vocab_weights^T / t).
 
-        Differentiable with respect to hidden_states and vocab_weights, through both results.
-
         Args:
-            hidden_states: [B, T, D] or [T, D] bfloat16, float16 or float32.
+            hidden_states: [B, T, D] or [T, D].
             vocab_weights: [V, D].
             input_ids: [B, T] or [T] int, the token each position predicts: verl rolls them before.
             temperature: a number, a tensor of one, or one for each token.
 
         Returns:
-            log_probs and entropy in the shape of input_ids, float32.
+            log_probs and entropy in the shape of input_ids, float32, both differentiable.
 
         Raises:
             ValueError: shapes that do not fit, or whatever `linear_log_probs` refuses.

@@ -1,8 +1,5 @@
 """What kernels and launchers share: interpreter detection, the logits' transform.
 
-    z = scale / temperature * raw,  or  softcap / temperature * tanh(scale / softcap * raw)
-    dz / draw = scale / temperature * (1 - (z * temperature / softcap)^2)
-
 Kernels hold z log2(e), in base 2, because a device's exponential is exp2: with log2(e) folded into
 the transform's own factors, e^z costs no multiplication. A transform reaches a kernel as numbers,
 so that one compiled kernel serves every temperature.

@@ -89,7 +89,6 @@ def _project_kernel(
     target_logit_ptr,
     num_rows,
     vocab_size,
-    padded_size,
     width,
     stride_hidden,
     stride_weight,
@@ -197,14 +196,14 @@ def _project_kernel(
             tl.store(tile_total_ptr + tile_offsets, tl.sum(e, 1), mask=inside)
             if tile_moment_ptr is not None:
                 tl.store(tile_moment_ptr + tile_offsets, tl.sum(e * z, 1), mask=inside)
-            # Columns between the vocabulary's end and the padded width are zeros, for GEMMs on CPUs
+            # Columns between the vocabulary's end and the next row are zeros, for GEMMs on CPUs
             # that read on behind a row; storing them keeps every store a whole vector.
             if exps is not None:
                 if USE_TMA:
                     exps.store([first_row, first_half], e.to(exps.dtype))
                 else:
                     ptrs = exps + rows.to(tl.int64)[:, None] * stride_exps + columns[None, :]
-                    stored = inside[:, None] & (columns < padded_size)[None, :]
+                    stored = inside[:, None] & (columns < stride_exps)[None, :]
                     tl.store(ptrs, e.to(exps.dtype.element_ty), mask=stored)
 
 
@@ -229,13 +228,10 @@ TILES = {
 
 
 def gemm_tile(architecture: str, form: str) -> GemmTile:
-    """The tile of a launch.
+    """The tile of a launch on "hip", CUDA's major version such as "9", or the "interpreter".
 
-    Args:
-        architecture: "hip", CUDA's major version such as "9", or "interpreter".
-        form: "unaligned" where rows of some matrix do not start on multiples of 16 numbers or do
-            not hold a multiple of 16; else "softcap" with a softcap, "anchored" with an anchor,
-            "entropy" with the entropy, or "plain".
+    The form is "unaligned" where rows of some matrix do not start on multiples of 16 numbers or do
+    not hold a multiple of 16, else the first that applies of softcap, anchor and entropy.
     """
     if form == "unaligned":
         return _UNALIGNED
@@ -256,7 +252,7 @@ def empty_exps(
     `project` writes zeros into the padding of the rows that it fills: oneDNN's bfloat16 GEMM, on a
     CPU with AMX, multiplies what it finds there by zeros, and a NaN times zero is NaN.
     """
-    padded = _padded(vocab_size)
+    padded = triton.cdiv(vocab_size, ROW_ALIGNMENT) * ROW_ALIGNMENT
     return torch.empty((num_rows, padded), dtype=dtype, device=device)[:, :vocab_size]
 
 
@@ -284,12 +280,11 @@ def project(
         exps: from `empty_exps` or its first C rows, in the operands' dtype, filled with E.
     """
     (num_rows, width), vocab_size = hidden.shape, weight.shape[0]
-    padded_size = _padded(vocab_size)
     assert supports(hidden.dtype, weight) and weight.shape[1] == width
     assert width == 1 or hidden.stride(1) == 1, "hidden: rows are contiguous"
     if exps is not None:
         assert exps.shape == (num_rows, vocab_size) and exps.dtype == hidden.dtype
-        assert exps.stride(0) >= padded_size, "exps: rows as far apart as those of `empty_exps`"
+        assert exps.stride(0) % ROW_ALIGNMENT == 0, "exps: rows of `empty_exps`"
     if anchor is not None:
         assert anchor.shape == (num_rows,) and anchor.dtype == torch.float32
         assert transform.softcap is None, "anchor: a softcap's slope needs z"
@@ -332,7 +327,7 @@ def project(
         operands = [
             _descriptor(hidden, width, (tile.BLOCK_C, tile.BLOCK_D)),
             _descriptor(weight, width, (tile.BLOCK_V, tile.BLOCK_D)),
-            None if exps is None else _descriptor(exps, padded_size, (tile.BLOCK_C, tile_size)),
+            None if exps is None else _descriptor(exps, exps.stride(0), (tile.BLOCK_C, tile_size)),
         ]
         # The interpreter gets two, so that its programs too make several tiles each.
         processors = 2
@@ -351,7 +346,6 @@ def project(
             tiles.target_logit,
             num_rows,
             vocab_size,
-            padded_size,
             width,
             hidden.stride(0),
             weight.stride(0),
@@ -362,10 +356,6 @@ def project(
             **tile._asdict(),
         )
     return tiles
-
-
-def _padded(vocab_size: int) -> int:
-    return triton.cdiv(vocab_size, ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def _starts_aligned(matrix: Tensor) -> bool:

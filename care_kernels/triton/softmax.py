@@ -37,7 +37,7 @@ from torch import Tensor
 
 from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics
 from care_kernels.triton.launch import LN_2, LOG2_E, expm1, slope_at, transform_arguments
-from care_kernels.triton.projection import ROW_ALIGNMENT, TileStatistics
+from care_kernels.triton.projection import TileStatistics
 
 # A probability p is stored as e^{z - a} = p e^{drift}, and float32 has no normal number below
 # e^-87: at a drift of -60 nats what vanishes has p < 2e-12, less than 1e-6 in all of a vocabulary.
@@ -90,7 +90,6 @@ def _exp_gradients_kernel(
     d_entropy_ptr,
     num_rows,
     num_tiles,
-    padded_size,
     stride_exps,
     inner,
     outer,
@@ -123,7 +122,7 @@ def _exp_gradients_kernel(
         log_scale = (tile_max - max_logit) - log_total
         columns = tiles[:, None] * TILE_V + tl.arange(0, TILE_V)[None, :]
         # The padding holds zeros, and its derivative is zero too.
-        inside = columns < padded_size
+        inside = columns < stride_exps
         e = tl.load(exps_row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
         p = e * tl.exp2(log_scale)[:, None]
         weight = p * 0.0 - g
@@ -154,7 +153,7 @@ def exp_gradients_(
     """
     assert tiles.max_logit is not None, "anchored tiles take `anchor_targets_`"
     assert gradients.kl is None, "the exact KL needs two models' logits"
-    num_rows, vocab_size = exps.shape
+    num_rows = len(exps)
     if num_rows == 0:
         return
     with torch.cuda.device_of(exps):
@@ -171,7 +170,6 @@ def exp_gradients_(
             None if gradients.entropy is None else gradients.entropy.contiguous(),
             num_rows,
             tiles.total.shape[0],
-            triton.cdiv(vocab_size, ROW_ALIGNMENT) * ROW_ALIGNMENT,
             exps.stride(0),
             **transform_arguments(transform),
             TILE_V=tiles.tile_size,
