@@ -1,6 +1,6 @@
 """One chunk of logits: made by a GEMM with their row statistics, then turned into their gradient.
 
-`LogitChunk` says what every kind provides, `chunk_kind` chooses among them:
+`chunk_kind` chooses:
 
 - `TritonChunk`: bfloat16 or float16 on a GPU. The GEMM's epilogue reads the statistics off its
   float32 accumulators and keeps 16-bit exponentials of the logits, for gradients alone.
@@ -13,7 +13,7 @@ Shape letters: C rows of the chunk, D hidden, V vocabulary.
 
 import os
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,30 +69,11 @@ class ChunkSpec:
     with_gradients: bool = False
 
 
-class LogitChunk(Protocol):
-    """Room for up to `num_rows` rows of logits, and the kernels that work on them."""
-
-    grad_dtype: torch.dtype
-    """Of the logits' gradient."""
-
-    def __init__(self, spec: ChunkSpec, num_rows: int) -> None: ...
-
-    def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
-        """Statistics [C] of the rows' logits, which are kept for `gradients` where asked."""
-        ...
-
-    def gradients(
-        self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients
-    ) -> LogitGradient:
-        """dL/draw of the logits made last, which are gone afterwards.
-
-        A target of -1 is none of this head's rows: no part of g lands there.
-        """
-        ...
-
-
 class TorchChunk:
-    """Torch operations on float32 logits, float64 for float64."""
+    """Room for up to `num_rows` rows of float32 logits, float64 for float64, and torch operations.
+
+    The other kinds have the same methods, and `grad_dtype`, the type of the logits' gradient.
+    """
 
     def __init__(self, spec: ChunkSpec, num_rows: int) -> None:
         weight, ref_weight = spec.weight, spec.ref_weight
@@ -107,7 +88,7 @@ class TorchChunk:
         self._ref_logits = None if ref_weight is None else torch.empty_like(self._logits)
 
     def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
-        """See `LogitChunk`."""
+        """Statistics [C] of the rows' logits, which are kept for `gradients` where asked."""
         spec = self._spec
         logits, ref_logits = self._first(len(rows.hidden))
         _write_logits(rows.hidden, spec.weight, spec, logits)
@@ -121,7 +102,10 @@ class TorchChunk:
     def gradients(
         self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients
     ) -> LogitGradient:
-        """See `LogitChunk`."""
+        """dL/draw of the logits made last, which are gone afterwards.
+
+        A target of -1 is none of this head's rows: no part of g lands there.
+        """
         logits, ref_logits = self._first(len(target_ids))
         # Over the logits' own memory: each row's first bytes.
         out = logits.view(self.grad_dtype)[:, : logits.shape[1]]
@@ -151,7 +135,7 @@ class NativeChunk:
         self._target_logit = self._block_max = torch.empty(0)
 
     def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
-        """See `LogitChunk`."""
+        """See `TorchChunk`."""
         assert self._ops is not None, "chosen only where the kernels run"
         self._target_logit, max_logit, log_total, entropy, self._block_max = self._ops.project(
             rows.hidden,
@@ -168,7 +152,7 @@ class NativeChunk:
     def gradients(
         self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients
     ) -> LogitGradient:
-        """See `LogitChunk`."""
+        """See `TorchChunk`."""
         assert self._ops is not None, "chosen only where the kernels run"
         exps = self._exps[: len(target_ids)]
         self._ops.exp_gradients(
@@ -203,7 +187,7 @@ class TritonChunk:
         """L - a [C] of the rows projected last, NaN where it is too far; None: no anchor."""
 
     def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
-        """See `LogitChunk`."""
+        """See `TorchChunk`."""
         spec = self._spec
         self._tiles = self._projection.project(
             rows.hidden,
@@ -222,7 +206,7 @@ class TritonChunk:
     def gradients(
         self, target_ids: Tensor, stats: RowStatistics, upstream: RowGradients
     ) -> LogitGradient:
-        """See `LogitChunk`."""
+        """See `TorchChunk`."""
         exps, transform = self._exps[: len(target_ids)], self._spec.transform
         assert self._tiles is not None
         if self._log_shift is None:
@@ -231,6 +215,9 @@ class TritonChunk:
         self._softmax.anchor_targets_(exps, target_ids, stats.log_probs, self._log_shift)
         slope = transform.scale / transform.temperature
         return LogitGradient(exps, upstream.log_probs * torch.exp(-self._log_shift) * -slope)
+
+
+LogitChunk = TorchChunk | NativeChunk | TritonChunk
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:

@@ -112,12 +112,8 @@ def care_loss(
     shapes.check_given("V E", ref_head_weight=ref_head_weight)
     shapes.check_given("B T D" if ref_head_weight is None else "B T E", ref_hidden=ref_hidden)
     if response_mask is None and (kl_coef or entropy_coef or ratio_level == "sequence"):
-        raise checks.wrong(
-            "response_mask",
-            None,
-            "[B, T], as the KL, the entropy bonus and the sequence ratio run over the whole "
-            "response",
-        )
+        wanted = "[B, T], as KL, entropy bonus and sequence ratio run over the whole response"
+        raise checks.wrong("response_mask", None, wanted)
 
     advantages = advantages.detach().to(compute_dtype(hidden, head_weight))
     credit = token_advantages(

@@ -10,7 +10,6 @@ Shape letters: N rows, D hidden, V vocabulary, M selected rows, C rows of a chun
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -71,7 +70,6 @@ def chunk_rows(
     return min(range(least, most + 1, TILE_ROWS), key=lambda rows: (waves(rows), rows))
 
 
-@cache
 def _multiprocessors(device: torch.device) -> int:
     if not torch.cuda.is_available():
         return 132  # An H100's, for memory plans that are made elsewhere.
@@ -124,16 +122,11 @@ class HeadChunks:
         anchor: Tensor | None = None,
         reference: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """
-        Args:
-            inputs: of the policy.
-            target_ids: [N] int, valid at the selected rows.
-            rows: [M] int64, the selected rows; chunks are consecutive slices of it.
-            options: how to sweep.
-            wanted: the gradients to make.
-            weight_grad: dW is added to this instead of a buffer of its own.
-            anchor: [M], `old_log_normalizer` of the rows where exponentials may be anchored there.
-            reference: its hidden states [N, D'] and head weight [V, D'], for the exact KL.
+        """Chunks are consecutive slices of `rows` [M] int64, at which `target_ids` [N] are valid.
+
+        dW is added to `weight_grad` where that is given. `anchor` [M] are the rows' normalisers
+        where exponentials may be anchored there; `reference` the hidden states [N, D'] and the head
+        weight [V, D'] of the exact KL.
         """
 
         def operand(matrix: Tensor) -> Tensor:
@@ -235,7 +228,7 @@ class HeadChunks:
         if self._logits.grad_dtype == torch.float16:
             # Below 6e-8 a gradient would vanish.
             scale = _largest_power_of_two(upstream)
-            upstream = upstream.divided_by(scale)
+            upstream = upstream._make(None if x is None else x / scale for x in upstream)
         gradient = self._logits.gradients(self._own_targets[chunk], stats, upstream)
         with torch.autocast(self._hidden.device.type, enabled=False):
             if grad_hidden is not None:
@@ -307,14 +300,10 @@ def add_weight_gradient(
         if ops is not None:
             ops.add_weight_gradient(grad_logits, inputs, into, is_first)
             return
-    if into.dtype == grad_logits.dtype and scale == 1:
-        if is_first:
-            torch.mm(grad_logits.T, inputs, out=into)
-        else:
-            into.addmm_(grad_logits.T, inputs)
-    elif into.is_cuda and into.dtype == torch.float32:
-        product = (into, grad_logits.T, inputs)
-        torch.addmm(*product, out_dtype=torch.float32, beta=beta, alpha=scale, out=into)
+    is_plain = into.dtype == grad_logits.dtype and scale == 1
+    if is_plain or (into.is_cuda and into.dtype == torch.float32):
+        wide = {} if is_plain else {"out_dtype": torch.float32, "alpha": scale}
+        torch.addmm(into, grad_logits.T, inputs, beta=beta, out=into, **wide)
     else:
         for tile in vocab_tiles(grad_logits.shape[1]):
             product = grad_logits[:, tile].T @ inputs

@@ -40,13 +40,10 @@ def head_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     Args:
         module: the head, such as `model.get_output_embeddings()`.
 
-    Returns:
-        weight [V, D] and bias [V] or None, plain tensors.
-
     Raises:
         ValueError: no such pair of tensors does what the module does: lora_dropout while training,
             a LoRA variant (DoRA and others), lora_bias, another PEFT method, a quantised or
-            partitioned weight, no 2-D weight at all. The message names what came.
+            partitioned weight, no 2-D weight at all.
     """
     module = _without_copies(module)
     if hasattr(module, "base_layer"):

@@ -35,7 +35,6 @@ from care_kernels.objective import (
     SequenceGroups,
     Surrogate,
     row_objective,
-    slope_at_ratio_one,
 )
 from care_kernels.softmax import LogitTransform, join, take
 from care_kernels.vocab_parallel import VocabShard
@@ -121,7 +120,6 @@ def linear_policy_loss(
         weight_grad: [V, D], any floating dtype: dW is added to it during this call instead of
             reaching head_weight.grad through the backward, whose upstream gradient it does not see.
             Also where head_weight needs no gradient itself; not under no_grad.
-            For gradient accumulation without a second [V, D] buffer.
         chunk_rows: rows of logits held at a time; None: `care_kernels.chunks.chunk_rows` chooses.
         backend: None: chosen by device; "triton" or "torch".
 
@@ -295,7 +293,11 @@ class _Problem:
             if chunks.makes_gradients:
                 chunks.add_all_gradients(stats, upstream)
             return outcome
-        shared = None if groups is None else slope_at_ratio_one(terms, self.surrogate, groups)
+        shared = None
+        if groups is not None:
+            # The policy is the old one: s is 1 whatever the log-probs are.
+            ones, zeros = torch.ones_like(terms.advantages), torch.zeros_like(terms.advantages)
+            shared = groups.mean(-self.surrogate(ones, zeros, terms.advantages).along_ratio)
         outcomes: list[PolicyLoss] = []
         for chunk in chunks:
             stats = chunks.project(chunk, keep=chunks.makes_gradients)

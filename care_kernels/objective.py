@@ -81,9 +81,6 @@ class Clip:
     """Eq. 12: f = min(rho a, clip(rho, 1 - low, 1 + high) a), for a < 0 at least dual a.
 
     On a bound itself the derivative is kept, as autograd's clamp does.
-
-    Raises:
-        ValueError: a bound that is no bound.
     """
 
     low: float = 0.2
@@ -228,13 +225,8 @@ def row_objective(
 ) -> tuple[PolicyLoss, RowGradients]:
     """The summands of Eq. 13 at each row, and the derivatives that reach the logits.
 
-    Args:
-        stats: of the rows; `kl` where the estimator is "exact".
-        terms: the rows' constants.
-        surrogate: f.
-        kl_estimator: as `linear_policy_loss` takes it.
-        groups: the rows' sequences, whole, for a ratio of sequences; None: of tokens.
-        along_ratio: [N] from `slope_at_ratio_one`, for rows of sequences that need not be whole.
+    With `groups` the ratio is that of sequences, whole; `along_ratio` [N] is dL / d log s over the
+    sequence's rows, where these need not be whole.
     """
     old = stats.log_probs if terms.old_log_probs is None else terms.old_log_probs
     log_ratio = stats.log_probs - old
@@ -269,15 +261,6 @@ def row_objective(
         value, stats.log_probs, stats.entropy, kl, ratio, rows.clipped_low, rows.clipped_high
     )
     return outcome, RowGradients(along_log_prob + along_ratio, along_entropy, along_kl)
-
-
-def slope_at_ratio_one(terms: RowTerms, surrogate: Surrogate, groups: SequenceGroups) -> Tensor:
-    """[N] dL / d log s of each row's sequence over its rows, where the policy is the old one.
-
-    Then s is 1 whatever the log-probs are.
-    """
-    zeros = torch.zeros_like(terms.advantages)
-    return groups.mean(-surrogate(zeros.exp(), zeros, terms.advantages).along_ratio)
 
 
 def _times(factor: Tensor, value: Tensor) -> Tensor:

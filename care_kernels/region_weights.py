@@ -58,8 +58,7 @@ def token_advantages(
     """Eq. 11 (Sec. 3.5): a_it = A_i w_it / (sum_u w_iu + weight_eps), without gradient.
 
     Give `seq_len` for padded sequences, or `cu_seqlens` for packed ones. A token inside both spans
-    belongs to the answer. A negative's rationale and a sequence without spans get 0. Sums and
-    quotients are float64, rounded once.
+    belongs to the answer. Sums and quotients are float64, rounded once.
 
     Spans that leave their sequence are refused on CPU tensors. The values of CUDA tensors are not
     read; there such spans are cut to the sequence.

@@ -70,10 +70,6 @@ class RowGradients(NamedTuple):
     kl: Tensor | None = None
     """kappa = dL/dK of the exact KL."""
 
-    def divided_by(self, scale: float) -> "RowGradients":
-        """Each derivative over a power of two."""
-        return self._make(None if field is None else field / scale for field in self)
-
 
 def vocab_tiles(vocab_size: int) -> Iterator[slice]:
     """Consecutive slices that cover the vocabulary."""

@@ -24,11 +24,7 @@ from care_kernels.softmax import RowStatistics
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's part of the head.
-
-    Raises:
-        ValueError: on use, if the part does not lie within the vocabulary.
-    """
+    """This rank's part of the head."""
 
     group: dist.ProcessGroup
     """The ranks that hold the parts. All of them make the same calls, with the same rows."""

@@ -7,8 +7,7 @@ AVX-512 the torch code does the same work in float32, several times slower;
 `CARE_KERNELS_NATIVE=0` asks for that.
 
 A library is code: one is loaded only from a folder, and of an owner and mode, that let nobody but
-this user or root write it, and only with the checksum that it was written with. Any other is built
-anew.
+this user or root write it, and only with the checksum that it was written with.
 """
 
 import functools

@@ -8,9 +8,8 @@
     use_care_kernels(model)
     Trainer(model=model, args=args, train_dataset=dataset).train()
 
-A training forward with labels gives the loss of the model's own forward and no logits, from three
-matrix products with the head. Generation, evaluation and forwards without labels stay as they
-were, so metrics that need logits have them.
+A training forward with labels gives the loss of the model's own forward and no logits. Generation,
+evaluation and forwards without labels stay as they were.
 
 Cross-entropy is a policy loss whose only term is the k1 estimator against a reference of
 log-prob 0: with kl_weights -1 each labelled token adds -log p, and its gradient.

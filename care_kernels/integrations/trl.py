@@ -10,9 +10,8 @@
 
 There are two paths, and `choose_path` takes the first that can express the trainer's options.
 "fused" is one call of `linear_policy_loss` inside the model's forward: three matrix products with
-the head instead of TRL's four (four, too, for a sequence's ratio to older log-probs), and one where
-the advantage is zero and there is neither KL nor an entropy bonus. "log_probs" is
-`linear_log_probs` under TRL's own loss: every option of TRL's.
+the head instead of TRL's four (four, too, for a sequence's ratio to older log-probs), and one for
+what the loss skips. "log_probs" is `linear_log_probs` under TRL's own loss: every option of TRL's.
 
 On both paths TRL's own `_compute_loss` runs on the log-probs and entropies, so the metrics are its
 own; on the fused path the loss it finds is held against the fused one at every step. The reference
@@ -135,20 +134,17 @@ class PolicyTerms:
 
 def why_not_fused(trainer: Any) -> str | None:
     """The first option of `trainer` that `linear_policy_loss` cannot express; None: it has none."""
-    args = trainer.args
+    args, threshold = trainer.args, trainer.off_policy_mask_threshold
+    fused, loss_type = ", ".join(FUSED_LOSS_TYPES), trainer.loss_type
     peft = getattr(trainer.model, "active_peft_config", None)
     makers = ("_compute_loss", "_get_per_token_logps_and_entropies")
     is_own = all(getattr(type(trainer), name) is getattr(GRPOTrainer, name) for name in makers)
     obstacles = {
-        f"loss_type={trainer.loss_type!r} (fused: {', '.join(FUSED_LOSS_TYPES)})": (
-            trainer.loss_type not in FUSED_LOSS_TYPES
-        ),
+        f"loss_type={loss_type!r} (fused: {fused})": loss_type not in FUSED_LOSS_TYPES,
         f"{type(trainer).__name__}'s own _compute_loss": not is_own,
         f"delta={args.delta} under 1": args.delta is not None and args.delta < 1,
         f"top_entropy_quantile={trainer.top_entropy_quantile}": trainer.top_entropy_quantile < 1,
-        f"off_policy_mask_threshold={trainer.off_policy_mask_threshold}": (
-            trainer.off_policy_mask_threshold is not None
-        ),
+        f"off_policy_mask_threshold={threshold}": threshold is not None,
         "use_adaptive_entropy=True": trainer.use_adaptive_entropy,
         "the router's auxiliary loss": trainer.aux_loss_enabled,
         f"DataParallel over {args.n_gpu} devices": args.n_gpu > 1,

@@ -50,9 +50,6 @@ class FusedLinearForPPO(nn.Module):
 
         Returns:
             log_probs and entropy in the shape of input_ids, float32, both differentiable.
-
-        Raises:
-            ValueError: shapes that do not fit, or whatever `linear_log_probs` refuses.
         """
         shape = input_ids.shape
         if hidden_states.shape[:-1] != shape:

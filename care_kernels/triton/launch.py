@@ -1,4 +1,4 @@
-"""What kernels and launchers share: interpreter detection, the logits' transform.
+"""What kernels and launchers share: the logits' transform and its derivative.
 
 Kernels hold z log2(e), in base 2, because a device's exponential is exp2: with log2(e) folded into
 the transform's own factors, e^z costs no multiplication. A transform reaches a kernel as numbers,
@@ -8,8 +8,6 @@ Every launch is made under `torch.cuda.device_of`: Triton launches on the curren
 the tensors' own. On CPU tensors that does nothing.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -17,11 +15,6 @@ from care_kernels.softmax import LogitTransform
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
-def is_interpreted(kernel: Any) -> bool:
-    """Whether `@triton.jit` chose the interpreter (TRITON_INTERPRET=1 when it decorated)."""
-    return not isinstance(kernel, triton.JITFunction)
 
 
 def transform_arguments(transform: LogitTransform) -> dict[str, float | bool]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from care_kernels.softmax import LogitTransform
-from care_kernels.triton.launch import LOG2_E, is_interpreted, to_logits, transform_arguments
+from care_kernels.triton.launch import LOG2_E, to_logits, transform_arguments
 
 OPERAND_DTYPES = (torch.bfloat16, torch.float16)
 # Triton vectorises loads and stores of rows whose stride it sees to be divisible by 16, and a
@@ -292,15 +292,14 @@ def project(
         assert exps is None or exps.dtype == torch.bfloat16, "anchor: exponentials are bfloat16"
 
     matrices = [matrix for matrix in (hidden, weight, exps) if matrix is not None]
-    if width % ROW_ALIGNMENT != 0 or not all(map(_starts_aligned, matrices)):
-        form = "unaligned"
-    elif transform.softcap is not None:
-        form = "softcap"
-    elif anchor is not None:
-        form = "anchored"
-    else:
-        form = "entropy" if with_entropy else "plain"
-    is_compiled = not is_interpreted(_project_kernel)
+    forms = {
+        "unaligned": width % ROW_ALIGNMENT != 0 or not all(map(_starts_aligned, matrices)),
+        "softcap": transform.softcap is not None,
+        "anchored": anchor is not None,
+        "entropy": with_entropy,
+    }
+    form = next((name for name, applies in forms.items() if applies), "plain")
+    is_compiled = isinstance(_project_kernel, triton.JITFunction)
     tile = gemm_tile(_architecture(hidden.device) if is_compiled else "interpreter", form)
     tile_size = tile.BLOCK_V // 2
     num_blocks = triton.cdiv(vocab_size, tile.BLOCK_V)

@@ -13,6 +13,7 @@ GEMMS = tuple(
         ("mm", "default"),
         ("mm", "out"),
         ("addmm", "default"),
+        ("addmm", "out"),
         ("addmm_", "default"),
     )
 )
