@@ -80,7 +80,7 @@ def linear_policy_loss(
     Rows with a_i w_i = 0 and no KL or entropy weight change nothing and never reach a GEMM. At
     sequence level that holds only for a sequence whose rows are all so. A skipped row may hold any
     target id. Finding them, and ids outside the vocabulary, are the call's only host
-    synchronisations on CUDA.
+    synchronisations on CUDA, but for float16's, one a chunk.
 
     Under autocast float32 operands are multiplied in its dtype, as `nn.Linear` would; statistics
     and sums stay float32.
