@@ -188,7 +188,7 @@ class TritonChunk:
 
     def project(self, rows: ChunkRows, *, keep: bool = False) -> RowStatistics:
         """See `TorchChunk`."""
-        spec = self._spec
+        spec, anchor = self._spec, rows.anchor if keep else None
         self._tiles = self._projection.project(
             rows.hidden,
             spec.weight,
@@ -196,11 +196,11 @@ class TritonChunk:
             rows.target_ids,
             spec.transform,
             with_entropy=spec.with_entropy,
-            anchor=rows.anchor if keep else None,
+            anchor=anchor,
             exps=self._exps[: len(rows.hidden)] if keep else None,
         )
         stats = self._softmax.combine(self._tiles)
-        self._log_shift = None if self._tiles.anchor is None else stats.log_total
+        self._log_shift = None if anchor is None else stats.log_total
         return stats
 
     def gradients(

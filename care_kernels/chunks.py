@@ -300,10 +300,11 @@ def add_weight_gradient(
         if ops is not None:
             ops.add_weight_gradient(grad_logits, inputs, into, is_first)
             return
-    is_plain = into.dtype == grad_logits.dtype and scale == 1
-    if is_plain or (into.is_cuda and into.dtype == torch.float32):
-        wide = {} if is_plain else {"out_dtype": torch.float32, "alpha": scale}
-        torch.addmm(into, grad_logits.T, inputs, beta=beta, out=into, **wide)
+    operands = (into, grad_logits.T, inputs)
+    if into.dtype == grad_logits.dtype and scale == 1:
+        torch.addmm(*operands, beta=beta, out=into)
+    elif into.is_cuda and into.dtype == torch.float32:
+        torch.addmm(*operands, out_dtype=torch.float32, beta=beta, alpha=scale, out=into)
     else:
         for tile in vocab_tiles(grad_logits.shape[1]):
             product = grad_logits[:, tile].T @ inputs

@@ -112,8 +112,8 @@ def _loss_output(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPas
     mask = targets != ignored
     with head_rows(model, hidden, targets, mask) as rows:
         zeros = torch.zeros(len(rows["hidden"]), device=rows["hidden"].device)
-        constants = {"advantages": zeros, "ref_log_probs": zeros, "kl_weights": zeros - 1}
-        total = linear_policy_loss(**rows, **constants, kl_estimator="k1").loss
+        rows |= {"advantages": zeros, "ref_log_probs": zeros, "kl_weights": zeros - 1}
+        total = linear_policy_loss(**rows, kl_estimator="k1").loss
     count = mask.sum() if num_items is None else num_items
     loss: Any = total / (count.to(total.device) if torch.is_tensor(count) else count)
     return CausalLMOutputWithPast(

@@ -343,8 +343,8 @@ def _policy_loss_output(
     mask = terms.mask.bool()
     last = slice(-mask.shape[1], None)
     with head_rows(model, hidden[:, last], targets[:, last], mask) as rows:
-        asked = {"return_entropy": True, "report_all_rows": True, "temperature": temperature}
-        found = linear_policy_loss(**rows, **terms.arguments(), **asked)
+        rows |= {"return_entropy": True, "report_all_rows": True, "temperature": temperature}
+        found = linear_policy_loss(**rows, **terms.arguments())
     return _output(found.loss, found.log_probs, found.entropy, mask)
 
 
