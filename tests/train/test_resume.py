@@ -110,19 +110,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(start, whole, 
     AutoProcessor.from_pretrained(out)
 
 
-def test_what_a_selector_has_learnt_goes_on(start, monkeypatch):
+def test_what_a_selector_has_learnt_goes_on(start, monkeypatch, tmp_path):
     """`care.selector=learned`, gone on with from the middle: what it chooses is the same."""
     monkeypatch.setattr("care_train.algorithm.fixability.MIN_OUTCOMES", 4)
-    name, folder = "learned", _folder(start, "learned")
-    learned = ["care.selector=learned", "train.keep_checkpoints=3", f"name={name}"]
+    # Half of all responses are right, so that repairs succeed and fail.
+    odd, folder = tmp_path / "odd.py", _folder(start, "learned")
+    odd.write_text(
+        "def f(reward_inputs):\n    return [len(r['response']) % 2 for r in reward_inputs]"
+    )
+    learned = ["care.selector=learned", "train.keep_checkpoints=3", "name=learned"]
+    learned += [f"reward.functions=[{{function: '{odd}:f'}}]"]
     assert main([*start, *_schedule(), *learned]) == 0
     before, newest = timeless(folder), folder / "checkpoints" / f"step_{STEPS:06d}"
-    state = json.loads((newest / "trainer_state.json").read_text())
-    assert {outcome[-1] for outcome in state["fixability"]} == {0.0, 1.0}
+    learnt = _learnt(newest)
+    assert {outcome[-1] for outcome in learnt} == {0.0, 1.0}
     shutil.rmtree(newest)
     assert main(["train", f"resume={folder}"]) == 0
-    assert timeless(folder) == before
-    assert json.loads((newest / "trainer_state.json").read_text()) == state
+    assert timeless(folder) == before and _learnt(newest) == learnt
+
+
+def _learnt(checkpoint: Path) -> list[list[float]]:
+    return json.loads((checkpoint / "trainer_state.json").read_text())["fixability"]
 
 
 def test_a_cold_start_goes_on_too(start, color_rows, monkeypatch):
