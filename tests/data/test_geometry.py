@@ -1,13 +1,11 @@
 """`geometry`: answers follow from the picture, slips are near misses, splits share no sheet."""
 
-import io
 import re
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from care_train.data import Sample
+from care_train.data import Sample, load_image
 from care_train.data.geometry import KINDS, derive, geometry_sample
 
 SHEET = ((3, 2), (1, 4), (2, 4))
@@ -50,7 +48,7 @@ def test_rows_hold_together(count: int):
 def test_pictures_show_the_rectangles():
     """Each tile's colored pixels span as many squares of 6 pixels as the columns say."""
     for sample in rows(3, "train", 60):
-        picture = np.asarray(Image.open(io.BytesIO(sample.images[0]))).astype(int)
+        picture = np.asarray(load_image(sample.images[0], location=sample.id)).astype(int)
         assert picture.shape == (28, 84, 3)
         is_grey = (np.ptp(picture, axis=2) == 0) & (picture[..., 0] > 100)  # paper and lines
         for tile, sides in enumerate(sample.columns["rectangles"]):
