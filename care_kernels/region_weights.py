@@ -36,7 +36,7 @@ class Regions(NamedTuple):
     spans: Tensor
     """[B, R, 2] int, half-open, from the start of their sequence; start == end: no token."""
     weights: Tensor
-    """[B, R] float, at least 0."""
+    """[B, R] float, at least 0; of either sign without `normalize`."""
 
 
 @torch.no_grad()

@@ -47,10 +47,13 @@ _NO_RGR: Overrides = ("care.reflection.enabled=false",)
 _GRPO = _algorithm("grpo")
 _DEPARTURE: Overrides = ("care.credit=departure",)
 _ANCHORS: Overrides = ("care.anchor=all",)
+_NAMES_STEPS = "function: 'care_train:verified_steps', target: bonus"
 _STEPS: Overrides = (
     "care.credit=steps",
-    "reward.functions=[{function: 'care_train:verified_steps', target: bonus, weight: 0}]",
+    f"reward.functions=[{{{_NAMES_STEPS}, weight: 0}}]",
 )
+_STEPS_REWARD: Overrides = (f"reward.functions=[{{{_NAMES_STEPS}, weight: 1}}]",)
+"""The same knowledge as a reward: the share of steps before the first wrong one."""
 HALF: Overrides = ("care.think_share=0.5",)
 """The rationale's share of a positive's credit that gamma+ = 0.005 gives to 1,000 tokens: at the 14
 of these tasks it gives 1 to 2 %, from which hardly anything is learnt."""
@@ -73,6 +76,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             "care_plus": CARE_PLUS,
             "dapo": _algorithm("dapo"),
             "gspo": _algorithm("gspo"),
+            "care_plus, steps": CARE_PLUS + _STEPS,
+            "grpo, steps": _GRPO + _STEPS_REWARD,
         },
         ("accuracy_after", "accuracy", "greedy_after", "format_after"),
         against="grpo",
@@ -89,8 +94,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "departure, all positives": _DEPARTURE + _ANCHORS,
             "care_plus": CARE_PLUS,
             "care_plus w/o rgr": CARE_PLUS + _NO_RGR,
-            "steps": (*CARE_PLUS, *_STEPS),
-            "steps, rescue": (*CARE_PLUS, *_STEPS, "care.rescue=1.0"),
+            "care_plus, steps, rescue": (*CARE_PLUS, *_STEPS, "care.rescue=1.0"),
             "care_plus, s=1": (*CARE_PLUS, "care.neg_scale=1.0"),
             "grpo": _GRPO,
         },

@@ -158,19 +158,18 @@ def subgroup_update(
     num_negatives = count_negatives(subgroup, settings)  # line 26
     if num_negatives == 0:
         return skipped_update("no_negatives", rescued=subgroup.rescued)
-    departs = settings.credit in ("departure", "steps")
-    verified = settings.credit == "steps" and all(
-        member.rollout.spans.wrong_step for member in subgroup.members
-    )
-    if subgroup.rescued and departs and not verified:
+    if subgroup.rescued and settings.credit == "departure":
         # All are wrong: where one leaves another says nothing about which token went wrong.
         settings = replace(settings, credit="regions")
+    if subgroup.rescued and settings.credit == "steps":
+        if not all(member.rollout.spans.wrong_step for member in subgroup.members):
+            return skipped_update("no_wrong_step", rescued=True)
     shaped = torch.tensor([m.shaped_reward for m in subgroup.members], dtype=torch.float64)
     raw = normalize_rewards(shaped).tolist()
     factor = equalize_factor(num_negatives, settings.max_negatives) if settings.equalize else 1.0
     scale = factor * (settings.rescue if subgroup.rescued else 1.0)
     clamped = settings.decisions.clamp_anchor and raw[0] < 0
-    starts = departures(subgroup) if departs else [0] * len(raw)
+    starts = departures(subgroup) if settings.credit == "departure" else [0] * len(raw)
     sequences = []
     for place, (member, raw_advantage) in enumerate(zip(subgroup.members, raw, strict=True)):
         is_anchor = place == 0

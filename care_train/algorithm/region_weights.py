@@ -35,14 +35,14 @@ def token_credit(
         is_negative: whether it is a negative of its subgroup.
         earns_rationale: whether its rationale tokens weigh gamma+: acc = 1 (line 40), so neither a
             negative nor a pseudo-anchor.
-        departure: its entry of `departures`, where `credit` is `departure` or `steps`.
+        departure: its entry of `departures`, where `credit` is `departure`.
     """
     spans, num_tokens = rollout.spans, len(rollout.token_ids)
-    if settings.credit in ("uniform", "departure", "steps"):
-        first, end = (0 if settings.credit == "uniform" else departure), num_tokens
-        if settings.credit == "steps" and spans.wrong_step is not None:
-            first, end = spans.wrong_step if is_negative else (first, spans.wrong_step[0])
-        return Credit(_NOWHERE, _NOWHERE, False, (Region(first, end, 1.0),))
+    if settings.credit in ("uniform", "departure"):
+        first = departure if settings.credit == "departure" else 0
+        return Credit(_NOWHERE, _NOWHERE, False, (Region(first, num_tokens, 1.0),))
+    if settings.credit == "steps":
+        return _step_credit(rollout, is_negative=is_negative)
     earns_rationale = earns_rationale or settings.credit == "unmasked"
     broken = settings.malformed_when == "bad_format" and rollout.format_score < 1
     if not spans.well_formed or (broken and is_negative):
@@ -73,6 +73,21 @@ def token_credit(
         tuple(regions),
         think_weight=settings.think_weight,
     )
+
+
+def _step_credit(rollout: Rollout, *, is_negative: bool) -> Credit:
+    """Sec. 10.2: |A| / T for each token of the verified steps, -|A| / T in the first wrong one.
+
+    What follows a wrong step weighs 0. Where none is named, all T tokens weigh like the response.
+    """
+    num_tokens = len(rollout.token_ids)
+    wrong = rollout.spans.wrong_step
+    if wrong is None:
+        regions = (Region(0, num_tokens, 1 / num_tokens),)
+    else:
+        verified = (-1 if is_negative else 1) / num_tokens  # times A, whose sign is the response's
+        regions = (Region(0, wrong[0], verified), Region(*wrong, -verified))
+    return Credit(_NOWHERE, _NOWHERE, False, regions, normalize=False)
 
 
 def departures(subgroup: Subgroup) -> list[int]:

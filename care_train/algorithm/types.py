@@ -208,7 +208,7 @@ class GroupUpdate:
     """Their response tokens."""
     skipped: str | None = None
     """Why a group was skipped: all_correct | no_failures | all_wrong | no_positives |
-    no_negatives | no_proxy_anchor | no_signal | truncated."""
+    no_negatives | no_proxy_anchor | no_wrong_step | no_signal | truncated."""
     num_negatives: int = 0
     """K_S."""
     equalize_factor: float = 1.0

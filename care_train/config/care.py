@@ -154,9 +154,10 @@ class CareSettings:
     positive's (Figure 8's control). `uniform`: every token 1. `departure`: 1 from the token on
     where a negative departs from the positive it follows longest, 0 before; a positive from the
     first such departure on; a rescued group, which has no positive, as under `regions`. `steps`:
-    as `departure`, but where a reward function names a response's first wrong step
-    (docs/verifier.md), a negative weighs in that step alone, and a positive, which can be right by
-    luck, before it; a rescued group too, where all of its steps are named."""
+    a reward function names a response's first wrong step (docs/verifier.md): of A's size, the
+    tokens before it are credited, its own are blamed, later ones weigh 0, whether the answer is
+    right or wrong; a response without one as under `uniform`, a rescued group with such a one is
+    skipped."""
     think_weight: NonNegativeFloat = 0.005
     """gamma+: weight of a positive's rationale tokens; a negative's weigh 0 (Eq. 11)."""
     think_share: Annotated[float, Field(ge=0, lt=1)] | None = None

@@ -52,10 +52,9 @@ def _verified(response: str, derivation: str) -> dict[str, Any]:
     pairs = zip(found, wanted, strict=False)
     right = next((n for n, (step, value) in enumerate(pairs) if step[0] != value), len(wanted))
     right = min(right, len(found))
-    if right < len(found):
-        span = found[right].span()
-    else:
-        # It stops early: what follows its last step is wrong.
-        span = (found[-1].end() if found else start), len(response)
+    # From the end of the last right step, so that nothing can stand unpunished in a value's place;
+    # of a response that stops early, to its end.
+    begin = found[right - 1].end() if right else start
+    span = begin, found[right].end() if right < len(found) else len(response)
     is_right = right == len(found) == len(wanted) or span[0] == span[1]
     return {"score": right / len(wanted), "wrong_step": None if is_right else span}

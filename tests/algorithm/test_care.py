@@ -11,6 +11,7 @@ from care_train.algorithm.care import (
     skip_before_forward,
     subgroup_update,
 )
+from care_train.algorithm.region_weights import spread_advantages
 from care_train.algorithm.types import GroupUpdate, RolloutGroup, Subgroup
 from care_train.config import CareSettings, build_config
 from tests.algorithm.builders import (
@@ -291,7 +292,7 @@ class TestCredit:
         first = [float(token_weights(s)[0]) for s in update.sequences]
         assert first == pytest.approx([share, share, 0.0])
 
-    @pytest.mark.parametrize("credit", ["regions", "departure", "steps"])
+    @pytest.mark.parametrize("credit", ["regions", "departure"])
     def test_a_pseudo_anchor_is_a_failure(self, credit):
         """Line 40 reads acc: its answer is encouraged, its rationale is not, nor is that of the
         negatives corrected, which may be right where they depart from it."""
@@ -301,8 +302,8 @@ class TestCredit:
             assert weights.tolist() == pytest.approx([0.0] * 5 + [0.2] * 5)
 
     def test_verified_steps_of_a_rescue(self):
-        """Where the first wrong step of each is known, the pseudo-anchor earns what it got right
-        from where a negative departs, and a negative is blamed for its wrong step."""
+        """Where the first wrong step of each is known, each is credited up to it and blamed for it,
+        the pseudo-anchor too; where one is not, the group is skipped."""
         steps = {(1, 2, 3, 4, 9): (4, 5), (1, 2, 8, 4, 9): (2, 3), (1, 7, 3, 4, 9): (1, 2)}
         rollouts = [
             replace(wrong(), token_ids=ids, spans=replace(wrong().spans, wrong_step=span))
@@ -310,11 +311,11 @@ class TestCredit:
         ]
         settings = care("credit=steps")
         group = make_group(rollouts, log_prob_sums=[-1.0, -9.0, -9.0])
-        update = subgroup_update(subgroup_of(group, settings), settings)
-        found = [token_weights(sequence).tolist() for sequence in update.sequences]
-        third = 1 / 3
-        assert found[0] == pytest.approx([0, third, third, third, 0])
-        assert found[1:] == [[0, 0, 1, 0, 0], [0, 1, 0, 0, 0]]
+        sequences = subgroup_update(subgroup_of(group, settings), settings).sequences
+        signs = [spread_advantages([sequence]).sign().tolist() for sequence in sequences]
+        assert signs == [[1, 1, 1, 1, -1], [1, 1, -1, 0, 0], [1, -1, 0, 0, 0]]
+        group = make_group([*rollouts[:2], wrong()], log_prob_sums=[-1.0, -9.0, -9.0])
+        assert subgroup_update(subgroup_of(group, settings), settings).skipped == "no_wrong_step"
 
     def test_a_malformed_pseudo_anchor_earns_nothing(self):
         """Its advantage is positive: with weights, broken output would be rewarded."""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from care_train.algorithm.care import subgroup_update
-from care_train.algorithm.region_weights import departures
+from care_train.algorithm.region_weights import departures, spread_advantages
 from care_train.algorithm.types import Member, Spans, Subgroup, TrainSequence
 from tests.algorithm.builders import (
     broken,
@@ -230,20 +230,21 @@ class TestOtherCredit:
         assert second == pytest.approx([0, 0, 1 / 2, 1 / 2])
         assert third == pytest.approx([0, 1 / 2, 1 / 2])
 
-    def test_the_update_weighs_the_wrong_step(self):
-        """Where it is named a negative weighs in it alone, a positive that is right by luck before
-        it; where it is not, both as under `departure`."""
-        lucky = self.rollout(1, 1, 2, 3, 4, 5)
-        lucky = replace(lucky, spans=replace(lucky.spans, wrong_step=(3, 4)))
+    def test_verified_steps_are_credited_and_the_wrong_one_is_blamed(self):
+        """Sec. 10.2, whatever the answer: of four tokens each weighs a quarter of |A|."""
+        lucky = self.rollout(1, 1, 2, 3, 4)
+        lucky = replace(lucky, spans=replace(lucky.spans, wrong_step=(2, 3)))
         named = self.rollout(0, 1, 2, 9, 9)
-        named = replace(named, spans=replace(named.spans, wrong_step=(3, 4)))
-        silent = self.rollout(0, 1, 8, 9)
+        named = replace(named, spans=replace(named.spans, wrong_step=(1, 2)))
+        silent = self.rollout(0, 1, 8, 9, 9)
         settings = care("credit=steps", "reflection.enabled=false", "equalize=false")
         update = subgroup_update(make_subgroup(lucky, [named, silent]), settings)
-        first, second, third = (token_weights(sequence).tolist() for sequence in update.sequences)
-        assert first == pytest.approx([0, 1 / 2, 1 / 2, 0, 0])
-        assert second == pytest.approx([0, 0, 0, 1])
-        assert third == pytest.approx([0, 1 / 2, 1 / 2])
+        sequences = update.sequences
+        found = spread_advantages(sequences).view(3, 4)
+        sizes = torch.tensor([[abs(sequence.advantage) / 4] for sequence in sequences])
+        signs = torch.tensor([[1.0, 1, -1, 0], [1, -1, 0, 0], [-1, -1, -1, -1]])
+        assert [sequence.advantage > 0 for sequence in sequences] == [True, False, False]
+        torch.testing.assert_close(found, signs * sizes)
 
     def test_uniform_credit_weighs_every_token(self):
         """Of positives, negatives and malformed responses alike."""

@@ -41,10 +41,14 @@ def test_a_slip_goes_wrong_at_what_it_misreads(name: str):
 @pytest.mark.parametrize(
     ("response", "wrong", "score"),
     [
-        ("<think>i see 8 3 . 8 plus 3 is 12</think> <answer>12</answer>", "12", 4 / 6),
-        ("<think>i see 8 3 . 8 plus 3 is 11</think> <answer>12</answer>", "12", 5 / 6),
+        ("<think>i see 8 3 . 8 plus 3 is 12</think> <answer>12</answer>", " is 12", 4 / 6),
+        (
+            "<think>i see 8 3 . 8 plus 3 is 11</think> <answer>12</answer>",
+            "</think> <answer>12",
+            5 / 6,
+        ),
         ("<think>I look: 8, 3. So 8 + 3 = 11.</think><answer>11</answer>", None, 1.0),
-        (RIGHT + " or 12", "12", 1.0),
+        (RIGHT + " or 12", "</answer> or 12", 1.0),
         ("<think>i see 8</think>", "</think>", 1 / 6),
         ("no idea", "no idea", 0.0),
         ("", None, 0.0),
