@@ -257,7 +257,9 @@ def test_vocabulary_shards(name: str, results: list[dict[str, Any]]) -> None:
     whole, whole_gradients = run_ours(case)
     for rank, result in enumerate(results):
         rows, (values, gradients) = rows_of(split, rank), result[name]
-        assert_same(values["loss"], whole.loss.detach())
+        # Rows of some nats each, whose errors add up as their squares do.
+        scale = len(case["hidden"]) ** 0.5
+        assert error(values["loss"], whole.loss.detach(), scale) <= SAME_MATHS[torch.float32]
         for field in PER_ROW:
             want = getattr(whole, field)
             assert (want is None) == (field not in values)
