@@ -115,7 +115,10 @@ def reflect(
     """
     wanted: dict[int, list[int]] = {}
     for place, subgroup in enumerate(subgroups):
-        if not isinstance(subgroup, str) and subgroup.reflect_on is not None:
+        if isinstance(subgroup, str) or subgroup.reflect_on is None:
+            continue
+        # With `anchor=all` a whole group may train: then no row is free for the repair.
+        if len(subgroup.members) < trainer.num_generations:
             negative = subgroup.others[subgroup.reflect_on].rollout
             text = reflection_prefix(negative, trainer.care.reflection.cue, *trainer.tags)
             wanted[place] = trainer._tokenizer(text, add_special_tokens=False)["input_ids"]

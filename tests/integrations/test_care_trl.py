@@ -386,6 +386,14 @@ def test_settings_reach_the_algorithm(build: Build, spied: None) -> None:
     assert len(script.asked) == 1
 
 
+def test_a_group_that_trains_whole_does_not_reflect(build: Build, spied: None) -> None:
+    """Two right ones and six failures leave no row for a repair; one right one and six do."""
+    trainer, _ = build(care=CareSettings(anchor="all", max_negatives=6))
+    generation_batch(trainer)
+    assert [repair is not None for repair in trainer.seen_repairs] == [False, False, False, True]
+    assert len(by_hand(trainer)[0][0].sequences) == GROUP
+
+
 def test_a_processor_that_pads_on_the_right_is_refused(tiny_folder: Any, tmp_path: Path) -> None:
     """TRL pads prompts on the left: the processor's marks of image tokens would be shifted."""
     folder = tiny_folder("tiny-qwen2.5-vl")
