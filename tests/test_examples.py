@@ -1,10 +1,12 @@
 """`examples/`: each configuration loads and fits its hardware; the notebook runs as it is."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from care_train.arguments import parse_arguments
 from care_train.config import load_config
 from care_train.planning.architecture import read_architecture
 from care_train.planning.plan import plan_values
@@ -25,6 +27,20 @@ def test_the_readme_lists_them():
     there = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".yaml", ".ipynb")}
     assert listed == there
     assert set(HARDWARE) == {name for name in there if name.endswith(".yaml")}
+
+
+def test_the_commands_of_the_readme_parse():
+    """Those of the table and of the text, and the scripts that it names are there."""
+    text = (EXAMPLES / "README.md").read_text()
+    commands = re.findall(
+        r"`(?:deepspeed .*--module care_train|care-train) ([^`]+ --config [^`]+)`", text
+    )
+    assert len(commands) >= 5
+    for command in commands:
+        options = parse_arguments(shlex.split(command))
+        load_config(EXAMPLES.parent / options.config, options.overrides)
+    for script in re.findall(r"`(launch/[^`]+)`", text):
+        assert (EXAMPLES.parent / script).is_file()
 
 
 @pytest.mark.parametrize("name", HARDWARE)
@@ -51,4 +67,4 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     )
     assert "train_dataset: row 1: answer: got the columns" in shown
     assert "accuracy" in shown
-    assert (tmp_path / "colors" / "model.safetensors").is_file()
+    assert (tmp_path / "digits" / "model.safetensors").is_file()
