@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
-import easy_vqa
-
 from care_train.data.schema import Sample
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -49,6 +47,8 @@ def easy_vqa_samples(split: str) -> list[Sample]:
     Raises:
         ValueError: another split.
     """
+    import easy_vqa  # Not there where only an integration is used.
+
     rows = zip(*_questions(split), strict=True)
     train = split == "train"
     paths = easy_vqa.get_train_image_paths() if train else easy_vqa.get_test_image_paths()
@@ -113,6 +113,8 @@ def wrong_figure(figure: Figure, key: str) -> Figure:
 
 
 def _questions(split: str) -> tuple[list[str], list[str], list[int]]:
+    import easy_vqa
+
     if split == "train":
         return easy_vqa.get_train_questions()
     if split == "test":

@@ -1,1 +1,1 @@
-"""CARE inside other trainers: `integrations.trl`."""
+"""CARE inside other trainers: `integrations.trl`, `integrations.verl`."""
