@@ -56,9 +56,9 @@ def test_the_memory_is_enough(name):
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):
-    """Every cell, with few steps; an error in one is shown and the cells after it still work."""
+    """Every cell, with one step; an error in one is shown and the cells after it still work."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    monkeypatch.setenv("STEPS", "2")
+    monkeypatch.setenv("STEPS", "1")
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
     nbclient.NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}).execute()
