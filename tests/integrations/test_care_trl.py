@@ -418,17 +418,17 @@ FSDP2 = (
 
 @pytest.fixture(scope="module")
 def step_of_one(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("one")
-    run_ranks(RANKS, tiny_folder("tiny-qwen2.5-vl"), out, "scripted", ranks=1)
-    return torch.load(out / "step.pt")
+    return step_of(1, tiny_folder("tiny-qwen2.5-vl"), tmp_path_factory.mktemp("one"))
 
 
 def step_of(
-    launcher: Sequence[str], folder: Path, out: Path, groups: str = "scripted"
+    launcher: int | Sequence[str], folder: Path, out: Path, groups: str = "scripted"
 ) -> dict[str, Any]:
-    """Weights and metrics after one step under a launcher."""
-    script = ("-m", RANKS, str(folder), str(out), groups)
-    command = [sys.executable, *launcher, *script]
+    """Weights and metrics after one step under a launcher, or of so many bare ranks."""
+    if isinstance(launcher, int):
+        run_ranks(RANKS, folder, out, groups, ranks=launcher)
+        return torch.load(out / "step.pt")
+    command = [sys.executable, *launcher, "-m", RANKS, str(folder), str(out), groups]
     environment = own_environment()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -437,14 +437,11 @@ def step_of(
 
 @pytest.mark.parametrize(
     ("launcher", "kind"),
-    (
-        ((*LAUNCH, "--multi_gpu"), "DistributedDataParallel"),
-        (FSDP2, "FSDPQwen2_5_VLForConditionalGeneration"),
-    ),
+    ((2, "DistributedDataParallel"), (FSDP2, "FSDPQwen2_5_VLForConditionalGeneration")),
     ids=("ddp", "fsdp2"),
 )
 def test_two_processes_make_the_step_of_one(
-    launcher: Sequence[str], kind: str, step_of_one: Any, tiny_folder: Any, tmp_path: Path
+    launcher: int | Sequence[str], kind: str, step_of_one: Any, tiny_folder: Any, tmp_path: Path
 ) -> None:
     """|S*| spans the processes, and one without a reflection waits for the one that has two."""
     together = step_of(launcher, tiny_folder("tiny-qwen2.5-vl"), tmp_path)

@@ -28,7 +28,7 @@ def _arguments(desk: Path) -> list[str]:
     return [*text_run_arguments(desk), *own]
 
 
-@pytest.mark.parametrize(("engine", "home"), [("transformers", ""), ("vllm", "/")])
+@pytest.mark.parametrize(("engine", "home"), [("transformers", "/"), ("vllm", "")])
 def test_a_run_needs_no_home_no_name_and_no_writable_tree(engine, home, desk):
     """With kernels built in C++ (bfloat16 on a CPU), evaluations, plots and TensorBoard: everything
     it writes is in its output folder or among temporary files."""
