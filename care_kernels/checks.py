@@ -97,8 +97,6 @@ class Shapes:
                 wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
                 raise wrong(name, f"dtype {value.dtype}", f"one of {wanted}")
             if self._first is None:
-                if value.device.type == "meta":
-                    raise wrong(name, "a meta tensor, which holds no numbers", "one that does")
                 self._first = (name, value.device)
             where, device = self._first
             if value.device != device:
@@ -113,10 +111,17 @@ class Shapes:
         self.check(letters, dtypes, **given)
 
 
+def check_numbers(name: str, value: Tensor) -> None:
+    """No meta tensor."""
+    if value.device.type == "meta":
+        raise wrong(name, "a meta tensor, which holds no numbers", "one that does")
+
+
 def check_head(hidden: Any, head_weight: Any, target_ids: Any, bias: Any) -> Shapes:
     """hidden [N, D], head_weight [V, D], V >= 1, target_ids [N] int, a finite bias [V] or None."""
     shapes = Shapes()
     shapes.check("N D", hidden=hidden)
+    check_numbers("hidden", hidden)
     shapes.check("V D", head_weight=head_weight)
     if head_weight.shape[0] == 0:
         raise wrong("head_weight", f"shape {tuple(head_weight.shape)}", "V >= 1")

@@ -87,7 +87,6 @@ class SweepOptions:
     transform: LogitTransform
     chunk_rows: int | None
     backend: str
-    """As `resolve_backend` returns it."""
     vocab_shard: VocabShard | None
     with_entropy: bool
     autocast: torch.dtype | None

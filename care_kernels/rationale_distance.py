@@ -55,6 +55,7 @@ def pool_rationale(
     """
     shapes = checks.Shapes()
     shapes.check("B T D" if cu_seqlens is None else "N D", hidden=hidden)
+    checks.check_numbers("hidden", hidden)
     starts, lengths = torch.arange(len(hidden), device=hidden.device), hidden.shape[1]
     if cu_seqlens is not None:
         shapes.check("S", checks.INT_DTYPES, cu_seqlens=cu_seqlens)

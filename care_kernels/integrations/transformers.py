@@ -35,8 +35,6 @@ from care_kernels.checks import wrong
 from care_kernels.heads import head_parameters, logit_options, output_head
 from care_kernels.loss import linear_policy_loss
 
-_IGNORED = -100
-
 
 def use_care_kernels(model: Any) -> None:
     """Make training forwards of `model` compute their cross-entropy through `linear_policy_loss`.
@@ -101,7 +99,7 @@ def _wants_loss_alone(model: Any, arguments: dict[str, Any]) -> bool:
 def _loss_output(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPast:
     labels, shift_labels = arguments.pop("labels"), arguments.pop("shift_labels", None)
     num_items = arguments.pop("num_items_in_batch", None)
-    ignored = arguments.pop("ignore_index", _IGNORED)
+    ignored = arguments.pop("ignore_index", -100)
     arguments.pop("logits_to_keep", None)
     configured = getattr(model.config.get_text_config(), "output_router_logits", False)
     if arguments.get("output_router_logits", configured):

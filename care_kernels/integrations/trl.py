@@ -48,7 +48,6 @@ from care_kernels.objective import Cispo, Clip, Sapo, Surrogate
 
 TESTED_VERSIONS = ("1.16",)
 """TRL releases whose internals this module knows."""
-
 PATHS = ("fused", "log_probs")
 FUSED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo")
 
@@ -59,7 +58,6 @@ class Choice(NamedTuple):
     """Which path a trainer's loss takes."""
 
     path: str
-    """One of `PATHS`."""
     reason: str
 
 

@@ -39,9 +39,12 @@ def quickstart_run(tiny_folder, color_rows: Path, tmp_path_factory: pytest.TempP
     return output / "colors"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """Headless Chromium, as the distribution has it."""
+    """Headless Chromium, as the distribution has it.
+
+    Of a module: its event loop runs in this thread, where tests of other files start their own.
+    """
     if _CHROMIUM is None:
         pytest.skip("no Chromium: apt-get install chromium")
     sync_api = pytest.importorskip("playwright.sync_api")
