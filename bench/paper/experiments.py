@@ -77,6 +77,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "dapo": _algorithm("dapo"),
             "gspo": _algorithm("gspo"),
             "care_plus, steps": CARE_PLUS + _STEPS,
+            "care_plus w/o rgr, steps": CARE_PLUS + _NO_RGR + _STEPS,
             "grpo, steps": _GRPO + _STEPS_REWARD,
         },
         ("accuracy_after", "accuracy", "greedy_after", "format_after"),

@@ -129,7 +129,10 @@ def plot_comparison(
             _draw_run(axis, index, label, steps, [smoothed(values, window) for values in seeds])
         _label(axis, key)
         axis.set_title(axis.get_title(loc="left"), fontsize=12, pad=24)
-        axis.legend(loc="best", fontsize=10)
+        if len(runs) > len(_RUN_COLORS):
+            figure.legend(loc="outside right upper", fontsize=10)
+        else:
+            axis.legend(loc="best", fontsize=10)
         counts = sorted({len(seeds) for seeds in runs.values()})
         seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         spread = f"Mean over {seeds} seeds, band: 95% interval" if counts[-1] > 1 else "One seed"
@@ -259,7 +262,8 @@ def _draw_run(
     intervals = [mean_interval([float(value) for value in at]) for at in zip(*seeds, strict=True)]
     mean, half = np.array(intervals).T
     color = _RUN_COLORS[index % len(_RUN_COLORS)]
-    dashes = _RUN_DASHES[index % len(_RUN_DASHES)]
+    # A second round of the colors has other dashes.
+    dashes = _RUN_DASHES[(index + index // len(_RUN_COLORS)) % len(_RUN_DASHES)]
     marker = "o" if len(steps) <= 12 else ""
     axis.plot(steps, mean, color=color, linestyle=dashes, marker=marker, linewidth=2, label=label)
     if len(seeds) > 1:
