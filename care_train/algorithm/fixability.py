@@ -6,10 +6,10 @@ the outcomes alone are its state: a resumed run, and every rank, chooses the sam
 """
 
 from collections.abc import Sequence
-from itertools import takewhile
 
 import torch
 
+from care_train.algorithm.region_weights import common_length
 from care_train.algorithm.selection import is_positive
 from care_train.algorithm.types import RolloutGroup, Subgroup
 
@@ -86,13 +86,11 @@ def features_of(group: RolloutGroup, anchor: int, place: int) -> Outcome:
     assert group.distances is not None and group.log_prob_sums is not None
     ids, anchor_ids = group.rollouts[place].token_ids, group.rollouts[anchor].token_ids
     length = max(len(ids), 1)
-    pairs = zip(ids, anchor_ids, strict=False)
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return (
         float(group.distances[anchor, place]),
         float(group.log_prob_sums[place]) / length,
         (length - len(anchor_ids)) / max(len(anchor_ids), 1),
-        shared / length,
+        common_length(ids, anchor_ids) / length,
     )
 
 

@@ -101,7 +101,7 @@ def departures(subgroup: Subgroup) -> list[int]:
     found = []
     for member in subgroup.members:
         lengths = [
-            _common_length(member.rollout.token_ids, other.rollout.token_ids)
+            common_length(member.rollout.token_ids, other.rollout.token_ids)
             for other, is_negative in members
             if is_negative != member.is_negative
         ]
@@ -112,7 +112,8 @@ def departures(subgroup: Subgroup) -> list[int]:
     return found
 
 
-def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first tokens two responses share."""
     pairs = zip(a, b, strict=False)
     return next((place for place, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 

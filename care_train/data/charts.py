@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from care_train.data.digits import Derived, add_up, derived_sample, png
+from care_train.data.digits import Derived, add_up, derived_sample, misread, png
 from care_train.data.schema import Sample
 
 COLORS = {
@@ -121,12 +121,8 @@ def derive(question: Question, bars: Sequence[Bar]) -> Derived:
 def misreadings(question: Question, bars: Sequence[Bar]) -> list[list[Bar]]:
     """The chart with one height taken for another, as often as that leads to another answer."""
     answer = derive(question, bars)[2]
-    charts = [
-        [*bars[:place], (color, wrong), *bars[place + 1 :]]
-        for place, (color, right) in enumerate(bars)
-        for wrong in HEIGHTS
-        if wrong != right
-    ]
+    colors, heights = zip(*bars, strict=True)
+    charts = [list(zip(colors, wrong, strict=True)) for wrong in misread(heights, HEIGHTS)]
     return [chart for chart in charts if derive(question, chart)[2] != answer]
 
 

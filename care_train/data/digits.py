@@ -135,13 +135,17 @@ def png(pixels: np.ndarray) -> bytes:
 def misreadings(kind: str, digits: Sequence[int]) -> list[list[int]]:
     """The strip with one digit taken for another, as often as that leads to another answer."""
     answer = derive(kind, digits)[2]
-    strips = [
-        [*digits[:place], wrong, *digits[place + 1 :]]
-        for place, right in enumerate(digits)
-        for wrong in range(10)
+    return [strip for strip in misread(digits, range(10)) if derive(kind, strip)[2] != answer]
+
+
+def misread(numbers: Sequence[int], values: Sequence[int]) -> list[list[int]]:
+    """Numbers with one of them taken for another of these values, in every way."""
+    return [
+        [*numbers[:place], wrong, *numbers[place + 1 :]]
+        for place, right in enumerate(numbers)
+        for wrong in values
         if wrong != right
     ]
-    return [strip for strip in strips if derive(kind, strip)[2] != answer]
 
 
 @cache

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from care_train.data.charts import COLORS
-from care_train.data.digits import Derived, add_up, derived_sample, png
+from care_train.data.digits import Derived, add_up, derived_sample, misread, png
 from care_train.data.schema import Sample
 
 KINDS = ("total", "largest", "smallest", "difference")
@@ -90,13 +90,8 @@ def misreadings(kind: str, rectangles: Sequence[Rectangle]) -> list[list[Rectang
     """The sheet with one side taken for another, as often as that leads to another answer."""
     answer = derive(kind, rectangles)[2]
     sides = [side for rectangle in rectangles for side in rectangle]
-    misread = [
-        [*sides[:place], wrong, *sides[place + 1 :]]
-        for place, right in enumerate(sides)
-        for wrong in SIDES
-        if wrong != right
-    ]
-    sheets = [list(zip(one[::2], one[1::2], strict=True)) for one in misread]
+    wrong = misread(sides, SIDES)
+    sheets = [list(zip(one[::2], one[1::2], strict=True)) for one in wrong]
     return [sheet for sheet in sheets if derive(kind, sheet)[2] != answer]
 
 
