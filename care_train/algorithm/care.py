@@ -1,9 +1,9 @@
 """Algorithm 1 in order. Calls only: each equation lives where its name says.
 
-    select_subgroup      lines 3-10 and 21-25   selection.py, advantages.rescue_rewards
-    (the trainer samples the reflection)        reflection.reflection_prefix
-    merge_reflection     lines 15-19            reflection.py
-    subgroup_update      lines 26-41            advantages.py, region_weights.py
+    select_subgroup      lines 3-12 and 21-25   selection.py, advantages.rescue_rewards
+    (the trainer samples the reflection)        selection.reflection_prefix
+    subgroup_update      lines 15-19            selection.merge_reflection
+                         lines 26-41            advantages.py, region_weights.py
 
 Not the paper's: `anchor: all`, `target_snr`, `think_share` and the kinds of `credit` but `regions`
 (docs/experiments.md).
@@ -24,11 +24,12 @@ from care_train.algorithm.advantages import (
     scale_negative,
 )
 from care_train.algorithm.fixability import Fixability
-from care_train.algorithm.reflection import choose_reflected_negative, merge_reflection
 from care_train.algorithm.region_weights import departures, token_credit
 from care_train.algorithm.released import released_credit
 from care_train.algorithm.selection import (
+    choose_reflected_negative,
     failures,
+    merge_reflection,
     positives,
     select_anchor,
     select_hard_negatives,
@@ -36,6 +37,7 @@ from care_train.algorithm.selection import (
     select_spread,
 )
 from care_train.algorithm.types import (
+    Credit,
     GroupUpdate,
     Member,
     Rollout,
@@ -113,15 +115,17 @@ def _anchored_subgroup(
         similarity = 1 - group.distances[chosen][:, chosen]
         count, scale = adapt_negatives(similarity, settings.neg_scale, settings.target_snr)
         chosen = chosen[:count]
-    subgroup = Subgroup(
-        anchor=Member(rollouts[anchor], rollouts[anchor].reward, is_negative=False, index=anchor),
-        others=tuple(Member(rollouts[i], rollouts[i].reward, True, i) for i in chosen),
-    )
-    reflect_on = choose_reflected_negative(subgroup, settings.reflection, generator)
     more = [i for i in positives(rollouts, by) if settings.anchor == "all" and i != anchor]
-    anchors = tuple(Member(rollouts[i], rollouts[i].reward, False, i) for i in more)
-    others = subgroup.others + anchors
-    return replace(subgroup, others=others, reflect_on=reflect_on, scale=scale)
+
+    def members(places: list[int], is_negative: bool) -> tuple[Member, ...]:
+        return tuple(Member(rollouts[i], rollouts[i].reward, is_negative, i) for i in places)
+
+    return Subgroup(
+        *members([anchor], False),
+        (*members(chosen, True), *members(more, False)),
+        reflect_on=choose_reflected_negative(len(chosen), settings.reflection, generator),
+        scale=scale,
+    )
 
 
 def _rescue_subgroup(
@@ -169,17 +173,27 @@ def subgroup_update(
     factor = equalize_factor(num_negatives, settings.max_negatives) if settings.equalize else 1.0
     scale = factor * (settings.rescue if subgroup.rescued else 1.0)
     clamped = settings.decisions.clamp_anchor and raw[0] < 0
+    penalizes_repairs = settings.decisions.repaired_advantage == "penalized"
     starts = departures(subgroup) if settings.credit == "departure" else [0] * len(raw)
     sequences = []
-    for place, (member, raw_advantage) in enumerate(zip(subgroup.members, raw, strict=True)):
-        is_anchor = place == 0
-        advantage = max(raw_advantage, 0.0) if is_anchor and clamped else raw_advantage
-        if not is_anchor and _is_penalized(member, settings):
-            advantage = scale_negative(raw_advantage, subgroup.scale * _scale_of(member, settings))
-        advantage *= scale
+    for member, raw_advantage, start in zip(subgroup.members, raw, starts, strict=True):
+        is_reflected, advantage = member.rollout.reflected, raw_advantage
+        if member is subgroup.anchor:
+            advantage = 0.0 if clamped else advantage
+        # Eq. 8 names the negatives; line 37 to the letter names a verified repair too.
+        elif member.is_negative or (is_reflected and penalizes_repairs):
+            has_failed = is_reflected and member.is_negative
+            own = settings.reflect_scale if has_failed else settings.neg_scale
+            advantage = scale_negative(raw_advantage, subgroup.scale * own)
         if advantage != 0:  # S* = {i : A[y_i] != 0}
-            sequence = _train_sequence(member, subgroup, advantage, settings, starts[place])
-            sequences.append(replace(sequence, raw_advantage=raw_advantage))
+            sequence = TrainSequence(
+                member.rollout,
+                advantage * scale,
+                _credit(member, subgroup, settings, start),
+                _role(member, subgroup),
+                raw_advantage,
+            )
+            sequences.append(sequence)
     return GroupUpdate(
         tuple(sequences),
         num_sequences=len(sequences),
@@ -202,40 +216,23 @@ def count_negatives(subgroup: Subgroup, settings: CareSettings) -> int:
     return sum(member.shaped_reward < bar for member in subgroup.others)
 
 
-def _is_penalized(member: Member, settings: CareSettings) -> bool:
-    """Eq. 8 names the negatives; line 37 to the letter names a verified repair too."""
-    if member.is_negative or not member.rollout.reflected:
-        return member.is_negative
-    return settings.decisions.repaired_advantage == "penalized"
-
-
-def _scale_of(member: Member, settings: CareSettings) -> float:
-    failed_reflection = member.rollout.reflected and member.is_negative
-    return settings.reflect_scale if failed_reflection else settings.neg_scale
-
-
-def _train_sequence(
-    member: Member, subgroup: Subgroup, advantage: float, settings: CareSettings, departure: int
-) -> TrainSequence:
-    is_anchor = member is subgroup.anchor
+def _credit(member: Member, subgroup: Subgroup, settings: CareSettings, departure: int) -> Credit:
     # Line 40 reads acc: a pseudo-anchor is a failure, and its rationale earns nothing.
-    earns_rationale = not member.is_negative and not subgroup.rescued
+    earns = not member.is_negative and not subgroup.rescued
     if settings.decisions.spans == "tokens" and settings.credit == "regions":
-        credit = released_credit(
-            member.rollout, settings.think_weight, earns_rationale=earns_rationale
-        )
-    else:
-        credit = token_credit(
-            member.rollout,
-            settings,
-            is_negative=member.is_negative,
-            earns_rationale=earns_rationale,
-            departure=departure,
-        )
+        return released_credit(member.rollout, settings.think_weight, earns_rationale=earns)
+    return token_credit(
+        member.rollout,
+        settings,
+        is_negative=member.is_negative,
+        earns_rationale=earns,
+        departure=departure,
+    )
+
+
+def _role(member: Member, subgroup: Subgroup) -> str:
     if member.rollout.reflected:
-        role = "reflected_failure" if member.is_negative else "reflected_success"
-    elif is_anchor:
-        role = "proxy_anchor" if subgroup.rescued else "anchor"
-    else:
-        role = "negative" if member.is_negative else "positive"
-    return TrainSequence(rollout=member.rollout, advantage=advantage, credit=credit, role=role)
+        return "reflected_failure" if member.is_negative else "reflected_success"
+    if member is subgroup.anchor:
+        return "proxy_anchor" if subgroup.rescued else "anchor"
+    return "negative" if member.is_negative else "positive"

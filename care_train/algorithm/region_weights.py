@@ -1,4 +1,4 @@
-"""Which tokens of a response get credit (Sec. 3.5; Algorithm 1, lines 40-41).
+"""What each token of a response weighs (Sec. 3.5; Algorithm 1, lines 40-41).
 
 Eq. 11 itself, line 41, is `care_kernels.token_advantages`, called here on these regions.
 """
@@ -10,7 +10,7 @@ import torch
 
 from care_kernels import Regions, token_advantages
 from care_train.algorithm.types import Credit, Region, Rollout, Subgroup, TrainSequence
-from care_train.config import CareSettings
+from care_train.config import CareSettings, LossSettings
 
 _NOWHERE = (0, 0)
 
@@ -46,8 +46,8 @@ def token_credit(
     earns_rationale = earns_rationale or settings.credit == "unmasked"
     broken = settings.malformed_when == "bad_format" and rollout.format_score < 1
     if not spans.well_formed or (broken and is_negative):
-        whole = Region(0, num_tokens, _malformed_weight(is_negative, settings))
-        return Credit(_NOWHERE, _NOWHERE, False, (whole,))
+        weight = float(is_negative and settings.decisions.malformed == "penalize")
+        return Credit(_NOWHERE, _NOWHERE, False, (Region(0, num_tokens, weight),))
     tag, regions = settings.decisions.tag_weight, []
     think_weight = _think_weight(rollout, settings) if earns_rationale else 0.0
     if tag is None and settings.think_share is not None:
@@ -129,10 +129,6 @@ def _think_weight(rollout: Rollout, settings: CareSettings) -> float:
     return share / (1 - share) * weight_of_rest / max(rationale, 1)
 
 
-def _malformed_weight(is_negative: bool, settings: CareSettings) -> float:
-    return float(settings.decisions.malformed == "penalize" and is_negative)
-
-
 def spread_advantages(
     sequences: Sequence[TrainSequence],
     scales: Sequence[float] | None = None,
@@ -172,3 +168,31 @@ def _stacked_regions(credits: Sequence[Credit], device: torch.device | None) -> 
     weights = torch.tensor([[r.weight for r in row] for row in padded], dtype=torch.float64)
     shape = (len(credits), most)
     return Regions(spans.long().reshape(*shape, 2).to(device), weights.reshape(shape).to(device))
+
+
+def importance_weights(
+    trainer: torch.Tensor, engine: Sequence[float], loss: LossSettings
+) -> torch.Tensor:
+    """[T] pi_trainer / pi_engine: each token's, or the sequence's product or geometric mean.
+
+    Beyond the floor and the cap a weight is cut to them, or 0. An engine samples from a slightly
+    other policy: with other kernels, batches and caches, or from weights that are one update old.
+
+    Args:
+        trainer: [T] log-probs by the trainer, before the update.
+        engine: T log-probs by the engine that sampled.
+        loss: the settings that begin with `importance`.
+
+    Source: https://fengyao.notion.site/off-policy-rl (truncated, per token); arXiv:2510.18855
+    (IcePop's band); verl's rollout correction (products and geometric means).
+    """
+    log_ratio = trainer.float().cpu() - torch.tensor(engine)
+    if loss.importance_sampling == "sequence":
+        log_ratio = log_ratio.sum().expand_as(log_ratio)
+    elif loss.importance_sampling == "geometric":
+        log_ratio = log_ratio.mean().expand_as(log_ratio)
+    weights = log_ratio.exp()
+    bounded = weights.clamp(loss.importance_floor, loss.importance_cap)
+    if loss.importance_beyond == "truncate":
+        return bounded
+    return weights.where(weights == bounded, 0.0)

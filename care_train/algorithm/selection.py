@@ -1,17 +1,19 @@
-"""Which rollouts form the subgroup: anchor, hard negatives, pseudo-anchor.
+"""Which responses form the subgroup: anchor, hard negatives, reflection, pseudo-anchor.
 
-Eqs. 2-4 (Secs. 3.2-3.3) and the first half of Sec. 3.7; Algorithm 1, lines 3-10 and 22-23.
-All choices are deterministic: remaining ties go to the lowest rollout index, and the random
+Eqs. 2-4 (Secs. 3.2-3.3), Sec. 3.6 and the first half of Sec. 3.7; Algorithm 1, lines 3-20 and
+22-23. All choices are deterministic: remaining ties go to the lowest rollout index, and the random
 selectors take a generator. Nothing here is differentiated.
 """
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from care_kernels import cosine_distance
-from care_train.algorithm.types import Rollout
-from care_train.config import CareSettings, Decisions, Selector
+from care_train.algorithm.types import Member, Rollout, Subgroup
+from care_train.config import CareSettings, Decisions, ReflectionSettings, Selector
 
 
 def is_positive(rollout: Rollout, by: str = "accuracy") -> bool:
@@ -54,7 +56,7 @@ def select_anchor(
         if best == 1:
             candidates = [i for i in candidates if rollouts[i].format_score == 1]
     if settings.anchor == "random":
-        return candidates[_randint(len(candidates), generator)]
+        return candidates[int(torch.randint(len(candidates), (1,), generator=generator))]
     return min(
         candidates,
         key=lambda i: (rollouts[i].spans.think_length, rollouts[i].spans.answer_length, i),
@@ -64,7 +66,9 @@ def select_anchor(
 def pairwise_distances(embeddings: torch.Tensor) -> torch.Tensor:
     """Eq. 4: d_cos = 1 - h_i . h_j of every two rollouts, [G, G] fp64 from unit vectors [G, D]."""
     vectors = embeddings.double()
-    return _round(torch.stack([cosine_distance(vectors, vector) for vector in vectors]))
+    distances = torch.stack([cosine_distance(vectors, vector) for vector in vectors])
+    # To what fp32 embeddings resolve: equal rationales must tie, not differ in a last bit.
+    return distances.round(decimals=6)
 
 
 def select_hard_negatives(
@@ -174,10 +178,55 @@ def select_proxy_anchor(
     return max(pool, key=lambda i: (score(i), -i))
 
 
-def _round(distances: torch.Tensor) -> torch.Tensor:
-    """To what fp32 embeddings resolve: equal rationales must tie, not differ in a last bit."""
-    return distances.round(decimals=6)
+def choose_reflected_negative(
+    num_negatives: int, settings: ReflectionSettings, generator: torch.Generator | None = None
+) -> int | None:
+    """Line 12: which of S's negatives reflects; None with reflection off.
+
+    They stand nearest to the anchor first, so the hardest by d_cos is the first.
+    """
+    if not settings.enabled or not num_negatives:
+        return None
+    if settings.negative == "random":
+        return int(torch.randint(num_negatives, (1,), generator=generator))
+    return 0
 
 
-def _randint(high: int, generator: torch.Generator | None) -> int:
-    return int(torch.randint(high, (1,), generator=generator))
+def reflection_prefix(negative: Rollout, cue: str, think_tag: str, answer_tag: str) -> str:
+    """Line 13: the text forced after the prompt: `<think>`, the failed rationale, the cue.
+
+    The think span stays open, so that the policy re-derives, and the failed answer is dropped. A
+    failure that never thought contributes what it wrote before its answer.
+    """
+    before, opening, after = negative.text.partition(f"<{think_tag}>")
+    # Up to the first tag: one left in would close or reopen the span that the cue belongs to.
+    tags = rf"</?(?:{re.escape(think_tag)}|{re.escape(answer_tag)})>"
+    rationale = re.split(tags, after if opening else before, maxsplit=1)[0]
+    return repair_prefix(rationale, cue, think_tag)
+
+
+def repair_prefix(failed_rationale: str, cue: str, think_tag: str) -> str:
+    """`<think>`, a failed rationale and the repair cue, with the think span left open."""
+    return f"<{think_tag}>{failed_rationale.strip()}\n{cue}\n"
+
+
+def merge_reflection(subgroup: Subgroup, reflected: Rollout, settings: CareSettings) -> Subgroup:
+    """Lines 15-19: a verified repair replaces its negative; a failed one joins S.
+
+    The reflected rollout never becomes the anchor. One with 0 < acc < 1 is neither and is dropped,
+    unless `partial` is `literal`, where all that is not a success has failed.
+    """
+    position = subgroup.reflect_on
+    assert position is not None
+    decisions = settings.decisions
+    succeeded = is_positive(reflected, decisions.positive)
+    failed = is_failure(reflected, decisions.positive) or decisions.partial == "literal"
+    if not succeeded and not failed:
+        return subgroup
+    member = Member(reflected, reflected.reward, is_negative=not succeeded)
+    others = list(subgroup.others)
+    if succeeded or decisions.failed_reflection == "replace":
+        others[position] = member
+    else:
+        others.append(member)
+    return replace(subgroup, others=tuple(others))

@@ -1,4 +1,4 @@
-"""Where the rationale and the answer lie (Sec. 3.1; Algorithm 1, line 1).
+"""Where the rationale and the answer lie, and the reward (Sec. 3.1; Algorithm 1, lines 1-2).
 
 Tags are found in the decoded text, because BPE merges a tag's characters with their neighbours,
 and mapped to tokens by character offsets: a token belongs to a span when it touches one of its
@@ -97,3 +97,20 @@ def rationale_span(rollout: Rollout) -> tuple[int, int]:
     if spans.think_content is not None:
         return spans.think_content
     return 0, len(rollout.token_ids) if spans.answer is None else spans.answer[0]
+
+
+def reward(accuracy: float, format_score: float, format_weight: float) -> float:
+    """Eq. 1: r = (1 - lambda) acc + lambda fmt; each is in [0, 1]."""
+    return (1.0 - format_weight) * accuracy + format_weight * format_score
+
+
+def overlong_penalty(num_tokens: int, limit: int, buffer: float) -> float:
+    """DAPO's soft overlong punishment (arXiv:2503.14476, Eq. 13), in [-1, 0].
+
+    Args:
+        num_tokens: |y|.
+        limit: L_max, the length limit of a response.
+        buffer: L_cache as a share of L_max; over it the punishment grows from 0 to -1.
+    """
+    cache = buffer * limit
+    return -max(num_tokens - (limit - cache), 0.0) / cache

@@ -14,8 +14,7 @@ from trl.trainer.utils import use_adapter
 
 from care_kernels import pool_rationale
 from care_kernels.integrations.trl import base_model
-from care_train.algorithm.reflection import reflection_prefix
-from care_train.algorithm.selection import pairwise_distances
+from care_train.algorithm.selection import pairwise_distances, reflection_prefix
 from care_train.algorithm.spans import parse_spans, rationale_span, token_spans
 from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, Subgroup
 from care_train.verifier.format import format_score

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from care_train.algorithm.care import skip_before_forward
-from care_train.algorithm.importance import importance_weights
+from care_train.algorithm.region_weights import importance_weights
 from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.spans import rationale_span
 from care_train.algorithm.types import Rollout, TrainSequence

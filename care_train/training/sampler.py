@@ -5,8 +5,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
-from care_train.algorithm.reflection import reflection_prefix
 from care_train.algorithm.released import answer_prefix
+from care_train.algorithm.selection import reflection_prefix
 from care_train.algorithm.types import Member
 from care_train.config import Config
 from care_train.data import Sample
@@ -158,7 +158,7 @@ class AheadSampler(Sampler):
 
     They come from the weights before this step's update, one update old when they are trained on.
     The engine's log-probs, those of the policy that sampled, correct for it: each token's (or
-    sequence's) gradient is weighed by pi_trainer / pi_engine (`algorithm.importance`).
+    sequence's) gradient is weighed by pi_trainer / pi_engine (`algorithm.region_weights`).
     """
 
     _next: _Started | None = None

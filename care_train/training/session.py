@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from care_train.algorithm.released import tag_patterns
-from care_train.algorithm.reward import overlong_penalty
+from care_train.algorithm.spans import overlong_penalty
 from care_train.config import Config
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.prompts import PromptEncoder, TokenText

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from care_train.algorithm.reflection import repair_prefix
+from care_train.algorithm.selection import repair_prefix
 from care_train.config import Config, DataSettings, PromptSettings
 from care_train.data import PromptOrder, Sample, load_samples, require_rationales
 from care_train.distributed import all_max, all_sum, is_main, rank, world_size

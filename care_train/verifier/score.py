@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from care_train.algorithm.reward import reward
-from care_train.algorithm.spans import parse_spans
+from care_train.algorithm.spans import parse_spans, reward
 from care_train.config import PromptSettings, RewardSettings
 from care_train.data import Sample
 from care_train.verifier.format import boxed_answer, boxed_fault, format_fault

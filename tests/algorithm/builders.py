@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from care_train.algorithm.region_weights import token_credit
-from care_train.algorithm.reward import reward
 from care_train.algorithm.selection import pairwise_distances
+from care_train.algorithm.spans import reward
 from care_train.algorithm.types import (
     Credit,
     Member,

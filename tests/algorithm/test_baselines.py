@@ -12,7 +12,7 @@ from care_train.algorithm.baselines import (
     without_truncated,
 )
 from care_train.algorithm.care import skipped_update
-from care_train.algorithm.reward import overlong_penalty
+from care_train.algorithm.spans import overlong_penalty
 from care_train.config import TABLE_5, build_config
 from care_train.training.update import surrogate_of
 from tests.algorithm.builders import (

@@ -9,8 +9,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from care_train.algorithm.care import select_subgroup, subgroup_update
-from care_train.algorithm.reward import reward
 from care_train.algorithm.selection import pairwise_distances
+from care_train.algorithm.spans import reward
 from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, Spans, Subgroup
 from care_train.config import CareSettings, build_config
 from tests.algorithm import transcription

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from care_train.algorithm.reflection import (
+from care_train.algorithm.selection import (
     choose_reflected_negative,
     merge_reflection,
     reflection_prefix,
@@ -27,7 +27,7 @@ def prefix_of(text: str, think_tag: str = "think", answer_tag: str = "answer") -
 
 def test_the_hardest_negative_reflects():
     """Line 12: the smallest d_cos; S lists its negatives nearest first."""
-    assert choose_reflected_negative(SUBGROUP, SETTINGS) == 0
+    assert choose_reflected_negative(3, SETTINGS) == 0
 
 
 def test_a_random_negative_reflects():
@@ -35,17 +35,16 @@ def test_a_random_negative_reflects():
     settings = replace(SETTINGS, negative="random")
 
     def draw(seed: int) -> int | None:
-        return choose_reflected_negative(SUBGROUP, settings, torch.Generator().manual_seed(seed))
+        return choose_reflected_negative(3, settings, torch.Generator().manual_seed(seed))
 
     drawn = [draw(seed) for seed in range(30)]
     assert set(drawn) == {0, 1, 2}
     assert drawn == [draw(seed) for seed in range(30)]
 
 
-def test_no_reflection_in_a_rescue_or_when_off():
-    """Sec. 3.6: RGR is disabled in all-negative groups; line 11: and where it is off."""
-    assert choose_reflected_negative(replace(SUBGROUP, rescued=True), SETTINGS) is None
-    assert choose_reflected_negative(SUBGROUP, replace(SETTINGS, enabled=False)) is None
+def test_no_reflection_when_off():
+    """Line 11."""
+    assert choose_reflected_negative(3, replace(SETTINGS, enabled=False)) is None
 
 
 def test_the_default_cue_is_the_papers():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from care_train.algorithm.reward import reward
+from care_train.algorithm.spans import reward
 from care_train.config import load_config
 
 

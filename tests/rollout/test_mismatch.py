@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from care_train.algorithm.importance import importance_weights
+from care_train.algorithm.region_weights import importance_weights
 from care_train.algorithm.types import Credit, TrainSequence
 from care_train.config import LossSettings, build_config
 from care_train.training.failures import EngineError
