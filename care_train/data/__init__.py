@@ -1,5 +1,6 @@
 """From files to samples: one reader of rows, images decoded on demand, a resumable order."""
 
+from care_train.data.columns import RowError, join_errors
 from care_train.data.dataset import (
     PromptOrder,
     load_samples,
@@ -8,20 +9,16 @@ from care_train.data.dataset import (
     sample_digests,
     samples_at,
 )
-from care_train.data.easy_vqa import Figure, derive_figures
-from care_train.data.errors import RowError, join_errors
 from care_train.data.files import Rows
 from care_train.data.images import ImageRef, image_sizes, load_image, load_images
 from care_train.data.schema import Sample, sample_digest, sample_from_row
 
 __all__ = [
-    "Figure",
     "ImageRef",
     "PromptOrder",
     "RowError",
     "Rows",
     "Sample",
-    "derive_figures",
     "image_sizes",
     "join_errors",
     "load_image",

@@ -5,12 +5,14 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 from fractions import Fraction
 from typing import Any
+
+from care_train.data.columns import describe
 
 _MAX_OPTIONS = 26
 _MAX_SPELLED_CHARS = 100_000
@@ -34,8 +36,6 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boxed)\s*\{([^{}]*)\}")
 _FRACTION = re.compile(r"\\[dt]?frac\{?(-?\d+)\}?\{?(\d+)\}?")
 _IGNORED = re.compile(r"\s+|\$|\\(?:left|right|,|;|!)|\*\*|[.\u3002]$")
 
-_NUMBER = re.compile(r"[-+]?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?\s*%?")
-_YEAR = re.compile(r"(?:1[89]|20|21)\d\d")
 _OPTION = re.compile(
     r"(?:^|\n|(?<=\s))\(?([A-J])[).:]\s*(\S[^\n]*?)(?=\s*(?:\n|$|\s\(?[A-J][).:]\s))"
 )
@@ -60,13 +60,6 @@ class AnswerType(StrEnum):
     """Yes or no, true or false."""
     TEXT = "text"
     """Words."""
-
-
-def chart_answer_type(answer: str) -> AnswerType | None:
-    """ChartQA's: its measure allows numbers 5 %, which no year should have."""
-    text = answer.strip()
-    is_number = any(char.isdigit() for char in text) and _NUMBER.fullmatch(text)
-    return AnswerType.RELAXED if is_number and not _YEAR.fullmatch(text) else None
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ def read_options(value: object) -> Options:
     elif isinstance(value, (list, tuple)):
         pairs = [_pair(entry) for entry in value]
     else:
-        raise ValueError(f"got {_shown(value)}, wanted a list of the options' texts")
+        raise ValueError(f"got {describe(value)}, wanted a list of the options' texts")
     # Parquet fills up a struct's missing fields, and rows of fewer options, with nulls.
     while pairs and pairs[-1][1] is None:
         pairs.pop()
@@ -111,13 +104,12 @@ def read_options(value: object) -> Options:
     if all(label is None for label, _ in pairs):
         return _without_marks(texts)
     labels = [str(label).strip() for label, _ in pairs]
-    if [label.upper() for label in labels] != _letters(len(labels)):
-        first = next((start for start in "01" if labels[:1] == [start]), None)
-        if first is None or labels != [str(int(first) + i) for i in range(len(labels))]:
-            raise ValueError(
-                f"got options labelled {', '.join(labels)}, wanted A, B, ... or 0, 1, ... or 1, "
-                "2, ... without a gap"
-            )
+    from_zero, from_one = ([str(first + i) for i in range(len(labels))] for first in (0, 1))
+    if [label.upper() for label in labels] not in (_letters(len(labels)), from_zero, from_one):
+        raise ValueError(
+            f"got options labelled {', '.join(labels)}, wanted A, B, ... or 0, 1, ... or 1, 2, ... "
+            "without a gap"
+        )
     return Options(_without_marks(texts).texts, tuple(labels))
 
 
@@ -175,7 +167,7 @@ def answer_text(value: object) -> str:
     if not isinstance(value, str):
         hint = ': write a list as text, such as "1, 2", with answer_type list or set'
         raise ValueError(
-            f"got {_shown(value)}, wanted text, a number or a boolean, one final answer per row"
+            f"got {describe(value)}, wanted text, a number or a boolean, one final answer per row"
             f"{hint if isinstance(value, (list, tuple)) else ''}"
         )
     return value
@@ -190,7 +182,7 @@ def answer_type(value: object) -> AnswerType | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str) or value not in list(AnswerType):
-        raise ValueError(f"got {_shown(value)}, wanted one of {', '.join(AnswerType)}")
+        raise ValueError(f"got {describe(value)}, wanted one of {', '.join(AnswerType)}")
     return AnswerType(value)
 
 
@@ -203,7 +195,7 @@ def tolerance(value: object) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"got {_shown(value)}, wanted a number in [0, 1)")
+        raise ValueError(f"got {describe(value)}, wanted a number in [0, 1)")
     return float(value)
 
 
@@ -267,23 +259,20 @@ def _option_text(value: object) -> str:
         return value.strip()
     if isinstance(value, (int, float, bool, Decimal)):
         return str(value)
-    raise ValueError(f"got an option that is {_shown(value)}, wanted text")
+    raise ValueError(f"got an option that is {describe(value)}, wanted text")
 
 
 def _without_marks(texts: list[str]) -> Options:
     """Texts without the letter or number in front, where each has the one of its own place."""
-    letters = [_LETTERED.fullmatch(text) for text in texts]
-    if texts and [_mark(match) for match in letters] == _letters(len(texts)):
-        return Options(tuple(match[3].strip() for match in letters if match))
-    numbers = [_NUMBERED.fullmatch(text) for text in texts]
-    wanted = [str(place) for place in range(1, len(texts) + 1)]
-    if len(texts) > 1 and [_mark(match) for match in numbers] == wanted:
-        return Options(tuple(match[3].strip() for match in numbers if match), tuple(wanted))
+    numbers = [str(place) for place in range(1, len(texts) + 1)]
+    for pattern, wanted, labels in (
+        (_LETTERED, _letters(len(texts)), []),
+        (_NUMBERED, numbers if len(texts) > 1 else None, numbers),
+    ):
+        found = [match for match in map(pattern.fullmatch, texts) if match]
+        if texts and [(match[1] or match[2]).upper() for match in found] == wanted:
+            return Options(tuple(match[3].strip() for match in found), tuple(labels))
     return Options(tuple(texts))
-
-
-def _mark(match: re.Match[str] | None) -> str | None:
-    return (match[1] or match[2]).upper() if match else None
 
 
 def _letters(count: int) -> list[str]:
@@ -293,10 +282,8 @@ def _letters(count: int) -> list[str]:
 def _same(one: str, other: str) -> bool:
     """Whether two texts differ in case, spacing, LaTeX's wrapping or a number's notation alone."""
     one, other = _folded(one), _folded(other)
-    if one == other:
-        return True
-    numbers = [_number(text) for text in (one, other)]
-    return numbers[0] is not None and numbers[0] == numbers[1]
+    number = _number(one)
+    return one == other or (number is not None and number == _number(other))
 
 
 def _folded(text: str) -> str:
@@ -310,11 +297,3 @@ def _number(text: str) -> Fraction | None:
         return Fraction(text) if len(text) <= 40 and "e" not in text else None
     except (ValueError, ZeroDivisionError):
         return None
-
-
-def _shown(value: object) -> str:
-    """What was got: a short value itself, else its type."""
-    if value is None or (isinstance(value, Sequence) and not value):
-        return "nothing"
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"a {type(value).__name__}"

@@ -9,18 +9,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from care_train.data.rows import CHUNK_ROWS, READ_BYTES, Chunk, RowFile
-
-BUILT_KEY = b"care_train.data_build"
-"""The key in a Parquet file's metadata by which `care-train data build`'s are known."""
-
-DIGEST_COLUMN = "digest"
-"""The column of a built file with each row's `sample_digest`."""
+from care_train.data.built import BUILT_KEY, DIGEST_COLUMN
+from care_train.data.rows import READ_BYTES, RowFile
 
 MAX_EXPANDED_BYTES = 2**32
 """Memory that reading a foreign file's rows may take: a few kilobytes of Parquet can hold the same
 long text a thousand times."""
 
+_NUM_TOGETHER = 128
+"""Rows that are read together, of all in order."""
 _MAX_GROUP_BYTES = 64 * 2**20
 """Larger Parquet row groups are not read for one row of theirs: the file is memory-mapped whole."""
 _MAX_RATIO = 200
@@ -37,9 +34,10 @@ class ArrowRows(RowFile):
         # Arrow rows keep images as they were stored; the plain format would decode them.
         self._rows = dataset.with_format("arrow")
 
-    def chunks(self) -> Iterator[Chunk]:
-        starts = range(0, len(self._rows), CHUNK_ROWS)
-        yield from _arrow_chunks(self._rows[place : place + CHUNK_ROWS] for place in starts)
+    def values(self) -> Iterator[tuple[int, Any]]:
+        for start in range(0, len(self._rows), _NUM_TOGETHER):
+            rows = self._rows[start : start + _NUM_TOGETHER].to_pylist()
+            yield from enumerate(rows, start + 1)
 
     def _value(self, place: int) -> Any:
         return self._rows[place].to_pylist()[0]
@@ -72,9 +70,16 @@ class ParquetRows(RowFile):
         self._group, self._table = -1, None
         self._read_before: set[int] = set()
 
-    def chunks(self) -> Iterator[Chunk]:
-        batches = self._file.iter_batches(CHUNK_ROWS, use_threads=False)
-        yield from _arrow_chunks(self._bounded(batches))
+    def values(self) -> Iterator[tuple[int, Any]]:
+        batches, number = self._file.iter_batches(_NUM_TOGETHER, use_threads=False), 1
+        while True:
+            with memory_bounded(str(self.path)):
+                batch = next(batches, None)
+                rows = None if batch is None else batch.to_pylist()
+            if rows is None:
+                return
+            yield from enumerate(rows, number)
+            number += len(rows)
 
     def digests(self) -> Sequence[str]:
         return self._file.read(columns=[DIGEST_COLUMN]).column(0).to_pylist()
@@ -114,14 +119,6 @@ class ParquetRows(RowFile):
             self._mapped = ArrowRows(self.path, loaded, self.name)
         return self._mapped
 
-    def _bounded(self, batches: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            with memory_bounded(str(self.path)):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield batch
-
     def _check_size(self, size: int) -> None:
         own = self.path.stat().st_size
         if size > max(MAX_EXPANDED_BYTES, own * _MAX_RATIO):
@@ -158,19 +155,6 @@ def memory_bounded(what: str) -> Iterator[None]:
         ) from None
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def _arrow_chunks(tables: Iterator[Any]) -> Iterator[Chunk]:
-    """Tables or record batches as chunks, each with the rows that it shows and no others."""
-    import pyarrow
-
-    first = 1
-    for table in tables:
-        sink = pyarrow.BufferOutputStream()
-        with pyarrow.ipc.new_stream(sink, table.schema) as writer:
-            writer.write(table)
-        yield Chunk(first, table.num_rows, sink.getvalue().to_pybytes())
-        first += table.num_rows
 
 
 def _noted_labels(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:

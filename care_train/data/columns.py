@@ -1,25 +1,73 @@
-"""What a published schema's columns must hold: it may change, or a file may have another one."""
+"""What a row's columns must hold, and the error that names one that does not."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from care_train.data.conversations import is_conversation
-from care_train.data.errors import RowError
+_NUM_SHOWN = 5
+
+
+class RowError(ValueError):
+    """A row that cannot be used: the message names file, row, field, what it got and wanted."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        """
+        Args:
+            reason: a short code, by which `care-train data build` counts rejected rows.
+            message: for people.
+        """
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["RowError"], tuple[str, str]]:
+        return type(self), (self.reason, str(self))
+
+
+def join_errors(where: object, errors: Sequence[str]) -> str:
+    """One message of several rows' errors, the first of them in full.
+
+    Args:
+        where: what holds the rows.
+        errors: at least one; each names its row.
+    """
+    if len(errors) == 1:
+        return errors[0]
+    rest = len(errors) - _NUM_SHOWN
+    tail = [f"and {rest} more"] if rest > 0 else []
+    head = f"{where}: {len(errors)} rows cannot be used:"
+    return "\n".join([head, *errors[:_NUM_SHOWN], *tail])
+
+
+def describe(value: object) -> str:
+    """What was got, as messages say it: a short value itself, else its kind."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, str) and not value.strip():
+        return "empty text"
+    if isinstance(value, Mapping):
+        return f"an object with {', '.join(map(repr, value)) or 'nothing'}"
+    is_long = isinstance(value, (str, bytes)) and len(value) > 60
+    shown = "" if is_long else repr(value)
+    return shown if 0 < len(shown) <= 60 else f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What the values of a column are."""
+    """What the values of a published schema's column are."""
 
     wanted: str
     """For people."""
     accepts: Callable[[Any], bool]
     required: bool = True
     """False: the column need not be there."""
+
+
+def is_conversation(value: object) -> bool:
+    """Whether a column's value is a list of chat messages."""
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping)
 
 
 def _is_text(value: Any) -> bool:
@@ -82,7 +130,7 @@ def check_row(
     *,
     nulls_pass: bool = False,
 ) -> None:
-    """Check that a row holds what an adapter of a published schema reads.
+    """Check that a row holds what is read of a published schema, which may change.
 
     Args:
         schema: the benchmark's or data set's name.
@@ -96,34 +144,16 @@ def check_row(
             type wanted.
     """
     for name, kind in columns.items():
+        at = f"{schema}: {location}: column {name!r}"
         if name not in row:
-            if not kind.required:
-                continue
-            raise RowError(
-                "missing_column",
-                f"{schema}: {location}: column {name!r}: got none (the columns are "
-                f"{', '.join(map(repr, row))}), wanted {kind.wanted}: the published schema has "
-                "changed, or these are other rows",
-            )
-        if nulls_pass and row[name] is None:
-            continue
-        if not kind.accepts(row[name]):
+            if kind.required:
+                raise RowError(
+                    "missing_column",
+                    f"{at}: got none (the columns are {', '.join(map(repr, row))}), wanted "
+                    f"{kind.wanted}: the published schema has changed, or these are other rows",
+                )
+        elif not (kind.accepts(row[name]) or (nulls_pass and row[name] is None)):
             raise RowError(
                 "missing_column" if row[name] is None else "column_type",
-                f"{schema}: {location}: column {name!r}: got {describe_value(row[name])}, wanted "
-                f"{kind.wanted}",
+                f"{at}: got {describe(row[name])}, wanted {kind.wanted}",
             )
-
-
-def describe_value(value: Any) -> str:
-    """A value's type in words, and for short ones the value."""
-    if value is None:
-        return "null"
-    if isinstance(value, list):
-        inner = sorted({type(item).__name__ for item in value})
-        return f"a list of {' and '.join(inner) or 'nothing'}"
-    if isinstance(value, Mapping):
-        return f"an object with {', '.join(map(repr, value)) or 'nothing'}"
-    name = type(value).__name__
-    is_short = isinstance(value, (str, int, float)) and len(f"{value}") < 40
-    return f"{name} {value!r}" if is_short else name

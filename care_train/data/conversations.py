@@ -5,12 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from care_train.data.errors import RowError, describe
+from care_train.data.columns import RowError, describe
 
 IMAGE_PLACEHOLDER = "<image>"
 """Where an image goes in a prompt's text."""
 
-_USER, _ASSISTANT, _SYSTEM = ("user", "human"), ("assistant", "gpt"), ("system",)
+_ROLES = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "system": "system",
+}
+"""What the roles that data sets write stand for."""
 
 _THINK = re.compile(r"<(think|thinking|reasoning)>(.*?)</\1>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -34,11 +41,6 @@ class Conversation:
     """The assistant's text."""
 
 
-def is_conversation(value: object) -> bool:
-    """Whether a column's value is a list of chat messages."""
-    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping)
-
-
 def read_conversation(messages: Sequence[Any], *, column: str, at: str) -> Conversation:
     """One user turn, a system turn before it and an assistant turn after it, if any.
 
@@ -53,7 +55,11 @@ def read_conversation(messages: Sequence[Any], *, column: str, at: str) -> Conve
         where = f"{at}: {column}: message {number}"
         if not isinstance(message, Mapping):
             raise RowError("message", f"{where}: got {describe(message)}, wanted role and content")
-        role = _role(message, where)
+        written = message.get("role") or message.get("from")
+        role = _ROLES.get(written) if isinstance(written, str) else None
+        if role is None:
+            wanted = f"wanted one of {', '.join(_ROLES)}"
+            raise RowError("message", f"{where}: role: got {written!r}, {wanted}")
         texts[role].append(_content(message, images, where))
     if len(texts["user"]) != 1 or len(texts["assistant"]) > 1:
         raise RowError(
@@ -78,7 +84,7 @@ def split_response(text: str) -> tuple[str | None, str | None]:
     """
     think, answers = _THINK.search(text), _ANSWER.findall(text)
     rationale = think[2].strip() if think else None
-    answer = strip_final(answers[-1]) if answers else None
+    answer = _FINAL.sub("", answers[-1]).strip() if answers else None
     return rationale or None, answer or None
 
 
@@ -99,11 +105,6 @@ def split_solution(text: str) -> tuple[str | None, str]:
     return None, text
 
 
-def strip_final(answer: str) -> str:
-    """An answer without a leading "Final Answer:"."""
-    return _FINAL.sub("", answer).strip()
-
-
 def _box_content(text: str) -> str:
     """What stands before the brace that closes a box; empty without one."""
     depth = 1
@@ -112,17 +113,6 @@ def _box_content(text: str) -> str:
         if depth == 0:
             return text[:place].strip()
     return ""
-
-
-def _role(message: Mapping[str, Any], where: str) -> str:
-    role = message.get("role") or message.get("from")
-    for name, known in (("user", _USER), ("assistant", _ASSISTANT), ("system", _SYSTEM)):
-        if role in known:
-            return name
-    raise RowError(
-        "message",
-        f"{where}: role: got {role!r}, wanted one of {', '.join((*_USER, *_ASSISTANT, *_SYSTEM))}",
-    )
 
 
 def _content(message: Mapping[str, Any], images: list[object], where: str) -> str:

@@ -1,6 +1,5 @@
 """A run's samples: read from their files when asked for, and drawn in a resumable order."""
 
-import json
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,34 +7,29 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
-from care_train.config import FROM_PYTHON, DataSettings, source_of
-from care_train.data.answers import AnswerType
-from care_train.data.arrow_rows import DIGEST_COLUMN
-from care_train.data.errors import RowError, join_errors
-from care_train.data.files import (
-    HELD_OUT,
-    TRAINING,
-    Rows,
-    given_rows,
-    open_hub_rows,
-    open_rows,
-)
+from care_train.config import FROM_PYTHON, LEVELS, SHIPPED_DATA, DataSettings, source_of
+from care_train.data.built import sample_of_built
+from care_train.data.charts import charts_sample
+from care_train.data.columns import RowError, join_errors
+from care_train.data.digits import digits_sample
+from care_train.data.easy_vqa import easy_vqa_samples
+from care_train.data.files import HELD_OUT, TRAINING, Rows, given_rows, open_hub_rows, open_rows
+from care_train.data.geometry import geometry_sample
 from care_train.data.images import ImageRef
 from care_train.data.rows import RowFile
 from care_train.data.schema import Sample, sample_digest, sample_from_row
-from care_train.data.shipped import is_shipped, shipped_samples
 
-OTHER_COLUMNS = "other_columns"
-"""A built file's column of the source's columns that the schema has no place for, as JSON."""
+NUM_ROWS = {"train": 12_000, "test": 2_000}
+"""Rows of each split of the shipped data sets that are made: each row when it is asked for."""
 
-BUILT_FIELDS = ("id", "prompt", "answer", "rationale", "failed_rationale", "source")
-"""A built file's columns that are a sample's own fields, beside images, options, answer_type and
-tolerance."""
-
-BUILT_COLUMNS = ("answer_type", "options", "tolerance", "origin")
-"""A built file's columns that are among a sample's `columns`, beside those of OTHER_COLUMNS."""
+_MADE = {
+    "digits": (digits_sample, 4),
+    "charts": (charts_sample, 3),
+    "geometry": (geometry_sample, 3),
+}
+"""What makes a row, and the level of difficulty of the bare name."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +123,8 @@ def load_samples(
     limit, source = settings.max_samples, source_of(settings.path)
     is_training = key in ("data", "sft.data")
     splits, setting = (TRAINING, f"{key}.path") if is_training else (HELD_OUT, key)
-    if is_shipped(source.path, setting):
-        split = source.split or splits[0]
-        return shipped_samples(source.path, split, lambda rows: _choose(rows, limit, seed))
+    if _is_shipped(source.path, setting):
+        return _shipped_samples(source.path, source.split or splits[0], limit, seed)
     path = Path(source.path).expanduser()
     if settings.path.startswith(FROM_PYTHON):
         files = [given_rows(settings.path, given or {}, setting)]
@@ -142,11 +135,10 @@ def load_samples(
     starts = list(accumulate(map(len, files), initial=0))
     if not starts[-1]:
         raise ValueError(f"{setting}: {path} has no rows, wanted at least 1")
-    readers = [(_built_reader if file.is_built else _plain_reader)(file, path) for file in files]
 
     def read(place: int) -> Sample:
-        file = bisect_right(starts, place) - 1
-        return readers[file](place - starts[file])
+        number = bisect_right(starts, place) - 1
+        return _read(files[number], place - starts[number], path.name)
 
     def stored() -> Sequence[str]:
         return list(chain.from_iterable(file.digests() for file in files))
@@ -201,44 +193,38 @@ def _choose(num_rows: int, limit: int | None, seed: int) -> Sequence[int]:
     return sorted(permutation(num_rows, f"{seed}/rows")[:limit])
 
 
-def _plain_reader(file: RowFile, path: Path) -> Callable[[int], Sample]:
-    def read(place: int) -> Sample:
-        row = file.row(place)
-        id = row.get("id")
-        return sample_from_row(
-            row,
-            location=file.location(place),
-            base_dir=file.base_dir,
-            id=f"{file.name}/{file.number(place)}" if id is None else str(id),
-            source=path.name,
-        )
-
-    return read
+def _read(file: RowFile, place: int, source: str) -> Sample:
+    row, location = file.row(place), file.location(place)
+    if file.is_built:
+        return sample_of_built(row, location)
+    own = row.get("id")
+    id = f"{file.name}/{file.number(place)}" if own is None else str(own)
+    return sample_from_row(row, location=location, base_dir=file.base_dir, id=id, source=source)
 
 
-def _built_reader(file: RowFile, _: Path) -> Callable[[int], Sample]:
-    def read(place: int) -> Sample:
-        row = file.row(place)
-        other: Mapping[str, Any] = json.loads(row[OTHER_COLUMNS])
-        kind = row["answer_type"]
-        sample = Sample(
-            **{name: row[name] for name in BUILT_FIELDS},
-            images=tuple(image["bytes"] for image in row["images"]),
-            answer_type=AnswerType(kind) if kind else None,
-            options=tuple(row["options"]),
-            tolerance=row["tolerance"],
-            location=file.location(place),
-            # Its columns come first: the source may have had an `id` or a `source` of its own.
-            columns={**other, **{name: row[name] for name in BUILT_COLUMNS}},
-        )
-        if (got := sample_digest(sample)) != row[DIGEST_COLUMN]:
-            raise ValueError(
-                f"{sample.location}: digest: got {got}, wanted {row[DIGEST_COLUMN]}: the file is "
-                "damaged; build it again"
-            )
-        return sample
+def _is_shipped(path: str, setting: str) -> bool:
+    """Whether a path is one of `config.SHIPPED_DATA`.
 
-    return read
+    Raises:
+        ValueError: it has a level that there is not, and nothing on this disk has that name.
+    """
+    kind, _, level = path.partition("-")
+    if path in SHIPPED_DATA or kind not in LEVELS or not level.isdigit() or Path(path).exists():
+        return path in SHIPPED_DATA
+    least, most = LEVELS[kind][0], LEVELS[kind][-1]
+    raise ValueError(f"{setting}: got {path}, wanted {kind}-{least} to {kind}-{most}")
+
+
+def _shipped_samples(name: str, split: str, limit: int | None, seed: int) -> list[Sample]:
+    if name == "easy_vqa":
+        samples = easy_vqa_samples(split)
+        return [samples[place] for place in _choose(len(samples), limit, seed)]
+    kind, _, level = name.partition("-")
+    if split not in NUM_ROWS:
+        raise ValueError(f"{kind}: got split {split!r}, wanted 'train' or 'test'")
+    make, usual = _MADE[kind]
+    places = _choose(NUM_ROWS[split], limit, seed)
+    return [make(int(level or usual), split, place + 1) for place in places]
 
 
 def _check(samples: LazySamples, where: str) -> None:

@@ -4,7 +4,6 @@ They stay encoded until a prompt needs their pixels: paths, encoded bytes, base6
 """
 
 import base64
-import binascii
 import errno
 import hashlib
 import io
@@ -20,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image, UnidentifiedImageError
 
-from care_train.data.errors import RowError, describe
+from care_train.data.columns import RowError, describe
 
 if TYPE_CHECKING:
     from care_train.data.schema import Sample
@@ -80,7 +79,10 @@ def image_refs(value: object, *, column: str, base_dir: Path, at: str) -> tuple[
     if value is None or value == "":
         return ()
     entries = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(_image_ref(entry, column=column, base_dir=base_dir, at=at) for entry in entries)
+    try:
+        return tuple(_image_ref(entry, base_dir) for entry in entries)
+    except RowError as error:
+        raise RowError(error.reason, f"{at}: {column}: {error}") from None
 
 
 def read_image_file(path: str | Path, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
@@ -99,8 +101,8 @@ def read_image_file(path: str | Path, max_bytes: int = MAX_IMAGE_BYTES) -> bytes
     return Path(path).read_bytes()
 
 
-def image_content(ref: ImageRef, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
-    """What a reference stands for: the encoded image, or an open one's size, mode and pixels.
+def encoded_image(ref: ImageRef) -> bytes:
+    """An encoded image: the file's or the reference's own bytes, PNG for an open image.
 
     Raises:
         OSError: as `read_image_file`.
@@ -108,30 +110,23 @@ def image_content(ref: ImageRef, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
     if isinstance(ref, bytes):
         return ref
     if isinstance(ref, Image.Image):
-        return f"{ref.mode} {ref.size} ".encode() + ref.tobytes()
-    return read_image_file(ref, max_bytes)
+        buffer = io.BytesIO()
+        ref.save(buffer, "PNG")
+        return buffer.getvalue()
+    return read_image_file(ref)
 
 
 def image_digest(ref: ImageRef) -> str:
-    """A checksum of `image_content`.
-
-    Raises:
-        OSError: as `read_image_file`.
-    """
-    return hashlib.blake2b(image_content(ref), digest_size=16).hexdigest()
-
-
-def encoded_image(ref: ImageRef, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
-    """An encoded image: the file's or the reference's own bytes, PNG for an open image.
+    """A checksum of the encoded image, or of an open one's size, mode and pixels.
 
     Raises:
         OSError: as `read_image_file`.
     """
     if isinstance(ref, Image.Image):
-        buffer = io.BytesIO()
-        ref.save(buffer, "PNG")
-        return buffer.getvalue()
-    return image_content(ref, max_bytes)
+        content = f"{ref.mode} {ref.size} ".encode() + ref.tobytes()
+    else:
+        content = encoded_image(ref)
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def load_images(sample: "Sample") -> list[Image.Image]:
@@ -161,11 +156,8 @@ def load_image(
     Raises:
         RowError: a missing, damaged or oversize image, naming row, path and fix.
     """
-    name = f"{location}: image {_name(ref)}"
-    with _bombs_named(name, max_pixels):
-        image = _open(ref, name)
-        _check_size(image, name, max_pixels, limit_key)
-        return _to_rgb(image, name)
+    with _opened(ref, location, max_pixels, limit_key) as image:
+        return _to_rgb(image, f"{location}: image {_name(ref)}")
 
 
 def image_sizes(sample: "Sample") -> list[tuple[int, int]]:
@@ -176,35 +168,30 @@ def image_sizes(sample: "Sample") -> list[tuple[int, int]]:
     """
     sizes = []
     for ref in sample.images:
-        name = f"{sample.location or sample.id}: image {_name(ref)}"
-        with _bombs_named(name, MAX_IMAGE_PIXELS):
-            image = _open(ref, name)
-            _check_size(image, name, MAX_IMAGE_PIXELS)
+        with _opened(ref, sample.location or sample.id) as image:
             sizes.append(image.size)
-        if image is not ref:
-            image.close()
     return sizes
 
 
-def _image_ref(value: object, *, column: str, base_dir: Path, at: str) -> ImageRef:
+def _image_ref(value: object, base_dir: Path) -> ImageRef:
     if isinstance(value, Mapping):
         value = _of_mapping(value)
-    if isinstance(value, str) and (encoded := _from_base64(value, column=column, at=at)):
+    if isinstance(value, str) and (encoded := _from_base64(value)):
         return encoded
     if isinstance(value, str) and "://" in value[:16]:
-        return _of_url(value, column=column, at=at)
+        return _of_url(value)
     if isinstance(value, (str, Path)) and str(value):
         return base_dir / value
     if isinstance(value, (bytes, Image.Image)) and value != b"":
         return value
     raise RowError(
         "image_type",
-        f"{at}: {column}: got {describe(value)}, wanted a path, encoded bytes, base64, an image, "
-        "or a list of these: correct or drop the row",
+        f"got {describe(value)}, wanted a path, encoded bytes, base64, an image, or a list of "
+        "these: correct or drop the row",
     )
 
 
-def _of_url(text: str, *, column: str, at: str) -> Path:
+def _of_url(text: str) -> Path:
     try:
         url = urlsplit(text)
     except ValueError:
@@ -212,8 +199,8 @@ def _of_url(text: str, *, column: str, at: str) -> Path:
     if url.scheme.lower() != "file" or url.netloc not in ("", "localhost"):
         raise RowError(
             "image_url",
-            f"{at}: {column}: got {text[:_NAME_CHARS]!r}: URLs are not fetched: download the image "
-            "and give its path (file:///path is read too)",
+            f"got {text[:_NAME_CHARS]!r}: URLs are not fetched: download the image and give its "
+            "path (file:///path is read too)",
         )
     return Path(unquote(text[text.index("://") + 3 + len(url.netloc) :]))
 
@@ -227,7 +214,7 @@ def _of_mapping(value: Mapping) -> object:
     return None
 
 
-def _from_base64(text: str, *, column: str, at: str) -> bytes | None:
+def _from_base64(text: str) -> bytes | None:
     """The image that base64 text holds, on one line or several; None where it is a path."""
     is_url = text.startswith("data:")
     encoded = text.partition(",")[2] if is_url else text
@@ -235,11 +222,10 @@ def _from_base64(text: str, *, column: str, at: str) -> bytes | None:
         return None
     try:
         return base64.b64decode("".join(encoded.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise RowError(
             "image_unreadable",
-            f"{at}: {column}: got damaged base64 ({error}), wanted an encoded image: correct or "
-            "drop the row",
+            f"got damaged base64 ({error}), wanted an encoded image: correct or drop the row",
         ) from None
 
 
@@ -249,42 +235,34 @@ def _begins_like_an_image(text: str) -> bool:
     try:
         start = "".join(text[:64].split())[:16]
         return base64.b64decode(start, validate=True).startswith(_MAGIC)
-    except (binascii.Error, ValueError):
+    except ValueError:
         return False
 
 
 @contextmanager
-def _bombs_named(name: str, max_pixels: int) -> Iterator[None]:
+def _opened(
+    ref: ImageRef, location: str, max_pixels: int = MAX_IMAGE_PIXELS, limit_key: str = ""
+) -> Iterator[Image.Image]:
+    """An image of an accepted format and size, not decoded yet; damage becomes a RowError."""
+    name = f"{location}: image {_name(ref)}"
+    image = None
     try:
-        yield
+        image = ref if isinstance(ref, Image.Image) else _open(ref, name)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise RowError(
+                "image_too_large",
+                f"{name}: got {width} x {height} = {width * height} pixels, wanted at most "
+                f"{max_pixels}: scale the image down or drop the row"
+                + (f", or raise {limit_key}" if limit_key else ""),
+            )
+        yield image
+    except RowError:
+        raise
     except Image.DecompressionBombError as error:
         raise RowError(
-            "image_too_large",
-            f"{name}: {error}: scale the image down to {max_pixels} pixels",
+            "image_too_large", f"{name}: {error}: scale the image down to {max_pixels} pixels"
         ) from None
-
-
-def _open(ref: ImageRef, name: str) -> Image.Image:
-    if isinstance(ref, Image.Image):
-        return ref
-    # os.path.isfile is False where Path.is_file raises: text too long for a path, such as base64.
-    if isinstance(ref, (str, Path)) and not os.path.isfile(ref):
-        raise RowError(
-            "image_missing",
-            f"{name}: no such file: correct the path (relative ones start at the data file's "
-            "folder) or drop the row",
-        )
-    if isinstance(ref, (str, Path)) and (size := os.path.getsize(ref)) > MAX_IMAGE_BYTES:
-        raise RowError(
-            "image_too_large",
-            f"{name}: got a file of {size} bytes, wanted at most {MAX_IMAGE_BYTES}: replace it or "
-            "drop the row",
-        )
-    try:
-        # Its own warning would come before our limit has been looked at.
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-            file = io.BytesIO(ref) if isinstance(ref, bytes) else ref
-            return Image.open(file, formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
         raise RowError(
             "image_unreadable",
@@ -292,18 +270,32 @@ def _open(ref: ImageRef, name: str) -> Image.Image:
             "or drop the row",
         ) from None
     except _DECODE_ERRORS as error:
-        raise _damaged(name, error) from None
+        raise RowError(
+            "image_unreadable", f"{name}: damaged ({error}): replace the file or drop the row"
+        ) from None
+    finally:
+        if image is not None and image is not ref:
+            image.close()
 
 
-def _check_size(image: Image.Image, name: str, max_pixels: int, limit_key: str = "") -> None:
-    width, height = image.size
-    if width * height > max_pixels:
+def _open(ref: str | Path | bytes, name: str) -> Image.Image:
+    # os.path.isfile is False where Path.is_file raises: text too long for a path, such as base64.
+    if not isinstance(ref, bytes) and not os.path.isfile(ref):
+        raise RowError(
+            "image_missing",
+            f"{name}: no such file: correct the path (relative ones start at the data file's "
+            "folder) or drop the row",
+        )
+    if not isinstance(ref, bytes) and (size := os.path.getsize(ref)) > MAX_IMAGE_BYTES:
         raise RowError(
             "image_too_large",
-            f"{name}: got {width} x {height} = {width * height} pixels, wanted at most "
-            f"{max_pixels}: scale the image down or drop the row"
-            + (f", or raise {limit_key}" if limit_key else ""),
+            f"{name}: got a file of {size} bytes, wanted at most {MAX_IMAGE_BYTES}: replace it or "
+            "drop the row",
         )
+    # Its own warning would come before our limit has been looked at.
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+        file = io.BytesIO(ref) if isinstance(ref, bytes) else ref
+        return Image.open(file, formats=IMAGE_FORMATS)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -313,15 +305,12 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             f"{name}: got mode {image.mode}, wanted 8 bits per channel (more would be clipped): "
             "convert the image",
         )
-    try:
-        image = _turned_upright(image)
-        if not image.has_transparency_data:
-            return image.convert("RGB")
-        # Line drawings are often black on transparent, where dropping alpha leaves black on black.
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    except _DECODE_ERRORS as error:
-        raise _damaged(name, error) from None
+    image = _turned_upright(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    # Line drawings are often black on transparent, where dropping alpha leaves black on black.
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def _turned_upright(image: Image.Image) -> Image.Image:
@@ -333,12 +322,6 @@ def _turned_upright(image: Image.Image) -> Image.Image:
         return image
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)
-
-
-def _damaged(name: str, error: Exception) -> RowError:
-    return RowError(
-        "image_unreadable", f"{name}: damaged ({error}): replace the file or drop the row"
-    )
 
 
 def _name(ref: ImageRef) -> str:

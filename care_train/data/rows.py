@@ -1,4 +1,4 @@
-"""Files of rows: read one row at a time, or in chunks in order, the file's form told by its bytes.
+"""Files of rows: read at a place or all in order, the file's form told by its bytes.
 
 datasets and pyarrow take seconds to load, so only the readers that need them import them.
 """
@@ -7,15 +7,12 @@ import json
 import stat
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from care_train.data.errors import RowError
-
-CHUNK_ROWS = 128
-"""Most rows of a chunk: what a worker of a build gets, and what is lost when it is killed."""
+from care_train.data.columns import RowError
 
 MAX_ROW_BYTES = 2**28
 """Longest line or JSON row that is read."""
@@ -23,16 +20,8 @@ MAX_ROW_BYTES = 2**28
 READ_BYTES = 2**20
 """Read at a time."""
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive rows, in a form that is cheap to send to a worker."""
-
-    first: int
-    """The first row's number, from 1; for JSON lines its line."""
-    num_rows: int
-    payload: Any
-    """Arrow's IPC bytes, lines, or rows."""
+_NUM_TRIED = 128
+"""Rows among which one that can be read stands for a file's columns."""
 
 
 class RowFile:
@@ -72,8 +61,8 @@ class RowFile:
         """
         return named_columns(self._value(place), at=self.location(place), labels=self.labels)
 
-    def chunks(self) -> Iterator[Chunk]:
-        """All rows in order, some at a time."""
+    def values(self) -> Iterator[tuple[int, Any]]:
+        """(number, value) of all rows in order, for `named_columns`; few are held in memory."""
         raise NotImplementedError
 
     def first_row(self) -> dict[str, Any]:
@@ -83,7 +72,7 @@ class RowFile:
             ValueError: the first rows cannot be read, saying why.
         """
         fault: RowError | None = None
-        for number, value in rows_of(next(self.chunks(), Chunk(1, 0, []))):
+        for number, value in islice(self.values(), _NUM_TRIED):
             try:
                 return named_columns(value, at=f"{self.name}: row {number}", labels=self.labels)
             except RowError as error:
@@ -108,8 +97,8 @@ class ListedRows(RowFile):
         self.num_rows = len(rows)
         self._rows = rows
 
-    def chunks(self) -> Iterator[Chunk]:
-        yield from _blocks(iter(self._rows))
+    def values(self) -> Iterator[tuple[int, Any]]:
+        yield from enumerate(self._rows, 1)
 
     def _value(self, place: int) -> Any:
         return self._rows[place]
@@ -120,58 +109,53 @@ class JsonLines(RowFile):
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         super().__init__(path, name)
-        self._index: tuple[array[int], array[int]] | None = None
         self._file = path.open("rb")
 
     def __len__(self) -> int:
-        return len(self._lines()[0])
+        return len(self._lines[0])
 
     def number(self, place: int) -> int:
-        return self._lines()[0][place]
+        return self._lines[0][place]
 
-    def chunks(self) -> Iterator[Chunk]:
+    def values(self) -> Iterator[tuple[int, Any]]:
         with self.path.open("rb") as file:
-            yield from _blocks(_lines_of(file))
+            for number, line in enumerate(_lines_of(file), 1):
+                if line.strip():
+                    yield number, parsed(line)
 
     def _value(self, place: int) -> Any:
-        self._file.seek(self._lines()[1][place])
+        self._file.seek(self._lines[1][place])
         return parsed(self._file.readline(MAX_ROW_BYTES + 1))
 
+    @cached_property
     def _lines(self) -> tuple["array[int]", "array[int]"]:
         """(number, start in bytes) of each line that holds something."""
-        if self._index is None:
-            numbers, starts = array("q"), array("q")
-            with self.path.open("rb") as file:
-                start = 0
-                for number, line in enumerate(_lines_of(file), 1):
-                    if isinstance(line, ValueError) or line.strip():
-                        numbers.append(number)
-                        starts.append(start)
-                    start = file.tell()
-            self._index = numbers, starts
-        return self._index
+        numbers, starts = array("q"), array("q")
+        with self.path.open("rb") as file:
+            start = 0
+            for number, line in enumerate(_lines_of(file), 1):
+                if line.strip():
+                    numbers.append(number)
+                    starts.append(start)
+                start = file.tell()
+        return numbers, starts
 
 
 class JsonList(RowFile):
     """A file that holds one JSON list of rows, parsed row by row."""
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        super().__init__(path, name)
-        self._rows: list[Any] | None = None
-
     def __len__(self) -> int:
-        return len(self._all())
+        return len(self._all)
 
-    def chunks(self) -> Iterator[Chunk]:
-        yield from _blocks(read_json_list(self.path))
+    def values(self) -> Iterator[tuple[int, Any]]:
+        yield from enumerate(read_json_list(self.path), 1)
 
     def _value(self, place: int) -> Any:
-        return self._all()[place]
+        return self._all[place]
 
+    @cached_property
     def _all(self) -> list[Any]:
-        if self._rows is None:
-            self._rows = list(read_json_list(self.path))
-        return self._rows
+        return list(read_json_list(self.path))
 
 
 def open_file(path: Path, name: str | None = None) -> RowFile:
@@ -200,22 +184,6 @@ def open_file(path: Path, name: str | None = None) -> RowFile:
     raise ValueError(
         f"{path}: begins with {start[:12]!r}, wanted a Parquet file, JSON lines or one JSON list"
     )
-
-
-def rows_of(chunk: Chunk) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a chunk, for a worker; a line that is not JSON comes as its ValueError."""
-    if isinstance(chunk.payload, bytes):
-        import pyarrow
-
-        with pyarrow.ipc.open_stream(chunk.payload) as reader:
-            values: list[Any] = reader.read_all().to_pylist()
-    else:
-        values = chunk.payload
-    for number, value in enumerate(values, chunk.first):
-        if not isinstance(value, bytes):
-            yield number, value
-        elif value.strip():
-            yield number, parsed(value)
 
 
 def named_columns(value: Any, *, at: str, labels: Mapping[str, list[str]]) -> dict[str, Any]:
@@ -294,25 +262,16 @@ def _are_lines(text: bytes) -> bool:
     return rest.lstrip().startswith(b"{") and isinstance(parsed(first), Mapping)
 
 
-def _lines_of(file: Any) -> Iterator[bytes | ValueError]:
-    """Lines; one that is too long is its ValueError, and is not held in memory."""
+def _lines_of(file: Any) -> Iterator[bytes]:
+    """Lines; one that is too long is cut off one byte beyond what `parsed` takes."""
     while line := file.readline(MAX_ROW_BYTES + 1):
-        if len(line) <= MAX_ROW_BYTES:
-            yield line
-            continue
-        while line and not line.endswith(b"\n"):
-            line = file.readline(READ_BYTES)
-        yield ValueError(f"longer than {MAX_ROW_BYTES} bytes")
+        rest = line
+        while len(line) > MAX_ROW_BYTES and rest and not rest.endswith(b"\n"):
+            rest = file.readline(READ_BYTES)
+        yield line
 
 
 def _skip(text: str, place: int, characters: str) -> int:
     while place < len(text) and text[place] in characters:
         place += 1
     return place
-
-
-def _blocks(rows: Iterator[Any]) -> Iterator[Chunk]:
-    first = 1
-    while block := list(islice(rows, CHUNK_ROWS)):
-        yield Chunk(first, len(block), block)
-        first += len(block)

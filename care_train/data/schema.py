@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,23 +18,23 @@ from care_train.data.answers import (
     read_options,
     tolerance,
 )
+from care_train.data.columns import RowError, describe, is_conversation
 from care_train.data.conversations import (
     IMAGE_PLACEHOLDER,
     Conversation,
-    is_conversation,
     read_conversation,
     split_response,
     split_solution,
 )
-from care_train.data.errors import RowError, describe
 from care_train.data.images import ImageRef, image_digest, image_refs
 
 PROMPT_COLUMNS = ("prompt", "problem", "question", "query", "messages", "conversations")
 """Columns a prompt is read from, as text or as chat messages; the first one that holds something
 is read, as in the other tuples here."""
 
-ANSWER_COLUMNS = ("answer", "solution", "ground_truth")
-"""Columns an answer is read from; verl's `reward_model.ground_truth` comes last."""
+_VERL_ANSWER = "reward_model.ground_truth"
+ANSWER_COLUMNS = ("answer", "solution", "ground_truth", _VERL_ANSWER)
+"""Columns an answer is read from; the last is verl's, inside another column."""
 
 RESPONSE_COLUMNS = ("completion", "response")
 """Columns of a response with tags, where the messages hold none."""
@@ -108,17 +108,17 @@ def sample_digest(sample: Sample, image_digests: dict[ImageRef, str] | None = No
     known = {} if image_digests is None else image_digests
     digests = []
     for ref in sample.images:
-        if isinstance(ref, (str, Path)) and ref in known:
-            digests.append(known[ref])
-            continue
+        is_file = isinstance(ref, (str, Path))
         try:
-            digests.append(image_digest(ref))
+            digest = known.get(ref) if is_file else None
+            digest = digest or image_digest(ref)
         except OSError as error:
             raise RowError(
                 "image_missing", f"{sample.location or sample.id}: image {ref}: {error}"
             ) from None
-        if isinstance(ref, (str, Path)):
-            known[ref] = digests[-1]
+        if is_file:
+            known[ref] = digest
+        digests.append(digest)
     parts: list[Any] = [sample.id, sample.prompt, sample.answer, sample.rationale]
     parts += [sample.failed_rationale, digests]
     compared = (sample.answer_type, sample.options, sample.tolerance)
@@ -158,23 +158,31 @@ def sample_from_row(
             options, naming row, field, what it got, what was wanted and the fix.
     """
     read = {name: value for name, value in row.items() if name not in uninterpreted}
+    if isinstance(verl := read.get("reward_model"), Mapping):
+        read[_VERL_ANSWER] = verl.get("ground_truth")
     prompt_column, talk = _prompt(read, location, needs_prompt)
-    rationale, answer, answer_column = _answer(read, talk, location)
-    options_column, options = _options(read, talk.prompt, location)
-    kind = _checked(answer_type, read.get("answer_type"), f"{location}: answer_type", "answer_type")
-    answer, options = _key(answer, options, kind, options_column, f"{location}: {answer_column}")
-    images_column = _column(read, IMAGE_COLUMNS) or prompt_column
-    images = read.get(images_column)
-    if talk.images and (images_column == prompt_column or is_empty(images)):
+    answer_column, value, rationale = _answer(read, talk, location)
+    options_column = _column(read, OPTION_COLUMNS)
+    if options_column is None or is_empty(read[options_column]):
+        options_column, options = None, options_in(talk.prompt)
+    else:
+        options = _checked(read_options, read, options_column, location, "options")
+    kind = _checked(answer_type, read, "answer_type", location)
+    answer, options = _key(value, options, kind, options_column, f"{location}: {answer_column}")
+    images_column = _column(read, IMAGE_COLUMNS)
+    images = read[images_column] if images_column else None
+    if talk.images and is_empty(images):
         images_column, images = prompt_column, talk.images
-    elif images_column == prompt_column:
-        images = None
-    texts: dict[str, str | None] = {"prompt": talk.prompt, "answer": answer}
-    for name in ("rationale", "failed_rationale"):
-        texts[name] = _optional_text(read, name, location=location)
-    texts["rationale"] = texts["rationale"] or rationale
-    for name, text in (*texts.items(), *(("options", option) for option in options.texts)):
-        _check_unicode(text, f"{location}: {name}")
+    rationale = _optional_text(read, "rationale", location) or rationale
+    failed_rationale = _optional_text(read, "failed_rationale", location)
+    for name, texts in (
+        ("prompt", [talk.prompt]),
+        ("answer", [answer]),
+        ("rationale", [rationale]),
+        ("failed_rationale", [failed_rationale]),
+        ("options", options.texts),
+    ):
+        _check_unicode(texts, f"{location}: {name}")
     taken = {prompt_column, "answer", "rationale", "failed_rationale", *IMAGE_COLUMNS}
     columns = {name: value for name, value in row.items() if name not in taken}
     columns |= {"system": talk.system} if talk.system else {}
@@ -182,12 +190,12 @@ def sample_from_row(
         id=id,
         prompt=talk.prompt,
         answer=answer,
-        images=image_refs(images, column=images_column, base_dir=base_dir, at=location),
-        rationale=texts["rationale"],
-        failed_rationale=texts["failed_rationale"],
+        rationale=rationale,
+        failed_rationale=failed_rationale,
+        images=image_refs(images, column=images_column or "", base_dir=base_dir, at=location),
         answer_type=kind,
         options=options.texts,
-        tolerance=_checked(tolerance, read.get("tolerance"), f"{location}: tolerance", "tolerance"),
+        tolerance=_checked(tolerance, read, "tolerance", location),
         source=source,
         location=location,
         is_conversation=is_conversation(row.get(prompt_column)),
@@ -226,51 +234,33 @@ def _prompt(row: Mapping[str, Any], at: str, is_needed: bool) -> tuple[str, Conv
     return column, talk
 
 
-def _answer(row: Mapping[str, Any], talk: Conversation, at: str) -> tuple[str | None, object, str]:
-    """(rationale, answer, its column): of an answer column, or of a response with tags."""
-    rationale, answered = split_response(_response(row, talk))
-    column, value = _answer_value(row)
+def _answer(row: Mapping[str, Any], talk: Conversation, at: str) -> tuple[str, object, str | None]:
+    """(column, answer, rationale): of an answer column, or of a response with tags."""
+    response = talk.response
+    if response is None:
+        response = row.get(_column(row, RESPONSE_COLUMNS) or "")
+        if isinstance(response, (list, tuple)) and is_conversation(response):
+            response = response[-1].get("content")
+    rationale, answered = split_response(response if isinstance(response, str) else "")
+    column = _column(row, ANSWER_COLUMNS) or "answer"
+    value = row.get(column)
     if is_empty(value):
         if answered is None:
-            raise _no_answer(row, column, value, at)
-        return rationale, answered, "response"
+            got = _columns_of(row, ANSWER_COLUMNS) if value is None else describe(value)
+            raise RowError(
+                "empty_answer",
+                f"{at}: {column}: got {got}, wanted text, a number or a boolean in one of "
+                f"{', '.join(ANSWER_COLUMNS)}, or a response (an assistant turn, "
+                f"{' or '.join(RESPONSE_COLUMNS)}) with an <answer> span: rename the column that "
+                "holds the final answer, or drop the row",
+            )
+        return "response", answered, rationale
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
     if isinstance(value, str):
         own_rationale, value = split_solution(value)
         rationale = rationale or own_rationale
-    return rationale, value, column
-
-
-def _answer_value(row: Mapping[str, Any]) -> tuple[str, object]:
-    column = _column(row, ANSWER_COLUMNS)
-    value = row[column] if column else None
-    reward_model = row.get("reward_model")
-    if is_empty(value) and isinstance(reward_model, Mapping):
-        if not is_empty(verl := reward_model.get("ground_truth")) or column is None:
-            return "reward_model.ground_truth", verl
-    return column or "answer", value
-
-
-def _response(row: Mapping[str, Any], talk: Conversation) -> str:
-    """The assistant's turn, or the text or last message of a response column."""
-    if talk.response is not None:
-        return talk.response
-    value = row.get(_column(row, RESPONSE_COLUMNS) or "")
-    if isinstance(value, (list, tuple)) and is_conversation(value):
-        value = value[-1].get("content")
-    return value if isinstance(value, str) else ""
-
-
-def _no_answer(row: Mapping[str, Any], column: str, value: object, at: str) -> RowError:
-    names = ", ".join((*ANSWER_COLUMNS, "reward_model.ground_truth"))
-    got = _columns_of(row, ANSWER_COLUMNS) if value is None else describe(value)
-    return RowError(
-        "empty_answer",
-        f"{at}: {column}: got {got}, wanted text, a number or a boolean in one of {names}, or a "
-        f"response (an assistant turn, {' or '.join(RESPONSE_COLUMNS)}) with an <answer> span: "
-        "rename the column that holds the final answer, or drop the row",
-    )
+    return column, value, rationale
 
 
 def _columns_of(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
@@ -278,14 +268,6 @@ def _columns_of(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
     none = f"nothing in {empty}, and " if empty else ""
     have = f"the columns {', '.join(map(repr, row))}" if row else "no columns"
     return none + have
-
-
-def _options(row: Mapping[str, Any], prompt: str, at: str) -> tuple[str | None, Options]:
-    """(column, options), or those that the prompt lists, without a column."""
-    column = _column(row, OPTION_COLUMNS)
-    if column is None or is_empty(row[column]):
-        return None, options_in(prompt)
-    return column, _checked(read_options, row[column], f"{at}: {column}", "options")
 
 
 def _key(
@@ -296,7 +278,10 @@ def _key(
     Raises:
         RowError: it is none of the options of `column`.
     """
-    answer = _checked(answer_text, value, at, "answer_type").strip()
+    try:
+        answer = answer_text(value).strip()
+    except ValueError as error:
+        raise RowError("answer_type", f"{at}: {error}") from None
     if not answer:
         raise RowError("empty_answer", f"{at}: got empty text, wanted some: fill or drop the row")
     if not options.texts or kind not in (None, AnswerType.CHOICE):
@@ -318,29 +303,29 @@ def _key(
     )
 
 
-def _checked(read: Callable[[Any], _Value], value: object, at: str, reason: str) -> _Value:
+def _checked(
+    read: Callable[[Any], _Value], row: Mapping[str, Any], column: str, at: str, reason: str = ""
+) -> _Value:
+    """What `read` makes of a column; its ValueError as a RowError, its reason the column's name."""
     try:
-        return read(value)
+        return read(row.get(column))
     except ValueError as error:
-        raise RowError(reason, f"{at}: {error}") from None
+        raise RowError(reason or column, f"{at}: {column}: {error}") from None
 
 
-def _optional_text(row: Mapping[str, Any], field: str, *, location: str) -> str | None:
-    value = row.get(field)
+def _optional_text(row: Mapping[str, Any], column: str, at: str) -> str | None:
+    value = row.get(column)
     if is_empty(value):
         return None
     if not isinstance(value, str):
-        raise RowError(
-            "text_type",
-            f"{location}: {field}: got {describe(value)}, wanted text: convert the column to "
-            "strings",
-        )
+        wanted = "wanted text: convert the column to strings"
+        raise RowError("text_type", f"{at}: {column}: got {describe(value)}, {wanted}")
     return value
 
 
-def _check_unicode(text: str | None, at: str) -> None:
+def _check_unicode(texts: Iterable[str | None], at: str) -> None:
     try:
-        (text or "").encode()
+        "".join(text or "" for text in texts).encode()
     except UnicodeEncodeError as error:
         raise RowError(
             "not_unicode",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from care_train.data import ImageRef, Sample
-from care_train.data.columns import Kind, describe_value
+from care_train.data.columns import Kind, describe
 from care_train.data.images import image_refs
 from care_train.verifier import normalize
 
@@ -160,7 +160,7 @@ def decode_texts(value: Any, *, column: str, location: str) -> tuple[str, ...]:
         texts = [", ".join(map(str, one)) if isinstance(one, list) else one for one in texts]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(
-            f"{location}: column {column!r}: got {describe_value(value)}, wanted text that "
+            f"{location}: column {column!r}: got {describe(value)}, wanted text that "
             "spells a list of texts, such as \"['red', 'blue']\""
         )
     return tuple(texts)

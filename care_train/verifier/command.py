@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from care_train.config import Config
 from care_train.data import sample_from_row
-from care_train.data.errors import describe
+from care_train.data.columns import describe
 from care_train.data.rows import named_columns, parsed
 from care_train.verifier.responses import Response
 from care_train.verifier.score import Score, Verifier

@@ -15,7 +15,8 @@ import pytest
 from care_train.cli import main
 from care_train.config import load_build_settings
 from care_train.data.arrow_rows import ParquetRows
-from care_train.data.rows import CHUNK_ROWS, read_json_list, rows_of
+from care_train.data.building.run import CHUNK_ROWS
+from care_train.data.rows import read_json_list
 from tests.data.published import build_from, drawing, write_jsonl
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
@@ -73,7 +74,7 @@ def test_a_build_stopped_anywhere_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(run, name, stopping)
 
     cases = [("prepare", 1, False), ("prepare", 3, True), ("sha256_of", 2, True)]
-    cases += [("write_rows", 1, False), ("write_rows", 1, True), ("read_part", 2, False)]
+    cases += [("write_rows", 1, False), ("write_rows", 1, True), ("kept_rows", 2, False)]
     for number, case in enumerate(cases):
         output = tmp_path / f"stopped{number}"
         with monkeypatch.context():
@@ -159,16 +160,14 @@ def test_two_builds_at_once_are_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         build_from(tmp_path, sources)
 
 
-def test_chunks_hold_each_row_once(tmp_path: Path):
-    """Whatever the row groups, chunks have all rows in order, at most CHUNK_ROWS each."""
+def test_values_hold_each_row_once(tmp_path: Path):
+    """Whatever the row groups, all rows come in order."""
     import pyarrow
     from pyarrow import parquet
 
     table = pyarrow.table({"n": range(1000)})
     parquet.write_table(table, tmp_path / "t.parquet", row_group_size=77)
-    chunks = list(ParquetRows(tmp_path / "t.parquet").chunks())
-    assert max(chunk.num_rows for chunk in chunks) <= CHUNK_ROWS
-    rows = [(number, row["n"]) for chunk in chunks for number, row in rows_of(chunk)]
+    rows = [(number, row["n"]) for number, row in ParquetRows(tmp_path / "t.parquet").values()]
     assert rows == [(place + 1, place) for place in range(1000)]
 
 

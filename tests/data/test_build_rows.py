@@ -9,8 +9,9 @@ from PIL import Image
 
 from care_train.config import DataSettings
 from care_train.data import load_samples
-from care_train.data.answers import chart_answer_type, options_in
-from care_train.data.building.dedup import ImageLook, duplicate_keys, normalized_text
+from care_train.data.answers import options_in
+from care_train.data.building.adapters import chart_answer_type
+from care_train.data.building.dedup import compare_looks, duplicate_keys, normalized_text
 from tests.data.published import build_from, drawing, quarantine, write_jsonl
 
 GOOD = {"prompt": "How many?", "answer": "3", "image": "a.png"}
@@ -49,10 +50,10 @@ BAD = [
     ({"image": "bomb.png"}, "image_too_large", "9000 x 9000 = 81000000 pixels, wanted at most"),
     ({"image": "long.png"}, "image_aspect", "900 x 3 pixels, wanted sides within a factor of 200"),
     ({"image": "deep.png"}, "image_mode", "wanted 8 bits per channel"),
-    ({"image": 7}, "image_type", "image: got a int, wanted a path"),
+    ({"image": 7}, "image_type", "image: got 7, wanted a path"),
     ({"image": ["a.png"] * 17}, "many_images", "images: got 17, wanted 16 at most"),
     ({"prompt": None}, "no_prompt", "messages in one of prompt, problem, question"),
-    ({"prompt": 3}, "prompt_type", "prompt: got a int, wanted text or chat messages"),
+    ({"prompt": 3}, "prompt_type", "prompt: got 3, wanted text or chat messages"),
     ({"answer_type": "colour"}, "answer_type", "answer_type: got 'colour', wanted one of choice"),
     ({"prompt": [{"role": "tool", "content": "x"}]}, "message", "role: got 'tool', wanted one of"),
     (
@@ -174,11 +175,11 @@ def test_the_index_misses_no_duplicate(distance: int):
         changed = bits
         for place in rng.sample(range(256), distance):
             changed ^= 1 << place
-        one, other = (ImageLook(b"", v.to_bytes(32), bytes(192)) for v in (bits, changed))
+        one, other = (bytes(16) + v.to_bytes(32) + bytes(192) for v in (bits, changed))
         keys = [set(duplicate_keys("q", [look], distance)) for look in (one, other)]
         assert keys[0] & keys[1]
-        assert one.is_like(other, distance)
-        assert distance == 0 or not one.is_like(other, distance - 1)
+        assert compare_looks(one, other, distance) == (True, True)
+        assert distance == 0 or compare_looks(one, other, distance - 1) == (True, False)
 
 
 def test_normalized_text():

@@ -39,9 +39,9 @@ def test_parts_become_text_and_placeholders():
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        (["hi"], "message 1: got a str, wanted role and content"),
+        (["hi"], "message 1: got 'hi', wanted role and content"),
         ([{"role": "user"}], "message 1: content: got nothing, wanted text or a list of parts"),
-        ([{"role": "user", "content": [3]}], "got a part of type a int, wanted text or image"),
+        ([{"role": "user", "content": [3]}], "got a part of type 3, wanted text or image"),
         (
             [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
             "got a part of type 'video', wanted text or image",

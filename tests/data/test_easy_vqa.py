@@ -5,8 +5,16 @@ from collections import defaultdict
 import pytest
 from PIL import ImageColor
 
-from care_train.data import Figure, Sample, derive_figures, load_image, load_images
-from care_train.data.easy_vqa import FIGURES, agrees, derive_figure, easy_vqa_samples, wrong_figure
+from care_train.data import Sample, load_image, load_images
+from care_train.data.easy_vqa import (
+    FIGURES,
+    Figure,
+    agrees,
+    derive_figure,
+    derive_figures,
+    easy_vqa_samples,
+    wrong_figure,
+)
 
 SPLITS = ("train", "test")
 COUNTS = {"train": (38575, 4000, 3578), "test": (9673, 1000, 888)}

@@ -35,7 +35,7 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for i in range(5)
     ]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    monkeypatch.setattr("care_train.data.building.parts._ROW_GROUP", 2)
+    monkeypatch.setattr("care_train.data.building.run._ROW_GROUP", 2)
     _, output = build_from(tmp_path, [{"name": "mine", "path": str(path)}])
     return output / "train.parquet"
 

@@ -58,7 +58,7 @@ def test_verdicts_in_order():
         ('{"respons": "x", "answer": "x"}', "response: got nothing beside respons, answer, wanted"),
         (
             '{"response": 5, "answer": "x"}',
-            "response: got a int beside answer, wanted text",
+            "response: got 5 beside answer, wanted text",
         ),
         ('{"response": "x", "answer": null}', "line 2: answer: got nothing in 'answer', and the"),
         ('{"response": "x", "answer": " "}', "line 2: answer: got empty text, wanted text, a num"),

@@ -9,7 +9,6 @@ import hashlib
 import sqlite3
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -22,60 +21,26 @@ _MAX_COLOR_DISTANCE = 24
 """Largest difference of two thumbnails' colours, of 255. Encoding anew as JPEG and scaling by 0.5
 to 1.6 changed those of drawings by 20 at most, taking the colours out by 48 at least."""
 
-_PIXELS, _HASH, _SIDE = 16, HASH_SIZE**2 // 8, 8
+_SIDE = 8
+_LOOK = numpy.dtype(
+    [
+        ("pixels", "u1", 16),  # a checksum of the decoded pixels
+        ("hash", "u1", HASH_SIZE**2 // 8),  # imagehash's pHash: brightness, coarse
+        ("thumbnail", "u1", (_SIDE, _SIDE, 3)),  # pHash is blind to colour
+    ]
+)
+"""What an image looks like."""
 
 
-@dataclass(frozen=True)
-class ImageLook:
-    """What an image looks like."""
+def look_of(image: Image.Image) -> bytes:
+    """What an RGB image looks like, for `DuplicateIndex`."""
+    import imagehash
 
-    pixels: bytes
-    """A checksum of its decoded pixels."""
-    perceptual: bytes
-    """imagehash's pHash: brightness, coarse."""
-    thumbnail: bytes
-    """8 x 8 RGB: pHash is blind to colour."""
-
-    @classmethod
-    def of(cls, image: Image.Image) -> "ImageLook":
-        """That of an RGB image."""
-        import imagehash
-
-        size = "{}x{} ".format(*image.size).encode()
-        pixels = hashlib.blake2b(size + image.tobytes(), digest_size=_PIXELS).digest()
-        bits = numpy.packbits(imagehash.phash(image, hash_size=HASH_SIZE).hash)
-        thumbnail = image.resize((_SIDE, _SIDE), Image.Resampling.BOX)
-        return cls(pixels, bits.tobytes(), thumbnail.tobytes())
-
-    @property
-    def packed(self) -> bytes:
-        """As `unpacked` takes it."""
-        return self.pixels + self.perceptual + self.thumbnail
-
-    @classmethod
-    def unpacked(cls, packed: bytes) -> "ImageLook":
-        """From `packed`."""
-        end = _PIXELS + _HASH
-        return cls(packed[:_PIXELS], packed[_PIXELS:end], packed[end:])
-
-    def is_like(self, other: "ImageLook", max_distance: int) -> bool:
-        """Whether the perceptual hashes and colours are close."""
-        bits = int.from_bytes(self.perceptual) ^ int.from_bytes(other.perceptual)
-        if bits.bit_count() > max_distance:
-            return False
-        colors = [numpy.frombuffer(one.thumbnail, numpy.uint8).astype(int) for one in (self, other)]
-        return int(abs(colors[0] - colors[1]).max()) <= _MAX_COLOR_DISTANCE
-
-
-@dataclass(frozen=True)
-class Duplicate:
-    """Why a row is not kept, and for which one."""
-
-    reason: str
-    """`duplicate`: the same pixels or text alone; `near_duplicate`: they look the same;
-    `conflicting_answer`: the same pixels, another answer."""
-    first_id: str
-    first_source: str
+    size = "{}x{} ".format(*image.size).encode()
+    pixels = hashlib.blake2b(size + image.tobytes(), digest_size=16).digest()
+    bits = numpy.packbits(imagehash.phash(image, hash_size=HASH_SIZE).hash)
+    thumbnail = image.resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    return pixels + bits.tobytes() + thumbnail.tobytes()
 
 
 class DuplicateIndex:
@@ -92,30 +57,48 @@ class DuplicateIndex:
             """
         )
 
-    def find_or_add(self, row: Mapping[str, Any]) -> Duplicate | None:
-        """The kept row that a prepared one repeats, the earliest of several; None keeps it too."""
-        keys, looks = row["keys"], [ImageLook.unpacked(look) for look in row["looks"]]
+    def find_or_add(self, row: Mapping[str, Any]) -> tuple[str, str, str] | None:
+        """The kept row that a prepared one repeats, the earliest of several; None keeps it too.
+
+        Returns:
+            (reason, id, source): `duplicate` is the same pixels or text alone, `near_duplicate`
+            looks the same, `conflicting_answer` is the same pixels with another answer.
+        """
+        keys, looks = row["keys"], b"".join(row["looks"])
         answer = _digest(normalized_text(row["answer"]).encode())
         query = (
             "SELECT DISTINCT kept.row, id, source, answer, looks FROM keys JOIN kept USING (row) "
             f"WHERE key IN ({','.join('?' * len(keys))}) ORDER BY kept.row"
         )
-        for _, id, source, other_answer, packed in self._connection.execute(query, keys):
-            # Their key holds the number of images: there are as many.
-            width = len(packed) // max(1, len(looks))
-            parts = (packed[width * place : width * (place + 1)] for place in range(len(looks)))
-            pairs = list(zip(looks, map(ImageLook.unpacked, parts), strict=True))
+        for _, id, source, other_answer, other_looks in self._connection.execute(query, keys):
+            has_same_pixels, is_alike = compare_looks(looks, other_looks, self._max_distance)
             agree = answer == other_answer
-            if all(mine.pixels == theirs.pixels for mine, theirs in pairs):
-                return Duplicate("duplicate" if agree else "conflicting_answer", id, source)
-            if agree and all(mine.is_like(theirs, self._max_distance) for mine, theirs in pairs):
-                return Duplicate("near_duplicate", id, source)
-        values = (row["id"], row["source"], answer, b"".join(row["looks"]))
+            if has_same_pixels:
+                return "duplicate" if agree else "conflicting_answer", id, source
+            if agree and is_alike:
+                return "near_duplicate", id, source
         statement = "INSERT INTO kept (id, source, answer, looks) VALUES (?, ?, ?, ?)"
+        values = (row["id"], row["source"], answer, looks)
         added = self._connection.execute(statement, values).lastrowid
         pairs = [(key, added) for key in keys]
         self._connection.executemany("INSERT INTO keys VALUES (?, ?)", pairs)
         return None
+
+
+def compare_looks(ours: bytes, theirs: bytes, max_distance: int) -> tuple[bool, bool]:
+    """Whether two rows' images have the same pixels, and whether they look the same, in order.
+
+    Args:
+        ours: `look_of` each image, joined.
+        theirs: of as many images.
+        max_distance: bits in which the perceptual hashes of two images may differ.
+    """
+    one, other = numpy.frombuffer(ours, _LOOK), numpy.frombuffer(theirs, _LOOK)
+    has_same_pixels = bool((one["pixels"] == other["pixels"]).all())
+    bits = numpy.unpackbits(one["hash"] ^ other["hash"], axis=-1).sum(-1)
+    colors = abs(one["thumbnail"].astype(int) - other["thumbnail"])
+    are_close = bits.max(initial=0) <= max_distance and colors.max(initial=0) <= _MAX_COLOR_DISTANCE
+    return has_same_pixels, bool(are_close)
 
 
 def normalized_text(text: str) -> str:
@@ -124,18 +107,18 @@ def normalized_text(text: str) -> str:
     return "".join(text.split()).rstrip(".?!:")
 
 
-def duplicate_keys(prompt: str, looks: Sequence[ImageLook], max_distance: int) -> tuple[int, ...]:
+def duplicate_keys(prompt: str, looks: Sequence[bytes], max_distance: int) -> list[int]:
     """Keys of which two duplicates share at least one.
 
     The first image's hash is cut into one band more than bits may differ: one band is untouched.
     """
     text = f"{len(looks)} {normalized_text(prompt)}".encode()
     if not looks:
-        return (int.from_bytes(_digest(text), signed=True),)
-    bits, count = looks[0].perceptual, max_distance + 1
+        return [int.from_bytes(_digest(text), signed=True)]
+    bits, count = numpy.frombuffer(looks[0], _LOOK)["hash"].tobytes(), max_distance + 1
     edges = [len(bits) * band // count for band in range(count + 1)]
     bands = [bytes([n]) + b"\0" + bits[edges[n] : edges[n + 1]] for n in range(count)]
-    return tuple(int.from_bytes(_digest(text + b"\0" + band), signed=True) for band in bands)
+    return [int.from_bytes(_digest(text + b"\0" + band), signed=True) for band in bands]
 
 
 def _digest(content: bytes) -> bytes:

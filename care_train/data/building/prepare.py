@@ -1,6 +1,12 @@
-"""One row after the other, in a worker: adapt, clean, decode once, hash."""
+"""What a worker makes of a chunk of rows: adapted, cleaned, images decoded once and hashed.
+
+It is written as a part, a function of the chunk alone, so a killed build goes on with those that
+are missing.
+"""
 
 import errno
+import json
+import os
 import re
 import struct
 import zipfile
@@ -11,15 +17,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from care_train.config.build import CleanSettings, DedupSettings
+from care_train.config.build import CleanSettings, SourceSettings
 from care_train.data.building.adapters import ADAPTERS
-from care_train.data.building.dedup import ImageLook, duplicate_keys
-from care_train.data.building.parts import Outcome, write_part
-from care_train.data.columns import check_row
-from care_train.data.errors import RowError
+from care_train.data.building.dedup import duplicate_keys, look_of
+from care_train.data.built import built_row, built_schema
+from care_train.data.columns import RowError, check_row
 from care_train.data.images import ImageRef, encoded_image, load_image, read_image_file
-from care_train.data.rows import Chunk, named_columns, rows_of
+from care_train.data.rows import named_columns
 from care_train.data.schema import Sample, sample_from_row
+
+NUM_SHOWN = 200
+"""Characters of a rejected row's prompt and answer."""
 
 # They would be read as the end of a turn, or as an image.
 _SPECIAL_TOKEN = re.compile(r"<\|[a-z_]+\|>")
@@ -30,65 +38,73 @@ _ARCHIVE_ERRORS = (zipfile.BadZipFile, RuntimeError, zlib.error, EOFError, struc
 
 
 @dataclass(frozen=True)
-class Task:
-    """All a worker needs to know about a file."""
+class Piece:
+    """A chunk of a file's rows, and all that a worker needs to know of it."""
 
-    source: str
-    adapter: str
+    source: SourceSettings
+    clean: CleanSettings
+    max_distance: int
+    """Of duplicates' perceptual hashes, in bits."""
     file: str
     """The file's name, as errors and ids give it."""
+    labels: Mapping[str, list[str]]
     roots: tuple[Path, ...]
     """Folders and .zip files that relative image paths start from."""
-    where: Mapping[str, Any]
-    labels: Mapping[str, list[str]]
-    clean: CleanSettings
-    dedup: DedupSettings
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A chunk of a file's rows, and where to write what becomes of them."""
-
-    task: Task
-    chunk: Chunk
+    rows: Sequence[tuple[int, Any]]
+    """Their numbers, from 1, and values."""
     part: Path
+    """Where to write what becomes of them."""
 
 
 def prepare(piece: Piece) -> None:
-    """Write a piece's part: each row, usable or rejected with the reason."""
-    task, rows, num_filtered = piece.task, [], 0
-    for number, value in rows_of(piece.chunk):
-        row = _prepare(task, number, value)
-        if row is None:
-            num_filtered += 1
-        else:
-            rows.append(row)
-    write_part(piece.part, task.source, task.file, num_filtered, rows)
+    """Write a piece's part: each row, usable or rejected with the reason, whole or not at all."""
+    import pyarrow
+
+    prepared = [_prepare(piece, number, value) for number, value in piece.rows]
+    rows = [row for row in prepared if row is not None]
+    note = {"source": piece.source.name, "file": piece.file}
+    note |= {"num_filtered": len(prepared) - len(rows)}
+    more = {
+        "number": pyarrow.int64(),
+        "keys": pyarrow.list_(pyarrow.int64()),
+        "looks": pyarrow.list_(pyarrow.binary()),
+        "reason": pyarrow.string(),
+        "detail": pyarrow.string(),
+    }
+    schema = pyarrow.schema([*built_schema(), *more.items()], {"part": json.dumps(note)})
+    partial = piece.part.with_suffix(".partial")
+    with pyarrow.ipc.new_file(str(partial), schema) as writer:
+        writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+    os.replace(partial, piece.part)
 
 
-def _prepare(task: Task, number: int, value: Any) -> Outcome | None:
-    """None for a row that `where` leaves out."""
-    at = f"{task.file}: row {number}"
+def _prepare(piece: Piece, number: int, value: Any) -> dict[str, Any] | None:
+    """A row of the part; None: `where` leaves it out."""
+    at = f"{piece.file}: row {number}"
     prompt = answer = ""
     try:
-        row = named_columns(value, at=at, labels=task.labels)
-        if any(row.get(name) != wanted for name, wanted in task.where.items()):
+        row = named_columns(value, at=at, labels=piece.labels)
+        if any(row.get(name) != wanted for name, wanted in piece.source.where.items()):
             return None
-        sample = _adapt(task, row, number, at)
+        sample = _adapt(piece, row, number, at)
         prompt, answer = sample.prompt, sample.answer
-        _check_texts(sample, task.clean, at)
-        images = tuple(_encoded(ref, task, at) for ref in sample.images)
-        looks = [_look(image, task, at) for image in images]
+        _check_texts(sample, piece.clean, at)
+        images = tuple(_encoded(ref, piece, at) for ref in sample.images)
+        looks = [_look(image, piece.clean, at) for image in images]
     except RowError as error:
-        return Outcome(number, reason=error.reason, detail=str(error), prompt=prompt, answer=answer)
-    keys = duplicate_keys(prompt, looks, task.dedup.max_distance)
-    packed = tuple(look.packed for look in looks)
-    return Outcome(number, replace(sample, images=images), keys, packed)
+        texts = {"prompt": prompt[:NUM_SHOWN], "answer": answer[:NUM_SHOWN]}
+        texts |= {"reason": error.reason, "detail": str(error)}
+        # A rejected row may hold what no encoding takes.
+        texts = {name: text.encode(errors="replace").decode() for name, text in texts.items()}
+        return {"number": number, **texts}
+    keys = duplicate_keys(prompt, looks, piece.max_distance)
+    kept = built_row(replace(sample, images=images))
+    return kept | {"number": number, "keys": keys, "looks": looks}
 
 
-def _adapt(task: Task, row: dict[str, Any], number: int, at: str) -> Sample:
-    adapter = ADAPTERS[task.adapter]
-    check_row(task.adapter, adapter.columns, row, at)
+def _adapt(piece: Piece, row: dict[str, Any], number: int, at: str) -> Sample:
+    adapter = ADAPTERS[piece.source.adapter]
+    check_row(piece.source.adapter, adapter.columns, row, at)
     plain = adapter.convert(row, at)
     for name in ("prompt", "problem", "question"):
         if isinstance(plain.get(name), str):
@@ -98,53 +114,50 @@ def _adapt(task: Task, row: dict[str, Any], number: int, at: str) -> Sample:
         location=at,
         # Relative paths stay relative here: there may be several roots.
         base_dir=Path(),
-        id=f"{task.source}/{task.file}/{number}",
-        source=task.source,
+        id=f"{piece.source.name}/{piece.file}/{number}",
+        source=piece.source.name,
         uninterpreted=adapter.uninterpreted,
     )
 
 
 def _check_texts(sample: Sample, clean: CleanSettings, at: str) -> None:
-    def check(holds: bool, reason: str, message: str) -> None:
-        if not holds:
-            raise RowError(reason, f"{at}: {message}")
-
-    limits = (
-        ("prompt", len(sample.prompt), clean.max_prompt_chars),
-        ("answer", len(sample.answer), clean.max_answer_chars),
-    )
-    for name, got, limit in limits:
-        check(got <= limit, f"long_{name}", f"{name}: got {got} characters, wanted {limit} at most")
-    got = len(sample.images)
-    limit = clean.max_images
-    check(got <= limit, "many_images", f"images: got {got}, wanted {limit} at most")
     texts = {"prompt": sample.prompt, "answer": sample.answer, "rationale": sample.rationale or ""}
+    limits = {"prompt": clean.max_prompt_chars, "answer": clean.max_answer_chars}
+    for name, limit in limits.items():
+        if len(texts[name]) > limit:
+            got = f"{name}: got {len(texts[name])} characters"
+            raise RowError(f"long_{name}", f"{at}: {got}, wanted {limit} at most")
+    if len(sample.images) > clean.max_images:
+        got = f"images: got {len(sample.images)}"
+        raise RowError("many_images", f"{at}: {got}, wanted {clean.max_images} at most")
     for name, text in texts.items():
-        found = _SPECIAL_TOKEN.search(text)
-        check(not found, "special_token", f"{name}: got {found and found[0]!r}, wanted plain text")
-    found = _TAG.search(sample.answer)
-    check(not found, "answer_tags", f"answer: got {found and found[0]!r}, wanted the bare answer")
-    has = sample.rationale is not None or not clean.require_rationale
-    check(has, "no_rationale", "rationale: got none, wanted text: clean.require_rationale")
+        if found := _SPECIAL_TOKEN.search(text):
+            got = f"{name}: got {found[0]!r}"
+            raise RowError("special_token", f"{at}: {got}, wanted plain text")
+    if found := _TAG.search(sample.answer):
+        got = f"answer: got {found[0]!r}"
+        raise RowError("answer_tags", f"{at}: {got}, wanted the bare answer")
+    if clean.require_rationale and sample.rationale is None:
+        wanted = "wanted text: clean.require_rationale"
+        raise RowError("no_rationale", f"{at}: rationale: got none, {wanted}")
 
 
-def _encoded(ref: ImageRef, task: Task, at: str) -> bytes:
-    limit = task.clean.max_image_bytes
+def _encoded(ref: ImageRef, piece: Piece, at: str) -> bytes:
+    limit, roots = piece.clean.max_image_bytes, piece.roots
+    named = f"{at}: image {str(ref)[:300]!r}"
     try:
-        data = _from_roots(ref, task.roots, limit) if isinstance(ref, Path) else encoded_image(ref)
+        data = _from_roots(ref, roots, limit) if isinstance(ref, Path) else encoded_image(ref)
     except FileNotFoundError:
-        roots = ", ".join(map(str, task.roots))
-        raise RowError(
-            "image_missing", f"{at}: image {str(ref)[:300]!r}: none in {roots}"
-        ) from None
-    # An archive's fault; or a path too long, with a zero byte, or of a file too large.
-    except (*_ARCHIVE_ERRORS, OSError, ValueError) as error:
-        is_large = isinstance(error, OSError) and error.errno == errno.EFBIG
-        is_path = isinstance(error, (OSError, ValueError))
-        reason = "image_missing" if is_path else "image_unreadable"
-        if is_large:
-            reason, error = "image_too_large", f"{error.args[1]}: clean.max_image_bytes"
-        raise RowError(reason, f"{at}: image {str(ref)[:300]!r}: {error}") from None
+        where = f"none in {', '.join(map(str, roots))}"
+        raise RowError("image_missing", f"{named}: {where}") from None
+    except _ARCHIVE_ERRORS as error:
+        raise RowError("image_unreadable", f"{named}: {error}") from None
+    # A path too long, with a zero byte, or of a file too large.
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            text = f"{named}: {error.args[1]}: clean.max_image_bytes"
+            raise RowError("image_too_large", text) from None
+        raise RowError("image_missing", f"{named}: {error}") from None
     if len(data) > limit:
         raise RowError(
             "image_too_large",
@@ -171,14 +184,14 @@ def _archive(path: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _look(data: bytes, task: Task, at: str) -> ImageLook:
-    limit = task.clean.max_image_pixels
+def _look(data: bytes, clean: CleanSettings, at: str) -> bytes:
+    limit = clean.max_image_pixels
     image = load_image(data, location=at, max_pixels=limit, limit_key="clean.max_image_pixels")
     width, height = image.size
-    if max(width, height) > task.clean.max_aspect_ratio * min(width, height):
+    if max(width, height) > clean.max_aspect_ratio * min(width, height):
         raise RowError(
             "image_aspect",
             f"{at}: image of {width} x {height} pixels, wanted sides within a factor of "
-            f"{task.clean.max_aspect_ratio:g}: clean.max_aspect_ratio",
+            f"{clean.max_aspect_ratio:g}: clean.max_aspect_ratio",
         )
-    return ImageLook.of(image)
+    return look_of(image)

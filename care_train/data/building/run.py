@@ -1,6 +1,5 @@
 """The build: workers write a part for each chunk of rows, then the parts become one file.
 
-A part is a function of its chunk alone, so a killed build goes on with the parts that are missing.
 Duplicates depend on all rows before, and are told while the parts are joined.
 """
 
@@ -8,29 +7,30 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from care_train.config.build import BuildSettings, SourceSettings
 from care_train.data.building.adapters import ADAPTERS
-from care_train.data.building.counts import SourceCounts, summary_of
 from care_train.data.building.dedup import DuplicateIndex
-from care_train.data.building.parts import (
-    FORMAT_VERSION,
-    Part,
-    read_part,
-    rejected_line,
-    write_rows,
-)
-from care_train.data.building.prepare import Piece, Task, prepare
+from care_train.data.building.prepare import NUM_SHOWN, Piece, prepare
+from care_train.data.built import FORMAT_VERSION, built_schema
 from care_train.data.columns import check_row
 from care_train.data.files import file_checksums, open_rows, sha256_of
 from care_train.data.rows import RowFile
 from care_train.killable import ordered_map
+
+CHUNK_ROWS = 128
+"""Rows of a part: what a worker gets, and what is lost when it is killed."""
+
+_ROW_GROUP = 32
+"""Rows read together in training: more compress better, fewer are read faster."""
 
 _WORK, _BEGUN = ".unfinished", "begun.json"
 _DATA, _QUARANTINE, _MANIFEST = "train.parquet", "quarantine.jsonl", "manifest.json"
@@ -61,8 +61,6 @@ def build(settings: BuildSettings, report: Report | None = None) -> dict[str, An
             usable.
     """
     sources = [_open_source(source) for source in settings.sources]
-    for source, files in zip(settings.sources, sources, strict=True):
-        _check_schema(source, files)
     output = Path(settings.output).expanduser()
     # Two builds that agree in this write the same bytes.
     fingerprint: dict[str, Any] = {
@@ -76,14 +74,17 @@ def build(settings: BuildSettings, report: Report | None = None) -> dict[str, An
     }
     fingerprint = json.loads(json.dumps(fingerprint))
     manifest, work = output / _MANIFEST, output / _WORK
+    begun = work / _BEGUN
     if manifest.is_file() and not settings.overwrite:
-        finished = json.loads(manifest.read_text())
-        before = {key: finished.get(key) for key in fingerprint}
-        _check_same(output, "a build", before, fingerprint)
-        return finished
+        return _same_build(manifest, "a build", output, fingerprint)
     work.mkdir(parents=True, exist_ok=True)
     with _locked(work):
-        _begin(settings, work, fingerprint)
+        if begun.is_file() and not settings.overwrite:
+            _same_build(begun, "an unfinished build", output, fingerprint)
+        else:
+            for path in (begun, *work.glob("*.arrow")):
+                path.unlink(missing_ok=True)
+            begun.write_text(json.dumps(fingerprint))
         for name in (_MANIFEST, _DATA, _QUARANTINE):
             (output / name).unlink(missing_ok=True)
         parts = _write_parts(settings, sources, work, report)
@@ -102,33 +103,28 @@ def build(settings: BuildSettings, report: Report | None = None) -> dict[str, An
 
 
 def _open_source(source: SourceSettings) -> list[RowFile]:
-    """The files of a source, in the order of their rows."""
-    paths = [source.path] if isinstance(source.path, str) else source.path
-    return [
-        file
-        for path in paths
-        for file in open_rows(
+    """The files of a source, in the order of their rows, each first row held to its schema."""
+    key, columns = f"sources.{source.name}", ADAPTERS[source.adapter].columns
+    files = []
+    for path in [source.path] if isinstance(source.path, str) else source.path:
+        files += open_rows(
             path,
-            key=f"sources.{source.name}.path",
+            key=f"{key}.path",
             split=source.split,
             download=("*",),
             revision=source.revision,
         )
-    ]
-
-
-def _check_schema(source: SourceSettings, files: list[RowFile]) -> None:
-    """Hold each file's first row to the published schema: others that differ are quarantined."""
     for file in files:
         row = file.first_row()
-        columns = ADAPTERS[source.adapter].columns
         where = f"source {source.name} ({source.adapter})"
+        # Other rows that differ are quarantined.
         check_row(where, columns, row, file.name, nulls_pass=True)
         if unknown := [name for name in source.where if name not in row]:
             raise ValueError(
-                f"sources.{source.name}.where: {file.name}: got column {unknown[0]!r}, wanted one "
-                f"of {', '.join(row)}"
+                f"{key}.where: {file.name}: got column {unknown[0]!r}, wanted one of "
+                f"{', '.join(row)}"
             )
+    return files
 
 
 @contextmanager
@@ -145,25 +141,17 @@ def _locked(work: Path) -> Iterator[None]:
         yield
 
 
-def _begin(settings: BuildSettings, work: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Keep what an unfinished build of the same settings left; without one, begin anew."""
-    note = work / _BEGUN
-    if note.is_file() and not settings.overwrite:
-        before = json.loads(note.read_text())
-        _check_same(work.parent, "an unfinished build", before, fingerprint)
-        return
-    for part in (note, *work.glob("*.arrow")):
-        part.unlink(missing_ok=True)
-    note.write_text(json.dumps(fingerprint))
-
-
-def _check_same(output: Path, what: str, before: Any, now: Any) -> None:
+def _same_build(note: Path, what: str, output: Path, now: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier build noted, if it had the same settings, inputs and libraries."""
+    noted = json.loads(note.read_text())
+    before = {key: noted.get(key) for key in now}
     if changes := _changes(before, now):
         changed = ", ".join(dict.fromkeys(change.split(".")[0] for change in changes))
         raise ValueError(
             f"output: {output} holds {what} of other {changed} ({'; '.join(changes)}): set it "
             "back, choose another folder, or build anew with overwrite=true"
         )
+    return noted
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -181,23 +169,23 @@ def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "")
 def _pieces(
     settings: BuildSettings, sources: Sequence[Sequence[RowFile]], work: Path
 ) -> Iterator[Piece]:
-    number = 0
+    numbers = count()
     for source, files in zip(settings.sources, sources, strict=True):
+        named = tuple(Path(root).expanduser() for root in source.image_dir)
         for file in files:
-            named = tuple(Path(root).expanduser() for root in source.image_dir)
-            task = Task(
-                source=source.name,
-                adapter=source.adapter,
-                file=file.name,
-                roots=named or (file.base_dir, *sorted(file.base_dir.glob("*.zip"))),
-                where=source.where,
-                labels=file.labels,
-                clean=settings.clean,
-                dedup=settings.dedup,
-            )
-            for chunk in file.chunks():
-                yield Piece(task, chunk, work / f"{number:08}.arrow")
-                number += 1
+            roots = named or (file.base_dir, *sorted(file.base_dir.glob("*.zip")))
+            values = file.values()
+            while rows := list(islice(values, CHUNK_ROWS)):
+                yield Piece(
+                    source,
+                    settings.clean,
+                    settings.dedup.max_distance,
+                    file.name,
+                    file.labels,
+                    roots,
+                    rows,
+                    part=work / f"{next(numbers):08}.arrow",
+                )
 
 
 def _write_parts(
@@ -217,16 +205,83 @@ def _write_parts(
         for piece in _pieces(settings, sources, work):
             parts.append(piece.part)
             if piece.part.is_file():
-                num_rows += piece.chunk.num_rows
+                num_rows += len(piece.rows)
             else:
                 yield piece
 
     workers = settings.workers or len(os.sched_getaffinity(0))
     for piece, _ in ordered_map(prepare, missing(), workers):
-        num_rows += piece.chunk.num_rows
+        num_rows += len(piece.rows)
         if report is not None:
             report(num_rows, total)
     return parts
+
+
+@dataclass
+class SourceCounts:
+    """What became of one source's rows. `images` and what follows are of kept rows."""
+
+    read: int = 0
+    filtered: int = 0
+    """Left out by `where`."""
+    kept: int = 0
+    images: int = 0
+    text_only: int = 0
+    multi_image: int = 0
+    with_rationale: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    """By reason, told before duplicates are looked for."""
+    duplicates: Counter[str] = field(default_factory=Counter)
+    """By reason and the source whose row is kept: `near_duplicate of chartqa`."""
+    answer_types: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def usable(self) -> int:
+        """Rows after cleaning, before duplicates go: the paper's Table 4 counts these."""
+        return self.kept + self.duplicates.total()
+
+    def keep(self, row: Mapping[str, Any]) -> None:
+        """Count a kept row and what it holds."""
+        images = len(row["looks"])
+        self.kept += 1
+        self.images += images
+        self.text_only += images == 0
+        self.multi_image += images > 1
+        self.with_rationale += row["rationale"] is not None
+        self.answer_types[row["answer_type"] or "inferred by the verifier"] += 1
+
+
+def _summary(
+    sources: Sequence[SourceSettings], counts: Mapping[str, SourceCounts]
+) -> dict[str, Any]:
+    """The manifest's counts: per source as in the paper's Table 4, then in total."""
+    usable, kept = (sum(getattr(one, n) for one in counts.values()) for n in ("usable", "kept"))
+    total = Counter({"usable": usable})
+    by_source = {}
+    for source in sources:
+        one = counts[source.name]
+        # Every row is either left out, rejected, a duplicate or kept.
+        assert one.read == one.filtered + one.rejected.total() + one.usable, source.name
+        values = {
+            name: dict(sorted(value.items())) if isinstance(value, Counter) else value
+            for name, value in vars(one).items()
+        }
+        by_source[source.name] = values | {
+            "usable": one.usable,
+            "usable_share": _share(one.usable, usable),
+            "kept_share": _share(one.kept, kept),
+            "expected_rows": source.expected_rows,
+        }
+        for name in ("read", "filtered", "kept", "images", "text_only", "multi_image"):
+            total[name] += values[name]
+        total["rejected"] += one.rejected.total()
+        total["duplicates"] += one.duplicates.total()
+    return {"sources": by_source, "total": dict(total)}
+
+
+def _share(part: int, whole: int) -> float:
+    """A part in percent, to one decimal, as Table 4 prints it."""
+    return round(100 * part / whole, 1) if whole else 0.0
 
 
 def _join(
@@ -236,33 +291,58 @@ def _join(
     counts = {source.name: SourceCounts() for source in settings.sources}
     index = DuplicateIndex(settings.dedup.max_distance) if settings.dedup.enabled else None
     with (work / _QUARANTINE).open("w", encoding="utf-8") as quarantine:
-        opened = map(read_part, parts)
-        kept = (_kept(part, counts[part.source], index, quarantine) for part in opened)
-        write_rows(work / _DATA, kept)
+        write_rows(work / _DATA, (kept_rows(part, counts, index, quarantine) for part in parts))
     checksums = {name: sha256_of(work / name) for name in (_DATA, _QUARANTINE)}
-    return summary_of(settings.sources, counts), checksums
+    return _summary(settings.sources, counts), checksums
 
 
-def _kept(
-    part: Part, counts: SourceCounts, index: DuplicateIndex | None, quarantine: TextIO
+def kept_rows(
+    path: Path, counts: Mapping[str, SourceCounts], index: DuplicateIndex | None, rejected: TextIO
 ) -> Any:
-    """The table of a part's rows that are kept; the others go to the quarantine."""
+    """The table of a part's rows that are kept; the others are lines of the quarantine."""
     import pyarrow
 
-    rows = part.rows()
-    counts.add("read", count=len(rows) + part.num_filtered)
-    counts.add("filtered", count=part.num_filtered)
+    table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+    part = json.loads(table.schema.metadata[b"part"])
+    rows, one = table.drop_columns(["images"]).to_pylist(), counts[part["source"]]
+    one.read += len(rows) + part["num_filtered"]
+    one.filtered += part["num_filtered"]
     keeps = []
     for row in rows:
-        duplicate = index.find_or_add(row) if index and not row["reason"] else None
-        keeps.append(not row["reason"] and duplicate is None)
-        if keeps[-1]:
-            counts.keep(row)
-        elif duplicate is None:
-            counts.add("rejected", row["reason"])
-            quarantine.write(rejected_line(part, row, row["reason"], row["detail"]))
+        reason, detail = row["reason"], row["detail"]
+        if reason:
+            one.rejected[reason] += 1
+        elif duplicate := index and index.find_or_add(row):
+            reason, first_id, first_source = duplicate
+            one.duplicates[f"{reason} of {first_source}"] += 1
+            detail = f"{row['origin']}: repeats {first_id}"
         else:
-            counts.add("duplicates", f"{duplicate.reason} of {duplicate.first_source}")
-            detail = f"{row['origin']}: repeats {duplicate.first_id}"
-            quarantine.write(rejected_line(part, row, duplicate.reason, detail))
-    return part.table.filter(pyarrow.array(keeps, pyarrow.bool_()))
+            one.keep(row)
+        keeps.append(not reason)
+        if reason:
+            line = {"source": part["source"], "file": part["file"], "row": row["number"]}
+            line |= {"reason": reason, "detail": detail}
+            line |= {name: row[name][:NUM_SHOWN] for name in ("prompt", "answer")}
+            rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return table.filter(pyarrow.array(keeps, pyarrow.bool_()))
+
+
+def write_rows(path: Path, tables: Iterable[Any]) -> None:
+    """Kept rows of parts as one Parquet file, with one part of them in memory."""
+    from pyarrow import parquet
+
+    schema = built_schema()
+    # Images are compressed already.
+    compression = {name: "zstd" for name in schema.names if name not in ("images", "options")}
+    compression["images.list.element.bytes"] = "none"
+    # The annotations of pyarrow's writer know less than it does.
+    options: dict[str, Any] = {
+        "compression": compression,
+        "use_dictionary": ["source", "answer_type"],
+        "write_statistics": False,
+        "write_page_checksum": True,
+    }
+    with parquet.ParquetWriter(path, schema, **options) as writer:
+        for table in tables:
+            rows = table.select(schema.names).cast(schema)
+            writer.write_table(rows, row_group_size=_ROW_GROUP)
