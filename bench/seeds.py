@@ -30,7 +30,7 @@ from care_train.config import Config, configs_folder, load_config
 from care_train.data import load_samples
 from care_train.reporting import mean_interval, read_metrics
 from care_train.reporting.plots import plot_comparison
-from care_train.training.given import Given
+from care_train.training.session import Given
 
 _SCORES = ("accuracy_before", "accuracy_after", "format_before", "format_after", "greedy_after")
 _COLLAPSED_FORMAT = 0.7

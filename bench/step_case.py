@@ -11,7 +11,7 @@ from care_train.models.load import LoadedModel
 from care_train.models.tiny import model_folder
 from care_train.reporting import MetricsLogger
 from care_train.rollout.engine import banned_token_ids
-from care_train.training.rng import seed_all
+from care_train.training.checkpoint import seed_all
 from care_train.training.session import open_session
 from care_train.training.sft import cold_start_rows, run_sft
 from care_train.verifier import Response, Score, Verifier

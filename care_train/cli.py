@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
     from care_train.commands import run_command
     from care_train.distributed import barrier, is_main
     from care_train.reporting import show_summary
-    from care_train.training.run_place import run_dir_of
+    from care_train.training.run_folder import run_dir_of
 
     try:
         summary = run_command(options.command, config, files)

@@ -26,9 +26,8 @@ from care_train.reporting import (
 from care_train.reporting.archive import ArchiveWriter
 from care_train.summary import Summary, before_and_after, finish, run_facts
 from care_train.training.archiving import open_writer
-from care_train.training.checkpoint import Checkpoint
+from care_train.training.checkpoint import Checkpoint, seed_all
 from care_train.training.folders import clean_up
-from care_train.training.given import Given
 from care_train.training.guard import guarded
 from care_train.training.resume import (
     check_progress,
@@ -38,11 +37,8 @@ from care_train.training.resume import (
     settings_of,
 )
 from care_train.training.rl import open_checkpoints, run_training
-from care_train.training.rng import seed_all
-from care_train.training.row_check import usable_rows
-from care_train.training.run_folder import RunFolder, open_run
-from care_train.training.run_place import CONFIG_FILE, run_dir_of
-from care_train.training.session import Session, open_session
+from care_train.training.run_folder import CONFIG_FILE, RunFolder, open_run, run_dir_of
+from care_train.training.session import Given, Session, open_session, usable_rows
 from care_train.training.sft import cold_start_checkpoints, cold_start_rows, count_rows, run_sft
 
 

@@ -24,7 +24,7 @@ from care_train.reporting import (
     write_report,
     write_summary,
 )
-from care_train.training.given import Given
+from care_train.training.session import Given
 
 Summary = dict[str, Any]
 

@@ -26,12 +26,10 @@ from care_train.evaluation.evaluate import evaluate_both
 from care_train.models.tiny import model_folder
 from care_train.publishing import claim, publish
 from care_train.summary import Summary
+from care_train.training.checkpoint import seed_all
 from care_train.training.folders import write_folder
-from care_train.training.given import Callbacks, Given
-from care_train.training.rng import seed_all
-from care_train.training.row_check import usable_rows
-from care_train.training.run_place import run_dir_of
-from care_train.training.session import open_session
+from care_train.training.run_folder import run_dir_of
+from care_train.training.session import Callbacks, Given, open_session, usable_rows
 
 Reward = Callable[..., Any] | str
 

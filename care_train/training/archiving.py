@@ -1,7 +1,8 @@
-"""What the archive keeps of a step's groups and of an evaluation's answers, as its rows."""
+"""What a step leaves of its groups beside numbers: the archive's rows, a group to show, and the
+released code's event files."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,29 @@ from typing import Any
 import numpy as np
 import torch
 
+from care_train.algorithm.advantages import RESCUE_DELTA
 from care_train.algorithm.baselines import has_mixed_outcomes
 from care_train.algorithm.region_weights import spread_advantages
-from care_train.algorithm.types import Rollout, Spans, Subgroup, TrainSequence
-from care_train.config import Config
+from care_train.algorithm.types import Rollout, Spans, Subgroup
+from care_train.config import CareSettings, Config
 from care_train.data import Sample
-from care_train.distributed import rank, world_size
+from care_train.distributed import gather, is_main, rank, world_size
+from care_train.reporting import SampleRecord
 from care_train.reporting.archive import ArchiveWriter
 from care_train.reporting.archive_schema import REGIONS
-from care_train.training.credit import outcome_of
+from care_train.reporting.files import JsonlWriter
+from care_train.rollout.engine import Completion
+from care_train.training.credit import (
+    outcome_of,
+    reflected_place,
+    reflection_outcome,
+    roles_of,
+    telling_rollouts,
+)
 from care_train.training.groups import Group
-from care_train.training.log_probs import TokenOutcome, TrainItem
-from care_train.training.roles import reflected_place, reflection_outcome, roles_of
+from care_train.training.log_probs import TrainItem
+
+EVENT_FILES = ("care_events.jsonl", "rgr_events.jsonl")
 
 _UNTRAINED = {
     "trained": False,
@@ -88,6 +100,64 @@ def archive_evaluation(
     archive.write_evaluation(step, decoding, rows, [sample.images for sample in samples])
 
 
+def case_study(
+    groups: Sequence[Group], step: int, text_of: Callable[[Completion], str]
+) -> tuple[Group, str, list[SampleRecord]]:
+    """The first group of a step with a reflection, else the first that trained, else the first.
+
+    Args:
+        groups: of the step.
+        step: counted from 1.
+        text_of: decodes a reflection's own tokens, without the rationale that it goes on from.
+
+    Returns:
+        The group, its outcome, and its `telling_rollouts`.
+    """
+    group = max(groups, key=lambda g: (g.reflected is not None, bool(g.update.sequences)))
+    reflection, records = reflection_outcome(group), []
+    parts = [*outcome_of(group.subgroup, group.update)]
+    parts += [f"reflection {reflection}"] if reflection != "none" else []
+    for role, rollout in telling_rollouts(group, group.update):
+        sample, text = group.sample, rollout.text
+        if rollout is group.reflected and group.repair is not None:
+            text = text_of(group.repair.completion)
+        record = SampleRecord(step, sample.prompt, text, sample.answer, rollout.reward, role)
+        records.append(record)
+    return group, " · ".join(filter(None, parts)), records
+
+
+def append_events(run_dir: Path, groups: Sequence[Group], care: CareSettings, step: int) -> None:
+    """Add a step to the run's event files, which `preset: official` has field by field as the
+    released code does, for those who plot them. A collective call.
+
+    Groups count over the whole batch, one rank's after another's; rollouts by group.
+
+    Source: github.com/yongxinwang-ai/CARE at 8c6045c, verl/algorithms/adv_estimators/care.py,
+    verl/trainer/ray_trainer.py (care_events.jsonl) and verl/hooks/rgr.py (rgr_events.jsonl).
+
+    Args:
+        run_dir: the run's folder.
+        groups: this rank's, with what they train.
+        care: the run's settings.
+        step: counted from 1.
+    """
+    found = gather([(_care_event(group, care), _rgr_event(group, care)) for group in groups])
+    if not is_main():
+        return
+    events = [event for own in found for event in own]
+    size = len(groups[0].rollouts)
+    for place, (care_event, rgr_event) in enumerate(events):
+        if care_event is not None:
+            care_event |= {"group": float(place), "step": step}
+            care_event["anchor_idx"] += float(place * size)
+        if rgr_event is not None:
+            rgr_event["group"] = place
+    for name, records in zip(EVENT_FILES, zip(*events, strict=True), strict=True):
+        with closing(JsonlWriter(run_dir / name)) as writer:
+            for record in filter(None, records):
+                writer.write(record)
+
+
 def _question(sample: Sample) -> dict[str, Any]:
     return {
         "row_id": sample.id,
@@ -136,45 +206,29 @@ def _group_row(
 
 def _rollout_rows(group: Group, trained: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
     """The G rollouts, and the reflection behind them where there is one."""
-    roles, subgroup = roles_of(group), group.subgroup
-    distances = None
+    roles, subgroup, distances = roles_of(group), group.subgroup, None
     if isinstance(subgroup, Subgroup) and group.distances is not None:
         distances = group.distances[subgroup.anchor.index]
     rows = []
     for place, rollout in enumerate(group.responses):
-        role, nearness = roles.get(place, ("trained" if id(rollout) in trained else "unused", None))
+        own = trained.get(id(rollout))
+        role, nearness = roles.get(place, ("unused" if own is None else "trained", None))
         is_sampled = place < len(group.rollouts)
-        rows.append(
-            _rollout(rollout, trained)
-            | {
-                "role": role,
-                "rank_of_negative": nearness,
-                "distance": _item(distances, place) if is_sampled else None,
-                "old_log_prob_sum": _item(group.log_prob_sums, place) if is_sampled else None,
-                "reflected_from": None if is_sampled else reflected_place(group),
-            }
-        )
-    return rows
-
-
-def _rollout(rollout: Rollout, trained: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    own = trained.get(id(rollout))
-    old = None if rollout.old_log_probs is None else rollout.old_log_probs.numpy()
-    if own is None:
-        own = _UNTRAINED | {"old_log_probs": old}
-    elif old is not None:
-        own = own | {"old_log_probs": old}
-    return (
-        _answer(rollout)
-        | _spans(rollout.spans)
-        | own
-        | {
+        row = _answer(rollout) | _spans(rollout.spans) | (_UNTRAINED if own is None else own)
+        if rollout.old_log_probs is not None or own is None:
+            row["old_log_probs"] = _array(rollout.old_log_probs)
+        log_probs = rollout.log_probs
+        row |= {
             "prefix_ids": np.asarray(rollout.prefix_ids, np.int32),
-            "rollout_log_probs": (
-                None if rollout.log_probs is None else np.asarray(rollout.log_probs, np.float32)
-            ),
+            "rollout_log_probs": None if log_probs is None else np.asarray(log_probs, np.float32),
+            "role": role,
+            "rank_of_negative": nearness,
+            "distance": _item(distances, place) if is_sampled else None,
+            "old_log_prob_sum": _item(group.log_prob_sums, place) if is_sampled else None,
+            "reflected_from": None if is_sampled else reflected_place(group),
         }
-    )
+        rows.append(row)
+    return rows
 
 
 def _spans(spans: Spans) -> dict[str, int | None]:
@@ -196,13 +250,19 @@ def _trained(items: Sequence[TrainItem]) -> dict[int, dict[str, Any]]:
     lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
     outcomes = [item.outcome for item in items]
     credited = spread_advantages(sequences).split(lengths)
+    # An advantage of 1 and weights that are not normalised: Eq. 11 of it is w itself.
+    weighed = [
+        replace(s, advantage=1.0, credit=replace(s.credit, normalize=False)) for s in sequences
+    ]
+    # -1 where the surrogate's lower bound took the gradient away, 1 where the upper one did.
+    clipped = [o and o.clipped_high.to(torch.int8) - o.clipped_low.to(torch.int8) for o in outcomes]
     columns = {
         "token_advantages": credited,
-        "token_weights": spread_advantages([_weighed(s) for s in sequences]).split(lengths),
+        "token_weights": spread_advantages(weighed).split(lengths),
         "ref_log_probs": _joined([item.ref_log_probs for item in items]),
         "old_log_probs": _joined(list(map(TrainItem.known_old_log_probs, items, credited))),
         "entropy": _joined([outcome and outcome.entropy for outcome in outcomes]),
-        "clipped": _joined([outcome and _clipped(outcome) for outcome in outcomes]),
+        "clipped": _joined(clipped),
     }
     return {
         id(sequence.rollout): {
@@ -213,16 +273,6 @@ def _trained(items: Sequence[TrainItem]) -> dict[int, dict[str, Any]]:
         }
         for place, sequence in enumerate(sequences)
     }
-
-
-def _clipped(outcome: TokenOutcome) -> torch.Tensor:
-    """-1 where the surrogate's lower bound took the gradient away, 1 where the upper one did."""
-    return outcome.clipped_high.to(torch.int8) - outcome.clipped_low.to(torch.int8)
-
-
-def _weighed(sequence: TrainSequence) -> TrainSequence:
-    """An advantage of 1 and weights that are not normalised: Eq. 11 of it is w itself."""
-    return replace(sequence, advantage=1.0, credit=replace(sequence.credit, normalize=False))
 
 
 def _joined(rows: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
@@ -246,3 +296,44 @@ def _dropped_reason(group: Group) -> str:
     if has_mixed_outcomes(group.rollouts):
         return "beyond_batch"
     return "all_correct" if group.rollouts[0].accuracy == 1 else "all_wrong"
+
+
+def _care_event(group: Group, care: CareSettings) -> dict[str, Any] | None:
+    subgroup, update = group.subgroup, group.update
+    if isinstance(subgroup, str):
+        return None
+    assert subgroup.anchor.index is not None
+    return {
+        "group": 0.0,
+        "G": float(len(group.rollouts)),
+        "K": float(care.max_negatives),
+        "K_prime": float(update.num_negatives),
+        "has_positive": float(not subgroup.rescued),
+        "anchor_idx": float(subgroup.anchor.index),
+        "neg_scale_s": float(care.neg_scale),
+        "equalize_factor": float(update.equalize_factor),
+        "rescue_triggered": float(subgroup.rescued),
+        "rescue_delta": RESCUE_DELTA,
+    }
+
+
+def _rgr_event(group: Group, care: CareSettings) -> dict[str, Any] | None:
+    reflected = group.reflected
+    if reflected is None:
+        return None
+    return {
+        "group": 0,
+        "group_uid": group.sample.id,
+        "triggered": True,
+        "passed": reflected.reward > 0,
+        "replaced_original_failure": True,
+        "s_refl_used": care.reflect_scale,
+        "template": "structured",
+        "critique_len": _found_length(reflected.spans.think),
+        "final_len": _found_length(reflected.spans.answer),
+    }
+
+
+def _found_length(span: tuple[int, int] | None) -> int:
+    """0 where a span was missing: what `Spans` holds then begins with the response."""
+    return 0 if span is None or span[0] == 0 else span[1] - span[0]

@@ -2,20 +2,21 @@
 
 import json
 import logging
-import re
+import random
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from care_train.compat import plain_data_alone
 from care_train.distributed import barrier, is_main, rank
 from care_train.reporting.files import write_file
 from care_train.training.engine import PolicyEngine
+from care_train.training.failures import checkpoint_folders
 from care_train.training.folders import (
     clean_up,
     find_damage,
@@ -23,14 +24,12 @@ from care_train.training.folders import (
     write_folder,
     write_manifest,
 )
-from care_train.training.rng import restore_rng_state, rng_state
 from care_train.training.weights import buffers
 
 STATE_FILE = "trainer_state.json"
 BEST_FILE = "best.json"
 SKELETON = "model"
 DAMAGED = ".damaged"
-_NAME = re.compile(r"step_\d{6,}")
 _BUCKET_BYTES = 1 << 29
 """Gathered on every rank's device at once; the whole model is in rank 0's main memory alone."""
 
@@ -81,8 +80,7 @@ class Checkpoints:
 
     def list(self) -> list[Path]:
         """Checkpoint folders, oldest first, without unfinished and damaged ones."""
-        found = (path for path in self.folder.glob("step_*") if _NAME.fullmatch(path.name))
-        return sorted(found, key=_step_of)
+        return checkpoint_folders(self.folder)
 
     def is_best(self, scores: Mapping[str, float]) -> bool:
         """Whether an evaluation beats that of every checkpoint so far."""
@@ -174,19 +172,17 @@ class Checkpoints:
             ValueError: there is none of that name, or it is damaged.
         """
         known = {path.name: path for path in self.list()}
-        if name == "last" and known:
-            folder = list(known.values())[-1]
-        elif name == "best" and self._best is not None:
-            folder = known[self._best["checkpoint"]]
-        elif name in known:
-            folder = known[name]
-        else:
-            wanted = ", ".join([*known, *(["last"] if known else [])])
-            wanted += ", best" if self._best else ""
-            raise ValueError(f"checkpoint: got {name}, {self.folder} has {wanted or 'none'}")
-        if problem := find_damage(folder):
-            raise ValueError(f"checkpoint {folder}: {problem}")
-        return _open(folder)
+        names = dict(known)
+        if known:
+            names["last"] = list(known.values())[-1]
+        if self._best is not None:
+            names["best"] = known[self._best["checkpoint"]]
+        if name not in names:
+            wanted = ", ".join(names) or "none"
+            raise ValueError(f"checkpoint: got {name}, {self.folder} has {wanted}")
+        if problem := find_damage(names[name]):
+            raise ValueError(f"checkpoint {names[name]}: {problem}")
+        return _open(names[name])
 
     def _set_aside(self, damaged: Mapping[Path, str], used: Path) -> None:
         for folder, problem in damaged.items():
@@ -212,15 +208,13 @@ class Checkpoints:
         barrier()
 
     def _read_best(self) -> dict[str, Any] | None:
-        """What `best.json` says and the checkpoints' own scores, whichever is best.
-
-        A kill may come between writing a checkpoint and marking it.
-        """
+        """The best of what `best.json` says and of the checkpoints' own scores: a kill may come
+        between writing a checkpoint and marking it."""
         found = []
         path = self.folder / BEST_FILE
         if path.is_file():
             entry = _read_mark(path)
-            if (self.folder / entry["checkpoint"]).is_dir():
+            if self.folder / entry["checkpoint"] in self.list():
                 found.append(entry)
         metric = self._metric or (found[0]["metric"] if found else None)
         for folder in self.list() if metric else []:
@@ -229,27 +223,6 @@ class Checkpoints:
                 found.append({"checkpoint": folder.name, "metric": metric, "value": value})
         found = [entry for entry in found if entry["metric"] == metric]
         return max(found, key=lambda entry: entry["value"], default=None)
-
-
-def _read_mark(path: Path) -> dict[str, Any]:
-    """What `best.json` says.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    entry: Any = None
-    with suppress(ValueError):
-        entry = json.loads(path.read_text())
-    kinds = {"checkpoint": str, "metric": str, "value": (int, float)}
-    is_whole = isinstance(entry, dict) and all(
-        isinstance(entry.get(name), kind) for name, kind in kinds.items()
-    )
-    if not is_whole or Path(entry["checkpoint"]).name != entry["checkpoint"]:
-        raise ValueError(
-            f"{path}: got {path.read_text(errors='replace')[:80]!r}, wanted the best checkpoint's "
-            "name, metric and value: delete the file, the checkpoints hold their scores too"
-        )
-    return entry
 
 
 def save_model(engine: PolicyEngine, folder: Path) -> None:
@@ -268,6 +241,52 @@ def save_model(engine: PolicyEngine, folder: Path) -> None:
             engine.loaded.save(partial, weights | buffers(engine.loaded.model))
 
     write_folder(folder, write)
+
+
+def seed_all(seed: int) -> None:
+    """Seed python, numpy and torch on every device, which libraries may draw from.
+
+    Rollouts, reflections and the order of rows need none of them: they are seeded per request.
+    """
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of python's, numpy's and torch's generators in this process."""
+    state: Any = numpy.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, gauss = state
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.copy()), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng_state(state: dict[str, Any]) -> None:
+    """Set what `rng_state` returned; GPUs that this process does not see are left out."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    numpy.random.set_state((kind, keys.numpy(), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _read_mark(path: Path) -> dict[str, Any]:
+    try:
+        entry = json.loads(path.read_text())
+        name, metric, value = entry["checkpoint"], entry["metric"], float(entry["value"])
+        if Path(name).name == name:
+            return {"checkpoint": name, "metric": metric, "value": value}
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ValueError(
+        f"{path}: got {path.read_text(errors='replace')[:80]!r}, wanted the best checkpoint's "
+        "name, metric and value: delete the file, the checkpoints hold their scores too"
+    )
 
 
 def _open(folder: Path) -> Checkpoint:
@@ -291,7 +310,3 @@ def _save_tensors(value: Any, path: Path) -> None:
 
 def _rank_file() -> str:
     return f"rank_{rank():05d}.pt"
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))

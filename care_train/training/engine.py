@@ -5,7 +5,7 @@ import copy
 import io
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from care_train.models.lora import add_adapters, without_adapters
 from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt
 from care_train.rollout.engine import WeightParts
-from care_train.training.loss import rows_with_a_say
 from care_train.training.optimizer import (
     BETAS,
     LeftOut,
@@ -332,6 +331,15 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     assert weights is not None
     prefix = "model."
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+
+
+def rows_with_a_say(arguments: Mapping[str, Any]) -> torch.Tensor:
+    """[N] bool of `linear_policy_loss`'s arguments: the rows it computes, and does not skip."""
+    has_say = arguments["advantages"] != 0
+    for name in ("kl_weights", "entropy_weights"):
+        if arguments.get(name) is not None:
+            has_say = has_say | (arguments[name] != 0)
+    return has_say
 
 
 def _freeze_vision(model: Any) -> None:

@@ -127,16 +127,15 @@ def status_of(error: BaseException) -> int:
     return INPUT_STATUS if is_explained(error) else 1
 
 
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The last one that was written, of the cold start where training has none yet."""
-    for folder in (run_dir / "checkpoints", run_dir / "cold_start_checkpoints"):
-        if found := sorted(p for p in folder.glob("step_*") if _CHECKPOINT.fullmatch(p.name)):
-            return found[-1]
-    return None
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first, without unfinished and damaged ones."""
+    found = [path for path in folder.glob("step_*") if _CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def resume_hint(run_dir: Path) -> str:
     """From what and how a run that ended goes on."""
-    newest = newest_checkpoint(run_dir)
-    kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is {newest}"
+    names = ("cold_start_checkpoints", "checkpoints")
+    found = [path for name in names for path in checkpoint_folders(run_dir / name)]
+    kept = f"the newest checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
     return f"{kept}; go on with the same command and --resume, or with resume={run_dir}"

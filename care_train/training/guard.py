@@ -40,8 +40,7 @@ from care_train.training.failures import (
     resume_hint,
     status_of,
 )
-from care_train.training.processes import end_at_once
-from care_train.training.ranks import Beat, Fault, ForeignValueError, RankBoard
+from care_train.training.ranks import Beat, Fault, ForeignValueError, RankBoard, end_at_once
 from care_train.training.timer import PARTS, begin_step, current_place
 
 _TICK = 1.0

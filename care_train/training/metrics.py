@@ -11,52 +11,13 @@ from statistics import fmean, pstdev
 
 import torch
 
+from care_train.algorithm.region_weights import spread_advantages
 from care_train.algorithm.types import GroupUpdate, Rollout
 from care_train.distributed import all_sum, gather, world_size
 from care_train.training.engine import StepResult
 from care_train.training.failures import EngineError
 from care_train.training.groups import Group
 from care_train.training.log_probs import TrainItem
-
-_KEYS = (
-    "_rollouts",
-    "reward/_rollouts",
-    "accuracy/_rollouts",
-    "format/_rollouts",
-    "finished/_rollouts",
-    "response_length/_rollouts",
-    "think_length/_rollouts",
-    "decoded_tokens",
-    "sampled_sequences",
-    "groups",
-    "reward_std/groups",
-    "groups_all_correct",
-    "groups_all_wrong",
-    "groups_skipped",
-    "groups_rescued",
-    "anchor_clamped",
-    "trained_sequences",
-    "reflections",
-    "reflection_skipped",
-    "reflection_success/reflections",
-    "_trained_groups",
-    "num_negatives/_trained_groups",
-    "_anchor",
-    "anchor_raw_advantage/_anchor",
-    "_negative",
-    "negative_raw_advantage/_negative",
-    "skipped_updates",
-    "_updates",
-    "loss/_updates",
-    "grad_norm/_updates",
-    "_rows",
-    "clipped_low/_rows",
-    "clipped_high/_rows",
-    "kl/_rows",
-    "_active_rows",
-    "entropy/_active_rows",
-)
-"""Sums of one step; `a/b` is reported as the ratio of the sums a and b, `_a` not at all."""
 
 
 def step_metrics(
@@ -74,24 +35,50 @@ def step_metrics(
         dropped: groups that dynamic sampling sampled beside the batch: they cost as much, and say
             as much about the policy.
     """
-    # Every rank sums the same keys, whatever its share of the batch holds.
-    sums = dict.fromkeys(_KEYS, 0.0)
     reflected = [group.reflected for group in groups if group.reflected is not None]
-    everything = [*groups, *dropped]
-    sums |= _of_rollouts([rollout for group in everything for rollout in group.rollouts], reflected)
-    sums |= _of_groups(groups, reflected)
-    sums |= _of_updates([group.update for group in groups])
-    sums |= _of_rows(results)
-    keys = sorted(sums)
-    total = dict(zip(keys, all_sum([sums[key] for key in keys], device), strict=True))
-    values = {}
-    for key, value in total.items():
-        name, _, base = key.partition("/")
-        if not base:
-            values[name] = value
-        elif total[base] > 0:
-            values[name] = value / total[base]
-    return {key: value for key, value in values.items() if not key.startswith("_")}
+    rollouts = [rollout for group in [*groups, *dropped] for rollout in group.rollouts]
+    sums = _of_rollouts(rollouts, reflected) | _of_groups(groups, reflected)
+    sums |= _of_updates([group.update for group in groups]) | _of_rows(results)
+    return _ratios(sums, device)
+
+
+def token_metrics(
+    groups: Sequence[Group], items: Sequence[TrainItem], device: torch.device
+) -> dict[str, float]:
+    """Diagnostics over all ranks; what nothing was measured of is left out. A collective call.
+
+    Args:
+        groups: this rank's batch.
+        items: the sequences it trained, with what the update said of them.
+        device: for the collective.
+
+    Returns:
+        `entropy`: in nats per token; estimated without bias from the sampled tokens alone, as the
+        mean of -log pi_old.
+        `clipped_negative_answer`: share of the answers' tokens with a negative advantage that the
+        lower clip bound took the gradient of (Fig. 6, left).
+        `advantage_variance_ratio`: Var(A[y-]) / Var(A[y+]) (Fig. 6, right).
+    """
+    surprise, sampled = _surprise(groups, items)
+    clipped, answers = _clipped_answers(items)
+    sums = {"_sampled": sampled, "entropy/_sampled": surprise}
+    sums |= {"_answers": answers, "clipped_negative_answer/_answers": clipped}
+    advantages = [item.sequence.advantage for item in items]
+    signs = (
+        ("positive", [a for a in advantages if a > 0]),
+        ("negative", [a for a in advantages if a < 0]),
+    )
+    for sign, own in signs:
+        moments = {"sum": sum(own), "squares": sum(a * a for a in own), "count": float(len(own))}
+        sums |= {f"{sign}_{name}": value for name, value in moments.items()}
+    values = _ratios(sums, device)
+    positive, negative = (
+        _variance(*(values.pop(f"{sign}_{name}") for name in ("sum", "squares", "count")))
+        for sign, _ in signs
+    )
+    if positive:
+        values["advantage_variance_ratio"] = negative / positive
+    return values
 
 
 def function_metrics(found: Mapping[str, list[float]]) -> dict[str, float]:
@@ -110,6 +97,21 @@ def function_metrics(found: Mapping[str, list[float]]) -> dict[str, float]:
         if values
         for kind, value in (("mean", fmean(values)), ("std", pstdev(values)))
     }
+
+
+def _ratios(sums: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """This rank's sums, added up over ranks: `a/b` becomes the ratio of the sums a and b, left out
+    where b is 0, and `_a` is not reported. Every rank has the same keys."""
+    keys = sorted(sums)
+    total = dict(zip(keys, all_sum([sums[key] for key in keys], device), strict=True))
+    values = {}
+    for key, value in total.items():
+        name, _, base = key.partition("/")
+        if not base:
+            values[name] = value
+        elif total[base] > 0:
+            values[name] = value / total[base]
+    return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
 def _of_rollouts(rollouts: Sequence[Rollout], reflected: Sequence[Rollout]) -> dict[str, float]:
@@ -132,6 +134,7 @@ def _of_groups(groups: Sequence[Group], reflected: Sequence[Rollout]) -> dict[st
     wanted = sum(subgroup.reflect_on is not None for subgroup in subgroups)
     return {
         "groups": len(groups),
+        # The standard deviation within a group, mean over groups.
         "reward_std/groups": sum(pstdev(r.reward for r in group.rollouts) for group in groups),
         "groups_all_correct": sum(map(all, correct)),
         "groups_all_wrong": sum(not any(found) for found in correct),
@@ -177,6 +180,48 @@ def _of_rows(results: Sequence[StepResult]) -> dict[str, float]:
         ),
         "kl/_rows": sum(float(o.kl.sum()) for o in outputs if o.kl is not None),
     }
+
+
+def _surprise(groups: Sequence[Group], items: Sequence[TrainItem]) -> tuple[float, float]:
+    """Sum of -log pi_old of the rollouts' tokens, and their number.
+
+    A baseline runs the old policy on what it trains alone; that leaves out whole groups that are
+    all right or all wrong.
+    """
+    known = [r.old_log_probs for group in groups for r in group.rollouts]
+    if items and all(log_probs is None for log_probs in known):
+        sequences = [item.sequence for item in items]
+        lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
+        credited = spread_advantages(sequences).split(lengths)
+        known = list(map(TrainItem.known_old_log_probs, items, credited))
+    present = [log_probs for log_probs in known if log_probs is not None]
+    if not present:
+        return 0.0, 0.0
+    joined = torch.cat(present)
+    return -float(joined.sum()), float(len(joined))
+
+
+def _clipped_answers(items: Sequence[TrainItem]) -> tuple[float, float]:
+    """How many tokens of negatives' answers were clipped, and how many there are."""
+    parts = [
+        item.outcome.clipped_low[slice(*item.sequence.rollout.spans.answer)]
+        for item in items
+        if item.outcome is not None
+        and item.sequence.advantage < 0
+        and item.sequence.rollout.spans.answer is not None
+    ]
+    if not parts:
+        return 0.0, 0.0
+    joined = torch.cat(parts)
+    return float(joined.sum()), float(len(joined))
+
+
+def _variance(total: float, squares: float, count: float) -> float:
+    """Population variance; 0 where there is none to speak of."""
+    if count < 2:
+        return 0.0
+    variance = squares / count - (total / count) ** 2
+    return variance if variance > 1e-12 else 0.0
 
 
 @dataclass(frozen=True)

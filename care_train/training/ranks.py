@@ -1,25 +1,82 @@
-"""What the ranks of a run tell each other beside collectives: where they are, and what failed.
+"""Which process a rank is, and what ranks tell each other beside collectives.
 
-It goes through the process group's store, which still answers when a collective hangs. Any program
+They write to the process group's store, which still answers when a collective hangs. Any program
 that can connect to the store can write there, so everything that is read is checked first.
 """
 
+import os
+import socket
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, TypeVar
 
+import psutil
 import torch.distributed as dist
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from care_train.training.processes import ProcessId
 from care_train.training.timer import PARTS
 
 Value = TypeVar("Value")
 
+_STATE, _START_TICKS = 3, 22
+"""Fields of /proc/PID/stat, counted from 1 as proc(5) does."""
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 class ForeignValueError(RuntimeError):
     """The store holds a value that no rank of this run wrote."""
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process, told apart from every other one of any machine and time."""
+
+    host: str
+    """For people: containers and machines may share one."""
+    machine: str | None
+    """What `pid` and `start_ticks` are valid in: one boot of one kernel, one pid namespace. None
+    where /proc does not say."""
+    pid: int
+    start_ticks: int | None
+    """Clock ticks between the boot and the process's start: a later process with the same pid has
+    others, and no change of the clock moves them. None where /proc does not say."""
+
+    @classmethod
+    def own(cls) -> "ProcessId":
+        """This process."""
+        pid, stat = os.getpid(), _stat(os.getpid())
+        return cls(socket.gethostname(), _machine(), pid, None if stat is None else stat[1])
+
+    def is_running(self) -> bool | None:
+        """Whether it runs; None where that cannot be seen from here (another machine, say)."""
+        if self.machine is None or self.machine != _machine():
+            return None
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # another user's
+            pass
+        stat = _stat(self.pid)
+        if stat is None or self.start_ticks is None:  # /proc hides other users' processes
+            return None
+        state, start_ticks = stat
+        return start_ticks == self.start_ticks and state not in "ZX"
+
+
+def end_at_once(status: int) -> None:
+    """End this process and its children without any clean-up."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    os._exit(status)
+
+
+def _known_part(name: str) -> str:
+    if name not in PARTS:
+        raise ValueError(f"got {name!r}, wanted one of {', '.join(PARTS)}")
+    return name
 
 
 @dataclass(frozen=True)
@@ -30,17 +87,13 @@ class Beat:
 
     number: int
     """Counts up; a rank whose number stays the same is dead, stopped or cut off."""
-    part: str
+    part: Annotated[str, AfterValidator(_known_part)]
     """A key of `timer.PARTS`."""
     step: int | None
     seconds: float
     """How long the rank has been in the part."""
     over: bool
     """Whether that is longer than the part's limit."""
-
-    def __post_init__(self) -> None:
-        if self.part not in PARTS:
-            raise ValueError(f"part: got {self.part!r}, wanted one of {', '.join(PARTS)}")
 
     def __str__(self) -> str:
         step = "" if self.step is None else f" of step {self.step}"
@@ -62,20 +115,14 @@ class Fault:
     """All ranks are over their limits or wait for one that is: their stacks are written."""
 
 
-_PROCESS = TypeAdapter(ProcessId)
-_BEAT, _FAULT = TypeAdapter(Beat), TypeAdapter(Fault)
+_PROCESS, _BEAT, _FAULT = TypeAdapter(ProcessId), TypeAdapter(Beat), TypeAdapter(Fault)
 
 
 class RankBoard:
     """The ranks' messages, as keys of the store. One thread at a time may use it."""
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        """Tell the other ranks which process this is, and wait until each of them has said so.
-
-        Args:
-            store: the process group's.
-            rank: this process's.
-            size: how many ranks there are.
+        """Tell the other ranks which process this is, and wait until each has said so.
 
         Raises:
             ForeignValueError: another program writes to the store.
@@ -98,11 +145,7 @@ class RankBoard:
         return self._get(_BEAT, f"beat/{rank}")
 
     def report(self, fault: Fault) -> Fault:
-        """Tell all ranks of a fault.
-
-        Returns:
-            The fault that counts: the first one that any rank reported.
-        """
+        """Tell all ranks of a fault; returns the one that counts, the first any rank reported."""
         value = self._store.compare_set("fault", "", _FAULT.dump_json(fault).decode())
         return _parse(_FAULT, "fault", value)
 
@@ -148,3 +191,23 @@ def _parse(kind: TypeAdapter[Value], key: str, value: bytes) -> Value:
             f"({error.errors()[0]['msg']}): another program connects to it; start all ranks on a "
             "network of their own"
         ) from None
+
+
+def _machine() -> str | None:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return None
+    return f"{socket.gethostname()}/{boot}/{namespace}"
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """State and start ticks."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The second field, the program's name in parentheses, may hold spaces and parentheses.
+    fields = text.rpartition(")")[2].split()
+    return fields[_STATE - 3], int(fields[_START_TICKS - 3])

@@ -21,8 +21,8 @@ from care_train.config import (
 from care_train.data import Sample, sample_digests
 from care_train.distributed import barrier, is_main, world_size
 from care_train.reporting.archive import cut_archive
+from care_train.training.archiving import EVENT_FILES
 from care_train.training.checkpoint import Checkpoint
-from care_train.training.events import EVENT_FILES
 
 LOGS = ("metrics.jsonl", *EVENT_FILES)
 

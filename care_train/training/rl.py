@@ -14,16 +14,15 @@ from care_train.distributed import is_main, rank, world_size
 from care_train.reporting import MetricsLogger, show_group
 from care_train.reporting.archive import ArchiveWriter
 from care_train.rollout.engine import RolloutEngine
+from care_train.training.archiving import append_events, case_study
 from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
 from care_train.training.empty_steps import EmptySteps
 from care_train.training.engine import PolicyEngine
-from care_train.training.events import append_events
 from care_train.training.guard import StopSignals
 from care_train.training.log_probs import FrozenCopy, Reference, WithoutAdapters
 from care_train.training.loop import StepLoop, is_due, policy_engine
 from care_train.training.metrics import function_metrics
 from care_train.training.optimizer import OptimizerSettings
-from care_train.training.roles import case_study
 from care_train.training.sampler import AheadSampler, Sampler
 from care_train.training.session import Session, rank_share
 from care_train.training.step import StepOutcome, TrainStep

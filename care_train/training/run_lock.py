@@ -29,7 +29,7 @@ from typing import Self
 
 from care_train.reporting.files import sync
 from care_train.training.failures import IN_USE_STATUS, RunError
-from care_train.training.processes import ProcessId, end_at_once
+from care_train.training.ranks import ProcessId, end_at_once
 
 BEAT = 5.0
 """Seconds between two signs of life."""

@@ -22,8 +22,7 @@ from care_train.training.guard import StopSignals
 from care_train.training.loop import StepLoop, is_due, policy_engine
 from care_train.training.micro_batches import agreed_micro_batches
 from care_train.training.optimizer import OptimizerSettings
-from care_train.training.row_check import usable_rows
-from care_train.training.session import Session, rank_share
+from care_train.training.session import Session, rank_share, usable_rows
 from care_train.training.timer import at_step, timer
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,9 @@ from care_train.training.credit import choose_subgroup, fixability_of, group_upd
 from care_train.training.engine import PolicyEngine
 from care_train.training.groups import Group, RolloutScorer
 from care_train.training.log_probs import LogProbs, Reference, TrainItem
-from care_train.training.metrics import check_engine_gap, engine_gap, step_metrics
+from care_train.training.metrics import check_engine_gap, engine_gap, step_metrics, token_metrics
 from care_train.training.sampler import Draw, Sampler
 from care_train.training.timer import StepSeconds, timer
-from care_train.training.token_metrics import token_metrics
 from care_train.training.update import PolicyUpdater
 
 _MAX_RESAMPLE_ROUNDS = 3

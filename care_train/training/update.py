@@ -1,25 +1,93 @@
-"""The optimiser's passes over one batch of rollouts (Algorithm 1, lines 42-43)."""
+"""The optimiser's passes over one batch of rollouts: rows of the fused loss, and steps
+(Algorithm 1, lines 41-43)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from care_kernels import Cispo, Clip, PolicyLoss, Sapo
-from care_train.algorithm.types import GroupUpdate
+from care_train.algorithm.region_weights import spread_advantages
+from care_train.algorithm.types import GroupUpdate, TrainSequence
 from care_train.config import Config, LossSettings
 from care_train.distributed import all_sum
 from care_train.training.engine import MicroBatch, PolicyEngine, StepResult
 from care_train.training.groups import Group
 from care_train.training.log_probs import Reference, TokenOutcome, TrainItem
-from care_train.training.loss import (
-    Denominators,
-    local_denominators,
-    loss_rows,
-    sequence_scale,
-)
 from care_train.training.micro_batches import agreed_micro_batches
 from care_train.training.timer import timer
+
+
+class Denominators(NamedTuple):
+    """What the loss of one optimiser step is divided by, summed over ranks and micro-batches."""
+
+    sequences: float
+    """|S*| of Eq. 12, or all sampled sequences for a baseline."""
+    tokens: float
+    """Their response tokens."""
+    groups: float
+    """Groups that train."""
+
+
+def local_denominators(updates: Sequence[GroupUpdate]) -> list[float]:
+    """This rank's share of `Denominators`."""
+    return [
+        float(sum(update.num_sequences for update in updates)),
+        float(sum(update.num_tokens for update in updates)),
+        float(sum(bool(update.sequences) for update in updates)),
+    ]
+
+
+def sequence_scale(
+    update: GroupUpdate,
+    denominators: Denominators,
+    loss: LossSettings,
+    max_new_tokens: int,
+    *,
+    per_group: bool,
+) -> float:
+    """The factor 1/|S*| of Eq. 12, or what `loss.aggregation` puts in its place."""
+    if loss.aggregation == "token":
+        return 1.0 / denominators.tokens
+    if loss.aggregation == "max_length":
+        return 1.0 / (denominators.sequences * max_new_tokens)
+    if per_group:
+        return 1.0 / (update.num_sequences * denominators.groups)
+    return 1.0 / denominators.sequences
+
+
+def loss_rows(
+    sequences: Sequence[TrainSequence],
+    scales: Sequence[float],
+    loss: LossSettings,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """The rows' coefficients of Eqs. 12-13, as arguments of `linear_policy_loss`.
+
+    Args:
+        sequences: at least one, whose credit differs in its regions alone.
+        scales: `sequence_scale` of each.
+        loss: aggregation and coefficients.
+        device: where the rows go.
+
+    Returns:
+        [N] float32 each, for sequences laid end to end: `advantages`, Eq. 11's a_{i,t} over the
+        loss's denominator; where there is a KL `kl_weights`, beta times the row's share: the mean
+        over the sequence, then over S*; and `entropy_weights` likewise.
+    """
+    lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
+    rows = {"advantages": spread_advantages(sequences, scales, device)}
+    # Under a token mean, every token counts alike; otherwise every sequence does.
+    is_sequence_mean = loss.aggregation == "sequence"
+    shares = [s / n if is_sequence_mean else s for s, n in zip(scales, lengths, strict=True)]
+    uniform = torch.tensor(shares, dtype=torch.float32, device=device).repeat_interleave(
+        torch.tensor(lengths, device=device), output_size=sum(lengths)
+    )
+    if loss.kl_coef:
+        rows["kl_weights"] = loss.kl_coef * uniform
+    if loss.entropy_coef:
+        rows["entropy_weights"] = loss.entropy_coef * uniform
+    return rows
 
 
 def surrogate_of(loss: LossSettings) -> Clip | Cispo | Sapo:
@@ -35,9 +103,7 @@ class PolicyUpdater:
     """Turns what groups train into micro-batches of the fused loss, and steps."""
 
     def __init__(self, engine: PolicyEngine, config: Config, reference: Reference | None) -> None:
-        self._engine = engine
-        self._config = config
-        self._reference = reference
+        self._engine, self._config, self._reference = engine, config, reference
 
     def update(self, groups: Sequence[Group], items: Sequence[TrainItem]) -> list[StepResult]:
         """`train.num_iterations` passes of `train.mini_batches` optimiser steps each.
@@ -63,48 +129,31 @@ class PolicyUpdater:
     ) -> StepResult | None:
         """One optimiser step; None where no rank has anything to train, so not even KL moves."""
         local = [*local_denominators(updates), float(len(items))]
-        sequences, tokens, groups, trained = all_sum(local, self._engine.device)
+        *sums, trained = all_sum(local, self._engine.device)
         if trained == 0:
             return None
-        denominators = Denominators(sequences, tokens, groups)
         with timer("collate"):
             own = [item.tokens for item in items]
             batches, _ = agreed_micro_batches(own, self._config.train, self._engine.device)
-            micro = [self._micro_batch([items[i] for i in part], denominators) for part in batches]
+            parts = [[items[i] for i in places] for places in batches]
+            micro = [self._micro_batch(part, Denominators(*sums)) for part in parts]
         with timer("update"):
             result = self._engine.step(micro, self._config.rollout.temperature)
-        for part, output in zip(batches, result.outputs, strict=True):
-            _keep_outcomes([items[i] for i in part], output)
+        for part, output in zip(parts, result.outputs, strict=True):
+            _keep_outcomes(part, output)
         return result
 
     def _micro_batch(self, items: Sequence[TrainItem], denominators: Denominators) -> MicroBatch:
-        config = self._config
+        config, loss, device = self._config, self._config.loss, self._engine.device
         per_group = config.algorithm == "care" and config.care.decisions.normalize_over == "group"
+        limit = config.rollout.max_new_tokens
         scales = [
-            sequence_scale(
-                item.group.update,
-                denominators,
-                config.loss,
-                config.rollout.max_new_tokens,
-                per_group=per_group,
-            )
+            sequence_scale(item.group.update, denominators, loss, limit, per_group=per_group)
             for item in items
         ]
-        sequences = [item.sequence for item in items]
-        rows = loss_rows(sequences, scales, config.loss, self._engine.device)
         batch = self._engine.collate([item.tokens for item in items])
-        arguments = rows | self._loss_arguments(items)
-        if config.loss.ratio_level == "sequence":
-            arguments["sequence_ids"] = batch.sequence_ids
-        if self._reference is not None and config.loss.kl_estimator == "exact":
-            arguments |= self._reference.exact_kl_arguments(batch)
-        labels = tuple(item.tokens.prompt.location or "a prompt" for item in items)
-        return MicroBatch(batch, arguments, labels)
-
-    def _loss_arguments(self, items: Sequence[TrainItem]) -> dict[str, Any]:
-        """More arguments of `linear_policy_loss` that need no forward."""
-        loss = self._config.loss
         arguments: dict[str, Any] = {
+            **loss_rows([item.sequence for item in items], scales, loss, device),
             "old_log_probs": self._join([item.old_log_probs for item in items]),
             "ref_log_probs": self._join([item.ref_log_probs for item in items]),
             "surrogate": surrogate_of(loss),
@@ -121,7 +170,12 @@ class PolicyUpdater:
             arguments["importance_weights"] = self._join(
                 [one if w is None else w for w, one in zip(weights, ones, strict=True)]
             )
-        return arguments
+        if loss.ratio_level == "sequence":
+            arguments["sequence_ids"] = batch.sequence_ids
+        if self._reference is not None and loss.kl_estimator == "exact":
+            arguments |= self._reference.exact_kl_arguments(batch)
+        labels = tuple(item.tokens.prompt.location or "a prompt" for item in items)
+        return MicroBatch(batch, arguments, labels)
 
     def _join(self, rows: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """[N] on this rank's device, or None where the sequences carry none."""
@@ -135,10 +189,7 @@ class PolicyUpdater:
 def _keep_outcomes(items: Sequence[TrainItem], output: PolicyLoss) -> None:
     """Cut a micro-batch's rows into its sequences'."""
     lengths = [len(item.tokens.response_ids) for item in items]
-    rows = {
-        name: None if (values := getattr(output, name)) is None else values.split(lengths)
-        for name in TokenOutcome._fields
-    }
-    for place, item in enumerate(items):
-        own = {name: None if parts is None else parts[place] for name, parts in rows.items()}
-        item.outcome = TokenOutcome(**own)  # pyright: ignore[reportArgumentType]
+    columns = [getattr(output, name) for name in TokenOutcome._fields]
+    cut = [[None] * len(items) if c is None else c.split(lengths) for c in columns]
+    for item, *rows in zip(items, *cut, strict=True):
+        item.outcome = TokenOutcome(*rows)  # pyright: ignore[reportArgumentType]

@@ -7,11 +7,11 @@ import torch
 
 from care_train.algorithm.types import GroupUpdate, TrainSequence, skipped_update
 from care_train.config import LossSettings
-from care_train.training.loss import (
+from care_train.training.engine import rows_with_a_say
+from care_train.training.update import (
     Denominators,
     local_denominators,
     loss_rows,
-    rows_with_a_say,
     sequence_scale,
 )
 from tests.algorithm.builders import credit_of, make_rollout

@@ -24,7 +24,7 @@ from care_train.config import build_config
 from care_train.data import Sample
 from care_train.rollout.engine import Completion
 from care_train.training import log_probs
-from care_train.training.events import append_events
+from care_train.training.archiving import append_events
 from care_train.training.groups import Group
 from care_train.training.rl import open_policy
 from care_train.training.sampler import Sampler

@@ -8,7 +8,7 @@ import torch
 from care_train.algorithm.types import Credit, Rollout, TrainSequence
 from care_train.training.groups import Group
 from care_train.training.log_probs import TokenOutcome, TrainItem
-from care_train.training.token_metrics import token_metrics
+from care_train.training.metrics import step_metrics, token_metrics
 from tests.algorithm.builders import right, wrong
 from tests.algorithm.fakes import sampled_group
 
@@ -29,8 +29,8 @@ def _item(group: Group, rollout: Rollout, advantage: float, clipped: tuple[int, 
 def test_the_reward_deviates_within_groups():
     """Population deviations of {1, 0.1} and {1, 1}: 0.45 and 0, whatever lies between groups."""
     groups = [sampled_group([right(), wrong()], "a"), sampled_group([right(), right()], "b")]
-    values = token_metrics(groups, [], _CPU)
-    assert values == {"reward_std": pytest.approx(0.225)}
+    assert token_metrics(groups, [], _CPU) == {}
+    assert step_metrics(groups, [], _CPU)["reward_std"] == pytest.approx(0.225)
 
 
 def test_entropy_is_the_sampled_tokens_surprise():

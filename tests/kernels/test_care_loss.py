@@ -15,7 +15,7 @@ from care_kernels.care_loss import CareLoss, care_loss
 from care_kernels.vocab_parallel import VocabShard
 from care_train.algorithm.types import TrainSequence
 from care_train.config import LossSettings
-from care_train.training.loss import loss_rows
+from care_train.training.update import loss_rows
 from tests.algorithm.builders import credit_of, right
 from tests.kernels.care_cases import (
     PER_TOKEN,

@@ -8,8 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from care_train.training.failures import RANK_LOST_STATUS
-from care_train.training.processes import ProcessId
-from care_train.training.ranks import Fault, ForeignValueError, RankBoard
+from care_train.training.ranks import Fault, ForeignValueError, ProcessId, RankBoard
 from tests.train.runs import FastRun, text_run_arguments
 
 AT_THIRD_STEP = """

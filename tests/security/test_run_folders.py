@@ -18,10 +18,9 @@ from care_train.config import Config, load_config
 from care_train.training import folders
 from care_train.training.failures import IN_USE_STATUS
 from care_train.training.folders import clean_up, remove_folder, write_folder
-from care_train.training.processes import ProcessId
-from care_train.training.run_folder import RunFolder, recover
+from care_train.training.ranks import ProcessId
+from care_train.training.run_folder import MARKER, RunFolder, check_free, marker_text, recover
 from care_train.training.run_lock import FolderInUseError, Holder, RunLock
-from care_train.training.run_place import MARKER, check_free, marker_text
 from tests.train.runs import FastRun, text_rows, text_run_arguments
 
 Tree = dict[str, bytes]

@@ -18,11 +18,10 @@ from care_train.config import DeepSpeedSettings
 from care_train.distributed import initialize_process_group
 from care_train.models.batch import TokenSequence
 from care_train.training import folders
-from care_train.training.checkpoint import Checkpoints
+from care_train.training.checkpoint import Checkpoints, restore_rng_state, rng_state
 from care_train.training.engine import MicroBatch, PolicyEngine, read_weights
 from care_train.training.folders import SaveError, remove_folder, write_folder
 from care_train.training.optimizer import OptimizerSettings
-from care_train.training.rng import restore_rng_state, rng_state
 from tests.train.builders import image_sample, load, make_session, text_sample
 
 

@@ -17,7 +17,7 @@ from care_train.doctor import Finding, Subject, data, machine, parity, spread
 from care_train.doctor.run import CHECKS, diagnose, guarded
 from care_train.models.load import LoadedModel
 from care_train.planning.workload import Device
-from care_train.training.run_place import MARKER, marker_text
+from care_train.training.run_folder import MARKER, marker_text
 from tests.train.builders import image_sample, load, make_config
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from care_train.algorithm.types import Rollout, Subgroup
 from care_train.rollout.engine import Completion
-from care_train.training.credit import choose_subgroup, group_updates
+from care_train.training.archiving import case_study
+from care_train.training.credit import choose_subgroup, group_updates, roles_of
 from care_train.training.groups import Answer, Group
-from care_train.training.roles import case_study, roles_of
 from tests.algorithm.builders import make_group, right, wrong
 from tests.algorithm.fakes import sampled_group
 from tests.train.builders import make_config

@@ -11,7 +11,7 @@ from PIL import Image
 from care_train.cli import main
 from care_train.config import DataSettings
 from care_train.data import load_samples
-from care_train.training.row_check import usable_rows
+from care_train.training.session import usable_rows
 from care_train.training.sft import check_lengths
 from tests.train.builders import encoder_of, image_sample, load, make_session, text_sample
 from tests.train.runs import FastRun, data_arguments

@@ -29,8 +29,8 @@ from care_train.rollout.engine import (
     SamplingSettings,
     WeightParts,
 )
+from care_train.training.checkpoint import seed_all
 from care_train.training.rl import PromptSource, open_policy
-from care_train.training.rng import seed_all
 from care_train.training.sampler import Sampler
 from care_train.training.session import open_session
 from care_train.training.step import TrainStep
