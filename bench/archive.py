@@ -83,7 +83,7 @@ def _options() -> argparse.Namespace:
 
 def _written(run: Path, target: Path, groups: int) -> dict[str, Any]:
     """A run's folder with at least so many groups, and what writing them took."""
-    files = [file for file in archive_files(run) if file.kind == "step"]
+    files = archive_files(run, "step")
     if not files:
         raise SystemExit(f"{run}: no archive of steps")
     target.mkdir()

@@ -11,8 +11,8 @@ from care_train import hub
 from care_train.config import FROM_PYTHON, SHIPPED_DATA, Config, config_to_yaml, hub_data, source_of
 from care_train.distributed import is_main
 from care_train.reporting.files import write_file
-from care_train.reporting.markdown import fenced, markdown_table, markdown_text
 from care_train.reporting.report import SCORES
+from care_train.reporting.text import fenced, markdown_table, markdown_text
 
 _KEY = "hub.push_to"
 _SCORES = ("accuracy", "greedy", "format", "greedy_format")

@@ -8,7 +8,7 @@ from typing import Any
 
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.reporting import mean_interval
-from care_train.reporting.markdown import markdown_table, markdown_text
+from care_train.reporting.text import markdown_table, markdown_text
 
 Summaries = Mapping[str, Mapping[str, Any]]
 

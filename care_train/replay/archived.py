@@ -11,8 +11,7 @@ import torch
 
 from care_train.algorithm.types import Rollout, RolloutGroup, Spans
 from care_train.data import Sample
-from care_train.reporting.archive import archive_files
-from care_train.reporting.archive_reader import read_archive
+from care_train.reporting.archive import archive_files, read_archive
 from care_train.reporting.archive_schema import REGIONS, SPAN_COLUMNS
 
 _GROUP_COLUMNS = (
@@ -72,7 +71,7 @@ def steps_of(run: Path) -> Iterator[list[ArchivedGroup]]:
         ValueError: as `read_archive`.
     """
     columns = [*_GROUP_COLUMNS, *(f"rollouts.{name}" for name in (*_SCALARS, *_LISTS))]
-    steps = dict.fromkeys(file.step for file in archive_files(run) if file.kind == "step")
+    steps = dict.fromkeys(file.step for file in archive_files(run, "step"))
     for step in steps:
         table = read_archive(run, columns=columns, steps=range(step, step + 1))
         rows = table.select(_GROUP_COLUMNS).to_pylist()

@@ -1,13 +1,12 @@
 """What a run tells: metrics, progress, groups, plots, the report."""
 
-from care_train.reporting.archive import ARCHIVE
-from care_train.reporting.archive_reader import image_path, open_archive, read_archive
-from care_train.reporting.interval import mean_interval, proportion_interval
+from care_train.reporting.archive import ARCHIVE, image_path, open_archive, read_archive
+from care_train.reporting.curves import mean_interval, proportion_interval
 from care_train.reporting.metrics import MetricsLogger, read_metrics
 from care_train.reporting.progress import TrainProgress, show_group, show_summary, track
 from care_train.reporting.report import write_report, write_summary
-from care_train.reporting.samples import SampleRecord
 from care_train.reporting.signature import SIGNATURE_COLUMNS, k_signature
+from care_train.reporting.text import SampleRecord
 
 __all__ = [
     "ARCHIVE",

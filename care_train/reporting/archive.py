@@ -16,8 +16,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from PIL import Image
 
@@ -26,6 +25,7 @@ from care_train.reporting.archive_schema import Row, evaluation_schema, group_sc
 from care_train.reporting.files import PARTIAL, put_in_place, sync, write_partial
 
 if TYPE_CHECKING:
+    import datasets
     import pyarrow as pa
 
 ARCHIVE = "archive"
@@ -51,24 +51,20 @@ class ArchiveFile(NamedTuple):
     path: Path
 
 
-def archive_files(run_dir: Path) -> list[ArchiveFile]:
-    """The whole files of a run's archive in order; none where there is no archive."""
+def archive_files(run_dir: Path, kind: str = "") -> list[ArchiveFile]:
+    """The whole files of a run's archive in order, all or of a kind; none without an archive."""
     folder = run_dir / ARCHIVE
     names = os.listdir(folder) if folder.is_dir() else []
     found = [(match, folder / name) for name in names if (match := _NAME.fullmatch(name))]
     return sorted(
         ArchiveFile(int(match[2]), match[1], match[3] or "", int(match[4]), path)
         for match, path in found
+        if kind in ("", match[1])
     )
 
 
 def cut_archive(run_dir: Path, step: int) -> None:
-    """Drop what was written after `step`, and files that a kill left half written.
-
-    Args:
-        run_dir: the run's folder.
-        step: the checkpoint that the run goes on from; -1 drops every step and evaluation.
-    """
+    """Drop what was written after `step`, -1 for all, and files that a kill left half written."""
     folder = run_dir / ARCHIVE
     for partial in folder.rglob(f"*{PARTIAL}"):
         partial.unlink()
@@ -113,21 +109,16 @@ class ArchiveWriter:
             rows: by `group_schema`, without `images`.
             images: of each row.
         """
-        self._begin(f"step-{step:06d}-rank-{self.rank:02d}", rows, images, group_schema())
+        self._begin(f"step-{step:06d}", rows, images, group_schema())
 
     def write_evaluation(
         self, step: int, decoding: str, rows: Sequence[Row], images: Sequence[Sequence[ImageRef]]
     ) -> None:
-        """Begin to write an evaluation's answers, once the file before is written.
+        """The same of an evaluation's answers after `step` steps, by `evaluation_schema`.
 
-        Args:
-            step: how many steps the policy was trained.
-            decoding: sampled | greedy.
-            rows: by `evaluation_schema`, without `images`.
-            images: of each row.
+        `decoding` is sampled | greedy.
         """
-        name = f"eval-{step:06d}-{decoding}-rank-{self.rank:02d}"
-        self._begin(name, rows, images, evaluation_schema())
+        self._begin(f"eval-{step:06d}-{decoding}", rows, images, evaluation_schema())
 
     def flush(self) -> None:
         """Wait until all that was handed over is on the disk.
@@ -142,29 +133,19 @@ class ArchiveWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._thread.shutdown()
         if kind is None:
             self.flush()
 
-    def _begin(
-        self,
-        name: str,
-        rows: Sequence[Row],
-        images: Sequence[Sequence[ImageRef]],
-        schema: "pa.Schema",
-    ) -> None:
+    def _begin(self, name: str, *content: Any) -> None:
         self.flush()
-        self._pending = self._thread.submit(self._write, name, rows, images, schema)
+        path = self._folder / f"{name}-rank-{self.rank:02d}.parquet"
+        self._pending = self._thread.submit(self._write, path, *content)
 
     def _write(
         self,
-        name: str,
+        path: Path,
         rows: Sequence[Row],
         images: Sequence[Sequence[ImageRef]],
         schema: "pa.Schema",
@@ -181,7 +162,6 @@ class ArchiveWriter:
         put_in_place(new)
         buffer = pa.BufferOutputStream()
         parquet.write_table(make_table(named, schema), buffer, compression="zstd")
-        path = self._folder / f"{name}.parquet"
         put_in_place({path: self._partial(path, memoryview(buffer.getvalue()))})
         if self._limit is not None and self.rank == 0 and self._room < 0:
             self._room = self._shrink(self._limit)
@@ -207,6 +187,8 @@ class ArchiveWriter:
 
     def _shrink(self, limit: int) -> int:
         """Drop the oldest files where the archive is over its limit; how much room is left."""
+        import pyarrow.parquet as parquet
+
         files = archive_files(self._run_dir)
         sizes = [file.path.stat().st_size for file in files]
         images = list(os.scandir(self._folder / IMAGES))
@@ -221,7 +203,8 @@ class ArchiveWriter:
             file.path.unlink()
             dropped.append(file.step)
             total -= size
-        named = _images_of(files[len(dropped) :])
+        kept = (parquet.read_table(file.path, columns=["images"]) for file in files[len(dropped) :])
+        named = {name for table in kept for names in table["images"].to_pylist() for name in names}
         for image in images:
             is_old = time.time() - image.stat().st_mtime > _IMAGE_REST_SECONDS
             if is_old and image.name not in named:
@@ -237,8 +220,97 @@ class ArchiveWriter:
         return max(limit - total, 0)
 
 
-def _images_of(files: Sequence[ArchiveFile]) -> set[str]:
+def read_archive(
+    run: str | Path,
+    *,
+    evaluations: bool = False,
+    columns: Sequence[str] | None = None,
+    steps: range | None = None,
+) -> "pa.Table":
+    """The groups of all steps and ranks, or the evaluations' answers, in order.
+
+    Args:
+        run: the run's folder.
+        evaluations: the answers of its evaluations in place of the groups.
+        columns: those to read; `rollouts.text` names a field of the rollouts. None: all.
+        steps: those to read; None: all.
+
+    Raises:
+        ValueError: the run has no archive, a file of it is damaged, or there is no such column.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    tables = (parquet.read_table(file.path, columns=["images"]) for file in files)
-    return {name for table in tables for names in table["images"].to_pylist() for name in names}
+    if not (Path(run) / ARCHIVE).is_dir():
+        raise ValueError(
+            f"{run}: no folder {ARCHIVE}: it is no run's, or the run has logging.archive_gib=0"
+        )
+    schema = evaluation_schema() if evaluations else group_schema()
+    paths = None if columns is None else [_path(column, schema) for column in columns]
+    tables = []
+    for file in archive_files(Path(run), "eval" if evaluations else "step"):
+        if steps is not None and file.step not in steps:
+            continue
+        try:
+            with parquet.ParquetFile(file.path) as opened:
+                tables.append(opened.read(columns=paths))
+        except FileNotFoundError:
+            continue  # A run that goes on dropped it, being over its limit.
+        except pa.ArrowException as error:
+            raise ValueError(f"{file.path}: damaged ({error}): delete the file") from error
+    return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def open_archive(
+    run: str | Path,
+    *,
+    evaluations: bool = False,
+    columns: Sequence[str] | None = None,
+    steps: range | None = None,
+) -> "datasets.Dataset":
+    """`read_archive` as a Dataset in memory, whose `images` decode to images of Pillow.
+
+    Raises:
+        ValueError: as `read_archive`.
+    """
+    import datasets
+    import pyarrow as pa
+
+    table = read_archive(run, evaluations=evaluations, columns=columns, steps=steps)
+    if "images" not in table.column_names:
+        return datasets.Dataset(table)
+    image = datasets.Image()
+    stored = [
+        [{"bytes": None, "path": str(image_path(run, name))} for name in row]
+        for row in table["images"].to_pylist()
+    ]
+    place = table.column_names.index("images")
+    # As images are stored, since a cast of the column copies all others too.
+    table = table.set_column(place, "images", pa.array(stored, pa.list_(image.pa_type)))
+    features = datasets.Features.from_arrow_schema(table.schema)
+    features["images"] = datasets.List(image)
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+
+
+def image_path(run: str | Path, name: str) -> Path:
+    """Where an image is that a row's `images` name.
+
+    Raises:
+        ValueError: the name is no image's of an archive.
+    """
+    stem, _, suffix = name.partition(".")
+    if not (stem.isalnum() and suffix.isalnum()):
+        raise ValueError(f"images: got {name!r}, wanted a checksum and an ending")
+    return Path(run) / ARCHIVE / IMAGES / name
+
+
+def _path(column: str, schema: "pa.Schema") -> str:
+    """A column's name in Parquet's schema."""
+    name, _, field = column.partition(".")
+    fields = schema.field("rollouts").type.value_type.names if name == "rollouts" else []
+    if name not in schema.names or (field and field not in fields):
+        raise ValueError(
+            f"columns: got {column!r}, wanted one of {', '.join(schema.names)}, or rollouts.FIELD "
+            "(docs/archive.md)"
+        )
+    return f"{name}.list.element.{field}" if field else name

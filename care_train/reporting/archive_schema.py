@@ -1,13 +1,7 @@
-"""The columns of a run's archive: what each group, rollout and evaluated answer holds.
+"""The columns of a run's archive, of groups, rollouts and evaluated answers: docs/archive.md."""
 
-Documented for readers in docs/archive.md.
-"""
-
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 # pyarrow takes half a second to load, and commands that write no archive import this package too.
 if TYPE_CHECKING:
@@ -92,57 +86,40 @@ def evaluation_schema() -> "pa.Schema":
 
 
 def make_table(rows: Sequence[Row], schema: "pa.Schema") -> "pa.Table":
-    """Rows as a table. Long lists of numbers never become Python objects."""
+    """Rows as a table, all of whose columns they have; arrays never become Python objects."""
     import pyarrow as pa
 
-    columns = [_column([row[field.name] for row in rows], field.type) for field in schema]
-    return pa.Table.from_arrays(columns, schema=schema)
+    columns = {
+        field.name: [_clean(row[field.name], field.type) for row in rows] for field in schema
+    }
+    return pa.table(columns, schema)
 
 
-def _column(values: Sequence[Any], type: "pa.DataType") -> "pa.Array":
-    import pyarrow as pa
-
-    if pa.types.is_string(type):
-        # Half a surrogate pair, which JSON rows may hold, has no place in UTF-8.
-        clean = [value and value.encode(errors="replace").decode() for value in values]
-        return pa.array(clean, type)
-    if not pa.types.is_list(type):
-        return pa.array(values, type)
-    inner = type.value_type
-    offsets = [0, *accumulate(0 if value is None else len(value) for value in values)]
-    present = [value for value in values if value is not None]
-    if pa.types.is_struct(inner):
-        items = [item for value in present for item in value]
-        fields = [inner.field(place) for place in range(inner.num_fields)]
-        columns = [_column([item[field.name] for item in items], field.type) for field in fields]
-        flat: Any = pa.StructArray.from_arrays(columns, fields=fields)
-    elif pa.types.is_string(inner):
-        flat = _column([item for value in present for item in value], inner)
-    else:
-        dtype = inner.to_pandas_dtype()
-        arrays = [np.asarray(value, dtype) for value in present]
-        flat = pa.array(np.concatenate(arrays) if arrays else np.empty(0, dtype), inner)
-    is_null = pa.array([value is None for value in values], pa.bool_())
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, type=type, mask=is_null)
+def _clean(value: Any, type: Any) -> Any:
+    """`value` with every field of its structs, and without half a surrogate pair, which JSON rows
+    may hold and UTF-8 has no place for."""
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, list):
+        return [_clean(item, type.value_type) for item in value]
+    if isinstance(value, Mapping):
+        return {field.name: _clean(value[field.name], field.type) for field in type}
+    return value
 
 
 def _schema(columns: Mapping[str, str]) -> "pa.Schema":
     import pyarrow as pa
 
-    return pa.schema(_fields(columns.items()))
-
-
-def _fields(columns: Iterable[tuple[str, str]]) -> "list[pa.Field]":
-    import pyarrow as pa
-
-    reward = {"name": "string", "value": "double"}
-    structs = {"rollout": _ROLLOUT, "reward": reward}
+    structs = {"rollout": _ROLLOUT, "reward": {"name": "string", "value": "double"}}
 
     def type_of(name: str) -> "pa.DataType":
         if name.startswith("list<"):
             return pa.list_(type_of(name[5:-1]))
         if name in structs:
-            return pa.struct(_fields(structs[name].items()))
+            return pa.struct(fields_of(structs[name]))
         return pa.type_for_alias(name)
 
-    return [pa.field(name, type_of(type)) for name, type in columns]
+    def fields_of(columns: Mapping[str, str]) -> "list[pa.Field]":
+        return [pa.field(name, type_of(type)) for name, type in columns.items()]
+
+    return pa.schema(fields_of(columns))

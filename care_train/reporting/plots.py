@@ -11,8 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from care_train.reporting.curves import Records, average_window, seed_curves, series, smoothed
-from care_train.reporting.interval import mean_interval
+from care_train.reporting.curves import (
+    Records,
+    average_window,
+    mean_interval,
+    seed_curves,
+    series,
+    smoothed,
+)
 from care_train.reporting.signature import Fit, Signature
 
 # Okabe and Ito's palette: told apart with any colour vision. Dashes tell lines apart in grey.

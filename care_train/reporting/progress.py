@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from care_train.reporting.archive import ARCHIVE
-from care_train.reporting.samples import SampleRecord, printable
+from care_train.reporting.text import SampleRecord, printable
 
 Item = TypeVar("Item")
 

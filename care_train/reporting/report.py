@@ -4,14 +4,16 @@ import shlex
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from care_train.reporting.archive import archive_files, read_archive
+from care_train.reporting.curves import proportion_interval
 from care_train.reporting.files import write_file, write_json
-from care_train.reporting.interval import proportion_interval
-from care_train.reporting.learnt import learnt_section
-from care_train.reporting.markdown import fenced, markdown_table, markdown_text
+from care_train.reporting.text import fenced, markdown_table, markdown_text, printable
 
-Records = Sequence[Mapping[str, Any]]
+Row = Mapping[str, Any]
+Records = Sequence[Row]
 
 _FACTS = {
     "algorithm": "Algorithm",
@@ -33,6 +35,9 @@ SCORES = {
     "greedy_format": "Well-formed, greedy",
 }
 """What summary.json's scores are called; each has a value before and after."""
+_ANSWER_COLUMNS = ("row_id", "prompt", "answer", "decoding", "text", "accuracy")
+_MAX_QUESTIONS = 12
+_MAX_EXAMPLES = 3
 _GROUPS = {
     "groups": "Groups sampled",
     "groups_all_correct": "All responses correct",
@@ -42,7 +47,7 @@ _GROUPS = {
 }
 
 
-def write_report(run_dir: Path, summary: Mapping[str, Any], metrics: Records) -> None:
+def write_report(run_dir: Path, summary: Row, metrics: Records) -> None:
     """Write report.md: what ran and what came of it, for those without the report page at hand.
 
     Args:
@@ -50,21 +55,25 @@ def write_report(run_dir: Path, summary: Mapping[str, Any], metrics: Records) ->
         summary: the run's facts and scores; missing ones are left out.
         metrics: the run's records.
     """
+    groups = markdown_table(("", "Count", "Share"), group_rows(metrics))
+    again = "## Run it again\n\nEvery setting is in `config.yaml`."
+    page = "## Curves, time, settings, every group and every evaluated answer"
+    page_command = f"care-train report {shlex.quote(str(Path(*run_dir.parts[-2:])))}"
     sections = [
         f"# {markdown_text(summary.get('name', run_dir.name))}",
         _headline(summary),
         markdown_table(("", ""), fact_rows(summary)),
         _scores(summary),
-        learnt_section(run_dir),
+        _learnt(run_dir),
         _pictures(run_dir),
-        _group_use(metrics),
-        _command(summary),
-        _page(run_dir),
+        groups and f"## How the groups were used\n\n{groups}",
+        f"{again}\n\n{fenced(summary['command'], 'sh')}" if "command" in summary else "",
+        f"{page}\n\n{fenced(page_command, 'sh')}",
     ]
     write_file(run_dir / "report.md", "\n\n".join(filter(None, sections)) + "\n")
 
 
-def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
+def write_summary(run_dir: Path, summary: Row) -> None:
     """Write summary.json; a kill leaves the old file or the new one, never half of one.
 
     Args:
@@ -75,7 +84,7 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
     write_json(run_dir / "summary.json", summary)
 
 
-def _headline(summary: Mapping[str, Any]) -> str:
+def _headline(summary: Row) -> str:
     if not _known(summary, "accuracy_before", "accuracy_after"):
         return ""
     before, after = summary["accuracy_before"], summary["accuracy_after"]
@@ -84,7 +93,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
     return f"Accuracy {verb} {change}."
 
 
-def fact_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def fact_rows(summary: Row) -> list[tuple[str, str]]:
     """What ran: label and value."""
     rows = [(label, _number(summary[key])) for key, label in _FACTS.items() if key in summary]
     if _known(summary, "wall_seconds"):
@@ -92,7 +101,7 @@ def fact_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def score_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def score_rows(summary: Row) -> list[tuple[str, ...]]:
     """Label, then before and after where both are known, else the single evaluation's score."""
     total = summary.get("num_questions")
     rows = [
@@ -104,7 +113,7 @@ def score_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows or [(single[k], _share(summary[k], total)) for k in single if _known(summary, k)]
 
 
-def _scores(summary: Mapping[str, Any]) -> str:
+def _scores(summary: Row) -> str:
     rows, total = score_rows(summary), summary.get("num_questions")
     if not rows:
         return ""
@@ -118,6 +127,64 @@ def _share(value: float, total: int | None) -> str:
         return f"{value:.1%}"
     low, high = proportion_interval(value * total, total)
     return f"{value:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _learnt(run_dir: Path) -> str:
+    """The answers of the archive's first and last evaluation; empty where it has not both."""
+    steps = sorted({file.step for file in archive_files(run_dir, "eval")})
+    if len(steps) < 2:
+        return ""
+    first, last = (
+        read_archive(
+            run_dir, evaluations=True, columns=_ANSWER_COLUMNS, steps=range(step, step + 1)
+        ).to_pylist()
+        for step in (steps[0], steps[-1])
+    )
+    return compared_answers(first, last)
+
+
+def compared_answers(before: Records, after: Records) -> str:
+    """Markdown: accuracy by question where few questions are asked of many images, and answers that
+    became right.
+
+    Args:
+        before: rows of an evaluation: `row_id`, `prompt`, `answer`, `decoding`, `text`, `accuracy`.
+        after: those of a later one of the same questions.
+    """
+    decoding = "greedy" if any(row["decoding"] == "greedy" for row in after) else "sampled"
+    first = {row["row_id"]: row for row in before if row["decoding"] == decoding}
+    pairs = [
+        (first[row["row_id"]], row)
+        for row in after
+        if row["decoding"] == decoding and row["row_id"] in first
+    ]
+    questions = sorted({row["prompt"] for row, _ in pairs})
+    parts = []
+    if 0 < len(questions) <= _MAX_QUESTIONS:
+        lines = []
+        for question in questions:
+            asked = [pair for pair in pairs if pair[0]["prompt"] == question]
+            shares = [f"{fmean(pair[i]['accuracy'] for pair in asked):.1%}" for i in (0, 1)]
+            lines.append((markdown_text(question), f"{len(asked):,}", *shares))
+        parts.append(markdown_table(("Question", "Asked", "Before", "After"), lines))
+    changed = [pair for pair in pairs if pair[0]["accuracy"] == 0 and pair[1]["accuracy"] == 1]
+    parts += [_example(*pair) for pair in changed[:_MAX_EXAMPLES]]
+    title = f"## What it learnt\n\nHeld-out questions, {decoding} answers."
+    return "\n\n".join([title, *parts]) if parts else ""
+
+
+def _example(before: Row, after: Row) -> str:
+    lines = {
+        "question": before["prompt"],
+        "reference": before["answer"],
+        "before": before["text"],
+        "after": after["text"],
+    }
+    text = "\n".join(
+        f"{name + ':':<11}{printable(str(value), max_chars=400, max_lines=6)}"
+        for name, value in lines.items()
+    )
+    return f"{markdown_text(before['row_id'])}:\n\n{fenced(text, 'text')}"
 
 
 def _pictures(run_dir: Path) -> str:
@@ -150,30 +217,11 @@ def group_rows(metrics: Records) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _group_use(metrics: Records) -> str:
-    table = markdown_table(("", "Count", "Share"), group_rows(metrics))
-    return f"## How the groups were used\n\n{table}" if table else ""
-
-
-def _command(summary: Mapping[str, Any]) -> str:
-    if "command" not in summary:
-        return ""
-    shown = fenced(str(summary["command"]), "sh")
-    return f"## Run it again\n\nEvery setting is in `config.yaml`.\n\n{shown}"
-
-
-def _page(run_dir: Path) -> str:
-    """What makes the page of all that is not said here."""
-    command = f"care-train report {shlex.quote(str(Path(*run_dir.parts[-2:])))}"
-    shown = fenced(command, "sh")
-    return f"## Curves, time, settings, every group and every evaluated answer\n\n{shown}"
-
-
 def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _known(values: Mapping[str, Any], *keys: str) -> bool:
+def _known(values: Row, *keys: str) -> bool:
     return all(values.get(key) is not None for key in keys)
 
 

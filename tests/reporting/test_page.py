@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 
 from care_train.cli import main
-from care_train.reporting.curves import average_window, smoothed
+from care_train.reporting.curves import average_window, mean_interval, smoothed
 from care_train.reporting.files import JsonlWriter
-from care_train.reporting.interval import mean_interval
 from care_train.reporting.page import LiveServer, Page, write_page
 from care_train.reporting.page.charts import charts
 from care_train.reporting.page.runs import conditions, differences, read_run

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from care_train.reporting import SampleRecord, TrainProgress, show_group, show_summary, track
-from care_train.reporting.samples import printable
+from care_train.reporting.text import printable
 
 _VALUES = {"reward": 0.5, "accuracy": 0.25, "kl": 0.01, "tokens_per_second": 12345.6}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from care_train.reporting import write_report, write_summary
-from care_train.reporting.learnt import compared_answers
+from care_train.reporting.report import compared_answers
 
 _SUMMARY: dict[str, Any] = {
     "name": "demo",

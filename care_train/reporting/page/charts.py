@@ -6,8 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from care_train.reporting.curves import Records, average_window, seed_curves, smoothed
-from care_train.reporting.interval import mean_interval
+from care_train.reporting.curves import (
+    Records,
+    average_window,
+    mean_interval,
+    seed_curves,
+    smoothed,
+)
 from care_train.reporting.page.runs import Condition
 
 Json = dict[str, Any]

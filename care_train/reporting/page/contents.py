@@ -1,19 +1,34 @@
-"""What the page says of runs, as plain data: facts, scores, charts, settings."""
+"""What the page says of runs, as plain data: facts, scores, charts, settings, the K' signature."""
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import care_train
+from care_train.reporting.archive import archive_files, read_archive
 from care_train.reporting.page.charts import charts
-from care_train.reporting.page.diagnostics import signature_contents
-from care_train.reporting.page.runs import Run, conditions, differences
+from care_train.reporting.page.runs import Condition, Run, conditions, differences
 from care_train.reporting.report import fact_rows, group_rows, score_rows
+from care_train.reporting.signature import (
+    PAPER_ALPHA_R,
+    PAPER_R_SQUARED,
+    SIGNATURE_COLUMNS,
+    Fit,
+    Signature,
+    k_signature,
+)
 
 Json = dict[str, Any]
 
 _TILES = ("Accuracy, sampled", "Accuracy, greedy", "Well-formed, sampled")
 _FACT_TILES = ("Steps", "Responses sampled", "Responses trained on", "Wall time")
+_SIGNATURE_TEXT = (
+    "Inside a subgroup of one anchor and K' negatives the z-score makes the anchor's advantage "
+    "grow as \u221aK' and each negative's shrink as 1/\u221aK', both times an attenuation \u03b1 "
+    "that the spread of the negatives' rewards sets. Points: means over the groups of one K', with "
+    "95 % intervals; lines: least-squares fits of the means."
+)
 
 
 def page_contents(runs: Sequence[Run]) -> Json:
@@ -29,7 +44,7 @@ def page_contents(runs: Sequence[Run]) -> Json:
         "tiles": _tiles(runs[0]) if len(runs) == 1 else [],
         "tables": [table for table in _tables(runs) if table["rows"]],
         "charts": charts(compared),
-        "signature": signature_contents(compared),
+        "signature": _signature_contents(compared),
         "differences": _differences(runs) if len(runs) > 1 else None,
         "runs": [_run(run) for run in runs],
     }
@@ -89,3 +104,119 @@ def _run(run: Run) -> Json:
         if "care" in run.settings.get("algorithm", "")
         else None,
     }
+
+
+def _signature_contents(conditions: Sequence[Condition]) -> Json | None:
+    """Charts, text and table; None where no condition has anchored groups of two different K'."""
+    found = {
+        place: signature
+        for place, condition in enumerate(conditions)
+        if (signature := _signature(condition)) is not None
+    }
+    if not found:
+        return None
+    labels = [conditions[place].label for place in found]
+    return {
+        "text": _SIGNATURE_TEXT,
+        "charts": [
+            _means(found, "Anchor: mean A_raw", "\u221aK'", math.sqrt, "anchor"),
+            _means(found, "Negatives: minus mean A_raw", "1/\u221aK'", _inverse_root, "negative"),
+            _alphas(found),
+        ],
+        "table": {"header": ["", *labels, "paper"], "rows": _rows(list(found.values()))},
+    }
+
+
+def _signature(condition: Condition) -> Signature | None:
+    import pyarrow as pa
+
+    tables = [
+        read_archive(run.folder, columns=SIGNATURE_COLUMNS)
+        for run in condition.runs
+        if archive_files(run.folder, "step")
+    ]
+    return k_signature(pa.concat_tables(tables)) if tables else None
+
+
+def _inverse_root(count: int) -> float:
+    return 1 / math.sqrt(count)
+
+
+def _means(found: Mapping[int, Signature], title: str, x_label: str, x_of: Any, role: str) -> Json:
+    """Bucket means with their intervals, and the line fitted to them."""
+    counts = {bucket.num_negatives for one in found.values() for bucket in one.buckets}
+    x = sorted(map(x_of, counts))
+    series = []
+    for place, signature in found.items():
+        at = {x_of(bucket.num_negatives): bucket for bucket in signature.buckets}
+        y = [getattr(at[v], role) if v in at else None for v in x]
+        half = [getattr(at[v], f"{role}_half_width") if v in at else None for v in x]
+        own = {"condition": place, "metric": 0}
+        bars = list(zip(y, half, strict=True))
+        low = [None if v is None or h is None else v - h for v, h in bars]
+        high = [None if v is None or h is None else v + h for v, h in bars]
+        series.append(own | {"label": "mean", "kind": "points", "y": y, "low": low, "high": high})
+        fit: Fit = getattr(signature, role)
+        line = [fit.intercept + fit.slope * v for v in x]
+        series.append(own | {"label": "fit", "kind": "line", "y": line})
+    return _chart(title, x_label, x, series)
+
+
+def _alphas(found: Mapping[int, Signature]) -> Json:
+    """The theory's check: each group's A_raw[y+] / sqrt(K') against alpha-hat, and the diagonal."""
+    points = sorted(
+        # Groups with the same rewards are the same point.
+        {
+            (round(alpha, 4), place, round(scaled, 4))
+            for place, signature in found.items()
+            for alpha, scaled in zip(signature.alpha, signature.scaled_anchor, strict=True)
+        }
+    )
+    x = [alpha for alpha, _, _ in points]
+    series: list[Json] = [
+        {
+            "condition": place,
+            "metric": 0,
+            "label": "groups",
+            "kind": "points",
+            "y": [scaled if own == place else None for _, own, scaled in points],
+        }
+        for place in found
+    ]
+    diagonal = {"condition": next(iter(found)), "metric": 1, "label": "equal", "kind": "line"}
+    return _chart("Anchor: A_raw / \u221aK'", "\u03b1\u0302", x, [*series, diagonal | {"y": x}])
+
+
+def _chart(title: str, x_label: str, x: Sequence[float], series: Sequence[Json]) -> Json:
+    shown = {"title": title, "unit": "", "note": "", "stacked": False}
+    return shown | {"xLabel": x_label, "x": x, "series": series}
+
+
+def _rows(signatures: Sequence[Signature]) -> list[list[str]]:
+    """What is fitted, for each condition, and what the paper has."""
+
+    def row(label: str, value: Any, paper: float | None = None) -> list[str]:
+        cells = [_number(value(signature)) for signature in signatures]
+        return [label, *cells, "" if paper is None else _number(paper)]
+
+    anchor, negative = PAPER_R_SQUARED
+    return [
+        row("Groups counted", lambda one: sum(bucket.num_groups for bucket in one.buckets)),
+        row("Anchor: slope against \u221aK'", lambda one: one.anchor.slope),
+        row("Anchor: R\u00b2 of the means", lambda one: one.anchor.r_squared),
+        row("Anchor: R\u00b2 over all groups", lambda one: one.anchor_groups.r_squared, anchor),
+        row("Negatives: slope against 1/\u221aK'", lambda one: one.negative.slope),
+        row("Negatives: R\u00b2 of the means", lambda one: one.negative.r_squared),
+        row(
+            "Negatives: R\u00b2 over all groups",
+            lambda one: one.negative_groups.r_squared,
+            negative,
+        ),
+        row("\u03b1\u0302 check: Pearson r", lambda one: one.alpha_r, PAPER_ALPHA_R),
+    ]
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "undefined: all are equal" if math.isnan(value) else f"{value:.3f}"

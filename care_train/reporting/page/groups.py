@@ -1,7 +1,9 @@
 """Groups as the failure browser shows them: a line each in the index, the rest in blocks."""
 
 import base64
+import gzip
 import io
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -13,6 +15,7 @@ from PIL import Image
 
 from care_train.algorithm.spans import parse_spans
 from care_train.data.images import load_image
+from care_train.reporting.files import finite
 
 Json = dict[str, Any]
 Decode = Callable[[Sequence[int]], tuple[str, list[int]]]
@@ -48,6 +51,16 @@ _MAX_CHARS = 60_000
 _MAX_LINE = 160
 _IMAGE_EDGE = 448
 _MAX_IMAGE_PIXELS = 100_000_000
+
+
+def pack(value: Any) -> bytes:
+    """A block of data as the page's scripts read it: JSON, gzip. Any text is safe in it."""
+    try:
+        text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    except ValueError:
+        text = json.dumps(finite(value), allow_nan=False, separators=(",", ":"))
+    # No time in it: the same data is the same page.
+    return gzip.compress(text.encode(), compresslevel=6, mtime=0)
 
 
 def index_line(row: Mapping[str, Any]) -> Json:

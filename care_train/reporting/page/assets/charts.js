@@ -1,5 +1,4 @@
-import { h, lazyDetails, table } from "./dom.js";
-import { shown } from "./text.js";
+import { h, lazyDetails, shown, table } from "./base.js";
 
 const DASHES = [[], [6, 4], [2, 3], [8, 3, 2, 3]];
 const STEPS = [1, 10, 100, 1e3, 1e4, 1e5, 1e6].flatMap((ten) => [ten, 2 * ten, 5 * ten]);
