@@ -33,7 +33,7 @@ test-slow: $(READY)
 # The kernels in Triton's interpreter and on the CPU, then compiled ahead of time for four targets.
 test-floor: $(FLOOR)/.ready
 	$(FLOOR)/bin/python -m pytest tests/kernels -n 2 --dist loadfile --max-worker-restart=0
-	$(FLOOR)/bin/python -m bench.compiled --skip-peers
+	$(FLOOR)/bin/python -m bench.compiled
 
 # MkDocs 1 announces a successor at every build; the site is built with what it has.
 docs: $(DOCS)/.ready

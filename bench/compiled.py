@@ -1,14 +1,14 @@
 """Compile every kernel ahead of time, without a GPU, and say what the machine code uses.
 
-    python -m bench.compiled                     # all kernels, four targets, peers beside them
-    python -m bench.compiled --target sm_90 --skip-peers
+    python -m bench.compiled                     # all kernels, four targets
+    python -m bench.compiled --target sm_90
     python -m bench.compiled --csv compiled.csv
 
 Nothing here is a timing. For each kernel and target: registers, shared memory, what spilled, the
 matrix instructions (HGMMA is Hopper's wgmma) and the tensor copies (TMA). The roofline is the least
 time an H100 SXM could take, from the FLOPs and the bytes that the kernel must move, at 989 TFLOP/s
 of dense bfloat16 and 3.35 TB/s (NVIDIA's data sheet); real kernels take longer. Shapes: 4,096 rows,
-the head of Qwen2.5-VL-7B. A kernel of ours that does not compile, spills, or needs more shared
+the head of Qwen2.5-VL-7B. A kernel that does not compile, spills, or needs more shared
 memory than there is ends the command with status 1. The last line is one JSON object.
 """
 
@@ -17,7 +17,11 @@ import csv
 import json
 import multiprocessing
 import os
+import re
+import subprocess
 import sys
+import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,26 +31,72 @@ import triton
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
 
-from bench.compile_cases import (
-    NUM_ROWS,
-    VOCAB_SIZE,
-    WIDTH,
-    CompileCase,
-    compile_cases,
-)
-from bench.inspection import TARGETS, Resources, compile_for
-from bench.peer_kernels import peer_cases
+from bench.compile_cases import NUM_ROWS, VOCAB_SIZE, WIDTH, CompileCase, compile_cases
 
-# What Triton, its assembler and a peer's own assertions raise where a kernel cannot be compiled.
+# What Triton and its assembler raise where a kernel cannot be compiled.
 _REFUSALS = (TritonError, RuntimeError, TypeError, ValueError, KeyError, AssertionError)
+_COLUMNS = (
+    *("kernel", "registers", "shared KiB", "spilled B", "LDL/STL", "matrix", "TMA"),
+    *("HBM MB", "GFLOP", "H100 roofline ms"),
+)
 _H100_FLOPS = 989e12
 _H100_BYTES = 3.35e12
 _GEMM_FLOPS = 2 * NUM_ROWS * WIDTH * VOCAB_SIZE
 _LOGIT_BYTES = 2 * NUM_ROWS * VOCAB_SIZE
 _WEIGHT_BYTES = 2 * WIDTH * VOCAB_SIZE
 _HIDDEN_BYTES = 2 * NUM_ROWS * WIDTH
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA|v_mfma)")
+# Tensor copies by descriptor: loads, stores.
+_TENSOR_COPY = re.compile(r"\b(UTMALDG|UTMASTG)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device to compile for."""
+
+    name: str
+    architecture: str
+    """What `compile_cases` takes."""
+    gpu: GPUTarget
+    shared_kib: int
+    """Shared memory that one program may have."""
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", "8", GPUTarget("cuda", 80, 32), 163),
+        Target("sm_90", "9", GPUTarget("cuda", 90, 32), 227),
+        Target("sm_100", "10", GPUTarget("cuda", 100, 32), 227),
+        Target("gfx942", "hip", GPUTarget("hip", "gfx942", 64), 64),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program of a compiled kernel uses."""
+
+    registers: int
+    """Of each thread."""
+    shared_bytes: int
+    spilled_bytes: int
+    """Stack of each thread (scratch on AMD): registers that did not fit."""
+    local_accesses: int
+    """Instructions that load from or store to that memory."""
+    matrix: str
+    """The matrix instruction and how often it occurs, or ""; HGMMA is Hopper's wgmma."""
+    tensor_copies: str = ""
+    """TMA instructions and how often they occur, or ""."""
+
+    @property
+    def spills(self) -> bool:
+        """Whether anything left the registers."""
+        return self.spilled_bytes > 0 or self.local_accesses > 0
 
 
 @dataclass(frozen=True)
@@ -55,16 +105,10 @@ class Outcome:
 
     kernel: str
     target: str
-    is_ours: bool
     flops: int
     hbm_bytes: int
     resources: Resources | None
     error: str | None
-
-    @property
-    def roofline_ms(self) -> float:
-        """The least time on an H100."""
-        return roofline_ms(self.flops, self.hbm_bytes)
 
     @property
     def failed(self) -> bool:
@@ -80,42 +124,86 @@ def roofline_ms(flops: float, hbm_bytes: float) -> float:
     return 1e3 * max(flops / _H100_FLOPS, hbm_bytes / _H100_BYTES)
 
 
-def cases_of(architecture: str, is_ours: bool) -> list[CompileCase]:
-    """Our kernels, or the peers', for one architecture."""
-    return compile_cases(architecture) if is_ours else peer_cases()
+def compile_for(case: CompileCase, target: Target) -> Resources:
+    """Compile `case` for `target`, without a GPU.
+
+    Raises:
+        triton.CompilationError, RuntimeError: it does not compile.
+    """
+    compiled = triton.compile(case.source(), target=target.gpu, options=case.options())
+    shared = compiled.metadata.shared
+    if target.gpu.backend == "hip":
+        return _amd_resources(compiled.asm["amdgcn"], shared)
+    return _nvidia_resources(compiled.asm["cubin"], shared)
 
 
-def compile_one(target_name: str, is_ours: bool, index: int) -> Outcome:
+def _nvidia_resources(cubin: bytes, shared_bytes: int) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    return Resources(
+        registers=int(_found(r"REG:(\d+)", usage)),
+        shared_bytes=shared_bytes,
+        spilled_bytes=int(_found(r"STACK:(\d+)", usage)),
+        local_accesses=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        matrix=_occurrences(_MATRIX, code),
+        tensor_copies=_occurrences(_TENSOR_COPY, code),
+    )
+
+
+def _amd_resources(code: str, shared_bytes: int) -> Resources:
+    return Resources(
+        registers=int(_found(r"\.vgpr_count: +(\d+)", code)),
+        shared_bytes=shared_bytes,
+        spilled_bytes=int(_found(r"private_segment_fixed_size: +(\d+)", code)),
+        local_accesses=len(re.findall(r"\bscratch_(?:load|store)", code)),
+        matrix=_occurrences(_MATRIX, code),
+    )
+
+
+def _occurrences(instruction: re.Pattern[str], code: str) -> str:
+    counts = Counter(instruction.findall(code))
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match is not None, f"{pattern!r} not in what the tool printed"
+    return match[1]
+
+
+def _run(tool: str, *arguments: Any) -> str:
+    command = [_TOOLS / tool, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _compile_one(target_name: str, index: int) -> Outcome:
     """Compile one case; what stops it becomes part of the outcome."""
     target = TARGETS[target_name]
-    case = cases_of(target.architecture, is_ours)[index]
+    case = compile_cases(target.architecture)[index]
     resources, error = None, None
     try:
         resources = compile_for(case, target)
     except _REFUSALS as problem:
         error = f"{type(problem).__name__}: {problem}".splitlines()[0][:120]
-    return Outcome(case.name, target_name, is_ours, case.flops, case.hbm_bytes, resources, error)
+    return Outcome(case.name, target_name, case.flops, case.hbm_bytes, resources, error)
 
 
-def compile_all(targets: list[str], with_peers: bool) -> list[Outcome]:
+def compile_all(targets: list[str]) -> list[Outcome]:
     """Every case for every target, two at a time, in the order of the table."""
     jobs = [
-        (name, is_ours, index)
+        (name, index)
         for name in targets
-        for is_ours in ((True, False) if with_peers else (True,))
-        for index in range(len(cases_of(TARGETS[name].architecture, is_ours)))
+        for index in range(len(compile_cases(TARGETS[name].architecture)))
     ]
-    context = multiprocessing.get_context("spawn")
-    workers = min(2, os.cpu_count() or 1)
     console = Console(stderr=True)
+    workers, context = min(2, os.cpu_count() or 1), multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = [pool.submit(compile_one, *job) for job in jobs]
+        futures = [pool.submit(_compile_one, *job) for job in jobs]
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("compiling", total=len(futures))
-            for future in futures:
-                future.result()
-                bar.advance(task)
-    return [future.result() for future in futures]
+            return [future.result() for future in bar.track(futures, description="compiling")]
 
 
 def whole_loss() -> list[tuple[str, float]]:
@@ -135,23 +223,12 @@ def print_tables(outcomes: list[Outcome], console: Console) -> None:
     """One table of kernels for each target, then the whole loss."""
     for name in dict.fromkeys(outcome.target for outcome in outcomes):
         table = Table(title=f"{name}, Triton {triton.__version__}: compiled, not timed")
-        for column in (
-            "kernel",
-            "registers",
-            "shared KiB",
-            "spilled B",
-            "LDL/STL",
-            "matrix",
-            "TMA",
-        ):
+        for column in _COLUMNS:
             is_text = column in ("kernel", "matrix", "TMA")
             table.add_column(column, justify="left" if is_text else "right")
-        table.add_column("HBM MB", justify="right")
-        table.add_column("GFLOP", justify="right")
-        table.add_column("H100 roofline ms", justify="right")
         for outcome in outcomes:
             if outcome.target == name:
-                table.add_row(*_cells(outcome), style=None if outcome.is_ours else "dim")
+                table.add_row(*_cells(outcome))
         console.print(table)
     table = Table(title=f"whole loss, N={NUM_ROWS:,} D={WIDTH:,} V={VOCAB_SIZE:,}: rooflines")
     table.add_column("")
@@ -171,18 +248,18 @@ def _cells(outcome: Outcome) -> list[str]:
         used = [*(str(n) for n in numbers), str(found.local_accesses), found.matrix]
         used.append(found.tensor_copies)
     costs = (f"{outcome.hbm_bytes / 1e6:,.0f}", f"{outcome.flops / 1e9:,.0f}")
-    return [outcome.kernel, *used, *costs, f"{outcome.roofline_ms:.2f}"]
+    roofline = roofline_ms(outcome.flops, outcome.hbm_bytes)
+    return [outcome.kernel, *used, *costs, f"{roofline:.2f}"]
 
 
 def figures(outcomes: list[Outcome]) -> dict[str, Any]:
     """What the last line says."""
-    ours = [outcome for outcome in outcomes if outcome.is_ours]
-    compiled = [outcome for outcome in ours if outcome.resources is not None]
+    compiled = [outcome.resources for outcome in outcomes if outcome.resources is not None]
     return {
         "triton": triton.__version__,
         "kernels": len(compiled),
-        "spills": sum(o.resources.spills for o in compiled if o.resources is not None),
-        "not_compiled": [f"{o.kernel} {o.target}" for o in ours if o.resources is None],
+        "spills": sum(resources.spills for resources in compiled),
+        "not_compiled": [f"{o.kernel} {o.target}" for o in outcomes if o.resources is None],
         "whole_loss_roofline_ms": {what: round(ms, 2) for what, ms in whole_loss()},
         "figures": [_row(outcome) for outcome in outcomes],
     }
@@ -193,10 +270,9 @@ def _row(outcome: Outcome) -> dict[str, Any]:
     return {
         "kernel": outcome.kernel,
         "target": outcome.target,
-        "ours": outcome.is_ours,
         **found,
         "error": outcome.error,
-        "roofline_ms": round(outcome.roofline_ms, 3),
+        "roofline_ms": round(roofline_ms(outcome.flops, outcome.hbm_bytes), 3),
     }
 
 
@@ -205,12 +281,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--target", action="append", choices=TARGETS, help="repeatable")
-    parser.add_argument("--skip-peers", action="store_true")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     # An interpreted kernel cannot be compiled; the workers inherit this.
     os.environ.pop("TRITON_INTERPRET", None)
-    outcomes = compile_all(options.target or list(TARGETS), not options.skip_peers)
+    outcomes = compile_all(options.target or list(TARGETS))
     print_tables(outcomes, Console(width=190))
     rows = [_row(outcome) for outcome in outcomes]
     if options.csv is not None:
@@ -219,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)
-    failed = [outcome for outcome in outcomes if outcome.is_ours and outcome.failed]
+    failed = [outcome for outcome in outcomes if outcome.failed]
     for outcome in failed:
         print(
             f"{outcome.kernel} on {outcome.target}: does not compile, spills or does not fit",

@@ -147,8 +147,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _replay(options: argparse.Namespace) -> int:
     quiet_libraries()
-    from care_train.replay import replay
-    from care_train.replay.show import check_outputs, show_replay, write_replay
+    from care_train.replay.compare import check_outputs, replay, show_replay, write_replay
 
     check_outputs(options.out)
     found = replay(options.run, options.overrides)

@@ -20,29 +20,30 @@ import argparse
 import json
 import sys
 import tempfile
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.gpu.page import PageError, write_page
+from bench.gpu.page import PageError, problems_of, summary_of, write_page
 from bench.gpu.runner import Run, Section, run_sections
-from bench.gpu.summary import problems_of, summary_of
-from bench.gpu.wheels import FOLDER as WHEELS
-from bench.gpu.wheels import unpack_wheels
+from bench.peers import installed_version
+
+WHEELS = Path(".wheels")
 
 SECTIONS = (
-    Section("facts", "bench.gpu.facts", 45),
+    Section("facts", "bench.gpu.facts:run", 45),
     # Six that check, one that runs the kernel tests.
-    Section("correct", "bench.gpu.correct", 110, parts=7),
-    Section("headline", "bench.gpu.headline", 130),
-    Section("profile", "bench.gpu.profiling", 35),
-    Section("sweep", "bench.gpu.sweep", 75),
-    Section("shapes", "bench.gpu.shapes", 50),
-    Section("deep", "bench.gpu.deep", 45),
-    Section("model", "bench.gpu.model", 60),
-    Section("quickstart", "bench.gpu.quickstart", 120),
+    Section("correct", "bench.gpu.correct:run", 110, parts=7),
+    Section("headline", "bench.gpu.contest:headline", 130),
+    Section("profile", "bench.gpu.profiling:run", 35),
+    Section("sweep", "bench.gpu.sweep:run", 75),
+    Section("shapes", "bench.gpu.contest:shapes", 50),
+    Section("deep", "bench.gpu.deep:run", 45),
+    Section("model", "bench.gpu.model:run", 60),
+    Section("quickstart", "bench.gpu.quickstart:run", 120),
 )
 
 
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry:
         wanted = [replace(section, parts=min(section.parts, 2)) for section in wanted]
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as site:
-        wheels = unpack_wheels(Path(WHEELS), Path(site))
+        wheels = _unpack_wheels(Path(site))
         run = Run(folder, options.limit_seconds, options.dry, Path(site) if wheels else None)
         results = run_sections(wanted, run)
     problems = problems_of(results)
@@ -69,6 +70,26 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench.gpu: {problem}", file=sys.stderr)
     print(json.dumps(summary_of(results) | {"problems": problems}), flush=True)
     return 1 if problems else 0
+
+
+def _unpack_wheels(into: Path) -> bool:
+    """Make importable in `into` what `WHEELS` has for this Python and is not installed.
+
+    A wheel is a zip archive of what would be installed.
+    """
+    wanted = [wheel for wheel in sorted(WHEELS.glob("*.whl")) if _is_wanted(wheel)]
+    for wheel in wanted:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(into)
+    return bool(wanted)
+
+
+def _is_wanted(wheel: Path) -> bool:
+    """By its name: distribution, version, then the tags of Python, ABI and platform."""
+    distribution, *_, python, _, _ = wheel.stem.split("-")
+    major, minor = sys.version_info[:2]
+    fitting = {f"py{major}", f"py{major}{minor}", f"cp{major}{minor}"}
+    return bool(fitting & set(python.split("."))) and installed_version(distribution) is None
 
 
 def _write_page(folder: Path, page: Path) -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.gpu.record import Bench
+from bench.gpu.section import Bench
 from tests.kernels.cases import Case, error
 from tests.kernels.tolerances import FACTOR, FLOOR, VALUE_FLOOR
 

@@ -19,8 +19,16 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.accuracy import Truth, relative_error, true_outcome
-from bench.gpu.measuring import at_most, attempt, peak_mib, release, rounded, time_in_turns
-from bench.gpu.record import Bench
+from bench.gpu.measuring import (
+    at_most,
+    attempt,
+    peak_mib,
+    release,
+    rounded,
+    sizes_of,
+    time_in_turns,
+)
+from bench.gpu.section import Bench
 from bench.measure import Spread
 from bench.peers import (
     CONTENDERS,
@@ -39,7 +47,7 @@ OURS = "linear_policy_loss"
 _WRONG = 0.05
 _WARM_UP_SECONDS = 50.0
 # What timing all entrants takes at most, kept free of warming up.
-RESERVED_SECONDS = 25.0
+_RESERVED_SECONDS = 25.0
 # They compile C++ on a CPU, where a dry run only wants to know that the code works.
 _COMPILERS = ("torch_compiled", "cut_cross_entropy")
 _PEERS = ("torch_compiled", "liger_grpo", "liger_scaled_ce", "trl_chunked", "cut_cross_entropy")
@@ -190,7 +198,7 @@ class Contest:
 
     def _warm_up(self, name: str, entrant: Entrant, problem: Problem, truth: Truth | None) -> bool:
         """Compile, tune, check; False where the gradients are wrong."""
-        with at_most(min(_WARM_UP_SECONDS, max(self._bench.seconds_left() - RESERVED_SECONDS, 1))):
+        with at_most(min(_WARM_UP_SECONDS, max(self._bench.seconds_left() - _RESERVED_SECONDS, 1))):
             outcome = entrant.run(problem)
         errors: dict[str, float] = {}
         if truth is not None and entrant.is_whole and isinstance(outcome, Outcome):
@@ -237,3 +245,32 @@ class Contest:
             cells = ["-" if row.get(key) is None else f"{row[key]:,.4g}" for key in keys]
             table.add_row(name, *cells, style="bold" if name == OURS else None)
         Console(width=118).print(table)
+
+
+def headline(bench: Bench) -> None:
+    """First the floor, our own functions and plain torch on all shapes, then the peers beside."""
+    sizes = sizes_of(bench.dry)
+    contests = [
+        Contest(bench, head, rows, width, vocab, check=True)
+        for rows in sizes.headline_rows
+        for head, (width, vocab) in sizes.heads.items()
+    ]
+    rounds = 2 if bench.dry else 9
+    for contest in contests:
+        contest.measure(CORE, rounds=rounds)
+        contest.print()
+    entrants = peers(bench)
+    for contest in contests:
+        if bench.seconds_left() > _RESERVED_SECONDS + 5:
+            contest.measure(entrants, rounds=rounds)
+            contest.print()
+
+
+def shapes(bench: Bench) -> None:
+    """From few rows, where the head's weights dominate the traffic, to many."""
+    sizes = sizes_of(bench.dry)
+    for rows in sizes.more_rows:
+        for head, (width, vocab) in sizes.heads.items():
+            contest = Contest(bench, head, rows, width, vocab, check=False)
+            contest.measure(CORE, rounds=2 if bench.dry else 5)
+            contest.print()

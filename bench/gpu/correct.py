@@ -33,7 +33,7 @@ from bench.gpu.checks import (
 )
 from bench.gpu.measuring import is_context_lost, rounded
 from bench.gpu.promises import promises
-from bench.gpu.record import Bench
+from bench.gpu.section import Bench
 from care_kernels import Cispo, Clip, Sapo
 from tests.kernels.cases import (
     PER_ROW,

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from bench.accuracy import relative_error, true_outcome
-from bench.gpu.measuring import attempt, release, rounded
-from bench.gpu.record import Bench
-from bench.gpu.sizes import sizes_of
+from bench.gpu.measuring import attempt, release, rounded, sizes_of
+from bench.gpu.section import Bench
 from bench.peers import make_problem, ours
 from care_kernels import linear_log_probs
 

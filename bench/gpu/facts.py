@@ -7,7 +7,7 @@ import time
 import torch
 
 from bench.gpu.measuring import attempt, rounded, time_in_turns
-from bench.gpu.record import Bench
+from bench.gpu.section import Bench
 from bench.measure import machine_facts
 from bench.peers import installed_version, make_problem, ours
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.measuring import MIB, attempt, milliseconds, release, rounded
-from bench.gpu.record import Bench
+from bench.gpu.section import Bench
 from care_kernels import Clip, care_loss
 
 _CLIP = (0.2, 0.28)

@@ -7,9 +7,8 @@ from functools import partial
 import torch
 from torch.autograd import DeviceType
 
-from bench.gpu.measuring import attempt, rounded, synchronize
-from bench.gpu.record import Bench
-from bench.gpu.sizes import sizes_of
+from bench.gpu.measuring import attempt, rounded, sizes_of, synchronize
+from bench.gpu.section import Bench
 from bench.peers import Problem, make_problem, ours, ours_log_probs
 from care_kernels import linear_log_probs
 

@@ -23,7 +23,7 @@ from bench.gpu.checks import (
     dtype_name,
     on_device,
 )
-from bench.gpu.record import Bench
+from bench.gpu.section import Bench
 from care_kernels import (
     VocabShard,
     care_loss,

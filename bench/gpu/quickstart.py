@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.record import Bench
+from bench.gpu.section import Bench
 
 _CONFIG = Path(__file__).parents[2] / "configs" / "easy_vqa.yaml"
 _INTERPRET = "TRITON_INTERPRET"

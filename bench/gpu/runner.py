@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.record import write_json
+from bench.gpu.section import write_json
 
 # A section that would have less is left out.
 _LEAST_SECONDS = 15.0
@@ -23,10 +23,11 @@ _LEAST_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Section:
-    """One section: a module with a function `run(bench)`."""
+    """One section."""
 
     name: str
-    module: str
+    run: str
+    """`module:function` of a `Bench`."""
     seconds: float
     """At most."""
     parts: int = 1
@@ -87,7 +88,7 @@ def _run_section(section: Section, run: Run, limit: float) -> dict[str, Any]:
         processes = [_start(section, run, part, start + limit, log) for part in range(len(paths))]
         codes = [_wait(process, start + limit - time.time()) for process in processes]
     status = "timed out" if None in codes else "crashed" if any(codes) else "ok"
-    figures = _merged([_read(path) for path in paths])
+    figures = _merged([json.loads(path.read_text()) for path in paths if path.is_file()])
     for path in paths:
         path.unlink(missing_ok=True)
     return {"status": status, "seconds": round(time.time() - start, 1), "figures": figures}
@@ -98,7 +99,7 @@ def _start(
 ) -> "subprocess.Popen[bytes]":
     """One process of a section, the first of a session of its own."""
     task = {
-        "module": section.module,
+        "run": section.run,
         "record": str(_record_path(run, section, part)),
         "dry": run.dry,
         "until": until,
@@ -142,10 +143,6 @@ def _log(run: Run, section: Section) -> Path:
 
 def _record_path(run: Run, section: Section, part: int) -> Path:
     return run.folder / f"{section.name}.{part}.part"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _merged(records: list[dict[str, Any]]) -> dict[str, Any]:

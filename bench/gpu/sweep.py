@@ -6,27 +6,53 @@ of rows of a chunk are chosen by.
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from threading import local
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.gpu import projection
-from bench.gpu.measuring import attempt, peak_mib, release, rounded, time_in_turns
-from bench.gpu.record import Bench
-from bench.gpu.sizes import sizes_of
+from bench.gpu.measuring import attempt, peak_mib, release, rounded, sizes_of, time_in_turns
+from bench.gpu.section import Bench
 from bench.peers import Problem, make_problem, ours
+from care_kernels.softmax import LogitTransform
+from care_kernels.triton import projection as fused_projection
+from care_kernels.triton.projection import GemmTile
+from care_kernels.triton.softmax import combine
 
 _THREADS = 12
 # A log-prob further off than this, in nats, belongs to a wrong kernel.
 _MOST_ERROR = 1e-3
 _CHUNK_ROWS = (None, 1024, 1792, 2304, 3456, 4096, 8192)
 
-Tile = Any
-Runs = dict[str, tuple[Tile, Callable[[int], Tensor]]]
+KINDS = ("training", "log_probs", "training, entropy")
+"""With exponentials stored; statistics alone; with the entropy's moment too."""
+
+TILES = tuple(
+    GemmTile(*numbers)
+    for numbers in (
+        # BLOCK_C, BLOCK_V, BLOCK_D, GROUP_C, USE_TMA, warps, stages
+        (128, 256, 64, 16, True, 8, 4),
+        (128, 256, 64, 16, True, 8, 3),
+        (128, 256, 64, 8, True, 8, 4),
+        (128, 256, 64, 32, True, 8, 4),
+        (128, 256, 32, 16, True, 8, 4),
+        (128, 128, 64, 16, True, 8, 4),
+        (256, 128, 64, 8, True, 8, 4),
+        (128, 256, 64, 16, False, 8, 3),
+        (128, 256, 32, 16, False, 8, 4),
+        (128, 128, 64, 16, False, 8, 3),
+        (128, 128, 64, 16, False, 4, 4),
+        (256, 128, 64, 8, False, 8, 3),
+    )
+)
+
+_choice = local()
+Runs = dict[str, tuple[GemmTile, Callable[[int], Tensor]]]
 
 
 def run(bench: Bench) -> None:
@@ -35,7 +61,7 @@ def run(bench: Bench) -> None:
     width, vocab = sizes.heads["7b"]
     problem = make_problem(min(sizes.headline_rows), width, vocab, bench.device)
     table: dict[str, Any] = {}
-    for kind in projection.KINDS:
+    for kind in KINDS:
         best = attempt(bench, f"tiles, {kind}", partial(_sweep_tiles, bench, kind, problem))
         if best is not None:
             table[kind] = best
@@ -55,10 +81,10 @@ def run(bench: Bench) -> None:
 def _sweep_tiles(bench: Bench, kind: str, problem: Problem) -> dict[str, Any]:
     """Time every tile of one kind; returns the best with its time."""
     hidden, weight = problem.hidden.detach(), problem.head_weight.detach()
-    exps = projection.new_exps(*_logits_shape(problem), hidden.device)
+    exps = fused_projection.empty_exps(*_logits_shape(problem), torch.bfloat16, hidden.device)
     truth = _some_log_probs(problem)
     runs = _runs(bench, kind, problem, hidden, weight, exps)
-    with projection.chosen_tiles():
+    with _chosen_tiles():
         refused = _compile(bench, runs)
         found: dict[str, Any] = {name: {"refused": reason} for name, reason in refused.items()}
         calls: dict[str, Callable[[], object]] = {}
@@ -93,21 +119,21 @@ def _runs(
     """By a tile's name: a call of so many first rows. A dry run takes two."""
     targets = problem.target_ids
 
-    def by_pointers(tile: Tile, rows: int) -> Tensor:
-        project = projection.projection(kind, hidden[:rows], weight, targets[:rows], exps)
+    def by_pointers(tile: GemmTile, rows: int) -> Tensor:
+        project = _projection(kind, hidden[:rows], weight, targets[:rows], exps)
         return project(tile)
 
-    tiles = projection.TILES[:2] if bench.dry else projection.TILES
+    tiles = TILES[:2] if bench.dry else TILES
     runs: Runs = {_label(tile): (tile, partial(by_pointers, tile)) for tile in tiles}
     if not bench.dry:
-        shipped = projection.shipped_tile(kind, hidden.device)
+        shipped = _shipped_tile(kind, hidden.device)
         runs = {f"{_label(shipped)} (shipped)": (shipped, partial(by_pointers, shipped))} | {
             name: run for name, run in runs.items() if run[0] != shipped
         }
     return runs
 
 
-def _label(tile: Tile) -> str:
+def _label(tile: GemmTile) -> str:
     blocks = "x".join(str(number) for number in tile[:3])
     way = "TMA " if tile.USE_TMA else ""
     return f"{way}{blocks} group {tile.GROUP_C} warps {tile.num_warps} stages {tile.num_stages}"
@@ -179,3 +205,48 @@ def _sweep_chunks(bench: Bench, head: str) -> dict[str, Any]:
     bench.record.put(f"chunk rows, {head}", found)
     fastest = min(found, key=lambda name: found[name]["ms"])
     return {"chunk_rows": fastest} | found[fastest]
+
+
+def _shipped_tile(kind: str, device: torch.device) -> GemmTile:
+    """What the package takes by itself for aligned rows."""
+    architecture = fused_projection._architecture(device)
+    return fused_projection.gemm_tile(architecture, "entropy" if "entropy" in kind else "plain")
+
+
+@contextmanager
+def _chosen_tiles() -> Iterator[None]:
+    """Within it, calls of `_projection` run with their own tile, in any thread.
+
+    The package chooses its tile itself: its launcher is called with that choice replaced.
+    """
+    shipped = fused_projection.gemm_tile
+
+    def choose(*args: object, **kwargs: object) -> GemmTile:
+        return getattr(_choice, "tile", None) or shipped(*args, **kwargs)  # pyright: ignore[reportArgumentType]
+
+    fused_projection.gemm_tile = choose
+    try:
+        yield
+    finally:
+        fused_projection.gemm_tile = shipped
+
+
+def _projection(
+    kind: str, hidden: Tensor, weight: Tensor, target_ids: Tensor, exps: Tensor
+) -> Callable[[GemmTile], Tensor]:
+    """A call that projects with a tile and returns the log-probs [N], `exps` [N, V] overwritten."""
+
+    def run(tile: GemmTile) -> Tensor:
+        _choice.tile = tile
+        statistics = fused_projection.project(
+            hidden,
+            weight,
+            None,
+            target_ids,
+            LogitTransform(),
+            with_entropy="entropy" in kind,
+            exps=None if kind == "log_probs" else exps[: len(hidden)],
+        )
+        return combine(statistics).log_probs
+
+    return run

@@ -1,8 +1,7 @@
 """The groups of an archive as the algorithm takes them, and what a run made of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,11 @@ _GROUP_COLUMNS = (
     *("step", "rank", "group", "row_id", "visit", "outcome", "reason"),
     *("reflect_on", "pair_distances"),
 )
-_SCALARS = (
+_ROLLOUT_COLUMNS = (
     *("finished", "accuracy", "format", "reward", "reflected_from", "old_log_prob_sum"),
-    *("trained", "sequence_advantage"),
+    *("trained", "sequence_advantage", "token_ids", "prefix_ids", "token_advantages"),
     *SPAN_COLUMNS,
 )
-_LISTS = ("token_ids", "prefix_ids", "token_advantages")
 
 
 @dataclass(frozen=True)
@@ -70,43 +68,16 @@ def steps_of(run: Path) -> Iterator[list[ArchivedGroup]]:
     Raises:
         ValueError: as `read_archive`.
     """
-    columns = [*_GROUP_COLUMNS, *(f"rollouts.{name}" for name in (*_SCALARS, *_LISTS))]
-    steps = dict.fromkeys(file.step for file in archive_files(run, "step"))
-    for step in steps:
+    columns = [*_GROUP_COLUMNS, *(f"rollouts.{name}" for name in _ROLLOUT_COLUMNS)]
+    for step in dict.fromkeys(file.step for file in archive_files(run, "step")):
         table = read_archive(run, columns=columns, steps=range(step, step + 1))
-        rows = table.select(_GROUP_COLUMNS).to_pylist()
-        found = [_group(row, one) for row, one in zip(rows, _rollouts(table), strict=True)]
+        groups = map(_group, table.to_pylist())
         # What dynamic sampling dropped was no part of the batch.
-        yield [group for group in found if group.recorded.outcome != "dropped"]
+        yield [group for group in groups if group.recorded.outcome != "dropped"]
 
 
-def _rollouts(table: Any) -> Iterator[list[dict[str, Any]]]:
-    """The rollouts of each group; their lists of numbers as arrays."""
-    column = table["rollouts"].combine_chunks()
-    flat = column.flatten()
-    # Archives of before a reward function could name a wrong step have no such column.
-    known = {field.name for field in flat.type}
-    fields = {n: flat.field(n).to_pylist() if n in known else [None] * len(flat) for n in _SCALARS}
-    fields |= {name: _arrays(flat.field(name)) for name in _LISTS}
-    records = [
-        dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)
-    ]
-    offsets = np.cumsum([0, *column.value_lengths().to_pylist()])
-    for start, end in pairwise(offsets):
-        yield records[start:end]
-
-
-def _arrays(lists: Any) -> list[np.ndarray | None]:
-    values = lists.flatten().to_numpy(zero_copy_only=False)
-    lengths = lists.value_lengths().to_pylist()
-    ends = np.cumsum([length or 0 for length in lengths])
-    return [
-        None if length is None else values[end - length : end]
-        for length, end in zip(lengths, ends, strict=True)
-    ]
-
-
-def _group(row: dict[str, Any], records: Sequence[dict[str, Any]]) -> ArchivedGroup:
+def _group(row: dict[str, Any]) -> ArchivedGroup:
+    records = row["rollouts"]
     sampled = [record for record in records if record["reflected_from"] is None]
     repair = next((r for r in records if r["reflected_from"] is not None), None)
     distances, sums = row["pair_distances"], [r["old_log_prob_sum"] for r in sampled]
@@ -128,8 +99,11 @@ def _group(row: dict[str, Any], records: Sequence[dict[str, Any]]) -> ArchivedGr
         recorded=Credited(
             row["outcome"],
             row["reason"],
-            {place: record["sequence_advantage"] for place, record in trained.items()},
-            {place: record["token_advantages"] for place, record in trained.items()},
+            {i: record["sequence_advantage"] for i, record in trained.items()},
+            {
+                place: np.array(record["token_advantages"], np.float32)
+                for place, record in trained.items()
+            },
         ),
     )
 
@@ -137,16 +111,17 @@ def _group(row: dict[str, Any], records: Sequence[dict[str, Any]]) -> ArchivedGr
 def _rollout(record: dict[str, Any], *, reflected: bool = False) -> Rollout:
     spans = []
     for region in REGIONS:
-        start, end = record[f"{region}_start"], record[f"{region}_end"]
-        spans.append(None if start is None else (start, end))
+        # Archives of before a reward function could name a wrong step have no such column.
+        start, end = record.get(f"{region}_start"), record.get(f"{region}_end")
+        spans.append(None if start is None or end is None else (start, end))
     return Rollout(
-        token_ids=tuple(record["token_ids"].tolist()),
+        token_ids=tuple(record["token_ids"]),
         text="",
         spans=Spans(*spans),
         accuracy=record["accuracy"],
         format_score=record["format"],
         reward=record["reward"],
         finished=record["finished"],
-        prefix_ids=tuple(record["prefix_ids"].tolist()),
+        prefix_ids=tuple(record["prefix_ids"]),
         reflected=reflected,
     )

@@ -1,5 +1,6 @@
 """Replay an archive under other settings, and compare what trains with what the run trained."""
 
+import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -9,6 +10,9 @@ from statistics import fmean, pstdev
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from care_train.algorithm.care import skip_before_forward
 from care_train.algorithm.fixability import Fixability, outcomes_of
@@ -16,9 +20,11 @@ from care_train.algorithm.region_weights import spread_advantages
 from care_train.algorithm.types import GroupUpdate, RolloutGroup
 from care_train.config import TABLE_5, Config, load_config
 from care_train.replay.archived import ArchivedGroup, Credited, steps_of
+from care_train.reporting.files import write_json
 from care_train.training.credit import choose_subgroup, fixability_of, group_updates, outcome_of
 from care_train.training.resume import settings_of
 
+FORMATS = (".json", ".csv", ".png")
 _REPLAYED = ("algorithm", "preset", "care.", "loss.")
 _SAMPLED = tuple(
     f"care.reflection.{name}" for name in ("cue", "temperature", "top_p", "max_new_tokens")
@@ -113,10 +119,6 @@ class Replay:
             "recorded": self.recorded.summary(),
             "replayed": self.replayed.summary(),
         }
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The groups, in JSON's types."""
-        return [asdict(group) for group in self.groups]
 
 
 def replay(run: Path, overrides: Sequence[str] = ()) -> Replay:
@@ -264,3 +266,70 @@ def _configs(run: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, tup
                 f"another way ({name}) than in the run: train with it"
             )
     return now, changes
+
+
+def show_replay(replayed: Replay, console: Console | None = None) -> None:
+    """Print the totals beside the run's own."""
+    console = console or Console()
+    summary = replayed.summary()
+    changes = ", ".join(f"{key}={new}" for key, (_, new) in replayed.changes.items())
+    console.print(Text(f"{replayed.run}: {changes or 'its own settings'}"), soft_wrap=True)
+    table = Table("", "the run", "replayed")
+    sides = summary["recorded"], summary["replayed"]
+    for name in dict.fromkeys([*sides[0]["outcomes"], *sides[1]["outcomes"]]):
+        table.add_row(f"groups {name}", *(f"{s['outcomes'].get(name, 0):,}" for s in sides))
+    table.add_row("sequences trained", *(f"{s['trained_sequences']:,}" for s in sides))
+    for name in ("advantage_mean", "advantage_std", "advantage_min", "advantage_max"):
+        table.add_row(name.replace("_", " "), *(_number(s[name], "{:+.4f}") for s in sides))
+    table.add_row("advantages above 0", *(_number(s["positive_share"], "{:.1%}") for s in sides))
+    shares = (_number(side["signal_share"], "{:.1%}") for side in sides)
+    table.add_row("sampled tokens with an advantage", *shares)
+    console.print(table)
+    console.print(
+        f"{summary['groups']:,} groups compared: the same rollouts train in "
+        f"{summary['groups_with_same_chosen']:,}, the sets overlap by "
+        f"{_number(summary['mean_overlap'], '{:.1%}')} on average; advantages differ by at most "
+        f"{summary['max_advantage_difference']:.4g} per sequence, "
+        f"{summary['max_token_difference']:.4g} per token",
+        soft_wrap=True,
+    )
+    for reason, count in replayed.unknown.items():
+        console.print(f"{count:,} groups left out: {reason}", soft_wrap=True)
+
+
+def check_outputs(paths: Sequence[Path]) -> None:
+    """Refuse, before the work, what `write_replay` cannot write.
+
+    Raises:
+        ValueError: another ending than `FORMATS`.
+    """
+    for path in paths:
+        if path.suffix not in FORMATS:
+            raise ValueError(f"--out: got {path}, wanted a name that ends in {', '.join(FORMATS)}")
+
+
+def write_replay(replayed: Replay, path: Path) -> None:
+    """Write totals and groups (.json), the groups (.csv) or a picture (.png)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(group) for group in replayed.groups]
+    if path.suffix == ".json":
+        write_json(path, replayed.summary() | {"per_group": rows})
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(map(_flat, rows))
+    else:
+        from care_train.reporting.plots import plot_replay
+
+        overlaps = [group.overlap for group in replayed.groups]
+        plot_replay(replayed.recorded.advantages, replayed.replayed.advantages, overlaps, path)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Sets of places as text: `0 3 5`."""
+    return {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in row.items()}
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

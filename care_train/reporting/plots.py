@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from care_train.reporting.charts import charts
 from care_train.reporting.curves import (
     Records,
     average_window,
     mean_interval,
     seed_curves,
-    series,
     smoothed,
 )
 from care_train.reporting.signature import Fit, Signature
@@ -43,20 +43,19 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 8.5,
 }
 _MAX_COLUMNS = 3
+_PANELS = (
+    *("Reward", "Accuracy", "Well-formed responses", "KL to the reference", "Lengths"),
+    *("What became of the groups", "Log-prob gap"),
+)
+"""Of the report page's charts, those of a run's picture."""
+_STACK_COLORS = ("#A6D4F0", _ORANGE, "#E2E2E2")
 _LABELS = {
     "reward": "mean reward",
-    "accuracy": "accuracy",
     "format": "well-formed responses",
-    "greedy_accuracy": "greedy accuracy",
-    "greedy_format": "well-formed greedy responses",
     "kl": "KL to the reference (nats per token)",
     "response_length": "response length (tokens)",
-    "groups": "what became of the groups",
-    "gap_mean": "trainer and rollouts apart (nats per token)",
-    "loss": "loss (nats per token)",
 }
-_PANELS = ("reward", "accuracy", "format", "kl", "response_length", "groups", "gap_mean")
-_SHARES = ("accuracy", "format", "greedy_accuracy", "greedy_format", "groups")
+_SHARES = ("accuracy", "format", "greedy_accuracy", "greedy_format")
 
 
 def plot_learning_curves(metrics: Records, path: Path) -> None:
@@ -71,13 +70,9 @@ def plot_learning_curves(metrics: Records, path: Path) -> None:
     Raises:
         ValueError: no record holds anything to plot.
     """
-    known = {(r["phase"], key) for r in metrics for key, value in r.items() if value is not None}
-    panels = [
-        ("train", key)
-        for key in _PANELS
-        if ("train", key) in known or (("eval", key) in known and key != "groups")
-    ]
-    panels = panels or [("sft", "loss")] * (("sft", "loss") in known)
+    found = {chart["title"]: chart for chart in charts({"": [metrics]})}
+    panels = [found[title] for title in _PANELS if title in found]
+    panels = panels or [found[title] for title in ("Cold start",) if title in found]
     if not panels:
         raise ValueError("metrics: got no record with a value to plot")
     columns = min(_MAX_COLUMNS, len(panels))
@@ -85,14 +80,11 @@ def plot_learning_curves(metrics: Records, path: Path) -> None:
     with matplotlib.rc_context(_STYLE):
         figure = _figure(4.2 * columns, 3.1 * rows)
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
-        for axis, (phase, key) in zip(axes, panels, strict=False):
-            (_draw_groups if key == "groups" else _draw_panel)(axis, metrics, phase, key)
-            _label(axis, key)
-            if axis.get_legend_handles_labels()[0] and key != "groups":
-                axis.legend(loc="best")
+        for axis, chart in zip(axes, panels, strict=False):
+            _draw_chart(axis, chart)
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
-        if any(line.get_alpha() is not None for axis in axes for line in axis.get_lines()):
+        if any(one["kind"] == "faint" for chart in panels for one in chart["series"]):
             legend = "Light line: each step. Strong line: moving average."
             figure.suptitle(legend, x=0.01, ha="left", fontsize=9, color=_GREY)
         _save(figure, path)
@@ -133,8 +125,12 @@ def plot_comparison(
         axis = figure.subplots()
         for index, (label, (steps, seeds)) in enumerate(curves.items()):
             _draw_run(axis, index, label, steps, [smoothed(values, window) for values in seeds])
-        _label(axis, key)
+        _label(axis, _LABELS.get(key, key))
         axis.set_title(axis.get_title(loc="left"), fontsize=12, pad=24)
+        if key in _SHARES:
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        elif key in ("kl", "response_length"):
+            axis.set_ylim(bottom=min(0.0, axis.dataLim.y0))
         if len(runs) > len(_RUN_COLORS):
             figure.legend(loc="outside right upper", fontsize=10)
         else:
@@ -212,53 +208,35 @@ def _draw_fit(axis: Axes, x: np.ndarray, fit: Fit, over_groups: Fit, color: str)
     axis.legend(loc="best")
 
 
-def _draw_panel(axis: Axes, metrics: Records, phase: str, key: str) -> None:
-    """Training steps as a line, evaluations as diamonds, the rationale's length beside it."""
-    both = key == "response_length" and len(series(metrics, phase, "think_length")[0])
-    _draw_curve(axis, *series(metrics, phase, key), _BLUE, "response" if both else "")
-    if both:
-        _draw_curve(axis, *series(metrics, phase, "think_length"), _ORANGE, "rationale")
-    for decoding, name, face in (
-        ("sampled", key, _VERMILION),
-        ("greedy", f"greedy_{key}", "white"),
-    ):
-        steps, values = series(metrics, "eval", name)
-        if len(steps):
-            style = {"color": _VERMILION, "markerfacecolor": face, "markersize": 6, "zorder": 4}
-            axis.plot(steps, values, "D", label=f"evaluation, {decoding}", clip_on=False, **style)
-
-
-def _draw_curve(axis: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
-    if not len(steps):
-        return
-    window = average_window(len(steps))
-    if window > 1:
-        axis.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-    marker = "o" if len(steps) == 1 else ""
-    smooth = smoothed(values, window)
-    axis.plot(steps, smooth, color=color, linewidth=2, marker=marker, label=label)
-
-
-def _draw_groups(axis: Axes, metrics: Records, phase: str, key: str) -> None:
-    """What became of each step's groups, as shares; and how often a reflection succeeded."""
-    steps, groups = series(metrics, phase, key)
-    window = average_window(len(steps))
-    total = np.maximum(smoothed(groups, window), 1e-9)
-    shares = []
-    for name in ("groups_rescued", "groups_skipped"):
-        known = dict(zip(*series(metrics, phase, name), strict=True))
-        counts = np.array([known.get(step, 0.0) for step in steps])
-        shares.append(smoothed(counts, window) / total)
-    colors, labels = ("#A6D4F0", _ORANGE, "#E2E2E2"), ("trained", "rescued", "skipped")
-    axis.stackplot(steps, 1 - sum(shares), *shares, colors=colors, labels=labels)
-    tried, success = series(metrics, phase, "reflection_success")
-    if len(tried):
-        smooth = smoothed(success, average_window(len(tried)))
-        axis.plot(tried, smooth, color="#222222", linestyle="--", label="reflection success")
-    axis.grid(False)
-    axis.set_ylim(0, 1)
-    below = {"loc": "upper center", "bbox_to_anchor": (0.48, -0.2), "ncols": 4, "fontsize": 8}
-    axis.legend(**below, handlelength=1.2, handletextpad=0.4, columnspacing=0.9)
+def _draw_chart(axis: Axes, chart: Mapping[str, Any]) -> None:
+    """A chart of the report page."""
+    series = chart["series"]
+    for one in () if chart["stacked"] else series:
+        known = [place for place, value in enumerate(one["y"]) if value is not None]
+        steps, values = [chart["x"][place] for place in known], [one["y"][place] for place in known]
+        color = _RUN_COLORS[one["metric"]]
+        if one["kind"] == "faint":
+            axis.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+        elif one["kind"] == "points":
+            face = "white" if "greedy" in one["label"] else color
+            style = {"markerfacecolor": face, "markersize": 6, "zorder": 4, "clip_on": False}
+            axis.plot(steps, values, "D", color=color, label=one["label"], **style)
+        else:
+            marker = "o" if len(steps) == 1 else ""
+            axis.plot(steps, values, color=color, linewidth=2, marker=marker, label=one["label"])
+    if chart["stacked"]:
+        labels = [one["label"] for one in series]
+        heights = [one["y"] for one in series]
+        axis.stackplot(chart["x"], *heights, colors=_STACK_COLORS, labels=labels)
+        axis.grid(False)
+        axis.set_ylim(0, 1)
+    is_share = chart["unit"] == "share"
+    _label(axis, chart["title"] + (f" ({chart['unit']})" if chart["unit"] and not is_share else ""))
+    if is_share:
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    elif chart["unit"]:
+        axis.set_ylim(bottom=min(0.0, axis.dataLim.y0))
+    axis.legend(loc="best", frameon=chart["stacked"])
 
 
 def _draw_run(
@@ -276,15 +254,10 @@ def _draw_run(
         axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.18, linewidth=0)
 
 
-def _label(axis: Axes, key: str) -> None:
-    label = _LABELS.get(key, key)
-    axis.set_title(label[0].upper() + label[1:])
+def _label(axis: Axes, title: str) -> None:
+    axis.set_title(title[0].upper() + title[1:])
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axis.set_xlabel("step")
-    if key in _SHARES:
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    elif key in ("kl", "response_length", "gap_mean"):
-        axis.set_ylim(bottom=min(0.0, axis.dataLim.y0))
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -75,12 +75,7 @@ class TrainProgress:
         self._task = self._bar.add_task(description, total=total_steps, completed=start_step)
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
-        """Show where the run is.
-
-        Args:
-            step: steps done.
-            values: the step's numbers; those known here are shown, missing ones are left out.
-        """
+        """Show how many steps are done, and those of the last one's numbers that are known here."""
         if self._live:
             self._bar.values = _shown(values)
             self._bar.update(self._task, completed=step)
@@ -110,14 +105,9 @@ def track(
     total: int | None = None,
     console: Console | None = None,
 ) -> Iterator[Item]:
-    """Yield the items of `iterable` and show how far that has come.
+    """Yield the items of `iterable` and show how far that has come, on standard error by default.
 
-    Args:
-        iterable: the work.
-        description: what goes on.
-        enabled: False shows nothing.
-        total: how many items, where `iterable` has no length.
-        console: where to; standard error by default.
+    `total` is how many there are, where `iterable` has no length.
     """
     console = console or _CONSOLE
     if total is None and isinstance(iterable, Sized):
@@ -140,14 +130,9 @@ def track(
 def show_group(
     target: Console | TrainProgress, outcome: str, records: Sequence[SampleRecord]
 ) -> None:
-    """Print completions of one prompt in a panel, on a console or above a bar.
+    """Print completions of one prompt in a panel, at least one, on a console or above a bar.
 
     Their texts, which may be a model's, are shown to the letter and bounded in length.
-
-    Args:
-        target: where to.
-        outcome: what became of the group.
-        records: the completions to show of it, at least one.
     """
     first = records[0]
     rows = Table.grid(padding=(0, 1))
@@ -164,13 +149,7 @@ def show_group(
 
 
 def show_summary(run_dir: Path, summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print a run's scores, before and after where there are both, and where everything is.
-
-    Args:
-        run_dir: the run's folder; its name is shown to the letter.
-        summary: what summary.json holds.
-        console: where to; standard output by default.
-    """
+    """Print a run's scores (what summary.json holds), and where everything is, to the letter."""
     console = console or Console()
     if "accuracy_before" in summary:
         table = Table("held-out questions", "before", "after", "change", title_justify="left")

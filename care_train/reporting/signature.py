@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -71,8 +71,7 @@ class Signature:
     """Pearson's r of the two; NaN where all groups have the same alpha."""
 
 
-@dataclass(frozen=True)
-class _Group:
+class _Group(NamedTuple):
     num_negatives: int
     anchor: float
     negative: float
@@ -92,19 +91,23 @@ def k_signature(groups: "pa.Table", num_negatives: range = range(2, 8)) -> Signa
         num_negatives: the K' to take; the paper's are 2 to 7.
     """
     rows = groups.select(["outcome", "rollouts"]).to_pylist()
-    anchored = [row["rollouts"] for row in rows if row["outcome"] == "anchored"]
-    found = [group for one in anchored if (group := _group(one)) is not None]
-    found = [group for group in found if group.num_negatives in num_negatives]
+    anchored = [_group(row["rollouts"]) for row in rows if row["outcome"] == "anchored"]
+    found = [one for one in anchored if one is not None and one.num_negatives in num_negatives]
     sizes = sorted({group.num_negatives for group in found})
     if len(sizes) < 2:
         return None
-    buckets = tuple(_bucket(size, found) for size in sizes)
+    buckets = []
+    for size in sizes:
+        own = [group for group in found if group.num_negatives == size]
+        anchor = mean_interval([group.anchor for group in own])
+        negative = mean_interval([group.negative for group in own])
+        buckets.append(Bucket(size, len(own), *anchor, *negative))
     roots = [math.sqrt(group.num_negatives) for group in found]
     means = [math.sqrt(size) for size in sizes]
     alpha = tuple(group.alpha for group in found)
     scaled = tuple(group.anchor / root for group, root in zip(found, roots, strict=True))
     return Signature(
-        buckets,
+        tuple(buckets),
         anchor=_fit(means, [bucket.anchor for bucket in buckets]),
         negative=_fit([1 / root for root in means], [bucket.negative for bucket in buckets]),
         anchor_groups=_fit(roots, [group.anchor for group in found]),
@@ -133,13 +136,6 @@ def _group(rollouts: Sequence[dict[str, Any]]) -> _Group | None:
         -float(np.mean([other["raw_advantage"] for other in others])),
         float((1 + (count + 1) * rewards.var() / gap**2) ** -0.5),
     )
-
-
-def _bucket(size: int, groups: Sequence[_Group]) -> Bucket:
-    own = [group for group in groups if group.num_negatives == size]
-    anchor = mean_interval([group.anchor for group in own])
-    negative = mean_interval([group.negative for group in own])
-    return Bucket(size, len(own), *anchor, *negative)
 
 
 def _fit(x: Sequence[float], y: Sequence[float]) -> Fit:

@@ -10,14 +10,13 @@ import triton
 import triton.language as tl
 
 from bench.compile_cases import CompileCase, compile_case
-from bench.compiled import Outcome, figures, roofline_ms
-from bench.inspection import TARGETS, Target, compile_for
+from bench.compiled import TARGETS, Outcome, Target, compile_for, figures, roofline_ms
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Any]:
-    """The last line of `python -m bench.compiled --skip-peers`, which must end well."""
-    command = [sys.executable, "-m", "bench.compiled", "--skip-peers"]
+    """The last line of `python -m bench.compiled`, which must end well."""
+    command = [sys.executable, "-m", "bench.compiled"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
@@ -69,13 +68,13 @@ def test_spills_are_seen() -> None:
     """512 numbers for each thread do not fit 255 registers, and count as a failure."""
     resources = compile_for(_spilling_case(), TARGETS["sm_90"])
     assert resources.spills and resources.spilled_bytes > 0 and resources.local_accesses > 0
-    outcome = Outcome("spilling", "sm_90", True, 0, 1, resources, None)
+    outcome = Outcome("spilling", "sm_90", 0, 1, resources, None)
     assert outcome.failed and figures([outcome])["spills"] == 1
 
 
 def test_what_does_not_compile_is_a_failure() -> None:
     """A kernel without machine code is counted and named, never dropped."""
-    outcome = Outcome("broken", "sm_90", True, 0, 1, None, "CompilationError: no")
+    outcome = Outcome("broken", "sm_90", 0, 1, None, "CompilationError: no")
     assert outcome.failed
     assert figures([outcome])["not_compiled"] == ["broken sm_90"]
 

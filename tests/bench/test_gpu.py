@@ -10,19 +10,9 @@ import pytest
 
 from bench.gpu import __main__ as command
 from bench.gpu.measuring import at_most, attempt
-from bench.gpu.page import PageError, page_of, write_page
-from bench.gpu.record import Bench, Record
+from bench.gpu.page import PageError, page_of, problems_of, summary_of, write_page
 from bench.gpu.runner import Run, Section, run_sections
-from bench.gpu.summary import problems_of, summary_of
-
-
-def sections_in(folder: Path, **sources: str) -> None:
-    for name, source in sources.items():
-        (folder / f"{name}.py").write_text(f"def run(bench):\n    {source}\n")
-
-
-def make_bench(folder: Path) -> Bench:
-    return Bench(dry=True, record=Record(folder / "record.json"), until=0.0)
+from bench.gpu.section import Bench, Record
 
 
 def sample_results(**changes: Any) -> dict[str, Any]:
@@ -87,43 +77,35 @@ def test_a_dry_run_of_some_sections(tmp_path: Path) -> None:
 
 def test_failing_sections_cost_no_other_its_results(tmp_path: Path) -> None:
     """A crash, a hang and a signal leave what was recorded, before and after."""
-    sections_in(
-        tmp_path,
-        good="bench.record.put('part', {str(bench.part): bench.parts})",
-        crashes="bench.record.put('before', 1); raise ValueError('no luck')",
-        hangs="bench.record.put('before', 2); import time; time.sleep(600)",
-        dies="bench.record.put('before', 3); import os; os.kill(os.getpid(), 11)",
-    )
+    sources = {
+        "dies": "bench.record.put('before', 3); import os; os.kill(os.getpid(), 11)",
+        "hangs": "bench.record.put('before', 2); import time; time.sleep(600)",
+        "crashes": "bench.record.put('before', 1); raise ValueError('no luck')",
+        "good": "bench.record.put('part', {str(bench.part): bench.parts})",
+    }
+    for name, source in sources.items():
+        (tmp_path / f"{name}.py").write_text(f"def run(bench):\n    {source}\n")
     sections = [
-        Section("dies", "dies", 60),
-        Section("hangs", "hangs", 8),
-        Section("crashes", "crashes", 60),
-        Section("good", "good", 60, parts=2),
+        Section(name, f"{name}:run", 8 if name == "hangs" else 60, 2 if name == "good" else 1)
+        for name in sources
     ]
     said: list[str] = []
     run = Run(tmp_path / "out", 200.0, dry=False, site=tmp_path)
     results = run_sections(sections, run, said.append)
     found = results["sections"]
-    assert {name: section["status"] for name, section in found.items()} == {
-        "dies": "crashed",
-        "hangs": "timed out",
-        "crashes": "crashed",
-        "good": "ok",
-    }
+    assert [section["status"] for section in found.values()] == [
+        "crashed",
+        "timed out",
+        "crashed",
+        "ok",
+    ]
     assert [found[name]["figures"].get("before") for name in found] == [3, 2, 1, None]
     assert found["good"]["figures"]["part"] == {"0": 2, "1": 2}
     assert any("no luck" in text for text in said)
     assert json.loads((tmp_path / "out" / "gpu.json").read_text()) == results
     assert len(problems_of(results)) == 3
-
-
-def test_what_has_no_time_left_is_named(tmp_path: Path) -> None:
-    """The limit of the whole run leaves out the sections at its end."""
-    results = run_sections(
-        [Section("late", "late", 60)], Run(tmp_path, 0.0, dry=True), lambda text: None
-    )
-    assert results["sections"]["late"]["status"] == "left out"
-    assert problems_of(results) == ["late: left out"]
+    without_time = run_sections(sections[:1], Run(tmp_path, 0.0, dry=True), said.append)
+    assert problems_of(without_time) == ["dies: left out"]
 
 
 @pytest.mark.parametrize("failure", ("crashed", "timed out"))
@@ -205,7 +187,7 @@ def test_calls_of_other_packages_are_bounded(tmp_path: Path) -> None:
             while True:
                 pass
 
-    bench = make_bench(tmp_path)
+    bench = Bench(dry=True, record=Record(tmp_path / "record.json"), until=0.0)
     assert attempt(bench, "compiling", compile_for_ever, key="peers_failed") is None
     assert "TimeoutError: took more than" in bench.record.figures["peers_failed"]["compiling"]
     assert attempt(bench, "well", lambda: 3) == 3

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from care_train.cli import main
+from care_train.reporting.charts import charts
 from care_train.reporting.curves import average_window, mean_interval, smoothed
 from care_train.reporting.files import JsonlWriter
 from care_train.reporting.page import LiveServer, Page, write_page
-from care_train.reporting.page.charts import charts
 from care_train.reporting.page.runs import conditions, differences, read_run
 from tests.reporting.archives import group, invented_groups, write_evaluation, write_run
 
@@ -59,7 +59,8 @@ def test_seeds_are_a_band(tmp_path: Path) -> None:
     runs = [read_run(folder) for folder in folders]
     (condition,) = conditions(runs)
     assert condition.label == "s, 3 seeds"
-    (line,) = next(chart for chart in charts([condition]) if chart["title"] == "Accuracy")["series"]
+    found = charts({condition.label: [run.records for run in runs]})
+    (line,) = next(chart for chart in found if chart["title"] == "Accuracy")["series"]
     values = [np.array([record["accuracy"] for record in run.records]) for run in runs]
     averages = [smoothed(one, average_window(30)) for one in values]
     mean, half = mean_interval([float(one[9]) for one in averages])
@@ -85,14 +86,14 @@ def test_fig_6_is_shown_as_differences_too(tmp_path: Path) -> None:
             writer.write({"phase": "train", "step": step, "advantage_variance_ratio": ratio})
         writer.close()
     runs = [read_run(tmp_path / name) for name in ("one", "half")]
-    _, delta = charts(conditions(runs))
+    _, delta = charts({run.name: [run.records] for run in runs})
     assert delta["title"] == "Variance ratio: difference to one"
     assert [(one["label"], one["y"]) for one in delta["series"]] == [("half", [-0.375, -0.375])]
 
 
 def test_shares_of_a_stack_add_up(tmp_path: Path) -> None:
     """Trained, rescued and skipped groups are all groups."""
-    found = charts(conditions([read_run(_run(tmp_path / "run"))]))
+    found = charts({"run": [read_run(_run(tmp_path / "run")).records]})
     series = next(chart for chart in found if chart["stacked"])["series"]
     assert [sum(values) for values in zip(*(one["y"] for one in series), strict=True)] == [1.0] * 30
 
@@ -110,7 +111,7 @@ def test_a_large_archive_is_thinned_evenly(tmp_path: Path, monkeypatch: Any) -> 
 
 def test_answers_of_a_lone_evaluation_are_a_page(tmp_path: Path, monkeypatch: Any) -> None:
     """Without metrics too; of many questions evenly spaced ones, and the page says so."""
-    monkeypatch.setattr("care_train.reporting.page.answers._MAX_QUESTIONS", 3)
+    monkeypatch.setattr("care_train.reporting.page.archived._MAX_QUESTIONS", 3)
     write_evaluation(tmp_path / "run", 0, "greedy", "abbabb")
     page = Page([tmp_path / "run"])
     lines = _block(page, "answers")

@@ -118,9 +118,7 @@ def _copy_without_distances(run: Path, copy: Path) -> None:
 
     (copy / "archive").mkdir(parents=True)
     (copy / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
-    for file in archive_files(run):
-        if file.kind != "step":
-            continue
+    for file in archive_files(run, "step"):
         table = parquet.ParquetFile(file.path).read()
         place = table.column_names.index("pair_distances")
         nothing = pa.nulls(len(table), table.schema.field(place).type)

@@ -7,7 +7,7 @@ from typing import Any
 
 import care_train
 from care_train.reporting.archive import archive_files, read_archive
-from care_train.reporting.page.charts import charts
+from care_train.reporting.charts import charts
 from care_train.reporting.page.runs import Condition, Run, conditions, differences
 from care_train.reporting.report import fact_rows, group_rows, score_rows
 from care_train.reporting.signature import (
@@ -43,7 +43,7 @@ def page_contents(runs: Sequence[Run]) -> Json:
         "conditions": [condition.label for condition in compared],
         "tiles": _tiles(runs[0]) if len(runs) == 1 else [],
         "tables": [table for table in _tables(runs) if table["rows"]],
-        "charts": charts(compared),
+        "charts": charts({one.label: [run.records for run in one.runs] for one in compared}),
         "signature": _signature_contents(compared),
         "differences": _differences(runs) if len(runs) > 1 else None,
         "runs": [_run(run) for run in runs],

@@ -1,7 +1,7 @@
-"""The page's charts as plain data: what each shows, one line per condition, its band over seeds."""
+"""Charts as plain data, for the page and a run's picture: a line each, and bands over seeds."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from care_train.reporting.curves import (
     seed_curves,
     smoothed,
 )
-from care_train.reporting.page.runs import Condition
 
 Json = dict[str, Any]
 
@@ -30,7 +29,8 @@ class Chart:
     """Metric -> what its line is called; `a/b` is the quotient of two metrics of a step."""
     unit: str = ""
     """share | what a value counts."""
-    evaluations: Mapping[str, str] = field(default_factory=dict)
+    evaluated: str = ""
+    """The metric of evaluations, sampled and greedy, that is drawn as points."""
     note: str = ""
     stacked: bool = False
     has_delta: bool = False
@@ -40,16 +40,11 @@ class Chart:
 
 _EVALUATED = {"{}": "evaluation, sampled", "greedy_{}": "evaluation, greedy"}
 
-
-def _evaluated(key: str) -> dict[str, str]:
-    return {name.format(key): label for name, label in _EVALUATED.items()}
-
-
 CHARTS: Mapping[str, Sequence[Chart]] = {
     "Learning": (
-        Chart("Accuracy", {"accuracy": "training"}, "share", _evaluated("accuracy")),
+        Chart("Accuracy", {"accuracy": "training"}, "share", "accuracy"),
         Chart("Reward", {"reward": "mean", "reward_std": "deviation within a group"}),
-        Chart("Well-formed responses", {"format": "training"}, "share", _evaluated("format")),
+        Chart("Well-formed responses", {"format": "training"}, "share", "format"),
         Chart("Lengths", {"response_length": "response", "think_length": "rationale"}, "tokens"),
         Chart("KL to the reference", {"kl": "KL"}, "nats per token"),
         Chart(
@@ -133,51 +128,50 @@ _TIMES = {
 }
 
 
-def charts(conditions: Sequence[Condition]) -> list[Json]:
+def charts(conditions: Mapping[str, Sequence[Records]]) -> list[Json]:
     """Every chart that a run has values for.
 
     Args:
-        conditions: what is compared.
+        conditions: what is compared: label -> the records of each seed.
 
     Returns:
         Per chart: section, title, unit, note, stacked, x (steps) and series; of each series the
         label, the place of its condition and of its metric, kind (line | points | faint) and
         values at each x (None: none there); low and high where several seeds make a band.
     """
-    found = []
+    labels, compared = list(conditions), list(enumerate(conditions.values()))
+    known = {key for _, seeds in compared for records in seeds for one in records for key in one}
+    found: list[Json] = []
     for section, templates in CHARTS.items():
-        for chart in (part for template in templates for part in _split(template, conditions)):
+        for chart in (part for template in templates for part in _split(template, known)):
             # Stacks on top of each other compare nothing: one chart each.
-            shown = [[place] for place in range(len(conditions))] if chart.stacked else [None]
-            for places in shown:
-                if series := list(_series(chart, conditions, places)):
+            for places in [[one] for one in compared] if chart.stacked else [compared]:
+                if series := list(_series(chart, places)):
                     found.append({"section": section} | _aligned(chart, series))
                     if chart.has_delta:
-                        found.append(_delta(found[-1], conditions))
+                        found.append(_delta(found[-1], labels))
     return [chart for chart in found if chart["series"]]
 
 
-def _delta(chart: Json, conditions: Sequence[Condition]) -> Json:
+def _delta(chart: Json, labels: Sequence[str]) -> Json:
     """What each condition's line has over the first condition's, step by step."""
     lines = [one for one in chart["series"] if one["kind"] == "line"]
     base = next((one["y"] for one in lines if one["condition"] == 0), [])
     series = [
         {name: one[name] for name in ("condition", "metric", "kind")}
-        | {"label": conditions[one["condition"]].label}
+        | {"label": labels[one["condition"]]}
         | {"y": [None if None in (a, b) else a - b for a, b in zip(one["y"], base, strict=True)]}
         for one in lines
         if one["condition"] > 0 and base
     ]
-    title = f"{chart['title']}: difference to {conditions[0].label}"
+    title = f"{chart['title']}: difference to {labels[0]}"
     return chart | {"title": title, "unit": "", "series": series}
 
 
-def _split(chart: Chart, conditions: Sequence[Condition]) -> Iterator[Chart]:
+def _split(chart: Chart, known: Collection[str]) -> Iterator[Chart]:
     """`chart`, with the parts of a step's time that are known; behind it the reward functions'."""
-    known = {key for c in conditions for run in c.runs for record in run.records for key in record}
     if chart.title.startswith("Seconds"):
-        lines = {key: label for key, label in _TIMES.items() if key in known}
-        chart = replace(chart, lines=lines)
+        chart = replace(chart, lines={key: _TIMES[key] for key in _TIMES if key in known})
     yield chart
     if chart.title == "Reward":
         names = sorted(k[7:-5] for k in known if k.startswith("reward_") and k.endswith("_mean"))
@@ -185,26 +179,20 @@ def _split(chart: Chart, conditions: Sequence[Condition]) -> Iterator[Chart]:
             yield Chart(f"Reward function {name}", {f"reward_{name}_mean": "mean"})
 
 
-def _series(
-    chart: Chart, conditions: Sequence[Condition], places: Sequence[int] | None
-) -> Iterator[Json]:
-    for place, condition in enumerate(conditions):
-        if places is not None and place not in places:
-            continue
+def _series(chart: Chart, conditions: Sequence[tuple[int, Sequence[Records]]]) -> Iterator[Json]:
+    for place, seeds in conditions:
         for metric, (key, label) in enumerate(chart.lines.items()):
             found = {"condition": place, "metric": metric, "label": label}
-            seeds = [_with_ratio(run.records, key) for run in condition.runs]
-            smooth = chart.phase == "train"
-            for line in _lines(found, seeds, chart.phase, key, smooth=smooth):
+            counted = [_with_ratio(records, key) for records in seeds]
+            for line in _lines(found, counted, chart.phase, key, smooth=chart.phase == "train"):
                 if not chart.stacked:
                     yield line
                 elif line["kind"] == "line":
                     # What is stacked adds up, which single steps and bands beside it would not.
                     yield {name: line[name] for name in line if name not in ("low", "high")}
-        for metric, (key, label) in enumerate(chart.evaluations.items(), len(chart.lines)):
+        for metric, (name, label) in enumerate(_EVALUATED.items(), len(chart.lines)):
             found = {"condition": place, "metric": metric, "label": label, "kind": "points"}
-            seeds = [run.records for run in condition.runs]
-            yield from _lines(found, seeds, "eval", key, smooth=False)
+            yield from _lines(found, seeds, "eval", name.format(chart.evaluated), smooth=False)
 
 
 def _lines(
