@@ -52,7 +52,7 @@ def claim(config: Config) -> None:
         ValueError: no token, or none that may write there.
     """
     if config.hub.push_to is not None and is_main():
-        hub.create_repository(config.hub.push_to, private=config.hub.private, key=_KEY)
+        hub.create_repository(config.hub.push_to, key=_KEY)
 
 
 def model_card(config: Config, summary: Mapping[str, Any]) -> str:

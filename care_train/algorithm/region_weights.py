@@ -187,12 +187,11 @@ def importance_weights(
     (IcePop's band); verl's rollout correction (products and geometric means).
     """
     log_ratio = trainer.float().cpu() - torch.tensor(engine)
-    if loss.importance_sampling == "sequence":
+    level, _, mask = loss.importance_sampling.partition("_")
+    if level == "sequence":
         log_ratio = log_ratio.sum().expand_as(log_ratio)
-    elif loss.importance_sampling == "geometric":
+    elif level == "geometric":
         log_ratio = log_ratio.mean().expand_as(log_ratio)
     weights = log_ratio.exp()
-    bounded = weights.clamp(loss.importance_floor, loss.importance_cap)
-    if loss.importance_beyond == "truncate":
-        return bounded
-    return weights.where(weights == bounded, 0.0)
+    bounded = weights.clamp(*loss.importance_range)
+    return weights.where(weights == bounded, 0.0) if mask else bounded

@@ -54,6 +54,12 @@ class Decisions:
     """A reflection continues an open rationale, and is scored with it; or it continues the failed
     response from an opened answer tag, and its new tokens alone are scored and trained, as if they
     had been sampled after the prompt (`official`)."""
+    repair_temperature: float | None = None
+    """Sampling temperature of a reflection. None: the rollouts' own, as for the next two."""
+    repair_top_p: float | None = None
+    """Its nucleus threshold."""
+    repair_max_tokens: int | None = None
+    """Its length limit in tokens, where the rollouts' own is not lower."""
     beyond_subgroup: Literal["dropped", "regularized"] = "dropped"
     """Sequences outside S* are not forwarded; or they count in the loss's denominator and the KL
     pulls at them (`official`)."""
@@ -91,6 +97,9 @@ OFFICIAL = Decisions(
     clamp_anchor=False,
     spans="tokens",
     repair="answer",
+    repair_temperature=0.6,
+    repair_top_p=0.95,
+    repair_max_tokens=512,
     beyond_subgroup="regularized",
     proxy_score="sum",
     proxy_requires_format=False,
@@ -117,12 +126,6 @@ class ReflectionSettings:
     (prompt, failed rationale, cue), or the prompt alone, with truncated importance weights."""
     reflect_scale: PositiveFloat | None = None
     """s_refl: the negative scale of a failed reflection. null: s / 2. At most s."""
-    temperature: PositiveFloat | None = None
-    """Sampling temperature of the reflection. null: the rollouts' own."""
-    top_p: PositiveShare | None = None
-    """Nucleus threshold of the reflection. null: the rollouts' own."""
-    max_new_tokens: PositiveInt | None = None
-    """Length limit of the reflection in tokens. null: the rollouts' own."""
 
 
 @section
@@ -195,9 +198,6 @@ _OFFICIAL_SETTINGS: dict[str, Any] = {
         "reflection": {
             "cue": "\n<repair>\n- Mistake:\n- Fix:\n- Corrected final answer:\n</repair>\n",
             "context": "x_only",
-            "temperature": 0.6,
-            "top_p": 0.95,
-            "max_new_tokens": 512,
         },
     },
     "model": {"min_pixels": 262_144, "max_pixels": 4_194_304},

@@ -26,7 +26,8 @@ FOREIGN = {
     "vllm_gpu_memory_utilization": "rollout.vllm.gpu_memory_utilization",
     "vllm_tensor_parallel_size": "rollout.vllm.tensor_parallel_size",
     "vllm_importance_sampling_correction": "loss.importance_sampling",
-    "vllm_importance_sampling_cap": "loss.importance_cap",
+    "vllm_importance_sampling_cap": "loss.importance_range",
+    "vllm_importance_sampling_clip_max": "loss.importance_range",
     "max_steps": "train.steps",
     "num_train_epochs": "train.steps: there are no epochs",
     "per_device_train_batch_size": "train.micro_batch_size",
@@ -39,7 +40,7 @@ FOREIGN = {
     "report_to": "logging.report_to",
     "hub_model_id": "hub.push_to",
     "push_to_hub": "hub.push_to=ORG/NAME",
-    "hub_private_repo": "hub.private",
+    "hub_private_repo": "hub.push_to, whose repositories are made private",
     "dataset_config": "data.path=ORG/NAME:CONFIG",
     "dataset_train_split": "data.path=PATH@SPLIT",
     "dataset_test_split": "eval.data=@SPLIT",
@@ -98,7 +99,7 @@ FOREIGN = {
     "model_path": "model.path",
     "mask_truncated_completions": "loss.mask_truncated",
     "use_bias_correction_kl": "loss.kl_estimator",
-    "vllm_importance_sampling_mode": "loss.importance_beyond",
+    "vllm_importance_sampling_mode": "loss.importance_sampling",
     "format_prompt": "prompt.suffix",
 }
 """Names that other trainers use, with what they are here."""

@@ -10,10 +10,9 @@ class HubSettings:
     """What a run uploads to the Hugging Face Hub."""
 
     push_to: str | None = None
-    """`ORG/NAME`: the model repository that `final/` and a model card are uploaded to at the end
-    of a run; it is made at the start, so that a missing token is known then. None: none."""
-    private: bool = True
-    """Make the repository private where it is new."""
+    """`ORG/NAME`: the model repository that `final/` and a model card are uploaded to at the end of
+    a run. It is made at the start, so that a missing token is known then, and is private. None:
+    none."""
 
     def __post_init__(self) -> None:
         good = self.push_to is None or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.push_to)

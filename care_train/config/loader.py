@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from care_train.config.build import BuildSettings
 from care_train.config.care import PRESETS
-from care_train.config.gone import without_gone, without_gone_of_build, without_old_sections
+from care_train.config.gone import without_gone, without_gone_of_build
 from care_train.config.hints import explain
 from care_train.config.keys import find_key
 from care_train.config.loss import TABLE_5
@@ -103,7 +103,7 @@ def build_config(values: Mapping[str, Any], source: str = "the configuration") -
     algorithm, preset = str(values.get("algorithm", "care")), str(values.get("preset", "default"))
     layered = merge(TABLE_5.get(algorithm, {}), PRESETS.get(preset, {}))
     try:
-        values = without_gone(values, preset)
+        values = without_gone(values, algorithm, preset)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     return _validated(Config, merge(layered, values), source)
@@ -186,7 +186,6 @@ def _is_section(root: type = Config, prefix: str = "") -> Callable[[str], bool]:
 def _lay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """`merge`, where a `deepspeed` that is a name replaces the whole section by a file's, and
     changes by name become a list's entries."""
-    top = without_old_sections(top)
     name = top.get("deepspeed")
     if isinstance(name, str):
         base = {**base, "deepspeed": {}}

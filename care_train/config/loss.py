@@ -1,13 +1,17 @@
 """Settings of the loss, with each algorithm's own."""
 
+from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat
 
 from care_train.config.base import Share, check, section
 
 Algorithm = Literal[
     "care", "grpo", "dapo", "gspo", "dr_grpo", "rloo", "reinforce_pp", "cispo", "sapo"
+]
+ImportanceSampling = Literal[
+    "none", "token", "sequence", "geometric", "token_mask", "sequence_mask", "geometric_mask"
 ]
 
 
@@ -15,10 +19,10 @@ Algorithm = Literal[
 class LossSettings:
     """The surrogate and its regulariser (Eqs. 12-13). Table 5 sets the defaults per algorithm."""
 
-    surrogate: Literal["clip", "cispo", "sapo"] = "clip"
-    """`clip`: Eq. 12. `cispo` (arXiv:2506.13585): the ratio, held within 1 - clip_eps_low and
-    1 + clip_eps_high, weighs each token's log-prob, whose gradient is never cut. `sapo`
-    (arXiv:2511.20347): a smooth gate around a ratio of 1, which reads no clip range."""
+    surrogate: Annotated[Literal["clip", "cispo", "sapo"], Field(exclude=True)] = "clip"
+    """Set by `algorithm`. `clip`: Eq. 12. `cispo` (arXiv:2506.13585): the ratio, held within
+    1 - clip_eps_low and 1 + clip_eps_high, weighs each token's log-prob, whose gradient is never
+    cut. `sapo` (arXiv:2511.20347): a smooth gate around a ratio of 1, which reads no clip range."""
     clip_eps_low: Share = 0.2
     """eps_low."""
     clip_eps_high: NonNegativeFloat = 0.28
@@ -41,22 +45,20 @@ class LossSettings:
     mask_truncated: bool = False
     """Responses that the length limit cut train nothing and count in no denominator; their rewards
     still count in their group's."""
-    importance_sampling: Literal["none", "token", "sequence", "geometric"] = "token"
+    importance_sampling: ImportanceSampling = "token"
     """Weigh by pi_trainer / pi_engine where the rollout engine returns log-probs (vLLM), as it
-    computes the policy a little differently: per token, by the response's product, or by the
-    geometric mean over its tokens."""
-    importance_cap: PositiveFloat = 2.0
-    """Largest such weight."""
-    importance_floor: NonNegativeFloat = 0.0
-    """Smallest such weight."""
-    importance_beyond: Literal["truncate", "mask"] = "truncate"
-    """What becomes of a weight outside floor and cap: the nearer of them, or 0, so that the token
-    (or response) trains nothing. IcePop (arXiv:2510.18855) is `token` and `mask` within 0.5 and 5;
-    a sequence mask is `geometric` and `mask`."""
+    computes the policy a little differently: per token, by the response's product (`sequence`), or
+    by the geometric mean over its tokens. A weight outside `importance_range` becomes the nearer
+    end of it; with `_mask` 0, so that the token or response trains nothing."""
+    importance_range: Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=2)] = field(
+        default_factory=lambda: [0.0, 2.0]
+    )
+    """Smallest and largest such weight. IcePop (arXiv:2510.18855) is `token_mask` within
+    [0.5, 5]."""
 
     def __post_init__(self) -> None:
-        floor, wanted = self.importance_floor, f"at most importance_cap = {self.importance_cap}"
-        check(floor <= self.importance_cap, "loss.importance_floor", floor, wanted)
+        low, high = self.importance_range
+        check(low <= high, "loss.importance_range", [low, high], "the smaller number first")
 
 
 def _loss(low: float, high: float, kl_coef: float, **more: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from care_train.config.base import Role, check, section
 
@@ -16,9 +16,6 @@ class LoraSettings:
     """r: the adapters' inner dimension."""
     alpha: PositiveFloat = 32.0
     """Adapters count alpha / rank times."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of an adapter's inputs dropped in training. Above 0 the policy that is trained is not
-    the one that sampled: meant for a cold start."""
     target_modules: Annotated[Literal["all-linear"] | list[str], Role.FIXED] = "all-linear"
     """`all-linear`, or ends of the names of linear layers (`[q_proj, v_proj]`); never the head."""
     vision: Annotated[bool, Role.FIXED] = False

@@ -59,7 +59,9 @@ class RewardFunctionSettings:
 
 @section
 class JudgeSettings:
-    """A language model that decides where the verifier finds no match among open-ended answers."""
+    """A language model that decides where the verifier finds no match among open-ended answers. It
+    gets 16 requests at a time and has 60 s for each; one that fails is tried three times more, at
+    growing intervals, before the run stops with an error."""
 
     base_url: str
     """An OpenAI-compatible endpoint, such as http://localhost:8000/v1."""
@@ -73,13 +75,8 @@ class JudgeSettings:
     api_key_env: Annotated[str, Role.SPEED] = "OPENAI_API_KEY"
     """The environment variable that holds the key. It is sent to https://api.openai.com alone,
     unless the variable CARE_TRAIN_KEYS names it with the endpoint: `MY_KEY@https://host:8000`."""
-    timeout: Annotated[PositiveFloat, Role.SPEED] = 60.0
-    """Seconds per request. One that fails is tried three times more, at growing intervals; then the
-    run stops with an error."""
     max_tokens: PositiveInt = 512
     """Length limit of a reply in tokens."""
-    concurrency: Annotated[PositiveInt, Role.SPEED] = 16
-    """Requests at a time."""
 
     def __post_init__(self) -> None:
         fields = all("{" + name + "}" in self.prompt for name in ("answer", "response"))

@@ -26,19 +26,21 @@ class VllmSettings:
     sample each other's prompts too; a server starts so many workers."""
     enforce_eager: bool = False
     """Without CUDA graphs: slower, less memory. CPUs are always eager."""
-    sleep_level: Literal[0, 1, 2] = 2
-    """What vLLM frees on the GPU while the policy trains: 0 nothing; 1 caches and weights, which it
-    keeps in main memory; 2 caches and weights, which come anew. Level 1 pays with `lora: adapter`,
-    where base weights are then sent once. CPUs: always 0, vLLM has no sleep mode there."""
     lora: Literal["merged", "adapter"] = "merged"
     """How adapters (`model.lora`) get there: `merged` into the weights they adapt, all of which are
     sent after every step; or `adapter`: base weights once, then adapters alone, which vLLM's LoRA
-    kernels add at every token."""
+    kernels add at every token. While the policy trains, vLLM's caches and weights leave the GPU:
+    `merged` ones come anew, base weights wait in main memory."""
 
     def __post_init__(self) -> None:
         url = urlsplit(self.server or "http://x")
         is_url = url.scheme in ("http", "https") and bool(url.hostname)
         check(is_url, "rollout.vllm.server", self.server, "http://host:port")
+
+    @property
+    def sleep_level(self) -> int:
+        """vLLM's: 1 keeps the weights in main memory, 2 drops them."""
+        return 1 if self.lora == "adapter" else 2
 
 
 @section

@@ -104,13 +104,19 @@ class Config:
             path = f"{own.path}{path}" + (f"#{own.revision}" if own.revision else "")
         return DataSettings(path=path, max_samples=self.eval.max_samples)
 
+    @property
+    def longest_reflection(self) -> int:
+        """Most new tokens of a reflection."""
+        own, limit = self.care.decisions.repair_max_tokens, self.rollout.max_new_tokens
+        return limit if own is None else min(own, limit)
+
     def _check_micro_batch_tokens(self) -> None:
         """Any sequence must fit: one that does not would end the run hours in."""
         rollout, care, got = self.rollout, self.care, self.train.micro_batch_tokens
         longest = self.prompt.max_prompt_tokens + rollout.max_new_tokens
         if self.algorithm == "care" and care.reflection.enabled:
             # Its prompt and prefix together have as many as a prompt and a response.
-            longest += care.reflection.max_new_tokens or rollout.max_new_tokens
+            longest += self.longest_reflection
         wanted = f"null, or at least {longest}: the longest sequence by prompt.max_prompt_tokens "
         wanted += "and rollout.max_new_tokens"
         check(got is None or got >= longest, "train.micro_batch_tokens", got, wanted)

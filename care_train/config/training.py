@@ -22,12 +22,6 @@ class LoopSettings:
     """Peak learning rate of AdamW, whose betas are 0.9 and 0.999."""
     warmup_steps: NonNegativeInt = 10
     """Optimiser steps of linear warm-up."""
-    schedule: Schedule = "constant"
-    """Shape of the learning rate after the warm-up; cosine and linear end at 0."""
-    weight_decay: NonNegativeFloat = 0.0
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are scaled down to this global norm."""
     save_every: Annotated[NonNegativeInt, Role.FREE] = 0
     """Steps between checkpoints; 0: the final one only (`train`), or where a signal asks (`sft`,
     whose checkpoints are deleted at its end)."""
@@ -40,6 +34,12 @@ class LoopSettings:
 class TrainSettings(LoopSettings):
     """Reinforcement learning."""
 
+    schedule: Schedule = "constant"
+    """Shape of the learning rate after the warm-up; cosine and linear end at 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global norm."""
     prompts_per_step: PositiveInt = 32
     """Prompts per rollout batch, over all ranks."""
     num_iterations: PositiveInt = 1
@@ -94,13 +94,13 @@ class TrainSettings(LoopSettings):
 
 @section
 class SftSettings(LoopSettings):
-    """Cold start (Sec. 3.1's format), before reinforcement learning."""
+    """Cold start (Sec. 3.1's format), before reinforcement learning. After the warm-up the learning
+    rate falls as a cosine; there is no weight decay, and gradients have a norm of at most 1."""
 
     data: DataSettings = field(default_factory=DataSettings)
     """Rows with a `rationale`."""
     steps: PositiveInt = 160
     learning_rate: PositiveFloat = 1e-5
-    schedule: Schedule = "cosine"
     batch_size: PositiveInt = 64
     """Rows per step, over all ranks."""
     eval_data: Annotated[str | None, Role.FREE] = None

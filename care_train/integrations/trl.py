@@ -199,10 +199,6 @@ def check(trainer: Any) -> None:
         "which takes the row of a rollout that is not trained": (
             reflection.enabled and trainer.num_generations < least
         ),
-        "care.reflection with sampling of its own; wanted None: GRPOConfig's holds for all": any(
-            value is not None
-            for value in (reflection.temperature, reflection.top_p, reflection.max_new_tokens)
-        ),
     }
     for message, is_refused in refused.items():
         if is_refused:

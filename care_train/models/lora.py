@@ -34,7 +34,6 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
     config = config_class(
         r=settings.rank,
         lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
         target_modules=linears,
         modules_to_save=wholes or None,
     )

@@ -83,10 +83,10 @@ def plan_memory(work: Workload) -> MemoryPlan:
 def host_bytes(work: Workload) -> float:
     """Main memory of one node: the weights that each process reads on its way to the device, what
     offloading fills with master weights, moments and fp32 gradients, and a sleeping vLLM's weights
-    under `sleep_level: 1`."""
+    under `lora: adapter`."""
     ranks, b, rollout = min(GPUS_PER_NODE, work.gpus), work.element_bytes, work.config.rollout
     total = ranks * work.num_held * float(b)
-    if rollout.engine == "vllm" and rollout.vllm.sleep_level == 1:
+    if rollout.engine == "vllm" and rollout.vllm.lora == "adapter":
         total += ranks * model_bytes(work) / rollout.vllm.tensor_parallel_size
     if work.config.deepspeed.offloads("optimizer"):
         total += ranks * work.num_trained / work.shards * (4 + _ADAM_BYTES + 4 + b)
@@ -182,7 +182,7 @@ def _rollout_items(work: Workload) -> list[Item]:
     else:
         kv_cache = 1.0 if vllm.kv_cache_gib is None else vllm.kv_cache_gib
         share = whole / vllm.tensor_parallel_size + kv_cache * GIB
-    sleeps = vllm.sleep_level > 0 and not work.device.is_cpu
+    sleeps = not work.device.is_cpu
     # As gathered, and in vLLM's precision.
     bucket = BUCKET_BYTES * (2 if work.stage == 3 else 1)
     # Level-2 sleep leaves about a GiB of CUDA graphs and workspaces: assumed.

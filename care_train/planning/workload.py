@@ -109,10 +109,9 @@ class Workload:
     @property
     def reflection(self) -> int:
         """Longest reflection."""
-        care, rollout = self.config.care, self.config.rollout
-        if self.config.algorithm != "care" or not care.reflection.enabled:
+        if self.config.algorithm != "care" or not self.config.care.reflection.enabled:
             return 0
-        return care.reflection.max_new_tokens or rollout.max_new_tokens
+        return self.config.longest_reflection
 
     @property
     def prompt(self) -> int:

@@ -106,7 +106,7 @@ class VllmEngine:
         return {"sync_bytes": float(num_bytes)}
 
     def rest(self) -> None:
-        """Free vLLM's caches, and its weights or their GPU memory (`rollout.vllm.sleep_level`)."""
+        """Free vLLM's caches, and its weights or their GPU memory."""
         if self._sleep_level and not self._process.asleep:
             self._llm.sleep(level=self._sleep_level)
             self._process.asleep = True

@@ -150,7 +150,7 @@ def start_vllm(
             kv_cache_memory_bytes=None if kv_cache is None else int(kv_cache * _GIB),
             gpu_memory_utilization=settings.gpu_memory_utilization,
             enforce_eager=settings.enforce_eager or not on_gpu,
-            enable_sleep_mode=settings.sleep_level > 0 and on_gpu,
+            enable_sleep_mode=on_gpu,
             enable_prefix_caching=True,
             # The model's own generation_config must not bend sampling.
             generation_config="vllm",

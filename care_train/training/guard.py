@@ -41,7 +41,7 @@ from care_train.training.failures import (
     status_of,
 )
 from care_train.training.ranks import Beat, Fault, ForeignValueError, RankBoard, end_at_once
-from care_train.training.timer import PARTS, begin_step, current_place
+from care_train.training.timer import begin_step, current_place
 
 _TICK = 1.0
 """Seconds between two looks at the other ranks."""
@@ -107,8 +107,7 @@ class Guard:
             board: the ranks' messages.
         """
         self._limits, self._run_dir, self._board = limits, run_dir, board
-        seconds = [getattr(limits, key) for key in {*PARTS.values(), "rank"}]
-        self._tick = min([_TICK, *(value / 4 for value in seconds if value > 0)])
+        self._tick = min(_TICK, *(value / 4 or _TICK for value in (limits.step, limits.rank)))
         self._leaving = threading.Event()
         self._found = threading.Event()
         self._fault: Fault | None = None
@@ -190,11 +189,8 @@ class Guard:
     def _own_beat(self) -> Beat:
         self._number += 1
         place = current_place()
-        seconds, limit = time.monotonic() - place.since, self._limit(place.part)
-        return Beat(self._number, place.part, place.step, seconds, 0 < limit < seconds)
-
-    def _limit(self, part: str) -> float:
-        return getattr(self._limits, PARTS[part])
+        seconds = time.monotonic() - place.since
+        return Beat(self._number, place.part, place.step, seconds, 0 < self._limits.step < seconds)
 
     def _hang(self, beats: Sequence[Beat | None]) -> Fault | None:
         """A hang: every rank is over its limit, or waits in the part of a step where one is."""
@@ -203,14 +199,11 @@ class Guard:
         for place, beat in enumerate(beats):
             if beat is None or beat.part not in over:
                 return None
-            limit = (
-                f" (limits.{PARTS[beat.part]} = {self._limit(beat.part):g})" if beat.over else ""
-            )
-            lines.append(f"rank {place} has been in {beat}{limit if beat.over else ''}")
-        names = ", ".join(sorted({f"limits.{PARTS[part]}" for part in over}))
+            limit = f" (limits.step = {self._limits.step:g})" if beat.over else ""
+            lines.append(f"rank {place} has been in {beat}{limit}")
         message = (
             f"{'; '.join(lines)}: taken for hung; the stacks of all threads are in "
-            f"{self._run_dir / 'stacks'}; raise {names} where this is no hang; "
+            f"{self._run_dir / 'stacks'}; raise limits.step where this is no hang; "
             f"{resume_hint(self._run_dir)}"
         )
         return Fault(self._board.rank, message, HUNG_STATUS, hung=True)

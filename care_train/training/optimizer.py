@@ -10,7 +10,6 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from care_train.config import DeepSpeedSettings
-from care_train.config.training import LoopSettings
 from care_train.distributed import gather, is_main
 from care_train.models.policy import first_broken_weight
 from care_train.training.failures import CHANGES, NotFiniteError
@@ -38,21 +37,6 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     max_skipped_updates: int = 0
-
-    @classmethod
-    def of(
-        cls, loop: LoopSettings, total_steps: int, max_skipped_updates: int = 0
-    ) -> "OptimizerSettings":
-        """Those of `train` or `sft`, for so many optimiser steps."""
-        return cls(
-            loop.learning_rate,
-            total_steps,
-            loop.warmup_steps,
-            loop.schedule,
-            loop.weight_decay,
-            loop.max_grad_norm,
-            max_skipped_updates,
-        )
 
 
 def learning_rate_factor(settings: OptimizerSettings) -> Callable[[int], float]:

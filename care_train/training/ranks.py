@@ -88,7 +88,7 @@ class Beat:
     number: int
     """Counts up; a rank whose number stays the same is dead, stopped or cut off."""
     part: Annotated[str, AfterValidator(_known_part)]
-    """A key of `timer.PARTS`."""
+    """One of `timer.PARTS`."""
     step: int | None
     seconds: float
     """How long the rank has been in the part."""

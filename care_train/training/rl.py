@@ -246,9 +246,18 @@ def open_policy(
     updates = train.steps * train.num_iterations * train.mini_batches
     if config.loss.kl_coef and not has_lora:
         reference = FrozenCopy(session.loaded.model)
+    optimizer = OptimizerSettings(
+        train.learning_rate,
+        updates,
+        train.warmup_steps,
+        train.schedule,
+        train.weight_decay,
+        train.max_grad_norm,
+        train.max_skipped_updates,
+    )
     engine = policy_engine(
         session,
-        OptimizerSettings.of(train, updates, train.max_skipped_updates),
+        optimizer,
         device,
         freeze_vision=train.freeze_vision,
         copy_for_rollouts=config.rollout.engine == "transformers",

@@ -135,11 +135,11 @@ class Sampler:
 
     @property
     def _reflection_sampling(self) -> SamplingSettings:
-        own, shared = self._config.care.reflection, self._sampling
+        own, shared = self._config.care.decisions, self._sampling
         return SamplingSettings(
-            shared.max_new_tokens if own.max_new_tokens is None else own.max_new_tokens,
-            shared.temperature if own.temperature is None else own.temperature,
-            shared.top_p if own.top_p is None else own.top_p,
+            self._config.longest_reflection,
+            own.repair_temperature or shared.temperature,
+            own.repair_top_p or shared.top_p,
             shared.top_k,
         )
 

@@ -146,9 +146,8 @@ class Session:
 def vllm_limits(config: Config) -> tuple[int, int]:
     """The longest context in tokens and the sequences at once that vLLM must be ready for."""
     rollout = config.rollout
-    longest = max(rollout.max_new_tokens, config.care.reflection.max_new_tokens or 0)
     # A reflection's prompt and prefix together have as many as a prompt and a response.
-    max_context = config.prompt.max_prompt_tokens + rollout.max_new_tokens + longest
+    max_context = config.prompt.max_prompt_tokens + 2 * rollout.max_new_tokens
     return max_context, rollout.batch_size
 
 

@@ -88,7 +88,10 @@ class _SftLoop(StepLoop):
         sft = session.config.sft
         checkpoints = cold_start_checkpoints(session.config, run_dir)
         super().__init__(session, cold_start.all, run_dir, metrics, device, sft.steps, checkpoints)
-        self.engine = policy_engine(session, OptimizerSettings.of(sft, sft.steps), device)
+        optimizer = OptimizerSettings(
+            sft.learning_rate, sft.steps, sft.warmup_steps, schedule="cosine"
+        )
+        self.engine = policy_engine(session, optimizer, device)
         self.values: dict[str, float] = {}
         self._rows, self._held_out = cold_start.learnt, cold_start.held_out
         self._order = PromptOrder(len(self._rows), session.config.seed)

@@ -2,7 +2,7 @@
 
 The name goes to three readers: the step's metrics (`seconds_generate`), the messages of errors
 ("step 3 of 60: out of memory in generate"), and the watchdog, which compares how long the part has
-taken with the limit that `limits.*` sets for it.
+taken with `limits.step`.
 """
 
 import time
@@ -22,24 +22,11 @@ from care_train.training.failures import (
     is_disk_full,
 )
 
-PARTS = {
-    "sync": "other",
-    "prepare": "other",
-    "generate": "step",
-    "score": "step",
-    "old_forward": "step",
-    "select": "other",
-    "reflect": "step",
-    "reference": "step",
-    "gap": "step",
-    "collate": "other",
-    "update": "step",
-    "optimizer": "step",
-    "archive": "other",
-    "save": "other",
-    "other": "other",
-}
-"""The parts of a step, each with the key of `limits` that bounds it.
+PARTS = (
+    *("sync", "prepare", "generate", "score", "old_forward", "select", "reflect", "reference"),
+    *("gap", "collate", "update", "optimizer", "archive", "save", "other"),
+)
+"""The parts of a step.
 
 `sync`: weights to the rollout engine. `prepare`: chat template and image processor. `generate`: the
 G rollouts. `score`: spans and verifier. `old_forward`: old log-probs and rationale embeddings.
@@ -71,7 +58,7 @@ class Place:
     """What a process is doing."""
 
     part: str = "other"
-    """A key of `PARTS`."""
+    """One of `PARTS`."""
     step: int | None = None
     """Counted from 1; None outside of steps."""
     since: float = field(default_factory=time.monotonic)

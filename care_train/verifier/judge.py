@@ -22,6 +22,9 @@ _CONFIRMED = "CARE_TRAIN_KEYS"
 """The variable that says which key goes where: it is set by whoever starts the run, while the
 settings may come from others."""
 _RETRIES = 3
+_TIMEOUT = 60.0
+"""Seconds per request."""
+_CONCURRENCY = 16
 _MAX_CACHED = 100_000
 
 
@@ -59,7 +62,7 @@ class Judge:
         self._client = openai.OpenAI(
             base_url=settings.base_url,
             api_key=self._key or "none",
-            timeout=settings.timeout,
+            timeout=_TIMEOUT,
             max_retries=_RETRIES,
         )
         self._known: dict[Case, Verdict] = {}
@@ -75,7 +78,7 @@ class Judge:
         if asked:
             if len(self._known) + len(asked) > _MAX_CACHED:
                 self._known = {case: self._known[case] for case in cases if case in self._known}
-            with ThreadPoolExecutor(min(self._settings.concurrency, len(asked))) as threads:
+            with ThreadPoolExecutor(min(_CONCURRENCY, len(asked))) as threads:
                 self._known |= dict(zip(asked, threads.map(self._ask, asked), strict=True))
         return [self._known[case] for case in cases]
 

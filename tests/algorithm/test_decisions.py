@@ -48,11 +48,17 @@ class TestReflectionPrompt:
         assert reflecting.repair.prefix_ids == request.prefix_ids
 
     def test_its_own_sampling_settings(self):
-        """care.reflection.temperature, top_p, max_new_tokens; None means the rollouts' own."""
-        rollout = {"temperature": 0.9, "top_p": 0.8, "max_new_tokens": 77}
+        """The rollouts' own, or those of the released code, whose length limit the rollouts' own
+        may lower."""
+        rollout = {"temperature": 0.9, "top_p": 0.8, "max_new_tokens": 777}
         own = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 512}
-        for reflection, expected in (({}, rollout), (own, own)):
-            _, engine = reflect(NEGATIVE, rollout=rollout, care={"reflection": reflection})
+        short = {"max_new_tokens": 77}
+        for preset, limits, expected in (
+            ("default", {}, rollout),
+            ("official", {}, own),
+            ("official", short, own | short),
+        ):
+            _, engine = reflect(NEGATIVE, preset=preset, rollout=rollout | limits)
             (sampling,) = engine.sampling
             assert {key: getattr(sampling, key) for key in own} == expected
 

@@ -50,14 +50,14 @@ CHANGES = {
         "care.decisions.count_negatives_by": "members",
         "care.decisions.spans": "tokens",
         "care.decisions.repair": "answer",
+        "care.decisions.repair_temperature": 0.6,
+        "care.decisions.repair_top_p": 0.95,
+        "care.decisions.repair_max_tokens": 512,
         "care.decisions.beyond_subgroup": "regularized",
         "care.reflection.cue": (
             "\n<repair>\n- Mistake:\n- Fix:\n- Corrected final answer:\n</repair>\n"
         ),
         "care.reflection.context": "x_only",
-        "care.reflection.temperature": 0.6,
-        "care.reflection.top_p": 0.95,
-        "care.reflection.max_new_tokens": 512,
         "loss.aggregation": "token",
         "loss.clip_eps_high": 0.3,
         "loss.dual_clip": 3.0,
@@ -104,9 +104,9 @@ def test_a_written_configuration_keeps_its_preset(preset):
 
 def test_a_users_own_value_wins_over_the_preset():
     """Presets lie under the user's settings, key by key."""
-    reflection = {"top_p": 0.5}
+    reflection = {"cue": "again:"}
     care = build_config({"preset": "official", "care": {"reflection": reflection}}).care
-    assert (care.reflection.top_p, care.reflection.temperature) == (0.5, 0.6)
+    assert (care.reflection.cue, care.reflection.context) == ("again:", "x_only")
     assert care.decisions.positive == "reward"
 
 

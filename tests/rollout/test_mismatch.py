@@ -77,29 +77,23 @@ def test_the_gate_is_passed_after_every_start_of_the_engine():
         step._checked_gap(bad, [])
 
 
-MASK = {"importance_beyond": "mask"}
-
-
 @pytest.mark.parametrize(
     ("values", "wanted"),
     [
         ({}, [2.0, 0.5, 1.0]),
-        ({"importance_cap": 5.0}, [4.0, 0.5, 1.0]),
+        ({"importance_range": [0, 5]}, [4.0, 0.5, 1.0]),
         ({"importance_sampling": "sequence"}, [2.0, 2.0, 2.0]),
-        ({"importance_sampling": "sequence", "importance_cap": 1.5}, [1.5, 1.5, 1.5]),
-        ({"importance_floor": 0.8}, [2.0, 0.8, 1.0]),
+        ({"importance_sampling": "sequence", "importance_range": [0, 1.5]}, [1.5, 1.5, 1.5]),
+        ({"importance_range": [0.8, 2]}, [2.0, 0.8, 1.0]),
         # IcePop's band, whose edges belong to it.
-        (
-            {"importance_beyond": "mask", "importance_floor": 0.5, "importance_cap": 3.0},
-            [0, 0.5, 1],
-        ),
-        ({"importance_beyond": "mask", "importance_floor": 0.6, "importance_cap": 5.0}, [4, 0, 1]),
+        ({"importance_sampling": "token_mask", "importance_range": [0.5, 3]}, [0, 0.5, 1]),
+        ({"importance_sampling": "token_mask", "importance_range": [0.6, 5]}, [4, 0, 1]),
         ({"importance_sampling": "geometric"}, [2 ** (1 / 3)] * 3),
-        (MASK | {"importance_sampling": "geometric", "importance_cap": 1.25}, [0.0] * 3),
+        ({"importance_sampling": "geometric_mask", "importance_range": [0, 1.25]}, [0.0] * 3),
     ],
 )
 def test_importance_weights(values, wanted):
-    """Ratios 4, 1/2 and 1, of product 2 and geometric mean 2^(1/3): cut to floor and cap, or 0."""
+    """Ratios 4, 1/2 and 1, of product 2 and geometric mean 2^(1/3): cut to the range, or 0."""
     engine = [-2.0, -1.0, -0.5]
     trainer = torch.tensor(engine) + torch.tensor([4.0, 0.5, 1.0]).log()
     weights = importance_weights(trainer, engine, LossSettings(**values))
@@ -108,5 +102,5 @@ def test_importance_weights(values, wanted):
 
 def test_a_floor_above_the_cap_is_refused():
     """No weight could lie between them."""
-    with pytest.raises(ValueError, match=r"loss.importance_floor: got 3.0, wanted at most .* 2.0"):
-        build_config({"loss": {"importance_floor": 3.0}})
+    with pytest.raises(ValueError, match=r"importance_range: got \[3.0, 2.0\], wanted the smaller"):
+        build_config({"loss": {"importance_range": [3, 2]}})

@@ -226,18 +226,18 @@ class SleepingLlm:
         self.told.append("wake up")
 
 
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_what_a_sleeping_engine_keeps(level, tiny_folder, monkeypatch):
-    """Level 1 keeps base weights, so only an adapter is sent after it; level 2 keeps nothing. Each
+@pytest.mark.parametrize(("lora", "level"), [("adapter", 1), ("merged", 2)])
+def test_what_a_sleeping_engine_keeps(lora, level, tiny_folder, monkeypatch):
+    """Base weights are kept, so only an adapter is sent after it; merged weights come anew. Each
     wake counts as a start."""
     llm = SleepingLlm()
     process = VllmProcess(llm, None, 100)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(vllm_engine, "vllm_process", lambda *_: process)
     monkeypatch.setattr(vllm_engine, "send_weights", lambda *_: 0)
-    monkeypatch.setattr(vllm_engine, "adapter_rank", lambda *_: 4)
+    monkeypatch.setattr(vllm_engine, "adapter_rank", lambda *_: 4 if lora == "adapter" else None)
     monkeypatch.setattr(vllm_engine, "adapter_request", object)
-    settings = VllmSettings(sleep_level=level, lora="adapter")
+    settings = VllmSettings(lora=lora)
     engine = vllm_engine.VllmEngine(load(tiny_folder()), settings, max_context=100, batch_size=1)
     assert (engine.wanted, engine.num_starts) == (WeightParts.BASE_AND_ADAPTER, 1)
     engine.sync(())

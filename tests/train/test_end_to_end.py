@@ -230,7 +230,7 @@ def test_baselines_train(algorithm, cold_start, color_rows, tmp_path):
     "arguments",
     [
         ("preset=literal",),
-        ("preset=official", "care.reflection.max_new_tokens=12"),
+        ("preset=official",),
         ("care.reflection.context=x_only",),
         ("loss.kl_estimator=exact", "loss.entropy_coef=0.01", "care.selector=random"),
     ],

@@ -15,7 +15,7 @@ from care_train.config import (
     build_config,
 )
 from care_train.data import Sample
-from care_train.verifier import AnswerType, Response, Verifier
+from care_train.verifier import AnswerType, Response, Verifier, judge
 from care_train.verifier.judge import read_reply
 from tests.verifier.judge_server import Server, serving
 
@@ -72,7 +72,7 @@ def test_the_judge_decides_open_answers_alone(server: Server):
 
 
 def test_requests_overlap(server: Server):
-    """As many at a time as `concurrency` says; each verdict goes to its own case, in order."""
+    """Several at a time; each verdict goes to its own case, in order."""
     together = threading.Barrier(4, timeout=10)
 
     def reply(prompt: str) -> str:
@@ -81,7 +81,7 @@ def test_requests_overlap(server: Server):
 
     server.reply = reply
     pairs = [(f"a {i}", "key word") for i in range(8)]
-    verifier, responses = _score(server, *pairs, concurrency=4)
+    verifier, responses = _score(server, *pairs)
     accuracies = [score.accuracy for score in verifier.score_batch(responses)]
     assert accuracies == [0, 0, 0, 1, 0, 1, 0, 0] and len(server.prompts) == 8
 
@@ -147,10 +147,11 @@ def test_no_server_is_an_error():
         verifier.score_batch(responses)
 
 
-def test_a_slow_judge_is_an_error(server: Server):
-    """The timeout holds."""
+def test_a_slow_judge_is_an_error(server: Server, monkeypatch: pytest.MonkeyPatch):
+    """The time limit of a request holds."""
+    monkeypatch.setattr(judge, "_TIMEOUT", 0.2)
     server.reply = lambda prompt: time.sleep(1.5) or "CORRECT"
-    verifier, responses = _score(server, ("a b", "c d"), timeout=0.2)
+    verifier, responses = _score(server, ("a b", "c d"))
     start = time.monotonic()
     with pytest.raises(ValueError, match="got APITimeoutError"):
         verifier.score_batch(responses)
