@@ -129,9 +129,8 @@ def predict(case: Case, lengths: dict[str, int]) -> dict[str, int]:
         lengths: `prompt`, `context` and `patches` of a sequence.
     """
     from care_train.models.tiny import build_tiny_model
-    from care_train.planning.architecture import read_architecture
     from care_train.planning.memory import plan_memory
-    from care_train.planning.workload import Device, Workload
+    from care_train.planning.workload import Device, Workload, read_architecture
 
     with tempfile.TemporaryDirectory() as folder:
         path = build_tiny_model(case.kind, folder, hidden_size=case.hidden_size)

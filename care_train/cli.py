@@ -122,7 +122,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     quiet_libraries()
-    from care_train.export import export
+    from care_train.publishing import export
 
     export(options.run, options.checkpoint, options.out, adapter=options.adapter)
     return 0

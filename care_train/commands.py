@@ -18,13 +18,12 @@ from care_train.evaluation.benchmark_run import (
 )
 from care_train.evaluation.evaluate import evaluate_both
 from care_train.models.tiny import model_folder
-from care_train.publishing import claim
+from care_train.publishing import Summary, before_and_after, claim, finish, run_facts
 from care_train.reporting import (
     MetricsLogger,
     read_metrics,
 )
 from care_train.reporting.archive import ArchiveWriter
-from care_train.summary import Summary, before_and_after, finish, run_facts
 from care_train.training.archiving import open_writer
 from care_train.training.checkpoint import Checkpoint, seed_all
 from care_train.training.folders import clean_up

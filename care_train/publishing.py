@@ -1,18 +1,108 @@
-"""A trained model on the Hugging Face Hub: `final/` with a model card written from the run."""
+"""What a run leaves: summary.json, plots and report.md; its model as a folder, or on the Hub."""
 
+import platform
 import re
-from collections.abc import Mapping
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+import care_train
 from care_train import hub
 from care_train.config import FROM_PYTHON, SHIPPED_DATA, Config, config_to_yaml, hub_data, source_of
 from care_train.distributed import is_main
+from care_train.models.load import load_skeleton
+from care_train.models.lora import save_adapter
+from care_train.reporting import (
+    ARCHIVE,
+    SIGNATURE_COLUMNS,
+    k_signature,
+    read_archive,
+    read_metrics,
+    write_report,
+    write_summary,
+)
 from care_train.reporting.files import write_file
 from care_train.reporting.report import SCORES
 from care_train.reporting.text import fenced, markdown_table, markdown_text
+from care_train.training.checkpoint import SKELETON, Checkpoints
+from care_train.training.engine import read_weights
+from care_train.training.folders import write_folder
+from care_train.training.resume import saved_lora
+from care_train.training.run_folder import writing_within_runs
+from care_train.training.session import Given
+from care_train.training.weights import whole_weights
+
+Summary = dict[str, Any]
+
+
+def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> Summary:
+    """The scores of two evaluations side by side."""
+    names = {
+        "accuracy": "accuracy",
+        "format": "format",
+        "greedy": "greedy_accuracy",
+        "blind": "blind_accuracy",
+        "greedy_format": "greedy_format",
+    }
+    summary: Summary = {"num_questions": int(before["num_questions"])}
+    for short, key in names.items():
+        if key in before:
+            summary |= {f"{short}_before": before[key], f"{short}_after": after[key]}
+    return summary
+
+
+def run_facts(config: Config, given: Given) -> Summary:
+    """What ran: name, method, seed, model, versions, and the command where there was one."""
+    # A notebook's is no command that anybody could repeat.
+    command = {"command": shlex.join(["care-train", *sys.argv[1:]])}
+    return ({} if given.in_program else command) | {
+        "name": config.name,
+        "algorithm": config.algorithm,
+        "preset": config.preset,
+        "seed": config.seed,
+        "model": config.model.path,
+        "versions": {
+            "care-rl": care_train.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "deepspeed", "triton")},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        },
+    }
+
+
+def finish(run_dir: Path, config: Config, summary: Summary, start: float) -> Summary:
+    """Write summary, plots and report; the wall time is the whole command's."""
+    summary = summary | {"wall_seconds": round(time.perf_counter() - start, 1)}
+    if is_main():
+        path = run_dir / "metrics.jsonl"
+        metrics = read_metrics(path) if path.is_file() else []
+        draw_plots(run_dir, config.algorithm, metrics)
+        write_summary(run_dir, summary)
+        write_report(run_dir, summary, metrics)
+        if config.hub.push_to and (run_dir / "final").is_dir():
+            print(publish(run_dir, config, summary), file=sys.stderr)
+    return summary
+
+
+def draw_plots(run_dir: Path, algorithm: str, metrics: Sequence[Mapping[str, Any]]) -> None:
+    """learning_curves.png of what was logged; of an archived CARE run signature.png too."""
+    # Matplotlib takes half a second to load, which a run's start need not wait for.
+    from care_train.reporting.plots import plot_learning_curves, plot_signature
+
+    if metrics:
+        plot_learning_curves(metrics, run_dir / "learning_curves.png")
+    if algorithm == "care" and (run_dir / ARCHIVE).is_dir():
+        signature = k_signature(read_archive(run_dir, columns=SIGNATURE_COLUMNS))
+        if signature is not None:
+            plot_signature(signature, run_dir / "signature.png")
+
 
 _KEY = "hub.push_to"
 _SCORES = ("accuracy", "greedy", "format", "greedy_format")
@@ -121,3 +211,40 @@ def _results(summary: Mapping[str, Any]) -> str:
         return ""
     table = markdown_table(("", "before", "after"), rows)
     return f"## Results\n\n{table}\n\nOn {summary['num_questions']} held-out questions."
+
+
+def export(run_dir: Path, name: str, folder: Path, *, adapter: bool = False) -> None:
+    """`care-train export`: a checkpoint's weights as a plain Hugging Face folder, LoRA merged.
+
+    Args:
+        run_dir: the run's folder.
+        name: `step_…`, `best` or `last`.
+        folder: where to; must not exist.
+        adapter: write the LoRA adapter alone, as peft and vLLM read it.
+
+    Raises:
+        ValueError: no such checkpoint, a damaged one, or `folder` exists; `adapter` without LoRA.
+        FolderInUseError: `folder` lies in that of a run which another process writes to.
+    """
+    if folder.exists():
+        raise ValueError(f"--out: {folder} exists; choose another folder")
+    checkpoint = Checkpoints(run_dir / "checkpoints").find(name)
+    lora = saved_lora(checkpoint.state["settings"])
+    if adapter and lora is None:
+        raise ValueError(f"--adapter: {run_dir} trained all weights (model.lora=null)")
+    loaded = load_skeleton(checkpoint.folder / SKELETON, read_weights(checkpoint.folder), lora)
+    with writing_within_runs(folder):
+        if adapter:
+            base = _base_of(run_dir, checkpoint.state["settings"]["model.path"])
+            write_folder(folder, lambda partial: save_adapter(loaded.model, partial, str(base)))
+        else:
+            write_folder(folder, lambda partial: loaded.save(partial, whole_weights(loaded.model)))
+    print(f"{folder}: {checkpoint.folder}, {checkpoint.step} steps")
+
+
+def _base_of(run_dir: Path, model_path: str) -> Path:
+    """The model that the adapters of a run belong to."""
+    for name in ("cold_start", "base"):
+        if (run_dir / name).is_dir():
+            return (run_dir / name).resolve()
+    return Path(model_path)

@@ -24,8 +24,7 @@ from care_train.data import Rows
 from care_train.distributed import initialize_process_group, is_main
 from care_train.evaluation.evaluate import evaluate_both
 from care_train.models.tiny import model_folder
-from care_train.publishing import claim, publish
-from care_train.summary import Summary
+from care_train.publishing import Summary, claim, publish
 from care_train.training.checkpoint import seed_all
 from care_train.training.folders import write_folder
 from care_train.training.run_folder import run_dir_of

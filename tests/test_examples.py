@@ -8,9 +8,8 @@ import pytest
 
 from care_train.arguments import parse_arguments
 from care_train.config import load_config
-from care_train.planning.architecture import read_architecture
 from care_train.planning.plan import plan_values
-from care_train.planning.workload import Workload, gpu
+from care_train.planning.workload import Workload, gpu, read_architecture
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 HARDWARE = {

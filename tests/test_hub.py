@@ -14,7 +14,7 @@ from care_train.config import build_config, source_of
 from care_train.data import load_samples
 from care_train.distributed import own_environment
 from care_train.models.load import load_model
-from care_train.planning.architecture import read_architecture
+from care_train.planning.workload import read_architecture
 from care_train.publishing import claim, model_card, publish
 from tests.hub_server import Hub, contents, running_hub
 from tests.train.runs import ROOT, SMALL

@@ -7,35 +7,32 @@ Nothing here needs torch, and nothing of care_train outside this package is impo
 """
 
 from care_train.config.base import FROM_PYTHON, SHIPPED_REWARDS, Role
-from care_train.config.build import (
-    Adapter,
-    BuildSettings,
-    CleanSettings,
-    DedupSettings,
-    SourceSettings,
-)
 from care_train.config.care import (
     PRESETS,
+    TABLE_5,
+    Algorithm,
     CareSettings,
     Decisions,
+    LossSettings,
     ReflectionSettings,
     Selector,
 )
 from care_train.config.data import (
     LEVELS,
     SHIPPED_DATA,
+    Adapter,
     BenchmarkName,
+    BuildSettings,
+    CleanSettings,
     DataSettings,
+    DedupSettings,
     EvalSettings,
     Source,
+    SourceSettings,
     hub_data,
     source_of,
 )
-from care_train.config.deepspeed import DeepSpeedSettings
-from care_train.config.help import full_help, short_help
-from care_train.config.hub import HubSettings
-from care_train.config.keys import Key, find_key, list_keys, role_of
-from care_train.config.limits import LimitSettings
+from care_train.config.keys import Key, find_key, full_help, list_keys, role_of, short_help
 from care_train.config.loader import (
     build_config,
     config_files,
@@ -48,18 +45,21 @@ from care_train.config.loader import (
     merge_config,
     names_run,
 )
-from care_train.config.logging import LoggingSettings
-from care_train.config.loss import TABLE_5, Algorithm, LossSettings
-from care_train.config.model import LoraSettings, ModelSettings, PromptSettings
+from care_train.config.model import (
+    LoraSettings,
+    ModelSettings,
+    PromptSettings,
+    RolloutSettings,
+    VllmSettings,
+)
 from care_train.config.reward import (
     AnswerTypeName,
     JudgeSettings,
     RewardFunctionSettings,
     RewardSettings,
 )
-from care_train.config.rollout import RolloutSettings, VllmSettings
-from care_train.config.run import Config
-from care_train.config.training import SftSettings, TrainSettings
+from care_train.config.run import Config, HubSettings, LimitSettings, LoggingSettings
+from care_train.config.training import DeepSpeedSettings, SftSettings, TrainSettings
 
 __all__ = [
     "FROM_PYTHON",

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from care_train.config.care import PRESETS, Decisions
-from care_train.config.loss import TABLE_5
+from care_train.config.care import PRESETS, TABLE_5, Decisions
 
 _DECISIONS = {
     "care.positive": "positive",

@@ -8,12 +8,11 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from care_train.config.build import BuildSettings
-from care_train.config.care import PRESETS
+from care_train.config.care import PRESETS, TABLE_5
+from care_train.config.data import BuildSettings
 from care_train.config.gone import without_gone, without_gone_of_build
 from care_train.config.hints import explain
 from care_train.config.keys import find_key
-from care_train.config.loss import TABLE_5
 from care_train.config.run import Config
 from care_train.config.yaml_file import parse_value, read_yaml
 

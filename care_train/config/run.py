@@ -1,20 +1,80 @@
 """The whole of a run's settings, and the rules that several sections share."""
 
+import re
 from dataclasses import field
 from typing import Annotated, Literal
 
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+
 from care_train.config.base import Role, check, section
-from care_train.config.care import CareSettings
+from care_train.config.care import Algorithm, CareSettings, LossSettings
 from care_train.config.data import SHIPPED_DATA, DataSettings, EvalSettings, source_of
-from care_train.config.deepspeed import DeepSpeedSettings
-from care_train.config.hub import HubSettings
-from care_train.config.limits import LimitSettings
-from care_train.config.logging import LoggingSettings
-from care_train.config.loss import Algorithm, LossSettings
-from care_train.config.model import ModelSettings, PromptSettings
+from care_train.config.model import ModelSettings, PromptSettings, RolloutSettings
 from care_train.config.reward import RewardSettings
-from care_train.config.rollout import RolloutSettings
-from care_train.config.training import SftSettings, TrainSettings
+from care_train.config.training import DeepSpeedSettings, SftSettings, TrainSettings
+
+
+@section
+class HubSettings:
+    """What a run uploads to the Hugging Face Hub."""
+
+    push_to: str | None = None
+    """`ORG/NAME`: the model repository that `final/` and a model card are uploaded to at the end of
+    a run. It is made at the start, so that a missing token is known then, and is private. None:
+    none."""
+
+    def __post_init__(self) -> None:
+        good = self.push_to is None or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.push_to)
+        check(bool(good), "hub.push_to", self.push_to, "ORG/NAME")
+
+
+@section
+class LimitSettings:
+    """Seconds that things may take; a run that is over them ends and says where it hung. A rank
+    that waits for another one, which is within its own limit, does not hang. 0: no limit.
+    And how many steps may train nothing."""
+
+    step: NonNegativeFloat = 3600.0
+    """One part of a step: sampling a batch, verifying it, its log-probs, an optimiser step with all
+    its micro-batches; or anything else at a stretch: loading, sending weights to the rollout
+    engine, a checkpoint."""
+    rank: NonNegativeFloat = 300.0
+    """Silence of a rank, after which it counts as lost; and of another machine's process that holds
+    the lock of the run's folder. One that dies on the same machine is noticed within seconds."""
+    empty_steps: PositiveInt | None = 2
+    """Steps in a row without a group to learn from (all right, all wrong, equal rewards), after
+    which a run ends: as finished where nearly all groups are right, else with an error that says
+    what they were. The first one is a warning. With few prompts per step it takes at least 8
+    groups, and 64 to be finished, or as many as there are rows. None: never."""
+
+    @property
+    def collective(self) -> float:
+        """Seconds of one collective operation (NCCL's or gloo's own timeout): long enough for
+        `step` to be what ends a hang, and says where it is."""
+        return max(7200.0, 2 * self.step) if self.step else 30 * 86400.0
+
+
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
+
+
+@section
+class LoggingSettings:
+    """What a run tells."""
+
+    report_to: list[Tracker] = field(default_factory=lambda: ["tensorboard"])
+    """Where metrics go beside metrics.jsonl: tensorboard (event files in the run's folder), wandb,
+    trackio, mlflow, swanlab; all but the first must be installed."""
+    project: str = "care"
+    """Project name for the trackers that have projects."""
+    samples_every: NonNegativeInt = 25
+    """Steps between groups that the terminal and the trackers show: the anchor, the nearest hard
+    negative, its repair; 0: never."""
+    archive_gib: NonNegativeFloat | None = 20.0
+    """Every group of every step and every evaluated answer is kept in the run's `archive/`, for
+    `care-train report` and `care-train replay` (docs/archive.md), up to this size in GiB, images
+    included, at which its oldest steps are dropped. null: no limit. 0: no archive."""
+    progress: bool = True
+    """Show progress bars; false: a plain line per training step."""
 
 
 @section

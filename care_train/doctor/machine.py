@@ -12,9 +12,8 @@ from packaging.requirements import Requirement
 
 from care_train.doctor import Finding, Subject, error, ok, warning
 from care_train.models.fast_paths import runnable
-from care_train.planning.architecture import describe
 from care_train.planning.memory import checkpoint_bytes, model_bytes, plan_memory
-from care_train.planning.workload import GIB, Device, Workload
+from care_train.planning.workload import GIB, Device, Workload, describe
 from care_train.training.run_folder import check_free, locate
 
 _DISTRIBUTION = "care-rl"

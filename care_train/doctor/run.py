@@ -24,7 +24,6 @@ from care_train.doctor import (
     error,
     machine,
     model,
-    parity,
 )
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.tiny import model_folder
@@ -50,7 +49,7 @@ CHECKS: dict[str, Check] = {
     "generation config": model.check_generation_config,
     "disk": machine.check_disk,
     "memory": machine.check_memory,
-    "log-prob parity": parity.check_parity,
+    "log-prob parity": model.check_parity,
 }
 """In the order of the report."""
 

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from care_train.config import Config
-from care_train.planning.architecture import read_architecture
 from care_train.planning.memory import (
     PHASES,
     MemoryPlan,
@@ -19,7 +18,7 @@ from care_train.planning.memory import (
     host_bytes,
     plan_memory,
 )
-from care_train.planning.workload import GIB, Workload, gpu
+from care_train.planning.workload import GIB, Workload, gpu, read_architecture
 
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 """Rows of `--table`."""

@@ -13,7 +13,7 @@ import yaml
 from care_train import cli
 from care_train.config import Config, DataSettings, PromptSettings
 from care_train.data import Sample, load_samples
-from care_train.doctor import Finding, Subject, data, machine, parity, spread
+from care_train.doctor import Finding, Subject, data, machine, model, spread
 from care_train.doctor.run import CHECKS, diagnose, guarded
 from care_train.models.load import LoadedModel
 from care_train.planning.workload import Device
@@ -268,16 +268,16 @@ def test_an_engine_that_samples_another_policy(subject, monkeypatch):
     with torch.no_grad():
         head = stale.model.get_output_embeddings().weight
         head.copy_(head.roll(7, 0))
-    engine = parity._rollout_engine
-    assert parity.check_parity(trained).level == "ok"
-    monkeypatch.setattr(parity, "_rollout_engine", lambda s, encoder: engine(other, encoder))
-    finding = parity.check_parity(trained)
+    engine = model._rollout_engine
+    assert model.check_parity(trained).level == "ok"
+    monkeypatch.setattr(model, "_rollout_engine", lambda s, encoder: engine(other, encoder))
+    finding = model.check_parity(trained)
     assert finding.level == "error" and "rows.jsonl: row" in finding.message
 
 
 def test_log_probs_that_an_engine_returns_are_compared(subject, monkeypatch):
     """Where the engine keeps log-probs, they are what the trainer's are held against."""
-    engine = parity._rollout_engine
+    engine = model._rollout_engine
 
     class Claims:
         """Says that every token was certain."""
@@ -289,8 +289,8 @@ def test_log_probs_that_an_engine_returns_are_compared(subject, monkeypatch):
             found = self._inner.generate(requests, sampling)
             return [replace(c, log_probs=(0.0,) * len(c.token_ids)) for c in found]
 
-    monkeypatch.setattr(parity, "_rollout_engine", lambda s, encoder: Claims(engine(s, encoder)))
-    finding = parity.check_parity(subject)
+    monkeypatch.setattr(model, "_rollout_engine", lambda s, encoder: Claims(engine(s, encoder)))
+    finding = model.check_parity(subject)
     assert finding.level == "error" and "differ by" in finding.message
 
 

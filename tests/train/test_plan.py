@@ -8,10 +8,18 @@ import torch
 
 from bench.plan import CASES, compare
 from care_train import cli
-from care_train.planning.architecture import BACKBONES, backbone_of, describe, read_architecture
 from care_train.planning.memory import PHASES, plan_memory, text_activation_bytes
 from care_train.planning.plan import GPU_COUNTS, advise
-from care_train.planning.workload import GIB, Device, Workload, gpu
+from care_train.planning.workload import (
+    BACKBONES,
+    GIB,
+    Device,
+    Workload,
+    backbone_of,
+    describe,
+    gpu,
+    read_architecture,
+)
 from tests.train.builders import load, make_config
 
 PUBLISHED = {

@@ -13,14 +13,14 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402, F401
 import torch  # noqa: E402
 
 import care_train.commands  # noqa: E402
-import care_train.summary  # noqa: E402
+import care_train.publishing  # noqa: E402
 import care_train.training.guard  # noqa: E402
 from care_train.config import ModelSettings  # noqa: E402
 from care_train.models.load import load_model  # noqa: E402
 from care_train.models.tiny import build_tiny_model  # noqa: E402
 
 # Half of a small run's time; runs that are no fork of this process draw their plots.
-care_train.summary.draw_plots = lambda *_: None
+care_train.publishing.draw_plots = lambda *_: None
 # A pool of threads would not be there after the fork.
 torch.set_num_threads(1)
 with tempfile.TemporaryDirectory() as folder:

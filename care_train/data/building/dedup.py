@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 from PIL import Image
 
-from care_train.config.build import HASH_SIZE
+from care_train.config.data import HASH_SIZE
 from care_train.data.conversations import IMAGE_PLACEHOLDER
 
 _MAX_COLOR_DISTANCE = 24

@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from care_train.config.build import CleanSettings, SourceSettings
+from care_train.config.data import CleanSettings, SourceSettings
 from care_train.data.building.adapters import ADAPTERS
 from care_train.data.building.dedup import duplicate_keys, look_of
 from care_train.data.built import built_row, built_schema

@@ -16,7 +16,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from care_train.config.build import BuildSettings, SourceSettings
+from care_train.config.data import BuildSettings, SourceSettings
 from care_train.data.building.adapters import ADAPTERS
 from care_train.data.building.dedup import DuplicateIndex
 from care_train.data.building.prepare import NUM_SHOWN, Piece, prepare
