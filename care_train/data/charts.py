@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from care_train.data.digits import Derived, add_up, derived_sample, misread, png
+from care_train.data.digits import Derived, add_up, derived_sample, misread, near_misses
 from care_train.data.schema import Sample
 
 COLORS = {
@@ -44,14 +44,11 @@ Bar = tuple[str, int]
 
 
 class Question(NamedTuple):
-    """What is asked about a chart."""
+    """What is asked about a chart: one of `KINDS`, a bar's color (`value`), a height (`above`)."""
 
     kind: str
-    """One of `KINDS`."""
     named: str
-    """The color of a bar, for `value`."""
     limit: int
-    """A height, for `above`."""
 
 
 def charts_sample(num_bars: int, split: str, row: int) -> Sample:
@@ -74,94 +71,81 @@ def charts_sample(num_bars: int, split: str, row: int) -> Sample:
     kinds = KINDS if num_bars > 2 else KINDS[:-1]
     question = Question(rng.choice(kinds), rng.choice(colors), rng.choice(_LIMITS))
     # Of two bars of height 8 one stays the tallest whatever is misread: another kind is asked.
-    while not (slips := misreadings(question, bars)):
+    while not (slips := _slips(question, bars)):
         question = question._replace(kind=rng.choice(kinds))
-    slip = rng.choice(slips)
+    slip, right = rng.choice(slips), derive(question, bars)
+    columns = question._asdict() | {"colors": colors, "heights": [height for _, height in bars]}
     return derived_sample(
-        f"charts-{num_bars}",
-        (split, row),
-        png(_Canvas.of(num_bars).draw(bars, rng)),
-        derive(question, bars),
-        derive(question, slip),
-        question._asdict() | {"colors": colors, "heights": [height for _, height in bars]},
+        f"charts-{num_bars}", (split, row), _draw(bars, rng), right, slip, columns
     )
 
 
 def derive(question: Question, bars: Sequence[Bar]) -> Derived:
-    """The question's text, the rationale and the answer.
-
-    Args:
-        question: what is asked.
-        bars: what is read from left to right.
-    """
+    """The question's text, rationale and answer of bars that are read from left to right."""
     kind, named, limit = question
-    seen = "i see " + " ".join(f"{color} {height}" for color, height in bars)
     heights = [height for _, height in bars]
     high, low = max(heights), min(heights)
-    if kind == "sum":
-        steps, total = add_up(heights)
-        return "what is the sum of all bars?", " . ".join([seen, *steps]), str(total)
-    if kind == "tallest":
-        return "how tall is the tallest bar?", f"{seen} . the tallest is {high}", str(high)
-    if kind == "shortest":
-        return "how tall is the shortest bar?", f"{seen} . the shortest is {low}", str(low)
-    if kind == "difference":
-        text = "how much taller is the tallest bar than the shortest?"
-        return text, f"{seen} . {high} minus {low} is {high - low}", str(high - low)
-    if kind == "above":
-        above = [height for height in heights if height > limit]
-        listed = " ".join(map(str, above)) or "none"
-        rationale = f"{seen} . above {limit} : {listed} . that makes {len(above)}"
-        return f"how many bars are taller than {limit}?", rationale, str(len(above))
-    assert kind == "value"
-    height = dict(bars)[named]
-    return f"how tall is the {named} bar?", f"{seen} . {named} is {height}", str(height)
+    sums, total = add_up(heights)
+    above = [height for height in heights if height > limit]
+    listed = " ".join(map(str, above)) or "none"
+    asked = dict(bars).get(named, 0)
+    text, steps, answer = {
+        "sum": ("what is the sum of all bars?", sums, total),
+        "tallest": ("how tall is the tallest bar?", [f"the tallest is {high}"], high),
+        "shortest": ("how tall is the shortest bar?", [f"the shortest is {low}"], low),
+        "difference": (
+            "how much taller is the tallest bar than the shortest?",
+            [f"{high} minus {low} is {high - low}"],
+            high - low,
+        ),
+        "above": (
+            f"how many bars are taller than {limit}?",
+            [f"above {limit} : {listed}", f"that makes {len(above)}"],
+            len(above),
+        ),
+        "value": (f"how tall is the {named} bar?", [f"{named} is {asked}"], asked),
+    }[kind]
+    seen = "i see " + " ".join(f"{color} {height}" for color, height in bars)
+    return text, " . ".join([seen, *steps]), str(answer)
 
 
-def misreadings(question: Question, bars: Sequence[Bar]) -> list[list[Bar]]:
-    """The chart with one height taken for another, as often as that leads to another answer."""
-    answer = derive(question, bars)[2]
+def _slips(question: Question, bars: Sequence[Bar]) -> list[Derived]:
+    """Derivations with one height taken for another that lead to another answer."""
     colors, heights = zip(*bars, strict=True)
     charts = [list(zip(colors, wrong, strict=True)) for wrong in misread(heights, HEIGHTS)]
-    return [chart for chart in charts if derive(question, chart)[2] != answer]
+    return near_misses(derive(question, bars), [derive(question, chart) for chart in charts])
 
 
 def _is_test(bars: Sequence[Bar]) -> bool:
     return random.Random(f"charts/{bars}").random() < _TEST_SHARE
 
 
-class _Canvas:
-    """Scale and bars, laid out once: a chart is the bars' heights, widths and colors."""
+@cache
+def _canvas(num_bars: int) -> tuple[Any, Any, Any]:
+    """Matplotlib's canvas, the scale drawn on it, and the bars, whose form changes by chart."""
+    # Here, as matplotlib takes a while to import and other data sets do without it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    def __init__(self, num_bars: int) -> None:
-        # Here, as matplotlib takes a while to import and other data sets do without it.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+    figure = Figure(figsize=(1 + num_bars, 1), dpi=_TILE)
+    canvas: Any = FigureCanvasAgg(figure)
+    axes: Any = figure.add_axes((0, 0, 1, 1), xlim=(-1.5, num_bars - 0.5), ylim=(-1, 25 / 3))
+    axes.set_axis_off()
+    pixel = 72 / _TILE  # in points
+    for height, align in ((0, "bottom"), (4, "center"), (8, "top")):
+        axes.plot((-0.6, num_bars), (height, height), color="0.75", linewidth=pixel)
+        axes.text(-1, height, str(height), fontsize=8 * pixel, ha="center", va=align)
+    canvas.draw()
+    return canvas, canvas.copy_from_bbox(figure.bbox), axes.bar(range(num_bars), 1)
 
-        figure = Figure(figsize=(1 + num_bars, 1), dpi=_TILE)
-        self._canvas: Any = FigureCanvasAgg(figure)
-        axes: Any = figure.add_axes((0, 0, 1, 1), xlim=(-1.5, num_bars - 0.5), ylim=(-1, 25 / 3))
-        axes.set_axis_off()
-        pixel = 72 / _TILE  # in points
-        for height, align in ((0, "bottom"), (4, "center"), (8, "top")):
-            axes.plot((-0.6, num_bars), (height, height), color="0.75", linewidth=pixel)
-            axes.text(-1, height, str(height), fontsize=8 * pixel, ha="center", va=align)
-        self._canvas.draw()
-        self._scale = self._canvas.copy_from_bbox(figure.bbox)
-        self._bars = axes.bar(range(num_bars), 1)
 
-    @classmethod
-    @cache
-    def of(cls, num_bars: int) -> "_Canvas":
-        """The canvas for so many bars."""
-        return cls(num_bars)
-
-    def draw(self, bars: Sequence[Bar], rng: random.Random) -> np.ndarray:
-        """[28, 28 + 28 * bars, 3] uint8; `rng` chooses the bars' width and shades."""
-        self._canvas.restore_region(self._scale)
-        width = rng.uniform(0.5, 0.9)
-        for place, (patch, (color, height)) in enumerate(zip(self._bars, bars, strict=True)):
-            shade = [min(max(part + rng.uniform(-0.06, 0.06), 0), 1) for part in COLORS[color]]
-            patch.set(x=place - width / 2, width=width, height=height, facecolor=shade)
-            patch.draw(self._canvas.get_renderer())
-        return np.asarray(self._canvas.buffer_rgba())[..., :3].copy()
+def _draw(bars: Sequence[Bar], rng: random.Random) -> np.ndarray:
+    """[28, 28 + 28 * bars, 3] uint8; `rng` chooses the bars' width and shades."""
+    canvas, scale, patches = _canvas(len(bars))
+    canvas.restore_region(scale)
+    width = rng.uniform(0.5, 0.9)
+    for place, (patch, (color, height)) in enumerate(zip(patches, bars, strict=True)):
+        shade = [min(max(part + rng.uniform(-0.06, 0.06), 0), 1) for part in COLORS[color]]
+        patch.set(x=place - width / 2, width=width, height=height, facecolor=shade)
+        patch.draw(canvas.get_renderer())
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -20,11 +20,8 @@ from PIL import Image
 from care_train.data.schema import Sample
 
 KINDS = ("sum", "largest", "smallest", "difference", "even")
-"""What is asked."""
-
 _NUM_TEST_IMAGES = 400
 _TILE = 28  # pixels a side: four patches of 14, which Qwen's vision towers merge into one token
-
 
 Derived = tuple[str, str, str]
 """Question, rationale and answer."""
@@ -42,26 +39,24 @@ def digits_sample(length: int, split: str, row: int) -> Sample:
         row: from 1.
     """
     rng = random.Random(f"digits-{length}/{split}/{row}")
-    labels, _ = _images()
+    labels, tiles = _images()
     chosen = [rng.choice(_image_numbers(split)) for _ in range(length)]
     digits = [labels[i] for i in chosen]
     # Of two nines one stays the largest whatever is misread: no slip leads to another answer.
-    kinds = rng.sample(KINDS, len(KINDS))
-    kind, slips = next((kind, slips) for kind in kinds if (slips := misreadings(kind, digits)))
-    return derived_sample(
-        f"digits-{length}",
-        (split, row),
-        _strip(chosen),
-        derive(kind, digits),
-        derive(kind, rng.choice(slips)),
-        {"kind": kind, "digits": digits},
-    )
+    for kind in rng.sample(KINDS, len(KINDS)):
+        right = derive(kind, digits)
+        slips = near_misses(right, [derive(kind, seen) for seen in misread(digits, range(10))])
+        if slips:
+            break
+    image = np.concatenate([tiles[i] for i in chosen], axis=1)
+    slip, columns = rng.choice(slips), {"kind": kind, "digits": digits}
+    return derived_sample(f"digits-{length}", (split, row), image, right, slip, columns)
 
 
 def derived_sample(
     name: str,
     place: tuple[str, int],
-    image: bytes,
+    pixels: np.ndarray,
     right: Derived,
     slip: Derived,
     columns: dict[str, Any],
@@ -71,17 +66,19 @@ def derived_sample(
     Args:
         name: the data set's, with its level.
         place: split and row.
-        image: a PNG file.
-        right: what follows from what it shows.
+        pixels: uint8 [height, width] grey or [height, width, 3] colored.
+        right: what follows from what they show.
         slip: what follows from something misread.
         columns: more of the row.
     """
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
     (split, row), (question, rationale, answer) = place, right
     return Sample(
         id=f"{name}/{split}/{row}",
         prompt=question,
         answer=answer,
-        images=(image,),
+        images=(file.getvalue(),),
         rationale=rationale,
         failed_rationale=slip[1],
         source=name.partition("-")[0],
@@ -91,29 +88,27 @@ def derived_sample(
 
 
 def derive(kind: str, digits: Sequence[int]) -> Derived:
-    """Question, rationale and answer about a strip of digits.
-
-    Args:
-        kind: one of `KINDS`.
-        digits: what is read from left to right.
-    """
-    seen = "i see " + " ".join(map(str, digits))
+    """Question (one of `KINDS`), rationale and answer of digits that are read left to right."""
     high, low = max(digits), min(digits)
-    if kind == "sum":
-        steps, total = add_up(digits)
-        return "what is the sum of the digits?", " . ".join([seen, *steps]), str(total)
-    if kind == "largest":
-        return "what is the largest digit?", f"{seen} . the largest is {high}", str(high)
-    if kind == "smallest":
-        return "what is the smallest digit?", f"{seen} . the smallest is {low}", str(low)
-    if kind == "difference":
-        rationale = f"{seen} . {high} minus {low} is {high - low}"
-        return "what is the largest digit minus the smallest?", rationale, str(high - low)
-    assert kind == "even"
+    sums, total = add_up(digits)
     even = [digit for digit in digits if digit % 2 == 0]
     listed = " ".join(map(str, even)) or "none"
-    rationale = f"{seen} . even ones : {listed} . that makes {len(even)}"
-    return "how many digits are even?", rationale, str(len(even))
+    question, steps, answer = {
+        "sum": ("what is the sum of the digits?", sums, total),
+        "largest": ("what is the largest digit?", [f"the largest is {high}"], high),
+        "smallest": ("what is the smallest digit?", [f"the smallest is {low}"], low),
+        "difference": (
+            "what is the largest digit minus the smallest?",
+            [f"{high} minus {low} is {high - low}"],
+            high - low,
+        ),
+        "even": (
+            "how many digits are even?",
+            [f"even ones : {listed}", f"that makes {len(even)}"],
+            len(even),
+        ),
+    }[kind]
+    return question, " . ".join([f"i see {' '.join(map(str, digits))}", *steps]), str(answer)
 
 
 def add_up(numbers: Sequence[int]) -> tuple[list[str], int]:
@@ -125,17 +120,9 @@ def add_up(numbers: Sequence[int]) -> tuple[list[str], int]:
     return steps, total
 
 
-def png(pixels: np.ndarray) -> bytes:
-    """[height, width] grey or [height, width, 3] colored uint8 pixels as a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def misreadings(kind: str, digits: Sequence[int]) -> list[list[int]]:
-    """The strip with one digit taken for another, as often as that leads to another answer."""
-    answer = derive(kind, digits)[2]
-    return [strip for strip in misread(digits, range(10)) if derive(kind, strip)[2] != answer]
+def near_misses(right: Derived, others: Sequence[Derived]) -> list[Derived]:
+    """Those of the derivations from something misread that lead to another answer."""
+    return [other for other in others if other[2] != right[2]]
 
 
 def misread(numbers: Sequence[int], values: Sequence[int]) -> list[list[int]]:
@@ -169,9 +156,3 @@ def _image_numbers(split: str) -> list[int]:
     random.Random("digits").shuffle(numbers)
     is_test = split == "test"
     return numbers[:_NUM_TEST_IMAGES] if is_test else numbers[_NUM_TEST_IMAGES:]
-
-
-def _strip(numbers: Sequence[int]) -> bytes:
-    """Images side by side."""
-    tiles = _images()[1]
-    return png(np.concatenate([tiles[i] for i in numbers], axis=1))

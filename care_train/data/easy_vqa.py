@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from care_train.data.schema import Sample
 
@@ -47,16 +48,11 @@ def easy_vqa_samples(split: str) -> list[Sample]:
     Raises:
         ValueError: another split.
     """
-    import easy_vqa  # Not there where only an integration is used.
-
-    rows = zip(*_questions(split), strict=True)
-    train = split == "train"
-    paths = easy_vqa.get_train_image_paths() if train else easy_vqa.get_test_image_paths()
+    rows, paths = _rows(split)
     figures = derive_figures(split)
     samples = []
-    for row, (question, answer, image) in enumerate(rows, 1):
-        id = f"easy_vqa/{split}/{row}"
-        figure = figures[image]
+    for number, (question, answer, image) in enumerate(rows, 1):
+        id, figure = f"easy_vqa/{split}/{number}", figures[image]
         samples.append(
             Sample(
                 id=id,
@@ -66,7 +62,7 @@ def easy_vqa_samples(split: str) -> list[Sample]:
                 rationale=figure.describe() if figure else None,
                 failed_rationale=wrong_figure(figure, id).describe() if figure else None,
                 source="easy_vqa",
-                location=f"easy_vqa {split}: row {row}",
+                location=f"easy_vqa {split}: row {number}",
                 columns={"image_id": image},
             )
         )
@@ -76,7 +72,7 @@ def easy_vqa_samples(split: str) -> list[Sample]:
 def derive_figures(split: str) -> dict[int, Figure | None]:
     """What each image shows, by image id; None where its questions leave more than one figure."""
     asked = defaultdict(list)
-    for question, answer, image in zip(*_questions(split), strict=True):
+    for question, answer, image in _rows(split)[0]:
         asked[image].append((question, answer))
     return {image: derive_figure(pairs) for image, pairs in asked.items()}
 
@@ -112,11 +108,11 @@ def wrong_figure(figure: Figure, key: str) -> Figure:
     return Figure(shape, color)
 
 
-def _questions(split: str) -> tuple[list[str], list[str], list[int]]:
-    import easy_vqa
+def _rows(split: str) -> tuple[list[tuple[str, str, int]], Any]:
+    """(question, answer, image id) of each row, and the images' paths by id."""
+    import easy_vqa  # Not there where only an integration is used.
 
-    if split == "train":
-        return easy_vqa.get_train_questions()
-    if split == "test":
-        return easy_vqa.get_test_questions()
-    raise ValueError(f"easy_vqa: got split {split!r}, wanted 'train' or 'test'")
+    if split not in ("train", "test"):
+        raise ValueError(f"easy_vqa: got split {split!r}, wanted 'train' or 'test'")
+    questions = getattr(easy_vqa, f"get_{split}_questions")()
+    return list(zip(*questions, strict=True)), getattr(easy_vqa, f"get_{split}_image_paths")()

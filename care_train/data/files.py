@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -67,14 +68,14 @@ def open_rows(
             raise ValueError(f"{key}: {source} does not exist: wanted {_WANTED}{also}")
         path = snapshot(source, "dataset", revision, key, download)
     if not path.is_dir():
-        return [_opened(path, path.name, key)]
+        return [open_file(path, path.name, key)]
     splits = default_splits if split is None else (split,)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return [_open_saved(path, splits, key)]
     roots = [path / subset for subset in subsets if (path / subset).is_dir()] or [path]
     files = _distinct([file for root in roots for file in _row_files(root)])
     chosen = _of_split(path, files, splits, must=split is not None, key=key)
-    return [_opened(file, str(file.relative_to(path)), key) for file in chosen]
+    return [open_file(file, str(file.relative_to(path)), key) for file in chosen]
 
 
 def given_rows(path: str, given: Mapping[str, Rows], key: str) -> RowFile:
@@ -129,13 +130,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _opened(path: Path, name: str, key: str) -> RowFile:
-    try:
-        return open_file(path, name)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{key}: {error}") from None
-
-
 def open_hub_rows(source: Source, default_splits: Sequence[str], key: str) -> RowFile | None:
     """The rows of a data set of the Hub, as the datasets library reads it; None: it is no id.
 
@@ -163,13 +157,7 @@ def open_hub_rows(source: Source, default_splits: Sequence[str], key: str) -> Ro
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{key}: {path}: the datasets library cannot read it: {reason}") from None
     assert isinstance(loaded, datasets.DatasetDict)
-    splits = default_splits if split is None else (split,)
-    chosen = next((one for one in splits if one in loaded), None)
-    if chosen is None:
-        raise ValueError(
-            f"{key}: {path}: got no split {' or '.join(map(repr, splits))}, wanted one of "
-            f"{', '.join(map(str, loaded))}: append @SPLIT"
-        )
+    chosen = _split_of(loaded, default_splits if split is None else (split,), f"{key}: {path}")
     return ArrowRows(folder, loaded[chosen], f"{repo}@{chosen}")
 
 
@@ -184,51 +172,45 @@ def _open_saved(folder: Path, splits: Sequence[str], key: str) -> RowFile:
         raise ValueError(f"{key}: {folder} is no whole saved data set ({error})") from None
     if not isinstance(loaded, datasets.DatasetDict):
         return ArrowRows(folder, loaded)
-    found = next((split for split in splits if split in loaded), None)
-    if found is None:
-        raise ValueError(
-            f"{key}: got {' or '.join(map(repr, splits))}, {folder} has "
-            f"{', '.join(map(str, loaded))}: append @SPLIT"
-        )
-    return ArrowRows(folder / found, loaded[found], f"{folder.name}/{found}")
+    chosen = _split_of(loaded, splits, f"{key}: {folder}")
+    return ArrowRows(folder / chosen, loaded[chosen], f"{folder.name}/{chosen}")
+
+
+def _split_of(loaded: Mapping[str, Any], splits: Sequence[str], where: str) -> str:
+    """The first of the splits that there is."""
+    for split in splits:
+        if split in loaded:
+            return split
+    raise ValueError(
+        f"{where}: got no split {' or '.join(map(repr, splits))}, wanted one of "
+        f"{', '.join(map(str, loaded))}: append @SPLIT"
+    )
 
 
 def _row_files(folder: Path) -> list[Path]:
     """All files of rows below a folder, by name."""
-    found = (
+    return [
         path
-        for path in folder.rglob("*")
+        for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in _SUFFIXES
         and path.is_file()
         and path.name not in _NO_ROWS
         and not (path.name in _OF_A_BUILD and (path.parent / "manifest.json").is_file())
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    return sorted(found)
+    ]
 
 
 def _distinct(files: Sequence[Path]) -> list[Path]:
     """Without further copies of a table: the same bytes, or the same name in another form."""
     kept: dict[Path, Path] = {}
-    for file in files:
-        stem = file.with_suffix("")
-        other = kept.get(stem)
-        if other is None or _form(file) < _form(other):
-            kept[stem] = file
-    by_size: dict[int, list[Path]] = {}
-    for file in kept.values():
-        by_size.setdefault(file.stat().st_size, []).append(file)
-    copies = set()
-    for same_size in by_size.values():
-        seen: set[str] = set()
-        for file in same_size if len(same_size) > 1 else ():
-            digest = sha256_of(file)
-            (copies.add(file) if digest in seen else seen.add(digest))
-    return sorted(file for file in kept.values() if file not in copies)
-
-
-def _form(file: Path) -> int:
-    return _SUFFIXES.index(file.suffix.lower())
+    for file in sorted(files, key=lambda file: _SUFFIXES.index(file.suffix.lower())):
+        kept.setdefault(file.with_suffix(""), file)
+    sizes = Counter(file.stat().st_size for file in kept.values())
+    distinct: dict[object, Path] = {}
+    for file in sorted(kept.values()):
+        may_repeat = sizes[file.stat().st_size] > 1
+        distinct.setdefault(sha256_of(file) if may_repeat else file, file)
+    return list(distinct.values())
 
 
 def _of_split(

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from care_train.data.charts import COLORS
-from care_train.data.digits import Derived, add_up, derived_sample, misread, png
+from care_train.data.digits import Derived, add_up, derived_sample, misread, near_misses
 from care_train.data.schema import Sample
 
 KINDS = ("total", "largest", "smallest", "difference")
@@ -49,25 +49,17 @@ def geometry_sample(count: int, split: str, row: int) -> Sample:
         rectangles = _sheet(count, rng)
     kind = rng.choice(KINDS)
     # Of two squares of 16 one stays the largest whatever is misread: another kind is asked.
-    while not (slips := misreadings(kind, rectangles)):
+    while not (slips := _slips(kind, rectangles)):
         kind = rng.choice(KINDS)
+    pixels, right = _draw(rectangles, rng), derive(kind, rectangles)
+    columns = {"kind": kind, "rectangles": [list(sides) for sides in rectangles]}
     return derived_sample(
-        f"geometry-{count}",
-        (split, row),
-        png(_draw(rectangles, rng)),
-        derive(kind, rectangles),
-        derive(kind, rng.choice(slips)),
-        {"kind": kind, "rectangles": [list(sides) for sides in rectangles]},
+        f"geometry-{count}", (split, row), pixels, right, rng.choice(slips), columns
     )
 
 
 def derive(kind: str, rectangles: Sequence[Sequence[int]]) -> Derived:
-    """Question, rationale and answer about a sheet.
-
-    Args:
-        kind: one of `KINDS`.
-        rectangles: width and height of each, read from left to right.
-    """
+    """Question (one of `KINDS`), rationale and answer of (width, height) read left to right."""
     seen = "i see " + " ".join(f"{width} by {height}" for width, height in rectangles)
     areas = [width * height for width, height in rectangles]
     products = [f"{width} times {height} is {width * height}" for width, height in rectangles]
@@ -86,13 +78,11 @@ def derive(kind: str, rectangles: Sequence[Sequence[int]]) -> Derived:
     return question, " . ".join([seen, *products, *steps]), str(answer)
 
 
-def misreadings(kind: str, rectangles: Sequence[Rectangle]) -> list[list[Rectangle]]:
-    """The sheet with one side taken for another, as often as that leads to another answer."""
-    answer = derive(kind, rectangles)[2]
+def _slips(kind: str, rectangles: Sequence[Rectangle]) -> list[Derived]:
+    """Derivations with one side taken for another that lead to another answer."""
     sides = [side for rectangle in rectangles for side in rectangle]
-    wrong = misread(sides, SIDES)
-    sheets = [list(zip(one[::2], one[1::2], strict=True)) for one in wrong]
-    return [sheet for sheet in sheets if derive(kind, sheet)[2] != answer]
+    sheets = [list(zip(one[::2], one[1::2], strict=True)) for one in misread(sides, SIDES)]
+    return near_misses(derive(kind, rectangles), [derive(kind, sheet) for sheet in sheets])
 
 
 def _sheet(count: int, rng: random.Random) -> list[Rectangle]:

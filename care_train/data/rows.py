@@ -158,29 +158,41 @@ class JsonList(RowFile):
         return list(read_json_list(self.path))
 
 
-def open_file(path: Path, name: str | None = None) -> RowFile:
+def open_file(path: Path, name: str, key: str) -> RowFile:
     """Open a file of rows: Parquet, JSON lines or one JSON list, whatever its name says.
+
+    Args:
+        path: the file.
+        name: as errors and ids give it.
+        key: the setting that names it, for errors.
 
     Raises:
         ValueError: no regular file, or none of these.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError(f"{path}: got a device or pipe, wanted a file")
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{path}: got a device or pipe, wanted a file")
+        return _file_class(path)(path, name)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _file_class(path: Path) -> type[RowFile]:
     with path.open("rb") as file:
         start = file.read(READ_BYTES)
-    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith(b"PAR1") or path.suffix.lower() == ".parquet":
+    text, suffix = start.removeprefix(b"\xef\xbb\xbf").lstrip(), path.suffix.lower()
+    if start.startswith(b"PAR1") or suffix == ".parquet":
         from care_train.data.arrow_rows import ParquetRows
 
-        return ParquetRows(path, name)
+        return ParquetRows
     if text.startswith(b"["):
-        return JsonList(path, name)
-    if text.startswith(b"{") and path.suffix.lower() == ".json" and not _are_lines(text):
+        return JsonList
+    if text.startswith(b"{") and suffix == ".json" and not _are_lines(text):
         raise ValueError(
             f"{path}: got an object at the top, wanted a list of rows: save the list alone"
         )
-    if text.startswith(b"{") or path.suffix.lower() in (".jsonl", ".ndjson"):
-        return JsonLines(path, name)
+    if text.startswith(b"{") or suffix in (".jsonl", ".ndjson"):
+        return JsonLines
     raise ValueError(
         f"{path}: begins with {start[:12]!r}, wanted a Parquet file, JSON lines or one JSON list"
     )

@@ -27,29 +27,19 @@ def runnable(settings: ModelSettings, kind: str | None = None) -> tuple[ModelSet
         kind: the model's `model_type`; None: not known yet.
     """
     notes = []
-    if settings.attention == "flash_attention_2":
-        reason = _why_no_flash_attention(settings.dtype)
-        if reason is not None:
-            notes.append(f"model.attention=flash_attention_2 cannot run: {reason}; sdpa is used")
-            settings = replace(settings, attention="sdpa")
-    if settings.liger:
-        reason = _why_no_liger(kind)
-        if reason is not None:
-            notes.append(f"model.liger cannot run: {reason}; transformers' own layers are used")
-            settings = replace(settings, liger=False)
+    is_flash = settings.attention == "flash_attention_2"
+    if is_flash and (reason := _why_no_flash_attention(settings.dtype)):
+        notes.append(f"model.attention=flash_attention_2 cannot run: {reason}; sdpa is used")
+        settings = replace(settings, attention="sdpa")
+    if settings.liger and (reason := _why_no_liger(kind)):
+        notes.append(f"model.liger cannot run: {reason}; transformers' own layers are used")
+        settings = replace(settings, liger=False)
     return settings, notes
 
 
-def runnable_and_said(settings: ModelSettings, kind: str) -> ModelSettings:
-    """`runnable`, its sentences logged once by the first rank."""
-    settings, notes = runnable(settings, kind)
-    for note in notes:
-        _say(note)
-    return settings
-
-
 @cache
-def _say(note: str) -> None:
+def say_once(note: str) -> None:
+    """Log one of `runnable`'s sentences, by the first rank."""
     if os.environ.get("RANK", "0") == "0":
         logger.warning("warning: %s", note)
 

@@ -45,7 +45,7 @@ def readable(folder: Path, part: str, fix: str = _FETCH) -> Iterator[None]:
     ) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"model.path: {folder}: {part} cannot be read ({reason}): {_FETCH}"
+            f"model.path: {folder}: {part} cannot be read ({reason}): {fix}"
         ) from error
 
 
@@ -66,7 +66,8 @@ def read_config(folder: Path) -> Any:
             f"model.path: {folder}: no config.json there; wanted a Hugging Face model folder, or a "
             "model of the Hub (ORG/NAME)"
         )
-    pointers = [path.name for path in sorted(folder.iterdir()) if _is_pointer(path)]
+    small = (path for path in folder.iterdir() if path.is_file() and path.stat().st_size <= 1024)
+    pointers = sorted(path.name for path in small if path.read_bytes().startswith(_LFS_POINTER))
     if pointers:
         raise ValueError(
             f"model.path: {folder}: {_some(pointers)}: a Git LFS pointer in place of the file: run "
@@ -86,12 +87,6 @@ def read_config(folder: Path) -> Any:
         )
     with readable(folder, "config.json", "install a transformers version that has this model"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-
-
-def _is_pointer(path: Path) -> bool:
-    if not path.is_file() or path.stat().st_size > 1024:
-        return False
-    return path.read_bytes().startswith(_LFS_POINTER)
 
 
 def _json_object(folder: Path, name: str) -> dict[str, Any]:
@@ -141,23 +136,19 @@ def check_loaded(folder: Path, report: Mapping[str, Any]) -> None:
         f"{name} {list(found)} instead of {list(wanted)}"
         for name, found, wanted in sorted(report["mismatched_keys"])
     ]
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} weights of the model are not in the folder: {_some(missing)}")
-    if unknown:
-        parts.append(f"{len(unknown)} in the folder are not the model's: {_some(unknown)}")
-    if shapes:
-        parts.append(f"{len(shapes)} have another shape: {_some(shapes)}")
-    if not parts:
-        return
-    prefix = _prefix(missing, unknown)
-    fix = (
-        f"take the prefix {prefix!r} off the names in the files, as `save_pretrained` of the "
-        "unwrapped model does"
-        if prefix
-        else "save the model that config.json describes, by its own `save_pretrained`"
+    faults = (
+        ("weights of the model are not in the folder", missing),
+        ("in the folder are not the model's", unknown),
+        ("have another shape", shapes),
     )
-    raise ValueError(f"model.path: {folder}: {'; '.join(parts)}: {fix}")
+    found = [f"{len(names)} {what}: {_some(names)}" for what, names in faults if names]
+    if not found:
+        return
+    fix = "save the model that config.json describes, by its own `save_pretrained`"
+    if prefix := _prefix(missing, unknown):
+        fix = f"take the prefix {prefix!r} off the names in the files, as `save_pretrained` of the "
+        fix += "unwrapped model does"
+    raise ValueError(f"model.path: {folder}: {'; '.join(found)}: {fix}")
 
 
 def _prefix(missing: Collection[str], unknown: Collection[str]) -> str:

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from care_train.config import LoraSettings, ModelSettings
-from care_train.models.fast_paths import apply_liger, runnable_and_said
+from care_train.models.fast_paths import apply_liger, runnable, say_once
 from care_train.models.folder import (
     check_loaded,
     check_tokenizer,
@@ -65,16 +65,13 @@ class LoadedModel:
         """
         state = None if weights is None else dict(weights)
         self.model.save_pretrained(folder, state_dict=state)
-        self._save_preparation(folder)
+        (self.processor or self.tokenizer).save_pretrained(folder)
 
     def save_skeleton(self, folder: str | Path) -> None:
         """All of `save` but the weights: what `load_skeleton` makes a model of."""
         self.model.config.save_pretrained(folder)
         self.model.generation_config.save_pretrained(folder)
-        self._save_preparation(folder)
-
-    def _save_preparation(self, folder: str | Path) -> None:
-        (self.tokenizer if self.processor is None else self.processor).save_pretrained(folder)
+        (self.processor or self.tokenizer).save_pretrained(folder)
 
 
 def load_model(settings: ModelSettings, folder: str | Path | None = None) -> LoadedModel:
@@ -88,7 +85,9 @@ def load_model(settings: ModelSettings, folder: str | Path | None = None) -> Loa
     """
     path = Path(settings.path if folder is None else folder)
     config = read_config(path)
-    settings = runnable_and_said(settings, config.model_type)
+    settings, notes = runnable(settings, config.model_type)
+    for note in notes:
+        say_once(note)
     check_weight_files(path)
     with readable(path, "the weights"):
         model, report = auto_class(config).from_pretrained(
@@ -183,13 +182,9 @@ def load_skeleton(
 
 def _limited(loaded: LoadedModel, settings: ModelSettings) -> LoadedModel:
     """With the settings' bounds on the area images are scaled to."""
-    if loaded.processor is None:
-        return loaded
-    image_processor = loaded.processor.image_processor
-    size = dict(image_processor.size)
-    if settings.min_pixels is not None:
-        size["shortest_edge"] = settings.min_pixels
-    if settings.max_pixels is not None:
-        size["longest_edge"] = settings.max_pixels
-    image_processor.size = type(image_processor.size)(**size)
+    if loaded.processor is not None:
+        images = loaded.processor.image_processor
+        limits = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}
+        given = {name: value for name, value in limits.items() if value is not None}
+        images.size = type(images.size)(**(dict(images.size) | given))
     return loaded

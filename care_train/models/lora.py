@@ -26,12 +26,13 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
         seed: of the adapters' first weights, so that every rank has the same.
 
     Raises:
-        ValueError: peft is not installed, or the settings name no layer, or the head.
+        ValueError: the settings name no layer, or the head.
     """
-    inject, config_class = _import_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
     linears = _linear_layers(model, settings)
     wholes = _named_modules(model, settings.modules_to_save)
-    config = config_class(
+    config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         target_modules=linears,
@@ -40,7 +41,7 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        inject(config, model, _ADAPTER)
+        inject_adapter_in_model(config, model, _ADAPTER)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(model.dtype)
@@ -88,20 +89,8 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
-def _import_peft() -> tuple[Any, Any]:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ModuleNotFoundError as error:
-        if error.name != "peft":
-            raise
-        raise ValueError(
-            "model.lora: needs peft, which is not installed: `pip install peft`"
-        ) from None
-    return inject_adapter_in_model, LoraConfig
-
-
 def _linear_layers(model: Any, settings: LoraSettings) -> list[str]:
-    """Names of the linear layers to adapt."""
+    """Names of the linear layers to adapt: all but the head, and the vision tower unless asked."""
     head = model.get_output_embeddings()
     visual = getattr(model.base_model, "visual", None)
     if settings.vision and visual is None:

@@ -11,8 +11,7 @@ from torch import nn
 
 from care_kernels import PolicyLoss, linear_log_probs, linear_policy_loss, pool_rationale
 from care_kernels.heads import head_parameters, logit_options, output_head
-from care_train.models.batch import ModelBatch
-from care_train.models.images import has_vision_tower, with_encoded_images
+from care_train.models.batch import ModelBatch, has_vision_tower, with_encoded_images
 
 
 class PolicyHead(nn.Module):

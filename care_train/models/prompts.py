@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from PIL import Image
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from care_train.config import PromptSettings
 from care_train.data import Sample, image_sizes, load_images
+from care_train.data.conversations import IMAGE_PLACEHOLDER
 from care_train.models.load import LoadedModel
-
-_PLACEHOLDER = re.compile(r"<image>")
 
 # An opening tag, or an empty pair where the template keeps the model from thinking.
 _OPENED = re.compile(r"<(?P<tag>\w+)>\s*(?:</(?P=tag)>\s*)?$")
@@ -24,8 +24,7 @@ _OPENED = re.compile(r"<(?P<tag>\w+)>\s*(?:</(?P=tag)>\s*)?$")
 class EncodedPrompt:
     """A prompt as the model sees it, image placeholders expanded.
 
-    Two are equal only if they are one object, so that a prompt can be a dictionary's key: the
-    rollouts of a group share theirs, and its images are encoded once.
+    Compared by identity: a group's rollouts share theirs, and its images are encoded once.
     """
 
     token_ids: tuple[int, ...]
@@ -69,17 +68,19 @@ class PromptEncoder:
         # A lazy sequence reads a row anew each time: one object per row here.
         samples = list(samples)
         with_images = iter(self._encode_images([sample for sample in samples if sample.images]))
-        prompts = [
-            next(with_images) if sample.images else self._encode_text_row(sample)
-            for sample in samples
-        ]
-        for sample, prompt in zip(samples, prompts, strict=True):
+        prompts = []
+        for sample in samples:
+            if sample.images:
+                prompt = next(with_images)
+            else:
+                ids = self._token_ids(self._render(sample))
+                prompt = EncodedPrompt(tuple(ids), location=sample.location or sample.id)
             self._check(sample, prompt)
+            prompts.append(prompt)
         return prompts
 
-    def _encode_text_row(self, sample: Sample) -> EncodedPrompt:
-        ids = self._loaded.tokenizer(self._render(sample), add_special_tokens=False)["input_ids"]
-        return EncodedPrompt(tuple(ids), location=sample.location or sample.id)
+    def _token_ids(self, text: str) -> list[int]:
+        return self._loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def num_tokens(self, sample: Sample) -> int:
         """Tokens of a sample's prompt, by its images' sizes: no pixel is decoded.
@@ -87,11 +88,9 @@ class PromptEncoder:
         Raises:
             ValueError: as `encode`, but for damage behind an image's head, and whatever the length.
         """
-        text = self._render(sample)
-        sizes = image_sizes(sample)
-        self._check_placeholders(sample, text)
-        ids = self._loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return len(ids) + sum(self._num_image_tokens(sample, *size) - 1 for size in sizes)
+        text, sizes = self._render(sample), image_sizes(sample)
+        images = sum(self._num_image_tokens(sample, *size) - 1 for size in sizes)
+        return len(self._token_ids(text)) + images
 
     def _num_image_tokens(self, sample: Sample, width: int, height: int) -> int:
         processor = self._loaded.processor.image_processor
@@ -137,7 +136,7 @@ class PromptEncoder:
             ValueError: the row's prompt spells a special token, which the tokenizer would read as
                 one: the end of the turn, an image.
         """
-        pieces = _PLACEHOLDER.split(sample.prompt) if sample.images else [sample.prompt]
+        pieces = sample.prompt.split(IMAGE_PLACEHOLDER) if sample.images else [sample.prompt]
         found = [token for token in self._special if any(token in piece for piece in pieces)]
         if found:
             raise ValueError(
@@ -153,7 +152,10 @@ class PromptEncoder:
             prompt = f"{prompt.strip()} {self._prompt.suffix}"
         content = _content_parts(prompt, len(sample.images)) if sample.images else prompt
         messages.append({"role": "user", "content": content})
-        return self._apply_template(messages, True).removesuffix(self._opening)
+        text = self._apply_template(messages, True).removesuffix(self._opening)
+        if sample.images:
+            self._check_placeholders(sample, text)
+        return text
 
     def _apply_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         template = self._loaded.processor or self._loaded.tokenizer
@@ -194,7 +196,7 @@ class PromptEncoder:
         if not samples:
             return []
         texts = [self._render(sample) for sample in samples]
-        images = [self._images(sample, text) for sample, text in zip(samples, texts, strict=True)]
+        images = [load_images(sample) for sample in samples]
         inputs = self._loaded.processor(text=texts, images=[i for row in images for i in row])
         grids = torch.as_tensor(inputs["image_grid_thw"]).split([len(row) for row in images])
         pixels = torch.as_tensor(inputs["pixel_values"])
@@ -206,14 +208,8 @@ class PromptEncoder:
             )
         ]
 
-    def _images(self, sample: Sample, text: str) -> list[Image.Image]:
-        self._check_placeholders(sample, text)
-        return load_images(sample)
-
     def _check_placeholders(self, sample: Sample, text: str) -> None:
         wanted = len(sample.images)
-        if not wanted:
-            return
         if self._loaded.processor is None:
             raise ValueError(
                 f"{sample.location}: images: got {len(sample.images)}, wanted none: the model "
@@ -229,11 +225,10 @@ class PromptEncoder:
 
 def _content_parts(prompt: str, num_images: int) -> list[dict[str, str]]:
     """The message's parts; without `<image>` placeholders the images come first."""
-    pieces = _PLACEHOLDER.split(prompt)
-    if len(pieces) == 1:
+    if IMAGE_PLACEHOLDER not in prompt:
         return [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
     parts = []
-    for place, piece in enumerate(pieces):
+    for place, piece in enumerate(prompt.split(IMAGE_PLACEHOLDER)):
         if place:
             parts.append({"type": "image"})
         if piece:
@@ -256,14 +251,12 @@ class TokenText:
                 "byte-level BPE tokenizer, whose tokens map to text spans exactly"
             )
         self._tokenizer = tokenizer
-        self._special = {
-            index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+        self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
+        # Special tokens have no text.
+        self._bytes = {
+            index: b"" if token.special else token.content.encode()
+            for index, token in tokenizer.added_tokens_decoder.items()
         }
-        self._added = {
-            index: token.content.encode() for index, token in tokenizer.added_tokens_decoder.items()
-        }
-        self._byte_of = {char: byte for byte, char in _byte_characters().items()}
-        self._bytes: dict[int, bytes] = {}
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, list[int]]:
         """Text, and for each token the character offset where its text ends.
@@ -284,24 +277,8 @@ class TokenText:
         return "".join(pieces), ends
 
     def _token_bytes(self, token_id: int) -> bytes:
-        known = self._bytes.get(token_id)
-        if known is None:
-            known = self._bytes[token_id] = self._lookup(token_id)
-        return known
-
-    def _lookup(self, token_id: int) -> bytes:
-        if token_id in self._special:
-            return b""
-        if token_id in self._added:
-            return self._added[token_id]
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
-        # Padded vocabularies have ids without a token.
-        return b"" if token is None else bytes(self._byte_of[char] for char in token)
-
-
-def _byte_characters() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte (openai/gpt-2, encoder.py: bytes_to_unicode)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in printable]
-    table = {byte: chr(byte) for byte in printable}
-    return table | {byte: chr(256 + place) for place, byte in enumerate(hidden)}
+        if token_id not in self._bytes:
+            token = self._tokenizer.convert_ids_to_tokens(token_id)
+            # Padded vocabularies have ids without a token.
+            self._bytes[token_id] = bytes(self._byte_of[char] for char in token or "")
+        return self._bytes[token_id]

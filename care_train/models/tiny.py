@@ -92,11 +92,9 @@ def model_folder(config: Config, folder: Path, samples: Iterable[Sample]) -> Pat
 def _corpus(config: Config, samples: Iterable[Sample]) -> list[str]:
     think, answer = config.prompt.think_tag, config.prompt.answer_tag
     lines = [config.prompt.system or "", config.care.reflection.cue]
-    for sample in samples:
-        lines.append(sample.prompt)
-        lines.append(
-            f"<{think}>{sample.rationale or ''}</{think}> <{answer}>{sample.answer}</{answer}>"
-        )
+    for row in samples:
+        response = f"<{think}>{row.rationale or ''}</{think}> <{answer}>{row.answer}</{answer}>"
+        lines += [row.prompt, response]
     return lines
 
 
@@ -124,7 +122,7 @@ def build_tiny_model(
         raise ValueError(
             f"model.path: got {kind!r}, wanted a folder or one of {', '.join(TINY_KINDS)}"
         )
-    recipe, tokenizer = _RECIPES[kind], _train_tokenizer([*_CORPUS, *corpus])
+    recipe, tokenizer = _RECIPES[kind], _train_tokenizer(corpus)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = recipe.model(_config(recipe, tokenizer, hidden_size))
@@ -132,19 +130,28 @@ def build_tiny_model(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(folder)
-    _preparation(recipe, tokenizer).save_pretrained(folder)
+    if recipe.processor is None:
+        tokenizer.save_pretrained(folder)
+        return Path(folder)
+    # One merged token covers 28 x 28 pixels.
+    patches = {"patch_size": 14, "merge_size": 2}
+    size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    images = Qwen2VLImageProcessor(**patches, size=size)
+    videos = recipe.video_processor(**patches)
+    processor = recipe.processor(images, tokenizer, videos, chat_template=_CHAT_TEMPLATE)
+    processor.save_pretrained(folder)
     return Path(folder)
 
 
 def tiny_config(kind: str) -> PreTrainedConfig:
     """The configuration of a tiny model whose tokenizer has seen no rows; nothing is built."""
-    return _config(_RECIPES[kind], _train_tokenizer(list(_CORPUS)), 128)
+    return _config(_RECIPES[kind], _train_tokenizer(), 128)
 
 
-def _train_tokenizer(corpus: list[str]) -> Any:
+def _train_tokenizer(corpus: Iterable[str] = ()) -> Any:
     # A bound far above what a small corpus can fill: training stops when no pair repeats.
     tokenizer: Any = Qwen2Tokenizer().train_new_from_iterator(
-        corpus, vocab_size=2048, new_special_tokens=list(_SPECIAL), show_progress=False
+        [*_CORPUS, *corpus], vocab_size=2048, new_special_tokens=list(_SPECIAL), show_progress=False
     )
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.chat_template = _CHAT_TEMPLATE
@@ -165,7 +172,7 @@ class _Recipe:
     processor: Any = None
     video_processor: Any = None
     is_scaled: bool = False
-    """The first weights fit the width: their deviation is 1 / sqrt(hidden size)."""
+    """The first weights' deviation is 1 / sqrt(hidden size)."""
 
 
 # Heads are 32 wide and have 16 rotary pairs: time 4, height 6, width 6.
@@ -232,15 +239,3 @@ def _config(recipe: _Recipe, tokenizer: Any, hidden_size: int) -> PreTrainedConf
     for part in (config.get_text_config(), config.vision_config) if recipe.is_scaled else ():
         part.initializer_range = part.hidden_size**-0.5
     return config
-
-
-def _preparation(recipe: _Recipe, tokenizer: Any) -> Any:
-    """The processor of a model that reads images; else the tokenizer."""
-    if recipe.processor is None:
-        return tokenizer
-    # One merged token covers 28 x 28 pixels.
-    images = Qwen2VLImageProcessor(
-        patch_size=14, merge_size=2, size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
-    )
-    videos = recipe.video_processor(patch_size=14, merge_size=2)
-    return recipe.processor(images, tokenizer, videos, chat_template=_CHAT_TEMPLATE)

@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from care_train.models.images import image_inputs, with_encoded_images
+from care_train.models.batch import image_inputs, with_encoded_images
 from care_train.models.load import LoadedModel
 from care_train.models.policy import first_broken_weight
 from care_train.rollout.engine import (

@@ -1,12 +1,17 @@
-"""A row's key and options, in the forms that data sets have, or an error that names them."""
+"""A row's key and options, in the forms that data sets have, or an error that names them; and cases
+from public reports, which lie beside the repository: each was read wrongly once."""
 
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from care_train.data import RowError, Sample, sample_from_row
-from care_train.data.answers import AnswerType, option_key, read_options
+from care_train.config import Config, DataSettings
+from care_train.data import RowError, Sample, load_samples, sample_from_row
+from care_train.data.answers import AnswerType, option_key, options_in, read_options
+from care_train.verifier.command import verify_lines
 from care_train.verifier.responses import item_of
 from care_train.verifier.verify import verify_in_process
 
@@ -115,6 +120,22 @@ def test_options_of_a_prompt_need_not_hold_the_key():
 
 
 @pytest.mark.parametrize(
+    ("prompt", "options"),
+    [
+        ("Which?\nA. red\nB. dark blue", ("red", "dark blue")),
+        ("Which? (A) red (B) blue", ("red", "blue")),
+        ("Choices: A: 80 B: 60 C: 50", ("80", "60", "50")),
+        ("A. Smith met B. Jones", ()),
+        ("Is A? or B? longer", ()),
+        ("B. red\nC. blue", ()),
+    ],
+)
+def test_options_of_prompts(prompt: str, options: tuple[str, ...]):
+    """Options on lines of their own, in brackets, or three in a row; not initials."""
+    assert options_in(prompt).texts == options
+
+
+@pytest.mark.parametrize(
     ("columns", "message"),
     [
         ({"options": 3}, "options: got 3, wanted a list of the options' texts"),
@@ -156,38 +177,6 @@ def test_nothing_hides_no_other_column(empty: str, filled: dict, read: Any, noth
     assert read(make(**{empty: nothing}, **filled))
 
 
-def test_empty_images_do_not_hide_those_of_the_messages():
-    """As Qwen's format has them, with an images column that a merge left empty."""
-    part = {"type": "image", "image": "a.png"}
-    messages = [{"role": "user", "content": [part, {"type": "text", "text": "q"}]}]
-    assert make(prompt=messages, images=[]).images == (Path("a.png"),)
-
-
-@pytest.mark.parametrize(
-    ("answer", "key", "rationale"),
-    [
-        ("4 + 5 = <<4+5=9>>9 apples\n#### 9", "9", "4 + 5 = 9 apples"),
-        ("#### 1,250", "1,250", None),
-        ("So the length is $\\boxed{\\frac{2}{3}}$ m.", "\\frac{2}{3}", None),
-        ("\\boxed{1} or \\boxed{2}", "\\boxed{1} or \\boxed{2}", None),
-        ("<think>so</think> <answer>Final answer: 4</answer>", "4", "so"),
-        (["seven"], "seven", None),
-    ],
-)
-def test_the_final_answer_of_a_solution(answer: Any, key: str, rationale: str | None):
-    """GSM8K's `####`, one box, tags, or a list of one: the key alone is compared."""
-    sample = make(answer=answer)
-    assert (sample.answer, sample.rationale) == (key, rationale)
-
-
-@pytest.mark.parametrize("field", ["prompt", "answer", "rationale", "options"])
-def test_lone_surrogates_are_named(field: str):
-    """Half of a surrogate pair, which JSON can spell and no tokenizer takes."""
-    value = ["x\udc80", "B"] if field == "options" else "x\udc80"
-    with pytest.raises(RowError, match=rf"row 3: {field}: got a lone surrogate .* character 2"):
-        make(**{field: value})
-
-
 def test_choices_beyond_letters_are_no_key():
     """`option_key` tells by the options' number which letters there are."""
     options = read_options(["x", "y"])
@@ -195,3 +184,46 @@ def test_choices_beyond_letters_are_no_key():
     assert option_key("C", options) is None
     assert make(options=["x", "y"]).answer_type is None
     assert make(answer_type="choice").answer_type is AnswerType.CHOICE
+
+
+CASES = Path(__file__).parents[3] / "shared" / "cases" / "inputs"
+needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="the cases are not here")
+
+
+def verdicts(case: str) -> list[float]:
+    [path] = CASES.glob(f"{case}-*/in.jsonl")
+    target = io.StringIO()
+    verify_lines(Config(), io.StringIO(path.read_text()), target)
+    return [json.loads(line)["acc"] for line in target.getvalue().splitlines()]
+
+
+@needs_cases
+def test_options_with_letters():
+    """All four forms of the right answer are right."""
+    assert set(verdicts("03")) == {1.0}
+
+
+@needs_cases
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("07-*/rows.jsonl", "row 38: answer_type: got 'numeric', wanted one of"),
+        ("17-*/1.jsonl", "the columns 'query', 'response', wanted"),
+        ("17-*/2.jsonl", "the columns 'prompt', 'label', wanted"),
+        ("17-*/3.jsonl", "with an <answer> span"),
+        ("17-*/4.jsonl", "prompt: got nothing in 'prompt', and the columns"),
+    ],
+)
+def test_bad_rows_are_named_before_the_first_step(name: str, message: str):
+    """With the columns there are, and the names that are read."""
+    [path] = CASES.glob(name)
+    with pytest.raises(ValueError) as error:
+        load_samples(DataSettings(path=str(path)))
+    assert message in str(error.value)
+
+
+@needs_cases
+def test_an_index_into_options():
+    """An index into the options' list is refused."""
+    with pytest.raises(ValueError, match="none of the 4 texts in options"):
+        verdicts("05")

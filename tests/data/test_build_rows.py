@@ -9,7 +9,6 @@ from PIL import Image
 
 from care_train.config import DataSettings
 from care_train.data import load_samples
-from care_train.data.answers import options_in
 from care_train.data.building.adapters import chart_answer_type
 from care_train.data.building.dedup import compare_looks, duplicate_keys, normalized_text
 from tests.data.published import build_from, drawing, quarantine, write_jsonl
@@ -199,19 +198,3 @@ def test_normalized_text():
 def test_charts_allow_five_percent_of_numbers(answer: str, kind: str | None):
     """ChartQA's measure, but not for years; every other type is the verifier's to infer."""
     assert chart_answer_type(answer) == kind
-
-
-@pytest.mark.parametrize(
-    ("prompt", "options"),
-    [
-        ("Which?\nA. red\nB. dark blue", ("red", "dark blue")),
-        ("Which? (A) red (B) blue", ("red", "blue")),
-        ("Choices: A: 80 B: 60 C: 50", ("80", "60", "50")),
-        ("A. Smith met B. Jones", ()),
-        ("Is A? or B? longer", ()),
-        ("B. red\nC. blue", ()),
-    ],
-)
-def test_options_of_prompts(prompt: str, options: tuple[str, ...]):
-    """Options on lines of their own, in brackets, or three in a row; not initials."""
-    assert options_in(prompt).texts == options

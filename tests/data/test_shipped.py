@@ -1,9 +1,201 @@
-"""Data sets whose rows are made: each by its name, with its own held-out split."""
+"""Data sets that are made here: answers follow from the picture, slips are near misses, splits
+share nothing."""
 
+import io
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from care_train.config import DataSettings, load_config
-from care_train.data import load_samples
+from care_train.data import Sample, charts, digits, geometry, load_image, load_samples
+from care_train.data.charts import Question
+
+
+class Made(NamedTuple):
+    sample: Callable[[int, str, int], Sample]
+    derive: Callable[[Any, Any], tuple[str, str, str]]
+    content: Callable[[Any], tuple[Any, Any]]
+    """(question, what the picture shows) of a row's columns."""
+    read: Callable[[str], list[Any]]
+    """What the first step of a rationale says that the picture shows."""
+
+    def rows(self, level: int, split: str, count: int) -> list[Sample]:
+        return [self.sample(level, split, row) for row in range(1, count + 1)]
+
+
+MADE = {
+    "digits": Made(
+        digits.digits_sample,
+        digits.derive,
+        lambda columns: (columns["kind"], columns["digits"]),
+        lambda text: [int(digit) for digit in re.findall(r"\d", text)],
+    ),
+    "charts": Made(
+        charts.charts_sample,
+        charts.derive,
+        lambda columns: (
+            Question(*(columns[name] for name in Question._fields)),
+            list(zip(columns["colors"], columns["heights"], strict=True)),
+        ),
+        lambda text: [(c, int(h)) for c, h in re.findall(r"([a-z]+) (\d)", text)],
+    ),
+    "geometry": Made(
+        geometry.geometry_sample,
+        geometry.derive,
+        lambda columns: (columns["kind"], columns["rectangles"]),
+        lambda text: [[int(w), int(h)] for w, h in re.findall(r"(\d) by (\d)", text)],
+    ),
+}
+BARS = [("red", 3), ("blue", 7), ("green", 3)]
+SHEET = [(3, 2), (1, 4), (2, 4)]
+SEEN_BARS = "i see red 3 blue 7 green 3"
+SEEN_SHEET = "i see 3 by 2 1 by 4 2 by 4 . 3 times 2 is 6 . 1 times 4 is 4 . 2 times 4 is 8"
+
+
+@pytest.mark.parametrize(
+    ("name", "question", "shown", "rationale", "answer"),
+    (
+        ("digits", "sum", (4, 0, 7), "i see 4 0 7 . 4 plus 0 is 4 . 4 plus 7 is 11", "11"),
+        ("digits", "largest", (3, 9, 9), "i see 3 9 9 . the largest is 9", "9"),
+        ("digits", "smallest", (3, 0), "i see 3 0 . the smallest is 0", "0"),
+        ("digits", "difference", (8, 2, 5), "i see 8 2 5 . 8 minus 2 is 6", "6"),
+        ("digits", "even", (1, 3), "i see 1 3 . even ones : none . that makes 0", "0"),
+        ("charts", "sum", BARS, f"{SEEN_BARS} . 3 plus 7 is 10 . 10 plus 3 is 13", "13"),
+        ("charts", "tallest", BARS, f"{SEEN_BARS} . the tallest is 7", "7"),
+        ("charts", "shortest", BARS, f"{SEEN_BARS} . the shortest is 3", "3"),
+        ("charts", "difference", BARS, f"{SEEN_BARS} . 7 minus 3 is 4", "4"),
+        ("charts", "above", BARS, f"{SEEN_BARS} . above 5 : 7 . that makes 1", "1"),
+        ("charts", "above", BARS[:1], "i see red 3 . above 5 : none . that makes 0", "0"),
+        ("charts", "value", BARS, f"{SEEN_BARS} . blue is 7", "7"),
+        ("geometry", "total", SHEET, f"{SEEN_SHEET} . 6 plus 4 is 10 . 10 plus 8 is 18", "18"),
+        ("geometry", "largest", SHEET, f"{SEEN_SHEET} . the largest is 8", "8"),
+        ("geometry", "smallest", SHEET, f"{SEEN_SHEET} . the smallest is 4", "4"),
+        ("geometry", "difference", SHEET, f"{SEEN_SHEET} . 8 minus 4 is 4", "4"),
+    ),
+)
+def test_derivations_by_hand(name: str, question: str, shown: Any, rationale: str, answer: str):
+    """The rationale reads the picture, then derives the answer; only what is needed is named."""
+    asked = Question(question, "blue", limit=5) if name == "charts" else question
+    text, *derived = MADE[name].derive(asked, shown)
+    assert derived == [rationale, answer]
+    assert ("blue" in text) == (question == "value") and ("5" in text) == (question == "above")
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("level", (2, 3, 6))
+def test_rows_hold_together(name: str, level: int):
+    """Answer, rationale and columns agree; the slip misreads one value, and changes the answer."""
+    made = MADE[name]
+    for sample in made.rows(level, "test", 150):
+        asked, shown = made.content(sample.columns)
+        assert len(shown) == level
+        assert made.derive(asked, shown) == (sample.prompt, sample.rationale, sample.answer)
+        assert sample.failed_rationale is not None
+        slip = made.read(sample.failed_rationale.partition(" . ")[0])
+        assert np.sum(np.array(slip, str) != np.array(shown, str)) == 1
+        failed = sample.failed_rationale, sample.columns["failed_answer"]
+        assert made.derive(asked, slip)[1:] == failed and failed[1] != sample.answer
+        assert name != "charts" or len(set(sample.columns["colors"])) == level
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "num_questions", "kinds"),
+    (
+        ("digits", 4, 5, digits.KINDS),
+        ("charts", 3, 15, charts.KINDS),
+        # A bar of two is not asked for by its color.
+        ("charts", 2, 9, charts.KINDS[:-1]),
+        ("geometry", 2, 4, geometry.KINDS),
+    ),
+)
+def test_every_kind_is_asked_and_a_constant_answer_is_poor(name, level, num_questions, kinds):
+    """Blind guessing: the commonest answer of each question is right for less than a third."""
+    samples = MADE[name].rows(level, "test", 2000)
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for sample in samples:
+        answers[sample.prompt][sample.answer] += 1
+    assert {sample.columns["kind"] for sample in samples} == set(kinds)
+    assert len(answers) == num_questions
+    best = sum(max(given.values()) for given in answers.values())
+    assert best / len(samples) < 0.33
+
+
+def tiles(sample: Sample) -> list[bytes]:
+    """The left and the right half of a strip of two digits."""
+    strip = np.asarray(Image.open(io.BytesIO(sample.images[0])))
+    return [strip[:, :28].tobytes(), strip[:, 28:].tobytes()]
+
+
+@pytest.mark.parametrize(
+    ("name", "seen", "least"),
+    (
+        ("digits", tiles, (1000, 350)),
+        ("charts", lambda sample: [str(MADE["charts"].content(sample.columns)[1])], (500, 200)),
+        ("geometry", lambda sample: [str(sample.columns["rectangles"])], (100, 30)),
+    ),
+)
+def test_splits_share_nothing(name: str, seen: Any, least: tuple[int, int]):
+    """No image of a digit, no chart's bars and no sheet's sides are in train and in test."""
+    train, test = (
+        {part for sample in MADE[name].rows(2, split, 1200) for part in seen(sample)}
+        for split in ("train", "test")
+    )
+    assert not train & test and len(train) > least[0] and len(test) > least[1]
+
+
+def test_rows_are_the_same_every_time():
+    """A row is a pure function of its name, picture included, whatever was drawn before it."""
+    for made in MADE.values():
+        again = [made.rows(4, split, 20) for split in ("test", "train", "test")]
+        assert again[0] == again[2] != again[1]
+
+
+def test_images_show_the_digits():
+    """Each tile is an image of scikit-learn's with that label: nearest by pixels, label equal."""
+    data: Any = load_digits()
+    for sample in MADE["digits"].rows(3, "train", 40):
+        strip = np.asarray(Image.open(io.BytesIO(sample.images[0])).convert("L"), dtype=float)
+        assert strip.shape == (28, 84)
+        for place, digit in enumerate(sample.columns["digits"]):
+            tile = Image.fromarray(strip[:, 28 * place : 28 * place + 28].astype(np.uint8))
+            small = 255 - np.asarray(tile.resize((8, 8), Image.Resampling.BOX), dtype=float)
+            gaps = ((data.images * 255 / 16 - small) ** 2).sum((1, 2))
+            assert data.target[gaps.argmin()] == digit
+
+
+@pytest.mark.parametrize("num_bars", (2, 5))
+def test_pictures_show_the_bars(num_bars: int):
+    """In the middle of each bar's place its color reaches as high as the columns say."""
+    names, shades = list(charts.COLORS), np.array(list(charts.COLORS.values()))
+    for sample in MADE["charts"].rows(num_bars, "train", 60):
+        picture = np.asarray(load_image(sample.images[0], location=sample.id)) / 255
+        assert picture.shape == (28, 28 + 28 * num_bars, 3)
+        seen = []
+        for place in range(num_bars):
+            column = picture[:, 28 * (place + 1) + 14]
+            gaps = np.abs(column[:, None] - shades).max(2)
+            painted = gaps.min(1) < 0.08
+            color = names[gaps[painted].argmin(1)[0]]
+            seen.append((color, round(painted.sum() / 3)))
+        assert seen == MADE["charts"].content(sample.columns)[1]
+
+
+def test_pictures_show_the_rectangles():
+    """Each tile's colored pixels span as many squares of 6 pixels as the columns say."""
+    for sample in MADE["geometry"].rows(3, "train", 60):
+        picture = np.asarray(load_image(sample.images[0], location=sample.id)).astype(int)
+        assert picture.shape == (28, 84, 3)
+        is_grey = (np.ptp(picture, axis=2) == 0) & (picture[..., 0] > 100)  # paper and lines
+        for tile, sides in enumerate(sample.columns["rectangles"]):
+            painted = np.argwhere(~is_grey[:, 28 * tile : 28 * (tile + 1)])
+            height, width = np.ptp(painted, axis=0) // 6
+            assert [width, height] == sides
 
 
 @pytest.mark.parametrize(("name", "usual"), [("digits", 4), ("charts", 3), ("geometry", 3)])

@@ -99,19 +99,19 @@ def test_every_column_of_another_type_is_named(name, column, tmp_path):
 @pytest.mark.parametrize(
     ("name", "column", "value", "got"),
     [
-        ("mathvista", "choices", "['red']", "str \"['red']\""),
-        ("mathvista", "precision", "1", "str '1'"),
-        ("mathvista", "decoded_image", None, "null"),
-        ("mathverse", "answer", 14, "int 14"),
-        ("math_vision", "options", None, "null"),
-        ("math_vision", "answer", "", "str ''"),
+        ("mathvista", "choices", "['red']", "\"['red']\""),
+        ("mathvista", "precision", "1", "'1'"),
+        ("mathvista", "decoded_image", None, "nothing"),
+        ("mathverse", "answer", 14, "14"),
+        ("math_vision", "options", None, "nothing"),
+        ("math_vision", "answer", "", "empty text"),
         ("mmmu", "options", {"A": "red"}, "an object with 'A'"),
-        ("mmmu_pro_standard", "image_1", 7, "int 7"),
-        ("mmmu_pro_vision", "image", [], "a list of nothing"),
+        ("mmmu_pro_standard", "image_1", 7, "7"),
+        ("mmmu_pro_vision", "image", [], "[]"),
     ],
 )
 def test_a_changed_type_is_named(name, column, value, got, tmp_path):
-    """The type got in words, with the value where it is short."""
+    """What was got: a short value itself, else its type."""
     rows = benchmark_rows()[name]
     row = dict.fromkeys(FEATURES[name]) | rows[0] | {column: value}
     path = _write_json([row], tmp_path / "rows.jsonl")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from care_train.config import VllmSettings
-from care_train.models.images import image_inputs
+from care_train.models.batch import image_inputs
 from care_train.rollout import vllm_engine
 from care_train.rollout.engine import SamplingSettings, WeightParts, banned_token_ids
 from care_train.rollout.transformers_engine import TransformersEngine

@@ -7,8 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from care_train.models.batch import TokenSequence, collate, packed_positions
-from care_train.models.images import image_inputs
+from care_train.models.batch import TokenSequence, collate, image_inputs, packed_positions
 from care_train.models.policy import Policy
 from care_train.planning.workload import describe, read_architecture
 from tests.train.builders import encoder_of, full_log_probs, image_sample, load, text_sample

@@ -7,8 +7,7 @@ import torch
 from PIL import Image
 
 from care_train.config import ModelSettings
-from care_train.models.batch import TokenSequence, collate
-from care_train.models.images import image_inputs
+from care_train.models.batch import TokenSequence, collate, image_inputs
 from care_train.models.load import load_model
 from care_train.models.policy import Policy
 from care_train.models.tiny import TINY_KINDS, build_tiny_model

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from care_train.models.images import image_inputs
+from care_train.models.batch import image_inputs
 from care_train.rollout.engine import Request, SamplingSettings, request_seed
 from care_train.rollout.transformers_engine import SeededSampler, TransformersEngine
 from tests.train.builders import encoder_of, full_log_probs, image_sample, load, text_sample

@@ -1,14 +1,24 @@
-"""Rows are read when asked for, checked as they are, and known by a checksum with their pixels."""
+"""Rows are read when asked for, checked as they are, known by a checksum, in a fixed order."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
 from care_train.config import DataSettings
-from care_train.data import Sample, load_samples, require_rationales, sample_digests
+from care_train.data import (
+    PromptOrder,
+    Sample,
+    load_images,
+    load_samples,
+    require_rationales,
+    sample_digests,
+)
 from care_train.data.dataset import LazySamples
 from care_train.data.schema import sample_digest
 from tests.data.published import TEXT, build_from, drawing, write_jsonl
@@ -91,17 +101,12 @@ def test_a_damaged_row_is_named(built: Path):
 def test_digests_see_pixels_and_texts():
     """Any text, one pixel of a path's, bytes' or open image's file, or their order."""
     base = Sample(id="1", prompt="q", answer="a", images=(drawing(1), b"\x89PNG"))
-    others = [
-        Sample(id="2", prompt="q", answer="a", images=base.images),
-        Sample(id="1", prompt="p", answer="a", images=base.images),
-        Sample(id="1", prompt="q", answer="b", images=base.images),
-        Sample(id="1", prompt="q", answer="a", images=base.images, rationale="so"),
-        Sample(id="1", prompt="q", answer="a", images=base.images[::-1]),
-        Sample(id="1", prompt="q", answer="a", images=(drawing(2), b"\x89PNG")),
-        Sample(id="1", prompt="q", answer="a", images=(drawing(1), b"\x89PNH")),
-    ]
+    changes = [{"id": "2"}, {"prompt": "p"}, {"answer": "b"}, {"rationale": "so"}]
+    images = (base.images[::-1], (drawing(2), b"\x89PNG"), (drawing(1), b"\x89PNH"))
+    changes += [{"images": changed} for changed in images]
+    others = [replace(base, **change) for change in changes]
     assert len({sample_digest(sample) for sample in [base, *others]}) == 8
-    assert sample_digest(base) == sample_digest(Sample("1", "q", "a", (drawing(1), b"\x89PNG")))
+    assert sample_digest(base) == sample_digest(replace(base, images=(drawing(1), b"\x89PNG")))
 
 
 def test_digests_read_image_files(tmp_path: Path):
@@ -141,7 +146,43 @@ def test_images_are_decoded_by_need(tmp_path: Path):
     path = write_jsonl(tmp_path / "r.jsonl", [row])
     samples = load(path)
     assert len(list(sample_digests(samples))) == 1
-    from care_train.data import load_images
-
     with pytest.raises(ValueError, match="9000 x 9000"):
         load_images(samples[0])
+
+
+@given(st.integers(1, 40), st.integers(0, 2**40), st.integers(0, 30))
+def test_each_epoch_is_a_permutation(num_samples: int, seed: int, epoch: int):
+    """Every row is drawn once per epoch."""
+    draws = PromptOrder(num_samples, seed).take(epoch * num_samples, num_samples)
+    assert sorted(draws) == list(range(num_samples))
+
+
+@given(st.integers(1, 40), st.integers(0, 99), st.integers(0, 200), st.lists(st.integers(0, 50)))
+def test_position_is_the_only_state(num_samples: int, seed: int, start: int, counts: list[int]):
+    """Draws split in any way, from any position, equal one long draw."""
+    whole = PromptOrder(num_samples, seed).take(start, sum(counts))
+    pieces, position = [], start
+    for count in counts:
+        pieces += PromptOrder(num_samples, seed).take(position, count)
+        position += count
+    assert pieces == whole
+
+
+def test_epochs_and_seeds_differ():
+    """Neither two epochs nor two seeds share an order."""
+    order = PromptOrder(50, 0)
+    assert order.take(0, 50) != order.take(50, 50)
+    assert order.take(0, 50) != PromptOrder(50, 1).take(0, 50)
+
+
+def test_order_is_fixed():
+    """The order is the same on every machine and in every version: resumed runs depend on it."""
+    assert PromptOrder(6, 0).take(0, 12) == [3, 4, 5, 0, 2, 1, 4, 5, 3, 1, 2, 0]
+
+
+def test_wrong_arguments():
+    """No rows and negative positions are refused."""
+    with pytest.raises(ValueError, match="num_samples: got 0"):
+        PromptOrder(0, 0)
+    with pytest.raises(ValueError, match="got -1, 2"):
+        PromptOrder(3, 0).take(-1, 2)
