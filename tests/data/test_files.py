@@ -220,7 +220,7 @@ TRAIN, TEST = ["0a", "0b"], ["1a", "1b"]
 
 
 @pytest.mark.parametrize(
-    ("names", "key", "prompts"),
+    ("names", "key", "wanted"),
     [
         (("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"), "data", None),
         (("train-0.parquet", "test-0.parquet"), "data", TRAIN),
@@ -231,9 +231,9 @@ TRAIN, TEST = ["0a", "0b"], ["1a", "1b"]
         (("train.parquet", "other.parquet"), "eval.data", TEST),
     ],
 )
-def test_splits_of_a_folder(tmp_path: Path, names: Any, key: str, prompts: list[str] | None):
+def test_splits_of_a_folder(tmp_path: Path, names: Any, key: str, wanted: list[str] | None):
     """A downloaded repository: the split its files' names say, all of its shards in order."""
-    assert prompts(shards(tmp_path, *names), key) == (prompts or TRAIN + TEST)
+    assert prompts(shards(tmp_path, *names), key) == (wanted or TRAIN + TEST)
 
 
 def test_a_folder_of_one_split_is_read_with_a_warning(tmp_path: Path, caplog: Any):

@@ -27,7 +27,7 @@ def test_a_model_loads_with_what_can_run_and_says_so_once(tiny_folder, caplog, m
     """No GPU: sdpa and transformers' own layers, one line each however often a model is loaded."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("RANK", "0")
-    fast_paths._say.cache_clear()
+    fast_paths.say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         load_model(ASKED, tiny_folder("tiny-qwen2"))
         model = load_model(ASKED, tiny_folder("tiny-qwen2")).model
