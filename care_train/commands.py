@@ -14,7 +14,7 @@ from care_train.distributed import barrier, initialize_process_group, is_main
 from care_train.evaluation.benchmark_run import (
     benchmark_summary,
     evaluate_benchmarks,
-    open_question_sets,
+    open_questions,
 )
 from care_train.evaluation.evaluate import evaluate_both
 from care_train.models.tiny import model_folder
@@ -185,7 +185,8 @@ def evaluate(config: Config, run: RunFolder, given: Given) -> Summary:
     session = open_session(config, model_folder(config, run.path / "base", held_out), device, given)
     if config.eval.benchmarks:
         # All rows are read before the first answer: a wrong file must not stop the last benchmark.
-        question_sets = open_question_sets(config)
+        names = dict.fromkeys(config.eval.benchmarks)
+        question_sets = [open_questions(name, config) for name in names]
         run_dir = run.begin({"eval.data": held_out})
         results = evaluate_benchmarks(session, question_sets, run_dir, device, run.started)
         scores = run_facts(config, given) | benchmark_summary(results)

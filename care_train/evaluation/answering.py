@@ -1,6 +1,6 @@
 """Answer a benchmark's questions: one record per response, written as soon as it is there."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +8,9 @@ from typing import Any
 
 import torch
 
-from care_train.algorithm.spans import parse_spans
-from care_train.config import Config
 from care_train.distributed import barrier, gather, is_main, rank, world_size
 from care_train.evaluation.evaluate import EVAL_STEP, decoding, equal_batches
-from care_train.evaluation.question import Benchmark, Question, letters
-from care_train.evaluation.question_set import QuestionSet
+from care_train.evaluation.question import Benchmark, Question, QuestionSet, letters
 from care_train.reporting import track
 from care_train.reporting.files import JsonlWriter, read_jsonl
 from care_train.rollout.engine import Completion, Request, RolloutEngine, request_seed
@@ -23,7 +20,6 @@ from care_train.training.guard import StopSignals
 from care_train.training.session import Session
 from care_train.verifier import Response, normalize
 from care_train.verifier.answers import MAX_ANSWER_CHARS
-from care_train.verifier.format import format_fault
 
 Job = tuple[int, int, int]
 """A question's place, a seed of `eval.seeds`, and which of `eval.samples` responses."""
@@ -53,11 +49,18 @@ def answer_questions(
         ValueError: a record found was made from another question.
         Stopped: a signal asked for it; what is written stays.
     """
-    config = session.config
-    ids = questions.ids
-    jobs = list(_jobs(config, len(ids)))
+    config, ids = session.config, questions.ids
+    seeds, samples = config.eval.seeds, range(config.eval.samples)
+    jobs = [(place, s, sample) for s in seeds for place in range(len(ids)) for sample in samples]
     found = _found(folder)
-    _check_found(found, questions, folder)
+    digests = dict(zip(ids, questions.digests, strict=True))
+    for (id, _, _), record in found.items():
+        if digests.get(id, record["digest"]) != record["digest"]:
+            raise ValueError(
+                f"{folder}: the record of {id!r} answers another question than the one that "
+                f"{questions.source} has now: restore those rows, or choose another name for the "
+                "run"
+            )
     missing = [job for job in jobs if (ids[job[0]], *job[1:]) not in found]
     own = missing[rank() :: world_size()]
     batches = equal_batches(own, config.rollout.batch_size, device)
@@ -92,20 +95,13 @@ def judge_responses(
     """
     if benchmark is None:
         return _score(session, responses)
-    records = []
+    verifier, records = session.scorer.verifier, []
     for question, completion in responses:
         text = session.scorer.text(completion)
-        answer = answer_of(session, text)
-        if fault := _fault(answer, completion):
-            found = _judgement(0.0, fault)
-        elif question.right:
-            found = _judge_choice(benchmark.choose(answer or "", question), question)
-        else:
-            is_exact = benchmark.matches(answer or "", question)
-            reason = "exact match" if is_exact else "no exact match"
-            found = _judgement(float(is_exact), reason, normalize(answer or ""), is_exact)
-        form = format_fault(text, *_tags(session)) if completion.finished else "cut"
-        records.append({"answer": answer, "format": float(not form), "response": text} | found)
+        answer = verifier.answer(text)
+        fault = verifier.form_fault(Response(text, question.sample, completion.finished))
+        record = {"answer": answer, "format": float(not fault), "response": text}
+        records.append(record | _judge(benchmark, question, answer, completion.finished))
     _ask_verifier(session, responses, records)
     return records
 
@@ -115,7 +111,7 @@ def _score(session: Session, responses: Sequence[tuple[Question, Completion]]) -
     scored = session.scorer.score_all([Answer(q.sample, completion) for q, completion in responses])
     records = []
     for (question, _), rollout in zip(responses, scored, strict=True):
-        answer = answer_of(session, rollout.text)
+        answer = session.scorer.verifier.answer(rollout.text)
         vote = normalize(answer or "")
         is_exact = rollout.accuracy > 0 and vote == normalize(question.sample.answer)
         found = _judgement(rollout.accuracy, rollout.verdict, vote, is_exact)
@@ -124,17 +120,19 @@ def _score(session: Session, responses: Sequence[tuple[Question, Completion]]) -
     return records
 
 
-def _fault(answer: str | None, completion: Completion) -> str:
-    """Why a response has no answer that could be right; empty where it has one."""
+def _judge(benchmark: Benchmark, question: Question, answer: str | None, finished: bool) -> Record:
+    """What the benchmark's own rule says of an answer."""
     if answer is None:
-        return "no complete answer span" + ("" if completion.finished else ": cut by its limit")
+        return _judgement(0.0, f"no complete answer span{'' if finished else ': cut by its limit'}")
     if len(answer) > MAX_ANSWER_CHARS:
-        return f"longer than {MAX_ANSWER_CHARS:,} characters"
-    return "" if answer.strip() else "empty answer"
-
-
-def _judge_choice(place: int | None, question: Question) -> Record:
-    """Compare the option that an answer names, if any, with those that the key names."""
+        return _judgement(0.0, f"longer than {MAX_ANSWER_CHARS:,} characters")
+    if not answer.strip():
+        return _judgement(0.0, "empty answer")
+    if not question.right:
+        is_exact = benchmark.matches(answer, question)
+        reason = "exact match" if is_exact else "no exact match"
+        return _judgement(float(is_exact), reason, normalize(answer), is_exact)
+    place = benchmark.choose(answer, question)
     if place is None:
         return _judgement(0.0, "names no option")
     letter, wanted = letters(place + 1)[-1], [letters(i + 1)[-1] for i in question.right]
@@ -152,36 +150,17 @@ def _ask_verifier(
     session: Session, responses: Sequence[tuple[Question, Completion]], records: list[Record]
 ) -> None:
     """Free-form answers without an exact match, all at once; of several keys the best counts."""
-    asked: list[tuple[int, Response]] = []
-    for place, ((question, completion), record) in enumerate(zip(responses, records, strict=True)):
+    asked: list[tuple[Record, Response]] = []
+    for (question, completion), record in zip(responses, records, strict=True):
         if record["vote"] and not record["exact"] and not question.right:
-            samples = [replace(question.sample, answer=key) for key in question.keys]
-            asked += [
-                (place, Response(record["response"], sample, completion.finished))
-                for sample in samples or [question.sample]
-            ]
+            for key in question.keys or [question.sample.answer]:
+                sample = replace(question.sample, answer=key)
+                asked.append((record, Response(record["response"], sample, completion.finished)))
     # Not with `reward.tolerance`: what a benchmark takes for right does not follow the training.
     verdicts = session.scorer.verifier.verdicts([response for _, response in asked], None)
-    for (place, _), verdict in zip(asked, verdicts, strict=True):
-        if verdict.accuracy >= records[place]["accuracy"]:
-            records[place] |= {"accuracy": verdict.accuracy, "reason": verdict.reason}
-
-
-def answer_of(session: Session, text: str) -> str | None:
-    """The text of the answer span; None where there is no complete one."""
-    span = parse_spans(text, *_tags(session)).answer_content
-    return None if span is None else text[span[0] : span[1]]
-
-
-def _tags(session: Session) -> tuple[str, str]:
-    return session.config.prompt.think_tag, session.config.prompt.answer_tag
-
-
-def _jobs(config: Config, count: int) -> Iterator[Job]:
-    for seed in config.eval.seeds:
-        for place in range(count):
-            for sample in range(config.eval.samples):
-                yield place, seed, sample
+    for (record, _), verdict in zip(asked, verdicts, strict=True):
+        if verdict.accuracy >= record["accuracy"]:
+            record |= {"accuracy": verdict.accuracy, "reason": verdict.reason}
 
 
 def _answer(
@@ -222,16 +201,3 @@ def _found(folder: Path) -> dict[tuple[str, int, int], Record]:
         for path in sorted(folder.glob("rank_*.jsonl"))
         for record in read_jsonl(path)
     }
-
-
-def _check_found(
-    found: Mapping[tuple[str, int, int], Record], questions: QuestionSet, folder: Path
-) -> None:
-    digests = dict(zip(questions.ids, questions.digests, strict=True))
-    for (id, _, _), record in found.items():
-        if digests.get(id, record["digest"]) != record["digest"]:
-            raise ValueError(
-                f"{folder}: the record of {id!r} answers another question than the one that "
-                f"{questions.source} has now: restore those rows, or choose another name for the "
-                "run"
-            )

@@ -1,29 +1,34 @@
-"""`care-train eval --benchmarks ...`: all benchmarks of a run, and its results.
+"""`care-train eval --benchmarks ...`: open the questions of a run's benchmarks, answer them, and
+write its results."""
 
-Accuracy, pass@k, majority@k and their intervals are computed here from the records of responses.
-"""
-
+import hashlib
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from math import comb
+from itertools import accumulate
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 
 from care_train.config import Config, Role, role_of
+from care_train.data import ImageRef, load_samples, permutation, sample_digest
+from care_train.data.columns import check_row
+from care_train.data.files import open_rows
 from care_train.distributed import barrier, is_main
-from care_train.evaluation.answering import Record, answer_questions
+from care_train.evaluation.answering import answer_questions
+from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.evaluation.evaluate import decoding
-from care_train.evaluation.question_set import DATA, QuestionSet, open_questions
-from care_train.evaluation.table import results_markdown
-from care_train.reporting import mean_interval, proportion_interval
+from care_train.evaluation.question import Benchmark, Question, QuestionSet
+from care_train.evaluation.table import macro_average, results_markdown, summarize
 from care_train.reporting.files import write_file, write_json
 from care_train.training.resume import identity, settings_of
 from care_train.training.session import Session
+
+DATA = "data"
+"""The name under which `eval.benchmarks` has the rows of `eval.data`."""
 
 _ANSWERS = "answers"
 _MADE_WITH = "made_with.json"
@@ -35,13 +40,35 @@ _INDIFFERENT = ("model.path", "model.lora", "rollout.group_size")
 """Of those: the weights themselves are compared, and an evaluation has no groups."""
 
 
-def open_question_sets(config: Config) -> list[QuestionSet]:
-    """The questions of every benchmark of `eval.benchmarks`, each once, every row checked.
+def open_questions(name: str, config: Config) -> QuestionSet:
+    """The questions of a benchmark, each read once, so that a bad row is found before any answer.
+
+    A question that is there twice, as in a folder with two copies of its table, is asked once.
+
+    Args:
+        name: one of `BENCHMARKS`, or `data`.
+        config: `eval.sources` says where the rows are, `eval.max_samples` how many count.
 
     Raises:
-        ValueError: rows that break a benchmark's schema.
+        ValueError: no rows, a row that breaks the published schema, or an id that two different
+            questions share.
     """
-    return [open_questions(name, config) for name in dict.fromkeys(config.eval.benchmarks)]
+    if name == DATA:
+        if config.held_out is None:
+            raise ValueError("eval.data: got none, wanted the rows of the benchmark `data`")
+        samples = load_samples(config.held_out, config.seed, "eval.data")
+        count, source = len(samples), config.held_out.path
+
+        def read_sample(place: int) -> Question:
+            return Question(samples[place], group=samples[place].source)
+
+        return _read_all(name, source, read_sample, range(count), count, None)
+    benchmark = BENCHMARKS[name]
+    source = config.eval.sources.get(name, benchmark.dataset)
+    read, total = _reader(benchmark, source)
+    limit = config.eval.max_samples or total
+    order = permutation(total, f"{config.seed}/{name}") if limit < total else range(total)
+    return _read_all(name, source, read, order, limit, benchmark)
 
 
 def evaluate_benchmarks(
@@ -114,98 +141,6 @@ def _ks(samples: int) -> list[int]:
     return sorted({2**i for i in range(samples.bit_length())} | {samples}) if samples > 1 else []
 
 
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The probability that one of k responses drawn without replacement is right.
-
-    The unbiased estimator 1 - C(n - c, k) / C(n, k) (Chen et al., 2021, arXiv:2107.03374, Eq. 1).
-
-    Raises:
-        ValueError: k is not in [1, n], or c not in [0, n].
-    """
-    if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
-        raise ValueError(
-            f"pass_at_k: got n {num_samples}, c {num_correct}, k {k}, wanted 1 <= k <= n and "
-            "0 <= c <= n"
-        )
-    return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
-
-
-def majority_at_k(votes: Sequence[str], accuracies: Sequence[float], k: int) -> float:
-    """How right the commonest of k answers is, a mean over the blocks of k responses.
-
-    Empty votes (no answer) do not count; of equally common answers the first given wins; without
-    any vote the block is wrong.
-
-    Raises:
-        ValueError: k is not in [1, number of votes].
-    """
-    if not 1 <= k <= len(votes):
-        raise ValueError(f"majority_at_k: got k {k}, wanted 1 to {len(votes)}")
-    scores = []
-    for start in range(0, len(votes) - k + 1, k):
-        block = range(start, start + k)
-        counts = Counter(votes[i] for i in block if votes[i])
-        winner = max(counts, key=lambda vote: counts[vote], default=None)
-        scores.append(next((accuracies[i] for i in block if votes[i] == winner), 0.0))
-    return fmean(scores)
-
-
-def summarize(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
-    """A benchmark's numbers from all its records, those of each seed a complete pass.
-
-    Args:
-        records: of every question, seed and sample.
-        ks: for which pass@k and majority@k are wanted.
-
-    Returns:
-        Means over seeds, questions and samples: `accuracy`, of it `exact`, `format`, `truncated`
-        (cut by the length limit), `tokens`; `per_seed` accuracies; `half_width` of their 95 %
-        interval, None for one seed; `interval` of the share of questions (Wilson, one seed);
-        `pass@k`, `majority@k`; `groups` with each part's accuracy.
-    """
-    seeds = sorted({record["seed"] for record in records})
-    per_seed = [_mean(records, "accuracy", seed) for seed in seeds]
-    accuracy, half_width = mean_interval(per_seed)
-    num_questions = len({record["id"] for record in records})
-    return {
-        "num_questions": num_questions,
-        "accuracy": accuracy,
-        "half_width": half_width if len(seeds) > 1 else None,
-        "interval": proportion_interval(accuracy * num_questions, num_questions),
-        "per_seed": per_seed,
-        "exact": _mean(records, "exact"),
-        "format": _mean(records, "format"),
-        "truncated": 1.0 - _mean(records, "finished"),
-        "tokens": _mean(records, "tokens"),
-        "pass@k": {k: fmean(pass_at_k(*_counts(b), k) for b in _blocks(records)) for k in ks},
-        "majority@k": {
-            k: fmean(
-                majority_at_k([r["vote"] for r in b], [r["accuracy"] for r in b], k)
-                for b in _blocks(records)
-            )
-            for k in ks
-        },
-        "groups": _groups(records),
-    }
-
-
-def macro_average(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The unweighted mean over benchmarks (Sec. 8.3), and over seeds its 95 % interval.
-
-    Args:
-        summaries: of each benchmark, with as many seeds each.
-    """
-    columns = [summary["per_seed"] for summary in summaries.values()]
-    per_seed = [fmean(values) for values in zip(*columns, strict=True)]
-    accuracy, half_width = mean_interval(per_seed)
-    return {
-        "accuracy": accuracy,
-        "half_width": half_width if len(per_seed) > 1 else None,
-        "per_seed": per_seed,
-        "benchmarks": list(summaries),
-    }
-
-
 def _check_made_with(session: Session, weights: Any, run_dir: Path) -> None:
     """Note what answers are made with; refuse to add to those made otherwise."""
     settings = settings_of(session.config).items()
@@ -233,30 +168,62 @@ def _decides(key: str) -> bool:
     return is_asked and not any(f"{key}.".startswith(f"{name}.") for name in _INDIFFERENT)
 
 
-def _mean(records: Sequence[Record], key: str, seed: int | None = None) -> float:
-    return fmean(float(r[key]) for r in records if seed is None or r["seed"] == seed)
+def _reader(benchmark: Benchmark, source: str) -> tuple[Callable[[int], Question], int]:
+    """A function from a place to its question, over all parts, and how many places there are."""
+    key, split = f"eval.sources.{benchmark.name}", benchmark.split
+    parts = open_rows(
+        source, key=key, split=split, subsets=benchmark.subsets, download=(f"*{split}*",)
+    )
+    ends = list(accumulate(map(len, parts)))
+    if not ends[-1]:
+        raise ValueError(f"{key}: {source} has no rows of split {split!r}, wanted at least 1")
+
+    def read(place: int) -> Question:
+        which = bisect_right(ends, place)
+        part, row_place = parts[which], place - (ends[which - 1] if which else 0)
+        row, location = part.row(row_place), part.location(row_place)
+        check_row(benchmark.name, benchmark.columns, row, location)
+        return benchmark.to_question(row, f"{benchmark.name}: {location}", part.base_dir)
+
+    return read, ends[-1]
 
 
-def _blocks(records: Sequence[Record]) -> list[list[Record]]:
-    """The responses to one question under one seed, in the order of samples."""
-    blocks = defaultdict(list)
-    for record in records:
-        blocks[record["id"], record["seed"]].append(record)
-    return [sorted(block, key=lambda record: record["sample"]) for block in blocks.values()]
+def _read_all(
+    name: str,
+    source: str,
+    read: Callable[[int], Question],
+    order: Iterable[int],
+    limit: int,
+    benchmark: Benchmark | None,
+) -> QuestionSet:
+    """The first `limit` different questions of `order`, in the order of their rows."""
+    found: dict[str, tuple[int, str, str]] = {}
+    image_digests: dict[ImageRef, str] = {}
+    num_odd_keys = num_repeated = 0
+    for place in order:
+        if len(found) == limit:
+            break
+        question = read(place)
+        sample, digest = question.sample, _digest(question, image_digests)
+        _, location, known = found.setdefault(sample.id, (place, sample.location, digest))
+        if known != digest:
+            raise ValueError(
+                f"{sample.location}: id: got {sample.id!r}, already used by {location}, wanted "
+                "unique ids"
+            )
+        num_repeated += location != sample.location
+        num_odd_keys += question.is_odd
+    if num_repeated and is_main():
+        print(f"{name}: {num_repeated:,} questions are there twice: asked once", file=sys.stderr)
+    rows = sorted((place, id, digest) for id, (place, _, digest) in found.items())
+    places, ids, digests = zip(*rows, strict=True)
+    return QuestionSet(
+        name, source, ids, digests, lambda i: read(places[i]), benchmark, num_odd_keys
+    )
 
 
-def _counts(block: Sequence[Record]) -> tuple[int, int]:
-    return len(block), sum(record["accuracy"] == 1.0 for record in block)
-
-
-def _groups(records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    parts = defaultdict(list)
-    for record in records:
-        parts[record["group"]].append(record)
-    return {
-        name: {
-            "num_questions": len({record["id"] for record in part}),
-            "accuracy": _mean(part, "accuracy"),
-        }
-        for name, part in sorted(parts.items())
-    }
+def _digest(question: Question, image_digests: dict[ImageRef, str]) -> str:
+    sample = question.sample
+    parts = (sample_digest(sample, image_digests), question.options, question.kind, sample.columns)
+    text = json.dumps(parts, default=str, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

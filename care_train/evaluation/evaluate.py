@@ -1,9 +1,9 @@
 """Evaluation: a single decode per question, no reflection (Sec. 8.3)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -27,15 +27,6 @@ EVAL_STEP = -1
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class EvalResult:
-    """Means over the questions of all ranks."""
-
-    accuracy: float
-    format: float
-    num_questions: int
-
-
 def evaluate(
     session: Session,
     engine: RolloutEngine,
@@ -47,8 +38,8 @@ def evaluate(
     description: str = "evaluate",
     archive: ArchiveWriter | None = None,
     step: int = 0,
-) -> EvalResult:
-    """Decode every question once and verify.
+) -> dict[str, float]:
+    """Decode every question once and verify: `accuracy`, `format` and `num_questions` of all ranks.
 
     Args:
         session: the model with its prompt encoder and verifier.
@@ -84,7 +75,7 @@ def evaluate(
     correct = sum(rollout.accuracy for rollout in rollouts)
     well_formed = sum(rollout.format_score for rollout in rollouts)
     correct, well_formed, count = all_sum([correct, well_formed, float(len(share))], device)
-    return EvalResult(correct / count, well_formed / count, int(count))
+    return {"accuracy": correct / count, "format": well_formed / count, "num_questions": count}
 
 
 def evaluate_both(
@@ -103,17 +94,15 @@ def evaluate_both(
     Args:
         session, engine, samples, device, description, archive, step: `evaluate`'s.
     """
-    ask = partial(evaluate, session, engine, samples, device)
-    shared: dict[str, Any] = {"description": description, "archive": archive, "step": step}
-    sampled = ask(**shared)
-    values = {"accuracy": sampled.accuracy, "format": sampled.format}
+    ask = partial(evaluate, session, engine, samples, device, archive=archive, step=step)
+    values = ask(description=description)
     if session.config.eval.greedy:
-        greedy = ask(greedy=True, **shared)
-        values |= {"greedy_accuracy": greedy.accuracy, "greedy_format": greedy.format}
+        greedy = ask(greedy=True, description=description)
+        values |= {f"greedy_{name}": greedy[name] for name in ("accuracy", "format")}
     if session.config.eval.blind:
-        blind = ask(blind=True, description=f"{description} (blind)")
-        values["blind_accuracy"] = blind.accuracy
-    return values | {"num_questions": float(sampled.num_questions)}
+        blind = ask(blind=True, description=f"{description} (blind)", archive=None)
+        values["blind_accuracy"] = blind["accuracy"]
+    return values
 
 
 def without_images(sample: Sample) -> Sample:

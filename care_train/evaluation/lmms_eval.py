@@ -5,7 +5,7 @@ path=runs/care/final,config=configs/eval.yaml --tasks mmmu_val` finds this class
 point `lmms_eval.models`. Imported by LMMs-Eval alone, which is no dependency of this package.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,6 @@ from care_train.config import load_config
 from care_train.data import Sample
 from care_train.data.schema import IMAGE_PLACEHOLDER
 from care_train.distributed import initialize_process_group, rank, world_size
-from care_train.evaluation.answering import answer_of
 from care_train.evaluation.evaluate import decoding
 from care_train.hub import model_folder
 from care_train.rollout.engine import Request, SamplingSettings, request_seed
@@ -93,30 +92,28 @@ class CareTrainModel(lmms):
         return texts
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not offered: raises NotImplementedError, as the protocol is one decode per question."""
+        """Not offered: the protocol is one decode per question."""
         raise NotImplementedError("care_train answers in one round")
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not offered: raises NotImplementedError, as answers are generated."""
+        """Not offered: answers are generated."""
         raise NotImplementedError("care_train generates answers; it scores no continuations")
 
     def _respond(self, requests: Sequence[Any], asked: Counter[str]) -> list[str]:
         arguments = [request.args for request in requests]
         samples = [self._sample(*argument) for argument in arguments]
-        encoded = self._session.encoder.encode(samples)
-        seeds = []
-        for sample in samples:
-            seeds.append(request_seed(self._config.seed, _SEED_STEP, sample.id, asked[sample.id]))
+        prompts = []
+        for sample, prompt in zip(samples, self._session.encoder.encode(samples), strict=True):
+            seed = request_seed(self._config.seed, _SEED_STEP, sample.id, asked[sample.id])
+            prompts.append(Request(prompt, seed))
             asked[sample.id] += 1
         # Requests of one task share their generation settings; a batch may hold several tasks.
-        by_settings: dict[SamplingSettings, list[int]] = {}
+        by_settings = defaultdict(list)
         for place, (_, generation, *_) in enumerate(arguments):
-            by_settings.setdefault(self._sampling(generation), []).append(place)
+            by_settings[self._sampling(generation)].append(place)
         texts = [""] * len(requests)
         for sampling, places in by_settings.items():
-            completions = self._engine.generate(
-                [Request(encoded[i], seeds[i]) for i in places], sampling
-            )
+            completions = self._engine.generate([prompts[i] for i in places], sampling)
             for place, completion in zip(places, completions, strict=True):
                 text = self._session.scorer.text(completion)
                 texts[place] = self._shown(text, arguments[place][1])
@@ -154,7 +151,7 @@ class CareTrainModel(lmms):
         )
 
     def _shown(self, text: str, generation: Mapping[str, Any]) -> str:
-        answer = answer_of(self._session, text)
+        answer = self._session.scorer.verifier.answer(text)
         if self._answer_only and answer is not None:
             return answer.strip()
         until = generation.get("until") or []

@@ -1,15 +1,14 @@
-"""A benchmark's question, the judgement of an answer, and the rules that benchmarks share."""
+"""A benchmark's questions, and how multiple-choice answers and keys are read."""
 
-import ast
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from care_train.data import ImageRef, Sample
-from care_train.data.columns import Kind, describe
-from care_train.data.images import image_refs
+from care_train.data import Sample
+from care_train.data.columns import Kind
 from care_train.verifier import normalize
 
 _AROUND = " \n\t$*'\""
@@ -108,6 +107,29 @@ class Benchmark:
     """Configurations to read; none: the only one, or all."""
 
 
+@dataclass(frozen=True)
+class QuestionSet:
+    """The questions of a benchmark, or of `eval.data`, read one at a time by their place."""
+
+    name: str
+    source: str
+    """Where the rows are from."""
+    ids: tuple[str, ...]
+    digests: tuple[str, ...]
+    """Of each question's words, images and key: what a record of its answer was made from."""
+    read: Callable[[int], Question]
+    benchmark: Benchmark | None
+    """Whose rule says what is right; None: the run's own verifier and rewards."""
+    num_odd_keys: int = 0
+    """Multiple-choice questions whose key names none of their options: only a judge finds an answer
+    to them right."""
+
+    @property
+    def digest(self) -> str:
+        """Of all questions: evaluations with the same one asked the same."""
+        return hashlib.blake2b("".join(self.digests).encode(), digest_size=8).hexdigest()
+
+
 def right_options(key: str, options: Sequence[str]) -> frozenset[int]:
     """Places of the options that a key names by its letter, such as "B" or "(B)", or by its text.
 
@@ -132,38 +154,6 @@ def lettered_options(key: str, options: Sequence[str], location: str) -> frozens
         f"{location}: column 'answer': got {key!r}, wanted the letter of one of {len(options)} "
         "options"
     )
-
-
-def image_ref(value: Any, base_dir: Path, location: str) -> ImageRef:
-    """An image column's value as the rest of the code takes it; checked by `check_row` before."""
-    return image_refs(value, column="image", base_dir=base_dir, at=location)[0]
-
-
-def decode_texts(value: Any, *, column: str, location: str) -> tuple[str, ...]:
-    """A list of texts, or the Python literal of one that MMMU stores in its place.
-
-    A few published rows hold a list within the list: alone it is the list that is meant, among
-    other items it is one item, whose parts are shown with commas between them.
-
-    Raises:
-        ValueError: the value is no such list.
-    """
-    texts = value
-    if isinstance(texts, str):
-        try:
-            texts = ast.literal_eval(texts) if texts.strip() else []
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            texts = None
-    while isinstance(texts, list) and len(texts) == 1 and isinstance(texts[0], list):
-        texts = texts[0]
-    if isinstance(texts, list):
-        texts = [", ".join(map(str, one)) if isinstance(one, list) else one for one in texts]
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(
-            f"{location}: column {column!r}: got {describe(value)}, wanted text that "
-            "spells a list of texts, such as \"['red', 'blue']\""
-        )
-    return tuple(texts)
 
 
 def letters(count: int) -> str:

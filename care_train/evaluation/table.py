@@ -1,15 +1,19 @@
-"""A run's numbers as Markdown beside the paper's, and the means over several trainings."""
+"""The numbers of a run and of several trainings, as Markdown beside the paper's."""
 
 import json
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from math import comb
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from care_train.evaluation.benchmarks import BENCHMARKS
-from care_train.reporting import mean_interval
+from care_train.reporting import mean_interval, proportion_interval
 from care_train.reporting.text import markdown_table, markdown_text
 
+Record = Mapping[str, Any]
+"""What is known of one response; answering.py writes it."""
 Summaries = Mapping[str, Mapping[str, Any]]
 
 _SHARED = ("questions", "decoding", "seeds", "samples")
@@ -47,6 +51,83 @@ PAPER: tuple[tuple[str, tuple[float | None, ...]], ...] = (
 )
 """Tables 1 and 2: a model, and its accuracy in percent on each of `BENCHMARKS`; None: not reported.
 The paper's own backbones, with which a run is compared, come first."""
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The probability that one of k responses drawn without replacement is right.
+
+    The unbiased estimator 1 - C(n - c, k) / C(n, k) (Chen et al., 2021, arXiv:2107.03374, Eq. 1).
+    """
+    assert 1 <= k <= num_samples and 0 <= num_correct <= num_samples
+    return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
+
+
+def majority_at_k(votes: Sequence[str], accuracies: Sequence[float], k: int) -> float:
+    """How right the commonest of k answers is, a mean over the blocks of k responses.
+
+    Of answers given as often the first counts; "" is no answer, and a block without one is wrong.
+    """
+    assert 1 <= k <= len(votes)
+    scores = []
+    for start in range(0, len(votes) - k + 1, k):
+        block = range(start, start + k)
+        counts = Counter(votes[i] for i in block if votes[i])
+        winner = max(counts, key=lambda vote: counts[vote], default=None)
+        scores.append(next((accuracies[i] for i in block if votes[i] == winner), 0.0))
+    return fmean(scores)
+
+
+def summarize(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
+    """A benchmark's numbers from all its records, those of each seed a complete pass.
+
+    Args:
+        records: of every question, seed and sample.
+        ks: for which pass@k and majority@k are wanted.
+
+    Returns:
+        Means over seeds, questions and samples: `accuracy`, of it `exact`, `format`, `truncated`
+        (cut by the length limit), `tokens`; `per_seed` accuracies; `half_width` of their 95 %
+        interval, None for one seed; `interval` of the share of questions (Wilson, one seed);
+        `pass@k`, `majority@k`; `groups` with each part's accuracy.
+    """
+    by_seed, by_group, by_question = defaultdict(list), defaultdict(list), defaultdict(list)
+    for record in sorted(records, key=lambda record: record["sample"]):
+        by_seed[record["seed"]].append(record)
+        by_group[record["group"]].append(record)
+        by_question[record["id"], record["seed"]].append(record)
+    over_seeds = _mean_over([_mean(by_seed[seed], "accuracy") for seed in sorted(by_seed)], "seed")
+    blocks = [
+        ([record["vote"] for record in block], [record["accuracy"] for record in block])
+        for block in by_question.values()
+    ]
+    count = _num_questions(records)
+    return over_seeds | {
+        "num_questions": count,
+        "interval": proportion_interval(over_seeds["accuracy"] * count, count),
+        "exact": _mean(records, "exact"),
+        "format": _mean(records, "format"),
+        "truncated": 1.0 - _mean(records, "finished"),
+        "tokens": _mean(records, "tokens"),
+        "pass@k": {
+            k: fmean(pass_at_k(len(right), right.count(1.0), k) for _, right in blocks) for k in ks
+        },
+        "majority@k": {k: fmean(majority_at_k(*block, k) for block in blocks) for k in ks},
+        "groups": {
+            name: {"num_questions": _num_questions(part), "accuracy": _mean(part, "accuracy")}
+            for name, part in sorted(by_group.items())
+        },
+    }
+
+
+def macro_average(summaries: Summaries) -> dict[str, Any]:
+    """The unweighted mean over benchmarks (Sec. 8.3), and over seeds its 95 % interval.
+
+    Args:
+        summaries: of each benchmark, with as many seeds each.
+    """
+    columns = [summary["per_seed"] for summary in summaries.values()]
+    per_seed = [fmean(values) for values in zip(*columns, strict=True)]
+    return _mean_over(per_seed, "seed") | {"benchmarks": list(summaries)}
 
 
 def results_markdown(name: str, results: Mapping[str, Any]) -> str:
@@ -120,11 +201,11 @@ def combine_runs(folders: Sequence[Path]) -> dict[str, Any]:
                     f"{folder}: {key}: got {result[key]}, wanted {first[key]} as in {where}"
                 )
     benchmarks = {
-        name: _over_runs([result["benchmarks"][name]["accuracy"] for result in results])
+        name: _mean_over([result["benchmarks"][name]["accuracy"] for result in results], "run")
         | {"num_questions": summary["num_questions"]}
         for name, summary in first["benchmarks"].items()
     }
-    macro = first["macro"] and _over_runs([result["macro"]["accuracy"] for result in results])
+    macro = first["macro"] and _mean_over([r["macro"]["accuracy"] for r in results], "run")
     runs = [str(folder) for folder in folders]
     return {"runs": runs, "benchmarks": benchmarks, "macro": macro}
 
@@ -202,10 +283,19 @@ def _read(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _over_runs(values: Sequence[float]) -> dict[str, Any]:
+def _mean_over(values: Sequence[float], what: str) -> dict[str, Any]:
+    """The values per seed or run, their mean, and the half width of its interval (None for one)."""
     mean, half = mean_interval(values)
     half_width = half if len(values) > 1 else None
-    return {"accuracy": mean, "half_width": half_width, "per_run": list(values)}
+    return {"accuracy": mean, "half_width": half_width, f"per_{what}": list(values)}
+
+
+def _mean(records: Sequence[Record], key: str) -> float:
+    return fmean(float(record[key]) for record in records)
+
+
+def _num_questions(records: Sequence[Record]) -> int:
+    return len({record["id"] for record in records})
 
 
 def _score(summary: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from care_kernels.integrations.trl import base_model
 from care_train.algorithm.selection import pairwise_distances, reflection_prefix
 from care_train.algorithm.spans import parse_spans, rationale_span, token_spans
 from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, Subgroup
-from care_train.verifier.format import format_score
+from care_train.verifier import format_score
 
 MODEL_INPUTS = (
     "pixel_values",

@@ -45,7 +45,7 @@ from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup
 from care_train.config import CareSettings
 from care_train.config.base import Share, section
 from care_train.models.prompts import TokenText
-from care_train.verifier.format import format_score
+from care_train.verifier import format_score
 
 BINS = 4096
 """Dimensions of `rationale_counts`."""

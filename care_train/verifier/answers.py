@@ -5,13 +5,15 @@ Symbolic equality is asked of the caller: a worker process has it, the trainer's
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache, lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING
 
+from care_train.data.answers import AnswerType
 from care_train.verifier.choices import is_choice_key, same_choice
 from care_train.verifier.expressions import (
+    Tuple,
     canonical,
     looks_mathematical,
     split_set,
@@ -38,8 +40,10 @@ from care_train.verifier.numbers import (
     parse_quantity,
     same_quantity,
 )
-from care_train.verifier.types import AnswerType, Item, Verdict
 from care_train.verifier.units import split_unit
+
+if TYPE_CHECKING:
+    from care_train.verifier.verify import MathVerify
 
 MAX_ANSWER_CHARS = 1024
 """An answer longer than this, and than twice its key, is wrong unread."""
@@ -53,26 +57,46 @@ _LEADING_WORD = re.compile(
     r"(?:yes|no|true|false)(?:$|[,.;:!]|\s+[-\u2013\u2014]\s|\s+(?:because|since)\s)"
 )
 _IN_A_BASE = re.compile(r"[0-9]_\{?[0-9]")
-_AS_LETTER = re.compile(r"\(([a-z])\)|\[([a-z])\]|([a-z])\)?")
+_AS_LETTER = re.compile(r"\([a-z]\)|\[[a-z]\]|[a-z]\)?")
 
 
-class Symbolic(Protocol):
-    """Symbolic algebra, as verifier.symbolic has it."""
+@dataclass(frozen=True)
+class Item:
+    """One answer and its key."""
 
-    def equal(self, predicted: str, expected: str) -> bool:
-        """Whether two expressions are equal."""
-        ...
+    predicted: str
+    """The text of the answer span: untrusted, of any length."""
+    expected: str
+    """The key, trusted."""
+    answer_type: AnswerType | None = None
+    """None: inferred from the key and the options."""
+    options: tuple[str, ...] = ()
+    """The texts of a multiple-choice question, in the order of their letters."""
+    tolerance: float | None = None
+    """Largest distance of a number, relative to the key. None: the type's own."""
 
-    def value(self, text: str) -> str:
-        """The decimal value of a constant expression, or ""."""
-        ...
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an answer is right, and why."""
+
+    accuracy: float
+    """acc in [0, 1]."""
+    reason: str
+    """For people."""
+    answer_type: AnswerType | None = None
+    """As what it was compared; None where it was not."""
 
 
-def compare(item: Item, symbolic: Symbolic) -> Verdict:
+class AlgebraNeededError(Exception):
+    """Only a worker process can tell."""
+
+
+def compare(item: Item, symbolic: "MathVerify | None") -> Verdict:
     """Compare an answer with its key; docs/verifier.md says what counts as equal.
 
     Raises:
-        whatever `symbolic` raises; nothing else, whatever the answer.
+        AlgebraNeededError: it takes algebra, and `symbolic` is None.
     """
     predicted, expected = item.predicted, item.expected
     if len(predicted) > max(MAX_ANSWER_CHARS, 2 * len(expected)):
@@ -86,7 +110,7 @@ def compare(item: Item, symbolic: Symbolic) -> Verdict:
     expected = expected.rpartition("\n#### ")[2]
     item = replace(item, predicted=unwrap(predicted), expected=unwrap(expected), answer_type=kind)
     for answer in (item.predicted, value_of_statement(item.predicted)):
-        if answer and (reason := _BY_TYPE[kind](replace(item, predicted=answer), symbolic)):
+        if answer and (reason := _Comparison(replace(item, predicted=answer), symbolic).reason()):
             return Verdict(1.0, reason, kind)
     return Verdict(0.0, f"got {_shorten(predicted)}, wanted {_shorten(expected)}", kind)
 
@@ -147,173 +171,175 @@ def _is_numeric_tuple(text: str) -> bool:
     )
 
 
-def _choice(item: Item, symbolic: Symbolic) -> str:
-    accuracy, reason = same_choice(
-        item.predicted,
-        item.expected,
-        item.options,
-        lambda got, wanted: bool(_symbolic(got, wanted, symbolic)),
-    )
-    return reason if accuracy else ""
+class _Comparison:
+    """Why an answer equals its key, by the key's type; "" where it does not."""
 
+    def __init__(self, item: Item, symbolic: "MathVerify | None") -> None:
+        self.item, self.symbolic = item, symbolic
+        self.got, self.wanted = item.predicted, item.expected
 
-def _number(item: Item, symbolic: Symbolic) -> str:
-    tolerance = None if item.tolerance is None else _exact(item.tolerance)
-    name, got_text = split_equation(plain_latex(item.predicted))
-    key_name, key_text = split_equation(plain_latex(item.expected))
-    if not may_be_one(name, key_name):
-        return ""
-    wanted = parse_quantity(key_text, is_key=True)
-    if wanted is None:
-        return _math(item, symbolic)
-    got = parse_quantity(got_text)
-    if got is not None:
-        return same_quantity(got, wanted, tolerance)
-    if not wants_evaluation(got_text) or why_not_parsed(got_text):
-        return ""
-    value = parse_quantity(symbolic.value(got_text))
-    if value is None:
-        return ""
-    # An expression is exact: it may be rounded to the key, but is no decimal itself.
-    return same_quantity(Quantity(value.value, None, 0), wanted, tolerance)
+    def reason(self) -> str:
+        by_type: dict[AnswerType | None, Callable[[], str]] = {
+            AnswerType.CHOICE: self._choice,
+            AnswerType.NUMBER: self._number,
+            AnswerType.RELAXED: self._relaxed,
+            AnswerType.MATH: self._math,
+            AnswerType.SET: self._set,
+            AnswerType.LIST: self._list,
+            AnswerType.YES_NO: self._yes_no,
+            AnswerType.TEXT: self._text,
+        }
+        return by_type[self.item.answer_type]()
 
+    def _choice(self) -> str:
+        is_same, reason = same_choice(self.got, self.wanted, self.item.options, self._are_equal)
+        return reason if is_same else ""
 
-def _relaxed(item: Item, symbolic: Symbolic) -> str:
-    tolerance = CHARTQA_TOLERANCE if item.tolerance is None else _exact(item.tolerance)
-    got = parse_quantity(plain_latex(item.predicted))
-    wanted = parse_quantity(plain_latex(item.expected), is_key=True)
-    if got is None or wanted is None:
-        return _text(item, symbolic)
-    return same_quantity(got, wanted, tolerance)
+    def _number(self) -> str:
+        name, got_text = split_equation(plain_latex(self.got))
+        key_name, key_text = split_equation(plain_latex(self.wanted))
+        if not may_be_one(name, key_name):
+            return ""
+        wanted = parse_quantity(key_text, is_key=True)
+        if wanted is None:
+            return self._math()
+        got = parse_quantity(got_text)
+        if got is None:
+            if not wants_evaluation(got_text) or why_not_parsed(got_text):
+                return ""
+            value = parse_quantity(self._algebra().value(got_text))
+            # An expression is exact: it may be rounded to the key, but is no decimal itself.
+            got = value and Quantity(value.value, None, 0)
+        return same_quantity(got, wanted, self._tolerance()) if got else ""
 
+    def _relaxed(self) -> str:
+        got = parse_quantity(plain_latex(self.got))
+        wanted = parse_quantity(plain_latex(self.wanted), is_key=True)
+        if got is None or wanted is None:
+            return self._text()
+        return same_quantity(got, wanted, self._tolerance(CHARTQA_TOLERANCE))
 
-def _math(item: Item, symbolic: Symbolic) -> str:
-    got, wanted = (plain_latex(text.rstrip(" .。")) for text in (item.predicted, item.expected))
-    if canonical(got) == canonical(wanted):
-        return "the same expression"
-    name, got_right = split_equation(got)
-    key_name, key_right = split_equation(wanted)
-    if "=" in got and "=" in wanted and not (name and key_name and may_be_one(name, key_name)):
-        return _symbolic(got, wanted, symbolic)
-    if name or key_name:
-        got, wanted = got_right, key_right
+    def _math(self) -> str:
+        got, wanted = (plain_latex(text.rstrip(" .。")) for text in (self.got, self.wanted))
         if canonical(got) == canonical(wanted):
             return "the same expression"
-    quantity, key = parse_quantity(got), parse_quantity(wanted, is_key=True)
-    if quantity and key:
-        return same_quantity(quantity, key, None)
-    real_set, key_set = read_real_set(got), read_real_set(wanted)
-    if real_set and key_set and (real_set.is_certain or key_set.is_certain):
-        same = same_real_set(real_set, key_set, lambda one, key: _same(one, key, item, symbolic))
-        return "the same set of numbers" if same else ""
-    (got, unit), (wanted, key_unit) = split_unit(got), split_unit(wanted)
-    if unit and key_unit and unit != key_unit:
-        return ""
-    if (unit or key_unit) and canonical(got) == canonical(wanted):
-        return "the same expression"
-    pair, key_pair = split_tuple(got), split_tuple(wanted)
-    if key_pair is not None:
-        return _tuple(pair, key_pair, got, item, symbolic)
-    if pair is not None or "," in re.sub(r"\{[^{}]*\}", "", got):
-        return ""
-    return _symbolic(got, wanted, symbolic)
+        name, got_right = split_equation(got)
+        key_name, key_right = split_equation(wanted)
+        if "=" in got and "=" in wanted and not (name and key_name and may_be_one(name, key_name)):
+            return "equal expressions" if self._are_equal(got, wanted) else ""
+        if name or key_name:
+            got, wanted = got_right, key_right
+            if canonical(got) == canonical(wanted):
+                return "the same expression"
+        quantity, key = parse_quantity(got), parse_quantity(wanted, is_key=True)
+        if quantity and key:
+            return same_quantity(quantity, key, None)
+        real_set, key_set = read_real_set(got), read_real_set(wanted)
+        if real_set and key_set and (real_set.is_certain or key_set.is_certain):
+            same = same_real_set(real_set, key_set, self._is_same)
+            return "the same set of numbers" if same else ""
+        (got, unit), (wanted, key_unit) = split_unit(got), split_unit(wanted)
+        if unit and key_unit and unit != key_unit:
+            return ""
+        if (unit or key_unit) and canonical(got) == canonical(wanted):
+            return "the same expression"
+        pair, key_pair = split_tuple(got), split_tuple(wanted)
+        if key_pair is not None:
+            return self._in_order(_coordinates(got, pair, key_pair), key_pair[1])
+        if pair is not None or "," in re.sub(r"\{[^{}]*\}", "", got):
+            return ""
+        return "equal expressions" if self._are_equal(got, wanted) else ""
+
+    def _set(self) -> str:
+        got, wanted = split_set(self.got), split_set(self.wanted)
+        if not got or not wanted or max(len(got), len(wanted)) > _MAX_ELEMENTS:
+            return ""
+        # Cheap ways to differ come before any symbolic comparison.
+        if len(set(map(canonical, got))) < len(set(map(canonical, wanted))) / 2:
+            return ""
+        # Each pair once: sets within sets would be compared twice as often at each level.
+        same = cache(self._is_same)
+        found = all(any(same(one, key) for one in got) for key in wanted)
+        known = found and all(any(same(one, key) for key in wanted) for one in got)
+        return "the same set" if known else ""
+
+    def _list(self) -> str:
+        return self._in_order(_elements(self.got), _elements(self.wanted))
+
+    def _yes_no(self) -> str:
+        wanted = _YES_NO.get(normalize(self.wanted))
+        words = re.findall(r"[a-z']+", normalize(self.got))
+        said = {_YES_NO[word] for word in words if word in _YES_NO}
+        leads = _LEADING_WORD.match(normalize(self.got))
+        hedges = {"unknown", "maybe", "unless", "but", "or"} | ({"not"} if wanted else set())
+        return "the same" if leads and said == {wanted} and hedges.isdisjoint(words) else ""
+
+    def _text(self) -> str:
+        got, wanted = plain_latex(self.got), plain_latex(self.wanted)
+        if normalize(got) == normalize(wanted):
+            return "exact match"
+        letters = [normalize(text) for text in (got, wanted)]
+        if all(map(_AS_LETTER.fullmatch, letters)):
+            letter, key_letter = (text.strip("()[]") for text in letters)
+            return "same choice" if letter == key_letter else ""
+        quantity, key = parse_quantity(got), parse_quantity(wanted, is_key=True)
+        if quantity and key:
+            return same_quantity(quantity, key, None)
+        return "the same words" if _same_words(got, wanted) else ""
+
+    def _in_order(self, parts: list[str], wanted: list[str]) -> str:
+        if len(parts) != len(wanted) or len(wanted) > _MAX_ELEMENTS:
+            return ""
+        return "equal parts" if all(map(self._is_same, parts, wanted)) else ""
+
+    def _is_same(self, got: str, wanted: str) -> bool:
+        """Whether one element equals another, as the types of elements say."""
+        kind = infer_type(wanted)
+        # Shorter and not deep: the comparison of sets within sets ends.
+        is_nested = len(wanted) < len(self.wanted) and depth(wanted) <= _MAX_NESTING
+        if kind is AnswerType.CHOICE or (kind is AnswerType.SET and not is_nested):
+            kind = AnswerType.TEXT
+        if normalize(got) == normalize(wanted):
+            return True
+        element = Item(got, wanted, kind, tolerance=self.item.tolerance)
+        return bool(_Comparison(element, self.symbolic).reason())
+
+    def _are_equal(self, got: str, wanted: str) -> bool:
+        # The parser would read 101_2 and 101_3 as the same number.
+        if why_not_parsed(got) or why_not_parsed(wanted) or _IN_A_BASE.search(f"{got} {wanted}"):
+            return False
+        return self._algebra().equal(got, wanted)
+
+    def _algebra(self) -> "MathVerify":
+        if self.symbolic is None:
+            raise AlgebraNeededError
+        return self.symbolic
+
+    def _tolerance(self, default: Fraction | None = None) -> Fraction | None:
+        # As written: the nearest binary number to 0.03 is below it.
+        own = self.item.tolerance
+        return default if own is None else Fraction(repr(own))
 
 
-def _tuple(
-    pair: tuple[str, list[str], str] | None,
-    key: tuple[str, list[str], str],
-    got: str,
-    item: Item,
-    symbolic: Symbolic,
-) -> str:
-    opening, wanted, closing = key
+def _coordinates(got: str, pair: Tuple | None, key: Tuple) -> list[str]:
+    """The parts of an answer to compare with a key in brackets; none where the brackets differ."""
     if pair is None:
         # The brackets of a point may be missing, those of an interval say which ends are in.
-        parts = split_top(got) if (opening, closing) == ("(", ")") else []
+        parts = split_top(got) if (key[0], key[2]) == ("(", ")") else []
     else:
-        parts = pair[1] if (pair[0], pair[2]) == (opening, closing) else []
+        parts = pair[1] if (pair[0], pair[2]) == (key[0], key[2]) else []
     named = [split_equation(part) for part in parts]
     names = [name for name, _ in named]
-    if all(names) and names == sorted(set(names)):
-        # Coordinates by name: x = 1, y = 2.
-        parts = [value for _, value in named]
-    return _in_order(parts, wanted, item, symbolic)
+    # Coordinates by name: x = 1, y = 2.
+    return [v for _, v in named] if all(names) and names == sorted(set(names)) else parts
 
 
-def _in_order(parts: list[str], wanted: list[str], item: Item, symbolic: Symbolic) -> str:
-    if len(parts) != len(wanted) or len(wanted) > _MAX_ELEMENTS:
-        return ""
-    same = all(_same(*pair, item, symbolic) for pair in zip(parts, wanted, strict=True))
-    return "equal parts" if same else ""
-
-
-def _symbolic(got: str, wanted: str, symbolic: Symbolic) -> str:
-    # The parser would read 101_2 and 101_3 as the same number.
-    if why_not_parsed(got) or why_not_parsed(wanted) or _IN_A_BASE.search(got + " " + wanted):
-        return ""
-    return "equal expressions" if symbolic.equal(got, wanted) else ""
-
-
-def _set(item: Item, symbolic: Symbolic) -> str:
-    got, wanted = split_set(item.predicted), split_set(item.expected)
-    if not got or not wanted or max(len(got), len(wanted)) > _MAX_ELEMENTS:
-        return ""
-    # Cheap ways to differ come before any symbolic comparison.
-    if len(set(map(canonical, got))) < len(set(map(canonical, wanted))) / 2:
-        return ""
-    # Each pair once: sets within sets would be compared twice as often at each level.
-    same = cache(lambda one, key: _same(one, key, item, symbolic))
-    found = all(any(same(one, key) for one in got) for key in wanted)
-    known = found and all(any(same(one, key) for key in wanted) for one in got)
-    return "the same set" if known else ""
-
-
-def _list(item: Item, symbolic: Symbolic) -> str:
-    def elements(text: str) -> list[str]:
-        text = plain_latex(", ".join(text.splitlines()))
-        # A list of one has brackets without a comma.
-        found = split_tuple(text) or split_tuple(f"{text[:-1]},{text[-1:]}")
-        inner = found[1] if found else split_top(re.sub(r",?\s+and\s+", ", ", text))
-        return [part for part in inner if part]
-
-    parts, wanted = elements(item.predicted), elements(item.expected)
-    return "equal parts" if _in_order(parts, wanted, item, symbolic) else ""
-
-
-def _same(got: str, wanted: str, item: Item, symbolic: Symbolic) -> bool:
-    """Whether one element equals another, as the types of elements say."""
-    kind = infer_type(wanted)
-    # Shorter and not deep: the comparison of sets within sets ends.
-    is_nested = len(wanted) < len(item.expected) and depth(wanted) <= _MAX_NESTING
-    if kind is AnswerType.CHOICE or (kind is AnswerType.SET and not is_nested):
-        kind = AnswerType.TEXT
-    if normalize(got) == normalize(wanted):
-        return True
-    element = Item(got, wanted, kind, tolerance=item.tolerance)
-    return bool(_BY_TYPE[kind](element, symbolic))
-
-
-def _yes_no(item: Item, symbolic: Symbolic) -> str:
-    wanted = _YES_NO.get(normalize(item.expected))
-    words = re.findall(r"[a-z']+", normalize(item.predicted))
-    said = {_YES_NO[word] for word in words if word in _YES_NO}
-    leads = _LEADING_WORD.match(normalize(item.predicted))
-    hedges = {"unknown", "maybe", "unless", "but", "or"} | ({"not"} if wanted else set())
-    return "the same" if leads and said == {wanted} and hedges.isdisjoint(words) else ""
-
-
-def _text(item: Item, symbolic: Symbolic) -> str:
-    got, wanted = plain_latex(item.predicted), plain_latex(item.expected)
-    if normalize(got) == normalize(wanted):
-        return "exact match"
-    letters = _AS_LETTER.fullmatch(normalize(got)), _AS_LETTER.fullmatch(normalize(wanted))
-    if letters[0] and letters[1]:
-        same = letters[0][letters[0].lastindex or 0] == letters[1][letters[1].lastindex or 0]
-        return "same choice" if same else ""
-    quantity, key = parse_quantity(got), parse_quantity(wanted, is_key=True)
-    if quantity and key:
-        return same_quantity(quantity, key, None)
-    return "the same words" if _same_words(got, wanted) else ""
+def _elements(text: str) -> list[str]:
+    text = plain_latex(", ".join(text.splitlines()))
+    # A list of one has brackets without a comma.
+    found = split_tuple(text) or split_tuple(f"{text[:-1]},{text[-1:]}")
+    inner = found[1] if found else split_top(re.sub(r",?\s+and\s+", ", ", text))
+    return [part for part in inner if part]
 
 
 def _same_words(got: str, wanted: str) -> bool:
@@ -325,23 +351,6 @@ def _same_words(got: str, wanted: str) -> bool:
         return False
     joined = "-" in got + wanted and words.replace(" ", "") == key.replace(" ", "")
     return words == key or joined
-
-
-_BY_TYPE: dict[AnswerType, Callable[[Item, Symbolic], str]] = {
-    AnswerType.CHOICE: _choice,
-    AnswerType.NUMBER: _number,
-    AnswerType.RELAXED: _relaxed,
-    AnswerType.MATH: _math,
-    AnswerType.SET: _set,
-    AnswerType.LIST: _list,
-    AnswerType.YES_NO: _yes_no,
-    AnswerType.TEXT: _text,
-}
-
-
-def _exact(number: float) -> Fraction:
-    # As written: the nearest binary number to 0.03 is below it.
-    return Fraction(repr(number))
 
 
 def _shorten(text: str) -> str:

@@ -7,6 +7,9 @@ from care_train.verifier.notation import closing_brace, depth, plain_latex, spli
 MAX_EXPRESSION_CHARS = 400
 """Longer ones are not parsed symbolically."""
 
+Tuple = tuple[str, list[str], str]
+"""(bracket, parts, bracket) of `(1, 2)` or `[0, 1)`."""
+
 _MAX_DEPTH = 10
 """Each further level of brackets costs the parser up to twice the time."""
 _COMMANDS = re.compile(r"\\[a-zA-Z]+")
@@ -112,8 +115,8 @@ def why_not_parsed(text: str) -> str:
     return ""
 
 
-def split_tuple(text: str) -> tuple[str, list[str], str] | None:
-    """(bracket, parts, bracket) of `(1, 2)` or `[0, 1)`; None where no such pair encloses all."""
+def split_tuple(text: str) -> Tuple | None:
+    """Brackets and parts of `(1, 2)` or `[0, 1)`; None where no such pair encloses all."""
     text = text.strip()
     if len(text) < 3 or text[0] not in "([" or text[-1] not in ")]":
         return None

@@ -12,25 +12,20 @@ from typing import Any
 from care_train.config import FROM_PYTHON, RewardFunctionSettings
 from care_train.data import Sample
 from care_train.killable import Limits, Lost, Worker
-from care_train.verifier.functions import (
-    FunctionScore,
-    Request,
-    Signature,
-    TrainerState,
-    UserFunction,
-)
+from care_train.verifier.functions import FunctionScore, Metrics, TrainerState, UserFunction
 from care_train.verifier.responses import Response
 
 logger = logging.getLogger(__name__)
+
+_Call = tuple[Sequence[Response], TrainerState] | None
+"""Responses to score; None asks for the function's signature."""
 
 
 class RewardFunction:
     """Called with responses and every column of their rows; it keeps its state between calls."""
 
     def __init__(
-        self,
-        settings: RewardFunctionSettings,
-        given: Mapping[str, Callable[..., Any]],
+        self, settings: RewardFunctionSettings, given: Mapping[str, Callable[..., Any]]
     ) -> None:
         """Start its process.
 
@@ -43,29 +38,27 @@ class RewardFunction:
         """
         self.settings = settings
         self.name = settings.function.rpartition(":")[2]
-        self.metrics: dict[str, list[float]] = {}
-        """What the function logged since this was last emptied, by name."""
+        self.metrics: Metrics = {}
+        """What the function returned ("") and logged since this was last emptied, by name."""
+        self._title = f"reward.functions: {settings.function}"
         make = partial(_make_function, settings)
         if settings.function.startswith(FROM_PYTHON):
             if settings.function not in given:
                 raise ValueError(
-                    f"reward.functions: {settings.function} stands for a function that a program "
-                    "handed over (CareTrainer): run it from there, or name file.py:function"
+                    f"{self._title} stands for a function that a program handed over "
+                    "(CareTrainer): run it from there, or name file.py:function"
                 )
             if threading.current_thread() is not threading.main_thread():
                 logger.warning(
-                    "warning: reward.functions: %s has no time limit, as this is not the program's "
-                    "main thread; a function that is named as file.py:function has one",
-                    settings.function,
+                    "warning: %s has no time limit, as this is not the program's main thread; a "
+                    "function that is named as file.py:function has one",
+                    self._title,
                 )
-            self._worker = _InProgram(make(given[settings.function]), settings.timeout)
+            self._ask = _InProgram(make(given[settings.function]), settings.timeout)
         else:
-            self._worker = Worker[Request | None, Any](
-                f"reward.functions: {settings.function}", make, Limits(seconds=settings.timeout)
-            )
-        signature: Any = self._worker(None)
-        assert isinstance(signature, Signature)
-        self._signature = signature
+            limits = Limits(seconds=settings.timeout)
+            self._ask = Worker[_Call, Any](self._title, make, limits)
+        self._is_per_response, self._columns = self._ask(None)
 
     def __call__(self, responses: Sequence[Response], state: TrainerState) -> list[FunctionScore]:
         """A score per response, in order.
@@ -78,9 +71,11 @@ class RewardFunction:
                 whole batches that hangs or ends its process.
             Exception: whatever the function raises, with its name and traceback noted.
         """
-        if not self._signature.is_per_response:
-            return self._ask(responses, state)
-        return [score for response in responses for score in self._ask([response], state)]
+        batches = [[one] for one in responses] if self._is_per_response else [list(responses)]
+        scores = [score for batch in batches for score in self._score(batch, state)]
+        values = [score.value for score in scores if score.value is not None]
+        self.metrics.setdefault("", []).extend(values)
+        return scores
 
     def check_columns(self, samples: Sequence[Sample]) -> None:
         """Check that some row has a column for each parameter that only a column can fill.
@@ -88,7 +83,7 @@ class RewardFunction:
         Raises:
             ValueError: parameters without a column, and the columns of the first row.
         """
-        missing = set(self._signature.columns)
+        missing = set(self._columns)
         for sample in samples if missing else ():
             missing -= set(sample.columns)
             if not missing:
@@ -96,28 +91,25 @@ class RewardFunction:
         if missing:
             first = samples[0]
             raise ValueError(
-                f"reward.functions: {self.settings.function}: got the parameters "
-                f"{', '.join(sorted(missing))}, for which no row has a column "
-                f"({first.location or first.id} has {', '.join(sorted(first.columns)) or 'none'}), "
-                "wanted a column of each name, a default value, or the value in `arguments`"
+                f"{self._title}: got the parameters {', '.join(sorted(missing))}, for which no row "
+                f"has a column ({first.location or first.id} has "
+                f"{', '.join(sorted(first.columns)) or 'none'}), wanted a column of each name, a "
+                "default value, or the value in `arguments`"
             )
 
-    def close(self) -> None:
-        """End its process."""
-        self._worker.close()
-
-    def _ask(self, responses: Sequence[Response], state: TrainerState) -> list[FunctionScore]:
-        reply = self._worker(Request(list(responses), state))
+    def _score(self, responses: list[Response], state: TrainerState) -> list[FunctionScore]:
+        reply = self._ask((responses, state))
         if not isinstance(reply, Lost):
-            for name, values in reply.metrics.items():
+            scores, metrics = reply
+            for name, values in metrics.items():
                 self.metrics.setdefault(name, []).extend(values)
-            return reply.scores
+            return scores
         if reply.error is not None:
             raise reply.error
-        places = dict.fromkeys(r.sample.location or r.sample.id for r in responses)
-        where = ", ".join(list(places)[:3]) + (f" and {len(places) - 3} more" * (len(places) > 3))
-        text = f"reward.functions: {self.settings.function}: {where}: {reply.reason}"
-        if not self._signature.is_per_response:
+        places = list(dict.fromkeys(r.sample.location or r.sample.id for r in responses))
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        text = f"{self._title}: {', '.join(places[:3])}{more}: {reply.reason}"
+        if not self._is_per_response:
             raise ValueError(f"{text}, wanted {len(responses)} results")
         logger.warning("warning: %s; its value is 0", text)
         return [FunctionScore(0.0, note=f" ({reply.reason})")]
@@ -128,15 +120,14 @@ class _InProgram:
 
     It can use what the program holds, a model on the GPU say; but it shares the program's memory
     and cannot be killed. Its time limit is a signal, which ends what Python executes: one C call
-    that hangs (a regular expression) goes on, and only a function of a file is safe from it. A
-    function that sets the same alarm itself, as math-verify does, takes the limit off; outside of
-    the main thread there is none.
+    that hangs (a regular expression) goes on. A function that sets the same alarm itself, as
+    math-verify does, takes the limit off; outside of the main thread there is none.
     """
 
-    def __init__(self, call: Callable[[Request | None], Any], seconds: float) -> None:
+    def __init__(self, call: Callable[[_Call], Any], seconds: float) -> None:
         self._call, self._seconds = call, seconds
 
-    def __call__(self, item: Request | None) -> Any:
+    def __call__(self, item: _Call) -> Any:
         if threading.current_thread() is not threading.main_thread():
             return self._call(item)
         before = signal.signal(signal.SIGALRM, _out_of_time)
@@ -149,9 +140,6 @@ class _InProgram:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
 
-    def close(self) -> None:
-        """There is nothing to end."""
-
 
 class _OutOfTimeError(BaseException):
     """Not an Exception, so that a function's own `except Exception` does not catch it."""
@@ -163,6 +151,7 @@ def _out_of_time(_number: int, _frame: FrameType | None) -> None:
 
 def _make_function(
     settings: RewardFunctionSettings, given: Callable[..., Any] | None = None
-) -> Callable[[Request | None], Any]:
+) -> Callable[[_Call], Any]:
     function = UserFunction(settings, given)
-    return lambda asked: function.signature if asked is None else function(asked)
+    signature = function.is_per_response, function.columns
+    return lambda call: signature if call is None else function(*call)

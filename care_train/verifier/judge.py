@@ -5,13 +5,11 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from care_train.config import JudgeSettings
-from care_train.verifier.answers import MAX_ANSWER_CHARS
-from care_train.verifier.types import Item, Verdict
+from care_train.verifier.answers import MAX_ANSWER_CHARS, Item, Verdict
 
 _FIELD = re.compile(r"\{(question|answer|response)\}")
 _VERDICT = re.compile(r"\W*(?:VERDICT\W+)?(IN)?CORRECT\W*", re.IGNORECASE)
@@ -28,21 +26,13 @@ _CONCURRENCY = 16
 _MAX_CACHED = 100_000
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """An answer to judge."""
 
     question: str
     expected: str
     predicted: str
     """Untrusted, of bounded length."""
-
-
-def case_of(question: str, item: Item) -> Case | None:
-    """An answer as the judge is asked about it; None where it is too long to be one."""
-    if len(item.predicted) > max(MAX_ANSWER_CHARS, 2 * len(item.expected)):
-        return None
-    return Case(question, item.expected, item.predicted.strip())
 
 
 class Judge:
@@ -67,13 +57,19 @@ class Judge:
         )
         self._known: dict[Case, Verdict] = {}
 
-    def judge(self, cases: Sequence[Case]) -> list[Verdict]:
-        """A verdict per case, in order; a reply that ends with neither word is a wrong answer.
+    def is_asked(self, item: Item, verdict: Verdict) -> bool:
+        """Whether a wrong answer is of a type that is judged, and short enough to be one."""
+        is_judged = verdict.accuracy == 0 and verdict.answer_type in self._settings.types
+        return is_judged and len(item.predicted) <= max(MAX_ANSWER_CHARS, 2 * len(item.expected))
+
+    def judge(self, answers: Sequence[tuple[str, Item]]) -> list[Verdict]:
+        """A verdict per answer to a question, in order; a reply without one is a wrong answer.
 
         Raises:
             ValueError: the endpoint does not answer, or answers with something that is no chat
                 completion: a broken judge must not look like wrong answers.
         """
+        cases = [Case(question, i.expected, i.predicted.strip()) for question, i in answers]
         asked = [case for case in dict.fromkeys(cases) if case not in self._known]
         if asked:
             if len(self._known) + len(asked) > _MAX_CACHED:
@@ -131,18 +127,12 @@ class Judge:
 
 def _key_of(settings: JudgeSettings) -> tuple[str, str]:
     """The key that may be sent to the endpoint, and for errors why one that is there may not."""
-    key = os.environ.get(settings.api_key_env, "")
-    url = urlsplit(settings.base_url)
-    origin = f"{url.scheme}://{url.netloc}"
-    pair = f"{settings.api_key_env}@{origin}"
-    confirmed = os.environ.get(_CONFIRMED, "").split()
-    known = settings.api_key_env == "OPENAI_API_KEY" and origin == _OPENAI
-    if known or pair in confirmed:
+    key, url = os.environ.get(settings.api_key_env, ""), urlsplit(settings.base_url)
+    pair = f"{settings.api_key_env}@{url.scheme}://{url.netloc}"
+    if pair in (f"OPENAI_API_KEY@{_OPENAI}", *os.environ.get(_CONFIRMED, "").split()):
         return key, ""
-    return (
-        "",
-        f"; to send it the key of {settings.api_key_env}, set {_CONFIRMED}={pair}" if key else "",
-    )
+    hint = f"; to send it the key of {settings.api_key_env}, set {_CONFIRMED}={pair}"
+    return "", hint if key else ""
 
 
 def read_reply(text: str) -> Verdict:

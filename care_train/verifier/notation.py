@@ -165,18 +165,6 @@ def normalize_words(text: str) -> str:
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
-def normalize_mmmu(text: str) -> str:
-    """As MMMU compares open answers: a number to two decimals, other text in lower case.
-
-    Source: `normalize_str` of MMMU's eval_utils.py (Yue et al., 2024).
-    """
-    plain = text.strip()
-    number = plain.replace(",", "")
-    if re.fullmatch(r"[+-]?(?:[0-9]{1,300}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,2})?", number):
-        return str(round(float(number), 2))
-    return plain.lower()
-
-
 def unwrap(text: str) -> str:
     """The answer itself: no `\\boxed{}`, math delimiters, emphasis, or "the answer is"."""
     text = text.strip()

@@ -1,13 +1,15 @@
-"""A response with its row, and a row's columns as the verifier reads them."""
+"""A response with its row, and its form: fmt of Eq. 1 (Sec. 3.1)."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any
 
 from PIL import Image
 
 from care_train.data import Sample, load_image
-from care_train.verifier.types import Item
+
+_BOX = "\\boxed{"
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,6 @@ class Response:
     token_ids: tuple[int, ...] = field(default=(), repr=False)
     """Sampled tokens."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Sampled tokens."""
-        return len(self.token_ids)
-
 
 class RowImages(Sequence[Image.Image]):
     """A row's images as RGB, each decoded when it is asked for."""
@@ -37,25 +34,64 @@ class RowImages(Sequence[Image.Image]):
     def __len__(self) -> int:
         return len(self._sample.images)
 
-    @overload
-    def __getitem__(self, index: int) -> Image.Image: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Image.Image]: ...
-    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[place] for place in range(len(self))[index]]
-        place = self._sample.location or self._sample.id
-        ref = self._sample.images[index]
-        return load_image(ref, location=place)
+        sample = self._sample
+        return load_image(sample.images[index], location=sample.location or sample.id)
 
 
-def item_of(predicted: str, sample: Sample, tolerance: float | None = None) -> Item:
-    """An answer with its row's key, type, options and tolerance; `tolerance` where it has none."""
-    own = sample.tolerance
-    return Item(
-        predicted,
-        sample.answer,
-        sample.answer_type,
-        sample.options,
-        tolerance if own is None else own,
-    )
+def format_score(text: str, think_tag: str = "think", answer_tag: str = "answer") -> float:
+    """1.0 for exactly one think span followed by exactly one answer span, else 0.0.
+
+    Both must hold text, and only whitespace may stand around them. Each tag occurs once, so
+    nested, repeated and unclosed spans score 0. Takes time linear in the text.
+    """
+    return float(not format_fault(text, think_tag, answer_tag))
+
+
+def format_fault(text: str, think_tag: str = "think", answer_tag: str = "answer") -> str:
+    """What is wrong with a response's form, or "" where its `format_score` is 1."""
+    tags = [f"<{think_tag}>", f"</{think_tag}>", f"<{answer_tag}>", f"</{answer_tag}>"]
+    # Texts and tags in turn.
+    pieces = re.split(f"({'|'.join(map(re.escape, tags))})", text)
+    found = pieces[1::2]
+    for tag in tags:
+        if (count := found.count(tag)) != 1:
+            return f"{count} {tag}, wanted 1"
+    if found != tags:
+        return "tags out of order"
+    before, think, between, answer, after = (piece.strip() for piece in pieces[::2])
+    if before or between or after:
+        return "text outside the spans"
+    return "" if think and answer else "an empty span"
+
+
+def boxed_answer(text: str) -> str | None:
+    """What the last `\\boxed{}` of a response holds; None where it has none, or an unclosed one."""
+    _, box, rest = text.rpartition(_BOX)
+    depth = 1 if box else 0
+    for place, character in enumerate(rest if box else ""):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[:place].strip()
+    return None
+
+
+def boxed_fault(text: str, think_tag: str = "think") -> str:
+    """What is wrong with the form "rationale in its tags, then `\\boxed{}`", or "".
+
+    EasyR1's rule (examples/reward_function/math.py): the response begins with the opening tag; the
+    closing one, a box and a closing brace follow in this order, whatever stands between them. Space
+    around `<`, `>` and `/` does not count.
+    """
+    text = "".join(piece.strip() for piece in re.split("([<>/])", text.strip()))
+    if not text.startswith(f"<{think_tag}>"):
+        return f"does not begin with <{think_tag}>"
+    place = 0
+    for wanted in (f"<{think_tag}>", f"</{think_tag}>", _BOX, "}"):
+        found = text.find(wanted, place)
+        if found < 0:
+            return f"no {wanted} behind the {place} characters before"
+        place = found + len(wanted)
+    return ""

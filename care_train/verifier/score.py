@@ -7,14 +7,12 @@ from typing import Any
 from care_train.algorithm.spans import parse_spans, reward
 from care_train.config import PromptSettings, RewardSettings
 from care_train.data import Sample
-from care_train.verifier.format import boxed_answer, boxed_fault, format_fault
+from care_train.verifier.answers import Item, Verdict
 from care_train.verifier.function_process import RewardFunction
-from care_train.verifier.functions import TrainerState
-from care_train.verifier.judge import Judge, case_of
-from care_train.verifier.pool import shared_pool
-from care_train.verifier.responses import Response, item_of
-from care_train.verifier.types import Item, Verdict
-from care_train.verifier.verify import verify_batch
+from care_train.verifier.functions import FunctionScore, TrainerState
+from care_train.verifier.judge import Judge
+from care_train.verifier.responses import Response, boxed_answer, boxed_fault, format_fault
+from care_train.verifier.verify import item_of, verify_batch
 
 
 @dataclass(frozen=True)
@@ -87,45 +85,55 @@ class Verifier:
         if not responses:
             return []
         verdicts = self.verdicts(responses, self._settings.tolerance)
-        forms = [self._form(response) for response in responses]
-        results = [(f.settings, f(responses, self.state)) for f in self._functions]
-        for function, (_, found) in zip(self._functions, results, strict=True):
-            values = [one.value for one in found if one.value is not None]
-            function.metrics.setdefault("", []).extend(values)
-        scores, threshold = [], self._settings.success_threshold
-        for place, (verdict, fault) in enumerate(zip(verdicts, forms, strict=True)):
-            own = [(settings, found[place]) for settings, found in results]
-            accurate = [
-                (s.weight, found.value)
-                for s, found in own
-                if s.target == "accuracy" and found.value is not None
-            ]
-            weight = self._settings.verifier_weight
-            if weight or not accurate:
-                accurate.append((weight or 1.0, verdict.accuracy))
-            graded = _mean(accurate)
-            accuracy = graded if threshold is None else float(graded >= threshold)
-            given = [(s.weight, f.format_score) for s, f in own if f.format_score is not None]
-            form = _mean(given) if given else float(not fault)
-            given_by = [
-                (name, found.value)
-                for name, (_, found) in zip(self._names, own, strict=True)
-                if found.value is not None
-            ]
-            bonus = sum(s.weight * (f.value or 0.0) for s, f in own if s.target == "bonus")
-            scores.append(
-                Score(
-                    accuracy,
-                    form,
-                    reward(graded, form, self._settings.format_weight) + bonus,
-                    self._reason(verdict, own),
-                    "by reward.functions" if given else fault or "as asked",
-                    graded,
-                    (("verifier", verdict.accuracy), *given_by),
-                    min((f.wrong_step for _, f in own if f.wrong_step), default=None),
-                )
-            )
-        return scores
+        results = [function(responses, self.state) for function in self._functions]
+        return [
+            self._score(response, verdict, [found[place] for found in results])
+            for place, (response, verdict) in enumerate(zip(responses, verdicts, strict=True))
+        ]
+
+    def verdicts(self, responses: Sequence[Response], tolerance: float | None) -> list[Verdict]:
+        """The verifier's verdict per response, in order, without reward functions.
+
+        The judge's replaces it where the verifier finds no match in an answer type that
+        `reward.judge.types` names.
+
+        Args:
+            responses: only the answer span counts.
+            tolerance: of numbers, relative to the key; a row's own column comes first. None: the
+                answer type's own.
+
+        Raises:
+            ValueError: a row's column that cannot be used, or a judge that does not answer.
+        """
+        asked: dict[int, Item] = {}
+        for place, response in enumerate(responses):
+            answer = self.answer(response.text)
+            if answer is not None:
+                asked[place] = item_of(answer, response.sample, tolerance)
+        found = dict(zip(asked, verify_batch(list(asked.values())), strict=True))
+        if self._judge is not None:
+            open_answers = [p for p in asked if self._judge.is_asked(asked[p], found[p])]
+            cases = [(responses[p].sample.prompt, asked[p]) for p in open_answers]
+            found |= dict(zip(open_answers, self._judge.judge(cases), strict=True))
+        return [found.get(place) or self._missing(one) for place, one in enumerate(responses)]
+
+    def answer(self, text: str) -> str | None:
+        """What stands in a response's answer span, or in its box with `reward.answer=boxed`.
+
+        None where there is no complete one.
+        """
+        if self._settings.answer == "boxed":
+            return boxed_answer(text)
+        span = parse_spans(text, self._think_tag, self._answer_tag).answer_content
+        return None if span is None else text[span[0] : span[1]]
+
+    def form_fault(self, response: Response) -> str:
+        """What is wrong with a response's form, or ""."""
+        if self._settings.answer == "boxed":
+            return boxed_fault(response.text, self._think_tag)
+        if not response.finished:
+            return "cut by the length limit"
+        return format_fault(response.text, self._think_tag, self._answer_tag)
 
     def check_columns(self, samples: Sequence[Sample]) -> None:
         """Check that rows fill every parameter of the reward functions, by their columns.
@@ -147,71 +155,41 @@ class Verifier:
             function.metrics = {}
         return found
 
-    def _reason(self, verdict: Verdict, own: Sequence[tuple]) -> str:
-        parts = [
-            f"{settings.function.rpartition(':')[2]} {found.value:g}{found.note}"
-            for settings, found in own
-            if found.value is not None
+    def _score(
+        self, response: Response, verdict: Verdict, results: Sequence[FunctionScore]
+    ) -> Score:
+        """Eq. 1 from the verifier's verdict and what each reward function says of a response."""
+        own = [(f.settings, one) for f, one in zip(self._functions, results, strict=True)]
+        told = [(settings, one.value) for settings, one in own if one.value is not None]
+        accurate = [(s.weight, value) for s, value in told if s.target == "accuracy"]
+        weight = self._settings.verifier_weight
+        if weight or not accurate:
+            accurate.append((weight or 1.0, verdict.accuracy))
+        graded, threshold = _mean(accurate), self._settings.success_threshold
+        given = [(s.weight, one.format_score) for s, one in own if one.format_score is not None]
+        fault = self.form_fault(response)
+        form = _mean(given) if given else float(not fault)
+        bonus = sum(s.weight * value for s, value in told if s.target == "bonus")
+        named = zip(self._names, results, strict=True)
+        reasons = [
+            f"{f.name} {one.value:g}{one.note}"
+            for f, one in zip(self._functions, results, strict=True)
+            if one.value is not None
         ]
-        parts += [f"{name}: {value}" for _, one in own for name, value in one.extra.items()]
-        return "; ".join([*parts, verdict.reason])
-
-    def _form(self, response: Response) -> str:
-        if self._settings.answer == "boxed":
-            return boxed_fault(response.text, self._think_tag)
-        if not response.finished:
-            return "cut by the length limit"
-        return format_fault(response.text, self._think_tag, self._answer_tag)
-
-    def verdicts(self, responses: Sequence[Response], tolerance: float | None) -> list[Verdict]:
-        """The verifier's verdict per response, in order, without reward functions.
-
-        The judge's replaces it where the verifier finds no match in an answer type that
-        `reward.judge.types` names.
-
-        Args:
-            responses: only the answer span counts.
-            tolerance: of numbers, relative to the key; a row's own column comes first. None: the
-                answer type's own.
-
-        Raises:
-            ValueError: a row's column that cannot be used, or a judge that does not answer.
-        """
-        answers = [self._answer(response) for response in responses]
-        asked: dict[int, Item] = {
-            place: item_of(answer, responses[place].sample, tolerance)
-            for place, answer in enumerate(answers)
-            if answer is not None
-        }
-        pool = shared_pool()
-        found = dict(zip(asked, verify_batch(list(asked.values()), pool), strict=True))
-        if self._judge is not None:
-            found |= self._judged(self._judge, responses, asked, found)
-        return [found.get(place) or self._missing(one) for place, one in enumerate(responses)]
-
-    def _judged(
-        self,
-        judge: Judge,
-        responses: Sequence[Response],
-        asked: dict[int, Item],
-        found: dict[int, Verdict],
-    ) -> dict[int, Verdict]:
-        """The judge's verdicts where the verifier found no match in a type it judges."""
-        types = self._settings.judge.types if self._settings.judge else []
-        cases = {
-            place: case
-            for place, item in asked.items()
-            if found[place].accuracy == 0
-            and found[place].answer_type in types
-            and (case := case_of(responses[place].sample.prompt, item))
-        }
-        return dict(zip(cases, judge.judge(list(cases.values())), strict=True))
-
-    def _answer(self, response: Response) -> str | None:
-        if self._settings.answer == "boxed":
-            return boxed_answer(response.text)
-        span = parse_spans(response.text, self._think_tag, self._answer_tag).answer_content
-        return None if span is None else response.text[span[0] : span[1]]
+        reasons += [f"{name}: {value}" for one in results for name, value in one.extra.items()]
+        return Score(
+            graded if threshold is None else float(graded >= threshold),
+            form,
+            reward(graded, form, self._settings.format_weight) + bonus,
+            "; ".join([*reasons, verdict.reason]),
+            "by reward.functions" if given else fault or "as asked",
+            graded,
+            (
+                ("verifier", verdict.accuracy),
+                *((name, one.value) for name, one in named if one.value is not None),
+            ),
+            min((one.wrong_step for one in results if one.wrong_step), default=None),
+        )
 
     def _missing(self, response: Response) -> Verdict:
         cut = "" if response.finished else ": cut by the length limit"

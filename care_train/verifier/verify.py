@@ -1,24 +1,30 @@
 """Verdicts: in this process where text and numbers decide, in a worker where algebra must."""
 
-from collections.abc import Sequence
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache
+from typing import Any
 
-from care_train.verifier.answers import compare
-from care_train.verifier.pool import WorkerPool, shared_pool
-from care_train.verifier.types import AnswerType, Item, Verdict
+from care_train.data import Sample
+from care_train.killable import Limits, Lost, Pool
+from care_train.verifier.answers import AlgebraNeededError, AnswerType, Item, Verdict, compare
+from care_train.verifier.expressions import to_latex
 
+logger = logging.getLogger(__name__)
 
-class _AlgebraNeededError(Exception):
-    """Only a worker can tell."""
-
-
-class _Elsewhere:
-    """No symbolic algebra in this process: its parser is not for untrusted text."""
-
-    def equal(self, predicted: str, expected: str) -> bool:
-        raise _AlgebraNeededError
-
-    def value(self, text: str) -> str:
-        raise _AlgebraNeededError
+_MEMORY_BYTES = 2 << 30
+"""Address space: a number of gigabytes is a failed comparison, not a full machine."""
+_WALL_FACTOR = 20.0
+"""A process that waits for a processor this many times longer than it may compute is stuck."""
+_START_SECONDS = 120.0
+_FULL_LIMITS = 6
+"""Time limits that a batch's lost comparisons may use up with the whole limit for each ..."""
+_SHORT = 1 / 5
+"""... after which the others have this part of it ..."""
+_ALL_LIMITS = 24
+"""... until all together have used up this many."""
 
 
 def verify(
@@ -42,12 +48,12 @@ def verify(
     return verify_batch([item])[0]
 
 
-def verify_batch(items: Sequence[Item], pool: WorkerPool | None = None) -> list[Verdict]:
+def verify_batch(items: Sequence[Item], pool: "WorkerPool | None" = None) -> list[Verdict]:
     """A verdict per item, in order; `pool` is for those that need symbolic algebra."""
     verdicts = [verify_in_process(item) for item in items]
     waiting = [place for place, verdict in enumerate(verdicts) if verdict is None]
     if waiting:
-        found = (pool or shared_pool()).run([items[place] for place in waiting])
+        found = (pool or _shared_pool(os.getpid())).run([items[place] for place in waiting])
         for place, verdict in zip(waiting, found, strict=True):
             verdicts[place] = verdict
     return [verdict for verdict in verdicts if verdict is not None]
@@ -56,6 +62,145 @@ def verify_batch(items: Sequence[Item], pool: WorkerPool | None = None) -> list[
 def verify_in_process(item: Item) -> Verdict | None:
     """The verdict, or None where it takes symbolic algebra."""
     try:
-        return compare(item, _Elsewhere())
-    except _AlgebraNeededError:
+        return compare(item, None)
+    except AlgebraNeededError:
         return None
+
+
+def item_of(predicted: str, sample: Sample, tolerance: float | None = None) -> Item:
+    """An answer with its row's key, type, options and tolerance; `tolerance` where it has none."""
+    tolerance = tolerance if sample.tolerance is None else sample.tolerance
+    return Item(predicted, sample.answer, sample.answer_type, sample.options, tolerance)
+
+
+class WorkerPool:
+    """Runs comparisons that need symbolic algebra; each has `timeout` seconds of processor time.
+
+    Workers start when first needed. One that hangs or dies costs its own verdict alone and is
+    replaced. They end with `close`, with the interpreter, and when the parent dies.
+    """
+
+    def __init__(self, workers: int = 2, timeout: float = 5.0) -> None:
+        self._timeout = timeout
+        limits = Limits(
+            seconds=_WALL_FACTOR * timeout,
+            cpu_seconds=timeout,
+            memory_bytes=_MEMORY_BYTES,
+            start_seconds=_START_SECONDS,
+            environment={"CUDA_VISIBLE_DEVICES": ""},
+            is_silent=True,
+        )
+        self._pool = Pool[Item, Verdict](
+            "reward: symbolic comparison", _make_comparison, workers, limits
+        )
+        self._spent = 0.0
+        self.timeouts = 0
+        self.crashes = 0
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes running now."""
+        return self._pool.pids
+
+    @property
+    def longest(self) -> float:
+        """Seconds from an item's start to its verdict, at most."""
+        return self._pool.longest
+
+    def run(self, items: Sequence[Item]) -> list[Verdict]:
+        """A verdict per item, in order; equal items are compared once.
+
+        A comparison that takes too long, or whose process dies, is tried once more with no other
+        beside it, and then wrong with a reason that begins with `unverified`. Comparisons that take
+        too long share a limit per batch, after which the others have less time each and at last
+        none: a batch of answers made to be slow ends.
+
+        Raises:
+            ValueError: no worker can be started.
+        """
+        self._spent = 0.0
+        distinct = list(dict.fromkeys(items))
+        late = Lost("its batch's time is over")
+        found: dict[Item, Verdict | Lost] = dict.fromkeys(distinct, late)
+        for item, got in self._pool.map(self._affordable(distinct), self._limit):
+            found[item] = self._count(got)
+        for item in [item for item, got in found.items() if isinstance(got, Lost)]:
+            if self._spent < _FULL_LIMITS * self._timeout:
+                found[item] = self._count(next(self._pool.map([item]))[1])
+        if reasons := {got.reason: None for got in found.values() if isinstance(got, Lost)}:
+            number = sum(isinstance(got, Lost) for got in found.values())
+            logger.warning("warning: %d answers are unverified: %s", number, ", ".join(reasons))
+        return [_verdict(found[item]) for item in items]
+
+    def close(self) -> None:
+        """End all workers."""
+        self._pool.close()
+
+    def _affordable(self, items: Sequence[Item]) -> Iterator[Item]:
+        for item in items:
+            if self._spent >= _ALL_LIMITS * self._timeout:
+                return
+            yield item
+
+    def _limit(self) -> float:
+        is_full = self._spent < _FULL_LIMITS * self._timeout
+        return self._timeout * (1.0 if is_full else _SHORT)
+
+    def _count(self, got: Verdict | Lost) -> Verdict | Lost:
+        if isinstance(got, Lost):
+            self.timeouts += got.is_timeout
+            self.crashes += not got.is_timeout
+            self._spent += self._limit()
+        return got
+
+
+def _verdict(got: Verdict | Lost) -> Verdict:
+    return Verdict(0.0, f"unverified: {got.reason}") if isinstance(got, Lost) else got
+
+
+@cache
+def _shared_pool(process: int) -> WorkerPool:
+    """This process's pool; a forked child has its own."""
+    return WorkerPool()
+
+
+class MathVerify:
+    """Symbolic algebra, bounded by nothing but the worker process that it runs in.
+
+    The parser of untrusted text is imported here, so in worker processes alone.
+    """
+
+    def __init__(self) -> None:
+        import math_verify
+
+        # It warns at each call that it has no time limit of its own: the process has one.
+        logging.getLogger("math_verify").setLevel(logging.ERROR)
+        self._library = math_verify
+        self._parse_key = lru_cache(maxsize=512)(self._parse)
+
+    def equal(self, predicted: str, expected: str) -> bool:
+        """Whether two expressions are equal; False where either is none."""
+        key, got = self._parse_key(expected), self._parse(predicted)
+        # Without a time limit of its own, which would take the worker's alarm away.
+        return bool(key and got) and self._library.verify(key, got, timeout_seconds=0)
+
+    def value(self, text: str) -> str:
+        """The decimal value of a constant expression to 30 digits, or ""."""
+        parsed = self._parse(text)
+        if not parsed or isinstance(parsed[0], str) or getattr(parsed[0], "free_symbols", True):
+            return ""
+        value = str(parsed[0].evalf(30))
+        return value if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", value) else ""
+
+    def _parse(self, text: str) -> list[Any]:
+        # A dollar sign would end the environment.
+        text, config = to_latex(text).replace("$", ""), [self._library.LatexExtractionConfig()]
+        return self._library.parse(
+            f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=0
+        )
+
+
+def _make_comparison() -> Callable[[Item], Verdict]:
+    symbolic = MathVerify()
+    symbolic.equal("\\frac{1}{2}", "x")  # what is loaded at the first call belongs to the start
+    return lambda item: compare(item, symbolic)

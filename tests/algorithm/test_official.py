@@ -29,7 +29,7 @@ from care_train.training.groups import Group
 from care_train.training.rl import open_policy
 from care_train.training.sampler import Sampler
 from care_train.training.step import TrainStep
-from care_train.verifier.format import boxed_answer, boxed_fault
+from care_train.verifier.responses import boxed_answer, boxed_fault
 from tests.algorithm.builders import unit_vectors
 from tests.algorithm.released import Outcome, Response, Tags, released_rule
 from tests.train.builders import make_session, text_sample

@@ -38,7 +38,7 @@ def main(model: str, rows: str, out: str, *arguments: str) -> int:
     engine = CollectiveEngine(session.loaded, 2)
     samples = load_samples(DataSettings(path=rows, max_samples=5))
     result = evaluate(session, engine, samples, torch.device("cpu"), greedy=True)
-    found = {"num_calls": engine.num_calls, "num_questions": result.num_questions}
+    found = {"num_calls": engine.num_calls, "num_questions": result["num_questions"]}
     Path(out, f"found_{rank()}.json").write_text(json.dumps(found))
     return care_train(arguments)
 

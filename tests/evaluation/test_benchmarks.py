@@ -10,8 +10,8 @@ from bench.protocol_fixtures import FEATURES, benchmark_rows, write_parquet
 from care_train.config import build_config
 from care_train.data import load_images
 from care_train.data.schema import IMAGE_PLACEHOLDER
+from care_train.evaluation.benchmark_run import open_questions
 from care_train.evaluation.benchmarks import BENCHMARKS
-from care_train.evaluation.question_set import open_questions
 
 NAMES = list(BENCHMARKS)
 COLORS = ["red", "green", "blue", "yellow"]

@@ -8,8 +8,13 @@ import pytest
 
 from bench.protocol_fixtures import math_vision_rows, mathverse_rows, write_parquet
 from care_train.cli import main
-from care_train.evaluation.benchmark_run import macro_average, summarize
-from care_train.evaluation.table import combine_runs, results_markdown, trainings_markdown
+from care_train.evaluation.table import (
+    combine_runs,
+    macro_average,
+    results_markdown,
+    summarize,
+    trainings_markdown,
+)
 from care_train.models.tiny import build_tiny_model
 
 RUNS = {"one": 1, "two": 2, "again": 1}

@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from care_train.evaluation.benchmark_run import (
+from care_train.evaluation.table import (
     macro_average,
     majority_at_k,
     pass_at_k,

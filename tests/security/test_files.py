@@ -20,7 +20,7 @@ from care_train.config import DataSettings, build_config
 from care_train.data import images as image_files
 from care_train.data import load_image, load_samples, sample_digests
 from care_train.data import rows as row_files
-from care_train.evaluation.question_set import open_questions
+from care_train.evaluation.benchmark_run import open_questions
 from tests.data.published import build_from, drawing, quarantine, write_jsonl
 
 GOOD = {"prompt": "How high?", "answer": "3"}

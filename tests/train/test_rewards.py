@@ -62,4 +62,4 @@ def test_columns_reach_reward_functions(tiny_folder, tmp_path: Path):
     engine = session.rollout_engine(session.loaded, 2)
     device = initialize_process_group()
     result = evaluate(session, engine, samples, device, greedy=True)
-    assert result.accuracy == 0.5
+    assert result["accuracy"] == 0.5

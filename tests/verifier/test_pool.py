@@ -135,7 +135,7 @@ def test_the_trainer_never_loads_the_parser():
         "assert verify('1/\\\\sqrt{2}', '\\\\frac{\\\\sqrt{2}}{2}').accuracy == 1.0\n"
         "sys.exit('sympy' in sys.modules or 'math_verify' in sys.modules)"
     )
-    worker = "import sys, care_train.verifier.pool; sys.exit('torch' in sys.modules)"
+    worker = "import sys, care_train.verifier.verify; sys.exit('torch' in sys.modules)"
     for code in (trainer, worker):
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

@@ -6,10 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from care_train.data import Sample
+from care_train.data.columns import (
+    FILLED_TEXT,
+    IMAGE,
+    NUMBER_OR_NULL,
+    TEXT,
+    TEXTS,
+    optional,
+)
+from care_train.data.images import image_refs
 from care_train.evaluation.question import (
+    Benchmark,
     Question,
     choose_option,
-    image_ref,
     lettered_options,
     letters,
     list_options,
@@ -20,7 +29,7 @@ from care_train.verifier import AnswerType
 Row = Mapping[str, Any]
 
 
-def mathvista_question(row: Row, location: str, base_dir: Path) -> Question:
+def _mathvista_question(row: Row, location: str, base_dir: Path) -> Question:
     """The published query, which ends with question, unit and choices, after the image."""
     precision, options = row["precision"], tuple(row["choices"] or ())
     is_choice = row["question_type"] == "multi_choice"
@@ -34,7 +43,7 @@ def mathvista_question(row: Row, location: str, base_dir: Path) -> Question:
             row["pid"],
             row["query"],
             row["answer"],
-            (image_ref(row["decoded_image"], base_dir, location),),
+            image_refs(row["decoded_image"], column="image", base_dir=base_dir, at=location),
             source="mathvista",
             location=location,
             # Numbers are inferred from the key; a list in brackets could be an interval.
@@ -49,7 +58,7 @@ def mathvista_question(row: Row, location: str, base_dir: Path) -> Question:
     )
 
 
-def match_mathvista(predicted: str, question: Question) -> bool:
+def _match_mathvista(predicted: str, question: Question) -> bool:
     """An integer cut from a decimal, a float rounded to the key's precision, or the text as it is.
 
     Source: github.com/lupantech/MathVista, evaluation/calculate_score.py. The authors' first step,
@@ -66,7 +75,7 @@ def match_mathvista(predicted: str, question: Question) -> bool:
     return normalized == question.sample.answer.strip()
 
 
-def choose_mathvista(predicted: str, question: Question) -> int:
+def _choose_mathvista(predicted: str, question: Question) -> int:
     """The letter in brackets, the letter alone, or else the option of the least edit distance."""
     # Imported here: no other benchmark needs it.
     from rapidfuzz.distance import Levenshtein
@@ -85,7 +94,7 @@ _MATHVERSE_UNLISTED = {"true": ("True", "False"), "false": ("True", "False")}
 _MATHVERSE_UNLISTED |= {"yes": ("Yes", "No"), "no": ("Yes", "No")}
 
 
-def mathverse_question(row: Row, location: str, base_dir: Path) -> Question:
+def _mathverse_question(row: Row, location: str, base_dir: Path) -> Question:
     """The published query that asks for reasoning first, after the image.
 
     Most keys of multiple-choice questions are letters; some are an option's text. A key that is
@@ -102,7 +111,7 @@ def mathverse_question(row: Row, location: str, base_dir: Path) -> Question:
             row["sample_index"],
             row["query_cot"],
             row["answer"],
-            (image_ref(row["image"], base_dir, location),),
+            image_refs(row["image"], column="image", base_dir=base_dir, at=location),
             source="mathverse",
             location=location,
             answer_type=AnswerType.TEXT if is_choice and not right else None,
@@ -125,33 +134,13 @@ def _mathverse_options(question: str) -> tuple[str, ...]:
     return tuple(match[2].strip() for match in matches)
 
 
-def match_mathverse(predicted: str, question: Question) -> bool:
+def _match_mathverse(predicted: str, question: Question) -> bool:
     """The same string.
 
     The authors have a language model compare every answer with its key
     (github.com/ZrrSkywalker/MathVerse, evaluation/score_answer_s2.py), or take both for strings.
     """
     return predicted.strip() == question.sample.answer.strip()
-
-
-def math_vision_question(row: Row, location: str, base_dir: Path) -> Question:
-    """The question and its choices after the image, which holds all the question's pictures."""
-    options, prompt = tuple(row["options"]), row["question"]
-    if options:
-        prompt = f"{prompt}\nChoices:\n{list_options(options)}\nThe answer is one letter."
-    return Question(
-        Sample(
-            row["id"],
-            prompt,
-            row["answer"],
-            (image_ref(row["decoded_image"], base_dir, location),),
-            source="math_vision",
-            location=location,
-        ),
-        options=options,
-        right=lettered_options(row["answer"], options, location) if options else frozenset(),
-        group=row["subject"],
-    )
 
 
 # Dropped before comparing: sizes, degrees, dollar signs, units that the keys leave out.
@@ -162,7 +151,21 @@ _DROPPED = re.compile(
 _BOXED = re.compile(r".*\\boxed\{(.*)\}", re.DOTALL)
 
 
-def match_math_vision(predicted: str, question: Question) -> bool:
+def _math_vision_question(row: Row, location: str, base_dir: Path) -> Question:
+    """The question and its choices after the image, which holds all the question's pictures."""
+    options, prompt, key = tuple(row["options"]), row["question"], row["answer"]
+    if options:
+        prompt = f"{prompt}\nChoices:\n{list_options(options)}\nThe answer is one letter."
+    images = image_refs(row["decoded_image"], column="image", base_dir=base_dir, at=location)
+    return Question(
+        Sample(row["id"], prompt, key, images, source="math_vision", location=location),
+        options=options,
+        right=lettered_options(key, options, location) if options else frozenset(),
+        group=row["subject"],
+    )
+
+
+def _match_math_vision(predicted: str, question: Question) -> bool:
     """The same LaTeX without what does not count, or the same number at two decimals.
 
     Source: github.com/mathllm/MATH-V, evaluation/utils.py, which evaluates model output as code;
@@ -172,7 +175,7 @@ def match_math_vision(predicted: str, question: Question) -> bool:
     return value != "" and value == _math_vision_value(question.sample.answer)
 
 
-def choose_math_vision(predicted: str, question: Question) -> int | None:
+def _choose_math_vision(predicted: str, question: Question) -> int | None:
     """The option that an answer names, or whose value it is.
 
     The key's own text is right even where it is another option's letter, as in the authors' code.
@@ -205,3 +208,44 @@ def _math_vision_value(text: str) -> str | float:
         return round(float(f"{fraction[1]}1") * int(fraction[2]) / int(fraction[3]), 2)
     decimal = re.fullmatch(r"[+-]?(?:\d{1,15}(?:\.\d{0,15})?|\.\d{1,15})", text)
     return round(float(text), 2) if decimal else text
+
+
+MATH_BENCHMARKS = (
+    Benchmark(
+        name="mathvista",
+        title="MathVista mini",
+        dataset="AI4Math/MathVista",
+        split="testmini",
+        columns=dict.fromkeys(
+            ("pid", "query", "answer", "question_type", "answer_type"), FILLED_TEXT
+        )
+        | {"decoded_image": IMAGE, "choices": optional(TEXTS), "precision": NUMBER_OR_NULL},
+        to_question=_mathvista_question,
+        matches=_match_mathvista,
+        choose=_choose_mathvista,
+    ),
+    Benchmark(
+        name="mathverse",
+        title="MathVerse mini",
+        dataset="AI4Math/MathVerse",
+        split="testmini",
+        subsets=("testmini",),
+        columns=dict.fromkeys(
+            ("sample_index", "problem_version", "query_cot", "answer", "question_type"), FILLED_TEXT
+        )
+        | {"image": IMAGE, "question_for_eval": TEXT},
+        to_question=_mathverse_question,
+        matches=_match_mathverse,
+    ),
+    Benchmark(
+        name="math_vision",
+        title="MATH-Vision full",
+        dataset="MathLLMs/MathVision",
+        split="test",
+        columns=dict.fromkeys(("id", "question", "answer", "subject"), FILLED_TEXT)
+        | {"options": TEXTS, "decoded_image": IMAGE},
+        to_question=_math_vision_question,
+        matches=_match_math_vision,
+        choose=_choose_math_vision,
+    ),
+)
