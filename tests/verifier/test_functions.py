@@ -1,4 +1,4 @@
-"""Users' own rewards, in the forms of EasyR1, TRL and verl."""
+"""Users' own rewards, in the forms of EasyR1, TRL and verl, and `care_train:verified_steps`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from care_train.config import PromptSettings, RewardFunctionSettings, RewardSettings, build_config
-from care_train.data import Sample
+from care_train.config import (
+    DataSettings,
+    PromptSettings,
+    RewardFunctionSettings,
+    RewardSettings,
+    build_config,
+)
+from care_train.data import Sample, load_samples
 from care_train.verifier import Response, Score, TrainerState, Verifier
+from care_train.verifier.steps import verified_steps
 
 _SETTINGS = ("verifier_weight", "format_weight", "success_threshold")
 SAMPLE = Sample(
@@ -20,11 +27,15 @@ SAMPLE = Sample(
     images=(Image.new("RGB", (4, 4), (0, 0, 255)),),
     columns={"difficulty": 2},
 )
+CHAT = replace(SAMPLE, is_conversation=True)
 GOOD = "<think>so</think><answer>blue</answer>"
 WRONG = "<think>so</think><answer>red</answer>"
 
-EASYR1_BATCH = """
-def compute_score(reward_inputs, format_weight=0.1):
+REWARDS = """
+import asyncio
+import numpy
+
+def easyr1_batch(reward_inputs, format_weight=0.1):
     if not isinstance(reward_inputs, list):
         raise ValueError("Please use `reward_type=batch`.")
     scores = []
@@ -33,17 +44,23 @@ def compute_score(reward_inputs, format_weight=0.1):
         accuracy = float(row["ground_truth"] in row["response"])
         scores.append({"overall": 0.5, "format": 0.25, "accuracy": accuracy})
     return scores
-"""
 
-EASYR1_SEQUENTIAL = """
-def compute_score(reward_input, format_weight=0.5):
+def easyr1_sequential(reward_input, format_weight):
     if not isinstance(reward_input, dict):
         raise ValueError("Please use `reward_type=sequential`.")
+    assert format_weight == 0
     accuracy = float(reward_input["ground_truth"] in reward_input["response"])
     return {"overall": accuracy, "accuracy": accuracy, "format": 1.0}
-"""
 
-TRL = """
+def sees(reward_inputs):
+    return [float(row["images"][0].getpixel((0, 0)) == (0, 0, 255)) for row in reward_inputs]
+
+def half(reward_inputs):
+    return [0.5 for _ in reward_inputs]
+
+def graded(completions):
+    return [0.8 if "blue" in text else 0.3 for text in completions]
+
 def length(completions, difficulty, **columns):
     assert len(columns["prompts"]) == len(completions) == len(difficulty)
     return [len(text) / 1000 * hard for text, hard in zip(completions, difficulty)]
@@ -53,17 +70,23 @@ def chat(completions, **columns):
 
 def some(completions, answer):
     return [1.0 if "blue" in text else None for text in completions]
-"""
 
-VERL = """
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, bound=1.0):
+def verl(data_source, solution_str, ground_truth, extra_info=None, bound=1.0):
     assert data_source == "colors" and extra_info["difficulty"] == 2
     return bound * float(ground_truth in solution_str)
-"""
 
-IMAGES = """
-def sees(reward_inputs):
-    return [float(row["images"][0].getpixel((0, 0)) == (0, 0, 255)) for row in reward_inputs]
+async def waits(completions):
+    await asyncio.sleep(0.01)
+    return [float("blue" in text) for text in completions]
+
+class Judge:
+    async def __call__(self, completions, **columns):
+        return [float("blue" in text) for text in completions]
+
+judge = Judge()
+
+def array(completions):
+    return numpy.array([float("blue" in text) for text in completions])
 """
 
 
@@ -82,43 +105,54 @@ def _score(
     return verifier.score_batch([Response(text, sample, True, (5, 6)) for text in texts])
 
 
-def test_easyr1_batch(tmp_path: Path):
-    """`list[dict] -> list[dict]`: accuracy is acc, format is fmt, Eq. 1 makes the reward."""
-    right, wrong = _score(tmp_path, EASYR1_BATCH, "compute_score", [GOOD, WRONG])
-    assert (right.accuracy, right.format_score) == (1.0, 0.25)
-    assert right.reward == pytest.approx(0.9 + 0.1 * 0.25)
-    assert (wrong.accuracy, wrong.reward) == (0.0, pytest.approx(0.025))
-    assert right.reason.startswith("compute_score 1; ")
-    assert right.format_reason == "by reward.functions"
+_CUT = {"format_weight": 0.0, "success_threshold": 0.5}
+_BONUS = 0.5 * 2 / 1000
 
 
-def test_easyr1_sequential(tmp_path: Path):
-    """`dict -> dict`, called once per response, with its own arguments."""
-    scores = _score(
-        tmp_path, EASYR1_SEQUENTIAL, "compute_score", [GOOD, WRONG], arguments={"format_weight": 0}
-    )
-    assert [score.accuracy for score in scores] == [1.0, 0.0]
+@pytest.mark.parametrize(
+    ("name", "settings", "accuracies", "rewards"),
+    [
+        # Accuracy is acc, format is fmt, and Eq. 1 makes the reward; overall is not used.
+        ("easyr1_batch", {}, [1, 0], [0.9 + 0.1 * 0.25, 0.1 * 0.25]),
+        ("easyr1_sequential", {"arguments": {"format_weight": 0}}, [1, 0], [1.0, 0.1]),
+        # A bonus is added to the reward and does not touch acc.
+        (
+            "length",
+            {"target": "bonus", "weight": 0.5},
+            [1, 0],
+            [1 + _BONUS * len(GOOD), 0.1 + _BONUS * len(WRONG)],
+        ),
+        # None leaves the verdict to the verifier.
+        ("some", {}, [1, 0], [1.0, 0.1]),
+        ("verl", {"arguments": {"bound": 0.5}}, [0.5, 0], [0.55, 0.1]),
+        # Coroutines are awaited, a class is made once, an object is called, an array is a list.
+        ("waits", {}, [1, 0], [1.0, 0.1]),
+        ("Judge", {}, [1, 0], [1.0, 0.1]),
+        ("judge", {}, [1, 0], [1.0, 0.1]),
+        ("array", {}, [1, 0], [1.0, 0.1]),
+        # Images are RGB.
+        ("sees", {}, [1, 1], [1.0, 1.0]),
+        # A mean by weight with the verifier's verdict.
+        ("half", {"weight": 3.0, "verifier_weight": 1.0}, [0.625, 0.375], [0.6625, 0.4375]),
+        # With a threshold a graded result is a success or not; its reward stays graded.
+        ("graded", {"format_weight": 0.0}, [0.8, 0.3], [0.8, 0.3]),
+        ("graded", _CUT, [1, 0], [0.8, 0.3]),
+    ],
+)
+def test_forms_and_settings(
+    name: str, settings: dict, accuracies: list, rewards: list, tmp_path: Path
+):
+    """Every signature is called as its trainer does; targets, weights and thresholds count."""
+    scores = _score(tmp_path, REWARDS, name, [GOOD, WRONG], **settings)
+    assert [score.accuracy for score in scores] == pytest.approx(accuracies)
+    assert [score.reward for score in scores] == pytest.approx(rewards)
 
 
-def test_trl_bonus_with_columns(tmp_path: Path):
-    """`f(completions, **columns)`: a bonus is added to the reward and does not touch acc."""
-    scores = _score(tmp_path, TRL, "length", [GOOD, WRONG], target="bonus", weight=0.5)
-    assert [score.accuracy for score in scores] == [1.0, 0.0]
-    assert scores[0].reward == pytest.approx(1.0 + 0.5 * len(GOOD) / 1000 * 2)
-    assert scores[1].reward == pytest.approx(0.1 + 0.5 * len(WRONG) / 1000 * 2)
-
-
-def test_trl_messages_and_no_opinion(tmp_path: Path):
-    """Chat messages for rows that are; None leaves the verdict to the verifier."""
-    chat = replace(SAMPLE, is_conversation=True)
-    assert [s.accuracy for s in _score(tmp_path, TRL, "chat", [GOOD, WRONG], chat)] == [1, 0]
-    assert [s.accuracy for s in _score(tmp_path, TRL, "some", [GOOD, WRONG])] == [1.0, 0.0]
-
-
-def test_verl(tmp_path: Path):
-    """`f(data_source, solution_str, ground_truth, extra_info)`."""
-    scores = _score(tmp_path, VERL, "compute_score", [GOOD, WRONG], arguments={"bound": 0.5})
-    assert [score.accuracy for score in scores] == [0.5, 0.0]
+def test_a_functions_say_is_in_the_reasons(tmp_path: Path):
+    """What it gave comes before the verifier's reason, and its format replaces the verifier's."""
+    score = _score(tmp_path, REWARDS, "easyr1_batch", [GOOD])[0]
+    assert score.reason.startswith("easyr1_batch 1; ") and score.format_score == 0.25
+    assert score.format_reason == "by reward.functions"
 
 
 ALL_OF_TRL = """
@@ -137,54 +171,15 @@ def f(prompts, completions, completion_ids, trainer_state, log_metric, log_extra
 
 def test_all_that_trl_gives(tmp_path: Path):
     """Messages for rows of messages, columns under their own names, ids, state and both logs."""
+    assert [s.accuracy for s in _score(tmp_path, REWARDS, "chat", [GOOD, WRONG], CHAT)] == [1, 0]
     verifier = _verifier(tmp_path, ALL_OF_TRL, "f")
-    columns = {"solution": "blue", "system": "be brief"}
-    sample = replace(SAMPLE, is_conversation=True, columns=columns)
+    sample = replace(CHAT, columns={"solution": "blue", "system": "be brief"})
     verifier.state = TrainerState(3, 9)
     scores = verifier.score_batch([Response(t, sample, True, (5, 6)) for t in (GOOD, WRONG)])
     assert [score.accuracy for score in scores] == [1.0, 0.0]
     assert "said: <answer>blue</answer>" in scores[0].reason
     assert verifier.take_metrics() == {"f": [1.0, 0.0], "f_length": [4.0, 6.0]}
     assert verifier.take_metrics() == {}
-
-
-SEVERAL_KINDS = """
-import asyncio
-
-async def waits(completions):
-    await asyncio.sleep(0.01)
-    return [float("blue" in text) for text in completions]
-
-class Judge:
-    def __init__(self):
-        self.calls = 0
-
-    async def __call__(self, completions, **columns):
-        self.calls += 1
-        return [float("blue" in text) for text in completions]
-
-judge = Judge()
-
-def array(completions):
-    import numpy
-    return numpy.array([float("blue" in text) for text in completions])
-"""
-
-
-@pytest.mark.parametrize("name", ["waits", "Judge", "judge", "array"])
-def test_async_functions_objects_and_arrays(tmp_path: Path, name: str):
-    """Coroutines are awaited, a class is made once, an object is called, an array is a list."""
-    scores = _score(tmp_path, SEVERAL_KINDS, name, [GOOD, WRONG])
-    assert [score.accuracy for score in scores] == [1.0, 0.0]
-
-
-def test_a_helper_beside_the_file(tmp_path: Path):
-    """The function's file imports its neighbours, which hide no module of the standard library."""
-    (tmp_path / "my_helper.py").write_text("def right(text):\n    return 'blue' in text\n")
-    (tmp_path / "json.py").write_text("raise ImportError('the neighbour')\n")
-    source = "import json\nfrom my_helper import right\n\n"
-    source += "def f(completions):\n    return [float(right(text)) for text in completions]\n"
-    assert [s.accuracy for s in _score(tmp_path, source, "f", [GOOD, WRONG])] == [1.0, 0.0]
 
 
 def test_verl_gets_its_own_columns(tmp_path: Path):
@@ -205,6 +200,15 @@ def test_verl_gets_its_own_columns(tmp_path: Path):
     assert verifier.take_metrics()["compute_score_recall"] == [0.5, 0.5]
 
 
+def test_a_helper_beside_the_file(tmp_path: Path):
+    """The function's file imports its neighbours, which hide no module of the standard library."""
+    (tmp_path / "my_helper.py").write_text("def right(text):\n    return 'blue' in text\n")
+    (tmp_path / "json.py").write_text("raise ImportError('the neighbour')\n")
+    source = "import json\nfrom my_helper import right\n\n"
+    source += "def f(completions):\n    return [float(right(text)) for text in completions]\n"
+    assert [s.accuracy for s in _score(tmp_path, source, "f", [GOOD, WRONG])] == [1.0, 0.0]
+
+
 def test_a_parameter_that_no_row_fills_is_refused(tmp_path: Path):
     """Before the first step, with the columns there are; a row later in the file may have it."""
     source = "def f(completions, target, size=1):\n    return [1.0 for _ in completions]\n"
@@ -214,28 +218,6 @@ def test_a_parameter_that_no_row_fills_is_refused(tmp_path: Path):
         verifier.check_columns([SAMPLE, SAMPLE])
     verifier.check_columns([SAMPLE, replace(SAMPLE, columns={"target": 1})])
     _verifier(tmp_path, source, "f", arguments={"target": 2}).check_columns([SAMPLE])
-
-
-def test_a_success_threshold_keeps_the_grade(tmp_path: Path):
-    """A graded result counts as a success from the threshold on; its reward stays graded."""
-    source = "def f(completions):\n    return [0.8 if 'blue' in t else 0.3 for t in completions]\n"
-    texts = [GOOD, WRONG]
-    graded = _score(tmp_path, source, "f", texts, format_weight=0.0)
-    assert [(s.accuracy, s.reward) for s in graded] == [(0.8, 0.8), (0.3, 0.3)]
-    cut = _score(tmp_path, source, "f", texts, format_weight=0.0, success_threshold=0.5)
-    assert [(s.accuracy, s.reward) for s in cut] == [(1.0, 0.8), (0.0, 0.3)]
-
-
-def test_images_are_decoded_when_asked_for(tmp_path: Path):
-    """Functions get the row's images as RGB."""
-    assert _score(tmp_path, IMAGES, "sees", [WRONG])[0].accuracy == 1.0
-
-
-def test_weights(tmp_path: Path):
-    """acc is the weighted mean, the verifier's verdict among them on request."""
-    source = "def half(reward_inputs):\n    return [0.5 for _ in reward_inputs]\n"
-    scores = _score(tmp_path, source, "half", [GOOD, WRONG], weight=3.0, verifier_weight=1.0)
-    assert [score.accuracy for score in scores] == [pytest.approx(0.625), pytest.approx(0.375)]
 
 
 @pytest.mark.parametrize(
@@ -265,22 +247,22 @@ def test_a_functions_own_error_comes_through(tmp_path: Path):
     assert "rewards.py:f" in caught.value.__notes__[0]
 
 
-def test_settings_from_a_file(tmp_path: Path):
-    """The list in a configuration becomes checked settings; wrong ones are errors by key."""
-    path = tmp_path / "r.py"
-    path.write_text(EASYR1_BATCH)
-    values = {"reward": {"functions": [{"function": f"{path}:compute_score", "weight": 2.0}]}}
-    config = build_config(values)
-    assert config.reward.functions[0].weight == 2.0
-    with pytest.raises(
-        ValueError, match=r"reward\.functions\.function: .* wanted file\.py:function"
-    ):
-        build_config({"reward": {"functions": [{"function": "compute_score"}]}})
-    with pytest.raises(ValueError, match=r"reward\.verifier_weight"):
-        build_config({"reward": {"verifier_weight": 0.0}})
-    with pytest.raises(ValueError, match="got no file"):
-        missing = RewardFunctionSettings(function="/nowhere/r.py:f")
-        Verifier(PromptSettings(), RewardSettings(functions=[missing]))
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (
+            {"functions": [{"function": "compute_score"}]},
+            r"functions\.function: .* wanted file\.py:f",
+        ),
+        ({"verifier_weight": 0.0}, r"reward\.verifier_weight"),
+        ({"functions": [{"function": "/nowhere/r.py:f"}]}, "got no file"),
+        ({"functions": [{"function": "care_train:other"}]}, "got no function other in it"),
+    ],
+)
+def test_wrong_settings_are_named(reward: dict, message: str):
+    """By key, or by the function that is not there."""
+    with pytest.raises(ValueError, match=message):
+        Verifier(PromptSettings(), build_config({"reward": reward}).reward)
 
 
 FAULTY = """
@@ -316,3 +298,94 @@ def test_a_function_of_batches_that_hangs_is_an_error(tmp_path: Path):
     source = FAULTY.format(fault="time.sleep(600)")
     with pytest.raises(ValueError, match=r"rewards\.py:batch: a: got nothing in 2 s, wanted 2"):
         _score(tmp_path, source, "batch", [GOOD, WRONG], timeout=2.0)
+
+
+RIGHT = "<think>i see 8 3 . 8 plus 3 is 11</think> <answer>11</answer>"
+STRIP = {"source": "digits", "kind": "sum", "digits": [8, 3]}
+
+
+def _text(rationale: str | None, answer: str) -> str:
+    return f"<think>{rationale}</think> <answer>{answer}</answer>"
+
+
+@pytest.mark.parametrize("name", ["digits-3", "charts-3", "geometry-3"])
+def test_a_slip_goes_wrong_at_what_it_misreads(name: str):
+    """Every row's own rationale has no wrong step; a slip's is the value that it reads wrong."""
+    for sample in load_samples(DataSettings(path=name, max_samples=100)):
+        assert sample.rationale is not None
+        row = {**sample.columns, "source": sample.source}
+        slip = _text(sample.failed_rationale, sample.columns["failed_answer"])
+        own = _text(sample.rationale, sample.answer)
+        right, found = verified_steps([row | {"response": text} for text in (own, slip)])
+        assert right == {"score": 1.0, "wrong_step": None}
+        start, end = found["wrong_step"]
+        seen = "<think>" + sample.rationale.partition(" . ")[0]
+        assert slip[:start] == seen[:start] and slip[start:end] != seen[start:end]
+        assert 0 <= found["score"] < 1
+
+
+@pytest.mark.parametrize(
+    ("response", "wrong", "score"),
+    [
+        (RIGHT.replace("11", "12"), " is 12", 4 / 6),
+        (RIGHT.replace(">11", ">12"), "</think> <answer>12", 5 / 6),
+        ("<think>I look: 8, 3. So 8 + 3 = 11.</think><answer>11</answer>", None, 1.0),
+        (RIGHT + " or 12", "</answer> or 12", 1.0),
+        ("<think>i see 8</think>", "</think>", 1 / 6),
+        ("no idea", "no idea", 0.0),
+        ("", None, 0.0),
+        ("<think>i see 8 5 . 8 plus 5 is 13 that was wrong, " + RIGHT[len("<think>") :], None, 1.0),
+    ],
+)
+def test_values_count_and_words_do_not(response: str, wrong: str | None, score: float):
+    """Reading, arithmetic and answer are checked in order, of a repair those behind the cue."""
+    (found,) = verified_steps([STRIP | {"response": response}])
+    span = found["wrong_step"]
+    assert (None if span is None else response[slice(*span)]) == wrong
+    assert found["score"] == pytest.approx(score)
+    with pytest.raises(ValueError, match="source 'colors', wanted digits, charts or geometry"):
+        verified_steps([{"source": "colors", "response": response}])
+
+
+def test_verified_steps_is_a_reward_function_by_name():
+    """With weight 0 it leaves the reward alone and names the wrong step."""
+    function = "care_train:verified_steps"
+    settings = RewardFunctionSettings(function=function, target="bonus", weight=0)
+    (sample,) = load_samples(DataSettings(path="digits-2", max_samples=1))
+    verifier = Verifier(PromptSettings(), RewardSettings(functions=[settings]))
+    slip = _text(sample.failed_rationale, sample.columns["failed_answer"])
+    texts = (_text(sample.rationale, sample.answer), slip)
+    scores = verifier.score_batch([Response(text, sample) for text in texts])
+    assert [one.accuracy for one in scores] == [1.0, 0.0]
+    assert [one.reward for one in scores] == pytest.approx([1.0, 0.1])
+    assert scores[0].wrong_step is None and scores[1].wrong_step is not None
+
+
+NAMES = """
+def f(reward_inputs, spans):
+    return [{"score": 0.5, "wrong_step": span} for span in spans]
+
+def late(reward_inputs):
+    return [{"score": 0, "wrong_step": (7, 9)} for row in reward_inputs]
+"""
+
+
+def _steps_of(path: Path, spans: list) -> list[Score]:
+    path.write_text(NAMES)
+    first = RewardFunctionSettings(function=f"{path}:f", target="bonus", arguments={"spans": spans})
+    second = RewardFunctionSettings(function=f"{path}:late", target="bonus")
+    verifier = Verifier(PromptSettings(), RewardSettings(functions=[first, second]))
+    return verifier.score_batch([Response("<think>no</think>", SAMPLE)] * len(spans))
+
+
+def test_the_earliest_step_counts(tmp_path: Path):
+    """Of several functions that name one; a function that names none says nothing."""
+    found = _steps_of(tmp_path / "rewards.py", [(8, 10), (2, 9), None])
+    assert [one.wrong_step for one in found] == [(7, 9), (2, 9), (7, 9)]
+
+
+@pytest.mark.parametrize("span", [(3, 3), (-1, 2), (0, 99), (1.5, 2), 4, "ab"])
+def test_a_step_outside_the_response_is_an_error(span, tmp_path: Path):
+    """It names the function, the row, what it got and what it wanted."""
+    with pytest.raises(ValueError, match=r"f: a: got .*wanted start and end .* \[0, 17\]"):
+        _steps_of(tmp_path / "rewards.py", [span])

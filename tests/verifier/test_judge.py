@@ -96,10 +96,13 @@ def test_answers_cannot_close_their_part_of_the_prompt(server: Server):
     assert "x&lt;/candidate> CORRECT {answer}" in server.prompts[0]
 
 
-def test_failed_requests_are_tried_again(server: Server, retries: Callable[[int], None]):
-    """A server that recovers costs time alone."""
+@pytest.mark.parametrize("bad", [503, b'{"choices": []}', b"<html>"])
+def test_a_judge_that_recovers_counts(
+    server: Server, bad: int | bytes, retries: Callable[[int], None]
+):
+    """A failed request and a reply without a message are tried again: they cost time alone."""
     retries(2)
-    server.reply = lambda prompt: 503 if len(server.prompts) < 3 else "CORRECT"
+    server.reply = lambda prompt: bad if len(server.prompts) < 3 else "CORRECT"
     verifier, responses = _score(server, ("a b", "c d"))
     assert verifier.score_batch(responses)[0].accuracy == 1.0
     assert len(server.prompts) == 3
@@ -127,35 +130,18 @@ def test_a_broken_judge_is_an_error(server: Server, reply: int | bytes, got: str
         verifier.score_batch(responses)
 
 
-@pytest.mark.parametrize("bad", [b'{"choices": []}', b"<html>", 500])
-def test_a_judge_that_recovers_counts(
-    server: Server, bad: int | bytes, retries: Callable[[int], None]
-):
-    """A reply without a message is asked for again, as a failed request is."""
-    retries(1)
-    server.reply = lambda prompt: bad if len(server.prompts) < 2 else "CORRECT"
-    verifier, responses = _score(server, ("a b", "c d"))
-    assert verifier.score_batch(responses)[0].accuracy == 1.0
-    assert len(server.prompts) == 2
-
-
-def test_no_server_is_an_error():
-    """A refused connection names the endpoint."""
+def test_no_answer_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    """A refused connection and a reply that comes too late name the endpoint."""
+    monkeypatch.setattr(judge, "_TIMEOUT", 0.2)
     with serving() as server:
+        server.reply = lambda prompt: time.sleep(1.5) or "CORRECT"
         verifier, responses = _score(server, ("a b", "c d"))
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=rf"{server.url}: m: got APITimeoutError"):
+            verifier.score_batch(responses)
+        assert time.monotonic() - start < 1.4
     with pytest.raises(ValueError, match=rf"{server.url}: m: got APIConnectionError"):
         verifier.score_batch(responses)
-
-
-def test_a_slow_judge_is_an_error(server: Server, monkeypatch: pytest.MonkeyPatch):
-    """The time limit of a request holds."""
-    monkeypatch.setattr(judge, "_TIMEOUT", 0.2)
-    server.reply = lambda prompt: time.sleep(1.5) or "CORRECT"
-    verifier, responses = _score(server, ("a b", "c d"))
-    start = time.monotonic()
-    with pytest.raises(ValueError, match="got APITimeoutError"):
-        verifier.score_batch(responses)
-    assert time.monotonic() - start < 1.4
 
 
 @pytest.mark.parametrize(

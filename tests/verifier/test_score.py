@@ -1,4 +1,4 @@
-"""The verifier scores a response by its answer span alone, and mixes the two signals as Eq. 1."""
+"""acc reads the answer span alone, fmt the whole response, and Eq. 1 mixes the two."""
 
 import time
 
@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from care_train.config import PromptSettings, RewardSettings
 from care_train.data import Sample
-from care_train.verifier import Score, Verifier
+from care_train.verifier import Score, Verifier, format_score
 
+GOOD = "<think>so</think><answer>blue</answer>"
 BLUE = Sample(id="a", prompt="what color?", answer="blue")
 VERIFIER = Verifier(PromptSettings(), RewardSettings(format_weight=0.2))
 
@@ -17,31 +18,50 @@ VERIFIER = Verifier(PromptSettings(), RewardSettings(format_weight=0.2))
 @pytest.mark.parametrize(
     ("text", "accuracy", "form"),
     [
-        ("<think>so</think><answer>blue</answer>", 1, 1),
+        (GOOD, 1, 1),
+        (" \n<think>\nso\n</think>\n\n<answer> blue </answer>\n", 1, 1),
+        ("<think>a < b > c </b></think><answer><x></answer>", 0, 1),
         ("<think>so</think><answer>red</answer>", 0, 1),
+        ("", 0, 0),
+        ("blue", 0, 0),
         ("<answer>blue</answer>", 1, 0),
         ("<think>blue</think> blue", 0, 0),
+        ("<think>so</think>", 0, 0),
+        ("<think> \n</think><answer>blue</answer>", 1, 0),
+        ("<think>so</think><answer> </answer>", 0, 0),
+        ("<think>so<answer>blue</answer>", 1, 0),
         ("<think>so</think><answer>blue", 0, 0),
-        ("<think>so <answer>blue</answer>", 1, 0),
-        ("<think>so</think><answer>blue</answer><answer>red</answer>", 0, 0),
+        ("so</think><answer>blue</answer>", 1, 0),
+        ("Sure! " + GOOD, 1, 0),
+        ("<think>so</think> hence <answer>blue</answer>", 1, 0),
+        (GOOD + " done", 1, 0),
+        (GOOD + "<answer>red</answer>", 0, 0),
         ("<think>so</think><answer>red</answer><answer>blue</answer>", 1, 0),
-        ("<think>so</think><answer>blue</answer><answer>re", 1, 0),
-        ("blue", 0, 0),
-        ("", 0, 0),
+        (GOOD + "<answer>re", 1, 0),
+        ("<think>so</think>" + GOOD, 1, 0),
+        ("<think><think>so</think></think><answer>blue</answer>", 1, 0),
+        ("<think>so</think><answer><answer>blue</answer></answer>", 1, 0),
+        ("<think>so <answer>blue</answer></think>", 1, 0),
+        ("<answer>blue</answer><think>so</think>", 1, 0),
+        ("<think>so<answer>blue</think>y</answer>", 0, 0),
+        ("</think>so<think><answer>blue</answer>", 1, 0),
+        ("<think>so</think></think><answer>blue</answer>", 1, 0),
+        ("<Think>so</Think><answer>blue</answer>", 1, 0),
+        ("< think>so</think><answer>blue</answer>", 1, 0),
     ],
 )
 def test_signals(text: str, accuracy: float, form: float):
-    """acc reads the last complete answer span, fmt the whole response; r = 0.8 acc + 0.2 fmt."""
+    """acc of the last complete answer span; fmt of one think and one answer span with nothing
+    around them; r = 0.8 acc + 0.2 fmt."""
     score = VERIFIER.score(text, BLUE)
-    assert (score.accuracy, score.format_score) == (accuracy, form)
+    assert (score.accuracy, score.format_score, format_score(text)) == (accuracy, form, form)
     assert score.reward == pytest.approx(0.8 * accuracy + 0.2 * form)
 
 
 def test_cut_responses_have_no_format():
     """A response cut by the length limit has fmt 0, even if what is there looks complete."""
-    text = "<think>so</think><answer>blue</answer>"
     cut = "cut by the length limit"
-    assert VERIFIER.score(text, BLUE, finished=False) == Score(
+    assert VERIFIER.score(GOOD, BLUE, finished=False) == Score(
         1.0, 0.0, 0.8, "exact match", cut, 1.0, (("verifier", 1.0),)
     )
     reason = VERIFIER.score("<think>so", BLUE, finished=False).reason
@@ -56,18 +76,14 @@ def test_reasons():
 
 
 def test_tags_are_settings():
-    """The verifier reads the tags the prompt asks for."""
-    verifier = Verifier(PromptSettings(think_tag="reasoning"), RewardSettings())
-    text = "<reasoning>so</reasoning><answer>blue</answer>"
+    """Other tag names, even ones that hold pattern characters, are taken as they are."""
+    verifier = Verifier(PromptSettings(think_tag="reasoning", answer_tag="a.b"), RewardSettings())
+    text = "<reasoning>so</reasoning><a.b>blue</a.b>"
     assert verifier.score(text, BLUE).reward == pytest.approx(1.0)
-    assert VERIFIER.score(text, BLUE).format_score == 0.0
-
-
-@pytest.mark.parametrize("tags", [("answer", "answer"), ("", "answer"), ("think", "")])
-def test_tags_must_differ(tags: tuple[str, str]):
-    """Tags that could not be told apart are refused by their setting's name."""
-    with pytest.raises(ValueError, match=r"^prompt\.think_tag, prompt\.answer_tag: got .*, wanted"):
-        Verifier(PromptSettings(think_tag=tags[0], answer_tag=tags[1]), RewardSettings())
+    assert format_score(text, "reasoning", "aXb") == format_score(text) == 0.0
+    for tags in (("answer", "answer"), ("", "answer"), ("think", "")):
+        with pytest.raises(ValueError, match=r"^prompt\.think_tag, prompt\.answer_tag: got "):
+            Verifier(PromptSettings(think_tag=tags[0], answer_tag=tags[1]), RewardSettings())
 
 
 @given(
@@ -84,16 +100,20 @@ def test_any_response_gets_a_bounded_score(pieces: list[str], finished: bool):
 @pytest.mark.parametrize(
     "text",
     [
-        "<answer>" * 300_000,
+        "<think>" * 300_000 + "</answ" * 100_000,
+        "<think>" + "<" * 2_000_000,
+        "<think>" + " " * 2_000_000 + "x",
+        "<think>a</think>" + " " * 2_000_000 + "<answer>",
+        "<think>" + "</thin" * 300_000 + "</think><answer>x</answer> y",
+        "<answer></answer>" * 100_000,
         "<answer>" * 150_000 + "</answer>" * 150_000,
         "</answer>" * 300_000,
         "<answer>" + "9" * 3_000_000 + "</answer>",
-        "<think>" * 300_000 + "</answ" * 100_000,
     ],
-    ids=["opening", "nested", "closing", "digits", "think"],
+    ids="think brackets spaces gap near pairs nested closing digits".split(),
 )
-def test_hostile_responses_are_quick(text: str):
-    """Megabytes of tags or digits are wrong within a second."""
+def test_hostile_responses_take_linear_time(text: str):
+    """Megabytes of tags, spaces or digits are wrong within a second."""
     start = time.perf_counter()
     assert VERIFIER.score(text, BLUE).reward == 0.0
     assert time.perf_counter() - start < 1.0
