@@ -5,7 +5,7 @@ Symbolic equality is asked of the caller: a worker process has it, the trainer's
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
@@ -38,8 +38,10 @@ from care_train.verifier.numbers import (
     CHARTQA_TOLERANCE,
     Quantity,
     parse_quantity,
+    same_number,
     same_quantity,
 )
+from care_train.verifier.responses import Item, Verdict
 from care_train.verifier.units import split_unit
 
 if TYPE_CHECKING:
@@ -58,34 +60,6 @@ _LEADING_WORD = re.compile(
 )
 _IN_A_BASE = re.compile(r"[0-9]_\{?[0-9]")
 _AS_LETTER = re.compile(r"\([a-z]\)|\[[a-z]\]|[a-z]\)?")
-
-
-@dataclass(frozen=True)
-class Item:
-    """One answer and its key."""
-
-    predicted: str
-    """The text of the answer span: untrusted, of any length."""
-    expected: str
-    """The key, trusted."""
-    answer_type: AnswerType | None = None
-    """None: inferred from the key and the options."""
-    options: tuple[str, ...] = ()
-    """The texts of a multiple-choice question, in the order of their letters."""
-    tolerance: float | None = None
-    """Largest distance of a number, relative to the key. None: the type's own."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether an answer is right, and why."""
-
-    accuracy: float
-    """acc in [0, 1]."""
-    reason: str
-    """For people."""
-    answer_type: AnswerType | None = None
-    """As what it was compared; None where it was not."""
 
 
 class AlgebraNeededError(Exception):
@@ -160,10 +134,9 @@ def _is_enumeration(text: str) -> bool:
 
 
 def _is_expression(text: str) -> bool:
-    return looks_mathematical(text) or _is_numeric_tuple(text)
-
-
-def _is_numeric_tuple(text: str) -> bool:
+    """Whether it is a formula, or a tuple of numbers and formulas."""
+    if looks_mathematical(text):
+        return True
     found = split_tuple(text)
     return found is not None and all(
         parse_quantity(part) or looks_mathematical(part) or re.fullmatch(r"[-+]?[a-zA-Z∞]", part)
@@ -213,11 +186,9 @@ class _Comparison:
         return same_quantity(got, wanted, self._tolerance()) if got else ""
 
     def _relaxed(self) -> str:
-        got = parse_quantity(plain_latex(self.got))
-        wanted = parse_quantity(plain_latex(self.wanted), is_key=True)
-        if got is None or wanted is None:
-            return self._text()
-        return same_quantity(got, wanted, self._tolerance(CHARTQA_TOLERANCE))
+        tolerance = self._tolerance(CHARTQA_TOLERANCE)
+        reason = same_number(plain_latex(self.got), plain_latex(self.wanted), tolerance)
+        return self._text() if reason is None else reason
 
     def _math(self) -> str:
         got, wanted = (plain_latex(text.rstrip(" .。")) for text in (self.got, self.wanted))
@@ -231,9 +202,8 @@ class _Comparison:
             got, wanted = got_right, key_right
             if canonical(got) == canonical(wanted):
                 return "the same expression"
-        quantity, key = parse_quantity(got), parse_quantity(wanted, is_key=True)
-        if quantity and key:
-            return same_quantity(quantity, key, None)
+        if (reason := same_number(got, wanted)) is not None:
+            return reason
         real_set, key_set = read_real_set(got), read_real_set(wanted)
         if real_set and key_set and (real_set.is_certain or key_set.is_certain):
             same = same_real_set(real_set, key_set, self._is_same)
@@ -282,9 +252,8 @@ class _Comparison:
         if all(map(_AS_LETTER.fullmatch, letters)):
             letter, key_letter = (text.strip("()[]") for text in letters)
             return "same choice" if letter == key_letter else ""
-        quantity, key = parse_quantity(got), parse_quantity(wanted, is_key=True)
-        if quantity and key:
-            return same_quantity(quantity, key, None)
+        if (reason := same_number(got, wanted)) is not None:
+            return reason
         return "the same words" if _same_words(got, wanted) else ""
 
     def _in_order(self, parts: list[str], wanted: list[str]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from care_train.verifier.expressions import canonical, looks_mathematical
 from care_train.verifier.notation import normalize, normalize_words, plain_latex, unfold_case
-from care_train.verifier.numbers import parse_quantity, same_quantity
+from care_train.verifier.numbers import same_number
 
 _LETTER = re.compile(r"\(\s*([a-z])\s*\)|\[\s*([a-z])\s*\]|([a-z])[.):]?", re.IGNORECASE)
 _LETTER_AND_TEXT = re.compile(
@@ -181,9 +181,8 @@ def _same_text(got: str, wanted: str, same_expression: SameExpression | None = N
     got, wanted = plain_latex(got), plain_latex(wanted)
     if normalize(got) == normalize(wanted) or canonical(got) == canonical(wanted):
         return True
-    quantity, key = parse_quantity(got), parse_quantity(wanted, is_key=True)
-    if quantity and key:
-        return bool(same_quantity(quantity, key, None))
+    if (reason := same_number(got, wanted)) is not None:
+        return bool(reason)
     words = normalize_words(wanted)
     if len(words) >= 3 and any(char.isalpha() for char in words) and normalize_words(got) == words:
         return True

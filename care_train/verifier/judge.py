@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from care_train.config import JudgeSettings
-from care_train.verifier.answers import MAX_ANSWER_CHARS, Item, Verdict
+from care_train.verifier.answers import MAX_ANSWER_CHARS
+from care_train.verifier.responses import Item, Verdict
 
 _FIELD = re.compile(r"\{(question|answer|response)\}")
 _VERDICT = re.compile(r"\W*(?:VERDICT\W+)?(IN)?CORRECT\W*", re.IGNORECASE)

@@ -131,6 +131,12 @@ def parse_quantity(text: str, *, is_key: bool = False) -> Quantity | None:
     return None
 
 
+def same_number(got: str, wanted: str, tolerance: Fraction | None = None) -> str | None:
+    """`same_quantity` of an answer and its key; None where one of them is no number."""
+    quantity, key = parse_quantity(got), parse_quantity(wanted, is_key=True)
+    return same_quantity(quantity, key, tolerance) if quantity and key else None
+
+
 def same_quantity(got: Quantity, wanted: Quantity, tolerance: Fraction | None) -> str:
     """Why `got` equals `wanted`, or "" where it does not.
 

@@ -1,4 +1,4 @@
-"""A response with its row, and its form: fmt of Eq. 1 (Sec. 3.1)."""
+"""A response with its row, its form (fmt of Eq. 1, Sec. 3.1), and its answer with the key."""
 
 import re
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from care_train.data import Sample, load_image
+from care_train.data.answers import AnswerType
 
 _BOX = "\\boxed{"
 
@@ -23,6 +24,40 @@ class Response:
     """False when the length limit cut it."""
     token_ids: tuple[int, ...] = field(default=(), repr=False)
     """Sampled tokens."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One answer and its key."""
+
+    predicted: str
+    """The text of the answer span: untrusted, of any length."""
+    expected: str
+    """The key, trusted."""
+    answer_type: AnswerType | None = None
+    """None: inferred from the key and the options."""
+    options: tuple[str, ...] = ()
+    """The texts of a multiple-choice question, in the order of their letters."""
+    tolerance: float | None = None
+    """Largest distance of a number, relative to the key. None: the type's own."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an answer is right, and why."""
+
+    accuracy: float
+    """acc in [0, 1]."""
+    reason: str
+    """For people."""
+    answer_type: AnswerType | None = None
+    """As what it was compared; None where it was not."""
+
+
+def item_of(predicted: str, sample: Sample, tolerance: float | None = None) -> Item:
+    """An answer with its row's key, type, options and tolerance; `tolerance` where it has none."""
+    tolerance = tolerance if sample.tolerance is None else sample.tolerance
+    return Item(predicted, sample.answer, sample.answer_type, sample.options, tolerance)
 
 
 class RowImages(Sequence[Image.Image]):

@@ -7,12 +7,19 @@ from typing import Any
 from care_train.algorithm.spans import parse_spans, reward
 from care_train.config import PromptSettings, RewardSettings
 from care_train.data import Sample
-from care_train.verifier.answers import Item, Verdict
 from care_train.verifier.function_process import RewardFunction
 from care_train.verifier.functions import FunctionScore, TrainerState
 from care_train.verifier.judge import Judge
-from care_train.verifier.responses import Response, boxed_answer, boxed_fault, format_fault
-from care_train.verifier.verify import item_of, verify_batch
+from care_train.verifier.responses import (
+    Item,
+    Response,
+    Verdict,
+    boxed_answer,
+    boxed_fault,
+    format_fault,
+    item_of,
+)
+from care_train.verifier.verify import verify_batch
 
 
 @dataclass(frozen=True)

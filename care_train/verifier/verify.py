@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
-from care_train.data import Sample
 from care_train.killable import Limits, Lost, Pool
-from care_train.verifier.answers import AlgebraNeededError, AnswerType, Item, Verdict, compare
+from care_train.verifier.answers import AlgebraNeededError, AnswerType, compare
 from care_train.verifier.expressions import to_latex
+from care_train.verifier.responses import Item, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +65,6 @@ def verify_in_process(item: Item) -> Verdict | None:
         return compare(item, None)
     except AlgebraNeededError:
         return None
-
-
-def item_of(predicted: str, sample: Sample, tolerance: float | None = None) -> Item:
-    """An answer with its row's key, type, options and tolerance; `tolerance` where it has none."""
-    tolerance = tolerance if sample.tolerance is None else sample.tolerance
-    return Item(predicted, sample.answer, sample.answer_type, sample.options, tolerance)
 
 
 class WorkerPool:

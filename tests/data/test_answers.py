@@ -12,7 +12,8 @@ from care_train.config import Config, DataSettings
 from care_train.data import RowError, Sample, load_samples, sample_from_row
 from care_train.data.answers import AnswerType, option_key, options_in, read_options
 from care_train.verifier.command import verify_lines
-from care_train.verifier.verify import item_of, verify_in_process
+from care_train.verifier.responses import item_of
+from care_train.verifier.verify import verify_in_process
 
 BIRDS = ("owl", "crow", "wren")
 
