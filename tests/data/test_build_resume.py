@@ -14,9 +14,8 @@ import pytest
 
 from care_train.cli import main
 from care_train.config import load_build_settings
-from care_train.data.arrow_rows import ParquetRows
+from care_train.data.building import run
 from care_train.data.building.run import CHUNK_ROWS
-from care_train.data.rows import read_json_list
 from tests.data.published import build_from, drawing, write_jsonl
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
@@ -51,8 +50,6 @@ def test_the_same_bytes_on_any_number_of_workers(tmp_path: Path):
 
 def test_a_build_stopped_anywhere_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Stopped before or after any file is written, or while joining: the end is the same."""
-    from care_train.data.building import run
-
     sources = many_rows(tmp_path, 3 * CHUNK_ROWS + 5)
     _, whole = build_from(tmp_path, sources, output=tmp_path / "whole")
 
@@ -129,8 +126,6 @@ def test_an_unfinished_build_of_other_settings_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Going on under other settings would mix two data sets: the changed key is named."""
-    from care_train.data.building import run
-
     sources = many_rows(tmp_path, 50)
     monkeypatch.setattr(run, "write_rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -143,8 +138,6 @@ def test_an_unfinished_build_of_other_settings_is_an_error(
 
 def test_two_builds_at_once_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A second process on the same output would write over the first one's parts."""
-    from care_train.data.building import run
-
     sources = many_rows(tmp_path, 50)
     config = tmp_path / "build.yaml"
 
@@ -158,32 +151,6 @@ def test_two_builds_at_once_are_an_error(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(run, "write_rows", other_build)
     with pytest.raises(KeyboardInterrupt):
         build_from(tmp_path, sources)
-
-
-def test_values_hold_each_row_once(tmp_path: Path):
-    """Whatever the row groups, all rows come in order."""
-    import pyarrow
-    from pyarrow import parquet
-
-    table = pyarrow.table({"n": range(1000)})
-    parquet.write_table(table, tmp_path / "t.parquet", row_group_size=77)
-    rows = [(number, row["n"]) for number, row in ParquetRows(tmp_path / "t.parquet").values()]
-    assert rows == [(place + 1, place) for place in range(1000)]
-
-
-def test_json_lists_are_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Rows across reads, nested brackets, a byte order mark; a damaged row is named."""
-    from care_train.data import rows as readers
-
-    monkeypatch.setattr(readers, "READ_BYTES", 16)
-    rows = [{"a": ["]", {"b": "}, {"}]}, {"long": "x" * 500}, {}, {"c": -1.5}]
-    path = tmp_path / "r.json"
-    for text in (json.dumps(rows), json.dumps(rows, indent=2), "\ufeff" + json.dumps(rows) + "\n"):
-        path.write_text(text, encoding="utf-8")
-        assert list(read_json_list(path)) == rows
-    path.write_text('[{"a": 1}, {"b": }]')
-    with pytest.raises(ValueError, match=r"r\.json: row 2: not JSON"):
-        list(read_json_list(path))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -2,17 +2,31 @@
 
 import base64
 import io
+import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
-from care_train.config import DataSettings, PromptSettings, RewardSettings
+from care_train.config import Adapter, DataSettings, PromptSettings, RewardSettings
 from care_train.data import Sample, load_images, load_samples
+from care_train.data.building.adapters import ADAPTERS
 from care_train.verifier import Verifier
 from tests.data import published
 from tests.data.published import build_from, drawing, quarantine, write_jsonl
+
+PUBLISHED = {name: adapter for name, adapter in ADAPTERS.items() if adapter.columns}
+CHANGES = [
+    (name, column, drop)
+    for name, adapter in PUBLISHED.items()
+    for column, kind in adapter.columns.items()
+    for drop in (False, True)
+    if kind.required or not drop
+]
 
 
 def samples_of(output: Path) -> list[Sample]:
@@ -23,52 +37,49 @@ def same_pixels(image: Image.Image, number: int) -> bool:
     return image.tobytes() == drawing(number).tobytes()
 
 
-def test_chartqa(tmp_path: Path):
-    """Human questions alone, the label's one key, 5 % for numbers but not for years."""
-    source = {"name": "chartqa", "adapter": "chartqa", "path": str(published.chartqa(tmp_path))}
-    source |= {"where": {"human_or_machine": "human"}, "expected_rows": 3}
-    manifest, output = build_from(tmp_path, [source])
-    samples = samples_of(output)
-    assert [(s.prompt, s.answer) for s in samples] == [
-        ("How high is bar 0?", "14"),
-        ("How high is bar 1?", "2015"),
-        ("How high is bar 2?", "Yes"),
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[Sample]]:
+    """The three sets of Table 4 in one file."""
+    folder = tmp_path_factory.mktemp("built")
+    sources: list[dict[str, Any]] = [
+        {"name": name, "adapter": name, "path": str(getattr(published, name)(folder / name))}
+        for name in ("chartqa", "geometry3k", "virl39k")
     ]
-    assert [s.columns["answer_type"] for s in samples] == ["relaxed", None, None]
-    assert all(same_pixels(load_images(s)[0], i) for i, s in enumerate(samples))
-    counts = manifest["counts"]["sources"]["chartqa"]
-    assert (counts["read"], counts["filtered"], counts["usable"]) == (4, 1, 3)
-    assert samples[1].location == "train.parquet: row 2"
-    assert samples[1].columns["origin"] == "data/train-00000-of-00001.parquet: row 2"
-    assert samples[1].source == "chartqa"
+    sources[0] |= {"where": {"human_or_machine": "human"}, "expected_rows": 3}
+    manifest, output = build_from(folder, sources)
+    return manifest["counts"], samples_of(output)
 
 
-def test_geometry3k(tmp_path: Path):
-    """LaTeX keys, images in a list, other columns kept; different figures under one text stay."""
-    source = {"name": "geo", "adapter": "geometry3k", "path": str(published.geometry3k(tmp_path))}
-    _, output = build_from(tmp_path, [source])
-    samples = samples_of(output)
-    assert [s.answer for s in samples] == ["2 \\sqrt { 221 }", "12", "x = 5"]
-    assert samples[0].columns["ground_truth"] == "A"
-    assert same_pixels(load_images(samples[2])[0], 12)
-
-
-def test_virl39k(tmp_path: Path):
-    """Relative image paths, boxed keys, several images or none; its other columns stay."""
-    source = {"name": "virl", "adapter": "virl39k", "path": str(published.virl39k(tmp_path / "v"))}
-    _, output = build_from(tmp_path, [source])
-    samples = samples_of(output)
-    assert [s.answer for s in samples] == ["B", "\\frac{1}{2}", "4"]
-    assert [len(s.images) for s in samples] == [1, 2, 0]
-    assert samples[0].columns["options"] == ["red", "blue"]
-    assert (samples[1].columns["qid"], samples[1].columns["PassRate_7BBase"]) == ("q1", 0.25)
-    assert same_pixels(load_images(samples[1])[1], 26)
+def test_published_rows(built):
+    """Human questions alone; keys as they are, or out of their box; images in the row, in a list or
+    at relative paths, several or none; other columns kept."""
+    counts, samples = built
+    chartqa, geometry, virl = samples[:3], samples[3:6], samples[6:]
+    assert [s.prompt for s in chartqa] == [f"How high is bar {i}?" for i in range(3)]
+    assert [s.answer for s in chartqa] == ["14", "2015", "Yes"]
+    # 5 % for numbers, but not for years.
+    assert [s.columns["answer_type"] for s in chartqa] == ["relaxed", None, None]
+    assert chartqa[1].location == "train.parquet: row 2"
+    assert chartqa[1].columns["origin"] == "data/train-00000-of-00001.parquet: row 2"
+    assert chartqa[1].source == "chartqa"
+    # Different figures under one text stay.
+    assert [s.answer for s in geometry] == ["2 \\sqrt { 221 }", "12", "x = 5"]
+    assert geometry[0].columns["ground_truth"] == "A" and geometry[0].options == ()
+    assert [s.answer for s in virl] == ["B", "\\frac{1}{2}", "4"]
+    assert [len(s.images) for s in samples] == [1, 1, 1, 1, 1, 1, 1, 2, 0]
+    assert virl[0].columns["options"] == ["red", "blue"]
+    assert (virl[1].columns["qid"], virl[1].columns["PassRate_7BBase"]) == ("q1", 0.25)
+    for sample, number in ((chartqa[2], 2), (geometry[2], 12), (virl[1], 26)):
+        assert same_pixels(load_images(sample)[-1], number)
+    one = counts["sources"]["chartqa"]
+    assert (one["read"], one["filtered"], one["usable"], one["expected_rows"]) == (4, 1, 3, 3)
+    assert [counts["sources"][name]["usable_share"] for name in counts["sources"]] == [33.3] * 3
+    total = {"kept": 9, "text_only": 1, "multi_image": 1, "images": 9, "filtered": 1, "read": 10}
+    assert counts["total"] | total == counts["total"]
 
 
 def test_virl39k_images_in_its_zip(tmp_path: Path):
     """ViRL39K ships images.zip: it is read as it is, no folder of 40,000 files needed."""
-    import shutil
-
     folder = published.virl39k(tmp_path / "v")
     shutil.make_archive(str(folder / "images"), "zip", folder, "images")
     shutil.rmtree(folder / "images")
@@ -105,23 +116,13 @@ ANSWERS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def built_samples(tmp_path_factory: pytest.TempPathFactory):
-    """The three sets of Table 4 in one file, by their keys."""
-    folder = tmp_path_factory.mktemp("built")
-    sources = [
-        {"name": name, "adapter": name, "path": str(getattr(published, name)(folder / name))}
-        for name in ("chartqa", "geometry3k", "virl39k")
-    ]
-    return {sample.answer: sample for sample in samples_of(build_from(folder, sources)[1])}
-
-
 @pytest.mark.parametrize(("key", "answer", "accuracy"), ANSWERS)
-def test_built_rows_are_scored_by_their_kind(built_samples, key, answer, accuracy):
+def test_built_rows_are_scored_by_their_kind(built, key, answer, accuracy):
     """What the build writes, or leaves to be inferred, is what the verifier goes by."""
     verifier = Verifier(PromptSettings(), RewardSettings())
+    [sample] = [sample for sample in built[1] if sample.answer == key]
     text = f"<think>so</think> <answer>{answer}</answer>"
-    assert verifier.score(text, built_samples[key]).accuracy == accuracy
+    assert verifier.score(text, sample).accuracy == accuracy
 
 
 def png(number: int) -> bytes:
@@ -176,45 +177,26 @@ def user_rows(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("number", range(12))
-def test_user_rows(tmp_path: Path, number: int):
-    """Paths, base64, HF dicts, EasyR1's, verl's and TRL's rows: build and trainer read the same."""
-    path = write_jsonl(tmp_path / "rows.jsonl", [user_rows(tmp_path)[number]])
-    _, output = build_from(tmp_path, [{"name": "mine", "path": str(path)}])
-    for sample in (samples_of(output)[0], load_samples(DataSettings(path=str(path)))[0]):
+def test_user_rows(tmp_path: Path):
+    """Paths, base64, HF dicts, EasyR1's, verl's and TRL's rows: build and trainer read the same,
+    and the same question in twelve shapes is one row and eleven named duplicates."""
+    path = write_jsonl(tmp_path / "rows.jsonl", user_rows(tmp_path))
+    source = {"name": "mine", "path": str(path)}
+    output = build_from(tmp_path, [source], output=tmp_path / "all", dedup={"enabled": False})[1]
+    built, read = samples_of(output), list(load_samples(DataSettings(path=str(path))))
+    assert len(built) == len(read) == 12
+    for sample in built + read:
         assert sample.prompt.removeprefix("<image>") == "why?"
         assert sample.answer == "x"
         assert [same_pixels(image, 1) for image in load_images(sample)] == [True]
-    if "reward_model" in user_rows(tmp_path)[number]:
-        assert samples_of(output)[0].columns["system"] == "Think."
-        assert samples_of(output)[0].columns["data_source"] == "hiyouga/geometry3k"
-
-
-def test_all_user_rows_are_one(tmp_path: Path):
-    """The same question in twelve shapes is one row, and eleven named duplicates."""
-    rows = user_rows(tmp_path)
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    manifest, output = build_from(tmp_path, [{"name": "mine", "path": str(path)}])
+    assert built[6].columns["system"] == read[6].columns["system"] == "Think."
+    assert built[6].columns["data_source"] == "hiyouga/geometry3k"
+    manifest, output = build_from(tmp_path, [source])
     assert manifest["counts"]["total"]["kept"] == 1
     assert manifest["counts"]["sources"]["mine"]["duplicates"] == {"duplicate of mine": 11}
     assert {row["detail"].split(": ")[-1] for row in quarantine(output)} == {
         "repeats mine/rows.jsonl/1"
     }
-
-
-def test_text_image_and_multi_image_rows_mix(tmp_path: Path):
-    """Rows of all kinds lie in one file, each with its own number of images."""
-    sources = [
-        {"name": "virl", "adapter": "virl39k", "path": str(published.virl39k(tmp_path / "v"))},
-        {"name": "geo", "adapter": "geometry3k", "path": str(published.geometry3k(tmp_path / "g"))},
-    ]
-    manifest, output = build_from(tmp_path, sources)
-    assert [len(s.images) for s in samples_of(output)] == [1, 2, 0, 1, 1, 1]
-    total = manifest["counts"]["total"]
-    assert (total["kept"], total["text_only"], total["multi_image"]) == (6, 1, 1)
-    assert total["images"] == 6
-    shares = [manifest["counts"]["sources"][name]["usable_share"] for name in ("virl", "geo")]
-    assert shares == [50.0, 50.0]
 
 
 @pytest.mark.parametrize(
@@ -247,3 +229,60 @@ def test_a_missing_hub_data_set_says_how_to_get_it(tmp_path: Path, monkeypatch: 
         ValueError, match="hf download hiyouga/no-such-geometry --repo-type dataset"
     ):
         build_from(tmp_path, [source])
+
+
+def test_adapters_are_settings():
+    """The settings accept every adapter and no other."""
+    assert set(get_args(Adapter)) == set(ADAPTERS)
+
+
+def _write(name: str, folder: Path, column: str, *, drop: bool) -> Path:
+    """The adapter's published file with a column dropped, or of structs."""
+    source = getattr(published, name)(folder / name)
+    path = sorted([*source.rglob("*.parquet"), *source.rglob("*.json")])[0]
+    if path.suffix == ".json":
+        rows = json.loads(path.read_text())
+        for row in rows:
+            row.pop(column, None)
+            row |= {} if drop else {column: {"x": 1}}
+        path.write_text(json.dumps(rows))
+        return path
+    table = parquet.read_table(path)
+    place = table.schema.get_field_index(column)
+    structs = pyarrow.array([{"x": 1}] * len(table))
+    if drop:
+        table = table.remove_column(place)
+    elif place < 0:
+        table = table.append_column(column, structs)
+    else:
+        table = table.set_column(place, column, structs)
+    # The datasets library's note still says what the columns were.
+    parquet.write_table(table.replace_schema_metadata(None), path)
+    return path
+
+
+@pytest.mark.parametrize(("name", "column", "drop"), CHANGES)
+def test_every_changed_column_is_named(name: str, column: str, drop: bool, tmp_path: Path):
+    """Of another type, or gone where it is required: source, file, column, the type got, or the
+    columns there are, and what was wanted, before any output."""
+    path = _write(name, tmp_path, column, drop=drop)
+    with pytest.raises(ValueError) as error:
+        build_from(tmp_path, [{"name": "s", "adapter": name, "path": str(path)}])
+    got = "none (the columns are " if drop else "an object with 'x', "
+    start = f"source s ({name}): {path.name}: column {column!r}: got {got}"
+    assert str(error.value).startswith(start)
+    assert f"wanted {PUBLISHED[name].columns[column].wanted}" in str(error.value)
+
+
+def test_changed_json_schemas_are_named(tmp_path: Path):
+    """Without a schema in the file, the first row tells; a later odd row is quarantined."""
+    rows = [{"question": "q?", "answer": "1", "image": []}] * 2
+    path = write_jsonl(tmp_path / "v.jsonl", [rows[0] | {"answer": 3}, rows[1]])
+    source = {"name": "virl", "adapter": "virl39k", "path": str(path)}
+    with pytest.raises(ValueError, match=r"virl39k\): v\.jsonl: column 'answer': got 3, wanted"):
+        build_from(tmp_path, [source])
+    path = write_jsonl(tmp_path / "v.jsonl", [rows[0], rows[1] | {"answer": ["a", "b"]}])
+    _, output = build_from(tmp_path, [source], overwrite=True)
+    [row] = quarantine(output)
+    assert (row["row"], row["reason"]) == (2, "column_type")
+    assert row["detail"] == "virl39k: v.jsonl: row 2: column 'answer': got ['a', 'b'], wanted text"

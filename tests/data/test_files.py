@@ -13,7 +13,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from care_train.config import DataSettings, build_config
-from care_train.data import Sample, load_images, load_samples, require_rationales
+from care_train.data import Sample, load_images, load_samples, require_rationales, rows
+from care_train.data.arrow_rows import ParquetRows
+from care_train.data.rows import read_json_list
 from tests.data.published import write_jsonl
 
 KEY_VALUES = pyarrow.map_(pyarrow.string(), pyarrow.int64())
@@ -289,9 +291,6 @@ def test_what_lies_beside_the_rows_is_none(tmp_path: Path):
         ({"data": {"path": "x@train"}, "eval": {"data": "@dev"}}, "x@dev"),
         ({"data": {"path": "x#v1"}, "eval": {"data": "@dev"}}, "x@dev#v1"),
         ({"data": {"path": "x"}, "eval": {"data": "y"}}, "y"),
-        # As earlier versions had it.
-        ({"data": {"path": "x"}, "eval": {"data": {"split": "dev"}}}, "x@dev"),
-        ({"eval": {"data": {"path": "y", "split": None, "revision": "v1"}}}, "y#v1"),
     ],
 )
 def test_held_out_rows_are_of_no_other_data_set(settings: dict, held_out: str | None):
@@ -311,3 +310,28 @@ def test_errors_name_the_key(tmp_path: Path, key: str):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "q"}\n{"prompt": "q"}\n')
     with pytest.raises(ValueError, match=rf"^{key}: .*bad\.jsonl: 2 rows cannot be used"):
         prompts(tmp_path / "bad.jsonl", key)
+
+
+def test_values_hold_each_row_once(tmp_path: Path):
+    """Whatever the row groups, all rows come in order."""
+    numbers = pyarrow.table({"n": range(1000)})
+    parquet.write_table(numbers, tmp_path / "t.parquet", row_group_size=77)
+    found = [(number, row["n"]) for number, row in ParquetRows(tmp_path / "t.parquet").values()]
+    assert found == [(place + 1, place) for place in range(1000)]
+
+
+def test_json_lists_are_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Rows across reads, nested brackets, a byte order mark; a damaged row is named."""
+    monkeypatch.setattr(rows, "READ_BYTES", 16)
+    listed = [{"a": ["]", {"b": "}, {"}]}, {"long": "x" * 500}, {}, {"c": -1.5}]
+    path = tmp_path / "r.json"
+    for text in (
+        json.dumps(listed),
+        json.dumps(listed, indent=2),
+        "\ufeff" + json.dumps(listed) + "\n",
+    ):
+        path.write_text(text, encoding="utf-8")
+        assert list(read_json_list(path)) == listed
+    path.write_text('[{"a": 1}, {"b": }]')
+    with pytest.raises(ValueError, match=r"r\.json: row 2: not JSON"):
+        list(read_json_list(path))
