@@ -1,4 +1,7 @@
-"""The key of a row: its answer, its options in the forms that data sets have, and its type."""
+"""The key of a row: its answer, its options in the forms that data sets have, and its type.
+
+Functions that read a value raise a ValueError of what was got and wanted; the caller adds the row.
+"""
 
 import ast
 import json
@@ -84,7 +87,7 @@ def read_options(value: object) -> Options:
             or a text that spells one of these as Python or JSON does, or lists `A. ... B. ...`.
 
     Raises:
-        ValueError: anything else: what was got and wanted, for the caller to add the row.
+        ValueError: anything else.
     """
     value = _spelled(value)
     if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], list):
@@ -127,10 +130,9 @@ def options_in(prompt: str) -> Options:
 
 
 def option_key(answer: str, options: Options) -> str | None:
-    """An answer that names one of the options, or several by their letters; None for any other.
+    """An answer that names an option, or several by letter; for a label such as `2` its letter.
 
-    Returns:
-        The answer itself, or the letter that stands for a label such as `2`.
+    None for any other.
     """
     if answer.strip() in options.labels and not answer.strip().isalpha():
         return chr(ord("A") + options.labels.index(answer.strip()))
@@ -151,11 +153,7 @@ def option_key(answer: str, options: Options) -> str | None:
 
 
 def answer_text(value: object) -> str:
-    """A key as text: booleans as yes and no, numbers as decimals without an exponent.
-
-    Raises:
-        ValueError: not a finite number, or no text, number or boolean.
-    """
+    """A key as text: booleans as yes and no, numbers as decimals without an exponent."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -174,11 +172,7 @@ def answer_text(value: object) -> str:
 
 
 def answer_type(value: object) -> AnswerType | None:
-    """A row's `answer_type`; None where it has none.
-
-    Raises:
-        ValueError: another one.
-    """
+    """A row's `answer_type`; None where it has none."""
     if value is None or value == "":
         return None
     if not isinstance(value, str) or value not in list(AnswerType):
@@ -187,11 +181,7 @@ def answer_type(value: object) -> AnswerType | None:
 
 
 def tolerance(value: object) -> float | None:
-    """A row's `tolerance`, relative to the key; None where it has none.
-
-    Raises:
-        ValueError: no number in [0, 1).
-    """
+    """A row's `tolerance`, relative to the key; None where it has none."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
@@ -200,10 +190,7 @@ def tolerance(value: object) -> float | None:
 
 
 def is_empty(value: object) -> bool:
-    """Whether a column holds nothing, so that the next one that may hold the same is read.
-
-    Nothing are null, blank text, and a list or mapping of nothing.
-    """
+    """Whether a column holds nothing: null, NaN, blank text, or a list or mapping of nothing."""
     value = value.tolist() if hasattr(value, "tolist") else value  # type: ignore[union-attr]
     if isinstance(value, Mapping):
         value = list(value.values())

@@ -34,10 +34,7 @@ _MADE = {
 
 @dataclass(frozen=True)
 class LazySamples(Sequence[Sample]):
-    """A sequence whose every access reads the row anew, so that memory does not grow with them.
-
-    Keep what is used twice. Slices are lazy too.
-    """
+    """A sequence that reads a row anew each time it is asked for, and holds none; slices too."""
 
     read: Callable[[int], Sample]
     """The sample at a place of the data set."""
@@ -61,10 +58,7 @@ class LazySamples(Sequence[Sample]):
 
 @dataclass(frozen=True)
 class PromptOrder:
-    """An endless order of rows, a fresh permutation per epoch.
-
-    A pure function of the position, so a resumed run needs no state but that integer.
-    """
+    """An endless order of rows, a fresh permutation per epoch: a function of the position alone."""
 
     num_samples: int
     seed: int
@@ -104,14 +98,12 @@ def load_samples(
 ) -> Sequence[Sample]:
     """The samples of a data set, in its order, each read when it is asked for.
 
-    With `max_samples`, whole rows are drawn by `seed`; a larger number adds rows to a smaller
-    one's. A row's id is its `id` column, else the file's name and the row's number. Every row is
-    read once to check it, except those of `care-train data build`: it has, and their checksums are
-    checked as they are read.
+    A row's id is its `id` column, else the file's name and the row's number. Every row is read once
+    to check it; those of `care-train data build` have been, and have checksums.
 
     Args:
         settings: where the rows are, and which.
-        seed: chooses rows.
+        seed: draws the rows of `max_samples`; a larger number adds to a smaller one's.
         key: the settings' own name, for errors. Without a split, `data` and `sft.data` are the
             training split, any other key a held-out one.
         given: rows that a program hands over, by the path that stands for them.
@@ -168,7 +160,7 @@ def require_rationales(samples: Sequence[Sample]) -> Sequence[Sample]:
 
 
 def sample_digests(samples: Iterable[Sample]) -> Iterator[str]:
-    """Each row's checksum, images included; `sample_digest` says of what.
+    """Each row's `sample_digest`.
 
     Raises:
         ValueError: a missing image file, naming the row.

@@ -42,14 +42,12 @@ def digits_sample(length: int, split: str, row: int) -> Sample:
     labels, tiles = _images()
     chosen = [rng.choice(_image_numbers(split)) for _ in range(length)]
     digits = [labels[i] for i in chosen]
-    # Of two nines one stays the largest whatever is misread: no slip leads to another answer.
-    for kind in rng.sample(KINDS, len(KINDS)):
-        right = derive(kind, digits)
-        slips = near_misses(right, [derive(kind, seen) for seen in misread(digits, range(10))])
-        if slips:
-            break
+    # Of two nines one stays the largest whatever is misread: another kind is asked.
+    kinds = rng.sample(KINDS, len(KINDS))
+    kind, slips = next((kind, slips) for kind in kinds if (slips := _slips(kind, digits)))
     image = np.concatenate([tiles[i] for i in chosen], axis=1)
     slip, columns = rng.choice(slips), {"kind": kind, "digits": digits}
+    right = derive(kind, digits)
     return derived_sample(f"digits-{length}", (split, row), image, right, slip, columns)
 
 
@@ -109,6 +107,11 @@ def derive(kind: str, digits: Sequence[int]) -> Derived:
         ),
     }[kind]
     return question, " . ".join([f"i see {' '.join(map(str, digits))}", *steps]), str(answer)
+
+
+def _slips(kind: str, digits: Sequence[int]) -> list[Derived]:
+    """Derivations with one digit taken for another that lead to another answer."""
+    return near_misses(derive(kind, digits), [derive(kind, d) for d in misread(digits, range(10))])
 
 
 def add_up(numbers: Sequence[int]) -> tuple[list[str], int]:

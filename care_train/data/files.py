@@ -55,11 +55,10 @@ def open_rows(
         default_splits: those looked for, in this order, without `split`.
         subsets: folders to read, where the source has them: a published data set's configurations.
         download: patterns of the files that are downloaded of an id; none: ids are not accepted.
-        revision: which revision of it; None: the newest.
+        revision: of an id; None: the newest.
 
     Raises:
-        ValueError: nothing there, an unknown kind, none of the splits, or a download that failed,
-            naming the key.
+        ValueError: nothing there, an unknown kind, no such split, or a download that failed.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -79,15 +78,10 @@ def open_rows(
 
 
 def given_rows(path: str, given: Mapping[str, Rows], key: str) -> RowFile:
-    """Rows that a program hands over; relative paths of images start from the working folder.
-
-    Args:
-        path: what stands for them in the settings.
-        given: all that there are.
-        key: the setting, for errors.
+    """The rows that a program hands over for `path`; images' paths start from the working folder.
 
     Raises:
-        ValueError: none of this name, or nothing that can be indexed as rows.
+        ValueError: none of this name, or nothing that can be indexed as rows; `key` names them.
     """
     if path not in given:
         raise ValueError(
@@ -134,7 +128,7 @@ def open_hub_rows(source: Source, default_splits: Sequence[str], key: str) -> Ro
     """The rows of a data set of the Hub, as the datasets library reads it; None: it is no id.
 
     Args:
-        source: `ORG/NAME[:CONFIG]`, with its split and revision; None: the newest revision.
+        source: `ORG/NAME[:CONFIG]`, with its split and revision.
         default_splits: those looked for, in this order, where no split is named.
         key: the setting, for errors.
 
@@ -176,7 +170,7 @@ def _open_saved(folder: Path, splits: Sequence[str], key: str) -> RowFile:
     return ArrowRows(folder / chosen, loaded[chosen], f"{folder.name}/{chosen}")
 
 
-def _split_of(loaded: Mapping[str, Any], splits: Sequence[str], where: str) -> str:
+def _split_of(loaded: Mapping[Any, Any], splits: Sequence[str], where: str) -> str:
     """The first of the splits that there is."""
     for split in splits:
         if split in loaded:

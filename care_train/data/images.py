@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import os.path
+import re
 import stat
 import struct
 import warnings
@@ -15,9 +16,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from care_train.data.columns import RowError, describe
 
@@ -38,18 +39,15 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats accepted."""
 
 _MIN_BASE64_CHARS = 32
-
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 """How PNG, JPEG, GIF, WebP, BMP and TIFF files begin."""
 
 _NAME_CHARS = 300
-
 _EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"}
 
 # What Pillow raises on damaged files, by format.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
-_EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -66,10 +64,10 @@ def image_refs(value: object, *, column: str, base_dir: Path, at: str) -> tuple[
     """The images of a column's value: one or a list of them.
 
     Args:
-        value: a path, encoded bytes, base64 text (also as a `data:` URL), an open image, a mapping
-            of the datasets library's (`bytes`, `path`) or of a chat message's (`image`,
-            `image_url`), or a list of these. Nothing at all is no image.
-        column: the column's name, for errors.
+        value: a path, a `file://` URL, encoded bytes, base64 (also as a `data:` URL), an open
+            image, a mapping of the datasets library's (`bytes`, `path`) or of a chat message's
+            (`image`, `image_url`), or a list of these. Nothing at all is no image.
+        column: its name, for errors.
         base_dir: the folder that relative paths start from.
         at: file and row, for errors.
 
@@ -89,8 +87,7 @@ def read_image_file(path: str | Path, max_bytes: int = MAX_IMAGE_BYTES) -> bytes
     """A file's bytes, its kind and size asked before anything is read.
 
     Raises:
-        OSError: no such file; a device or pipe, which may never end; with errno EFBIG, a file of
-            more than `max_bytes`.
+        OSError: no such file; a device or pipe, which may never end; EFBIG: over `max_bytes`.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -142,16 +139,13 @@ def load_images(sample: "Sample") -> list[Image.Image]:
 def load_image(
     ref: ImageRef, *, location: str, max_pixels: int = MAX_IMAGE_PIXELS, limit_key: str = ""
 ) -> Image.Image:
-    """Decode one image: first frame, upright as its EXIF says, transparency laid over white.
+    """One image as RGB: first frame, upright as its EXIF says, transparency laid over white.
 
     Args:
         ref: a path, encoded bytes, or an open image.
         location: file and row, for errors.
         max_pixels: largest width x height accepted, checked before any pixel is decoded.
         limit_key: the setting that says so, if one does, for errors.
-
-    Returns:
-        An RGB image.
 
     Raises:
         RowError: a missing, damaged or oversize image, naming row, path and fix.
@@ -192,17 +186,15 @@ def _image_ref(value: object, base_dir: Path) -> ImageRef:
 
 
 def _of_url(text: str) -> Path:
-    try:
-        url = urlsplit(text)
-    except ValueError:
-        url = urlsplit("")
-    if url.scheme.lower() != "file" or url.netloc not in ("", "localhost"):
+    # Not by urlsplit, which takes what follows `?` and `#` off a file's name.
+    found = re.fullmatch(r"file://(?:localhost)?(/.*)", text, re.IGNORECASE | re.DOTALL)
+    if found is None:
         raise RowError(
             "image_url",
             f"got {text[:_NAME_CHARS]!r}: URLs are not fetched: download the image and give its "
             "path (file:///path is read too)",
         )
-    return Path(unquote(text[text.index("://") + 3 + len(url.netloc) :]))
+    return Path(unquote(found[1]))
 
 
 def _of_mapping(value: Mapping) -> object:
@@ -316,7 +308,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 def _turned_upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF says; a tag of another type or value is no orientation."""
     try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     # What Pillow raises on damaged EXIF blocks, whose pixels are whole.
     except (*_DECODE_ERRORS, KeyError, TypeError, OverflowError):
         return image
@@ -330,4 +322,4 @@ def _name(ref: ImageRef) -> str:
     if isinstance(ref, Image.Image):
         return "in memory"
     path = str(ref)
-    return repr(path if len(path) <= _NAME_CHARS else path[:_NAME_CHARS] + "...")
+    return repr(path[:_NAME_CHARS] + "..." * (len(path) > _NAME_CHARS))

@@ -20,6 +20,7 @@ MAX_ROW_BYTES = 2**28
 READ_BYTES = 2**20
 """Read at a time."""
 
+_BETWEEN_ROWS = tuple(" \t\r\n,")
 _NUM_TRIED = 128
 """Rows among which one that can be read stands for a file's columns."""
 
@@ -235,18 +236,17 @@ def read_json_list(path: Path) -> Iterator[Any]:
     """The elements of a file's one JSON list of objects, with about one of them in memory.
 
     Raises:
-        ValueError: no list at the top, or a row that is damaged, too long or nested too deeply,
-            naming it: where it ends, and so the next one begins, cannot be told.
+        ValueError: a row that is damaged, too long or nested too deeply, naming it: where it ends,
+            and so the next one begins, cannot be told.
     """
     decoder, number, more = json.JSONDecoder(), 1, READ_BYTES
     with path.open(encoding="utf-8-sig") as file:
         text = file.read(READ_BYTES)
-        place = _skip(text, 0, " \t\r\n")
-        if text[place : place + 1] != "[":
-            raise ValueError(f"{path}: got {text[:20]!r} at the top, wanted a list of rows")
-        place += 1
+        # `open_file` has seen that this is the list's bracket.
+        place = text.index("[") + 1
         while True:
-            place = _skip(text, place, " \t\r\n,")
+            while text[place : place + 1] in _BETWEEN_ROWS:
+                place += 1
             if text[place : place + 1] == "]":
                 return
             try:
@@ -281,9 +281,3 @@ def _lines_of(file: Any) -> Iterator[bytes]:
         while len(line) > MAX_ROW_BYTES and rest and not rest.endswith(b"\n"):
             rest = file.readline(READ_BYTES)
         yield line
-
-
-def _skip(text: str, place: int, characters: str) -> int:
-    while place < len(text) and text[place] in characters:
-        place += 1
-    return place

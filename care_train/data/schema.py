@@ -28,22 +28,19 @@ from care_train.data.conversations import (
 )
 from care_train.data.images import ImageRef, image_digest, image_refs
 
+# Of each tuple the first column that holds something is read.
 PROMPT_COLUMNS = ("prompt", "problem", "question", "query", "messages", "conversations")
-"""Columns a prompt is read from, as text or as chat messages; the first one that holds something
-is read, as in the other tuples here."""
+"""A prompt's: text or chat messages."""
 
 _VERL_ANSWER = "reward_model.ground_truth"
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth", _VERL_ANSWER)
-"""Columns an answer is read from; the last is verl's, inside another column."""
+"""A key's; the last is verl's, inside another column."""
 
 RESPONSE_COLUMNS = ("completion", "response")
-"""Columns of a response with tags, where the messages hold none."""
+"""Those of a response with tags, where the messages hold none."""
 
 IMAGE_COLUMNS = ("images", "image")
-"""Columns images are read from."""
-
 OPTION_COLUMNS = ("options", "choices")
-"""Columns a multiple-choice question's options are read from."""
 
 _Value = TypeVar("_Value")
 
@@ -142,10 +139,7 @@ def sample_from_row(
     Every row passes here: of runs, builds, `care-train verify`, `doctor` and evaluation.
 
     Args:
-        row: columns by name. The prompt is text, or chat messages of one user turn, whose
-            assistant turn is a response with tags. The answer is text, a number, or a boolean
-            (yes or no), stands in `reward_model.ground_truth`, or in that response. Optionally
-            images, rationale, failed_rationale, options, answer_type and tolerance.
+        row: columns by name; docs/data.md says what is read.
         location: file and row, for errors.
         base_dir: the folder that relative image paths start from.
         id: the sample's id.
@@ -273,11 +267,7 @@ def _columns_of(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
 def _key(
     value: object, options: Options, kind: AnswerType | None, column: str | None, at: str
 ) -> tuple[str, Options]:
-    """The key as text, and the options if it is one of them or is not held to be one.
-
-    Raises:
-        RowError: it is none of the options of `column`.
-    """
+    """The key as text, and the options if it is one of them or is not held to be one."""
     try:
         answer = answer_text(value).strip()
     except ValueError as error:

@@ -32,9 +32,10 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
 
     linears = _linear_layers(model, settings)
     wholes = _named_modules(model, settings.modules_to_save)
+    alpha: Any = settings.alpha  # Annotated as int; any number works.
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=alpha,
         target_modules=linears,
         modules_to_save=wholes or None,
     )

@@ -134,10 +134,9 @@ def build_tiny_model(
         tokenizer.save_pretrained(folder)
         return Path(folder)
     # One merged token covers 28 x 28 pixels.
-    patches = {"patch_size": 14, "merge_size": 2}
     size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
-    images = Qwen2VLImageProcessor(**patches, size=size)
-    videos = recipe.video_processor(**patches)
+    images = Qwen2VLImageProcessor(patch_size=14, merge_size=2, size=size)
+    videos = recipe.video_processor(patch_size=14, merge_size=2)
     processor = recipe.processor(images, tokenizer, videos, chat_template=_CHAT_TEMPLATE)
     processor.save_pretrained(folder)
     return Path(folder)

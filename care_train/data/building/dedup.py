@@ -93,7 +93,8 @@ def compare_looks(ours: bytes, theirs: bytes, max_distance: int) -> tuple[bool, 
         theirs: of as many images.
         max_distance: bits in which the perceptual hashes of two images may differ.
     """
-    one, other = numpy.frombuffer(ours, _LOOK), numpy.frombuffer(theirs, _LOOK)
+    one: Any = numpy.frombuffer(ours, _LOOK)
+    other: Any = numpy.frombuffer(theirs, _LOOK)
     has_same_pixels = bool((one["pixels"] == other["pixels"]).all())
     bits = numpy.unpackbits(one["hash"] ^ other["hash"], axis=-1).sum(-1)
     colors = abs(one["thumbnail"].astype(int) - other["thumbnail"])

@@ -273,7 +273,7 @@ def _summary(
             "expected_rows": source.expected_rows,
         }
         for name in ("read", "filtered", "kept", "images", "text_only", "multi_image"):
-            total[name] += values[name]
+            total[name] += getattr(one, name)
         total["rejected"] += one.rejected.total()
         total["duplicates"] += one.duplicates.total()
     return {"sources": by_source, "total": dict(total)}
