@@ -1,4 +1,4 @@
-"""From a published schema to the plain columns that `sample_from_row` reads.
+"""Published schemas, and what `sample_from_row` does not read of one by itself.
 
 docs/data.md says where each schema was read.
 """
@@ -32,11 +32,11 @@ _YEAR = re.compile(r"(?:1[89]|20|21)\d\d")
 
 @dataclass(frozen=True)
 class Adapter:
-    """A published schema and its way to plain columns."""
+    """A published schema."""
 
     columns: Mapping[str, Kind] = field(default_factory=dict)
     convert: Callable[[Row, str], Row] = lambda row, at: row
-    """(row, file and row for errors) -> plain columns; raises RowError."""
+    """(row, file and row for errors) -> columns that `sample_from_row` reads; raises RowError."""
     uninterpreted: tuple[str, ...] = ()
     """Columns that are kept, but are not what `sample_from_row` takes such names for."""
 
@@ -54,28 +54,16 @@ def _chartqa(row: Row, at: str) -> Row:
         answers = [answers]
     if len(answers) != 1:
         raise RowError("several_answers", f"{at}: label: got {len(answers)} keys, wanted one")
-    query, image = row.pop("query"), row.pop("image")
-    kind = chart_answer_type(answers[0])
-    return row | {"prompt": query, "answer": answers[0], "images": image, "answer_type": kind}
-
-
-def _virl39k(row: Row, at: str) -> Row:
-    question, answer, image = row.pop("question"), row.pop("answer"), row.pop("image")
-    return row | {"prompt": question, "answer": answer, "images": image}
+    return row | {"answer": answers[0], "answer_type": chart_answer_type(answers[0])}
 
 
 def _vision_r1_cold(row: Row, at: str) -> Row:
-    messages = row.pop("conversations")
-    talk = read_conversation(messages, column="conversations", at=at)
+    talk = read_conversation(row["conversations"], column="conversations", at=at)
     rationale, answer = split_response(talk.response or "")
     if rationale is None or answer is None:
         missing = "<think>" if rationale is None else "<answer>"
         raise RowError("no_tags", f"{at}: conversations: got a response without a {missing} span")
-    # One file has `image`, the other `images`; either is a path.
-    image = row.pop("image", None) or row.pop("images", None)
-    system = row.pop("system", None) or talk.system
-    plain = {"prompt": talk.prompt, "answer": answer, "rationale": rationale, "images": image}
-    return row | plain | ({"system": system} if system else {})
+    return row
 
 
 ADAPTERS: Mapping[str, Adapter] = {
@@ -111,8 +99,7 @@ ADAPTERS: Mapping[str, Adapter] = {
             "source": maybe(TEXT),
             "PassRate_32BTrained": maybe(NUMBER),
             "PassRate_7BBase": maybe(NUMBER),
-        },
-        _virl39k,
+        }
     ),
     "vision_r1_cold": Adapter(
         {

@@ -105,12 +105,8 @@ def _prepare(piece: Piece, number: int, value: Any) -> dict[str, Any] | None:
 def _adapt(piece: Piece, row: dict[str, Any], number: int, at: str) -> Sample:
     adapter = ADAPTERS[piece.source.adapter]
     check_row(piece.source.adapter, adapter.columns, row, at)
-    plain = adapter.convert(row, at)
-    for name in ("prompt", "problem", "question"):
-        if isinstance(plain.get(name), str):
-            plain[name] = plain[name].strip()
-    return sample_from_row(
-        plain,
+    sample = sample_from_row(
+        adapter.convert(row, at),
         location=at,
         # Relative paths stay relative here: there may be several roots.
         base_dir=Path(),
@@ -118,6 +114,7 @@ def _adapt(piece: Piece, row: dict[str, Any], number: int, at: str) -> Sample:
         source=piece.source.name,
         uninterpreted=adapter.uninterpreted,
     )
+    return replace(sample, prompt=sample.prompt.strip())
 
 
 def _check_texts(sample: Sample, clean: CleanSettings, at: str) -> None:
