@@ -161,7 +161,7 @@ def run(*arguments: str, ranks: int = 1) -> str:
 
 
 def data_arguments(rows: Path) -> list[str]:
-    return [f"{section}.path={rows}" for section in ("data", "sft.data", "eval.data")]
+    return [f"{key}={rows}" for key in ("data.path", "sft.data.path", "eval.data")]
 
 
 def text_rows(folder: Path) -> Path:
