@@ -26,9 +26,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench.accuracy import Truth, relative_error, true_outcome
-from bench.loss_report import Cell, Findings, Result, csv_rows, figures, print_tables
+from bench.loss_report import Cell, Findings, Result, append_csv, figures, print_tables
 from bench.measure import (
-    append_csv,
     devices,
     interleave,
     machine_facts,
@@ -218,7 +217,7 @@ def main() -> int:
             print_tables(findings, console)
             found[device] = dict(findings.facts) | figures(findings)
             if options.csv is not None:
-                append_csv(options.csv, csv_rows(findings))
+                append_csv(options.csv, findings)
     except MeasurementError as error:
         print(f"bench.loss: {error}", file=sys.stderr)
         return 1

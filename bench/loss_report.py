@@ -1,14 +1,17 @@
 """What `bench.loss` found, as tables, as figures for its JSON line and as CSV rows."""
 
+import csv
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.measure import CsvRow, Spread, describe, timestamp
+from bench.measure import Spread, describe
 from bench.peers import OURS, PEERS, Contender, installed_version
 
 
@@ -94,40 +97,44 @@ def print_tables(found: Findings, console: Console) -> None:
     console.print(describe(found.facts), highlight=False)
 
 
-def csv_rows(found: Findings) -> list[CsvRow]:
-    """One row per figure."""
-    rows, now = [], timestamp()
+def append_csv(path: Path, found: Findings) -> None:
+    """Add a line per figure to a CSV file, with a header where it is new."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
 
-    def add(cell: Cell, name: str, mode: str, metric: str, values: list[float]) -> None:
-        spread = Spread.of(values)
-        row = CsvRow(
-            kernel="policy_loss",
-            provider=name,
-            shape=f"D={cell.width} V={cell.vocab}",
-            rows=cell.rows,
-            mode=mode,
-            metric=metric,
-            p20=spread.p20,
-            p50=spread.p50,
-            p80=spread.p80,
-            device=found.facts["device"],
-            dtype="bfloat16",
-            torch=found.facts["torch"],
-            triton=found.facts["triton"],
-            provider_version=installed_version(found.contenders[name].package),
-            timestamp=now,
-        )
-        rows.append(row)
+    def row(cell: Cell, name: str, mode: str, metric: str, values: list[float]) -> dict[str, Any]:
+        return {
+            "kernel": "policy_loss",
+            "provider": name,
+            "shape": f"D={cell.width} V={cell.vocab}",
+            "rows": cell.rows,
+            "mode": mode,
+            "metric": metric,
+            **asdict(Spread.of(values)),
+            "device": found.facts["device"],
+            "dtype": "bfloat16",
+            "torch": found.facts["torch"],
+            "triton": found.facts["triton"],
+            "provider_version": installed_version(found.contenders[name].package),
+            "timestamp": now,
+        }
 
+    rows = []
     for cell in found.cells:
         for name, result in cell.results.items():
             if result.seconds:
-                add(cell, name, "full", "seconds", result.seconds)
+                rows.append(row(cell, name, "full", "seconds", result.seconds))
             if result.peak is not None:
-                add(cell, name, "full", "peak_bytes", [float(result.peak)])
+                rows.append(row(cell, name, "full", "peak_bytes", [float(result.peak)]))
     for fraction, seconds in found.active.items():
-        add(found.headline, "ours", f"full, {fraction:.0%} of rows active", "seconds", seconds)
-    return rows
+        mode = f"full, {fraction:.0%} of rows active"
+        rows.append(row(found.headline, "ours", mode, "seconds", seconds))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.is_file() or path.stat().st_size == 0
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def _cell_figures(cell: Cell) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Run as a program, told by a JSON object, it measures one contender's peak memory
 process of its own, so that nothing another contender left behind is counted.
 """
 
-import csv
 import gc
 import json
 import logging
@@ -15,8 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -196,45 +194,6 @@ def _processor() -> tuple[str, list[str]]:
     present = set(fields.get("flags", "").split())
     model = fields.get("model name", platform.machine())
     return model, [flag for flag in _CPU_FLAGS if flag in present]
-
-
-@dataclass(frozen=True)
-class CsvRow:
-    """One measured figure."""
-
-    kernel: str
-    provider: str
-    shape: str
-    rows: int
-    mode: str
-    metric: str
-    p20: float
-    p50: float
-    p80: float
-    device: str
-    dtype: str
-    torch: str
-    triton: str | None
-    provider_version: str | None
-    timestamp: str
-
-
-def append_csv(path: Path, rows: list[CsvRow]) -> None:
-    """Add rows to a CSV file, with a header where it is new."""
-    if not rows:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.is_file() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-def timestamp() -> str:
-    """Now, in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def run_contender(name: str, run: Callable[[Problem], Outcome], problem: Problem) -> Outcome:

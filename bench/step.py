@@ -40,8 +40,7 @@ from rich.table import Table  # noqa: E402
 
 from bench.measure import describe, machine_facts  # noqa: E402
 from bench.step_case import Case, Setup, StepFigures, prepare  # noqa: E402
-from bench.step_ours import OurTrainer  # noqa: E402
-from bench.step_ranks import measure_ranks, threads_of  # noqa: E402
+from bench.step_ours import OurTrainer, measure_ranks, threads_of  # noqa: E402
 from care_train.training.timer import MODEL_PARTS  # noqa: E402
 
 OURS = {

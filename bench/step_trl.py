@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ from transformers import AutoProcessor, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from bench.step_case import Case, FixedLengthVerifier, Setup, StepFigures, case_config, end_never
+from care_train.config import Config
+from care_train.data import Sample
 from care_train.distributed import own_environment
 from care_train.models.load import load_model
 
@@ -19,73 +21,81 @@ Turn = Callable[[StepFigures], None]
 """Called after each of TRL's steps with its figures."""
 
 
-def run_trl(
-    setup: Setup,
-    case: Case,
-    steps: int,
-    output_dir: str,
-    turn: Turn,
-    *,
-    micro_batch: int | None = None,
-    **settings: Any,
-) -> None:
+def run_trl(setup: Setup, case: Case, steps: int, output_dir: str, turn: Turn) -> None:
     """Train with GRPOTrainer; the time `turn` takes is not TRL's.
 
     Args:
         setup: policy and rows.
         case: sizes.
-        steps: at most.
+        steps: how many.
         output_dir: for TRL, which writes nothing there.
         turn: called after every step.
-        micro_batch: sequences of a forward and backward; `case.micro_batch` by default.
-        settings: more of GRPOConfig.
     """
     config = case_config(case)
     loaded = load_model(config.model, setup.folder)
     # No EOS and no image token can be sampled: the first for equal lengths; of the second TRL's
     # next forward would not survive one.
-    banned = end_never(loaded)
-    rewards = _Rewards(setup, case)
-    size = micro_batch or case.micro_batch
-    arguments: dict[str, Any] = {
+    arguments = grpo_arguments(config, end_never(loaded)) | {
         "output_dir": output_dir,
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
         "logging_strategy": "no",
         "max_steps": steps,
-        "learning_rate": config.train.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": config.train.warmup_steps,
-        "weight_decay": config.train.weight_decay,
-        "max_grad_norm": config.train.max_grad_norm,
-        "per_device_train_batch_size": size,
-        "gradient_accumulation_steps": case.sequences // size,
-        "num_generations": case.group_size,
-        "max_completion_length": case.length,
-        "temperature": config.rollout.temperature,
-        "beta": config.loss.kl_coef,
-        "loss_type": "grpo",
-        "shuffle_dataset": False,
-        "seed": config.seed,
-        "generation_kwargs": {"suppress_tokens": banned},
     }
+    rewards = _Rewards(setup, case)
     driver = _Driver(rewards, turn)
     with _no_group():
         trainer = GRPOTrainer(
             model=loaded.model,
             reward_funcs=rewards,
-            args=GRPOConfig(**(arguments | settings)),
-            train_dataset=_dataset(setup, case.prompts * steps),
+            args=GRPOConfig(**arguments),
+            train_dataset=rows_for_trl(setup.prompts(0, case.prompts * steps)),
             processing_class=AutoProcessor.from_pretrained(setup.folder, padding_side="left"),
             callbacks=[driver],
         )
     trainer.remove_callback(PrinterCallback)
     driver.watch(trainer)
     trainer.train()
+
+
+def grpo_arguments(config: Config, banned: list[int]) -> dict[str, Any]:
+    """Our configuration in TRL's words, on a step's fastest settings; it logs and saves nothing."""
+    train, rollout = config.train, config.rollout
+    sequences = train.prompts_per_step * rollout.group_size
+    size = min(train.micro_batch_size, sequences)
+    return {
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": train.warmup_steps,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": sequences // size,
+        "num_generations": rollout.group_size,
+        "max_completion_length": rollout.max_new_tokens,
+        "temperature": rollout.temperature,
+        "beta": config.loss.kl_coef,
+        "loss_type": "grpo",
+        "shuffle_dataset": False,
+        "seed": config.seed,
+        "generation_kwargs": {"suppress_tokens": banned},
+    }
+
+
+def rows_for_trl(rows: Sequence[Sample]) -> Dataset:
+    """The rows with their images as files, opened when a batch is made, as our trainer does."""
+    content = Features({"role": Value("string"), "content": Value("string")})
+    features = Features({"prompt": List(content), "images": List(Image()), "row": Value("int64")})
+    columns = {
+        "prompt": [[{"role": "user", "content": row.prompt}] for row in rows],
+        "images": [[str(image) for image in row.images] for row in rows],
+        "row": list(range(len(rows))),
+    }
+    return Dataset.from_dict(columns, features=features)
 
 
 @contextmanager
@@ -96,19 +106,6 @@ def _no_group() -> Iterator[None]:
         yield
     finally:
         os.environ |= hidden
-
-
-def _dataset(setup: Setup, count: int) -> Dataset:
-    """The rows with their images as files, opened when a batch is made, as our trainer does."""
-    rows = setup.prompts(0, count)
-    content = Features({"role": Value("string"), "content": Value("string")})
-    features = Features({"prompt": List(content), "images": List(Image()), "row": Value("int64")})
-    columns = {
-        "prompt": [[{"role": "user", "content": row.prompt}] for row in rows],
-        "images": [[str(image) for image in row.images] for row in rows],
-        "row": list(range(count)),
-    }
-    return Dataset.from_dict(columns, features=features)
 
 
 class _Rewards:

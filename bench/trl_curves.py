@@ -21,13 +21,13 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, Image, List, Value
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoProcessor, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from bench.step_case import QUICKSTART, prepare
+from bench.step_trl import grpo_arguments, rows_for_trl
 from care_train import CareTrainer
 from care_train.config import Config, load_config
 from care_train.data import PromptOrder, Sample, load_samples
@@ -129,7 +129,7 @@ def _trl(config: Config, folder: Path) -> Run:
         "model": loaded.model,
         "reward_funcs": [rewards.accuracy, rewards.form],
         "args": GRPOConfig(output_dir=str(Path(config.output_dir) / config.name), **arguments),
-        "train_dataset": _dataset(rows),
+        "train_dataset": rows_for_trl(rows),
         "processing_class": processor,
         "callbacks": [recorder, clock],
     }
@@ -155,51 +155,15 @@ def _accuracy(config: Config, folder: Path) -> float:
 
 
 def _arguments(config: Config, banned: list[int]) -> dict[str, Any]:
-    """Our configuration in TRL's words."""
-    train, rollout, weight = config.train, config.rollout, config.reward.format_weight
-    sequences = train.prompts_per_step * rollout.group_size
-    size = min(train.micro_batch_size, sequences)
-    return {
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
+    weight = config.reward.format_weight
+    return grpo_arguments(config, banned) | {
         "logging_steps": 1,
-        "max_steps": train.steps,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": train.warmup_steps,
-        "weight_decay": train.weight_decay,
-        "max_grad_norm": train.max_grad_norm,
-        "per_device_train_batch_size": size,
-        "gradient_accumulation_steps": sequences // size,
-        "num_generations": rollout.group_size,
-        "max_completion_length": rollout.max_new_tokens,
-        "temperature": rollout.temperature,
-        "beta": config.loss.kl_coef,
+        "max_steps": config.train.steps,
         "use_bias_correction_kl": False,
-        "loss_type": "grpo",
         "epsilon": config.loss.clip_eps_low,
         "epsilon_high": config.loss.clip_eps_high,
         "reward_weights": [1 - weight, weight],
-        "shuffle_dataset": False,
-        "seed": config.seed,
-        "generation_kwargs": {"suppress_tokens": banned},
     }
-
-
-def _dataset(rows: Sequence[Sample]) -> Dataset:
-    """Rows with their images as files."""
-    content = Features({"role": Value("string"), "content": Value("string")})
-    features = Features({"prompt": List(content), "images": List(Image()), "row": Value("int64")})
-    columns = {
-        "prompt": [[{"role": "user", "content": row.prompt}] for row in rows],
-        "images": [[str(image) for image in row.images] for row in rows],
-        "row": list(range(len(rows))),
-    }
-    return Dataset.from_dict(columns, features=features)
 
 
 class _Rewards:
