@@ -55,23 +55,17 @@ def _logger(run_dir: Path, settings: LoggingSettings = _QUIET) -> MetricsLogger:
 
 
 def test_records_come_back(tmp_path: Path) -> None:
-    """What is logged is read back, at once, with its phase, its step and a time."""
+    """At once, with phase, step and time; NaN and infinities are null: any parser reads a line."""
     with _logger(tmp_path) as metrics:
-        metrics.log(1, {"reward": 0.5, "groups": 4})
+        metrics.log(1, {"reward": 0.5, "groups": 4, "loss": math.nan, "kl": math.inf})
         metrics.log(1, {"accuracy": 0.25}, phase="eval")
         train, evaluation = read_metrics(tmp_path / "metrics.jsonl")
-    assert (train["phase"], train["step"], train["reward"], train["groups"]) == ("train", 1, 0.5, 4)
+    assert train.pop("time") > 0
+    numbers = {"reward": 0.5, "groups": 4, "loss": None, "kl": None}
+    assert train == {"phase": "train", "step": 1} | numbers
     assert (evaluation["phase"], evaluation["accuracy"]) == ("eval", 0.25)
-    assert train["time"] > 0
-
-
-def test_non_finite_numbers_are_null(tmp_path: Path) -> None:
-    """NaN and infinities become null: every line stays JSON that any parser reads."""
-    with _logger(tmp_path) as metrics:
-        metrics.log(1, {"loss": math.nan, "kl": math.inf, "reward": 1.0})
-    line = (tmp_path / "metrics.jsonl").read_text()
-    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert record["loss"] is None and record["kl"] is None and record["reward"] == 1.0
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 @pytest.mark.parametrize("kept", range(1, 40, 7))
@@ -121,17 +115,13 @@ def test_restart_replaces_repeated_steps(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    """A disabled logger leaves no trace, whatever the settings ask for."""
+    """A disabled logger leaves no trace, whatever it is asked for; no metric is called step."""
     settings = LoggingSettings(report_to=["wandb"])
     with MetricsLogger(tmp_path / "run", settings, {}, enabled=False) as metrics:
         metrics.log(1, {"reward": 0.5})
+        with pytest.raises(ValueError, match="reserved name 'step'"):
+            metrics.log(1, {"step": 2.0})
     assert not (tmp_path / "run").exists()
-
-
-def test_reserved_name_is_refused(tmp_path: Path) -> None:
-    """A metric cannot overwrite the step of its record."""
-    with _logger(tmp_path) as metrics, pytest.raises(ValueError, match="'step'"):
-        metrics.log(1, {"step": 2.0})
 
 
 def test_tensorboard_gets_each_phase(tmp_path: Path) -> None:
@@ -160,71 +150,73 @@ def test_missing_tracker_is_explained(
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def _fake(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Install a module that only records its calls."""
-    (tmp_path / f"{package}.py").write_text(_FAKE_TRACKER)
+def _two_starts(run_dir: Path, tracker: str) -> None:
+    """Log a number and samples of two steps, the second after a restart."""
+    for step in (1, 2):
+        with _logger(run_dir, LoggingSettings(report_to=[tracker])) as metrics:
+            metrics.log(step, {"reward": step / 4})
+            metrics.samples([replace(one, step=step) for one in SAMPLES], _images)
+
+
+@pytest.fixture
+def calls(request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What a run and its restart call of a package that only records it."""
+    (tmp_path / f"{request.param}.py").write_text(_FAKE_TRACKER)
     # Set first, so that what is there now, or that nothing is, comes back after the test.
-    monkeypatch.setitem(sys.modules, package, None)
-    del sys.modules[package]
+    monkeypatch.setitem(sys.modules, request.param, None)
+    del sys.modules[request.param]
     monkeypatch.syspath_prepend(tmp_path)
-    return importlib.import_module(package).calls
+    _two_starts(tmp_path / "run", request.param)
+    return importlib.import_module(request.param).calls
 
 
-def test_wandb_run_survives_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("calls", ["wandb"], indirect=True)
+def test_wandb_run_survives_a_restart(calls: list[tuple]) -> None:
     """Each phase has its own step axis, and a restarted run asks for the same wandb run."""
-    calls = _fake("wandb", tmp_path, monkeypatch)
-    for _ in range(2):
-        with _logger(tmp_path / "run", LoggingSettings(report_to=["wandb"])) as metrics:
-            metrics.log(3, {"reward": 0.5})
-            metrics.samples(SAMPLES, _images)
     first, again = (call[1] for call in calls if call[0] == "init")
     assert first["id"] == again["id"] and first["resume"] == "allow" and first["name"] == "run"
     assert ("define", "train/*", "train/step") in calls
-    assert ("log", {"train/step": 3, "train/reward": 0.5}) in calls
+    assert ("log", {"train/step": 2, "train/reward": 0.5}) in calls
     rows = next(call[1]["samples"].rows for call in calls if "samples" in call[-1])
     assert [row["role"] for row in rows] == ["anchor", "hard_negative"]
     assert (rows[1]["completion"], rows[1]["images"][0].size) == (SAMPLES[1].completion, (8, 8))
     assert calls[-1] == ("finish",)
 
 
-def test_swanlab_run_survives_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("calls", ["swanlab"], indirect=True)
+def test_swanlab_run_survives_a_restart(calls: list[tuple]) -> None:
     """A restarted run asks for the same experiment; samples are text beside their images."""
-    calls = _fake("swanlab", tmp_path, monkeypatch)
-    for _ in range(2):
-        with _logger(tmp_path / "run", LoggingSettings(report_to=["swanlab"])) as metrics:
-            metrics.log(3, {"reward": 0.5})
-            metrics.samples(SAMPLES, _images)
     first, again = (call[1] for call in calls if call[0] == "init")
     assert first["id"] == again["id"] and first["resume"] == "allow"
-    assert ("log", {"train/reward": 0.5}, 3) in calls
+    assert ("log", {"train/reward": 0.5}, 2) in calls
     (_, shown, step), _ = calls[-2:]
-    assert step == 3 and shown["images"][0].size == (8, 8)
+    assert step == 2 and shown["images"][0].size == (8, 8)
     assert all(sample.completion in shown["samples"] for sample in SAMPLES)
+
+
+@pytest.mark.parametrize("calls", ["trackio"], indirect=True)
+def test_trackio_gets_the_numbers(calls: list[tuple]) -> None:
+    """Every number at its step, under the project's name."""
+    assert calls[0][1]["project"] == "care" and calls[0][1]["config"] == {"seed": 0}
+    assert ("log", {"train/reward": 0.5}, 2) in calls and calls[-1] == ("finish",)
 
 
 def test_the_real_wandb_keeps_a_run_offline(tmp_path: Path, monkeypatch) -> None:
     """Numbers, a table with an image, and a restart, through wandb itself."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    for step in (1, 2):
-        with _logger(tmp_path / "run", LoggingSettings(report_to=["wandb"])) as metrics:
-            metrics.log(step, {"reward": 0.5})
-            metrics.samples([replace(one, step=step) for one in SAMPLES], _images)
+    _two_starts(tmp_path / "run", "wandb")
     runs = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len({run.name.rpartition("-")[2] for run in runs}) == 1
-    assert any(run.rglob("*.png") for run in runs) and any(
-        list(run.glob("*.wandb")) for run in runs
-    )
+    for kind in ("*.png", "*.wandb"):
+        assert any(list(run.rglob(kind)) for run in runs)
 
 
 def test_the_real_swanlab_keeps_a_run_offline(tmp_path: Path, monkeypatch) -> None:
     """Numbers, text and images of both starts are kept under one id, for `swanlab sync`."""
     monkeypatch.setenv("SWANLAB_MODE", "offline")
     pytest.importorskip("swanlab")
-    for step in (1, 2):
-        with _logger(tmp_path / "run", LoggingSettings(report_to=["swanlab"])) as metrics:
-            metrics.log(step, {"reward": step / 4})
-            metrics.samples([replace(one, step=step) for one in SAMPLES], _images)
+    _two_starts(tmp_path / "run", "swanlab")
     stores = list((tmp_path / "run" / "swanlab").glob("run-*/run-*.swanlab"))
     assert len(stores) == 2 and len({store.name for store in stores}) == 1
     for store in stores:
@@ -240,10 +232,7 @@ def test_the_real_mlflow_keeps_a_run_in_files(tmp_path: Path, monkeypatch) -> No
     mlflow = pytest.importorskip("mlflow")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.chdir(tmp_path)
-    for step in (1, 2):
-        with _logger(tmp_path / "run", LoggingSettings(report_to=["mlflow"])) as metrics:
-            metrics.log(step, {"reward": step / 4})
-            metrics.samples([replace(one, step=step) for one in SAMPLES], _images)
+    _two_starts(tmp_path / "run", "mlflow")
     (run,) = mlflow.search_runs(experiment_names=["care"], output_format="list")
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/reward")
     assert [(one.step, one.value) for one in history] == [(1, 0.25), (2, 0.5)]
@@ -255,20 +244,8 @@ def test_the_real_trackio_keeps_a_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     trackio = pytest.importorskip("trackio")
     store = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
-    for step in (1, 2):
-        with _logger(tmp_path / "run", LoggingSettings(report_to=["trackio"])) as metrics:
-            metrics.log(step, {"reward": step / 4})
-            metrics.samples([replace(one, step=step) for one in SAMPLES], _images)
+    _two_starts(tmp_path / "run", "trackio")
     (run,) = trackio.Api().runs("care")
     logs = store.get_logs("care", run.name)
     assert [log["train/reward"] for log in logs if "train/reward" in log] == [0.25, 0.5]
     assert sum("samples" in log for log in logs) == 2
-
-
-def test_trackio_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """trackio has every number at its step, under the project's name."""
-    calls = _fake("trackio", tmp_path, monkeypatch)
-    with _logger(tmp_path / "run", LoggingSettings(report_to=["trackio"])) as metrics:
-        metrics.log(3, {"reward": 0.5})
-    assert calls[0][1]["project"] == "care" and calls[0][1]["config"] == {"seed": 0}
-    assert calls[1:] == [("log", {"train/reward": 0.5}, 3), ("finish",)]

@@ -1,4 +1,4 @@
-"""Pictures: written, of the size promised, and whatever a run has logged."""
+"""Pictures of whatever a run has logged, of the size promised; intervals by hand."""
 
 import math
 from pathlib import Path
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from care_train.reporting import mean_interval, proportion_interval
 from care_train.reporting.curves import smoothed
 from care_train.reporting.plots import plot_comparison, plot_learning_curves
 
@@ -32,17 +33,12 @@ def _size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def test_learning_curves(tmp_path: Path) -> None:
-    """A whole run makes two rows of three panels."""
-    plot_learning_curves(_records(40), tmp_path / "new" / "curves.png")
-    assert _size(tmp_path / "new" / "curves.png") == (1890, 930)
-
-
-def test_an_engine_with_log_probs_gets_a_panel(tmp_path: Path) -> None:
-    """The gap between trainer and rollouts is a seventh panel, in a third row."""
-    records = [record | {"gap_mean": 1e-4} for record in _records(40)]
-    plot_learning_curves(records, tmp_path / "curves.png")
-    assert _size(tmp_path / "curves.png") == (1890, 1395)
+@pytest.mark.parametrize(("more", "height"), [({}, 930), ({"gap_mean": 1e-4}, 1395)])
+def test_learning_curves(tmp_path: Path, more: dict[str, float], height: int) -> None:
+    """A whole run makes two rows of three panels; an engine with log-probs gets a seventh panel."""
+    records = [record | more for record in _records(40)]
+    plot_learning_curves(records, tmp_path / "new" / "curves.png")
+    assert _size(tmp_path / "new" / "curves.png") == (1890, height)
 
 
 @pytest.mark.parametrize(
@@ -62,12 +58,6 @@ def test_learning_curves_of_little(tmp_path: Path, records: list[dict[str, Any]]
     assert _size(tmp_path / "curves.png")[0] >= 630
 
 
-def test_nothing_to_plot_is_an_error(tmp_path: Path) -> None:
-    """An empty run has no picture, and says so."""
-    with pytest.raises(ValueError, match="to plot"):
-        plot_learning_curves([], tmp_path / "curves.png")
-
-
 def test_comparison(tmp_path: Path) -> None:
     """Two algorithms, one of them with a single seed, make one picture."""
     runs = {"CARE": [_records(30, 0.1), _records(28, 0.2)], "GRPO": [_records(30)]}
@@ -77,8 +67,10 @@ def test_comparison(tmp_path: Path) -> None:
     assert _size(tmp_path / "greedy.png") == (1140, 660)
 
 
-def test_comparison_needs_shared_steps(tmp_path: Path) -> None:
-    """A label whose seeds share no step is an error that names it."""
+def test_what_cannot_be_drawn_is_an_error(tmp_path: Path) -> None:
+    """An empty run; a label whose seeds share no step."""
+    with pytest.raises(ValueError, match="to plot"):
+        plot_learning_curves([], tmp_path / "curves.png")
     with pytest.raises(ValueError, match=r"runs\['CARE'\]"):
         plot_comparison({"CARE": [_records(3), []]}, tmp_path / "comparison.png")
 
@@ -88,3 +80,24 @@ def test_smoothing_keeps_constants() -> None:
     assert smoothed(np.ones(7), 5) == pytest.approx(np.ones(7))
     assert smoothed(np.arange(9.0), 3)[4] == 4.0
     assert math.isclose(smoothed(np.arange(3.0), 9)[1], 1.0)
+
+
+def test_mean_interval() -> None:
+    """1.96 s / sqrt(n), s the sample standard deviation: of 1, 2, 3 it is 1; of one seed none."""
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1.96 / math.sqrt(3)))
+    assert mean_interval([0.5]) == pytest.approx((0.5, math.nan), nan_ok=True)
+    with pytest.raises(ValueError, match="at least one"):
+        mean_interval([])
+
+
+@pytest.mark.parametrize(
+    ("successes", "total", "low", "high"),
+    [(8, 10, 0.4902, 0.9433), (0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (50, 100, 0.4038, 0.5962)],
+)
+def test_proportion_interval(successes: int, total: int, low: float, high: float) -> None:
+    """Wilson's interval, inside [0, 1] even for none and all; nonsense is an error."""
+    assert proportion_interval(successes, total) == pytest.approx((low, high), abs=1e-4)
+    with pytest.raises(ValueError, match="successes"):
+        proportion_interval(total + 1, total)
+    with pytest.raises(ValueError, match="total"):
+        proportion_interval(0, 0)

@@ -50,33 +50,21 @@ def test_report_says_what_ran(tmp_path: Path) -> None:
         assert shown in text
     assert "care-train train configs/care.yaml" in text
     assert f"care-train report {tmp_path.parent.name}/{tmp_path.name}\n" in text
-
-
-def test_report_counts_the_groups(tmp_path: Path) -> None:
-    """Groups are summed over training steps, reflections weighted by how many there were."""
-    text = _report(tmp_path)
+    # Groups are summed over training steps, reflections weighted by how many there were.
     assert "| Groups sampled | 16 | 100.0% |" in text
     assert "| Skipped | 6 | 37.5% |" in text
     assert "| Reflections that succeeded | 2 | 50.0% |" in text
 
 
-def test_report_embeds_the_figures(tmp_path: Path) -> None:
-    """Every picture of the run is embedded by relative path: the folder can move."""
+def test_a_report_has_what_there_is(tmp_path: Path) -> None:
+    """Pictures by relative path, for the folder can move; a lone evaluation's one column of scores;
+    of nothing a title."""
     (tmp_path / "learning_curves.png").touch()
-    assert "](learning_curves.png)" in _report(tmp_path)
-    assert str(tmp_path) not in _report(tmp_path)
-
-
-def test_report_of_an_evaluation(tmp_path: Path) -> None:
-    """A lone evaluation has one column of scores."""
     summary = {"num_questions": 10, "accuracy": 0.8, "greedy_accuracy": 0.5}
     text = _report(tmp_path, summary)
+    assert "](learning_curves.png)" in text and str(tmp_path) not in text
     assert "| Accuracy, sampled | 80.0% [49.0, 94.3] |" in text
     assert "| Accuracy, greedy | 50.0% [" in text
-
-
-def test_report_of_nothing(tmp_path: Path) -> None:
-    """Missing figures leave sections out."""
     write_report(tmp_path, {}, [])
     text = (tmp_path / "report.md").read_text()
     assert text.startswith(f"# {tmp_path.name}\n") and "## Scores" not in text

@@ -1,4 +1,4 @@
-"""The bench commands end to end, at sizes that take seconds, without compilers or peers."""
+"""bench.loss and bench.accuracy end to end, at sizes that take seconds; what they measure with."""
 
 import csv
 import json
@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from bench import accuracy, loss, peers
-from bench.peers import CONTENDERS, Contender, Outcome, Problem
+from bench.accuracy import relative_error, true_outcome
+from bench.measure import Spread, interleave, peak_memory
+from bench.peers import (
+    CONTENDERS,
+    Contender,
+    MeasurementError,
+    Outcome,
+    Problem,
+    installed_version,
+    make_problem,
+)
 
 _COMPILED = ("torch_compiled", "cut_cross_entropy")
 _SLOW = (*_COMPILED, "liger_grpo", "liger_scaled_ce", "trl_chunked", "torch_linear_cross_entropy")
@@ -91,27 +101,27 @@ def test_a_missing_peer_is_named(
     assert output.out == ""
 
 
-def test_a_failing_peer_is_named(
+def test_failures_and_wrong_gradients_are_named(
     run: Command, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A peer that fails ends the run; one with a wrong gradient gets no time; ours ends it too."""
+
     def broken(problem: Problem) -> Outcome:
         raise RuntimeError("out of luck")
 
     monkeypatch.setitem(CONTENDERS, "torch", Contender(broken, "torch", "broken"))
     assert run(accuracy, *_ACCURACY, *_SKIP) == 1
     assert "torch failed: out of luck" in capsys.readouterr().err
-
-
-def test_no_time_for_a_wrong_gradient(
-    run: Command, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setitem(CONTENDERS, "torch", Contender(_doubled, "torch", "doubled"))
     assert run(loss, *_LOSS, *_SKIP, "--no-memory") == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     wrong = figures["devices"]["cpu"]["cells"][0]["contenders"]["torch"]
-    assert "wrong gradient: dW" in wrong["note"]
-    assert "seconds" not in wrong
+    assert "wrong gradient: dW" in wrong["note"] and "seconds" not in wrong
     assert figures["fastest_peer"] == "torch_bfloat16"
+    monkeypatch.setitem(CONTENDERS, "ours", Contender(_doubled, "torch", "doubled"))
+    assert run(loss, *_LOSS, *_SKIP, "--no-memory") == 1
+    output = capsys.readouterr()
+    assert "ours at 8 rows: wrong gradient: dW" in output.err and output.out == ""
 
 
 def test_a_peer_over_its_budget_is_skipped_at_more_rows(run: Command, capsys: Any) -> None:
@@ -122,23 +132,75 @@ def test_a_peer_over_its_budget_is_skipped_at_more_rows(run: Command, capsys: An
     assert second["contenders"]["ours"]["runs"] == 1
 
 
-def test_our_own_wrong_gradient_ends_the_run(
-    run: Command, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(CONTENDERS, "ours", Contender(_doubled, "torch", "doubled"))
-    assert run(loss, *_LOSS, *_SKIP, "--no-memory") == 1
-    output = capsys.readouterr()
-    assert "ours at 8 rows: wrong gradient: dW" in output.err
-    assert output.out == ""
-
-
 def test_truth_is_autograd_in_float64() -> None:
-    problem = peers.make_problem(12, 16, 20_000)
+    problem = make_problem(12, 16, 20_000)
     hidden, weight = problem.hidden.double(), problem.head_weight.double()
     log_probs = (hidden @ weight.T).log_softmax(-1).gather(-1, problem.target_ids[:, None])
     loss_value = -(problem.advantages * log_probs.squeeze(-1)).sum()
     grads = torch.autograd.grad(loss_value, (hidden, weight))
-    truth = accuracy.true_outcome(problem)
+    truth = true_outcome(problem)
     torch.testing.assert_close(truth.log_probs, log_probs.detach().squeeze(-1))
     torch.testing.assert_close(truth.grad_hidden, grads[0])
     torch.testing.assert_close(truth.grad_weight, grads[1].float())
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in CONTENDERS if n not in ("torch_compiled", "cut_cross_entropy")]
+)
+def test_contender_matches_the_truth(name: str) -> None:
+    contender = CONTENDERS[name]
+    if installed_version(contender.package) is None:
+        pytest.skip(f"{contender.package} is not installed")
+    problem = make_problem(24, 32, 1003)
+    truth = true_outcome(problem)
+    outcome = contender.run(problem)
+    assert relative_error(outcome.grad_hidden, truth.grad_hidden) < 0.03
+    assert relative_error(outcome.grad_weight, truth.grad_weight) < 0.03
+    log_probs = outcome.log_probs
+    if log_probs is None and contender.log_probs is not None:
+        log_probs = contender.log_probs(problem)
+    assert log_probs is not None
+    assert (log_probs.double() - truth.log_probs).abs().max() < 0.1
+
+
+def test_problem_is_peaked_as_a_trained_model() -> None:
+    problem = make_problem(256, 64, 20_000)
+    truth = true_outcome(problem)
+    assert 0.05 < truth.log_probs.exp().median() < 0.95
+    assert (problem.advantages > 0).any()
+    assert (problem.advantages < 0).any()
+
+
+def test_rounds_rotate_so_that_nobody_is_always_first() -> None:
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    seconds = interleave(calls, 3, 10.0, "cpu")
+    assert order == list("abc" + "bca" + "cab")
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    # A call over its budget still runs once.
+    assert len(interleave({"a": calls["a"]}, 4, 0.0, "cpu")["a"]) == 1
+
+
+def test_spread_orders_its_percentiles() -> None:
+    assert Spread.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == Spread(2.0, 3.5, 5.0)
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
+
+
+def test_peak_memory_counts_results_and_logits() -> None:
+    rows, width, vocab = 64, 256, 32_000
+    peaks = peak_memory("torch", [rows // 2, rows], width, vocab, device="cpu")
+    results = vocab * width * 2
+    logits = rows * vocab * (2 + 4)
+    assert results + logits / 2 < peaks[rows] < 4 * (results + logits)
+    assert peaks[rows // 2] < peaks[rows]
+
+
+def test_what_cannot_be_measured_is_named() -> None:
+    with pytest.raises(MeasurementError, match="peak memory of nobody"):
+        peak_memory("nobody", [4], 8, 16, device="cpu")
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75, 1.0])
+def test_active_rows_are_the_asked_fraction(fraction: float) -> None:
+    problem = make_problem(64, 8, 100)
+    assert (problem.with_active(fraction).advantages != 0).sum() == 64 * fraction
