@@ -22,14 +22,7 @@ _RANGES = (
 )
 _PIECES = ("9", "{", "\\frac{1}{", "a b ", "\u202e", "1,", "<answer>")
 _TAGS = (
-    "<think>",
-    "</think>",
-    "<answer>",
-    "</answer>",
-    "\\boxed{",
-    "}",
-    "5",
-    " ",
+    *("<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "5", " "),
     "the answer is ",
 )
 _CODE = (
@@ -61,23 +54,13 @@ _SLOW = (
 def hostile_answers(count: int, seed: int = 0) -> Iterator[str]:
     """`count` answers: one in a hundred of megabytes, one in a thousand hard to compute."""
     rng = random.Random(seed)
-    kinds: list[Callable[[random.Random], str]] = [
-        _braces,
-        _exponents,
-        _unicode,
-        _code,
-        _latex,
-        _digits,
-        _expression,
-        _separators,
-        _tags,
-        _bytes,
-    ]
+    kinds: tuple[Callable[[random.Random], str], ...] = (
+        *(_braces, _exponents, _unicode, _code, _latex),
+        *(_digits, _expression, _separators, _tags, _bytes),
+    )
     for place in range(count):
         if place % 100 == 50:
-            yield (
-                rng.choice(("9", "{", "\\frac{1}{", "a b ", "\u202e", "1,", "<answer>")) * 1_000_000
-            )
+            yield rng.choice(_PIECES) * 1_000_000
         elif place % 1000 == 0:
             yield rng.choice(_SLOW).format(a=rng.randint(2, 9), b=rng.randint(2, 7))
         else:

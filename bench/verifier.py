@@ -29,7 +29,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,16 +45,8 @@ from care_train.verifier.verify import verify_in_process
 MIN_PAIRS = 400
 PAIRS = Path(__file__).parent / "verifier_pairs.jsonl"
 KEYS = (
-    "B",
-    "5",
-    "x^2+1",
-    "{1, 2}",
-    "yes",
-    "blue",
-    "\\frac{\\sqrt{2}}{2}",
-    "(1, 2)",
-    "3.46",
-    "x > 3",
+    *("B", "5", "x^2+1", "{1, 2}", "yes", "blue"),
+    *("\\frac{\\sqrt{2}}{2}", "(1, 2)", "3.46", "x > 3"),
 )
 """What hostile answers are compared with, one of each kind."""
 
@@ -131,6 +123,40 @@ def math_verify_verdicts(pairs: Sequence[Pair]) -> list[bool]:
     return max((run("{}"), run("${}$")), key=f1)
 
 
+_PREFIXES = {"ours": "", "math-verify": "math_verify_", "exact": "exact_"}
+
+
+def print_scores(
+    title: str,
+    pairs: Sequence[Pair],
+    totals: Mapping[str, Sequence[int]],
+    verdicts: Mapping[str, Sequence[bool]],
+) -> dict[str, float | None]:
+    """Print each judge's precision and recall by category and in `totals`, places of some pairs.
+
+    Returns:
+        Those of `totals`, whose names begin their keys.
+    """
+    groups: dict[str, list[int]] = {}
+    for place, pair in enumerate(pairs):
+        groups.setdefault(pair.category, []).append(place)
+    heads = "".join(f"{judge + ' P / R':>20}" for judge in verdicts)
+    print(f"{title:<26}{'pairs':>6}{'right':>6}{heads}")
+    figures: dict[str, float | None] = {}
+    for name, places in {**groups, **totals}.items():
+        chosen = [pairs[place] for place in places]
+        line = f"{name or 'all':<26}{len(chosen):>6}{sum(pair.correct for pair in chosen):>6}"
+        for judge, said in verdicts.items():
+            scores = precision_recall(chosen, [said[place] for place in places])
+            shown = ["-" if score is None else f"{score:.3f}" for score in scores]
+            line += f"{shown[0]:>12} /{shown[1]:>6}"
+            if name in totals:
+                prefix = f"{name}{_PREFIXES[judge]}"
+                figures |= {f"{prefix}precision": scores[0], f"{prefix}recall": scores[1]}
+        print(line)
+    return figures
+
+
 def compare_pairs(pairs: Sequence[Pair], pool: WorkerPool) -> dict[str, Any]:
     """Precision and recall of the three, printed by type."""
     found = verify_batch([pair.item for pair in pairs], pool)
@@ -139,32 +165,14 @@ def compare_pairs(pairs: Sequence[Pair], pool: WorkerPool) -> dict[str, Any]:
         "math-verify": math_verify_verdicts(pairs),
         "exact": [pair.item.predicted.strip() == pair.item.expected.strip() for pair in pairs],
     }
-    groups: dict[str, list[int]] = {}
-    for place, pair in enumerate(pairs):
-        groups.setdefault(pair.category, []).append(place)
-    groups["all"] = list(range(len(pairs)))
-    groups["held out"] = [place for place, pair in enumerate(pairs) if pair.held_out]
-    print(
-        f"{'':<10}{'pairs':>6}{'right':>6}" + "".join(f"{name + ' P / R':>20}" for name in verdicts)
-    )
-    figures: dict[str, Any] = {"pairs": len(pairs)}
-    for name, places in groups.items():
-        chosen = [pairs[place] for place in places]
-        line = f"{name:<10}{len(chosen):>6}{sum(pair.correct for pair in chosen):>6}"
-        for who, all_verdicts in verdicts.items():
-            scores = precision_recall(chosen, [all_verdicts[place] for place in places])
-            shown = ["-" if score is None else f"{score:.3f}" for score in scores]
-            line += f"{shown[0]:>12} /{shown[1]:>6}"
-            if name in ("all", "held out"):
-                prefix = {"ours": "", "math-verify": "math_verify_", "exact": "exact_"}[who]
-                prefix = prefix if name == "all" else f"held_out_{prefix}"
-                figures |= {f"{prefix}precision": scores[0], f"{prefix}recall": scores[1]}
-        print(line)
+    held_out = [place for place, pair in enumerate(pairs) if pair.held_out]
+    totals = {"": range(len(pairs)), "held_out_": held_out}
+    figures = print_scores("read by hand", pairs, totals, verdicts)
     for pair, right in zip(pairs, verdicts["ours"], strict=True):
         if right != pair.correct:
             kind = "wrongly accepted" if right else "missed"
             print(f"  {kind}: {pair.item.predicted!r} for {pair.item.expected!r}")
-    return figures
+    return {"pairs": len(pairs)} | figures
 
 
 def compare_forms(pool: WorkerPool) -> dict[str, Any]:
@@ -173,44 +181,25 @@ def compare_forms(pool: WorkerPool) -> dict[str, Any]:
     pairs = [Pair(one.item, one.correct, one.style, False) for one in formed]
     found = verify_batch([pair.item for pair in pairs], pool)
     verdicts = {
-        "": [verdict.accuracy == 1.0 for verdict in found],
-        "math_verify_": math_verify_verdicts(pairs),
+        "ours": [verdict.accuracy == 1.0 for verdict in found],
+        "math-verify": math_verify_verdicts(pairs),
     }
-    print(
-        f"{'made by rule':<26}{'pairs':>6}{'right':>6}{'ours P / R':>20}{'math-verify P / R':>20}"
-    )
-    groups: dict[str, list[int]] = {}
-    for place, one in enumerate(formed):
-        groups.setdefault(one.style, []).append(place)
     totals = {
-        "choice": [place for place, one in enumerate(formed) if one.is_choice],
-        "short": [place for place, one in enumerate(formed) if not one.is_choice],
-        "all": list(range(len(formed))),
+        "forms_choice_": [place for place, one in enumerate(formed) if one.is_choice],
+        "forms_short_": [place for place, one in enumerate(formed) if not one.is_choice],
+        "forms_all_": range(len(formed)),
     }
-    figures: dict[str, Any] = {"forms": len(pairs)}
-    for name, places in (groups | totals).items():
-        chosen = [pairs[place] for place in places]
-        line = f"{name:<26}{len(chosen):>6}{sum(pair.correct for pair in chosen):>6}"
-        for who, own in verdicts.items():
-            scores = precision_recall(chosen, [own[place] for place in places])
-            shown = ["-" if score is None else f"{score:.3f}" for score in scores]
-            line += f"{shown[0]:>12} /{shown[1]:>6}"
-            if name in totals:
-                figures[f"forms_{name}_{who}precision"] = scores[0]
-                figures[f"forms_{name}_{who}recall"] = scores[1]
-        print(line)
-    for pair, right in zip(pairs, verdicts[""], strict=True):
+    figures = print_scores("made by rule", pairs, totals, verdicts)
+    for pair, right in zip(pairs, verdicts["ours"], strict=True):
         if right and not pair.correct:
             print(f"  wrongly accepted: {pair.item.predicted!r} for {pair.item.expected!r}")
     hostile = list(attacks())
-    accepted = [
-        item
-        for item, verdict in zip(hostile, verify_batch(hostile, pool), strict=True)
-        if verdict.accuracy
-    ]
+    answers = zip(hostile, verify_batch(hostile, pool), strict=True)
+    accepted = [item for item, verdict in answers if verdict.accuracy]
     for item in accepted:
         print(f"  attack accepted: {item.predicted!r} for {item.expected!r}")
-    return figures | {"attacks": len(hostile), "attacks_accepted": len(accepted)}
+    counts = {"forms": len(pairs), "attacks": len(hostile), "attacks_accepted": len(accepted)}
+    return figures | counts
 
 
 def throughput(pairs: Sequence[Pair]) -> dict[str, float]:
