@@ -21,7 +21,6 @@ A batch keeps TRL's shape, B sequences a process: the reflected rollout takes th
 of its group that is not trained. Rows outside S* have no advantage, and the fused loss skips them.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,7 +79,12 @@ class CareGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.care = CareSettings() if care is None else care
         self.tags = (think_tag, answer_tag)
-        self.accuracy_index = _index_of(accuracy, self.reward_func_names)
+        names = list(self.reward_func_names)
+        if accuracy is not None and accuracy not in names:
+            raise ValueError(
+                f"accuracy: got {accuracy!r}, wanted one of the reward functions {names}"
+            )
+        self.accuracy_index = 0 if accuracy is None else names.index(accuracy)
         trainer: Any = self
         self.token_text = TokenText(trainer._tokenizer)
         check(self)
@@ -150,14 +154,6 @@ class CareGRPOTrainer(GRPOTrainer):
         """For random selectors: a stream of its own for each step, process and group."""
         parts = (self.args.seed, self.state.global_step, self.accelerator.process_index, group)
         return torch.Generator().manual_seed(hash(parts) % 2**63)
-
-
-def _index_of(accuracy: str | None, names: Sequence[str]) -> int:
-    if accuracy is None:
-        return 0
-    if accuracy not in names:
-        raise ValueError(f"accuracy: got {accuracy!r}, wanted one of the reward functions {names}")
-    return list(names).index(accuracy)
 
 
 def check(trainer: Any) -> None:

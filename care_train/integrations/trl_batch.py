@@ -33,17 +33,11 @@ def training_batch(
     updates: Sequence[GroupUpdate],
     sampling_log_probs: Mapping[int, Sequence[float | None]],
 ) -> dict[str, Any]:
-    """`batch` with the reflections in it, and what `policy_terms` reads.
+    """TRL's `batch` with the reflections in it, and what `policy_terms` reads.
 
     `advantages` [B, T] are Eq. 11's a_it, `kl_shares` [B] one over a trained sequence's length, 0
-    elsewhere, and `num_trained` |S*| of all processes.
-
-    Args:
-        trainer: the trainer.
-        batch: TRL's.
-        groups: in the order of its rows.
-        updates: what each group trains.
-        sampling_log_probs: by a group's place, vLLM's log-probs of its reflection.
+    elsewhere, and `num_trained` |S*| of all processes. `groups` are in the order of the rows;
+    `sampling_log_probs` are vLLM's of a group's reflection, by the group's place.
     """
     size = trainer.num_generations
     trained = [
@@ -188,16 +182,8 @@ def put(
     filler: int,
     sampling_log_probs: Sequence[float | None] | None = None,
 ) -> None:
-    """Overwrite a row of a batch that is wide enough: prompt and prefix before, tokens behind.
-
-    Args:
-        batch: changed in place.
-        row: of a rollout of the same prompt, whose images stay.
-        prompt_ids: the prompt's tokens.
-        rollout: with the prefix that was forced behind the prompt.
-        filler: the padding token.
-        sampling_log_probs: by the engine that sampled, where the batch keeps them.
-    """
+    """Overwrite, in place, a row of a rollout of the same prompt, whose images stay: `prompt_ids` and
+    the rollout's prefix before, its tokens behind; `filler` pads a batch that is wide enough."""
     context = [*prompt_ids, *rollout.prefix_ids]
     width, start = batch["prompt_ids"].shape[1], batch["prompt_ids"].shape[1] - len(context)
     for name in _TYPE_IDS:

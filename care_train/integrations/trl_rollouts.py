@@ -37,14 +37,10 @@ MODEL_INPUTS = (
 def rollout_of(
     trainer: Any, token_ids: Sequence[int], rewards: Tensor, prefix_ids: Sequence[int] = ()
 ) -> Rollout:
-    """One completion with its spans and rewards.
+    """One completion with its spans and rewards; a reflection's prefix was forced before it.
 
-    Args:
-        trainer: says which reward function is the accuracy, and the tags.
-        token_ids: the completion's tokens.
-        rewards: [F], one number per reward function, NaN where it does not apply. A completion
-            whose accuracy is NaN is neither right nor wrong: it takes no part.
-        prefix_ids: what was forced before the completion, for a reflection.
+    `rewards` [F] are a number per reward function, NaN where it does not apply. A completion whose
+    accuracy is NaN is neither right nor wrong: it takes no part.
 
     Raises:
         ValueError: an accuracy outside [0, 1].

@@ -11,29 +11,20 @@ Records = Sequence[Mapping[str, Any]]
 _Z = 1.96
 
 
-def series(records: Records, phase: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of `key`, where a record of `phase` has one, by step.
-
-    Args:
-        records: of a metrics.jsonl.
-        phase: train | eval | sft.
-        key: the quantity's name.
-    """
-    points = sorted(
-        (record["step"], float(record[key]))
-        for record in records
-        if record["phase"] == phase and record.get(key) is not None
-    )
-    return np.array([step for step, _ in points]), np.array([value for _, value in points])
-
-
 def seed_curves(
     seeds: Sequence[Records], phase: str, key: str
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """The steps every seed has a value of `key` at, and each seed's values there; maybe none."""
-    values = [dict(zip(*series(records, phase, key), strict=True)) for records in seeds]
+    values = [
+        {one["step"]: float(one[key]) for one in records if _has(one, phase, key)}
+        for records in seeds
+    ]
     steps = sorted(set.intersection(*(set(one) for one in values))) if values else []
     return np.array(steps), [np.array([one[step] for step in steps]) for one in values]
+
+
+def _has(record: Mapping[str, Any], phase: str, key: str) -> bool:
+    return record["phase"] == phase and record.get(key) is not None
 
 
 def average_window(count: int) -> int:
@@ -42,12 +33,7 @@ def average_window(count: int) -> int:
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving average; towards the ends over the points there are.
-
-    Args:
-        values: at least one.
-        window: an odd number of points.
-    """
+    """Moving average over an odd number of points around each; at the ends over those there are."""
     kernel = np.ones(min(window, 2 * len(values) - 1))
     half = len(kernel) // 2
     weights = np.convolve(np.ones(len(values)), kernel)[half : half + len(values)]
@@ -57,15 +43,8 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean over seeds and the half width of its 95 % interval, as the paper reports them.
 
-    Args:
-        values: one number per seed.
-
-    Returns:
-        The mean, and 1.96 s / sqrt(n) with s the sample standard deviation; NaN for one seed,
-        which says nothing about the spread.
-
-    Raises:
-        ValueError: there are no values.
+    That is 1.96 s / sqrt(n), s the sample standard deviation; NaN for one seed, which says nothing
+    about the spread. No seed is a ValueError.
     """
     if not values:
         raise ValueError("values: got none, wanted at least one seed")
@@ -77,15 +56,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 def proportion_interval(successes: float, total: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a binomial share: unlike 1.96 sigma, it stays inside [0, 1].
 
-    Args:
-        successes: how many of `total` succeeded; fractions (partial credit) are fine.
-        total: how many there were.
-
-    Returns:
-        The lower and the upper end.
-
-    Raises:
-        ValueError: `total` is not positive, or `successes` outside [0, total].
+    Successes may be fractions (partial credit); those outside [0, total] are a ValueError.
     """
     if total < 1:
         raise ValueError(f"total: got {total}, wanted at least 1")

@@ -15,11 +15,7 @@ class JsonlWriter:
     """Appends one JSON object per line."""
 
     def __init__(self, path: Path) -> None:
-        """Open `path` for appending, without the half line that a killed run may have left.
-
-        Args:
-            path: the file; its folder is created.
-        """
+        """Open `path` for appending, without the half line that a killed run may have left."""
         path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: what a full disk refused must not be tried again, and raise again, in `close`.
         self._file = path.open("ab", buffering=0)
@@ -48,10 +44,7 @@ class JsonlWriter:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every record of `path`, without a last line that a kill cut.
-
-    Args:
-        path: a file of one JSON object per line.
+    """Every record of `path`, a JSON object per line, without a last line that a kill cut.
 
     Raises:
         ValueError: another line is not a JSON object; the message names file and line.
@@ -89,12 +82,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_file(path: Path, content: str | memoryview, writer: str = "") -> None:
-    """Write `path` whole: a kill leaves the old content or the new.
+    """Write `path` whole, text as UTF-8: a kill leaves the old content or the new.
 
-    Args:
-        path: the file; its folder exists.
-        content: text, which is written as UTF-8, or bytes.
-        writer: tells this process's partial file from those of others that may write `path` too.
+    `writer` tells this process's partial file from those of others that may write `path` too.
     """
     put_in_place({path: write_partial(path, content, writer)})
 
@@ -107,10 +97,9 @@ def write_partial(path: Path, content: str | memoryview, writer: str = "") -> Pa
 
 
 def put_in_place(partials: Mapping[Path, Path]) -> None:
-    """The second half of it, for several files: the disk has much less to do than for one by one.
+    """The second half of it, for several files, what `write_partial` returned by the file's path.
 
-    Args:
-        partials: what `write_partial` returned, by the file's path.
+    The disk has much less to do than for one by one.
     """
     for partial in partials.values():
         sync(partial)

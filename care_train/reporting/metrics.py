@@ -28,13 +28,9 @@ class MetricsLogger:
         config: Mapping[str, Any],
         enabled: bool = True,
     ) -> None:
-        """Open metrics.jsonl for appending, and the trackers.
+        """Open metrics.jsonl for appending, and the trackers, which show `config`.
 
-        Args:
-            run_dir: the run's folder; created.
-            settings: which trackers.
-            config: the run's settings, for the trackers that show them.
-            enabled: False writes nothing (every rank but the first).
+        Without `enabled` (on every rank but the first) nothing is written.
 
         Raises:
             ValueError: a tracker that the settings ask for is not installed.

@@ -59,13 +59,9 @@ _SHARES = ("accuracy", "format", "greedy_accuracy", "greedy_format")
 
 
 def plot_learning_curves(metrics: Records, path: Path) -> None:
-    """One figure of a run: a panel per quantity the run logged, against the training step.
+    """A PNG of a run: a panel per quantity that it logged, against the training step.
 
     The light line is each step, the strong one its moving average, diamonds are evaluations.
-
-    Args:
-        metrics: the run's records; missing names and nulls leave gaps.
-        path: the PNG to write.
 
     Raises:
         ValueError: no record holds anything to plot.
@@ -145,12 +141,7 @@ def plot_comparison(
 
 
 def plot_signature(signature: Signature, path: Path) -> None:
-    """Fig. 2 of the paper from a run's own groups, and the check of alpha beside it.
-
-    Args:
-        signature: `k_signature` of the run.
-        path: the PNG to write.
-    """
+    """A PNG of Fig. 2 of the paper from a run's own groups, and the check of alpha beside it."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(12.6, 3.6)
         anchor, negative, alpha = figure.subplots(1, 3)
@@ -177,14 +168,8 @@ def plot_signature(signature: Signature, path: Path) -> None:
 def plot_replay(
     recorded: Sequence[float], replayed: Sequence[float], overlaps: Sequence[float], path: Path
 ) -> None:
-    """How a replay's advantages and chosen sets lie beside the run's own.
-
-    Args:
-        recorded: the advantages of the sequences that the run trained.
-        replayed: of those that the replay would train.
-        overlaps: of the two sets in each group.
-        path: the PNG to write.
-    """
+    """A PNG of the advantages of the sequences that a run trained and that its replay would train,
+    and of how far the two sets overlap in each group."""
     with matplotlib.rc_context(_STYLE):
         figure = _figure(8.4, 3.4)
         advantages, sets = figure.subplots(1, 2)

@@ -50,10 +50,7 @@ _GROUPS = {
 def write_report(run_dir: Path, summary: Row, metrics: Records) -> None:
     """Write report.md: what ran and what came of it, for those without the report page at hand.
 
-    Args:
-        run_dir: the run's folder; its PNGs and its archive's answers are taken in.
-        summary: the run's facts and scores; missing ones are left out.
-        metrics: the run's records.
+    The folder's PNGs and its archive's answers are taken in; what is missing is left out.
     """
     groups = markdown_table(("", "Count", "Share"), group_rows(metrics))
     again = "## Run it again\n\nEvery setting is in `config.yaml`."
@@ -74,12 +71,7 @@ def write_report(run_dir: Path, summary: Row, metrics: Records) -> None:
 
 
 def write_summary(run_dir: Path, summary: Row) -> None:
-    """Write summary.json; a kill leaves the old file or the new one, never half of one.
-
-    Args:
-        run_dir: the run's folder; created.
-        summary: JSON values; NaN and infinities become null.
-    """
+    """Write summary.json, NaN and infinities as null; a kill leaves the old file or the new one."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "summary.json", summary)
 
@@ -144,13 +136,8 @@ def _learnt(run_dir: Path) -> str:
 
 
 def compared_answers(before: Records, after: Records) -> str:
-    """Markdown: accuracy by question where few questions are asked of many images, and answers that
-    became right.
-
-    Args:
-        before: rows of an evaluation: `row_id`, `prompt`, `answer`, `decoding`, `text`, `accuracy`.
-        after: those of a later one of the same questions.
-    """
+    """Markdown of two evaluations' rows of the archive: accuracy by question where few are asked of
+    many images, and answers that became right."""
     decoding = "greedy" if any(row["decoding"] == "greedy" for row in after) else "sampled"
     first = {row["row_id"]: row for row in before if row["decoding"] == decoding}
     pairs = [

@@ -27,11 +27,6 @@ def printable(text: str, max_chars: int, max_lines: int) -> str:
 
     Control characters go: model output could otherwise move the cursor or rewrite the screen.
     What is too long loses its middle, because a response's answer stands at its end.
-
-    Args:
-        text: untrusted text.
-        max_chars: bound on its characters.
-        max_lines: bound on its lines.
     """
     # The bound comes first so that a huge text costs no more than a small one.
     if len(text) > max_chars:

@@ -22,6 +22,7 @@ from care_train.distributed import own_environment
 from care_train.integrations import trl_rollouts
 from care_train.integrations.trl import CareGRPOTrainer, check
 from care_train.integrations.trl_batch import picked, policy_terms
+from tests.integrations.care_trl_ranks import REPAIR, RIGHT, WORDS, WRONG, right
 from tests.integrations.trl_runs import build_trainer
 from tests.kernels.oracle import (
     reference_ratio,
@@ -31,16 +32,10 @@ from tests.kernels.oracle import (
 from tests.train.runs import run_ranks
 
 GROUP = 8
-RIGHT = "<think>{} and more</think> <answer>blue</answer>"
-WRONG = "<think>{} perhaps</think> <answer>red</answer>"
-BROKEN = "{} blue"
-WORDS = ("one", "two words", "three", "a", "b c", "d", "e f g", "h")
 GROUPS = (
-    # Right and wrong, some broken: anchored, with a reflection.
-    [RIGHT.format("the sky is wide"), RIGHT.format("sea"), BROKEN.format("x")]
-    + [
-        WRONG.format(text) for text in ("the sky is low", "a rose", "clay", "sea", "no idea at all")
-    ],
+    # Right and wrong, one broken: anchored, with a reflection.
+    [RIGHT.format("the sky is wide"), RIGHT.format("sea"), "x blue"]
+    + [WRONG.format(t) for t in ("the sky is low", "a rose", "clay", "sea", "no idea at all")],
     # All wrong: rescued.
     [WRONG.format(text) for text in WORDS],
     # All right: skipped.
@@ -48,13 +43,7 @@ GROUPS = (
     # One right.
     [RIGHT.format("the answer is clear")] + [WRONG.format(str(i) * (i + 1)) for i in range(7)],
 )
-REPAIR = "so it is the sky</think> <answer>blue</answer>"
 SLIP = "so it is a rose, I think</think> <answer>red</answer>"
-
-
-def right(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
-    """1 where the answer is blue."""
-    return [float("<answer>blue" in c[0]["content"]) for c in completions]
 
 
 def neat(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
@@ -88,10 +77,11 @@ def build(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Build:
     def make(
         kind: str = "tiny-qwen2", repairs: Sequence[str] = (REPAIR, SLIP), **settings: Any
     ) -> tuple[CareGRPOTrainer, Scripted]:
-        more = {name: settings.pop(name, None) for name in ("care", "peft_config")}
+        own = ("care", "peft_config", "accuracy", "processing_class")
+        more = {name: settings.pop(name) for name in own if name in settings}
 
         def trainer_class(**arguments: Any) -> CareGRPOTrainer:
-            return CareGRPOTrainer(**more, **arguments)
+            return CareGRPOTrainer(**(arguments | more))
 
         defaults = {
             "per_device_train_batch_size": 8,
@@ -348,21 +338,10 @@ def test_a_completion_without_accuracy_takes_no_part(build: Build, spied: None) 
         ({"accuracy": "rigth"}, "accuracy: got 'rigth', wanted one of the reward functions"),
     ),
 )
-def test_refuses(settings: dict[str, Any], message: str, tiny_folder: Any, tmp_path: Path) -> None:
+def test_refuses(settings: dict[str, Any], message: str, build: Build) -> None:
     """What CARE and TRL cannot have together is refused before the first step."""
-    accuracy = settings.pop("accuracy", None)
-
-    def trainer_class(**arguments: Any) -> CareGRPOTrainer:
-        return CareGRPOTrainer(accuracy=accuracy, **arguments)
-
-    defaults = {"per_device_train_batch_size": 8, "num_generations": 8, "reward": [right]}
     with pytest.raises(ValueError, match=message):
-        build_trainer(
-            tiny_folder("tiny-qwen2"),
-            tmp_path,
-            trainer_class=trainer_class,
-            **(defaults | settings),
-        )
+        build(**({"gradient_accumulation_steps": 2} | settings))
 
 
 def test_an_accuracy_outside_its_range_is_named(build: Build) -> None:
@@ -394,17 +373,12 @@ def test_a_group_that_trains_whole_does_not_reflect(build: Build, spied: None) -
     assert len(by_hand(trainer)[0][0].sequences) == GROUP
 
 
-def test_a_processor_that_pads_on_the_right_is_refused(tiny_folder: Any, tmp_path: Path) -> None:
+def test_a_processor_that_pads_on_the_right_is_refused(build: Build, tiny_folder: Any) -> None:
     """TRL pads prompts on the left: the processor's marks of image tokens would be shifted."""
-    folder = tiny_folder("tiny-qwen2.5-vl")
-    processor = AutoProcessor.from_pretrained(folder, padding_side="right")
-
-    def trainer_class(**arguments: Any) -> CareGRPOTrainer:
-        return CareGRPOTrainer(**(arguments | {"processing_class": processor}))
-
-    options = {"per_device_train_batch_size": 8, "num_generations": 8, "reward": [right]}
+    kind = "tiny-qwen2.5-vl"
+    processor = AutoProcessor.from_pretrained(tiny_folder(kind), padding_side="right")
     with pytest.raises(ValueError, match="padding_side='right'; wanted 'left'"):
-        build_trainer(folder, tmp_path, trainer_class=trainer_class, **options)
+        build(kind, processing_class=processor)
 
 
 RANKS = "tests.integrations.care_trl_ranks"

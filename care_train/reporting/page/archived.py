@@ -28,12 +28,7 @@ class ArchivedGroups:
         self._decode: Decode | None = None
 
     def read(self, run: Run, max_bytes: int) -> tuple[dict[str, Packed], str]:
-        """The packed files in order, by name; and what is left out, in words.
-
-        Args:
-            run: for its tags and its tokenizer.
-            max_bytes: of the archive's files; evenly spaced steps are left out beyond.
-        """
+        """The packed files by name, of steps evenly spaced to `max_bytes`; what is left out."""
         steps = _by_step(self._folder, "step")
         chosen = _spaced(steps, max_bytes)
         files = [file for step in chosen for file in step]
@@ -66,12 +61,8 @@ class ArchivedAnswers:
         self._note = ""
 
     def read(self, run: Run, max_bytes: int) -> tuple[dict[str, Packed], str]:
-        """The packed questions in order, by block; and what is left out, in words.
-
-        Args:
-            run: for its tags.
-            max_bytes: of the archive's files; evenly spaced evaluations are left out beyond.
-        """
+        """The packed questions by block, of evaluations evenly spaced to `max_bytes`; what is left
+        out."""
         steps = _by_step(self._folder, "eval")
         chosen = _spaced(steps, max_bytes)
         if chosen != self._chosen:

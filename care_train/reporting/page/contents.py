@@ -32,11 +32,7 @@ _SIGNATURE_TEXT = (
 
 
 def page_contents(runs: Sequence[Run]) -> Json:
-    """All of the page but its groups.
-
-    Args:
-        runs: in the order to show them.
-    """
+    """All of the page but its groups and answers."""
     compared = conditions(runs)
     return {
         "made": f"care-train {care_train.__version__}, {datetime.now(UTC):%d %B %Y %H:%M} UTC",

@@ -27,12 +27,7 @@ class LiveServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, folders: Sequence[Path], port: int = 0, max_mib: int = MAX_MIB) -> None:
-        """Read the runs and listen; `serve_forever` answers.
-
-        Args:
-            folders: the runs'.
-            port: 0: a free one.
-            max_mib: as `write_page`.
+        """Read the runs and listen, on a free port if it is 0; `serve_forever` answers.
 
         Raises:
             ValueError: a folder is not a run's, or the port is taken.
@@ -53,12 +48,7 @@ class LiveServer(ThreadingHTTPServer):
         return f"http://{_LOOPBACK}:{self.server_port}/{self._secret}/"
 
     def answer(self, host: str, path: str) -> tuple[HTTPStatus, str, bytes]:
-        """Status, type and content of what is at `path`.
-
-        Args:
-            host: the request's Host header.
-            path: the request's path.
-        """
+        """Status, type and content of what is at `path`, asked for with the header Host."""
         name, _, port = host.partition(":")
         if name.lower() not in _OWN_NAMES or port != str(self.server_port):
             return HTTPStatus.MISDIRECTED_REQUEST, "text/plain", b"this server has another name\n"
