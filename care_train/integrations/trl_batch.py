@@ -182,8 +182,11 @@ def put(
     filler: int,
     sampling_log_probs: Sequence[float | None] | None = None,
 ) -> None:
-    """Overwrite, in place, a row of a rollout of the same prompt, whose images stay: `prompt_ids` and
-    the rollout's prefix before, its tokens behind; `filler` pads a batch that is wide enough."""
+    """Overwrite, in place, a row of a rollout of the same prompt, whose images stay.
+
+    `prompt_ids` and the rollout's prefix stand before its tokens; `filler` pads a row that is wide
+    enough.
+    """
     context = [*prompt_ids, *rollout.prefix_ids]
     width, start = batch["prompt_ids"].shape[1], batch["prompt_ids"].shape[1] - len(context)
     for name in _TYPE_IDS:

@@ -33,8 +33,6 @@ class Chart:
     """The metric of evaluations, sampled and greedy, that is drawn as points."""
     note: str = ""
     stacked: bool = False
-    has_delta: bool = False
-    """Whether several conditions are also shown by their difference to the first, as in Fig. 6."""
     phase: str = "train"
 
 
@@ -99,14 +97,12 @@ CHARTS: Mapping[str, Sequence[Chart]] = {
             {"clipped_negative_answer": "clipped"},
             "share",
             note="Fig. 6, left: tokens of negatives' answers at the lower clip bound.",
-            has_delta=True,
         ),
         Chart(
             "Variance ratio",
             {"advantage_variance_ratio": "Var A[y-] / Var A[y+]"},
             note="Fig. 6, right: of the advantages that are trained, a step's negatives against "
             "its positives.",
-            has_delta=True,
         ),
     ),
     "Time": (
@@ -139,7 +135,7 @@ def charts(conditions: Mapping[str, Sequence[Records]]) -> list[Json]:
         label, the place of its condition and of its metric, kind (line | points | faint) and
         values at each x (None: none there); low and high where several seeds make a band.
     """
-    labels, compared = list(conditions), list(enumerate(conditions.values()))
+    compared = list(enumerate(conditions.values()))
     known = {key for _, seeds in compared for records in seeds for one in records for key in one}
     found: list[Json] = []
     for section, templates in CHARTS.items():
@@ -148,24 +144,7 @@ def charts(conditions: Mapping[str, Sequence[Records]]) -> list[Json]:
             for places in [[one] for one in compared] if chart.stacked else [compared]:
                 if series := list(_series(chart, places)):
                     found.append({"section": section} | _aligned(chart, series))
-                    if chart.has_delta:
-                        found.append(_delta(found[-1], labels))
-    return [chart for chart in found if chart["series"]]
-
-
-def _delta(chart: Json, labels: Sequence[str]) -> Json:
-    """What each condition's line has over the first condition's, step by step."""
-    lines = [one for one in chart["series"] if one["kind"] == "line"]
-    base = next((one["y"] for one in lines if one["condition"] == 0), [])
-    series = [
-        {name: one[name] for name in ("condition", "metric", "kind")}
-        | {"label": labels[one["condition"]]}
-        | {"y": [None if None in (a, b) else a - b for a, b in zip(one["y"], base, strict=True)]}
-        for one in lines
-        if one["condition"] > 0 and base
-    ]
-    title = f"{chart['title']}: difference to {labels[0]}"
-    return chart | {"title": title, "unit": "", "series": series}
+    return found
 
 
 def _split(chart: Chart, known: Collection[str]) -> Iterator[Chart]:

@@ -8,7 +8,7 @@ from typing import Any
 import care_train
 from care_train.reporting.archive import archive_files, read_archive
 from care_train.reporting.charts import charts
-from care_train.reporting.page.runs import Condition, Run, conditions, differences
+from care_train.reporting.page.runs import Run, conditions, differences
 from care_train.reporting.report import fact_rows, group_rows, score_rows
 from care_train.reporting.signature import (
     PAPER_ALPHA_R,
@@ -36,10 +36,10 @@ def page_contents(runs: Sequence[Run]) -> Json:
     compared = conditions(runs)
     return {
         "made": f"care-train {care_train.__version__}, {datetime.now(UTC):%d %B %Y %H:%M} UTC",
-        "conditions": [condition.label for condition in compared],
+        "conditions": list(compared),
         "tiles": _tiles(runs[0]) if len(runs) == 1 else [],
         "tables": [table for table in _tables(runs) if table["rows"]],
-        "charts": charts({one.label: [run.records for run in one.runs] for one in compared}),
+        "charts": charts({label: [run.records for run in own] for label, own in compared.items()}),
         "signature": _signature_contents(compared),
         "differences": _differences(runs) if len(runs) > 1 else None,
         "runs": [_run(run) for run in runs],
@@ -102,40 +102,37 @@ def _run(run: Run) -> Json:
     }
 
 
-def _signature_contents(conditions: Sequence[Condition]) -> Json | None:
+def _signature_contents(conditions: Mapping[str, Sequence[Run]]) -> Json | None:
     """Charts, text and table; None where no condition has anchored groups of two different K'."""
-    found = {
-        place: signature
-        for place, condition in enumerate(conditions)
-        if (signature := _signature(condition)) is not None
-    }
+    signatures = [_signature(runs) for runs in conditions.values()]
+    found = {place: one for place, one in enumerate(signatures) if one is not None}
     if not found:
         return None
-    labels = [conditions[place].label for place in found]
+    labels = list(conditions)
+    negatives = "Negatives: minus mean A_raw"
     return {
         "text": _SIGNATURE_TEXT,
         "charts": [
             _means(found, "Anchor: mean A_raw", "\u221aK'", math.sqrt, "anchor"),
-            _means(found, "Negatives: minus mean A_raw", "1/\u221aK'", _inverse_root, "negative"),
+            _means(found, negatives, "1/\u221aK'", lambda count: count**-0.5, "negative"),
             _alphas(found),
         ],
-        "table": {"header": ["", *labels, "paper"], "rows": _rows(list(found.values()))},
+        "table": {
+            "header": ["", *(labels[place] for place in found), "paper"],
+            "rows": _rows(list(found.values())),
+        },
     }
 
 
-def _signature(condition: Condition) -> Signature | None:
+def _signature(runs: Sequence[Run]) -> Signature | None:
     import pyarrow as pa
 
     tables = [
         read_archive(run.folder, columns=SIGNATURE_COLUMNS)
-        for run in condition.runs
+        for run in runs
         if archive_files(run.folder, "step")
     ]
     return k_signature(pa.concat_tables(tables)) if tables else None
-
-
-def _inverse_root(count: int) -> float:
-    return 1 / math.sqrt(count)
 
 
 def _means(found: Mapping[int, Signature], title: str, x_label: str, x_of: Any, role: str) -> Json:

@@ -40,14 +40,6 @@ class Run:
         return think or "think", answer or "answer"
 
 
-@dataclass(frozen=True)
-class Condition:
-    """Runs that differ in their seed alone: one curve with a band."""
-
-    label: str
-    runs: tuple[Run, ...]
-
-
 def read_run(folder: Path) -> Run:
     """What is there of a run, which may still be going on; a lone evaluation has no metrics.
 
@@ -68,20 +60,17 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def conditions(runs: Sequence[Run]) -> list[Condition]:
-    """`runs` by what decides their result beside the seed, in the order given."""
+def conditions(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """`runs` that differ in their seed alone, each one curve with a band, by the curve's label."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(repr(_deciding(run)), []).append(run)
     labels = [_label(group) for group in found.values()]
     # Two labels alike would be one curve to a reader.
-    unique = [
-        label if labels.count(label) == 1 else f"{label} [{group[0].name}]"
+    return {
+        label if labels.count(label) == 1 else f"{label} [{group[0].name}]": group
         for label, group in zip(labels, found.values(), strict=True)
-    ]
-    return [
-        Condition(label, tuple(group)) for label, group in zip(unique, found.values(), strict=True)
-    ]
+    }
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
