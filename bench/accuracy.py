@@ -22,13 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from bench.measure import (
-    describe,
-    devices,
-    machine_facts,
-    quieten,
-    run_contender,
-)
+from bench.measure import describe, devices, machine_facts, quieten, run_contender
 from bench.peers import (
     OURS,
     PEERS,

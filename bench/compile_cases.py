@@ -95,16 +95,7 @@ def compile_case(
         for argument in fn.arg_names
     }
     return CompileCase(
-        name,
-        fn,
-        signature,
-        constexprs,
-        num_warps,
-        num_stages,
-        grid,
-        flops,
-        hbm_bytes,
-        odd,
+        name, fn, signature, constexprs, num_warps, num_stages, grid, flops, hbm_bytes, odd
     )
 
 

@@ -27,14 +27,7 @@ from rich.progress import Progress
 
 from bench.accuracy import Truth, relative_error, true_outcome
 from bench.loss_report import Cell, Findings, Result, append_csv, figures, print_tables
-from bench.measure import (
-    devices,
-    interleave,
-    machine_facts,
-    peak_memory,
-    quieten,
-    run_contender,
-)
+from bench.measure import devices, interleave, machine_facts, peak_memory, quieten, run_contender
 from bench.peers import (
     OURS,
     PEERS,

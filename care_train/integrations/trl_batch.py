@@ -17,11 +17,7 @@ from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_b
 from care_kernels.integrations.trl import PolicyTerms, policy_surrogate
 from care_train.algorithm.region_weights import spread_advantages
 from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, TrainSequence
-from care_train.integrations.trl_rollouts import (
-    completion_log_probs,
-    largest,
-    reference_log_probs,
-)
+from care_train.integrations.trl_rollouts import completion_log_probs, largest, reference_log_probs
 
 _TYPE_IDS = ("token_type_ids", "mm_token_type_ids")
 

@@ -24,11 +24,7 @@ from care_train.integrations.trl import CareGRPOTrainer, check
 from care_train.integrations.trl_batch import picked, policy_terms
 from tests.integrations.care_trl_ranks import REPAIR, RIGHT, WORDS, WRONG, right
 from tests.integrations.trl_runs import build_trainer
-from tests.kernels.oracle import (
-    reference_ratio,
-    reference_sampled_kl,
-    reference_surrogate,
-)
+from tests.kernels.oracle import reference_ratio, reference_sampled_kl, reference_surrogate
 from tests.train.runs import run_ranks
 
 GROUP = 8
@@ -290,8 +286,7 @@ def test_it_trains_adapters_over_4_bits(build: Build, tiny_folder: Any) -> None:
     """QLoRA: bitsandbytes' weights stay, the adapters move, the reference is without them."""
     pytest.importorskip("bitsandbytes")
     quantised = AutoModelForImageTextToText.from_pretrained(
-        tiny_folder("tiny-qwen2.5-vl"),
-        quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+        tiny_folder("tiny-qwen2.5-vl"), quantization_config=BitsAndBytesConfig(load_in_4bit=True)
     )
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     trainer, _ = build("tiny-qwen2.5-vl", model=quantised, peft_config=lora, beta=0.1)
