@@ -172,7 +172,7 @@ class Contest:
         self._entrants: dict[str, Entrant] = {}
         self._table: dict[str, dict[str, Any]] = {}
 
-    def measure(self, entrants: dict[str, Entrant], *, rounds: int, memory: bool = True) -> None:
+    def measure(self, entrants: dict[str, Entrant], *, rounds: int) -> None:
         """Warm up and check the new entrants, then time all of them in turns."""
         bench = self._bench
         problem = make_problem(self._rows, self._width, self._vocab, bench.device)
@@ -188,7 +188,7 @@ class Contest:
         calls = {name: partial(e.run, problem) for name, e in self._entrants.items()}
         for name, times in time_in_turns(bench, calls, rounds).items():
             self._table.setdefault(name, {})["ms"] = times
-        for name in entrants if memory else ():
+        for name in entrants:
             if name in self._entrants:
                 peak = attempt(bench, f"memory of {name}", partial(peak_mib, bench, calls[name]))
                 self._table[name]["peak_mib"] = None if peak is None else round(peak)

@@ -268,9 +268,9 @@ def _configs(run: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, tup
     return now, changes
 
 
-def show_replay(replayed: Replay, console: Console | None = None) -> None:
+def show_replay(replayed: Replay) -> None:
     """Print the totals beside the run's own."""
-    console = console or Console()
+    console = Console()
     summary = replayed.summary()
     changes = ", ".join(f"{key}={new}" for key, (_, new) in replayed.changes.items())
     console.print(Text(f"{replayed.run}: {changes or 'its own settings'}"), soft_wrap=True)

@@ -81,16 +81,16 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
-def write_file(path: Path, content: str | memoryview, writer: str = "") -> None:
-    """Write `path` whole, text as UTF-8: a kill leaves the old content or the new.
-
-    `writer` tells this process's partial file from those of others that may write `path` too.
-    """
-    put_in_place({path: write_partial(path, content, writer)})
+def write_file(path: Path, content: str | memoryview) -> None:
+    """Write `path` whole, text as UTF-8: a kill leaves the old content or the new."""
+    put_in_place({path: write_partial(path, content)})
 
 
 def write_partial(path: Path, content: str | memoryview, writer: str = "") -> Path:
-    """The first half of `write_file`, whose arguments it has: the partial file, not yet synced."""
+    """The first half of `write_file`: the partial file, not yet synced.
+
+    `writer` tells this process's from those of others that may write `path` too.
+    """
     partial = path.with_name(f"{path.name}{writer}{PARTIAL}")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     return partial

@@ -18,6 +18,8 @@ SIGNATURE_COLUMNS = (
 )
 """All of an archive that `k_signature` reads."""
 
+_NUM_NEGATIVES = range(2, 8)
+"""The K' of Fig. 2."""
 PAPER_R_SQUARED = (0.223, 0.555)
 """Of the paper's fits over all groups: anchor, negatives (Sec. 4.3)."""
 PAPER_ALPHA_R = 0.998
@@ -78,21 +80,17 @@ class _Group(NamedTuple):
     alpha: float
 
 
-def k_signature(groups: "pa.Table", num_negatives: range = range(2, 8)) -> Signature | None:
-    """Fig. 2 from an archive; None with fewer than two different K'.
+def k_signature(groups: "pa.Table") -> Signature | None:
+    """Fig. 2 from `read_archive` of a CARE run; None with fewer than two different K' of 2 to 7.
 
     Counted are anchored groups of one positive: without a repaired negative, which is a second one,
     and with more than one reward, without which nothing is normalised. With Var_- the population
     variance Eq. 9 is exact but for eps, so that r below 1 says that the run's advantages are not
     those of the paper.
-
-    Args:
-        groups: `read_archive` of a CARE run, with at least `SIGNATURE_COLUMNS`.
-        num_negatives: the K' to take; the paper's are 2 to 7.
     """
     rows = groups.select(["outcome", "rollouts"]).to_pylist()
     anchored = [_group(row["rollouts"]) for row in rows if row["outcome"] == "anchored"]
-    found = [one for one in anchored if one is not None and one.num_negatives in num_negatives]
+    found = [one for one in anchored if one is not None and one.num_negatives in _NUM_NEGATIVES]
     sizes = sorted({group.num_negatives for group in found})
     if len(sizes) < 2:
         return None
