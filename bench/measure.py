@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -31,7 +31,6 @@ from bench.peers import (
 )
 
 _CPU_FLAGS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,24 +70,25 @@ def interleave(
             done = seconds[name]
             if done and sum(done) + max(done) > budget_seconds:
                 continue
-            done.append(timed(calls[name], device)[1])
+            done.append(seconds_of(calls[name], device))
             after_call(name)
     return seconds
 
 
-def timed(call: Callable[[], T], device: str) -> tuple[T, float]:
-    """The call's result and how many seconds it took, the GPU's work included."""
+def seconds_of(call: Callable[[], object], device: str) -> float:
+    """How long a call takes, on a GPU by CUDA events; its result is dropped within it."""
     gc.collect()
-    _synchronize(device)
-    start = time.perf_counter()
-    result = call()
-    _synchronize(device)
-    return result, time.perf_counter() - start
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def peak_memory(
@@ -127,11 +127,12 @@ def _peaks(task: dict[str, Any], device: str) -> dict[int, int]:
     for rows in task["rows"]:
         part = problem.first(rows)
         for _ in range(task["runs"]):
-            peaks[rows] = _peak_of(lambda part=part: run(part), device)
+            peaks[rows] = peak_of(lambda part=part: run(part), device)
     return peaks
 
 
-def _peak_of(call: Callable[[], object], device: str) -> int:
+def peak_of(call: Callable[[], object], device: str) -> int:
+    """Bytes that a call adds at its peak, its results included."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

@@ -8,7 +8,6 @@ Shape letters: N rows, D hidden, V vocabulary.
 
 import gc
 import signal
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import TypeVar
 import torch
 
 from bench.gpu.section import Bench
+from bench.measure import interleave, peak_of
 
 T = TypeVar("T")
 MIB = 2**20
@@ -75,42 +75,17 @@ def release(bench: Bench) -> None:
         torch.cuda.empty_cache()
 
 
-def milliseconds(bench: Bench, call: Callable[[], object]) -> float:
-    """One call's time; its result is dropped within it."""
-    if bench.dry:
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start_event.record()
-    call()
-    end_event.record()
-    end_event.synchronize()
-    return start_event.elapsed_time(end_event)
-
-
 def time_in_turns(
     bench: Bench, calls: Mapping[str, Callable[[], object]], rounds: int, *, budget: float = 3.0
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, all taken in turns after a round that does not count.
 
-    The order rotates from round to round, so that a throttling clock or a busy moment hits all
-    alike. A call that has used its budget of seconds leaves the rounds.
+    A call that has used its budget of seconds leaves the rounds.
     """
-    names = list(calls)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    if not names:
-        return times
     for call in calls.values():
         call()
-    synchronize(bench)
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            done = times[name]
-            if not done or sum(done) + max(done) <= 1e3 * budget:
-                done.append(milliseconds(bench, calls[name]))
-    return times
+    times = interleave(calls, rounds if calls else 0, budget, bench.device)
+    return {name: [1e3 * seconds for seconds in found] for name, found in times.items()}
 
 
 def peak_mib(bench: Bench, call: Callable[[], object]) -> float | None:
@@ -118,13 +93,7 @@ def peak_mib(bench: Bench, call: Callable[[], object]) -> float | None:
     if bench.dry:
         call()
         return None
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / MIB
+    return peak_of(call, "cuda") / MIB
 
 
 def is_context_lost(error: BaseException) -> bool:

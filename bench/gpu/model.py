@@ -5,7 +5,6 @@ the batch looks like CARE's: of each group one anchor, near misses, and response
 rows the loss skips. Time and peak memory of forward, loss, backward and AdamW's step.
 """
 
-import gc
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.measuring import MIB, attempt, milliseconds, release, rounded
+from bench.gpu.measuring import attempt, peak_mib, release, rounded, time_in_turns
 from bench.gpu.section import Bench
 from care_kernels import Clip, care_loss
 
@@ -200,22 +199,14 @@ def _update(bench: Bench, model: Any, batch: dict[str, Any], loss_of: Any) -> di
         return value
 
     value = step()
-    gc.collect()
-    peak = None
-    if not bench.dry:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        peak = round((torch.cuda.max_memory_allocated() - before) / MIB)
-    times = sorted(milliseconds(bench, step) for _ in range(1 if bench.dry else 3))
+    peak = peak_mib(bench, step)
+    times = time_in_turns(bench, {"step": step}, 1 if bench.dry else 3)["step"]
     gradient = _gradient_norm(model, batch, loss_of)
     return {
         "loss": rounded(value, 5),
         "gradient_norm": rounded(gradient, 4),
-        "ms": rounded(times[len(times) // 2], 4),
-        "peak_mib_beyond_weights_and_states": peak,
+        "ms": rounded(sorted(times)[len(times) // 2], 4),
+        "peak_mib_beyond_weights_and_states": None if peak is None else round(peak),
     }
 
 

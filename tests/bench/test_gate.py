@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench import gate
-from bench.gate import Difference, comparison, differences, numbers_of, weights_digest
+from bench.gate import comparison, differences, numbers_of, weights_digest
 
 
 def _lines(change: Callable[[list[dict]], object] = lambda records: None) -> list[str]:
@@ -28,41 +28,34 @@ EQUAL = numbers_of(_lines())
 
 
 def test_a_run_equals_itself_whatever_the_clock_says() -> None:
-    def later(records: list[dict]) -> None:
-        records[1] |= {"time": 9.0, "seconds": 8.0, "seconds_new_part": 1.0, "tokens_per_second": 7}
-
-    assert numbers_of(_lines(later)) == EQUAL
+    clock = {"time": 9.0, "seconds": 8.0, "seconds_new_part": 1.0, "tokens_per_second": 7}
+    assert numbers_of(_lines(lambda records: records[1].update(clock))) == EQUAL
     nothing = {"changed": 0, "first": "", "missing": {}, "added": {}}
     assert comparison(EQUAL, EQUAL) == {"steps": 2, "numbers": 5, **nothing}
 
 
-def test_one_bit_is_a_difference() -> None:
-    other = numbers_of(_lines(lambda records: records[1].update(loss=0.1 + 2**-56)))
-    found = differences(EQUAL, other)
-    assert found == [Difference("train 1: loss", (0.1).hex(), (0.1 + 2**-56).hex())]
-    first = comparison(EQUAL, other)["first"]
-    assert first == "train 1: loss 0.1 -> 0.10000000000000002 (relative 1.4e-16)"
-
-
-def test_minus_zero_and_not_finite_are_differences() -> None:
-    zero = numbers_of(_lines(lambda records: records[1].update(loss=0.0)))
-    minus = numbers_of(_lines(lambda records: records[1].update(loss=-0.0)))
-    assert str(*differences(zero, minus)) == "train 1: loss 0.0 -> -0.0 (relative 0.0e+00)"
-    lost = numbers_of(_lines(lambda records: records[1].update(loss=None)))
-    assert str(*differences(EQUAL, lost)) == "train 1: loss 0.1 -> null"
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (0.1, 0.1 + 2**-56, "0.1 -> 0.10000000000000002 (relative 1.4e-16)"),
+        (0.0, -0.0, "0.0 -> -0.0 (relative 0.0e+00)"),
+        (0.1, None, "0.1 -> null"),
+    ],
+    ids=["one bit", "minus zero", "not finite"],
+)
+def test_the_least_change_is_a_difference(old: float, new: float | None, said: str) -> None:
+    one, other = (numbers_of(_lines(lambda r, v=v: r[1].update(loss=v))) for v in (old, new))
+    assert [str(found) for found in differences(one, other)] == [f"train 1: loss {said}"]
+    assert comparison(one, other)["first"] == f"train 1: loss {said}"
 
 
 def test_a_missing_step_and_a_missing_key_are_differences() -> None:
     without_step = numbers_of(_lines(lambda records: records.pop()))
     names = [difference.name for difference in differences(EQUAL, without_step)]
     assert names == ["train 2: loss", "train 2: groups"]
-    lost = {"train: loss": 1, "train: groups": 1}
-    assert comparison(EQUAL, without_step) == comparison(EQUAL, EQUAL) | {
-        "steps": 1,
-        "missing": lost,
-    }
+    lost = {"steps": 1, "missing": {"train: loss": 1, "train: groups": 1}}
+    assert comparison(EQUAL, without_step) == comparison(EQUAL, EQUAL) | lost
     without_key = numbers_of(_lines(lambda records: records[2].pop("groups")))
-    assert str(*differences(EQUAL, without_key)) == "train 2: groups 4.0 -> missing"
     assert str(*differences(without_key, EQUAL)) == "train 2: groups missing -> 4.0"
     # A change is seen beside keys that are new.
     other = comparison(without_key, EQUAL | {"train 1: loss": (0.2).hex()})

@@ -48,8 +48,14 @@ def test_a_budget_ends_training(seconds: float, sequences: int | None, stops: li
         assert control.should_training_stop == stop
 
 
-def test_it_runs_whole(tmp_path, capsys):
-    """Both algorithms from one cold start, GRPO with CARE's budget; the last line is JSON."""
+def test_it_runs_whole(tmp_path, capsys, monkeypatch):
+    """Both algorithms from one cold start, GRPO with CARE's budget; the last line is JSON.
+
+    Without a GPU and --quick it says how to try it, and measures nothing.
+    """
+    monkeypatch.setattr(gpu_experiment.torch.cuda, "is_available", lambda: False)
+    assert gpu_experiment.main([]) == 1
+    assert "--quick" in capsys.readouterr().err
     words = ["--quick", "--model", "tiny-qwen2", "--output", str(tmp_path)]
     assert gpu_experiment.main([*words, "--overrides", "rollout.max_new_tokens=8"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -57,10 +63,3 @@ def test_it_runs_whole(tmp_path, capsys):
     assert found["care"]["accuracy_before"] == found["grpo"]["accuracy_before"]
     assert found["care"]["steps"] == 2 and found["care"]["decoded_tokens"] > 0
     assert 0 <= found["grpo"]["sampled_sequences"] - found["care"]["sampled_sequences"] < 8
-
-
-def test_it_wants_a_gpu(monkeypatch, capsys):
-    """Without one it says how to try it, and measures nothing."""
-    monkeypatch.setattr(gpu_experiment.torch.cuda, "is_available", lambda: False)
-    assert gpu_experiment.main([]) == 1
-    assert "--quick" in capsys.readouterr().err
