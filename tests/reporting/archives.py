@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from care_train.reporting.archive import ArchiveWriter
-from care_train.reporting.archive_schema import SPAN_COLUMNS
+from care_train.reporting.archive_schema import group_schema
 from care_train.reporting.files import JsonlWriter
 
 _ROLES = ("anchor", "hard_negative", "hard_negative", "unused")
@@ -53,18 +53,11 @@ def group(
     """One group whose rollouts said `texts`; the first is right."""
     pairs = zip(texts, roles, strict=True)
     rollouts = [_rollout(text, role, is_right=not i) for i, (text, role) in enumerate(pairs)]
-    row = _question(place) | {
-        "rank": 0,
-        "group": place,
-        "outcome": "anchored",
-        "reason": "",
-        "num_correct": 1,
-        "num_negatives": 2,
-        "equalize_factor": 1.0,
-        "anchor_clamped": False,
-        "reflection": "none",
-        "reflect_on": None,
-        "pair_distances": None,
+    row = {
+        **_question(place),
+        **{"rank": 0, "group": place, "outcome": "anchored", "reason": "", "num_correct": 1},
+        **{"num_negatives": 2, "equalize_factor": 1.0, "anchor_clamped": False},
+        **{"reflection": "none", "reflect_on": None, "pair_distances": None},
         "rollouts": rollouts,
     }
     return row | changes
@@ -100,30 +93,25 @@ def _answer(text: str, is_right: bool) -> dict[str, Any]:
 def _rollout(text: str, role: str, is_right: bool) -> dict[str, Any]:
     numbers = np.linspace(0, 1, 8, dtype=np.float32)
     is_trained = role != "unused"
-    values = {
+    credited = {
         "token_weights": numbers,
         "token_advantages": numbers if is_right else -numbers,
         "entropy": numbers,
         "ref_log_probs": -numbers,
         "clipped": np.zeros(8, np.int8),
     }
-    spans = dict.fromkeys(SPAN_COLUMNS)
-    return _answer(text, is_right) | {
-        **spans,
-        "think_start": 0,
-        "think_end": 5,
-        "answer_start": 5,
-        "answer_end": 8,
+    return {
+        **dict.fromkeys(group_schema().field("rollouts").type.value_type.names),
+        **_answer(text, is_right),
+        **{"think_start": 0, "think_end": 5, "answer_start": 5, "answer_end": 8},
         "prefix_ids": np.empty(0, np.int32),
         "role": role,
         "trained": is_trained,
         "rank_of_negative": 1 if role == "hard_negative" else None,
         "distance": 0.0 if is_right else 0.25,
-        "reflected_from": None,
         "raw_advantage": 1.4 if is_right else -0.7,
         "sequence_advantage": 1.4 if is_right else -0.35,
         "old_log_probs": -numbers,
         "old_log_prob_sum": -4.0,
-        "rollout_log_probs": None,
-        **(values if is_trained else dict.fromkeys(values)),
+        **(credited if is_trained else {}),
     }
