@@ -16,7 +16,7 @@ become vectors; the sources here make the same assumptions, which hold at these 
 Shape letters: C rows of the chunk, D hidden, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from importlib import import_module
 from typing import Any
 
@@ -45,15 +45,16 @@ class CompileCase:
     name: str
     fn: Any
     """The function that `@triton.jit` made."""
-    signature: dict[str, str]
-    """Type of each argument, such as "*bf16", "i32", "fp32" or "constexpr"."""
+    types: dict[str, str]
+    """Of its arguments, such as "*bf16", "i32" or "fp32"; i32 where not named."""
     constexprs: dict[str, Any]
-    """Value of each "constexpr" argument; None stands for an absent pointer."""
+    """Values of "constexpr" arguments; None stands for an absent pointer."""
+    _: KW_ONLY
     num_warps: int
-    num_stages: int
+    num_stages: int = 1
     grid: str
     """Programs of one launch, in words."""
-    flops: int
+    flops: int = 0
     """Multiply-adds count as two; matrix products only."""
     hbm_bytes: int
     """Each input read once, each output written once."""
@@ -62,41 +63,22 @@ class CompileCase:
 
     def source(self) -> ASTSource:
         """What `triton.compile` takes."""
+        signature = {
+            name: "constexpr" if name in self.constexprs else self.types.get(name, "i32")
+            for name in self.fn.arg_names
+        }
         aligned = {
             (index,): [["tt.divisibility", ALIGNMENT]]
             for index, parameter in enumerate(self.fn.params)
-            if self.signature[parameter.name].startswith(("*", "i"))
+            if signature[parameter.name].startswith(("*", "i"))
             and not parameter.do_not_specialize
             and parameter.name not in self.odd
         }
-        return ASTSource(self.fn, self.signature, self.constexprs, aligned)
+        return ASTSource(self.fn, signature, self.constexprs, aligned)
 
     def options(self) -> dict[str, int]:
         """Launch options of `triton.compile`."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-def compile_case(
-    name: str,
-    fn: Any,
-    types: dict[str, str],
-    constexprs: dict[str, Any],
-    *,
-    num_warps: int,
-    num_stages: int = 1,
-    grid: str,
-    flops: int = 0,
-    hbm_bytes: int,
-    odd: tuple[str, ...] = (),
-) -> CompileCase:
-    """A case with the signature in argument order; integers not named in `types` are i32."""
-    signature = {
-        argument: "constexpr" if argument in constexprs else types.get(argument, "i32")
-        for argument in fn.arg_names
-    }
-    return CompileCase(
-        name, fn, signature, constexprs, num_warps, num_stages, grid, flops, hbm_bytes, odd
-    )
 
 
 def compile_cases(architecture: str = "9") -> list[CompileCase]:
@@ -160,7 +142,7 @@ def _project_case(
     if name.endswith("odd_vocabulary"):
         odd = ("vocab_size",)
     exp_bytes = 0 if "exps" in absent else 2 * NUM_ROWS * VOCAB_SIZE
-    return compile_case(
+    return CompileCase(
         name,
         kernel,
         types,
@@ -196,7 +178,7 @@ def _exp_gradients_cases(architecture: str) -> list[CompileCase]:
             "BLOCK_T": softmax.BLOCK_V // tile_size,
         }
         cases.append(
-            compile_case(
+            CompileCase(
                 f"exp_gradients{suffix}",
                 kernel,
                 types,
@@ -212,7 +194,7 @@ def _exp_gradients_cases(architecture: str) -> list[CompileCase]:
 def _token_advantages_case() -> CompileCase:
     """The paper's two regions and four of a trainer's."""
     kernel, block = region_weights._paint_kernel, region_weights.BLOCK
-    return compile_case(
+    return CompileCase(
         "token_advantages",
         kernel,
         _pointers(kernel) | dict.fromkeys(("spans_ptr", "ends_ptr"), "*i64"),
@@ -227,7 +209,7 @@ def _span_means_case() -> CompileCase:
     """Columns side by side; padded and packed states differ in a stride alone."""
     block_t, block_d = rationale_distance.BLOCK_T, rationale_distance.BLOCK_D
     indices = dict.fromkeys(("starts_ptr", "spans_ptr"), "*i64")
-    return compile_case(
+    return CompileCase(
         "span_means",
         rationale_distance._span_means_kernel,
         {"means_ptr": "*fp32", "hidden_ptr": "*bf16"} | indices,

@@ -9,7 +9,7 @@ import pytest
 import triton
 import triton.language as tl
 
-from bench.compile_cases import CompileCase, compile_case
+from bench.compile_cases import CompileCase
 from bench.compiled import TARGETS, Outcome, Target, compile_for, figures, roofline_ms
 
 
@@ -50,7 +50,7 @@ def _spilling_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 def _spilling_case() -> CompileCase:
     types = {"x_ptr": "*fp32", "out_ptr": "*fp32"}
-    return compile_case(
+    return CompileCase(
         "spilling",
         _spilling_kernel,
         types,
