@@ -81,11 +81,7 @@ CHARTS: Mapping[str, Sequence[Chart]] = {
             {"groups_all_correct/groups": "all correct", "groups_all_wrong/groups": "all wrong"},
             "share",
         ),
-        Chart(
-            "Reflection success",
-            {"reflection_success": "reflections that turned out correct"},
-            "share",
-        ),
+        Chart("Reflection success", {"reflection_success": "that turned out correct"}, "share"),
         Chart(
             "Sequences trained",
             {"trained_sequences/sampled_sequences": "of those sampled"},
@@ -124,19 +120,16 @@ _TIMES = {
 }
 
 
-def charts(conditions: Mapping[str, Sequence[Records]]) -> list[Json]:
-    """Every chart that a run has values for.
-
-    Args:
-        conditions: what is compared: label -> the records of each seed.
+def charts(conditions: Sequence[Sequence[Records]]) -> list[Json]:
+    """Every chart that a run has values for, of conditions to compare: the records of each seed.
 
     Returns:
         Per chart: section, title, unit, note, stacked, x (steps) and series; of each series the
         label, the place of its condition and of its metric, kind (line | points | faint) and
         values at each x (None: none there); low and high where several seeds make a band.
     """
-    compared = list(enumerate(conditions.values()))
-    known = {key for _, seeds in compared for records in seeds for one in records for key in one}
+    compared = list(enumerate(conditions))
+    known = {key for seeds in conditions for records in seeds for one in records for key in one}
     found: list[Json] = []
     for section, templates in CHARTS.items():
         for chart in (part for template in templates for part in _split(template, known)):
@@ -169,7 +162,8 @@ def _series(chart: Chart, conditions: Sequence[tuple[int, Sequence[Records]]]) -
                 elif line["kind"] == "line":
                     # What is stacked adds up, which single steps and bands beside it would not.
                     yield {name: line[name] for name in line if name not in ("low", "high")}
-        for metric, (name, label) in enumerate(_EVALUATED.items(), len(chart.lines)):
+        evaluated = _EVALUATED if chart.evaluated else {}
+        for metric, (name, label) in enumerate(evaluated.items(), len(chart.lines)):
             found = {"condition": place, "metric": metric, "label": label, "kind": "points"}
             yield from _lines(found, seeds, "eval", name.format(chart.evaluated), smooth=False)
 

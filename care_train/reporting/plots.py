@@ -66,7 +66,7 @@ def plot_learning_curves(metrics: Records, path: Path) -> None:
     Raises:
         ValueError: no record holds anything to plot.
     """
-    found = {chart["title"]: chart for chart in charts({"": [metrics]})}
+    found = {chart["title"]: chart for chart in charts([[metrics]])}
     panels = [found[title] for title in _PANELS if title in found]
     panels = panels or [found[title] for title in ("Cold start",) if title in found]
     if not panels:

@@ -58,7 +58,7 @@ def test_seeds_are_a_band(tmp_path: Path) -> None:
     folders = [_run(tmp_path / f"s{seed}", f"seed: {seed}\n", seed=seed) for seed in range(3)]
     runs = [read_run(folder) for folder in folders]
     assert conditions(runs) == {"s, 3 seeds": runs}
-    found = charts({"s, 3 seeds": [run.records for run in runs]})
+    found = charts([[run.records for run in runs]])
     (line,) = next(chart for chart in found if chart["title"] == "Accuracy")["series"]
     values = [np.array([record["accuracy"] for record in run.records]) for run in runs]
     averages = [smoothed(one, average_window(30)) for one in values]
@@ -79,7 +79,7 @@ def test_runs_of_different_settings_are_not_one_band(tmp_path: Path) -> None:
 
 def test_shares_of_a_stack_add_up(tmp_path: Path) -> None:
     """Trained, rescued and skipped groups are all groups."""
-    found = charts({"run": [read_run(_run(tmp_path / "run")).records]})
+    found = charts([[read_run(_run(tmp_path / "run")).records]])
     series = next(chart for chart in found if chart["stacked"])["series"]
     assert [sum(values) for values in zip(*(one["y"] for one in series), strict=True)] == [1.0] * 30
 

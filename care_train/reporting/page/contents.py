@@ -39,7 +39,7 @@ def page_contents(runs: Sequence[Run]) -> Json:
         "conditions": list(compared),
         "tiles": _tiles(runs[0]) if len(runs) == 1 else [],
         "tables": [table for table in _tables(runs) if table["rows"]],
-        "charts": charts({label: [run.records for run in own] for label, own in compared.items()}),
+        "charts": charts([[run.records for run in own] for own in compared.values()]),
         "signature": _signature_contents(compared),
         "differences": _differences(runs) if len(runs) > 1 else None,
         "runs": [_run(run) for run in runs],
