@@ -17,20 +17,14 @@ import pytest
 from care_train.cli import main
 from care_train.reporting.charts import charts
 from care_train.reporting.curves import average_window, mean_interval, smoothed
-from care_train.reporting.files import JsonlWriter
 from care_train.reporting.page import LiveServer, Page, write_page
 from care_train.reporting.page.runs import conditions, differences, read_run
-from tests.reporting.archives import group, invented_groups, write_evaluation, write_run
-
-
-def _run(folder: Path, config: str = "", steps: int = 30, seed: int = 0) -> Path:
-    writer = JsonlWriter(folder / "metrics.jsonl")
-    for step in range(1, steps + 1):
-        values = {"accuracy": (step * (1 + seed)) % 7 / 7, "groups": 8, "groups_skipped": 2}
-        writer.write({"phase": "train", "step": step, **values})
-    writer.close()
-    (folder / "config.yaml").write_text(config)
-    return folder
+from tests.reporting.archives import (
+    group,
+    invented_groups,
+    write_evaluation,
+    write_metrics,
+)
 
 
 def _block(page: Page, name: str) -> Any:
@@ -39,7 +33,7 @@ def _block(page: Page, name: str) -> Any:
 
 def test_a_page_carries_all_it_needs_and_allows_nothing_else(tmp_path: Path) -> None:
     """The policy names the scripts and the style by their hashes; no address is loaded."""
-    write_page([_run(tmp_path / "run")], tmp_path / "report.html")
+    write_page([write_metrics(tmp_path / "run")], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
     assert policy is not None
@@ -55,7 +49,9 @@ def test_a_page_carries_all_it_needs_and_allows_nothing_else(tmp_path: Path) -> 
 
 def test_seeds_are_a_band(tmp_path: Path) -> None:
     """Each step's mean and 95 % interval over the seeds' moving averages."""
-    folders = [_run(tmp_path / f"s{seed}", f"seed: {seed}\n", seed=seed) for seed in range(3)]
+    folders = [
+        write_metrics(tmp_path / f"s{seed}", f"seed: {seed}\n", seed=seed) for seed in range(3)
+    ]
     runs = [read_run(folder) for folder in folders]
     assert conditions(runs) == {"s, 3 seeds": runs}
     found = charts([[run.records for run in runs]])
@@ -69,9 +65,11 @@ def test_seeds_are_a_band(tmp_path: Path) -> None:
 
 def test_runs_of_different_settings_are_not_one_band(tmp_path: Path) -> None:
     """Settings that decide the result part the runs; names, logging and limits do not."""
-    care = _run(tmp_path / "a", "algorithm: care\nname: a\n")
-    same = _run(tmp_path / "b", "algorithm: care\nname: b\nseed: 1\nlogging: {progress: false}\n")
-    grpo = _run(tmp_path / "c", "algorithm: grpo\nname: c\n")
+    care = write_metrics(tmp_path / "a", "algorithm: care\nname: a\n")
+    same = write_metrics(
+        tmp_path / "b", "algorithm: care\nname: b\nseed: 1\nlogging: {progress: false}\n"
+    )
+    grpo = write_metrics(tmp_path / "c", "algorithm: grpo\nname: c\n")
     runs = [read_run(folder) for folder in (care, same, grpo)]
     assert [len(own) for own in conditions(runs).values()] == [2, 1]
     assert differences(runs)["algorithm"] == ["care", "care", "grpo"]
@@ -79,14 +77,14 @@ def test_runs_of_different_settings_are_not_one_band(tmp_path: Path) -> None:
 
 def test_shares_of_a_stack_add_up(tmp_path: Path) -> None:
     """Trained, rescued and skipped groups are all groups."""
-    found = charts([[read_run(_run(tmp_path / "run")).records]])
+    found = charts([[read_run(write_metrics(tmp_path / "run")).records]])
     series = next(chart for chart in found if chart["stacked"])["series"]
     assert [sum(values) for values in zip(*(one["y"] for one in series), strict=True)] == [1.0] * 30
 
 
 def test_a_large_archive_is_thinned_evenly(tmp_path: Path, monkeypatch: Any) -> None:
     """Evenly spaced steps with the last one, no more than asked for, and the page says so."""
-    run = write_run(tmp_path / "run", list(invented_groups(64)), per_step=4)
+    run = writewrite_metrics(tmp_path / "run", list(invented_groups(64)), per_step=4)
     sizes = [path.stat().st_size for path in (run / "archive").glob("*.parquet")]
     monkeypatch.setattr("care_train.reporting.page.page._MIB", -(-sum(sizes) // 4))
     page = Page([run], max_mib=1)
@@ -121,7 +119,7 @@ def test_answers_of_a_lone_evaluation_are_a_page(tmp_path: Path, monkeypatch: An
 def test_without_a_tokenizer_spans_are_shaded(tmp_path: Path) -> None:
     """Rationale and answer are a piece each, with the mean of their tokens' values."""
     text = "<think>why</think> so <answer>a</answer>"
-    page = Page([write_run(tmp_path / "run", [group(0, [text] * 4)])])
+    page = Page([writewrite_metrics(tmp_path / "run", [group(0, [text] * 4)])])
     (found,) = _block(page, "0-step-000001-rank-00")["groups"]
     rollout = found["rollouts"][0]
     assert rollout["pieces"] == ["", "<think>why</think>", " so ", "<answer>a</answer>", ""]
@@ -137,13 +135,13 @@ def test_errors_name_what_is_wrong(tmp_path: Path, capsys: Any) -> None:
     assert (
         f"{tmp_path}: got no metrics.jsonl, wanted the folder of a run" in capsys.readouterr().err
     )
-    assert main(["report", str(_run(tmp_path / "run")), "--max-mib", "0"]) == 2
+    assert main(["report", str(write_metrics(tmp_path / "run")), "--max-mib", "0"]) == 2
     assert "--max-mib: got 0" in capsys.readouterr().err
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[LiveServer]:
-    with LiveServer([write_run(tmp_path / "run", list(invented_groups(4)))]) as server:
+    with LiveServer([writewrite_metrics(tmp_path / "run", list(invented_groups(4)))]) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()

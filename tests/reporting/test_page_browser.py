@@ -11,9 +11,14 @@ from typing import Any
 
 import pytest
 
-from care_train.reporting.files import JsonlWriter
 from care_train.reporting.page import LiveServer, write_page
-from tests.reporting.archives import group, invented_groups, write_evaluation, write_run
+from tests.reporting.archives import (
+    group,
+    invented_groups,
+    write_evaluation,
+    write_metrics,
+    write_run,
+)
 
 _DESKTOP, _PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 _SECTIONS = ("overview", "curves", "diagnostics", "groups", "answers", "settings")
@@ -257,18 +262,14 @@ def test_a_run_that_goes_on_is_watched(chromium, tmp_path):
 
 def test_runs_are_compared(chromium, tmp_path):
     """Seeds of one configuration are one band; the settings that differ are a table."""
-    for name, algorithm, seed in (("care-0", "care", 0), ("care-1", "care", 1), ("g", "grpo", 0)):
-        writer = JsonlWriter(tmp_path / name / "metrics.jsonl")
-        for step in range(1, 30):
-            writer.write({"phase": "train", "step": step, "accuracy": (step + seed) / 40})
-        writer.close()
-        (tmp_path / name / "config.yaml").write_text(
-            f"name: {name}\nseed: {seed}\nalgorithm: {algorithm}\n"
-        )
-    write_page([tmp_path / name for name in ("care-0", "care-1", "g")], tmp_path / "report.html")
+    runs = [
+        write_metrics(tmp_path / name, f"name: {name}\nseed: {seed}\nalgorithm: {name[:4]}\n", seed)
+        for name, seed in (("care-0", 0), ("care-1", 1), ("grpo", 0))
+    ]
+    write_page(runs, tmp_path / "report.html")
     with _opened(chromium, (tmp_path / "report.html").as_uri()) as page:
         legend = page.locator(".legend").first.inner_text()
-        assert legend.split() == ["care,", "2", "seeds", "g"]
+        assert legend.split() == ["care,", "2", "seeds", "grpo"]
         page.get_by_role("link", name="Settings").click()
         assert "algorithm\tcare\tcare\tgrpo" in page.locator("table").first.inner_text()
 
