@@ -84,7 +84,7 @@ def test_shares_of_a_stack_add_up(tmp_path: Path) -> None:
 
 def test_a_large_archive_is_thinned_evenly(tmp_path: Path, monkeypatch: Any) -> None:
     """Evenly spaced steps with the last one, no more than asked for, and the page says so."""
-    run = writewrite_metrics(tmp_path / "run", list(invented_groups(64)), per_step=4)
+    run = write_run(tmp_path / "run", list(invented_groups(64)), per_step=4)
     sizes = [path.stat().st_size for path in (run / "archive").glob("*.parquet")]
     monkeypatch.setattr("care_train.reporting.page.page._MIB", -(-sum(sizes) // 4))
     page = Page([run], max_mib=1)
@@ -119,7 +119,7 @@ def test_answers_of_a_lone_evaluation_are_a_page(tmp_path: Path, monkeypatch: An
 def test_without_a_tokenizer_spans_are_shaded(tmp_path: Path) -> None:
     """Rationale and answer are a piece each, with the mean of their tokens' values."""
     text = "<think>why</think> so <answer>a</answer>"
-    page = Page([writewrite_metrics(tmp_path / "run", [group(0, [text] * 4)])])
+    page = Page([write_run(tmp_path / "run", [group(0, [text] * 4)])])
     (found,) = _block(page, "0-step-000001-rank-00")["groups"]
     rollout = found["rollouts"][0]
     assert rollout["pieces"] == ["", "<think>why</think>", " so ", "<answer>a</answer>", ""]
@@ -141,7 +141,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path, capsys: Any) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[LiveServer]:
-    with LiveServer([writewrite_metrics(tmp_path / "run", list(invented_groups(4)))]) as server:
+    with LiveServer([write_run(tmp_path / "run", list(invented_groups(4)))]) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
