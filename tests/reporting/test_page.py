@@ -24,6 +24,7 @@ from tests.reporting.archives import (
     invented_groups,
     write_evaluation,
     write_metrics,
+    write_run,
 )
 
 
