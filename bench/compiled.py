@@ -2,7 +2,6 @@
 
     python -m bench.compiled                     # all kernels, four targets
     python -m bench.compiled --target sm_90
-    python -m bench.compiled --csv compiled.csv
 
 Nothing here is a timing. For each kernel and target: registers, shared memory, what spilled, the
 matrix instructions (HGMMA is Hopper's wgmma) and the tensor copies (TMA). The roofline is the least
@@ -13,7 +12,6 @@ memory than there is ends the command with status 1. The last line is one JSON o
 """
 
 import argparse
-import csv
 import json
 import multiprocessing
 import os
@@ -281,19 +279,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--target", action="append", choices=TARGETS, help="repeatable")
-    parser.add_argument("--csv", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     # An interpreted kernel cannot be compiled; the workers inherit this.
     os.environ.pop("TRITON_INTERPRET", None)
     outcomes = compile_all(options.target or list(TARGETS))
     print_tables(outcomes, Console(width=190))
-    rows = [_row(outcome) for outcome in outcomes]
-    if options.csv is not None:
-        names = list(dict.fromkeys(key for row in rows for key in row))
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
     failed = [outcome for outcome in outcomes if outcome.failed]
     for outcome in failed:
         print(

@@ -4,7 +4,6 @@
     python -m bench.loss --quick                # 128 rows, three rounds
     python -m bench.loss --shape both --full    # both heads, 256 to 4,096 rows: an hour and more
     python -m bench.loss --floor --shape 7b --rows 2048    # ours beside the bare products alone
-    python -m bench.loss --csv results.csv      # also one line per figure
 
 The floor is three bare matrix products of the same shapes (logits, dX, dW), taken in turns with the
 contenders in the same process. Every gradient is checked first; one that is off by more than 5 %
@@ -18,7 +17,6 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench.accuracy import Truth, relative_error, true_outcome
-from bench.loss_report import Cell, Findings, Result, append_csv, figures, print_tables
+from bench.loss_report import Cell, Findings, Result, figures, print_tables
 from bench.measure import devices, interleave, machine_facts, peak_memory, quieten, run_contender
 from bench.peers import (
     OURS,
@@ -209,8 +207,6 @@ def main() -> int:
             findings = Bench(device, contenders, options).run()
             print_tables(findings, console)
             found[device] = dict(findings.facts) | figures(findings)
-            if options.csv is not None:
-                append_csv(options.csv, findings)
     except MeasurementError as error:
         print(f"bench.loss: {error}", file=sys.stderr)
         return 1
@@ -237,7 +233,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     floor = "no peers, no memory, all rows active; --budget is then ten minutes"
     parser.add_argument("--floor", action="store_true", help=floor)
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="append the figures here")
     parser.add_argument("--skip-peer", nargs="+", default=[], choices=PEERS, metavar="PEER")
     parser.add_argument("--devices", nargs="+", default=devices(), choices=devices())
     options = parser.parse_args()

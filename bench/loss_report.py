@@ -1,18 +1,15 @@
-"""What `bench.loss` found, as tables, as figures for its JSON line and as CSV rows."""
+"""What `bench.loss` found, as tables and as figures for its JSON line."""
 
-import csv
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.measure import Spread, describe
-from bench.peers import OURS, PEERS, Contender, installed_version
+from bench.peers import OURS, PEERS, Contender
 
 
 @dataclass
@@ -95,46 +92,6 @@ def print_tables(found: Findings, console: Console) -> None:
     if found.temporaries:
         console.print(_temporaries_table(found))
     console.print(describe(found.facts), highlight=False)
-
-
-def append_csv(path: Path, found: Findings) -> None:
-    """Add a line per figure to a CSV file, with a header where it is new."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-
-    def row(cell: Cell, name: str, mode: str, metric: str, values: list[float]) -> dict[str, Any]:
-        return {
-            "kernel": "policy_loss",
-            "provider": name,
-            "shape": f"D={cell.width} V={cell.vocab}",
-            "rows": cell.rows,
-            "mode": mode,
-            "metric": metric,
-            **asdict(Spread.of(values)),
-            "device": found.facts["device"],
-            "dtype": "bfloat16",
-            "torch": found.facts["torch"],
-            "triton": found.facts["triton"],
-            "provider_version": installed_version(found.contenders[name].package),
-            "timestamp": now,
-        }
-
-    rows = []
-    for cell in found.cells:
-        for name, result in cell.results.items():
-            if result.seconds:
-                rows.append(row(cell, name, "full", "seconds", result.seconds))
-            if result.peak is not None:
-                rows.append(row(cell, name, "full", "peak_bytes", [float(result.peak)]))
-    for fraction, seconds in found.active.items():
-        mode = f"full, {fraction:.0%} of rows active"
-        rows.append(row(found.headline, "ours", mode, "seconds", seconds))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.is_file() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def _cell_figures(cell: Cell) -> dict[str, Any]:
