@@ -150,6 +150,7 @@ def measure(case: Case) -> dict[str, Any]:
     """Train for two steps in this process; the bytes of its states, and its peak."""
     import torch
 
+    from bench.measure import status_bytes
     from care_train.distributed import initialize_process_group
 
     torch.set_num_threads(1)
@@ -157,12 +158,12 @@ def measure(case: Case) -> dict[str, Any]:
     # Libraries, kernels and thread pools load here, and count for nothing.
     _train(replace(case, hidden_size=64, micro_batch=1))
     _trim()
-    before = _resident("VmRSS")
+    before = status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     states, lengths = _train(case)
     return {
         "measured_states": states,
-        "measured_peak": _resident("VmHWM") - before,
+        "measured_peak": status_bytes("VmHWM") - before,
         "lengths": lengths,
     }
 
@@ -278,14 +279,6 @@ def _trim() -> None:
     """Give freed memory back to the system."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes (man 5 proc)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status")
 
 
 if __name__ == "__main__":
