@@ -32,7 +32,7 @@ ARCHIVE = "archive"
 IMAGES = "images"
 _NAME = re.compile(r"(step|eval)-(\d{6,})(?:-(sampled|greedy))?-rank-(\d{2,})\.parquet")
 _KEPT_SHARE = 0.9
-"""Of the limit, once it is reached: dropping a tenth at once keeps the search for it rare."""
+"""Over its limit an archive is cut down to this share of it, so that files are rarely dropped."""
 _IMAGE_REST_SECONDS = 600.0
 """How long an image stays after it was last named: another rank's file may be about to name it."""
 

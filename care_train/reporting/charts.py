@@ -17,7 +17,7 @@ from care_train.reporting.curves import (
 Json = dict[str, Any]
 
 _MAX_POINTS = 1000
-"""Of a line: more than a chart has pixels are not told apart."""
+"""Of a line: a chart has fewer pixels across."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def finite(value: Any) -> Any:
-    """`value` with null for NaN and infinities, which JSON has no words for."""
+    """`value` with null for NaN and infinities, which JSON cannot hold."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -87,9 +87,9 @@ def write_file(path: Path, content: str | memoryview) -> None:
 
 
 def write_partial(path: Path, content: str | memoryview, writer: str = "") -> Path:
-    """The first half of `write_file`: the partial file, not yet synced.
+    """Write the partial file of `path` that `put_in_place` syncs and renames.
 
-    `writer` tells this process's from those of others that may write `path` too.
+    `writer` is part of its name where several processes may write `path` at once.
     """
     partial = path.with_name(f"{path.name}{writer}{PARTIAL}")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -97,9 +97,9 @@ def write_partial(path: Path, content: str | memoryview, writer: str = "") -> Pa
 
 
 def put_in_place(partials: Mapping[Path, Path]) -> None:
-    """The second half of it, for several files, what `write_partial` returned by the file's path.
+    """Sync and rename what `write_partial` returned, by the file's path.
 
-    The disk has much less to do than for one by one.
+    For several files at once the disk has much less to do than for one after the other.
     """
     for partial in partials.values():
         sync(partial)

@@ -1,4 +1,4 @@
-"""The run's last word: report.md for people, summary.json for programs."""
+"""What a finished run leaves: report.md for people, summary.json for programs."""
 
 import shlex
 from collections.abc import Mapping, Sequence

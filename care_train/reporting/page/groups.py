@@ -47,7 +47,7 @@ _FACTS = {
     "finished": "finished",
 }
 _MAX_CHARS = 60_000
-"""Of one text in the page; a rollout of megabytes is whole in the archive alone."""
+"""Of one text in the page; the archive has the whole of longer ones."""
 _MAX_LINE = 160
 _IMAGE_EDGE = 448
 _MAX_IMAGE_PIXELS = 100_000_000

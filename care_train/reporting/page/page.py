@@ -58,7 +58,7 @@ class Page:
                 packed, note = archived.read(run, self._max_bytes)
                 notes += [f"{run.name}: {note}, evenly spaced."] if note else []
                 for name, (lines, block) in packed.items():
-                    # A page that looks on finds the same groups, or questions, under the name.
+                    # A page that watches finds the same groups under a name after a refresh.
                     where = {"run": place, "block": f"{place}-{name}"}
                     blocks[where["block"]] = block
                     index += [{**line, **where, "at": at} for at, line in enumerate(lines)]
