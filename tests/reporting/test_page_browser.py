@@ -271,7 +271,8 @@ def test_runs_are_compared(chromium, tmp_path):
         legend = page.locator(".legend").first.inner_text()
         assert legend.split() == ["care,", "2", "seeds", "grpo"]
         page.get_by_role("link", name="Settings").click()
-        assert "algorithm\tcare\tcare\tgrpo" in page.locator("#section-settings table").first.inner_text()
+        differing = page.locator("#section-settings table").first.inner_text()
+        assert "algorithm\tcare\tcare\tgrpo" in differing
 
 
 def test_archive_and_page_are_measured_with_many_groups(chromium, quickstart_run, tmp_path):
