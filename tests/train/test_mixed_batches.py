@@ -92,7 +92,7 @@ def test_a_reinforcement_step_of_mixed_rows(cold, mixed_rows, tmp_path):
     code = "def half(completions, **rest):\n    return [i % 2 for i, _ in enumerate(completions)]\n"
     reward.write_text(code)
     own += (f"reward.functions=[{{function: '{reward}:half'}}]",)
-    paths = [f"{key}.path={mixed_rows}" for key in ("data", "eval.data")]
+    paths = [f"data.path={mixed_rows}", f"eval.data={mixed_rows}"]
     arguments = [*SMALL, *own, *paths, f"model.path={run / 'final'}"]
     assert main(["train", *arguments, f"output_dir={tmp_path}", "name=care"]) == 0
     first = records(tmp_path / "care")[0]
