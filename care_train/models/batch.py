@@ -120,8 +120,8 @@ def packed_positions(model: Any) -> Positions:
     """What `pack` asks for position ids.
 
     A text model's are [1, T], counting from 0 in each sequence. A model with multimodal rotary
-    embeddings gets [4, T]: the same count, which tells packed sequences apart, then time, height
-    and width, as transformers computes them for a sequence alone (`get_rope_index`).
+    embeddings gets [4, T]: the same count, then time, height and width, as transformers computes
+    them for a sequence alone (`get_rope_index`).
 
     Raises:
         ValueError: a model whose packed forward is not tested.
@@ -139,10 +139,8 @@ def packed_positions(model: Any) -> Positions:
     def multimodal(sequences: Sequence[TokenSequence]) -> torch.Tensor:
         # A group's rollouts share their prompt, and prompts are long.
         axes = {prompt: _prompt_axes(model, prompt) for prompt in {s.prompt for s in sequences}}
-        return torch.cat(
-            [torch.cat([_count(s)[None], _extended(axes[s.prompt], s)]) for s in sequences],
-            dim=1,
-        )
+        kinds = [torch.cat([_count(s)[None], _extended(axes[s.prompt], s)]) for s in sequences]
+        return torch.cat(kinds, dim=1)
 
     return multimodal
 
@@ -175,8 +173,7 @@ def image_inputs(
 
     `pixel_values` holds the distinct prompts' images alone. Where prompts repeat, `image_places`
     [images] says which of those each of the batch's images is, `prompt_places` [B] which distinct
-    prompt each row has and `image_counts` [B] with how many images; `with_encoded_images` has to
-    follow before a model takes them.
+    prompt each row has and `image_counts` [B] with how many images, for `with_encoded_images`.
     """
     with_images = [prompt for prompt in prompts if prompt.pixel_values is not None]
     if not with_images:

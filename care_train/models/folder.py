@@ -108,8 +108,7 @@ def check_weight_files(folder: Path) -> None:
         )
     names = [first]
     if first.endswith(".json"):
-        weight_map = _json_object(folder, first).get("weight_map", {})
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(_json_object(folder, first).get("weight_map", {}).values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(
@@ -124,12 +123,8 @@ def check_weight_files(folder: Path) -> None:
 def check_loaded(folder: Path, report: Mapping[str, Any]) -> None:
     """Every weight of the model came from the folder, and the folder has no others.
 
-    Args:
-        folder: the model's.
-        report: transformers' `output_loading_info`.
-
     Raises:
-        ValueError: naming the weights.
+        ValueError: naming the weights, by `report`: transformers' `output_loading_info`.
     """
     missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     shapes = [

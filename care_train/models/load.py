@@ -59,9 +59,7 @@ class LoadedModel:
     def save(self, folder: str | Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write a plain Hugging Face folder: safetensors, config, tokenizer and processor.
 
-        Args:
-            folder: where to.
-            weights: under the model's own names; None where the model holds them whole.
+        `weights` are under the model's own names; None where the model holds them whole.
         """
         state = None if weights is None else dict(weights)
         self.model.save_pretrained(folder, state_dict=state)
@@ -80,8 +78,8 @@ def load_model(settings: ModelSettings, folder: str | Path | None = None) -> Loa
     Attention or kernels that this machine cannot run are replaced, and a message says so.
 
     Raises:
-        ValueError: the folder is not there, is incomplete or damaged, or holds weights that are not
-            those of the model in its config.json; the message names the files or weights.
+        ValueError: the folder is not there, incomplete or damaged, or its weights are not those of
+            the model in its config.json.
     """
     path = Path(settings.path if folder is None else folder)
     config = read_config(path)
@@ -155,7 +153,7 @@ def load_skeleton(
     weights: Mapping[str, torch.Tensor],
     lora: LoraSettings | None = None,
 ) -> LoadedModel:
-    """A model of what `save_skeleton` wrote and `weights`, in the precision it was trained in.
+    """A model of what `save_skeleton` wrote, in the precision it was trained in.
 
     Args:
         folder: the skeleton.

@@ -23,7 +23,7 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
     Args:
         model: a transformers model, on any device, meta too.
         settings: `model.lora`.
-        seed: of the adapters' first weights, so that every rank has the same.
+        seed: of the first weights: every rank has the same.
 
     Raises:
         ValueError: the settings name no layer, or the head.
@@ -70,13 +70,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
-    """Write adapters alone, as peft and vLLM read them.
-
-    Args:
-        model: with adapters, whole.
-        folder: where to.
-        base: the model they belong to, for their adapter_config.json.
-    """
+    """Write a whole model's adapters alone, as peft and vLLM read them; `base` is their model."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 

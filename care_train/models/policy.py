@@ -21,7 +21,7 @@ class PolicyHead(nn.Module):
         """The head of `model`, with how its family scales or caps logits (Granite, Cohere, Gemma).
 
         Raises:
-            ValueError: a head that is more than one plain matrix; the message names the model.
+            ValueError: a head that is more than one plain matrix.
         """
         super().__init__()
         linear = output_head(model)
@@ -48,10 +48,7 @@ class PolicyHead(nn.Module):
         *,
         with_log_normalizer: bool = False,
     ) -> torch.Tensor | PolicyLoss:
-        """[N] log-probs of the targets, or the fused loss where its arguments are given.
-
-        With the log-normalisers of the rows beside them, [N, 2].
-        """
+        """[N] log-probs of the targets, [N, 2] with their log-normalisers, or the fused loss."""
         shared = {"temperature": temperature, "bias": self.bias} | self._options
         if loss_arguments is None:
             found = linear_log_probs(
@@ -72,12 +69,10 @@ class Policy(nn.Module):
     """A transformers model whose logits are never held."""
 
     def __init__(self, model: Any, *, always_sees: bool = False) -> None:
-        """Wrap `model`.
+        """Wrap a transformers model.
 
-        Args:
-            model: from transformers.
-            always_sees: run the vision tower for batches without images too, so that ranks which
-                share weights or gradients run the same layers.
+        With `always_sees` the vision tower runs for batches without images too, so that ranks which
+        share weights or gradients run the same layers.
         """
         super().__init__()
         self.model = model

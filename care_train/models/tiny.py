@@ -72,11 +72,12 @@ _CORPUS = (
 def model_folder(config: Config, folder: Path, samples: Iterable[Sample]) -> Path:
     """`model.path`'s folder, or the tiny model that it names, built in `folder` unless it is there.
 
+    The first rank builds; the others wait.
+
     Args:
         config: the run's.
-        folder: where a tiny model is built, by the first rank; the others wait.
-        samples: their text, the tags and the reflection's cue are what its tokenizer is trained on.
-            Read only where a tiny model is built.
+        folder: where a tiny model is built.
+        samples: read only then, for the text that its tokenizer is trained on.
     """
     if config.model.path not in TINY_KINDS:
         return hub.model_folder(config.model.path)
