@@ -63,18 +63,8 @@ class PromptOrder:
     num_samples: int
     seed: int
 
-    def __post_init__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples: got {self.num_samples}, wanted at least 1")
-
     def take(self, position: int, count: int) -> list[int]:
-        """Row indices of draws `position` to `position + count - 1`, counted from the run's start.
-
-        Raises:
-            ValueError: a negative position or count.
-        """
-        if position < 0 or count < 0:
-            raise ValueError(f"position, count: got {position}, {count}, wanted at least 0")
+        """Row indices of `count` draws from `position` on, counted from the run's start."""
         indices = []
         for draw in range(position, position + count):
             epoch, place = divmod(draw, self.num_samples)
