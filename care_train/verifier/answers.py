@@ -16,12 +16,13 @@ from care_train.verifier.expressions import (
     Tuple,
     canonical,
     looks_mathematical,
+    read_real_set,
+    same_real_set,
     split_set,
     split_tuple,
     wants_evaluation,
     why_not_parsed,
 )
-from care_train.verifier.intervals import read_real_set, same_real_set
 from care_train.verifier.notation import (
     depth,
     may_be_one,
@@ -165,8 +166,7 @@ class _Comparison:
         return by_type[self.item.answer_type]()
 
     def _choice(self) -> str:
-        is_same, reason = same_choice(self.got, self.wanted, self.item.options, self._are_equal)
-        return reason if is_same else ""
+        return same_choice(self.got, self.wanted, self.item.options, self._are_equal)
 
     def _number(self) -> str:
         name, got_text = split_equation(plain_latex(self.got))

@@ -83,56 +83,45 @@ def split_choice(text: str) -> tuple[str, str]:
 
 def same_choice(
     predicted: str, expected: str, options: Sequence[str], same_expression: SameExpression
-) -> tuple[float, str]:
-    """Accuracy and reason; a letter whose text is another option's is wrong."""
+) -> str:
+    """Why an answer names the key's option, or ""; a letter with another option's text is wrong."""
     if options:
         return _same_option(predicted, expected, options, same_expression)
     wanted_letter, wanted_text = split_choice(expected)
     letter, text = split_choice(predicted)
-    if letter:
-        if letter != wanted_letter:
-            return 0.0, f"chose {letter}, wanted {wanted_letter or wanted_text}"
-        if text and wanted_text and not _same_text(text, wanted_text, same_expression):
-            return 0.0, f"chose {letter} with another option's text"
-        if not wanted_text and _contradicts(text, letter):
-            return 0.0, f"chose {letter} and took it back or named another"
-        return 1.0, "same choice"
-    if text and wanted_text and _same_text(text, wanted_text, same_expression):
-        return 1.0, "the option's text"
-    return 0.0, "no single choice"
+    if letter and letter != wanted_letter:
+        return ""
+    if text and wanted_text:
+        reason = "same choice" if letter else "the option's text"
+        return reason if _same_text(text, wanted_text, same_expression) else ""
+    if not letter or (not wanted_text and _contradicts(text, letter)):
+        return ""
+    return "same choice"
 
 
 def _same_option(
     predicted: str, expected: str, options: Sequence[str], same_expression: SameExpression
-) -> tuple[float, str]:
+) -> str:
     if trailing := _OPTION_THEN_LETTER.fullmatch(predicted.strip()):
         predicted = f"{trailing[2]}. {trailing[1]}"
     predicted = _REASON.sub("", predicted)
     wanted = _wanted_places(expected, options)
-    shown = " or ".join(chr(65 + place) for place in wanted)
     letter, text = split_choice(predicted)
     places = _places_of(predicted, options)
     if not letter and not places:
         match = _LETTER_THEN_OPTION.fullmatch(plain_latex(predicted).strip("*"))
         if match and ord(match[1]) - 65 < len(options):
             letter, text = match[1], match[2]
-            if not _same_text(text, options[ord(letter) - 65], same_expression):
-                return 0.0, "no single choice"
     if letter and not (places and not text):
         place = ord(letter) - 65
-        if place not in wanted:
-            return 0.0, f"chose {letter}, wanted {shown}"
-        if text and not _same_text(text, options[place], same_expression):
-            return 0.0, f"chose {letter} with another option's text"
-        return 1.0, "same choice"
+        if place in wanted and (not text or _same_text(text, options[place], same_expression)):
+            return "same choice"
+        return ""
     if places:
         exact = [place for place in places if _is_same_spelling(predicted, options[place])]
-        if set(exact or places) <= set(wanted):
-            return 1.0, "the option's text"
-        return 0.0, "the text of another option" if exact else "the text of several options"
-    if text and any(_same_text(text, options[place], same_expression) for place in wanted):
-        return 1.0, "the option's text"
-    return 0.0, "no single choice"
+        return "the option's text" if set(exact or places) <= set(wanted) else ""
+    same = text and any(_same_text(text, options[place], same_expression) for place in wanted)
+    return "the option's text" if same else ""
 
 
 def _contradicts(text: str, letter: str) -> bool:
@@ -170,9 +159,8 @@ def _places_of(text: str, options: Sequence[str]) -> list[int]:
 
 
 def _is_same_spelling(one: str, other: str) -> bool:
-    return one.strip() == other.strip() or normalize(plain_latex(one)) == normalize(
-        plain_latex(other)
-    )
+    same = one.strip() == other.strip()
+    return same or normalize(plain_latex(one)) == normalize(plain_latex(other))
 
 
 def _same_text(got: str, wanted: str, same_expression: SameExpression | None = None) -> bool:

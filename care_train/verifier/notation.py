@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
 from care_train.verifier.numbers import COUNTS
 
@@ -224,43 +225,27 @@ def may_be_one(name: str, other: str) -> bool:
     return all(re.fullmatch(r"y|[a-zA-Z]\(x\)", label) for label in (name, other))
 
 
-def split_top(text: str, separators: str = ",;") -> list[str]:
-    """Parts between separators outside all brackets, stripped."""
-    parts, depth, start = [], 0, 0
-    for place, char in enumerate(text):
-        if char in "([{":
-            depth += 1
-        elif char in ")]}":
-            depth -= 1
-        elif char in separators and depth == 0:
-            parts.append(text[start:place].strip())
-            start = place + 1
-    return [*parts, text[start:].strip()]
-
-
-def closing_brace(text: str, opening: int) -> int:
-    """Where the brace opened at `opening` closes, or -1."""
-    depth = 0
-    for place in range(opening, len(text)):
-        if text[place] == "{":
-            depth += 1
-        elif text[place] == "}":
-            depth -= 1
-            if depth == 0:
-                return place
-    return -1
+def levels(text: str, opening: str = "([{", closing: str = ")]}") -> list[int]:
+    """After each character, how many brackets are open."""
+    return list(accumulate((char in opening) - (char in closing) for char in text))
 
 
 def depth(text: str) -> int:
     """How deep brackets nest."""
-    deepest = level = 0
-    for char in text:
-        if char in "([{":
-            level += 1
-            deepest = max(deepest, level)
-        elif char in ")]}":
-            level -= 1
-    return deepest
+    return max(levels(text), default=0)
+
+
+def split_top(text: str, separators: str = ",;") -> list[str]:
+    """Parts between separators outside all brackets, stripped."""
+    places = enumerate(zip(text, levels(text), strict=True))
+    cuts = [place for place, (char, level) in places if char in separators and level == 0]
+    return [text[start + 1 : end].strip() for start, end in pairwise([-1, *cuts, len(text)])]
+
+
+def closing_brace(text: str, opening: int) -> int:
+    """Where the brace opened at `opening` closes, or -1."""
+    open_braces = levels(text[opening:], "{", "}")
+    return opening + open_braces.index(0) if 0 in open_braces else -1
 
 
 def _unwrap_once(text: str) -> str:

@@ -18,7 +18,8 @@ _MAX_EXPONENT = 300
 _DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 _INTEGER = r"[0-9]+"
 _POWER = r"(?:\{([+-]?[0-9]{1,3})\}|([+-]?[0-9]{1,3}))"
-_CURRENCY = r"(?:us\$|[$€£¥])"
+_PREFIX = re.compile(r"([+-]?)\s*(us\$|[$€£¥])?\s*([+-]?)\s*")
+"""Sign, currency and, where the first is no minus, another sign."""
 _BODIES = [
     ("mixed", rf"({_INTEGER})(?: +| ?and )({_INTEGER}) ?/ ?({_INTEGER})(?![0-9.])"),
     ("mixed", rf"({_INTEGER}) ?\\frac ?\{{ ?({_INTEGER}) ?\}} ?\{{ ?({_INTEGER}) ?\}}"),
@@ -107,14 +108,16 @@ def parse_quantity(text: str, *, is_key: bool = False) -> Quantity | None:
         return None
     last, text = text[-1], _without_remark(text.casefold())
     text = _ABOUT.sub("", text, count=1) if _ABOUT.match(text) else text
-    sign, text = _sign(text)
-    currency = re.match(_CURRENCY, text)
-    if currency:
-        text = text[currency.end() :].lstrip()
-    more, text = _sign(text) if sign == 1 else (1, text)
+    prefix = _PREFIX.match(text)
+    assert prefix is not None
+    first, currency, second = prefix.groups()
+    text = text[prefix.end() :]
     if words := read_words(text):
-        quantity = Quantity(sign * words[0], None, 0)
-        return _with_tail(quantity, words[1].strip(), "", is_key)
+        value = words[0] * (-1 if first == "-" else 1)
+        return _with_tail(Quantity(value, None, 0), words[1].strip(), "", is_key)
+    if first == "-" and second:
+        return None
+    sign = -1 if "-" in (first, second) else 1
     for kind, pattern in _PATTERNS:
         match = pattern.match(text)
         if match is None:
@@ -123,9 +126,9 @@ def parse_quantity(text: str, *, is_key: bool = False) -> Quantity | None:
         if value is None:
             return None
         decimals, significant = _digits(match[0]) if kind == "plain" else (None, 0)
-        quantity = Quantity(sign * more * value, decimals, significant)
         tail = text[match.end() :].strip()
-        quantity = _with_tail(quantity, tail, currency[0] if currency else "", is_key)
+        quantity = Quantity(sign * value, decimals, significant)
+        quantity = _with_tail(quantity, tail, currency or "", is_key)
         is_variable = tail == last and tail in _VARIABLES
         return quantity and replace(quantity, is_variable=is_variable)
     return None
@@ -179,12 +182,6 @@ def _without_remark(text: str) -> str:
     return text if hedged else text[: match.start()]
 
 
-def _sign(text: str) -> tuple[int, str]:
-    if text[:1] in ("+", "-"):
-        return (-1 if text[0] == "-" else 1), text[1:].lstrip()
-    return 1, text
-
-
 def _value(kind: str, match: re.Match[str]) -> Fraction | None:
     parts = [None if part is None else part.replace(",", "") for part in match.groups()]
     if kind == "plain":
@@ -226,18 +223,12 @@ def _with_tail(quantity: Quantity, tail: str, currency: str, is_key: bool) -> Qu
         tail = tail[percent.end() :].strip()
     unit = parse_unit(currency) if currency else None
     if tail.strip(" .)"):
-        if unit is not None and not _same_currency(unit, tail):
-            return None
         is_free = is_key or abs(value) == 1
-        unit = unit or parse_unit(_AFTER_UNIT.sub("", tail), is_free=is_free)
-        if unit is None:
+        said = parse_unit(tail if unit else _AFTER_UNIT.sub("", tail), is_free=not unit and is_free)
+        if said is None or (unit and said.dimensions != unit.dimensions):
             return None
+        unit = unit or said
     return Quantity(value, quantity.decimals, quantity.significant, bool(percent), unit)
-
-
-def _same_currency(unit: Unit, tail: str) -> bool:
-    other = parse_unit(tail)
-    return other is not None and other.dimensions == unit.dimensions
 
 
 def _close(value: Fraction, key: Fraction, tolerance: Fraction | None) -> bool:

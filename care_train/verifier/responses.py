@@ -9,6 +9,7 @@ from PIL import Image
 
 from care_train.data import Sample, load_image
 from care_train.data.answers import AnswerType
+from care_train.verifier.notation import closing_brace
 
 _BOX = "\\boxed{"
 
@@ -104,13 +105,9 @@ def format_fault(text: str, think_tag: str = "think", answer_tag: str = "answer"
 
 def boxed_answer(text: str) -> str | None:
     """What the last `\\boxed{}` of a response holds; None where it has none, or an unclosed one."""
-    _, box, rest = text.rpartition(_BOX)
-    depth = 1 if box else 0
-    for place, character in enumerate(rest if box else ""):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[:place].strip()
-    return None
+    start = text.rfind(_BOX) + len(_BOX)
+    end = closing_brace(text, start - 1) if _BOX in text else -1
+    return None if end < 0 else text[start:end].strip()
 
 
 def boxed_fault(text: str, think_tag: str = "think") -> str:

@@ -1,6 +1,7 @@
 """Units of measure: which are known, and what they are worth in each other."""
 
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -37,7 +38,7 @@ _SCALES: dict[str, dict[str, str]] = {
         "week": "604800",
     },
     "month": {"month": "1", "year yr": "12"},
-    "volume": {"l liter litre": "1", "ml milliliter millilitre": "1/1000", "dl": "1/10"},
+    "volume": {"l liter litre": "1/1000", "ml milliliter millilitre": "1/1000000", "dl": "1/10000"},
     "angle": {"° deg degree": "1", "rad radian": str(Fraction(180) / _PI)},
     "celsius": {"°c celsius": "1"},
     "fahrenheit": {"°f fahrenheit": "1"},
@@ -103,21 +104,19 @@ def parse_unit(text: str, *, is_free: bool = False) -> Unit | None:
     text = _ALIASES.get(text, text)
     if len(text) > 60:
         return None
-    dimensions: dict[str, int] = {}
+    dimensions: dict[str, int] = defaultdict(int)
     worth = Fraction(1)
     for sign, part in _factors(text):
         for name, power in part:
             if name not in _KNOWN:
                 return _words(text, is_free)
             dimension, value = _KNOWN[name]
+            exponent = sign * power
+            worth *= value**exponent
             # A litre is a cubic decimetre: volumes and lengths compare.
-            if dimension == "volume":
-                dimension, value, power = "length", value / 1000, power
-                worth *= value ** (sign * power)
-                dimensions[dimension] = dimensions.get(dimension, 0) + 3 * sign * power
-                continue
-            worth *= value ** (sign * power)
-            dimensions[dimension] = dimensions.get(dimension, 0) + sign * power
+            times = 3 if dimension == "volume" else 1
+            dimension = "length" if dimension == "volume" else dimension
+            dimensions[dimension] += times * exponent
     if not dimensions:
         return None
     return Unit(tuple(sorted(item for item in dimensions.items() if item[1])), worth)
