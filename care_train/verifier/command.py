@@ -32,12 +32,11 @@ def verify_lines(config: Config, source: TextIO, target: TextIO) -> None:
     Raises:
         ValueError: a bad line, after the verdicts of those before it, or no line at all.
     """
-    is_empty = True
-    verifier = Verifier(config.prompt, config.reward)
-    for lines in _batches(source):
+    verifier, is_empty = Verifier(config.prompt, config.reward), True
+    for batch in _batches(source):
         is_empty = False
         responses, fault = [], None
-        for number, line in lines:
+        for number, line in batch:
             try:
                 responses.append(_read(line, f"standard input: line {number}"))
             except ValueError as error:
@@ -54,31 +53,32 @@ def verify_lines(config: Config, source: TextIO, target: TextIO) -> None:
 
 def _batches(source: TextIO) -> Iterator[list[tuple[int, str]]]:
     """Numbered lines that are not blank: those there now, at least one, at most a batch."""
-    lines: queue.Queue[tuple[int, str] | UnicodeDecodeError | None] = queue.Queue(4 * _BATCH)
+    lines: queue.Queue[tuple[int, str] | Exception | None] = queue.Queue(4 * _BATCH)
 
     def read() -> None:
         try:
             for number, line in enumerate(source, start=1):
                 if line.strip():
                     lines.put((number, line))
+            lines.put(None)
         except UnicodeDecodeError as error:
             lines.put(error)
-        lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    more = True
-    while more:
-        batch, entry = [], lines.get()
-        while isinstance(entry, tuple):
+    batch: list[tuple[int, str]] = []
+    while True:
+        if batch and (len(batch) == _BATCH or lines.empty()):
+            yield batch
+            batch = []
+        entry = lines.get()
+        if isinstance(entry, tuple):
             batch.append(entry)
-            if len(batch) == _BATCH or lines.empty():
-                break
-            entry = lines.get()
-        more = isinstance(entry, tuple)
+            continue
         if batch:
             yield batch
-        if isinstance(entry, UnicodeDecodeError):
-            raise ValueError(f"standard input: got bytes that are no UTF-8 ({entry}), wanted text")
+        if entry is None:
+            return
+        raise ValueError(f"standard input: got bytes that are no UTF-8 ({entry}), wanted text")
 
 
 def _read(line: str, place: str) -> Response:

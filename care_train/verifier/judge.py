@@ -91,30 +91,24 @@ class Judge:
         for attempt in range(_RETRIES + 1):
             if attempt:
                 time.sleep(min(0.5 * 2 ** (attempt - 1), 8.0))
-            text, fault = self._complete(content)
-            if not fault:
-                return read_reply(text)
-        raise self._failed(fault)
-
-    def _complete(self, content: str) -> tuple[str, str]:
-        """The reply's text and no fault, or none and what came instead."""
-        try:
-            reply: Any = self._client.chat.completions.create(
-                model=self._settings.model,
-                messages=[{"role": "user", "content": content}],
-                temperature=0.0,
-                max_tokens=self._settings.max_tokens,
-            )
-        except self._openai.OpenAIError as error:
-            raise self._failed(f"{type(error).__name__}: {error}") from None
-        except ValueError as error:
-            return "", f"a body that is no JSON ({error})"
-        choices = getattr(reply, "choices", None)
-        message = getattr(choices[0], "message", None) if choices else None
-        if message is None:
+            try:
+                reply: Any = self._client.chat.completions.create(
+                    model=self._settings.model,
+                    messages=[{"role": "user", "content": content}],
+                    temperature=0.0,
+                    max_tokens=self._settings.max_tokens,
+                )
+            except self._openai.OpenAIError as error:
+                raise self._failed(f"{type(error).__name__}: {error}") from None
+            except ValueError as error:
+                fault = f"a body that is no JSON ({error})"
+                continue
+            choices = getattr(reply, "choices", None)
+            if message := getattr(choices[0], "message", None) if choices else None:
+                return read_reply(message.content or "")
             got = reply.model_dump_json() if hasattr(reply, "model_dump_json") else repr(reply)
-            return "", f"no choices with a message in {got[:200]}"
-        return message.content or "", ""
+            fault = f"no choices with a message in {got[:200]}"
+        raise self._failed(fault)
 
     def _failed(self, got: str) -> ValueError:
         # A server may repeat what it was sent.

@@ -1,5 +1,6 @@
 """`care-train eval --benchmarks`: answers, resume, results, over real engines and ranks."""
 
+import io
 import json
 import re
 import shutil
@@ -7,10 +8,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from bench.protocol_fixtures import draw, math_vision_rows, write_parquet, write_training
 from care_train.cli import main
+from care_train.data import Sample
 from care_train.evaluation.benchmarks import BENCHMARKS
+from care_train.evaluation.evaluate import without_images
 from care_train.models.tiny import build_tiny_model
 from tests.train.runs import FastRun, run, run_ranks
 
@@ -56,12 +60,17 @@ _NUM_RESPONSES = (4 + 3 + 3 + 8 + 4 + 4) * 2 * 2
 
 
 def test_all_six_benchmarks_are_answered_and_reported(whole):
-    """Every question under every seed, a results file for programs and one for people."""
-    assert len(_records(whole)) == _NUM_RESPONSES
+    """Every question under every seed, a results file for programs and one for people; the numbers
+    are those of the records, responses cut short are counted."""
+    records = _records(whole)
+    assert len(records) == _NUM_RESPONSES
     results = json.loads((whole / "results.json").read_text())
     assert list(results["benchmarks"]) == list(BENCHMARKS)
-    for summary in results["benchmarks"].values():
-        assert 0 <= summary["accuracy"] <= 1 and len(summary["per_seed"]) == 2
+    for name, summary in results["benchmarks"].items():
+        own = [record for key, record in records.items() if key[0] == name]
+        assert summary["accuracy"] == pytest.approx(sum(r["accuracy"] for r in own) / len(own))
+        assert summary["truncated"] == pytest.approx(sum(not r["finished"] for r in own) / len(own))
+        assert len(summary["per_seed"]) == 2
         assert set(summary["pass@k"]) == {"1", "2"} == set(summary["majority@k"])
         assert summary["half_width"] is not None
     assert results["macro"]["benchmarks"] == list(BENCHMARKS)
@@ -70,18 +79,6 @@ def test_all_six_benchmarks_are_answered_and_reported(whole):
     assert "pass@2" in table and "Mean of 2 decodes, temperature 1" in table
     summary = json.loads((whole / "summary.json").read_text())
     assert set(summary["benchmarks"]) == set(BENCHMARKS) and "macro_accuracy" in summary
-
-
-def test_numbers_follow_from_the_records(whole):
-    """A benchmark's accuracy is the mean of its records'; responses cut short are counted."""
-    results = json.loads((whole / "results.json").read_text())
-    records = _records(whole)
-    for name, summary in results["benchmarks"].items():
-        own = [record for key, record in records.items() if key[0] == name]
-        assert summary["accuracy"] == pytest.approx(sum(r["accuracy"] for r in own) / len(own))
-        assert summary["truncated"] == pytest.approx(
-            1 - sum(record["finished"] for record in own) / len(own)
-        )
 
 
 def test_a_killed_run_goes_on_after_its_last_answer(whole, repositories, tiny_folder, tmp_path):
@@ -243,3 +240,15 @@ def test_wrong_settings_are_named(override, message, capfd):
     """Before anything is loaded."""
     assert main(["eval", override]) == 2
     assert message in capfd.readouterr().err
+
+
+def test_a_blind_sample_has_white_images_of_the_same_sizes():
+    """`eval.blind`: what is seen goes, and the prompt has as many image tokens as before."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3), "teal").save(file, "PNG")
+    images = (file.getvalue(), Image.new("L", (5, 2)))
+    sample = Sample(id="a", prompt="which?", answer="1", images=images)
+    blind = without_images(sample)
+    white = [(12, (255,) * 3)], [(10, (255,) * 3)]
+    assert [i.getcolors() for i in blind.images if isinstance(i, Image.Image)] == [*white]
+    assert sample.images == images and blind.prompt == sample.prompt
