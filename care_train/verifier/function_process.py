@@ -85,9 +85,9 @@ class RewardFunction:
         """
         missing = set(self._columns)
         for sample in samples if missing else ():
-            missing -= set(sample.columns)
+            missing -= sample.columns.keys()
             if not missing:
-                return
+                break
         if missing:
             first = samples[0]
             raise ValueError(

@@ -37,15 +37,8 @@ _VARIABLES = tuple("nkatvwj'\"")
 _REMARK = re.compile(r" ?\(([a-z][a-z ]*)\)$")
 _ABOUT = re.compile(r"(?:≈|about |approximately |around |roughly |approx\.? )\s*")
 _SCALE = re.compile(r"(hundred|thousand|million|billion|trillion|mn|bn)s?(?![a-z])")
-_SCALES = {
-    "hundred": 10**2,
-    "thousand": 10**3,
-    "million": 10**6,
-    "mn": 10**6,
-    "billion": 10**9,
-    "bn": 10**9,
-    "trillion": 10**12,
-}
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "mn": 10**6}
+_SCALES |= {"billion": 10**9, "bn": 10**9, "trillion": 10**12}
 _AFTER_UNIT = re.compile(
     r"(?<=\w) (?:(?:in|on|at|from|inside|under) (?:the|this|that|each|his|her|their)"
     r"(?: [a-z]{3,}){1,2}|long|tall|high|wide|deep|thick|old|away|apart|each|left|(?:in )?total"
@@ -61,7 +54,6 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _WORD_VALUES = {word: value for value, word in enumerate(_SMALL)} | {
     word: 10 * place for place, word in enumerate(_TENS, start=2)
 }
-_WORD_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _WORD_PARTS = {
     "half": 2,
     "third": 3,
@@ -260,24 +252,19 @@ def read_words(text: str) -> tuple[Fraction, str] | None:
         word, gap = match[0], text[end : match.start()]
         if gap not in ("", " ", "-") or (gap == "" and end):
             break
-        if word in _WORD_VALUES and _may_follow(last, word):
+        is_ones = last in _TENS and 0 < _WORD_VALUES.get(word, 0) < 10
+        if word in _WORD_VALUES and (is_ones or not last or last in _SCALES):
             current += _WORD_VALUES[word]
-        elif word in _WORD_SCALES and end:
-            current = current * _WORD_SCALES[word]
+        elif word in _SCALES and end:
+            current = current * _SCALES[word]
             if word != "hundred":
                 total, current = total + current, 0
         elif end and word.removesuffix("s") in _WORD_PARTS and total + current < 20:
             part = _WORD_PARTS[word.removesuffix("s")]
             return Fraction(total + current, part), text[match.end() :]
-        elif word == "and" and last in _WORD_SCALES:
+        elif word == "and" and last in _SCALES:
             continue
         else:
             break
         end, last = match.end(), word
     return (Fraction(total + current), text[end:]) if end else None
-
-
-def _may_follow(last: str, word: str) -> bool:
-    if not last or last in _WORD_SCALES:
-        return True
-    return last in _TENS and 0 < _WORD_VALUES[word] < 10

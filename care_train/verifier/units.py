@@ -106,17 +106,14 @@ def parse_unit(text: str, *, is_free: bool = False) -> Unit | None:
         return None
     dimensions: dict[str, int] = defaultdict(int)
     worth = Fraction(1)
-    for sign, part in _factors(text):
-        for name, power in part:
-            if name not in _KNOWN:
-                return _words(text, is_free)
-            dimension, value = _KNOWN[name]
-            exponent = sign * power
-            worth *= value**exponent
-            # A litre is a cubic decimetre: volumes and lengths compare.
-            times = 3 if dimension == "volume" else 1
-            dimension = "length" if dimension == "volume" else dimension
-            dimensions[dimension] += times * exponent
+    for name, exponent in _factors(text):
+        if name not in _KNOWN:
+            return _words(text, is_free)
+        dimension, value = _KNOWN[name]
+        worth *= value**exponent
+        # A litre is a cubic decimetre: volumes and lengths compare.
+        is_volume = dimension == "volume"
+        dimensions["length" if is_volume else dimension] += exponent * (3 if is_volume else 1)
     if not dimensions:
         return None
     return Unit(tuple(sorted(item for item in dimensions.items() if item[1])), worth)
@@ -140,23 +137,21 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
     return text, None
 
 
-def _factors(text: str) -> list[tuple[int, list[tuple[str, int]]]]:
-    """(sign of the exponent, [(name, power)]) of each side of a `/` or `per`."""
-    sides = re.split(r"\s*/\s*|\s+per\s+", text)
-    found = []
-    for index, side in enumerate(sides):
-        factors, power = [], 1
-        for token in re.split(r"[\s*·]+|\\cdot", side):
+def _factors(text: str) -> list[tuple[str, int]]:
+    """(name, exponent) of each factor; behind a `/` or `per` exponents are negative."""
+    found: list[tuple[str, int]] = []
+    for index, side in enumerate(re.split(r"\s*/\s*|\s+per\s+", text)):
+        sign, power, start = -1 if index else 1, 1, len(found)
+        for token in filter(None, re.split(r"[\s*·]+|\\cdot", side)):
             if token in _PREFIXES:
                 power = _PREFIXES[token]
-            elif token in ("squared", "cubed") and factors:
-                factors[-1] = (factors[-1][0], 2 if token == "squared" else 3)
-            elif token:
+            elif token in ("squared", "cubed") and len(found) > start:
+                found[-1] = found[-1][0], sign * (2 if token == "squared" else 3)
+            else:
                 match = _FACTOR.fullmatch(token)
-                name = match[1] if match else token
-                factors.append((name, int(match[2]) if match and match[2] else power))
+                name, exponent = (match[1], match[2]) if match else (token, None)
+                found.append((name, sign * int(exponent or power)))
                 power = 1
-        found.append((1 if index == 0 else -1, factors))
     return found
 
 

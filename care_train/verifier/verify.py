@@ -67,7 +67,7 @@ def verify_in_process(item: Item) -> Verdict | None:
         return None
 
 
-class WorkerPool:
+class WorkerPool(Pool[Item, Verdict]):
     """Runs comparisons that need symbolic algebra; each has `timeout` seconds of processor time.
 
     Workers start when first needed. One that hangs or dies costs its own verdict alone and is
@@ -75,7 +75,6 @@ class WorkerPool:
     """
 
     def __init__(self, workers: int = 2, timeout: float = 5.0) -> None:
-        self._timeout = timeout
         limits = Limits(
             seconds=_WALL_FACTOR * timeout,
             cpu_seconds=timeout,
@@ -84,22 +83,9 @@ class WorkerPool:
             environment={"CUDA_VISIBLE_DEVICES": ""},
             is_silent=True,
         )
-        self._pool = Pool[Item, Verdict](
-            "reward: symbolic comparison", _make_comparison, workers, limits
-        )
-        self._spent = 0.0
-        self.timeouts = 0
-        self.crashes = 0
-
-    @property
-    def pids(self) -> list[int]:
-        """The processes running now."""
-        return self._pool.pids
-
-    @property
-    def longest(self) -> float:
-        """Seconds from an item's start to its verdict, at most."""
-        return self._pool.longest
+        super().__init__("reward: symbolic comparison", _make_comparison, workers, limits)
+        self._timeout, self._spent = timeout, 0.0
+        self.timeouts = self.crashes = 0
 
     def run(self, items: Sequence[Item]) -> list[Verdict]:
         """A verdict per item, in order; equal items are compared once.
@@ -116,19 +102,15 @@ class WorkerPool:
         distinct = list(dict.fromkeys(items))
         late = Lost("its batch's time is over")
         found: dict[Item, Verdict | Lost] = dict.fromkeys(distinct, late)
-        for item, got in self._pool.map(self._affordable(distinct), self._limit):
+        for item, got in self.map(self._affordable(distinct), self._limit):
             found[item] = self._count(got)
         for item in [item for item, got in found.items() if isinstance(got, Lost)]:
             if self._spent < _FULL_LIMITS * self._timeout:
-                found[item] = self._count(next(self._pool.map([item]))[1])
+                found[item] = self._count(next(self.map([item]))[1])
         if reasons := {got.reason: None for got in found.values() if isinstance(got, Lost)}:
             number = sum(isinstance(got, Lost) for got in found.values())
             logger.warning("warning: %d answers are unverified: %s", number, ", ".join(reasons))
         return [_verdict(found[item]) for item in items]
-
-    def close(self) -> None:
-        """End all workers."""
-        self._pool.close()
 
     def _affordable(self, items: Sequence[Item]) -> Iterator[Item]:
         for item in items:
