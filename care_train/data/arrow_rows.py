@@ -5,6 +5,7 @@ import resource
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class ArrowRows(RowFile):
 
 
 class ParquetRows(RowFile):
-    """A Parquet file: by row group for single rows, page by page for chunks."""
+    """A Parquet file: a row group is read for single rows, page by page for all in order."""
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         from pyarrow import ArrowInvalid, parquet
@@ -63,10 +64,13 @@ class ParquetRows(RowFile):
         self.is_built = BUILT_KEY in noted
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         self._starts = list(accumulate((group.num_rows for group in groups), initial=0))
-        sizes = [group.total_byte_size for group in groups]
-        self._check_size(sum(sizes))
+        sizes, own = [group.total_byte_size for group in groups], path.stat().st_size
+        if sum(sizes) > max(MAX_EXPANDED_BYTES, own * _MAX_RATIO):
+            raise ValueError(
+                f"{path}: got a file of {own} bytes that says it holds {sum(sizes)}, wanted at "
+                f"most {_MAX_RATIO} times as many: write it again"
+            )
         self._has_large_groups = any(size > _MAX_GROUP_BYTES for size in sizes)
-        self._mapped: ArrowRows | None = None
         self._group, self._table = -1, None
         self._read_before: set[int] = set()
 
@@ -86,7 +90,7 @@ class ParquetRows(RowFile):
 
     def _value(self, place: int) -> Any:
         if self._has_large_groups:
-            return self._memory_mapped()._value(place)
+            return self._mapped._value(place)
         group = bisect_right(self._starts, place) - 1
         if group != self._group:
             self._table = None
@@ -106,26 +110,18 @@ class ParquetRows(RowFile):
         self._read_before.add(group)
         return table
 
-    def _memory_mapped(self) -> ArrowRows:
+    @cached_property
+    def _mapped(self) -> ArrowRows:
+        """The file as the datasets library's cache has it, memory-mapped."""
         import datasets
         from datasets.exceptions import DatasetGenerationError
 
-        if self._mapped is None:
-            try:
-                with memory_bounded(str(self.path)):
-                    loaded = datasets.Dataset.from_parquet(str(self.path))
-            except DatasetGenerationError as error:
-                raise ValueError(f"{self.path}: not readable ({error.__cause__})") from None
-            self._mapped = ArrowRows(self.path, loaded, self.name)
-        return self._mapped
-
-    def _check_size(self, size: int) -> None:
-        own = self.path.stat().st_size
-        if size > max(MAX_EXPANDED_BYTES, own * _MAX_RATIO):
-            raise ValueError(
-                f"{self.path}: got a file of {own} bytes that says it holds {size}, wanted at most "
-                f"{_MAX_RATIO} times as many: write it again"
-            )
+        try:
+            with memory_bounded(str(self.path)):
+                loaded = datasets.Dataset.from_parquet(str(self.path))
+        except DatasetGenerationError as error:
+            raise ValueError(f"{self.path}: not readable ({error.__cause__})") from None
+        return ArrowRows(self.path, loaded, self.name)
 
 
 @contextmanager

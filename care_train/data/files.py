@@ -1,15 +1,20 @@
-"""Which files of rows a path means: its own, a folder's of one split, or a download's."""
+"""Which files of rows a path means: its own, a folder's of one split, or a download's.
+
+The datasets library takes seconds to load, so it is imported where it is needed.
+"""
 
 import hashlib
 import logging
 import re
+import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from care_train.config import FROM_PYTHON, Source, hub_data
-from care_train.data.rows import ListedRows, RowFile, open_file
+from care_train.data.arrow_rows import ArrowRows, ParquetRows
+from care_train.data.rows import READ_BYTES, JsonLines, JsonList, ListedRows, RowFile, parsed
 from care_train.hub import snapshot
 
 if TYPE_CHECKING:
@@ -67,14 +72,49 @@ def open_rows(
             raise ValueError(f"{key}: {source} does not exist: wanted {_WANTED}{also}")
         path = snapshot(source, "dataset", revision, key, download)
     if not path.is_dir():
-        return [open_file(path, path.name, key)]
+        return [_open_file(path, path.name, key)]
     splits = default_splits if split is None else (split,)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return [_open_saved(path, splits, key)]
     roots = [path / subset for subset in subsets if (path / subset).is_dir()] or [path]
     files = _distinct([file for root in roots for file in _row_files(root)])
     chosen = _of_split(path, files, splits, must=split is not None, key=key)
-    return [open_file(file, str(file.relative_to(path)), key) for file in chosen]
+    return [_open_file(file, str(file.relative_to(path)), key) for file in chosen]
+
+
+def _open_file(path: Path, name: str, key: str) -> RowFile:
+    """A Parquet file, JSON lines or one JSON list, told by its bytes, whatever its name says."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{path}: got a device or pipe, wanted a file")
+        return _file_class(path)(path, name)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _file_class(path: Path) -> type[RowFile]:
+    with path.open("rb") as file:
+        start = file.read(READ_BYTES)
+    text, suffix = start.removeprefix(b"\xef\xbb\xbf").lstrip(), path.suffix.lower()
+    if start.startswith(b"PAR1") or suffix == ".parquet":
+        return ParquetRows
+    if text.startswith(b"["):
+        return JsonList
+    if text.startswith(b"{") and suffix == ".json" and not _are_lines(text):
+        raise ValueError(
+            f"{path}: got an object at the top, wanted a list of rows: save the list alone"
+        )
+    if text.startswith(b"{") or suffix in (".jsonl", ".ndjson"):
+        return JsonLines
+    raise ValueError(
+        f"{path}: begins with {start[:12]!r}, wanted a Parquet file, JSON lines or one JSON list"
+    )
+
+
+def _are_lines(text: bytes) -> bool:
+    """Whether a file's beginning is that of JSON lines, and not of one object over several."""
+    first, _, rest = text.partition(b"\n")
+    return rest.lstrip().startswith(b"{") and isinstance(parsed(first), Mapping)
 
 
 def given_rows(path: str, given: Mapping[str, Rows], key: str) -> RowFile:
@@ -94,8 +134,6 @@ def given_rows(path: str, given: Mapping[str, Rows], key: str) -> RowFile:
     import datasets
 
     if isinstance(rows, datasets.Dataset):
-        from care_train.data.arrow_rows import ArrowRows
-
         return ArrowRows(Path.cwd(), rows, name)
     hint = f": choose one of {', '.join(map(str, rows))}" if isinstance(rows, Mapping) else ""
     raise ValueError(
@@ -143,8 +181,6 @@ def open_hub_rows(source: Source, default_splits: Sequence[str], key: str) -> Ro
     import datasets
     from datasets.exceptions import DatasetsError
 
-    from care_train.data.arrow_rows import ArrowRows
-
     try:
         loaded = datasets.load_dataset(str(folder), name=name)
     except (ValueError, OSError, DatasetsError) as error:
@@ -157,8 +193,6 @@ def open_hub_rows(source: Source, default_splits: Sequence[str], key: str) -> Ro
 
 def _open_saved(folder: Path, splits: Sequence[str], key: str) -> RowFile:
     import datasets
-
-    from care_train.data.arrow_rows import ArrowRows
 
     try:
         loaded = datasets.load_from_disk(str(folder))

@@ -1,10 +1,6 @@
-"""Files of rows: read at a place or all in order, the file's form told by its bytes.
-
-datasets and pyarrow take seconds to load, so only the readers that need them import them.
-"""
+"""Files of rows, read at a place or all in order."""
 
 import json
-import stat
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -159,46 +155,6 @@ class JsonList(RowFile):
         return list(read_json_list(self.path))
 
 
-def open_file(path: Path, name: str, key: str) -> RowFile:
-    """Open a file of rows: Parquet, JSON lines or one JSON list, whatever its name says.
-
-    Args:
-        path: the file.
-        name: as errors and ids give it.
-        key: the setting that names it, for errors.
-
-    Raises:
-        ValueError: no regular file, or none of these.
-    """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError(f"{path}: got a device or pipe, wanted a file")
-        return _file_class(path)(path, name)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{key}: {error}") from None
-
-
-def _file_class(path: Path) -> type[RowFile]:
-    with path.open("rb") as file:
-        start = file.read(READ_BYTES)
-    text, suffix = start.removeprefix(b"\xef\xbb\xbf").lstrip(), path.suffix.lower()
-    if start.startswith(b"PAR1") or suffix == ".parquet":
-        from care_train.data.arrow_rows import ParquetRows
-
-        return ParquetRows
-    if text.startswith(b"["):
-        return JsonList
-    if text.startswith(b"{") and suffix == ".json" and not _are_lines(text):
-        raise ValueError(
-            f"{path}: got an object at the top, wanted a list of rows: save the list alone"
-        )
-    if text.startswith(b"{") or suffix in (".jsonl", ".ndjson"):
-        return JsonLines
-    raise ValueError(
-        f"{path}: begins with {start[:12]!r}, wanted a Parquet file, JSON lines or one JSON list"
-    )
-
-
 def named_columns(value: Any, *, at: str, labels: Mapping[str, list[str]]) -> dict[str, Any]:
     """A row as columns by name, class numbers as the classes' names.
 
@@ -242,7 +198,7 @@ def read_json_list(path: Path) -> Iterator[Any]:
     decoder, number, more = json.JSONDecoder(), 1, READ_BYTES
     with path.open(encoding="utf-8-sig") as file:
         text = file.read(READ_BYTES)
-        # `open_file` has seen that this is the list's bracket.
+        # Who opened the file has seen that this is the list's bracket.
         place = text.index("[") + 1
         while True:
             while text[place : place + 1] in _BETWEEN_ROWS:
@@ -266,12 +222,6 @@ def read_json_list(path: Path) -> Iterator[Any]:
                 continue
             number, place, more = number + 1, end, READ_BYTES
             yield value
-
-
-def _are_lines(text: bytes) -> bool:
-    """Whether a file's beginning is that of JSON lines, and not of one object over several."""
-    first, _, rest = text.partition(b"\n")
-    return rest.lstrip().startswith(b"{") and isinstance(parsed(first), Mapping)
 
 
 def _lines_of(file: Any) -> Iterator[bytes]:
