@@ -209,26 +209,20 @@ def _of_mapping(value: Mapping) -> object:
 def _from_base64(text: str) -> bytes | None:
     """The image that base64 text holds, on one line or several; None where it is a path."""
     is_url = text.startswith("data:")
-    encoded = text.partition(",")[2] if is_url else text
-    if not is_url and not _begins_like_an_image(encoded):
+    encoded = "".join((text.partition(",")[2] if is_url else text).split())
+    try:
+        head = base64.b64decode(encoded[:16], validate=True)
+    except ValueError:
+        head = b""
+    if not is_url and (len(encoded) < _MIN_BASE64_CHARS or not head.startswith(_MAGIC)):
         return None
     try:
-        return base64.b64decode("".join(encoded.split()), validate=True)
+        return base64.b64decode(encoded, validate=True)
     except ValueError as error:
         raise RowError(
             "image_unreadable",
             f"got damaged base64 ({error}), wanted an encoded image: correct or drop the row",
         ) from None
-
-
-def _begins_like_an_image(text: str) -> bool:
-    if len(text) < _MIN_BASE64_CHARS:
-        return False
-    try:
-        start = "".join(text[:64].split())[:16]
-        return base64.b64decode(start, validate=True).startswith(_MAGIC)
-    except ValueError:
-        return False
 
 
 @contextmanager
