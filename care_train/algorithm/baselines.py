@@ -90,16 +90,17 @@ def _group_update(
     length_normalized: bool,
     keep_without_signal: bool,
 ) -> GroupUpdate:
-    num_tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-    if not any(advantages) and not keep_without_signal:
-        return GroupUpdate((), len(rollouts), num_tokens, skipped="no_signal")
+    def trained(rollout: Rollout, advantage: float) -> TrainSequence:
+        whole = Region(0, len(rollout.token_ids), 1.0)
+        credit = Credit(regions=(whole,), normalize=length_normalized)
+        return TrainSequence(rollout, advantage, credit, raw_advantage=advantage)
+
+    has_signal = any(advantages) or keep_without_signal
     return GroupUpdate(
-        tuple(
-            _uniform(rollout, advantage, length_normalized)
-            for rollout, advantage in zip(rollouts, advantages, strict=True)
-        ),
+        tuple(map(trained, rollouts, advantages)) if has_signal else (),
         len(rollouts),
-        num_tokens,
+        sum(len(rollout.token_ids) for rollout in rollouts),
+        skipped=None if has_signal else "no_signal",
     )
 
 
@@ -128,9 +129,3 @@ def has_mixed_outcomes(rollouts: Sequence[Rollout]) -> bool:
     """DAPO's dynamic sampling keeps a group only if some but not all of its answers are right."""
     num_correct = sum(rollout.accuracy == 1 for rollout in rollouts)
     return 0 < num_correct < len(rollouts)
-
-
-def _uniform(rollout: Rollout, advantage: float, length_normalized: bool) -> TrainSequence:
-    whole = Region(0, len(rollout.token_ids), 1.0)
-    credit = Credit((0, 0), (0, 0), False, (whole,), normalize=length_normalized)
-    return TrainSequence(rollout, advantage, credit, raw_advantage=advantage)

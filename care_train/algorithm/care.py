@@ -115,17 +115,15 @@ def _anchored_subgroup(
         similarity = 1 - group.distances[chosen][:, chosen]
         count, scale = adapt_negatives(similarity, settings.neg_scale, settings.target_snr)
         chosen = chosen[:count]
-    more = [i for i in positives(rollouts, by) if settings.anchor == "all" and i != anchor]
 
-    def members(places: list[int], is_negative: bool) -> tuple[Member, ...]:
-        return tuple(Member(rollouts[i], rollouts[i].reward, is_negative, i) for i in places)
+    def member(i: int, is_negative: bool) -> Member:
+        return Member(rollouts[i], rollouts[i].reward, is_negative, index=i)
 
-    return Subgroup(
-        *members([anchor], False),
-        (*members(chosen, True), *members(more, False)),
-        reflect_on=choose_reflected_negative(len(chosen), settings.reflection, generator),
-        scale=scale,
-    )
+    others = [member(i, True) for i in chosen]
+    if settings.anchor == "all":
+        others += [member(i, False) for i in positives(rollouts, by) if i != anchor]
+    reflect_on = choose_reflected_negative(len(chosen), settings.reflection, generator)
+    return Subgroup(member(anchor, False), tuple(others), reflect_on=reflect_on, scale=scale)
 
 
 def _rescue_subgroup(

@@ -12,8 +12,6 @@ from care_kernels import Regions, token_advantages
 from care_train.algorithm.types import Credit, Region, Rollout, Subgroup, TrainSequence
 from care_train.config import CareSettings, LossSettings
 
-_NOWHERE = (0, 0)
-
 
 def token_credit(
     rollout: Rollout,
@@ -35,40 +33,34 @@ def token_credit(
         is_negative: whether it is a negative of its subgroup.
         earns_rationale: whether its rationale tokens weigh gamma+: acc = 1 (line 40), so neither a
             negative nor a pseudo-anchor.
-        departure: its entry of `departures`, where `credit` is `departure`.
+        departure: its entry of `departures` where `credit` is `departure`, else 0.
     """
     spans, num_tokens = rollout.spans, len(rollout.token_ids)
     if settings.credit in ("uniform", "departure"):
-        first = departure if settings.credit == "departure" else 0
-        return Credit(_NOWHERE, _NOWHERE, False, (Region(first, num_tokens, 1.0),))
+        return Credit(regions=(Region(departure, num_tokens, 1.0),))
     if settings.credit == "steps":
         return _step_credit(rollout, is_negative=is_negative)
     earns_rationale = earns_rationale or settings.credit == "unmasked"
     broken = settings.malformed_when == "bad_format" and rollout.format_score < 1
     if not spans.well_formed or (broken and is_negative):
         weight = float(is_negative and settings.decisions.malformed == "penalize")
-        return Credit(_NOWHERE, _NOWHERE, False, (Region(0, num_tokens, weight),))
-    tag, regions = settings.decisions.tag_weight, []
+        return Credit(regions=(Region(0, num_tokens, weight),))
+    tag = settings.decisions.tag_weight
     think_weight = _think_weight(rollout, settings) if earns_rationale else 0.0
-    if tag is None and settings.think_share is not None:
-        # A weight of this sequence alone, which Eq. 11's gamma+ cannot be.
-        weights = ((spans.think, think_weight), (spans.answer, 1.0))
-        regions += [Region(*span, weight) for span, weight in weights if span is not None]
+    layers: list[tuple[tuple[int, int] | None, float]] = []
     if tag is not None:
         # From the outside in: a token that tags and content share counts as content.
-        for span, weight in (
-            (spans.think, tag),
-            (spans.think_content, think_weight),
-            (spans.answer, tag),
-            (spans.answer_content, 1.0),
-        ):
-            if span is not None:
-                regions.append(Region(*span, weight))
+        layers = [(spans.think, tag), (spans.think_content, think_weight)]
+        layers += [(spans.answer, tag), (spans.answer_content, 1.0)]
+    elif settings.think_share is not None:
+        # A weight of this sequence alone, which Eq. 11's gamma+ cannot be.
+        layers = [(spans.think, think_weight), (spans.answer, 1.0)]
+    regions = [Region(*span, weight) for span, weight in layers if span is not None]
     if rollout.finished:
         regions.append(Region(num_tokens - 1, num_tokens, 1.0 if tag is None else tag))
     return Credit(
-        spans.think or _NOWHERE,
-        spans.answer or _NOWHERE,
+        spans.think or (0, 0),
+        spans.answer or (0, 0),
         earns_rationale,
         tuple(regions),
         think_weight=settings.think_weight,
@@ -87,7 +79,7 @@ def _step_credit(rollout: Rollout, *, is_negative: bool) -> Credit:
     else:
         verified = (-1 if is_negative else 1) / num_tokens  # times A, whose sign is the response's
         regions = (Region(0, wrong[0], verified), Region(*wrong, -verified))
-    return Credit(_NOWHERE, _NOWHERE, False, regions, normalize=False)
+    return Credit(regions=regions, normalize=False)
 
 
 def departures(subgroup: Subgroup) -> list[int]:

@@ -12,17 +12,9 @@ Other differences are values of `config.Decisions`. Source: github.com/yongxinwa
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from care_train.algorithm.types import (
-    Credit,
-    GroupUpdate,
-    Region,
-    Rollout,
-    Spans,
-    TrainSequence,
-)
+from care_train.algorithm.types import Credit, GroupUpdate, Region, Rollout, Spans, TrainSequence
 
 Pattern = tuple[int, ...]
-_NOWHERE = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -43,12 +35,8 @@ def tag_patterns(
     def patterns(tag: str) -> tuple[Pattern, ...]:
         return tuple(tuple(encode(before + tag)) for before in ("", " ", "\n", "\n\n"))
 
-    return TagPatterns(
-        patterns(f"<{think_tag}>"),
-        patterns(f"</{think_tag}>"),
-        patterns(f"<{answer_tag}>"),
-        patterns(f"</{answer_tag}>"),
-    )
+    tags = (f"<{think_tag}>", f"</{think_tag}>", f"<{answer_tag}>", f"</{answer_tag}>")
+    return TagPatterns(*map(patterns, tags))
 
 
 def token_tag_spans(token_ids: Sequence[int], tags: TagPatterns) -> Spans:
@@ -99,8 +87,7 @@ def with_rest(update: GroupUpdate, rollouts: Sequence[Rollout], *, has_kl: bool)
         has_kl: without a KL the others have no gradient and are not forwarded.
     """
     trained = {id(sequence.rollout) for sequence in update.sequences}
-    nothing = Credit(_NOWHERE, _NOWHERE, False)
-    rest = [TrainSequence(r, 0.0, nothing, role="rest") for r in rollouts if id(r) not in trained]
+    rest = [TrainSequence(r, 0.0, Credit(), role="rest") for r in rollouts if id(r) not in trained]
     return replace(
         update,
         sequences=(*update.sequences, *(rest if has_kl else ())),

@@ -159,10 +159,10 @@ class Region(NamedTuple):
 class Credit:
     """The regions of Eq. 11 for one response; what lies in none weighs 0."""
 
-    think: tuple[int, int]
-    answer: tuple[int, int]
+    think: tuple[int, int] = (0, 0)
+    answer: tuple[int, int] = (0, 0)
     """Weighs 1."""
-    earns_rationale: bool
+    earns_rationale: bool = False
     """Whether the rationale weighs `think_weight`, or 0."""
     regions: tuple[Region, ...] = ()
     """Laid over the two, the last one on top."""
