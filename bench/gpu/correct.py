@@ -219,7 +219,7 @@ def _run_kernel_tests(bench: Bench) -> None:
         return
     paths = ["tests/kernels/triton", "tests/kernels"]
     if bench.dry:
-        paths = ["tests/kernels/triton/test_region_weights.py"]
+        paths = ["tests/kernels/triton/test_spans.py"]
     command = [
         sys.executable,
         "-m",

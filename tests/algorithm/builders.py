@@ -158,4 +158,4 @@ def region_weights(
 def credit_of(weights: Sequence[float], **options: Any) -> Credit:
     """Any weights, token by token."""
     regions = tuple(Region(t, t + 1, weight) for t, weight in enumerate(weights))
-    return Credit((0, 0), (0, 0), False, regions, **options)
+    return Credit(regions=regions, **options)

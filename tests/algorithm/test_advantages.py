@@ -1,4 +1,7 @@
-"""Eqs. 5-10, 14 and the equalisation (Algorithm 1, lines 24-39)."""
+"""Sequence-level advantages: Eqs. 5-10, 14 and the equalisation (lines 24-39), and the baselines'.
+
+The paper's Table 5 with them.
+"""
 
 import itertools
 import math
@@ -8,50 +11,71 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from care_kernels import Cispo, Clip, Sapo
 from care_train.algorithm.advantages import (
+    RESCUE_DELTA,
     equalize_factor,
     normalize_rewards,
     rescue_rewards,
     scale_negative,
 )
+from care_train.algorithm.baselines import baseline_updates, has_mixed_outcomes, without_truncated
+from care_train.algorithm.spans import overlong_penalty
+from care_train.algorithm.types import skipped_update
+from care_train.config import TABLE_5, build_config
+from care_train.training.update import surrogate_of
+from tests.algorithm.builders import (
+    broken,
+    make_rollout,
+    right,
+    token_advantages,
+    token_weights,
+    wrong,
+)
 
 
-def tensor(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+def normalized(*rewards: float, eps: float = 0.0) -> list[float]:
+    return normalize_rewards(torch.tensor(rewards, dtype=torch.float64), eps).tolist()
 
 
 def test_raw_advantages_by_hand():
-    """Eqs. 5-7: r = (1, 0.1, 0.4): mu = 0.5, sigma^2 = (0.25 + 0.16 + 0.01) / 3 = 0.14."""
+    """Eqs. 5-7: r = (1, .1, .4): mu = .5, sigma^2 = (.25 + .16 + .01) / 3 = .14.
+
+    eps is outside the root: of (3, 1), eps = 1 halves the advantages. Equal rewards give 0.
+    """
     sigma = math.sqrt(0.14) + 1e-6
     expected = [0.5 / sigma, -0.4 / sigma, -0.1 / sigma]
-    assert normalize_rewards(tensor(1.0, 0.1, 0.4), 1e-6).tolist() == pytest.approx(expected)
-
-
-def test_sigma_is_the_population_std_with_eps_outside_the_root():
-    """Eq. 6: r = (3, 1): sigma = sqrt(2 / 2) + eps, so eps = 1 halves the advantages."""
-    assert normalize_rewards(tensor(3.0, 1.0), 1.0).tolist() == pytest.approx([0.5, -0.5])
-
-
-def test_equal_rewards_have_no_advantage():
-    """Eq. 7 with sigma = eps: zero, not NaN."""
-    assert normalize_rewards(tensor(0.1, 0.1, 0.1, 0.1), 1e-6).tolist() == pytest.approx([0] * 4)
+    assert normalized(1.0, 0.1, 0.4, eps=1e-6) == pytest.approx(expected)
+    assert normalized(3.0, 1.0, eps=1.0) == pytest.approx([0.5, -0.5])
+    assert normalized(*[0.1] * 4, eps=1e-6) == pytest.approx([0] * 4)
 
 
 @pytest.mark.parametrize("num_negatives", range(1, 8))
 @given(low=st.floats(0, 0.4), gap=st.floats(0.05, 1))
 def test_two_level_rewards_show_the_signature(num_negatives, low, gap):
-    """Eq. 10 and Corollary 1: A_raw = sqrt(K') and -1/sqrt(K') exactly, whatever the two levels."""
-    rewards = tensor(low + gap, *[low] * num_negatives)
+    """Eq. 10 and Corollary 1: A_raw = sqrt(K') and -1/sqrt(K') exactly, whatever the two levels.
+
+    Equalised with K = 7, the negatives' total is -sqrt(7) whatever K' is (Sec. 3.4).
+    """
     root = math.sqrt(num_negatives)
     expected = [root] + [-1 / root] * num_negatives
-    assert normalize_rewards(rewards, 0.0).tolist() == pytest.approx(expected, rel=1e-6)
-    binary = tensor(1.0, *[0.0] * num_negatives)
-    assert normalize_rewards(binary, 1e-6).tolist() == pytest.approx(expected, rel=1e-5)
+    raw = normalized(low + gap, *[low] * num_negatives)
+    assert raw == pytest.approx(expected, rel=1e-6)
+    assert sum(raw[1:]) * equalize_factor(num_negatives, 7) == pytest.approx(-math.sqrt(7))
 
 
-@pytest.mark.parametrize(
-    "negatives", [(0.0, 0.1), (0.1, 0.0, 0.0), (0.1, 0.1, 0.0, 0.0), (0.0, 0.3, 0.1, 0.2, 0.5)]
-)
+@pytest.mark.parametrize("num_negatives", range(1, 8))
+@pytest.mark.parametrize("delta", [0.1, 10.0])
+def test_rescue_reproduces_the_signature(num_negatives, delta):
+    """Eq. 14 and Corollary 2: mu = 0, sigma^2 = delta^2 / K', so Eq. 10 again; delta cancels."""
+    rewards = rescue_rewards(num_negatives, delta=delta).double()
+    assert rewards.tolist() == pytest.approx([delta] + [-delta / num_negatives] * num_negatives)
+    root = math.sqrt(num_negatives)
+    expected = [root] + [-1 / root] * num_negatives
+    assert normalize_rewards(rewards, 1e-6).tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("negatives", [(0.0, 0.1), (0.1, 0.1, 0.0, 0.0), (0.0, 0.3, 0.1, 0.2, 0.5)])
 def test_spread_among_negatives_attenuates_the_signature(negatives):
     """Eq. 9: A_raw = alpha sqrt(K'), alpha = (1 + (K' + 1) Var / Delta^2)^(-1/2).
 
@@ -61,77 +85,191 @@ def test_spread_among_negatives_attenuates_the_signature(negatives):
     mean = sum(negatives) / count
     variance = sum((x - mean) ** 2 for x in negatives) / count
     alpha = (1 + (count + 1) * variance / (1 - mean) ** 2) ** -0.5
-    raw = normalize_rewards(tensor(1.0, *negatives), 0.0).tolist()
+    raw = normalized(1.0, *negatives)
     assert 0 < alpha < 1
     assert raw[0] == pytest.approx(alpha * math.sqrt(count))
     assert sum(raw[1:]) / count == pytest.approx(-alpha / math.sqrt(count))
 
 
-@pytest.mark.parametrize("num_negatives", range(1, 8))
-def test_expected_variance_of_proposition_1(num_negatives):
+@pytest.mark.parametrize("k", range(1, 8))
+def test_expected_variance_of_proposition_1(k):
     """Proposition 1: E[sigma_S^2] = (K'^2 Var + K' Delta^2) / (K' + 1)^2 for i.i.d. negatives.
 
     Negatives of 0 or 0.5 with equal odds have m = 1/4 and Var = 1/16; all 2^K' groups are formed.
     sigma_S is read off the advantages: the reward gap over the advantage gap.
     """
     squares = []
-    for negatives in itertools.product([0.0, 0.5], repeat=num_negatives):
-        raw = normalize_rewards(tensor(1.0, *negatives), 0.0).tolist()
+    for negatives in itertools.product([0.0, 0.5], repeat=k):
+        raw = normalized(1.0, *negatives)
         squares.append(((1.0 - negatives[0]) / (raw[0] - raw[1])) ** 2)
-    k = num_negatives
     expected = (k**2 / 16 + k * 0.75**2) / (k + 1) ** 2
     assert sum(squares) / len(squares) == pytest.approx(expected)
 
 
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=9))
-def test_raw_advantages_are_centred(values):
-    """Eqs. 5-7: advantages sum to zero and keep the order of the rewards."""
-    raw = normalize_rewards(tensor(*values), 1e-6).tolist()
-    assert sum(raw) == pytest.approx(0, abs=1e-6)
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    assert all(raw[a] <= raw[b] for a, b in itertools.pairwise(order))
+def test_scaling_and_equalisation_by_hand():
+    """Eq. 8: -s |A_raw|, a penalty even where A_raw > 0. Line 39: sqrt(K / K_S) if K_S < K."""
+    found = [scale_negative(raw, 0.5) for raw in (-0.8, 0.8, 0)]
+    assert found == pytest.approx([-0.4, -0.4, 0])
+    factors = [equalize_factor(n, 4) for n in (1, 2, 3, 4, 5)]
+    assert factors == pytest.approx([2, math.sqrt(2), math.sqrt(4 / 3), 1, 1])
+
+
+# Rewards 1, 1, .1, 0: mean .525, population variance .226875; lengths 10, 8, 9, 6.
+GROUP = [right(), right(think=1), wrong(think=2), broken()]
+LENGTHS = [10, 8, 9, 6]
+Z_SCORES = [x / math.sqrt(0.226875) for x in (0.475, 0.475, -0.425, -0.525)]
+
+
+def updates_of(name, groups, kept: bool = True, total=lambda values: values):
+    """The call the training step makes for a baseline, on one rank."""
+    return baseline_updates(
+        groups,
+        name,
+        total,
+        length_normalized=name in ("grpo", "gspo", "sapo"),
+        keep_without_signal=kept,
+    )
+
+
+def update_of(name, rollouts=GROUP, kept: bool = True):
+    return updates_of(name, [rollouts], kept)[0]
+
+
+def advantages(update) -> list[float]:
+    return [sequence.advantage for sequence in update.sequences]
 
 
 @pytest.mark.parametrize(
-    ("raw", "scale", "expected"), [(-0.8, 0.5, -0.4), (0.8, 0.5, -0.4), (-2, 1, -2), (0, 0.5, 0)]
+    ("name", "expected"),
+    [
+        *[(name, Z_SCORES) for name in ("grpo", "dapo", "gspo", "cispo", "sapo")],
+        # r_i less the mean, without the std.
+        ("dr_grpo", [0.475, 0.475, -0.425, -0.525]),
+        # r_i less the mean of the other three: 1.1 / 3, 2 / 3, .7.
+        ("rloo", [1 - 1.1 / 3, 1 - 1.1 / 3, 0.1 - 2 / 3, 0 - 2.1 / 3]),
+    ],
 )
-def test_negatives_are_scaled_and_never_rewarded(raw, scale, expected):
-    """Eq. 8: A = -s |A_raw|, a penalty even where the raw advantage is positive."""
-    assert scale_negative(raw, scale) == pytest.approx(expected)
+def test_baselines_by_hand(name, expected):
+    """All G train and count, with the source's advantage; token weights of 1/T or 1."""
+    assert [rollout.reward for rollout in GROUP] == pytest.approx([1, 1, 0.1, 0])
+    update = update_of(name)
+    assert [s.rollout for s in update.sequences] == GROUP
+    assert (update.num_sequences, update.num_tokens) == (4, sum(LENGTHS))
+    assert advantages(update) == pytest.approx(expected, rel=1e-5)
+    assert [s.raw_advantage for s in update.sequences] == advantages(update)
+    for sequence, length in zip(update.sequences, LENGTHS, strict=True):
+        weight = 1 / length if name in ("grpo", "gspo", "sapo") else 1.0
+        assert token_weights(sequence).tolist() == pytest.approx([weight] * length)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "dr_grpo"])
+@pytest.mark.parametrize("level", [right, wrong, broken])
+def test_equal_rewards_have_no_policy_gradient(name, level):
+    """Token advantages are exactly 0: the only gradient is the KL's. Without a KL no sequence is
+    forwarded, and the mean over all sampled sequences stays one."""
+    group = [level() for _ in range(7)]
+    update = update_of(name, group)
+    assert len(update.sequences) == 7
+    assert not any(token_advantages(sequence).any() for sequence in update.sequences)
+    silent = update_of(name, group, kept=False)
+    assert (silent.sequences, silent.num_sequences, silent.skipped) == ((), 7, "no_signal")
+    assert silent.num_tokens == update.num_tokens
+
+
+def test_a_difference_in_format_is_a_signal():
+    """Groups are told apart by reward: right with and without format differ."""
+    update = update_of("grpo", [right(), make_rollout(1.0, 0.0)], kept=False)
+    assert advantages(update) == pytest.approx([1, -1], rel=1e-4)
+
+
+class TestReinforcePlusPlus:
+    """arXiv:2501.03262: the z-score over the whole batch, each token with its response's reward."""
+
+    # Of rewards 1, .1 with 10, 10 tokens and 1, 1 with 10, 10 tokens: mean .775.
+    GROUPS = ([right(), wrong()], [right(), right()])
+    GOOD, BAD = (x / math.sqrt((3 * 0.225**2 + 0.675**2) / 4) for x in (0.225, -0.675))
+
+    def test_the_batch_is_the_baseline(self):
+        """A group of equal rewards has a gradient where others of the batch did worse."""
+        found = [advantages(u) for u in updates_of("reinforce_pp", self.GROUPS, kept=False)]
+        wanted = [self.GOOD, self.BAD], [self.GOOD, self.GOOD]
+        assert found == [pytest.approx(row, rel=1e-5) for row in wanted]
+        equal = updates_of("reinforce_pp", [[right(), right()]] * 2, kept=False)
+        assert [update.skipped for update in equal] == ["no_signal"] * 2
+
+    def test_long_responses_count_as_often_as_they_have_tokens(self):
+        """Rewards 1 with 14 tokens and 0 with 6: mean .7, variance .21."""
+        (update,) = updates_of("reinforce_pp", [[right(think=7), broken()]])
+        wanted = [0.3 / math.sqrt(0.21), -0.7 / math.sqrt(0.21)]
+        assert advantages(update) == pytest.approx(wanted, rel=1e-5)
+
+    def test_ranks_share_mean_and_deviation(self):
+        """With a second rank that holds the other group, sums come from both."""
+        sums: list[list[float]] = []
+        for group in self.GROUPS:
+            updates_of("reinforce_pp", [group], total=lambda own: sums.append(own) or own)
+        both = [a + b for a, b in zip(*sums, strict=True)]
+        (update,) = updates_of("reinforce_pp", self.GROUPS[:1], total=lambda own: both)
+        assert advantages(update) == pytest.approx([self.GOOD, self.BAD], rel=1e-5)
+
+
+def test_truncated_responses_leave_the_loss():
+    """loss.mask_truncated: their rewards stay in the group's, their tokens leave loss and counts.
+
+    A group of cut responses alone is skipped, and says why.
+    """
+    group = (right(), right(finished=False), wrong())
+    update = update_of("grpo", group)
+    masked = without_truncated(update, group)
+    assert masked.sequences == (update.sequences[0], update.sequences[2])
+    assert (masked.num_sequences, masked.num_tokens) == (2, 20)
+    silent = without_truncated(update_of("dapo", group[:2], kept=False), group[:2])
+    assert (silent.num_sequences, silent.num_tokens, silent.skipped) == (1, 10, "no_signal")
+    cut = [right(finished=False), wrong(finished=False)]
+    masked = without_truncated(update_of("grpo", cut), cut)
+    assert (masked.sequences, masked.num_sequences, masked.skipped) == ((), 0, "truncated")
+    assert without_truncated(skipped_update("all_wrong"), []).skipped == "all_wrong"
+
+
+def test_dapos_overlong_punishment_and_dynamic_sampling():
+    """DAPO, Eq. 13: 0 up to L_max - L_cache = 80, then falling to -1 at L_max = 100. A group is
+    kept where 0 < number of right answers < G, whatever the format."""
+    penalties = [overlong_penalty(n, 100, 0.2) for n in (10, 80, 85, 90, 100)]
+    assert penalties == pytest.approx([0, 0, -0.25, -0.5, -1])
+    mixed = {(1, 0): 1, (1, 1, 0, 0): 1, (1, 1): 0, (0, 0): 0, (0.5, 0): 0, (1, 0.5): 1}
+    for accuracies, expected in mixed.items():
+        assert has_mixed_outcomes([make_rollout(float(a)) for a in accuracies]) == expected
+    assert not has_mixed_outcomes([right(), make_rollout(1.0, 0.0)])
 
 
 @pytest.mark.parametrize(
-    ("num_negatives", "max_negatives", "expected"),
-    [(1, 4, 2.0), (2, 4, math.sqrt(2)), (3, 4, math.sqrt(4 / 3)), (4, 4, 1.0), (5, 4, 1.0)],
+    ("name", "clip", "kl_coef", "level", "aggregation"),
+    [
+        ("care", Clip(0.20, 0.28), 0.02, "token", "sequence"),
+        ("grpo", Clip(0.20, 0.20), 0.02, "token", "sequence"),
+        ("dapo", Clip(0.20, 0.28), 0.0, "token", "token"),
+        ("gspo", Clip(3e-4, 4e-4), 0.0, "sequence", "sequence"),
+        ("dr_grpo", Clip(0.20, 0.20), 0.0, "token", "max_length"),
+        ("rloo", None, None, "token", "max_length"),
+        ("reinforce_pp", None, None, "token", "token"),
+        ("cispo", Cispo(5.0, 0.0), None, "token", "token"),
+        ("sapo", Sapo(1.0, 1.05), None, "token", "sequence"),
+    ],
 )
-def test_equalisation_only_enlarges(num_negatives, max_negatives, expected):
-    """Sec. 3.4, line 39: sqrt(K / K_S) where K_S < K, and 1 otherwise."""
-    assert equalize_factor(num_negatives, max_negatives) == pytest.approx(expected)
+def test_table_5(name, clip, kl_coef, level, aggregation):
+    """Table 5's clip ranges and KL coefficients; each method's ratio and what its sum is over."""
+    config = build_config({"algorithm": name})
+    loss = config.loss
+    assert (loss.ratio_level, loss.aggregation) == (level, aggregation)
+    assert clip is None or surrogate_of(loss) == clip
+    assert kl_coef is None or loss.kl_coef == kl_coef
+    assert loss.kl_estimator == "k3"
+    assert config.rollout.group_size == 8 and name in TABLE_5
 
 
-@pytest.mark.parametrize("num_negatives", range(1, 8))
-def test_equalised_updates_have_one_size(num_negatives):
-    """Sec. 3.4: with K = 7 the negatives' equalised total is -sqrt(7), whatever K' is."""
-    raw = normalize_rewards(tensor(1.0, *[0.0] * num_negatives), 0.0)
-    total = float(raw[1:].sum()) * equalize_factor(num_negatives, 7)
-    assert total == pytest.approx(-math.sqrt(7))
-
-
-@pytest.mark.parametrize("num_negatives", range(1, 8))
-@pytest.mark.parametrize("delta", [0.1, 10.0])
-def test_rescue_reproduces_the_signature(num_negatives, delta):
-    """Eq. 14 and Corollary 2: mu = 0, sigma^2 = delta^2 / K', so Eq. 10 again; delta cancels."""
-    rewards = rescue_rewards(num_negatives, delta=delta).double()
-    assert rewards.tolist() == pytest.approx([delta] + [-delta / num_negatives] * num_negatives)
-    assert float(rewards.mean()) == pytest.approx(0, abs=1e-7 * delta)
-    variance = float((rewards - rewards.mean()).square().mean())
-    assert variance == pytest.approx(delta**2 / num_negatives, rel=1e-6)
-    root = math.sqrt(num_negatives)
-    expected = [root] + [-1 / root] * num_negatives
-    assert normalize_rewards(rewards, 1e-6).tolist() == pytest.approx(expected, rel=1e-4)
-
-
-def test_a_literal_rescue_of_few_failures_is_not_zero_sum():
-    """Line 23 to the letter: K' counts the pseudo-anchor, so -delta/K' leaves a rest."""
-    rewards = rescue_rewards(2, divisor=3, delta=0.3).tolist()
-    assert rewards == pytest.approx([0.3, -0.1, -0.1])
+def test_table_5_row_of_care():
+    """Table 5 and Sec. 8.2: K = 4, M = 6, s = 0.5, delta = 0.1, gamma+ = 0.005, one resample."""
+    care = build_config({}).care
+    assert (care.max_negatives, care.preselect_size, care.neg_scale) == (4, 6, 0.5)
+    assert (care.rescue, RESCUE_DELTA, care.think_weight) == (1.0, 0.1, 0.005)
+    assert care.reflection.enabled and care.reflect_scale == 0.25

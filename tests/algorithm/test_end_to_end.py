@@ -214,6 +214,10 @@ def assert_same(case: Case) -> None:
         return
     assert isinstance(subgroup, Subgroup) and update is not None
     assert update.num_negatives == expected.K_S
+    assert update.num_sequences == len(update.sequences)
+    assert update.num_tokens == sum(len(s.rollout.token_ids) for s in update.sequences)
+    if abs(expected.S[0].A_raw) > 1e-9:
+        assert update.anchor_clamped == (case.choices.clamp_anchor and expected.S[0].A_raw < 0)
     on = subgroup.reflect_on
     assert (None if on is None else subgroup.others[on].index) == expected.y_neg
     # S* has the members with A != 0; one that is zero but for rounding may be on either side.
@@ -228,7 +232,7 @@ def assert_same(case: Case) -> None:
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_token_advantages_equal_the_transcription(preset, data):
     """Algorithm 1, lines 1-41: every per-token advantage of S* is the transcription's (Eq. 11)."""

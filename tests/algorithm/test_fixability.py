@@ -5,7 +5,6 @@ import random
 from dataclasses import replace
 
 import pytest
-import torch
 
 from care_train.algorithm.care import select_subgroup
 from care_train.algorithm.fixability import (
@@ -74,24 +73,6 @@ def test_it_learns_a_rule_and_chooses_by_it():
     assert indices(found) == [0, 4, 2] and found.reflect_on == 0
     odds = fixability.log_odds(group, 0, [1, 2, 3, 4, 5])
     assert odds[0] < 0 < odds[3]
-
-
-def test_it_predicts_unseen_outcomes():
-    """Right in most of 400 others, where a constant is right in half."""
-    fixability = Fixability(synthetic(400))
-    hits = 0
-    for *features, is_repaired in synthetic(400, seed=1):
-        distance, log_prob, _, departure = features
-        shared = round(departure * 20)
-        anchor = replace(right(), token_ids=tuple(range(20)))
-        failure = replace(wrong(), token_ids=(*range(shared), *range(50, 70 - shared)))
-        group = RolloutGroup(
-            (anchor, failure),
-            torch.tensor([[0, distance], [distance, 0]]).double(),
-            torch.tensor([-20.0, 20 * log_prob]),
-        )
-        hits += (fixability.log_odds(group, 0, [1])[0] > 0) == bool(is_repaired)
-    assert hits > 0.8 * 400
 
 
 def test_the_outcomes_are_the_state():

@@ -13,13 +13,12 @@ from care_train.algorithm.region_weights import spread_advantages
 from care_train.algorithm.released import (
     TagPatterns,
     answer_prefix,
-    released_credit,
     tag_patterns,
     token_tag_spans,
     with_rest,
 )
 from care_train.algorithm.selection import pairwise_distances
-from care_train.algorithm.types import Credit, GroupUpdate, Rollout, RolloutGroup
+from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup
 from care_train.config import build_config
 from care_train.data import Sample
 from care_train.rollout.engine import Completion
@@ -30,7 +29,6 @@ from care_train.training.rl import open_policy
 from care_train.training.sampler import Sampler
 from care_train.training.step import TrainStep
 from care_train.verifier.responses import boxed_answer, boxed_fault
-from tests.algorithm.builders import unit_vectors
 from tests.algorithm.released import Outcome, Response, Tags, released_rule
 from tests.train.builders import make_session, text_sample
 
@@ -294,110 +292,54 @@ def check_reflections(groups: list[Group], rollout: Tagged, session) -> None:
         assert group.reflected.text == decode(group.reflected.token_ids, skip_special_tokens=True)
 
 
-class TestAnswerPrefix:
-    """Where the cue goes, and what is kept of the failed response."""
-
-    @pytest.mark.parametrize(
-        ("failed", "wanted"),
-        [
-            ("<think>x</think> <answer>3</answer>", "<think>xCUE</think> <answer>"),
-            ("<think>x</think>\\boxed{3} \n", "<think>xCUE</think>\\boxed{3}\n<answer>"),
-            ("<think>x", "<think>xCUE\n<answer>"),
-            ("just 3", "<think>CUE</think>\njust 3\n<answer>"),
-            ("", "<think>CUE</think>\n<answer>"),
-            ("<answer>3", "<think>CUE</think>\n<answer>"),
-            ("<think>a</think>b</think>c", "<think>aCUE</think>b</think>c\n<answer>"),
-        ],
-    )
-    def test_text(self, failed, wanted):
-        """Before the first closing think tag; the answer is dropped from its tag on."""
-        assert answer_prefix(failed, "CUE", "think", "answer") == wanted
+@pytest.mark.parametrize(
+    ("failed", "wanted"),
+    [
+        ("<think>x</think> <answer>3</answer>", "<think>xCUE</think> <answer>"),
+        ("<think>x</think>\\boxed{3} \n", "<think>xCUE</think>\\boxed{3}\n<answer>"),
+        ("<think>x", "<think>xCUE\n<answer>"),
+        ("just 3", "<think>CUE</think>\njust 3\n<answer>"),
+        ("", "<think>CUE</think>\n<answer>"),
+        ("<answer>3", "<think>CUE</think>\n<answer>"),
+        ("<think>a</think>b</think>c", "<think>aCUE</think>b</think>c\n<answer>"),
+    ],
+)
+def test_what_a_reflection_continues(failed, wanted):
+    """The cue before the first closing think tag; the answer is dropped from its tag on."""
+    assert answer_prefix(failed, "CUE", "think", "answer") == wanted
 
 
-class TestSpans:
-    """Tags by their tokens: what shares a token with the text beside it is not found."""
-
-    def test_both(self):
-        """Tags outside, content inside."""
-        ids = (1, 2, 3, 30, 31, 5, 7, 2, 3, 1, 9, 3, 40, 1, 7, 9, 3, EOS)
-        spans = token_tag_spans(ids, PATTERNS)
-        assert (spans.think, spans.answer) == ((3, 5), (12, 13))
-        assert (spans.think_length, spans.answer_length) == (2, 1)
-
-    def test_a_merged_closing_tag_leaves_the_span_open(self):
-        """`</think>` + newline: the rationale runs to the end, the answer's tokens included."""
-        ids = (1, 2, 3, 30, 1, 7, 2, 8, 1, 9, 3, 40, 1, 7, 9, 3)
-        spans = token_tag_spans(ids, PATTERNS)
-        assert (spans.think, spans.answer) == ((3, 16), (11, 12))
-        rollout = replace(rollout_of(Response("", ids, 1.0), PATTERNS))
-        credit = released_credit(rollout, 0.5, earns_rationale=True)
-        assert [(r.start, r.end, r.weight) for r in credit.regions] == [(11, 12, 1.5)]
-        assert released_credit(rollout, 0.5, earns_rationale=False).regions == ()
-
-    def test_a_missing_span_is_the_whole_response(self):
-        """For the anchor's length, the embedding and the weights, as the release falls back."""
-        spans = token_tag_spans((30, 31, EOS), PATTERNS)
-        assert spans.think == spans.answer == (0, 3)
-
-
-class TestBoxed:
+@pytest.mark.parametrize(
+    ("text", "answer", "is_well_formed"),
+    [
+        # The last box, braces matched.
+        (r"so \boxed{3}", "3", False),
+        (r"\boxed{1} or \boxed{ \frac{1}{2} }.", r"\frac{1}{2}", False),
+        (r"\boxed{1} or \boxed{2", None, False),
+        # `<think>.*</think>.*\boxed\{.*\}.*` once space around brackets is gone.
+        (r"<think>a</think>\boxed{1}", "1", True),
+        ("\n< think > a < / think >\nso \\boxed{1} it is", "1", True),
+        (r"<think>a</think> 1", None, False),
+        (r"<think>a \boxed{1}", "1", False),
+        (r"\boxed{1}<think>a</think>", "1", False),
+        (r"<think>\boxed{1}</think>", "1", False),
+    ],
+)
+def test_boxed_answers(text, answer, is_well_formed):
     """reward.answer: boxed, EasyR1's math reward."""
-
-    @pytest.mark.parametrize(
-        ("text", "answer"),
-        [
-            (r"so \boxed{3}", "3"),
-            (r"\boxed{1} or \boxed{ \frac{1}{2} }.", r"\frac{1}{2}"),
-            (r"\boxed{1} or \boxed{2", None),
-            ("3", None),
-        ],
-    )
-    def test_answer(self, text, answer):
-        """The last box, braces matched."""
-        assert boxed_answer(text) == answer
-
-    @pytest.mark.parametrize(
-        ("text", "good"),
-        [
-            (r"<think>a</think>\boxed{1}", True),
-            ("\n< think > a < / think >\nso \\boxed{1} it is", True),
-            (r"<think>a</think> 1", False),
-            (r"<think>a \boxed{1}", False),
-            (r"\boxed{1}<think>a</think>", False),
-            (r"<think>\boxed{1}</think>", False),
-        ],
-    )
-    def test_format(self, text, good):
-        """`<think>.*</think>.*\\boxed\\{.*\\}.*` once space around brackets is gone."""
-        assert (not boxed_fault(text)) == good
-
-    def test_score(self, tiny_folder):
-        """0.9 acc + 0.1 fmt, in a session of the preset."""
-        session = make_session(tiny_folder("tiny-qwen2"), {"preset": "official"})
-        score = session.scorer.verifier.score
-        sample: Sample = text_sample(answer="4")
-        assert score(r"<think>2+2</think> \boxed{4}", sample).reward == pytest.approx(1.0)
-        assert score(r"\boxed{4}", sample).reward == pytest.approx(0.9)
-        assert score(r"<think>2+2</think> \boxed{5}", sample).reward == pytest.approx(0.1)
-        assert score(r"<think>2+2</think><answer>4</answer>", sample).reward == 0.0
+    assert boxed_answer(text) == answer
+    assert (not boxed_fault(text)) == is_well_formed
 
 
-def test_without_a_kl_the_rest_counts_but_is_not_forwarded():
-    """The token mean is over all that was sampled."""
-    rollouts = [rollout_of(Response("", (30, 31, EOS), 0.0), PATTERNS) for _ in range(3)]
-    update = with_rest(skipped_update("all_correct"), rollouts, has_kl=False)
-    assert (update.sequences, update.num_sequences, update.num_tokens) == ((), 3, 9)
-    kept = with_rest(skipped_update("all_correct"), rollouts, has_kl=True)
-    assert [sequence.credit for sequence in kept.sequences] == [Credit((0, 0), (0, 0), False)] * 3
-    assert kept.skipped == "all_correct"
-
-
-def test_a_rescue_spreads_from_the_farthest():
-    """All failures take part; at 0 the pseudo-anchor, then -170, 10 and -80 degrees."""
-    rollouts = tuple(rollout_of(Response("", (30, EOS), 0.0), PATTERNS) for _ in range(6))
-    care = replace(CARE, max_negatives=3, preselect_size=1)
-    distances = pairwise_distances(unit_vectors([0, 10, 90, -80, -170, 5]))
-    group = RolloutGroup(rollouts, distances, torch.tensor([-1.0] + [-2.0] * 5))
-    subgroup = select_subgroup(group, care)
-    assert not isinstance(subgroup, str) and subgroup.rescued
-    assert [member.index for member in subgroup.members] == [0, 4, 1, 3]
+def test_boxed_scores(tiny_folder):
+    """0.9 acc + 0.1 fmt, in a session of the preset."""
+    session = make_session(tiny_folder("tiny-qwen2"), {"preset": "official"})
+    sample: Sample = text_sample(answer="4")
+    for text, expected in (
+        (r"<think>2+2</think> \boxed{4}", 1.0),
+        (r"\boxed{4}", 0.9),
+        (r"<think>2+2</think> \boxed{5}", 0.1),
+        (r"<think>2+2</think><answer>4</answer>", 0.0),
+    ):
+        reward = session.scorer.verifier.score(text, sample).reward
+        assert reward == pytest.approx(expected)

@@ -1,173 +1,148 @@
-"""Where rationale and answer lie, in text and in tokens (Sec. 3.1; Algorithm 1, line 1)."""
+"""Where rationale and answer lie, in text and in tokens, and Eq. 1 (Algorithm 1, lines 1-2)."""
 
 import time
+from dataclasses import replace
+from functools import cache
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from care_train.algorithm.spans import TextSpans, parse_spans, token_spans
+from care_kernels import pool_rationale
+from care_train.algorithm.spans import (
+    TextSpans,
+    parse_spans,
+    rationale_span,
+    reward,
+    token_spans,
+)
 from care_train.algorithm.types import Spans
+from care_train.config import load_config
+from care_train.models.prompts import TokenText
+from tests.algorithm.builders import broken, make_rollout, right, wrong
+
+TEXTS = [
+    ("<think>a</think> <answer>b</answer>", "a", "b"),
+    ("<think></think><answer></answer>", "", ""),
+    ("<answer>b</answer>", None, "b"),
+    *[(text, None, None) for text in ("a b", "", "a</think> b</answer>", "</answer><answer>")],
+    # Tags are exact.
+    *[(text, None, None) for text in ("<Think>a</Think>", "< think>a</think>")],
+    # An unclosed think runs to the end; an unclosed answer is none.
+    ("<think>a", "a", None),
+    ("<think>a <answer>b</answer> c", "a <answer>b</answer> c", "b"),
+    ("<think>a</think> <answer>b", "a", None),
+    # A second rationale is text like any other.
+    ("</think>a<think>b", "b", None),
+    ("<think>a</think><think>b</think>", "a", None),
+    # One answer is scored and credited: the last that has both tags.
+    ("<answer>a</answer> <answer>b</answer>", None, "b"),
+    ("<answer>a</answer> <answer>b", None, "a"),
+    ("<answer>a <answer>b</answer>", None, "b"),
+    ("<think><answer>a</answer></think> <answer>b</answer>", "<answer>a</answer>", "b"),
+    ("<answer>a</answer> so </answer>", None, "a"),
+    ("</answer><answer>a</answer>", None, "a"),
+]
 
 
-def parts(text: str, **tags: str) -> tuple[str | None, ...]:
-    """The texts of think, think content, answer and answer content."""
-    spans = parse_spans(text, **tags)
-    ranges = (spans.think, spans.think_content, spans.answer, spans.answer_content)
-    return tuple(None if span is None else text[slice(*span)] for span in ranges)
+def cut(text: str, span: tuple[int, int] | None) -> str | None:
+    return None if span is None else text[slice(*span)]
 
 
-def locate(pieces: list[str], num_prefix_tokens: int = 0) -> Spans:
-    """Spans of a response whose tokens have these texts."""
-    ends = list(accumulate(len(piece) for piece in pieces))
-    return token_spans(parse_spans("".join(pieces)), ends, num_prefix_tokens)
+@pytest.mark.parametrize(("text", "think", "answer"), TEXTS)
+def test_spans_in_text(text, think, answer):
+    """Contents as listed, in spans that have the tags too."""
+    spans = parse_spans(text)
+    assert (cut(text, spans.think_content), cut(text, spans.answer_content)) == (think, answer)
+    closed = None if think is None else f"<think>{think}</think>"
+    is_closed = closed is None or closed in text
+    assert cut(text, spans.think) == (closed if is_closed else f"<think>{think}")
+    assert cut(text, spans.answer) == (None if answer is None else f"<answer>{answer}</answer>")
 
 
-class TestText:
-    """`parse_spans`."""
-
-    @pytest.mark.parametrize(
-        ("text", "expected"),
-        [
-            (
-                "<think>a</think> <answer>b</answer>",
-                ("<think>a</think>", "a", "<answer>b</answer>", "b"),
-            ),
-            ("<think></think><answer></answer>", ("<think></think>", "", "<answer></answer>", "")),
-            *[
-                (text, (None, None, None, None))
-                for text in ("a b", "", "a</think> b</answer>", "</answer><answer>")
-            ],
-            # Tags are exact.
-            *[
-                (text, (None, None, None, None))
-                for text in ("<Think>a</Think>", "< think>a</think>")
-            ],
-            ("<answer>b</answer>", (None, None, "<answer>b</answer>", "b")),
-            # An unclosed think runs to the end; an unclosed answer is none.
-            ("<think>a", ("<think>a", "a", None, None)),
-            (
-                "<think>a <answer>b</answer> c",
-                (
-                    *("<think>a <answer>b</answer> c", "a <answer>b</answer> c"),
-                    "<answer>b</answer>",
-                    "b",
-                ),
-            ),
-            ("<think>a</think> <answer>b", ("<think>a</think>", "a", None, None)),
-            # A second rationale is text like any other.
-            ("</think>a<think>b", ("<think>b", "b", None, None)),
-            ("<think>a</think><think>b</think>", ("<think>a</think>", "a", None, None)),
-        ],
-    )
-    def test_where_the_spans_lie(self, text, expected):
-        """Think, its content, answer, its content."""
-        assert parts(text) == expected
-
-    @pytest.mark.parametrize(
-        ("text", "answer"),
-        [
-            ("<answer>a</answer> <answer>b</answer>", "b"),
-            ("<answer>a</answer> <answer>b", "a"),
-            ("<answer>a <answer>b</answer>", "b"),
-            ("<think><answer>a</answer></think> <answer>b</answer>", "b"),
-            ("<think>x <answer>a</answer> y</think> z", "a"),
-            ("<answer>a</answer></answer>", "a"),
-            ("<answer>a</answer> so </answer>", "a"),
-            ("</answer><answer>a</answer>", "a"),
-        ],
-    )
-    def test_the_last_complete_answer_pair_counts(self, text, answer):
-        """One answer is scored and credited: the last that has both tags."""
-        assert parts(text)[3] == answer
-
-    def test_configured_tags(self):
-        """Sec. 8.2: `prompt.think_tag: reasoning`; the default tags then mean nothing."""
-        text = "<think>a</think><reasoning>b</reasoning><answer>c</answer><final>d</final>"
-        expected = ("<reasoning>b</reasoning>", "b", "<final>d</final>", "d")
-        assert parts(text, think_tag="reasoning", answer_tag="final") == expected
-
-    @pytest.mark.parametrize(
-        "piece",
-        ["<", "<think>", "</think>", "<answer>", "</answer>", "<answer", "</answer", "</", "a<a"],
-    )
-    @pytest.mark.parametrize("head", ["", "<think>", "<answer>"])
-    def test_hostile_text_takes_linear_time(self, piece, head):
-        """Two megabytes of tags or half tags: far below a second, where quadratic takes hours."""
-        text = head + piece * (2_000_000 // len(piece))
-        start = time.perf_counter()
-        spans = parse_spans(text)
-        assert time.perf_counter() - start < 1.0
-        assert (spans.think is None) == (head != "<think>" and piece != "<think>")
+def test_configured_tags():
+    """Sec. 8.2: `prompt.think_tag: reasoning`; the default tags then mean nothing."""
+    text = "<think>a</think><reasoning>b</reasoning><answer>c</answer><final>d</final>"
+    spans = parse_spans(text, think_tag="reasoning", answer_tag="final")
+    assert cut(text, spans.think) == "<reasoning>b</reasoning>"
+    assert cut(text, spans.answer) == "<final>d</final>"
 
 
-class TestTokens:
-    """`token_spans`."""
+@pytest.mark.parametrize(
+    "piece",
+    ["<", "<think>", "</think>", "<answer>", "</answer>", "<answer", "</answer", "</", "a<a"],
+)
+@pytest.mark.parametrize("head", ["", "<think>", "<answer>"])
+def test_hostile_text_takes_linear_time(piece, head):
+    """Two megabytes of tags or half tags: far below a second, where quadratic takes hours."""
+    text = head + piece * (2_000_000 // len(piece))
+    start = time.perf_counter()
+    spans = parse_spans(text)
+    assert time.perf_counter() - start < 1.0
+    assert (spans.think is None) == (head != "<think>" and piece != "<think>")
 
-    @pytest.mark.parametrize(
-        ("pieces", "num_prefix", "expected"),
-        [
-            # One token per tag: tags with their content, contents without.
-            ("<think>|a| b|</think>| |<answer>|c|</answer>", 0, ((0, 4), (1, 3), (5, 8), (6, 7))),
-            # BPE merges tags with their neighbours: a token belongs where it touches a character.
-            (
-                "<th|ink|>a| b|.</|think|>\n<|answer|>4|2</|answer>",
-                *(0, ((0, 7), (2, 5), (6, 11), (8, 10))),
-            ),
-            ("<think>a</think><answer>b</answer>", 0, ((0, 1),) * 4),
-            # Cut by the length limit: T_think counts all that was reasoned.
-            ("x|<think>|a| b", 0, ((1, 4), (2, 4), None, None)),
-            # Spans may overlap; each is mapped on its own.
-            (
-                "<think>|a|<answer>|b|</answer>|c|</think>",
-                *(0, ((0, 7), (1, 6), (2, 5), (3, 4))),
-            ),
-            # Empty contents have no tokens, also where `></` is one token.
-            ("<think>|</think>|<answer>|</answer>", 0, ((0, 2), (1, 1), (2, 4), (3, 3))),
-            ("<think|></|think>", 0, ((0, 3), (1, 1), None, None)),
-            # Reflection: spans count from the first sampled token; forced ones are not in them.
-            (
-                "<think>|bad|\n|cue|\n|good|</think>| |<answer>|7|</answer>",
-                *(5, ((0, 2), (0, 1), (3, 6), (4, 5))),
-            ),
-            ("<think>|bad|cue|more| and| more", 3, ((0, 3), (0, 3), None, None)),
-            # What lies, or ends, in forced tokens is no part of the response.
-            ("<think>|a|</think>|<answer>|b|</answer>|cue|x|y", 7, (None,) * 4),
-            ("<answer>|a|</answer>|x", 3, (None,) * 4),
-            # An answer opened there is one from its first sampled token; of a tag split there only
-            # the rest is in the span, and no content is left.
-            ("<answer>|a|b|</answer>", 2, (None, None, (0, 2), (0, 1))),
-            ("<answer>|a|</ans|wer>", 3, (None, None, (0, 1), None)),
-        ],
-    )
-    def test_by_hand(self, pieces, num_prefix, expected):
-        """Tokens' texts between bars, the first of them forced."""
-        found = locate(pieces.split("|"), num_prefix)
-        assert found == Spans(*expected)
-        assert found.well_formed == (expected[2] is not None)
-        for span, length in ((expected[1], found.think_length), (expected[3], found.answer_length)):
-            assert length == (span[1] - span[0] if span else 0)
 
-    def test_eos_is_in_no_span(self):
-        """EOS has no text and may be left out of the offsets; an unclosed think ends before it."""
-        spans = parse_spans("<think>a")
-        assert token_spans(spans, [7, 8]) == token_spans(spans, [7, 8, 8])
-        assert token_spans(spans, [7, 8, 8]).think == (0, 2)
+@pytest.mark.parametrize(
+    ("pieces", "num_prefix", "expected"),
+    [
+        # One token per tag: tags with their content, contents without.
+        ("<think>|a| b|</think>| |<answer>|c|</answer>", 0, ((0, 4), (1, 3), (5, 8), (6, 7))),
+        # BPE merges tags with their neighbours: a token belongs where it touches a character.
+        (
+            "<th|ink|>a| b|.</|think|>\n<|answer|>4|2</|answer>",
+            *(0, ((0, 7), (2, 5), (6, 11), (8, 10))),
+        ),
+        ("<think>a</think><answer>b</answer>", 0, ((0, 1),) * 4),
+        # Cut by the length limit: T_think counts all that was reasoned.
+        ("x|<think>|a| b", 0, ((1, 4), (2, 4), None, None)),
+        # Spans may overlap; each is mapped on its own.
+        ("<think>|a|<answer>|b|</answer>|c|</think>", 0, ((0, 7), (1, 6), (2, 5), (3, 4))),
+        # Empty contents have no tokens, also where `></` is one token.
+        ("<think>|</think>|<answer>|</answer>", 0, ((0, 2), (1, 1), (2, 4), (3, 3))),
+        ("<think|></|think>", 0, ((0, 3), (1, 1), None, None)),
+        # Reflection: spans count from the first sampled token; forced ones are not in them.
+        (
+            "<think>|bad|\n|cue|\n|good|</think>| |<answer>|7|</answer>",
+            *(5, ((0, 2), (0, 1), (3, 6), (4, 5))),
+        ),
+        ("<think>|bad|cue|more| and| more", 3, ((0, 3), (0, 3), None, None)),
+        # What lies, or ends, in forced tokens is no part of the response.
+        ("<think>|a|</think>|<answer>|b|</answer>|cue|x|y", 7, (None,) * 4),
+        # An answer opened there is one from its first sampled token; of a tag split there only
+        # the rest is in the span, and no content is left.
+        ("<answer>|a|b|</answer>", 2, (None, None, (0, 2), (0, 1))),
+        ("<answer>|a|</ans|wer>", 3, (None, None, (0, 1), None)),
+    ],
+)
+def test_spans_in_tokens(pieces, num_prefix, expected):
+    """Tokens' texts between bars, the first of them forced."""
+    texts = pieces.split("|")
+    found = token_spans(parse_spans("".join(texts)), [*accumulate(map(len, texts))], num_prefix)
+    assert found == Spans(*expected)
+    assert found.well_formed == (expected[2] is not None)
+    for span, length in ((expected[1], found.think_length), (expected[3], found.answer_length)):
+        assert length == (span[1] - span[0] if span else 0)
 
-    def test_characters_split_over_tokens(self):
-        """A token ending inside a character ends before it; the one completing it holds it.
 
-        The two characters take three tokens each; a span has all tokens between its ends.
-        """
-        ends = [7, 7, 7, 8, 8, 8, 9, 17]
-        spans = token_spans(parse_spans("<think>好嗎</think>"), ends)
-        assert spans.think == (0, 8)
-        assert spans.think_content == (3, 7)
-
-    def test_text_after_the_last_token(self):
-        """Trailing incomplete bytes decode to a character that no token ends at."""
-        assert token_spans(parse_spans("<think>a\ufffd"), [7, 8, 8]).think == (0, 3)
+@pytest.mark.parametrize(
+    ("text", "ends", "think", "content"),
+    [
+        # EOS has no text and may be left out of the offsets; an unclosed think ends before it.
+        ("<think>a", [7, 8], (0, 2), (1, 2)),
+        ("<think>a", [7, 8, 8], (0, 2), (1, 2)),
+        # Characters of three tokens each: one ending inside a character ends before it.
+        ("<think>好嗎</think>", [7, 7, 7, 8, 8, 8, 9, 17], (0, 8), (3, 7)),
+        # Trailing incomplete bytes decode to a character that no token ends at.
+        ("<think>a\ufffd", [7, 8, 8], (0, 3), (1, 3)),
+    ],
+)
+def test_tokens_without_a_character_of_their_own(text, ends, think, content):
+    """A token that ends no character."""
+    found = token_spans(parse_spans(text), ends)
+    assert (found.think, found.think_content) == (think, content)
 
 
 _PIECES = ["<think>", "</think>", "<answer>", "</answer>", "a", " b", ".", "<", ">", "é", "好"]
@@ -190,15 +165,162 @@ def test_spans_hold_exactly_the_tokens_that_touch_them(case):
     starts = [0, *ends][: len(ends)]
     found = token_spans(spans, ends, num_prefix)
     for name in ("think", "think_content", "answer", "answer_content"):
-        span = getattr(spans, name)
+        span, held = getattr(spans, name), getattr(found, name)
         touching = [
             i - num_prefix
             for i in range(num_prefix, len(ends))
             if span is not None and max(starts[i], span[0]) < min(ends[i], span[1])
         ]
-        held = getattr(found, name)
-        if held is None:
-            assert touching == []
-            continue
-        with_text = [i for i in range(*held) if ends[i + num_prefix] > starts[i + num_prefix]]
-        assert with_text == touching
+        inside = range(*held) if held is not None else ()
+        assert touching == [i for i in inside if ends[i + num_prefix] > starts[i + num_prefix]]
+
+
+NO_THINK = replace(wrong(), spans=Spans(None, None, (5, 8), (6, 7)), token_ids=tuple(range(9)))
+UNCLOSED = replace(wrong(), spans=Spans((0, 6), (1, 6), None, None), token_ids=tuple(range(6)))
+
+
+@pytest.mark.parametrize(
+    ("rollout", "expected"),
+    [
+        (right(think=4, answer=2), (1, 5)),
+        (UNCLOSED, (1, 6)),
+        (NO_THINK, (0, 5)),
+        (replace(broken(think=None), token_ids=(1, 2, 3)), (0, 3)),
+        (make_rollout(0, 0, think=None), (0, 0)),
+    ],
+    ids=["think content", "unclosed think", "before the answer", "no tags", "answer at once"],
+)
+def test_what_the_rationale_embedding_pools(rollout, expected):
+    """Sec. 3.3: the think content; without it what precedes the answer; else the whole response.
+
+    Where nothing precedes the answer it is the zero vector, at distance 1 from everything.
+    """
+    assert rationale_span(rollout) == expected
+    pooled = pool_rationale(torch.ones(1, 20, 3), torch.tensor([expected]))
+    assert bool(pooled.any()) == (expected[0] < expected[1])
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "format_score", "format_weight", "expected"),
+    [
+        (1.0, 1.0, 0.1, 1.0),
+        (1.0, 0.0, 0.1, 0.9),
+        (0.0, 1.0, 0.1, 0.1),
+        (0.25, 0.5, 0.4, 0.35),
+        (1.0, 0.0, 0.0, 1.0),
+    ],
+)
+def test_reward_mixes_accuracy_and_format(accuracy, format_score, format_weight, expected):
+    """Eq. 1: r = (1 - lambda) acc + lambda fmt."""
+    assert reward(accuracy, format_score, format_weight) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("format_weight", [-0.1, 0.5, 1.0])
+def test_a_weight_that_could_invert_the_order_is_an_error(format_weight):
+    """From lambda = 1/2 on a wrong answer in form would be worth a correct one without."""
+    with pytest.raises(ValueError, match=r"reward\.format_weight"):
+        load_config(None, [f"reward.format_weight={format_weight}"])
+
+
+CORPUS = [
+    "<think>the sides are 3. They are equal.</think> <answer>3</answer>",
+    "the sides of a triangle.</think> the answer is.</think> <answer>",
+    "naïve café — 三角形的角度是九十度 🙂🙃",
+    "угол равен ∠ABC = 90° ≠ 45°",
+]
+
+
+@cache
+def tokenizer():
+    from transformers import Qwen2Tokenizer
+
+    trained = Qwen2Tokenizer().train_new_from_iterator(
+        CORPUS * 3,
+        vocab_size=400,
+        new_special_tokens=["<|im_end|>", "<|image_pad|>"],
+        show_progress=False,
+    )
+    # As Qwen3 has it: the tag is a token of its own, and no special one.
+    trained.add_tokens(["<tool_call>"])
+    return trained
+
+
+@cache
+def token_text() -> TokenText:
+    return TokenText(tokenizer())
+
+
+def encode(text: str) -> list[int]:
+    return tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+def reference(token_ids) -> str:
+    return tokenizer().decode(
+        token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
+ANY_IDS = st.deferred(lambda: st.lists(st.integers(0, len(tokenizer()) - 1), max_size=40))
+WORDS = [*CORPUS, "<think>", "</think>", "<tool_call>", "🙂", "é", " ", "\n", "x", "的"]
+
+
+@settings(max_examples=100)
+@given(ANY_IDS)
+def test_any_ids_decode_as_the_tokenizer_decodes_them(token_ids):
+    """Special tokens skipped, broken bytes as U+FFFD, whatever the policy samples."""
+    text, ends = token_text().decode(token_ids)
+    assert text == reference(token_ids)
+    assert len(ends) == len(token_ids) and ends == sorted(ends)
+    assert not ends or ends[-1] <= len(text)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.sampled_from(WORDS), max_size=8).map("".join))
+def test_offsets_are_those_of_whole_characters(text):
+    """A token's text ends after the last character its bytes complete."""
+    token_ids = encode(text)
+    decoded, ends = token_text().decode(token_ids)
+    assert decoded == text
+    for count, end in enumerate(ends, start=1):
+        # The reference shows the bytes of an unfinished character as U+FFFD.
+        assert text[:end] == reference(token_ids[:count]).rstrip("\ufffd")
+
+
+def test_spans_of_a_real_tokenization():
+    """The tokens of a span decode to text that holds it, and none of them could be left out, also
+    where a token holds a full stop and part of the tag behind it."""
+    text = "<think>三角形的 sides are equal.</think> <answer>九十 🙂</answer>"
+    token_ids = encode(text)
+    assert any("." in piece and "<" in piece for piece in map(reference, zip(token_ids)))
+    decoded, ends = token_text().decode(token_ids)
+    ranges = parse_spans(decoded)
+    spans = token_spans(ranges, ends)
+    for span, characters in ((spans.think, ranges.think), (spans.answer, ranges.answer)):
+        assert span is not None and characters is not None
+        wanted = text[slice(*characters)]
+        assert wanted in reference(token_ids[slice(*span)])
+        assert wanted not in reference(token_ids[span[0] + 1 : span[1]])
+        assert wanted not in reference(token_ids[span[0] : span[1] - 1])
+
+
+def test_tokens_of_no_text_and_of_part_of_a_character():
+    """EOS, images and ids beyond the vocabulary have no text; `<tool_call>`, which is not special,
+    has; an unfinished character is U+FFFD, and no token ends after it."""
+    end, image, call = tokenizer().convert_tokens_to_ids(
+        ["<|im_end|>", "<|image_pad|>", "<tool_call>"]
+    )
+    (letter,), snowman = encode("x"), encode("☃")
+    decode = token_text().decode
+    assert decode([image, letter, image, letter, end]) == ("xx", [0, 1, 1, 2, 2])
+    assert decode([call]) == ("<tool_call>", [11])
+    assert decode([len(tokenizer()) + 5]) == ("", [0])
+    assert len(snowman) == 3 and decode(snowman) == ("☃", [0, 0, 1])
+    assert decode(snowman[:2]) == ("\ufffd", [0, 0])
+
+
+@pytest.mark.parametrize("decoder", [None, "Metaspace()", "WordPiece()"])
+def test_a_tokenizer_without_byte_level_decoder_is_refused(decoder):
+    """Offsets by bytes need a byte-level BPE: anything else is an error that says so."""
+    other = SimpleNamespace(backend_tokenizer=SimpleNamespace(decoder=decoder))
+    with pytest.raises(ValueError, match="wanted a byte-level BPE tokenizer"):
+        TokenText(other)

@@ -50,7 +50,6 @@ class Choices:
 class Draws:
     """What chance decided elsewhere: this file draws nothing itself."""
 
-    anchor: int | None = None
     negatives: tuple[int, ...] | None = None
     reflect_on: int | None = None
 
@@ -103,7 +102,7 @@ def algorithm_1(
     y_neg = None
     if P:  # line 4
         # line 5
-        a = shortest(Y, P, c) if draws.anchor is None else draws.anchor
+        a = shortest(Y, P, c)
         # lines 6-8
         K_prime = min(c.K, len(F))
         if K_prime == 0:

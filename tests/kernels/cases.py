@@ -19,6 +19,8 @@ RUN_OPTIONS = ("chunk_rows", "backend", "old_log_normalizer")
 PER_ROW = ("log_probs", "entropy", "kl", "ratio")
 
 Case = dict[str, Any]
+Run = tuple[PolicyLoss, dict[str, Tensor]]
+"""A loss, and the gradients of its leaves."""
 
 
 def head_case(
@@ -87,6 +89,15 @@ def with_kl(case: Case, estimator: str, *, from_hidden: bool = True) -> Case:
     return case | added
 
 
+def only_rows(case: Case, rows: Tensor | slice) -> Case:
+    """The same problem with the given rows alone."""
+    shared = ("head_weight", "ref_head_weight", "bias")
+    return {
+        name: value[rows] if isinstance(value, Tensor) and name not in shared else value
+        for name, value in case.items()
+    }
+
+
 def double_logits(case: Case) -> Tensor:
     """[N, V] float64 logits of a case."""
     names = ("temperature", "logit_softcap", "logit_scale", "bias")
@@ -100,23 +111,24 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if is_floating else value
 
 
-def run_ours(
-    case: Case, *, upstream: float = 1.0, frozen: tuple[str, ...] = ()
-) -> tuple[PolicyLoss, dict[str, Tensor]]:
-    """`linear_policy_loss` on fresh leaves, and their gradients."""
-    leaves = {
-        name: case[name].detach().requires_grad_(name not in frozen)
-        for name in LEAVES
+def leaves_of(case: Case, frozen: tuple[str, ...] = (), names: Any = LEAVES) -> dict[str, Tensor]:
+    """Copies of what may be trained, which ask for gradients unless frozen."""
+    return {
+        name: case[name].detach().clone().requires_grad_(name not in frozen)
+        for name in names
         if name in case
     }
+
+
+def run_ours(case: Case, *, upstream: float = 1.0, frozen: tuple[str, ...] = ()) -> Run:
+    """`linear_policy_loss` on fresh leaves, and their gradients."""
+    leaves = leaves_of(case, frozen)
     loss = linear_policy_loss(**(case | leaves))
     (upstream * loss.loss).backward()
     return loss, _gradients(leaves)
 
 
-def run_reference(
-    case: Case, dtype: torch.dtype = torch.float64, *, upstream: float = 1.0
-) -> tuple[PolicyLoss, dict[str, Tensor]]:
+def run_reference(case: Case, dtype: torch.dtype = torch.float64, *, upstream: float = 1.0) -> Run:
     """The oracle on the same numbers, computed in `dtype`.
 
     The leaves keep their own dtype unless that is float64, so that in float32 the gradients are
@@ -181,6 +193,22 @@ def assert_same(got: Tensor, want: Tensor) -> None:
     """The same maths in a different order."""
     assert got.dtype == want.dtype
     assert error(got, want) <= SAME_MATHS[got.dtype]
+
+
+def assert_same_bits(one: Run, other: Run) -> None:
+    """Loss, log-probs and every gradient."""
+    assert torch.equal(one[0].loss, other[0].loss)
+    assert torch.equal(one[0].log_probs, other[0].log_probs)
+    assert one[1].keys() == other[1].keys()
+    assert all(torch.equal(grad, other[1][name]) for name, grad in one[1].items())
+
+
+def assert_same_run(got: Run, want: Run) -> None:
+    """The same but for the order of sums."""
+    assert_same(got[0].loss, want[0].loss)
+    assert_same(got[0].log_probs, want[0].log_probs)
+    for name, grad in got[1].items():
+        assert_same(grad, want[1][name])
 
 
 def check_against_oracle(

@@ -45,28 +45,6 @@ class DefinedPadding(TorchDispatchMode):
         assert not padding.any(), "a 16-bit GEMM gets rows with something behind their end"
 
 
-class Allocations(TorchDispatchMode):
-    """Remembers the largest tensor in memory of its own that any operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {
-            leaf.untyped_storage().data_ptr()
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor)
-        }
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given:
-                self.largest = max(self.largest, leaf.numel())
-        return result
-
-
 class Watch(TorchDispatchMode):
     """Counts GEMM multiply-adds and remembers the largest tensor that any operation returned."""
 
@@ -74,6 +52,8 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.multiply_adds = 0
         self.largest = 0
+        self.largest_allocated = 0
+        """Of those in memory of their own."""
         self.gemm_dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(
@@ -90,7 +70,17 @@ class Watch(TorchDispatchMode):
         if str(func) == "care_kernels.add_weight_gradient.default":
             grad_logits, inputs = args[:2]
             self.multiply_adds += grad_logits.shape[1] * inputs.shape[0] * inputs.shape[1]
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.largest = max(self.largest, leaf.numel())
+        given = {storage_of(leaf) for leaf in tensors_of((args, kwargs))}
+        for leaf in tensors_of(result):
+            self.largest = max(self.largest, leaf.numel())
+            if storage_of(leaf) not in given:
+                self.largest_allocated = max(self.largest_allocated, leaf.numel())
         return result
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

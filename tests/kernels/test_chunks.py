@@ -13,20 +13,15 @@ from care_kernels.chunks import add_weight_gradient, back_project, chunk_rows
 from care_kernels.softmax import LogitTransform
 
 
-def test_default_chunk_is_bounded() -> None:
+@pytest.mark.parametrize(
+    ("vocab_size", "logit_bytes", "rows"),
+    ((1000, 4, 4096), (152064, 2, 1765), (152064, 4, 882), (152064, 8, 441), (10**9, 4, 1)),
+)
+def test_default_chunk_is_bounded(vocab_size: int, logit_bytes: int, rows: int) -> None:
     """By default a CPU holds at most 512 MiB of logits, a reference's included, and 4096 rows."""
-    for vocab_size, logit_bytes, rows in (
-        (1000, 4, 4096),
-        (152064, 2, 1765),
-        (152064, 4, 882),
-        (152064, 8, 441),
-        (10**9, 4, 1),
-    ):
-        size = chunk_rows(rows, vocab_size, 64, logit_bytes=logit_bytes, device=torch.device("cpu"))
-        more = chunk_rows(
-            rows + 1, vocab_size, 64, logit_bytes=logit_bytes, device=torch.device("cpu")
-        )
-        assert size == rows and more <= rows
+    options = {"logit_bytes": logit_bytes, "device": torch.device("cpu")}
+    assert chunk_rows(rows, vocab_size, 64, **options) == rows
+    assert chunk_rows(rows + 1, vocab_size, 64, **options) <= rows
 
 
 def test_bytes_held_for_a_logit() -> None:

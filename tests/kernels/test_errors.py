@@ -1,14 +1,34 @@
 """Wrong arguments: ValueError that names the argument, what came and what was wanted."""
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from care_kernels import VocabShard, linear_log_probs, linear_policy_loss
-from tests.kernels.cases import policy_case, with_kl
+from care_kernels import (
+    CareLoss,
+    VocabShard,
+    care_loss,
+    linear_log_probs,
+    linear_policy_loss,
+    rationale_distance,
+    token_advantages,
+)
+from tests.kernels.batches import make_case
+from tests.kernels.cases import policy_case
 
+CASE = policy_case() | {"advantages": torch.ones(63)}
+HEAD_CASE = {name: CASE[name] for name in ("hidden", "head_weight", "target_ids")}
 ROWS = torch.zeros(63)
+EMPTY_ROWS = torch.zeros(5, 14)
+FALSE = EMPTY_ROWS.bool()
+SPANS = torch.tensor([[0, 1], [2, 5]])
+
+
+def ints(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.int64)
 
 
 def shard_of(start: int, vocab_size: int) -> VocabShard:
@@ -16,144 +36,237 @@ def shard_of(start: int, vocab_size: int) -> VocabShard:
     return VocabShard(None, start, vocab_size)  # pyright: ignore[reportArgumentType]
 
 
-WRONG_HEAD: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"hidden": torch.zeros(63)}, r"hidden: got shape \(63,\); wanted \(any, any\)"),
-    ({"hidden": torch.zeros(63, 16, dtype=torch.int64)}, "hidden: got dtype torch.int64"),
-    ({"head_weight": torch.zeros(211, 15)}, r"head_weight: got .*; wanted \(any, 16\)"),
-    ({"head_weight": torch.zeros(0, 16)}, "head_weight: got .*; wanted V >= 1"),
-    ({"head_weight": torch.zeros(211, 16, dtype=torch.complex64)}, "head_weight: got dtype"),
-    ({"head_weight": torch.zeros(211, 16, device="meta")}, "head_weight: got device meta"),
-    ({"target_ids": torch.zeros(62, dtype=torch.int64)}, r"target_ids: got .*; wanted \(63,\)"),
-    ({"target_ids": ROWS}, "target_ids: got dtype torch.float32; wanted one of uint8"),
-    (
-        {"target_ids": torch.full((63,), 211)},
-        "target_ids: got ids from 211 to 211; wanted 0 to 210",
-    ),
-    ({"target_ids": torch.full((63,), -1)}, "target_ids: got ids from -1 to -1"),
-    ({"bias": torch.zeros(3)}, r"bias: got shape \(3,\); wanted \(211,\)"),
-    ({"bias": torch.full((211,), -torch.inf)}, "bias: got -inf at 0; wanted finite numbers"),
-    ({"hidden": [[0.0] * 16] * 63}, "hidden: got a list; wanted a tensor"),
-    ({"target_ids": [0] * 63}, "target_ids: got a list; wanted a tensor"),
-    ({"temperature": 0.0}, "temperature: got 0.0; wanted more than 0"),
-    ({"temperature": float("inf")}, "temperature: got inf; wanted more than 0"),
-    (
-        {"temperature": torch.ones((), requires_grad=True)},
-        "temperature: got a Tensor; wanted more than 0",
-    ),
-    ({"logit_softcap": float("inf")}, "logit_softcap: got inf; wanted None or more than 0"),
-    ({"logit_scale": float("nan")}, "logit_scale: got nan; wanted a finite number"),
-    ({"chunk_rows": 2.5}, "chunk_rows: got 2.5; wanted None or an int of at least 1"),
-    ({"logit_softcap": -1.0}, "logit_softcap: got -1.0; wanted None or more than 0"),
-    ({"chunk_rows": 0}, "chunk_rows: got 0; wanted None or an int of at least 1"),
-    ({"vocab_shard": shard_of(-1, 300)}, "vocab_shard: got rows -1 to 210; wanted them within"),
-    ({"vocab_shard": shard_of(100, 300)}, "vocab_shard: got rows 100 to 311"),
-    ({"vocab_shard": shard_of(0, 210)}, "vocab_shard: got rows 0 to 211"),
-    ({"backend": "triton"}, "backend: got 'triton' for tensors on cpu"),
-    ({"backend": "cuda"}, "backend: got 'cuda'; wanted None, 'triton' or 'torch'"),
+def row(message: str, **arguments: Any) -> Any:
+    """Arguments and the error they bring, its brackets as they are."""
+    return pytest.param(arguments, message, id=message)
+
+
+HEAD = (
+    row("hidden: got shape (63,); wanted (any, any)", hidden=ROWS),
+    row("head_weight: got shape (211, 15); wanted (any, 16)", head_weight=torch.zeros(211, 15)),
+    row("head_weight: got shape (0, 16); wanted V >= 1", head_weight=torch.zeros(0, 16)),
+    row("target_ids: got shape (62,); wanted (63,)", target_ids=ints(62)),
+    row("target_ids: got ids from 211 to 211; wanted 0 to 210", target_ids=ints(63) + 211),
+    row("target_ids: got ids from -1 to -1; wanted", target_ids=ints(63) - 1),
+    row("bias: got shape (3,); wanted (211,)", bias=torch.zeros(3)),
+    row("bias: got -inf at 0; wanted finite numbers", bias=torch.full((211,), -torch.inf)),
+    row("vocab_shard: got rows -1 to 210; wanted them within", vocab_shard=shard_of(-1, 300)),
+    row("vocab_shard: got rows 100 to 311; wanted", vocab_shard=shard_of(100, 300)),
+)
+TRANSFORM = (
+    row("temperature: got 0.0; wanted more than 0", temperature=0.0),
+    row("temperature: got inf; wanted more than 0", temperature=float("inf")),
+    row("temperature: got a Tensor; wanted more than 0", temperature=torch.ones(())),
+    row("logit_softcap: got -1.0; wanted None or more than 0", logit_softcap=-1.0),
+    row("logit_scale: got nan; wanted a finite number", logit_scale=float("nan")),
+    row("chunk_rows: got 2.5; wanted None or an int of at least 1", chunk_rows=2.5),
+    row("chunk_rows: got 0; wanted None or an int of at least 1", chunk_rows=0),
+    row("backend: got 'cuda'; wanted None, 'triton' or 'torch'", backend="cuda"),
+)
+LOSS = (
+    row("surrogate: got 0.2; wanted a Clip, a Cispo or a Sapo", surrogate=0.2),
+    row("ratio_level: got 'word'; wanted one of", ratio_level="word"),
+    row("kl_estimator: got 'k4'; wanted one of", kl_estimator="k4"),
+)
+KL = {"kl_weights": ROWS}
+EXACT = KL | {"kl_estimator": "exact"}
+WEIGHT, REF = torch.zeros(211, 16), torch.zeros(63, 12)
+GRAD_WEIGHT = WEIGHT.clone().requires_grad_()
+POLICY = (
+    row("backend: got 'triton' for tensors on cpu", backend="triton"),
+    row("advantages: got shape (63, 1); wanted (63,)", advantages=torch.zeros(63, 1)),
+    row("importance_weights: got a minimum of -1.0; wanted 0", importance_weights=ROWS - 1),
+    row("sequence_ids: got None; wanted [N] ids", ratio_level="sequence"),
+    row("kl_weights: got None; wanted [N] weights", ref_log_probs=ROWS),
+    row("ref_log_probs: got neither of ref_log_probs and ref_hidden", **KL),
+    row("ref_log_probs: got both of", **KL, ref_log_probs=ROWS, ref_hidden=torch.zeros(63, 16)),
+    row("ref_log_probs: got a tensor; wanted None", **EXACT, ref_hidden=REF, ref_log_probs=ROWS),
+    row("ref_hidden: got None; wanted [N, D], for kl_estimator 'exact'", **EXACT),
+    row("ref_hidden: got None; wanted [N, D], as ref_head_weight", **KL, ref_head_weight=WEIGHT),
+    row("ref_hidden: got shape (63, 12); wanted (63, 16)", **KL, ref_hidden=REF),
+    row("ref_head_weight: got shape (5, 12)", **KL, ref_hidden=REF, ref_head_weight=REF[:5]),
+    row("weight_grad: got shape (16, 211); wanted (211, 16)", weight_grad=WEIGHT.T),
+    row("weight_grad: got a tensor that requires grad", weight_grad=GRAD_WEIGHT),
 )
 
-META = {
-    name: value.to("meta")
-    for name, value in policy_case().items()
-    if name in ("hidden", "head_weight", "target_ids")
+CARE_OPTIONS = (
+    row("kl_coef: got -0.1; wanted 0 or more", kl_coef=-0.1),
+    row("kl_coef: got nan", kl_coef=float("nan")),
+    row("think_weight: got -1.0", think_weight=-1.0),
+    row("weight_eps: got 0.0", weight_eps=0.0),
+)
+CARE_KL, CARE_REF = {"kl_coef": 0.1}, torch.zeros(5, 14, 8)
+CARE = (
+    row("hidden: got shape (70, 8); wanted (any, any, any)", hidden=torch.zeros(70, 8)),
+    row("token_ids: got shape (5, 13); wanted (5, 14)", token_ids=ints(5, 13)),
+    row("token_ids: got 23 at token 3 of row 0; wanted 0 to 22", token_ids=ints(5, 14) + 23),
+    row("advantages: got shape (5, 14); wanted (5,)", advantages=EMPTY_ROWS),
+    row("answer_spans: got [15, 15] at row 0; wanted", answer_spans=ints(5, 2) + 15),
+    row("response_mask: got token 0 of row 0; wanted token 1 or later", response_mask=~FALSE),
+    row("response_mask: got False at token 4 of row 0; wanted True", response_mask=FALSE),
+    row(
+        "think_spans, answer_spans: got token 0 of row 0; wanted token 1 or later",
+        response_mask=None,
+        answer_spans=torch.tensor([[0, 3]] * 5),
+    ),
+    row("response_mask: got None; wanted [B, T]", response_mask=None, entropy_coef=0.1),
+    row("response_mask: got None; wanted", response_mask=None, ratio_level="sequence"),
+    row("importance_weights: got a minimum of -1.0", importance_weights=EMPTY_ROWS - 1),
+    row("ref_log_probs: got neither of ref_log_probs and ref_hidden; wanted", **CARE_KL),
+    row("ref_log_probs: got both", **CARE_KL, ref_log_probs=EMPTY_ROWS, ref_hidden=CARE_REF),
+    row("kl_coef: got 0.0; wanted more than 0, as a reference", ref_log_probs=EMPTY_ROWS),
+    row("ref_hidden: got None; wanted", **CARE_KL, kl_estimator="exact", ref_log_probs=EMPTY_ROWS),
+    row("ref_hidden: got None; wanted", ref_head_weight=torch.zeros(23, 8)),
+    row("ref_hidden: got shape (5, 14, 7)", **CARE_KL, ref_hidden=CARE_REF[..., 1:]),
+    row("num_sequences: got 0.0; wanted more than 0", num_sequences=0),
+    row("num_sequences: got -1.0; wanted more than 0", num_sequences=torch.tensor(-1.0)),
+    row("num_sequences: got shape (1,); wanted ()", num_sequences=torch.ones(1)),
+)
+
+BATCH = {
+    "advantages": torch.ones(2),
+    "think_spans": SPANS,
+    "answer_spans": SPANS,
+    "is_positive": torch.tensor([True, False]),
+    "seq_len": 5,
 }
 
-WRONG_POLICY: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"advantages": torch.zeros(63, 1)}, r"advantages: got shape \(63, 1\); wanted \(63,\)"),
-    ({"advantages": torch.zeros(63, dtype=torch.bool)}, "advantages: got dtype torch.bool"),
-    ({"old_log_probs": torch.zeros(1)}, r"old_log_probs: got shape \(1,\)"),
-    ({"importance_weights": ROWS - 1}, "importance_weights: got a minimum of -1.0; wanted 0"),
-    ({"importance_weights": torch.zeros(2)}, r"importance_weights: got shape \(2,\)"),
-    ({"entropy_weights": torch.zeros(2)}, r"entropy_weights: got shape \(2,\)"),
-    ({"surrogate": 0.2}, "surrogate: got 0.2; wanted a Clip, a Cispo or a Sapo"),
-    ({"ratio_level": "word"}, "ratio_level: got 'word'; wanted one of"),
-    ({"ratio_level": "sequence"}, r"sequence_ids: got None; wanted \[N\] ids"),
-    ({"sequence_ids": ROWS}, "sequence_ids: got dtype torch.float32"),
-    ({"kl_estimator": "k4"}, "kl_estimator: got 'k4'; wanted one of"),
-    ({"ref_log_probs": ROWS}, r"kl_weights: got None; wanted \[N\] weights"),
-    ({"kl_weights": ROWS}, "ref_log_probs: got neither of ref_log_probs and ref_hidden"),
-    ({"kl_weights": torch.zeros(2), "ref_log_probs": ROWS}, r"kl_weights: got shape \(2,\)"),
-    ({"kl_weights": ROWS, "ref_log_probs": torch.zeros(2)}, r"ref_log_probs: got shape \(2,\)"),
-    (
-        {"kl_weights": ROWS, "ref_log_probs": ROWS, "ref_hidden": torch.zeros(63, 16)},
-        "ref_log_probs: got both of ref_log_probs and ref_hidden",
+
+def packed(*ends: int) -> dict[str, Any]:
+    return {"seq_len": None, "cu_seqlens": torch.tensor(ends)}
+
+
+TOKEN_ADVANTAGES = (
+    row("advantages: got shape (2, 1); wanted (any,)", advantages=torch.zeros(2, 1)),
+    row("think_spans: got [3, 6] at row 1; wanted 0 <= start <= end <= 5", think_spans=SPANS + 1),
+    row("think_spans: got [1, 0] at row 0; wanted 0 <= start <= end", think_spans=SPANS.flip(1)),
+    row("answer_spans: got [-1, 0] at row 0", answer_spans=SPANS - 1),
+    row("think_spans: got [2, 5] at row 1; wanted 0 <= start <= end <= 4", **packed(0, 5, 9)),
+    row("seq_len: got neither of seq_len and cu_seqlens; wanted exactly one", seq_len=None),
+    row("seq_len: got both of", **packed(0, 5, 10) | {"seq_len": 5}),
+    row("seq_len: got 2.5; wanted None or an int of at least 0", seq_len=2.5),
+    row("total_tokens: got 24.0; wanted None or an int", **packed(0, 5, 10), total_tokens=24.0),
+    row("total_tokens: got 24; wanted None without cu_seqlens", total_tokens=24),
+    row("cu_seqlens: got 10 at row 2; wanted at most 9", **packed(0, 5, 10), total_tokens=9),
+    row("cu_seqlens: got shape (2,); wanted (3,)", **packed(0, 5)),
+    row("cu_seqlens: got 1 at row 0; wanted 0", **packed(1, 5, 10)),
+    row("cu_seqlens: got 4 at row 2; wanted at least 5", **packed(0, 5, 4)),
+    row("think_weight: got -0.1; wanted 0 or more", think_weight=-0.1),
+    row("weight_eps: got 0.0; wanted more than 0", weight_eps=0.0),
+    row("backend: got 'cuda'", backend="cuda"),
+)
+
+STATES = {"hidden": torch.zeros(2, 5, 4), "think_spans": SPANS, "anchors": ints(2)}
+PACKED_STATES = {"hidden": torch.zeros(10, 4), "cu_seqlens": torch.tensor([0, 4, 10])}
+DISTANCE = (
+    row("hidden: got shape (10, 4); wanted (any, any, any)", hidden=torch.zeros(10, 4)),
+    row("hidden: got shape (2, 5, 4); wanted (any, any)", cu_seqlens=torch.tensor([0, 4, 10])),
+    row("hidden: got a meta tensor", hidden=torch.zeros(2, 5, 4, device="meta")),
+    row("think_spans: got [3, 6] at row 1; wanted 0 <= start <= end <= 5", think_spans=SPANS + 1),
+    row(
+        "think_spans: got [1, 5] at row 0; wanted 0 <= start <= end <= 4",
+        **PACKED_STATES,
+        think_spans=torch.tensor([[1, 5], [0, 1]]),
     ),
-    ({"kl_weights": ROWS, "kl_estimator": "exact"}, r"ref_hidden: got None; wanted \[N, D\], for"),
-    (
-        {"kl_weights": ROWS, "ref_head_weight": torch.zeros(211, 16), "ref_log_probs": ROWS},
-        "ref_hidden: got None; wanted .* as ref_head_weight is given",
-    ),
-    (
-        {"kl_weights": ROWS, "ref_hidden": torch.zeros(63, 12)},
-        r"ref_hidden: got shape \(63, 12\); wanted \(63, 16\)",
-    ),
-    (
-        {
-            "kl_weights": ROWS,
-            "ref_hidden": torch.zeros(63, 12),
-            "ref_head_weight": torch.zeros(5, 12),
-        },
-        r"ref_head_weight: got shape \(5, 12\); wanted \(211, any\)",
-    ),
-    (
-        {"weight_grad": torch.zeros(16, 211)},
-        r"weight_grad: got shape \(16, 211\); wanted \(211, 16\)",
-    ),
-    ({"weight_grad": torch.zeros(211 * 16)}, r"weight_grad: got shape \(3376,\)"),
-    (
-        {"weight_grad": torch.zeros(211, 16, dtype=torch.int32)},
-        r"weight_grad: got dtype torch\.int32",
-    ),
-    (
-        {"weight_grad": torch.zeros(211, 16, device="meta")},
-        r"weight_grad: got device meta; wanted cpu",
-    ),
-    (
-        {"weight_grad": torch.zeros(211, 16, requires_grad=True)},
-        "weight_grad: got a tensor that requires grad",
-    ),
+    row("anchors: got 2 at row 0; wanted 0 to 1", anchors=ints(2) + 2),
+    row("anchors: got -1 at row 0; wanted 0 to 1", anchors=ints(2) - 1),
+    row("cu_seqlens: got shape (0,)", **PACKED_STATES | {"cu_seqlens": ints(0)}),
+    row("cu_seqlens: got 11 at row 2", **PACKED_STATES | {"cu_seqlens": torch.tensor([0, 4, 11])}),
+    row("backend: got 'cuda'", backend="cuda"),
 )
 
 
-@pytest.mark.parametrize(("wrong", "message"), (*WRONG_HEAD, *WRONG_POLICY))
-def test_policy_loss_refuses(wrong: dict[str, Any], message: str) -> None:
+def refuses(function: Callable[..., Any], arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        function(**arguments)
+
+
+TENSORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "policy loss": (
+        linear_policy_loss,
+        CASE
+        | {name: ROWS for name in ("importance_weights", "entropy_weights", "kl_weights")}
+        | {"ref_log_probs": ROWS, "sequence_ids": ints(63), "weight_grad": WEIGHT},
+    ),
+    "log-probs": (linear_log_probs, HEAD_CASE | {"bias": torch.zeros(211)}),
+    "care_loss": (care_loss, make_case() | {"importance_weights": EMPTY_ROWS}),
+    "token_advantages": (token_advantages, BATCH),
+    "rationale_distance": (rationale_distance, STATES),
+}
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [(of, n) for of, (_, case) in TENSORS.items() for n in case if torch.is_tensor(case[n])],
+)
+def test_every_tensor(of: str, name: str) -> None:
+    """Of another rank or dtype, on another device than the first one, or no tensor at all."""
+    function, case = TENSORS[of]
+    for value, got in (
+        (torch.zeros(1, 1, 1, 1), "shape (1, 1, 1, 1)"),
+        (case[name].to(torch.complex64), "dtype torch.complex64"),
+        ([0], "a list; wanted a tensor"),
+    ):
+        refuses(function, case | {name: value}, f"{name}: got {got}")
+    if name not in ("hidden", "advantages"):
+        refuses(function, case | {name: case[name].to("meta")}, f"{name}: got device meta")
+
+
+@pytest.mark.parametrize(("wrong", "message"), (*HEAD, *TRANSFORM, *LOSS, *POLICY))
+def test_policy_loss(wrong: dict[str, Any], message: str) -> None:
     """Every argument that does not fit is refused by name."""
-    case = policy_case() | {"advantages": torch.ones(63)}
-    with pytest.raises(ValueError, match=message):
-        linear_policy_loss(**(case | wrong))
+    refuses(linear_policy_loss, CASE | wrong, message)
 
 
-@pytest.mark.parametrize(("wrong", "message"), WRONG_HEAD)
-def test_log_probs_refuse(wrong: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("wrong", "message"), (*HEAD, *TRANSFORM))
+def test_log_probs(wrong: dict[str, Any], message: str) -> None:
     """The same for log-probs."""
-    case = policy_case()
-    head = {name: case[name] for name in ("hidden", "head_weight", "target_ids")}
-    with pytest.raises(ValueError, match=message):
-        linear_log_probs(**(head | wrong))
+    refuses(linear_log_probs, HEAD_CASE | wrong, message)
 
 
-def test_exact_kl_refuses_log_probs() -> None:
-    """The exact KL needs the reference's whole distribution, so log-probs would go unused."""
-    case = with_kl(policy_case(), "exact") | {"ref_log_probs": ROWS}
-    with pytest.raises(ValueError, match="ref_log_probs: got a tensor; wanted None"):
-        linear_policy_loss(**case)
+@pytest.mark.parametrize(("wrong", "message"), (*CARE_OPTIONS, *TRANSFORM, *LOSS, *CARE))
+def test_care_loss(wrong: dict[str, Any], message: str) -> None:
+    """Eqs. 11-13 in one call: with the token and the row."""
+    refuses(care_loss, make_case() | wrong, message)
 
 
-def test_meta_tensors_are_refused() -> None:
+@pytest.mark.parametrize(("wrong", "message"), (*CARE_OPTIONS, *TRANSFORM, *LOSS))
+def test_care_loss_module(wrong: dict[str, Any], message: str) -> None:
+    """A wrong option is refused where it is set, not at the first step."""
+    refuses(CareLoss, wrong, message)
+
+
+def test_care_loss_module_knows_its_options() -> None:
+    """A misspelt option is refused too."""
+    refuses(CareLoss, {"kl_coeff": 0.1}, "options: got 'kl_coeff'; wanted some of temperature")
+
+
+@pytest.mark.parametrize(("wrong", "message"), TOKEN_ADVANTAGES)
+def test_token_advantages(wrong: dict[str, Any], message: str) -> None:
+    """Eq. 11: with the row."""
+    refuses(token_advantages, BATCH | wrong, message)
+
+
+@pytest.mark.parametrize(("wrong", "message"), DISTANCE)
+def test_rationale_distance(wrong: dict[str, Any], message: str) -> None:
+    """Eq. 4: with the row."""
+    refuses(rationale_distance, STATES | wrong, message)
+
+
+def test_meta_tensors() -> None:
     """A tensor without numbers has no loss: an error, not a tensor of nothing."""
-    with pytest.raises(ValueError, match="hidden: got a meta tensor, which holds no numbers"):
-        linear_log_probs(**META)
-    with pytest.raises(ValueError, match="hidden: got a meta tensor"):
-        linear_policy_loss(**META, advantages=ROWS.to("meta"))
+    meta = {name: value.to("meta") for name, value in HEAD_CASE.items()}
+    message = "hidden: got a meta tensor, which holds no numbers"
+    refuses(linear_log_probs, meta, message)
+    refuses(linear_policy_loss, meta | {"advantages": ROWS.to("meta")}, message)
 
 
-def test_second_derivatives_are_refused() -> None:
+def test_second_derivatives() -> None:
     """The backward is not differentiable: asking for it is an error, not a zero."""
-    case = policy_case()
-    hidden = case["hidden"].clone().requires_grad_()
+    hidden = CASE["hidden"].clone().requires_grad_()
     for loss in (
-        linear_policy_loss(**(case | {"hidden": hidden})).loss,
-        linear_log_probs(hidden, case["head_weight"], case["target_ids"]).sum(),
+        linear_policy_loss(**(CASE | {"hidden": hidden})).loss,
+        linear_log_probs(**(HEAD_CASE | {"hidden": hidden})).sum(),
     ):
         with pytest.raises(ValueError, match="got create_graph=True; wanted False"):
             torch.autograd.grad(loss, hidden, create_graph=True)

@@ -1,4 +1,7 @@
-"""`objective`: the per-token maths on vectors, against autograd through the oracle."""
+"""`objective`: the per-token maths on vectors, against autograd through the oracle; the oracle
+itself, by hand where a hand can and by finite differences elsewhere."""
+
+import math
 
 import pytest
 import torch
@@ -16,9 +19,13 @@ from care_kernels.objective import (
     sampled_kl,
 )
 from care_kernels.softmax import RowStatistics
-from tests.kernels.cases import assert_same
+from tests.kernels.cases import LEAVES, assert_same, policy_case, row_vector, with_kl
 from tests.kernels.oracle import (
+    reference_entropy,
+    reference_exact_kl,
     reference_flags,
+    reference_logits,
+    reference_policy_loss,
     reference_ratio,
     reference_sampled_kl,
     reference_surrogate,
@@ -70,46 +77,33 @@ def test_objective_follows_autograd(
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "grad", "low", "high"),
+    ("ratio", "advantage", "value", "grad", "flag"),
     (
-        (1.27, 2.0, 2.54, False, False),
-        (1.29, 2.0, 0.0, False, True),
-        (0.5, 2.0, 1.0, False, False),
-        (0.81, -2.0, -1.62, False, False),
-        (0.79, -2.0, 0.0, True, False),
-        (2.0, -2.0, -4.0, False, False),
-        (2.9, -2.0, -5.8, False, False),
-        (3.1, -2.0, 0.0, False, True),
-        (1.28, 1.0, 1.28, False, False),
-        (0.8, -1.0, -0.8, False, False),
-        (5.0, 0.0, 0.0, False, False),
+        (1.27, 2.0, 2.54, 2.54, ""),
+        (1.29, 2.0, 2.56, 0.0, "high"),
+        (0.5, 2.0, 1.0, 1.0, ""),
+        (0.81, -2.0, -1.62, -1.62, ""),
+        (0.79, -2.0, -1.6, 0.0, "low"),
+        (2.0, -2.0, -4.0, -4.0, ""),
+        (2.9, -2.0, -5.8, -5.8, ""),
+        (3.1, -2.0, -6.0, 0.0, "high"),
+        (1.28, 1.0, 1.28, 1.28, ""),
+        (0.8, -1.0, -0.8, -0.8, ""),
+        (5.0, 0.0, 0.0, 0.0, ""),
     ),
 )
-def test_clip_edges(ratio: float, advantage: float, grad: float, low: bool, high: bool) -> None:
-    """Eq. 12's gradient is cut beyond the bound on the advantage's side only, and flagged there."""
+def test_clip_edges(ratio: float, advantage: float, value: float, grad: float, flag: str) -> None:
+    """Eq. 12 with the dual clip at 3: the gradient is cut beyond the bound on the advantage's side
+    only, and flagged there. The oracle has the same value."""
     # The bounds themselves, where log and exp would not come back to the same number.
     nudge = 1 - 1e-12 if advantage > 0 else 1 + 1e-12
-    ours = at_ratio(Clip(0.2, 0.28, 3.0), ratio * nudge, advantage)
+    clip, ratio = Clip(0.2, 0.28, 3.0), ratio * nudge
+    ours = at_ratio(clip, ratio, advantage)
     assert ours.along_ratio.item() == pytest.approx(grad, rel=1e-9)
-    assert (bool(ours.clipped_low), bool(ours.clipped_high)) == (low, high)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "value"),
-    ((1.5, 1.0, 1.28), (0.5, 1.0, 0.5), (0.5, -1.0, -0.8), (1.5, -1.0, -1.5), (9.0, -1.0, -3.0)),
-)
-def test_clip_values(ratio: float, advantage: float, value: float) -> None:
-    """Eq. 12's summand with the dual clip at 3, by hand."""
-    ours = at_ratio(Clip(0.2, 0.28, 3.0), ratio, advantage)
     assert ours.value.item() == pytest.approx(value, rel=1e-9)
-
-
-def test_flags_say_where_the_gradient_is_cut() -> None:
-    """For a row with an advantage: flagged if and only if the surrogate's gradient is zero."""
-    ratio = torch.linspace(-2, 2, 401).exp()
-    for advantage in (-0.7, 0.7):
-        ours = Clip(dual=2.0)(ratio, ratio.log(), torch.full((401,), advantage))
-        assert torch.equal(ours.clipped_low | ours.clipped_high, ours.along_ratio == 0)
+    assert (bool(ours.clipped_low), bool(ours.clipped_high)) == (flag == "low", flag == "high")
+    oracle = reference_surrogate(clip, double(ratio), double(-1.0), double(advantage))
+    assert oracle.item() == pytest.approx(value, rel=1e-9)
 
 
 def test_cispo_and_sapo_by_hand() -> None:
@@ -157,15 +151,60 @@ def test_k3_keeps_the_digits_of_a_small_difference() -> None:
 
 
 def test_sequence_groups() -> None:
-    """Ids are names: any integers in any order, and sums come back in row order."""
+    """Ids are names: any integers in any order, and sums come back in row order; also of none."""
     ids = torch.tensor([7, -3, 7, 10**12, -3, 7])
     groups = SequenceGroups.from_ids(ids)
     values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
     assert groups.sum(values).tolist() == [37.0, 18.0, 37.0, 8.0, 18.0, 37.0]
     assert groups.mean(values).tolist() == pytest.approx([37 / 3, 9, 37 / 3, 8, 9, 37 / 3])
-
-
-def test_no_sequences() -> None:
-    """An empty batch has no sequences."""
     groups = SequenceGroups.from_ids(torch.zeros(0, dtype=torch.long))
     assert groups.sum(torch.zeros(0)).shape == groups.mean(torch.zeros(0)).shape == (0,)
+
+
+@pytest.mark.parametrize("level", ("token", "sequence"))
+@pytest.mark.parametrize("estimator", ("k1", "k2", "k3", "exact"))
+def test_the_oracle_passes_gradcheck(level: str, estimator: str) -> None:
+    """Finite differences in float64, away from the kinks of the clip."""
+    is_exact = estimator == "exact"
+    case = policy_case(6, 3, 5, torch.float64, bias=True, drift=0.05)
+    case = with_kl(case, estimator, from_hidden=is_exact)
+    case |= {"entropy_weights": row_vector(case, 0.0, 0.1), "logit_softcap": 3.0}
+    case |= {"ratio_level": level, "sequence_ids": torch.tensor([0, 1, 0, 1, 1, 2])}
+    case |= {"surrogate": Clip(dual=3.0), "importance_weights": row_vector(case, 0.5, 1.5)}
+    # The reference model has the policy's bias as a constant, which no finite difference respects.
+    leaves = [case[name].requires_grad_(not (is_exact and name == "bias")) for name in LEAVES]
+
+    def loss(*inputs: Tensor) -> Tensor:
+        return reference_policy_loss(**(case | dict(zip(LEAVES, inputs, strict=True)))).loss
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+def test_the_oracles_logits_by_hand() -> None:
+    """cap * tanh(scale * (x w + b) / cap) / temperature for one number."""
+    got = reference_logits(
+        torch.tensor([[2.0]], dtype=torch.float64),
+        torch.tensor([[3.0]], dtype=torch.float64),
+        temperature=0.5,
+        logit_softcap=4.0,
+        logit_scale=0.25,
+        bias=torch.tensor([1.0], dtype=torch.float64),
+    )
+    assert got.item() == pytest.approx(4.0 * math.tanh(0.25 * 7.0 / 4.0) / 0.5)
+
+
+def test_the_oracles_entropy_and_kl_by_hand() -> None:
+    """A fair coin has entropy log 2; KL of (3/4, 1/4) from it is log 2 minus its entropy."""
+    fair = torch.zeros(1, 2, dtype=torch.float64)
+    biased = torch.tensor([[0.75, 0.25]], dtype=torch.float64).log()
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert reference_entropy(fair).item() == pytest.approx(math.log(2))
+    assert reference_entropy(biased).item() == pytest.approx(entropy)
+    assert reference_exact_kl(biased, fair).item() == pytest.approx(math.log(2) - entropy)
+
+
+def test_the_oracles_sequence_ratio_by_hand() -> None:
+    """GSPO: exp of the mean log-ratio, the same for each row of the sequence."""
+    log_probs = torch.tensor([0.1, 0.3, -1.0], dtype=torch.float64)
+    ratio = reference_ratio(log_probs, torch.zeros(3), torch.tensor([4, 4, 2]))
+    assert ratio.tolist() == pytest.approx([math.exp(0.2), math.exp(0.2), math.exp(-1.0)])

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from care_kernels import linear_log_probs, linear_policy_loss
+from care_kernels import care_loss, linear_log_probs, linear_policy_loss
 from care_kernels.heads import head_parameters
 from care_kernels.vocab_parallel import VocabShard
+from tests.kernels import batches
 from tests.kernels.cases import (
     LEAVES,
     PER_ROW,
@@ -27,7 +29,7 @@ from tests.kernels.cases import (
 from tests.kernels.ranks import NUM_RANKS, on_ranks
 from tests.kernels.tolerances import SAME_MATHS
 
-SPLITS = {"even": (0, 106, 212), "uneven": (0, 170, 211)}
+SPLITS = {"even": (0, 106, 212), "uneven": (0, 170, 211), "care_loss": (0, 9, batches.V)}
 """Where each rank's part of the vocabulary begins, and where the last one ends."""
 OVER_VOCABULARY = ("head_weight", "ref_head_weight", "bias", "weight_grad")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -39,26 +41,23 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 def vocab_cases() -> dict[str, tuple[str, Case]]:
     """Every problem, by name, with the split it runs under; the same numbers on every rank."""
     cases: dict[str, tuple[str, Case]] = {}
-    for split, (*_, vocab_size) in SPLITS.items():
-        for dtype in DTYPES:
-
-            def base(vocab_size: int = vocab_size, dtype: torch.dtype = dtype, **options) -> Case:
-                return policy_case(vocab_size=vocab_size, dtype=dtype, **options)
-
-            entropy = {"entropy_weights": row_vector(base(), 0.0, 0.1)}
-            transform = {"logit_softcap": 4.0, "logit_scale": 1.5, "temperature": 1.2}
-            sequences = {"ratio_level": "sequence", "sequence_ids": torch.arange(63) // 9}
-            variants = {
-                "plain": base(),
-                "k3": with_kl(base(), "k3") | entropy,
-                "exact": with_kl(base(bias=True), "exact") | entropy | {"chunk_rows": 20},
-                "softcap": base(bias=True) | transform | entropy,
-                "sequence": with_kl(base(), "k3") | sequences | {"chunk_rows": 20},
-                "report_all": base() | entropy | {"report_all_rows": True},
-                "chunks": base(bias=True) | {"chunk_rows": 7},
-            }
-            name = f"{split}-{str(dtype).removeprefix('torch.')}"
-            cases |= {f"{name}-{kind}": (split, case) for kind, case in variants.items()}
+    for split, dtype in itertools.product(("even", "uneven"), DTYPES):
+        vocab_size = SPLITS[split][-1]
+        plain = policy_case(vocab_size=vocab_size, dtype=dtype)
+        biased = policy_case(vocab_size=vocab_size, dtype=dtype, bias=True)
+        entropy = {"entropy_weights": row_vector(plain, 0.0, 0.1)}
+        transform = {"logit_softcap": 4.0, "logit_scale": 1.5, "temperature": 1.2}
+        sequences = {"ratio_level": "sequence", "sequence_ids": torch.arange(63) // 9}
+        variants = {
+            "k3": with_kl(plain, "k3") | entropy,
+            "exact": with_kl(biased, "exact") | entropy | {"chunk_rows": 20},
+            "softcap": biased | transform | entropy,
+            "sequence": with_kl(plain, "k3") | sequences | {"chunk_rows": 20},
+            "report_all": plain | entropy | {"report_all_rows": True},
+            "chunks": biased | {"chunk_rows": 7},
+        }
+        name = f"{split}-{str(dtype).removeprefix('torch.')}"
+        cases |= {f"{name}-{kind}": (split, case) for kind, case in variants.items()}
     return cases
 
 
@@ -101,6 +100,7 @@ def vocab_rank() -> dict[str, Any]:
     part = part_of(case | {"weight_grad": torch.ones_like(case["head_weight"])}, "uneven")
     run_ours(part)
     results["weight_grad"] = part["weight_grad"]
+    results["care_loss"] = care_loss(**part_of(batches.make_case(bias=True), "care_loss")).loss
     return results
 
 
@@ -250,7 +250,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", vocab_cases())
 def test_vocabulary_shards(name: str, results: list[dict[str, Any]]) -> None:
-    """Loss, every field, dX and each rank's rows of dW and db equal a single process."""
+    """Loss, every field, dX and each rank's rows of dW and db equal a single process; what all
+    ranks hold is the same bits on each, so that replicas never drift apart."""
     split, case = vocab_cases()[name]
     starts = torch.tensor(SPLITS[split][1:-1])
     assert torch.bucketize(case["target_ids"], starts, right=True).unique().numel() == NUM_RANKS
@@ -272,12 +273,7 @@ def test_vocabulary_shards(name: str, results: list[dict[str, Any]]) -> None:
         for leaf, gradient in gradients.items():
             want = whole_gradients[leaf]
             assert_same(gradient, want if leaf == "hidden" else want[rows])
-
-
-@pytest.mark.parametrize("name", vocab_cases())
-def test_ranks_agree_bit_for_bit(name: str, results: list[dict[str, Any]]) -> None:
-    """Loss, row fields and dX are the same bits on every rank: replicas never drift apart."""
-    (first, first_gradients), (second, second_gradients) = (r[name] for r in results)
+    (first, first_gradients), (second, second_gradients) = (result[name] for result in results)
     assert all(torch.equal(first[field], second[field]) for field in first)
     assert torch.equal(first_gradients["hidden"], second_gradients["hidden"])
 
@@ -298,12 +294,14 @@ def test_log_probs_over_vocabulary_shards(
             assert_same(value, whole[name][rows])
 
 
-def test_weight_grad_over_vocabulary_shards(results: list[dict[str, Any]]) -> None:
-    """Each rank's buffer receives its own rows."""
-    case = policy_case(vocab_size=SPLITS["uneven"][-1])
-    _, gradients = run_ours(case)
+def test_other_calls_over_vocabulary_shards(results: list[dict[str, Any]]) -> None:
+    """Each rank's `weight_grad` receives its own rows; `care_loss` takes a shard as well."""
+    _, gradients = run_ours(policy_case(vocab_size=SPLITS["uneven"][-1]))
     got = torch.cat([result["weight_grad"] for result in results])
     assert_same(got, 1 + gradients["head_weight"])
+    want = care_loss(**batches.make_case(bias=True)).loss
+    for result in results:
+        assert_same(result["care_loss"], want)
 
 
 @pytest.mark.parametrize("form", ("fused", "log_probs", "outside_fused", "outside_log_probs"))

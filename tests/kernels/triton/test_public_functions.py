@@ -10,6 +10,7 @@ from care_kernels import Cispo, Clip, Sapo, care_loss, linear_log_probs
 from tests.kernels import test_log_probs as log_probs
 from tests.kernels.cases import (
     assert_same,
+    assert_same_bits,
     check_against_oracle,
     error,
     head_case,
@@ -19,7 +20,8 @@ from tests.kernels.cases import (
     run_reference,
     with_kl,
 )
-from tests.kernels.test_policy_loss_oracle import at_level
+from tests.kernels.dispatch import Watch
+from tests.kernels.test_policy_loss_oracle import VARIANTS, at_level
 from tests.kernels.tolerances import FLOOR, THREE_ROUNDINGS
 from tests.kernels.triton.interpreter import DEVICE, import_interpreted, interpret_kernels_of
 
@@ -62,6 +64,12 @@ def test_shapes(num_rows: int, width: int, vocab_size: int, dtype: torch.dtype) 
     check_against_oracle(on_triton(case | {"entropy_weights": row_vector(case, 0.0, 0.1)}))
 
 
+@pytest.mark.parametrize("name", ("old is current", "mixed dtypes", "float64"))
+def test_variants(name: str) -> None:
+    """Of other inputs; float64, which Triton's kernels are not for, runs in torch."""
+    check_against_oracle(on_triton(VARIANTS[name]()))
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_everything_at_once(dtype: torch.dtype) -> None:
     """Bias, softcap, scale, temperature, dual clip, importance weights, entropy and k3."""
@@ -78,40 +86,25 @@ def test_everything_at_once(dtype: torch.dtype) -> None:
     check_against_oracle(on_triton(with_kl(case, "k3")), upstream=-0.5)
 
 
-def test_old_is_current() -> None:
-    """Without old log-probs every ratio is 1."""
-    case = policy_case(23)
-    del case["old_log_probs"]
-    check_against_oracle(on_triton(case))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_log_probs(dtype: torch.dtype) -> None:
     """`linear_log_probs` and its backward, entropy included."""
     log_probs.check(on_triton(head_case(23, dtype=dtype, bias=True) | {"chunk_rows": 13}))
 
 
-def test_float64_runs_in_torch() -> None:
-    """Triton's kernels are float32; float64 keeps its precision."""
-    case = policy_case(7, dtype=torch.float64)
-    check_against_oracle(on_triton(case))
-
-
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_skipping_and_repeating_change_no_bit(dtype: torch.dtype) -> None:
     """A second run, and one that reports the skipped rows, give the same bits."""
     case = on_triton(policy_case(23, dtype=dtype))
-    first, first_grads = run_ours(case)
-    for again in (case, case | {"report_all_rows": True}):
-        loss, grads = run_ours(again)
-        assert torch.equal(first.loss, loss.loss)
-        assert all(torch.equal(first_grads[name], grads[name]) for name in first_grads)
+    first = run_ours(case)
+    assert_same_bits(run_ours(case), first)
+    loss, grads = run_ours(case | {"report_all_rows": True})
+    assert torch.equal(first[0].loss, loss.loss)
+    assert all(torch.equal(grad, grads[name]) for name, grad in first[1].items())
 
 
 def test_log_probs_without_gradients_hold_no_logits() -> None:
     """The fused projection leaves a few numbers for each row and vocabulary tile."""
-    from tests.kernels.dispatch import Watch
-
     case = on_triton(head_case(40, 16, 3000, torch.bfloat16))
     with Watch() as watch, torch.no_grad():
         linear_log_probs(**case)
@@ -165,7 +158,10 @@ def test_anchored_exponentials(shape: tuple, drift: float, level: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_an_anchor_too_far_is_nan() -> None:
-    """Beyond 60 nats the exponentials vanish or overflow: NaN, not a wrong number."""
+    """Beyond 60 nats the exponentials vanish or overflow: NaN, not a wrong number.
+
+    Under a sequence ratio the statistics come from a pass without an anchor: the gradients say so.
+    """
     case = policy_case(6, dtype=torch.bfloat16)
     head = {name: case[name] for name in ("hidden", "head_weight", "target_ids")}
     now = linear_log_probs(**head, return_log_normalizer=True)[1]
@@ -177,18 +173,10 @@ def test_an_anchor_too_far_is_nan() -> None:
     for field in (loss.log_probs, loss.entropy):
         assert field.isnan().tolist() == [False, True, True, True, True, False]
     assert loss.loss.isnan()
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("drift", (-200.0, -70.0, 70.0, 200.0))
-def test_an_anchor_too_far_is_nan_under_a_sequence_ratio(drift: float) -> None:
-    """There the statistics come from a pass without an anchor: the gradients still say so."""
-    case = at_level(policy_case(6, dtype=torch.bfloat16), "sequence")
-    head = {name: case[name] for name in ("hidden", "head_weight", "target_ids")}
-    now = linear_log_probs(**head, return_log_normalizer=True)[1]
-    case |= {"old_log_normalizer": now - drift, "advantages": torch.ones(6)}
-    _, grads = run_ours(on_triton(case))
-    assert grads["hidden"].isnan().all()
+    for drift in (-200.0, -70.0, 70.0, 200.0):
+        sequences = at_level(case | {"old_log_normalizer": now - drift}, "sequence")
+        _, grads = run_ours(on_triton(sequences))
+        assert grads["hidden"].isnan().all()
 
 
 @pytest.mark.parametrize("extra", ("entropy", "softcap", "exact"))
@@ -201,10 +189,8 @@ def test_an_anchor_that_does_not_apply_is_not_read(extra: str) -> None:
         case["logit_softcap"] = 5.0
     else:
         case = with_kl(case, "exact")
-    plain, grads = run_ours(on_triton(case))
-    given, given_grads = run_ours(on_triton(case | {"old_log_normalizer": torch.zeros(23)}))
-    assert torch.equal(plain.loss, given.loss)
-    assert all(torch.equal(grads[name], given_grads[name]) for name in grads)
+    given = on_triton(case | {"old_log_normalizer": torch.zeros(23)})
+    assert_same_bits(run_ours(given), run_ours(on_triton(case)))
 
 
 @pytest.mark.parametrize("scale", (1e-6, 1e-12))

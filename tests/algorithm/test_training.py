@@ -1,0 +1,315 @@
+"""Where prompts, the loss's denominators and the step's metrics meet Algorithm 1.
+
+What each decision changes in lines 1-41 stands in test_care.py, by hand, and in test_end_to_end.py,
+against the transcription.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from care_train.algorithm.care import select_subgroup, subgroup_update
+from care_train.algorithm.region_weights import token_credit
+from care_train.algorithm.types import (
+    Credit,
+    GroupUpdate,
+    Rollout,
+    Subgroup,
+    TrainSequence,
+    skipped_update,
+)
+from care_train.config import LossSettings
+from care_train.training.engine import rows_with_a_say
+from care_train.training.groups import Group
+from care_train.training.log_probs import TokenOutcome, TrainItem
+from care_train.training.metrics import step_metrics, token_metrics
+from care_train.training.update import (
+    Denominators,
+    local_denominators,
+    loss_rows,
+    sequence_scale,
+)
+from tests.algorithm.builders import (
+    care,
+    credit_of,
+    make_group,
+    make_rollout,
+    make_subgroup,
+    right,
+    wrong,
+)
+from tests.algorithm.fakes import PROMPT, THINK_ID, make_sampler, sampled_group, train
+
+CPU = torch.device("cpu")
+
+
+def reflect(*negatives, **settings):
+    """The groups after their reflection, and the engine that was asked."""
+    sampler, engine = make_sampler(**settings)
+    groups = [
+        sampled_group([right(), n], str(i), subgroup=make_subgroup(right(), [n], reflect_on=0))
+        for i, n in enumerate(negatives)
+    ]
+    return sampler.reflect(groups, 0), engine
+
+
+class TestReflection:
+    """What a repair is sampled from, and what it is trained on."""
+
+    REPAIR = right(think=1, answer=1, reflected=True, prefix_ids=(7, 8, 9))
+
+    @pytest.mark.parametrize(("think", "answer"), [("think", "answer"), ("reasoning", "final")])
+    def test_what_is_sampled_from(self, think, answer):
+        """The prompt's own ids, then the forced prefix, with think left open (Sec. 8.2's tags)."""
+        negative = wrong(text=f"<{think}>they are equal</{think}> <{answer}>3</{answer}>")
+        own = {
+            "care": {"reflection": {"cue": "look again:"}},
+            "prompt": {"think_tag": think, "answer_tag": answer},
+        }
+        (reflecting,), engine = reflect(negative, **own)
+        (request,) = engine.requests
+        assert request.prompt is PROMPT
+        assert "".join(map(chr, request.prefix_ids)) == f"<{think}>they are equal\nlook again:\n"
+        assert reflecting.repair is not None
+        assert reflecting.repair.prefix_ids == request.prefix_ids
+
+    def test_its_own_sampling_settings(self):
+        """The rollouts' own, or those of the released code, whose length limit the rollouts' own
+        may lower."""
+        rollout = {"temperature": 0.9, "top_p": 0.8, "max_new_tokens": 777}
+        own = {"temperature": 0.6, "top_p": 0.95, "max_new_tokens": 512}
+        short = {"max_new_tokens": 77}
+        for preset, limits, expected in (
+            ("default", {}, rollout),
+            ("official", {}, own),
+            ("official", short, own | short),
+        ):
+            _, engine = reflect(wrong(text="no"), preset=preset, rollout=rollout | limits)
+            (sampling,) = engine.sampling
+            assert {key: getattr(sampling, key) for key in own} == expected
+
+    @pytest.mark.parametrize(("max_new_tokens", "lengths"), [(30, [15]), (57, [15, 64])])
+    def test_none_over_the_limit(self, max_new_tokens, lengths):
+        """Prompt (3) and prefix (15, 64) must fit into max_prompt_tokens + max_new_tokens, whole.
+
+        What is left out is counted: wanted less sampled, as reflection_skipped.
+        """
+        negatives = [wrong(text="<think>x</think>"), wrong(text=f"<think>{'x' * 50}</think>")]
+        (short, long), engine = reflect(
+            *negatives,
+            prompt={"max_prompt_tokens": 10},
+            rollout={"max_new_tokens": max_new_tokens},
+            care={"reflection": {"cue": "look:"}},
+        )
+        assert [len(request.prefix_ids) for request in engine.requests] == lengths
+        assert short.repair is not None and (long.repair is not None) == (len(lengths) == 2)
+        if long.repair is None:
+            verified = replace(short, reflected=right(reflected=True))
+            values = step_metrics([verified, long], [], CPU)
+            assert (values["reflection_skipped"], values["reflections"]) == (1, 1)
+
+    @pytest.mark.parametrize(
+        ("context", "before", "weight"),
+        [("full", [101, 102, 103, 7, 8, 9], None), ("x_only", [101, 102, 103, THINK_ID], 2.0)],
+    )
+    def test_the_context_it_is_trained_in(self, context, before, weight):
+        """x + prefix + cue, so that the ratio is 1; or x and an opened think, with importance
+        weights truncated at 2. Sampled tokens alone have rows.
+
+        The fake log-probs are -6 under the full context and -4 under x: exp(2) is cut to 2.
+        """
+        credit = token_credit(self.REPAIR, care(), is_negative=False, earns_rationale=True)
+        sequence = TrainSequence(self.REPAIR, 1.0, credit, "reflected_success")
+        response = list(self.REPAIR.token_ids)
+        update = GroupUpdate((sequence,), 1, len(response))
+        own = {"care": {"reflection": {"context": context}}, "loss": {"kl_coef": 0.0}}
+        engine, _ = train([update], [right()], **own)
+        assert engine.trained_ids() == [before + response]
+        assert len(engine.rows("advantages")) == len(response)
+        weights = engine.rows("importance_weights")
+        found = None if weights is None else weights.tolist()
+        assert found == (None if weight is None else [weight] * len(response))
+
+
+def test_only_s_star_reaches_the_engine():
+    """Eq. 7: A = 0 outside S: of six rollouts with K = 2, two are neither forwarded nor trained."""
+    rollouts = [right(think=i) if i < 3 else wrong(think=i) for i in range(6)]
+    settings = care("max_negatives=2")
+    subgroup = select_subgroup(make_group(rollouts), settings)
+    assert isinstance(subgroup, Subgroup)
+    update = subgroup_update(subgroup, settings)
+    engine, scorer = train([update], rollouts, train={"num_iterations": 2})
+    assert [len(batch) for batch in scorer.scored] == [3, 3]
+    assert len(engine.trained_ids()) == 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("values", "scored"),
+    [({}, False), ({"num_iterations": 2}, True), ({"mini_batches": 2}, True)],
+)
+def test_one_step_per_batch_needs_no_old_log_probs(values, scored):
+    """With one optimiser step the old policy is the current one: the ratio is 1. Where the old
+    policy scored every trained sequence, the fused loss may anchor at its normaliser."""
+    update = subgroup_update(make_subgroup(right(), [wrong()] * 2), care())
+    options = {"train": {"prompts_per_step": 2} | values, "loss": {"kl_coef": 0.0}}
+    engine, _ = train([update, update], **options)
+    for name in ("old_log_probs", "old_log_normalizer"):
+        assert (engine.rows(name) is not None) == scored
+    assert len(engine.steps) == values.get("num_iterations", 1) * values.get("mini_batches", 1)
+
+
+def sequence(advantage: float, num_tokens: int) -> TrainSequence:
+    """A sequence of S* whose weights are uniform and sum to 1."""
+    rollout = make_rollout(think=None, answer=num_tokens - 3)
+    return TrainSequence(rollout, advantage, credit_of([1.0] * num_tokens))
+
+
+def group(*sequences: TrainSequence) -> GroupUpdate:
+    tokens = sum(len(s.rollout.token_ids) for s in sequences)
+    return GroupUpdate(sequences, len(sequences), tokens)
+
+
+# Group A trains 2 sequences of 4 and 6 tokens, B one of 10; C is skipped.
+A = group(sequence(2.0, 4), sequence(-1.0, 6))
+B = group(sequence(3.0, 10))
+C = skipped_update("all_correct")
+SILENT = GroupUpdate((), 8, 100, skipped="no_signal")
+
+
+@pytest.mark.parametrize(
+    ("updates", "expected"),
+    [([A, B, C], [3, 20, 2]), ([C], [0, 0, 0]), ([], [0, 0, 0]), ([A, SILENT], [10, 110, 1])],
+)
+def test_denominators_count_s_star(updates, expected):
+    """|S*|, its tokens and the groups that train. A skipped group counts in none, a baseline's
+    silent one with all its sampled sequences."""
+    assert local_denominators(updates) == expected
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "per_group", "scales"),
+    [
+        ("sequence", False, [1 / 3, 1 / 3]),
+        ("sequence", True, [1 / 4, 1 / 2]),
+        ("token", False, [1 / 20, 1 / 20]),
+        ("max_length", False, [1 / 96, 1 / 96]),
+    ],
+)
+def test_scale_of_each_aggregation(aggregation, per_group, scales):
+    """1/|S*| over the step (Eq. 12); per group 1/(|S*_g| groups); per token; times the limit 32."""
+    loss, totals = LossSettings(aggregation=aggregation), Denominators(3.0, 20.0, 2.0)
+    found = [sequence_scale(u, totals, loss, 32, per_group=per_group) for u in (A, B)]
+    assert found == pytest.approx(scales)
+
+
+def test_rows_by_hand():
+    """Eqs. 11-13: a_t / |S*|; the KL's share of a token is beta / (T |S*|); beta = 0 has none.
+
+    Under a token mean every token has the same share, so long sequences count for more.
+    """
+    rollout = replace(make_rollout(), token_ids=(1, 2, 3))
+    credit = credit_of([0.0, 0.25, 0.75], normalize=False)
+    one = TrainSequence(rollout, -2.0, credit)
+    rows = loss_rows([one], [0.1], LossSettings(kl_coef=0.6), CPU)
+    assert rows["advantages"].tolist() == pytest.approx([0.0, -0.05, -0.15])
+    assert rows["kl_weights"].tolist() == pytest.approx([0.6 * 0.1 / 3] * 3)
+    assert set(loss_rows([one], [0.1], LossSettings(kl_coef=0.0), CPU)) == {"advantages"}
+    for aggregation in ("token", "max_length"):
+        loss = LossSettings(kl_coef=0.5, entropy_coef=0.2, aggregation=aggregation)
+        rows = loss_rows([one], [0.1], loss, CPU)
+        assert rows["kl_weights"].tolist() == pytest.approx([0.05] * 3)
+        assert rows["entropy_weights"].tolist() == pytest.approx([0.02] * 3)
+
+
+def test_rows_with_a_say():
+    """An advantage, a share of the KL, or one of the entropy bonus."""
+    advantages, kl = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.1, 0.0])
+    arguments = {"advantages": advantages, "kl_weights": None, "entropy_weights": torch.zeros(3)}
+    assert rows_with_a_say(arguments).tolist() == [True, False, False]
+    assert rows_with_a_say(arguments | {"kl_weights": kl}).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_the_mean_over_s_star_of_the_step(size):
+    """Eq. 12: each of the 3 sequences hands out A / 3, whatever its group and micro-batch. Eq. 13:
+    the KL's mean over a sequence, then over S*: its weights sum to beta."""
+    engine, _ = train([A, B, C], train={"micro_batch_size": size}, loss={"kl_coef": 0.07})
+    (step,) = engine.steps
+    assert len(step) == -(-3 // size)
+    rows = engine.rows("advantages")
+    assert len(rows) == len(engine.rows("kl_weights")) == 20
+    assert float(rows.sum()) == pytest.approx((2.0 - 1.0 + 3.0) / 3)
+    assert float(rows.abs().sum()) == pytest.approx((2.0 + 1.0 + 3.0) / 3)
+    assert float(engine.rows("kl_weights").sum()) == pytest.approx(0.07)
+
+
+@pytest.mark.parametrize(
+    ("values", "sums"),
+    [
+        # preset: literal: (mean of A's + mean of B's) / 2; a baseline has no preset to read.
+        ({"preset": "literal"}, [((2.0 - 1.0) / 2 + 3.0) / 2]),
+        ({"preset": "literal", "algorithm": "grpo"}, [(2.0 - 1.0 + 3.0) / 3]),
+        # The optimiser step is the unit: with one group each, A is over 2 and B over 1.
+        ({"train": {"mini_batches": 2, "prompts_per_step": 2}}, [(2.0 - 1.0) / 2, 3.0]),
+    ],
+)
+def test_other_means(values, sums):
+    """Of each optimiser step's advantages."""
+    engine, _ = train([A, B] if "train" in values else [A, B, C], **values)
+    found = [float(sum(m.loss_arguments["advantages"].sum() for m in s)) for s in engine.steps]
+    assert found == pytest.approx(sums)
+
+
+def test_nothing_to_train_is_no_step():
+    """Lines 7 and 27: skip means skip, KL included."""
+    engine, _ = train([C, C])
+    assert engine.steps == []
+
+
+def item(group: Group, rollout: Rollout, advantage: float, clipped: tuple[int, ...] = ()):
+    """A trained sequence whose tokens `clipped` met the lower bound."""
+    zeros = torch.zeros(len(rollout.token_ids))
+    low = zeros.bool().index_fill(0, torch.tensor(clipped, dtype=torch.long), True)
+    outcome = TokenOutcome(zeros - 2.0, None, zeros, low, zeros.bool())
+    trained = TrainSequence(rollout, advantage, Credit())
+    return TrainItem(group, trained, group.sequence(rollout), outcome=outcome)
+
+
+class TestTokenMetrics:
+    """What a step logs of its tokens and advantages, by hand."""
+
+    def test_the_reward_deviates_within_groups(self):
+        """Population deviations of {1, 0.1} and {1, 1}: 0.45 and 0, whatever lies between them."""
+        groups = [sampled_group([right(), wrong()], "a"), sampled_group([right(), right()], "b")]
+        assert token_metrics(groups, [], CPU) == {}
+        assert step_metrics(groups, [], CPU)["reward_std"] == pytest.approx(0.225)
+
+    def test_entropy_is_the_sampled_tokens_surprise(self):
+        """-log pi_old over all rollouts' tokens; a baseline's are the update's own."""
+        known = [
+            replace(rollout, old_log_probs=torch.full((len(rollout.token_ids),), -value))
+            for rollout, value in ((right(think=None, answer=1), 1.0), (wrong(), 0.5))
+        ]
+        short, long = (len(rollout.token_ids) for rollout in known)
+        values = token_metrics([sampled_group(known, "a")], [], CPU)
+        assert values["entropy"] == pytest.approx((short + 0.5 * long) / (short + long))
+        group = sampled_group([right()], "b")
+        values = token_metrics([group], [item(group, group.rollouts[0], 1.0)], CPU)
+        assert values["entropy"] == pytest.approx(2.0)
+
+    def test_clipped_tokens_of_negatives_answers(self):
+        """Fig. 6, left: of an answer's tokens with a negative advantage, rationales left out."""
+        group = sampled_group([right(), wrong(think=3, answer=2)], "a")
+        anchor, negative = group.rollouts
+        first, last = negative.spans.answer
+        items = [item(group, anchor, 1.0, (0, 6)), item(group, negative, -0.5, (1, first))]
+        values = token_metrics([group], items, CPU)
+        assert values["clipped_negative_answer"] == pytest.approx(1 / (last - first))
+
+    def test_the_variance_ratio_of_advantages(self):
+        """Fig. 6, right: Var{-0.1, -0.3} / Var{1, 2} = 0.01 / 0.25."""
+        group = sampled_group([right(), right(), wrong(), wrong()], "a")
+        pairs = zip(group.rollouts, (1.0, 2.0, -0.1, -0.3), strict=True)
+        values = token_metrics([group], [item(group, *pair) for pair in pairs], CPU)
+        assert values["advantage_variance_ratio"] == pytest.approx(0.04)

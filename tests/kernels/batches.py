@@ -1,0 +1,209 @@
+"""Batches of sequences: for `care_loss`, with its equations in float64, and for Eqs. 4 and 11."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from care_kernels import PolicyLoss
+from tests.kernels.cases import PER_ROW, Case, Run, cast, leaves_of
+from tests.kernels.oracle import (
+    reference_log_probs,
+    reference_logits,
+    reference_policy_loss,
+    reference_token_advantages,
+)
+
+B, T, D, V = 5, 14, 8, 23
+PROMPT_LENS = (3, 1, 5, 2, 4)
+RESPONSE_LENS = (11, 8, 7, 10, 6)
+
+
+def make_case(dtype: torch.dtype = torch.float32, *, seed: int = 0, bias: bool = False) -> Case:
+    """Prompt, rationale, answer, EOS and padding in each row.
+
+    Row 2 is outside S*, row 3 has no rationale, and row 4 is a negative without an answer, so that
+    none of its tokens has an advantage. Whatever must not be read is NaN or no token id.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    starts, lengths = torch.tensor(PROMPT_LENS), torch.tensor(RESPONSE_LENS)
+    positions = torch.arange(T)
+    response = (positions >= starts[:, None]) & (positions < (starts + lengths)[:, None])
+    case: Case = {
+        "hidden": normal(B, T, D).to(dtype),
+        "head_weight": (0.7 * normal(V, D)).to(dtype),
+        "token_ids": torch.randint(V, (B, T), generator=generator).masked_fill(~response, -100),
+        "advantages": torch.tensor([2.0, -0.5, 0.0, -0.25, -0.4]),
+        "think_spans": torch.stack((starts + 1, starts + 4), 1),
+        "answer_spans": torch.stack((starts + 5, starts + lengths - 1), 1),
+        "is_positive": torch.tensor([True, False, True, True, False]),
+        "response_mask": response,
+    }
+    case["think_spans"][3] = 0
+    if bias:
+        case["bias"] = (0.5 * normal(V)).to(dtype)
+    b, t = response.nonzero(as_tuple=True)
+    logits = reference_logits(case["hidden"][b, t - 1].double(), case["head_weight"].double())
+    drifted = torch.full((B, T), torch.nan, dtype=torch.float64)
+    drifted[b, t] = reference_log_probs(logits, case["token_ids"][b, t]) + 0.3 * normal(len(b))
+    row_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    case["old_log_probs"] = drifted.to(row_dtype)
+    return case
+
+
+def with_kl(case: Case, estimator: str) -> Case:
+    """Add a reference; hidden states and a head of its own for "k1" and "exact"."""
+    generator = torch.Generator().manual_seed(5)
+    dtype = case["hidden"].dtype
+    added: Case = {"kl_coef": 0.3, "kl_estimator": estimator}
+    if estimator in ("k1", "exact"):
+        noise = torch.randn(B, T, D, generator=generator)
+        weight_noise = torch.randn(V, D, generator=generator)
+        added["ref_hidden"] = (case["hidden"] + 0.2 * noise).to(dtype)
+        added["ref_head_weight"] = (case["head_weight"] + 0.1 * weight_noise).to(dtype)
+    else:
+        noise = torch.randn(B, T, generator=generator)
+        added["ref_log_probs"] = case["old_log_probs"] + 0.2 * noise
+    return case | added
+
+
+def transcription(case: Case, dtype: torch.dtype = torch.float64) -> PolicyLoss:
+    """Eqs. 11-13 on the oracle: the rows of S*'s response tokens, with 1/|S*| and the KL's 1/T."""
+    case = {name: cast(value, dtype) for name, value in case.items()}
+    credit = torch.stack(
+        reference_token_advantages(
+            *(case[n] for n in ("advantages", "think_spans", "answer_spans", "is_positive")),
+            [T] * B,
+            **{n: case[n] for n in ("think_weight", "weight_eps") if n in case},
+        )
+    ).to(dtype)
+    is_active = case["advantages"] != 0
+    row, token = (case["response_mask"] & is_active[:, None]).nonzero(as_tuple=True)
+    num_sequences = case.get("num_sequences", max(int(is_active.sum()), 1))
+    share = 1 / (case["response_mask"].sum(1)[row].to(dtype) * num_sequences)
+    by_row = ("old_log_probs", "ref_log_probs", "importance_weights")
+    whole = ("temperature", "logit_softcap", "logit_scale", "bias", "surrogate", "ratio_level")
+    options = {n: case[n][row, token] for n in by_row if n in case}
+    options |= {n: case[n] for n in (*whole, "kl_estimator", "ref_head_weight") if n in case}
+    if "ref_hidden" in case:
+        options["ref_hidden"] = case["ref_hidden"][row, token - 1]
+    for name, coefficient in (("kl_weights", "kl_coef"), ("entropy_weights", "entropy_coef")):
+        if coefficient in case:
+            options[name] = case[coefficient] * share
+    found = reference_policy_loss(
+        case["hidden"][row, token - 1],
+        case["head_weight"],
+        case["token_ids"][row, token],
+        credit[row, token] / num_sequences,
+        sequence_ids=row,
+        **options,
+    )
+
+    def spread(values: Tensor | None, elsewhere: float) -> Tensor | None:
+        if values is None:
+            return None
+        return values.new_full((B, T), elsewhere).index_put((row, token), values.detach())
+
+    fields = {name: spread(getattr(found, name), name == "ratio") for name in PER_ROW}
+    flags = (spread(flag, False) for flag in (found.clipped_low, found.clipped_high))
+    return PolicyLoss(found.loss, *fields.values(), *flags, token_advantages=credit)
+
+
+def run(case: Case, function: Callable[[Case], PolicyLoss]) -> Run:
+    """The loss on fresh leaves, and their gradients."""
+    leaves = leaves_of(case)
+    outcome = function(case | leaves)
+    outcome.loss.backward()
+    return outcome, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+@dataclass(frozen=True)
+class SpanBatch:
+    """What Eq. 11 needs to know of B sequences."""
+
+    seq_lens: list[int]
+    advantages: Tensor
+    think_spans: Tensor
+    answer_spans: Tensor
+    is_positive: Tensor
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The positional arguments of `token_advantages`."""
+        return self.advantages, self.think_spans, self.answer_spans, self.is_positive
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """[B + 1] int32."""
+        return cu_seqlens_of(self.seq_lens)
+
+    @property
+    def longest(self) -> int:
+        """T of the padded batch."""
+        return max(self.seq_lens, default=0)
+
+    def to(self, **changes: Any) -> "SpanBatch":
+        """The same batch with other tensors."""
+        return SpanBatch(**(self.__dict__ | changes))
+
+
+def cu_seqlens_of(seq_lens: list[int]) -> Tensor:
+    return torch.tensor([0, *seq_lens]).cumsum(0).to(torch.int32)
+
+
+def pad(sequences: list[Tensor], num_tokens: int) -> Tensor:
+    """Sequences [T_i, ...] as [B, num_tokens, ...], with zeros behind each."""
+    shape = (len(sequences), num_tokens, *sequences[0].shape[1:])
+    padded = torch.zeros(shape, dtype=sequences[0].dtype)
+    for row, sequence in zip(padded, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return padded
+
+
+def random_spans(seq_lens: list[int], generator: torch.Generator) -> Tensor:
+    """[B, 2] ranges, some of them empty."""
+    cuts = [torch.randint(n + 1, (2,), generator=generator).sort().values for n in seq_lens]
+    return torch.stack(cuts)
+
+
+def random_states(
+    seq_lens: list[int], width: int, dtype: torch.dtype = torch.float32, *, seed: int = 0
+) -> list[Tensor]:
+    """Random hidden states [T_i, D] that have a direction in common, as a model's do."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(width, generator=generator)
+    return [(common + torch.randn(n, width, generator=generator)).to(dtype) for n in seq_lens]
+
+
+def normal_floats(low: float, high: float) -> st.SearchStrategy[float]:
+    """Numbers of float32 whose products with each other do not vanish."""
+    return st.floats(low, high, width=32).filter(lambda x: x == 0 or abs(x) > 1e-6)
+
+
+@st.composite
+def span_batches(draw: st.DrawFn, min_sequences: int = 1) -> SpanBatch:
+    """Up to 5 sequences of up to 12 tokens with spans anywhere in them, overlapping or empty."""
+    seq_lens = draw(st.lists(st.integers(0, 12), min_size=min_sequences, max_size=5))
+
+    def spans() -> Tensor:
+        ranges = [sorted(draw(st.tuples(*[st.integers(0, n)] * 2))) for n in seq_lens]
+        return torch.tensor(ranges, dtype=torch.int64).reshape(-1, 2)
+
+    def values(each: st.SearchStrategy, dtype: torch.dtype) -> Tensor:
+        drawn = draw(st.lists(each, min_size=len(seq_lens), max_size=len(seq_lens)))
+        return torch.tensor(drawn, dtype=dtype)
+
+    return SpanBatch(
+        seq_lens,
+        values(normal_floats(-4, 4), torch.float32),
+        spans(),
+        spans(),
+        values(st.booleans(), torch.bool),
+    )
