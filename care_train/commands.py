@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -19,10 +20,7 @@ from care_train.evaluation.benchmark_run import (
 from care_train.evaluation.evaluate import evaluate_both
 from care_train.models.tiny import model_folder
 from care_train.publishing import Summary, before_and_after, claim, finish, run_facts
-from care_train.reporting import (
-    MetricsLogger,
-    read_metrics,
-)
+from care_train.reporting import MetricsLogger, read_metrics
 from care_train.reporting.archive import ArchiveWriter
 from care_train.training.archiving import open_writer
 from care_train.training.checkpoint import Checkpoint, seed_all
@@ -57,29 +55,30 @@ def run_command(
         ValueError: a setting, a row or a file that cannot be used.
         RunError: the run cannot go on (docs/failures.md).
     """
-    given = given or Given()
-    work = {"quickstart": quickstart, "sft": sft, "train": train, "eval": evaluate}[command]
+    given, start = given or Given(), time.perf_counter()
+    work = {
+        "quickstart": partial(train, cold_start="cold_start"),
+        "sft": sft,
+        "train": train,
+        "eval": evaluate,
+    }[command]
     with (
         guarded(config.limits, run_dir_of(config), in_program=given.in_program),
         open_run(config, files) as run,
     ):
         claim(config)
-        return work(config, run, given)
+        device = initialize_process_group()
+        seed_all(config.seed)
+        summary = work(config, run, given, device)
+        return finish(run.path, config, run_facts(config, given) | summary, start)
 
 
-def _checkpoint(config: Config, run: RunFolder, cold_start: str | None = None) -> Checkpoint | None:
-    """What a run that is resumed goes on from, its logs cut to it; None starts at step 0.
+def _checkpoint(config: Config, run: RunFolder, cold_start: str) -> Checkpoint | None:
+    """What a run that is resumed goes on from, its logs cut to it; None starts at step 0, so that a
+    job script may always say `--resume`.
 
-    So a job script may always say `--resume`, whenever the run before was killed.
-
-    Args:
-        config: the run's settings.
-        run: its folder.
-        cold_start: the folder that ends a cold start, where the run has one: while it is not
-            there, the checkpoint is the cold start's.
-
-    Raises:
-        ValueError: no checkpoint is usable, or a setting is not what it was.
+    `cold_start` is the folder that ends a cold start, where the run has one: while it is not there,
+    the checkpoint is the cold start's.
     """
     if not run.is_resumed:
         return None
@@ -87,7 +86,7 @@ def _checkpoint(config: Config, run: RunFolder, cold_start: str | None = None) -
     if is_main():
         clean_up(folder)
     barrier()
-    in_cold_start = cold_start is not None and not (folder / cold_start).is_dir()
+    in_cold_start = bool(cold_start) and not (folder / cold_start).is_dir()
     checkpoints = (cold_start_checkpoints if in_cold_start else open_checkpoints)(config, folder)
     if not in_cold_start:
         cold_start_checkpoints(config, folder).remove()
@@ -97,7 +96,7 @@ def _checkpoint(config: Config, run: RunFolder, cold_start: str | None = None) -
     if checkpoint is None:
         where = folder / CONFIG_FILE
         check_settings(settings_of(load_config(where)), config, where=where, free=free)
-        cut_logs(folder, cold_start_logs(folder, cold_start), -1)
+        cut_logs(folder, cold_start_logs(folder, cold_start or None), -1)
     else:
         settings, where = checkpoint.state["settings"], checkpoint.folder
         check_settings(settings, config, where=where, free=free)
@@ -112,9 +111,8 @@ def _checkpoint(config: Config, run: RunFolder, cold_start: str | None = None) -
     return checkpoint
 
 
-def sft(config: Config, run: RunFolder, given: Given) -> Summary:
+def sft(config: Config, run: RunFolder, given: Given, device: torch.device) -> Summary:
     """`care-train sft`: cold start; the model goes to `final/`."""
-    device, start = _begin(config)
     checkpoint = _checkpoint(config, run, "final")
     samples = load_samples(config.sft.data, config.seed, "sft.data", given.rows)
     if run.is_resumed and (run.path / "final").is_dir():
@@ -131,51 +129,39 @@ def sft(config: Config, run: RunFolder, given: Given) -> Summary:
                 session, rows, run_dir / "final", metrics, device, checkpoint, run.started
             )
     kept = ("loss", "eval_loss", "rows", "rows_without_rationale")
-    scores = {key: values[key] for key in kept if key in values}
-    scores = run_facts(config, given) | scores | {"steps": config.sft.steps}
-    return finish(run.path, config, scores, start)
+    return {key: values[key] for key in kept if key in values} | {"steps": config.sft.steps}
 
 
-def train(config: Config, run: RunFolder, given: Given) -> Summary:
-    """`care-train train`: reinforcement learning from `model.path`, evaluated before and after."""
-    device, start = _begin(config)
-    checkpoint = _checkpoint(config, run)
-    samples = load_samples(config.data, config.seed, given=given.rows)
-    held_out = load_held_out(config, given)
-    session = open_session(config, model_folder(config, run.path / "base", samples), device, given)
-    samples = _usable(session, samples, held_out, run.path)
-    run_dir = run.begin({"data": samples, "eval.data": held_out})
-    with _metrics(run_dir, session) as metrics, open_writer(config, run_dir) as archive:
-        summary = _train_from(session, run, samples, held_out, metrics, archive, device, checkpoint)
-    return finish(run_dir, config, summary, start)
-
-
-def quickstart(config: Config, run: RunFolder, given: Given) -> Summary:
-    """`care-train quickstart`: a tiny model, a short cold start, then `train` on real images."""
-    device, start = _begin(config)
-    checkpoint = _checkpoint(config, run, "cold_start")
-    has_cold_start = run.is_resumed and (run.path / "cold_start").is_dir()
-    cold_samples = load_samples(config.sft.data, config.seed, "sft.data", given.rows)
+def train(
+    config: Config, run: RunFolder, given: Given, device: torch.device, cold_start: str = ""
+) -> Summary:
+    """Reinforcement learning, evaluated before and after: `care-train train` of `model.path`,
+    `care-train quickstart` of what a short cold start makes of it in the folder `cold_start`."""
+    checkpoint = _checkpoint(config, run, cold_start)
+    begins_cold = bool(cold_start) and not (run.is_resumed and (run.path / cold_start).is_dir())
+    cold_samples: Sequence[Sample] = ()
+    if cold_start:
+        cold_samples = load_samples(config.sft.data, config.seed, "sft.data", given.rows)
     samples = load_samples(config.data, config.seed, given=given.rows)
     held_out = load_held_out(config, given)
     base = model_folder(config, run.path / "base", chain(cold_samples, samples))
-    first = run.path / "cold_start" if has_cold_start else base
+    first = run.path / cold_start if cold_start and not begins_cold else base
     session = open_session(config, first, device, given)
-    samples = _usable(session, samples, held_out, run.path)
-    rows = None if has_cold_start else cold_start_rows(session, cold_samples, run.path)
-    run_dir = run.begin({"sft.data": cold_samples, "data": samples, "eval.data": held_out})
+    samples, _ = usable_rows(session, samples, "data", run.path)
+    usable_rows(session, held_out, "eval.data")
+    rows = cold_start_rows(session, cold_samples, run.path) if begins_cold else None
+    read = {"sft.data": cold_samples} if cold_start else {}
+    run_dir = run.begin(read | {"data": samples, "eval.data": held_out})
     with _metrics(run_dir, session) as metrics, open_writer(config, run_dir) as archive:
         if rows is not None:
-            cold_start = run_dir / "cold_start"
-            run_sft(session, rows, cold_start, metrics, device, checkpoint, run.started)
-            session, checkpoint = open_session(config, cold_start, device, given), None
-        summary = _train_from(session, run, samples, held_out, metrics, archive, device, checkpoint)
-    return finish(run_dir, config, summary, start)
+            start = run_dir / cold_start
+            run_sft(session, rows, start, metrics, device, checkpoint, run.started)
+            session, checkpoint = open_session(config, start, device, given), None
+        return _train_from(session, run, samples, held_out, metrics, archive, device, checkpoint)
 
 
-def evaluate(config: Config, run: RunFolder, given: Given) -> Summary:
+def evaluate(config: Config, run: RunFolder, given: Given, device: torch.device) -> Summary:
     """`care-train eval`: `model.path` on `eval.benchmarks`, or on `eval.data`."""
-    device, start = _begin(config)
     if not config.eval.benchmarks and config.resume:
         raise ValueError("resume: got true, but `eval without eval.benchmarks` starts anew")
     is_data_read = not config.eval.benchmarks or "data" in config.eval.benchmarks
@@ -188,49 +174,22 @@ def evaluate(config: Config, run: RunFolder, given: Given) -> Summary:
         names = dict.fromkeys(config.eval.benchmarks)
         question_sets = [open_questions(name, config) for name in names]
         run_dir = run.begin({"eval.data": held_out})
-        results = evaluate_benchmarks(session, question_sets, run_dir, device, run.started)
-        scores = run_facts(config, given) | benchmark_summary(results)
-        return finish(run_dir, config, scores, start)
+        return benchmark_summary(
+            evaluate_benchmarks(session, question_sets, run_dir, device, run.started)
+        )
     usable_rows(session, held_out, "eval.data")
     run_dir = run.begin({"eval.data": held_out})
     engine = session.rollout_engine(session.loaded, config.rollout.batch_size)
     run.started()
     with open_writer(config, run_dir) as archive:
-        values = evaluate_both(session, engine, held_out, device, archive=archive)
-    return finish(run_dir, config, run_facts(config, given) | values, start)
+        return evaluate_both(session, engine, held_out, device, archive=archive)
 
 
 def load_held_out(config: Config, given: Given) -> Sequence[Sample]:
-    """The held-out rows; none without `eval.data`.
-
-    Raises:
-        ValueError: as `load_samples`.
-    """
-    settings = config.held_out
-    if settings is None:
+    """The held-out rows; none without `eval.data`."""
+    if config.held_out is None:
         return []
-    return load_samples(settings, config.seed, "eval.data", given.rows)
-
-
-def _begin(config: Config) -> tuple[torch.device, float]:
-    """This rank's device, its generators seeded, and the time."""
-    start = time.perf_counter()
-    device = initialize_process_group()
-    seed_all(config.seed)
-    return device, start
-
-
-def _usable(
-    session: Session, samples: Sequence[Sample], held_out: Sequence[Sample], run_dir: Path
-) -> Sequence[Sample]:
-    """The training rows that can be prompts; all held-out ones must be.
-
-    Raises:
-        ValueError: rows that can be none.
-    """
-    samples, _ = usable_rows(session, samples, "data", run_dir)
-    usable_rows(session, held_out, "eval.data")
-    return samples
+    return load_samples(config.held_out, config.seed, "eval.data", given.rows)
 
 
 def _train_from(
@@ -263,7 +222,7 @@ def _train_from(
         archive=archive,
         started=run.started,
     )
-    facts = run_facts(config, given) | {key: int(value) for key, value in totals.items()}
+    facts: Summary = {key: int(value) for key, value in totals.items()}
     if facts["steps"] < config.train.steps:
         asked = given.callbacks.control.should_training_stop
         facts["ended_early"] = "a callback asked" if asked else "nearly all responses were right"

@@ -13,7 +13,6 @@ from rich.table import Table
 from care_train.config import Config
 from care_train.planning.memory import (
     PHASES,
-    MemoryPlan,
     checkpoint_bytes,
     host_bytes,
     plan_memory,
@@ -88,23 +87,6 @@ def plan_table(work: Workload) -> list[dict[str, Any]]:
     return rows
 
 
-def _at_stage(work: Workload, stage: int) -> Workload:
-    deepspeed = work.config.deepspeed
-    # What the stage cannot offload stays where it is.
-    drop = {"stage"} | ({"offload_param"} if stage < 3 else set())
-    drop |= {"offload_optimizer"} if stage < 1 else set()
-    zero = {key: value for key, value in deepspeed.zero.items() if key not in drop}
-    config = deepspeed.config | {"zero_optimization": zero}
-    return _with(work, deepspeed={"zero_stage": stage, "config": config})
-
-
-def _with(work: Workload, **sections: dict[str, Any]) -> Workload:
-    """The workload with other settings in some sections of its configuration."""
-    config = work.config
-    changed = {name: replace(getattr(config, name), **keys) for name, keys in sections.items()}
-    return replace(work, config=replace(config, **changed))
-
-
 def advise(work: Workload) -> list[str]:
     """Changes that lower the peak, each kept for those after it, until one fits; none if it does.
 
@@ -120,7 +102,7 @@ def advise(work: Workload) -> list[str]:
             if lower.peak > 0.99 * memory.peak:
                 continue
             memory, work = lower, changed
-            lines.append(f"{text}: {memory.peak / GIB:.1f} GiB, in {memory.peak_phase}")
+            lines.append(f"set {text}: {memory.peak / GIB:.1f} GiB, in {memory.peak_phase}")
             if memory.fits:
                 return lines
     lines.append(
@@ -133,70 +115,77 @@ def advise(work: Workload) -> list[str]:
 Changed = Iterator[tuple[str, Workload]]
 
 
-def _checkpoint(work: Workload) -> Changed:
-    if not work.config.train.gradient_checkpointing:
-        text = "set train.gradient_checkpointing=true"
-        yield text, _with(work, train={"gradient_checkpointing": True})
+def _set(key: str, value: Any, note: str = "") -> Callable[[Workload], Changed]:
+    section, name = key.split(".")
+
+    def change(work: Workload) -> Changed:
+        yield f"{key}={str(value).lower()}{note}", _with(work, section, **{name: value})
+
+    return change
 
 
 def _fewer_sequences(work: Workload) -> Changed:
     train = work.config.train
     for share in (0.25, 0.0):
         if train.micro_batch_tokens is None:
-            key, now, value = "size", train.micro_batch_size, max(1, int(work.micro_batch * share))
+            name, now, value = "size", train.micro_batch_size, max(1, int(work.micro_batch * share))
         else:
             now = train.micro_batch_tokens
-            key, value = "tokens", max(work.context, int(now * share))
+            name, value = "tokens", max(work.context, int(now * share))
         if value < now:
-            changed = _with(work, train={f"micro_batch_{key}": value})
-            yield f"set train.micro_batch_{key}={value}", changed
+            yield from _set(f"train.micro_batch_{name}", value)(work)
 
 
 def _generate_fewer(work: Workload) -> Changed:
-    rollout = work.config.rollout
-    if rollout.engine == "transformers" and rollout.batch_size > 16:
-        yield "set rollout.batch_size=16", _with(work, rollout={"batch_size": 16})
-
-
-def _bfloat16(work: Workload) -> Changed:
-    if work.config.model.dtype == "float32":
-        yield "set model.dtype=bfloat16", _with(work, model={"dtype": "bfloat16"})
+    if work.config.rollout.batch_size > 16:
+        yield from _set("rollout.batch_size", 16)(work)
 
 
 def _next_stages(work: Workload) -> Changed:
     # One rank has no other to share with.
     for stage in range(work.stage + 1, 4) if work.gpus > 1 else ():
-        yield f"set deepspeed.zero_stage={stage}", _at_stage(work, stage)
-
-
-def _no_reference(work: Workload) -> Changed:
-    if work.config.loss.kl_coef:
-        text = "set loss.kl_coef=0, which needs no reference model"
-        yield text, _with(work, loss={"kl_coef": 0.0})
+        yield f"deepspeed.zero_stage={stage}", _at_stage(work, stage)
 
 
 def _offload(work: Workload) -> Changed:
     deepspeed = work.config.deepspeed
-    if work.stage >= 1 and not deepspeed.offloads("optimizer"):
+    if work.stage >= 1:
         zero = dict(deepspeed.zero) | {"offload_optimizer": {"device": "cpu"}}
-        text = "set deepspeed.config.zero_optimization.offload_optimizer.device=cpu"
+        text = "deepspeed.config.zero_optimization.offload_optimizer.device=cpu"
         config = deepspeed.config | {"zero_optimization": zero}
-        yield text, _with(work, deepspeed={"config": config})
+        yield text, _with(work, "deepspeed", config=config)
 
 
 _CHANGES: tuple[Callable[[Workload], Changed], ...] = (
-    _checkpoint,
+    _set("train.gradient_checkpointing", True),
     _fewer_sequences,
     _generate_fewer,
-    _bfloat16,
+    _set("model.dtype", "bfloat16"),
     _next_stages,
     _generate_fewer,
-    _no_reference,
+    _set("loss.kl_coef", 0, ", which needs no reference model"),
     _offload,
     # What another phase's peak hid before.
     _fewer_sequences,
     _generate_fewer,
 )
+"""What `advise` tries. A change that is made already lowers nothing, and so is not advised."""
+
+
+def _at_stage(work: Workload, stage: int) -> Workload:
+    deepspeed = work.config.deepspeed
+    # What the stage cannot offload stays where it is.
+    drop = {"stage"} | ({"offload_param"} if stage < 3 else set())
+    drop |= {"offload_optimizer"} if stage < 1 else set()
+    zero = {key: value for key, value in deepspeed.zero.items() if key not in drop}
+    config = deepspeed.config | {"zero_optimization": zero}
+    return _with(work, "deepspeed", zero_stage=stage, config=config)
+
+
+def _with(work: Workload, section: str, **values: Any) -> Workload:
+    """The workload with other settings in a section of its configuration."""
+    changed = replace(getattr(work.config, section), **values)
+    return replace(work, config=replace(work.config, **{section: changed}))
 
 
 def _show_table(work: Workload, rows: list[dict[str, Any]], console: Console) -> None:
@@ -206,12 +195,13 @@ def _show_table(work: Workload, rows: list[dict[str, Any]], console: Console) ->
         highlight=False,
     )
     table = Table("GPUs", *(f"ZeRO-{stage}" for stage in _STAGES))
-    peaks = {
-        (row["gpus"], row["zero_stage"]): f"{row['peak_bytes'] / GIB:.1f}{'*' * (not row['fits'])}"
-        for row in rows
-    }
     for gpus in GPU_COUNTS:
-        table.add_row(str(gpus), *(peaks[gpus, stage] for stage in _STAGES))
+        peaks = [
+            f"{row['peak_bytes'] / GIB:.1f}{'*' * (not row['fits'])}"
+            for row in rows
+            if row["gpus"] == gpus
+        ]
+        table.add_row(str(gpus), *peaks)
     console.print(table)
 
 
@@ -227,21 +217,18 @@ def _show_plan(work: Workload, console: Console) -> None:
     phases = Table(*PHASES, title="GiB in each phase", title_justify="left")
     phases.add_row(*(f"{memory.phase_bytes(phase) / GIB:.1f}" for phase in PHASES))
     console.print(items, phases)
-    console.print(_verdict(work, memory), highlight=False)
+    console.print(
+        f"peak {memory.peak / GIB:.1f} GiB per rank, in {memory.peak_phase}, of "
+        f"{memory.limit / GIB:.1f} GiB: {'fits' if memory.fits else 'DOES NOT FIT'}\n"
+        f"a checkpoint has {checkpoint_bytes(work) / GIB:.1f} GiB; main memory per node at least "
+        f"{host_bytes(work) / GIB:.0f} GiB",
+        highlight=False,
+    )
     advice = advise(work)
     if advice:
         console.print("to make it fit, in this order, each with those before it:")
         for line in advice:
             console.print(f"  {line}", highlight=False)
-
-
-def _verdict(work: Workload, memory: MemoryPlan) -> str:
-    return (
-        f"peak {memory.peak / GIB:.1f} GiB per rank, in {memory.peak_phase}, of "
-        f"{memory.limit / GIB:.1f} GiB: {'fits' if memory.fits else 'DOES NOT FIT'}\n"
-        f"a checkpoint has {checkpoint_bytes(work) / GIB:.1f} GiB; main memory per node at least "
-        f"{host_bytes(work) / GIB:.0f} GiB"
-    )
 
 
 def _headline(work: Workload) -> str:
