@@ -16,17 +16,10 @@ _DESCRIPTION = ("*.json", "*.txt", "*.jinja", "*.model")
 
 
 def model_folder(path: str, *, with_weights: bool = True, key: str = "model.path") -> Path:
-    """The folder of a model: the one at `path`, or that of the Hub's `ORG/NAME[@REVISION]`.
+    """The folder of a model: the one at `path`, or else that of the Hub's `ORG/NAME[@REVISION]`.
 
-    What is on this disk comes first.
-
-    Args:
-        path: the model.
-        with_weights: False fetches configuration, tokenizer and processor alone.
-        key: the setting, for errors.
-
-    Raises:
-        ValueError: as `snapshot`.
+    Without `with_weights` configuration, tokenizer and processor alone are fetched; `key` is the
+    setting that errors name.
     """
     found = _MODEL_ID.fullmatch(path)
     if Path(path).expanduser().exists() or found is None:
@@ -54,12 +47,10 @@ def snapshot(
     """The folder of a repository's files in the cache, which the missing ones are fetched to.
 
     Args:
-        repo: `ORG/NAME`.
-        kind: model | dataset.
+        repo: `ORG/NAME`, a `kind` = model | dataset.
         revision: a branch, tag or commit; None: the newest.
         key: the setting that names it, for errors.
-        patterns: which files.
-        without: which of them not.
+        patterns, without: which files, and which of them not.
 
     Raises:
         ValueError: no such repository or revision, no access to it, or neither a network nor the
@@ -79,11 +70,7 @@ def snapshot(
 
 
 def create_repository(repo: str, key: str) -> None:
-    """Make the private model repository `repo`, unless it is there, which says whether one may.
-
-    Raises:
-        ValueError: no token, or none that may write there.
-    """
+    """Make the private model repository `repo`, unless it is there, which says whether one may."""
     from huggingface_hub import HfApi
 
     with _explained(repo, "model", None, key):
@@ -91,19 +78,12 @@ def create_repository(repo: str, key: str) -> None:
 
 
 def upload(folder: Path, repo: str, message: str, key: str) -> str:
-    """Upload a folder's files as one commit; the commit's address.
-
-    Raises:
-        ValueError: it could not be uploaded.
-    """
+    """Upload a folder's files as one commit; the commit's address."""
     from huggingface_hub import HfApi
 
     with _explained(repo, "model", None, key):
-        return (
-            HfApi()
-            .upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
-            .commit_url
-        )
+        commit = HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        return commit.commit_url
 
 
 @contextmanager

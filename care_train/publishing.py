@@ -117,10 +117,7 @@ _FOLDERS = re.compile(r"(?<![^\s=,{\[\"'])(?:~|/[^\s/,}\]\"']+)/(?:[^\s/,}\]\"']
 def publish(run_dir: Path, config: Config, summary: Mapping[str, Any]) -> str:
     """Write the model card into `final/` and upload the folder; the commit's address.
 
-    Args:
-        run_dir: the run's folder.
-        config: its settings; `hub.push_to` names the repository.
-        summary: what summary.json holds.
+    `summary` is what summary.json holds.
 
     Raises:
         ValueError: it could not be uploaded; `final/` is whole.
@@ -136,11 +133,7 @@ def publish(run_dir: Path, config: Config, summary: Mapping[str, Any]) -> str:
 
 
 def claim(config: Config) -> None:
-    """Make the repository that a run will upload to, where it names one.
-
-    Raises:
-        ValueError: no token, or none that may write there.
-    """
+    """Make the repository that a run will upload to, where it names one and may write there."""
     if config.hub.push_to is not None and is_main():
         hub.create_repository(config.hub.push_to, key=_KEY)
 

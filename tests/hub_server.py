@@ -40,7 +40,6 @@ class Hub:
         self.requests: list[str] = []
         self.token = "hf_secret"
         self.endpoint = ""
-        self.large: dict[str, bytes] = {}
 
     def add(self, name: str, folder: Path, **options: bool) -> None:
         """Publish a folder's files."""
@@ -99,29 +98,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._send({"url": f"{self.hub.endpoint}/{name}"})
         elif path.endswith("/preupload/main"):
             files = [
-                {
-                    "path": file["path"],
-                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
-                    "shouldIgnore": False,
-                }
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
                 for file in json.loads(body)["files"]
             ]
             self._send({"files": files})
-        elif path.endswith("/info/lfs/objects/batch"):
-            objects = json.loads(body)["objects"]
-            for one in objects:
-                href = f"{self.hub.endpoint}/upload/{one['oid']}"
-                one["actions"] = {"upload": {"href": href}}
-            self._send({"transfer": "basic", "objects": objects})
         elif found := re.fullmatch(r"/api/models/(.+)/commit/main", path):
             self._commit(found[1], body)
         else:
             self._send({"warnings": [], "errors": []})  # /api/validate-yaml
-
-    def do_PUT(self) -> None:
-        path, body = self._noted(), self._body()
-        self.hub.large[path.rpartition("/")[2]] = body
-        self._send({})
 
     def _describe(self, name: str, what: str) -> None:
         action, _, rest = what.partition("/")
@@ -169,8 +153,6 @@ class _Handler(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                files[value["path"]] = self.hub.large[value["oid"]]
         commit = self.hub.repositories[f"models/{name}"].commit
         url = f"{self.hub.endpoint}/{name}/commit/{commit}"
         self._send({"commitUrl": url, "commitOid": commit, "hookOutput": ""})

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.wheels import install_wheel
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_shipped_configuration_is_named_after_a_wheel_install(tmp_path: Path):
@@ -36,3 +36,14 @@ def test_a_shipped_configuration_is_named_after_a_wheel_install(tmp_path: Path):
     )
     assert wrong.returncode == 2
     assert "--config: got caer, wanted a YAML file or one of care, care_no_rgr" in wrong.stderr
+
+
+def install_wheel(folder: Path) -> Path:
+    """Build the wheel in `folder` and install it without what it needs; a path for PYTHONPATH."""
+    build = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet")
+    subprocess.run([*build, "--wheel-dir", folder, ROOT], check=True)
+    (wheel,) = folder.glob("*.whl")
+    site = folder / "site"
+    install = (sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target")
+    subprocess.run([*install, site, wheel], check=True)
+    return site

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from care_train.config.care import PRESETS, TABLE_5, Decisions
+from care_train.config.care import PRESETS, TABLE_5
 
 _DECISIONS = {
     "care.positive": "positive",
@@ -30,6 +30,9 @@ _RESCUE = "care.rescue is its scale, and 0 is off"
 _SHARED = "is the cold start's too"
 
 _CONSTANTS: dict[str, tuple[object, str]] = {
+    "dedup.hash_size": (16, "hashes have 16 x 16 bits"),
+    "file_name": ("train.parquet", "the data set's file is train.parquet"),
+    "row_group": (32, "row groups have 32 rows"),
     "care.farthest_first_start": ("nearest", _BY_PRESET),
     "care.robust": (False, "mean and standard deviation (Eqs. 5-6) are used"),
     "care.robust_trim": (0.2, "mean and standard deviation (Eqs. 5-6) are used"),
@@ -92,43 +95,26 @@ _CONSTANTS: dict[str, tuple[object, str]] = {
     "train.max_resample_rounds": (3, "more prompts are drawn three times at most"),
     "train.min_learning_rate": (0.0, "cosine and linear schedules end at 0"),
 }
-"""Keys with the value that is built in now, and what to say of another."""
-
-_OF_BUILDS: dict[str, tuple[object, str]] = {
-    "file_name": ("train.parquet", "the data set's file is train.parquet"),
-    "row_group": (32, "row groups have 32 rows"),
-    "dedup.hash_size": (16, "hashes have 16 x 16 bits"),
-}
-"""The same of `care-train data build`."""
+"""Keys of runs and of builds, with the value that is built in now and what to say of another."""
 
 
-def without_gone(values: Mapping[str, Any], algorithm: str, preset: str) -> dict[str, Any]:
-    """`values` without keys that are gone, where they say what this version does anyway.
+def without_gone(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings without keys that are gone, where they say what this version does anyway.
 
     A run's config.yaml names every setting, so that an older one stays readable.
-
-    Args:
-        values: nested settings, as given.
-        algorithm: the configuration's.
-        preset: the configuration's.
 
     Raises:
         ValueError: a key that is gone with another value; the message names what replaces it.
     """
-    decisions = PRESETS.get(preset, PRESETS["default"])["care"]["decisions"]
-    assert isinstance(decisions, Decisions)
+    preset = PRESETS.get(str(values.get("preset")), PRESETS["default"])
+    decisions = preset["care"]["decisions"]
     kept = {key: (getattr(decisions, name), _BY_PRESET) for key, name in _DECISIONS.items()}
-    surrogate = TABLE_5.get(algorithm, {"loss": {}})["loss"].get("surrogate", "clip")
-    kept["loss.surrogate"] = (surrogate, "algorithm=cispo and algorithm=sapo bring theirs")
-    return _without(values, kept | _CONSTANTS)
-
-
-def without_gone_of_build(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`without_gone` for the settings of a build."""
-    return _without(values, _OF_BUILDS)
-
-
-def _without(values: Mapping[str, Any], kept: Mapping[str, tuple[object, str]]) -> dict[str, Any]:
+    loss = TABLE_5.get(str(values.get("algorithm")), TABLE_5["care"])["loss"]
+    kept["loss.surrogate"] = (
+        loss.get("surrogate", "clip"),
+        "algorithm=cispo and algorithm=sapo bring theirs",
+    )
+    kept |= _CONSTANTS
     faults: list[str] = []
 
     def left(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:

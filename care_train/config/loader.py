@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from care_train.config.care import PRESETS, TABLE_5
 from care_train.config.data import BuildSettings
-from care_train.config.gone import without_gone, without_gone_of_build
+from care_train.config.gone import without_gone
 from care_train.config.hints import explain
 from care_train.config.keys import find_key
 from care_train.config.run import Config
@@ -84,10 +84,6 @@ def load_build_settings(path: str | Path, overrides: Sequence[str] = ()) -> Buil
     values = _read(config_file(path), BuildSettings)
     for override in overrides:
         values = _lay(values, _layer(override, BuildSettings))
-    try:
-        values = without_gone_of_build(values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     return _validated(BuildSettings, values, str(path))
 
 
@@ -101,11 +97,7 @@ def build_config(values: Mapping[str, Any], source: str = "the configuration") -
     """A checked `Config` from nested mappings over the algorithm's and the preset's values."""
     algorithm, preset = str(values.get("algorithm", "care")), str(values.get("preset", "default"))
     layered = merge(TABLE_5.get(algorithm, {}), PRESETS.get(preset, {}))
-    try:
-        values = without_gone(values, algorithm, preset)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    return _validated(Config, merge(layered, values), source)
+    return _validated(Config, values, source, layered)
 
 
 def config_to_yaml(config: Config) -> str:
@@ -137,14 +129,19 @@ def configs_folder() -> Path:
     return next(r / "configs" for r in (package, package.parent) if (r / "configs").is_dir())
 
 
-def _validated(root: type[T], values: Mapping[str, Any], source: str) -> T:
-    values = _with_nulls(values, "", root)
+def _validated(
+    root: type[T], values: Mapping[str, Any], source: str, below: Mapping[str, Any] | None = None
+) -> T:
+    """`values` laid over those `below`, as settings; errors name where they come from."""
     try:
+        values = _with_nulls(merge(below or {}, without_gone(values)), "", root)
         return TypeAdapter(root).validate_python(values)
     except ValidationError as error:
         # A union names its branches one by one.
         lines = dict.fromkeys(explain(item, root) for item in error.errors())
         raise ValueError(f"{source}: " + "\n".join(lines)) from None
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def _read(path: Path, root: type = Config, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -159,11 +156,7 @@ def _read(path: Path, root: type = Config, above: tuple[Path, ...] = ()) -> dict
 
 
 def config_file(path: str | Path) -> Path:
-    """The file itself, or where there is none, the shipped one of this name: `care`, `data/rl`.
-
-    Raises:
-        ValueError: a name alone that is no shipped file's.
-    """
+    """The file itself, or where there is none, the shipped one of this name: `care`, `data/rl`."""
     path, folder = Path(path), configs_folder()
     if path.exists() or path.suffix:
         return path
@@ -243,12 +236,10 @@ def _with_nulls(values: Any, name: str, root: type) -> Any:
 def _deepspeed_file(name: str) -> Path:
     """`configs/deepspeed/NAME.yaml`, or the user's own file."""
     shipped = {path.stem: path for path in (configs_folder() / "deepspeed").glob("*.yaml")}
-    if name in shipped:
-        return shipped[name]
-    if not Path(name).is_file():
+    if name not in shipped and not Path(name).is_file():
         known = ", ".join(sorted(shipped))
         raise ValueError(f"deepspeed: got {name!r}, wanted one of {known}, or a YAML file's path")
-    return Path(name)
+    return shipped.get(name, Path(name))
 
 
 def _nest(keys: Sequence[str], value: Any) -> dict[str, Any]:

@@ -53,22 +53,14 @@ class Subject:
 
     @property
     def model(self) -> LoadedModel:
-        """The loaded model.
-
-        Raises:
-            UnavailableError: it could not be loaded.
-        """
+        """The loaded model; raises `UnavailableError` where it could not be loaded."""
         if self.loaded is None:
             raise UnavailableError("model")
         return self.loaded
 
     @property
     def rows(self) -> Sequence[Sample]:
-        """The training rows.
-
-        Raises:
-            UnavailableError: they could not be read.
-        """
+        """The training rows; raises `UnavailableError` where they could not be read."""
         if not self.samples:
             raise UnavailableError("data")
         return self.samples

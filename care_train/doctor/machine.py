@@ -14,7 +14,7 @@ from care_train.doctor import Finding, Subject, error, ok, warning
 from care_train.models.fast_paths import runnable
 from care_train.planning.memory import checkpoint_bytes, model_bytes, plan_memory
 from care_train.planning.workload import GIB, Device, Workload, describe
-from care_train.training.run_folder import check_free, locate
+from care_train.training.run_folder import check_free, locate, run_dir_of
 
 _DISTRIBUTION = "care-rl"
 _CHECKED = ("torch", "transformers", "deepspeed", "triton", "torchvision")
@@ -98,7 +98,7 @@ def check_disk(subject: Subject) -> Finding:
     one = checkpoint_bytes(work)
     kept = train.keep_checkpoints + (train.keep_best is not None) + 1
     needed = (kept if train.save_every else 1) * one + model_bytes(work)
-    free = free_bytes(_run_dir(subject))
+    free = free_bytes(run_dir_of(subject.config))
     text = (
         f"{free / GIB:.1f} GiB free for {needed / GIB:.1f} GiB of checkpoints "
         f"({one / GIB:.2f} GiB each)"
@@ -134,11 +134,6 @@ def this_device() -> Device:
     return Device("CPU", psutil.virtual_memory().total, is_cpu=True)
 
 
-def _run_dir(subject: Subject) -> Path:
-    """Where the run will write."""
-    return Path(subject.config.output_dir) / subject.config.name
-
-
 def free_bytes(folder: Path) -> int:
     """Free space where `folder` is, or will be."""
     return shutil.disk_usage(_existing(folder)).free
@@ -146,7 +141,7 @@ def free_bytes(folder: Path) -> int:
 
 def check_run_folder(subject: Subject) -> Finding:
     """The run's folder can be written, and holds no run that the settings do not speak of."""
-    folder = _run_dir(subject)
+    folder = run_dir_of(subject.config)
     try:
         check_free(subject.config, locate(subject.config), {})
     except ValueError as reason:

@@ -10,7 +10,6 @@ from care_train.algorithm.spans import parse_spans, token_spans
 from care_train.data import Sample
 from care_train.doctor import Finding, Subject, error, ok, spread, warning
 from care_train.models.batch import ModelBatch, TokenSequence, collate
-from care_train.models.load import LoadedModel
 from care_train.models.lora import add_adapters, has_adapters
 from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt, PromptEncoder, TokenText
@@ -23,7 +22,6 @@ from care_train.rollout.engine import (
     request_seed,
 )
 
-# Set by the rollout engine for every generation, so the model's own value does nothing there.
 _OVERRIDDEN = {
     "temperature": 1.0,
     "top_k": 50,
@@ -32,25 +30,14 @@ _OVERRIDDEN = {
     "no_repeat_ngram_size": 0,
     "num_beams": 1,
 }
-# Not set by it: transformers fills them in from the model's generation_config.
-_LEAKING = (
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "encoder_no_repeat_ngram_size",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "exponential_decay_length_penalty",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "guidance_scale",
-    "min_length",
-    "min_new_tokens",
-    "min_p",
-    "sequence_bias",
-    "stop_strings",
-    "suppress_tokens",
-    "typical_p",
-)
+"""What the rollout engine sets for every generation, whatever the model's file says."""
+
+_LEAKING = """
+bad_words_ids begin_suppress_tokens encoder_no_repeat_ngram_size epsilon_cutoff eta_cutoff
+exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id guidance_scale min_length
+min_new_tokens min_p sequence_bias stop_strings suppress_tokens typical_p
+""".split()
+"""What it does not set: transformers fills it in from the model's generation_config.json."""
 
 
 def check_tags(subject: Subject) -> Finding:
@@ -90,26 +77,17 @@ def check_special_ids(subject: Subject) -> Finding:
             f"generation ends at {eos}, the tokenizer's EOS is {loaded.tokenizer.eos_token_id}",
             "make generation_config.json and the tokenizer agree",
         )
-    problem = _image_id_problem(loaded)
-    if problem:
-        return error(problem, "correct image_token_id in the model's config.json")
-    return ok(f"EOS {eos}, pad {loaded.pad_token_id}, image {loaded.image_token_id}")
-
-
-def _image_id_problem(loaded: LoadedModel) -> str:
-    """Why images would not be found in a prompt; empty where they are."""
-    if loaded.processor is None:
-        return ""
-    token = loaded.processor.image_token
-    wanted = loaded.tokenizer.convert_tokens_to_ids(token)
-    if wanted != loaded.image_token_id:
-        return (
-            f"the processor writes {token} = {wanted}, the model looks for "
-            f"image_token_id {loaded.image_token_id}"
-        )
-    if loaded.image_token_id in (*loaded.eos_token_ids, loaded.pad_token_id):
-        return f"the image token {wanted} is also EOS or padding"
-    return ""
+    image = loaded.image_token_id
+    if loaded.processor is not None:
+        fix = "correct image_token_id in the model's config.json"
+        token = loaded.processor.image_token
+        wanted = loaded.tokenizer.convert_tokens_to_ids(token)
+        if wanted != image:
+            found = f"the processor writes {token} = {wanted}, the model looks for image_token_id"
+            return error(f"{found} {image}", fix)
+        if image in (*eos, loaded.pad_token_id):
+            return error(f"the image token {wanted} is also EOS or padding", fix)
+    return ok(f"EOS {eos}, pad {loaded.pad_token_id}, image {image}")
 
 
 def check_image_tokens(subject: Subject) -> Finding:
@@ -169,26 +147,19 @@ def check_template(subject: Subject) -> Finding:
 def check_generation_config(subject: Subject) -> Finding:
     """What the model's generation_config.json would change in rollouts, unasked."""
     own = subject.model.model.generation_config
-    leaking = {
-        key: value
-        for key in _LEAKING
-        if (value := getattr(own, key, None)) not in (None, 0, 1.0, [], {})
-    }
+    does_nothing = (None, 0, 1.0, [], {})
+    leaking = [f"{k}={v}" for k in _LEAKING if (v := getattr(own, k, None)) not in does_nothing]
     if leaking:
         return warning(
-            f"generation_config.json changes how rollouts are sampled: {_listed(leaking)}",
+            f"generation_config.json changes how rollouts are sampled: {', '.join(leaking)}",
             "remove these keys from the model's generation_config.json",
         )
-    ignored = {
-        key: value
+    ignored = [
+        f"{key}={value}"
         for key, plain in _OVERRIDDEN.items()
         if (value := getattr(own, key, None)) not in (None, plain)
-    }
-    return ok(f"ignored in rollouts: {_listed(ignored)}" if ignored else "changes no sampling")
-
-
-def _listed(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items())
+    ]
+    return ok(f"ignored in rollouts: {', '.join(ignored)}" if ignored else "changes no sampling")
 
 
 def _render(subject: Subject, content: Any, *, opens_turn: bool) -> str:

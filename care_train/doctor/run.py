@@ -54,16 +54,8 @@ CHECKS: dict[str, Check] = {
 """In the order of the report."""
 
 BREAKS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TemplateError,
-    TypeError,
-    ValueError,
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
+    *(RuntimeError, TemplateError, TypeError, ValueError),
 )
 """What a broken model, processor, template, configuration or data set raises."""
 
@@ -75,12 +67,7 @@ _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
 def diagnose(config: Config, ranks: int) -> list[Finding]:
-    """All findings, in order: the model and the data first, if they cannot be read.
-
-    Args:
-        config: the run.
-        ranks: processes that will train.
-    """
+    """All findings of a run of so many ranks: of model and data first, if they cannot be read."""
     findings: list[Finding] = []
 
     def load(name: str, action: Callable[[], Value]) -> Value | None:

@@ -13,7 +13,7 @@ import yaml
 from care_train import cli
 from care_train.config import Config, DataSettings, PromptSettings
 from care_train.data import Sample, load_samples
-from care_train.doctor import Finding, Subject, data, machine, model, spread
+from care_train.doctor import Finding, Subject, data, machine, model
 from care_train.doctor.run import CHECKS, diagnose, guarded
 from care_train.models.load import LoadedModel
 from care_train.planning.workload import Device
@@ -333,10 +333,3 @@ def test_the_command_exits_with_one_on_errors(values, tmp_path, capsys):
     assert cli.main(["doctor", "--config", str(path), "model.path=nowhere"]) == 1
     shown = capsys.readouterr().out
     assert "error" in shown and "fix:" in shown
-
-
-def test_samples_are_spread_over_all():
-    """A few rows stand for the whole file."""
-    images = [image_sample(index=i) for i in range(10)]
-    assert [s.id for s in spread(images, 2)] == ["sample/0", "sample/5"]
-    assert spread(images, 20) == images
