@@ -27,7 +27,7 @@ _LONGEST = (
     *("kernels/triton/test_projection", "bench/test_compiled", "kernels/test_sharded_heads"),
     *("security/test_verifier", "test_commands", "security/test_native_cache"),
     *("integrations/test_trl", "rollout/test_adapter_sync", "rollout/test_server_runs"),
-    *("test_examples", "train/test_mixed_rows", "rollout/test_vllm_server", "rollout/test_ahead"),
+    *("train/test_mixed_rows", "rollout/test_vllm_server", "rollout/test_ahead"),
     *("evaluation/test_benchmark_run", "rollout/test_vllm_runs", "security/test_checkpoints"),
     *("security/test_statuses", "verifier/test_pool", "security/test_run_folders"),
 )

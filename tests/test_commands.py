@@ -1,8 +1,12 @@
-"""What README, docs and configs/ tell people to type works as written."""
+"""What README, docs, configs/ and examples/ tell people to type works, also after installation."""
 
 import importlib.util
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,8 @@ import pytest
 import care_train
 from care_train.cli import main, parse_arguments
 from care_train.config import configs_folder, full_help, load_build_settings, load_config
+from care_train.planning.plan import plan_values
+from care_train.planning.workload import Workload, gpu, read_architecture
 from tests.train.runs import run
 
 ROOT = Path(__file__).parents[1]
@@ -119,6 +125,64 @@ def test_each_large_configuration_trains_when_made_small(name, tmp_path):
     assert (tmp_path / name / "summary.json").is_file()
 
 
+EXAMPLES = ROOT / "examples"
+HARDWARE = {
+    "one_a100.yaml": (1, "a100"),
+    "eight_h100.yaml": (8, "h100"),
+    "lora_24gb.yaml": (1, "rtx4090"),
+    "two_nodes.yaml": (16, "h100"),
+}
+
+
+def test_the_readme_lists_them():
+    """None is left out, and none is listed that is not there."""
+    listed = set(re.findall(r"\]\((\w+\.\w+)\)", (EXAMPLES / "README.md").read_text()))
+    there = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".yaml", ".ipynb")}
+    assert listed == there
+    assert set(HARDWARE) == {name for name in there if name.endswith(".yaml")}
+
+
+def test_the_commands_of_the_readme_parse():
+    """Those of the table and of the text, and the scripts that it names are there."""
+    text = (EXAMPLES / "README.md").read_text()
+    commands = re.findall(
+        r"`(?:deepspeed .*--module care_train|care-train) ([^`]+ --config [^`]+)`", text
+    )
+    assert len(commands) >= 5
+    for command in commands:
+        options = parse_arguments(shlex.split(command))
+        load_config(ROOT / options.config, options.overrides)
+    for script in re.findall(r"`(launch/[^`]+)`", text):
+        assert (ROOT / script).is_file()
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_the_memory_is_enough(name):
+    """What `care-train plan` says of the model, the settings and the hardware of the table."""
+    config = load_config(EXAMPLES / name)
+    gpus, device = HARDWARE[name]
+    model = read_architecture(config.model.path)
+    plan = plan_values(Workload(config, model, gpu(device), gpus, 1, None))
+    assert plan["fits"], (plan["peak_bytes"] / 2**30, plan["peak_phase"], plan["advice"])
+    assert config.train.prompts_per_step % gpus == 0
+    assert config.held_out is not None and config.held_out.path == "hiyouga/geometry3k@test"
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """Every cell, with one step; an error in one is shown and the cells after it still work."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("STEPS", "1")
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}).execute()
+    shown = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
+    )
+    assert "train_dataset: row 1: answer: got the columns" in shown
+    assert "accuracy" in shown
+    assert (tmp_path / "digits" / "model.safetensors").is_file()
+
+
 class TestHelp:
     """`--help` is short, `--help-all` whole."""
 
@@ -153,3 +217,37 @@ class TestHelp:
     def test_version(self, capsys):
         """`care-train --version` is `care_train.__version__`."""
         assert self.printed(capsys, "--version") == [f"care-train {care_train.__version__}"]
+
+
+def test_a_shipped_configuration_is_named_after_a_wheel_install(tmp_path: Path):
+    """`care-train plan --config care` from the installed package, which has configs/ inside."""
+    installed, empty = install_wheel(tmp_path), tmp_path / "empty"
+    empty.mkdir()
+    code = (
+        "import care_train, sys; assert 'site' in care_train.__file__.split('/'), sys.path\n"
+        "from care_train.__main__ import main\n"
+        "sys.exit(main())"
+    )
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+
+    def typed(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", code, *words]
+        return subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
+
+    done = typed("plan", "--config", "care_no_rgr", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == "Qwen2.5-VL-3B-Instruct"
+    wrong = typed("verify", "--config", "caer")
+    assert wrong.returncode == 2
+    assert "--config: got caer, wanted a YAML file or one of care, care_no_rgr" in wrong.stderr
+
+
+def install_wheel(folder: Path) -> Path:
+    """Build the wheel in `folder` and install it without what it needs; a path for PYTHONPATH."""
+    build = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet")
+    subprocess.run([*build, "--wheel-dir", folder, ROOT], check=True)
+    (wheel,) = folder.glob("*.whl")
+    site = folder / "site"
+    install = (sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target")
+    subprocess.run([*install, site, wheel], check=True)
+    return site

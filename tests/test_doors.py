@@ -21,7 +21,7 @@ from PIL import Image
 from care_train import CareConfig, CareTrainer
 from care_train.config import CareSettings, ReflectionSettings
 from care_train.data.digits import digits_sample
-from tests.test_wheel import install_wheel
+from tests.test_commands import install_wheel
 
 pytestmark = pytest.mark.slow
 
