@@ -84,105 +84,105 @@ def _parser() -> argparse.ArgumentParser:
     # Launchers put it before the command; the rank comes from the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    go_on = "go on from the run's newest usable checkpoint; from step 0 if it has none"
 
     summary = "teach a tiny vision-language model to read images: cold start, CARE, report"
-    _add(commands, "quickstart", summary, (*_TRAIN, "sft"), resumes="run")
+    quickstart = _add_run(commands, "quickstart", summary, (*_TRAIN, "sft"))
+    quickstart.add_argument("--resume", action="store_true", help=go_on)
+
     summary = "cold start: supervised fine-tuning on rationale and answer"
-    _add(commands, "sft", summary, (*_MODEL, "sft", "deepspeed"), resumes="run")
+    sft = _add_run(commands, "sft", summary, (*_MODEL, "sft", "deepspeed"))
+    sft.add_argument("--resume", action="store_true", help=go_on)
+
     summary = "reinforcement learning with CARE or a baseline, evaluated before and after"
-    _add(commands, "train", summary, _TRAIN, resumes="run")
+    train = _add_run(commands, "train", summary, _TRAIN)
+    train.add_argument("--resume", action="store_true", help=go_on)
+
     summary = "score a model on the paper's benchmarks or held-out rows: single decode"
-    sections = (*_MODEL, "rollout", "reward", "eval")
-    evaluate = _add(commands, "eval", summary, sections, resumes="eval")
-    evaluate.add_argument(
-        "--benchmarks",
-        metavar="NAME,...",
-        help="mathvista, mathverse, math_vision, mmmu, mmmu_pro_standard, mmmu_pro_vision; "
-        "data: the rows of eval.data",
-    )
+    add = _add_run(commands, "eval", summary, (*_MODEL, "rollout", "reward", "eval")).add_argument
+    add("--resume", action="store_true", help="go on after the last response that the run wrote")
+    names = "mathvista, mathverse, math_vision, mmmu, mmmu_pro_standard, mmmu_pro_vision; "
+    names += "data: the rows of eval.data"
+    add("--benchmarks", metavar="NAME,...", help=names)
+
     summary = "predict memory per rank, without loading the model"
-    _add_plan_options(_add(commands, "plan", summary, _TRAIN))
+    add = _add_run(commands, "plan", summary, _TRAIN).add_argument
+    add("--json", action="store_true", help="print one JSON object")
+    add("--gpus", type=int, default=8, help="ranks (default 8)")
+    add("--gpu", default="h100", help="which: b200, h200, h100, a100, a100-40, l40s, rtx4090")
+    add("--table", action="store_true", help="1 to 64 GPUs under every ZeRO stage")
+    add("--images", type=int, default=1, help="images per prompt (default 1)")
+    add("--image-size", metavar="WxH", help="pixels; default: the largest that are not scaled down")
+
     summary = "check machine, model, data and settings before a run"
-    doctor = _add(commands, "doctor", summary, _TRAIN)
-    doctor.add_argument("--json", action="store_true", help="print one JSON object")
-    doctor.add_argument("--gpus", type=int, help="ranks of the run; default: all GPUs here")
+    add = _add_run(commands, "doctor", summary, _TRAIN).add_argument
+    add("--json", action="store_true", help="print one JSON object")
+    add("--gpus", type=int, help="ranks of the run; default: all GPUs here")
+
     summary = "generate for runs: a vLLM that gets its weights from the run (rollout.vllm.server)"
-    _add_serve_options(_add(commands, "serve", summary, (*_MODEL, "rollout")))
+    add = _add_run(commands, "serve", summary, (*_MODEL, "rollout")).add_argument
+    listen = "where to listen; default %(default)s, 0.0.0.0 for other machines' trainers"
+    add("--host", default="127.0.0.1", help=listen)
+    add("--port", type=int, default=8000, help="default %(default)s; 0: a free one")
+    names = "another name that trainers call this machine by; may be given several times"
+    add("--allowed-host", action="append", default=[], metavar="NAME", help=names)
+
     summary = "score JSON lines with response, answer and optional type on standard input"
-    _add(commands, "verify", summary, ("prompt", "reward"))
+    _add_run(commands, "verify", summary, ("prompt", "reward"))
 
     data = commands.add_parser("data", help="`data build`: clean many sources into one file")
-    build = data.add_subparsers(dest="action", required=True, metavar="build").add_parser(
-        "build",
-        help="clean and deduplicate many sources into one checked Parquet file",
-        description="Clean and deduplicate many sources into one checked Parquet file. A killed "
-        "build goes on where it was.",
-        epilog="settings: see --help-all and configs/data/",
-    )
+    actions = data.add_subparsers(dest="action", required=True, metavar="build")
+    summary = "clean and deduplicate many sources into one checked Parquet file; a killed build "
+    build = _add(actions, "build", f"{summary}goes on where it was")
     build.add_argument("--config", type=Path, required=True, help="see configs/data/")
     _add_settings(build, BuildSettings)
 
     summary = "write a checkpoint as a plain Hugging Face folder, from any ZeRO stage"
-    export = commands.add_parser("export", help=summary, description=_sentence(summary))
-    export.add_argument("--run", type=Path, required=True, help="the run's folder")
-    export.add_argument(
-        "--checkpoint", default="last", help="step_NNNNNN, best or last (the default)"
-    )
-    export.add_argument("--out", type=Path, required=True, help="the folder to write")
-    export.add_argument(
-        "--adapter", action="store_true", help="the LoRA adapter alone, not the merged model"
-    )
+    add = _add(commands, "export", summary).add_argument
+    add("--run", type=Path, required=True, help="the run's folder")
+    add("--checkpoint", default="last", help="step_NNNNNN, best or last (the default)")
+    add("--out", type=Path, required=True, help="the folder to write")
+    add("--adapter", action="store_true", help="the LoRA adapter alone, not the merged model")
+
     summary = "one HTML page of runs: curves, diagnostics, a browser of their groups"
-    report = commands.add_parser("report", help=summary, description=_sentence(summary))
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    add = _add(commands, "report", summary).add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     out = "the file to write; default: report.html in the first run's folder"
-    report.add_argument("--out", type=Path, metavar="FILE", help=out)
+    add("--out", type=Path, metavar="FILE", help=out)
     most = "how much of the archives the page carries; evenly spaced steps beyond (default 64)"
-    report.add_argument("--max-mib", type=int, default=64, metavar="N", help=most)
+    add("--max-mib", type=int, default=64, metavar="N", help=most)
     watch = "serve the page to this machine's browsers, newest data first, until Ctrl-C"
-    report.add_argument("--watch", action="store_true", help=watch)
-    report.add_argument("--port", type=int, default=0, help="of --watch; default: a free one")
+    add("--watch", action="store_true", help=watch)
+    add("--port", type=int, default=0, help="of --watch; default: a free one")
+
     summary = "another algorithm or ablation over a run's archive, without a model"
-    replay = commands.add_parser("replay", help=summary, description=_sentence(summary))
+    replay = _add(commands, "replay", summary)
     replay.add_argument("run", type=Path, help="the run's folder")
-    replay.add_argument(
-        "--out",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="also write totals and groups (.json), groups (.csv) or a picture (.png); may be "
-        "given several times",
-    )
+    out = "also write totals and groups (.json), groups (.csv) or a picture (.png); may be given "
+    out += "several times"
+    replay.add_argument("--out", type=Path, action="append", default=[], metavar="FILE", help=out)
     _add_settings(replay, Config)
+
     summary = "means over the evaluations of several trainings, beside the paper's Tables 1 and 2"
-    table = commands.add_parser("table", help=summary, description=_sentence(summary))
-    table.add_argument(
-        "groups", nargs="+", metavar="NAME=RUN,RUN", help="a row's name and its eval runs"
-    )
+    add = _add(commands, "table", summary).add_argument
+    add("groups", nargs="+", metavar="NAME=RUN,RUN", help="a row's name and its eval runs")
     return parser
 
 
-def _add(
-    commands: Any, name: str, summary: str, sections: Sequence[str], resumes: str = ""
+def _add_run(
+    commands: Any, name: str, summary: str, sections: Sequence[str]
 ) -> argparse.ArgumentParser:
-    """A command that takes a configuration; its help shows the common settings of `sections`."""
-    command = commands.add_parser(
-        name,
-        help=summary,
-        description=_sentence(summary),
-        epilog=short_help(sections),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """A command that takes a run's settings; its help shows the common ones of `sections`."""
+    command = _add(commands, name, summary, epilog=short_help(sections))
+    command.formatter_class = argparse.RawDescriptionHelpFormatter
     command.add_argument("--config", type=Path, help="a YAML file; see configs/")
-    if resumes:
-        go_on = {
-            "run": "go on from the run's newest usable checkpoint; from step 0 if it has none",
-            "eval": "go on after the last response that the run wrote",
-        }[resumes]
-        command.add_argument("--resume", action="store_true", help=go_on)
     _add_settings(command, Config)
     return command
+
+
+def _add(commands: Any, name: str, summary: str, epilog: str = "") -> argparse.ArgumentParser:
+    sentence = f"{summary[0].upper()}{summary[1:]}."
+    return commands.add_parser(name, help=summary, description=sentence, epilog=epilog)
 
 
 def _add_settings(command: argparse.ArgumentParser, root: type) -> None:
@@ -190,26 +190,3 @@ def _add_settings(command: argparse.ArgumentParser, root: type) -> None:
         "overrides", nargs="*", metavar="key=value", help="settings laid over the file's"
     )
     command.add_argument("--help-all", action=_HelpAll, root=root)
-
-
-def _sentence(summary: str) -> str:
-    return f"{summary[0].upper()}{summary[1:]}."
-
-
-def _add_serve_options(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    listen = "where to listen; default %(default)s, 0.0.0.0 for other machines' trainers"
-    add("--host", default="127.0.0.1", help=listen)
-    add("--port", type=int, default=8000, help="default %(default)s; 0: a free one")
-    names = "another name that trainers call this machine by; may be given several times"
-    add("--allowed-host", action="append", default=[], metavar="NAME", help=names)
-
-
-def _add_plan_options(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("--json", action="store_true", help="print one JSON object")
-    add("--gpus", type=int, default=8, help="ranks (default 8)")
-    add("--gpu", default="h100", help="which: b200, h200, h100, a100, a100-40, l40s, rtx4090")
-    add("--table", action="store_true", help="1 to 64 GPUs under every ZeRO stage")
-    add("--images", type=int, default=1, help="images per prompt (default 1)")
-    add("--image-size", metavar="WxH", help="pixels; default: the largest that are not scaled down")
