@@ -69,12 +69,12 @@ def snapshot(
     return Path(folder)
 
 
-def create_repository(repo: str, key: str) -> None:
-    """Make the private model repository `repo`, unless it is there, which says whether one may."""
+def create_repository(repo: str, *, private: bool, key: str) -> None:
+    """Make the model repository `repo`, unless it is there, which says whether one may."""
     from huggingface_hub import HfApi
 
     with _explained(repo, "model", None, key):
-        HfApi().create_repo(repo, private=True, exist_ok=True)
+        HfApi().create_repo(repo, private=private, exist_ok=True)
 
 
 def upload(folder: Path, repo: str, message: str, key: str) -> str:

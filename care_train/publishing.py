@@ -132,10 +132,10 @@ def publish(run_dir: Path, config: Config, summary: Mapping[str, Any]) -> str:
         raise ValueError(f"{error}; {final} is whole: `hf upload {repo} {final}`") from None
 
 
-def claim(config: Config) -> None:
+def claim(config: Config, *, private: bool = True) -> None:
     """Make the repository that a run will upload to, where it names one and may write there."""
     if config.hub.push_to is not None and is_main():
-        hub.create_repository(config.hub.push_to, key=_KEY)
+        hub.create_repository(config.hub.push_to, private=private, key=_KEY)
 
 
 def model_card(config: Config, summary: Mapping[str, Any]) -> str:

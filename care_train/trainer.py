@@ -203,9 +203,9 @@ class CareTrainer:
         Raises:
             ValueError: nothing is trained yet, no token that may write there, or no network.
         """
-        config = replace(self.config, hub=HubSettings(push_to=repo, private=private))
+        config = replace(self.config, hub=HubSettings(push_to=repo))
         summary = json.loads((self._final().parent / "summary.json").read_text())
-        claim(config)
+        claim(config, private=private)
         return publish(self.run_dir, config, summary)
 
     def _final(self) -> Path:

@@ -50,7 +50,10 @@ _CONSTANTS: dict[str, tuple[object, str]] = {
     "eval.data.max_samples": (None, "eval.max_samples limits the held-out rows"),
     "eval.k": ([], "eval.samples above 1 reports pass@k and majority@k for powers of two"),
     "eval.max_questions": (None, "eval.max_samples limits the questions of benchmarks too"),
-    "hub.private": (True, "repositories are made private; their page on the Hub opens them"),
+    "hub.private": (
+        True,
+        "repositories are made private; CareTrainer.push_to_hub(private=False) makes others",
+    ),
     "limits.collective": (7200.0, "the process group waits twice limits.step, at least two hours"),
     "limits.forward": (3600.0, _BY_STEP),
     "limits.generate": (3600.0, _BY_STEP),
