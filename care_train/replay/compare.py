@@ -26,10 +26,6 @@ from care_train.training.resume import settings_of
 
 FORMATS = (".json", ".csv", ".png")
 _REPLAYED = ("algorithm", "preset", "care.", "loss.")
-_SAMPLED = tuple(
-    f"care.reflection.{name}" for name in ("cue", "temperature", "top_p", "max_new_tokens")
-)
-"""Settings that decide what is sampled, though their section is replayed."""
 _NO_DISTANCES = "the run had no distances and log-probs of the group"
 _OTHER_REFLECTION = "another negative would have been repaired, whose repair was never sampled"
 
@@ -252,7 +248,9 @@ def _configs(run: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, tup
         now = load_config(path, [*(f"loss.{k}={v}" for k, v in brought.items()), *overrides])
     old, new = settings_of(before), settings_of(now)
     changes = {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
-    refused = [key for key in changes if not key.startswith(_REPLAYED) or key in _SAMPLED]
+    refused = [
+        key for key in changes if not key.startswith(_REPLAYED) or key == "care.reflection.cue"
+    ]
     if refused:
         raise ValueError(
             f"{refused[0]}: got {changes[refused[0]][1]!r}: it decides what is sampled, and the "
