@@ -5,8 +5,9 @@ import hashlib
 import json
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from care_train.config import Config, Role, role_of
-from care_train.data import ImageRef, load_samples, permutation, sample_digest
+from care_train.data import ImageRef, Sample, load_samples, permutation, sample_digest
 from care_train.data.columns import check_row
 from care_train.data.files import open_rows
 from care_train.distributed import barrier, is_main
@@ -57,18 +58,37 @@ def open_questions(name: str, config: Config) -> QuestionSet:
         if config.held_out is None:
             raise ValueError("eval.data: got none, wanted the rows of the benchmark `data`")
         samples = load_samples(config.held_out, config.seed, "eval.data")
-        count, source = len(samples), config.held_out.path
-
-        def read_sample(place: int) -> Question:
-            return Question(samples[place], group=samples[place].source)
-
-        return _read_all(name, source, read_sample, range(count), count, None)
-    benchmark = BENCHMARKS[name]
-    source = config.eval.sources.get(name, benchmark.dataset)
-    read, total = _reader(benchmark, source)
-    limit = config.eval.max_samples or total
+        benchmark, source, total, limit = None, config.held_out.path, len(samples), len(samples)
+        read = partial(_own_question, samples)
+    else:
+        benchmark = BENCHMARKS[name]
+        source = config.eval.sources.get(name, benchmark.dataset)
+        read, total = _reader(benchmark, source)
+        limit = config.eval.max_samples or total
     order = permutation(total, f"{config.seed}/{name}") if limit < total else range(total)
-    return _read_all(name, source, read, order, limit, benchmark)
+    found: dict[str, tuple[int, str, str]] = {}
+    image_digests: dict[ImageRef, str] = {}
+    num_odd_keys = num_repeated = 0
+    for place in order:
+        if len(found) == limit:
+            break
+        question = read(place)
+        sample, digest = question.sample, _digest(question, image_digests)
+        _, location, known = found.setdefault(sample.id, (place, sample.location, digest))
+        if known != digest:
+            raise ValueError(
+                f"{sample.location}: id: got {sample.id!r}, already used by {location}, wanted "
+                "unique ids"
+            )
+        num_repeated += location != sample.location
+        num_odd_keys += question.is_odd
+    if num_repeated and is_main():
+        print(f"{name}: {num_repeated:,} questions are there twice: asked once", file=sys.stderr)
+    rows = sorted((place, id, digest) for id, (place, _, digest) in found.items())
+    places, ids, digests = zip(*rows, strict=True)
+    return QuestionSet(
+        name, source, ids, digests, lambda i: read(places[i]), benchmark, num_odd_keys
+    )
 
 
 def evaluate_benchmarks(
@@ -168,6 +188,10 @@ def _decides(key: str) -> bool:
     return is_asked and not any(f"{key}.".startswith(f"{name}.") for name in _INDIFFERENT)
 
 
+def _own_question(samples: Sequence[Sample], place: int) -> Question:
+    return Question(samples[place], group=samples[place].source)
+
+
 def _reader(benchmark: Benchmark, source: str) -> tuple[Callable[[int], Question], int]:
     """A function from a place to its question, over all parts, and how many places there are."""
     key, split = f"eval.sources.{benchmark.name}", benchmark.split
@@ -186,40 +210,6 @@ def _reader(benchmark: Benchmark, source: str) -> tuple[Callable[[int], Question
         return benchmark.to_question(row, f"{benchmark.name}: {location}", part.base_dir)
 
     return read, ends[-1]
-
-
-def _read_all(
-    name: str,
-    source: str,
-    read: Callable[[int], Question],
-    order: Iterable[int],
-    limit: int,
-    benchmark: Benchmark | None,
-) -> QuestionSet:
-    """The first `limit` different questions of `order`, in the order of their rows."""
-    found: dict[str, tuple[int, str, str]] = {}
-    image_digests: dict[ImageRef, str] = {}
-    num_odd_keys = num_repeated = 0
-    for place in order:
-        if len(found) == limit:
-            break
-        question = read(place)
-        sample, digest = question.sample, _digest(question, image_digests)
-        _, location, known = found.setdefault(sample.id, (place, sample.location, digest))
-        if known != digest:
-            raise ValueError(
-                f"{sample.location}: id: got {sample.id!r}, already used by {location}, wanted "
-                "unique ids"
-            )
-        num_repeated += location != sample.location
-        num_odd_keys += question.is_odd
-    if num_repeated and is_main():
-        print(f"{name}: {num_repeated:,} questions are there twice: asked once", file=sys.stderr)
-    rows = sorted((place, id, digest) for id, (place, _, digest) in found.items())
-    places, ids, digests = zip(*rows, strict=True)
-    return QuestionSet(
-        name, source, ids, digests, lambda i: read(places[i]), benchmark, num_odd_keys
-    )
 
 
 def _digest(question: Question, image_digests: dict[ImageRef, str]) -> str:

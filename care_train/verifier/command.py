@@ -5,14 +5,14 @@ import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from care_train.config import Config
 from care_train.data import sample_from_row
 from care_train.data.columns import describe
 from care_train.data.rows import named_columns, parsed
 from care_train.verifier.responses import Response
-from care_train.verifier.score import Score, Verifier
+from care_train.verifier.score import Verifier
 
 _BATCH = 256
 _WANTED = '{"response": text, "answer": text}, with optional type, options and tolerance'
@@ -43,7 +43,14 @@ def verify_lines(config: Config, source: TextIO, target: TextIO) -> None:
                 fault = error
                 break
         for score in verifier.score_batch(responses):
-            target.write(json.dumps(_record(score), ensure_ascii=False) + "\n")
+            record = {
+                "acc": score.accuracy,
+                "fmt": score.format_score,
+                "reason": score.reason,
+                "fmt_reason": score.format_reason,
+                "reward": score.reward,
+            }
+            target.write(json.dumps(record, ensure_ascii=False) + "\n")
         target.flush()
         if fault is not None:
             raise fault
@@ -95,13 +102,3 @@ def _read(line: str, place: str) -> Response:
         row["answer_type"] = row.pop("type")
     sample = sample_from_row(row, location=place, base_dir=Path(), id=place, needs_prompt=False)
     return Response(response, sample)
-
-
-def _record(score: Score) -> dict[str, Any]:
-    return {
-        "acc": score.accuracy,
-        "fmt": score.format_score,
-        "reason": score.reason,
-        "fmt_reason": score.format_reason,
-        "reward": score.reward,
-    }
