@@ -74,12 +74,12 @@ def test_a_downloaded_repository_is_read(name, repositories, tmp_path):
     [
         *((name, column, {"x": 1}, "an object with 'x'") for name, column in COLUMNS),
         *((name, column, ..., "none") for name, column in COLUMNS),
-        ("mathvista", "choices", "['red']", "str \"['red']\""),
-        ("mathvista", "precision", "1", "str '1'"),
-        ("mathvista", "decoded_image", None, "null"),
-        ("mathverse", "answer", 14, "int 14"),
-        ("math_vision", "answer", "", "str ''"),
-        ("mmmu_pro_vision", "image", [], "a list of nothing"),
+        ("mathvista", "choices", "['red']", "\"['red']\""),
+        ("mathvista", "precision", "1", "'1'"),
+        ("mathvista", "decoded_image", None, "nothing"),
+        ("mathverse", "answer", 14, "14"),
+        ("math_vision", "answer", "", "empty text"),
+        ("mmmu_pro_vision", "image", [], "[]"),
     ],
 )
 def test_a_changed_column_is_named(name, column, value, got, tmp_path):
