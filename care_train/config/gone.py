@@ -23,7 +23,7 @@ _DECISIONS = {
 """Old keys of the fields of `Decisions`."""
 
 _BY_PRESET = "the preset decides it (default | literal | official)"
-_BY_STEP = "limits.step bounds each part of a step and all else"
+_BY_STEP = "limits.step bounds each part of a step; all else has as long, and at least an hour"
 _BEHIND = "append @SPLIT and #REVISION to "
 _TRACKERS = "logging.report_to lists the trackers"
 _RESCUE = "care.rescue is its scale, and 0 is off"

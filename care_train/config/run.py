@@ -35,9 +35,9 @@ class LimitSettings:
     And how many steps may train nothing."""
 
     step: NonNegativeFloat = 3600.0
-    """One part of a step: sampling a batch, verifying it, its log-probs, an optimiser step with all
-    its micro-batches; or anything else at a stretch: loading, sending weights to the rollout
-    engine, a checkpoint."""
+    """One part of a step: sampling a batch, verifying it, its log-probs, or an optimiser step with
+    all its micro-batches. Anything else at a stretch, such as loading, sending weights to the
+    rollout engine and a checkpoint, may take as long, and at least an hour."""
     rank: NonNegativeFloat = 300.0
     """Silence of a rank, after which it counts as lost; and of another machine's process that holds
     the lock of the run's folder. One that dies on the same machine is noticed within seconds."""

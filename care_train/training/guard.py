@@ -41,8 +41,10 @@ from care_train.training.failures import (
     status_of,
 )
 from care_train.training.ranks import Beat, Fault, ForeignValueError, RankBoard, end_at_once
-from care_train.training.timer import begin_step, current_place
+from care_train.training.timer import BOUNDED_PARTS, begin_step, current_place
 
+_OTHER_LIMIT = 3600.0
+"""Seconds for loading, a weight sync or a checkpoint where `limits.step` is less."""
 _TICK = 1.0
 """Seconds between two looks at the other ranks."""
 _GRACE = 5.0
@@ -189,18 +191,23 @@ class Guard:
     def _own_beat(self) -> Beat:
         self._number += 1
         place = current_place()
-        seconds = time.monotonic() - place.since
-        return Beat(self._number, place.part, place.step, seconds, 0 < self._limits.step < seconds)
+        seconds, limit = time.monotonic() - place.since, self._limit(place.part)
+        return Beat(self._number, place.part, place.step, seconds, 0 < limit < seconds)
+
+    def _limit(self, part: str) -> float:
+        step = self._limits.step
+        return step if part in BOUNDED_PARTS or not step else max(step, _OTHER_LIMIT)
 
     def _hang(self, beats: Sequence[Beat | None]) -> Fault | None:
         """A hang: every rank is over its limit, or waits in the part of a step where one is."""
-        over = {beat.part for beat in beats if beat is not None and beat.over}
+        late = {beat.part for beat in beats if beat is not None and beat.over}
         lines = []
         for place, beat in enumerate(beats):
-            if beat is None or beat.part not in over:
+            if beat is None or beat.part not in late:
                 return None
-            limit = f" (limits.step = {self._limits.step:g})" if beat.over else ""
-            lines.append(f"rank {place} has been in {beat}{limit}")
+            limit, step = self._limit(beat.part), self._limits.step
+            over = f" (limit {limit:g} s, limits.step = {step:g})" if beat.over else ""
+            lines.append(f"rank {place} has been in {beat}{over}")
         message = (
             f"{'; '.join(lines)}: taken for hung; the stacks of all threads are in "
             f"{self._run_dir / 'stacks'}; raise limits.step where this is no hang; "

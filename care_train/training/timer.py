@@ -39,6 +39,9 @@ timer."""
 MODEL_PARTS = ("generate", "old_forward", "reflect", "reference", "gap", "update")
 """Generation, forwards and backwards; the other parts are the trainer's overhead."""
 
+BOUNDED_PARTS = (*MODEL_PARTS, "score", "optimizer")
+"""Those that `limits.step` bounds; the others have an hour where it is shorter."""
+
 _GENERATION = (
     "lower rollout.batch_size or rollout.max_new_tokens, and "
     "under rollout.engine=vllm rollout.vllm.gpu_memory_utilization or rollout.vllm.kv_cache_gib"
