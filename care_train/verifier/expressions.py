@@ -286,8 +286,9 @@ def _of_chain(text: str, name: str) -> tuple[str, list[Interval]] | None:
     """(variable, intervals) of `x < 3`, `2 > x`, `1 < x \\leq 2`, `x > 1 and x < 2`."""
     if joined := re.fullmatch(r"(.+?)\s+(?:and|\\land|\\wedge)\s+(.+)", text):
         one, other = (_of_chain(part, name) for part in joined.groups())
-        same = one is not None and other is not None and one[0] == other[0]
-        both = _intersection(one[1], other[1]) if same else None
+        if one is None or other is None or one[0] != other[0]:
+            return None
+        both = _intersection(one[1], other[1])
         return None if both is None else (one[0], [both])
     ends = [end.strip() for end in _RELATION.split(text)]
     relations = _RELATION.findall(text)

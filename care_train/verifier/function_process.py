@@ -58,7 +58,8 @@ class RewardFunction:
         else:
             limits = Limits(seconds=settings.timeout)
             self._ask = Worker[_Call, Any](self._title, make, limits)
-        self._is_per_response, self._columns = self._ask(None)
+        signature: Any = self._ask(None)
+        self._is_per_response, self._columns = signature
 
     def __call__(self, responses: Sequence[Response], state: TrainerState) -> list[FunctionScore]:
         """A score per response, in order.
