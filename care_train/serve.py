@@ -1,22 +1,53 @@
-"""`care-train serve`: vLLM in a process of its own, for the run of a configuration."""
+"""`care-train serve`: starts an empty vLLM for the run of a configuration, and answers for it over
+HTTP until a signal. The run sends the weights, so it need not be started before."""
 
+import asyncio
+import os
+import signal
+import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from care_train.config import Config
 from care_train.data import load_samples
 from care_train.models.load import load_without_weights
 from care_train.models.tiny import model_folder
-from care_train.rollout.serving import serve as serve_model
+from care_train.rollout.server import EngineLoop, RolloutServer
+from care_train.rollout.server_access import Guard, server_token
+from care_train.rollout.server_messages import (
+    Bucket,
+    Generate,
+    Message,
+    OfSender,
+    OpenChannel,
+    RequestError,
+    ServerInfo,
+    TakeLease,
+    model_identity,
+    parse,
+)
+from care_train.rollout.vllm_process import context_within, start_vllm
+from care_train.rollout.weight_channel import backend_for
 from care_train.training.session import vllm_limits
+
+_GRACE_SECONDS = 5
+"""What running answers get when the server is told to end."""
+
+_BODY_SECONDS = 120.0
+"""How long a message may take to arrive."""
+
+_MAX_BATCH_BYTES = 1 << 30
+_MAX_MESSAGE_BYTES = 16 << 20
 
 
 def serve(config: Config, host: str, port: int, allowed_hosts: Sequence[str] = ()) -> bool:
-    """Serve until a signal; whether vLLM was well to the end.
-
-    The run that uses it sends the weights: it need not be started before.
+    """Serve until SIGTERM or Ctrl-C; whether vLLM was well to the end.
 
     Args:
         config: the run's.
@@ -27,35 +58,130 @@ def serve(config: Config, host: str, port: int, allowed_hosts: Sequence[str] = (
     Raises:
         ValueError: no model at `model.path`, no vLLM, no token, or the port is taken.
     """
-    with tempfile.TemporaryDirectory(prefix="care-serve-") as temporary:
+    settings = config.rollout.vllm
+    with ExitStack() as stack:
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="care-serve-")))
         # A tiny model is the one that `quickstart` makes under the same settings.
         rows = (
             row
             for data in (config.sft.data, config.data)
             for row in load_samples(data, config.seed)
         )
-        folder = model_folder(config, Path(temporary) / "model", rows)
-        loaded = load_without_weights(config.model, folder)
-    max_context, batch_size = vllm_limits(config)
-    lora = config.model.lora if config.rollout.vllm.lora == "adapter" else None
-    return serve_model(
-        loaded,
-        config.rollout.vllm,
-        max_context=max_context,
-        batch_size=batch_size,
-        lora_rank=None if lora is None else lora.rank,
-        host=host,
-        port=port,
-        allowed_hosts=allowed_hosts,
-        announce=lambda url, token: _announce(config, url, token),
-    )
+        loaded = load_without_weights(config.model, model_folder(config, temporary / "model", rows))
+        skeleton = temporary / "vllm"
+        loaded.save_skeleton(skeleton)
+        longest, batch_size = vllm_limits(config)
+        max_context = context_within(loaded, longest)
+        lora = config.model.lora if settings.lora == "adapter" else None
+        lora_rank = None if lora is None else lora.rank
+        # Port and token first: vLLM takes long to start.
+        listening = stack.enter_context(_listen(host, port))
+        name = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
+        url = f"http://{name}:{listening.getsockname()[1]}"
+        token = stack.enter_context(server_token(url))
+        assert token.value is not None
+        executor = "uni" if settings.tensor_parallel_size == 1 else "mp"
+        llm = start_vllm(
+            loaded, str(skeleton), settings, max_context, batch_size, lora_rank, executor
+        )
+        backend = backend_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        info = ServerInfo(
+            identity=model_identity(loaded, lora_rank, backend),
+            max_context=max_context,
+            num_workers=settings.tensor_parallel_size,
+        )
+        loop = EngineLoop(llm, on_death=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        server = RolloutServer(loop, info, loaded, backend, has_lora=lora_rank is not None)
+        print(
+            f"serving {config.model.path} at {url}\n"
+            f"  train with rollout.engine=vllm rollout.vllm.server={url}\n"
+            f"  token in {token.source}; for runs of other users or machines see docs/rollouts.md",
+            file=sys.stderr,
+            flush=True,
+        )
+        app = Guard(_routes(server), token.value, host, allowed_hosts)
+        _answer_until_told(app, listening)
+        return loop.failure is None
 
 
-def _announce(config: Config, url: str, token: str) -> None:
-    print(
-        f"serving {config.model.path} at {url}\n"
-        f"  train with rollout.engine=vllm rollout.vllm.server={url}\n"
-        f"  token in {token}; for runs of other users or machines see docs/rollouts.md",
-        file=sys.stderr,
-        flush=True,
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        raise ValueError(f"--host, --port: cannot listen at {host}:{port}: {error}") from None
+
+
+def _routes(server: RolloutServer) -> Any:
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+
+    def route(
+        path: str,
+        handler: Callable[[Any, Any], Awaitable[Message]],
+        kind: type[Message] | None = None,
+        max_bytes: int = _MAX_MESSAGE_BYTES,
+    ) -> Route:
+        async def endpoint(request: Any) -> Response:
+            content = await _body(request, max_bytes)
+            message = kind and await asyncio.to_thread(parse, kind, content)
+            answer = await handler(message, request)
+            return Response(answer.model_dump_json(), media_type="application/json")
+
+        return Route(path, endpoint, methods=["POST" if kind else "GET"])
+
+    async def refuse(request: Any, error: Any) -> Response:
+        return JSONResponse({"error": str(error)}, error.status)
+
+    routes = [
+        route("/info", server.info),
+        route("/lease", server.take, TakeLease),
+        route("/release", server.release, OfSender),
+        route("/generate", server.generate, Generate, _MAX_BATCH_BYTES),
+        route("/weights/open", server.open, OpenChannel),
+        route("/weights/begin", server.begin, OfSender),
+        route("/weights/bucket", server.bucket, Bucket),
+        route("/weights/end", server.end, OfSender),
+    ]
+    return Starlette(routes=routes, exception_handlers={RequestError: refuse})
+
+
+async def _body(request: Any, max_bytes: int) -> bytes:
+    """A request's content; `RequestError` if it is larger, slower, or its sender left."""
+    from starlette.requests import ClientDisconnect
+
+    content = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for chunk in request.stream():
+                content += chunk
+                if len(content) > max_bytes:
+                    raise RequestError(
+                        413,
+                        f"got a message of more than {max_bytes} bytes: send fewer sequences at "
+                        "once (rollout.batch_size)",
+                    )
+    except TimeoutError:
+        raise RequestError(422, f"the message was not there after {_BODY_SECONDS:g} s") from None
+    except ClientDisconnect:
+        raise RequestError(422, "the message broke off") from None
+    return bytes(content)
+
+
+def _answer_until_told(app: Guard, listening: socket.socket) -> None:
+    import uvicorn
+
+    web = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="error",
+            timeout_graceful_shutdown=_GRACE_SECONDS,
+            # Weights are fetched from the address that asks, which no header may change.
+            proxy_headers=False,
+            ws="none",
+        )
     )
+    # uvicorn raises the signal that it caught once more; to end as asked is no failure.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    web.run(sockets=[listening])

@@ -21,14 +21,14 @@ settings.load_profile("repeatable")
 
 # The longest first, so that no worker of pytest-xdist is left with one at the end.
 _LONGEST = (
-    *("train/test_end_to_end", "train/test_faults", "security/test_container"),
+    *("train/test_end_to_end", "train/test_faults", "security/test_other_users"),
     *("security/test_ranks", "rollout/test_vllm_engine", "reporting/test_page_browser"),
     *("integrations/test_care_trl", "security/test_serve", "bench/test_paper", "test_trainer"),
     *("kernels/triton/test_projection", "bench/test_compiled", "kernels/test_sharded_heads"),
-    *("security/test_verifier", "test_commands", "security/test_native_cache"),
-    *("integrations/test_trl", "rollout/test_adapter_sync", "rollout/test_server_runs"),
-    *("train/test_mixed_rows", "rollout/test_vllm_server", "rollout/test_ahead"),
-    *("evaluation/test_benchmark_run", "rollout/test_vllm_runs", "security/test_checkpoints"),
+    *("security/test_verifier", "test_commands"),
+    *("integrations/test_trl", "rollout/test_weight_sync", "rollout/test_runs"),
+    *("train/test_mixed_rows", "rollout/test_vllm_server"),
+    *("evaluation/test_benchmark_run", "security/test_checkpoints"),
     *("security/test_statuses", "verifier/test_pool", "security/test_run_folders"),
 )
 _ORDER = {f"tests/{name}.py": place for place, name in enumerate(_LONGEST)}

@@ -54,14 +54,12 @@ class Completion:
 
 
 class WeightParts(Enum):
-    """Which of the policy's weights a sync sends."""
+    """Which of the policy's weights a sync sends: all, adapters added to what they adapt or beside
+    it; or adapters alone."""
 
     MERGED = "merged"
-    """All, adapters added to what they adapt."""
     BASE_AND_ADAPTER = "base and adapter"
-    """All, adapters beside what they adapt."""
     ADAPTER = "adapter"
-    """Adapters alone: nothing else was trained."""
 
 
 class RolloutEngine(Protocol):
@@ -74,8 +72,8 @@ class RolloutEngine(Protocol):
 
     @property
     def num_starts(self) -> int:
-        """How often the engine started or woke up. After each, the trainer compares log-probs with
-        it before it updates the policy; 0 where they share one model."""
+        """How often the engine started or woke up; 0 where it shares the trainer's model. After
+        each start the trainer compares log-probs with it before it updates the policy."""
         ...
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:

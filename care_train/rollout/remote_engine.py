@@ -1,8 +1,16 @@
 """The vLLM engine in a server: each rank asks it for its rollouts, rank 0 sends the weights."""
 
+import atexit
+import os
+import socket
+import threading
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from functools import cache
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -18,16 +26,17 @@ from care_train.rollout.engine import (
     in_background,
 )
 from care_train.rollout.errors import RolloutServerError
-from care_train.rollout.server_access import find_token
-from care_train.rollout.server_client import ANSWER_SECONDS, ServerClient, process_lease
+from care_train.rollout.server_access import TOKEN_VARIABLE, Token, find_token
 from care_train.rollout.server_messages import (
     Bucket,
     Done,
     Generated,
+    Message,
+    MessageType,
     OfSender,
     OpenChannel,
     ServerInfo,
-    first_difference,
+    TakeLease,
     model_identity,
     pack_batch,
 )
@@ -36,16 +45,170 @@ from care_train.rollout.vllm_process import adapter_rank
 from care_train.rollout.weight_channel import MEET_SECONDS, Broadcast, backend_for, invite
 from care_train.rollout.weight_sync import BUCKET_BYTES, buckets, described
 
+CONNECT_SECONDS = 10.0
+CONNECT_RETRIES = 5
+"""Attempts to connect after the first, over about 8 seconds. Nothing was sent then: a request that
+the server may have begun is never repeated."""
+
+ANSWER_SECONDS = 600.0
+"""How long one answer may take, a whole batch or a bucket of weights; after that the run stops."""
+
+BEAT_SECONDS = 5.0
+"""How often the server hears that the run is alive: a sixth of what it waits for that. Also how
+long its answer to that may take."""
+
+WAIT_SECONDS = 40.0
+"""How long to ask for a server that another run has. That run may be one that was just killed,
+which the server knows after 30 s of silence."""
+
+
+class ServerClient:
+    """One server, seen from one process, and the process's hold on it: once it is taken, a thread
+    reports that the run is alive, until it is released or the process ends."""
+
+    def __init__(self, url: str, token: Token) -> None:
+        """Connects at the first request."""
+        self.url = url
+        self.token = token
+        self.sender = uuid.uuid4().hex
+        self._patient = _http(token, ANSWER_SECONDS, CONNECT_RETRIES)
+        self._quick = _http(token, BEAT_SECONDS, 0)
+        who = f"process {os.getpid()} on {socket.gethostname()}"
+        self._lease = TakeLease(sender=self.sender, who=who)
+        self._is_over = threading.Event()
+        self._is_over.set()
+        self._beats = threading.Thread()
+
+    def ask(
+        self,
+        kind: type[MessageType],
+        path: str,
+        message: Message | None = None,
+        *,
+        quick: bool = False,
+    ) -> MessageType:
+        """The server's answer, of a kind; without a message, by GET.
+
+        Raises:
+            RolloutServerError: names the server, what was asked, and why there is no answer; where
+                the answer is to be quick, also if it took more than `BEAT_SECONDS`.
+        """
+        import httpx
+
+        http = self._quick if quick else self._patient
+        method, content = "GET", None
+        if message is not None:
+            method, content = "POST", message.model_dump_json()
+        try:
+            response = http.request(method, self.url + path, content=content)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            raise self.error(f"cannot connect: {error}; is `care-train serve` running?") from error
+        except httpx.TimeoutException as error:
+            raise self.error(f"{path}: no answer in {http.timeout.read:g} s") from error
+        except httpx.TransportError as error:
+            raise self.error(f"{path}: the connection broke: {error}") from error
+        status = response.status_code
+        if status == 401:
+            got = "no token was found" if self.token.value is None else "its token is not the one"
+            raise self.error(
+                f"{path}: {got} ({self.token.source}): the server says at its start where its "
+                "token is; on this machine as its user it is found, otherwise give it by "
+                f"${TOKEN_VARIABLE}",
+                status,
+            )
+        try:
+            if status == 200:
+                return kind.model_validate_json(response.content)
+            raise self.error(f"{path}: {response.json()['error']}", status)
+        # Not of this form: pydantic's and JSON's errors are ValueErrors.
+        except (ValueError, KeyError, TypeError):
+            hint = "see its log" if status == 500 else "is this a `care-train serve`?"
+            raise self.error(f"{path}: status {status}: {hint}", status) from None
+
+    def take(self) -> None:
+        """Have the server from now on.
+
+        Raises:
+            RolloutServerError: it cannot be reached, or a run that is alive has it.
+        """
+        end = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                self.ask(Done, "/lease", self._lease)
+                break
+            except RolloutServerError as error:
+                if error.status != 409 or time.monotonic() > end:
+                    raise
+            time.sleep(1)
+        if self._is_over.is_set():
+            self._is_over.clear()
+            self._beats = threading.Thread(target=self._beat, daemon=True)
+            self._beats.start()
+            # So that the next run need not wait.
+            atexit.register(self.release)
+
+    def release(self) -> None:
+        """Leave the server to others."""
+        if self._is_over.is_set():
+            return
+        self._is_over.set()
+        # A report on its way would take the server again.
+        self._beats.join()
+        try:
+            self.ask(Done, "/release", OfSender(sender=self.sender), quick=True)
+        # The server is gone or has another run, so there is nothing to release.
+        except RolloutServerError:
+            return
+
+    def _beat(self) -> None:
+        while not self._is_over.wait(BEAT_SECONDS):
+            try:
+                self.ask(Done, "/lease", self._lease, quick=True)
+            except RolloutServerError as error:
+                # Another run has it. Other failures may pass, or the next request reports them.
+                if error.status == 409:
+                    self._is_over.set()
+
+    def local_address(self) -> str:
+        """This machine's address as the server can reach it."""
+        parts = urlsplit(self.url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            with socket.create_connection((parts.hostname, port), CONNECT_SECONDS) as connection:
+                return connection.getsockname()[0]
+        except OSError as error:
+            raise self.error(f"cannot connect: {error}") from error
+
+    def error(self, problem: str, status: int | None = None) -> RolloutServerError:
+        """What to raise about this server."""
+        return RolloutServerError(f"rollout.vllm.server {self.url}: {problem}", status)
+
+
+def _http(token: Token, seconds: float, retries: int) -> Any:
+    import httpx
+
+    bearer = {} if token.value is None else {"Authorization": f"Bearer {token.value}"}
+    return httpx.Client(
+        headers=bearer | {"Content-Type": "application/json"},
+        transport=httpx.HTTPTransport(retries=retries),
+        timeout=httpx.Timeout(seconds, connect=CONNECT_SECONDS),
+        # No proxy: it would have to let the weights through too.
+        trust_env=False,
+    )
+
+
+# A process is one run: its engines share the lease, and the one that sent weights last samples.
+_client_of_process = cache(ServerClient)
+
 
 class VllmServerEngine:
     """Samples at `rollout.vllm.server` from weights that `sync` sent there and had checked."""
 
+    num_starts = 1
+    """The server does not sleep, and a new one has to be sent all weights first."""
+
     def __init__(self, loaded: LoadedModel, settings: VllmSettings) -> None:
         """Find the server.
-
-        Args:
-            loaded: gives configuration, tokenizer, processor and precision.
-            settings: `rollout.vllm`, with a server.
 
         Raises:
             ValueError: it serves another model, takes other adapters or has other devices, or a
@@ -55,18 +218,21 @@ class VllmServerEngine:
         assert settings.server is not None
         self._loaded = loaded
         token = find_token(settings.server)
-        self._client = ServerClient(settings.server, ANSWER_SECONDS, token)
-        self._info = self._client.ask(ServerInfo, "/info")
-        if problem := _misfit(self._info, loaded, settings):
-            raise ValueError(f"rollout.vllm.server {self._client.url}: {problem}")
-        self._lease = process_lease(self._client)
+        self.client = _client_of_process(settings.server.rstrip("/"), token)
+        self._info = self.client.ask(ServerInfo, "/info")
+        self._backend = backend_for(loaded.model.device)
+        lora_rank = adapter_rank(loaded, settings)
+        self._sends_adapters = lora_rank is not None
+        own = model_identity(loaded, lora_rank, self._backend)
+        for key in sorted({*self._info.identity, *own}):
+            got, wanted = self._info.identity.get(key), own.get(key)
+            if got != wanted:
+                raise ValueError(
+                    f"rollout.vllm.server {self.client.url} does not fit this run: {key}: "
+                    f"server {got!r}, trainer {wanted!r}; start it with this run's configuration"
+                )
         self._broadcast: Broadcast | None = None
         self._version: str | None = None
-
-    @property
-    def num_starts(self) -> int:
-        """1: the server does not sleep, and a new one has to be sent all weights first."""
-        return 1
 
     def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
         """One completion per request, in order, with the log-probs of what was sampled.
@@ -81,7 +247,7 @@ class VllmServerEngine:
         for request in requests:
             check_length(request, sampling, self._info.max_context)
         batch = pack_batch(requests, sampling, self._loaded, self._version)
-        answer = self._client.ask(Generated, "/generate", batch)
+        answer = self.client.ask(Generated, "/generate", batch)
         for request, packed in zip(requests, batch.requests, strict=True):
             check_expansion(request, (*(answer.expanded[packed.prompt] or ()), *request.prefix_ids))
         return list(answer.completions)
@@ -89,7 +255,7 @@ class VllmServerEngine:
     @property
     def wanted(self) -> WeightParts:
         """With the base weights, until the server was seen to hold this run's."""
-        if self._info.lora_rank is None:
+        if not self._sends_adapters:
             return WeightParts.MERGED
         return WeightParts.BASE_AND_ADAPTER if self._version is None else WeightParts.ADAPTER
 
@@ -121,62 +287,37 @@ class VllmServerEngine:
     def rest(self) -> None:
         """Nothing to free: the server's memory is its own."""
 
-    def close(self) -> None:
-        """Leave the server to other processes; the end of this one does so too."""
-        self._lease.release()
-
     def _send(self, weights: Iterator[tuple[str, torch.Tensor]]) -> tuple[str | None, int]:
         if self._broadcast is None:
             self._broadcast = self._open_channel()
-        broadcast, sender, num_bytes = self._broadcast, self._lease.sender, 0
-        self._client.ask(Done, "/weights/begin", OfSender(sender=sender))
+        broadcast, sender, num_bytes = self._broadcast, OfSender(sender=self.client.sender), 0
+        self.client.ask(Done, "/weights/begin", sender)
         described_weights = described(weights, self._loaded.model.dtype)
         for tensors, content in buckets(described_weights, BUCKET_BYTES):
             size = content.numel()
-            message = Bucket(sender=sender, tensors=tuple(tensors), num_bytes=size)
-            answer = in_background(lambda m=message: self._client.ask(Done, "/weights/bucket", m))
-            self._meet(lambda c=content: broadcast(c), answer)
+            message = Bucket(sender=sender.sender, tensors=tuple(tensors), num_bytes=size)
+            self._meet("/weights/bucket", message, lambda c=content: broadcast(c))
             num_bytes += size
-        end = self._client.ask(Done, "/weights/end", OfSender(sender=sender))
-        return end.version, num_bytes
+        return self.client.ask(Done, "/weights/end", sender).version, num_bytes
 
     def _open_channel(self) -> Broadcast:
-        self._lease.take()
-        invitation = invite(self._info.backend, self._client.local_address())
-        message = OpenChannel(sender=self._lease.sender, call=invitation.call)
-        answer = in_background(lambda: self._client.ask(Done, "/weights/open", message))
+        self.client.take()
+        call, meet = invite(self._backend, self.client.local_address())
+        message = OpenChannel(sender=self.client.sender, call=call)
         size = 1 + self._info.num_workers
         # Twice as long as a worker waits: the workers begin after what vLLM is busy with.
-        return self._meet(lambda: invitation.open(size, 2 * MEET_SECONDS), answer)
+        return self._meet("/weights/open", message, lambda: meet(size, 2 * MEET_SECONDS))
 
-    def _meet(self, own_part: Callable[[], Value], answer: Future[Any]) -> Value:
-        """Do what must happen here while the server does its part; if both fail, the server's
-        reason is raised."""
+    def _meet(self, path: str, message: Message, own_part: Callable[[], Value]) -> Value:
+        """Do what must happen here while the server does what it is asked; if both fail, the
+        server's reason is raised."""
+        answer: Future[Done] = in_background(lambda: self.client.ask(Done, path, message))
         try:
             result = own_part()
         except RuntimeError as error:
             answer.result()
-            raise self._client.error(
+            raise self.client.error(
                 f"weight sync: the server's workers cannot be reached: {error}"
             ) from error
         answer.result()
         return result
-
-
-def _misfit(info: ServerInfo, loaded: LoadedModel, settings: VllmSettings) -> str | None:
-    """Why a run cannot use a server; None if it can."""
-    if difference := first_difference(info.identity, model_identity(loaded)):
-        return f"it serves another model: {difference}; start it with this run's configuration"
-    backend = backend_for(loaded.model.device)
-    if info.backend != backend:
-        return (
-            f"it takes weights by {info.backend}, this run sends them by {backend}: both must have "
-            "GPUs, or neither"
-        )
-    own = adapter_rank(loaded, settings)
-    if info.lora_rank != own:
-        return (
-            f"it takes adapters of rank {info.lora_rank}, this run sends rank {own} (None: merged "
-            "weights); start it with this run's model.lora and rollout.vllm.lora"
-        )
-    return None

@@ -26,7 +26,6 @@ TOKEN_VARIABLE = "CARE_TRAIN_SERVER_TOKEN"
 
 _PREFIX = "care_"
 _FORM = re.compile(_PREFIX + r"[A-Za-z0-9_-]{32,250}")
-_WANTED = f"`{_PREFIX}` and at least 32 letters, digits, - or _"
 
 _HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(?::\d{1,5})?")
 """A Host header: an IPv6 address in brackets, or a name or IPv4 address; a port may follow."""
@@ -40,14 +39,8 @@ class Guard:
     the others on."""
 
     def __init__(self, app: App, token: str, host: str, allowed_hosts: Sequence[str] = ()) -> None:
-        """Guard `app`.
-
-        Args:
-            app: gets the requests that are not refused.
-            token: what they must bear.
-            host: where the server listens.
-            allowed_hosts: more names that it may be called by.
-        """
+        """Guard `app`, which listens at `host`: requests must bear the token, and call the server
+        by an own name or one of `allowed_hosts`."""
         self._app = app
         self._token = f"Bearer {token}".encode()
         self._on_loopback = host == "localhost" or _is_loopback(host)
@@ -63,33 +56,31 @@ class Guard:
             await self._app(scope, receive, send)
             return
         status, problem = refusal
+        # The rest of the request is not read.
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        if status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
         content = json.dumps({"error": problem}).encode()
-        headers = {
-            "content-type": "application/json",
-            "content-length": str(len(content)),
-            # The rest of the request is not read.
-            "connection": "close",
-        } | ({"www-authenticate": "Bearer"} if status == 401 else {})
-        encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": status, "headers": encoded})
         await send({"type": "http.response.body", "body": content})
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         """Status and reason; None for a request to go on with."""
-        headers: dict[bytes, list[bytes]] = {}
-        for name, value in scope["headers"]:
-            headers.setdefault(name, []).append(value)
-        hosts = [value.decode("latin-1") for value in headers.get(b"host", [])]
+
+        def all_of(name: bytes) -> list[bytes]:
+            return [value for key, value in scope["headers"] if key == name]
+
+        hosts = [value.decode("latin-1") for value in all_of(b"host")]
         if len(hosts) != 1 or not self._is_own(hosts[0]):
             return 421, f"Host: got {hosts}, wanted one of {sorted(self._names)} or an own address"
-        if b"origin" in headers:
+        if all_of(b"origin"):
             return 403, "Origin: got one, wanted none: this server is not for web pages"
-        tokens = headers.get(b"authorization", [])
+        tokens = all_of(b"authorization")
         if len(tokens) != 1 or not hmac.compare_digest(tokens[0], self._token):
             got = "another" if tokens else "none"
             return 401, f"Authorization: got {got}, wanted this server's token"
         if scope["method"] == "POST":
-            kinds = headers.get(b"content-type", [])
+            kinds = all_of(b"content-type")
             if [kind.partition(b";")[0].strip().lower() for kind in kinds] != [b"application/json"]:
                 return 415, f"Content-Type: got {kinds}, wanted application/json"
         return None
@@ -129,16 +120,13 @@ class Token:
 
 @contextmanager
 def server_token(url: str) -> Iterator[Token]:
-    """The token to demand: the one given, or a new one, whose file exists within the block.
-
-    Args:
-        url: the server's, as runs of this machine or user name it.
+    """The token that a server at `url` demands: the one given in `$CARE_TRAIN_SERVER_TOKEN`, or a
+    new one, whose file exists within the block.
 
     Raises:
         ValueError: a given token has another form, or no folder takes the file.
     """
-    given = _given()
-    if given is not None:
+    if given := _given():
         yield given
         return
     token = _PREFIX + secrets.token_urlsafe(32)
@@ -155,17 +143,12 @@ def find_token(url: str) -> Token:
     """The token to send to a server; its value is None where this user has none for that URL.
 
     It is looked for in `$CARE_TRAIN_SERVER_TOKEN`, then in the file that a server of this user
-    wrote.
-
-    Args:
-        url: `rollout.vllm.server`. The file that a server wrote is used for its own URL alone, so
-            no other host is sent its token.
+    wrote for this very URL: no other host is sent its token.
 
     Raises:
         ValueError: a file cannot be read, belongs to someone else, or holds no token.
     """
-    given = _given()
-    if given is not None:
+    if given := _given():
         return given
     paths = [folder / _file_name(url) for folder in _folders()]
     for path in paths:
@@ -184,27 +167,29 @@ def _given() -> Token | None:
 def _checked(text: str, name: str) -> str:
     # The form keeps other secrets from being sent to a server that a configuration names.
     if not _FORM.fullmatch(text):
-        raise ValueError(f"{name}: got {len(text)} characters that are no token, wanted {_WANTED}")
+        raise ValueError(
+            f"{name}: got {len(text)} characters that are no token, wanted `{_PREFIX}` and at "
+            "least 32 letters, digits, - or _"
+        )
     return text
 
 
 def _read(path: Path) -> str:
     """A file's token; it must be a plain file that only this user can read."""
-    key = "token file"
     try:
         flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
         with open(os.open(path, flags), encoding="ascii", errors="replace") as file:
             status = os.fstat(file.fileno())
             if status.st_uid != os.getuid() or status.st_mode & 0o077:
                 raise ValueError(
-                    f"{key}: {path} belongs to user {status.st_uid} with mode "
+                    f"token file: {path} belongs to user {status.st_uid} with mode "
                     f"{stat.S_IMODE(status.st_mode):o}, wanted a file that only user {os.getuid()} "
                     "can read: delete it and start the server again"
                 )
             text = file.read(1024)
     except OSError as error:
-        raise ValueError(f"{key}: cannot read {path}: {error.strerror}") from None
-    return _checked(text.strip(), f"{key}: {path}")
+        raise ValueError(f"token file: cannot read {path}: {error.strerror}") from None
+    return _checked(text.strip(), f"token file: {path}")
 
 
 def _write(name: str, token: str) -> Path:
@@ -221,11 +206,9 @@ def _write(name: str, token: str) -> Path:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
             with open(os.open(partial, flags, 0o600), "w") as file:
                 file.write(token)
-            partial.replace(path)
+            return partial.replace(path)
         except OSError as error:
             problems.append(f"{folder}: {error.strerror}")
-        else:
-            return path
     raise ValueError(
         f"no folder takes the server's token ({'; '.join(problems)}): set {TOKEN_VARIABLE}"
     )
@@ -234,13 +217,9 @@ def _write(name: str, token: str) -> Path:
 def _folders() -> list[Path]:
     """Where a server writes its token: the cache folder, or the temporary one as a last resort."""
     temporary = Path(tempfile.gettempdir()) / f"care-train-{os.getuid()}"
-    cache = os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = Path(cache) if cache else Path.home() / ".cache"
-    # The user has no home folder.
-    except RuntimeError:
-        return [temporary]
-    return [folder / "care-train" / "servers", temporary]
+    # A user without a home folder has `~` as it is.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return [cache / "care-train" / "servers", temporary] if cache.is_absolute() else [temporary]
 
 
 def _file_name(url: str) -> str:

@@ -9,8 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -34,15 +33,11 @@ MessageType = TypeVar("MessageType", bound="Message")
 
 
 class RequestError(Exception):
-    """Why a request gets no answer; the message is for whoever sent it."""
+    """Why a request gets no answer, for whoever sent it. HTTP's status: 409 where it does not fit
+    the server's state, 413 and 422 where it is wrong by itself, 500 where vLLM failed at it, 503
+    where vLLM is gone."""
 
     def __init__(self, status: int, message: str) -> None:
-        """
-        Args:
-            status: HTTP's: 409 where the request does not fit the server's state, 413 and 422
-                where it is wrong by itself, 500 where vLLM failed at it, 503 where vLLM is gone.
-            message: for people.
-        """
         super().__init__(message)
         self.status = status
 
@@ -109,18 +104,17 @@ class Generated(Message):
     """Per request."""
 
 
-class TakeLease(Message):
-    """A run takes the server, or keeps it."""
-
-    sender: _Identifier
-    who: str = Field(min_length=1, max_length=200, pattern=r"^[ -~]+$")
-    """Its process and machine, for others who ask."""
-
-
 class OfSender(Message):
     """Something that only the run that has the lease may ask for."""
 
     sender: _Identifier
+
+
+class TakeLease(OfSender):
+    """A run takes the server, or keeps it."""
+
+    who: str = Field(min_length=1, max_length=200, pattern=r"^[ -~]+$")
+    """Its process and machine, for others who ask."""
 
 
 class OpenChannel(OfSender):
@@ -154,13 +148,10 @@ class ServerInfo(Message):
     """What a run must know of a server before it uses it."""
 
     identity: dict[str, Any]
-    """`model_identity` of the model served."""
+    """`model_identity` of what is served."""
     max_context: int
     """Longest prompt, forced prefix and response together, in tokens."""
-    lora_rank: int | None
-    """Of the adapters that it takes beside base weights; None: merged weights only."""
     num_workers: int
-    backend: Literal["tcp", "nccl"]
 
 
 def parse(kind: type[MessageType], content: bytes) -> MessageType:
@@ -211,74 +202,54 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-@dataclass(frozen=True)
-class PromptLimits:
-    """What a server's model takes."""
-
-    vocab_size: int
-    max_context: int
-    """Prompt, prefix and response together, in tokens."""
-    image_token_id: int | None
-    """The placeholder; None where the model takes no images."""
-    media_token_ids: frozenset[int]
-    """Placeholders of media other than images."""
-
-    @classmethod
-    def of(cls, loaded: LoadedModel, max_context: int) -> "PromptLimits":
-        """Those of a model."""
-        config = loaded.model.config
-        media = (getattr(config, f"{kind}_token_id", None) for kind in ("video", "audio"))
-        return cls(
-            vocab_size=config.get_text_config().vocab_size,
-            max_context=max_context,
-            image_token_id=loaded.image_token_id if loaded.processor is not None else None,
-            media_token_ids=frozenset(token for token in media if token is not None),
-        )
-
-
-def unpack_batch(message: Generate, limits: PromptLimits) -> list[dict[str, Any]]:
+def unpack_batch(message: Generate, loaded: LoadedModel, max_context: int) -> list[dict[str, Any]]:
     """What vLLM takes for each request of a batch; requests of a prompt share its images.
 
     Raises:
-        RequestError: tokens or images that the model does not take; names the key. vLLM would
-            crash on some of them, and sample nonsense from others.
+        RequestError: tokens or images that the model does not take, or a context over
+            `max_context` tokens; names the key. vLLM would crash on some of them, and sample
+            nonsense from others.
     """
-    _check_ids("eos_ids", message.eos_ids, limits)
+    _check_vocabulary("eos_ids", message.eos_ids, loaded)
     images = []
     for index, prompt in enumerate(message.prompts):
-        _check_ids(f"prompts.{index}.token_ids", prompt.token_ids, limits, len(prompt.images))
-        keys = [f"prompts.{index}.images.{number}" for number in range(len(prompt.images))]
-        images.append([_image(*each) for each in zip(prompt.images, keys, strict=True)])
+        place = f"prompts.{index}"
+        _check_ids(f"{place}.token_ids", prompt.token_ids, loaded, len(prompt.images))
+        files = enumerate(prompt.images)
+        images.append([_image(content, f"{place}.images.{number}") for number, content in files])
     unpacked = []
     for index, request in enumerate(message.requests):
-        _check_ids(f"requests.{index}.prefix_ids", request.prefix_ids, limits, 0)
+        _check_ids(f"requests.{index}.prefix_ids", request.prefix_ids, loaded, 0)
         ids = message.prompts[request.prompt].token_ids
         length, more = len(ids) + len(request.prefix_ids), message.sampling.max_new_tokens
-        if length + more > limits.max_context:
+        if length + more > max_context:
             raise RequestError(
                 422,
                 f"requests.{index}: got a context of {length} tokens and max_new_tokens {more}, "
-                f"wanted at most {limits.max_context} together",
+                f"wanted at most {max_context} together",
             )
         unpacked.append(vllm_prompt(ids, request.prefix_ids, images[request.prompt]))
     return unpacked
 
 
-def _check_ids(
-    key: str, ids: Sequence[int], limits: PromptLimits, num_images: int | None = None
-) -> None:
-    """Ids of the vocabulary and, where `num_images` is given, as many image placeholders."""
-    if ids and max(ids) >= limits.vocab_size:
-        raise RequestError(422, f"{key}: got {max(ids)}, wanted ids below {limits.vocab_size}")
-    if num_images is None:
-        return
-    placeholders = 0 if limits.image_token_id is None else ids.count(limits.image_token_id)
+def _check_vocabulary(key: str, ids: Sequence[int], loaded: LoadedModel) -> None:
+    size = loaded.model.config.get_text_config().vocab_size
+    if ids and max(ids) >= size:
+        raise RequestError(422, f"{key}: got {max(ids)}, wanted ids below {size}")
+
+
+def _check_ids(key: str, ids: Sequence[int], loaded: LoadedModel, num_images: int) -> None:
+    """Ids of the vocabulary, and as many image placeholders as images."""
+    _check_vocabulary(key, ids, loaded)
+    takes_images = loaded.processor is not None
+    placeholders = ids.count(loaded.image_token_id) if takes_images else 0
     if placeholders != num_images:
         raise RequestError(
             422, f"{key}: got {num_images} images and {placeholders} image tokens, wanted as many"
         )
-    if media := limits.media_token_ids.intersection(ids):
-        raise RequestError(422, f"{key}: got {min(media)}, wanted no token of media but images")
+    for kind in ("video", "audio"):
+        if (token := getattr(loaded.model.config, f"{kind}_token_id", None)) in ids:
+            raise RequestError(422, f"{key}: got {token}, wanted no token of media but images")
 
 
 def _image(content: bytes, key: str) -> Image.Image:
@@ -288,53 +259,32 @@ def _image(content: bytes, key: str) -> Image.Image:
         raise RequestError(422, str(error)) from None
 
 
-def expansions(message: Generate, expanded: Sequence[Sequence[int]]) -> tuple[Any, ...]:
-    """vLLM's expansion of each prompt, once, without the requests' prefixes.
+def model_identity(loaded: LoadedModel, lora_rank: int | None, backend: str) -> dict[str, Any]:
+    """What trainer and server must agree on, but the weights; dotted names and JSON's values.
 
     Args:
-        message: the batch.
-        expanded: per request, all of its prompt's tokens in vLLM.
-
-    Raises:
-        RequestError: vLLM expanded one prompt in two ways.
+        loaded: decides how prompts become tokens, and tokens logits.
+        lora_rank: of adapters that go beside base weights; None: merged weights.
+        backend: by which the weights go (`weight_channel.backend_for`).
     """
-    prompts: list[tuple[int, ...] | None] = [None] * len(message.prompts)
-    for request, ids in zip(message.requests, expanded, strict=True):
-        own = tuple(ids[: len(ids) - len(request.prefix_ids)])
-        if prompts[request.prompt] not in (None, own):
-            raise RequestError(500, f"vLLM expanded prompt {request.prompt} in two ways")
-        prompts[request.prompt] = own
-    return tuple(prompts)
-
-
-def model_identity(loaded: LoadedModel) -> dict[str, Any]:
-    """What decides how prompts become tokens and tokens logits, but the weights; JSON's types."""
     banned = json.dumps(banned_token_ids(loaded)).encode()
     identity = {
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "config": _relevant(loaded.model.config.to_dict()),
         "banned tokens": hashlib.sha256(banned).hexdigest()[:16],
+        "rank of model.lora with rollout.vllm.lora=adapter": lora_rank,
+        "weights go by (nccl: between GPUs; tcp: without)": backend,
+        **_flat("config", loaded.model.config.to_dict()),
     }
     if loaded.processor is not None:
-        identity["image processor"] = loaded.processor.image_processor.to_dict()
+        identity |= _flat("image processor", loaded.processor.image_processor.to_dict())
     return json.loads(json.dumps(identity, default=str))
 
 
-def first_difference(server: Any, trainer: Any, name: str = "") -> str | None:
-    """Where two identities differ: the key, the server's value, the trainer's; None: nowhere."""
-    if not (isinstance(server, Mapping) and isinstance(trainer, Mapping)):
-        return None if server == trainer else f"{name}: server {server!r}, trainer {trainer!r}"
-    for key in sorted({*server, *trainer}):
-        inner = f"{name}.{key}" if name else key
-        difference = first_difference(server.get(key), trainer.get(key), inner)
-        if difference is not None:
-            return difference
-    return None
-
-
-def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _relevant(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key not in _IRRELEVANT
-    }
+def _flat(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in _IRRELEVANT:
+            continue
+        inner = f"{name}.{key}"
+        flat |= _flat(inner, value) if isinstance(value, Mapping) else {inner: value}
+    return flat

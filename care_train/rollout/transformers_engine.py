@@ -31,14 +31,14 @@ logger = logging.getLogger(__name__)
 class TransformersEngine:
     """Left-padded batched sampling; image, vision and other special tokens are never sampled."""
 
-    def __init__(self, loaded: LoadedModel, batch_size: int, *, is_copy: bool = False) -> None:
-        """Generate with `loaded`: the policy itself, or a copy of it that `sync` brings up to date.
+    wanted = WeightParts.MERGED
+    """A copy has no adapters."""
+    num_starts = 0
+    """It computes with the trainer's own model, or a copy of it."""
 
-        Args:
-            loaded: the model.
-            batch_size: sequences generated at once.
-            is_copy: `loaded` is not the policy itself, whose parameters may be sharded.
-        """
+    def __init__(self, loaded: LoadedModel, batch_size: int, *, is_copy: bool = False) -> None:
+        """Generate with `loaded`, so many sequences at once: the policy itself, or a copy of it
+        that `sync` brings up to date."""
         self._loaded = loaded
         self._model = loaded.model
         self._batch_size = batch_size
@@ -77,8 +77,7 @@ class TransformersEngine:
             if self._is_halved or len(requests) < 2 or not is_out_of_memory(error):
                 raise
             reason = (str(error).strip().splitlines() or ["no memory"])[0]
-        self._is_halved = True
-        self._batch_size = len(requests) // 2
+        self._is_halved, self._batch_size = True, len(requests) // 2
         logger.warning(
             "warning: out of memory while %d responses were generated (%s): going on with %d at "
             "once; set rollout.batch_size so",
@@ -87,16 +86,6 @@ class TransformersEngine:
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
         return []
-
-    @property
-    def wanted(self) -> WeightParts:
-        """Merged weights: a copy has no adapters."""
-        return WeightParts.MERGED
-
-    @property
-    def num_starts(self) -> int:
-        """0: it computes with the trainer's own model, or a copy of it."""
-        return 0
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:

@@ -19,8 +19,7 @@ from care_train.models.prompts import EncodedPrompt
 from care_train.rollout.engine import Completion, Request, SamplingSettings, WeightParts
 from care_train.rollout.errors import RolloutError, is_out_of_memory
 from care_train.rollout.vllm_process import adapter_rank, untouched_process, vllm_process
-from care_train.rollout.weight_check import ADAPTER_ID
-from care_train.rollout.weight_sync import send_weights
+from care_train.rollout.weight_sync import ADAPTER_ID, send_weights
 
 
 class VllmEngine:
@@ -32,8 +31,7 @@ class VllmEngine:
         """Start vLLM, or take the one that this process runs for such a model.
 
         Args:
-            loaded: gives configuration, tokenizer, processor and precision; its weights come by
-                `sync`.
+            loaded: gives all but the weights, which come by `sync`.
             settings: `rollout.vllm`.
             max_context: longest prompt, forced prefix and response together, in tokens.
             batch_size: sequences generated at once.
@@ -205,13 +203,8 @@ def completion_of(output: Any, eos_ids: Sequence[int]) -> Completion:
 def check_length(request: Request, sampling: SamplingSettings, limit: int) -> None:
     """Refuse a context that vLLM would cut short.
 
-    Args:
-        request: what is to be sampled.
-        sampling: says how long the response may get.
-        limit: the longest context vLLM was started for.
-
     Raises:
-        ValueError: prompt, prefix and response can exceed it; names the sample.
+        ValueError: prompt, prefix and response can exceed `limit` tokens; names the sample.
     """
     length = len(request.prompt.token_ids) + len(request.prefix_ids)
     if length + sampling.max_new_tokens > limit:

@@ -61,9 +61,9 @@ def vllm_process(
     folder = tempfile.TemporaryDirectory(prefix="care-vllm-")
     loaded.save_skeleton(folder.name)
     rank = adapter_rank(loaded, settings)
-    key = _fingerprint(
-        Path(folder.name), settings, loaded.model.dtype, max_context, batch_size, rank
-    )
+    model = [(path.name, path.read_bytes()) for path in sorted(Path(folder.name).iterdir())]
+    parts = (model, settings, loaded.model.dtype, max_context, batch_size, rank)
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()
     if key in _running:
         folder.cleanup()
         return _running[key]
@@ -77,16 +77,9 @@ def vllm_process(
     # The launcher's variables; without one, those of a single process.
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
-    llm = start_vllm(
-        loaded,
-        folder.name,
-        settings,
-        max_context,
-        batch_size,
-        rank,
-        # Ranks are processes already, each drives its own worker.
-        distributed_executor_backend="external_launcher",
-    )
+    # Ranks are processes already, each drives its own worker.
+    executor = "external_launcher"
+    llm = start_vllm(loaded, folder.name, settings, max_context, batch_size, rank, executor)
     _running[key] = VllmProcess(llm, folder, max_context)
     return _running[key]
 
@@ -104,13 +97,6 @@ def context_within(loaded: LoadedModel, max_context: int) -> int:
     return min(max_context, loaded.model.config.get_text_config().max_position_embeddings)
 
 
-def _fingerprint(folder: Path, *more: object) -> str:
-    content = hashlib.sha256(repr(more).encode())
-    for path in sorted(folder.iterdir()):
-        content.update(path.name.encode() + path.read_bytes())
-    return content.hexdigest()
-
-
 def start_vllm(
     loaded: LoadedModel,
     folder: str,
@@ -118,7 +104,7 @@ def start_vllm(
     max_context: int,
     batch_size: int,
     lora_rank: int | None,
-    **more: Any,
+    executor: str,
 ) -> Any:
     """vLLM's `LLM`, empty, with everything that makes its samples those of the trainer's policy.
 
@@ -129,16 +115,14 @@ def start_vllm(
         max_context: longest prompt and response together, in tokens.
         batch_size: sequences generated at once.
         lora_rank: of adapters that come beside base weights; None where none do.
-        more: arguments of `LLM` that say where its workers run.
+        executor: vLLM's `distributed_executor_backend`, which says where its workers run.
 
     Raises:
         ValueError: vLLM is not installed, or takes no adapters of this rank.
     """
     _set_environment()
     on_gpu = torch.cuda.is_available()
-    kv_cache = settings.kv_cache_gib
-    if kv_cache is None and not on_gpu:
-        kv_cache = 1.0
+    kv_cache = settings.kv_cache_gib or (None if on_gpu else 1.0)
     with untouched_process(), _quiet():
         return _import_llm(on_gpu)(
             model=folder,
@@ -164,8 +148,8 @@ def start_vllm(
             limit_mm_per_prompt={} if loaded.processor is None else {"video": 0},
             worker_extension_cls="care_train.rollout.vllm_worker.WeightReceiver",
             seed=0,
+            distributed_executor_backend=executor,
             **_lora_arguments(lora_rank),
-            **more,
         )
 
 
@@ -217,17 +201,14 @@ def _quiet() -> Iterator[None]:
     if os.environ.get("VLLM_LOGGING_LEVEL", "").upper() in ("DEBUG", "INFO"):
         yield
         return
-    loggers = {name: logging.getLogger(name) for name in ("torch", "vllm", "transformers")}
-    levels = {name: logger.level for name, logger in loggers.items()}
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for logger in loggers.values():
-            logger.setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            for name, logger in loggers.items():
-                logger.setLevel(levels[name])
+            logging.disable(before)
 
 
 @contextmanager

@@ -15,15 +15,17 @@ from vllm.v1.sample.logits_processor import (  # pyright: ignore[reportMissingIm
 )
 
 from care_train.compat import patch_vllm_on_cpu
-from care_train.rollout.weight_channel import Broadcast, NcclCall, TcpCall, join
-from care_train.rollout.weight_check import ADAPTER_ID, find_adapter_failures, find_failures
-from care_train.rollout.weight_sync import SentTensor, checksum
+from care_train.rollout.weight_channel import Broadcast, Call, join
+from care_train.rollout.weight_sync import (
+    ADAPTER_ID,
+    SentTensor,
+    checksum,
+    find_adapter_failures,
+    find_failures,
+)
 
 if not torch.cuda.is_available():
     patch_vllm_on_cpu()
-
-BANNED_KEY = "care_banned_token_ids"
-"""Where in vLLM's `additional_config` the ids are that no engine may sample."""
 
 
 class BannedTokens(LogitsProcessor):
@@ -34,7 +36,9 @@ class BannedTokens(LogitsProcessor):
     """
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        banned = torch.tensor(vllm_config.additional_config[BANNED_KEY], dtype=torch.int64)
+        banned = torch.tensor(
+            vllm_config.additional_config["care_banned_token_ids"], dtype=torch.int64
+        )
         # vLLM cuts the head's padding off itself.
         banned = banned[banned < vllm_config.model_config.get_vocab_size()]
         self._banned = banned.to(device)
@@ -63,13 +67,8 @@ class WeightReceiver:
     _care_has_base = False
     """Whether the base weights of this sender were received whole and checked."""
 
-    def care_open(self, call: TcpCall | NcclCall, host: str) -> None:
-        """Join the trainer's weight channel.
-
-        Args:
-            call: what the trainer's request said.
-            host: the address it came from.
-        """
+    def care_open(self, call: Call, host: str) -> None:
+        """Join the weight channel of the trainer, whose request came from `host`."""
         from vllm.distributed import get_tp_group  # pyright: ignore[reportMissingImports]
 
         group = get_tp_group()
@@ -81,12 +80,8 @@ class WeightReceiver:
         self._care_filled, self._care_adapter = {}, {}
 
     def care_receive(self, tensors: Sequence[SentTensor], num_bytes: int) -> str | None:
-        """Take one bucket from the channel and load its tensors; says what could not be loaded.
-
-        Args:
-            tensors: in the order in which they lie in the bucket, none aligned.
-            num_bytes: size of the bucket.
-        """
+        """Take one bucket of so many bytes from the channel and load its tensors, which lie there
+        in this order; says what could not be loaded."""
         broadcast, self._care_broadcast = self._care_broadcast, None
         if broadcast is None:
             return "the server's workers have not met the trainer"

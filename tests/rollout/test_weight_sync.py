@@ -1,14 +1,17 @@
-"""Weight sync into vLLM: what is caught, and what moves."""
+"""Weight sync into vLLM, whole or adapters alone: what is sent, what is caught, what moves."""
+
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from care_train.rollout.engine import SamplingSettings
-from care_train.rollout.errors import RolloutError
-from care_train.rollout.weight_sync import add_checksums, checksum
+from care_train.config import VllmSettings
+from care_train.rollout.engine import WeightParts
+from care_train.rollout.errors import RolloutError, RolloutServerError
+from care_train.rollout.weight_sync import buckets, checksum, described
 from care_train.training.weights import policy_weights, stream
-
-GREEDY = SamplingSettings(4, greedy=True)
+from tests.rollout.test_vllm_engine import GREEDY, KINDS, check_greedy_outputs, largest_gap
+from tests.train.builders import load
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -25,14 +28,15 @@ def test_one_changed_element_changes_the_checksum(dtype):
 
 
 def test_checksums_add_over_pieces():
-    """Rows, columns and chunks: the sum over pieces is the whole's."""
+    """Rows, columns and chunks: the sum over pieces, as int64 wraps it, is the whole's."""
     tensor = torch.randn(24, 10)
     rows = [checksum(tensor[i : i + 8], first_row=i) for i in (0, 8, 16)]
     columns = [checksum(tensor[:, i : i + 5], first_column=i, columns=10) for i in (0, 5)]
-    assert add_checksums(rows) == add_checksums(columns) == checksum(tensor)
+    for pieces in (rows, columns):
+        assert torch.tensor(pieces).sum() == checksum(tensor)
 
 
-@pytest.mark.parametrize("kind", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_corrupted_tensor_is_caught_and_named(kind, pair, monkeypatch):
     """One bit, in a fused parameter, after loading: the run stops, and generates nothing more."""
     model = pair(kind)
@@ -65,7 +69,7 @@ def test_a_corrupted_tensor_is_caught_and_named(kind, pair, monkeypatch):
 def test_a_tensor_left_out_unknown_or_misshapen_is_caught(either):
     """Named, with vLLM's own words; the engine recovers with a whole sync."""
     model = either()
-    weights = [(w.name, w.make()) for w in policy_weights(model.loaded.model)]
+    weights = model.weights()
     name, tensor = weights[-1]
     cases = {
         r"no tensor was sent for .*lm_head": [w for w in weights if w[0] != "lm_head.weight"],
@@ -80,24 +84,26 @@ def test_a_tensor_left_out_unknown_or_misshapen_is_caught(either):
     }
     for problem, wrong in cases.items():
         with pytest.raises(RolloutError, match=problem):
-            model.engine.sync(wrong)
-    model.sync()
+            model.sync(wrong)
+    wanted = sum(p.numel() * p.element_size() for p in model.loaded.model.parameters())
+    assert model.sync() == {"sync_bytes": float(wanted)}
     assert model.engine.generate(model.requests(1), GREEDY)
 
 
-def test_the_report_counts_bytes(pair):
-    """All parameters, once."""
-    model = pair()
-    wanted = sum(p.numel() * p.element_size() for p in model.loaded.model.parameters())
-    assert model.sync() == {"sync_bytes": float(wanted)}
+def test_weights_go_in_buckets(tiny_folder):
+    """No bucket is larger, unless one tensor alone is; together they are the model."""
+    model = load(tiny_folder()).model
+    weights = [(w.name, w.make()) for w in policy_weights(model)]
+    packed = list(buckets(described(weights, torch.bfloat16), 1 << 15))
+    assert [tensor.name for sent, _ in packed for tensor in sent] == [name for name, _ in weights]
+    whole = torch.cat([tensor.detach().bfloat16().reshape(-1) for _, tensor in weights])
+    assert torch.equal(torch.cat([content for _, content in packed]).view(torch.bfloat16), whole)
+    assert len(packed) > 5
+    assert all(len(content) <= 1 << 15 or len(sent) == 1 for sent, content in packed)
 
 
 def test_buckets_are_gathered_one_at_a_time(tiny_folder):
     """No more than the bucket is whole at once; each tensor while its bucket is."""
-    from contextlib import contextmanager
-
-    from tests.train.builders import load
-
     weights = policy_weights(load(tiny_folder()).model)
     whole: list[int] = []
     sizes = []
@@ -120,8 +126,6 @@ def test_buckets_are_gathered_one_at_a_time(tiny_folder):
 def test_adapters_are_merged(tiny_folder):
     """A LoRA policy is sent as the model it is: names of the folder, deltas added."""
     peft = pytest.importorskip("peft")
-    from tests.train.builders import load
-
     loaded = load(tiny_folder())
     plain = {n: p.detach().clone() for n, p in loaded.model.named_parameters()}
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
@@ -133,3 +137,67 @@ def test_adapters_are_merged(tiny_folder):
         torch.testing.assert_close(tensor, merged[name], msg=name)
         adapted = "q_proj.weight" in name or "up_proj.weight" in name
         assert torch.equal(tensor, plain[name]) != adapted, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_outputs_follow_the_adapter(kind, pair):
+    """Tokens are transformers', log-probs the trainer's, after every change of the adapter."""
+    check_greedy_outputs(pair(kind, lora=True), rounds=5, scale=0.05)
+
+
+def test_base_weights_are_sent_once(pair):
+    """After the first sync only the adapter goes: some percent of the bytes."""
+    model = pair(lora=True)
+    assert model.engine.wanted is WeightParts.ADAPTER
+    model.change_weights(9, scale=0.05)
+    alone = model.sync()["sync_bytes"]
+    model.engine._process.owner = None
+    assert model.engine.wanted is WeightParts.BASE_AND_ADAPTER
+    whole = model.sync()["sync_bytes"]
+    assert 0 < alone < whole / 5
+    requests = model.requests()
+    assert largest_gap(model, requests, model.engine.generate(requests, GREEDY)) < 1e-3
+
+
+def test_an_adapter_that_vllm_holds_otherwise_stops_the_run(pair, monkeypatch):
+    """A number changed on the way into vLLM's layers, a layer it does not have: each is named."""
+    from vllm.lora.layers import MergedQKVParallelLinearWithLoRA as layer  # noqa: N813
+
+    model = pair(lora=True)
+    real = layer.set_lora
+
+    def set_lora(self, index, lora_a, lora_b):
+        real(self, index, lora_a, lora_b)
+        self.lora_b_stacked[1][index, 0, 0, 0] += 1
+
+    monkeypatch.setattr(layer, "set_lora", set_lora)
+    with pytest.raises(RolloutError, match=r"k_proj.*holds other numbers than were sent"):
+        model.sync()
+    monkeypatch.undo()
+    odd = [("model.elsewhere.q_proj.lora_A.weight", torch.zeros(4, 8))]
+    odd.append(("model.elsewhere.q_proj.lora_B.weight", torch.zeros(8, 4)))
+    with pytest.raises(RolloutError, match=r"elsewhere.*adapts no such layer"):
+        model.sync(model.weights() + odd)
+    model.sync()
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_server_takes_adapters_alone(workers, served, server, tiny_folder):
+    """Outputs follow the adapter, of which two workers hold their shares. The server refuses one
+    without base weights, and goes on; and, at its start, a run that sends none."""
+    model = served(lora=True, workers=workers)
+    # A new channel: what the server has of the base weights is another run's.
+    model.engine._broadcast = model.engine._version = None
+    with pytest.raises(RolloutServerError, match="no tensor was sent for"):
+        model.sync(model.weights(WeightParts.ADAPTER))
+    whole = model.sync()["sync_bytes"]
+    assert 0 < model.sync()["sync_bytes"] < whole / 5
+    check_greedy_outputs(model, rounds=3, scale=0.05)
+    from care_train.rollout.remote_engine import VllmServerEngine
+
+    settings = VllmSettings(server=server(lora=True, workers=workers).url)
+    with pytest.raises(ValueError, match=r"model.lora.*: server 4, trainer None; start it with"):
+        VllmServerEngine(load(tiny_folder()), settings)
+    if workers > 1:
+        # Its waiting workers take time from all others.
+        assert server(lora=True, workers=workers).stop() == 0

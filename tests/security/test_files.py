@@ -7,7 +7,7 @@ import json
 import os
 import struct
 import zipfile
-import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from tests.data.published import build_from, drawing, quarantine, write_jsonl
 
 GOOD = {"prompt": "How high?", "answer": "3"}
 GIB = 2**30
+DEEP = "[" * 100_000 + "]" * 100_000
+DEEP_ROW = f'{{"prompt": "q", "answer": {DEEP}}}'
 
 
 @pytest.fixture(autouse=True)
@@ -61,42 +63,29 @@ def build_rows(folder: Path, rows: list[Any], **settings: Any) -> dict[int, str]
     return {row["row"]: row["reason"] for row in quarantine(output)}
 
 
-def jpeg_with_exif(path: Path, entry: bytes, payload: bytes = b"") -> Path:
-    """A JPEG whose EXIF block holds one entry, as the bytes of a TIFF directory."""
-    head = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 1) + entry + bytes(4) + payload
-    drawing(1).save(path, "JPEG", exif=head)
-    return path
+ORIENTATIONS = {
+    "text": struct.pack("<HHI4s", 0x112, 2, 4, b"up\0\0"),
+    "rational": struct.pack("<HHII", 0x112, 5, 1, 26),
+    "bytes": struct.pack("<HHI4s", 0x112, 7, 4, b"\x06\0\0\0"),
+    "two numbers": struct.pack("<HHIHH", 0x112, 3, 2, 6, 6),
+    "no orientation": struct.pack("<HHII", 0x112, 3, 1, 77),
+    "beyond the file": struct.pack("<HHII", 0x112, 12, 9, 2**31),
+    "no type": struct.pack("<HHII", 0x112, 99, 1, 6),
+}
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        pytest.param(struct.pack("<HHI4s", 0x112, 2, 4, b"up\0\0"), id="text"),
-        pytest.param(struct.pack("<HHII", 0x112, 5, 1, 26), id="rational"),
-        pytest.param(struct.pack("<HHI4s", 0x112, 7, 4, b"\x06\0\0\0"), id="bytes"),
-        pytest.param(struct.pack("<HHIHH", 0x112, 3, 2, 6, 6), id="two numbers"),
-        pytest.param(struct.pack("<HHII", 0x112, 3, 1, 77), id="no orientation"),
-        pytest.param(struct.pack("<HHII", 0x112, 12, 9, 2**31), id="beyond the file"),
-        pytest.param(struct.pack("<HHII", 0x112, 99, 1, 6), id="no type"),
-    ],
-)
-def test_an_odd_exif_orientation_is_none(tmp_path: Path, entry: bytes):
-    """The photo is read all the same, in runs and builds."""
-    path = jpeg_with_exif(tmp_path / "a.jpg", entry, struct.pack("<II", 6, 0))
-    image = load_image(path, location="r: row 1", max_pixels=10**6)
-    assert sorted(image.size) == sorted(drawing(1).size)
-    row = GOOD | {"image": "a.jpg"}
-    manifest, _ = build_from(
-        tmp_path, [{"name": "s", "path": str(write_jsonl(tmp_path / "r.jsonl", [row]))}]
-    )
-    assert manifest["counts"]["total"]["images"] == 1
-
-
-def archive(path: Path, **members: bytes) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name, data in members.items():
-            file.writestr(name, data)
-    return path
+def test_an_odd_exif_orientation_is_none(tmp_path: Path):
+    """The photos are read all the same, in runs and builds."""
+    for number, (name, entry) in enumerate(ORIENTATIONS.items()):
+        head = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 1) + entry + bytes(4)
+        path = tmp_path / f"{name}.jpg"
+        drawing(number).save(path, "JPEG", exif=head + struct.pack("<II", 6, 0))
+        image = load_image(path, location="r: row 1", max_pixels=10**6)
+        assert sorted(image.size) == sorted(drawing(number).size), name
+    rows = [GOOD | {"image": f"{name}.jpg"} for name in ORIENTATIONS]
+    path = write_jsonl(tmp_path / "r.jsonl", rows)
+    manifest, _ = build_from(tmp_path, [{"name": "s", "path": str(path)}])
+    assert manifest["counts"]["total"]["images"] == len(ORIENTATIONS)
 
 
 def encrypted(data: bytes) -> bytes:
@@ -107,111 +96,100 @@ def encrypted(data: bytes) -> bytes:
     return data
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        pytest.param(lambda data: data[: len(data) // 2], "image_unreadable", id="cut"),
-        pytest.param(lambda data: b"no archive", "image_unreadable", id="no archive"),
-        pytest.param(encrypted, "image_unreadable", id="encrypted"),
-        pytest.param(
-            lambda data: (
-                data.replace(zlib.compress(bytes(9))[:2], b"\xff\xff", 1)[:30]
-                + bytes(60)
-                + data[90:]
-            ),
-            "image_unreadable",
-            id="damaged member",
-        ),
-    ],
-)
-def test_a_faulty_archive_rejects_its_rows(tmp_path: Path, change: Any, reason: str):
+NOISE, UNREADABLE = os.urandom(300), "image_unreadable"
+ARCHIVES: dict[str, tuple[bytes, Any, str]] = {
+    "cut": (NOISE, lambda data: data[: len(data) // 2], UNREADABLE),
+    "no archive": (NOISE, lambda data: b"no archive", UNREADABLE),
+    "encrypted": (NOISE, encrypted, UNREADABLE),
+    "damaged member": (NOISE, lambda data: data[:30] + bytes(60) + data[90:], UNREADABLE),
+    # 64 MiB of zeros in 64 kB are read to the limit alone.
+    "bomb": (bytes(2**26), lambda data: data, "image_too_large"),
+}
+
+
+@pytest.mark.parametrize("fault", ARCHIVES)
+def test_a_faulty_archive_rejects_its_rows(tmp_path: Path, fault: str):
     """The build goes on with the rows whose images are elsewhere."""
-    path = archive(tmp_path / "images.zip", **{"a.png": os.urandom(300)})
+    content, change, reason = ARCHIVES[fault]
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a.png", content)
     path.write_bytes(change(path.read_bytes()))
     rows = [GOOD | {"image": "a.png"}]
     assert build_rows(tmp_path, rows, image_dir=[str(path)]) == {1: reason}
 
 
-def test_an_archive_bomb_is_not_unpacked(tmp_path: Path):
-    """64 MiB of zeros in 64 kB, whose header says that they are few: read to the limit alone."""
-    path = archive(tmp_path / "images.zip", **{"a.png": bytes(2**26)})
-    rows = [GOOD | {"image": "a.png"}]
-    assert build_rows(tmp_path, rows, image_dir=[str(path)]) == {1: "image_too_large"}
-
-
 def test_deep_json_is_a_bad_row(tmp_path: Path):
-    """A run names the line, a build puts it into quarantine; a list's row is named too."""
-    deep = "[" * 100_000 + "]" * 100_000
-    lines = ['{"prompt": "q", "answer": ' + deep + "}", json.dumps(GOOD), deep]
+    """A run names the line, a build puts it into quarantine."""
     path = tmp_path / "deep.jsonl"
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join([DEEP_ROW, json.dumps(GOOD), DEEP]))
     with pytest.raises(ValueError, match=r"2 rows cannot be used:\n.*row 1: .*nested too deeply"):
         load(path)
     manifest, _ = build_from(tmp_path, [{"name": "s", "path": str(path)}])
     assert manifest["counts"]["total"] | {"kept": 1, "rejected": 2} == manifest["counts"]["total"]
-    (tmp_path / "deep.json").write_text(f"[{json.dumps(GOOD)}, {lines[0]}]")
-    with pytest.raises(ValueError, match=r"deep\.json: row 2: JSON nested too deeply"):
-        load(tmp_path / "deep.json")
 
 
-def test_a_sparse_file_is_not_read_whole(tmp_path: Path):
-    """As an image, a line, a JSON row and a file of rows: its size is asked first."""
+def test_a_sparse_image_is_not_read_whole(tmp_path: Path):
+    """Its size is asked first, whether it is decoded, checked by its digest or built."""
     sparse(tmp_path / "a.png", start=b"\x89PNG\r\n\x1a\n")
-    row = json.dumps(GOOD | {"image": "a.png"})
-    path = write_jsonl(tmp_path / "one.jsonl", [json.loads(row)])
-    [sample] = load(path)
+    row = GOOD | {"image": "a.png"}
+    [sample] = load(write_jsonl(tmp_path / "one.jsonl", [row]))
     with pytest.raises(ValueError, match=r"one\.jsonl: row 1: image .*a\.png'.*: got a file of"):
         load_image(sample.images[0], location=sample.location, max_pixels=10**6)
     with pytest.raises(ValueError, match=r"one\.jsonl: row 1: image .* bytes, wanted at most"):
         list(sample_digests([sample]))
-    assert build_rows(tmp_path, [json.loads(row)]) == {1: "image_too_large"}
-    line = sparse(tmp_path / "line.jsonl", size=2**24, start=(row + "\n").encode())
-    with pytest.raises(ValueError, match=r"line\.jsonl: row 2: not JSON \(longer than 1048576"):
-        load(line)
-    listed = sparse(tmp_path / "list.json", size=2**24, start=b'[{"prompt": "')
-    with pytest.raises(ValueError, match=r"list\.json: row 1: longer than 1048576"):
-        load(listed)
-    with pytest.raises(ValueError, match=r"begins with b'\\x00"):
-        load(sparse(tmp_path / "zeros.json"))
-    with pytest.raises(ValueError, match="not a Parquet file"):
-        load(sparse(tmp_path / "zeros.parquet", start=b"PAR1"))
+    assert build_rows(tmp_path, [row]) == {1: "image_too_large"}
 
 
-def parquet_bomb(path: Path, length: int, count: int) -> Path:
-    """One long text `count` times: a dictionary of one entry, and compressed to almost nothing."""
-    numbers = pyarrow.array([0] * count, pyarrow.int32())
-    prompts = pyarrow.DictionaryArray.from_arrays(numbers, pyarrow.array(["x" * length]))
-    table = pyarrow.table({"prompt": prompts, "answer": ["1"] * count})
+def parquet_bomb(path: Path) -> None:
+    """A thousand times the same 40 MB: a dictionary of one entry, compressed to almost nothing."""
+    numbers = pyarrow.array([0] * 1000, pyarrow.int32())
+    prompts = pyarrow.DictionaryArray.from_arrays(numbers, pyarrow.array(["x" * 40_000_000]))
+    table = pyarrow.table({"prompt": prompts, "answer": ["1"] * 1000})
     parquet.write_table(table, path, compression="zstd", store_schema=False)
     assert path.stat().st_size < 10_000
-    return path
 
 
-def test_ten_kilobytes_of_parquet_are_not_forty_gigabytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """A thousand times the same 40 MB: reading stops at the limit, naming file and rows."""
-    from care_train.data import arrow_rows
-
-    monkeypatch.setattr(arrow_rows, "MAX_EXPANDED_BYTES", GIB)
-    path = parquet_bomb(tmp_path / "r.parquet", 40_000_000, 1000)
-    with pytest.raises(ValueError, match=r"r\.parquet: rows 1 to 1000: reading it takes more than"):
-        load(path)
-    with pytest.raises(ValueError, match=r"r\.parquet: reading it takes more than 1073741824"):
-        build_from(tmp_path, [{"name": "s", "path": str(path)}])
-
-
-def test_parquet_that_claims_to_hold_too_much_is_not_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Different long texts of one letter compress to nothing, and their size is in the file."""
-    from care_train.data import arrow_rows
-
-    monkeypatch.setattr(arrow_rows, "MAX_EXPANDED_BYTES", 2**20)
+def long_texts(path: Path) -> None:
+    """Different texts of one letter compress to nothing, and their size is in the file."""
     table = pyarrow.table({"prompt": ["x" * (100_000 + i) for i in range(40)]})
-    parquet.write_table(table, tmp_path / "r.parquet", compression="zstd", use_dictionary=False)
-    with pytest.raises(ValueError, match=r"r\.parquet: got a file of \d+ bytes that says it holds"):
-        load(tmp_path / "r.parquet")
+    parquet.write_table(table, path, compression="zstd", use_dictionary=False)
+
+
+ROWS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "deep.json": (
+        lambda path: path.write_text(f"[{json.dumps(GOOD)}, {DEEP_ROW}]"),
+        "row 2: JSON nested too deeply",
+    ),
+    "line.jsonl": (
+        lambda path: sparse(path, 2**24, json.dumps(GOOD).encode() + b"\n"),
+        r"row 2: not JSON \(longer than 1048576",
+    ),
+    "list.json": (
+        lambda path: sparse(path, 2**24, b'[{"prompt": "'),
+        "row 1: longer than 1048576",
+    ),
+    "zeros.json": (sparse, r"begins with b'\\x00"),
+    "zeros.parquet": (lambda path: sparse(path, start=b"PAR1"), "not a Parquet file"),
+    "bomb.parquet": (parquet_bomb, "rows 1 to 1000: reading it takes more than"),
+    "claim.parquet": (long_texts, r"got a file of \d+ bytes that says it holds"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_file_of_rows_is_not_read_beyond_the_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """Lines, rows and columns of any length: the message names the file and the place."""
+    limit = 2**20 if name == "claim.parquet" else GIB
+    monkeypatch.setattr("care_train.data.arrow_rows.MAX_EXPANDED_BYTES", limit)
+    make, message = ROWS[name]
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}.*{message}"):
+        load(tmp_path / name)
+    if name == "bomb.parquet":
+        with pytest.raises(ValueError, match=rf"{name}: reading it takes more than 1073741824"):
+            build_from(tmp_path, [{"name": "s", "path": str(tmp_path / name)}])
 
 
 @pytest.mark.parametrize("name", ["zero", "pipe.jsonl"])

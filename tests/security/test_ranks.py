@@ -1,15 +1,19 @@
-"""Attacks on a run's own connections: who is not of the run can neither reach nor steer it."""
+"""Attacks on a run's own connections: who is not of the run can neither reach nor steer it; and a
+step of the machine's clock ends no healthy run."""
 
 import json
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 
+import psutil
 import pytest
 import torch.distributed as dist
 
 from care_train.training.failures import RANK_LOST_STATUS
 from care_train.training.ranks import Fault, ForeignValueError, ProcessId, RankBoard
-from tests.train.runs import FastRun, text_run_arguments
+from tests.train.runs import ROOT, FastRun, text_run_arguments
 
 AT_THIRD_STEP = """
 import os
@@ -100,3 +104,33 @@ def test_what_comes_over_the_store_is_checked(key, value):
         board.beat_of(1)
     with pytest.raises(ForeignValueError) if key == "fault" else nullcontext():
         board.report(Fault(0, "real", 2))
+
+
+RANK_1 = """
+import sys, time
+import torch.distributed as dist
+from care_train.training.ranks import RankBoard
+RankBoard(dist.FileStore(sys.argv[1], 2), 1, 2)
+print("here", flush=True)
+time.sleep(120)
+"""
+
+
+def test_a_clock_step_is_no_death(tmp_path, monkeypatch):
+    """The boot time, of which start times are made, moves by 5 s: the other rank still lives; it is
+    dead once it is killed."""
+    store = tmp_path / "store"
+    command = (sys.executable, "-c", RANK_1, str(store))
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            board = RankBoard(dist.FileStore(str(store), 2), 0, 2)
+            assert other.stdout is not None and other.stdout.readline() == "here\n"
+            assert board.dead_neighbour() is None
+            before = psutil.boot_time()
+            monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: before + 5)
+            monkeypatch.setattr(psutil._psplatform, "BOOT_TIME", before + 5, raising=False)
+            assert board.dead_neighbour() is None
+        finally:
+            other.kill()
+        other.wait()
+        assert board.dead_neighbour() == (1, other.pid)

@@ -1,0 +1,239 @@
+"""Other users of the machine, and users that it hardly knows: nobody else's native library is
+loaded, and a run works in a container with a user of no name and no home, and read-only trees."""
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from care_kernels import cpu
+from care_train.training.failures import INPUT_STATUS
+from tests.security.conftest import one_rank
+from tests.train.runs import ROOT, text_run_arguments
+
+USER = 54321
+"""An id that the machine's user database does not have."""
+
+_SCRIPT = """
+set -e
+# In a mount namespace of its own: nothing of this is seen outside.
+if [ -n "$CLOSED" ]; then
+  mount --bind "$PREFIX" "$SPARE"
+  mount -t tmpfs -o mode=755 none "$CLOSED"
+  mkdir -p "$PREFIX"
+  mount --bind "$SPARE" "$PREFIX"
+fi
+for tree in "$PREFIX" "$ROOT"; do
+  mount --bind "$tree" "$tree"
+  mount -o remount,bind,ro "$tree"
+done
+cd "$DESK"
+exec setpriv --reuid "$USER_ID" --regid "$USER_ID" --clear-groups env -i $KEPT "$@"
+"""
+
+
+TOOLS = all(map(shutil.which, ("unshare", "setpriv", "mount")))
+IS_ROOT = os.geteuid() == 0 and TOOLS and subprocess.run(["unshare", "-m", "true"]).returncode == 0
+needs_root = pytest.mark.skipif(not IS_ROOT, reason="only root can become another user")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+def run_in_container(
+    desk: Path, *command: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The end of a command as a container would run it: another user, no home, no name, read-only
+    trees. It runs in `desk`, the only folder that the user can write to; `python` first stands for
+    this interpreter."""
+    spare, temporary = desk / "spare", desk / "tmp"
+    for folder in (desk, spare, temporary):
+        folder.mkdir(exist_ok=True)
+        os.chown(folder, USER, USER)
+    kept = {"PATH": os.environ["PATH"], "TMPDIR": str(temporary), **environment}
+    prefix = Path(sys.base_prefix)
+    closed = next((p for p in reversed(prefix.parents) if not p.stat().st_mode & 0o001), None)
+    script = {
+        **{"PREFIX": str(prefix), "ROOT": str(ROOT), "SPARE": str(spare), "DESK": str(desk)},
+        **{"CLOSED": str(closed or ""), "USER_ID": str(USER), "PATH": os.environ["PATH"]},
+        "KEPT": " ".join(f"{key}={value}" for key, value in kept.items()),
+    }
+    program = [sys.executable if part == "python" else part for part in command]
+    return subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", _SCRIPT, "sh", *program],
+        env=script,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def desk() -> Iterator[Path]:
+    """A folder that the container's user can write to. pytest's own are closed to it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def _arguments(desk: Path) -> list[str]:
+    own = ("train.steps=1", "model.dtype=bfloat16", "logging.report_to=[tensorboard]")
+    return [*text_run_arguments(desk), *own]
+
+
+@needs_root
+@pytest.mark.parametrize(("engine", "home"), [("transformers", "/"), ("vllm", "")])
+def test_a_run_needs_no_home_no_name_and_no_writable_tree(engine, home, desk):
+    """With kernels built in C++ (bfloat16 on a CPU), evaluations, plots and TensorBoard: everything
+    it writes is in its output folder or among temporary files."""
+    more = []
+    if engine == "vllm" and find_spec("vllm"):
+        more = ["rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.1"]
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        **({"HOME": home} if home else {}),
+    }
+    command = ("python", "-m", "care_train", *_arguments(desk), *more)
+    done = run_in_container(desk, *command, **environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (desk / "run" / "final" / "model.safetensors").is_file()
+    assert (desk / "run" / "learning_curves.png").is_file(), done.stdout
+
+
+@needs_root
+def test_an_output_folder_of_another_user_is_status_2(desk):
+    """A folder that this user may read, not write: named, with the reason, and no traceback."""
+    closed = desk / "closed"
+    closed.mkdir(mode=0o755)
+    become = f"import os\nos.setgroups([])\nos.setgid({USER})\nos.setuid({USER})"
+    status, errors = one_rank(*_arguments(desk), f"output_dir={closed}", before=become)
+    assert status == INPUT_STATUS and "Traceback" not in errors, errors
+    assert f"output_dir: {closed} cannot be written" in errors, errors
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch) -> Path:
+    """A source that is built in a moment; its library says in a file that it was loaded."""
+    path = tmp_path / "source.cpp"
+    path.write_text(_source(tmp_path / "loaded"))
+    monkeypatch.setattr(cpu, "_SOURCE", path)
+    monkeypatch.setattr(cpu, "_FLAGS", ["-shared", "-fPIC"])
+    monkeypatch.setenv("CARE_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return path
+
+
+def _source(says: Path) -> str:
+    return (
+        "#include <cstdio>\n"
+        f"__attribute__((constructor)) void hello() {{\n"
+        f'  if (FILE* file = fopen("{says}", "w")) fclose(file);\n}}\n'
+    )
+
+
+LOAD = """
+import sys
+from pathlib import Path
+from care_kernels import cpu
+cpu._SOURCE, cpu._FLAGS = Path(sys.argv[1]), ["-shared", "-fPIC"]
+print(cpu.load())
+"""
+
+
+def _load(source: Path) -> str:
+    """The library that is loaded by a process of its own: a torn one would end it with SIGBUS."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.train.warm"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_load_here, source, dict(os.environ)).result()
+
+
+def _load_here(source: Path, environment: dict[str, str]) -> str:
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    cpu._SOURCE, cpu._FLAGS = source, ["-shared", "-fPIC"]
+    return str(cpu.load())
+
+
+def _plant(library: Path, says: Path) -> None:
+    """A library of a stranger's, whole and with its checksum, in the place of ours."""
+    evil = library.with_name("evil.cpp")
+    evil.write_text(_source(says))
+    before = cpu._SOURCE
+    cpu._SOURCE = evil
+    cpu._build(library)
+    cpu._SOURCE = before
+
+
+def _make_it_a_link(library: Path) -> None:
+    elsewhere = library.with_name("elsewhere.so")
+    library.rename(elsewhere)
+    library.symlink_to(elsewhere)
+
+
+PLANTS: dict[str, Callable[[Path], None]] = {
+    "a stranger's": lambda library: os.chown(library, USER, USER),
+    "anybody may write it": lambda library: library.chmod(0o777),
+    "a link": _make_it_a_link,
+    "a stranger's folder": lambda library: os.chown(library.parent, USER, USER),
+    "anybody may write the folder": lambda library: library.parent.chmod(0o777),
+}
+
+
+@needs_compiler
+@needs_root
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_library_that_somebody_else_can_write_is_not_loaded(plant, source, tmp_path):
+    """It is built anew, where need be elsewhere."""
+    library = Path(_load(source))
+    assert library.parent == tmp_path / "cache" and library.stat().st_mode & 0o077 == 0
+    (tmp_path / "loaded").unlink()
+    library.unlink()
+    _plant(library, tmp_path / "evil")
+    PLANTS[plant](library)
+    _load(source)
+    assert not (tmp_path / "evil").exists() and (tmp_path / "loaded").exists()
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [0, 5000, -1])
+def test_a_broken_library_is_built_again(size, source, tmp_path):
+    """Empty, cut off by a crash in the midst, or with its last byte lost."""
+    library = Path(_load(source))
+    whole = library.read_bytes()
+    library.write_bytes(whole[:size])
+    assert _load(source) == str(library) and library.read_bytes() == whole
+
+
+@needs_compiler
+def test_a_library_that_the_system_refuses_is_built_again(source, tmp_path):
+    """With its checksum, but no library: of another machine, say."""
+    library = Path(_load(source))
+    _plant(library, tmp_path / "evil")
+    content = bytearray(library.read_bytes()[:-32])
+    content[:4] = b"none"
+    library.write_bytes(bytes(content) + cpu.hashlib.sha256(content).digest())
+    assert _load(source) == str(library)
+    assert library.read_bytes()[:4] == b"\x7fELF"
+
+
+@needs_compiler
+@needs_root
+def test_a_user_without_a_home_has_the_kernels(source, desk):
+    """No HOME and no entry in the user database, as in a container with `--user 54321`: the library
+    goes to a private folder beside other temporary files, and is found there again."""
+    shutil.copy(source, desk / "source.cpp")
+    library = desk / "tmp" / f"care_kernels-{USER}"
+    for compiler in ("g++", "/bin/false"):  # not built again
+        command = ("python", "-c", LOAD, str(desk / "source.cpp"))
+        done = run_in_container(desk, *command, CXX=compiler, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr
+        assert Path(done.stdout.strip()).parent == library
+        assert library.stat().st_mode & 0o777 == 0o700

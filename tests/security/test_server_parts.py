@@ -1,0 +1,255 @@
+"""The parts of a `care-train serve`, without one: tokens, names, channels, and whose weights are
+sampled from."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import os
+import socket
+import stat
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import pytest
+import torch
+
+from care_train.rollout import server, server_access, weight_channel
+from care_train.rollout.engine import in_background
+from care_train.rollout.server_access import TOKEN_VARIABLE, Guard, find_token, server_token
+from care_train.rollout.server_messages import OpenChannel, RequestError, TakeLease, parse
+
+STRANGER = "0" * 32
+
+
+def test_nccl_gets_its_id_as_bytes(monkeypatch):
+    """Through the request, whole, and no store is made; a group that does not come is given up."""
+    pytest.importorskip("vllm")
+    from vllm.distributed import utils
+    from vllm.distributed.weight_transfer import nccl_common
+
+    unique_id, seen = bytes(range(128)), []
+    hanging = threading.Event()
+
+    def join(*arguments: Any) -> Any:
+        seen.append(arguments)
+        hanging.wait(20)
+
+    def no_store(*arguments: Any, **more: Any) -> Any:
+        raise AssertionError("a store was made")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(utils.StatelessProcessGroup, "create", no_store)
+    monkeypatch.setattr(nccl_common, "uid_init_process_group", join)
+    monkeypatch.setattr(weight_channel, "_new_unique_id", lambda: unique_id)
+    monkeypatch.setattr(weight_channel, "MEET_SECONDS", 0.2)
+    call, meet = weight_channel.invite("nccl", "127.0.0.1")
+    content = OpenChannel(sender=STRANGER, call=call).model_dump_json().encode()
+    call = parse(OpenChannel, content).call
+    with pytest.raises(RuntimeError, match=r"no NCCL group of 3 ranks in 0.2 s"):
+        weight_channel.join(call, "127.0.0.1", 2, 3)
+    hanging.set()
+    weight_channel.join(call, "127.0.0.1", 1, 2)
+    meet(2, 1.0)
+    assert seen == [(unique_id, 2, 3, 0), (unique_id, 1, 2, 0), (unique_id, 0, 2, 0)]
+    with pytest.raises(RequestError, match=r"unique_id: .*128 bytes"):
+        parse(OpenChannel, content.replace(b"AAEC", b""))
+
+
+def test_the_server_has_no_code_that_unpickles():
+    """Neither pickle nor torch's collectives of objects, nor vLLM's group that uses it."""
+    folder = Path(__file__).parents[2] / "care_train"
+    names = ("server", "server_access", "server_messages", "weight_sync", "weight_channel")
+    files = [folder / "rollout" / f"{name}.py" for name in (*names, "vllm_worker", "remote_engine")]
+    for path in [*files, folder / "serve.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(node, "attr", getattr(node, "id", getattr(node, "name", "")))
+            bad = ("pickle", "cloudpickle", "marshal", "stateless_init_process_group")
+            assert name not in bad and not str(name).endswith(("gather_object", "object_list")), (
+                f"{path}:{getattr(node, 'lineno', '')}: {name}"
+            )
+
+
+def test_names_of_a_server_for_other_machines():
+    """Its own and those it was given; an address may be translated on the way, a name is not."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def status(host: str) -> int:
+        guard: Any = Guard(app, "secret", "0.0.0.0", ["rollouts.cluster"])
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(guard)) as client:
+            headers = {"Host": host, "Authorization": "Bearer secret"}
+            return (await client.get("http://x/info", headers=headers)).status_code
+
+    own = ("rollouts.cluster:8000", "10.1.2.3:8000", "localhost", socket.gethostname())
+    assert [asyncio.run(status(host)) for host in own] == [200] * 4
+    assert asyncio.run(status("evil.example:8000")) == 421
+
+
+class FakeLlm:
+    """vLLM that never finishes what it was given."""
+
+    def __init__(self) -> None:
+        self.llm_engine = self
+        self.outputs: list[Any] = []
+
+    def enqueue(self, prompts: Any, parameters: Any, **more: Any) -> list[str]:
+        return ["0-a"]
+
+    def abort_request(self, ids: Any, **more: Any) -> None:
+        pass
+
+    def step(self) -> list[Any]:
+        time.sleep(0.01)
+        return self.outputs
+
+
+def engine_loop() -> Any:
+    return server.EngineLoop(FakeLlm(), lambda: None)
+
+
+def test_a_request_given_up_while_it_waits_does_not_end_the_engine():
+    """Its future is cancelled before the engine's thread comes to it."""
+    loop, busy = engine_loop(), threading.Event()
+    loop.call(lambda llm: busy.wait(10))
+    waiting: Future[Any] = loop.call(lambda llm: 1)
+    assert waiting.cancel()
+    busy.set()
+    assert loop.call(lambda llm: 2).result(10) == 2
+
+
+def test_only_the_weights_asked_for_are_sampled_from():
+    """None and others are refused; a batch ends when they go, and does not outlive them."""
+    loop = engine_loop()
+    batch = server.Batch("new", [], [])
+    for refused in (server.Batch(None, [], []), batch):
+        with pytest.raises(RequestError, match="wanted a weight sync"):
+            loop.generate(refused).result(10)
+    loop.call(lambda llm: loop.hold_weights("new")).result(10)
+    with pytest.raises(RequestError, match="wanted a weight sync"):
+        loop.generate(server.Batch("old", [], [])).result(10)
+    loop.generate(batch).result(10)
+    assert loop.running
+    loop.call(lambda llm: loop.hold_weights(None)).result(10)
+    with pytest.raises(RequestError, match="new weights came before it was done"):
+        batch.result.result(10)
+    assert not loop.running
+
+
+def test_who_has_the_server(monkeypatch):
+    """A run, until it leaves, or was silent for a while and nothing is sampled for it; and the next
+    one does not get its weights."""
+    loop, unused = engine_loop(), cast(Any, None)
+    rollouts = server.RolloutServer(loop, unused, unused, "tcp", has_lora=False)
+    one, two = (TakeLease(sender=digit * 32, who=f"run {digit}") for digit in "12")
+
+    def is_taken(message: TakeLease) -> bool:
+        try:
+            asyncio.run(rollouts.take(message, None))
+        except RequestError as error:
+            assert error.status == 409 and "another run has this server: run" in str(error)
+            return False
+        return True
+
+    def refused(message: TakeLease, what: str) -> None:
+        for handler in (rollouts.begin, rollouts.end):
+            with pytest.raises(RequestError, match=what):
+                asyncio.run(handler(message, None))
+
+    assert is_taken(one) and is_taken(one) and not is_taken(two)
+    refused(two, "run 1 has this server")
+    asyncio.run(rollouts.release(one, None))
+    assert is_taken(two) and not is_taken(one)
+    refused(two, "have not met this trainer|wanted its beginning")
+    monkeypatch.setattr(server, "LEASE_SECONDS", 0.0)
+    loop.running = {"0": server.Batch("a", [], [])}
+    assert not is_taken(one)
+    loop.running = {}
+    assert is_taken(one)
+    refused(two, "run 1 has this server")
+
+
+def test_the_trainers_port_takes_workers_only():
+    """Strangers there get no weights, whether silent or guessing, and nobody waits for them long;
+    it listens at the server's side alone."""
+
+    call, meet = weight_channel.invite("tcp", "127.0.0.1")
+    assert isinstance(call, weight_channel.TcpCall)
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.2", call.port), 5)
+    silent, guess = (socket.create_connection(("127.0.0.1", call.port), 5) for _ in range(2))
+    guess.sendall(bytes(32))
+    worker = in_background(lambda: weight_channel.join(call, "127.0.0.1", 1, 2))
+    send = meet(2, 20)
+    sent, received = torch.arange(200, dtype=torch.uint8), torch.zeros(200, dtype=torch.uint8)
+    arrival = in_background(lambda: worker.result(10)(received))
+    send(sent)
+    arrival.result(10)
+    assert torch.equal(sent, received)
+    for stranger in (silent, guess):
+        stranger.settimeout(5)
+        assert stranger.recv(1) == b""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(server_access.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    return tmp_path
+
+
+def test_the_token_is_in_a_file_of_its_user(home):
+    """Found for the server's own URL by its names for itself, for no other; gone at the end."""
+    url = "http://127.0.0.1:8000"
+    with server_token(url) as token:
+        path = Path(token.source)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        assert token.value == path.read_text() and len(token.value) >= 40
+        for own in (url, "http://localhost:8000/", f"http://{socket.gethostname()}:8000"):
+            assert find_token(own) == token
+        others = ("http://127.0.0.1:8001", "http://evil.example:8000", "http://10.0.0.1:8000")
+        assert [find_token(other).value for other in others] == [None] * 3
+    assert not path.exists() and "no " in find_token(url).source
+    with server_token(url) as first, server_token(url) as second:
+        assert first.value != second.value
+
+
+def test_a_token_file_that_others_can_write_or_read_is_refused(home):
+    """Neither a link, nor another mode; and where the folder is someone's, another is taken."""
+    url = "http://127.0.0.1:8000"
+    with server_token(url) as token:
+        path = Path(token.source)
+        path.chmod(0o640)
+        with pytest.raises(ValueError, match=r"mode 640, wanted a file that only user"):
+            find_token(url)
+        kept = path.rename(path.with_name("kept"))
+        path.symlink_to(kept)
+        with pytest.raises(ValueError, match="cannot read"):
+            find_token(url)
+    path.parent.rename(home / "real")
+    path.parent.symlink_to(home / "real")
+    with server_token(url) as token:
+        assert Path(token.source).parent == home / "tmp" / f"care-train-{os.getuid()}"
+        assert find_token(url) == token
+
+
+def test_a_given_token_is_one(home, monkeypatch):
+    """From the variable: another secret is refused unsent, and shown nowhere."""
+    url, given = "http://127.0.0.1:8000", "care_" + "a" * 32
+    monkeypatch.setenv(TOKEN_VARIABLE, given)
+    with server_token(url) as token:
+        assert token.value == given and find_token("http://other:1") == token
+    secrets = ("hf_" + "s" * 40, "root:x:0:0\nmore", "", "care_short", "care_" + "s" * 2000)
+    for secret in secrets:
+        monkeypatch.setenv(TOKEN_VARIABLE, secret)
+        with pytest.raises(ValueError, match=rf"{TOKEN_VARIABLE}: .*wanted `care_`") as error:
+            find_token(url)
+        assert "sss" not in str(error.value)
