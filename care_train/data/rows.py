@@ -198,7 +198,7 @@ def read_json_list(path: Path) -> Iterator[Any]:
     decoder, number, more = json.JSONDecoder(), 1, READ_BYTES
     with path.open(encoding="utf-8-sig") as file:
         text = file.read(READ_BYTES)
-        # Who opened the file has seen that this is the list's bracket.
+        # `files._open_file` takes only files that begin with a list for this form.
         place = text.index("[") + 1
         while True:
             while text[place : place + 1] in _BETWEEN_ROWS:
