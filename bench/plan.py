@@ -191,9 +191,9 @@ def _train(case: Case) -> tuple[int, dict[str, int]]:
     engine = PolicyEngine(
         loaded,
         OptimizerSettings(1e-6, total_steps=2),
-        config.deepspeed,
+        config,
         torch.device("cpu"),
-        bf16=case.dtype == "bfloat16",
+        copy_for_rollouts=True,
     )
     prompt = _prompt(loaded, case)
     sequence = TokenSequence(prompt, (), tuple(20 + i % 40 for i in range(case.response)))

@@ -129,9 +129,6 @@ def deferred_write_errors(engine: Any) -> Iterator[None]:
     Found in DeepSpeed 0.19.8: an error of one rank inside of `save_checkpoint` leaves the others
     in its barrier for ever. No upstream issue is known.
 
-    Args:
-        engine: a `DeepSpeedEngine`.
-
     Raises:
         OSError: this rank could not write a file; its message names the file.
     """
@@ -154,9 +151,6 @@ def plain_data_alone(folder: str | Path) -> Iterator[None]:
     Files of `torch.save` are pickles, which can name any function to be called when they are
     loaded, and DeepSpeed 0.19.8 asks torch to allow that (`weights_only=False`). torch's variable
     overrules it. No upstream issue is known.
-
-    Args:
-        folder: the checkpoint, for the message.
 
     Raises:
         ValueError: a file holds something else; nothing of it was called.

@@ -29,10 +29,8 @@ _START = timedelta(minutes=10)
 
 
 def initialize_process_group(collective_seconds: float = 1800.0) -> torch.device:
-    """Join the launcher's group, or make a group of one; returns this process's device.
-
-    Args:
-        collective_seconds: how long one collective may take.
+    """Join the launcher's group, or make a group of one, in which a collective may take so long;
+    returns this process's device.
 
     Raises:
         ValueError: not all ranks came.

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -79,10 +80,8 @@ class Worker(Generic[Item, Result]):
     ) -> None:
         """Nothing is started yet.
 
-        Args:
-            name: what it is called in errors.
-            make: called once in the process; returns the function. Pickled, so importable by name.
-            limits: what the process may use.
+        `make` is called once in the process and returns the function. It is pickled, so it must be
+        importable by name.
         """
         self._name, self._make = name, make
         self._limits = limits or Limits()
@@ -92,11 +91,7 @@ class Worker(Generic[Item, Result]):
         atexit.register(self.close)
 
     def __call__(self, item: Item, cpu_seconds: float | None = None) -> Result | Lost:
-        """The function's result, or why there is none.
-
-        Args:
-            item: pickled.
-            cpu_seconds: in place of the limits' own.
+        """The function's result, or why there is none; `cpu_seconds` in place of the limits' own.
 
         Raises:
             ValueError: the process cannot be started.
@@ -209,13 +204,13 @@ class Pool(Generic[Item, Result]):
             ValueError: a process cannot be started.
         """
         waiting: deque[tuple[Item, Future[Result | Lost]]] = deque()
+        rest = iter(items)
         try:
-            for item in items:
-                waiting.append((item, self._threads.submit(self._call, item, cpu_seconds)))
-                if len(waiting) >= _AHEAD * len(self._workers):
-                    yield waiting[0][0], waiting[0][1].result()
-                    waiting.popleft()
-            while waiting:
+            while True:
+                for item in islice(rest, _AHEAD * len(self._workers) - len(waiting)):
+                    waiting.append((item, self._threads.submit(self._call, item, cpu_seconds)))
+                if not waiting:
+                    return
                 yield waiting[0][0], waiting[0][1].result()
                 waiting.popleft()
         finally:
@@ -281,12 +276,8 @@ def _import_path() -> list[str]:
 
 
 def serve(descriptor: int, parent: int) -> None:
-    """The child's side: make the function, then answer calls until the parent ends.
-
-    Args:
-        descriptor: the connection to the parent.
-        parent: its process number.
-    """
+    """The child's side: make the function, then answer calls until the parent, a process number,
+    ends; `descriptor` is the connection to it."""
     connection = Connection(descriptor)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -62,12 +62,8 @@ def archive_step(
 ) -> None:
     """Hand a step's groups over to be written.
 
-    Args:
-        archive: where to.
-        step: counted from 1.
-        groups: this rank's batch, updated.
-        dropped: what dynamic sampling sampled beside it.
-        items: the sequences the batch trained, with what the update said of them.
+    `items` are the sequences the batch trained, `dropped` the groups that dynamic sampling sampled
+    beside it.
     """
     trained = _trained(items)
     rows = [_group_row(group, trained) for group in groups]
@@ -84,15 +80,7 @@ def archive_evaluation(
     samples: Sequence[Sample],
     rollouts: Sequence[Rollout],
 ) -> None:
-    """Hand an evaluation's answers over to be written.
-
-    Args:
-        archive: where to.
-        step: how many steps the policy was trained.
-        decoding: sampled | greedy.
-        samples: this rank's questions.
-        rollouts: the answer to each.
-    """
+    """Hand an evaluation's answers over to be written."""
     rows = [
         _question(sample) | _answer(rollout) | {"step": step, "decoding": decoding}
         for sample, rollout in zip(samples, rollouts, strict=True)
@@ -105,10 +93,7 @@ def case_study(
 ) -> tuple[Group, str, list[SampleRecord]]:
     """The first group of a step with a reflection, else the first that trained, else the first.
 
-    Args:
-        groups: of the step.
-        step: counted from 1.
-        text_of: decodes a reflection's own tokens, without the rationale that it goes on from.
+    `text_of` decodes a reflection's own tokens, without the rationale that it goes on from.
 
     Returns:
         The group, its outcome, and its `telling_rollouts`.
@@ -134,12 +119,6 @@ def append_events(run_dir: Path, groups: Sequence[Group], care: CareSettings, st
 
     Source: github.com/yongxinwang-ai/CARE at 8c6045c, verl/algorithms/adv_estimators/care.py,
     verl/trainer/ray_trainer.py (care_events.jsonl) and verl/hooks/rgr.py (rgr_events.jsonl).
-
-    Args:
-        run_dir: the run's folder.
-        groups: this rank's, with what they train.
-        care: the run's settings.
-        step: counted from 1.
     """
     found = gather([(_care_event(group, care), _rgr_event(group, care)) for group in groups])
     if not is_main():

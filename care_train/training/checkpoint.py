@@ -67,10 +67,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 1, metric: str | None = None) -> None:
         """Look at what is there; every rank makes one, and all before one of them saves.
 
-        Args:
-            folder: where checkpoints are, or will be.
-            keep: how many of the newest are kept.
-            metric: the evaluation's number whose best checkpoint is kept too; higher is better.
+        `keep` of the newest are kept, and the best by the evaluation's `metric`; higher is better.
         """
         self.folder = folder
         self._keep = keep
@@ -97,11 +94,8 @@ class Checkpoints:
     ) -> Path:
         """Write step `state["step"]`, mark it where it is the best, drop what is not kept.
 
-        Args:
-            engine: what to save.
-            state: the trainer's part, in JSON's types.
-            scores: the evaluation after this step, where there was one.
-            own: more of this rank, in plain types and tensors.
+        `scores` are of the evaluation after this step, where there was one; `own` is more of this
+        rank, in plain types and tensors.
 
         Raises:
             SaveError: it could not be written; older checkpoints are untouched.

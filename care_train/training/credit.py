@@ -23,12 +23,8 @@ def choose_subgroup(
 ) -> Subgroup | str:
     """Lines 3-10 and 21-25: CARE's S, or why the group is skipped.
 
-    Args:
-        group: with distances and log-prob sums, unless it is skipped before them.
-        config: its `care` section, and the seed of the random selectors.
-        step: counted from 0.
-        draw: the prompt's `Sample.draw`.
-        fixability: what the steps before have taught, for `selector: learned`.
+    `group` has distances and log-prob sums, unless it is skipped before them; `step` counts from 0;
+    `draw` is the prompt's `Sample.draw`.
     """
     # Beyond the rollouts' and the reflection's own indices.
     index = config.rollout.group_size + 1
@@ -47,10 +43,7 @@ def group_updates(
 ) -> list[GroupUpdate]:
     """Lines 15-19 and 26-41, or a baseline's advantages: what each group trains.
 
-    Args:
-        groups: a batch's, with their subgroups and reflections.
-        config: the algorithm and its settings.
-        total: sums numbers over what else is of the batch, on other ranks; for a baseline alone.
+    `total` sums numbers over what else is of the batch, on other ranks; for a baseline alone.
     """
     loss, is_care = config.loss, config.algorithm == "care"
     counts_all = config.care.decisions.beyond_subgroup == "regularized"
@@ -87,12 +80,7 @@ def _care_update(group: RolloutGroup, config: Config, counts_all: bool) -> Group
 
 
 def outcome_of(subgroup: Subgroup | str, update: GroupUpdate) -> tuple[str, str]:
-    """anchored | rescued | trained | skipped, and why it is skipped: what the archive says of it.
-
-    Args:
-        subgroup: `choose_subgroup`'s; empty for a baseline.
-        update: what the group trains.
-    """
+    """anchored | rescued | trained | skipped, and why it is skipped: as the archive says it."""
     reason = subgroup if isinstance(subgroup, str) and subgroup else update.skipped
     if reason:
         return "skipped", reason

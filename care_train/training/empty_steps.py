@@ -40,13 +40,7 @@ class EmptySteps:
     """Counts the steps in a row that trained nothing; the same on all ranks."""
 
     def __init__(self, config: Config, num_prompts: int, device: torch.device) -> None:
-        """Start at 0.
-
-        Args:
-            config: the run's settings.
-            num_prompts: the training rows.
-            device: for collectives.
-        """
+        """Start at 0."""
         self._config, self._num_prompts, self._device = config, num_prompts, device
         self.steps = 0
         """In a row, up to the last one."""
@@ -66,13 +60,7 @@ class EmptySteps:
         return "finished" if finished else "failed"
 
     def add(self, groups: Sequence[Group], dropped: Sequence[Group], done: int) -> None:
-        """Count a step; warn of an empty one. A collective call.
-
-        Args:
-            groups: this rank's batch.
-            dropped: what dynamic sampling sampled beside it.
-            done: the step, from 1.
-        """
+        """Count a step; warn of an empty one. A collective call."""
         if all_max(any(has_signal(group.update) for group in groups), self._device):
             self.steps = self._groups = self._right = 0
             return

@@ -13,9 +13,10 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch.optim.lr_scheduler import LambdaLR
 
 from care_train.compat import deferred_write_errors, patch_deepspeed, plain_data_alone
-from care_train.config import DeepSpeedSettings, LoraSettings
+from care_train.config import Config
 from care_train.distributed import all_max, all_sum, is_main, world_size
 from care_train.models.batch import ModelBatch, TokenSequence, collate, pack, packed_positions
 from care_train.models.load import LoadedModel
@@ -73,48 +74,38 @@ class PolicyEngine:
         self,
         loaded: LoadedModel,
         optimizer: OptimizerSettings,
-        settings: DeepSpeedSettings,
+        config: Config,
         device: torch.device,
         *,
-        bf16: bool = False,
         freeze_vision: bool = False,
-        lora: LoraSettings | None = None,
-        seed: int = 0,
-        packing: bool = False,
-        gradient_checkpointing: bool = False,
-        copy_for_rollouts: bool = True,
+        copy_for_rollouts: bool = False,
     ) -> None:
         """Shard `loaded` and make its optimiser.
 
         Args:
             loaded: the policy.
             optimizer: AdamW and its schedule.
-            settings: the ZeRO stage and more of DeepSpeed's configuration.
+            config: its `deepspeed`; dtype and LoRA of `model`; packing and gradient checkpointing
+                of `train`; the seed of the adapters' first weights.
             device: this rank's.
-            bf16: train in bfloat16 with fp32 master weights.
             freeze_vision: do not train the vision tower.
-            lora: add adapters to the policy and train only these.
-            seed: of the adapters' initial weights.
-            packing: `collate` packs instead of padding.
-            gradient_checkpointing: recompute activations in the backward instead of keeping them.
             copy_for_rollouts: under ZeRO-3 keep a whole copy for engines that generate with the
                 policy's own model.
         """
-        self.loaded = loaded
-        self.device = device
+        settings, train = config.deepspeed, config.train
+        self.loaded, self.device, self._settings = loaded, device, optimizer
         self.zero_stage = settings.zero_stage
-        self._settings = optimizer
         loaded.model.to(device)
         # ZeRO-3 shards the trained parameters; generation needs whole ones.
         self.rollout_is_copy = settings.zero_stage == 3 and copy_for_rollouts
         self.rollout = loaded
         if self.rollout_is_copy:
             self.rollout = replace(loaded, model=copy.deepcopy(loaded.model))
-        if lora is not None:  # after the copy, which gets merged weights
-            add_adapters(loaded.model, lora, seed)
+        if config.model.lora is not None:  # after the copy, which gets merged weights
+            add_adapters(loaded.model, config.model.lora, config.seed)
         self._weights = {parts: policy_weights(loaded.model, parts) for parts in WeightParts}
-        self._positions = packed_positions(loaded.model) if packing else None
-        if gradient_checkpointing:
+        self._positions = packed_positions(loaded.model) if train.packing else None
+        if train.gradient_checkpointing:
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
         # Ranks wait for each other in every layer, so all must run the same ones. One rank has no
         # collective to match: its batches without images may skip the vision tower.
@@ -123,14 +114,13 @@ class PolicyEngine:
             _freeze_vision(loaded.model)
         parameters = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = adamw(parameters, optimizer, settings)
-        factor = learning_rate_factor(optimizer)
-        schedule: Any = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        schedule: Any = LambdaLR(self.optimizer, learning_rate_factor(optimizer))
         self._policy = policy
         engine, *_ = deepspeed.initialize(
             model=policy,
             optimizer=self.optimizer,
             lr_scheduler=schedule,
-            config=deepspeed_config(optimizer, settings, bf16),
+            config=deepspeed_config(optimizer, settings, config.model.dtype == "bfloat16"),
             dist_init_required=False,
         )
         self._engine: Any = engine
@@ -148,12 +138,10 @@ class PolicyEngine:
 
     def collate(self, sequences: Sequence[TokenSequence]) -> ModelBatch:
         """One batch on this rank's device, padded or packed."""
-        image_token_id = self.loaded.image_token_id
-        if self._positions is not None:
-            batch = pack(sequences, self._positions, image_token_id)
-        else:
-            batch = collate(sequences, self.loaded.pad_token_id, image_token_id)
-        return batch.to(self.device)
+        loaded, positions = self.loaded, self._positions
+        if positions is not None:
+            return pack(sequences, positions, loaded.image_token_id).to(self.device)
+        return collate(sequences, loaded.pad_token_id, loaded.image_token_id).to(self.device)
 
     @torch.no_grad()
     def log_probs(
@@ -164,17 +152,11 @@ class PolicyEngine:
         *,
         with_log_normalizer: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One forward without gradient.
-
-        Args:
-            batch: B sequences with N response tokens.
-            temperature: of the softmax.
-            pool_spans: [B, 2] positions of the rationales to embed, or None.
-            with_log_normalizer: return the log-normalisers beside the log-probs.
+        """One forward without gradient, of B sequences with N response tokens.
 
         Returns:
-            log-probs [N], or [N, 2] with the log-normalisers; embeddings [B, D], None without
-            spans.
+            log-probs [N], or [N, 2] with the log-normalisers; embeddings [B, D] of `pool_spans`,
+            [B, 2] positions, None without them.
         """
         self._engine.eval()
         return self._engine(
@@ -259,15 +241,12 @@ class PolicyEngine:
         """
         return stream(self._weights[parts], bucket_bytes, self.gathered)
 
-    @contextlib.contextmanager
-    def gathered(self, parameters: Sequence[torch.nn.Parameter] | None = None) -> Iterator[None]:
-        """Whole parameters, by default all, on every rank (a no-op below ZeRO-3)."""
-        if self.zero_stage < 3:
-            yield
-            return
+    def gathered(
+        self, parameters: Sequence[torch.nn.Parameter] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """A block with whole parameters, by default all, on every rank (a no-op below ZeRO-3)."""
         chosen = list(self._policy.parameters() if parameters is None else parameters)
-        with deepspeed.zero.GatheredParameters(chosen):
-            yield
+        return deepspeed.zero.GatheredParameters(chosen)
 
     def checkpoint_bytes(self) -> int:
         """About what `save_state` writes on all ranks together."""

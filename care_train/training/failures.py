@@ -35,13 +35,7 @@ class RunError(Exception):
     status = 1
 
     def at(self, step: int, total: int, run_dir: Path) -> Self:
-        """The same error, with where the run was and how it goes on.
-
-        Args:
-            step: which one could not be finished, from 1.
-            total: how many there will be.
-            run_dir: the run's folder.
-        """
+        """The same error, with the step that could not be finished and how the run goes on."""
         named = type(self)(f"step {step} of {total}: {self}; {resume_hint(run_dir)}")
         named.status = self.status
         return named

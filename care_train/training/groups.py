@@ -62,15 +62,9 @@ class RolloutScorer:
         tag_patterns: TagPatterns | None = None,
         length_bonus: Callable[[int], float] | None = None,
     ) -> None:
-        """
-        Args:
-            token_text: decodes.
-            verifier: scores.
-            prompt: the tags' names.
-            tag_patterns: read responses as the released code does (`preset: official`): spans by
-                token ids, of a reflection the new tokens alone. None: by the text.
-            length_bonus: what a response's length in tokens adds to its reward. None: nothing.
-        """
+        """`tag_patterns` read responses as the released code does (`preset: official`): spans by
+        token ids, of a reflection the new tokens alone; None: by the text. `length_bonus` is what a
+        response's length in tokens adds to its reward."""
         self._token_text = token_text
         self._tag_patterns = tag_patterns
         self._length_bonus = length_bonus or (lambda num_tokens: 0.0)
@@ -95,21 +89,18 @@ class RolloutScorer:
 
     def score_all(self, answers: Sequence[Answer], *, reflected: bool = False) -> list[Rollout]:
         """Rollouts of completions, in order, all verified in one call."""
-        decoded = [
-            self._token_text.decode(self._read_prefix(a) + a.completion.token_ids) for a in answers
-        ]
-        responses = [
-            Response(text, a.sample, a.completion.finished, a.completion.token_ids)
-            for (text, _), a in zip(decoded, answers, strict=True)
-        ]
+        decoded, responses = [], []
+        for sample, completion, prefix in answers:
+            read = prefix if self._tag_patterns is None else ()
+            text, ends = self._token_text.decode(read + completion.token_ids)
+            decoded.append((text, ends))
+            response = Response(text, sample, completion.finished, completion.token_ids)
+            responses.append(response)
         scores = self.verifier.score_batch(responses)
         return [
             self._rollout(answer, text, ends, score, reflected)
             for answer, (text, ends), score in zip(answers, decoded, scores, strict=True)
         ]
-
-    def _read_prefix(self, answer: Answer) -> tuple[int, ...]:
-        return answer.prefix_ids if self._tag_patterns is None else ()
 
     def _spans(self, answer: Answer, text: str, ends: Sequence[int], score: Score) -> Spans:
         if self._tag_patterns is not None:

@@ -101,13 +101,8 @@ class Guard:
     """
 
     def __init__(self, limits: LimitSettings, run_dir: Path, board: RankBoard) -> None:
-        """Ready to watch.
-
-        Args:
-            limits: how long each part of a step may take, in seconds.
-            run_dir: the run's folder; stacks of a hang are written to `stacks/` there.
-            board: the ranks' messages.
-        """
+        """Ready to watch, with the seconds that each part of a step may take; stacks of a hang are
+        written to `stacks/` in `run_dir`."""
         self._limits, self._run_dir, self._board = limits, run_dir, board
         self._tick = min(_TICK, *(value / 4 or _TICK for value in (limits.step, limits.rank)))
         self._leaving = threading.Event()
@@ -179,7 +174,7 @@ class Guard:
             if dead := board.dead_neighbour():
                 return self._report(self._death(*dead))
             board.beat(own)
-            fault = board.fault() or self._silence((board.rank + 1) % board.size)
+            fault = board.fault() or self._silence()
             if fault is None and own.over:
                 fault = self._hang([board.beat_of(rank) for rank in range(board.size)])
             return None if fault is None else self._report(fault)
@@ -215,8 +210,9 @@ class Guard:
         )
         return Fault(self._board.rank, message, HUNG_STATUS, hung=True)
 
-    def _silence(self, rank: int) -> Fault | None:
-        """Another rank whose sign of life has stayed the same for longer than `limits.rank`."""
+    def _silence(self) -> Fault | None:
+        """The next rank, where its sign of life stays the same for longer than `limits.rank`."""
+        rank = (self._board.rank + 1) % self._board.size
         beat = None if rank == self._board.rank else self._board.beat_of(rank)
         number, now = 0 if beat is None else beat.number, time.monotonic()
         if number != self._heard[0] or rank == self._board.rank:
@@ -311,11 +307,8 @@ def _as_error(fault: Fault) -> RunError:
 def guarded(limits: LimitSettings, run_dir: Path, *, in_program: bool = False) -> Iterator[None]:
     """Join the process group, and watch over what is done in the `with` block.
 
-    Args:
-        limits: how long things may take.
-        run_dir: the run's folder.
-        in_program: the process is a program's, which the guard must not end: it watches over
-            several ranks alone, where the others would wait for ever.
+    Where the process is a program's (`in_program`), which the guard must not end, it watches over
+    several ranks alone: there the others would wait for ever.
 
     Raises:
         RankLostError: another rank failed, died or fell silent.

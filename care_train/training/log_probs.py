@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,32 +24,14 @@ from care_train.training.timer import timer
 IMPORTANCE_CAP = 2.0
 """Truncation of the importance weight of a reflection trained without its context."""
 
-Forward = Callable[
-    [ModelBatch, float, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]
-]
+Pooled = tuple[torch.Tensor, torch.Tensor | None]
+Forward = Callable[[ModelBatch, float, torch.Tensor | None], Pooled]
 """Takes a batch, the temperature and the spans to pool ([B, 2] or None); returns log-probs [N], or
 [N, 2] with the log-normalisers beside them, and the embeddings [B, D] of the spans."""
 
 
-class Reference(Protocol):
-    """pi_ref, the policy before training, which the KL of Eq. 13 pulls towards.
-
-    Every rank must run the same number of its forwards.
-    """
-
-    def log_probs(
-        self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probs [N] of the batch's rows."""
-        ...
-
-    def exact_kl_arguments(self, batch: ModelBatch) -> dict[str, Any]:
-        """What the fused loss needs for a KL over the whole vocabulary."""
-        ...
-
-
 class FrozenCopy:
-    """A copy of the policy, made before it is trained."""
+    """pi_ref, which the KL of Eq. 13 pulls towards: a copy of the policy, made before training."""
 
     def __init__(self, model: Any) -> None:
         """Copy a model of transformers."""
@@ -58,32 +40,38 @@ class FrozenCopy:
     @torch.no_grad()
     def log_probs(
         self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Pooled:
+        """Log-probs [N] of the batch's rows. Every rank must run the same number of forwards."""
         return self._policy(batch, temperature, pool_spans=pool_spans)
 
     @torch.no_grad()
     def exact_kl_arguments(self, batch: ModelBatch) -> dict[str, Any]:
+        """What the fused loss needs for a KL over the whole vocabulary."""
         hidden, _ = self._policy(batch, rows_only=True)
         return {"ref_hidden": hidden, "ref_head_weight": self._policy.head.weight}
 
 
 class WithoutAdapters:
-    """The policy itself with its adapters switched off, which needs no second model."""
+    """pi_ref under LoRA: the policy with its adapters switched off, which needs no second model."""
 
     def __init__(self, engine: PolicyEngine) -> None:
         self._engine = engine
 
     def log_probs(
         self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Pooled:
+        """As `FrozenCopy.log_probs`."""
         with self._engine.without_adapters():
             return self._engine.log_probs(batch, temperature, pool_spans)
 
     def exact_kl_arguments(self, batch: ModelBatch) -> dict[str, Any]:
+        """As `FrozenCopy.exact_kl_arguments`; the loss takes the policy's own head, which adapters
+        never change."""
         with self._engine.without_adapters():
-            hidden = self._engine.rows(batch)
-        # Adapters never change the head, so the loss takes the policy's own.
-        return {"ref_hidden": hidden}
+            return {"ref_hidden": self._engine.rows(batch)}
+
+
+Reference = FrozenCopy | WithoutAdapters
 
 
 class SequenceRows(NamedTuple):
@@ -135,13 +123,10 @@ class TrainItem:
     """Of the last update that it was part of, on the policy's device."""
 
     def known_old_log_probs(self, token_advantages: torch.Tensor) -> torch.Tensor | None:
-        """log pi_old of each token, [T], once the policy is updated.
+        """log pi_old of each token, [T], once the policy is updated; `token_advantages` [T].
 
         Of a sequence that the old policy was not run on, they are those of its one update; None
         where that left tokens out: without a KL, those without an advantage, which read 0.
-
-        Args:
-            token_advantages: [T].
         """
         if self.sampled_log_probs is not None or self.outcome is None:
             return self.sampled_log_probs
@@ -154,9 +139,10 @@ class LogProbs:
 
     def __init__(self, engine: PolicyEngine, config: Config, reference: Reference | None) -> None:
         """Score with `engine` as pi_old, and with pi_ref where the loss has a KL."""
-        self._engine = engine
-        self._config = config
-        self._reference = reference
+        self._engine, self._config, self._reference = engine, config, reference
+        self._several_updates = config.train.num_iterations * config.train.mini_batches > 1
+        self._x_only = config.algorithm == "care" and config.care.reflection.context == "x_only"
+        self._weighs_lost_context = config.care.decisions.repair == "rationale"
 
     def forward_all(
         self,
@@ -172,22 +158,19 @@ class LogProbs:
         engine, temperature = self._engine, self._config.rollout.temperature
         batches, count = agreed_micro_batches(sequences, self._config.train, engine.device)
         found: dict[int, SequenceRows] = {}
-        for turn in range(count):
-            if turn >= len(batches):
-                forward(engine.collate([engine.filler]), temperature, None)
-                continue
-            places = batches[turn]
-            batch = engine.collate([sequences[i] for i in places])
-            spans = None
+        for places in batches:
+            batch, spans = engine.collate([sequences[i] for i in places]), None
             if pool_spans is not None:
                 spans = torch.tensor([pool_spans[i] for i in places], device=engine.device)
             log_probs, pooled = forward(batch, temperature, spans)
             rows = log_probs.split([len(sequences[i].response_ids) for i in places])
-            for place, i in enumerate(places):
-                row = rows[place]
+            for place, (i, row) in enumerate(zip(places, rows, strict=True)):
                 values, normalizer = row.unbind(1) if row.ndim == 2 else (row, None)
-                embedding = None if pooled is None else pooled[place]
-                found[i] = SequenceRows(values, normalizer, embedding)
+                found[i] = SequenceRows(
+                    values, normalizer, None if pooled is None else pooled[place]
+                )
+        for _ in range(count - len(batches)):
+            forward(engine.collate([engine.filler]), temperature, None)
         return [found[i] for i in range(len(sequences))]
 
     def old_policy(
@@ -203,18 +186,18 @@ class LogProbs:
         """The old policy's one forward (Secs. 3.3, 3.7): the groups that are not skipped get the
         log-probs of their rollouts and the distances of their rationales."""
         care = self._config.care
-        needs = [skip_before_forward(group.rollouts, care) is None for group in groups]
-        rollouts = [
-            (g.sequence(r), r)
-            for g, is_needed in zip(groups, needs, strict=True)
-            if is_needed
-            for r in g.rollouts
-        ]
-        spans = [_rationale_positions(sequence, rollout) for sequence, rollout in rollouts]
-        rows = iter(self.old_policy([sequence for sequence, _ in rollouts], spans))
+        wanted = [skip_before_forward(group.rollouts, care) is None for group in groups]
+        sequences, spans = [], []
+        for group in (g for g, is_wanted in zip(groups, wanted, strict=True) if is_wanted):
+            for rollout in group.rollouts:
+                sequences.append(group.sequence(rollout))
+                start, end = rationale_span(rollout)
+                first = sequences[-1].response_start
+                spans.append((first + start, first + end))
+        rows = iter(self.old_policy(sequences, spans))
         return [
-            _with_old_policy(group, [next(rows) for _ in group.rollouts]) if is_needed else group
-            for group, is_needed in zip(groups, needs, strict=True)
+            _with_old_policy(group, [next(rows) for _ in group.rollouts]) if is_wanted else group
+            for group, is_wanted in zip(groups, wanted, strict=True)
         ]
 
     def items(self, groups: Sequence[Group]) -> list[TrainItem]:
@@ -223,14 +206,14 @@ class LogProbs:
             TrainItem(
                 group,
                 sequence,
-                self._trained_tokens(group, sequence),
+                self._trained_tokens(group, sequence.rollout),
                 sequence.rollout.old_log_probs,
                 old_log_normalizer=sequence.rollout.old_log_normalizer,
             )
             for group in groups
             for sequence in group.update.sequences
         ]
-        with timer("old_forward" if self._has_several_updates else "gap"):
+        with timer("old_forward" if self._several_updates else "gap"):
             self._add_old_policy(items)
         if self._reference is not None and self._config.loss.kl_estimator != "exact":
             with timer("reference"):
@@ -246,11 +229,10 @@ class LogProbs:
         The log-probs in the sampled context are read where an old policy or an engine's log-probs
         are compared with them; those in the trained context where it is another.
         """
-        moved = [item for item in items if self._trains_off_context(item.sequence)]
-        every = self._has_several_updates or self._config.rollout.engine != "transformers"
-        if every or self._may_train_off_context:  # by the configuration: so all ranks agree
-            wanted = items if every else moved
-            missing = [item for item in wanted if self._lacks_sampled(item)]
+        moved = [item for item in items if self._is_moved(item.sequence.rollout)]
+        every = self._several_updates or self._config.rollout.engine != "transformers"
+        if every or self._x_only:  # by the configuration: so all ranks agree
+            missing = [item for item in (items if every else moved) if self._lacks_sampled(item)]
             sequences = [item.group.sequence(item.sequence.rollout) for item in missing]
             rows = self.old_policy(sequences + [item.tokens for item in moved])
             for item, row in zip(missing, rows, strict=False):
@@ -274,63 +256,46 @@ class LogProbs:
             correction = importance_weights(sampled, engine, loss)
             weights = item.importance_weights
             item.importance_weights = correction if weights is None else weights * correction
-        if not self._has_several_updates:
+        if not self._several_updates:
             item.old_log_probs = None
         elif trained is None:
             item.old_log_probs = sampled
 
-    @property
-    def _has_several_updates(self) -> bool:
-        train = self._config.train
-        return train.num_iterations * train.mini_batches > 1
-
-    def _trained_tokens(self, group: Group, sequence: TrainSequence) -> TokenSequence:
+    def _trained_tokens(self, group: Group, rollout: Rollout) -> TokenSequence:
         """The context a sequence is trained in: its own, or the prompt alone (`x_only`)."""
-        if not self._trains_off_context(sequence):
-            return group.sequence(sequence.rollout)
+        if not self._is_moved(rollout):
+            return group.sequence(rollout)
         if not self._weighs_lost_context:
-            return group.sequence(sequence.rollout, ())
+            return group.sequence(rollout, ())
         # The response continues an open think span.
         tag = f"<{self._config.prompt.think_tag}>"
         encoded = self._engine.loaded.tokenizer(tag, add_special_tokens=False)
-        return group.sequence(sequence.rollout, tuple(encoded["input_ids"]))
+        return group.sequence(rollout, tuple(encoded["input_ids"]))
 
     def _lacks_sampled(self, item: TrainItem) -> bool:
         """Whether log pi_old in the sampled context is to be computed: something reads it."""
-        is_read = self._weighs_lost_context or item.sequence.rollout.log_probs is not None
-        is_moved = self._trains_off_context(item.sequence)
-        return item.sampled_log_probs is None and (is_read or not is_moved)
+        rollout = item.sequence.rollout
+        is_read = self._weighs_lost_context or rollout.log_probs is not None
+        return item.sampled_log_probs is None and (is_read or not self._is_moved(rollout))
 
-    @property
-    def _weighs_lost_context(self) -> bool:
-        return self._config.care.decisions.repair == "rationale"
-
-    def _trains_off_context(self, sequence: TrainSequence) -> bool:
-        return sequence.rollout.reflected and self._may_train_off_context
-
-    @property
-    def _may_train_off_context(self) -> bool:
-        config = self._config
-        return config.algorithm == "care" and config.care.reflection.context == "x_only"
-
-
-def _rationale_positions(sequence: TokenSequence, rollout: Rollout) -> tuple[int, int]:
-    start, end = rationale_span(rollout)
-    return sequence.response_start + start, sequence.response_start + end
+    def _is_moved(self, rollout: Rollout) -> bool:
+        """Whether a rollout is trained in another context than it was sampled in."""
+        return rollout.reflected and self._x_only
 
 
 def _with_old_policy(group: Group, rows: Sequence[SequenceRows]) -> Group:
     embeddings = torch.stack([row.embedding for row in rows if row.embedding is not None])
+    rollouts = [
+        replace(
+            rollout,
+            old_log_probs=_on_cpu(row.log_probs),
+            old_log_normalizer=_on_cpu(row.log_normalizer),
+        )
+        for rollout, row in zip(group.rollouts, rows, strict=True)
+    ]
     return replace(
         group,
-        rollouts=tuple(
-            replace(
-                rollout,
-                old_log_probs=_on_cpu(row.log_probs),
-                old_log_normalizer=_on_cpu(row.log_normalizer),
-            )
-            for rollout, row in zip(group.rollouts, rows, strict=True)
-        ),
+        rollouts=tuple(rollouts),
         distances=pairwise_distances(embeddings.cpu()),
         log_prob_sums=torch.stack([row.log_probs.sum() for row in rows]).cpu(),
     )

@@ -1,4 +1,4 @@
-"""What reinforcement learning and the cold start share: their policy's engine, and the loop."""
+"""The loop of steps, which reinforcement learning and the cold start share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,35 +14,9 @@ from care_train.training.checkpoint import Checkpoint, Checkpoints
 from care_train.training.engine import PolicyEngine
 from care_train.training.failures import Stopped
 from care_train.training.guard import StopSignals
-from care_train.training.optimizer import OptimizerSettings
 from care_train.training.resume import check_identity, identity, log_sizes
 from care_train.training.session import Session
 from care_train.training.timer import at_step
-
-
-def policy_engine(
-    session: Session,
-    optimizer: OptimizerSettings,
-    device: torch.device,
-    *,
-    freeze_vision: bool = False,
-    copy_for_rollouts: bool = False,
-) -> PolicyEngine:
-    """The engine that trains the session's model, under the settings that both stages share."""
-    config = session.config
-    return PolicyEngine(
-        session.loaded,
-        optimizer,
-        config.deepspeed,
-        device,
-        bf16=config.model.dtype == "bfloat16",
-        freeze_vision=freeze_vision,
-        lora=config.model.lora,
-        seed=config.seed,
-        packing=config.train.packing,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-        copy_for_rollouts=copy_for_rollouts,
-    )
 
 
 class StepLoop(ABC):
@@ -73,17 +47,8 @@ class StepLoop(ABC):
         num_steps: int,
         checkpoints: Checkpoints,
     ) -> None:
-        """Take note of what the run is made of, before the engine shards the model.
-
-        Args:
-            session: the model to train, with its encoder and verifier.
-            samples: the stage's rows, by which a resumed run is recognised.
-            run_dir: the run's folder.
-            metrics: the run's log.
-            device: this rank's device.
-            num_steps: how many there will be.
-            checkpoints: the stage's.
-        """
+        """Take note of what the run is made of, before the engine shards the model; `samples` are
+        the stage's rows, by which a resumed run is recognised."""
         self.session, self.config = session, session.config
         self.run_dir, self.metrics, self.device = run_dir, metrics, device
         self.num_steps, self.checkpoints = num_steps, checkpoints
@@ -140,14 +105,9 @@ class StepLoop(ABC):
         scores: Mapping[str, float] | None = None,
         own: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write a checkpoint; end the run where a signal asked for it.
+        """Write a checkpoint after `done` steps; end the run where a signal, `stop`, asked for it.
 
-        Args:
-            done: steps so far.
-            state: what `restore` needs beside the engine's state, in JSON's types.
-            stop: the signal's number; 0 where there was none.
-            scores: the evaluation after this step, where there was one.
-            own: more of this rank, in plain types and tensors.
+        Args are those of `Checkpoints.save`; `state` is what `restore` needs beside the engine's.
 
         Raises:
             Stopped: `stop` is not 0.

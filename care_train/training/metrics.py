@@ -28,12 +28,8 @@ def step_metrics(
 ) -> dict[str, float]:
     """A step's metrics over all ranks, ratios formed from the sums. A collective call.
 
-    Args:
-        groups: this rank's batch.
-        results: of the optimiser's steps.
-        device: for the collective.
-        dropped: groups that dynamic sampling sampled beside the batch: they cost as much, and say
-            as much about the policy.
+    `dropped` are groups that dynamic sampling sampled beside the batch: they cost as much, and say
+    as much about the policy.
     """
     reflected = [group.reflected for group in groups if group.reflected is not None]
     rollouts = [rollout for group in [*groups, *dropped] for rollout in group.rollouts]
@@ -46,11 +42,6 @@ def token_metrics(
     groups: Sequence[Group], items: Sequence[TrainItem], device: torch.device
 ) -> dict[str, float]:
     """Diagnostics over all ranks; what nothing was measured of is left out. A collective call.
-
-    Args:
-        groups: this rank's batch.
-        items: the sequences it trained, with what the update said of them.
-        device: for the collective.
 
     Returns:
         `entropy`: in nats per token; estimated without bias from the sampled tokens alone, as the
@@ -82,11 +73,7 @@ def token_metrics(
 
 
 def function_metrics(found: Mapping[str, list[float]]) -> dict[str, float]:
-    """Mean and standard deviation over all ranks of what reward functions gave. A collective call.
-
-    Args:
-        found: this rank's values by name.
-    """
+    """Mean and deviation over all ranks of what reward functions gave. A collective call."""
     merged: dict[str, list[float]] = {}
     for own in gather(dict(found)):
         for name, values in own.items():
@@ -285,11 +272,6 @@ def check_engine_gap(
     values: dict[str, float], worst: WorstToken | None, limit: float | None
 ) -> None:
     """Stop a run whose engine samples from another policy than the trainer's.
-
-    Args:
-        values: `engine_gap`'s.
-        worst: its token.
-        limit: `rollout.max_log_prob_gap` in nats per token; None: no limit.
 
     Raises:
         EngineError: the mean gap is over the limit, or not finite.

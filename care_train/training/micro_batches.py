@@ -12,14 +12,17 @@ from care_train.config import TrainSettings
 from care_train.distributed import all_max
 from care_train.models.batch import TokenSequence
 
+Parts = list[list[int]]
+"""Micro-batches, as indices of their sequences."""
+
 
 def agreed_micro_batches(
     sequences: Sequence[TokenSequence], train: TrainSettings, device: torch.device
-) -> tuple[list[list[int]], int]:
-    """This rank's micro-batches as indices into `sequences`, and how many every rank runs.
+) -> tuple[Parts, int]:
+    """This rank's micro-batches, and how many every rank runs. A collective call.
 
-    A collective call. A rank that has fewer sequences than others have micro-batches gets one
-    micro-batch per sequence, and runs fillers for the rest.
+    A rank that has fewer sequences than others have micro-batches gets one micro-batch per
+    sequence, and runs fillers for the rest.
 
     Raises:
         ValueError: a sequence has more tokens than a micro-batch may hold.
@@ -29,13 +32,9 @@ def agreed_micro_batches(
     return split(lengths, train, at_least=count), count
 
 
-def split(lengths: Sequence[int], train: TrainSettings, at_least: int = 0) -> list[list[int]]:
-    """Indices in as few micro-batches as the limits allow, the largest first.
-
-    Args:
-        lengths: tokens of each sequence.
-        train: `micro_batch_size`, or `micro_batch_tokens` and `packing`.
-        at_least: the fewest micro-batches to make, but never more than one per sequence.
+def split(lengths: Sequence[int], train: TrainSettings, at_least: int = 0) -> Parts:
+    """As few micro-batches as `micro_batch_size`, or `micro_batch_tokens` and `packing`, allow, the
+    largest first; but `at_least` so many, where there are as many sequences.
 
     Raises:
         ValueError: a length is over `micro_batch_tokens`.
@@ -68,7 +67,7 @@ def padded_tokens(lengths: Sequence[int], part: Sequence[int]) -> int:
     return len(part) * max(lengths[i] for i in part)
 
 
-def _chunks(order: Sequence[int], size: int) -> list[list[int]]:
+def _chunks(order: Sequence[int], size: int) -> Parts:
     """Sequences of similar length together. The chunk that is not full comes first, with the
     longest sequences: these differ most in length, so a small chunk of them wastes least."""
     first = len(order) % size
@@ -76,9 +75,7 @@ def _chunks(order: Sequence[int], size: int) -> list[list[int]]:
     return [list(order[:first]), *chunks] if first else chunks
 
 
-def _spread(
-    lengths: Sequence[int], order: Sequence[int], budget: int, at_least: int
-) -> list[list[int]]:
+def _spread(lengths: Sequence[int], order: Sequence[int], budget: int, at_least: int) -> Parts:
     """From the longest on, each sequence into the micro-batch that is least full.
 
     Source: R. L. Graham, "Bounds on multiprocessing timing anomalies" (1969): the fullest is then
@@ -86,7 +83,7 @@ def _spread(
     """
     total = sum(lengths)
     for count in range(max(-(-total // budget), at_least), len(order) + 1):
-        parts: list[list[int]] = [[] for _ in range(count)]
+        parts: Parts = [[] for _ in range(count)]
         filled = [0] * count
         for i in order:
             emptiest = filled.index(min(filled))
@@ -97,9 +94,7 @@ def _spread(
     raise AssertionError("one sequence each always fits")
 
 
-def _cut(
-    lengths: Sequence[int], order: Sequence[int], budget: int, at_least: int
-) -> list[list[int]]:
+def _cut(lengths: Sequence[int], order: Sequence[int], budget: int, at_least: int) -> Parts:
     """Sequences of similar length together, in parts whose largest padded size is the smallest
     that is possible for their number."""
     count = max(len(_fill(lengths, order, budget)), at_least)
@@ -113,7 +108,7 @@ def _cut(
     return _divide(lengths, _fill(lengths, order, low), count)
 
 
-def _divide(lengths: Sequence[int], parts: list[list[int]], count: int) -> list[list[int]]:
+def _divide(lengths: Sequence[int], parts: Parts, count: int) -> Parts:
     """Halve the largest part until there are `count`."""
     while len(parts) < count:
         divisible = [part for part in parts if len(part) > 1]
@@ -123,9 +118,9 @@ def _divide(lengths: Sequence[int], parts: list[list[int]], count: int) -> list[
     return parts
 
 
-def _fill(lengths: Sequence[int], order: Sequence[int], budget: int) -> list[list[int]]:
+def _fill(lengths: Sequence[int], order: Sequence[int], budget: int) -> Parts:
     """From the longest on, as many sequences into each part as `budget` positions allow."""
-    parts: list[list[int]] = []
+    parts: Parts = []
     for i in order:
         if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= budget:
             parts[-1].append(i)

@@ -62,11 +62,8 @@ def adamw(
     The latter is built by the C++ compiler at first use, which takes a minute or two;
     `zero_force_ds_cpu_optimizer: false` asks for torch's, several times slower.
     """
-    shared: dict[str, Any] = {
-        "lr": optimizer.learning_rate,
-        "betas": BETAS,
-        "weight_decay": optimizer.weight_decay,
-    }
+    rate, decay = optimizer.learning_rate, optimizer.weight_decay
+    shared: dict[str, Any] = {"lr": rate, "betas": BETAS, "weight_decay": decay}
     if settings.offloads_optimizer and settings.config.get("zero_force_ds_cpu_optimizer", True):
         return DeepSpeedCPUAdam(parameters, adamw_mode=True, **shared)
     return torch.optim.AdamW(parameters, **shared)
@@ -96,21 +93,12 @@ class LeftOut:
     """Counts the updates that were left out because a loss or gradient was not finite."""
 
     def __init__(self, allowed: int) -> None:
-        """Start at 0.
-
-        Args:
-            allowed: how many may be left out; the next one ends the run.
-        """
+        """Start at 0; `allowed` may be left out, and the next one ends the run."""
         self._allowed = allowed
         self._count = 0
 
     def add(self, cause: str | None, loss: float, grad_norm: float) -> None:
-        """Count one more and warn. A collective call.
-
-        Args:
-            cause: the first number that is not finite on this rank; None where there is none.
-            loss: this rank's.
-            grad_norm: of all ranks.
+        """Count one more and warn, naming the first rank's `cause`. A collective call.
 
         Raises:
             NotFiniteError: more than allowed; the message is the same on all ranks.
@@ -139,25 +127,14 @@ def cause_of(
     sequence_ids: torch.Tensor,
     labels: Sequence[str],
 ) -> str:
-    """What made a micro-batch's loss not finite: a weight of the model, or the first row quantity
-    by `first_not_finite`, whose arguments follow the model."""
+    """What made a micro-batch's loss not finite: a weight of the model, or the first row quantity,
+    in the order they are computed, with its token and sequence.
+
+    `sequence_ids`, [N], say which sequence each row belongs to.
+    """
     broken = first_broken_weight(model)
     if broken is not None:
         return f"the weight {broken} is not finite already"
-    return first_not_finite(arguments, output, sequence_ids, labels) or "the loss"
-
-
-def first_not_finite(
-    arguments: Mapping[str, Any], output: Any, sequence_ids: torch.Tensor, labels: Sequence[str]
-) -> str | None:
-    """The first row quantity that is not finite, in the order they are computed, and whose it is.
-
-    Args:
-        arguments: the loss's, of which [N] tensors count.
-        output: its `PolicyLoss`.
-        sequence_ids: [N] which sequence each row belongs to.
-        labels: a name for each sequence; may be empty.
-    """
     found = [(name, arguments.get(name)) for name in _INPUTS]
     found += [(name, getattr(output, name)) for name in _OUTPUTS]
     for name, values in found:
@@ -168,4 +145,4 @@ def first_not_finite(
         start = int((sequence_ids == sequence).nonzero()[0])
         label = labels[sequence] if labels else f"sequence {sequence} of the micro-batch"
         return f"{name} is {float(values[row])} at response token {row - start} of {label}"
-    return None
+    return "the loss"

@@ -10,14 +10,7 @@ from typing import Any
 
 import torch
 
-from care_train.config import (
-    Config,
-    LoraSettings,
-    Role,
-    config_to_dict,
-    list_keys,
-    role_of,
-)
+from care_train.config import Config, LoraSettings, Role, config_to_dict, list_keys, role_of
 from care_train.data import Sample, sample_digests
 from care_train.distributed import barrier, is_main, world_size
 from care_train.reporting.archive import cut_archive
@@ -84,12 +77,7 @@ def check_settings(
 
 
 def check_progress(checkpoint: Checkpoint, key: str, steps: int) -> None:
-    """Refuse a run that would end before its checkpoint, or on other ranks.
-
-    Args:
-        checkpoint: where the run goes on from.
-        key: the setting that says how many steps there will be.
-        steps: its value.
+    """Refuse a run whose `steps`, the value of `key`, end before its checkpoint, or on other ranks.
 
     Raises:
         ValueError: fewer steps than the checkpoint has done, or another number of ranks.
@@ -102,8 +90,8 @@ def check_progress(checkpoint: Checkpoint, key: str, steps: int) -> None:
         )
     if steps < checkpoint.step:
         raise ValueError(
-            f"{key}: got {steps}, wanted at least the {checkpoint.step} steps that"
-            f"  {checkpoint.folder} has done"
+            f"{key}: got {steps}, wanted at least the {checkpoint.step} steps that "
+            f"{checkpoint.folder} has done"
         )
 
 
@@ -123,14 +111,9 @@ def check_identity(
 ) -> None:
     """Refuse other rows or first weights under the same paths; warn of another torch.
 
-    Args:
-        checkpoint: where the run goes on from.
-        now: its `identity`.
-        data_key: the setting that names the rows' file.
-        config: the settings now.
-
     Raises:
-        ValueError: the rows of `data_key` or the weights of `model.path` changed.
+        ValueError: the rows of `data_key` or the weights of `model.path` are not those of the
+            checkpoint's `identity`.
     """
     saved = checkpoint.state
     for name, key in (("rows", data_key), ("weights", "model.path")):
@@ -205,10 +188,7 @@ def _flatten(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]
 
 def _rows_digest(samples: Iterable[Sample]) -> str:
     """Over the texts and images of all rows, in order."""
-    digest = hashlib.blake2b(digest_size=8)
-    for row in sample_digests(samples):
-        digest.update(row.encode())
-    return digest.hexdigest()
+    return hashlib.blake2b("".join(sample_digests(samples)).encode(), digest_size=8).hexdigest()
 
 
 def _weights_digest(model: torch.nn.Module) -> str:

@@ -20,7 +20,7 @@ from care_train.training.empty_steps import EmptySteps
 from care_train.training.engine import PolicyEngine
 from care_train.training.guard import StopSignals
 from care_train.training.log_probs import FrozenCopy, Reference, WithoutAdapters
-from care_train.training.loop import StepLoop, is_due, policy_engine
+from care_train.training.loop import StepLoop, is_due
 from care_train.training.metrics import function_metrics
 from care_train.training.optimizer import OptimizerSettings
 from care_train.training.sampler import AheadSampler, Sampler
@@ -73,16 +73,8 @@ def run_training(
 ) -> dict[str, float]:
     """Train, save `final/`, and return the totals of the run.
 
-    Args:
-        session: the model to train, with its encoder and verifier.
-        samples: the training prompts.
-        run_dir: where checkpoints and the final model go.
-        metrics: the run's log.
-        device: this rank's device.
-        checkpoint: where to go on from; its log lines must be cut already.
-        evaluate: called every `train.eval_every` steps on all ranks.
-        archive: where every group goes.
-        started: called before the first step.
+    `evaluate` is called every `train.eval_every` steps on all ranks, `started` before the first
+    step; the log lines after `checkpoint` must be cut already.
 
     Raises:
         Stopped: a signal asked for it; a checkpoint is saved.
@@ -127,8 +119,8 @@ class _RlLoop(StepLoop):
         self._train_step = TrainStep(
             config, self.engine, self._sampler, session.scorer, reference, archive
         )
-        self.totals = {"steps": 0.0, "decoded_tokens": 0.0, "trained_sequences": 0.0}
-        self.totals["sampled_sequences"] = 0.0
+        counted = ("steps", "decoded_tokens", "trained_sequences", "sampled_sequences")
+        self.totals = dict.fromkeys(counted, 0.0)
 
     def resume_from(self, checkpoint: Checkpoint) -> None:
         """Be where the run was when it saved `checkpoint`."""
@@ -255,9 +247,10 @@ def open_policy(
         train.max_grad_norm,
         train.max_skipped_updates,
     )
-    engine = policy_engine(
-        session,
+    engine = PolicyEngine(
+        session.loaded,
         optimizer,
+        config,
         device,
         freeze_vision=train.freeze_vision,
         copy_for_rollouts=config.rollout.engine == "transformers",

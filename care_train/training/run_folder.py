@@ -83,10 +83,7 @@ def locate(config: Config) -> Path:
 def check_free(config: Config, folder: Path, files: Mapping[str, Path]) -> bool:
     """Whether the run goes on with what `folder` holds; changes nothing.
 
-    Args:
-        config: the run's settings.
-        folder: `locate` of them.
-        files: those the settings were read from, by what named them.
+    `files` are those the settings were read from, by what named them.
 
     Returns:
         True: `resume` finds a run there. False: a new run begins.
@@ -246,9 +243,7 @@ class RunFolder:
 def open_run(config: Config, files: Mapping[str, Path]) -> Iterator[RunFolder]:
     """The run's folder, locked until the `with` block ends. All ranks call it.
 
-    Args:
-        config: the run's settings.
-        files: those the settings were read from, by what named them.
+    `files` are those the settings were read from, by what named them.
 
     Raises:
         FolderInUseError: another process writes to it.

@@ -64,10 +64,10 @@ class RunLock:
     """Held within its `with` block, by this process alone: a fork of it holds nothing."""
 
     def __init__(self, folder: Path, *, beat: float = BEAT, patience: float = PATIENCE) -> None:
-        """Ready to be taken.
+        """Ready to be taken; `folder`, the run's, need not exist, but its parent must.
 
         Args:
-            folder: the run's; it need not exist, its parent must.
+            folder: the run's.
             beat: seconds between two signs of life.
             patience: seconds without one after which a holder on another machine counts as dead;
                 at least four beats.

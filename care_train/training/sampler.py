@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from care_train.algorithm.released import answer_prefix
 from care_train.algorithm.selection import reflection_prefix
-from care_train.algorithm.types import Member
+from care_train.algorithm.types import Rollout
 from care_train.config import Config
 from care_train.data import Sample
 from care_train.models.prompts import PromptEncoder
@@ -33,12 +33,16 @@ class Sampler:
     """Draws groups and reflections from the current policy."""
 
     def __init__(self, engine: RolloutEngine, encoder: PromptEncoder, config: Config) -> None:
-        self._engine = engine
-        self._encoder = encoder
-        self._config = config
-        rollout = config.rollout
+        self._engine, self._encoder, self._config = engine, encoder, config
+        rollout, own = config.rollout, config.care.decisions
         self._sampling = SamplingSettings(
             rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k
+        )
+        self._reflection_sampling = SamplingSettings(
+            config.longest_reflection,
+            own.repair_temperature or rollout.temperature,
+            own.repair_top_p or rollout.top_p,
+            rollout.top_k,
         )
 
     @property
@@ -64,9 +68,7 @@ class Sampler:
     def sample(self, draw: Draw, step: int) -> list[Group]:
         """Line 1: G responses to each of the next prompts, in one batched call.
 
-        Args:
-            draw: deals this rank's prompts.
-            step: counts from 0; part of every response's seed.
+        `step` counts from 0 and is part of every response's seed.
         """
         groups = self._encoded(draw())
         return _with_completions(groups, self._generate(self._requests(groups, step)))
@@ -90,16 +92,14 @@ class Sampler:
         return {}
 
     def restore(self, state: Mapping[str, Any], draw: Draw) -> None:
-        """Be where `state` was taken."""
+        """Be where `state` was taken; its prompts are drawn again."""
         assert not state
 
     def _encoded(self, samples: Sequence[Sample]) -> list[Group]:
         with timer("prepare"):
             prompts = self._encoder.encode(samples)
-        return [
-            Group((), sample=sample, prompt=prompt)
-            for sample, prompt in zip(samples, prompts, strict=True)
-        ]
+        pairs = zip(samples, prompts, strict=True)
+        return [Group((), sample=sample, prompt=prompt) for sample, prompt in pairs]
 
     def _requests(self, groups: Sequence[Group], step: int) -> list[Request]:
         return [
@@ -116,7 +116,7 @@ class Sampler:
         subgroup = group.subgroup
         if isinstance(subgroup, str) or subgroup.reflect_on is None:
             return None
-        prefix_ids = self._reflection_prefix(subgroup.others[subgroup.reflect_on])
+        prefix_ids = self._reflection_prefix(subgroup.others[subgroup.reflect_on].rollout)
         limit = self._config.prompt.max_prompt_tokens + self._config.rollout.max_new_tokens
         if len(group.prompt.token_ids) + len(prefix_ids) > limit:
             return None  # A context is never truncated.
@@ -125,27 +125,15 @@ class Sampler:
         seed = request_seed(self._config.seed, step, group.sample.draw, index)
         return Request(group.prompt, seed, prefix_ids)
 
-    def _reflection_prefix(self, negative: Member) -> tuple[int, ...]:
-        prompt, cue = self._config.prompt, self._config.care.reflection.cue
+    def _reflection_prefix(self, negative: Rollout) -> tuple[int, ...]:
+        tags = (self._config.prompt.think_tag, self._config.prompt.answer_tag)
+        cue = self._config.care.reflection.cue
         if self._config.care.decisions.repair == "answer":
-            text = answer_prefix(negative.rollout.text, cue, prompt.think_tag, prompt.answer_tag)
-        else:
-            text = reflection_prefix(negative.rollout, cue, prompt.think_tag, prompt.answer_tag)
-        return self._encoder.encode_text(text)
-
-    @property
-    def _reflection_sampling(self) -> SamplingSettings:
-        own, shared = self._config.care.decisions, self._sampling
-        return SamplingSettings(
-            self._config.longest_reflection,
-            own.repair_temperature or shared.temperature,
-            own.repair_top_p or shared.top_p,
-            shared.top_k,
-        )
+            return self._encoder.encode_text(answer_prefix(negative.text, cue, *tags))
+        return self._encoder.encode_text(reflection_prefix(negative, cue, *tags))
 
 
-@dataclass(frozen=True)
-class _Started:
+class _Started(NamedTuple):
     """The groups of a step whose completions are being sampled in the background."""
 
     step: int
@@ -202,17 +190,15 @@ class AheadSampler(Sampler):
         }
 
     def restore(self, state: Mapping[str, Any], draw: Draw) -> None:
-        """Be where `state` was taken; its prompts are drawn again."""
         if not state:
             return
         fields = zip(state["token_ids"], state["finished"], state["log_probs"], strict=True)
+        completions = [
+            Completion(tuple(ids), finished, None if values is None else tuple(values))
+            for ids, finished, values in fields
+        ]
         done: Future[list[Completion]] = Future()
-        done.set_result(
-            [
-                Completion(tuple(ids), finished, None if values is None else tuple(values))
-                for ids, finished, values in fields
-            ]
-        )
+        done.set_result(completions)
         self._next = _Started(state["step"], self._encoded(draw()), done)
 
     def _start(self, draw: Draw, step: int) -> _Started:

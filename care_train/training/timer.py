@@ -97,8 +97,7 @@ class StepSeconds:
         return named | {"seconds": total, "seconds_overhead": total - model}
 
 
-_place = Place()
-_seconds = StepSeconds()
+_place, _seconds = Place(), StepSeconds()
 
 
 def current_place() -> Place:
@@ -138,13 +137,8 @@ def begin_step(step: int | None) -> None:
 
 @contextmanager
 def at_step(step: int, total: int, run_dir: Path) -> Iterator[None]:
-    """Work at one step; errors from it name the step and say how the run is resumed.
-
-    Args:
-        step: which, counted from 1.
-        total: how many there will be.
-        run_dir: the run's folder.
-    """
+    """Work at one step of `total`, counted from 1; errors from it name the step and say how the run
+    is resumed."""
     begin_step(step)
     try:
         yield

@@ -106,12 +106,7 @@ class PolicyUpdater:
         self._engine, self._config, self._reference = engine, config, reference
 
     def update(self, groups: Sequence[Group], items: Sequence[TrainItem]) -> list[StepResult]:
-        """`train.num_iterations` passes of `train.mini_batches` optimiser steps each.
-
-        Args:
-            groups: this rank's batch.
-            items: the sequences they train.
-        """
+        """`train.num_iterations` passes of `train.mini_batches` optimiser steps each."""
         train = self._config.train
         size = -(-len(groups) // train.mini_batches)
         parts = [groups[part * size : (part + 1) * size] for part in range(train.mini_batches)]

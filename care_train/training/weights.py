@@ -53,7 +53,8 @@ def policy_weights(model: Any, parts: WeightParts = WeightParts.MERGED) -> list[
                 weights.append(_plain(_folder_name(name), parameter))
         elif name == f"{owner}.base_layer.weight":
             own, layer = _folder_name(f"{owner}.weight"), adapted[owner]
-            _check_plain(own, layer)
+            if any(getattr(layer, "use_dora", {}).get(name) for name in layer.active_adapters):
+                raise ValueError(f"{own}: a DoRA adapter; wanted LoRA, which merges by addition")
             is_merged = parts is WeightParts.MERGED
             weights.append(_merged(own, parameter, layer) if is_merged else _plain(own, parameter))
         elif name.startswith(f"{owner}.base_layer."):
@@ -96,12 +97,10 @@ def stream(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and whole tensors; each tensor is valid until the iterator goes on.
 
-    Args:
-        weights: what to stream; the same on every rank.
-        bucket_bytes: the most that is gathered at once, but for a single larger weight.
-        gathered: returns a block in which the given parameters are whole on every rank.
+    At most `bucket_bytes` are gathered at once, but for a single larger weight. `gathered` returns
+    a block in which the given parameters are whole on every rank.
     """
-    for bucket in buckets(weights, bucket_bytes):
+    for bucket in _buckets(weights, bucket_bytes):
         with gathered([p for weight in bucket for p in weight.parameters]):
             for weight in bucket:
                 with torch.no_grad():
@@ -109,7 +108,7 @@ def stream(
                 yield weight.name, tensor
 
 
-def buckets(weights: Sequence[Weight], bucket_bytes: int) -> list[list[Weight]]:
+def _buckets(weights: Sequence[Weight], bucket_bytes: int) -> list[list[Weight]]:
     """The weights in order, as many together as fit into `bucket_bytes`; a larger one alone."""
     result: list[list[Weight]] = []
     free = 0
@@ -124,11 +123,6 @@ def buckets(weights: Sequence[Weight], bucket_bytes: int) -> list[list[Weight]]:
 
 def _plain(name: str, parameter: nn.Parameter) -> Weight:
     return Weight(name, (parameter,), lambda: parameter.detach())
-
-
-def _check_plain(name: str, layer: Any) -> None:
-    if any(getattr(layer, "use_dora", {}).get(adapter) for adapter in layer.active_adapters):
-        raise ValueError(f"{name}: a DoRA adapter; wanted LoRA, which merges by addition")
 
 
 def _halves(owner: str, layer: Any) -> list[Weight]:

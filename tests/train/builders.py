@@ -1,5 +1,7 @@
 """Short ways to make sessions, prompts and groups for the trainer's tests."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 
 from care_train.config import (
     Config,
-    DeepSpeedSettings,
+    LoraSettings,
     ModelSettings,
     PromptSettings,
     build_config,
@@ -90,26 +92,45 @@ def make_engine(
     *,
     zero_stage: int = 0,
     bf16: bool = False,
+    lora: LoraSettings | None = None,
+    seed: int = 0,
     **optimizer: Any,
 ) -> PolicyEngine:
     """What trains `loaded`; `optimizer` replaces the defaults of these tests."""
     settings = {"learning_rate": 1e-2, "total_steps": 10, "max_grad_norm": 1e9} | optimizer
+    config = make_config({"seed": seed, "deepspeed": {"zero_stage": zero_stage}})
+    model = replace(config.model, dtype="bfloat16" if bf16 else "float32", lora=lora)
     return PolicyEngine(
         loaded,
         OptimizerSettings(**settings),
-        DeepSpeedSettings(zero_stage=zero_stage),
+        replace(config, model=model),
         initialize_process_group(),
-        bf16=bf16,
+        copy_for_rollouts=True,
     )
 
 
 def micro_batch(
-    engine: PolicyEngine, sequences: list[TokenSequence], advantages: list[float]
+    engine: PolicyEngine,
+    sequences: list[TokenSequence] | None = None,
+    advantages: Sequence[float] = (1.0, -0.5, 2.0, -1.0, 0.25, 1.5),
 ) -> MicroBatch:
-    """One advantage per sequence, divided by the number of all response tokens."""
+    """One advantage per sequence, by default six random ones, over all response tokens."""
+    sequences = sequences or random_sequences(engine.loaded)
     lengths = torch.tensor([len(s.response_ids) for s in sequences])
-    rows = torch.repeat_interleave(torch.tensor(advantages), lengths) / lengths.sum()
+    rows = torch.repeat_interleave(torch.tensor(list(advantages)), lengths) / lengths.sum()
     return MicroBatch(engine.collate(sequences), {"advantages": rows})
+
+
+def whole_weights(engine: PolicyEngine) -> dict[str, torch.Tensor]:
+    """A copy of the policy's parameters, gathered from all ranks."""
+    with engine.gathered():
+        return {n: p.detach().clone() for n, p in engine.loaded.model.named_parameters()}
+
+
+def assert_same_weights(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
 def full_log_probs(loaded: LoadedModel, token_ids, inputs=None, temperature: float = 1.0):

@@ -1,6 +1,6 @@
 """Ranks of one test: rank 0 has text alone, every other rank has images.
 
-`python -m tests.train.mixed_rows OUT CASES`, CASES being JSON: name -> [model, engine arguments].
+`python -m tests.train.mixed_rows OUT CASES`, CASES being JSON: name -> arguments of `run_case`.
 """
 
 import json
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from care_train.config import DeepSpeedSettings, LoraSettings
 from care_train.distributed import (
     all_sum,
     gather,
@@ -24,7 +23,7 @@ from care_train.models.load import LoadedModel
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.log_probs import WithoutAdapters
 from care_train.training.optimizer import OptimizerSettings
-from tests.train.builders import encoder_of, image_sample, load, text_sample
+from tests.train.builders import encoder_of, image_sample, load, make_config, text_sample
 
 STEPS = 2
 
@@ -41,18 +40,16 @@ def sequences_of(loaded: LoadedModel, place: int) -> list[TokenSequence]:
     ]
 
 
-def run_case(model: str, stage: int, **engine_arguments: Any) -> dict[str, Any]:
+def run_case(model: str, stage: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Score, train and score again; every rank's log-probs, in the order of ranks."""
     loaded = load(Path(model))
-    if "lora" in engine_arguments:
-        engine_arguments["lora"] = LoraSettings(**engine_arguments["lora"])
+    config = make_config({"deepspeed": {"zero_stage": stage}, **settings})
     engine = PolicyEngine(
         loaded,
         OptimizerSettings(learning_rate=1e-3, total_steps=STEPS, max_grad_norm=1e9),
-        DeepSpeedSettings(zero_stage=stage),
+        config,
         initialize_process_group(),
-        copy_for_rollouts=False,
-        **engine_arguments,
+        freeze_vision=config.train.freeze_vision,
     )
     # One rank does what two do together.
     places = [rank()] if world_size() > 1 else [0, 1]
@@ -65,7 +62,7 @@ def run_case(model: str, stage: int, **engine_arguments: Any) -> dict[str, Any]:
         norms.append(engine.step(micro, 1.0).grad_norm)
     after = [engine.log_probs(batch, 1.0)[0] for batch in batches]
     result = {"before": _all(before), "norms": norms, "after": _all(after)}
-    if "lora" in engine_arguments:
+    if config.model.lora is not None:
         reference = WithoutAdapters(engine)
         result["reference"] = _all([reference.log_probs(batch, 1.0)[0] for batch in batches])
     return result
@@ -80,8 +77,8 @@ def _all(rows: list[torch.Tensor]) -> torch.Tensor:
 
 
 def main(out: str, cases: str) -> None:
-    for name, (model, arguments) in json.loads(cases).items():
-        result = run_case(model, **arguments)
+    for name, arguments in json.loads(cases).items():
+        result = run_case(*arguments)
         if is_main():
             torch.save(result, Path(out) / f"{name}.pt")
 

@@ -201,6 +201,12 @@ def records(run_dir: Path, phase: str | None = "train") -> list[dict]:
     return [record for record in found if phase in (None, record["phase"])]
 
 
+def steps_logged(run_dir: Path) -> int:
+    """How many training steps are in the metrics so far."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().count('"phase": "train"') if path.is_file() else 0
+
+
 def timeless(run_dir: Path) -> list[dict]:
     """The metrics without what the clock says."""
     clock = ("time", "seconds", "tokens_per_second")

@@ -1,22 +1,32 @@
-"""The optimiser step: gradients, accumulation, denominators, schedule, failures."""
+"""The optimiser step: gradients, schedule, ZeRO stages, updates that are not finite."""
 
 import copy
+import math
 
 import pytest
 import torch
 import yaml
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-from care_train.config import DeepSpeedSettings, ModelSettings
+from care_train.config import ModelSettings
 from care_train.distributed import initialize_process_group
-from care_train.models.load import load_model
+from care_train.models.load import LoadedModel, load_model
 from care_train.models.policy import Policy
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.training.engine import MicroBatch, PolicyEngine
+from care_train.training.failures import NotFiniteError
 from care_train.training.metrics import step_metrics
 from care_train.training.optimizer import OptimizerSettings
-from tests.kernels import oracle as reference
-from tests.train.builders import load, make_engine, micro_batch, random_sequences
+from tests.kernels import oracle
+from tests.train.builders import (
+    assert_same_weights,
+    load,
+    make_config,
+    make_engine,
+    micro_batch,
+    random_sequences,
+    whole_weights,
+)
 from tests.train.runs import ROOT
 
 LEARNING_RATE = 1e-2
@@ -27,12 +37,11 @@ def test_one_step_is_adamw_on_the_reference_gradient(tiny_folder):
     loaded = load(tiny_folder())
     plain = copy.deepcopy(loaded.model)
     engine = make_engine(loaded)
-    sequences = random_sequences(loaded)
-    micro = micro_batch(engine, sequences, [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
+    micro = micro_batch(engine)
 
     policy = Policy(plain)
     rows = policy.hidden_states(micro.batch).flatten(0, 1)[micro.batch.rows]
-    loss = reference.reference_policy_loss(
+    loss = oracle.reference_policy_loss(
         rows, policy.head.weight, micro.batch.target_ids, micro.loss_arguments["advantages"]
     ).loss
     loss.backward()
@@ -55,46 +64,21 @@ def test_the_entropy_of_the_rows_that_were_computed(tiny_folder):
     """Rows without a say are skipped, and no part of the mean that is logged."""
     loaded = load(tiny_folder("tiny-qwen2"))
     engine = make_engine(loaded)
-    micro = micro_batch(engine, random_sequences(loaded), [1.0, 0.0, 2.0, 0.0, 0.25, 1.5])
-    hidden = engine.rows(micro.batch)
-    logits = (hidden @ loaded.model.get_output_embeddings().weight.T).detach().float()
+    micro = micro_batch(engine, None, [1.0, 0.0, 2.0, 0.0, 0.25, 1.5])
+    logits = loaded.model.get_output_embeddings()(engine.rows(micro.batch)).detach().float()
     wanted = torch.distributions.Categorical(logits=logits).entropy()
     active = micro.loss_arguments["advantages"] != 0
     assert 0 < int(active.sum()) < len(active)
-    result = engine.step(
-        [MicroBatch(micro.batch, micro.loss_arguments | {"return_entropy": True})], 1.0
-    )
+    arguments = micro.loss_arguments | {"return_entropy": True}
+    result = engine.step([MicroBatch(micro.batch, arguments)], 1.0)
     values = step_metrics([], [result], engine.device)
     assert values["entropy"] == pytest.approx(float(wanted[active].mean()), rel=1e-4)
 
 
-def test_micro_batches_accumulate_to_the_whole_batch(tiny_folder):
-    """Six sequences at once, or in micro-batches of two: the same update."""
-    advantages = [1.0, -0.5, 2.0, -1.0, 0.25, 1.5]
-    norms = []
-    for size in (6, 2):
-        loaded = load(tiny_folder())
-        engine = make_engine(loaded)
-        sequences = random_sequences(loaded)
-        total = sum(len(s.response_ids) for s in sequences)
-        micro = []
-        for start in range(0, 6, size):
-            part = sequences[start : start + size]
-            one = micro_batch(engine, part, advantages[start : start + size])
-            share = sum(len(s.response_ids) for s in part) / total
-            rows = one.loss_arguments["advantages"] * share
-            micro.append(MicroBatch(one.batch, {"advantages": rows}))
-        norms.append(engine.step(micro, 1.0).grad_norm)
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-
-
 def test_gradients_are_clipped_to_the_norm(tiny_folder):
     """Read off AdamW's first moment, which after one step is a tenth of the clipped gradient."""
-    loaded = load(tiny_folder())
-    engine = make_engine(loaded, max_grad_norm=0.01)
-    micro = micro_batch(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
-    result = engine.step([micro], 1.0)
-    assert result.grad_norm > 0.01
+    engine = make_engine(load(tiny_folder()), max_grad_norm=0.01)
+    assert engine.step([micro_batch(engine)], 1.0).grad_norm > 0.01
     moments = [state["exp_avg"] for state in engine.optimizer.state.values()]
     clipped = torch.nn.utils.get_total_norm(moments) / 0.1
     assert float(clipped) == pytest.approx(0.01, rel=1e-2)
@@ -104,11 +88,10 @@ def test_the_schedule_warms_up_and_decays(tiny_folder):
     """Linear warm-up over 2 steps, then a cosine to 0 at total_steps."""
     loaded = load(tiny_folder("tiny-qwen2"))
     engine = make_engine(loaded, warmup_steps=2, schedule="cosine")
-    sequences = random_sequences(loaded, 1)
-    rates = []
+    micro, rates = micro_batch(engine, random_sequences(loaded, 1), [1.0]), []
     for _ in range(10):
         rates.append(engine.learning_rate / LEARNING_RATE)
-        engine.step([micro_batch(engine, sequences, [1.0])], 1.0)
+        engine.step([micro], 1.0)
     assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
     assert rates[6] == pytest.approx(0.5)
     assert engine.learning_rate == pytest.approx(0.0, abs=1e-12)
@@ -118,11 +101,10 @@ def test_the_log_normaliser_comes_with_the_log_probs(tiny_folder):
     """One forward gives both: log sum exp of the rows' logits at the temperature."""
     loaded = load(tiny_folder())
     engine = make_engine(loaded)
-    batch = micro_batch(engine, random_sequences(loaded, 2), [1.0, -1.0]).batch
+    batch = micro_batch(engine).batch
     alone, _ = engine.log_probs(batch, 0.7)
     both, _ = engine.log_probs(batch, 0.7, with_log_normalizer=True)
-    head = loaded.model.get_output_embeddings()
-    logits = head(engine.rows(batch)).float() / 0.7
+    logits = loaded.model.get_output_embeddings()(engine.rows(batch)).float() / 0.7
     assert torch.equal(both[:, 0], alone)
     torch.testing.assert_close(both[:, 1], logits.logsumexp(1), rtol=1e-5, atol=1e-5)
 
@@ -132,18 +114,13 @@ def test_zero_stages_take_the_same_step(zero_stage, tiny_folder):
     """ZeRO moves where tensors live, not what is computed: same log-probs after an update."""
     scores = []
     for stage in (0, zero_stage):
-        loaded = load(tiny_folder())
-        engine = make_engine(loaded, zero_stage=stage)
-        micro = micro_batch(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
-        result = engine.step([micro], 1.0)
-        assert result.grad_norm > 0
+        engine = make_engine(load(tiny_folder()), zero_stage=stage)
+        micro = micro_batch(engine)
+        assert engine.step([micro], 1.0).grad_norm > 0
         scores.append(engine.log_probs(micro.batch, 1.0)[0])
         rollout = TransformersEngine(engine.rollout, 8, is_copy=engine.rollout_is_copy)
         rollout.sync(engine.weights(1 << 16))
-        own = dict(engine.rollout.model.named_parameters())
-        with engine.gathered():
-            for name, parameter in loaded.model.named_parameters():
-                assert torch.equal(own[name], parameter), name
+        assert_same_weights(dict(engine.rollout.model.named_parameters()), whole_weights(engine))
     torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-3)
 
 
@@ -153,13 +130,12 @@ def test_the_first_bfloat16_update_is_the_learning_rate(zero_stage, tiny_folder)
 
     DeepSpeed's optimiser for bfloat16 under ZeRO-0 would begin with a step on zero gradients.
     """
-    loaded = load_model(ModelSettings(path=str(tiny_folder()), dtype="bfloat16"))
+    loaded = load(tiny_folder(), dtype="bfloat16")
     head = loaded.model.lm_head.weight.detach().float().clone()
     engine = make_engine(
         loaded, zero_stage=zero_stage, bf16=True, weight_decay=0.1, max_grad_norm=1.0
     )
-    micro = micro_batch(engine, random_sequences(loaded), [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])
-    engine.step([micro], 1.0)
+    engine.step([micro_batch(engine)], 1.0)
     moved = dict(engine.weights(1 << 20))["lm_head.weight"].float() - head * (1 - 1e-3)
     # Half of bfloat16's step at these weights.
     assert float(moved.abs().median()) == pytest.approx(1e-2, abs=5e-4)
@@ -178,19 +154,18 @@ def test_offload_takes_the_same_steps(own_adam, tiny_folder, tmp_path):
     """The shipped zero3_offload, with either AdamW, beside ZeRO-0; and its checkpoint resumes."""
     section = yaml.safe_load((ROOT / OFFLOAD).read_text())
     more = {} if own_adam else {"zero_force_ds_cpu_optimizer": False}
-    offload = DeepSpeedSettings(zero_stage=3, config=section["config"] | more)
-    assert offload.offloads_optimizer
+    offload = make_config({"deepspeed": {"zero_stage": 3, "config": section["config"] | more}})
+    assert offload.deepspeed.offloads_optimizer
     optimizer = OptimizerSettings(learning_rate=1e-3, total_steps=10)
     engines = [
-        PolicyEngine(load(tiny_folder()), optimizer, settings, initialize_process_group())
-        for settings in (DeepSpeedSettings(), offload, offload)
+        PolicyEngine(load(tiny_folder()), optimizer, config, initialize_process_group())
+        for config in (make_config(), offload, offload)
     ]
     assert isinstance(engines[1].optimizer, DeepSpeedCPUAdam) == own_adam
-    before = {name: p.detach().clone() for name, p in load(tiny_folder()).model.named_parameters()}
+    before = {n: p.detach() for n, p in load(tiny_folder()).model.named_parameters()}
     for engine in engines[:2]:
         for _ in range(2):
-            sequences = random_sequences(engine.loaded)
-            engine.step([micro_batch(engine, sequences, [1.0, -0.5, 2.0, -1.0, 0.25, 1.5])], 1.0)
+            engine.step([micro_batch(engine)], 1.0)
     engines[1].save_state(tmp_path)
     engines[2].load_state(tmp_path)
     plain, offloaded, loaded = ({n: t.clone() for n, t in e.weights(1 << 20)} for e in engines)
@@ -198,4 +173,43 @@ def test_offload_takes_the_same_steps(own_adam, tiny_folder, tmp_path):
     moved = sum(float((plain[n] - before[n]).square().sum()) for n in plain)
     # As far apart as orders of summation make them: see test_trajectory.
     assert (apart / moved) ** 0.5 < 1e-4
-    assert all(torch.equal(offloaded[name], loaded[name]) for name in plain)
+    assert_same_weights(offloaded, loaded)
+
+
+@pytest.mark.parametrize("spoil", ["loss", "gradient"])
+@pytest.mark.parametrize(("zero_stage", "bf16"), [(0, False), (1, True), (2, True), (3, False)])
+def test_what_is_not_finite_updates_nothing(zero_stage, bf16, spoil, tiny_folder, caplog):
+    """NaN in the loss or in a gradient alone: left out as often as allowed, then an error that
+    names the first bad number; and the next good update is as if there had been none."""
+    settings = {"max_skipped_updates": 2, "zero_stage": zero_stage, "bf16": bf16}
+    settings |= {"max_grad_norm": 1.0}
+
+    def fresh() -> LoadedModel:
+        dtype = "bfloat16" if bf16 else "float32"
+        return load_model(ModelSettings(path="x", dtype=dtype), tiny_folder("tiny-qwen2"))
+
+    engine = make_engine(fresh(), **settings)
+    before = whole_weights(engine)
+    sequences = random_sequences(engine.loaded, 1)
+    good = micro_batch(engine, sequences, [1.0])
+    if spoil == "gradient":
+        bad, where = good, "in the gradient"
+        weight = next(engine.loaded.model.parameters())
+        hook = weight.register_hook(lambda gradient: gradient * math.nan)
+    else:
+        bad = micro_batch(engine, sequences, [math.nan])
+        bad = MicroBatch(bad.batch, bad.loss_arguments, ("rows.jsonl: row 7",))
+        where = "advantages is nan at response token 0 of rows.jsonl: row 7, on rank 0"
+        hook = None
+    for _ in range(2):
+        assert not engine.step([good, bad], 1.0).applied
+    assert "2 of 2 allowed" in caplog.text and where in caplog.text
+    with pytest.raises(NotFiniteError, match="no update was made") as error:
+        engine.step([good, bad], 1.0)
+    assert where in str(error.value)
+    assert_same_weights(whole_weights(engine), before)
+    if hook is not None:
+        hook.remove()
+    other = make_engine(fresh(), **settings)
+    assert all(one.step([good, good], 1.0).applied for one in (engine, other))
+    assert_same_weights(whole_weights(engine), whole_weights(other))

@@ -20,11 +20,13 @@ from care_train.training.failures import (
     NOT_FINITE_STATUS,
     OUT_OF_MEMORY_STATUS,
     RANK_LOST_STATUS,
+    OutOfMemoryError,
 )
+from care_train.training.timer import StepSeconds, begin_step, current_place, timer
 from tests.train.runs import (
     ROOT,
     FastRun,
-    mounted_disk,
+    steps_logged,
     text_run_arguments,
     timeless,
 )
@@ -48,11 +50,6 @@ def arguments(tmp_path) -> list[str]:
     return [*text_run_arguments(tmp_path), "train.steps=40"]
 
 
-def _steps(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_text().count('"train"') if path.is_file() else 0
-
-
 def test_an_error_does_not_reach_the_next_run_of_its_process(monkeypatch, tmp_path):
     """The ranks' store outlives a run; what one reported there is not taken for the next one's."""
     ended = []
@@ -69,7 +66,7 @@ def test_an_error_does_not_reach_the_next_run_of_its_process(monkeypatch, tmp_pa
 def test_a_killed_rank_ends_the_others_within_seconds(killed, arguments, tmp_path):
     """Bare ranks, no launcher: the survivor names the dead one, its step, and how to go on."""
     run = FastRun(*arguments, "train.save_every=1", ranks=2)
-    assert run.wait_for(lambda: _steps(tmp_path / "run") >= 2), run.end()
+    assert run.wait_for(lambda: steps_logged(tmp_path / "run") >= 2), run.end()
     run.kill(killed)
     start = time.monotonic()
     outputs = run.end()
@@ -193,7 +190,7 @@ def test_launchers_end_with_the_cause(launcher, arguments, tmp_path):
             env=own_environment(),
         )
     end = time.monotonic() + 120
-    while _steps(tmp_path / "run") < 2 and time.monotonic() < end:
+    while steps_logged(tmp_path / "run") < 2 and time.monotonic() < end:
         assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.01)
     ranks = [
@@ -365,31 +362,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(arguments, tmp_pa
     assert [path.name for path in sorted(folder.iterdir())] == ["step_000001", "step_000002"]
     outputs = FastRun(*arguments, *more, "--resume", ranks=2).end()
     assert [status for status, _ in outputs] == [0, 0], outputs
-    assert _steps(tmp_path / "run") == 4
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 24 MiB."""
-    with mounted_disk(tmp_path / "disk", "size=24m") as folder:
-        yield folder
-
-
-def test_a_log_that_finds_no_room_ends_the_run(arguments, small_disk):
-    """A disk that something else fills: step, cause, how to go on, status 74; and with room again
-    the run goes on, with every step logged once."""
-    ballast = small_disk / "ballast"
-    fill = f"subprocess.run(['cp', '/dev/zero', '{ballast}'], capture_output=True)"
-    more = (f"output_dir={small_disk}", "train.save_every=2", "train.steps=20")
-    outputs = FastRun(*arguments, *more, before=IN_STEP.format(rank=0, fault=fill)).end()
-    [(status, errors)] = outputs
-    assert status == DISK_FULL_STATUS and "Traceback" not in errors, errors
-    assert " of 20: " in errors and "step_000002; go on with the same command" in errors
-    ballast.unlink()
-    [(status, errors)] = FastRun(*arguments, *more, "--resume").end()
-    assert status == 0, errors
-    records = [r["step"] for r in timeless(small_disk / "run") if r["phase"] == "train"]
-    assert records == list(range(1, 21))
+    assert steps_logged(tmp_path / "run") == 4
 
 
 BROKEN_VLLM = """
@@ -418,3 +391,43 @@ def test_a_vllm_that_fails_in_this_process_ends_the_run(arguments):
     assert status == ENGINE_STATUS and "Traceback" not in errors, errors
     assert " of 40: vLLM failed while generating: RuntimeError: the device is gone; " in errors
     assert "go on with the same command and --resume" in errors
+
+
+def test_an_inner_timer_interrupts_the_outer_one():
+    """Parts add up to the whole: the inner part's seconds are not the outer one's as well."""
+    begin_step(None)  # A test before this one may have ended within a part.
+    seconds = StepSeconds()
+    with timer("update"):
+        time.sleep(0.01)
+        with timer("optimizer"):
+            time.sleep(0.05)
+            assert current_place().part == "optimizer"
+        assert current_place().part == "update"
+    assert current_place().part == "other"
+    values = seconds.values()
+    assert 0.01 <= values["seconds_update"] < 0.05 <= values["seconds_optimizer"]
+    parts = sum(values[f"seconds_{part}"] for part in ("update", "optimizer", "other"))
+    assert parts == pytest.approx(values["seconds"])
+    assert values["seconds_overhead"] == pytest.approx(parts - values["seconds_update"])
+
+
+@pytest.mark.parametrize(
+    ("part", "advice"),
+    [
+        ("generate", "rollout.batch_size"),
+        ("reflect", "rollout.batch_size"),
+        ("reference", "train.micro_batch_size"),
+        ("select", "fewer ranks"),
+    ],
+)
+def test_out_of_memory_names_the_part_and_what_to_lower(part, advice):
+    """After the error the watchdog still sees the part it came from."""
+    begin_step(3)
+    with (
+        pytest.raises(OutOfMemoryError, match=rf"in {part} \(no, out of memory\).*{advice}"),
+        timer(part),
+    ):
+        raise RuntimeError("no, out of memory")
+    assert (current_place().part, current_place().step) == (part, 3)
+    begin_step(None)
+    assert (current_place().part, current_place().step) == ("other", None)

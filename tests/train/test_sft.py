@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tokenizers import AddedToken
 
 from care_train.cli import main
-from care_train.config import DataSettings, SftSettings
+from care_train.config import DataSettings
 from care_train.data import load_samples
 from care_train.data.digits import digits_sample
+from care_train.models.batch import image_inputs
 from care_train.models.prompts import TokenText
 from care_train.training.sft import response_text, sft_target, target_sequence
 from care_train.verifier import format_score
@@ -47,69 +49,63 @@ def _sft(folder: Path, rows: Path, out: Path, *arguments: str) -> Path:
     return out / "cold"
 
 
-def test_the_held_out_loss_is_logged_and_falls(tiny_folder, color_rows, tmp_path):
-    """`sft.eval_data`: every `sft.eval_every` steps and after the last; in the summary too."""
+@pytest.fixture(scope="module")
+def mixed_rows(color_rows) -> Path:
+    """Rows of text, of one image and of two images of other sizes, in turn."""
+    rows = [json.loads(line) for line in color_rows.read_text().splitlines()]
+    Image.new("RGB", (96, 64), "blue").save(color_rows.parent / "wide.png")
+    for number, row in enumerate(rows):
+        row["images"] = [*row["images"], "wide.png"][: number % 3]
+    path = color_rows.with_name("mixed.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+def test_the_held_out_loss_is_that_of_the_plain_model(kind, tiny_folder, mixed_rows, tmp_path):
+    """Mean negative log-likelihood per response token, EOS included, over text and images together;
+    every `sft.eval_every` steps and after the last; in the summary too; and it falls."""
     run = _sft(
-        tiny_folder(),
-        color_rows,
+        tiny_folder(kind),
+        mixed_rows,
         tmp_path,
-        *("sft.steps=25", "sft.eval_every=10", f"sft.eval_data={color_rows}"),
+        *("sft.steps=25", "sft.eval_every=10", f"sft.eval_data={mixed_rows}"),
+        "train.micro_batch_size=3",
     )
     losses = {r["step"]: r["eval_loss"] for r in records(run, None) if "eval_loss" in r}
-    assert list(losses) == [10, 20, 25]
-    assert losses[25] < 0.8 * losses[10]
+    assert list(losses) == [10, 20, 25] and losses[25] < 0.8 * losses[10]
     assert json.loads((run / "summary.json").read_text())["eval_loss"] == losses[25]
+    session = make_session(run / "final", {"prompt": {"max_prompt_tokens": 2048}})
+    image_id, total, tokens, images = session.loaded.image_token_id, 0.0, 0, set()
+    for sample in load_samples(DataSettings(path=str(mixed_rows))):
+        (prompt,) = session.encoder.encode([sample])
+        text = response_text(session.config.prompt, sample)
+        sequence = target_sequence(session, prompt, "", text)
+        ids = torch.tensor([sequence.token_ids])
+        images.add(0 if prompt.image_grid_thw is None else len(prompt.image_grid_thw))
+        rows = full_log_probs(
+            session.loaded, sequence.token_ids, image_inputs([prompt], ids, image_id)
+        )
+        start = sequence.response_start
+        for place, token in enumerate(sequence.response_ids):
+            total -= float(rows[start - 1 + place, token])
+            tokens += 1
+    assert images == {0, 1, 2}
+    assert losses[25] == pytest.approx(total / tokens, rel=1e-4)
 
 
-def test_packs_learn_what_padded_rows_do(tiny_folder, color_rows, tmp_path):
+def test_packs_learn_what_padded_rows_do(tiny_folder, mixed_rows, tmp_path):
     """`train.packing` and `train.micro_batch_tokens`: the same losses, from images and text."""
-    rows = tmp_path / "mixed.jsonl"
-    images = [json.loads(line) for line in color_rows.read_text().splitlines()[:8]]
-    texts = [{k: v for k, v in row.items() if k != "images"} for row in images[:4]]
-    for row in images:
-        row["images"] = [str(color_rows.parent / name) for name in row["images"]]
-    rows.write_text("\n".join(map(json.dumps, texts + images)))
     packed = ("train.packing=true", "train.micro_batch_tokens=300")
     packed += ("train.gradient_checkpointing=true",)
     packed += ("prompt.max_prompt_tokens=200", "rollout.max_new_tokens=50")
     found = []
     for name, arguments in (("padded", ()), ("packed", packed)):
-        run = _sft(tiny_folder(), rows, tmp_path / name, "sft.steps=3", *arguments)
+        run = _sft(tiny_folder(), mixed_rows, tmp_path / name, "sft.steps=3", *arguments)
         found.append([(r["loss"], r["grad_norm"]) for r in records(run, None)])
     assert len(found[0]) == 3
     for one, two in zip(*found, strict=True):
         assert two == pytest.approx(one, rel=1e-3)
-
-
-def test_the_held_out_loss_is_that_of_the_plain_model(tiny_folder, color_rows, tmp_path):
-    """Mean negative log-likelihood per response token, EOS included, in whatever micro-batches."""
-    eval_data = color_rows.parent / "five.jsonl"
-    eval_data.write_text("".join(color_rows.read_text().splitlines(keepends=True)[:5]))
-    run = _sft(
-        tiny_folder(),
-        color_rows,
-        tmp_path,
-        *("sft.steps=2", "train.micro_batch_size=3", f"sft.eval_data={eval_data}"),
-    )
-    session = make_session(run / "final", {"prompt": {"max_prompt_tokens": 2048}})
-    total = tokens = 0.0
-    for sample in load_samples(DataSettings(path=str(eval_data))):
-        (prompt,) = session.encoder.encode([sample])
-        text = response_text(session.config.prompt, sample)
-        sequence = target_sequence(session, prompt, "", text)
-        inputs = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
-        image = session.loaded.image_token_id
-        inputs["mm_token_type_ids"] = _token_types(sequence.token_ids, image)
-        rows = full_log_probs(session.loaded, sequence.token_ids, inputs)
-        start = sequence.response_start
-        for place, token in enumerate(sequence.response_ids):
-            total -= float(rows[start - 1 + place, token])
-            tokens += 1
-    assert records(run, None)[-1]["eval_loss"] == pytest.approx(total / tokens, rel=1e-4)
-
-
-def _token_types(token_ids, image_token_id):
-    return torch.tensor([[int(token == image_token_id) for token in token_ids]])
 
 
 def test_rows_without_a_rationale_are_counted(tiny_folder, color_rows, tmp_path, caplog):
@@ -133,21 +129,6 @@ def test_a_held_out_file_without_rationales_is_an_error(tiny_folder, color_rows,
     arguments += [f"sft.eval_data={bare}", f"output_dir={tmp_path}", "name=bare"]
     assert main(arguments) == 2
     assert "rationale: got none in 1 rows" in capfd.readouterr().err
-
-
-def test_lora_learns_too(tiny_folder, color_rows, tmp_path):
-    """Adapters alone: the loss falls, and `final/` is a plain model with them merged."""
-    run = _sft(
-        tiny_folder(),
-        color_rows,
-        tmp_path,
-        *("sft.steps=20", "model.lora={rank: 8}", f"sft.eval_data={color_rows}"),
-        "sft.eval_every=1",
-    )
-    losses = [record["eval_loss"] for record in records(run, None)]
-    assert losses[-1] < 0.9 * losses[0]
-    session = make_session(run / "final")
-    assert not any("lora" in name for name, _ in session.loaded.model.named_parameters())
 
 
 def _with_template(loaded, template: str):
@@ -259,11 +240,6 @@ def test_tags_that_are_tokens_are_learnt_as_tokens(tiny_folder, tmp_path):
     for tag in ("<think>", "</think>"):
         assert ids.count(loaded.tokenizer.convert_tokens_to_ids(tag)) == 1
     assert TokenText(loaded.tokenizer).decode(ids)[0] == text
-
-
-def test_no_held_out_rows_by_default():
-    """Evaluating the cold start is asked for."""
-    assert SftSettings().eval_data is None
 
 
 def test_an_ended_cold_start_keeps_its_summary(tiny_folder, color_rows, tmp_path):

@@ -1,0 +1,215 @@
+"""Which sequences go through the model together, padded or packed, and that it changes nothing."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from care_train.config import TrainSettings
+from care_train.models.batch import TokenSequence, collate, pack, packed_positions
+from care_train.models.policy import Policy
+from care_train.models.prompts import EncodedPrompt
+from care_train.models.tiny import TINY_KINDS
+from care_train.training.micro_batches import num_tokens, padded_tokens, split
+from tests.train.builders import encoder_of, image_sample, load, make_config, text_sample
+
+LENGTHS = st.lists(st.integers(1, 100), max_size=40)
+
+
+def _limits(packed: bool, tokens: int | None, size: int = 8) -> TrainSettings:
+    return TrainSettings(micro_batch_size=size, micro_batch_tokens=tokens, packing=packed)
+
+
+@given(
+    lengths=LENGTHS,
+    kind=st.sampled_from(["packed", "padded", "counted"]),
+    more=st.integers(0, 200),
+    count=st.integers(1, 12),
+    ranks=st.integers(0, 50),
+)
+def test_every_sequence_once_and_none_over_the_limit(lengths, kind, more, count, ranks):
+    """A partition, within `micro_batch_tokens` or without it `micro_batch_size`, of at least as
+    many parts as another rank needs."""
+    budget = None if kind == "counted" else max(lengths, default=1) + more
+    limits = _limits(kind == "packed", budget, count)
+    own = split(lengths, limits)
+    parts = split(lengths, limits, at_least=max(ranks, len(own)))
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    assert len(parts) == min(max(ranks, len(own)), len(lengths))
+    if budget is None:
+        assert len(own) == -(-len(lengths) // count)
+        assert all(len(part) <= count for part in parts)
+        return
+    size = num_tokens if kind == "packed" else padded_tokens
+    sizes = [size(lengths, part) for part in parts]
+    assert all(found <= budget for found in sizes)
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=40), more=st.integers(0, 400))
+def test_packs_are_balanced(lengths, more):
+    """Longest first: two packs differ by no more than the longest sequence, and there is none too
+    many by more than a third of the tokens (Graham 1969)."""
+    budget = max(lengths) + more
+    parts = split(lengths, _limits(True, budget))
+    sizes = [num_tokens(lengths, part) for part in parts]
+    assert max(sizes) - min(sizes) <= max(lengths)
+    if len(parts) > 1:
+        fewest = -(-sum(lengths) // budget)
+        assert len(parts) == fewest or sum(lengths) > (len(parts) - 1) * budget / 2
+
+
+def test_padded_parts_are_as_small_as_their_number_allows():
+    """Not one full and one almost empty micro-batch: two of alike cost."""
+    parts = split([10] * 12, _limits(False, 110))
+    assert [len(part) for part in parts] == [6, 6]
+
+
+def test_a_budget_no_sequence_fits_is_an_error():
+    """At the settings where lengths are bounded; where they are not, when a sequence comes."""
+    with pytest.raises(ValueError, match=r"train\.micro_batch_tokens: got 223, .*at least 224"):
+        make_config({"train": {"micro_batch_tokens": 223}})
+    assert make_config({"train": {"micro_batch_tokens": 224}}).train.micro_batch_tokens == 224
+    with pytest.raises(ValueError, match=r"train\.micro_batch_tokens: got 20, wanted at least 21"):
+        split([3, 21], _limits(False, 20))
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_folder):
+    """A model, sequences, the loss's rows for each, and what they make all at once."""
+    loaded = load(tiny_folder("tiny-qwen2"))
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: tuple(torch.randint(10, 60, (n,), generator=generator).tolist())  # noqa: E731
+    sequences = [TokenSequence(EncodedPrompt(draw(2 + i)), (), draw(9 - i)) for i in range(7)]
+    weights = [torch.randn(len(s.response_ids), generator=generator) for s in sequences]
+    inputs = loaded, sequences, weights
+    return inputs, _loss_and_gradients(inputs, [range(7)], packed=False)
+
+
+def _loss_and_gradients(inputs, parts, packed):
+    loaded, sequences, weights = inputs
+    policy = Policy(copy.deepcopy(loaded.model))
+    total = 0.0
+    for part in parts:
+        batch = _both(loaded, [sequences[i] for i in part])[packed]
+        advantages = torch.cat([weights[i] for i in part])
+        kl = torch.full_like(advantages, 0.1)
+        reference = advantages * 0.1 - 2
+        arguments = {"advantages": advantages, "kl_weights": kl, "ref_log_probs": reference}
+        output, _ = policy(batch, 1.0, arguments)
+        output.loss.backward()
+        total += float(output.loss.detach())
+    return total, [p.grad for p in policy.parameters()]
+
+
+def _both(loaded, sequences):
+    """The sequences padded, and packed."""
+    padded = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
+    return padded, pack(sequences, packed_positions(loaded.model), loaded.image_token_id)
+
+
+@settings(max_examples=12)
+@given(data=st.data(), packed=st.booleans())
+def test_any_partition_has_one_loss_and_one_gradient(data, packed, rows):
+    """Micro-batches are how a sum is taken: any partition, in any order, padded or packed."""
+    inputs, whole = rows
+    owners = data.draw(st.lists(st.integers(0, 3), min_size=7, max_size=7))
+    order = data.draw(st.permutations(range(7)))
+    parts = [[i for i in order if owners[i] == k] for k in range(4)]
+    loss, gradients = _loss_and_gradients(inputs, [part for part in parts if part], packed)
+    assert loss == pytest.approx(whole[0], rel=1e-5, abs=1e-5)
+    for mine, wanted in zip(gradients, whole[1], strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
+
+
+def _mixed_sequences(loaded, has_images: bool) -> list[TokenSequence]:
+    """Text rows, one image, two images in a row, two rollouts of one prompt; lengths all differ."""
+    samples = [text_sample(0), text_sample(1, prompt="is it red?")]
+    if has_images:
+        two = (image_sample(size=56).images[0], image_sample("blue", size=110).images[0])
+        samples += [
+            image_sample("red", 2, size=100),
+            image_sample(index=3, images=two, prompt="<image> or <image>?"),
+        ]
+    prompts = encoder_of(loaded).encode(samples)
+    generator = torch.Generator().manual_seed(0)
+    sequences = []
+    for place, prompt in enumerate([*prompts, prompts[-1]]):
+        ids = torch.randint(10, 60, (4 + 3 * place,), generator=generator).tolist()
+        sequences.append(TokenSequence(prompt, tuple(ids[:2]) if place % 2 else (), tuple(ids)))
+    return sequences
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", TINY_KINDS)
+def test_packed_equals_padded(kind, attention, tiny_folder):
+    """Images and text mixed, deepstack included: the same hidden states, log-probs, embeddings,
+    loss and gradients, so no sequence of a pack sees another one."""
+    loaded = load(tiny_folder(kind))
+    loaded.model.set_attn_implementation(attention)
+    sequences = _mixed_sequences(loaded, has_images=kind != "tiny-qwen2")
+    spans = torch.tensor([[s.response_start + 1, s.response_start + 3] for s in sequences])
+    batches, results = _both(loaded, sequences), []
+    for batch in batches:
+        policy = Policy(copy.deepcopy(loaded.model))
+        rows, embeddings = policy(batch, pool_spans=spans, rows_only=True)
+        log_probs, _ = policy(batch, temperature=0.7)
+        advantages = torch.linspace(-1, 1, len(rows))
+        arguments = {"advantages": advantages, "old_log_probs": log_probs.detach() - 0.1}
+        output, _ = policy(batch, 0.7, arguments)
+        output.loss.backward()
+        gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+        assert len(gradients) > 20
+        results.append((rows, log_probs, embeddings, output.loss, gradients))
+    for padded, packed in zip(*results, strict=True):
+        torch.testing.assert_close(packed, padded, rtol=1e-4, atol=2e-5)
+    ids = sum(len(s.token_ids) for s in sequences)
+    assert batches[1].inputs["input_ids"].shape == (1, ids)
+
+
+@pytest.mark.parametrize("kind", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+def test_positions_are_those_of_each_sequence_alone(kind, tiny_folder):
+    """Time, height and width as `get_rope_index` has them for the whole sequence, and a count that
+    begins anew: without the first, images are misplaced; without the second, sequences mix."""
+    loaded = load(tiny_folder(kind))
+    sequences = _mixed_sequences(loaded, has_images=True)
+    position_ids, start = _both(loaded, sequences)[1].inputs["position_ids"][:, 0], 0
+    for sequence in sequences:
+        own = position_ids[:, start : start + len(sequence.token_ids)]
+        ids = torch.tensor([sequence.token_ids])
+        types = (ids == loaded.image_token_id).int()
+        grid = sequence.prompt.image_grid_thw
+        wanted, _ = loaded.model.base_model.get_rope_index(ids, types, image_grid_thw=grid)
+        assert torch.equal(own[1:], wanted[:, 0])
+        assert torch.equal(own[0], torch.arange(ids.shape[1]))
+        start += ids.shape[1]
+    assert start == position_ids.shape[1]
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def test_a_model_that_is_not_tested_is_refused():
+    """Qwen3 packs like Qwen2; another kind is an error that names it and the way out."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(head_dim=16, **SIZES))
+    sequences = [
+        TokenSequence(EncodedPrompt(tuple(range(1, 4 + i))), (), tuple(range(9, 14 + 2 * i)))
+        for i in range(3)
+    ]
+    policy = Policy(model)
+    packed = policy(pack(sequences, packed_positions(model), None))[0]
+    torch.testing.assert_close(packed, policy(collate(sequences, 0, None))[0])
+    with pytest.raises(ValueError, match=r"train\.packing.*llama.*train\.packing=false"):
+        packed_positions(LlamaForCausalLM(LlamaConfig(**SIZES)))
