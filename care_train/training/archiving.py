@@ -34,16 +34,11 @@ from care_train.training.log_probs import TrainItem
 
 EVENT_FILES = ("care_events.jsonl", "rgr_events.jsonl")
 
-_UNTRAINED = {
-    "trained": False,
-    "raw_advantage": None,
-    "sequence_advantage": None,
-    "token_weights": None,
-    "token_advantages": None,
-    "ref_log_probs": None,
-    "entropy": None,
-    "clipped": None,
-}
+_UPDATED = (
+    *("raw_advantage", "sequence_advantage", "token_weights", "token_advantages"),
+    *("ref_log_probs", "entropy", "clipped"),
+)
+_UNTRAINED = {"trained": False} | dict.fromkeys(_UPDATED)
 
 
 def open_writer(config: Config, run_dir: Path) -> AbstractContextManager[ArchiveWriter | None]:
@@ -138,29 +133,17 @@ def append_events(run_dir: Path, groups: Sequence[Group], care: CareSettings, st
 
 
 def _question(sample: Sample) -> dict[str, Any]:
-    return {
-        "row_id": sample.id,
-        "visit": sample.visit,
-        "location": sample.location,
-        "source": sample.source,
-        "prompt": sample.prompt,
-        "answer": sample.answer,
-        "answer_type": sample.answer_type,
-        "options": list(sample.options),
-    }
+    names = ("visit", "location", "source", "prompt", "answer", "answer_type")
+    own = {name: getattr(sample, name) for name in names}
+    return own | {"row_id": sample.id, "options": list(sample.options)}
 
 
 def _answer(rollout: Rollout) -> dict[str, Any]:
-    return {
-        "text": rollout.text,
+    names = ("text", "finished", "accuracy", "reward", "verdict", "format_verdict")
+    return {name: getattr(rollout, name) for name in names} | {
         "token_ids": np.asarray(rollout.token_ids, np.int32),
-        "finished": rollout.finished,
-        "accuracy": rollout.accuracy,
         "format": rollout.format_score,
-        "reward": rollout.reward,
         "rewards": [{"name": name, "value": value} for name, value in rollout.rewards],
-        "verdict": rollout.verdict,
-        "format_verdict": rollout.format_verdict,
     }
 
 

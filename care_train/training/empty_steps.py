@@ -29,11 +29,15 @@ _KINDS = {
     "wrong": "with all responses wrong and no rescue",
     "mixed": "with right and wrong ones but equal rewards, or none that credit goes to",
 }
-_RESPONSES = {
-    "cut": "cut by the length limit",
-    "untagged": "without a complete answer span",
-    "unverified": "unverified",
+_FAULTS = {
+    "cut": ("cut by the length limit", "raise rollout.max_new_tokens (now {limit})"),
+    "untagged": (
+        "without a complete answer span",
+        "begin with a cold start (`care-train sft`), or ask in prompt.system for <{tag}>",
+    ),
+    "unverified": ("unverified", "look at the rows' answers: comparing them takes too long"),
 }
+"""What may be wrong with responses, and what helps where it is with most of them."""
 
 
 class EmptySteps:
@@ -60,19 +64,18 @@ class EmptySteps:
         return "finished" if finished else "failed"
 
     def add(self, groups: Sequence[Group], dropped: Sequence[Group], done: int) -> None:
-        """Count a step; warn of an empty one. A collective call."""
+        """Count step `done`, from 1, with what dynamic sampling dropped; warn of an empty one. A
+        collective call."""
         if all_max(any(has_signal(group.update) for group in groups), self._device):
             self.steps = self._groups = self._right = 0
             return
         found = gather(_counts([*groups, *dropped]))
-        total: Counter[str] = Counter()
-        for counts, _, _ in found:
-            total += counts
+        total = sum((counts for counts, _, _ in found), Counter[str]())
+        rewards = [reward for _, own, _ in found for reward in own]
+        best = max(graded for _, _, graded in found)
         self.steps += 1
         self._groups += total["groups"]
         self._right += total["right"]
-        rewards = [reward for _, rewards, _ in found for reward in rewards]
-        best = max(graded for _, _, graded in found)
         self._message = f"{_described(total, rewards)}: {self._advice(total, rewards, best)}"
         # The first of a row, the second, the fourth, ...
         if is_main() and self.steps & (self.steps - 1) == 0:
@@ -106,31 +109,25 @@ class EmptySteps:
         self.steps, self._groups, self._right = state
 
     def _advice(self, total: Counter[str], rewards: Sequence[float], best: float) -> str:
-        config, half, are_equal = self._config, total["responses"] / 2, len(set(rewards)) == 1
-        threshold, groups = config.reward.success_threshold, total["groups"]
+        config, groups = self._config, total["groups"]
+        threshold, is_care = config.reward.success_threshold, config.algorithm == "care"
         if total["right"] >= FINISHED_SHARE * groups:
             return "the policy answers these prompts: training is finished, or takes harder rows"
-        is_graded = total["partly"] > groups / 2 and not are_equal
-        if is_graded and (threshold or config.algorithm == "care"):
+        is_graded = total["partly"] > groups / 2 and len(set(rewards)) > 1
+        if is_graded and (threshold or is_care):
             now = "1, as it is null" if threshold is None else f"{threshold:g}"
             return (
                 f"set reward.success_threshold (now {now}) no higher than the best accuracy that "
                 f"was seen, {best:.4g}"
             )
-        if total["cut"] > half:
-            return f"raise rollout.max_new_tokens (now {config.rollout.max_new_tokens})"
-        if total["untagged"] > half:
-            return (
-                "begin with a cold start (`care-train sft`), or ask in prompt.system for "
-                f"<{config.prompt.answer_tag}>"
-            )
-        if total["unverified"] > half:
-            return "look at the rows' answers: comparing them takes too long"
+        for fault, (_, fix) in _FAULTS.items():
+            if total[fault] > total["responses"] / 2:
+                tag, limit = config.prompt.answer_tag, config.rollout.max_new_tokens
+                return fix.format(tag=tag, limit=limit)
         if total["same"] > groups / 2:
             return "the responses to a prompt are all the same: raise rollout.temperature"
         if total["wrong"] == groups:
-            is_off = config.algorithm == "care" and config.care.rescue == 0
-            rescue = ", or care.rescue=1" if is_off else ""
+            rescue = ", or care.rescue=1" if is_care and config.care.rescue == 0 else ""
             return (
                 "easier rows, a longer cold start, a larger rollout.group_size"
                 f"{rescue}; `care-train verify` says what the verifier makes of an answer"
@@ -168,7 +165,7 @@ def _kind(group: Group) -> str:
 
 def _described(total: Counter[str], rewards: Sequence[float]) -> str:
     groups = [f"{total[kind]} {text}" for kind, text in _KINDS.items() if total[kind]]
-    faults = [f"{total[fault]} {text}" for fault, text in _RESPONSES.items() if total[fault]]
+    faults = [f"{total[fault]} {text}" for fault, (text, _) in _FAULTS.items() if total[fault]]
     of_responses = [f"of {total['responses']} responses {', '.join(faults)}"] if faults else []
     spread = f"rewards from {min(rewards):.4g} to {max(rewards):.4g}"
     return "; ".join([f"of {total['groups']} groups {', '.join(groups)}", *of_responses, spread])

@@ -67,10 +67,7 @@ def clean_up(folder: Path) -> None:
         _put_back(path.with_name(path.name.removesuffix(REPLACED)))
     for suffix in (PARTIAL, REPLACED, DELETED):
         for path in folder.glob(f"*{suffix}"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_manifest(folder: Path) -> None:
@@ -105,7 +102,7 @@ def _read(folder: Path) -> dict[str, dict[str, int | str]] | str:
         are_whole = all({"size", "blake2b"} <= entry.keys() for entry in entries.values())
         are_within = not any(name.startswith("/") or ".." in Path(name).parts for name in entries)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST_FILE} is damaged"
+        are_whole = are_within = False
     return entries if are_whole and are_within else f"{MANIFEST_FILE} is damaged"
 
 
@@ -148,8 +145,7 @@ def _together(action: Callable[[], None], folder: Path, needed: int) -> None:
         is_refused = isinstance(error, OSError) and error.errno in (EACCES, EPERM, EROFS)
         # torch's and safetensors' writers do not say more; nearly always it is room.
         problem = str(error), INPUT_STATUS if is_refused else DISK_FULL_STATUS
-    problems = [found for found in gather(problem) if found is not None]
-    if problems:
+    if problems := list(filter(None, gather(problem))):
         reason, status = problems[0]
         size = f"needs about {needed:,} bytes, " if needed else ""
         error = SaveError(

@@ -9,8 +9,9 @@ log-prob cannot change a sampled token and with it everything after.
 import json
 import pickle
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,13 +23,7 @@ from care_train.distributed import (
     is_main,
     leave_process_group,
 )
-from care_train.rollout.engine import (
-    Completion,
-    Request,
-    RolloutEngine,
-    SamplingSettings,
-    WeightParts,
-)
+from care_train.rollout.engine import Completion, Request, RolloutEngine, SamplingSettings
 from care_train.training.checkpoint import seed_all
 from care_train.training.rl import PromptSource, open_policy
 from care_train.training.sampler import Sampler
@@ -65,19 +60,8 @@ class Replay:
         self.recorded |= dict(zip(keys, completions, strict=True))
         return completions
 
-    @property
-    def wanted(self) -> WeightParts:
-        return self._inner.wanted
-
-    @property
-    def num_starts(self) -> int:
-        return self._inner.num_starts
-
-    def sync(self, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, float]:
-        return self._inner.sync(weights)
-
-    def rest(self) -> None:
-        self._inner.rest()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 def run_case(out: Path, name: str, overrides: Sequence[str], model: str, rows: str) -> None:
