@@ -24,20 +24,17 @@ import uuid
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from care_train.reporting.files import sync
 from care_train.training.failures import IN_USE_STATUS, RunError
 from care_train.training.ranks import ProcessId, end_at_once
 
-BEAT = 5.0
-"""Seconds between two signs of life."""
-PATIENCE = 300.0
-"""Seconds without one after which a holder that cannot be looked at counts as dead."""
-_RETRIES = 100
-_PAUSE = 0.1
-"""Seconds."""
+BEAT, PATIENCE = 5.0, 300.0
+"""Seconds between two signs of life, and without one until a holder that cannot be looked at counts
+as dead."""
+_RETRIES, _PAUSE = 100, 0.1
+"""Of taking a lock that was just released, and seconds between two."""
 
 
 class FolderInUseError(RunError):
@@ -66,11 +63,8 @@ class RunLock:
     def __init__(self, folder: Path, *, beat: float = BEAT, patience: float = PATIENCE) -> None:
         """Ready to be taken; `folder`, the run's, need not exist, but its parent must.
 
-        Args:
-            folder: the run's.
-            beat: seconds between two signs of life.
-            patience: seconds without one after which a holder on another machine counts as dead;
-                at least four beats.
+        `beat` is the seconds between two signs of life, `patience` those without one after which a
+        holder on another machine counts as dead; at least four beats.
         """
         self._folder, self._beat, self._patience = folder, beat, max(patience, 4 * beat)
         self._place = folder.with_name(f".{folder.name}.lock")
@@ -97,19 +91,17 @@ class RunLock:
                 continue
             path, holder = held
             if self._is_alive(path, holder):
-                raise FolderInUseError(_in_use(self._folder, holder))
+                raise FolderInUseError(
+                    f"{self._folder}: in use by {holder}: wait until it ends, stop it there with "
+                    f"`kill -TERM {holder.process.pid}`, or choose another name=..."
+                )
             path.unlink(missing_ok=True)
         raise FolderInUseError(
             f"{self._place}: got files that no run left there, wanted one that says who writes to "
             f"{self._folder}: delete them if no run does"
         )
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if os.getpid() != self._pid:
             return
         self._released.set()
@@ -191,13 +183,6 @@ class RunLock:
                 end_at_once(IN_USE_STATUS)
             except OSError:  # the disk is away; who wants the lock allows for that
                 continue
-
-
-def _in_use(folder: Path, holder: Holder) -> str:
-    return (
-        f"{folder}: in use by {holder}: wait until it ends, stop it there with `kill -TERM "
-        f"{holder.process.pid}`, or choose another name=..."
-    )
 
 
 def _read_holder(path: Path) -> Holder:
