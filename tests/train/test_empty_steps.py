@@ -50,60 +50,46 @@ def _steps(groups: list[Group], times: int = 2, rows: int = 100, **values) -> Em
     return steps
 
 
-CAUSES = {
-    "wrong": (
-        _alike(0.0),
-        {},
-        ("of 8 groups 8 with all responses wrong and no rescue", "easier rows"),
-    ),
-    "rescue off": (_alike(0.0), {"care": {"rescue": 0.0}}, ("care.rescue=1",)),
-    "partly right": (
+WRONG, ALIKE = _alike(0.0), [_group(_rollout(0.0), _rollout(0.0)) for _ in range(8)]
+UNSURE = "unverified: took longer than 5 s"
+TOO_HIGH = _alike(0.0, graded=0.62, reward=0.62) + _alike(0.0, graded=0.1, reward=0.1)
+CAUSES = [
+    (WRONG, {}, ("of 8 groups 8 with all responses wrong and no rescue", "easier rows")),
+    (WRONG, {"care": {"rescue": 0.0}}, ("care.rescue=1",)),
+    (
         _alike(0.4) + _alike(0.3),
         {},
         ("16 whose best response is partly right", "success_threshold (now 1, as", "seen, 0.4"),
     ),
-    "threshold too high": (
-        _alike(0.0, graded=0.62, reward=0.62) + _alike(0.0, graded=0.1, reward=0.1),
+    (
+        TOO_HIGH,
         {"reward": {"success_threshold": 0.8}},
         ("16 whose best", "success_threshold (now 0.8)", "0.62", "rewards from 0.1 to 0.62"),
     ),
-    "malformed": (
+    (
         _alike(0.0, spans=UNTAGGED),
         {},
         ("16 without a complete answer span", "cold start (`care-train sft`)", "<answer>"),
     ),
-    "cut": (
+    (
         _alike(0.0, spans=UNTAGGED, finished=False),
         {},
         ("16 cut by the length limit", "raise rollout.max_new_tokens (now 12)"),
     ),
-    "unverified": (
-        _alike(0.0, verdict="unverified: took longer than 5 s"),
-        {},
-        ("of 16 responses 16 unverified", "takes too long"),
-    ),
-    "one response": (
-        [_group(_rollout(0.0), _rollout(0.0)) for _ in range(8)],
-        {},
-        ("all the same: raise rollout.temperature",),
-    ),
-    "a constant reward": (
-        _alike(0.5),
-        {},
-        ("rewards from 0.5 to 0.5", "gives all responses the same teaches nothing"),
-    ),
-    "right and wrong prompts": (
+    (_alike(0.0, verdict=UNSURE), {}, ("of 16 responses 16 unverified", "takes too long")),
+    (ALIKE, {}, ("all the same: raise rollout.temperature",)),
+    (_alike(0.5), {}, ("rewards from 0.5 to 0.5", "gives all responses the same teaches nothing")),
+    (
         _alike(0.0, 4) + _alike(1.0, 4),
         {},
         ("4 with all responses right, 4 with all responses wrong", "rollout.group_size"),
     ),
-}
+]
 
 
-@pytest.mark.parametrize("cause", CAUSES)
-def test_the_cause_is_counted_with_its_fix(cause, caplog):
+@pytest.mark.parametrize(("groups", "values", "wanted"), CAUSES)
+def test_the_cause_is_counted_with_its_fix(groups, values, wanted, caplog):
     """The first empty step is a warning, the second ends the run, with the counts and the key."""
-    groups, values, wanted = CAUSES[cause]
     steps = _steps(groups, times=1, **values)
     assert steps.ending is None and "step 1 trained nothing" in caplog.text
     steps.add(groups, [], 2)
@@ -132,16 +118,14 @@ def test_few_prompts_per_step_need_more_steps():
     assert _steps(_alike(0.0, 1), times=2, rows=2).ending == "failed"
 
 
-def test_a_step_with_a_signal_begins_a_new_row_and_null_never_ends():
-    steps = _steps(_alike(0.0), times=1)
-    steps.add([*_alike(0.0), _mixed()], [], 2)
-    steps.add(_alike(0.0), [], 3)
+def test_a_step_with_a_signal_begins_a_new_row_and_null_never_ends(caplog):
+    """And warnings of a long row grow rare."""
+    steps = _steps(WRONG, times=1)
+    steps.add([*WRONG, _mixed()], [], 2)
+    steps.add(WRONG, [], 3)
     assert steps.steps == 1 and steps.ending is None
-    assert _steps(_alike(0.0), times=20, limits={"empty_steps": None}).ending is None
-
-
-def test_warnings_of_a_long_row_grow_rare(caplog):
-    _steps(_alike(0.0), times=20, limits={"empty_steps": None})
+    caplog.clear()
+    assert _steps(WRONG, times=20, limits={"empty_steps": None}).ending is None
     assert caplog.text.count("trained nothing") == 5  # steps 1, 2, 4, 8 and 16
 
 

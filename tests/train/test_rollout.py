@@ -1,5 +1,7 @@
 """The transformers engine: seeds, banned tokens, left padding, images kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -127,8 +129,6 @@ def test_a_text_batch_after_an_image_batch_is_unchanged(tiny_folder):
 
 def test_a_forced_prefix_continues_the_prompt(tiny_folder):
     """A request with a prefix draws what the prompt extended by it would draw."""
-    from dataclasses import replace
-
     loaded = load(tiny_folder())
     engine, sampling = TransformersEngine(loaded, 64), SamplingSettings(8)
     request = _requests(loaded, 2)[1]
