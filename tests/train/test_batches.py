@@ -171,25 +171,6 @@ def test_packed_equals_padded(kind, attention, tiny_folder):
     assert batches[1].inputs["input_ids"].shape == (1, ids)
 
 
-@pytest.mark.parametrize("kind", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
-def test_positions_are_those_of_each_sequence_alone(kind, tiny_folder):
-    """Time, height and width as `get_rope_index` has them for the whole sequence, and a count that
-    begins anew: without the first, images are misplaced; without the second, sequences mix."""
-    loaded = load(tiny_folder(kind))
-    sequences = _mixed_sequences(loaded, has_images=True)
-    position_ids, start = _both(loaded, sequences)[1].inputs["position_ids"][:, 0], 0
-    for sequence in sequences:
-        own = position_ids[:, start : start + len(sequence.token_ids)]
-        ids = torch.tensor([sequence.token_ids])
-        types = (ids == loaded.image_token_id).int()
-        grid = sequence.prompt.image_grid_thw
-        wanted, _ = loaded.model.base_model.get_rope_index(ids, types, image_grid_thw=grid)
-        assert torch.equal(own[1:], wanted[:, 0])
-        assert torch.equal(own[0], torch.arange(ids.shape[1]))
-        start += ids.shape[1]
-    assert start == position_ids.shape[1]
-
-
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
