@@ -29,6 +29,7 @@ from care_train.training.rl import PromptSource, open_policy
 from care_train.training.sampler import Sampler
 from care_train.training.session import open_session
 from care_train.training.step import TrainStep
+from tests.train.runs import data_arguments
 
 STEPS = 3
 SETTINGS = (
@@ -66,8 +67,8 @@ class Replay:
 
 def run_case(out: Path, name: str, overrides: Sequence[str], model: str, rows: str) -> None:
     """Train STEPS steps; leave weights and metrics in `out`."""
-    paths = [f"{section}.path={rows}" for section in ("data", "eval.data")]
-    config = load_config(None, [*SETTINGS, f"model.path={model}", *paths, *overrides])
+    own = (f"model.path={model}", *data_arguments(Path(rows)))
+    config = load_config(None, [*SETTINGS, *own, *overrides])
     seed_all(config.seed)
     device = initialize_process_group()
     session = open_session(config, Path(model), device)
