@@ -68,8 +68,7 @@ def baseline_updates(
         groups: this rank's rollouts.
         algorithm: a baseline.
         total: sums numbers over all ranks; called once under `reinforce_pp`, else never.
-        length_normalized: token weights 1/T, so that a sequence's weights sum to 1 (GRPO, GSPO);
-            otherwise 1 (DAPO, Dr. GRPO, whose loss has its own denominator).
+        length_normalized: token weights 1/T (GRPO, GSPO) instead of 1 (DAPO, Dr. GRPO).
         keep_without_signal: keep groups without any advantage, whose only gradient is the KL's.
     """
     rewards = [torch.tensor([r.reward for r in group], dtype=torch.float64) for group in groups]

@@ -81,8 +81,8 @@ class Fixability:
 
 
 def features_of(group: RolloutGroup, anchor: int, place: int) -> Outcome:
-    """Distance to the anchor, mean old log-prob, length beyond the anchor's, and where it departs
-    from it as a share of its length."""
+    """Distance to the anchor, mean old log-prob, length beyond the anchor's as a share of it, and
+    the share of the response before it departs from the anchor."""
     assert group.distances is not None and group.log_prob_sums is not None
     ids, anchor_ids = group.rollouts[place].token_ids, group.rollouts[anchor].token_ids
     length = max(len(ids), 1)

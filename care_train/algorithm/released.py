@@ -64,8 +64,7 @@ def _between(
 
 
 def _find(token_ids: Sequence[int], pattern: Pattern, start: int) -> int | None:
-    last = len(token_ids) - len(pattern)
-    places = range(start, last + 1)
+    places = range(start, len(token_ids) - len(pattern) + 1)
     return next((i for i in places if tuple(token_ids[i : i + len(pattern)]) == pattern), None)
 
 

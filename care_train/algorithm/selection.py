@@ -80,17 +80,17 @@ def select_hard_negatives(
     generator: torch.Generator | None = None,
     fixability: Sequence[float] = (),
 ) -> list[int]:
-    """N: `count` members of the failure pool (Sec. 3.3, Eqs. 3-4), nearest to the anchor first.
+    """N: `count` (K') members of the pool of failures (Sec. 3.3, Eqs. 3-4), nearest first.
 
     Args:
         pool: indices of failures.
-        count: K', at most len(pool).
+        count: at most len(pool).
         distances: [G, G] `pairwise_distances`.
         anchor: index of the anchor.
         settings: selector and preselect_size.
         generator: for `random`.
-        fixability: for `learned`, of each of the pool how likely it is to be repaired; the result
-            has the likeliest first.
+        fixability: for `learned`, how likely a repair of each of the pool is; the result then has
+            the likeliest first.
     """
     assert count <= len(pool)
     if fixability:
