@@ -11,17 +11,20 @@ import torch
 from care_train.algorithm.care import select_subgroup
 from care_train.algorithm.selection import (
     choose_reflected_negative,
+    farthest_first,
     merge_reflection,
     pairwise_distances,
     positives,
     reflection_prefix,
     select_anchor,
     select_hard_negatives,
+    select_proxy_anchor,
 )
 from care_train.algorithm.spans import parse_spans
 from care_train.algorithm.types import RolloutGroup, Subgroup
-from care_train.config import CareSettings, ReflectionSettings
+from care_train.config import CareSettings, Decisions, ReflectionSettings
 from tests.algorithm.builders import (
+    broken,
     care,
     indices,
     make_group,
@@ -115,6 +118,25 @@ def test_random_takes_distinct_failures_nearest_first():
     assert all(one == [i for i in [5, 3, 2, 1, 4] if i in one] and len(one) == 3 for one in drawn)
 
 
+@pytest.mark.parametrize(
+    ("degrees", "count", "start", "expected"),
+    [
+        # From 10 degrees 80 is farthest, then 40 (not 12).
+        *[([10, 12, 40, 80], n, 0, [0, 3, 2, 1][:n]) for n in (1, 2, 3)],
+        # Max-min: the third is 45 (45 from both), not 90 (10 from 100).
+        ([0, 90, 100, 45], 3, 0, [0, 2, 3]),
+        # It starts where told: from -60 to 50.
+        ([10, 50, -60], 2, 2, [2, 1]),
+        # Of equally far ones the one ranked nearer to the anchor.
+        ([0, 90, -90], 2, 0, [0, 1]),
+    ],
+)
+def test_farthest_first_by_hand(degrees, count, start, expected):
+    """Sec. 3.3's greedy max-min pass."""
+    between = pairwise_distances(unit_vectors(degrees))
+    assert farthest_first(list(range(len(degrees))), count, between, start) == expected
+
+
 @pytest.mark.parametrize("selector", ["nearest", "cosine_diverse"])
 @pytest.mark.parametrize("width", [8, 64, 896])
 def test_equal_rationales_tie(selector, width):
@@ -127,6 +149,32 @@ def test_equal_rationales_tie(selector, width):
             settings = replace(SETTINGS, selector=selector)
             chosen = select_hard_negatives(range(1, size), 4, between, 0, settings)
             assert chosen == [1, 2, 3, 4]
+
+
+# 8, 8, 5 and 8 tokens; then a right one and two broken ones.
+CANDIDATES = [wrong(think=1, answer=2), wrong(think=2, answer=1), wrong(think=0, answer=0)]
+CANDIDATES += [wrong(think=2, answer=1), right(), broken(), broken()]
+SUMS = torch.tensor([-8.5, -8.0, -6.0, -8.0, -0.1, -1.0, -2.0])
+
+
+@pytest.mark.parametrize(
+    ("pool", "changes", "expected"),
+    [
+        # Sec. 3.7 by mean: -8 over 8 tokens beats -6 over 5; line 22 to the letter sums.
+        ([0, 1, 2], {}, 1),
+        ([0, 1, 2], {"proxy_score": "sum"}, 2),
+        # Of the pool alone; well-formed, unless format is not asked for.
+        ([0, 5, 6], {}, 0),
+        ([5, 6], {}, None),
+        ([5, 6], {"proxy_requires_format": False}, 5),
+        # Of equally likely ones the first, whatever the pool's order.
+        ([3, 1, 0], {}, 1),
+    ],
+)
+def test_pseudo_anchor(pool, changes, expected):
+    """Lines 22-23: the likeliest failure under the old policy."""
+    assert [len(r.token_ids) for r in CANDIDATES[:4]] == [8, 8, 5, 8]
+    assert select_proxy_anchor(CANDIDATES, pool, SUMS, Decisions(**changes)) == expected
 
 
 RANDOM = {
