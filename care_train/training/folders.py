@@ -102,7 +102,7 @@ def _read(folder: Path) -> dict[str, dict[str, int | str]] | str:
         are_whole = all({"size", "blake2b"} <= entry.keys() for entry in entries.values())
         are_within = not any(name.startswith("/") or ".." in Path(name).parts for name in entries)
     except (ValueError, KeyError, TypeError, AttributeError):
-        are_whole = are_within = False
+        return f"{MANIFEST_FILE} is damaged"
     return entries if are_whole and are_within else f"{MANIFEST_FILE} is damaged"
 
 

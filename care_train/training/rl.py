@@ -120,7 +120,7 @@ class _RlLoop(StepLoop):
             config, self.engine, self._sampler, session.scorer, reference, archive
         )
         counted = ("steps", "decoded_tokens", "trained_sequences", "sampled_sequences")
-        self.totals = dict.fromkeys(counted, 0.0)
+        self.totals: dict[str, float] = dict.fromkeys(counted, 0.0)
 
     def resume_from(self, checkpoint: Checkpoint) -> None:
         """Be where the run was when it saved `checkpoint`."""
