@@ -1,4 +1,4 @@
-"""Attacks on checkpoints: a file that would run code when it is loaded is refused first."""
+"""Attacks on checkpoints and models: what would run code when it is loaded is refused first."""
 
 import json
 import os
@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from care_train.training.folders import find_damage, write_manifest
-from tests.train.runs import FastRun, run, text_run_arguments
+from tests.security.conftest import one_rank
+from tests.train.builders import load
+from tests.train.runs import run, text_run_arguments
 
 
 class Payload:
@@ -33,21 +35,18 @@ def trained(tmp_path_factory) -> Path:
     return out
 
 
-def _within_the_state(path: Path, says: Path) -> None:
-    """The file as it was, and a payload among its values."""
-    content = torch.load(path, weights_only=False)
-    torch.save({**content, "client_state": Payload(says)}, path)
-
-
-def _instead_of_the_file(path: Path, says: Path) -> None:
-    """A plain pickle, no archive of torch's."""
-    path.write_bytes(pickle.dumps(Payload(says)))
-
-
-def _by_a_name_of_torchs(path: Path, says: Path) -> None:
-    """torch's old format, which is a row of pickles."""
-    torch.save({"module": Payload(says)}, path, _use_new_zipfile_serialization=False)
-
+PLANTS = {
+    # The file as it was, and a payload among its values.
+    "within the state": lambda path, payload: torch.save(
+        {**torch.load(path, weights_only=False), "client_state": payload}, path
+    ),
+    # A plain pickle, no archive of torch's.
+    "instead of the file": lambda path, payload: path.write_bytes(pickle.dumps(payload)),
+    # torch's old format, which is a row of pickles.
+    "torch's old format": lambda path, payload: torch.save(
+        {"module": payload}, path, _use_new_zipfile_serialization=False
+    ),
+}
 
 FILES = [
     (0, "state/mp_rank_00_model_states.pt"),
@@ -60,14 +59,7 @@ FILES = [
 
 
 # Every file for one attack; DeepSpeed's reader and ours for the others.
-ATTACKS = [
-    *((_within_the_state, *file) for file in FILES),
-    *(
-        (plant, *file)
-        for plant in (_instead_of_the_file, _by_a_name_of_torchs)
-        for file in FILES[:2]
-    ),
-]
+ATTACKS = [(plant, *file) for plant in PLANTS for file in FILES[: 6 if "within" in plant else 2]]
 
 
 @pytest.mark.parametrize(("plant", "stage", "name"), ATTACKS)
@@ -77,7 +69,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(plant, stage, name, trained
     folder, says = tmp_path / "run", tmp_path / "says"
     shutil.copytree(trained / f"zero{stage}", folder)
     checkpoint = folder / "checkpoints" / "step_000001"
-    plant(checkpoint / name, says)
+    PLANTS[plant](checkpoint / name, Payload(says))
     (checkpoint / "manifest.json").unlink()
     write_manifest(checkpoint)
     resumed = ("train", f"resume={folder}", "train.steps=2")
@@ -85,10 +77,10 @@ def test_a_checkpoint_that_would_run_code_is_refused(plant, stage, name, trained
     # The export reads weights alone: of ZeRO-0 and 2 from one file, of ZeRO-3 from all shards.
     reads = "model_states" in name or (stage == 3 and "optim" in name)
     for command in (resumed, exported) if reads else (resumed,):
-        [(status, errors)] = FastRun(*command).end()
+        status, errors = one_rank(*command)
         assert status == 2 and "Traceback" not in errors, errors
         assert f"{checkpoint}: a file holds more than tensors and plain data" in errors or (
-            plant is not _within_the_state and "a file is none that DeepSpeed wrote" in errors
+            "within" not in plant and "a file is none that DeepSpeed wrote" in errors
         ), errors
         assert not says.exists()
 
@@ -127,3 +119,36 @@ def test_a_link_in_a_checkpoint_is_damage(trained, tmp_path):
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
     assert find_damage(checkpoint) == "trainer_state.json is missing"
+
+
+CODE = """
+from pathlib import Path
+Path({mark!r}).touch()
+class Own: pass
+"""
+MAPS = {
+    "config.json": {"AutoConfig": "code.Own", "AutoModelForImageTextToText": "code.Own"},
+    "tokenizer_config.json": {"AutoTokenizer": ["code.Own", "code.Own"]},
+    "processor_config.json": {"AutoProcessor": "code.Own", "AutoImageProcessor": "code.Own"},
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_code_of_a_models_folder_is_not_run(name, tiny_folder, tmp_path, monkeypatch):
+    """A model that names its own classes is read by transformers' or refused by name."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder(), folder)
+    (folder / "code.py").write_text(CODE.format(mark=str(tmp_path / "ran")))
+    path = folder / name
+    values = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(values | {"auto_map": MAPS[name]}))
+
+    def asked(*_):
+        raise AssertionError("asked on standard input")
+
+    monkeypatch.setattr("builtins.input", asked)
+    try:
+        load(folder)
+    except ValueError as error:
+        assert str(folder) in str(error)
+    assert not (tmp_path / "ran").exists()
