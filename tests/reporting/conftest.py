@@ -33,7 +33,7 @@ _SETTINGS = (
 def quickstart_run(tiny_folder, color_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short `care-train quickstart` on drawn images."""
     output = tmp_path_factory.mktemp("page")
-    data = [f"{section}.path={color_rows}" for section in ("data", "sft.data", "eval.data")]
+    data = [f"{key}={color_rows}" for key in ("data.path", "sft.data.path", "eval.data")]
     more = [f"model.path={tiny_folder()}", f"output_dir={output}", "name=colors"]
     run("quickstart", *_SETTINGS, *data, *more)
     return output / "colors"
