@@ -1,6 +1,7 @@
-"""CareGRPOTrainer beside our trainer, and TRL's GRPO beside ours: accuracy and seconds.
+"""CareGRPOTrainer beside our trainer, and TRL's GRPO, DAPO and GSPO beside ours.
 
     python -m bench.trl_curves
+    python -m bench.trl_curves --contenders dapo dapo_trl gspo gspo_trl
     python -m bench.trl_curves --steps 200 --seeds 0 1 2 --picture docs/trl_curves.png
 
 One tiny VLM, one cold start, the same rows in the same order, the same reward, learning rate and
@@ -45,7 +46,12 @@ CONTENDERS = {
     "care_trl": "CARE, CareGRPOTrainer",
     "grpo": "GRPO, our trainer",
     "grpo_trl": "GRPO, TRL",
+    "dapo": "DAPO's loss, our trainer",
+    "dapo_trl": "DAPO's loss, TRL",
+    "gspo": "GSPO, our trainer",
+    "gspo_trl": "GSPO, TRL",
 }
+"""By name: an algorithm, and `_trl` behind it for the one in TRL's trainer."""
 
 Run = dict[str, Any]
 """`accuracy_before` and `accuracy_after` on held-out questions, and `records`, one per step."""
@@ -62,8 +68,9 @@ def main() -> int:
     for seed, name in product(options.seeds, options.contenders):
         runs[name].append(_finished(options, folder, name, seed))
     facts = {name: _figures(found) for name, found in runs.items()}
-    for ours, peer in (("care", "care_trl"), ("grpo", "grpo_trl")):
-        if ours in facts and peer in facts:
+    for peer in CONTENDERS:
+        ours = peer.removesuffix("_trl")
+        if peer != ours and {ours, peer} <= facts.keys():
             facts[f"{peer}_to_{ours}"] = _comparison(facts[ours], facts[peer])
     _print(facts, options)
     if options.picture is not None:
@@ -93,7 +100,8 @@ def _raw(path: Path) -> Path:
 def _run(options: argparse.Namespace, name: str, seed: str) -> None:
     folder = prepare(options.output / "cold_start", options.cold_steps).folder
     overrides = [f"seed={seed}", f"train.steps={options.steps}", f"model.path={folder}"]
-    overrides += [f"train.prompts_per_step={options.prompts}", f"algorithm={name[:4]}"]
+    overrides += [f"train.prompts_per_step={options.prompts}"]
+    overrides += [f"algorithm={name.removesuffix('_trl')}"]
     overrides += [f"eval.max_samples={options.questions}", "eval.greedy=false"]
     overrides += [f"name={name}-{seed}", f"output_dir={options.output / 'runs'}"]
     overrides += ["logging.progress=false", "logging.report_to=[]"]
@@ -159,6 +167,8 @@ def _arguments(config: Config, banned: list[int]) -> dict[str, Any]:
     return grpo_arguments(config, banned) | {
         "logging_steps": 1,
         "max_steps": config.train.steps,
+        "loss_type": "dapo" if config.loss.aggregation == "token" else "grpo",
+        "importance_sampling_level": config.loss.ratio_level,
         "use_bias_correction_kl": False,
         "epsilon": config.loss.clip_eps_low,
         "epsilon_high": config.loss.clip_eps_high,

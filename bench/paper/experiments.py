@@ -76,6 +76,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             "care_plus": CARE_PLUS,
             "dapo": _algorithm("dapo"),
             "gspo": _algorithm("gspo"),
+            "cispo": _algorithm("cispo"),
+            "sapo": _algorithm("sapo"),
             "care_plus, steps": CARE_PLUS + _STEPS,
             "care_plus w/o rgr, steps": CARE_PLUS + _NO_RGR + _STEPS,
             "grpo, steps": _GRPO + _STEPS_REWARD,

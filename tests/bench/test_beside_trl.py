@@ -121,6 +121,19 @@ def test_trl_gets_our_configuration():
     assert found["generation_kwargs"] == {"suppress_tokens": [5, 6]}
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "loss_type", "level"),
+    [("grpo", "grpo", "token"), ("dapo", "dapo", "token"), ("gspo", "grpo", "sequence")],
+)
+def test_trl_gets_the_algorithms_loss(algorithm, loss_type, level):
+    """DAPO's mean over tokens, GSPO's ratio of a sequence, each with its range and KL (Table 5)."""
+    config = load_config(QUICKSTART, [f"algorithm={algorithm}"])
+    found = trl_curves._arguments(config, [])
+    assert (found["loss_type"], found["importance_sampling_level"]) == (loss_type, level)
+    ranges = (found["epsilon"], found["epsilon_high"], found["beta"])
+    assert ranges == (config.loss.clip_eps_low, config.loss.clip_eps_high, config.loss.kl_coef)
+
+
 def test_the_recorder_counts_reflections():
     """What the rewards were asked for between two logs, TRL's completions and reflections."""
     config = load_config(QUICKSTART)
