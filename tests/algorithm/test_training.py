@@ -23,13 +23,13 @@ from care_train.config import LossSettings
 from care_train.training.engine import rows_with_a_say
 from care_train.training.groups import Group
 from care_train.training.log_probs import TokenOutcome, TrainItem
-from care_train.training.metrics import step_metrics, token_metrics
-from care_train.training.update import (
+from care_train.training.loss import (
     Denominators,
     local_denominators,
     loss_rows,
     sequence_scale,
 )
+from care_train.training.metrics import step_metrics, token_metrics
 from tests.algorithm.builders import (
     care,
     credit_of,

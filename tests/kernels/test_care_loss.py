@@ -10,7 +10,7 @@ from torch import Tensor
 from care_kernels import CareLoss, Clip, PolicyLoss, care_loss
 from care_train.algorithm.types import TrainSequence
 from care_train.config import LossSettings
-from care_train.training.update import loss_rows
+from care_train.training.loss import loss_rows
 from tests.algorithm.builders import credit_of, right
 from tests.kernels.batches import B, D, T, V, make_case, run, transcription, with_kl
 from tests.kernels.cases import (
