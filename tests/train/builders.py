@@ -24,6 +24,16 @@ from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.optimizer import OptimizerSettings
 from care_train.training.session import Session, open_session
 
+SMALL_SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+"""Of a language model of any architecture of transformers."""
+
 
 def make_config(values: dict | None = None) -> Config:
     """A small configuration for a tiny model."""

@@ -3,7 +3,6 @@
 import json
 import shutil
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,14 @@ from care_train.models.batch import TokenSequence, collate, image_inputs, packed
 from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt
 from care_train.planning.workload import describe, read_architecture
-from tests.train.builders import encoder_of, full_log_probs, image_sample, load, text_sample
+from tests.train.builders import (
+    SMALL_SIZES,
+    encoder_of,
+    full_log_probs,
+    image_sample,
+    load,
+    text_sample,
+)
 
 HYBRID = {
     "layer_types": ["linear_attention", "full_attention"],
@@ -102,23 +108,14 @@ def test_the_plan_counts_it(folder):
     assert counted.num_vision == describe(model, "").num_vision > 0
 
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-}
-
-
 @pytest.mark.parametrize(
     "config",
     [
-        GraniteConfig(logits_scaling=0.125, **SIZES),
-        CohereConfig(logit_scale=4.0, **SIZES),
-        Gemma2Config(final_logit_softcapping=0.5, initializer_range=0.3, **SIZES),
+        GraniteConfig(logits_scaling=0.125, **SMALL_SIZES),
+        CohereConfig(logit_scale=4.0, **SMALL_SIZES),
+        Gemma2Config(
+            final_logit_softcapping=0.5, initializer_range=0.3, head_dim=16, **SMALL_SIZES
+        ),
     ],
     ids=["granite", "cohere", "gemma2"],
 )
@@ -143,9 +140,7 @@ def test_log_probs_are_those_of_the_models_own_logits(config):
 
 def test_a_head_that_is_no_plain_matrix_is_refused(monkeypatch):
     """Its weight alone would not be what the model computes: the error names the model."""
-    model = AutoModelForCausalLM.from_config(
-        Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"})
-    )
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**SMALL_SIZES))
     wrapped = SimpleNamespace(base_layer=model.lm_head)
     monkeypatch.setattr(model, "get_output_embeddings", lambda: wrapped)
     with pytest.raises(ValueError, match="Qwen2ForCausalLM with an adapter on its output head"):

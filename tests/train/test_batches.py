@@ -1,7 +1,6 @@
 """Which sequences go through the model together, padded or packed, and that it changes nothing."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,14 @@ from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt
 from care_train.models.tiny import TINY_KINDS
 from care_train.training.micro_batches import num_tokens, padded_tokens, split
-from tests.train.builders import encoder_of, image_sample, load, make_config, text_sample
+from tests.train.builders import (
+    SMALL_SIZES,
+    encoder_of,
+    image_sample,
+    load,
+    make_config,
+    text_sample,
+)
 
 LENGTHS = st.lists(st.integers(1, 100), max_size=40)
 
@@ -171,20 +177,10 @@ def test_packed_equals_padded(kind, attention, tiny_folder):
     assert batches[1].inputs["input_ids"].shape == (1, ids)
 
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-
-
 def test_a_model_that_is_not_tested_is_refused():
     """Qwen3 packs like Qwen2; another kind is an error that names it and the way out."""
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(head_dim=16, **SIZES))
+    model = Qwen3ForCausalLM(Qwen3Config(head_dim=16, **SMALL_SIZES))
     sequences = [
         TokenSequence(EncodedPrompt(tuple(range(1, 4 + i))), (), tuple(range(9, 14 + 2 * i)))
         for i in range(3)
@@ -193,4 +189,4 @@ def test_a_model_that_is_not_tested_is_refused():
     packed = policy(pack(sequences, packed_positions(model), None))[0]
     torch.testing.assert_close(packed, policy(collate(sequences, 0, None))[0])
     with pytest.raises(ValueError, match=r"train\.packing.*llama.*train\.packing=false"):
-        packed_positions(LlamaForCausalLM(LlamaConfig(**SIZES)))
+        packed_positions(LlamaForCausalLM(LlamaConfig(**SMALL_SIZES)))
