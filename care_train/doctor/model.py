@@ -249,7 +249,6 @@ def _gaps(
 def _rollout_engine(subject: Subject, encoder: PromptEncoder) -> RolloutEngine:
     # Imported here: DeepSpeed comes with it, and where that is broken this one check is.
     from care_train.distributed import initialize_process_group
-    from care_train.models.prompts import TokenText
     from care_train.training.groups import RolloutScorer
     from care_train.training.session import Session
     from care_train.verifier import Verifier
