@@ -16,34 +16,31 @@ import pytest
 
 from care_kernels import cpu
 from care_train.training.failures import INPUT_STATUS
-from tests.security.conftest import one_rank
 from tests.train.runs import ROOT, text_run_arguments
 
 USER = 54321
 """An id that the machine's user database does not have."""
 
-_SCRIPT = """
-set -e
-# In a mount namespace of its own: nothing of this is seen outside.
-if [ -n "$CLOSED" ]; then
-  mount --bind "$PREFIX" "$SPARE"
-  mount -t tmpfs -o mode=755 none "$CLOSED"
-  mkdir -p "$PREFIX"
-  mount --bind "$SPARE" "$PREFIX"
-fi
-for tree in "$PREFIX" "$ROOT"; do
-  mount --bind "$tree" "$tree"
-  mount -o remount,bind,ro "$tree"
-done
-cd "$DESK"
-exec setpriv --reuid "$USER_ID" --regid "$USER_ID" --clear-groups env -i $KEPT "$@"
-"""
-
-
 TOOLS = all(map(shutil.which, ("unshare", "setpriv", "mount")))
 IS_ROOT = os.geteuid() == 0 and TOOLS and subprocess.run(["unshare", "-m", "true"]).returncode == 0
 needs_root = pytest.mark.skipif(not IS_ROOT, reason="only root can become another user")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+def _mounts(trees: list[Path], desk: Path) -> Iterator[str]:
+    """Commands of a mount namespace in which any user reaches the trees, read-only: a folder above
+    one that is closed to others gives way to an empty one."""
+    spares = {tree: desk / f"spare{i}" for i, tree in enumerate(trees)}
+    for tree, spare in spares.items():
+        yield f'mkdir -p "{spare}" && mount --bind "{tree}" "{spare}"'
+    closed = (
+        next((p for p in t.parents[::-1] if not p.stat().st_mode & 0o001), None) for t in trees
+    )
+    for folder in set(filter(None, closed)):
+        yield f'mount -t tmpfs -o mode=755 none "{folder}"'
+    for tree, spare in spares.items():
+        yield f'mkdir -p "{tree}" && mount --bind "{spare}" "{tree}"'
+        yield f'mount -o remount,bind,ro "{tree}"'
 
 
 def run_in_container(
@@ -52,22 +49,20 @@ def run_in_container(
     """The end of a command as a container would run it: another user, no home, no name, read-only
     trees. It runs in `desk`, the only folder that the user can write to; `python` first stands for
     this interpreter."""
-    spare, temporary = desk / "spare", desk / "tmp"
-    for folder in (desk, spare, temporary):
-        folder.mkdir(exist_ok=True)
-        os.chown(folder, USER, USER)
+    temporary = desk / "tmp"
+    temporary.mkdir(exist_ok=True)
+    os.chown(desk, USER, USER)
+    os.chown(temporary, USER, USER)
+    trees = [ROOT, Path(sys.base_prefix)]
+    if not Path(sys.prefix).is_relative_to(ROOT):
+        trees.append(Path(sys.prefix))
+    user = f"setpriv --reuid {USER} --regid {USER} --clear-groups"
+    script = "\n".join(["set -e", *_mounts(trees, desk), f'cd "{desk}"', f'exec {user} "$@"'])
     kept = {"PATH": os.environ["PATH"], "TMPDIR": str(temporary), **environment}
-    prefix = Path(sys.base_prefix)
-    closed = next((p for p in reversed(prefix.parents) if not p.stat().st_mode & 0o001), None)
-    script = {
-        **{"PREFIX": str(prefix), "ROOT": str(ROOT), "SPARE": str(spare), "DESK": str(desk)},
-        **{"CLOSED": str(closed or ""), "USER_ID": str(USER), "PATH": os.environ["PATH"]},
-        "KEPT": " ".join(f"{key}={value}" for key, value in kept.items()),
-    }
     program = [sys.executable if part == "python" else part for part in command]
     return subprocess.run(
-        ["unshare", "--mount", "--propagation", "private", "sh", "-c", _SCRIPT, "sh", *program],
-        env=script,
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *program],
+        env=kept,
         capture_output=True,
         text=True,
         timeout=300,
@@ -112,10 +107,10 @@ def test_an_output_folder_of_another_user_is_status_2(desk):
     """A folder that this user may read, not write: named, with the reason, and no traceback."""
     closed = desk / "closed"
     closed.mkdir(mode=0o755)
-    become = f"import os\nos.setgroups([])\nos.setgid({USER})\nos.setuid({USER})"
-    status, errors = one_rank(*_arguments(desk), f"output_dir={closed}", before=become)
-    assert status == INPUT_STATUS and "Traceback" not in errors, errors
-    assert f"output_dir: {closed} cannot be written" in errors, errors
+    command = ("python", "-m", "care_train", *_arguments(desk), f"output_dir={closed}")
+    done = run_in_container(desk, *command, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    assert done.returncode == INPUT_STATUS and "Traceback" not in done.stderr, done.stderr
+    assert f"output_dir: {closed} cannot be written" in done.stderr, done.stderr
 
 
 @pytest.fixture
