@@ -229,6 +229,8 @@ def read_archive(
 ) -> "pa.Table":
     """The groups of all steps and ranks, or the evaluations' answers, in order.
 
+    A column that a file does not have, as an earlier version wrote it, is null in its rows.
+
     Args:
         run: the run's folder.
         evaluations: the answers of its evaluations in place of the groups.
@@ -246,19 +248,21 @@ def read_archive(
             f"{run}: no folder {ARCHIVE}: it is no run's, or the run has logging.archive_gib=0"
         )
     schema = evaluation_schema() if evaluations else group_schema()
-    paths = None if columns is None else [_path(column, schema) for column in columns]
+    paths = None
+    if columns is not None:
+        paths, schema = _selected(columns, schema)
     tables = []
     for file in archive_files(Path(run), "eval" if evaluations else "step"):
         if steps is not None and file.step not in steps:
             continue
         try:
             with parquet.ParquetFile(file.path) as opened:
-                tables.append(opened.read(columns=paths))
+                tables.append(_with_columns(opened.read(columns=paths), schema))
         except FileNotFoundError:
             continue  # A run that goes on dropped it, being over its limit.
         except pa.ArrowException as error:
             raise ValueError(f"{file.path}: damaged ({error}): delete the file") from error
-    return pa.concat_tables(tables) if tables else schema.empty_table()
+    return pa.concat_tables([schema.empty_table(), *tables])
 
 
 def open_archive(
@@ -304,13 +308,43 @@ def image_path(run: str | Path, name: str) -> Path:
     return Path(run) / ARCHIVE / IMAGES / name
 
 
-def _path(column: str, schema: "pa.Schema") -> str:
-    """A column's name in Parquet's schema."""
-    name, _, field = column.partition(".")
-    fields = schema.field("rollouts").type.value_type.names if name == "rollouts" else []
-    if name not in schema.names or (field and field not in fields):
-        raise ValueError(
-            f"columns: got {column!r}, wanted one of {', '.join(schema.names)}, or rollouts.FIELD "
-            "(docs/archive.md)"
-        )
-    return f"{name}.list.element.{field}" if field else name
+def _selected(columns: Sequence[str], schema: "pa.Schema") -> tuple[list[str], "pa.Schema"]:
+    """The names of columns in Parquet's schema, and the schema of a table that has them alone."""
+    import pyarrow as pa
+
+    rollout = pa.struct([])
+    if "rollouts" in schema.names:
+        rollout = schema.field("rollouts").type.value_type
+    paths: list[str] = []
+    fields: dict[str, pa.Field] = {}
+    parts: list[pa.Field] = []
+    for column in columns:
+        name, _, part = column.partition(".")
+        if name not in schema.names or (part and (name != "rollouts" or part not in rollout.names)):
+            raise ValueError(
+                f"columns: got {column!r}, wanted one of {', '.join(schema.names)}, or "
+                "rollouts.FIELD (docs/archive.md)"
+            )
+        fields[name] = schema.field(name)
+        if part:
+            parts.append(rollout.field(part))
+            # Every file has `finished`, which says how many rollouts a group has.
+            paths += [f"rollouts.list.element.{one}" for one in (part, "finished")]
+        else:
+            paths.append(name)
+    if parts and "rollouts" not in columns:
+        fields["rollouts"] = pa.field("rollouts", pa.list_(pa.struct(parts)))
+    return paths, pa.schema(list(fields.values()))
+
+
+def _with_columns(table: "pa.Table", schema: "pa.Schema") -> "pa.Table":
+    """The table with exactly the columns, and fields of its structs, that the schema has."""
+    import pyarrow as pa
+
+    columns = [
+        table[field.name].cast(field.type)
+        if field.name in table.column_names
+        else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema)

@@ -4,8 +4,10 @@ import errno
 import logging
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from care_train.reporting import open_archive, read_archive
 from care_train.reporting.archive import ArchiveWriter, archive_files, cut_archive
@@ -33,6 +35,23 @@ def test_what_is_written_is_read(tmp_path: Path):
     assert light["rollouts"][0].as_py()[0] == {"role": "anchor"}
     with pytest.raises(ValueError, match="rollouts\\.nothing"):
         read_archive(run, columns=["rollouts.nothing"])
+
+
+def test_files_of_an_earlier_version_read_as_today(tmp_path: Path):
+    """As in a run that a newer version resumed: what a file does not hold is null in its rows."""
+    run = write_run(tmp_path, list(invented_groups(2)), per_step=1)
+    new = read_archive(run)
+    path = archive_files(run)[0].path
+    known = new.schema.field("rollouts").type.value_type
+    old = pa.list_(pa.struct([field for field in known if field.name != "wrong_step_start"]))
+    table = parquet.read_table(path).drop_columns(["reason"]).append_column("gone", pa.array([1]))
+    place = table.column_names.index("rollouts")
+    table = table.set_column(place, "rollouts", table["rollouts"].cast(old))
+    parquet.write_table(table, path)
+    read = read_archive(run)
+    assert read.schema.equals(group_schema()) and read["reason"].to_pylist() == [None, ""]
+    part = read_archive(run, columns=["rollouts.wrong_step_start"])["rollouts"].to_pylist()
+    assert part[0] == [{"wrong_step_start": None}] * 4 and len(part[1]) == 4
 
 
 def test_half_a_surrogate_pair_is_text(tmp_path: Path):
