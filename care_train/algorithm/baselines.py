@@ -40,7 +40,8 @@ def batch_advantages(
 ) -> list[torch.Tensor]:
     """REINFORCE++ (arXiv:2501.03262): (r - mean) / std over all tokens of the batch.
 
-    Every token has its response's reward, so that a response counts as often as it has tokens.
+    Every token has its response's reward, so that a response counts as often as it has tokens. 0
+    where all rewards of the batch are equal.
 
     Args:
         rewards: [G] fp64 of each of this rank's groups.
@@ -51,6 +52,9 @@ def batch_advantages(
     tokens, first, second = total([float(x) for x in (n.sum(), (n * r).sum(), (n * r * r).sum())])
     mean = first / tokens
     std = max(second / tokens - mean**2, 0.0) ** 0.5
+    # Of equal rewards the sums leave a deviation of rounding errors.
+    if std < 1e-7 * abs(mean):
+        return [torch.zeros_like(group) for group in rewards]
     return [(group - mean) / (std + NORM_EPS) for group in rewards]
 
 

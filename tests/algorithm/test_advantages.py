@@ -194,8 +194,13 @@ class TestReinforcePlusPlus:
         found = [advantages(u) for u in updates_of("reinforce_pp", self.GROUPS, kept=False)]
         wanted = [self.GOOD, self.BAD], [self.GOOD, self.GOOD]
         assert found == [pytest.approx(row, rel=1e-5) for row in wanted]
-        equal = updates_of("reinforce_pp", [[right(), right()]] * 2, kept=False)
-        assert [update.skipped for update in equal] == ["no_signal"] * 2
+
+    @pytest.mark.parametrize("level", [right, wrong, broken])
+    def test_equal_rewards_have_no_signal(self, level):
+        """Neither does 0.1, which binary sums do not hold exactly."""
+        groups = [[level(think=size) for size in sizes] for sizes in ((3, 4, 8), (5, 6, 9))]
+        updates = updates_of("reinforce_pp", groups, kept=False)
+        assert [update.skipped for update in updates] == ["no_signal"] * 2
 
     def test_long_responses_count_as_often_as_they_have_tokens(self):
         """Rewards 1 with 14 tokens and 0 with 6: mean .7, variance .21."""
