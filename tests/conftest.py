@@ -24,7 +24,7 @@ _LONGEST = (
     *("train/test_end_to_end", "train/test_faults", "security/test_other_users"),
     *("security/test_ranks", "rollout/test_vllm_engine", "reporting/test_page_browser"),
     *("integrations/test_care_trl", "security/test_serve", "bench/test_paper", "test_trainer"),
-    *("kernels/triton/test_projection", "bench/test_compiled", "kernels/test_sharded_heads"),
+    *("kernels/test_projection", "bench/test_compiled", "kernels/test_sharded_heads"),
     *("security/test_verifier", "test_commands"),
     *("integrations/test_trl", "rollout/test_weight_sync", "rollout/test_runs"),
     *("train/test_mixed_rows", "rollout/test_vllm_server"),

@@ -14,6 +14,8 @@ from tests.kernels.oracle import (
 )
 from tests.kernels.tolerances import FACTOR, FLOOR, SAME_MATHS, VALUE_FLOOR
 
+# Triton's kernels run where there is a GPU, else interpreted on CPU tensors.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEAVES = ("hidden", "head_weight", "bias")
 RUN_OPTIONS = ("chunk_rows", "backend", "old_log_normalizer")
 PER_ROW = ("log_probs", "entropy", "kl", "ratio")
@@ -120,12 +122,20 @@ def leaves_of(case: Case, frozen: tuple[str, ...] = (), names: Any = LEAVES) -> 
     }
 
 
+def on_its_device(case: Case) -> Case:
+    """Its tensors where its backend runs."""
+    device = DEVICE if case.get("backend") == "triton" else "cpu"
+    return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in case.items()}
+
+
 def run_ours(case: Case, *, upstream: float = 1.0, frozen: tuple[str, ...] = ()) -> Run:
-    """`linear_policy_loss` on fresh leaves, and their gradients."""
+    """`linear_policy_loss` on fresh leaves, and their gradients, both on the CPU."""
+    case = on_its_device(case)
     leaves = leaves_of(case, frozen)
     loss = linear_policy_loss(**(case | leaves))
     (upstream * loss.loss).backward()
-    return loss, _gradients(leaves)
+    found = PolicyLoss(*(None if field is None else field.cpu() for field in loss))
+    return found, _gradients(leaves)
 
 
 def run_reference(case: Case, dtype: torch.dtype = torch.float64, *, upstream: float = 1.0) -> Run:
@@ -165,7 +175,7 @@ class RoundLogitGradient(TorchFunctionMode):
 
 
 def _gradients(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {name: leaf.grad.cpu() for name, leaf in leaves.items() if leaf.grad is not None}
 
 
 def error(got: Tensor, want: Tensor, least_scale: float = 0.0) -> float:

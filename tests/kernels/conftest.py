@@ -7,9 +7,14 @@ import pytest
 import torch
 
 from tests.kernels.dispatch import DefinedPadding
+from tests.kernels.interpreter import import_interpreted, interpret_kernels_of, interpreting
 
 # Before the first product on a GPU: cuBLAS is refused in deterministic mode without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Before the test modules import them.
+import_interpreted("projection", "softmax")
+interpret_kernels_of("care_kernels.region_weights")
+interpret_kernels_of("care_kernels.rationale_distance")
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +25,17 @@ def deterministic() -> Iterator[None]:
     with DefinedPadding():
         yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """`backend="triton"`, for one test: on the GPU where there is one, else interpreted."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with interpreting():
+        yield "triton"
+
+
+@pytest.fixture(params=("torch", "triton"))
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend: the same test holds both to the same oracle."""
+    return request.getfixturevalue("triton_backend") if request.param == "triton" else "torch"

@@ -1,5 +1,4 @@
-"""`objective`: the per-token maths on vectors, against autograd through the oracle; the oracle
-itself, by hand where a hand can and by finite differences elsewhere."""
+"""The per-token maths and the oracle itself: by hand where a hand can, else finite differences."""
 
 import math
 
@@ -7,31 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from care_kernels.objective import (
-    Cispo,
-    Clip,
-    RowTerms,
-    Sapo,
-    SequenceGroups,
-    Surrogate,
-    SurrogateRows,
-    row_objective,
-    sampled_kl,
-)
-from care_kernels.softmax import RowStatistics
+from care_kernels.objective import Cispo, Clip, Sapo, Surrogate, SurrogateRows, sampled_kl
 from tests.kernels.cases import LEAVES, assert_same, policy_case, row_vector, with_kl
 from tests.kernels.oracle import (
     reference_entropy,
     reference_exact_kl,
-    reference_flags,
     reference_logits,
     reference_policy_loss,
     reference_ratio,
-    reference_sampled_kl,
     reference_surrogate,
 )
-
-SURROGATES = (Clip(), Clip(dual=3.0), Cispo(1.5), Cispo(1.28, 0.8), Sapo(), Sapo(2.0, 0.5))
 
 
 def double(*values: float) -> Tensor:
@@ -42,40 +26,6 @@ def at_ratio(surrogate: Surrogate, ratio: float, advantage: float) -> SurrogateR
     return surrogate(double(ratio), double(-1.0), double(advantage))
 
 
-@pytest.mark.parametrize("estimator", (None, "k1", "k2", "k3", "k3_unbiased"))
-@pytest.mark.parametrize("surrogate", SURROGATES, ids=repr)
-@pytest.mark.parametrize("level", ("token", "sequence"))
-def test_objective_follows_autograd(
-    level: str, surrogate: Surrogate, estimator: str | None
-) -> None:
-    """Every surrogate and KL: value, d/dlogp, ratio and flags equal autograd's of the oracle."""
-    generator = torch.Generator().manual_seed(0)
-    log_probs = torch.randn(200, generator=generator, dtype=torch.float64).requires_grad_()
-    advantages, old, ref, weights = torch.randn(4, 200, generator=generator, dtype=torch.float64)
-    advantages[::5] = 0
-    ids = torch.randint(30, (200,), generator=generator)
-    ratio = reference_ratio(log_probs, old, ids if level == "sequence" else None)
-    value = -reference_surrogate(surrogate, ratio, log_probs, advantages)
-    if estimator is not None:
-        kl = reference_sampled_kl(estimator, log_probs, ref)
-        value = value + weights * (ratio * kl if estimator == "k3_unbiased" else kl)
-    (grad,) = torch.autograd.grad(value.sum(), log_probs)
-
-    zeros = torch.zeros(200, dtype=torch.float64)
-    ours, upstream = row_objective(
-        RowStatistics(log_probs.detach(), zeros, zeros),
-        RowTerms(advantages, old, ref, None if estimator is None else weights, None),
-        surrogate,
-        estimator or "k3",
-        groups=SequenceGroups.from_ids(ids) if level == "sequence" else None,
-    )
-    assert_same(ours.loss, value.detach())
-    assert_same(ours.ratio, ratio.detach())
-    assert_same(upstream.log_probs, grad)
-    flags = reference_flags(surrogate, ratio.detach(), advantages)
-    assert torch.equal(ours.clipped_low, flags[0]) and torch.equal(ours.clipped_high, flags[1])
-
-
 @pytest.mark.parametrize(
     ("ratio", "advantage", "value", "grad", "flag"),
     (
@@ -84,7 +34,6 @@ def test_objective_follows_autograd(
         (0.5, 2.0, 1.0, 1.0, ""),
         (0.81, -2.0, -1.62, -1.62, ""),
         (0.79, -2.0, -1.6, 0.0, "low"),
-        (2.0, -2.0, -4.0, -4.0, ""),
         (2.9, -2.0, -5.8, -5.8, ""),
         (3.1, -2.0, -6.0, 0.0, "high"),
         (1.28, 1.0, 1.28, 1.28, ""),
@@ -117,22 +66,6 @@ def test_cispo_and_sapo_by_hand() -> None:
         assert soft.value.item() == pytest.approx(2 / temperature * advantage)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    (
-        (lambda: Clip(low=-0.1), r"Clip\.low: got -0.1; wanted 0 or more"),
-        (lambda: Clip(high=float("nan")), r"Clip\.high: got nan; wanted 0 or more"),
-        (lambda: Clip(dual=1.0), r"Clip\.dual: got 1.0; wanted None or more than 1"),
-        (lambda: Cispo(0.5, 0.8), r"Cispo\.min_ratio, max_ratio: got 0.8, 0.5; wanted"),
-        (lambda: Sapo(0.0), r"Sapo\.positive_temperature: got 0.0; wanted more than 0"),
-    ),
-)
-def test_surrogates_refuse(make, message: str) -> None:
-    """A bound that is no bound is refused where it is made."""
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
 def test_sampled_kl_by_hand() -> None:
     """With d = log 2: k1 = log 2, k2 = (log 2)^2 / 2, k3 = log 2 - 1/2."""
     log_2 = double(2.0).log()
@@ -148,17 +81,6 @@ def test_k3_keeps_the_digits_of_a_small_difference() -> None:
     value, slope = sampled_kl("k3", log_probs, ref)
     assert slope.item() == pytest.approx(float(-torch.expm1(-d)), rel=1e-6)
     assert value.item() >= 0
-
-
-def test_sequence_groups() -> None:
-    """Ids are names: any integers in any order, and sums come back in row order; also of none."""
-    ids = torch.tensor([7, -3, 7, 10**12, -3, 7])
-    groups = SequenceGroups.from_ids(ids)
-    values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
-    assert groups.sum(values).tolist() == [37.0, 18.0, 37.0, 8.0, 18.0, 37.0]
-    assert groups.mean(values).tolist() == pytest.approx([37 / 3, 9, 37 / 3, 8, 9, 37 / 3])
-    groups = SequenceGroups.from_ids(torch.zeros(0, dtype=torch.long))
-    assert groups.sum(torch.zeros(0)).shape == groups.mean(torch.zeros(0)).shape == (0,)
 
 
 @pytest.mark.parametrize("level", ("token", "sequence"))
@@ -180,31 +102,17 @@ def test_the_oracle_passes_gradcheck(level: str, estimator: str) -> None:
     assert torch.autograd.gradcheck(loss, leaves)
 
 
-def test_the_oracles_logits_by_hand() -> None:
-    """cap * tanh(scale * (x w + b) / cap) / temperature for one number."""
-    got = reference_logits(
-        torch.tensor([[2.0]], dtype=torch.float64),
-        torch.tensor([[3.0]], dtype=torch.float64),
-        temperature=0.5,
-        logit_softcap=4.0,
-        logit_scale=0.25,
-        bias=torch.tensor([1.0], dtype=torch.float64),
-    )
-    assert got.item() == pytest.approx(4.0 * math.tanh(0.25 * 7.0 / 4.0) / 0.5)
-
-
-def test_the_oracles_entropy_and_kl_by_hand() -> None:
-    """A fair coin has entropy log 2; KL of (3/4, 1/4) from it is log 2 minus its entropy."""
-    fair = torch.zeros(1, 2, dtype=torch.float64)
-    biased = torch.tensor([[0.75, 0.25]], dtype=torch.float64).log()
+def test_the_oracle_by_hand() -> None:
+    """Logits: cap * tanh(scale * (x w + b) / cap) / temperature. A fair coin has entropy log 2; KL
+    of (3/4, 1/4) from it is log 2 minus its entropy. GSPO's ratio: exp of the mean log-ratio, the
+    same for each row of the sequence."""
+    options = {"temperature": 0.5, "logit_softcap": 4.0, "logit_scale": 0.25, "bias": double(1.0)}
+    logit = reference_logits(double(2.0)[None], double(3.0)[None], **options)
+    assert logit.item() == pytest.approx(4.0 * math.tanh(0.25 * 7.0 / 4.0) / 0.5)
+    fair, biased = double(0.0, 0.0)[None], double(0.75, 0.25).log()[None]
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert reference_entropy(fair).item() == pytest.approx(math.log(2))
     assert reference_entropy(biased).item() == pytest.approx(entropy)
     assert reference_exact_kl(biased, fair).item() == pytest.approx(math.log(2) - entropy)
-
-
-def test_the_oracles_sequence_ratio_by_hand() -> None:
-    """GSPO: exp of the mean log-ratio, the same for each row of the sequence."""
-    log_probs = torch.tensor([0.1, 0.3, -1.0], dtype=torch.float64)
-    ratio = reference_ratio(log_probs, torch.zeros(3), torch.tensor([4, 4, 2]))
+    ratio = reference_ratio(double(0.1, 0.3, -1.0), torch.zeros(3), torch.tensor([4, 4, 2]))
     assert ratio.tolist() == pytest.approx([math.exp(0.2), math.exp(0.2), math.exp(-1.0)])

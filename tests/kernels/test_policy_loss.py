@@ -4,26 +4,34 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from care_kernels import Clip, linear_log_probs, linear_policy_loss
-from care_kernels.chunks import HeadChunks
 from tests.kernels.cases import (
+    PER_ROW,
     Case,
+    assert_close,
     assert_same,
     assert_same_bits,
-    assert_same_run,
     double_logits,
+    error,
     leaves_of,
+    only_rows,
     policy_case,
     row_vector,
     rows_that_count,
     run_ours,
+    run_reference,
     with_kl,
 )
 from tests.kernels.dispatch import Watch
 from tests.kernels.oracle import reference_log_probs
+from tests.kernels.tolerances import SAME_MATHS
 
 LEVELS = ("token", "sequence")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def in_sequences(case: Case, level: str, length: int = 9) -> Case:
@@ -33,8 +41,9 @@ def in_sequences(case: Case, level: str, length: int = 9) -> Case:
 
 def watched(case: Case, *, frozen: tuple[str, ...] = (), grad_mode: bool = True) -> Watch:
     """Run forward and, in grad mode, backward under a `Watch`."""
+    case = case | leaves_of(case, frozen)
     with Watch() as watch, torch.set_grad_enabled(grad_mode):
-        loss = linear_policy_loss(**(case | leaves_of(case, frozen))).loss
+        loss = linear_policy_loss(**case).loss
         if grad_mode:
             loss.backward()
     return watch
@@ -63,14 +72,25 @@ def test_number_of_gemms(level: str, options: dict[str, Any], gemms: int) -> Non
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("estimator", ("k3", "exact"))
-def test_never_holds_all_logits(estimator: str, level: str) -> None:
+def test_never_holds_all_logits(level: str) -> None:
     """No tensor grows to [N, V], whatever is computed, forward or backward."""
-    case = with_kl(in_sequences(policy_case(num_rows=400, width=8), level), estimator)
+    case = with_kl(in_sequences(policy_case(num_rows=400, width=8), level), "exact")
     case |= {"chunk_rows": 16, "entropy_weights": row_vector(case, 0.0, 0.1)}
     vocab_size = case["head_weight"].shape[0]
     largest_allowed = max(16 * vocab_size, case["hidden"].numel(), case["head_weight"].numel())
     assert watched(case).largest <= largest_allowed < 400 * vocab_size
+
+
+def test_backward_holds_no_second_gradient() -> None:
+    """What waits for the upstream factor is scaled in place: no tensor of [V, D] is made for it."""
+    case = policy_case(num_rows=40, width=32, vocab_size=900, dtype=torch.bfloat16)
+    for rows in (None, 8):
+        loss = linear_policy_loss(**(case | leaves_of(case)), chunk_rows=rows).loss
+        dtypes = [grad.dtype for grad in loss.grad_fn.gradients if grad is not None]
+        assert dtypes == [torch.bfloat16] * 2
+        with Watch() as watch:
+            (0.3 * loss).backward()
+        assert watch.largest_allocated < 900 * 32
 
 
 @pytest.mark.parametrize("hidden_dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -105,38 +125,38 @@ def test_autocast_reaches_log_probs_and_their_backward() -> None:
     with Watch() as watch:
         log_probs.sum().backward()
     operands = (case[name].bfloat16() for name in ("hidden", "head_weight"))
-    want = linear_log_probs(*operands, case["target_ids"])
-    assert torch.equal(log_probs, want)
+    assert torch.equal(log_probs, linear_log_probs(*operands, case["target_ids"]))
     assert torch.float32 not in watch.gemm_dtypes and leaves["head_weight"].grad is not None
 
 
-def test_backward_holds_no_second_gradient() -> None:
-    """What waits for the upstream factor is scaled in place: no tensor of [V, D] is made for it."""
-    case = policy_case(num_rows=40, width=32, vocab_size=900, dtype=torch.bfloat16)
-    for rows in (None, 8):
-        loss = linear_policy_loss(**(case | leaves_of(case)), chunk_rows=rows).loss
-        dtypes = [grad.dtype for grad in loss.grad_fn.gradients if grad is not None]
-        assert dtypes == [torch.bfloat16] * 2
-        with Watch() as watch:
-            (0.3 * loss).backward()
-        assert watch.largest_allocated < 900 * 32
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_autocast_does_not_round_logits(dtype: torch.dtype) -> None:
+    """An enclosing autocast changes no bit and no GEMM."""
+    case = with_kl(policy_case(dtype=dtype), "exact")
+    plain, gemm_dtypes = run_ours(case), watched(case).gemm_dtypes
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_bits(run_ours(case), plain)
+        assert watched(case).gemm_dtypes == gemm_dtypes
+
+
+def test_loss_scale_reaches_gradients_before_float16() -> None:
+    """A gradient too small for float16 survives when the upstream loss scale lifts it."""
+    case = policy_case(dtype=torch.float16)
+    case["advantages"] = case["advantages"] * 1e-9
+    (_, tiny), (_, scaled) = run_ours(case), run_ours(case, upstream=2.0**16)
+    assert (tiny["hidden"] == 0).all() and (scaled["hidden"] != 0).any()
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_exponentials_are_kept_for_gradients_alone(
-    level: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first pass of a sequence ratio asks for statistics, not for what nobody reads."""
-    kept: list[bool] = []
-    project = HeadChunks.project
-
-    def watched_project(self: HeadChunks, chunk: slice, *, keep: bool = False) -> Any:
-        kept.append(keep)
-        return project(self, chunk, keep=keep)
-
-    monkeypatch.setattr(HeadChunks, "project", watched_project)
-    run_ours(in_sequences(policy_case(dtype=torch.bfloat16), level))
-    assert kept == ([True] if level == "token" else [False, True])
+def test_infinite_ratio_stays_on_its_row(level: str) -> None:
+    """An overflowing ratio is clipped where a > 0 and silent where a row has no advantage."""
+    case: Case = in_sequences(policy_case(), level)
+    current = reference_log_probs(double_logits(case), case["target_ids"]).float()
+    case |= {"kl_estimator": "k2", "kl_weights": torch.full((63,), 0.1), "ref_log_probs": current}
+    case |= {"advantages": (torch.arange(63) % 2).float(), "old_log_probs": current - 1000.0}
+    loss, grads = run_ours(case)
+    assert torch.isinf(loss.ratio).all() and torch.isfinite(loss.loss)
+    assert all(torch.isfinite(grad).all() for grad in grads.values())
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
@@ -152,56 +172,14 @@ def test_entropy_can_always_be_asked_for(dtype: torch.dtype) -> None:
     assert_same_bits(ours, plain)
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_autocast_does_not_round_logits(dtype: torch.dtype) -> None:
-    """An enclosing autocast changes no bit and no GEMM."""
-    case = with_kl(policy_case(dtype=dtype), "exact")
-    plain, gemm_dtypes = run_ours(case), watched(case).gemm_dtypes
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same_bits(run_ours(case), plain)
-        assert watched(case).gemm_dtypes == gemm_dtypes
-
-
-def test_skipped_rows_never_reach_a_gemm() -> None:
-    """Compute scales with the rows that count, and a skipped row reads as documented."""
-    case = policy_case() | {"entropy_weights": torch.zeros(63)}
-    case["advantages"] = torch.zeros(63).index_fill(0, torch.tensor([3, 50]), 1.0)
-    case["old_log_probs"] = torch.zeros(63) - 10.0
-    case["surrogate"] = Clip(high=float("inf"))
-    one_row = case["head_weight"].numel()
-    assert watched(case).multiply_adds == 3 * 2 * one_row
-
-    case["target_ids"] = case["target_ids"].index_fill(0, torch.tensor([4]), -100)
-    loss, grads = run_ours(case)
-    skipped = case["advantages"] == 0
-    assert (loss.log_probs[skipped] == 0).all()
-    assert loss.entropy is not None and (loss.entropy[skipped] == 0).all()
-    assert (loss.ratio[skipped] == 1).all()
-    assert not (loss.clipped_low | loss.clipped_high)[skipped].any()
-    assert (grads["hidden"][skipped] == 0).all()
-    assert (grads["hidden"][~skipped] != 0).any(1).all()
-
-
-@pytest.mark.parametrize("num_rows", (0, 5))
-@pytest.mark.parametrize("level", LEVELS)
-def test_nothing_to_learn_from(num_rows: int, level: str) -> None:
-    """No rows, or none that counts: a zero loss that still belongs to the graph."""
-    case = with_kl(in_sequences(policy_case(num_rows, bias=True), level), "exact")
-    for name in ("advantages", "kl_weights"):
-        case[name] = torch.zeros(num_rows)
-    loss, grads = run_ours(case)
-    assert loss.loss.requires_grad and loss.loss.item() == 0
-    for name in ("hidden", "head_weight", "bias"):
-        assert grads[name].shape == case[name].shape
-        assert (grads[name] == 0).all()
-
-
-def test_vocabulary_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles that divide no vocabulary give what one tile gives."""
-    case = with_kl(policy_case(), "exact") | {"entropy_weights": torch.full((63,), 0.1)}
-    whole = run_ours(case)
-    monkeypatch.setattr("care_kernels.softmax.VOCAB_TILE", 64)
-    assert_same_run(run_ours(case), whole)
+def test_optional_outputs() -> None:
+    """Entropy comes with entropy weights, KL with KL weights; a zero weight still reports them."""
+    case = policy_case() | {"advantages": torch.ones(63)}
+    loss = linear_policy_loss(**case)
+    assert loss.entropy is None and loss.kl is None
+    loss = linear_policy_loss(**(with_kl(case, "k3") | {"entropy_weights": torch.zeros(63)}))
+    assert loss.entropy is not None and (loss.entropy > 0).all()
+    assert loss.kl is not None and (loss.kl >= 0).all()
 
 
 def test_two_losses_share_a_graph() -> None:
@@ -232,17 +210,6 @@ def test_what_carries_gradient() -> None:
         assert not linear_policy_loss(**case).loss.requires_grad
 
 
-def test_optional_outputs() -> None:
-    """Entropy comes with entropy weights, KL with KL weights; a zero weight still reports them."""
-    case = policy_case()
-    case["advantages"] = torch.ones(63)
-    loss = linear_policy_loss(**case)
-    assert loss.entropy is None and loss.kl is None
-    loss = linear_policy_loss(**(with_kl(case, "k3") | {"entropy_weights": torch.zeros(63)}))
-    assert loss.entropy is not None and (loss.entropy > 0).all()
-    assert loss.kl is not None and (loss.kl >= 0).all()
-
-
 def test_partitioned_weight_may_be_released_before_backward() -> None:
     """The backward reads neither hidden nor head: a ZeRO-3 weight may be gone by then."""
     case = policy_case()
@@ -256,29 +223,195 @@ def test_partitioned_weight_may_be_released_before_backward() -> None:
     assert torch.equal(grad, grads["hidden"])
 
 
-def test_loss_scale_reaches_gradients_before_float16() -> None:
-    """A gradient too small for float16 survives when the upstream loss scale lifts it."""
-    case = policy_case(dtype=torch.float16)
-    scale = 2.0**16
-    case["advantages"] = case["advantages"] * 1e-9
-    _, tiny = run_ours(case)
-    _, scaled = run_ours(case, upstream=scale)
-    assert (tiny["hidden"] == 0).all()
-    assert (scaled["hidden"] != 0).any()
+def test_vocabulary_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that divide no vocabulary give what one tile gives."""
+    case = with_kl(policy_case(), "exact") | {"entropy_weights": torch.full((63,), 0.1)}
+    whole, whole_grads = run_ours(case)
+    monkeypatch.setattr("care_kernels.softmax.VOCAB_TILE", 64)
+    tiled, grads = run_ours(case)
+    for got, want in ((tiled.loss, whole.loss), (tiled.log_probs, whole.log_probs)):
+        assert_same(got, want)
+    for name, grad in grads.items():
+        assert_same(grad, whole_grads[name])
 
 
+# Rows without a say are skipped, and skipping them changes no bit.
+
+
+def sparse_case(dtype: torch.dtype, level: str, extra: str, num_rows: int = 60) -> Case:
+    """Rows 20 to 39 count for nothing, other rows for some terms only; sequences of 10 rows."""
+    case = policy_case(num_rows, dtype=dtype, bias=True) | {"chunk_rows": 16}
+    case = in_sequences(case, level, length=10)
+    index = torch.arange(num_rows)
+    idle = (index >= 20) & (index < 40)
+    case["advantages"] = case["advantages"].masked_fill(idle | (index < 7), 0.0)
+    if extra != "none":
+        case = with_kl(case, "exact" if extra == "exact" else "k3")
+        case["kl_weights"] = case["kl_weights"].masked_fill(idle | (index >= 50), 0.0)
+    if extra == "k3, entropy":
+        weights = row_vector(case, 0.05, 0.1)
+        case["entropy_weights"] = weights.masked_fill(idle | (index % 3 > 0), 0.0)
+    counts = rows_that_count(case)
+    assert 0 < int(counts.sum()) < num_rows and not counts[20:40].any()
+    return case
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("level", LEVELS)
-def test_infinite_ratio_stays_on_its_row(level: str) -> None:
-    """An overflowing ratio is clipped where a > 0 and silent where a row has no advantage."""
-    case: dict[str, Any] = in_sequences(policy_case(), level) | {
-        "kl_estimator": "k2",
-        "kl_weights": torch.full((63,), 0.1),
-    }
-    current = reference_log_probs(double_logits(case), case["target_ids"]).float()
-    case["ref_log_probs"] = current
-    case["advantages"] = (torch.arange(63) % 2).float()
-    case["old_log_probs"] = current - 1000.0
+@pytest.mark.parametrize("extra", ("none", "exact", "k3, entropy"))
+def test_skipping_changes_no_bit(backend: str, extra: str, level: str, dtype: torch.dtype) -> None:
+    """With report_all_rows, and where the active rows alone are passed, loss, gradients and the
+    active rows' fields keep their bits. What is reported of skipped rows is the oracle's."""
+    case = sparse_case(dtype, level, extra) | {"backend": backend}
+    counts = rows_that_count(case)
+    default, default_grads = run_ours(case)
+    reported, reported_grads = run_ours(case | {"report_all_rows": True})
+    compact, compact_grads = run_ours(only_rows(case, counts))
+    assert torch.equal(default.loss, reported.loss) and torch.equal(default.loss, compact.loss)
+    assert default_grads.keys() == reported_grads.keys() == compact_grads.keys()
+    assert not default_grads["hidden"][~counts].any()
+    for name, grad in default_grads.items():
+        assert torch.equal(grad, reported_grads[name])
+        rows = counts if name == "hidden" else slice(None)
+        assert torch.equal(grad[rows], compact_grads[name])
+    for got, want, alone in zip(reported[1:], default[1:], compact[1:], strict=True):
+        assert (got is None) == (want is None) == (alone is None)
+        if got is not None and want is not None and alone is not None:
+            assert torch.equal(got[counts], want[counts]) and torch.equal(alone, want[counts])
+
+    (oracle, _), (eager, _) = run_reference(case), run_reference(case, torch.float32)
+    for name in PER_ROW:
+        got, want, torch_result = (getattr(run, name) for run in (reported, oracle, eager))
+        if got is not None:
+            assert_close(got, want, torch_result, is_gradient=False)
+    assert torch.equal(reported.clipped_low, oracle.clipped_low)
+    assert torch.equal(reported.clipped_high, oracle.clipped_high)
+
+
+def test_skipped_rows_never_reach_a_gemm() -> None:
+    """Compute scales with the rows that count, and a skipped row reads as documented; its target id
+    may be anything, unless its statistics are asked for."""
+    case = policy_case() | {"entropy_weights": torch.zeros(63)}
+    case["advantages"] = torch.zeros(63).index_fill(0, torch.tensor([3, 50]), 1.0)
+    case["old_log_probs"] = torch.zeros(63) - 10.0
+    case["surrogate"] = Clip(high=float("inf"))
+    one_row = case["head_weight"].numel()
+    assert watched(case).multiply_adds == 3 * 2 * one_row
+
+    case["target_ids"] = case["target_ids"].index_fill(0, torch.tensor([4]), -100)
     loss, grads = run_ours(case)
-    assert torch.isinf(loss.ratio).all()
-    assert torch.isfinite(loss.loss)
-    assert all(torch.isfinite(grad).all() for grad in grads.values())
+    skipped = case["advantages"] == 0
+    assert (loss.log_probs[skipped] == 0).all()
+    assert loss.entropy is not None and (loss.entropy[skipped] == 0).all()
+    assert (loss.ratio[skipped] == 1).all()
+    assert not (loss.clipped_low | loss.clipped_high)[skipped].any()
+    assert (grads["hidden"][skipped] == 0).all()
+    assert (grads["hidden"][~skipped] != 0).any(1).all()
+    with pytest.raises(ValueError, match="target_ids: got ids from -100"):
+        run_ours(case | {"report_all_rows": True})
+
+
+@pytest.mark.parametrize("num_rows", (0, 5))
+@pytest.mark.parametrize("level", LEVELS)
+def test_nothing_to_learn_from(num_rows: int, level: str) -> None:
+    """No rows, or none that counts: a zero loss that still belongs to the graph, the oracle's
+    statistics where they are asked for, and a buffer for dW that keeps its bits."""
+    case = with_kl(in_sequences(policy_case(num_rows, bias=True), level), "exact")
+    for name in ("advantages", "kl_weights"):
+        case[name] = torch.zeros(num_rows)
+    loss, grads = run_ours(case)
+    assert loss.loss.requires_grad and loss.loss.item() == 0
+    for name in ("hidden", "head_weight", "bias"):
+        assert grads[name].shape == case[name].shape
+        assert (grads[name] == 0).all()
+    buffer = torch.ones_like(case["head_weight"])
+    reported, _ = run_ours(case | {"report_all_rows": True, "weight_grad": buffer})
+    assert (buffer == 1).all()
+    oracle, _ = run_reference(case)
+    for name in PER_ROW[:1] + PER_ROW[2:]:
+        assert_same(getattr(reported, name), getattr(oracle, name).detach().float())
+
+
+ROWS = st.lists(st.integers(0, 89), min_size=1, max_size=12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=ROWS, dtype=st.sampled_from(DTYPES[:2]), chunk_rows=st.integers(1, 12))
+def test_rows_do_not_see_each_other(rows: list[int], dtype: torch.dtype, chunk_rows: int) -> None:
+    """Any choice of rows, in any order and repeated, in any chunks, gives each its own results."""
+    case = with_kl(policy_case(90, dtype=dtype), "exact")
+    case |= {"entropy_weights": row_vector(case, 0.05, 0.1), "advantages": case["advantages"] + 2}
+    whole, whole_grads = run_ours(case)
+    chosen = torch.tensor(rows)
+    some, some_grads = run_ours(only_rows(case, chosen) | {"chunk_rows": chunk_rows})
+    for name in PER_ROW:
+        got, want = getattr(some, name), getattr(whole, name)
+        assert error(got, want[chosen], 1.0) <= SAME_MATHS[torch.float32]
+    got, want = some_grads["hidden"], whole_grads["hidden"]
+    assert error(got, want[chosen], float(want.abs().max())) <= SAME_MATHS[dtype]
+
+
+# `weight_grad`: the head's gradient goes straight into a buffer of the caller's.
+
+
+def run_into(case: Case, buffer: Tensor, *, upstream: float = 1.0) -> dict[str, Tensor]:
+    """The leaves' own gradients of a call with `weight_grad`."""
+    return run_ours(case | {"weight_grad": buffer}, upstream=upstream)[1]
+
+
+@pytest.mark.parametrize("buffer_dtype", (*DTYPES, torch.float64), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("chunk_rows", (None, 20), ids=("one_chunk", "chunks"))
+def test_weight_grad_gains_dw(
+    dtype: torch.dtype, buffer_dtype: torch.dtype, chunk_rows: int | None
+) -> None:
+    """The buffer, of any floating type, gains dW; dX is untouched; head_weight.grad stays None."""
+    case = with_kl(policy_case(width=18, dtype=dtype), "exact") | {"chunk_rows": chunk_rows}
+    _, plain = run_ours(case)
+    generator = torch.Generator().manual_seed(3)
+    buffer = torch.randn(case["head_weight"].shape, generator=generator).to(buffer_dtype)
+    if chunk_rows is not None:
+        # It need not be contiguous.
+        buffer = buffer.T.contiguous().T
+    want = buffer.double() + plain["head_weight"].double()
+    grads = run_into(case, buffer)
+    assert grads.keys() == {"hidden"} and torch.equal(grads["hidden"], plain["hidden"])
+    assert error(buffer, want) <= max(SAME_MATHS[dtype], SAME_MATHS[buffer_dtype])
+
+
+def test_weight_grad_keeps_small_contributions() -> None:
+    """A float32 buffer keeps what bfloat16 would round away, call after call."""
+    case = policy_case(dtype=torch.bfloat16)
+    buffer = torch.full(case["head_weight"].shape, 100.0)
+    once = torch.zeros_like(buffer)
+    run_into(case, once)
+    for _ in range(10):
+        run_into(case | {"advantages": case["advantages"] * 1e-2}, buffer)
+    assert error(buffer - 100.0, 0.1 * once) <= SAME_MATHS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("buffer_dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_weight_grad_is_the_only_buffer(dtype: torch.dtype, buffer_dtype: torch.dtype) -> None:
+    """Nothing else of [V, D] is allocated, forward or backward."""
+    case = policy_case(num_rows=40, width=32, vocab_size=9000, dtype=dtype) | {"chunk_rows": 8}
+    buffer = torch.zeros(case["head_weight"].shape, dtype=buffer_dtype)
+    watch = watched(case | {"weight_grad": buffer})
+    assert 8 * 9000 <= watch.largest_allocated <= buffer.numel() // 2
+    assert watched(case).largest_allocated == buffer.numel()
+
+
+def test_weight_grad_sees_no_upstream_gradient() -> None:
+    """The buffer is filled in the forward, also where head or hidden states are detached, not under
+    no_grad: a factor on the loss scales dX alone."""
+    case = policy_case()
+    once, thrice, detached = (torch.zeros(case["head_weight"].shape) for _ in range(3))
+    grads = run_into(case, once)
+    tripled = run_into(case, thrice, upstream=3.0)
+    assert torch.equal(once, thrice)
+    assert_same(tripled["hidden"], 3 * grads["hidden"])
+    linear_policy_loss(**case, weight_grad=detached)
+    assert_same(detached, once)
+    with torch.no_grad():
+        linear_policy_loss(**case, weight_grad=detached)
+    assert_same(detached, once)

@@ -15,7 +15,6 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-import torch
 import triton
 import triton.experimental.gluon  # A launch would load it, and it wants compiled functions.
 import triton.language as tl
@@ -23,9 +22,9 @@ from triton import knobs
 from triton.runtime import interpreter
 
 from bench.interpreter import mended_interpreter
+from tests.kernels.cases import DEVICE
 
 PACKAGE = "care_kernels.triton"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IS_INTERPRETED = DEVICE == "cpu"
 
 

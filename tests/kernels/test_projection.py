@@ -9,9 +9,9 @@ from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics
 from care_kernels.triton import projection
 from care_kernels.triton.projection import GemmTile, TileStatistics, empty_exps, project, supports
 from care_kernels.triton.softmax import anchor_targets_, combine, exp_gradients_
-from tests.kernels.cases import assert_close, error
+from tests.kernels.cases import DEVICE, assert_close, error
+from tests.kernels.interpreter import IS_INTERPRETED
 from tests.kernels.tolerances import FLOOR
-from tests.kernels.triton.interpreter import DEVICE, IS_INTERPRETED
 
 SHAPES = [(0, 64, 17), (1, 32, 1), (5, 64, 17), (33, 100, 1000), (20, 96, 2307), (37, 80, 211)]
 TRANSFORMS = {
