@@ -21,7 +21,6 @@ import json
 import sys
 import tempfile
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,7 @@ WHEELS = Path(".wheels")
 
 SECTIONS = (
     Section("facts", "bench.gpu.facts:run", 45),
-    # Six that check, one that runs the kernel tests.
-    Section("correct", "bench.gpu.correct:run", 110, parts=7),
+    Section("correct", "bench.gpu.correct:run", 110),
     Section("headline", "bench.gpu.contest:headline", 130),
     Section("profile", "bench.gpu.profiling:run", 35),
     Section("sweep", "bench.gpu.sweep:run", 75),
@@ -59,8 +57,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry:
         print("A dry run on a CPU, in Triton's interpreter: no figure below is a GPU's.")
     wanted = [section for section in SECTIONS if section.name in options.only]
-    if options.dry:
-        wanted = [replace(section, parts=min(section.parts, 2)) for section in wanted]
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as site:
         wheels = _unpack_wheels(Path(site))
         run = Run(folder, options.limit_seconds, options.dry, Path(site) if wheels else None)

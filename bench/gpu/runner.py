@@ -30,8 +30,6 @@ class Section:
     """`module:function` of a `Bench`."""
     seconds: float
     """At most."""
-    parts: int = 1
-    """Processes that share its work."""
 
 
 @dataclass(frozen=True)
@@ -81,38 +79,25 @@ def run_sections(
 
 def _run_section(section: Section, run: Run, limit: float) -> dict[str, Any]:
     start = time.time()
-    paths = [_record_path(run, section, part) for part in range(section.parts)]
-    for path in paths:
-        path.unlink(missing_ok=True)
+    path = run.folder / f"{section.name}.part"
+    path.unlink(missing_ok=True)
     with _log(run, section).open("w") as log:
-        processes = [_start(section, run, part, start + limit, log) for part in range(len(paths))]
-        codes = [_wait(process, start + limit - time.time()) for process in processes]
-    status = "timed out" if None in codes else "crashed" if any(codes) else "ok"
-    figures = _merged([json.loads(path.read_text()) for path in paths if path.is_file()])
-    for path in paths:
-        path.unlink(missing_ok=True)
+        code = _wait(_start(section, run, path, start + limit, log), limit)
+    status = "timed out" if code is None else "crashed" if code else "ok"
+    figures = json.loads(path.read_text()) if path.is_file() else {}
+    path.unlink(missing_ok=True)
     return {"status": status, "seconds": round(time.time() - start, 1), "figures": figures}
 
 
 def _start(
-    section: Section, run: Run, part: int, until: float, log: Any
+    section: Section, run: Run, record: Path, until: float, log: Any
 ) -> "subprocess.Popen[bytes]":
-    """One process of a section, the first of a session of its own."""
-    task = {
-        "run": section.run,
-        "record": str(_record_path(run, section, part)),
-        "dry": run.dry,
-        "until": until,
-        "part": part,
-        "parts": section.parts,
-    }
+    """The section's process, the first of a session of its own."""
+    task = {"run": section.run, "record": str(record), "dry": run.dry, "until": until}
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     if run.dry:
         environment["TRITON_INTERPRET"] = "1"
-    if section.parts > 1:
-        # Threads of several processes would wait for each other at every barrier.
-        environment["OMP_NUM_THREADS"] = "1"
     if run.site is not None:
         inherited = os.environ.get("PYTHONPATH")
         environment["PYTHONPATH"] = os.pathsep.join(
@@ -139,17 +124,3 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> int | None:
 
 def _log(run: Run, section: Section) -> Path:
     return run.folder / f"{section.name}.log"
-
-
-def _record_path(run: Run, section: Section, part: int) -> Path:
-    return run.folder / f"{section.name}.{part}.part"
-
-
-def _merged(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One record of several parts': tables of the same name are joined."""
-    merged: dict[str, Any] = {}
-    for record in records:
-        for key, value in record.items():
-            is_table = isinstance(value, dict) and isinstance(merged.get(key), dict)
-            merged[key] = merged[key] | value if is_table else value
-    return merged

@@ -32,9 +32,6 @@ class Bench:
     record: Record
     until: float
     """When the section is ended, in seconds since the epoch."""
-    part: int = 0
-    parts: int = 1
-    """The processes that share the section's work, and which of them this is."""
 
     @property
     def device(self) -> str:
