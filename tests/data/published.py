@@ -11,6 +11,7 @@ from care_train.config import load_build_settings
 from care_train.data.building import build
 
 TEXT, IMAGE = datasets.Value("string"), datasets.Image()
+INTEGER, FLOAT = datasets.Value("int64"), datasets.Value("float64")
 COLORS = ("red", "green", "blue", "orange", "purple", "teal")
 
 
@@ -27,114 +28,87 @@ def drawing(number: int, size: tuple[int, int] = (96, 72)) -> Image.Image:
 
 def chartqa(folder: Path) -> Path:
     """HuggingFaceM4/ChartQA: image, query, label (a list), human_or_machine (a class label)."""
-    features = datasets.Features(
-        image=IMAGE,
-        query=TEXT,
-        label=datasets.List(TEXT),
-        human_or_machine=datasets.ClassLabel(names=["human", "machine"]),
+    _parquet(
+        folder / "data" / "train-00000-of-00001.parquet",
+        image=(IMAGE, [drawing(i) for i in range(4)]),
+        query=(TEXT, [f"How high is bar {i}?" for i in range(4)]),
+        label=(datasets.List(TEXT), [["14"], ["2015"], ["Yes"], ["3.5"]]),
+        human_or_machine=(datasets.ClassLabel(names=["human", "machine"]), [0, 0, 0, 1]),
     )
-    rows = [
-        {
-            "image": drawing(i),
-            "query": f"How high is bar {i}?",
-            "label": [label],
-            "human_or_machine": h,
-        }
-        for i, (label, h) in enumerate([("14", 0), ("2015", 0), ("Yes", 0), ("3.5", 1)])
-    ]
-    return _parquet(rows, features, folder / "data" / "train-00000-of-00001.parquet").parent.parent
+    return folder
 
 
-def geometry3k(folder: Path, **changes: Any) -> Path:
+def geometry3k(folder: Path) -> Path:
     """hiyouga/geometry3k: images, problem, answer; lately also id, choices, ground_truth."""
-    columns: dict[str, Any] = {"images": datasets.List(IMAGE), "problem": TEXT, "answer": TEXT}
-    columns |= {"id": datasets.Value("int64"), "choices": datasets.List(TEXT), "ground_truth": TEXT}
-    rows = [
-        {
-            "images": [drawing(10 + i)],
-            "problem": "<image>Find x.",
-            "answer": answer,
-            "id": i,
-            "choices": ["1", "2"],
-            "ground_truth": "A",
-        }
-        for i, answer in enumerate(["2 \\sqrt { 221 }", "12", "x = 5"])
-    ]
-    path = folder / "data" / "train-00000-of-00001.parquet"
-    return _parquet(rows, datasets.Features(columns | changes), path).parent.parent
+    _parquet(
+        folder / "data" / "train-00000-of-00001.parquet",
+        images=(datasets.List(IMAGE), [[drawing(10 + i)] for i in range(3)]),
+        problem=(TEXT, ["<image>Find x."] * 3),
+        answer=(TEXT, ["2 \\sqrt { 221 }", "12", "x = 5"]),
+        id=(INTEGER, [0, 1, 2]),
+        choices=(datasets.List(TEXT), [["1", "2"]] * 3),
+        ground_truth=(TEXT, ["A"] * 3),
+    )
+    return folder
 
 
 def virl39k(folder: Path) -> Path:
     """TIGER-Lab/ViRL39K: one Parquet file beside images/, whose paths `image` lists."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "images").mkdir()
-    rows = []
-    cases = [("<image>Which is tallest?\nA. red\nB. blue", "\\boxed{B}", 1)]
-    cases += [("<image><image>How do they differ?", "\\boxed{\\frac{1}{2}}", 2), ("2+2?", "4", 0)]
-    for i, (question, answer, count) in enumerate(cases):
-        names = [f"images/{i}-{n}.png" for n in range(count)]
-        for n, name in enumerate(names):
-            drawing(20 + 5 * i + n).save(folder / name)
-        row = {"question": question, "answer": answer, "image": names, "qid": f"q{i}"}
-        rates = {"PassRate_32BTrained": 0.5, "PassRate_7BBase": 0.25}
-        rows.append(row | rates | {"category": "STEM", "source": "MM-Math"})
-    rate = datasets.Value("float64")
-    features = datasets.Features(
-        question=TEXT,
-        answer=TEXT,
-        PassRate_32BTrained=rate,
-        PassRate_7BBase=rate,
-        category=TEXT,
-        source=TEXT,
-        qid=TEXT,
-        image=datasets.List(TEXT),
+    (folder / "images").mkdir(parents=True)
+    for number in (20, 25, 26):
+        drawing(number).save(folder / "images" / f"{number}.png")
+    choice, compare = (
+        "<image>Which is tallest?\nA. red\nB. blue",
+        "<image><image>How do they differ?",
     )
-    return _parquet(rows, features, folder / "39Krelease.parquet").parent
+    _parquet(
+        folder / "39Krelease.parquet",
+        question=(TEXT, [choice, compare, "2+2?"]),
+        answer=(TEXT, ["\\boxed{B}", "\\boxed{\\frac{1}{2}}", "4"]),
+        PassRate_32BTrained=(FLOAT, [0.5] * 3),
+        PassRate_7BBase=(FLOAT, [0.25] * 3),
+        category=(TEXT, ["STEM"] * 3),
+        source=(TEXT, ["MM-Math"] * 3),
+        qid=(TEXT, ["q0", "q1", "q2"]),
+        image=(datasets.List(TEXT), [["images/20.png"], ["images/25.png", "images/26.png"], []]),
+    )
+    return folder
 
 
 def vision_r1_cold(folder: Path) -> Path:
     """Osilly/Vision-R1-cold: two .json lists of other columns and roles, images beside them."""
-    for name, number in (("llava_cot_images/coco/1.png", 40), ("mulberry_images/geo/2.png", 41)):
+    coco, geo = "llava_cot_images/coco/1.png", "mulberry_images/geo/2.png"
+    for name, number in ((coco, 40), (geo, 41)):
         (folder / name).parent.mkdir(parents=True)
         drawing(number).save(folder / name)
 
-    def talk(user: str, assistant: str, question: str, response: str) -> list[dict[str, str]]:
-        return [{"from": user, "value": question}, {"from": assistant, "value": response}]
+    def talk(user: str, asked: str, assistant: str, said: str) -> list[dict[str, str]]:
+        return [{"from": user, "value": asked}, {"from": assistant, "value": said}]
 
-    llava = [
-        {
-            "id": "llava-1",
-            "image": "llava_cot_images/coco/1.png",
-            "conversations": talk(
-                *("human", "gpt", "<image>\nWhat colour is the first bar?"),
-                "<think>\nIt is purple. Wait, yes.\n</think>\n\n"
-                "<answer> **Final Answer:** purple </answer>",
-            ),
-        }
-    ]
+    color = "<image>\nWhat colour is the first bar?"
+    purple = (
+        "<think>\nIt is purple. Wait, yes.\n</think>\n\n<answer> **Final Answer:** purple </answer>"
+    )
+    choice, a = (
+        "<image>Is it 80? A: 80\nB: 60",
+        "<think>So A.</think><answer>Final Answer:A</answer>",
+    )
+    llava = [{"id": "1", "image": coco, "conversations": talk("human", color, "gpt", purple)}]
     mulberry = [
-        {
-            "images": "mulberry_images/geo/2.png",
-            "conversations": talk(
-                *("user", "assistant", "<image>Is it 80? Choices:\nA: 80\nB: 60"),
-                "<think>So A.</think><answer>Final Answer:A</answer>",
-            ),
-        },
-        {
-            "images": "mulberry_images/geo/2.png",
-            "conversations": talk("user", "assistant", "<image>How?", "No tags at all."),
-        },
+        {"images": geo, "conversations": talk("user", choice, "assistant", a)},
+        {"images": geo, "conversations": talk("user", "<image>How?", "assistant", "No tags.")},
     ]
     (folder / "vision_r1_llava_cot_full.json").write_text(json.dumps(llava))
     (folder / "vision_r1_mulberry_sft_full.json").write_text(json.dumps(mulberry))
     return folder
 
 
-def _parquet(rows: list[dict[str, Any]], features: datasets.Features, path: Path) -> Path:
+def _parquet(path: Path, **columns: tuple[Any, list[Any]]) -> None:
+    """Columns of (type, values), as the datasets library writes them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {name: [row[name] for row in rows] for name in features}
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
-    return path
+    features = datasets.Features({name: kind for name, (kind, _) in columns.items()})
+    values = {name: values for name, (_, values) in columns.items()}
+    datasets.Dataset.from_dict(values, features=features).to_parquet(path)
 
 
 def build_from(

@@ -13,12 +13,10 @@ import psutil
 import pytest
 
 from care_train.cli import main
-from care_train.config import load_build_settings
 from care_train.data.building import run
 from care_train.data.building.run import CHUNK_ROWS
 from tests.data.published import build_from, drawing, write_jsonl
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
 NAMES = ("train.parquet", "quarantine.jsonl", "manifest.json")
 
 
@@ -36,16 +34,6 @@ def many_rows(folder: Path, count: int) -> list[dict[str, Any]]:
     ]
     path = write_jsonl(folder / "rows.jsonl", rows)
     return [{"name": "mine", "path": str(path)}]
-
-
-def test_the_same_bytes_on_any_number_of_workers(tmp_path: Path):
-    """One process or two: the same data, quarantine and manifest."""
-    sources = many_rows(tmp_path, 3 * CHUNK_ROWS + 5)
-    outputs = [
-        build_from(tmp_path, sources, output=tmp_path / f"w{workers}", workers=workers)[1]
-        for workers in (1, 2)
-    ]
-    assert contents(outputs[0]) == contents(outputs[1])
 
 
 def test_a_build_stopped_anywhere_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -86,7 +74,8 @@ def test_a_build_stopped_anywhere_goes_on(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_killed_command_goes_on_and_leaves_no_process(tmp_path: Path):
-    """SIGKILL amid the chunks ends the workers too; the command again ends with the same bytes."""
+    """SIGKILL amid the chunks ends the two workers too; the command again ends with the bytes that
+    one process writes."""
     sources = many_rows(tmp_path, 12 * CHUNK_ROWS)
     _, whole = build_from(tmp_path, sources, output=tmp_path / "whole")
     output, config = tmp_path / "killed", tmp_path / "killed.yaml"
@@ -122,22 +111,11 @@ def test_a_finished_build_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFi
     assert manifest["counts"]["total"]["kept"] == 1
 
 
-def test_an_unfinished_build_of_other_settings_is_an_error(
+def test_an_unfinished_build_is_its_own_settings_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Going on under other settings would mix two data sets: the changed key is named."""
-    sources = many_rows(tmp_path, 50)
-    monkeypatch.setattr(run, "write_rows", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        build_from(tmp_path, sources)
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"settings\.clean\.max_answer_chars: saved 256, got 9"):
-        build_from(tmp_path, sources, clean={"max_answer_chars": 9})
-    build_from(tmp_path, sources)
-
-
-def test_two_builds_at_once_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A second process on the same output would write over the first one's parts."""
+    """A second process on the same output would write over the first one's parts; going on under
+    other settings would mix two data sets, so the changed key is named."""
     sources = many_rows(tmp_path, 50)
     config = tmp_path / "build.yaml"
 
@@ -148,32 +126,28 @@ def test_two_builds_at_once_are_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         assert "does another process build there?" in said.stderr
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "write_rows", other_build)
-    with pytest.raises(KeyboardInterrupt):
-        build_from(tmp_path, sources)
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configurations_load(path: Path):
-    """Every YAML file in configs/data/ is valid."""
-    assert load_build_settings(path).output.startswith("data/")
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "write_rows", other_build)
+        with pytest.raises(KeyboardInterrupt):
+            build_from(tmp_path, sources)
+    with pytest.raises(ValueError, match=r"settings\.clean\.max_answer_chars: saved 256, got 9"):
+        build_from(tmp_path, sources, clean={"max_answer_chars": 9})
+    build_from(tmp_path, sources)
 
 
 def test_the_command_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Counts as a table, the expected number, where it all is; user errors exit with 2."""
-    sources = many_rows(tmp_path, 50)
+    """Counts as a table, the expected number; user errors exit with 2 and name the setting."""
     config = tmp_path / "c.yaml"
-    values = {"output": str(tmp_path / "out"), "workers": 1, "sources": sources}
+    values = {"output": str(tmp_path / "out"), "workers": 1, "sources": many_rows(tmp_path, 50)}
     config.write_text(json.dumps(values))
     arguments = ["data", "build", "--config", str(config)]
     assert main([*arguments, "sources.mine.expected_rows=51"]) == 0
-    said = capsys.readouterr().out
-    assert "mine: 45 usable rows, expected 51" in said
-    assert main([*arguments, "sources.mine.colour=red", "overwrite=true"]) == 2
-    assert "unknown key 'sources.0.colour'" in capsys.readouterr().err
-    assert main([*arguments, "sources.yours.path=x"]) == 2
-    assert "sources.yours: no such source, there are mine" in capsys.readouterr().err
-    assert main([*arguments, "dedup.max_distance=16"]) == 2
-    assert "dedup.max_distance: got 16, wanted an integer in [0, 16)" in capsys.readouterr().err
-    assert main([*arguments, "row_group=64"]) == 2
-    assert "row_group: got 64, but this setting is gone" in capsys.readouterr().err
+    assert "mine: 45 usable rows, expected 51" in capsys.readouterr().out
+    for override, message in (
+        ("sources.mine.colour=red", "unknown key 'sources.0.colour'"),
+        ("sources.yours.path=x", "sources.yours: no such source, there are mine"),
+        ("dedup.max_distance=16", "dedup.max_distance: got 16, wanted an integer in [0, 16)"),
+        ("row_group=64", "row_group: got 64, but this setting is gone"),
+    ):
+        assert main([*arguments, override]) == 2
+        assert message in capsys.readouterr().err

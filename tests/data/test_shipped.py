@@ -223,11 +223,19 @@ def test_a_made_data_set_is_a_source(name: str, usual: int):
     assert all(sample.id.startswith(f"{name}-{usual}/test/") for sample in samples)
     held_out = load_config(None, [f"data.path={name}-2"]).held_out
     assert held_out == DataSettings(path=f"{name}-2@test")
-    for level in (2, 6):
-        with pytest.raises(ValueError, match=f"{name}: got split 'dev'"):
-            load_samples(DataSettings(path=f"{name}-{level}@dev"))
+    with pytest.raises(ValueError, match=f"{name}: got split 'dev'"):
+        load_samples(DataSettings(path=f"{name}-6@dev"))
     with pytest.raises(ValueError, match=f"^data.path: got {name}-7, wanted {name}-2 to {name}-6$"):
         load_samples(DataSettings(path=f"{name}-7"))
+
+
+def test_easy_vqa_is_a_source():
+    """It needs no file, its rows are drawn whole, and there is no other split."""
+    samples = load_samples(DataSettings(path="easy_vqa@test", max_samples=7))
+    assert len({sample.id for sample in samples}) == 7
+    assert all(sample.id.startswith("easy_vqa/test/") for sample in samples)
+    with pytest.raises(ValueError, match=r"easy_vqa: got split 'val', wanted 'train' or 'test'"):
+        load_samples(DataSettings(path="easy_vqa@val"))
 
 
 SPLITS = ("train", "test")
@@ -284,28 +292,29 @@ def test_figures_match_the_pixels(easy_vqa: dict[str, list[Sample]]):
             assert color in {pixel for _, pixel in image.getcolors(64 * 64) or []}
 
 
-@pytest.mark.parametrize(
-    ("question", "answer", "true"),
-    [
-        ("what color is the circle?", "blue", True),
-        ("what color is the rectangle?", "blue", False),
-        ("what is the color of the shape?", "red", False),
-        ("what is the blue shape?", "circle", True),
-        ("what is the red shape?", "circle", False),
-        ("is there a circle?", "yes", True),
-        ("is there a red shape in the image?", "no", True),
-        ("is there not a circle in the image?", "yes", False),
-        ("is there not a red shape?", "yes", True),
-        ("is no circle present?", "no", True),
-        ("is no blue shape present?", "yes", False),
-        ("does the image not contain a triangle?", "yes", True),
-        ("does the image not contain a blue shape?", "yes", False),
-        ("does the image contain a blue shape?", "no", False),
-    ],
-)
-def test_what_an_answer_says(question: str, answer: str, true: bool):
+def test_what_an_answer_says():
     """Each form of question, negated ones too, read for a blue circle."""
-    assert agrees(Figure("circle", "blue"), question, answer) is true
+    for question, answer in (
+        ("what color is the circle?", "blue"),
+        ("what is the blue shape?", "circle"),
+        ("is there a circle?", "yes"),
+        ("is there a red shape in the image?", "no"),
+        ("is there not a circle in the image?", "no"),
+        ("is there not a red shape?", "yes"),
+        ("is no circle present?", "no"),
+        ("is no blue shape present?", "no"),
+        ("does the image not contain a triangle?", "yes"),
+        ("does the image not contain a blue shape?", "no"),
+        ("does the image contain a blue shape?", "yes"),
+    ):
+        wrong = {"yes": "no", "no": "yes"}.get(answer, "red")
+        assert agrees(Figure("circle", "blue"), question, answer), question
+        assert not agrees(Figure("circle", "blue"), question, wrong), question
+    for question, answer in (
+        ("what color is the rectangle?", "blue"),
+        ("what is the red shape?", "circle"),
+    ):
+        assert not agrees(Figure("circle", "blue"), question, answer), question
 
 
 def test_figure_needs_all_its_facts():
@@ -325,9 +334,3 @@ def test_easy_vqa_shares_no_image(easy_vqa: dict[str, list[Sample]]):
         for paths in ({s.images[0] for s in easy_vqa[split]} for split in SPLITS)
     )
     assert not train & test
-
-
-def test_easy_vqa_has_no_other_split():
-    """Another split is refused with the two that exist."""
-    with pytest.raises(ValueError, match=r"easy_vqa: got split 'val', wanted 'train' or 'test'"):
-        easy_vqa_samples("val")
