@@ -20,6 +20,7 @@ from tests.train.runs import run
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BUILDS = sorted(configs_folder().glob("data/*.yaml"))
 RUNS = sorted(configs_folder().glob("*.yaml")) + sorted(configs_folder().glob("protocol/*.yaml"))
 
 
@@ -81,17 +82,15 @@ def test_each_module_of_the_docs_exists(page, words):
         assert importlib.util.find_spec(words[0]) is not None, (page, words)
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize(
+    "path", [*RUNS, *BUILDS], ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_each_configuration_is_valid(path):
-    """Every run's YAML file in configs/ loads, also as the written config.yaml of a run does."""
-    config = load_config(path)
-    assert config.train.steps >= 1
-
-
-@pytest.mark.parametrize("path", sorted(configs_folder().glob("data/*.yaml")), ids=lambda p: p.stem)
-def test_each_build_is_valid(path):
-    """Every data set's YAML file in configs/data/ loads."""
-    assert load_build_settings(path).sources
+    """Every YAML file in configs/ loads: runs' and, in configs/data/, builds of data sets."""
+    if path in BUILDS:
+        assert load_build_settings(path).output.startswith("data/")
+    else:
+        assert load_config(path).train.steps >= 1
 
 
 SMALL = [
@@ -134,17 +133,13 @@ HARDWARE = {
 }
 
 
-def test_the_readme_lists_them():
-    """None is left out, and none is listed that is not there."""
-    listed = set(re.findall(r"\]\((\w+\.\w+)\)", (EXAMPLES / "README.md").read_text()))
-    there = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".yaml", ".ipynb")}
-    assert listed == there
-    assert set(HARDWARE) == {name for name in there if name.endswith(".yaml")}
-
-
-def test_the_commands_of_the_readme_parse():
-    """Those of the table and of the text, and the scripts that it names are there."""
+def test_the_readme_of_the_examples():
+    """It lists each example, and none that is not there; its commands parse, and the scripts that
+    it names are there."""
     text = (EXAMPLES / "README.md").read_text()
+    there = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".yaml", ".ipynb")}
+    assert set(re.findall(r"\]\((\w+\.\w+)\)", text)) == there
+    assert set(HARDWARE) == {name for name in there if name.endswith(".yaml")}
     commands = re.findall(
         r"`(?:deepspeed .*--module care_train|care-train) ([^`]+ --config [^`]+)`", text
     )
@@ -183,40 +178,32 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     assert (tmp_path / "digits" / "model.safetensors").is_file()
 
 
-class TestHelp:
-    """`--help` is short, `--help-all` whole."""
+def printed(capsys, *words: str) -> list[str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 0
+    return capsys.readouterr().out.splitlines()
 
-    COMMANDS = ("quickstart", "sft", "train", "eval", "plan", "doctor", "serve", "verify")
 
-    @staticmethod
-    def printed(capsys, *words: str) -> list[str]:
-        with pytest.raises(SystemExit) as stopped:
-            main(words)
-        assert stopped.value.code == 0
-        return capsys.readouterr().out.splitlines()
+@pytest.mark.parametrize(
+    "command", ["quickstart", "sft", "train", "eval", "plan", "doctor", "serve", "verify"]
+)
+def test_help_fits_three_screens(command, capsys):
+    """At most 120 lines of at most 100 characters, and where to find the rest."""
+    lines = printed(capsys, command, "--help")
+    assert len(lines) <= 120 and max(map(len, lines)) <= 100
+    assert any("--help-all" in line for line in lines)
 
-    @pytest.mark.parametrize("command", COMMANDS)
-    def test_three_screens(self, command, capsys):
-        """At most 120 lines of at most 100 characters."""
-        lines = self.printed(capsys, command, "--help")
-        assert len(lines) <= 120 and max(map(len, lines)) <= 100
-        assert any("--help-all" in line for line in lines)
 
-    def test_all_settings(self, capsys):
-        """Name, default, type, range, role on resume and meaning."""
-        text = "\n".join(self.printed(capsys, "train", "--help-all"))
-        assert "train.steps = 100  (an integer, at least 1; on resume: as it was, or" in text
-        assert "care.neg_scale = 0.5  (a number in (0, 1]; " in text
-        assert full_help().count("\n") > 300
-
-    def test_settings_of_a_build(self, capsys):
-        """`data build` has its own."""
-        text = "\n".join(self.printed(capsys, "data", "build", "--help-all"))
-        assert "sources.NAME.path = required" in text and "train.steps" not in text
-
-    def test_version(self, capsys):
-        """`care-train --version` is `care_train.__version__`."""
-        assert self.printed(capsys, "--version") == [f"care-train {care_train.__version__}"]
+def test_all_settings_are_shown_on_request(capsys):
+    """Name, default, type, range, role on resume and meaning; `data build` has its own."""
+    text = "\n".join(printed(capsys, "train", "--help-all"))
+    assert "train.steps = 100  (an integer, at least 1; on resume: as it was, or" in text
+    assert "care.neg_scale = 0.5  (a number in (0, 1]; " in text
+    assert full_help().count("\n") > 300
+    text = "\n".join(printed(capsys, "data", "build", "--help-all"))
+    assert "sources.NAME.path = required" in text and "train.steps" not in text
+    assert printed(capsys, "--version") == [f"care-train {care_train.__version__}"]
 
 
 def test_a_shipped_configuration_is_named_after_a_wheel_install(tmp_path: Path):

@@ -85,14 +85,6 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> str:
     return trainer.config.model.path
 
 
-def command_line(rows: Path, start: str, folder: Path) -> list[str]:
-    """The arguments of `care-train` for a configuration file that a user wrote."""
-    config = SETTINGS | {"eval": SETTINGS["eval"] | {"data": "digits-2@test"}}
-    config |= {"data": {"path": str(rows)}, "model": {"path": start}}
-    (folder / "mine.yaml").write_text(json.dumps(config))
-    return ["train", "--config", "mine.yaml", "name=mine"]
-
-
 def check_summary(summary: dict[str, Any]) -> None:
     assert summary["accuracy_after"] > summary["accuracy_before"] + GAIN, summary
 
@@ -104,23 +96,17 @@ def check_steps(accuracy: list[float]) -> None:
 
 
 def test_the_command_line(rows: Path, start: str, tmp_path: Path) -> None:
-    """`care-train train` on rows and a model of the user's."""
-    command = [sys.executable, "-m", "care_train", *command_line(rows, start, tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
-    check_summary(json.loads((tmp_path / "runs/mine/summary.json").read_text()))
-
-
-def test_the_wheel_in_an_empty_folder(rows: Path, start: str, tmp_path: Path) -> None:
-    """The same, by the installed package alone."""
-    site, empty = install_wheel(tmp_path), tmp_path / "empty"
-    empty.mkdir()
-    arguments = command_line(rows, start, empty)
+    """`care-train train` of the installed wheel, in a folder that holds the user's configuration
+    alone, on rows and a model of theirs."""
+    site, folder = install_wheel(tmp_path), tmp_path / "mine"
+    folder.mkdir()
+    config = SETTINGS | {"eval": SETTINGS["eval"] | {"data": "digits-2@test"}}
+    config |= {"data": {"path": str(rows)}, "model": {"path": start}}
+    (folder / "mine.yaml").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "care_train", "train", "--config", "mine.yaml", "name=mine"]
     environment = os.environ | {"PYTHONPATH": str(site)}
-    command = [sys.executable, "-m", "care_train", *arguments]
-    subprocess.run(command, cwd=empty, env=environment, check=True)
-    assert (site / "care_train" / "configs" / "care.yaml").is_file()
-    check_summary(json.loads((empty / "runs/mine/summary.json").read_text()))
+    subprocess.run(command, cwd=folder, env=environment, check=True)
+    check_summary(json.loads((folder / "runs/mine/summary.json").read_text()))
 
 
 def test_python(start: str, tmp_path: Path) -> None:
@@ -202,13 +188,3 @@ def test_verl(rows: Path, start: str, tmp_path: Path) -> None:
     script = [sys.executable, "-m", "tests.integrations.verl_run", start, str(STEPS)]
     subprocess.run([*script, str(tmp_path)], cwd=ROOT, env=environment, check=True)
     check_steps(json.loads((tmp_path / "accuracy.json").read_text()))
-
-
-def test_a_notebook(start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`examples/quickstart.ipynb` as it is, but for the model, which is beyond its cold start."""
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    monkeypatch.setenv("MODEL", start)
-    monkeypatch.setenv("STEPS", str(STEPS))
-    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, resources={"metadata": {"path": tmp_path}}).execute()
-    check_summary(json.loads((tmp_path / "runs/digits/summary.json").read_text()))
