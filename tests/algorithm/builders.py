@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import yaml
 
+from care_train.algorithm.care import select_subgroup
 from care_train.algorithm.region_weights import token_credit
 from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.spans import reward
@@ -123,6 +124,16 @@ def make_subgroup(
         tuple(Member(r, r.reward, True, i + 1) for i, r in enumerate(negatives)),
         reflect_on=reflect_on,
     )
+
+
+DEFAULT = CareSettings()
+
+
+def subgroup_of(group: RolloutGroup, settings: CareSettings = DEFAULT, seed: int = 0) -> Subgroup:
+    """S of a group that is not skipped, before any reflection."""
+    subgroup = select_subgroup(group, settings, torch.Generator().manual_seed(seed))
+    assert isinstance(subgroup, Subgroup), subgroup
+    return subgroup
 
 
 def with_reward(rollout: Rollout, value: float) -> Rollout:

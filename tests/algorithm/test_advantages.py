@@ -50,29 +50,22 @@ def test_raw_advantages_by_hand():
     assert normalized(*[0.1] * 4, eps=1e-6) == pytest.approx([0] * 4)
 
 
-@pytest.mark.parametrize("num_negatives", range(1, 8))
+@pytest.mark.parametrize("num_negatives", [1, 2, 7])
 @given(low=st.floats(0, 0.4), gap=st.floats(0.05, 1))
 def test_two_level_rewards_show_the_signature(num_negatives, low, gap):
     """Eq. 10 and Corollary 1: A_raw = sqrt(K') and -1/sqrt(K') exactly, whatever the two levels.
 
-    Equalised with K = 7, the negatives' total is -sqrt(7) whatever K' is (Sec. 3.4).
+    Equalised with K = 7, the negatives' total is -sqrt(7) whatever K' is (Sec. 3.4). The
+    pseudo-rewards of a rescue, delta and -delta / K', show the same (Eq. 14, Corollary 2).
     """
     root = math.sqrt(num_negatives)
     expected = [root] + [-1 / root] * num_negatives
     raw = normalized(low + gap, *[low] * num_negatives)
     assert raw == pytest.approx(expected, rel=1e-6)
+    rescue = rescue_rewards(num_negatives, delta=gap).tolist()
+    assert rescue == pytest.approx([gap] + [-gap / num_negatives] * num_negatives)
+    assert normalized(*rescue) == pytest.approx(expected, rel=1e-5)
     assert sum(raw[1:]) * equalize_factor(num_negatives, 7) == pytest.approx(-math.sqrt(7))
-
-
-@pytest.mark.parametrize("num_negatives", range(1, 8))
-@pytest.mark.parametrize("delta", [0.1, 10.0])
-def test_rescue_reproduces_the_signature(num_negatives, delta):
-    """Eq. 14 and Corollary 2: mu = 0, sigma^2 = delta^2 / K', so Eq. 10 again; delta cancels."""
-    rewards = rescue_rewards(num_negatives, delta=delta).double()
-    assert rewards.tolist() == pytest.approx([delta] + [-delta / num_negatives] * num_negatives)
-    root = math.sqrt(num_negatives)
-    expected = [root] + [-1 / root] * num_negatives
-    assert normalize_rewards(rewards, 1e-6).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("negatives", [(0.0, 0.1), (0.1, 0.1, 0.0, 0.0), (0.0, 0.3, 0.1, 0.2, 0.5)])
@@ -91,7 +84,7 @@ def test_spread_among_negatives_attenuates_the_signature(negatives):
     assert sum(raw[1:]) / count == pytest.approx(-alpha / math.sqrt(count))
 
 
-@pytest.mark.parametrize("k", range(1, 8))
+@pytest.mark.parametrize("k", [1, 2, 5])
 def test_expected_variance_of_proposition_1(k):
     """Proposition 1: E[sigma_S^2] = (K'^2 Var + K' Delta^2) / (K' + 1)^2 for i.i.d. negatives.
 
@@ -162,12 +155,11 @@ def test_baselines_by_hand(name, expected):
         assert token_weights(sequence).tolist() == pytest.approx([weight] * length)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "dr_grpo"])
-@pytest.mark.parametrize("level", [right, wrong, broken])
-def test_equal_rewards_have_no_policy_gradient(name, level):
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "rloo"])
+def test_equal_rewards_have_no_policy_gradient(name):
     """Token advantages are exactly 0: the only gradient is the KL's. Without a KL no sequence is
     forwarded, and the mean over all sampled sequences stays one."""
-    group = [level() for _ in range(7)]
+    group = [wrong() for _ in range(7)]
     update = update_of(name, group)
     assert len(update.sequences) == 7
     assert not any(token_advantages(sequence).any() for sequence in update.sequences)
@@ -176,47 +168,36 @@ def test_equal_rewards_have_no_policy_gradient(name, level):
     assert silent.num_tokens == update.num_tokens
 
 
-def test_a_difference_in_format_is_a_signal():
-    """Groups are told apart by reward: right with and without format differ."""
-    update = update_of("grpo", [right(), make_rollout(1.0, 0.0)], kept=False)
-    assert advantages(update) == pytest.approx([1, -1], rel=1e-4)
+def test_reinforce_plus_plus():
+    """arXiv:2501.03262: the z-score over the whole batch, each token with its response's reward.
+
+    Rewards 1, .1 and 1, 1, of 10 tokens each: mean .775. So a group of equal rewards has a gradient
+    where others of the batch did worse, on this rank or on another.
+    """
+    groups = [[right(), wrong()], [right(), right()]]
+    std = math.sqrt((3 * 0.225**2 + 0.675**2) / 4)
+    wanted = [[0.225 / std, -0.675 / std], [0.225 / std] * 2]
+    found = [advantages(u) for u in updates_of("reinforce_pp", groups, kept=False)]
+    assert found == [pytest.approx(row, rel=1e-5) for row in wanted]
+    sums: list[list[float]] = []
+    for group in groups:
+        updates_of("reinforce_pp", [group], total=lambda own: sums.append(own) or own)
+    both = [a + b for a, b in zip(*sums, strict=True)]
+    (update,) = updates_of("reinforce_pp", groups[:1], total=lambda own: both)
+    assert advantages(update) == pytest.approx(wanted[0], rel=1e-5)
+    # A response counts as often as it has tokens: 1 with 14 and 0 with 6, mean .7, variance .21.
+    (update,) = updates_of("reinforce_pp", [[right(think=7), broken()]])
+    wanted = [0.3 / math.sqrt(0.21), -0.7 / math.sqrt(0.21)]
+    assert advantages(update) == pytest.approx(wanted, rel=1e-5)
 
 
-class TestReinforcePlusPlus:
-    """arXiv:2501.03262: the z-score over the whole batch, each token with its response's reward."""
-
-    # Of rewards 1, .1 with 10, 10 tokens and 1, 1 with 10, 10 tokens: mean .775.
-    GROUPS = ([right(), wrong()], [right(), right()])
-    GOOD, BAD = (x / math.sqrt((3 * 0.225**2 + 0.675**2) / 4) for x in (0.225, -0.675))
-
-    def test_the_batch_is_the_baseline(self):
-        """A group of equal rewards has a gradient where others of the batch did worse."""
-        found = [advantages(u) for u in updates_of("reinforce_pp", self.GROUPS, kept=False)]
-        wanted = [self.GOOD, self.BAD], [self.GOOD, self.GOOD]
-        assert found == [pytest.approx(row, rel=1e-5) for row in wanted]
-
-    @pytest.mark.parametrize("level", [right, wrong, broken])
-    def test_equal_rewards_have_no_signal(self, level):
-        """Whatever the sums over the batch round to: of 0.1 some are not exact."""
-        for count in range(2, 20):
-            group = [level(think=size) for size in range(count)]
-            (update,) = updates_of("reinforce_pp", [group], kept=False)
-            assert update.skipped == "no_signal", count
-
-    def test_long_responses_count_as_often_as_they_have_tokens(self):
-        """Rewards 1 with 14 tokens and 0 with 6: mean .7, variance .21."""
-        (update,) = updates_of("reinforce_pp", [[right(think=7), broken()]])
-        wanted = [0.3 / math.sqrt(0.21), -0.7 / math.sqrt(0.21)]
-        assert advantages(update) == pytest.approx(wanted, rel=1e-5)
-
-    def test_ranks_share_mean_and_deviation(self):
-        """With a second rank that holds the other group, sums come from both."""
-        sums: list[list[float]] = []
-        for group in self.GROUPS:
-            updates_of("reinforce_pp", [group], total=lambda own: sums.append(own) or own)
-        both = [a + b for a, b in zip(*sums, strict=True)]
-        (update,) = updates_of("reinforce_pp", self.GROUPS[:1], total=lambda own: both)
-        assert advantages(update) == pytest.approx([self.GOOD, self.BAD], rel=1e-5)
+@pytest.mark.parametrize("level", [right, wrong, broken])
+def test_a_batch_of_equal_rewards_has_no_signal(level):
+    """Whatever the sums over the batch round to: of 0.1 some are not exact."""
+    for count in range(2, 20):
+        group = [level(think=size) for size in range(count)]
+        (update,) = updates_of("reinforce_pp", [group], kept=False)
+        assert update.skipped == "no_signal", count
 
 
 def test_truncated_responses_leave_the_loss():
@@ -274,8 +255,14 @@ def test_table_5(name, clip, kl_coef, level, aggregation):
 
 
 def test_table_5_row_of_care():
-    """Table 5 and Sec. 8.2: K = 4, M = 6, s = 0.5, delta = 0.1, gamma+ = 0.005, one resample."""
+    """Table 5 and Sec. 8.2: K = 4, M = 6, s = 0.5, delta = 0.1, gamma+ = 0.005, one resample; and
+    Sec. 3.6's repair cue, word for word."""
     care = build_config({}).care
     assert (care.max_negatives, care.preselect_size, care.neg_scale) == (4, 6, 0.5)
     assert (care.rescue, RESCUE_DELTA, care.think_weight) == (1.0, 0.1, 0.005)
     assert care.reflection.enabled and care.reflect_scale == 0.25
+    assert care.reflection.cue == (
+        "Your previous reasoning was incorrect. Identify the failing operation, correct it, and "
+        "re-derive the necessary quantities. Keep this section concise. Do not restate the "
+        "question."
+    )

@@ -14,7 +14,7 @@ from care_train.algorithm.spans import reward
 from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, Spans, Subgroup
 from care_train.config import CareSettings, build_config
 from tests.algorithm import transcription
-from tests.algorithm.builders import broken, make_rollout, right, token_advantages, wrong
+from tests.algorithm.builders import token_advantages
 from tests.algorithm.transcription import Choices, Draws, algorithm_1
 
 PRESETS = {
@@ -241,32 +241,4 @@ def test_token_advantages_equal_the_transcription(preset, data):
     if update is not None and not isinstance(subgroup, str):
         event("rescued" if subgroup.rescued else "anchored")
         event(f"S* has {', '.join(sorted({sequence.role for sequence in update.sequences}))}")
-    assert_same(case)
-
-
-RARE = {
-    "anchor below the mean": (0.45, [make_rollout(1.0, 0.0), wrong(), wrong()], right(), {}),
-    "more negatives than K": (0.1, [right(), wrong(), broken()], wrong(), {"K": 2}),
-}
-
-
-@pytest.mark.parametrize("name", sorted(RARE))
-def test_rare_paths_equal_the_transcription(name):
-    """Algorithm 1 with the clamp and K_S > K."""
-    lam, group, reflected, values = RARE[name]
-    if reflected is not None:
-        reflected = replace(reflected, reflected=True)
-    group, (reflected,) = (
-        [y and replace(y, reward=reward(y.accuracy, y.format_score, lam)) for y in some]
-        for some in (group, [reflected])
-    )
-    keys = {"max_negatives" if key == "K" else key: value for key, value in values.items()}
-    case = Case(
-        tuple(group),
-        [FEW_VECTORS[i] for i in range(len(group))],
-        [-1.0] * len(group),
-        reflected,
-        replace(CareSettings(), **keys),
-        replace(transcription.DEFAULT, lam=lam, **values),
-    )
     assert_same(case)

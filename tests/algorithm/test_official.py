@@ -20,7 +20,6 @@ from care_train.algorithm.released import (
 from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup
 from care_train.config import build_config
-from care_train.data import Sample
 from care_train.rollout.engine import Completion
 from care_train.training import log_probs
 from care_train.training.archiving import append_events
@@ -28,6 +27,7 @@ from care_train.training.groups import Group
 from care_train.training.rl import open_policy
 from care_train.training.sampler import Sampler
 from care_train.training.step import TrainStep
+from care_train.verifier import Verifier
 from care_train.verifier.responses import boxed_answer, boxed_fault
 from tests.algorithm.released import Outcome, Response, Tags, released_rule
 from tests.train.builders import make_session, text_sample
@@ -130,7 +130,7 @@ def token_rows(update: GroupUpdate) -> dict[int, list[float]]:
     }
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_token_advantages_equal_the_released_rule_on_drawn_groups(seed):
     """Selection, advantages and token weights of every response and reflection of 25 groups."""
     recorder = Recorder(seed)
@@ -313,33 +313,22 @@ def test_what_a_reflection_continues(failed, wanted):
     ("text", "answer", "is_well_formed"),
     [
         # The last box, braces matched.
-        (r"so \boxed{3}", "3", False),
         (r"\boxed{1} or \boxed{ \frac{1}{2} }.", r"\frac{1}{2}", False),
         (r"\boxed{1} or \boxed{2", None, False),
         # `<think>.*</think>.*\boxed\{.*\}.*` once space around brackets is gone.
-        (r"<think>a</think>\boxed{1}", "1", True),
         ("\n< think > a < / think >\nso \\boxed{1} it is", "1", True),
         (r"<think>a</think> 1", None, False),
         (r"<think>a \boxed{1}", "1", False),
         (r"\boxed{1}<think>a</think>", "1", False),
         (r"<think>\boxed{1}</think>", "1", False),
+        (r"<think>a</think><answer>1</answer>", None, False),
     ],
 )
 def test_boxed_answers(text, answer, is_well_formed):
-    """reward.answer: boxed, EasyR1's math reward."""
+    """reward.answer: boxed, EasyR1's math reward: 0.9 acc + 0.1 fmt."""
     assert boxed_answer(text) == answer
     assert (not boxed_fault(text)) == is_well_formed
-
-
-def test_boxed_scores(tiny_folder):
-    """0.9 acc + 0.1 fmt, in a session of the preset."""
-    session = make_session(tiny_folder("tiny-qwen2"), {"preset": "official"})
-    sample: Sample = text_sample(answer="4")
-    for text, expected in (
-        (r"<think>2+2</think> \boxed{4}", 1.0),
-        (r"\boxed{4}", 0.9),
-        (r"<think>2+2</think> \boxed{5}", 0.1),
-        (r"<think>2+2</think><answer>4</answer>", 0.0),
-    ):
-        reward = session.scorer.verifier.score(text, sample).reward
-        assert reward == pytest.approx(expected)
+    config = build_config({"preset": "official"})
+    sample = text_sample(answer="1")
+    score = Verifier(config.prompt, config.reward).score(text, sample)
+    assert score.reward == pytest.approx(0.9 * (answer == "1") + 0.1 * is_well_formed)

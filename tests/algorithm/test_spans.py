@@ -1,6 +1,5 @@
 """Where rationale and answer lie, in text and in tokens, and Eq. 1 (Algorithm 1, lines 1-2)."""
 
-import time
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate
@@ -27,24 +26,18 @@ from tests.algorithm.builders import broken, make_rollout, right, wrong
 TEXTS = [
     ("<think>a</think> <answer>b</answer>", "a", "b"),
     ("<think></think><answer></answer>", "", ""),
-    ("<answer>b</answer>", None, "b"),
-    *[(text, None, None) for text in ("a b", "", "a</think> b</answer>", "</answer><answer>")],
-    # Tags are exact.
-    *[(text, None, None) for text in ("<Think>a</Think>", "< think>a</think>")],
+    *[(text, None, None) for text in ("a b", "", "</answer><answer>", "< think>a</think>")],
     # An unclosed think runs to the end; an unclosed answer is none.
-    ("<think>a", "a", None),
     ("<think>a <answer>b</answer> c", "a <answer>b</answer> c", "b"),
     ("<think>a</think> <answer>b", "a", None),
     # A second rationale is text like any other.
     ("</think>a<think>b", "b", None),
     ("<think>a</think><think>b</think>", "a", None),
     # One answer is scored and credited: the last that has both tags.
-    ("<answer>a</answer> <answer>b</answer>", None, "b"),
     ("<answer>a</answer> <answer>b", None, "a"),
     ("<answer>a <answer>b</answer>", None, "b"),
     ("<think><answer>a</answer></think> <answer>b</answer>", "<answer>a</answer>", "b"),
     ("<answer>a</answer> so </answer>", None, "a"),
-    ("</answer><answer>a</answer>", None, "a"),
 ]
 
 
@@ -72,34 +65,15 @@ def test_configured_tags():
 
 
 @pytest.mark.parametrize(
-    "piece",
-    ["<", "<think>", "</think>", "<answer>", "</answer>", "<answer", "</answer", "</", "a<a"],
-)
-@pytest.mark.parametrize("head", ["", "<think>", "<answer>"])
-def test_hostile_text_takes_linear_time(piece, head):
-    """Two megabytes of tags or half tags: far below a second, where quadratic takes hours."""
-    text = head + piece * (2_000_000 // len(piece))
-    start = time.perf_counter()
-    spans = parse_spans(text)
-    assert time.perf_counter() - start < 1.0
-    assert (spans.think is None) == (head != "<think>" and piece != "<think>")
-
-
-@pytest.mark.parametrize(
     ("pieces", "num_prefix", "expected"),
     [
-        # One token per tag: tags with their content, contents without.
-        ("<think>|a| b|</think>| |<answer>|c|</answer>", 0, ((0, 4), (1, 3), (5, 8), (6, 7))),
         # BPE merges tags with their neighbours: a token belongs where it touches a character.
         (
             "<th|ink|>a| b|.</|think|>\n<|answer|>4|2</|answer>",
             *(0, ((0, 7), (2, 5), (6, 11), (8, 10))),
         ),
-        ("<think>a</think><answer>b</answer>", 0, ((0, 1),) * 4),
         # Cut by the length limit: T_think counts all that was reasoned.
         ("x|<think>|a| b", 0, ((1, 4), (2, 4), None, None)),
-        # Spans may overlap; each is mapped on its own.
-        ("<think>|a|<answer>|b|</answer>|c|</think>", 0, ((0, 7), (1, 6), (2, 5), (3, 4))),
         # Empty contents have no tokens, also where `></` is one token.
         ("<think>|</think>|<answer>|</answer>", 0, ((0, 2), (1, 1), (2, 4), (3, 3))),
         ("<think|></|think>", 0, ((0, 3), (1, 1), None, None)),
@@ -108,12 +82,9 @@ def test_hostile_text_takes_linear_time(piece, head):
             "<think>|bad|\n|cue|\n|good|</think>| |<answer>|7|</answer>",
             *(5, ((0, 2), (0, 1), (3, 6), (4, 5))),
         ),
-        ("<think>|bad|cue|more| and| more", 3, ((0, 3), (0, 3), None, None)),
         # What lies, or ends, in forced tokens is no part of the response.
         ("<think>|a|</think>|<answer>|b|</answer>|cue|x|y", 7, (None,) * 4),
-        # An answer opened there is one from its first sampled token; of a tag split there only
-        # the rest is in the span, and no content is left.
-        ("<answer>|a|b|</answer>", 2, (None, None, (0, 2), (0, 1))),
+        # Of a tag that is split there only the rest is in the span, and no content is left.
         ("<answer>|a|</ans|wer>", 3, (None, None, (0, 1), None)),
     ],
 )
@@ -127,22 +98,13 @@ def test_spans_in_tokens(pieces, num_prefix, expected):
         assert length == (span[1] - span[0] if span else 0)
 
 
-@pytest.mark.parametrize(
-    ("text", "ends", "think", "content"),
-    [
-        # EOS has no text and may be left out of the offsets; an unclosed think ends before it.
-        ("<think>a", [7, 8], (0, 2), (1, 2)),
-        ("<think>a", [7, 8, 8], (0, 2), (1, 2)),
-        # Characters of three tokens each: one ending inside a character ends before it.
-        ("<think>好嗎</think>", [7, 7, 7, 8, 8, 8, 9, 17], (0, 8), (3, 7)),
-        # Trailing incomplete bytes decode to a character that no token ends at.
-        ("<think>a\ufffd", [7, 8, 8], (0, 3), (1, 3)),
-    ],
-)
-def test_tokens_without_a_character_of_their_own(text, ends, think, content):
-    """A token that ends no character."""
-    found = token_spans(parse_spans(text), ends)
-    assert (found.think, found.think_content) == (think, content)
+def test_tokens_without_a_character_of_their_own():
+    """A token that ends inside a character ends before it: here each has three. EOS has no text and
+    may be left out of the offsets."""
+    found = token_spans(parse_spans("<think>好嗎</think>"), [7, 7, 7, 8, 8, 8, 9, 17])
+    assert (found.think, found.think_content) == ((0, 8), (3, 7))
+    found = token_spans(parse_spans("<think>a"), [7, 8])
+    assert (found.think, found.think_content) == ((0, 2), (1, 2))
 
 
 _PIECES = ["<think>", "</think>", "<answer>", "</answer>", "a", " b", ".", "<", ">", "é", "好"]
@@ -200,26 +162,14 @@ def test_what_the_rationale_embedding_pools(rollout, expected):
     assert bool(pooled.any()) == (expected[0] < expected[1])
 
 
-@pytest.mark.parametrize(
-    ("accuracy", "format_score", "format_weight", "expected"),
-    [
-        (1.0, 1.0, 0.1, 1.0),
-        (1.0, 0.0, 0.1, 0.9),
-        (0.0, 1.0, 0.1, 0.1),
-        (0.25, 0.5, 0.4, 0.35),
-        (1.0, 0.0, 0.0, 1.0),
-    ],
-)
-def test_reward_mixes_accuracy_and_format(accuracy, format_score, format_weight, expected):
-    """Eq. 1: r = (1 - lambda) acc + lambda fmt."""
-    assert reward(accuracy, format_score, format_weight) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("format_weight", [-0.1, 0.5, 1.0])
-def test_a_weight_that_could_invert_the_order_is_an_error(format_weight):
-    """From lambda = 1/2 on a wrong answer in form would be worth a correct one without."""
-    with pytest.raises(ValueError, match=r"reward\.format_weight"):
-        load_config(None, [f"reward.format_weight={format_weight}"])
+def test_reward_mixes_accuracy_and_format():
+    """Eq. 1: r = (1 - lambda) acc + lambda fmt. From lambda = 1/2 on a wrong answer in form would
+    be worth a correct one without: that is an error."""
+    assert reward(0.25, 0.5, 0.4) == pytest.approx(0.35)
+    assert (reward(1.0, 0.0, 0.1), reward(0.0, 1.0, 0.1)) == pytest.approx((0.9, 0.1))
+    for weight in (-0.1, 0.5):
+        with pytest.raises(ValueError, match=r"reward\.format_weight"):
+            load_config(None, [f"reward.format_weight={weight}"])
 
 
 CORPUS = [
@@ -284,23 +234,6 @@ def test_offsets_are_those_of_whole_characters(text):
     for count, end in enumerate(ends, start=1):
         # The reference shows the bytes of an unfinished character as U+FFFD.
         assert text[:end] == reference(token_ids[:count]).rstrip("\ufffd")
-
-
-def test_spans_of_a_real_tokenization():
-    """The tokens of a span decode to text that holds it, and none of them could be left out, also
-    where a token holds a full stop and part of the tag behind it."""
-    text = "<think>三角形的 sides are equal.</think> <answer>九十 🙂</answer>"
-    token_ids = encode(text)
-    assert any("." in piece and "<" in piece for piece in map(reference, zip(token_ids)))
-    decoded, ends = token_text().decode(token_ids)
-    ranges = parse_spans(decoded)
-    spans = token_spans(ranges, ends)
-    for span, characters in ((spans.think, ranges.think), (spans.answer, ranges.answer)):
-        assert span is not None and characters is not None
-        wanted = text[slice(*characters)]
-        assert wanted in reference(token_ids[slice(*span)])
-        assert wanted not in reference(token_ids[span[0] + 1 : span[1]])
-        assert wanted not in reference(token_ids[span[0] : span[1] - 1])
 
 
 def test_tokens_of_no_text_and_of_part_of_a_character():

@@ -24,10 +24,7 @@ from care_train.training.engine import rows_with_a_say
 from care_train.training.groups import Group
 from care_train.training.log_probs import TokenOutcome, TrainItem
 from care_train.training.loss import (
-    Denominators,
-    local_denominators,
     loss_rows,
-    sequence_scale,
 )
 from care_train.training.metrics import step_metrics, token_metrics
 from tests.algorithm.builders import (
@@ -59,18 +56,17 @@ class TestReflection:
 
     REPAIR = right(think=1, answer=1, reflected=True, prefix_ids=(7, 8, 9))
 
-    @pytest.mark.parametrize(("think", "answer"), [("think", "answer"), ("reasoning", "final")])
-    def test_what_is_sampled_from(self, think, answer):
+    def test_what_is_sampled_from(self):
         """The prompt's own ids, then the forced prefix, with think left open (Sec. 8.2's tags)."""
-        negative = wrong(text=f"<{think}>they are equal</{think}> <{answer}>3</{answer}>")
-        own = {
-            "care": {"reflection": {"cue": "look again:"}},
-            "prompt": {"think_tag": think, "answer_tag": answer},
-        }
-        (reflecting,), engine = reflect(negative, **own)
+        negative = wrong(text="<reasoning>they are equal</reasoning> <final>3</final>")
+        (reflecting,), engine = reflect(
+            negative,
+            care={"reflection": {"cue": "look again:"}},
+            prompt={"think_tag": "reasoning", "answer_tag": "final"},
+        )
         (request,) = engine.requests
         assert request.prompt is PROMPT
-        assert "".join(map(chr, request.prefix_ids)) == f"<{think}>they are equal\nlook again:\n"
+        assert "".join(map(chr, request.prefix_ids)) == "<reasoning>they are equal\nlook again:\n"
         assert reflecting.repair is not None
         assert reflecting.repair.prefix_ids == request.prefix_ids
 
@@ -177,32 +173,6 @@ C = skipped_update("all_correct")
 SILENT = GroupUpdate((), 8, 100, skipped="no_signal")
 
 
-@pytest.mark.parametrize(
-    ("updates", "expected"),
-    [([A, B, C], [3, 20, 2]), ([C], [0, 0, 0]), ([], [0, 0, 0]), ([A, SILENT], [10, 110, 1])],
-)
-def test_denominators_count_s_star(updates, expected):
-    """|S*|, its tokens and the groups that train. A skipped group counts in none, a baseline's
-    silent one with all its sampled sequences."""
-    assert local_denominators(updates) == expected
-
-
-@pytest.mark.parametrize(
-    ("aggregation", "per_group", "scales"),
-    [
-        ("sequence", False, [1 / 3, 1 / 3]),
-        ("sequence", True, [1 / 4, 1 / 2]),
-        ("token", False, [1 / 20, 1 / 20]),
-        ("max_length", False, [1 / 96, 1 / 96]),
-    ],
-)
-def test_scale_of_each_aggregation(aggregation, per_group, scales):
-    """1/|S*| over the step (Eq. 12); per group 1/(|S*_g| groups); per token; times the limit 32."""
-    loss, totals = LossSettings(aggregation=aggregation), Denominators(3.0, 20.0, 2.0)
-    found = [sequence_scale(u, totals, loss, 32, per_group=per_group) for u in (A, B)]
-    assert found == pytest.approx(scales)
-
-
 def test_rows_by_hand():
     """Eqs. 11-13: a_t / |S*|; the KL's share of a token is beta / (T |S*|); beta = 0 has none.
 
@@ -230,33 +200,43 @@ def test_rows_with_a_say():
     assert rows_with_a_say(arguments | {"kl_weights": kl}).tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize("size", [1, 2, 64])
-def test_the_mean_over_s_star_of_the_step(size):
-    """Eq. 12: each of the 3 sequences hands out A / 3, whatever its group and micro-batch. Eq. 13:
-    the KL's mean over a sequence, then over S*: its weights sum to beta."""
+@pytest.mark.parametrize("size", [1, 64])
+def test_the_kl_over_micro_batches(size):
+    """Eq. 13: the mean over a sequence, then over S* of the step: its weights sum to beta."""
     engine, _ = train([A, B, C], train={"micro_batch_size": size}, loss={"kl_coef": 0.07})
     (step,) = engine.steps
     assert len(step) == -(-3 // size)
-    rows = engine.rows("advantages")
-    assert len(rows) == len(engine.rows("kl_weights")) == 20
-    assert float(rows.sum()) == pytest.approx((2.0 - 1.0 + 3.0) / 3)
-    assert float(rows.abs().sum()) == pytest.approx((2.0 + 1.0 + 3.0) / 3)
+    assert len(engine.rows("advantages")) == len(engine.rows("kl_weights")) == 20
     assert float(engine.rows("kl_weights").sum()) == pytest.approx(0.07)
 
 
+LITERAL, TOKEN = {"preset": "literal"}, {"loss": {"aggregation": "token"}}
+LENGTH = {"loss": {"aggregation": "max_length"}, "rollout": {"max_new_tokens": 32}}
+TWO_STEPS = {"train": {"mini_batches": 2, "prompts_per_step": 2}}
+
+
 @pytest.mark.parametrize(
-    ("values", "sums"),
+    ("updates", "values", "sums"),
     [
+        # Each of the 3 sequences hands out A / 3, whatever its group and micro-batch.
+        ([A, B, C], {}, [4 / 3]),
+        ([A, B, C], {"train": {"micro_batch_size": 1}}, [4 / 3]),
+        # Of a baseline's group without a signal all sampled sequences and tokens count.
+        ([A, SILENT], {}, [1 / 10]),
+        ([A, SILENT], TOKEN, [1 / 110]),
+        # The other means: over tokens; over the length limit 32.
+        ([A, B, C], TOKEN, [4 / 20]),
+        ([A, B, C], LENGTH, [4 / (3 * 32)]),
         # preset: literal: (mean of A's + mean of B's) / 2; a baseline has no preset to read.
-        ({"preset": "literal"}, [((2.0 - 1.0) / 2 + 3.0) / 2]),
-        ({"preset": "literal", "algorithm": "grpo"}, [(2.0 - 1.0 + 3.0) / 3]),
+        ([A, B, C], LITERAL, [((2.0 - 1.0) / 2 + 3.0) / 2]),
+        ([A, B, C], LITERAL | {"algorithm": "grpo"}, [4 / 3]),
         # The optimiser step is the unit: with one group each, A is over 2 and B over 1.
-        ({"train": {"mini_batches": 2, "prompts_per_step": 2}}, [(2.0 - 1.0) / 2, 3.0]),
+        ([A, B], TWO_STEPS, [(2.0 - 1.0) / 2, 3.0]),
     ],
 )
-def test_other_means(values, sums):
-    """Of each optimiser step's advantages."""
-    engine, _ = train([A, B] if "train" in values else [A, B, C], **values)
+def test_the_mean_over_s_star(updates, values, sums):
+    """Eq. 12: the sum of each optimiser step's advantages. A skipped group counts in none."""
+    engine, _ = train(updates, **values)
     found = [float(sum(m.loss_arguments["advantages"].sum() for m in s)) for s in engine.steps]
     assert found == pytest.approx(sums)
 
