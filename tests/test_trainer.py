@@ -172,7 +172,18 @@ def test_a_callback_stops_and_resume_goes_on(tiny_folder, tmp_path):
 
 def test_ranks_of_a_launcher_run_one_script(tiny_folder, tmp_path):
     """Two ranks agree on what a callback of theirs asks, and write one model."""
-    run_ranks("tests.trainer_ranks", tmp_path, tiny_folder(), ranks=2)
+    run_ranks("tests.test_trainer", tmp_path, tiny_folder(), ranks=2)
+
+
+def one_rank(folder: Path, model: Path) -> None:
+    """What each rank of the test above runs."""
+    record = Record(stop_after=1)
+    trainer = make(folder, model, callbacks=[record])
+    summary = trainer.train()
+    assert summary["steps"] == 1, summary
+    assert record.events == [("begin", 0), ("step", 1), ("save", 1), ("end", 1)], record.events
+    trainer.save_model(folder / "mine")
+    assert (folder / "mine" / "model.safetensors").is_file()
 
 
 def test_a_cold_start_comes_first(tmp_path):
@@ -202,3 +213,7 @@ def test_importing_the_package_is_light():
         "sys.exit(bool({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+if __name__ == "__main__":
+    one_rank(*map(Path, sys.argv[1:]))

@@ -1,15 +1,39 @@
-"""ZeRO stages, ranks, micro-batches and LoRA move where numbers live, not what they are."""
+"""ZeRO stages, ranks, micro-batches and LoRA move where numbers live, not what they are.
+
+Each run takes the same few RL steps. The first one samples; all others train on its responses, so
+that a rounding difference in a log-prob cannot change a sampled token and with it everything after.
+
+Started as ranks, this file runs cases itself: `python -m tests.train.test_trajectory OUT MODEL ROWS
+CASES`, CASES being JSON: name -> overrides.
+"""
 
 import json
+import pickle
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from care_train.cli import main as care_train
+from care_train.config import load_config
+from care_train.data import load_samples
+from care_train.distributed import (
+    gather,
+    initialize_process_group,
+    is_main,
+    leave_process_group,
+)
+from care_train.rollout.engine import Completion, Request, RolloutEngine, SamplingSettings
+from care_train.training.checkpoint import seed_all
+from care_train.training.rl import PromptSource, open_policy
+from care_train.training.sampler import Sampler
+from care_train.training.session import open_session
+from care_train.training.step import TrainStep
 from tests.train.builders import load
 from tests.train.runs import COLD_START, SMALL, data_arguments, run_ranks
-from tests.train.trajectory import STEPS, run_case
 
 FP32 = ()
 BF16 = (
@@ -39,6 +63,59 @@ activations are rounded after sums in another order.
 
 def _stage(number: int, *more: str) -> list[str]:
     return [f"deepspeed.zero_stage={number}", *more]
+
+
+STEPS = 3
+SETTINGS = (
+    *SMALL,
+    "rollout.group_size=6",
+    "train.learning_rate=1e-3",
+    "train.schedule=constant",
+    "train.mini_batches=2",
+    "loss.kl_coef=0.1",
+)
+
+
+class Replay:
+    """A rollout engine that repeats what another run sampled, by prompt, prefix and seed."""
+
+    def __init__(self, inner: RolloutEngine, tape: dict | None) -> None:
+        self._inner = inner
+        self._tape = tape
+        self.recorded: dict[tuple[str, int, tuple[int, ...]], Completion] = {}
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
+        keys = [(r.prompt.location, r.seed, r.prefix_ids) for r in requests]
+        if self._tape is not None:
+            return [self._tape[key] for key in keys]
+        completions = self._inner.generate(requests, sampling)
+        self.recorded |= dict(zip(keys, completions, strict=True))
+        return completions
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def run_case(out: Path, name: str, overrides: Sequence[str], model: str, rows: str) -> None:
+    """Train STEPS steps; leave weights and metrics in `out`."""
+    own = (f"model.path={model}", *data_arguments(Path(rows)))
+    config = load_config(None, [*SETTINGS, *own, *overrides])
+    seed_all(config.seed)
+    device = initialize_process_group()
+    session = open_session(config, Path(model), device)
+    engine, rollout, reference = open_policy(session, device)
+    tape_file = out / "tape.pkl"
+    replay = Replay(rollout, pickle.loads(tape_file.read_bytes()) if tape_file.exists() else None)
+    sampler = Sampler(replay, session.encoder, config)
+    step = TrainStep(config, engine, sampler, session.scorer, reference)
+    source = PromptSource(load_samples(config.data, config.seed), config)
+    metrics = [step.run(source.draw, number).metrics for number in range(STEPS)]
+    weights = {n: t.detach().cpu().clone() for n, t in engine.weights(1 << 20)}
+    gather(None)
+    if is_main():
+        if not tape_file.exists():
+            tape_file.write_bytes(pickle.dumps(replay.recorded))
+        torch.save({"weights": weights, "metrics": metrics}, out / f"{name}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +176,9 @@ def test_ranks_and_stages_take_one_trajectory(more, start, color_rows, tmp_path)
     """One and two ranks under ZeRO 0-3, in fp32, bfloat16 and with LoRA."""
     single = {f"zero{n}": _stage(n, *more) for n in range(4)}
     cases = tmp_path, start, color_rows
-    run_ranks("tests.train.trajectory", *cases, json.dumps(single), ranks=1, seconds=400)
+    run_ranks("tests.train.test_trajectory", *cases, json.dumps(single), ranks=1, seconds=400)
     double = {f"two-zero{n}": _stage(n, *more) for n in range(4)}
-    run_ranks("tests.train.trajectory", *cases, json.dumps(double), ranks=2, seconds=400)
+    run_ranks("tests.train.test_trajectory", *cases, json.dumps(double), ranks=2, seconds=400)
     tolerance, rel = (BF16_TOLERANCE, 3e-2) if more == BF16 else (TOLERANCE, 1e-3)
     distances = {}
     for name in [*single, *double]:
@@ -111,3 +188,13 @@ def test_ranks_and_stages_take_one_trajectory(more, start, color_rows, tmp_path)
     for name in distances:
         _check_metrics(tmp_path / "zero0.pt", tmp_path / f"{name}.pt", rel=rel)
     assert max(distances.values()) < tolerance, distances
+
+
+def run_cases(out: str, model: str, rows: str, cases: str) -> None:
+    for name, overrides in json.loads(cases).items():
+        run_case(Path(out), name, overrides, model, rows)
+    leave_process_group()
+
+
+if __name__ == "__main__":
+    run_cases(*sys.argv[1:])
