@@ -12,7 +12,6 @@ from care_train.config import ModelSettings
 from care_train.distributed import initialize_process_group
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.policy import Policy
-from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.failures import NotFiniteError
 from care_train.training.metrics import step_metrics
@@ -109,21 +108,6 @@ def test_the_log_normaliser_comes_with_the_log_probs(tiny_folder):
     torch.testing.assert_close(both[:, 1], logits.logsumexp(1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_zero_stages_take_the_same_step(zero_stage, tiny_folder):
-    """ZeRO moves where tensors live, not what is computed: same log-probs after an update."""
-    scores = []
-    for stage in (0, zero_stage):
-        engine = make_engine(load(tiny_folder()), zero_stage=stage)
-        micro = micro_batch(engine)
-        assert engine.step([micro], 1.0).grad_norm > 0
-        scores.append(engine.log_probs(micro.batch, 1.0)[0])
-        rollout = TransformersEngine(engine.rollout, 8, is_copy=engine.rollout_is_copy)
-        rollout.sync(engine.weights(1 << 16))
-        assert_same_weights(dict(engine.rollout.model.named_parameters()), whole_weights(engine))
-    torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
 def test_the_first_bfloat16_update_is_the_learning_rate(zero_stage, tiny_folder):
     """AdamW's first step moves each fp32 master weight by the learning rate, its decay once.
@@ -176,8 +160,10 @@ def test_offload_takes_the_same_steps(own_adam, tiny_folder, tmp_path):
     assert_same_weights(offloaded, loaded)
 
 
-@pytest.mark.parametrize("spoil", ["loss", "gradient"])
-@pytest.mark.parametrize(("zero_stage", "bf16"), [(0, False), (1, True), (2, True), (3, False)])
+@pytest.mark.parametrize(
+    ("zero_stage", "bf16", "spoil"),
+    [(0, False, "loss"), (1, True, "gradient"), (2, True, "loss"), (3, False, "gradient")],
+)
 def test_what_is_not_finite_updates_nothing(zero_stage, bf16, spoil, tiny_folder, caplog):
     """NaN in the loss or in a gradient alone: left out as often as allowed, then an error that
     names the first bad number; and the next good update is as if there had been none."""

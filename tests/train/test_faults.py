@@ -2,16 +2,11 @@
 
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import psutil
 import pytest
 
 from care_train.config import LimitSettings
-from care_train.distributed import own_environment
 from care_train.training import guard
 from care_train.training.failures import (
     DISK_FULL_STATUS,
@@ -23,26 +18,31 @@ from care_train.training.failures import (
     OutOfMemoryError,
 )
 from care_train.training.timer import StepSeconds, begin_step, current_place, timer
-from tests.train.runs import (
-    ROOT,
-    FastRun,
-    steps_logged,
-    text_run_arguments,
-    timeless,
-)
+from tests.train.runs import FastRun, steps_logged, text_run_arguments, timeless
 
-IN_REWARD = """
-import os, time
-from care_train.verifier import Verifier
-real, calls = Verifier.score_batch, []
-def score_batch(self, responses):
+FAULT = """
+import os, re, resource, signal, time
+import torch.distributed as dist
+from {module} import {owner}
+real, calls = {owner}.{name}, []
+def wrapped(self, *arguments, **more):
     calls.append(1)
-    # The first is of the evaluation before training.
-    if len(calls) > 2 and os.environ.get("RANK", "0") == "{rank}":
+    if len(calls) == {call} and os.environ.get("RANK", "0") in "{ranks}":
         {fault}
-    return real(self, responses)
-Verifier.score_batch = score_batch
+    return real(self, *arguments, **more)
+{owner}.{name} = wrapped
 """
+GENERATE = ("care_train.rollout.transformers_engine", "TransformersEngine", "generate")
+SCORE = ("care_train.verifier", "Verifier", "score_batch")
+UPDATE = ("care_train.training.engine", "PolicyEngine", "step")
+STEP = ("care_train.training.step", "TrainStep", "run")
+SAVE = ("care_train.training.checkpoint", "Checkpoints", "save")
+
+
+def _breaks(method: tuple[str, str, str], fault: str, call: int = 3, ranks: str = "0") -> str:
+    """Code that runs `fault` at one call of a method on these ranks."""
+    module, owner, name = method
+    return FAULT.format(module=module, owner=owner, name=name, fault=fault, call=call, ranks=ranks)
 
 
 @pytest.fixture
@@ -79,10 +79,9 @@ def test_a_killed_rank_ends_the_others_within_seconds(killed, arguments, tmp_pat
     assert f"the newest checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step_'}" in errors
 
 
-def test_an_error_of_one_rank_ends_all_with_its_message(arguments, tmp_path):
+def test_an_error_of_one_rank_ends_all_with_its_message(arguments):
     """A verifier that fails on rank 1: rank 0 stops too, with the same message and status."""
-    fault = "raise ValueError('rows.jsonl: row 3: no verdict')"
-    before = IN_REWARD.format(rank=1, fault=fault)
+    before = _breaks(SCORE, "raise ValueError('rows.jsonl: row 3: no verdict')", ranks="1")
     outputs = FastRun(*arguments, ranks=2, before=before).end()
     for status, errors in outputs:
         assert status == 2 and "Traceback" not in errors, errors
@@ -90,24 +89,11 @@ def test_an_error_of_one_rank_ends_all_with_its_message(arguments, tmp_path):
     assert "rank 1: " in outputs[0][1]
 
 
-IN_STEP = """
-import os, signal, subprocess, time
-from care_train.training.step import TrainStep
-real = TrainStep.run
-def run(self, draw, step):
-    if step == 2 and os.environ["RANK"] == "{rank}":
-        {fault}
-    return real(self, draw, step)
-TrainStep.run = run
-"""
-
-
 def test_a_stopped_rank_ends_the_others(arguments):
     """A rank that neither dies nor answers (SIGSTOP; a machine that is cut off): the other one
     names it and its step after limits.rank, with the status of a lost rank."""
     # Time for a sign of life in this step.
-    fault = "time.sleep(3); os.kill(os.getpid(), signal.SIGSTOP)"
-    before = IN_STEP.format(rank=1, fault=fault)
+    before = _breaks(STEP, "time.sleep(3); os.kill(os.getpid(), signal.SIGSTOP)", ranks="1")
     run = FastRun(*arguments, "limits.rank=6", ranks=2, before=before)
     assert not run.wait_for(lambda: False, seconds=60)
     run.kill(1)
@@ -117,91 +103,40 @@ def test_a_stopped_rank_ends_the_others(arguments):
 
 
 HANGS = {
-    "generate": (1, "care_train.rollout.transformers_engine", "TransformersEngine", "generate"),
-    "update": (2, "care_train.training.engine", "PolicyEngine", "step"),
+    "generate": (1, _breaks(GENERATE, "time.sleep(600)")),
+    "score": (2, _breaks(SCORE, "time.sleep(600)", ranks="1")),
+    # One rank in a collective that the other one does not come to.
+    "update": (
+        2,
+        _breaks(
+            UPDATE, "dist.barrier() if os.environ['RANK'] == '1' else time.sleep(600)", ranks="01"
+        ),
+    ),
 }
-HANG = """
-import os, time
-import torch.distributed as dist
-from {module} import {owner}
-real, calls = {owner}.{name}, []
-def hang(self, *arguments, **more):
-    calls.append(1)
-    if len(calls) > 2:
-        # One rank in a collective that the other one does not come to.
-        time.sleep(600) if os.environ["RANK"] == "0" else dist.barrier()
-    return real(self, *arguments, **more)
-{owner}.{name} = hang
-"""
 
 
 @pytest.mark.parametrize("phase", HANGS)
-def test_a_hang_in_generation_or_a_collective_is_located(phase, arguments, tmp_path):
-    """The engine never answers; a rank waits in a collective for one that does not come."""
-    ranks, module, owner, name = HANGS[phase]
-    before = HANG.format(module=module, owner=owner, name=name)
-    more = ("algorithm=grpo", "limits.step=3")
-    outputs = FastRun(*arguments, *more, ranks=ranks, before=before).end()
+def test_a_hang_is_ended_and_located(phase, arguments, tmp_path):
+    """An engine or a verifier that never answers, a collective to which one rank does not come:
+    over limits.step each rank ends with status 70, the phase, and the stacks of all threads."""
+    ranks, before = HANGS[phase]
+    outputs = FastRun(
+        *arguments, "algorithm=grpo", "limits.step=3", ranks=ranks, before=before
+    ).end()
     assert [status for status, _ in outputs] == [HUNG_STATUS] * ranks, outputs
     errors = outputs[0][1]
-    for rank in range(ranks):
+    for rank in range(ranks) if phase != "score" else [1]:
         assert f"rank {rank} has been in {phase} of step" in errors, errors
-        assert "in hang" in (tmp_path / "run" / "stacks" / f"rank_{rank:05d}.txt").read_text()
+        assert "in wrapped" in (tmp_path / "run" / "stacks" / f"rank_{rank:05d}.txt").read_text()
     assert "raise limits.step where this is no hang" in errors
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_hung_verifier_is_ended_and_located(ranks, arguments, tmp_path):
-    """Over limits.step: phase, step, stacks of all threads, status 70; on every rank."""
-    before = IN_REWARD.format(rank=ranks - 1, fault="time.sleep(600)")
-    run = FastRun(*arguments, "limits.step=2", ranks=ranks, before=before)
-    outputs = run.end()
-    assert [status for status, _ in outputs] == [HUNG_STATUS] * ranks, outputs
-    errors = outputs[0][1]
-    assert f"rank {ranks - 1} has been in score of step" in errors, errors
-    assert "limits.step = 2" in errors and f"resume={tmp_path / 'run'}" in errors
-    stacks = tmp_path / "run" / "stacks" / f"rank_{ranks - 1:05d}.txt"
-    assert "in score_batch" in stacks.read_text()
+    assert "limits.step = 3" in errors and f"resume={tmp_path / 'run'}" in errors
 
 
 def test_code_that_never_yields_is_ended_too(arguments):
     """A regular expression that backtracks for ever holds the interpreter: stacks, then the end."""
-    fault = "__import__('re').match('(a+)+$', 'a' * 60 + 'b')"
-    before = IN_REWARD.format(rank=0, fault=fault)
+    before = _breaks(SCORE, "re.match('(a+)+$', 'a' * 60 + 'b')")
     [(status, errors)] = FastRun(*arguments, "limits.rank=2", before=before).end()
-    assert status == 1 and "Timeout (0:00:02)" in errors and "in score_batch" in errors
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_launchers_end_with_the_cause(launcher, arguments, tmp_path):
-    """SIGKILL to one rank under a launcher: all processes end, and the cause is in the log."""
-    binary = [Path(sys.executable).parent / launcher]
-    options = ["--num_gpus=2", "--module"]
-    if launcher == "torchrun":
-        binary, options = [sys.executable, "-m", "torch.distributed.run"], ["--nproc-per-node=2"]
-        options += ["--standalone", "--module"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [*binary, *options, "care_train", *arguments],
-            stdout=log,
-            stderr=log,
-            cwd=ROOT,
-            env=own_environment(),
-        )
-    end = time.monotonic() + 120
-    while steps_logged(tmp_path / "run") < 2 and time.monotonic() < end:
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.01)
-    ranks = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if child.environ().get("RANK") == "1" and child.cmdline()[-1] == arguments[-1]
-    ]
-    ranks[-1].kill()
-    assert process.wait(60) != 0
-    log_text = (tmp_path / "log").read_text()
-    assert "rank 1: its process" in log_text and f"resume={tmp_path / 'run'}" in log_text
+    assert status == 1 and "Timeout (0:00:02)" in errors and "in wrapped" in errors
 
 
 LIMITED = """
@@ -240,22 +175,21 @@ def limited(self, *arguments, **more):
             libc.free(piece)
 {owner}.{name} = limited
 """
-GENERATE = {
-    "module": "care_train.rollout.transformers_engine",
-    "owner": "TransformersEngine",
-    "name": "generate",
-}
-STEP = {"module": "care_train.training.engine", "owner": "PolicyEngine", "name": "step"}
 LARGE = (
     *("algorithm=grpo", "train.steps=1", "rollout.max_new_tokens=3", "rollout.group_size=128"),
     *("train.prompts_per_step=8", "rollout.batch_size=1024", "train.micro_batch_size=1024"),
 )
 
 
+def _limits(method: tuple[str, str, str], least: int) -> str:
+    module, owner, name = method
+    return LIMITED.format(module=module, owner=owner, name=name, least=least)
+
+
 def test_generation_that_runs_out_of_memory_is_halved_once(arguments, tmp_path):
     """The operating system refuses memory for the whole batch: half as many sequences at once, the
     same tokens."""
-    before = LIMITED.format(**GENERATE | {"name": "_generate_batch"}, least=1024)
+    before = _limits((*GENERATE[:2], "_generate_batch"), least=1024)
     [(status, errors)] = FastRun(*arguments, *LARGE, before=before).end()
     assert status == 0, errors
     assert "out of memory while 1024 responses were generated" in errors
@@ -266,37 +200,25 @@ def test_generation_that_runs_out_of_memory_is_halved_once(arguments, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("what", "advice"), [(GENERATE, "rollout.batch_size"), (STEP, "train.micro_batch_size")]
+    ("part", "before", "advice"),
+    [
+        # The evaluation before training is of eight prompts.
+        ("generate", _limits(GENERATE, least=9), "rollout.batch_size"),
+        ("update", _limits(UPDATE, least=0), "train.micro_batch_size"),
+    ],
 )
-def test_a_run_that_has_no_memory_says_what_to_lower(what, advice, arguments, tmp_path):
+def test_a_run_that_has_no_memory_says_what_to_lower(part, before, advice, arguments, tmp_path):
     """Not enough for half of it, or none to train: step, phase, settings to lower, status 71."""
-    # The evaluation before training is of eight prompts.
-    before = LIMITED.format(**what, least=9 if what is GENERATE else 0)
     [(status, errors)] = FastRun(*arguments, *LARGE, before=before).end()
     assert status == OUT_OF_MEMORY_STATUS and "Traceback" not in errors, errors
-    phase = "update" if what is STEP else "generate"
-    assert f"step 1 of 1: out of memory in {phase} (" in errors and f"lower {advice}" in errors
-    assert "care-train plan" in errors or phase == "generate"
-    assert f"resume={tmp_path / 'run'}" in errors
-    key = "allow_changes=[rollout.batch_size,train.micro_batch_size]"
-    assert "allow_changes=[KEY]" in errors
-    lowered = ("rollout.batch_size=64", "train.micro_batch_size=64", key, "--resume")
-    [(status, errors)] = FastRun(*arguments, *LARGE, *lowered).end()
-    assert status == 0, errors
+    assert f"step 1 of 1: out of memory in {part} (" in errors and f"lower {advice}" in errors
+    assert "care-train plan" in errors or part == "generate"
+    assert f"resume={tmp_path / 'run'}" in errors and "allow_changes=[KEY]" in errors
 
 
-NOT_FINITE = """
-import os
-from care_train.training import update
-real, calls = update.loss_rows, []
-def loss_rows(*arguments):
-    rows = real(*arguments)
-    calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 2:
-        rows["kl_weights"][2] = float("nan")
-    return rows
-update.loss_rows = loss_rows
-"""
+NOT_FINITE = _breaks(
+    UPDATE, "arguments[0][0].loss_arguments['kl_weights'][2] = float('nan')", call=2, ranks="1"
+)
 
 
 @pytest.mark.parametrize("allowed", [0, 1])
@@ -320,15 +242,12 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_or_is_left_out(allowed, argume
         assert "rows.jsonl: row " in errors
 
 
-BROKEN_WEIGHT = IN_STEP.format(
-    rank=0, fault="next(self._engine.loaded.model.parameters()).data.fill_(float('nan'))"
-)
-
-
 def test_a_weight_that_is_not_finite_ends_the_run_in_generation(arguments):
     """NaN in a weight before step 3 samples: step, token and weight, and status 65; no traceback of
     the sampler's."""
-    [(status, errors)] = FastRun(*arguments, before=BROKEN_WEIGHT).end()
+    weight = "next(self._engine.loaded.model.parameters())"
+    before = _breaks(STEP, f"{weight}.data.fill_(float('nan'))")
+    [(status, errors)] = FastRun(*arguments, before=before).end()
     assert status == NOT_FINITE_STATUS and "Traceback" not in errors, errors
     assert (
         "step 3 of 40: the logits of response token 0 are not finite, nor is the weight" in errors
@@ -336,24 +255,14 @@ def test_a_weight_that_is_not_finite_ends_the_run_in_generation(arguments):
     assert "embed_tokens.weight; there is no checkpoint yet" in errors
 
 
-LIMITED_FILES = """
-import resource
-from care_train.training.checkpoint import Checkpoints
-real = Checkpoints.save
-def save(self, engine, state, *more):
-    if state["step"] == 3:
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60000, hard))
-    return real(self, engine, state, *more)
-Checkpoints.save = save
-"""
-
-
 def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(arguments, tmp_path):
     """The operating system refuses to write on, in the midst of DeepSpeed's files: both ranks end
     with status 74, nothing half-written stays, and the run goes on from the checkpoint before."""
     more = ("train.save_every=1", "train.steps=4", "deepspeed.zero_stage=2")
-    for status, errors in FastRun(*arguments, *more, ranks=2, before=LIMITED_FILES).end():
+    files = "resource.RLIMIT_FSIZE"
+    limit = f"resource.setrlimit({files}, (60000, resource.getrlimit({files})[1]))"
+    before = _breaks(SAVE, limit, ranks="01")
+    for status, errors in FastRun(*arguments, *more, ranks=2, before=before).end():
         assert status == DISK_FULL_STATUS and "Traceback" not in errors, errors
         assert "step 3 of 4: " in errors and "step_000003: could not be saved (" in errors
         assert "bytes are free there; older ones are untouched" in errors
@@ -414,7 +323,6 @@ def test_an_inner_timer_interrupts_the_outer_one():
 @pytest.mark.parametrize(
     ("part", "advice"),
     [
-        ("generate", "rollout.batch_size"),
         ("reflect", "rollout.batch_size"),
         ("reference", "train.micro_batch_size"),
         ("select", "fewer ranks"),

@@ -7,16 +7,17 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from care_train.distributed import own_environment
-from tests.train.runs import COLD_START, ROOT, SMALL, data_arguments, timeless
+from tests.train.runs import ROOT, records, steps_logged, text_run_arguments
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
-RUN = ("sft", *SMALL, *COLD_START, "sft.steps=3", "sft.save_every=1")
 
 
 def _environment(**more: str) -> dict[str, str]:
@@ -25,21 +26,21 @@ def _environment(**more: str) -> dict[str, str]:
     return kept | {"PYTHON": sys.executable} | more
 
 
-def _start(script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+def _start(command: Sequence[object], **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [str(LAUNCH / script), *arguments],
+        list(map(str, command)),
         cwd=ROOT,
         env=_environment(**environment),
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def _output(script: str, *arguments: str, **environment: str) -> tuple[int, str]:
-    process = _start(script, *arguments, **environment)
-    out, errors = process.communicate(timeout=300)
-    return process.returncode, out + errors
+def _output(*command: object, **environment: str) -> tuple[int, str]:
+    process = _start(command, **environment)
+    text, _ = process.communicate(timeout=300)
+    return process.returncode, text
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -50,69 +51,70 @@ def test_scripts_are_valid_and_explain_themselves(script):
         checked = subprocess.run(["shellcheck", script], capture_output=True, text=True)
         assert checked.returncode == 0, checked.stdout
     assert script.suffix == ".sbatch" or script.stat().st_mode & stat.S_IXUSR
-    done = subprocess.run(["bash", script], capture_output=True, text=True, env=_environment())
-    assert done.returncode == 2 and "train --config configs/care.yaml" in done.stderr
-
-
-@pytest.mark.slow
-def test_accelerate_launches_ranks(color_rows, tmp_path):
-    """`accelerate launch -m care_train` starts ranks that train as one run."""
-    accelerate = ("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu")
-    options = ("--num_processes=2", "--num_machines=1", "--mixed_precision=no", "-m", "care_train")
-    arguments = (*RUN, *data_arguments(color_rows), f"output_dir={tmp_path}", "name=run")
-    done = subprocess.run(
-        [sys.executable, *accelerate, "--dynamo_backend=no", *options, *arguments],
-        cwd=ROOT,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
-    assert [record["step"] for record in timeless(tmp_path / "run")] == [1, 2, 3]
+    status, text = _output("bash", script)
+    assert status == 2 and "train --config configs/care.yaml" in text
 
 
 def test_commands_name_nodes_and_ranks():
     """What is handed to the launchers, several nodes included."""
     config = ("train", "--config", "configs/care.yaml")
-    status, text = _output(
-        "deepspeed.sh", *config, DRY_RUN="1", HOSTFILE="hosts", NODE_RANK="1", MASTER_ADDR="n0"
-    )
+    deepspeed, torchrun = LAUNCH / "deepspeed.sh", LAUNCH / "torchrun.sh"
+    node = {"NODE_RANK": "1", "MASTER_ADDR": "n0", "DRY_RUN": "1"}
+    status, text = _output(deepspeed, *config, HOSTFILE="hosts", **node)
     assert status == 0
     wanted = "--master_port 29500 --hostfile hosts --master_addr n0 --no_ssh --node_rank 1"
     assert f"{wanted} --module care_train train --config configs/care.yaml" in text
-    status, text = _output(
-        *("torchrun.sh", *config),
-        DRY_RUN="1",
-        NNODES="2",
-        NODE_RANK="1",
-        MASTER_ADDR="n0",
-        GPUS_PER_NODE="8",
-    )
+    status, text = _output(torchrun, *config, NNODES="2", GPUS_PER_NODE="8", **node)
     assert status == 0
     assert "--nnodes 2 --node_rank 1 --master_addr n0 --master_port 29500 -m care_train" in text
-    for script, more in (("torchrun.sh", {"NNODES": "2"}), ("deepspeed.sh", {"NODE_RANK": "1"})):
+    for script, more in ((torchrun, {"NNODES": "2"}), (deepspeed, {"NODE_RANK": "1"})):
         status, text = _output(script, *config, DRY_RUN="1", GPUS_PER_NODE="8", **more)
         assert status != 0 and "wanted with N" in text
 
 
+def _wait_for_two_steps(job: subprocess.Popen[str], run: Path) -> None:
+    while steps_logged(run) < 2:
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.01)
+
+
+ACCELERATE = (
+    *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"),
+    *("--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"),
+    *("-m", "care_train"),
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["deepspeed.sh", "torchrun.sh"])
-def test_two_ranks_run_through_the_launcher(script, color_rows, tmp_path):
-    """The real launcher on this machine: two ranks under ZeRO-3 train and leave a model."""
-    hosts = tmp_path / "hostfile"
+@pytest.mark.parametrize("launcher", ["deepspeed.sh", "torchrun.sh", "accelerate"])
+def test_a_launchers_ranks_end_together_and_go_on(launcher, tmp_path):
+    """Two ranks under ZeRO-3, started by the real launcher: SIGKILL to one ends all processes with
+    the cause in the log, and the same command with --resume trains to the end."""
+    hosts, run = tmp_path / "hostfile", tmp_path / "run"
     hosts.write_text("localhost slots=2\n")
     places = {
         "deepspeed.sh": {"HOSTFILE": str(hosts), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"},
         "torchrun.sh": {"GPUS_PER_NODE": "2"},
     }
-    more = (*data_arguments(color_rows), f"output_dir={tmp_path}", "name=run", "deepspeed=zero3")
-    port = str(20000 + os.getpid() % 20000)
-    status, text = _output(script, *RUN, *more, MASTER_PORT=port, **places[script])
+    environment = {"MASTER_PORT": str(20000 + os.getpid() % 20000)} | places.get(launcher, {})
+    program = ACCELERATE if launcher == "accelerate" else [LAUNCH / launcher]
+    more = ("deepspeed=zero3", "train.steps=20", "train.save_every=1")
+    command = [*program, *text_run_arguments(tmp_path), *more]
+    job = _start(command, **environment)
+    _wait_for_two_steps(job, run)
+    ranks = [
+        child
+        for child in psutil.Process(job.pid).children(recursive=True)
+        if child.environ().get("RANK") == "1" and child.cmdline()[-1] == more[-1]
+    ]
+    ranks[-1].kill()
+    text, _ = job.communicate(timeout=60)
+    assert job.returncode != 0, text
+    assert "rank 1: its process" in text and f"resume={run}" in text, text
+    status, text = _output(*command, "--resume", **environment)
     assert status == 0, text
-    assert [r["step"] for r in timeless(tmp_path / "run")] == [1, 2, 3]
-    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    assert [record["step"] for record in records(run)] == list(range(1, 21))
+    assert (run / "final" / "model.safetensors").is_file()
 
 
 FAKES = {
@@ -142,34 +144,29 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$REQUEUED"; fi
 
 
 @pytest.mark.slow
-def test_a_slurm_job_saves_requeues_and_goes_on(color_rows, tmp_path):
+def test_a_slurm_job_saves_requeues_and_goes_on(tmp_path):
     """SIGTERM to the ranks: a checkpoint, `scontrol requeue`; the second turn ends the run."""
     for name, text in FAKES.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     requeued, run = tmp_path / "requeued", tmp_path / "run"
-    more = (*data_arguments(color_rows), f"output_dir={tmp_path}", "name=run", "sft.steps=12")
+    command = [LAUNCH / "slurm.sbatch", *text_run_arguments(tmp_path), "train.steps=40"]
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "REQUEUED": str(requeued),
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_JOB_NODELIST": "here",
     }
-    job = _start("slurm.sbatch", *RUN, *more, **environment)
-    log = run / "metrics.jsonl"
-    while job.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 2):
-        time.sleep(0.05)
-    children = subprocess.run(
-        ["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True
-    )
-    for pid in children.stdout.split():
-        os.kill(int(pid), signal.SIGUSR1)
-    out, errors = job.communicate(timeout=200)
-    assert job.returncode == 0 and "stopped after step" in errors, out + errors
+    job = _start(command, **environment)
+    _wait_for_two_steps(job, run)
+    for child in psutil.Process(job.pid).children():
+        child.send_signal(signal.SIGUSR1)
+    text, _ = job.communicate(timeout=200)
+    assert job.returncode == 0 and "stopped after step" in text, text
     assert requeued.read_text() == f"requeue {os.getpid()}\n"
-    assert len(timeless(run)) < 12
-    status, text = _output("slurm.sbatch", *RUN, *more, **environment)
+    assert len(records(run)) < 40
+    status, text = _output(*command, **environment)
     assert status == 0 and "resuming" in text, text
-    assert [r["step"] for r in timeless(run)] == list(range(1, 13))
+    assert [record["step"] for record in records(run)] == list(range(1, 41))
     assert requeued.read_text().count("\n") == 1
-    assert not list(Path(ROOT).glob("slurm-*"))
+    assert not list(ROOT.glob("slurm-*"))

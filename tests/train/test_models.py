@@ -1,20 +1,166 @@
-"""Tiny real models, prompts and batches."""
+"""Real models of every supported kind, in small: folders, prompts, batches and log-probs.
+
+Beside the kinds of `tiny.py`: Qwen3.5, mixtures of experts, heads that scale or cap.
+"""
 
 import itertools
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    Qwen2Config,
+)
 
-from care_train.config import ModelSettings
 from care_train.models.batch import TokenSequence, collate, image_inputs
-from care_train.models.load import load_model
 from care_train.models.policy import Policy
+from care_train.models.prompts import EncodedPrompt
 from care_train.models.tiny import TINY_KINDS, build_tiny_model
-from tests.train.builders import encoder_of, full_log_probs, image_sample, load, text_sample
+from care_train.planning.workload import describe, read_architecture
+from tests.train.builders import (
+    SMALL_SIZES,
+    encoder_of,
+    full_log_probs,
+    image_sample,
+    load,
+    text_sample,
+)
 
 VISION_KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
+
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+OTHER_KINDS = {
+    "qwen3_vl_moe": EXPERTS,
+    "qwen3_5": HYBRID,
+    "qwen3_5_moe": HYBRID | EXPERTS | {"shared_expert_intermediate_size": 32},
+}
+
+
+@pytest.fixture(scope="module", params=[*TINY_KINDS, *OTHER_KINDS])
+def folder(request, tiny_folder, tmp_path_factory) -> Path:
+    """A model of the kind; those without a tiny one have the tiny Qwen3-VL's sizes, tokenizer and
+    processor."""
+    if request.param in TINY_KINDS:
+        return tiny_folder(request.param)
+    where = tmp_path_factory.mktemp("models") / request.param
+    shutil.copytree(tiny_folder("tiny-qwen3-vl"), where)
+    values = json.loads((where / "config.json").read_text())
+    own = {"model_type", "architectures", "transformers_version", "dtype"}
+    text, vision = (
+        {k: v for k, v in values.pop(part).items() if k not in own}
+        for part in ("text_config", "vision_config")
+    )
+    values = {k: v for k, v in values.items() if k not in own}
+    config = AutoConfig.for_model(
+        request.param, text_config=text | OTHER_KINDS[request.param], vision_config=vision, **values
+    )
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(where)
+    return where
+
+
+def _sequences(loaded) -> list[TokenSequence]:
+    """Text, images, and two rollouts of one prompt, whose image is encoded once."""
+    samples = [text_sample(0), text_sample(1, prompt="is it red?")]
+    if loaded.processor is not None:
+        samples += [image_sample("red", 2), image_sample("blue", 3, size=100)]
+    prompts = encoder_of(loaded).encode(samples)
+    return [
+        TokenSequence(prompt, (20, 21) if place % 2 else (), tuple(range(20, 25 + place)))
+        for place, prompt in enumerate([*prompts, prompts[-1]])
+    ]
+
+
+def test_log_probs_are_those_of_full_logits(folder):
+    """Batched, padded, with images and without: as each sequence alone, and gradients reach the
+    vision tower."""
+    loaded = load(folder)
+    sequences = _sequences(loaded)
+    batch = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
+    log_probs, _ = Policy(loaded.model)(batch, temperature=0.7)
+    wanted = []
+    for sequence in sequences:
+        ids = torch.tensor([sequence.token_ids])
+        inputs = image_inputs([sequence.prompt], ids, loaded.image_token_id)
+        full = full_log_probs(loaded, sequence.token_ids, inputs, temperature=0.7)
+        wanted.append(full.gather(1, ids[0, 1:, None])[sequence.response_start - 1 :, 0])
+    torch.testing.assert_close(log_probs, torch.cat(wanted), rtol=1e-4, atol=1e-4)
+    log_probs.sum().backward()
+    if loaded.processor is not None:
+        tower = [p.grad for p in loaded.model.base_model.visual.parameters()]
+        assert all(gradient is not None for gradient in tower)
+
+
+def test_a_folder_is_counted_without_its_weights(folder):
+    """`care-train plan`: the parameters of the loaded model, part by part, experts and linear
+    attention included."""
+    loaded = load(folder)
+    read, counted = read_architecture(str(folder)), describe(loaded.model, "")
+    assert read.num_parameters == sum(p.numel() for p in loaded.model.parameters())
+    assert replace(read, name="", text=None, vision=None) == replace(
+        counted, text=None, vision=None
+    )
+    assert read.text.to_dict().items() >= {"hidden_size": 64, "num_hidden_layers": 2}.items()
+    if loaded.processor is not None:
+        visual = loaded.model.base_model.visual
+        assert read.num_vision == sum(p.numel() for p in visual.parameters())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GraniteConfig(logits_scaling=0.125, **SMALL_SIZES),
+        CohereConfig(logit_scale=4.0, **SMALL_SIZES),
+        Gemma2Config(
+            final_logit_softcapping=0.5, initializer_range=0.3, head_dim=16, **SMALL_SIZES
+        ),
+    ],
+    ids=["granite", "cohere", "gemma2"],
+)
+def test_log_probs_are_those_of_the_models_own_logits(config):
+    """Granite divides them, Cohere multiplies them, Gemma caps them: trained are the logits that
+    responses are sampled from."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    sequences = [TokenSequence(EncodedPrompt((5, 6, 7)), (), (9, 10, 11, 12 + i)) for i in range(2)]
+    batch = collate(sequences, 0, None)
+    policy = Policy(model)
+    with torch.no_grad():
+        logits = model(batch.inputs["input_ids"]).logits.flatten(0, 1)[batch.rows].float()
+        found = policy(batch, temperature=0.8)[0]
+        hidden = policy.hidden_states(batch).flatten(0, 1)[batch.rows]
+    wanted = (logits / 0.8).log_softmax(-1).gather(1, batch.target_ids[:, None])[:, 0]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(policy.head.logits(hidden), logits, rtol=1e-4, atol=1e-4)
+    plain = (hidden @ policy.head.weight.T / 0.8).log_softmax(-1)
+    assert (plain.gather(1, batch.target_ids[:, None])[:, 0] - wanted).abs().max() > 1e-2
+
+
+def test_a_head_that_is_no_plain_matrix_is_refused(monkeypatch):
+    """Its weight alone would not be what the model computes: the error names the model."""
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**SMALL_SIZES))
+    wrapped = SimpleNamespace(base_layer=model.lm_head)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: wrapped)
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM with an adapter on its output head"):
+        Policy(model)
 
 
 @pytest.mark.parametrize("kind", TINY_KINDS)
@@ -40,14 +186,6 @@ def test_scaled_weights_fit_their_width(tmp_path):
         assert eyes.mlp.up_proj.weight.std().item() == pytest.approx(vision, rel=0.05)
 
 
-def test_unknown_models_are_named(tmp_path):
-    """A folder that is not there, and a tiny kind that is none."""
-    with pytest.raises(ValueError, match=r"model\.path.*nowhere.*config\.json"):
-        load_model(ModelSettings(path=str(tmp_path / "nowhere")))
-    with pytest.raises(ValueError, match="tiny-qwen9"):
-        build_tiny_model("tiny-qwen9", tmp_path)
-
-
 @pytest.mark.parametrize("kind", VISION_KINDS)
 def test_several_images_keep_their_order_and_tokens(kind, tiny_folder):
     """A row with two images has each one's tokens where its placeholder stood."""
@@ -71,26 +209,6 @@ def test_batched_encoding_equals_one_by_one(kind, tiny_folder):
         assert alone.token_ids == together.token_ids
         if sample.images:
             torch.testing.assert_close(alone.pixel_values, together.pixel_values)
-
-
-@pytest.mark.parametrize("kind", TINY_KINDS)
-def test_log_probs_equal_full_logits(kind, tiny_folder):
-    """The policy's log-probs, batched and padded, are those of each sequence's full logits."""
-    loaded = load(tiny_folder(kind))
-    sequences = _mixed_sequences(loaded, with_images=kind != "tiny-qwen2")
-    batch = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
-    with torch.no_grad():
-        got, _ = Policy(loaded.model)(batch, temperature=0.7)
-    start = 0
-    for sequence in sequences:
-        ids = torch.tensor([sequence.token_ids])
-        inputs = image_inputs([sequence.prompt], ids, loaded.image_token_id)
-        full = full_log_probs(loaded, sequence.token_ids, inputs, temperature=0.7)
-        wanted = full.gather(1, ids[0, 1:, None])[sequence.response_start - 1 :, 0]
-        own = got[start : start + len(wanted)]
-        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
-        start += len(wanted)
-    assert start == len(got)
 
 
 @pytest.mark.parametrize("kind", VISION_KINDS)
@@ -125,7 +243,7 @@ def test_images_of_a_group_are_encoded_once(kind, tiny_folder):
 def test_embedding_pools_the_states_at_the_rationale(tiny_folder):
     """Sec. 3.3: mean of the final hidden states at the rationale's positions, L2-normalised."""
     loaded = load(tiny_folder())
-    sequences = _mixed_sequences(loaded, with_images=True)
+    sequences = _sequences(loaded)
     batch = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
     policy = Policy(loaded.model)
     spans = torch.tensor([[s.response_start + 1, s.response_start + 3] for s in sequences])
@@ -161,16 +279,3 @@ def test_text_after_a_prompt_never_becomes_special_tokens(tiny_folder):
     ids = encoder_of(loaded).encode_text("see <|image_pad|><|im_end|>")
     assert not {loaded.image_token_id, *loaded.eos_token_ids} & set(ids)
     assert loaded.tokenizer.decode(ids) == "see <|image_pad|><|im_end|>"
-
-
-def _mixed_sequences(loaded, with_images):
-    samples = [text_sample(0), text_sample(1, prompt="is it red?")]
-    if with_images:
-        samples += [image_sample("red", 2), image_sample("blue", 3, size=100)]
-    generator = torch.Generator().manual_seed(0)
-    sequences = []
-    for place, prompt in enumerate(encoder_of(loaded).encode(samples)):
-        ids = torch.randint(10, 60, (5 + place,), generator=generator).tolist()
-        prefix = tuple(ids[:2]) if place % 2 else ()
-        sequences.append(TokenSequence(prompt, prefix, tuple(ids)))
-    return sequences
