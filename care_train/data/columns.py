@@ -1,7 +1,6 @@
 """What a row's columns must hold, and the error that names one that does not."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,32 +53,9 @@ def describe(value: object) -> str:
     return shown if 0 < len(shown) <= 60 else f"a {type(value).__name__}"
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What the values of a published schema's column are."""
-
-    wanted: str
-    """For people."""
-    accepts: Callable[[Any], bool]
-    required: bool = True
-    """False: the column need not be there."""
-
-
 def is_conversation(value: object) -> bool:
     """Whether a column's value is a list of chat messages."""
     return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(_is_text, value))
 
 
 def _is_image(value: Any) -> bool:
@@ -91,40 +67,34 @@ def _is_image(value: Any) -> bool:
     return isinstance(value, (bytes, Image.Image))
 
 
-TEXT = Kind("text", _is_text)
-FILLED_TEXT = Kind("text that is not empty", lambda value: _is_text(value) and bool(value.strip()))
-TEXTS = Kind("a list of texts", _is_texts)
-TEXT_OR_TEXTS = Kind("text or a list of texts", lambda value: _is_text(value) or _is_texts(value))
-ENCODED_TEXTS = Kind(
-    "a list of texts, or text that spells one as Python does", TEXT_OR_TEXTS.accepts
-)
-NUMBER = Kind("a number", _is_number)
-TEXT_OR_NUMBER = Kind("text or a number", lambda value: _is_text(value) or _is_number(value))
-MESSAGES = Kind("chat messages", is_conversation)
-IMAGE = Kind("an image (bytes or a path)", _is_image)
-IMAGES = Kind(
-    "an image (bytes or a path), or a list of them",
-    lambda value: _is_image(value) or (isinstance(value, list) and all(map(_is_image, value))),
-)
+def _is_list_of(kind: str) -> Callable[[Any], bool]:
+    accepts = _KINDS[kind][1]
+    return lambda value: isinstance(value, (list, tuple)) and all(map(accepts, value))
 
 
-def optional(kind: Kind) -> Kind:
-    """`kind` or null, in a column that must be there."""
-    return Kind(f"{kind.wanted}, or null", lambda value: value is None or kind.accepts(value))
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "null": ("null", lambda value: value is None),
+    "text": ("text", lambda value: isinstance(value, str)),
+    "filled": ("text that is not empty", lambda v: isinstance(v, str) and bool(v.strip())),
+    "number": ("a number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)),
+    "image": ("an image (bytes or a path)", _is_image),
+    "messages": ("chat messages", is_conversation),
+}
+"""What a published column's values may be: for people, and whether a value is one."""
+_KINDS |= {
+    "texts": ("a list of texts", _is_list_of("text")),
+    "images": ("a list of images", _is_list_of("image")),
+}
 
 
-def maybe(kind: Kind) -> Kind:
-    """`kind`, null, or no such column."""
-    nullable = optional(kind)
-    return Kind(nullable.wanted, nullable.accepts, required=False)
-
-
-NUMBER_OR_NULL = optional(NUMBER)
+def describe_kinds(kinds: str) -> str:
+    """What a column must hold, such as `texts or null`, as messages say it."""
+    return ", or ".join(_KINDS[kind][0] for kind in kinds.split(" or "))
 
 
 def check_row(
     schema: str,
-    columns: Mapping[str, Kind],
+    columns: Mapping[str, str],
     row: Mapping[str, Any],
     location: str,
     *,
@@ -134,7 +104,8 @@ def check_row(
 
     Args:
         schema: the benchmark's or data set's name.
-        columns: what is read.
+        columns: what is read, as `{"label": "text or texts", "id?": "text or null"}`: a column
+            with `?` need not be there.
         row: values by column; those not read may be anything.
         location: file and row.
         nulls_pass: whether null is accepted anywhere, where a row stands for its whole file.
@@ -143,17 +114,23 @@ def check_row(
         RowError: a column is missing or holds another type: schema, row, column, type got and
             type wanted.
     """
-    for name, kind in columns.items():
+    for column, kinds in columns.items():
+        name, accepted = column.removesuffix("?"), [_KINDS[kind] for kind in kinds.split(" or ")]
+        wanted = describe_kinds(kinds)
         at = f"{schema}: {location}: column {name!r}"
         if name not in row:
-            if kind.required:
+            if name == column:
                 raise RowError(
                     "missing_column",
                     f"{at}: got none (the columns are {', '.join(map(repr, row))}), wanted "
-                    f"{kind.wanted}: the published schema has changed, or these are other rows",
+                    f"{wanted}: the published schema has changed, or these are other rows",
                 )
-        elif not (kind.accepts(row[name]) or (nulls_pass and row[name] is None)):
+            continue
+        value = row[name]
+        if not any(accepts(value) for _, accepts in accepted) and not (
+            nulls_pass and value is None
+        ):
             raise RowError(
-                "missing_column" if row[name] is None else "column_type",
-                f"{at}: got {describe(row[name])}, wanted {kind.wanted}",
+                "missing_column" if value is None else "column_type",
+                f"{at}: got {describe(value)}, wanted {wanted}",
             )

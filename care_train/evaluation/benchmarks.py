@@ -10,13 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from care_train.data import Sample
-from care_train.data.columns import (
-    ENCODED_TEXTS,
-    FILLED_TEXT,
-    IMAGE,
-    describe,
-    optional,
-)
+from care_train.data.columns import describe
 from care_train.data.images import ImageRef, image_refs
 from care_train.data.schema import IMAGE_PLACEHOLDER
 from care_train.evaluation.math_benchmarks import MATH_BENCHMARKS, Row
@@ -179,9 +173,9 @@ def _mmmu_phrases(predicted: str) -> list[str]:
 
 
 _MMMU_COLUMNS = {
-    **dict.fromkeys(("id", "question", "answer"), FILLED_TEXT),
-    "options": ENCODED_TEXTS,
-    **dict.fromkeys(_MMMU_IMAGES, optional(IMAGE)),
+    **dict.fromkeys(("id", "question", "answer"), "filled"),
+    "options": "texts or text",
+    **dict.fromkeys(_MMMU_IMAGES, "image or null"),
 }
 _MMMU_BENCHMARKS = (
     Benchmark(
@@ -189,7 +183,7 @@ _MMMU_BENCHMARKS = (
         title="MMMU val",
         dataset="MMMU/MMMU",
         split="validation",
-        columns=_MMMU_COLUMNS | {"question_type": FILLED_TEXT},
+        columns=_MMMU_COLUMNS | {"question_type": "filled"},
         to_question=_mmmu_question,
         matches=_match_mmmu,
     ),
@@ -199,7 +193,7 @@ _MMMU_BENCHMARKS = (
         dataset="MMMU/MMMU_Pro",
         split="test",
         subsets=("standard (10 options)",),
-        columns=_MMMU_COLUMNS | {"subject": FILLED_TEXT},
+        columns=_MMMU_COLUMNS | {"subject": "filled"},
         to_question=_mmmu_question,
         matches=_match_mmmu,
     ),
@@ -209,8 +203,8 @@ _MMMU_BENCHMARKS = (
         dataset="MMMU/MMMU_Pro",
         split="test",
         subsets=("vision",),
-        columns=dict.fromkeys(("id", "answer", "subject"), FILLED_TEXT)
-        | {"image": IMAGE, "options": ENCODED_TEXTS},
+        columns=dict.fromkeys(("id", "answer", "subject"), "filled")
+        | {"image": "image", "options": "texts or text"},
         to_question=_mmmu_pro_vision_question,
         matches=_match_mmmu,
     ),

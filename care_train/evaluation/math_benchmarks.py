@@ -6,14 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from care_train.data import Sample
-from care_train.data.columns import (
-    FILLED_TEXT,
-    IMAGE,
-    NUMBER_OR_NULL,
-    TEXT,
-    TEXTS,
-    optional,
-)
 from care_train.data.images import image_refs
 from care_train.evaluation.question import (
     Benchmark,
@@ -216,10 +208,8 @@ MATH_BENCHMARKS = (
         title="MathVista mini",
         dataset="AI4Math/MathVista",
         split="testmini",
-        columns=dict.fromkeys(
-            ("pid", "query", "answer", "question_type", "answer_type"), FILLED_TEXT
-        )
-        | {"decoded_image": IMAGE, "choices": optional(TEXTS), "precision": NUMBER_OR_NULL},
+        columns=dict.fromkeys(("pid", "query", "answer", "question_type", "answer_type"), "filled")
+        | {"decoded_image": "image", "choices": "texts or null", "precision": "number or null"},
         to_question=_mathvista_question,
         matches=_match_mathvista,
         choose=_choose_mathvista,
@@ -231,9 +221,9 @@ MATH_BENCHMARKS = (
         split="testmini",
         subsets=("testmini",),
         columns=dict.fromkeys(
-            ("sample_index", "problem_version", "query_cot", "answer", "question_type"), FILLED_TEXT
+            ("sample_index", "problem_version", "query_cot", "answer", "question_type"), "filled"
         )
-        | {"image": IMAGE, "question_for_eval": TEXT},
+        | {"image": "image", "question_for_eval": "text"},
         to_question=_mathverse_question,
         matches=_match_mathverse,
     ),
@@ -242,8 +232,8 @@ MATH_BENCHMARKS = (
         title="MATH-Vision full",
         dataset="MathLLMs/MathVision",
         split="test",
-        columns=dict.fromkeys(("id", "question", "answer", "subject"), FILLED_TEXT)
-        | {"options": TEXTS, "decoded_image": IMAGE},
+        columns=dict.fromkeys(("id", "question", "answer", "subject"), "filled")
+        | {"options": "texts", "decoded_image": "image"},
         to_question=_math_vision_question,
         matches=_match_math_vision,
         choose=_choose_math_vision,

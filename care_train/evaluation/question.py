@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from care_train.data import Sample
-from care_train.data.columns import Kind
 from care_train.verifier import normalize
 
 _AROUND = " \n\t$*'\""
@@ -94,8 +93,8 @@ class Benchmark:
     dataset: str
     """Its id on the Hugging Face Hub."""
     split: str
-    columns: Mapping[str, Kind]
-    """Those that are read, and what they hold."""
+    columns: Mapping[str, str]
+    """What `check_row` holds every row to."""
     to_question: Callable[[Mapping[str, Any], str, Path], Question]
     """From a checked row, its location and the folder of relative paths."""
     matches: Callable[[str, Question], bool]

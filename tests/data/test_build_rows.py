@@ -10,8 +10,8 @@ from PIL import Image
 
 from care_train.config import DataSettings
 from care_train.data import load_samples
-from care_train.data.building.adapters import chart_answer_type
 from care_train.data.building.dedup import compare_looks, duplicate_keys, normalized_text
+from care_train.data.building.prepare import chart_answer_type
 from tests.data.published import build_from, drawing, quarantine, write_jsonl
 
 GOOD = {"prompt": "How many?", "answer": "3", "image": "a.png"}

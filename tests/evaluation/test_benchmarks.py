@@ -8,6 +8,7 @@ import pytest
 from bench.protocol_fixtures import FEATURES, benchmark_rows, write_parquet
 from care_train.config import build_config
 from care_train.data import load_images
+from care_train.data.columns import describe_kinds
 from care_train.data.schema import IMAGE_PLACEHOLDER
 from care_train.evaluation.benchmark_run import open_questions
 from care_train.evaluation.benchmarks import BENCHMARKS
@@ -90,7 +91,7 @@ def test_a_changed_column_is_named(name, column, value, got, tmp_path):
     path = _write_json([row], tmp_path / "rows.jsonl")
     with pytest.raises(ValueError) as info:
         _open(name, path)
-    message, wanted = str(info.value), BENCHMARKS[name].columns[column].wanted
+    message, wanted = str(info.value), describe_kinds(BENCHMARKS[name].columns[column])
     assert message.startswith(f"{name}: rows.jsonl: row 1: column {column!r}: got {got}")
     assert f", wanted {wanted}" in message
 

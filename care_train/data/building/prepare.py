@@ -11,20 +11,26 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from care_train.config.data import CleanSettings, SourceSettings
-from care_train.data.building.adapters import ADAPTERS
+from care_train.data.answers import AnswerType
 from care_train.data.building.dedup import duplicate_keys, look_of
 from care_train.data.built import built_row, built_schema
 from care_train.data.columns import RowError, check_row
+from care_train.data.conversations import read_conversation, split_response
 from care_train.data.images import ImageRef, encoded_image, load_image, read_image_file
 from care_train.data.rows import named_columns
 from care_train.data.schema import Sample, sample_from_row
+
+Row = dict[str, Any]
+
+_NUMBER = re.compile(r"[-+]?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?\s*%?")
+_YEAR = re.compile(r"(?:1[89]|20|21)\d\d")
 
 NUM_SHOWN = 200
 """Characters of a rejected row's prompt and answer."""
@@ -35,6 +41,92 @@ _TAG = re.compile(r"</?(?:think|reasoning|answer)>")
 
 # What zipfile raises on damaged, encrypted and unknown archives, by fault.
 _ARCHIVE_ERRORS = (zipfile.BadZipFile, RuntimeError, zlib.error, EOFError, struct.error)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A published schema, and what `sample_from_row` does not read of one by itself.
+
+    docs/data.md says where each was read.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """What `check_row` holds every row to."""
+    convert: Callable[[Row, str], Row] = lambda row, at: row
+    """(row, file and row for errors) -> columns that `sample_from_row` reads; raises RowError."""
+    uninterpreted: tuple[str, ...] = ()
+    """Columns that are kept, but are not what `sample_from_row` takes such names for."""
+
+
+def chart_answer_type(answer: str) -> AnswerType | None:
+    """ChartQA's: its measure allows numbers 5 %, which no year should have."""
+    text = answer.strip()
+    is_number = any(char.isdigit() for char in text) and _NUMBER.fullmatch(text)
+    return AnswerType.RELAXED if is_number and not _YEAR.fullmatch(text) else None
+
+
+def _chartqa(row: Row, at: str) -> Row:
+    answers = row.pop("label")
+    if not isinstance(answers, list):
+        answers = [answers]
+    if len(answers) != 1:
+        raise RowError("several_answers", f"{at}: label: got {len(answers)} keys, wanted one")
+    return row | {"answer": answers[0], "answer_type": chart_answer_type(answers[0])}
+
+
+def _vision_r1_cold(row: Row, at: str) -> Row:
+    talk = read_conversation(row["conversations"], column="conversations", at=at)
+    rationale, answer = split_response(talk.response or "")
+    if rationale is None or answer is None:
+        missing = "<think>" if rationale is None else "<answer>"
+        raise RowError("no_tags", f"{at}: conversations: got a response without a {missing} span")
+    return row
+
+
+ADAPTERS: Mapping[str, Adapter] = {
+    "rows": Adapter(),
+    "chartqa": Adapter(
+        {
+            "image": "image",
+            "query": "text",
+            "label": "text or texts",
+            "human_or_machine?": "text or null",
+        },
+        _chartqa,
+    ),
+    "geometry3k": Adapter(
+        {
+            "images": "image or images",
+            "problem": "text",
+            "answer": "text",
+            "id?": "text or number or null",
+            "choices?": "texts or null",
+            "ground_truth?": "text or null",
+        },
+        # The problem does not show the choices: its key is the value.
+        uninterpreted=("choices", "ground_truth"),
+    ),
+    "virl39k": Adapter(
+        {
+            "question": "text",
+            "answer": "text",
+            "image": "image or images",
+            **dict.fromkeys(("qid?", "category?", "source?"), "text or null"),
+            **dict.fromkeys(("PassRate_32BTrained?", "PassRate_7BBase?"), "number or null"),
+        }
+    ),
+    "vision_r1_cold": Adapter(
+        {
+            "conversations": "messages",
+            "image?": "image or images or null",
+            "images?": "image or images or null",
+            "id?": "text or number or null",
+            "system?": "text or null",
+        },
+        _vision_r1_cold,
+    ),
+}
+"""By the name that `sources.adapter` gives."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from care_train.config.data import BuildSettings, SourceSettings
-from care_train.data.building.adapters import ADAPTERS
 from care_train.data.building.dedup import DuplicateIndex
-from care_train.data.building.prepare import NUM_SHOWN, Piece, prepare
+from care_train.data.building.prepare import ADAPTERS, NUM_SHOWN, Piece, prepare
 from care_train.data.built import FORMAT_VERSION, built_schema
 from care_train.data.columns import check_row
 from care_train.data.files import file_checksums, open_rows, sha256_of
@@ -219,63 +218,53 @@ def _write_parts(
 
 @dataclass
 class SourceCounts:
-    """What became of one source's rows. `images` and what follows are of kept rows."""
+    """What became of one source's rows."""
 
     read: int = 0
     filtered: int = 0
     """Left out by `where`."""
     kept: int = 0
-    images: int = 0
-    text_only: int = 0
-    multi_image: int = 0
-    with_rationale: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     """By reason, told before duplicates are looked for."""
     duplicates: Counter[str] = field(default_factory=Counter)
     """By reason and the source whose row is kept: `near_duplicate of chartqa`."""
-    answer_types: Counter[str] = field(default_factory=Counter)
 
     @property
     def usable(self) -> int:
         """Rows after cleaning, before duplicates go: the paper's Table 4 counts these."""
         return self.kept + self.duplicates.total()
 
-    def keep(self, row: Mapping[str, Any]) -> None:
-        """Count a kept row and what it holds."""
-        images = len(row["looks"])
-        self.kept += 1
-        self.images += images
-        self.text_only += images == 0
-        self.multi_image += images > 1
-        self.with_rationale += row["rationale"] is not None
-        self.answer_types[row["answer_type"] or "inferred by the verifier"] += 1
-
 
 def _summary(
     sources: Sequence[SourceSettings], counts: Mapping[str, SourceCounts]
 ) -> dict[str, Any]:
     """The manifest's counts: per source as in the paper's Table 4, then in total."""
-    usable, kept = (sum(getattr(one, n) for one in counts.values()) for n in ("usable", "kept"))
-    total = Counter({"usable": usable})
+    total: Counter[str] = Counter()
+    for name, one in counts.items():
+        # Every row is either left out, rejected, a duplicate or kept.
+        assert one.read == one.filtered + one.rejected.total() + one.usable, name
+        total.update(
+            read=one.read,
+            filtered=one.filtered,
+            rejected=one.rejected.total(),
+            usable=one.usable,
+            duplicates=one.duplicates.total(),
+            kept=one.kept,
+        )
     by_source = {}
     for source in sources:
         one = counts[source.name]
-        # Every row is either left out, rejected, a duplicate or kept.
-        assert one.read == one.filtered + one.rejected.total() + one.usable, source.name
-        values = {
-            name: dict(sorted(value.items())) if isinstance(value, Counter) else value
-            for name, value in vars(one).items()
-        }
-        by_source[source.name] = values | {
+        by_source[source.name] = {
+            "read": one.read,
+            "filtered": one.filtered,
+            "rejected": dict(sorted(one.rejected.items())),
             "usable": one.usable,
-            "usable_share": _share(one.usable, usable),
-            "kept_share": _share(one.kept, kept),
+            "usable_share": _share(one.usable, total["usable"]),
+            "duplicates": dict(sorted(one.duplicates.items())),
+            "kept": one.kept,
+            "kept_share": _share(one.kept, total["kept"]),
             "expected_rows": source.expected_rows,
         }
-        for name in ("read", "filtered", "kept", "images", "text_only", "multi_image"):
-            total[name] += getattr(one, name)
-        total["rejected"] += one.rejected.total()
-        total["duplicates"] += one.duplicates.total()
     return {"sources": by_source, "total": dict(total)}
 
 
@@ -317,7 +306,7 @@ def kept_rows(
             one.duplicates[f"{reason} of {first_source}"] += 1
             detail = f"{row['origin']}: repeats {first_id}"
         else:
-            one.keep(row)
+            one.kept += 1
         keeps.append(not reason)
         if reason:
             line = {"source": part["source"], "file": part["file"], "row": row["number"]}
