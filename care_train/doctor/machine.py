@@ -11,7 +11,7 @@ import torch
 from packaging.requirements import Requirement
 
 from care_train.doctor import Finding, Subject, error, ok, warning
-from care_train.models.fast_paths import runnable
+from care_train.models.load import runnable
 from care_train.planning.memory import checkpoint_bytes, model_bytes, plan_memory
 from care_train.planning.workload import GIB, Device, Workload, describe
 from care_train.training.run_folder import check_free, locate, run_dir_of

@@ -19,9 +19,8 @@ from care_train.data import ImageRef, Sample, load_samples, permutation, sample_
 from care_train.data.columns import check_row
 from care_train.data.files import open_rows
 from care_train.distributed import barrier, is_main
-from care_train.evaluation.answering import answer_questions
 from care_train.evaluation.benchmarks import BENCHMARKS
-from care_train.evaluation.evaluate import decoding
+from care_train.evaluation.evaluate import answer_questions, decoding
 from care_train.evaluation.question import Benchmark, Question, QuestionSet
 from care_train.evaluation.table import macro_average, results_markdown, summarize
 from care_train.reporting.files import write_file, write_json

@@ -13,7 +13,7 @@ from care_train.reporting import mean_interval, proportion_interval
 from care_train.reporting.text import markdown_table, markdown_text
 
 Record = Mapping[str, Any]
-"""What is known of one response; answering.py writes it."""
+"""What is known of one response; evaluate.py writes it."""
 Summaries = Mapping[str, Mapping[str, Any]]
 
 _SHARED = ("questions", "decoding", "seeds", "samples")

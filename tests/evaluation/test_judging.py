@@ -9,8 +9,8 @@ import yaml
 
 from bench.protocol_fixtures import benchmark_rows
 from care_train.data import Sample
-from care_train.evaluation.answering import judge_responses
 from care_train.evaluation.benchmarks import BENCHMARKS
+from care_train.evaluation.evaluate import judge_responses
 from care_train.evaluation.question import Question, choose_option, right_options
 from care_train.rollout.engine import Completion
 from care_train.verifier import AnswerType

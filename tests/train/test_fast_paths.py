@@ -11,10 +11,9 @@ import torch
 from liger_kernel.transformers import liger_rotary_pos_emb
 
 from care_train.config import LoraSettings, ModelSettings
-from care_train.models import fast_paths
+from care_train.models import load as load_module
 from care_train.models.batch import TokenSequence, collate, pack, packed_positions
-from care_train.models.fast_paths import apply_liger, runnable
-from care_train.models.load import load_model
+from care_train.models.load import apply_liger, load_model, runnable
 from care_train.models.lora import add_adapters
 from care_train.models.policy import Policy
 from care_train.models.tiny import TINY_KINDS
@@ -27,7 +26,7 @@ def test_a_model_loads_with_what_can_run_and_says_so_once(tiny_folder, caplog, m
     """No GPU: sdpa and transformers' own layers, one line each however often a model is loaded."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("RANK", "0")
-    fast_paths.say_once.cache_clear()
+    load_module.say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         load_model(ASKED, tiny_folder("tiny-qwen2"))
         model = load_model(ASKED, tiny_folder("tiny-qwen2")).model
@@ -54,7 +53,7 @@ def test_reasons_on_gpus(capability, installed, dtype, kind, reasons, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
-    monkeypatch.setattr(fast_paths.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(load_module.importlib.util, "find_spec", lambda name: installed or None)
     asked = ModelSettings(attention="flash_attention_2", liger=True, dtype=dtype)
     used, notes = runnable(asked, kind)
     assert len(notes) == len(reasons)
@@ -66,7 +65,7 @@ def test_reasons_on_gpus(capability, installed, dtype, kind, reasons, monkeypatc
 @pytest.fixture
 def transformers_as_it_was():
     """Undo what Liger replaces in transformers' modules."""
-    names = [f"transformers.models.{k}.modeling_{k}" for k in fast_paths.LIGER_KINDS]
+    names = [f"transformers.models.{k}.modeling_{k}" for k in load_module.LIGER_KINDS]
     before = {n: dict(vars(sys.modules[n])) for n in names if n in sys.modules}
     yield
     for name, values in before.items():
