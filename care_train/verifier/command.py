@@ -74,18 +74,16 @@ def _batches(source: TextIO) -> Iterator[list[tuple[int, str]]]:
     threading.Thread(target=read, daemon=True).start()
     batch: list[tuple[int, str]] = []
     while True:
-        if batch and (len(batch) == _BATCH or lines.empty()):
-            yield batch
-            batch = []
         entry = lines.get()
         if isinstance(entry, tuple):
             batch.append(entry)
-            continue
-        if batch:
+        if batch and (len(batch) == _BATCH or lines.empty() or not isinstance(entry, tuple)):
             yield batch
+            batch = []
         if entry is None:
             return
-        raise ValueError(f"standard input: got bytes that are no UTF-8 ({entry}), wanted text")
+        if isinstance(entry, Exception):
+            raise ValueError(f"standard input: got bytes that are no UTF-8 ({entry}), wanted text")
 
 
 def _read(line: str, place: str) -> Response:

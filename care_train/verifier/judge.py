@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from care_train.config import JudgeSettings
@@ -27,13 +27,8 @@ _CONCURRENCY = 16
 _MAX_CACHED = 100_000
 
 
-class Case(NamedTuple):
-    """An answer to judge."""
-
-    question: str
-    expected: str
-    predicted: str
-    """Untrusted, of bounded length."""
+Case = tuple[str, str, str]
+"""Question, key and answer; the last is untrusted and of bounded length."""
 
 
 class Judge:
@@ -70,7 +65,7 @@ class Judge:
             ValueError: the endpoint does not answer, or answers with something that is no chat
                 completion: a broken judge must not look like wrong answers.
         """
-        cases = [Case(question, i.expected, i.predicted.strip()) for question, i in answers]
+        cases = [(question, i.expected, i.predicted.strip()) for question, i in answers]
         asked = [case for case in dict.fromkeys(cases) if case not in self._known]
         if asked:
             if len(self._known) + len(asked) > _MAX_CACHED:
@@ -80,12 +75,10 @@ class Judge:
         return [self._known[case] for case in cases]
 
     def _ask(self, case: Case) -> Verdict:
-        fields = {
-            "question": case.question,
-            "answer": case.expected,
-            # What closes the candidate's part of the prompt must not come from the candidate.
-            "response": _TAG.sub("&lt;", case.predicted),
-        }
+        question, expected, predicted = case
+        # What closes the candidate's part of the prompt must not come from the candidate.
+        predicted = _TAG.sub("&lt;", predicted)
+        fields = {"question": question, "answer": expected, "response": predicted}
         content = _FIELD.sub(lambda match: fields[match[1]], self._settings.prompt)
         fault = ""
         for attempt in range(_RETRIES + 1):

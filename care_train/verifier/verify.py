@@ -3,8 +3,9 @@
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from itertools import takewhile
 from typing import Any
 
 from care_train.killable import Limits, Lost, Pool
@@ -102,21 +103,16 @@ class WorkerPool(Pool[Item, Verdict]):
         distinct = list(dict.fromkeys(items))
         late = Lost("its batch's time is over")
         found: dict[Item, Verdict | Lost] = dict.fromkeys(distinct, late)
-        for item, got in self.map(self._affordable(distinct), self._limit):
+        affordable = takewhile(lambda _: self._spent < _ALL_LIMITS * self._timeout, distinct)
+        for item, got in self.map(affordable, self._limit):
             found[item] = self._count(got)
         for item in [item for item, got in found.items() if isinstance(got, Lost)]:
             if self._spent < _FULL_LIMITS * self._timeout:
                 found[item] = self._count(next(self.map([item]))[1])
-        if reasons := {got.reason: None for got in found.values() if isinstance(got, Lost)}:
-            number = sum(isinstance(got, Lost) for got in found.values())
-            logger.warning("warning: %d answers are unverified: %s", number, ", ".join(reasons))
+        if reasons := [got.reason for got in found.values() if isinstance(got, Lost)]:
+            shown = ", ".join(dict.fromkeys(reasons))
+            logger.warning("warning: %d answers are unverified: %s", len(reasons), shown)
         return [_verdict(found[item]) for item in items]
-
-    def _affordable(self, items: Sequence[Item]) -> Iterator[Item]:
-        for item in items:
-            if self._spent >= _ALL_LIMITS * self._timeout:
-                return
-            yield item
 
     def _limit(self) -> float:
         is_full = self._spent < _FULL_LIMITS * self._timeout
