@@ -20,6 +20,7 @@ from tests.kernels.cases import (
     assert_close,
     assert_same,
     cast,
+    on_its_device,
 )
 from tests.kernels.dispatch import Watch
 from tests.kernels.oracle import reference_policy_loss
@@ -78,9 +79,16 @@ def test_follows_the_equations(dtype: torch.dtype, level: str, estimator: str | 
     check(case if estimator is None else with_kl(case, estimator))
 
 
+IMPORTANCE = torch.rand(B, T, generator=torch.Generator().manual_seed(2)) + 0.5
+IMPORTANCE[0, 9] = 0
+# Outside the response anything may stand.
+IMPORTANCE = IMPORTANCE.masked_fill(~make_case()["response_mask"], torch.nan)
+
+
 @pytest.mark.parametrize(
     "options",
     (
+        {"importance_weights": IMPORTANCE},
         {"think_weight": 0.5, "weight_eps": 0.1},
         {"surrogate": Clip(0.05, 0.1, dual=1.2)},
         {"entropy_coef": 0.1},
@@ -95,25 +103,6 @@ def test_options(options: Case) -> None:
     """Each option reaches the loss."""
     case = make_case(bias=True) | options
     check({name: value for name, value in case.items() if value is not None})
-
-
-def test_importance_weights() -> None:
-    """They scale the surrogate alone; outside the response anything may stand."""
-    weights = torch.rand(B, T, generator=torch.Generator().manual_seed(2)) + 0.5
-    weights[0, 9] = 0
-    case = make_case()
-    weights = weights.masked_fill(~case["response_mask"], torch.nan)
-    check(case | {"importance_weights": weights})
-
-
-def test_hidden_state_before_the_token() -> None:
-    """The gradient of a lone answer token t lands on the hidden state at t - 1, nowhere else."""
-    case = make_case() | {"old_log_probs": None}
-    for name in ("think_spans", "answer_spans"):
-        case[name] = torch.zeros(B, 2, dtype=torch.int64)
-    case["answer_spans"][1] = torch.tensor([4, 5])
-    _, grads = run(case, ours)
-    assert grads["hidden"].ne(0).any(-1).nonzero().tolist() == [[1, 3]]
 
 
 def test_the_prompt_may_be_left_out() -> None:
@@ -145,22 +134,16 @@ def parts_of(case: Case, *rows: slice | Tensor) -> list[Case]:
 
 
 def test_micro_batches_add_up() -> None:
-    """With the global |S*|, the losses and gradients of the parts sum to those of the whole."""
-    case = with_kl(make_case(), "k3") | {"num_sequences": 4.0}
+    """With the global |S*|, here the default's 4 of 5 sequences, the losses and gradients of the
+    parts sum to those of the whole."""
+    case = with_kl(make_case(), "k3")
     whole, whole_grads = run(case, ours)
+    case["num_sequences"] = 4.0
     (one, one_grads), (two, two_grads) = (
         run(part, ours) for part in parts_of(case, slice(0, 2), slice(2, 5))
     )
     assert_same(one.loss + two.loss, whole.loss)
     assert_same(one_grads["head_weight"] + two_grads["head_weight"], whole_grads["head_weight"])
-
-
-def test_the_default_count_is_the_sequences_of_this_call() -> None:
-    """|S*| = 4 of the 5 sequences; the one outside contributes nothing."""
-    case = with_kl(make_case(), "k3")
-    assert torch.equal(ours(case).loss, ours(case | {"num_sequences": 4}).loss)
-    (without,) = parts_of(case, torch.tensor([0, 1, 3, 4]))
-    assert_same(ours(without).loss, ours(case).loss)
 
 
 @pytest.mark.parametrize(("num_rows", "num_tokens"), ((0, 6), (3, 0), (3, 1), (B, T)))
@@ -243,3 +226,14 @@ def test_module_is_the_function() -> None:
     loss = CareLoss(kl_coef=0.02, surrogate=Clip(high=0.3))
     assert repr(loss) == "CareLoss(kl_coef=0.02, surrogate=Clip(low=0.2, high=0.3, dual=None))"
     assert repr(eval(repr(loss))) == repr(loss)
+
+
+def test_the_same_on_both_backends(triton_backend: str) -> None:
+    """Eqs. 11-13 in one call, Triton's Eq. 11 kernel included."""
+    case = with_kl(make_case(), "k3")
+    fused, plain = (
+        care_loss(**on_its_device(case | {"backend": name})) for name in (triton_backend, "torch")
+    )
+    assert fused.token_advantages is not None and plain.token_advantages is not None
+    assert torch.equal(fused.token_advantages.cpu(), plain.token_advantages)
+    torch.testing.assert_close(fused.loss.cpu(), plain.loss, rtol=1e-5, atol=1e-6)
