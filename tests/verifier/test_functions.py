@@ -142,17 +142,14 @@ _BONUS = 0.5 * 2 / 1000
 def test_forms_and_settings(
     name: str, settings: dict, accuracies: list, rewards: list, tmp_path: Path
 ):
-    """Every signature is called as its trainer does; targets, weights and thresholds count."""
+    """Every signature is called as its trainer does; targets, weights and thresholds count. What a
+    function gave comes before the verifier's reason, and its format replaces the verifier's."""
     scores = _score(tmp_path, REWARDS, name, [GOOD, WRONG], **settings)
+    if name == "easyr1_batch":
+        assert scores[0].reason.startswith("easyr1_batch 1; ")
+        assert (scores[0].format_score, scores[0].format_reason) == (0.25, "by reward.functions")
     assert [score.accuracy for score in scores] == pytest.approx(accuracies)
     assert [score.reward for score in scores] == pytest.approx(rewards)
-
-
-def test_a_functions_say_is_in_the_reasons(tmp_path: Path):
-    """What it gave comes before the verifier's reason, and its format replaces the verifier's."""
-    score = _score(tmp_path, REWARDS, "easyr1_batch", [GOOD])[0]
-    assert score.reason.startswith("easyr1_batch 1; ") and score.format_score == 0.25
-    assert score.format_reason == "by reward.functions"
 
 
 ALL_OF_TRL = """
@@ -224,10 +221,8 @@ def test_a_parameter_that_no_row_fills_is_refused(tmp_path: Path):
     ("source", "message"),
     [
         ("def f(reward_inputs):\n    return [2.0]\n", r"got 2\.0, wanted a number in \[0, 1\]"),
-        ("def f(reward_inputs):\n    return [float('nan')]\n", "got nan, wanted a number"),
         ("def f(reward_inputs):\n    return []\n", "got 0 results, wanted a list of 1"),
         ("def f(reward_inputs):\n    return [{'x': 1}]\n", "wanted a key accuracy, overall or"),
-        ("def f(reward_inputs):\n    return ['no']\n", "got no, wanted a number"),
         ("def f(x, y):\n    return [1]\n", "got the parameters x, y, wanted compute_score"),
         ("def g():\n    return [1]\n", "got no function f in it, wanted one of g"),
         ("def f(reward_input, size):\n    return 1\n", "got the parameters size, which nothing"),
@@ -285,19 +280,16 @@ def batch(reward_inputs):
     [("time.sleep(600)", "got nothing in 2 s"), ("os._exit(1)", "got the end of its process")],
 )
 def test_a_function_that_hangs_or_dies_is_replaced(tmp_path: Path, caplog, fault, reason):
-    """One response at a time: it costs that response alone, with a warning that names the row."""
+    """One response at a time: it costs that response alone, with a warning that names the row. Of
+    batches it is an error that names function and row."""
     texts = [GOOD, WRONG, GOOD]
     scores = _score(tmp_path, FAULTY.format(fault=fault), "compute_score", texts, timeout=2.0)
     assert [score.accuracy for score in scores] == [1.0, 0.0, 1.0]
     assert reason in scores[1].reason
     assert f"rewards.py:compute_score: a: {reason}" in caplog.text
-
-
-def test_a_function_of_batches_that_hangs_is_an_error(tmp_path: Path):
-    """No reward is made up for the others of its batch: function and row are named."""
-    source = FAULTY.format(fault="time.sleep(600)")
-    with pytest.raises(ValueError, match=r"rewards\.py:batch: a: got nothing in 2 s, wanted 2"):
-        _score(tmp_path, source, "batch", [GOOD, WRONG], timeout=2.0)
+    # No reward is made up for the others of a batch.
+    with pytest.raises(ValueError, match=rf"rewards\.py:batch: a: {reason}, wanted 2"):
+        _score(tmp_path, FAULTY.format(fault=fault), "batch", [GOOD, WRONG], timeout=2.0)
 
 
 RIGHT = "<think>i see 8 3 . 8 plus 3 is 11</think> <answer>11</answer>"
@@ -370,22 +362,23 @@ def late(reward_inputs):
 """
 
 
-def _steps_of(path: Path, spans: list) -> list[Score]:
+def test_the_earliest_wrong_step_counts(tmp_path: Path):
+    """Of several functions that name one; a function that names none says nothing. One outside the
+    response is an error that names function, row, what it got and wanted."""
+    path = tmp_path / "rewards.py"
     path.write_text(NAMES)
-    first = RewardFunctionSettings(function=f"{path}:f", target="bonus", arguments={"spans": spans})
-    second = RewardFunctionSettings(function=f"{path}:late", target="bonus")
-    verifier = Verifier(PromptSettings(), RewardSettings(functions=[first, second]))
-    return verifier.score_batch([Response("<think>no</think>", SAMPLE)] * len(spans))
 
+    def steps_of(*spans: object) -> list[tuple[int, int] | None]:
+        names = {"f": {"spans": list(spans)}, "late": {}}
+        functions = [
+            RewardFunctionSettings(function=f"{path}:{name}", target="bonus", arguments=arguments)
+            for name, arguments in names.items()
+        ]
+        verifier = Verifier(PromptSettings(), RewardSettings(functions=functions))
+        scores = verifier.score_batch([Response("<think>no</think>", SAMPLE)] * len(spans))
+        return [score.wrong_step for score in scores]
 
-def test_the_earliest_step_counts(tmp_path: Path):
-    """Of several functions that name one; a function that names none says nothing."""
-    found = _steps_of(tmp_path / "rewards.py", [(8, 10), (2, 9), None])
-    assert [one.wrong_step for one in found] == [(7, 9), (2, 9), (7, 9)]
-
-
-@pytest.mark.parametrize("span", [(3, 3), (-1, 2), (0, 99), (1.5, 2), 4, "ab"])
-def test_a_step_outside_the_response_is_an_error(span, tmp_path: Path):
-    """It names the function, the row, what it got and what it wanted."""
-    with pytest.raises(ValueError, match=r"f: a: got .*wanted start and end .* \[0, 17\]"):
-        _steps_of(tmp_path / "rewards.py", [span])
+    assert steps_of((8, 10), (2, 9), None) == [(7, 9), (2, 9), (7, 9)]
+    for span in ((3, 3), (-1, 2), (0, 99), (1.5, 2), 4):
+        with pytest.raises(ValueError, match=r"f: a: got .*wanted start and end .* \[0, 17\]"):
+            steps_of(span)

@@ -81,18 +81,6 @@ def _worker(**limits: float) -> Worker[str, object]:
     return Worker("a worker", partial(_make, 10), Limits(**limits))  # pyright: ignore
 
 
-def test_state_is_kept_until_a_call_is_lost():
-    """The process lives from call to call; one that hangs or ends is replaced by a new one."""
-    worker = _worker(seconds=1.0)
-    assert [worker("count"), worker("count")] == [11, 12]
-    assert worker("sleep 60") == Lost("got nothing in 1 s", is_timeout=True)
-    assert worker("count") == 11
-    assert worker("exit") == Lost("got the end of its process")
-    assert worker("count") == 11
-    worker.close()
-    assert worker.pid is None
-
-
 def test_processor_time_is_not_wall_clock_time():
     """A limit of processor time lets a process wait, and ends one that computes."""
     worker = _worker(cpu_seconds=0.3)
@@ -142,20 +130,12 @@ def test_a_pool_keeps_order_and_reads_no_further_than_it_must():
     assert next(results)[1] == 1 and len(read) <= 4
     assert [isinstance(result, Lost) for _, result in results] == [False, True, *[False] * 20]
     assert 0.4 < pool.longest < 30 and len(pool.pids) == 2
-    pool.close()
-    assert not pool.pids
-
-
-def test_an_abandoned_batch_leaves_no_process():
-    """Whoever stops taking results ends the processes that are at work."""
-    pool = Pool("a pool", _make, 2)
+    # Whoever stops taking results ends the processes that are at work.
     results = pool.map(["count", "sleep 60", "sleep 60", "count"])
     next(results)
     pids = pool.pids
-    start = time.monotonic()
     results.close()
-    assert not pool.pids and wait_until(lambda: not any(map(is_alive, pids)))
-    assert time.monotonic() - start < 10
+    assert not pool.pids and wait_until(lambda: not any(map(is_alive, pids)), 10)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -167,8 +147,9 @@ def test_ordered_map(workers: int, tmp_path: Path):
         list(ordered_map(os.listdir, [str(tmp_path), *paths], workers))
 
 
-def test_a_hung_worker_costs_its_verdict_alone(pool: WorkerPool):
-    """The others in the batch keep theirs, in order; the hung process is gone and replaced."""
+def test_a_lost_worker_costs_its_verdict_alone(pool: WorkerPool):
+    """A hung process is killed and replaced; the others in the batch keep their verdicts, in order.
+    One that is killed from outside costs no verdict: its item is tried again."""
     pool.run(EASY)
     before = set(pool.pids)
     verdicts = pool.run([EASY[0], ENDLESS, *EASY[1:], ENDLESS, EASY[2]])
@@ -176,15 +157,10 @@ def test_a_hung_worker_costs_its_verdict_alone(pool: WorkerPool):
     reason = "unverified: got nothing in 1 s of processor time"
     assert [verdicts[place].reason for place in (1, 4)] == [reason] * 2
     # The two are equal: one comparison, tried twice.
-    assert pool.timeouts == 2
+    assert pool.timeouts == 2 and pool.crashes == 0
     killed = before - set(pool.pids)
     assert killed and not any(map(is_alive, killed))
     assert [v.accuracy for v in pool.run(EASY)] == EASY_VERDICTS
-
-
-def test_a_crashed_worker_costs_no_verdict(pool: WorkerPool):
-    """A process that is killed from outside over an item is replaced, and the item tried again."""
-    pool.run(EASY)
 
     def kill() -> None:
         time.sleep(0.3)
@@ -195,21 +171,19 @@ def test_a_crashed_worker_costs_no_verdict(pool: WorkerPool):
     thread.start()
     verdict = pool.run([ENDLESS])[0]
     thread.join()
-    assert verdict.reason == "unverified: got nothing in 1 s of processor time"
-    assert pool.crashes == 1 and pool.timeouts == 1
+    assert verdict.reason == reason and pool.crashes == 1 and pool.timeouts == 3
     assert [v.accuracy for v in pool.run(EASY)] == EASY_VERDICTS
 
 
-@pytest.mark.parametrize("item", ["EASY[0]", "ENDLESS"], ids=["idle", "hung"])
-def test_workers_die_with_the_parent(item: str):
-    """Killed outright, the parent cleans nothing up; its workers end by themselves."""
+def test_workers_die_with_the_parent():
+    """Killed outright, the parent cleans nothing up; a worker at work ends by itself."""
     code = (
         "import threading, time\n"
         "from care_train.verifier import WorkerPool\n"
         "from tests.verifier.test_pool import EASY, ENDLESS\n"
         "pool = WorkerPool(workers=1, timeout=20.0)\n"
         "pool.run(EASY[:1])\n"
-        f"threading.Thread(target=pool.run, args=([{item}],), daemon=True).start()\n"
+        "threading.Thread(target=pool.run, args=([ENDLESS],), daemon=True).start()\n"
         "time.sleep(0.3)\n"
         "print(*pool.pids, flush=True)\n"
         "time.sleep(60)\n"
