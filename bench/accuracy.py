@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -104,20 +103,14 @@ def _measure(
     device: str, contenders: dict[str, Contender], options: argparse.Namespace
 ) -> dict[str, Any]:
     facts = machine_facts(device)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("the truth in float64", total=len(contenders) + 1)
-        problem = make_problem(options.rows, options.width, options.vocab, device)
-        truth = true_outcome(problem)
-        errors = {}
-        for name, contender in contenders.items():
-            progress.update(task, advance=1, description=contender.label)
-            errors[name] = _errors(name, contender, problem, truth)
-        # What no gradient in bfloat16 can be better than.
-        rounding = {
-            "grad_hidden": relative_error(truth.grad_hidden.bfloat16(), truth.grad_hidden),
-            "grad_weight": relative_error(truth.grad_weight.bfloat16(), truth.grad_weight),
-        }
+    problem = make_problem(options.rows, options.width, options.vocab, device)
+    truth = true_outcome(problem)
+    errors = {name: _errors(name, one, problem, truth) for name, one in contenders.items()}
+    # What no gradient in bfloat16 can be better than.
+    rounding = {
+        "grad_hidden": relative_error(truth.grad_hidden.bfloat16(), truth.grad_hidden),
+        "grad_weight": relative_error(truth.grad_weight.bfloat16(), truth.grad_weight),
+    }
     _print_table(device, facts, errors, rounding, contenders, options)
     return facts | {"contenders": errors, "rounding": _three_digits(rounding)}
 

@@ -11,36 +11,28 @@ memory. A stack, or more shared memory than the device has, means that the kerne
 
 Compile in a process that does not set TRITON_INTERPRET: an interpreted kernel cannot be compiled.
 A launch specialises on pointers aligned to 16 bytes and on integers divisible by 16, so that loads
-become vectors; the sources here make the same assumptions, which hold at these shapes.
-
-Shape letters: C rows of the chunk, D hidden, V vocabulary.
+become vectors; the sources here make the same assumptions, which hold for the head of Qwen2.5-VL-7B
+(D 3,584, V 152,064) at 4,096 rows.
 """
 
 from dataclasses import KW_ONLY, dataclass
 from importlib import import_module
 from typing import Any
 
-import triton
 from triton.compiler import ASTSource
 
 from care_kernels.triton import projection, softmax
-from care_kernels.triton.projection import GemmTile
 
 # By module name: the package's attribute of the first name is the function.
 rationale_distance = import_module("care_kernels.rationale_distance")
 region_weights = import_module("care_kernels.region_weights")
 
-NUM_ROWS = 4096
-WIDTH = 3584
-VOCAB_SIZE = 152_064
 ALIGNMENT = 16
-NUM_SEQUENCES = 64
-SEQ_LEN = 4096
 
 
 @dataclass(frozen=True)
 class CompileCase:
-    """One kernel, with everything that decides its machine code and what one launch costs."""
+    """One kernel, with everything that decides its machine code."""
 
     name: str
     fn: Any
@@ -52,12 +44,6 @@ class CompileCase:
     _: KW_ONLY
     num_warps: int
     num_stages: int = 1
-    grid: str
-    """Programs of one launch, in words."""
-    flops: int = 0
-    """Multiply-adds count as two; matrix products only."""
-    hbm_bytes: int
-    """Each input read once, each output written once."""
     odd: tuple[str, ...] = ()
     """The integers, sizes and row strides, that 16 does not divide."""
 
@@ -141,7 +127,6 @@ def _project_case(
     odd = () if is_aligned else ("vocab_size", "width", "stride_hidden", "stride_weight")
     if name.endswith("odd_vocabulary"):
         odd = ("vocab_size",)
-    exp_bytes = 0 if "exps" in absent else 2 * NUM_ROWS * VOCAB_SIZE
     return CompileCase(
         name,
         kernel,
@@ -149,17 +134,8 @@ def _project_case(
         constants | options | dict.fromkeys(absent),
         num_warps=num_warps,
         num_stages=num_stages,
-        grid=_project_grid(tile),
-        flops=2 * NUM_ROWS * WIDTH * VOCAB_SIZE,
-        hbm_bytes=2 * WIDTH * (NUM_ROWS + VOCAB_SIZE) + exp_bytes,
         odd=odd,
     )
-
-
-def _project_grid(tile: GemmTile) -> str:
-    row_blocks, tiles = NUM_ROWS // tile.BLOCK_C, triton.cdiv(VOCAB_SIZE, tile.BLOCK_V)
-    grid = f"{row_blocks} row blocks x {tiles} vocabulary tiles"
-    return f"one a multiprocessor, for {grid}" if tile.USE_TMA else grid
 
 
 def _exp_gradients_cases(architecture: str) -> list[CompileCase]:
@@ -184,8 +160,6 @@ def _exp_gradients_cases(architecture: str) -> list[CompileCase]:
                 types,
                 constants | dict.fromkeys(absent),
                 num_warps=softmax.NUM_WARPS,
-                grid=f"{NUM_ROWS} rows",
-                hbm_bytes=4 * NUM_ROWS * VOCAB_SIZE,
             )
         )
     return cases
@@ -200,8 +174,6 @@ def _token_advantages_case() -> CompileCase:
         _pointers(kernel) | dict.fromkeys(("spans_ptr", "ends_ptr"), "*i64"),
         {"BLOCK": block, "NUM_REGIONS": 6},
         num_warps=region_weights.NUM_WARPS,
-        grid=f"{NUM_SEQUENCES} sequences x {triton.cdiv(SEQ_LEN, block)} splits",
-        hbm_bytes=NUM_SEQUENCES * (SEQ_LEN * 4 + 6 * (2 * 8 + 4)),
     )
 
 
@@ -215,8 +187,6 @@ def _span_means_case() -> CompileCase:
         {"means_ptr": "*fp32", "hidden_ptr": "*bf16"} | indices,
         {"stride_column": 1, "BLOCK_T": block_t, "BLOCK_D": block_d},
         num_warps=rationale_distance.NUM_WARPS,
-        grid=f"{NUM_SEQUENCES} sequences x {triton.cdiv(WIDTH, block_d)} column blocks",
-        hbm_bytes=NUM_SEQUENCES * (SEQ_LEN * WIDTH * 2 + 3 * 8 + WIDTH * 4),
     )
 
 

@@ -4,11 +4,9 @@
     python -m bench.compiled --target sm_90
 
 Nothing here is a timing. For each kernel and target: registers, shared memory, what spilled, the
-matrix instructions (HGMMA is Hopper's wgmma) and the tensor copies (TMA). The roofline is the least
-time an H100 SXM could take, from the FLOPs and the bytes that the kernel must move, at 989 TFLOP/s
-of dense bfloat16 and 3.35 TB/s (NVIDIA's data sheet); real kernels take longer. Shapes: 4,096 rows,
-the head of Qwen2.5-VL-7B. A kernel that does not compile, spills, or needs more shared
-memory than there is ends the command with status 1. The last line is one JSON object.
+matrix instructions (HGMMA is Hopper's wgmma) and the tensor copies (TMA), as launched for the head
+of Qwen2.5-VL-7B. A kernel that does not compile, spills, or needs more shared memory than there is
+ends the command with status 1. The last line is one JSON object.
 """
 
 import argparse
@@ -32,20 +30,11 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
 
-from bench.compile_cases import NUM_ROWS, VOCAB_SIZE, WIDTH, CompileCase, compile_cases
+from bench.compile_cases import CompileCase, compile_cases
 
 # What Triton and its assembler raise where a kernel cannot be compiled.
 _REFUSALS = (TritonError, RuntimeError, TypeError, ValueError, KeyError, AssertionError)
-_COLUMNS = (
-    *("kernel", "registers", "shared KiB", "spilled B", "LDL/STL", "matrix", "TMA"),
-    *("HBM MB", "GFLOP", "H100 roofline ms"),
-)
-_H100_FLOPS = 989e12
-_H100_BYTES = 3.35e12
-_GEMM_FLOPS = 2 * NUM_ROWS * WIDTH * VOCAB_SIZE
-_LOGIT_BYTES = 2 * NUM_ROWS * VOCAB_SIZE
-_WEIGHT_BYTES = 2 * WIDTH * VOCAB_SIZE
-_HIDDEN_BYTES = 2 * NUM_ROWS * WIDTH
+_COLUMNS = ("kernel", "registers", "shared KiB", "spilled B", "LDL/STL", "matrix", "TMA")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA|v_mfma)")
 # Tensor copies by descriptor: loads, stores.
@@ -103,8 +92,6 @@ class Outcome:
 
     kernel: str
     target: str
-    flops: int
-    hbm_bytes: int
     resources: Resources | None
     error: str | None
 
@@ -115,11 +102,6 @@ class Outcome:
             return True
         room = 1024 * TARGETS[self.target].shared_kib
         return self.resources.spills or self.resources.shared_bytes > room
-
-
-def roofline_ms(flops: float, hbm_bytes: float) -> float:
-    """max(FLOPs / peak, bytes / bandwidth) on an H100 SXM, in milliseconds."""
-    return 1e3 * max(flops / _H100_FLOPS, hbm_bytes / _H100_BYTES)
 
 
 def compile_for(case: CompileCase, target: Target) -> Resources:
@@ -186,7 +168,7 @@ def _compile_one(target_name: str, index: int) -> Outcome:
         resources = compile_for(case, target)
     except _REFUSALS as problem:
         error = f"{type(problem).__name__}: {problem}".splitlines()[0][:120]
-    return Outcome(case.name, target_name, case.flops, case.hbm_bytes, resources, error)
+    return Outcome(case.name, target_name, resources, error)
 
 
 def compile_all(targets: list[str]) -> list[Outcome]:
@@ -204,21 +186,8 @@ def compile_all(targets: list[str]) -> list[Outcome]:
             return [future.result() for future in bar.track(futures, description="compiling")]
 
 
-def whole_loss() -> list[tuple[str, float]]:
-    """The least time of one forward and backward of the head on an H100, by how it is computed."""
-    gemm = roofline_ms(_GEMM_FLOPS, _WEIGHT_BYTES + _HIDDEN_BYTES + _LOGIT_BYTES)
-    to_weight = roofline_ms(_GEMM_FLOPS, _LOGIT_BYTES + _HIDDEN_BYTES + 4 * 2 * _WEIGHT_BYTES)
-    row_pass = roofline_ms(0, _LOGIT_BYTES)
-    return [
-        ("three bare GEMMs", 3 * gemm),
-        ("care_kernels: 3 GEMMs, 2 passes over the chunk", 2 * gemm + to_weight + 2 * row_pass),
-        ("Liger grpo on full logits: 3 GEMMs, 3 passes", 3 * gemm + 3 * row_pass),
-        ("cut-cross-entropy: 4 GEMMs, logits never stored", 4 * roofline_ms(_GEMM_FLOPS, 0)),
-    ]
-
-
 def print_tables(outcomes: list[Outcome], console: Console) -> None:
-    """One table of kernels for each target, then the whole loss."""
+    """One table of kernels for each target."""
     for name in dict.fromkeys(outcome.target for outcome in outcomes):
         table = Table(title=f"{name}, Triton {triton.__version__}: compiled, not timed")
         for column in _COLUMNS:
@@ -228,26 +197,15 @@ def print_tables(outcomes: list[Outcome], console: Console) -> None:
             if outcome.target == name:
                 table.add_row(*_cells(outcome))
         console.print(table)
-    table = Table(title=f"whole loss, N={NUM_ROWS:,} D={WIDTH:,} V={VOCAB_SIZE:,}: rooflines")
-    table.add_column("")
-    table.add_column("ms on an H100, at least", justify="right")
-    for what, milliseconds in whole_loss():
-        table.add_row(what, f"{milliseconds:.1f}")
-    console.print(table)
-    console.print("Rooflines are lower bounds from FLOPs and bytes. No kernel was run or timed.")
 
 
 def _cells(outcome: Outcome) -> list[str]:
     found = outcome.resources
     if found is None:
-        used = ["-", "-", "-", "-", f"not compiled: {outcome.error}", "-"]
-    else:
-        numbers = (found.registers, found.shared_bytes // 1024, found.spilled_bytes)
-        used = [*(str(n) for n in numbers), str(found.local_accesses), found.matrix]
-        used.append(found.tensor_copies)
-    costs = (f"{outcome.hbm_bytes / 1e6:,.0f}", f"{outcome.flops / 1e9:,.0f}")
-    roofline = roofline_ms(outcome.flops, outcome.hbm_bytes)
-    return [outcome.kernel, *used, *costs, f"{roofline:.2f}"]
+        return [outcome.kernel, "-", "-", "-", "-", f"not compiled: {outcome.error}", "-"]
+    numbers = (found.registers, found.shared_bytes // 1024, found.spilled_bytes)
+    counts = [str(number) for number in (*numbers, found.local_accesses)]
+    return [outcome.kernel, *counts, found.matrix, found.tensor_copies]
 
 
 def figures(outcomes: list[Outcome]) -> dict[str, Any]:
@@ -258,19 +216,11 @@ def figures(outcomes: list[Outcome]) -> dict[str, Any]:
         "kernels": len(compiled),
         "spills": sum(resources.spills for resources in compiled),
         "not_compiled": [f"{o.kernel} {o.target}" for o in outcomes if o.resources is None],
-        "whole_loss_roofline_ms": {what: round(ms, 2) for what, ms in whole_loss()},
-        "figures": [_row(outcome) for outcome in outcomes],
-    }
-
-
-def _row(outcome: Outcome) -> dict[str, Any]:
-    found = {} if outcome.resources is None else asdict(outcome.resources)
-    return {
-        "kernel": outcome.kernel,
-        "target": outcome.target,
-        **found,
-        "error": outcome.error,
-        "roofline_ms": round(roofline_ms(outcome.flops, outcome.hbm_bytes), 3),
+        "figures": [
+            {"kernel": o.kernel, "target": o.target, "error": o.error}
+            | ({} if o.resources is None else asdict(o.resources))
+            for o in outcomes
+        ],
     }
 
 
@@ -283,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     # An interpreted kernel cannot be compiled; the workers inherit this.
     os.environ.pop("TRITON_INTERPRET", None)
     outcomes = compile_all(options.target or list(TARGETS))
-    print_tables(outcomes, Console(width=190))
+    print_tables(outcomes, Console(width=140))
     failed = [outcome for outcome in outcomes if outcome.failed]
     for outcome in failed:
         print(

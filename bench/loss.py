@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from bench.accuracy import Truth, relative_error, true_outcome
 from bench.loss_report import Cell, Findings, Result, figures, print_tables
@@ -59,7 +58,6 @@ class Bench:
         self.contenders = {"gemms": _FLOOR} | contenders
         self.options = options
         self.rows: list[int] = sorted({*(options.rows or _default_rows(device, options))})
-        self.step: Callable[[str], None] = lambda what: None
 
     def run(self) -> Findings:
         """Measure everything the options ask for.
@@ -71,20 +69,16 @@ class Bench:
         cells: list[Cell] = []
         active: dict[float, list[float]] = {}
         temporaries: dict[int, int] = {}
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("inputs", total=self._num_steps())
-            self.step = lambda what: progress.update(task, advance=1, description=what)
-            for shape, (width, vocab) in self.options.shapes.items():
-                problem = make_problem(self.rows[-1], width, vocab, self.device)
-                of_shape = self._time_shape(shape, problem)
-                cells += of_shape
-                if self.options.active and not active:
-                    active = self._time_active_rows(problem.first(self._headline(cells).rows))
-                del problem
-                if self.options.memory:
-                    self._measure_peaks(of_shape)
-                    temporaries = temporaries or self._measure_temporaries(of_shape[0])
+        for shape, (width, vocab) in self.options.shapes.items():
+            problem = make_problem(self.rows[-1], width, vocab, self.device)
+            of_shape = self._time_shape(shape, problem)
+            cells += of_shape
+            if self.options.active and not active:
+                active = self._time_active_rows(problem.first(self._headline(cells).rows))
+            del problem
+            if self.options.memory:
+                self._measure_peaks(of_shape)
+                temporaries = temporaries or self._measure_temporaries(of_shape[0])
         headline = self._headline(cells)
         return Findings(self.device, facts, self.contenders, headline, cells, active, temporaries)
 
@@ -94,17 +88,11 @@ class Bench:
         wanted = _HEADLINE_ROWS[self.device]
         return next((cell for cell in first if cell.rows == wanted), first[-1])
 
-    def _num_steps(self) -> int:
-        num_shapes, num_contenders = len(self.options.shapes), len(self.contenders)
-        calls = len(self.rows) * num_contenders * (1 + self.options.repeats)
-        memory = num_contenders + 1 if self.options.memory else 0
-        active = len(_ACTIVE_FRACTIONS) if self.options.active else 0
-        return num_shapes * (calls + memory) + active * self.options.repeats
-
     def _time_shape(self, shape: str, problem: Problem) -> list[Cell]:
         vocab, width = problem.head_weight.shape
         cells: list[Cell] = []
         for rows in self.rows:
+            print(f"{shape}, {rows:,} rows on {self.device}", file=sys.stderr)
             cell = Cell(shape, rows, width, vocab)
             for name in self.contenders:
                 cell.results[name] = Result()
@@ -119,7 +107,6 @@ class Bench:
         calls: dict[str, Callable[[], Outcome]] = {}
         truth = true_outcome(problem, torch.float64 if self.device == "cuda" else torch.float32)
         for name, contender in self.contenders.items():
-            self.step(f"checking {contender.label}")
             result = cell.results[name]
             if name in PEERS and result.expected > self.options.budget:
                 result.note = f"skipped: about {result.expected:.0f} s a call"
@@ -146,18 +133,10 @@ class Bench:
         return {float(key): seconds for key, seconds in self._interleave(calls).items()}
 
     def _interleave(self, calls: dict[str, Callable[[], Outcome]]) -> dict[str, list[float]]:
-        options = self.options
-        return interleave(
-            calls,
-            options.repeats,
-            options.budget,
-            self.device,
-            lambda name: self.step(f"timing {name}"),
-        )
+        return interleave(calls, self.options.repeats, self.options.budget, self.device)
 
     def _measure_peaks(self, cells: list[Cell]) -> None:
-        for name, contender in self.contenders.items():
-            self.step(f"memory of {contender.label}")
+        for name in self.contenders:
             timed = [cell for cell in cells if cell.results[name].seconds]
             if timed:
                 rows = [cell.rows for cell in timed]
@@ -167,7 +146,6 @@ class Bench:
                     cell.results[name].peak = peaks[cell.rows]
 
     def _measure_temporaries(self, cell: Cell) -> dict[int, int]:
-        self.step("memory by rows")
         extra = [] if self.options.quick or self.options.size else _TEMPORARIES_ROWS
         peaks = self._peaks("ours", sorted({*self.rows, *extra}), cell, runs=2)
         row_bytes = cell.width * torch.bfloat16.itemsize

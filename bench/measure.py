@@ -55,7 +55,6 @@ def interleave(
     repeats: int,
     budget_seconds: float,
     device: str,
-    after_call: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
     """Seconds of each call, taken in turns so that a busy moment of the machine hits all alike.
 
@@ -71,7 +70,6 @@ def interleave(
             if done and sum(done) + max(done) > budget_seconds:
                 continue
             done.append(seconds_of(calls[name], device))
-            after_call(name)
     return seconds
 
 

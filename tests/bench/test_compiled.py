@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from bench.compile_cases import CompileCase
-from bench.compiled import TARGETS, Outcome, Target, compile_for, figures, roofline_ms
+from bench.compiled import TARGETS, Outcome, Target, compile_for, figures
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +50,7 @@ def _spilling_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 def _spilling_case() -> CompileCase:
     types = {"x_ptr": "*fp32", "out_ptr": "*fp32"}
-    return CompileCase(
-        "spilling",
-        _spilling_kernel,
-        types,
-        {"BLOCK": 16384},
-        num_warps=1,
-        grid="1",
-        hbm_bytes=2 * 4 * 16384,
-    )
+    return CompileCase("spilling", _spilling_kernel, types, {"BLOCK": 16384}, num_warps=1)
 
 
 @pytest.mark.skipif(
@@ -68,18 +60,12 @@ def test_spills_are_seen() -> None:
     """512 numbers for each thread do not fit 255 registers, and count as a failure."""
     resources = compile_for(_spilling_case(), TARGETS["sm_90"])
     assert resources.spills and resources.spilled_bytes > 0 and resources.local_accesses > 0
-    outcome = Outcome("spilling", "sm_90", 0, 1, resources, None)
+    outcome = Outcome("spilling", "sm_90", resources, None)
     assert outcome.failed and figures([outcome])["spills"] == 1
 
 
 def test_what_does_not_compile_is_a_failure() -> None:
     """A kernel without machine code is counted and named, never dropped."""
-    outcome = Outcome("broken", "sm_90", 0, 1, None, "CompilationError: no")
+    outcome = Outcome("broken", "sm_90", None, "CompilationError: no")
     assert outcome.failed
     assert figures([outcome])["not_compiled"] == ["broken sm_90"]
-
-
-def test_roofline() -> None:
-    """The larger of compute and traffic, at an H100's peak figures."""
-    assert roofline_ms(989e12, 0) == pytest.approx(1000)
-    assert roofline_ms(0, 3.35e12) == pytest.approx(1000)

@@ -9,7 +9,7 @@ import torch
 
 from bench import accuracy, loss, peers
 from bench.accuracy import relative_error, true_outcome
-from bench.measure import Spread, interleave, peak_memory
+from bench.measure import interleave, peak_memory
 from bench.peers import (
     CONTENDERS,
     Contender,
@@ -157,14 +157,6 @@ def test_contender_matches_the_truth(name: str) -> None:
     assert (log_probs.double() - truth.log_probs).abs().max() < 0.1
 
 
-def test_problem_is_peaked_as_a_trained_model() -> None:
-    problem = make_problem(256, 64, 20_000)
-    truth = true_outcome(problem)
-    assert 0.05 < truth.log_probs.exp().median() < 0.95
-    assert (problem.advantages > 0).any()
-    assert (problem.advantages < 0).any()
-
-
 def test_rounds_rotate_so_that_nobody_is_always_first() -> None:
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
@@ -173,11 +165,6 @@ def test_rounds_rotate_so_that_nobody_is_always_first() -> None:
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
     # A call over its budget still runs once.
     assert len(interleave({"a": calls["a"]}, 4, 0.0, "cpu")["a"]) == 1
-
-
-def test_spread_orders_its_percentiles() -> None:
-    assert Spread.of([5.0, 1.0, 3.0, 2.0, 4.0, 6.0]) == Spread(2.0, 3.5, 5.0)
-    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
 
 
 def test_peak_memory_counts_results_and_logits() -> None:
@@ -194,7 +181,9 @@ def test_what_cannot_be_measured_is_named() -> None:
         peak_memory("nobody", [4], 8, 16, device="cpu")
 
 
-@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75, 1.0])
-def test_active_rows_are_the_asked_fraction(fraction: float) -> None:
-    problem = make_problem(64, 8, 100)
-    assert (problem.with_active(fraction).advantages != 0).sum() == 64 * fraction
+def test_the_problem() -> None:
+    """Peaked as a trained model's, advantages of both signs, and the asked share of them active."""
+    problem = make_problem(256, 64, 20_000)
+    assert 0.05 < true_outcome(problem).log_probs.exp().median() < 0.95
+    assert (problem.advantages > 0).any() and (problem.advantages < 0).any()
+    assert (problem.with_active(0.25).advantages != 0).sum() == 64

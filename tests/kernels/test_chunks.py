@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from care_kernels.backends import ChunkRows, ChunkSpec, LogitGradient, TorchChunk, chunk_kind
+from care_kernels.backends import ChunkRows, ChunkSpec, LogitGradient, TorchChunk
 from care_kernels.chunks import add_weight_gradient, back_project, chunk_rows
 from care_kernels.softmax import LogitTransform
 
@@ -19,20 +19,6 @@ def test_chunks_on_a_cpu_are_bounded() -> None:
         options = {"logit_bytes": logit_bytes, "device": torch.device("cpu")}
         assert chunk_rows(rows, vocab_size, 64, **options) == rows
         assert chunk_rows(rows + 1, vocab_size, 64, **options) <= rows
-
-
-def test_bytes_held_for_a_logit() -> None:
-    """On a GPU: two for an exponential, none without gradients, four in float32, both for exact."""
-
-    def held(dtype: torch.dtype, with_gradients: bool = True, exact: bool = False) -> int:
-        weight = torch.zeros(32, 16, dtype=dtype)
-        ref_weight = weight if exact else None
-        spec = ChunkSpec(dtype, weight, None, LogitTransform(), ref_weight, False, with_gradients)
-        return chunk_kind("triton", spec)[1]
-
-    assert held(torch.bfloat16) == held(torch.float16) == 2
-    assert held(torch.bfloat16, with_gradients=False) == 0
-    assert held(torch.float32) == 4 and held(torch.bfloat16, exact=True) == 8
 
 
 def test_gpu_chunks_fill_waves_and_balance() -> None:

@@ -231,15 +231,6 @@ def test_anchored(shape: tuple[int, int, int], loads: str) -> None:
     check_padding(exps)
 
 
-def test_a_drift_of_59_nats_is_still_right() -> None:
-    """Up to the bound the sums keep their digits."""
-    for drift in (-59.0, 59.0):
-        problem = Problem(5, 64, 1000, TRANSFORMS["plain"])
-        anchor = (problem.log_normalizer() + drift).float()
-        stats, _ = problem.project(anchor=anchor)
-        assert float((stats.log_probs - problem.stats.log_probs).abs().max()) < 2e-5
-
-
 def test_a_target_of_another_head(loads: str) -> None:
     """-1: the derivative is that of the normaliser alone."""
     problem = Problem(5, 64, 211, TRANSFORMS["plain"])
@@ -273,17 +264,9 @@ def test_an_impossible_token(anchored: bool, loads: str) -> None:
     assert float((stats.log_probs - want[:, 2]).abs().max()) < 1e-5
 
 
-def test_repeats_are_bitwise_equal(loads: str) -> None:
-    """The same sums in the same order, whatever program makes them."""
-    problem = Problem(33, 96, 1000, TRANSFORMS["plain"])
-    first, again = problem.empty_exps(), problem.empty_exps()
-    stats, other = problem.project(first)[0], problem.project(again)[0]
-    assert torch.equal(first, again)
-    assert all(torch.equal(a, b) for a, b in zip(stats[:4], other[:4], strict=True))
-
-
 def test_strided_operands_and_buffer(loads: str) -> None:
-    """Rows further apart than a row; zeros are written between the buffer's."""
+    """Rows further apart than a row; zeros are written between the buffer's. The same sums in the
+    same order: the same bits."""
     wide = Problem(10, 128, 203, TRANSFORMS["plain"], bias_dtype=None)
     problem = Problem(5, 96, 203, TRANSFORMS["plain"], bias_dtype=None)
     wide.hidden[::2, :96] = problem.hidden
