@@ -33,42 +33,63 @@ from care_train.data.easy_vqa import (
     wrong_figure,
 )
 
+SPLITS = ("train", "test")
+
 
 class Made(NamedTuple):
-    sample: Callable[[int, str, int], Sample]
-    derive: Callable[[Any, Any], tuple[str, str, str]]
+    """A module that draws a data set, and how a test reads its rows."""
+
+    module: Any
+    level: int
+    """The usual one."""
+    num_questions: int
     content: Callable[[Any], tuple[Any, Any]]
     """(question, what the picture shows) of a row's columns."""
     read: Callable[[str], list[Any]]
     """What the first step of a rationale says that the picture shows."""
+    parts: Callable[[Sample], list[Any]]
+    """What no other split has."""
+    num_parts: tuple[int, int]
+    """At least so many in the rows of `train` and of `test` below."""
 
-    def rows(self, level: int, split: str, count: int) -> list[Sample]:
-        return [self.sample(level, split, row) for row in range(1, count + 1)]
+
+def tiles(sample: Sample) -> list[bytes]:
+    """The images of a strip's digits."""
+    strip = np.asarray(Image.open(io.BytesIO(sample.images[0])))
+    return [strip[:, 28 * n : 28 * n + 28].tobytes() for n in range(strip.shape[1] // 28)]
+
+
+def bars(columns: Any) -> list[tuple[str, int]]:
+    return list(zip(columns["colors"], columns["heights"], strict=True))
 
 
 MADE = {
     "digits": Made(
-        digits.digits_sample,
-        digits.derive,
+        *(digits, 4, 5),
         lambda columns: (columns["kind"], columns["digits"]),
         lambda text: [int(digit) for digit in re.findall(r"\d", text)],
+        *(tiles, (1000, 350)),
     ),
     "charts": Made(
-        charts.charts_sample,
-        charts.derive,
-        lambda columns: (
-            Question(*(columns[name] for name in Question._fields)),
-            list(zip(columns["colors"], columns["heights"], strict=True)),
-        ),
+        *(charts, 3, 15),
+        lambda columns: (Question(*(columns[name] for name in Question._fields)), bars(columns)),
         lambda text: [(c, int(h)) for c, h in re.findall(r"([a-z]+) (\d)", text)],
+        *(lambda sample: [str(bars(sample.columns))], (500, 200)),
     ),
     "geometry": Made(
-        geometry.geometry_sample,
-        geometry.derive,
+        *(geometry, 3, 4),
         lambda columns: (columns["kind"], columns["rectangles"]),
         lambda text: [[int(w), int(h)] for w, h in re.findall(r"(\d) by (\d)", text)],
+        *(lambda sample: [str(sample.columns["rectangles"])], (100, 30)),
     ),
 }
+
+
+def made_rows(name: str, level: int, split: str, count: int) -> list[Sample]:
+    make = getattr(MADE[name].module, f"{name}_sample")
+    return [make(level, split, row) for row in range(1, count + 1)]
+
+
 BARS = [("red", 3), ("blue", 7), ("green", 3)]
 SHEET = [(3, 2), (1, 4), (2, 4)]
 SEEN_BARS = "i see red 3 blue 7 green 3"
@@ -99,84 +120,58 @@ SEEN_SHEET = "i see 3 by 2 1 by 4 2 by 4 . 3 times 2 is 6 . 1 times 4 is 4 . 2 t
 def test_derivations_by_hand(name: str, question: str, shown: Any, rationale: str, answer: str):
     """The rationale reads the picture, then derives the answer; only what is needed is named."""
     asked = Question(question, "blue", limit=5) if name == "charts" else question
-    text, *derived = MADE[name].derive(asked, shown)
+    text, *derived = MADE[name].module.derive(asked, shown)
     assert derived == [rationale, answer]
     assert ("blue" in text) == (question == "value") and ("5" in text) == (question == "above")
 
 
 @pytest.mark.parametrize("name", MADE)
-@pytest.mark.parametrize("level", (2, 3, 6))
-def test_rows_hold_together(name: str, level: int):
-    """Answer, rationale and columns agree; the slip misreads one value, and changes the answer."""
-    made = MADE[name]
-    for sample in made.rows(level, "test", 150):
-        asked, shown = made.content(sample.columns)
-        assert len(shown) == level
-        assert made.derive(asked, shown) == (sample.prompt, sample.rationale, sample.answer)
-        assert sample.failed_rationale is not None
-        slip = made.read(sample.failed_rationale.partition(" . ")[0])
-        assert np.sum(np.array(slip, str) != np.array(shown, str)) == 1
-        failed = sample.failed_rationale, sample.columns["failed_answer"]
-        assert made.derive(asked, slip)[1:] == failed and failed[1] != sample.answer
-        assert name != "charts" or len(set(sample.columns["colors"])) == level
+def test_rows_hold_together(name: str):
+    """Answer, rationale and columns agree; the slip misreads one value, and changes the answer. A
+    row is a pure function of its name, picture included, whatever was drawn before it."""
+    derive = MADE[name].module.derive
+    for level in (6, 2, 3):
+        rows = made_rows(name, level, "test", 100)
+        assert rows[:20] == made_rows(name, level, "test", 20)
+        for sample in rows:
+            asked, shown = MADE[name].content(sample.columns)
+            assert len(shown) == level
+            assert derive(asked, shown) == (sample.prompt, sample.rationale, sample.answer)
+            assert sample.failed_rationale is not None
+            slip = MADE[name].read(sample.failed_rationale.partition(" . ")[0])
+            assert np.sum(np.array(slip, str) != np.array(shown, str)) == 1
+            failed = sample.failed_rationale, sample.columns["failed_answer"]
+            assert derive(asked, slip)[1:] == failed and failed[1] != sample.answer
+            assert name != "charts" or len(set(sample.columns["colors"])) == level
 
 
-@pytest.mark.parametrize(
-    ("name", "level", "num_questions", "kinds"),
-    (
-        ("digits", 4, 5, digits.KINDS),
-        ("charts", 3, 15, charts.KINDS),
-        # A bar of two is not asked for by its color.
-        ("charts", 2, 9, charts.KINDS[:-1]),
-        ("geometry", 2, 4, geometry.KINDS),
-    ),
-)
-def test_every_kind_is_asked_and_a_constant_answer_is_poor(name, level, num_questions, kinds):
-    """Blind guessing: the commonest answer of each question is right for less than a third."""
-    samples = MADE[name].rows(level, "test", 2000)
-    answers: dict[str, Counter[str]] = defaultdict(Counter)
-    for sample in samples:
+@pytest.mark.parametrize("name", MADE)
+def test_splits_share_nothing_and_a_constant_answer_is_poor(name: str):
+    """No image of a digit, no chart's bars and no sheet's sides are in train and in test. Every
+    kind is asked, and the commonest answer of each question is right for less than a third."""
+    made, answers = MADE[name], defaultdict[str, Counter[str]](Counter)
+    rows = {split: made_rows(name, made.level, split, 1500) for split in SPLITS}
+    train, test = ({part for row in rows[split] for part in made.parts(row)} for split in SPLITS)
+    assert not train & test
+    assert len(train) > made.num_parts[0] and len(test) > made.num_parts[1]
+    for sample in rows["test"]:
         answers[sample.prompt][sample.answer] += 1
-    assert {sample.columns["kind"] for sample in samples} == set(kinds)
-    assert len(answers) == num_questions
+    assert {sample.columns["kind"] for sample in rows["test"]} == set(made.module.KINDS)
+    assert len(answers) == made.num_questions
     best = sum(max(given.values()) for given in answers.values())
-    assert best / len(samples) < 0.33
+    assert best / len(rows["test"]) < 0.33
 
 
-def tiles(sample: Sample) -> list[bytes]:
-    """The left and the right half of a strip of two digits."""
-    strip = np.asarray(Image.open(io.BytesIO(sample.images[0])))
-    return [strip[:, :28].tobytes(), strip[:, 28:].tobytes()]
-
-
-@pytest.mark.parametrize(
-    ("name", "seen", "least"),
-    (
-        ("digits", tiles, (1000, 350)),
-        ("charts", lambda sample: [str(MADE["charts"].content(sample.columns)[1])], (500, 200)),
-        ("geometry", lambda sample: [str(sample.columns["rectangles"])], (100, 30)),
-    ),
-)
-def test_splits_share_nothing(name: str, seen: Any, least: tuple[int, int]):
-    """No image of a digit, no chart's bars and no sheet's sides are in train and in test."""
-    train, test = (
-        {part for sample in MADE[name].rows(2, split, 1200) for part in seen(sample)}
-        for split in ("train", "test")
-    )
-    assert not train & test and len(train) > least[0] and len(test) > least[1]
-
-
-def test_rows_are_the_same_every_time():
-    """A row is a pure function of its name, picture included, whatever was drawn before it."""
-    for made in MADE.values():
-        again = [made.rows(4, split, 20) for split in ("test", "train", "test")]
-        assert again[0] == again[2] != again[1]
+def test_a_bar_of_two_is_not_asked_for_by_its_color():
+    """Of two bars, the kind of question that names a color is left out."""
+    rows = made_rows("charts", 2, "test", 300)
+    assert {sample.columns["kind"] for sample in rows} == set(charts.KINDS[:-1])
 
 
 def test_images_show_the_digits():
     """Each tile is an image of scikit-learn's with that label: nearest by pixels, label equal."""
     data: Any = load_digits()
-    for sample in MADE["digits"].rows(3, "train", 40):
+    for sample in made_rows("digits", 3, "train", 40):
         strip = np.asarray(Image.open(io.BytesIO(sample.images[0])).convert("L"), dtype=float)
         assert strip.shape == (28, 84)
         for place, digit in enumerate(sample.columns["digits"]):
@@ -190,7 +185,7 @@ def test_images_show_the_digits():
 def test_pictures_show_the_bars(num_bars: int):
     """In the middle of each bar's place its color reaches as high as the columns say."""
     names, shades = list(charts.COLORS), np.array(list(charts.COLORS.values()))
-    for sample in MADE["charts"].rows(num_bars, "train", 60):
+    for sample in made_rows("charts", num_bars, "train", 60):
         picture = np.asarray(load_image(sample.images[0], location=sample.id)) / 255
         assert picture.shape == (28, 28 + 28 * num_bars, 3)
         seen = []
@@ -200,12 +195,12 @@ def test_pictures_show_the_bars(num_bars: int):
             painted = gaps.min(1) < 0.08
             color = names[gaps[painted].argmin(1)[0]]
             seen.append((color, round(painted.sum() / 3)))
-        assert seen == MADE["charts"].content(sample.columns)[1]
+        assert seen == bars(sample.columns)
 
 
 def test_pictures_show_the_rectangles():
     """Each tile's colored pixels span as many squares of 6 pixels as the columns say."""
-    for sample in MADE["geometry"].rows(3, "train", 60):
+    for sample in made_rows("geometry", 3, "train", 60):
         picture = np.asarray(load_image(sample.images[0], location=sample.id)).astype(int)
         assert picture.shape == (28, 84, 3)
         is_grey = (np.ptp(picture, axis=2) == 0) & (picture[..., 0] > 100)  # paper and lines
@@ -215,12 +210,12 @@ def test_pictures_show_the_rectangles():
             assert [width, height] == sides
 
 
-@pytest.mark.parametrize(("name", "usual"), [("digits", 4), ("charts", 3), ("geometry", 3)])
-def test_a_made_data_set_is_a_source(name: str, usual: int):
+@pytest.mark.parametrize("name", MADE)
+def test_a_made_data_set_is_a_source(name: str):
     """It is a name like `easy_vqa`, with a usual level, its own held-out split and no other."""
     samples = load_samples(DataSettings(path=f"{name}@test", max_samples=5))
     assert len(samples) == 5
-    assert all(sample.id.startswith(f"{name}-{usual}/test/") for sample in samples)
+    assert all(sample.id.startswith(f"{name}-{MADE[name].level}/test/") for sample in samples)
     held_out = load_config(None, [f"data.path={name}-2"]).held_out
     assert held_out == DataSettings(path=f"{name}-2@test")
     with pytest.raises(ValueError, match=f"{name}: got split 'dev'"):
@@ -238,7 +233,6 @@ def test_easy_vqa_is_a_source():
         load_samples(DataSettings(path="easy_vqa@val"))
 
 
-SPLITS = ("train", "test")
 COUNTS = {"train": (38575, 4000, 3578), "test": (9673, 1000, 888)}
 
 

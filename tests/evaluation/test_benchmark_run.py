@@ -59,9 +59,9 @@ _SAMPLES = ("eval.seeds=[0,1]", "eval.samples=2")
 _NUM_RESPONSES = (4 + 3 + 3 + 8 + 4 + 4) * 2 * 2
 
 
-def test_all_six_benchmarks_are_answered_and_reported(whole):
-    """Every question under every seed, a results file for programs and one for people; the numbers
-    are those of the records, responses cut short are counted."""
+def test_all_six_benchmarks_are_answered_and_reported(whole, capsys):
+    """Every question under every seed, a results file for programs and one for people, which
+    `table` reads; the numbers are those of the records, responses cut short are counted."""
     records = _records(whole)
     assert len(records) == _NUM_RESPONSES
     results = json.loads((whole / "results.json").read_text())
@@ -79,6 +79,8 @@ def test_all_six_benchmarks_are_answered_and_reported(whole):
     assert "pass@2" in table and "Mean of 2 decodes, temperature 1" in table
     summary = json.loads((whole / "summary.json").read_text())
     assert set(summary["benchmarks"]) == set(BENCHMARKS) and "macro_accuracy" in summary
+    assert main(["table", f"tiny={whole}"]) == 0
+    assert "| tiny (n = 1) |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

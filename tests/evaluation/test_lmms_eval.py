@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bench.protocol_fixtures import draw
 from care_train.distributed import own_environment
@@ -101,18 +102,14 @@ def _write_tasks(repositories: dict[str, Path], folder: Path) -> None:
     import lmms_eval
 
     for name, (task, split) in _TASKS.items():
-        rows = sorted(repositories[name].rglob("*.parquet"))
-        rows = [path for path in rows if "vision" not in path.parts]
-        lines = [
-            f"include: {Path(lmms_eval.__file__).parent / 'tasks' / task}",
-            *(f"task: local_{name}", "dataset_path: parquet", "dataset_name: null"),
-            *(
-                "dataset_kwargs:",
-                "  data_files:",
-                f"    {split}: {json.dumps(list(map(str, rows)))}",
-            ),
-        ]
-        (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n")
+        paths = sorted(repositories[name].rglob("*.parquet"))
+        rows = [str(path) for path in paths if "vision" not in path.parts]
+        values = {
+            "include": f"{Path(lmms_eval.__file__).parent}/tasks/{task}",
+            **{"task": f"local_{name}", "dataset_path": "parquet", "dataset_name": None},
+            "dataset_kwargs": {"data_files": {split: rows}},
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
 
 
 @pytest.mark.slow

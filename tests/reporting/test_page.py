@@ -49,37 +49,30 @@ def test_a_page_carries_all_it_needs_and_allows_nothing_else(tmp_path: Path) -> 
 
 
 def test_seeds_are_a_band(tmp_path: Path) -> None:
-    """Each step's mean and 95 % interval over the seeds' moving averages."""
-    folders = [
-        write_metrics(tmp_path / f"s{seed}", f"seed: {seed}\n", seed=seed) for seed in range(3)
+    """Each step's mean and 95 % interval over the seeds' moving averages. Settings that decide the
+    result part the runs; names, logging and limits do not."""
+    configs = [
+        "algorithm: care\nname: a\n",
+        "algorithm: care\nname: b\nseed: 1\nlogging: {progress: false}\n",
+        "algorithm: care\nseed: 2\n",
+        "algorithm: grpo\nname: c\n",
     ]
-    runs = [read_run(folder) for folder in folders]
-    assert conditions(runs) == {"s, 3 seeds": runs}
-    found = charts([[run.records for run in runs]])
+    runs = [
+        read_run(write_metrics(tmp_path / f"s{seed}", config, seed=seed))
+        for seed, config in enumerate(configs)
+    ]
+    assert [len(own) for own in conditions(runs).values()] == [3, 1]
+    assert conditions(runs[:3]) == {"s, 3 seeds": runs[:3]}
+    assert differences(runs)["algorithm"] == ["care", "care", "care", "grpo"]
+    found = charts([[run.records for run in runs[:3]]])
     (line,) = next(chart for chart in found if chart["title"] == "Accuracy")["series"]
-    values = [np.array([record["accuracy"] for record in run.records]) for run in runs]
+    values = [np.array([record["accuracy"] for record in run.records]) for run in runs[:3]]
     averages = [smoothed(one, average_window(30)) for one in values]
     mean, half = mean_interval([float(one[9]) for one in averages])
     assert line["y"][9] == pytest.approx(mean, rel=1e-4)
     assert line["high"][9] - line["y"][9] == pytest.approx(half, rel=1e-3)
-
-
-def test_runs_of_different_settings_are_not_one_band(tmp_path: Path) -> None:
-    """Settings that decide the result part the runs; names, logging and limits do not."""
-    care = write_metrics(tmp_path / "a", "algorithm: care\nname: a\n")
-    same = write_metrics(
-        tmp_path / "b", "algorithm: care\nname: b\nseed: 1\nlogging: {progress: false}\n"
-    )
-    grpo = write_metrics(tmp_path / "c", "algorithm: grpo\nname: c\n")
-    runs = [read_run(folder) for folder in (care, same, grpo)]
-    assert [len(own) for own in conditions(runs).values()] == [2, 1]
-    assert differences(runs)["algorithm"] == ["care", "care", "grpo"]
-
-
-def test_shares_of_a_stack_add_up(tmp_path: Path) -> None:
-    """Trained, rescued and skipped groups are all groups."""
-    found = charts([[read_run(write_metrics(tmp_path / "run")).records]])
-    series = next(chart for chart in found if chart["stacked"])["series"]
+    # Trained, rescued and skipped groups are all groups.
+    series = next(chart for chart in charts([[runs[0].records]]) if chart["stacked"])["series"]
     assert [sum(values) for values in zip(*(one["y"] for one in series), strict=True)] == [1.0] * 30
 
 
@@ -100,21 +93,15 @@ def test_answers_of_a_lone_evaluation_are_a_page(tmp_path: Path, monkeypatch: An
     write_evaluation(tmp_path / "run", 0, "greedy", "abbabb")
     page = Page([tmp_path / "run"])
     lines = _block(page, "answers")
-    assert [(line["row"], line["outcome"]) for line in lines] == [
-        ("row-0", "right"),
-        ("row-2", "wrong"),
-        ("row-4", "wrong"),
-    ]
+    assert [line["row"] for line in lines] == ["row-0", "row-2", "row-4"]
+    assert [line["outcome"] for line in lines] == ["right", "wrong", "wrong"]
     assert _block(page, "page")["answers"]["note"] == "run: 3 of 6 questions, evenly spaced."
     block = _block(page, lines[1]["block"])
     assert block["groups"][lines[1]["at"]]["rollouts"][0]["pieces"] == ["<answer>b</answer>"]
     write_evaluation(tmp_path / "run", 5, "greedy", "aabbab")
     page.refresh()
-    assert [line["outcome"] for line in _block(page, "answers")] == [
-        "stayed right",
-        "stayed wrong",
-        "became right",
-    ]
+    outcomes = [line["outcome"] for line in _block(page, "answers")]
+    assert outcomes == ["stayed right", "stayed wrong", "became right"]
 
 
 def test_without_a_tokenizer_spans_are_shaded(tmp_path: Path) -> None:

@@ -46,10 +46,9 @@ def test_log_gets_about_ten_lines() -> None:
     assert "format" not in lines[-1] and "\x1b" not in lines[-1]
 
 
-@pytest.mark.parametrize("is_terminal", [False, True])
-def test_without_bars_there_is_a_line_per_step(is_terminal: bool) -> None:
-    """`logging.progress=false` on a terminal and in a log; a resumed run goes on counting."""
-    console = _terminal() if is_terminal else _log()
+@pytest.mark.parametrize("console", [_terminal(), _log()], ids=["terminal", "log"])
+def test_without_bars_there_is_a_line_per_step(console: Console) -> None:
+    """`logging.progress=false`; a resumed run goes on counting."""
     display = TrainProgress(40, description="care", bar=False, start_step=3, console=console)
     with display as progress:
         for step in range(4, 41):
@@ -69,23 +68,22 @@ def test_terminal_gets_a_bar_and_evaluations_nest_in_it() -> None:
     assert all(shown in text for shown in ("3/4", "12,346", "ETA", "evaluate"))
 
 
-def test_disabled_progress_is_silent() -> None:
+@pytest.mark.parametrize("console", [_terminal(), _log()], ids=["terminal", "log"])
+def test_disabled_progress_is_silent(console: Console) -> None:
     """Other ranks neither draw nor print."""
-    for console in (_log(), _terminal()):
-        with TrainProgress(4, enabled=False, console=console) as progress:
-            progress.update(4, _VALUES)
-            progress.print("hello")
-        assert list(track([1, 2], "work", enabled=False, console=console)) == [1, 2]
-        assert _written(console) == ""
+    with TrainProgress(4, enabled=False, console=console) as progress:
+        progress.update(4, _VALUES)
+        progress.print("hello")
+    assert list(track([1, 2], "work", enabled=False, console=console)) == [1, 2]
+    assert _written(console) == ""
 
 
 def test_track_in_a_log() -> None:
     """Long work tells its end in a log; without a known length, its start."""
     console = _log()
     assert list(track(range(30), "evaluate", console=console)) == list(range(30))
-    assert "evaluate 30/30" in _written(console)
     assert list(track(iter("ab"), "generate", console=console)) == ["a", "b"]
-    assert "generate ..." in _written(console)
+    assert "evaluate 30/30" in _written(console) and "generate ..." in _written(console)
 
 
 _MARKUP = "[red]x[/red] [/bold] [link=http://a]b[/link] :smile:"
@@ -127,23 +125,20 @@ def test_a_run_ends_with_its_scores(summary: dict, shown: tuple, tmp_path: Path)
     assert all(text in _written(console) for text in shown)
 
 
-def test_completion_cannot_drive_the_terminal() -> None:
-    """Escape sequences and other control characters never reach the terminal."""
+def test_a_completion_cannot_drive_or_fill_the_terminal() -> None:
+    """Control characters never reach it; however long the completions are, their panel is not, and
+    their ends, which hold the answers, are kept."""
     console = _terminal()
     hostile = "a\x1b]0;title\x07\x9b2Jb\rc\u202ed"
     show_group(console, hostile, [SampleRecord(1, "q", hostile, "d", 0.0, "negative")])
     assert "]0;title" in _written(console)
     assert not any(c in _written(console) for c in ("\x1b]0", "\x07", "\x9b", "\r", "\u202e"))
-
-
-@pytest.mark.parametrize("text", ["word " * 100_000, "\n" * 100_000, "x" * 100_000])
-def test_huge_completion_stays_small(text: str) -> None:
-    """However long the completions are, their panel is not; their ends, the answers, are kept."""
-    console = _log()
-    record = SampleRecord(1, text, text + "THE END", text, 0.0, "negative")
-    show_group(console, text, [record] * 3)
-    assert len(_written(console).splitlines()) < 60
-    assert _written(console).count("THE END") == 3
+    for text in ("word " * 100_000, "\n" * 100_000, "x" * 100_000):
+        console = _log()
+        record = SampleRecord(1, text, text + "THE END", text, 0.0, "negative")
+        show_group(console, text, [record] * 3)
+        assert len(_written(console).splitlines()) < 60
+        assert _written(console).count("THE END") == 3
 
 
 @pytest.mark.parametrize(

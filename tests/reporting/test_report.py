@@ -28,12 +28,12 @@ _SUMMARY: dict[str, Any] = {
     "wall_seconds": 3661.4,
     "command": "care-train train configs/care.yaml",
 }
+_TRAIN = {"phase": "train", "groups": 8}
 _METRICS = [
-    {"phase": "train", "step": 1, "groups": 8, "groups_skipped": 2, "reflections": 4,
-     "reflection_success": 0.5},
-    {"phase": "train", "step": 2, "groups": 8, "groups_skipped": 4, "reflections": 0},
+    _TRAIN | {"step": 1, "groups_skipped": 2, "reflections": 4, "reflection_success": 0.5},
+    _TRAIN | {"step": 2, "groups_skipped": 4, "reflections": 0},
     {"phase": "eval", "step": 2, "groups": 100},
-]  # fmt: skip
+]
 
 
 def _report(run_dir: Path, summary: dict[str, Any] = _SUMMARY) -> str:
@@ -79,28 +79,22 @@ def test_names_are_shown_to_the_letter(tmp_path: Path) -> None:
     assert "<img" not in text and "\n# b" not in text and "\x1b" not in text
 
 
-def test_summary_is_json(tmp_path: Path) -> None:
-    """summary.json comes back as written, null for NaN, and leaves no temporary file."""
-    write_summary(tmp_path / "run", {"accuracy": 0.5, "loss": math.nan, "nested": [math.inf]})
-    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == {
-        "accuracy": 0.5,
-        "loss": None,
-        "nested": [None],
-    }
-    assert os.listdir(tmp_path / "run") == ["summary.json"]
-
-
-def test_summary_survives_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where writing stops half way, the old summary is still whole."""
-    write_summary(tmp_path, {"step": 1})
+def test_summary_is_json_and_survives_a_failed_write(tmp_path: Path, monkeypatch) -> None:
+    """It comes back as written, null for NaN, and leaves no temporary file; where writing stops
+    half way, the old one is still whole."""
+    folder = tmp_path / "run"
+    write_summary(folder, {"accuracy": 0.5, "loss": math.nan, "nested": [math.inf]})
+    written = {"accuracy": 0.5, "loss": None, "nested": [None]}
+    assert json.loads((folder / "summary.json").read_text()) == written
+    assert os.listdir(folder) == ["summary.json"]
 
     def killed(descriptor: int) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_summary(tmp_path, {"step": 2})
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"step": 1}
+        write_summary(folder, {"step": 2})
+    assert json.loads((folder / "summary.json").read_text()) == written
 
 
 def _answers(step: int, **right: bool) -> list[dict]:
