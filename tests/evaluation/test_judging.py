@@ -11,7 +11,7 @@ from bench.protocol_fixtures import benchmark_rows
 from care_train.data import Sample
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.evaluation.evaluate import judge_responses
-from care_train.evaluation.question import Question, choose_option, right_options
+from care_train.evaluation.question import Question, choose_option
 from care_train.rollout.engine import Completion
 from care_train.verifier import AnswerType
 from tests.train.builders import make_session
@@ -94,23 +94,6 @@ def test_the_option_an_answer_names(case):
         place = None if letter == "none" else ord(letter) - ord("A")
         for answer in answers:
             assert choose_option(answer, question) == place, answer
-
-
-@pytest.mark.parametrize(
-    ("key", "options", "places"),
-    [
-        ("C", COLORS, {2}),
-        ("(C)", COLORS, {2}),
-        ("Blue", COLORS, {2}),
-        ("7", ("5", "7", "7"), {1, 2}),
-        ("B, C", COLORS, set()),
-        ("E", COLORS, set()),
-        ("", ("", "a"), set()),
-    ],
-)
-def test_the_options_a_key_names(key, options, places):
-    """By letter, with brackets or without, or by text; several options may share it."""
-    assert right_options(key, options) == places
 
 
 @pytest.mark.parametrize("name", ["mmmu_pro_vision", "math_vision"])

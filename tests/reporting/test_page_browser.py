@@ -46,6 +46,15 @@ def _opened(
     context.close()
 
 
+@contextmanager
+def _page_of(browser: Any, *runs: Path, fragment: str = "") -> Iterator[Any]:
+    """The page of these runs, written beside them."""
+    path = runs[0].parent / "report.html"
+    write_page(runs, path)
+    with _opened(browser, path.as_uri() + fragment) as page:
+        yield page
+
+
 @pytest.fixture(scope="module")
 def page_url(quickstart_run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("pages") / "report.html"
@@ -167,9 +176,7 @@ def test_evaluated_answers_are_shown(chromium, tmp_path):
     for step, words in ((0, "baba"), (20, "aabc")):
         for decoding in ("sampled", "greedy"):
             write_evaluation(run, step, decoding, words)
-    write_page([run], tmp_path / "report.html")
-    url = (tmp_path / "report.html").as_uri()
-    with _opened(chromium, f"{url}#answers") as page:
+    with _page_of(chromium, run, fragment="#answers") as page:
         status = page.locator(".side [role=status]")
         status.get_by_text("8 answers").wait_for()
         page.locator("#filter-outcome").select_option("became wrong")
@@ -179,15 +186,13 @@ def test_evaluated_answers_are_shown(chromium, tmp_path):
         page.locator(".groups a").click()
         page.wait_for_selector("#group-title:focus")
         link, shown = page.url, page.locator(".group").inner_text()
-        assert link == f"{url}#answer=run/greedy/row-3"
+        assert link.endswith("#answer=run/greedy/row-3")
         for text in ("Answers, greedy, row row-3", "what is number 3?", "Reference answer"):
             assert text in shown
         assert page.locator(".images img").evaluate("image => image.naturalWidth") == 40
         assert page.locator("h4").all_inner_texts() == ["Before training", "After 20 steps"]
-        assert page.locator(".outcome").all_inner_texts() == [
-            "✓ correct: exact match",
-            "✗ wrong: got another answer",
-        ]
+        outcomes = page.locator(".outcome").all_inner_texts()
+        assert outcomes == ["✓ correct: exact match", "✗ wrong: got another answer"]
         page.get_by_role("button", name="Difference to the first answer").click()
         assert page.locator("del, ins").all_inner_texts() == ["a", "c"]
         page.get_by_role("button", name="Clear").click()
@@ -214,8 +219,8 @@ def test_differences_to_the_anchor_are_marked(chromium, large_url):
 def test_a_baselines_group_has_no_anchor(chromium, tmp_path):
     """All of its rollouts stand side by side, with their advantages."""
     rows = [group(0, ["a", "b", "c", "d"], roles=["trained"] * 4, outcome="trained")]
-    write_page([write_run(tmp_path / "grpo", rows)], tmp_path / "report.html")
-    with _opened(chromium, f"{(tmp_path / 'report.html').as_uri()}#group=grpo/1/row-0") as page:
+    run = write_run(tmp_path / "grpo", rows)
+    with _page_of(chromium, run, fragment="#group=grpo/1/row-0") as page:
         titles = page.locator(".rollout h4").all_inner_texts()
         assert titles == [f"Rollout {number}: trained" for number in range(1, 5)]
         assert "advantage" in page.locator(".rollout .pairs").last.inner_text()
@@ -230,9 +235,8 @@ def test_hostile_text_is_shown_as_text(chromium, tmp_path):
     rows = [group(0, [hostile, turned, broken, "x" * 3_000_000], prompt=hostile, answer=hostile)]
     run = write_run(tmp_path / "run<b>'\"&", rows)
     (run / "config.yaml").write_text(f"name: {json.dumps(hostile)}\n")
-    write_page([run], tmp_path / "report.html")
-    assert (tmp_path / "report.html").stat().st_size < 1_000_000
-    with _opened(chromium, (tmp_path / "report.html").as_uri()) as page:
+    with _page_of(chromium, run) as page:
+        assert (tmp_path / "report.html").stat().st_size < 1_000_000
         page.get_by_role("link", name="Groups").click()
         page.locator(".groups a").first.click()
         page.get_by_text("Other rollouts").click()
@@ -266,8 +270,7 @@ def test_runs_are_compared(chromium, tmp_path):
         write_metrics(tmp_path / name, f"name: {name}\nseed: {seed}\nalgorithm: {name[:4]}\n", seed)
         for name, seed in (("care-0", 0), ("care-1", 1), ("grpo", 0))
     ]
-    write_page(runs, tmp_path / "report.html")
-    with _opened(chromium, (tmp_path / "report.html").as_uri()) as page:
+    with _page_of(chromium, *runs) as page:
         legend = page.locator(".legend").first.inner_text()
         assert legend.split() == ["care,", "2", "seeds", "grpo"]
         page.get_by_role("link", name="Settings").click()
@@ -275,6 +278,7 @@ def test_runs_are_compared(chromium, tmp_path):
         assert "algorithm\tcare\tcare\tgrpo" in differing
 
 
+@pytest.mark.slow
 def test_archive_and_page_are_measured_with_many_groups(chromium, quickstart_run, tmp_path):
     """`python -m bench.archive` writes a run's groups again, times readers and takes pictures."""
     command = (sys.executable, "-m", "bench.archive", str(quickstart_run))
