@@ -1,9 +1,9 @@
-"""One step of `CareGRPOTrainer`, alone or as one of several processes.
+"""`CareGRPOTrainer` on completions that a policy once said, alone or as one of several processes.
 
 python -m tests.integrations.care_trl_ranks FOLDER OUT scripted    # also under `accelerate launch`
 
-`scripted` groups are the same however many processes there are; of `sampled` ones the processes
-need different numbers of tokens.
+trains one step. `scripted` groups are the same however many processes there are; of `sampled` ones
+the processes need different numbers of tokens.
 """
 
 import os
@@ -18,23 +18,65 @@ from transformers import AutoTokenizer
 from care_train.integrations.trl import CareGRPOTrainer
 from tests.integrations.trl_runs import build_trainer
 
+GROUP = 8
 RIGHT = "<think>{} and more</think> <answer>blue</answer>"
 WRONG = "<think>{} perhaps</think> <answer>red</answer>"
 WORDS = ("one", "two words", "three", "a", "b c", "d", "e f g", "h")
-# In the order of the prompts: the first two groups reflect, so one of two processes has two
-# reflections and the other none.
 GROUPS = {
-    "what color is the image?": [RIGHT.format("sky"), *map(WRONG.format, WORDS[1:])],
-    "is there a circle?": [*map(RIGHT.format, WORDS[:3]), *map(WRONG.format, WORDS[3:])],
+    # In the order of the prompts. The first two reflect, so one of two processes has two
+    # reflections and the other none. One response has no tags.
+    "what color is the image?": [
+        *map(RIGHT.format, WORDS[:2]),
+        "x blue",
+        *map(WRONG.format, ("the sky is low", "a rose", "clay", "sea", "no idea at all")),
+    ],
+    "is there a circle?": [RIGHT.format("the answer is clear"), *map(WRONG.format, WORDS[1:])],
+    # Rescued.
     "yes": [*map(WRONG.format, WORDS)],
+    # Skipped.
     "what shape is it": [*map(RIGHT.format, WORDS)],
 }
-REPAIR = "so it is the sky</think> <answer>blue</answer>"
+REPAIRS = (
+    "so it is the sky</think> <answer>blue</answer>",
+    "so it is a rose, I think</think> <answer>red</answer>",
+)
 
 
 def right(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
     """1 where the answer is blue."""
     return [float("<answer>blue" in completion[0]["content"]) for completion in completions]
+
+
+def small_trainer(folder: Path, out: Path, **settings: Any) -> CareGRPOTrainer:
+    """Four groups of eight in one generation batch."""
+    defaults = {
+        "trainer_class": CareGRPOTrainer,
+        "reward": [right],
+        "per_device_train_batch_size": GROUP,
+        "gradient_accumulation_steps": 4,
+        "num_generations": GROUP,
+        "max_completion_length": 40,
+    }
+    trainer: Any = build_trainer(folder, out, **(defaults | settings))
+    return trainer
+
+
+def script(trainer: Any) -> list[list[list[int]]]:
+    """Replace TRL's generation by `GROUPS` and `REPAIRS`; what it will be asked for."""
+    asked: list[list[list[int]]] = []
+
+    def generate(prompt_ids: list, images: Any, fields: Any, num_generations: int) -> Any:
+        asked.append([list(ids) for ids in prompt_ids])
+        texts = [REPAIRS[i % 2] for i in range(len(prompt_ids))]
+        if num_generations > 1:
+            prompts = [trainer._tokenizer.decode(ids) for ids in prompt_ids]
+            keys = [next(key for key in GROUPS if f"{key}<|im_end|>" in text) for text in prompts]
+            texts = [GROUPS[key][i % GROUP] for i, key in enumerate(keys)]
+        rows = trainer._tokenizer(texts)["input_ids"]
+        return [[*row, trainer.eos_token_ids[0]] for row in rows], None
+
+    trainer._generate_single_turn = generate
+    return asked
 
 
 def shard_on_cpus() -> None:
@@ -58,17 +100,12 @@ def by_chance(completion_ids: list[list[int]], **_: Any) -> list[float]:
 def main(folder: Path, out: Path, groups: str) -> None:
     """Train one step; the first process saves weights and metrics."""
     shard_on_cpus()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     eos = AutoTokenizer.from_pretrained(folder).eos_token_id
-    trainer: Any = build_trainer(
+    trainer: Any = small_trainer(
         folder,
         out,
-        trainer_class=CareGRPOTrainer,
         reward=[right if groups == "scripted" else by_chance],
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=4 // world,
-        num_generations=8,
-        max_completion_length=40,
+        gradient_accumulation_steps=4 // int(os.environ.get("WORLD_SIZE", "1")),
         max_steps=1,
         shuffle_dataset=False,
         beta=0.1,
@@ -77,25 +114,14 @@ def main(folder: Path, out: Path, groups: str) -> None:
         # Ends are likely, so that one process has sampled all of its own before the other.
         generation_kwargs=None if groups == "scripted" else {"sequence_bias": [[[eos], 5.0]]},
     )
-
-    def generate(prompt_ids: list, images: Any, fields: Any, num_generations: int) -> Any:
-        texts = [REPAIR] * len(prompt_ids)
-        if num_generations > 1:
-            asked = [trainer._tokenizer.decode(ids) for ids in prompt_ids]
-            keys = [next(key for key in GROUPS if f"{key}<|im_end|>" in text) for text in asked]
-            texts = [GROUPS[key][i % 8] for i, key in enumerate(keys)]
-        rows = trainer._tokenizer(texts)["input_ids"]
-        return [[*row, trainer.eos_token_ids[0]] for row in rows], None
-
     if groups == "scripted":
-        trainer._generate_single_turn = generate
+        script(trainer)
     trainer.train()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
         logged = {n: v for n, v in trainer.state.log_history[0].items() if "care/" in n}
         kind = type(trainer.model_wrapped).__name__
-        found = {"weights": weights, "metrics": logged, "kind": kind}
-        torch.save(found, out / "step.pt")
+        torch.save({"weights": weights, "metrics": logged, "kind": kind}, out / "step.pt")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

@@ -17,29 +17,15 @@ pytest.importorskip("trl", reason="trl is not installed: pip install 'trl>=1.16,
 
 from care_train.algorithm import care
 from care_train.algorithm.region_weights import spread_advantages
-from care_train.config import CareSettings, ReflectionSettings
+from care_train.algorithm.types import GroupUpdate
+from care_train.config import CareSettings
 from care_train.distributed import own_environment
+from care_train.integrations import trl as door
 from care_train.integrations import trl_rollouts
-from care_train.integrations.trl import CareGRPOTrainer, check
 from care_train.integrations.trl_batch import picked, policy_terms
-from tests.integrations.care_trl_ranks import REPAIR, RIGHT, WORDS, WRONG, right
-from tests.integrations.trl_runs import build_trainer
+from tests.integrations.care_trl_ranks import GROUP, right, script, small_trainer
 from tests.kernels.oracle import reference_ratio, reference_sampled_kl, reference_surrogate
 from tests.train.runs import run_ranks
-
-GROUP = 8
-GROUPS = (
-    # Right and wrong, one broken: anchored, with a reflection.
-    [RIGHT.format("the sky is wide"), RIGHT.format("sea"), "x blue"]
-    + [WRONG.format(t) for t in ("the sky is low", "a rose", "clay", "sea", "no idea at all")],
-    # All wrong: rescued.
-    [WRONG.format(text) for text in WORDS],
-    # All right: skipped.
-    [RIGHT.format(text) for text in WORDS],
-    # One right.
-    [RIGHT.format("the answer is clear")] + [WRONG.format(str(i) * (i + 1)) for i in range(7)],
-)
-SLIP = "so it is a rose, I think</think> <answer>red</answer>"
 
 
 def neat(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
@@ -47,54 +33,19 @@ def neat(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
     return [0.1 * ("</answer>" in c[0]["content"]) for c in completions]
 
 
-class Scripted:
-    """TRL's generation replaced by what a policy once said; remembers what it was asked for."""
-
-    def __init__(self, trainer: Any, repairs: Sequence[str]) -> None:
-        self.trainer, self.repairs = trainer, repairs
-        self.asked: list[list[list[int]]] = []
-
-    def __call__(self, prompt_ids: Any, images: Any, fields: Any, num_generations: int) -> Any:
-        self.asked.append([list(ids) for ids in prompt_ids])
-        texts = [text for group in GROUPS for text in group]
-        if num_generations == 1:
-            texts = [self.repairs[i % len(self.repairs)] for i in range(len(prompt_ids))]
-        ids = self.trainer._tokenizer(texts[: len(prompt_ids)])["input_ids"]
-        return [[*row, self.trainer.eos_token_ids[0]] for row in ids], None
-
-
-Build = Callable[..., tuple[CareGRPOTrainer, Scripted]]
+Build = Callable[..., Any]
 
 
 @pytest.fixture
 def build(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Build:
-    """A trainer whose four groups of eight are `GROUPS`, in one generation batch."""
+    """Makes a trainer of a kind of model; `asked` are the prompts that it samples for."""
 
-    def make(
-        kind: str = "tiny-qwen2", repairs: Sequence[str] = (REPAIR, SLIP), **settings: Any
-    ) -> tuple[CareGRPOTrainer, Scripted]:
-        own = ("care", "peft_config", "accuracy", "processing_class")
-        more = {name: settings.pop(name) for name in own if name in settings}
-
-        def trainer_class(**arguments: Any) -> CareGRPOTrainer:
-            return CareGRPOTrainer(**(arguments | more))
-
-        defaults = {
-            "per_device_train_batch_size": 8,
-            "gradient_accumulation_steps": 4,
-            "num_generations": GROUP,
-            "max_completion_length": 40,
-            "reward": [right, neat],
-            "epsilon": 0.2,
-            "epsilon_high": 0.28,
-        }
-        trainer = build_trainer(
-            tiny_folder(kind), tmp_path, trainer_class=trainer_class, **(defaults | settings)
-        )
-        script = Scripted(trainer, repairs)
-        trainer._generate_single_turn = script
+    def make(kind: str = "tiny-qwen2", **settings: Any) -> Any:
+        clip = {"epsilon": 0.2, "epsilon_high": 0.28, "reward": [right, neat]}
+        trainer: Any = small_trainer(tiny_folder(kind), tmp_path, **(clip | settings))
+        trainer.asked = script(trainer)
         trainer.model.train()
-        return trainer, script
+        return trainer
 
     return make
 
@@ -105,66 +56,64 @@ def generation_batch(trainer: Any) -> dict[str, Any]:
     return trainer._generate_and_score_completions(rows)
 
 
-def by_hand(trainer: Any) -> list[tuple[care.GroupUpdate, Tensor]]:
-    """Algorithm 1 over the sampled groups and repairs, its sequences' a_it end to end."""
-    results = []
+def completions(batch: dict[str, Any], of: str = "completion_ids") -> list[Tensor]:
+    """Each row of `of` without its padding."""
+    masks = batch["completion_mask"].bool()
+    return [row[mask] for row, mask in zip(batch[of], masks, strict=True)]
+
+
+def by_hand(trainer: Any) -> list[GroupUpdate]:
+    """Algorithm 1 over the sampled groups and repairs that are not skipped."""
+    updates = []
     for group, repair in zip(trainer.seen_groups, trainer.seen_repairs, strict=True):
         subgroup = care.select_subgroup(group, trainer.care)
-        if isinstance(subgroup, str):
-            continue
-        update = care.subgroup_update(subgroup, trainer.care, repair)
-        results.append((update, spread_advantages(update.sequences)))
-    return results
+        if not isinstance(subgroup, str):
+            updates.append(care.subgroup_update(subgroup, trainer.care, repair))
+    return updates
 
 
 @pytest.fixture
 def spied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the groups and repairs that the trainer goes on with."""
-    groups_of, repairs_of = trl_rollouts.rollout_groups, trl_rollouts.reflect
 
     def rollout_groups(trainer: Any, *args: Any) -> Any:
-        trainer.seen_groups = groups_of(trainer, *args)
+        trainer.seen_groups = trl_rollouts.rollout_groups(trainer, *args)
         return trainer.seen_groups
 
     def reflect(trainer: Any, *args: Any) -> Any:
-        trainer.seen_repairs, log_probs = repairs_of(trainer, *args)
+        trainer.seen_repairs, log_probs = trl_rollouts.reflect(trainer, *args)
         return trainer.seen_repairs, log_probs
 
-    monkeypatch.setattr("care_train.integrations.trl.rollout_groups", rollout_groups)
-    monkeypatch.setattr("care_train.integrations.trl.reflect", reflect)
+    monkeypatch.setattr(door, "rollout_groups", rollout_groups)
+    monkeypatch.setattr(door, "reflect", reflect)
 
 
 @pytest.mark.parametrize("kind", ("tiny-qwen2", "tiny-qwen2.5-vl"))
 def test_token_advantages_are_algorithm_1s(kind: str, build: Build, spied: None) -> None:
     """Bit for bit: each trained sequence stands in one row, with its tokens and its a_it."""
-    trainer, _ = build(kind)
+    trainer = build(kind)
     batch = generation_batch(trainer)
-    rows = {}
-    for ids, mask, advantages in zip(
-        batch["completion_ids"], batch["completion_mask"], batch["advantages"], strict=True
-    ):
-        rows.setdefault(tuple(ids[mask.bool()].tolist()), []).append(advantages[mask.bool()])
-        assert (advantages[~mask.bool()] == 0).all()
+    assert (batch["advantages"][batch["completion_mask"] == 0] == 0).all()
+    rows: dict[tuple[int, ...], list[Tensor]] = {}
+    for ids, advantages in zip(completions(batch), completions(batch, "advantages"), strict=True):
+        rows.setdefault(tuple(ids.tolist()), []).append(advantages)
     updates = by_hand(trainer)
-    assert [update.rescued for update, _ in updates] == [False, True, False]
-    roles = [sequence.role for update, _ in updates for sequence in update.sequences]
-    assert "reflected_success" in roles and "reflected_failure" in roles
-    for update, advantages in updates:
-        lengths = [len(sequence.rollout.token_ids) for sequence in update.sequences]
-        for sequence, wanted in zip(update.sequences, advantages.split(lengths), strict=True):
-            assert any(torch.equal(row, wanted) for row in rows[sequence.rollout.token_ids])
-    count = sum(len(update.sequences) for update, _ in updates)
-    assert int(batch["num_trained"]) == count
-    assert int((batch["kl_shares"] > 0).sum()) == count
+    assert [update.rescued for update in updates] == [False, False, True]
+    sequences = [sequence for update in updates for sequence in update.sequences]
+    assert {"reflected_success", "reflected_failure"} <= {s.role for s in sequences}
+    for sequence in sequences:
+        wanted = spread_advantages([sequence])
+        assert any(torch.equal(row, wanted) for row in rows[sequence.rollout.token_ids])
+    assert int(batch["num_trained"]) == int((batch["kl_shares"] > 0).sum()) == len(sequences)
 
 
 def test_rationales_and_log_probs_are_the_policys(build: Build, spied: None) -> None:
     """Eq. 4's embeddings are means of the policy's own hidden states over the think content."""
-    trainer, _ = build()
+    trainer = build()
     generation_batch(trainer)
     model: Any = trainer.model
-    for group in trainer.seen_groups[:2]:
-        place, means = trainer.seen_groups.index(group), []
+    for place, group in enumerate(trainer.seen_groups[:2]):
+        means = []
         for i, rollout in enumerate(group.rollouts):
             prompt = trainer.sampled_prompt_ids[place * GROUP + i]
             ids = torch.tensor([[*prompt, *rollout.token_ids]])
@@ -183,43 +132,33 @@ def test_a_reflection_is_asked_for_after_the_failed_rationale_and_the_cue(
     build: Build, spied: None
 ) -> None:
     """Line 13: prompt, `<think>`, the failed rationale, the cue; and it is trained behind them."""
-    trainer, script = build("tiny-qwen2.5-vl")
+    trainer = build("tiny-qwen2.5-vl")
     batch = generation_batch(trainer)
-    sampled, repairs = script.asked
+    sampled, repairs = trainer.asked
     assert len(sampled) == 4 * GROUP and len(repairs) == 2  # the two anchored groups
-    decode = trainer._tokenizer.decode
-    for asked, place in zip(repairs, (0, 3), strict=True):
+    found = [tuple(ids.tolist()) for ids in completions(batch)]
+    for place, asked in enumerate(repairs):
         rollout = trainer.seen_repairs[place]
-        prompt = trainer.sampled_prompt_ids[place * GROUP]
-        assert asked == [*prompt, *rollout.prefix_ids]
-        forced = decode(rollout.prefix_ids)
+        assert asked == [*trainer.sampled_prompt_ids[place * GROUP], *rollout.prefix_ids]
+        forced = trainer._tokenizer.decode(rollout.prefix_ids)
         assert forced.startswith("<think>") and trainer.care.reflection.cue in forced
-        row = next(
-            i
-            for i, (ids, mask) in enumerate(
-                zip(batch["completion_ids"], batch["completion_mask"], strict=True)
-            )
-            if tuple(ids[mask.bool()].tolist()) == rollout.token_ids
-        )
+        row = found.index(rollout.token_ids)
         assert batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist() == asked
         # The image's tokens are marked where the prompt has them, as before.
-        kinds = batch["mm_token_type_ids"][row]
-        image = trainer.model.config.image_token_id
         ids = torch.cat([batch["prompt_ids"][row], batch["completion_ids"][row]])
-        assert torch.equal(kinds.bool(), ids == image)
+        is_image = ids == trainer.model.config.image_token_id
+        assert torch.equal(batch["mm_token_type_ids"][row].bool(), is_image)
 
 
-@pytest.mark.parametrize("kind", ("tiny-qwen2", "tiny-qwen2.5-vl"))
-@pytest.mark.parametrize("beta", (0.0, 0.1))
+@pytest.mark.parametrize(("kind", "beta"), (("tiny-qwen2", 0.0), ("tiny-qwen2.5-vl", 0.1)))
 def test_the_loss_is_eqs_12_and_13(kind: str, beta: float, build: Build) -> None:
     """Over all micro-batches: the gradient of the equations, written out on plain log-probs."""
-    trainer, _ = build(kind, beta=beta, use_bias_correction_kl=False, num_iterations=2)
+    trainer = build(kind, beta=beta, use_bias_correction_kl=False, num_iterations=2)
     batch = generation_batch(trainer)
     # As after an update: the ratio is not 1.
     generator = torch.Generator().manual_seed(0)
-    batch["old_per_token_logps"] += 0.2 * torch.randn(
-        batch["old_per_token_logps"].shape, generator=generator
-    )
+    old = batch["old_per_token_logps"]
+    old += 0.2 * torch.randn(old.shape, generator=generator)
     model: Any = trainer.model
     trainer.current_gradient_accumulation_steps = 4
     parts = [picked(batch, list(range(start, start + 8))) for start in range(0, 4 * GROUP, 8)]
@@ -230,7 +169,7 @@ def test_the_loss_is_eqs_12_and_13(kind: str, beta: float, build: Build) -> None
 
     log_probs = trl_log_probs(trainer, batch)
     mask, count = batch["completion_mask"], batch["num_trained"]
-    ratio = reference_ratio(log_probs, batch["old_per_token_logps"], None)
+    ratio = reference_ratio(log_probs, old, None)
     surrogate = policy_terms(trainer, parts[0]).options["surrogate"]
     value = -reference_surrogate(surrogate, ratio, log_probs, batch["advantages"])
     if beta:
@@ -255,10 +194,17 @@ def trl_log_probs(trainer: Any, batch: dict[str, Any]) -> Tensor:
     return torch.log_softmax(logits, -1).gather(-1, batch["completion_ids"][..., None])[..., 0]
 
 
+def trained(trainer: Any) -> tuple[dict[str, float], set[str]]:
+    """The first step's log of `train()`, and which weights it moved."""
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(before[n], p)}
+    return trainer.state.log_history[0], moved
+
+
 @pytest.mark.parametrize(
     "settings",
     (
-        {},
         {"beta": 0.05, "num_iterations": 2, "kind": "tiny-qwen2.5-vl"},
         {"loss_type": "cispo", "epsilon_high": 3.0},
         {"importance_sampling_level": "sequence", "mask_truncated_completions": True},
@@ -266,20 +212,20 @@ def trl_log_probs(trainer: Any, batch: dict[str, Any]) -> Tensor:
     ids=str,
 )
 def test_it_trains_by_trls_own_loop(settings: dict[str, Any], build: Build) -> None:
-    """`train()` moves the weights, and logs CARE's shares beside TRL's metrics."""
-    trainer, _ = build(**settings)
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    trainer.train()
-    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    assert len(steps) == 2
-    first = steps[0]
+    """`train()` moves the weights, and logs CARE's shares beside TRL's metrics. In evaluation
+    nothing is selected: TRL's rewards of TRL's completions."""
+    trainer = build(per_device_eval_batch_size=8, num_generations_eval=8, **settings)
+    first, moved = trained(trainer)
+    assert len(moved) > len(list(trainer.model.parameters())) / 2
     assert first["care/trained_groups"] == pytest.approx(3 / 4)
     assert first["care/rescued_groups"] == pytest.approx(1 / 4)
     assert first["care/reflection_success"] == pytest.approx(1 / 2)
     assert {"clip_ratio/low_mean", "cispo_clip_ratio"} & first.keys()
     assert {"rewards/right/mean", "entropy", "reward_std"} <= first.keys()
-    moved = [n for n, p in trainer.model.named_parameters() if not torch.equal(before[n], p)]
-    assert len(moved) > len(before) / 2
+    trainer.eval_dataset = trainer.train_dataset
+    trainer.asked.clear()
+    assert trainer.evaluate()["eval_rewards/right/mean"] > 0
+    assert not any(len(asked) == 2 for asked in trainer.asked)
 
 
 def test_it_trains_adapters_over_4_bits(build: Build, tiny_folder: Any) -> None:
@@ -289,35 +235,38 @@ def test_it_trains_adapters_over_4_bits(build: Build, tiny_folder: Any) -> None:
         tiny_folder("tiny-qwen2.5-vl"), quantization_config=BitsAndBytesConfig(load_in_4bit=True)
     )
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    trainer, _ = build("tiny-qwen2.5-vl", model=quantised, peft_config=lora, beta=0.1)
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    trainer.train()
-    moved = {n for n, p in trainer.model.named_parameters() if not torch.equal(before[n], p)}
+    own = {"peft_config": lora}
+    first, moved = trained(build("tiny-qwen2.5-vl", model=quantised, own=own, beta=0.1))
     assert moved and all("lora" in name for name in moved)
-    assert trainer.state.log_history[0]["care/trained_groups"] == pytest.approx(3 / 4)
-
-
-def test_evaluation_is_trls(build: Build) -> None:
-    """In evaluation nothing is selected: TRL's rewards of TRL's completions."""
-    trainer, script = build(per_device_eval_batch_size=8, num_generations_eval=8)
-    trainer.eval_dataset = trainer.train_dataset
-    metrics = trainer.evaluate()
-    assert metrics["eval_rewards/right/mean"] > 0
-    assert not any(len(asked) == 2 for asked in script.asked)
+    assert first["care/trained_groups"] == pytest.approx(3 / 4)
 
 
 def test_a_completion_without_accuracy_takes_no_part(build: Build, spied: None) -> None:
-    """None of the accuracy function: neither positive nor failure."""
+    """None of the accuracy function: neither positive nor failure. A number that cannot say what
+    is right is an error that names the function."""
 
     def unsure(completions: list[list[dict[str, str]]], **_: Any) -> list[float | None]:
-        values = right(completions)
         texts = [completion[0]["content"] for completion in completions]
+        values = right(completions)
         return [None if "sea" in t else v for t, v in zip(texts, values, strict=True)]
 
-    trainer, _ = build(reward=[unsure])
+    def loud(completions: Any, **_: Any) -> list[float]:
+        return [3.0] * len(completions)
+
+    trainer = build(reward=[unsure])
     generation_batch(trainer)
-    update = by_hand(trainer)[0][0]
+    update = by_hand(trainer)[0]
     assert update.sequences and all("sea" not in s.rollout.text for s in update.sequences)
+    with pytest.raises(ValueError, match=r"reward function loud: got 3\.0, wanted a number in"):
+        generation_batch(build(reward=[loud]))
+
+
+def test_a_group_that_trains_whole_does_not_reflect(build: Build, spied: None) -> None:
+    """Two right ones and six failures leave no row for a repair; one right one and six do."""
+    trainer = build(own={"care": CareSettings(anchor="all", max_negatives=6)})
+    generation_batch(trainer)
+    assert [repair is not None for repair in trainer.seen_repairs] == [False, True, False, False]
+    assert len(by_hand(trainer)[0].sequences) == GROUP
 
 
 @pytest.mark.parametrize(
@@ -330,7 +279,10 @@ def test_a_completion_without_accuracy_takes_no_part(build: Build, spied: None) 
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
             r"per_device_train_batch_size x steps_per_generation = 4; wanted a multiple|divisible",
         ),
-        ({"accuracy": "rigth"}, "accuracy: got 'rigth', wanted one of the reward functions"),
+        (
+            {"own": {"accuracy": "rigth"}},
+            "accuracy: got 'rigth', wanted one of the reward functions",
+        ),
     ),
 )
 def test_refuses(settings: dict[str, Any], message: str, build: Build) -> None:
@@ -339,41 +291,23 @@ def test_refuses(settings: dict[str, Any], message: str, build: Build) -> None:
         build(**({"gradient_accumulation_steps": 2} | settings))
 
 
-def test_an_accuracy_outside_its_range_is_named(build: Build) -> None:
-    """A reward of 3.0 cannot say what is right."""
-
-    def loud(completions: Any, **_: Any) -> list[float]:
-        return [3.0] * len(completions)
-
-    trainer, _ = build(reward=[loud])
-    with pytest.raises(ValueError, match=r"reward function loud: got 3\.0, wanted a number in"):
-        generation_batch(trainer)
-
-
-def test_settings_reach_the_algorithm(build: Build, spied: None) -> None:
-    """K = 1 without reflection: an anchor and one negative."""
-    settings = CareSettings(max_negatives=1, reflection=ReflectionSettings(enabled=False))
-    trainer, script = build(care=settings)
-    generation_batch(trainer)
-    update = by_hand(trainer)[0][0]
-    assert [sequence.role for sequence in update.sequences] == ["anchor", "negative"]
-    assert len(script.asked) == 1
-
-
-def test_a_group_that_trains_whole_does_not_reflect(build: Build, spied: None) -> None:
-    """Two right ones and six failures leave no row for a repair; one right one and six do."""
-    trainer, _ = build(care=CareSettings(anchor="all", max_negatives=6))
-    generation_batch(trainer)
-    assert [repair is not None for repair in trainer.seen_repairs] == [False, False, False, True]
-    assert len(by_hand(trainer)[0][0].sequences) == GROUP
-
-
-def test_a_processor_that_pads_on_the_right_is_refused(build: Build, tiny_folder: Any) -> None:
-    """TRL pads prompts on the left: the processor's marks of image tokens would be shifted."""
+def test_refuses_what_would_be_silently_wrong(
+    build: Build, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor that pads on the right: TRL pads on the left, so the marks of image tokens would
+    be shifted. FSDP2 with ram-efficient loading: it fills no other process's part of a reference.
+    """
     kind = "tiny-qwen2.5-vl"
     processor = AutoProcessor.from_pretrained(tiny_folder(kind), padding_side="right")
     with pytest.raises(ValueError, match="padding_side='right'; wanted 'left'"):
-        build(kind, processing_class=processor)
+        build(kind, own={"processing_class": processor})
+    trainer = build(beta=0.1)
+    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(ValueError, match="cpu_ram_efficient_loading=true and beta > 0"):
+        door.check(trainer)
+    trainer.ref_model = None
+    door.check(trainer)
 
 
 RANKS = "tests.integrations.care_trl_ranks"
@@ -383,11 +317,6 @@ FSDP2 = (
     "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
     "--fsdp_cpu_ram_efficient_loading=false",
 )
-
-
-@pytest.fixture(scope="module")
-def step_of_one(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return step_of(1, tiny_folder("tiny-qwen2.5-vl"), tmp_path_factory.mktemp("one"))
 
 
 def step_of(
@@ -402,6 +331,11 @@ def step_of(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out / "step.pt")
+
+
+@pytest.fixture(scope="module")
+def step_of_one(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return step_of(1, tiny_folder("tiny-qwen2.5-vl"), tmp_path_factory.mktemp("one"))
 
 
 @pytest.mark.parametrize(
@@ -428,16 +362,3 @@ def test_a_process_that_has_sampled_all_waits_for_the_other(
     """With sharded weights each of generate()'s forwards is a collective call."""
     step = step_of(FSDP2, tiny_folder("tiny-qwen2.5-vl"), tmp_path, "sampled")
     assert 0 < step["metrics"]["care/trained_groups"] <= 1
-
-
-def test_a_reference_that_one_process_alone_has_read_is_refused(
-    build: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """FSDP2 with ram-efficient loading fills no other process's part of TRL's reference."""
-    trainer, _ = build(beta=0.1)
-    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True)
-    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
-    with pytest.raises(ValueError, match="cpu_ram_efficient_loading=true and beta > 0"):
-        check(trainer)
-    trainer.ref_model = None
-    check(trainer)

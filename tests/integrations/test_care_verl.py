@@ -111,17 +111,15 @@ def test_token_advantages_are_algorithm_1s(tiny_folder, settings):
     advantages = computed(batch, config)
     care = build_config({"care": {**settings, "reflection": {"enabled": False}}}).care
     wanted, skipped = torch.zeros_like(advantages), []
-    for uid in dict.fromkeys(uid for uid, _ in batch.rows):
-        rows, group = batch.group(uid, door.settings_of(config))
+    for g in range(len(GROUPS)):
+        rows, group = batch.group(f"uid-{g}", door.settings_of(config))
         subgroup = select_subgroup(group, care)
         if isinstance(subgroup, str):
             skipped.append(subgroup)
             continue
-        update = subgroup_update(subgroup, care)
         places = {id(rollout): i for i, rollout in zip(rows, group.rollouts, strict=True)}
-        lengths = [len(sequence.rollout.token_ids) for sequence in update.sequences]
-        pieces = spread_advantages(update.sequences).split(lengths)
-        for sequence, row in zip(update.sequences, pieces, strict=True):
+        for sequence in subgroup_update(subgroup, care).sequences:
+            row = spread_advantages([sequence])
             wanted[places[id(sequence.rollout)], : len(row)] = row
     assert skipped == ["all_correct"]
     assert torch.equal(advantages, wanted) and (advantages > 0).any() and (advantages < 0).any()
@@ -129,27 +127,21 @@ def test_token_advantages_are_algorithm_1s(tiny_folder, settings):
 
 
 def test_what_a_response_is(tiny_folder):
-    """Right from the threshold on; its end token is told from a cut."""
+    """Right from the threshold on; its end token is told from a cut; rationales in the same words
+    are at distance 0, those that share fewer are farther."""
     batch = Batch(tiny_folder("tiny-qwen2"))
-    groups = [batch.group(f"uid-{g}", door.CareInVerl(model="x"))[1].rollouts for g in range(3)]
+    care = door.CareInVerl(model="x")
+    groups = [batch.group(f"uid-{g}", care)[1].rollouts for g in range(3)]
     assert sorted(rollout.accuracy for rollout in groups[0]) == [0.0] * 7 + [1.0] * 3
     assert sum(not rollout.finished for group in groups for rollout in group) == 1
-
-
-def test_near_rationales_are_near(tiny_folder):
-    """The stand-in for Eq. 4: the same words are at distance 0, fewer shared ones farther."""
-    text = door.token_text(str(tiny_folder("tiny-qwen2")))
-    care = door.CareInVerl(model="x")
-    tokenizer: Any = text._tokenizer
+    tokenizer: Any = batch.text._tokenizer
 
     def counts(words: str) -> Tensor:
         ids = tokenizer(f"<think>{words}</think><answer>1</answer>")["input_ids"]
-        return door.rationale_counts(door.rollout_of(ids, 0.0, text, care))
+        return door.rationale_counts(door.rollout_of(ids, 0.0, batch.text, care))
 
-    same, near, far = (
-        float(counts("the image is red") @ counts(other))
-        for other in ("the image is red", "the image is blue", "what?")
-    )
+    words = ("the image is red", "the image is blue", "what?")
+    same, near, far = (float(counts(words[0]) @ counts(other)) for other in words)
     assert same == pytest.approx(1.0) and same > near > far
 
 
@@ -199,25 +191,24 @@ def test_the_v1_trainer_fetches_the_token_ids(tiny_folder, monkeypatch):
     base = pytest.importorskip("verl.trainer.ppo.v1.trainer_base")
     folder = tiny_folder("tiny-qwen2")
     batch, asked = Batch(folder), []
+    columns: dict[str, Any] = dict(batch.data.batch.items())
+    columns["rm_scores"] = columns["token_level_rewards"]
+    columns["uid"] = batch.data.non_tensor_batch["uid"]
 
     def kv_batch_get(keys, partition_id, select_fields):
         asked.append(select_fields)
-        columns: dict[str, Any] = dict(batch.data.batch.items())
-        columns["rm_scores"] = columns["token_level_rewards"]
-        columns["uid"] = batch.data.non_tensor_batch["uid"]
         return Fetched({name: columns[name] for name in select_fields if name in columns})
 
-    def kv_batch_put(keys, partition_id, fields):
-        return fields
-
-    def data_proto(batch):
-        return SimpleNamespace(batch=batch, non_tensor_batch={})
-
-    queue = SimpleNamespace(kv_batch_get=kv_batch_get, kv_batch_put=kv_batch_put)
-    monkeypatch.setattr(base, "tq", queue)
-    monkeypatch.setattr(base, "DataProto", data_proto)
-    monkeypatch.setattr(base, "response_to_nested", lambda values, mask: values)
-    monkeypatch.setattr(base, "TensorDict", lambda values, batch_size: values)
+    replaced = {
+        "tq": SimpleNamespace(
+            kv_batch_get=kv_batch_get, kv_batch_put=lambda keys, partition_id, fields: fields
+        ),
+        "DataProto": lambda batch: SimpleNamespace(batch=batch, non_tensor_batch={}),
+        "response_to_nested": lambda values, mask: values,
+        "TensorDict": lambda values, batch_size: values,
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(base, name, value)
     algorithm = OmegaConf.to_container(algorithm_config(folder), resolve=True)
     assert isinstance(algorithm, dict)
     algorithm |= {"gamma": 1.0, "lam": 1.0, "use_kl_in_reward": False}

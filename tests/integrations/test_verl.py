@@ -28,11 +28,10 @@ def _by_softmax(hidden, weight, input_ids, temperature):
     return log_probs, -(every.exp() * every).sum(-1)
 
 
-@pytest.mark.parametrize("lead", [(12,), (3, 4), (1, 12)], ids=str)
 @pytest.mark.parametrize(
-    "temperature",
-    [1.0, 0.6, torch.tensor(0.6), torch.linspace(0.5, 1.5, 12)],
-    ids=["1", "0.6", "tensor", "per token"],
+    ("lead", "temperature"),
+    [((12,), 1.0), ((3, 4), torch.tensor(0.6)), ((1, 12), torch.linspace(0.5, 1.5, 12))],
+    ids=["packed", "batched", "a temperature per token"],
 )
 def test_values_and_gradients_are_torchs(lead, temperature):
     """Both results and their gradients, for packed and batched tokens."""
@@ -44,13 +43,8 @@ def test_values_and_gradients_are_torchs(lead, temperature):
         mixed = (log_probs * torch.linspace(-1, 1, 12).view(lead)).sum() + 0.3 * entropy.sum()
         results.append((log_probs, entropy, *torch.autograd.grad(mixed, (hidden, weight))))
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
-
-
-def test_bfloat16_comes_back_in_float32():
-    """Half-precision hidden states give float32 log-probs and entropies."""
-    hidden, weight, input_ids = _inputs(6)
-    results = FusedLinearForPPO()(hidden.bfloat16(), weight.bfloat16(), input_ids)
-    assert [result.dtype for result in results] == [torch.float32, torch.float32]
+    halves = FusedLinearForPPO()(hidden.bfloat16(), weight.bfloat16(), input_ids)
+    assert [result.dtype for result in halves] == [torch.float32, torch.float32]
 
 
 def test_shapes_that_do_not_fit():

@@ -1,6 +1,7 @@
 """Tiny GRPO trainers, with and without the integration, and what they compute."""
 
 import random
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,30 @@ def tie_rarely(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(sum(ids) % 17) for ids in completion_ids]
 
 
-def build_trainer(folder: Path, output_dir: Path, **settings: Any) -> GRPOTrainer:
-    """A GRPOTrainer of the tiny model in `folder`; `settings` go to GRPOConfig.
+def build_trainer(
+    folder: Path,
+    output_dir: Path,
+    *,
+    trainer_class: Callable[..., GRPOTrainer] = GRPOTrainer,
+    model: Any = None,
+    reward: Any = tie_rarely,
+    own: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> GRPOTrainer:
+    """A trainer of the tiny model in `folder`, or of `model`.
 
-    `model`, `reward` and `trainer_class` are taken out of them.
+    `settings` go to GRPOConfig; `own` are more arguments of `trainer_class`.
     """
     vision = "vl" in folder.name
     auto_class = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    reward = settings.pop("reward", tie_rarely)
-    trainer_class = settings.pop("trainer_class", GRPOTrainer)
-    model = settings.pop("model", None) or auto_class.from_pretrained(folder)
-    return trainer_class(
-        model=model,
-        reward_funcs=reward,
-        args=grpo_config(output_dir, **settings),
-        train_dataset=prompts(vision),
-        processing_class=AutoProcessor.from_pretrained(folder, padding_side="left"),
-    )
+    arguments = {
+        "model": model or auto_class.from_pretrained(folder),
+        "reward_funcs": reward,
+        "args": grpo_config(output_dir, **settings),
+        "train_dataset": prompts(vision),
+        "processing_class": AutoProcessor.from_pretrained(folder, padding_side="left"),
+    }
+    return trainer_class(**(arguments | dict(own or {})))
 
 
 def grpo_config(output_dir: Path, **settings: Any) -> GRPOConfig:

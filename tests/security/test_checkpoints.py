@@ -48,22 +48,23 @@ PLANTS = {
     ),
 }
 
-FILES = [
-    (0, "state/mp_rank_00_model_states.pt"),
-    (0, "rank_00000.pt"),
-    (2, "state/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
-    (2, "state/mp_rank_00_model_states.pt"),
-    (3, "state/zero_pp_rank_0_mp_rank_00_optim_states.pt"),
-    (3, "state/zero_pp_rank_0_mp_rank_00_model_states.pt"),
+# The ZeRO stage, a file that the commands read, and the commands: an export reads weights alone,
+# of ZeRO-0 and 2 from one file, of ZeRO-3 from all shards.
+RESUME, BOTH = ("resume",), ("resume", "export")
+ATTACKS = [
+    ("within the state", 0, "rank_00000.pt", RESUME),
+    ("within the state", 2, "state/zero_pp_rank_0_mp_rank_00_optim_states.pt", RESUME),
+    ("within the state", 3, "state/zero_pp_rank_0_mp_rank_00_optim_states.pt", BOTH),
+    ("within the state", 3, "state/zero_pp_rank_0_mp_rank_00_model_states.pt", BOTH),
+    ("instead of the file", 0, "state/mp_rank_00_model_states.pt", BOTH),
+    ("torch's old format", 2, "state/mp_rank_00_model_states.pt", BOTH),
 ]
 
 
-# Every file for one attack; DeepSpeed's reader and ours for the others.
-ATTACKS = [(plant, *file) for plant in PLANTS for file in FILES[: 6 if "within" in plant else 2]]
-
-
-@pytest.mark.parametrize(("plant", "stage", "name"), ATTACKS)
-def test_a_checkpoint_that_would_run_code_is_refused(plant, stage, name, trained, tmp_path):
+@pytest.mark.parametrize(("plant", "stage", "name", "commands"), ATTACKS)
+def test_a_checkpoint_that_would_run_code_is_refused(
+    plant, stage, name, commands, trained, tmp_path
+):
     """With a manifest that fits, as whoever can write the files can make: `--resume` and `export`
     end with status 2 and name the checkpoint; nothing of the payload was called."""
     folder, says = tmp_path / "run", tmp_path / "says"
@@ -72,12 +73,12 @@ def test_a_checkpoint_that_would_run_code_is_refused(plant, stage, name, trained
     PLANTS[plant](checkpoint / name, Payload(says))
     (checkpoint / "manifest.json").unlink()
     write_manifest(checkpoint)
-    resumed = ("train", f"resume={folder}", "train.steps=2")
-    exported = ("export", f"--run={folder}", f"--out={tmp_path / 'out'}")
-    # The export reads weights alone: of ZeRO-0 and 2 from one file, of ZeRO-3 from all shards.
-    reads = "model_states" in name or (stage == 3 and "optim" in name)
-    for command in (resumed, exported) if reads else (resumed,):
-        status, errors = one_rank(*command)
+    arguments = {
+        "resume": ("train", f"resume={folder}", "train.steps=2"),
+        "export": ("export", f"--run={folder}", f"--out={tmp_path / 'out'}"),
+    }
+    for command in commands:
+        status, errors = one_rank(*arguments[command])
         assert status == 2 and "Traceback" not in errors, errors
         assert f"{checkpoint}: a file holds more than tensors and plain data" in errors or (
             "within" not in plant and "a file is none that DeepSpeed wrote" in errors
@@ -85,40 +86,27 @@ def test_a_checkpoint_that_would_run_code_is_refused(plant, stage, name, trained
         assert not says.exists()
 
 
-@pytest.mark.parametrize("name", ["state/bf16_zero_pp_rank_9_mp_rank_00_optim_states.pt", "x.py"])
-def test_a_file_that_the_manifest_does_not_name_is_damage(name, trained, tmp_path):
-    """DeepSpeed loads what it finds in the folder; a file that was added is found before."""
+def test_what_the_manifest_does_not_say_is_damage(trained, tmp_path):
+    """DeepSpeed loads what it finds in the folder, so a file that was added is damage. So is a
+    link, which would lead to a file that can change after its checksum was compared."""
     checkpoint = tmp_path / "step_000001"
     shutil.copytree(trained / "zero3" / "checkpoints" / "step_000001", checkpoint)
     assert find_damage(checkpoint) is None
-    (checkpoint / name).write_bytes(b"more")
-    assert find_damage(checkpoint) == f"{name} is not in manifest.json"
-
-
-@pytest.mark.parametrize(
-    "entries",
-    [
-        [],
-        {"files": []},
-        {"files": {"a": 1}},
-        {"files": {"../../etc/passwd": {"size": 1, "blake2b": "x"}}},
-        {"files": {"/etc/passwd": {"size": 1, "blake2b": "x"}}},
-    ],
-)
-def test_a_manifest_of_another_form_is_damage(entries, tmp_path):
-    """Also one that names files elsewhere: they are not looked at."""
-    (tmp_path / "manifest.json").write_text(json.dumps(entries))
-    assert find_damage(tmp_path) == "manifest.json is damaged"
-
-
-def test_a_link_in_a_checkpoint_is_damage(trained, tmp_path):
-    """It would lead to a file that can change after its checksum was compared."""
-    checkpoint = tmp_path / "step_000001"
-    shutil.copytree(trained / "zero0" / "checkpoints" / "step_000001", checkpoint)
+    added = checkpoint / "state" / "bf16_zero_pp_rank_9_mp_rank_00_optim_states.pt"
+    added.write_bytes(b"more")
+    assert find_damage(checkpoint) == f"state/{added.name} is not in manifest.json"
+    added.unlink()
     file = checkpoint / "trainer_state.json"
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
     assert find_damage(checkpoint) == "trainer_state.json is missing"
+
+
+@pytest.mark.parametrize("files", [[], {"a": 1}, {"../../x": {"size": 1, "blake2b": "x"}}])
+def test_a_manifest_of_another_form_is_damage(files, tmp_path):
+    """Also one that names files elsewhere: they are not looked at."""
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+    assert find_damage(tmp_path) == "manifest.json is damaged"
 
 
 CODE = """

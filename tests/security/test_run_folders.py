@@ -3,9 +3,7 @@
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,120 +17,82 @@ from care_train.training.run_folder import MARKER, RunFolder, check_free, marker
 from tests.security.conftest import names, one_rank, tree
 from tests.train.runs import FastRun
 
-Attack = tuple[list[str], str]
-"""What is added to a run's command with overwrite=true, and what it must be refused with."""
+WANTED = "wanted a folder's name below output_dir"
+READ = " lies in {run}, which overwrite=true would delete"
 
-
-def _named(name: str, out: Path) -> Attack:
-    name = name.format(out=out)
-    return [f"name='{name}'"], f"name: got {name!r}, wanted a folder's name below output_dir"
-
-
-def _linked(target: str, out: Path) -> Attack:
-    """A link to a folder elsewhere, with care-train's own marker in it, or to all runs."""
-    shutil.copytree(out / "run", out.parent / "elsewhere")
-    (out / "link").symlink_to(out.parent / target)
-    return ["name=link"], f"name: got 'link', which leads to {out.parent / target}"
-
-
-def _not_care_trains(marker: str | None, out: Path) -> Attack:
-    """A source tree that has a config.yaml; with a marker, one of another program's."""
-    (out / "mine" / "package").mkdir(parents=True)
-    (out / "mine" / "config.yaml").write_text("seed: 1\n")
-    (out / "mine" / "package" / "code.py").write_text("x = 1\n")
-    if marker is not None:
-        (out / "mine" / MARKER).write_text(marker)
-    return ["name=mine"], f"overwrite: {out / 'mine'} has no {MARKER}"
-
-
-def _run_without_marker(out: Path) -> Attack:
-    """As the version before left them."""
-    shutil.copytree(out / "run", out / "mine")
-    (out / "mine" / MARKER).unlink()
-    return ["name=mine"], "remove it yourself"
-
-
-def _reads(key: str, argument: str, out: Path) -> Attack:
-    """An input within the folder that is to be replaced."""
-    run = out / "run"
-    (run / "reward.py").write_text("def score(solution_str, ground_truth):\n    return 1.0\n")
-    (run / "rows.jsonl").write_text('{"prompt": "what?", "answer": "1", "rationale": "so"}\n')
-    (run / "zero.yaml").write_text("zero_stage: 1\n")
-    (out.parent / "top.yaml").write_text(f"extends: {run / 'config.yaml'}\n")
-    (out.parent / "model").symlink_to(run / "final")
-    return [argument.format(run=run, above=out.parent)], key
-
-
-def _rows_with_images(out: Path) -> Attack:
-    """Their file is elsewhere."""
-    Image.new("RGB", (64, 64), "red").save(out / "run" / "red.png")
-    row = {"prompt": "what color?", "answer": "red", "images": ["runs/run/red.png"]}
-    path = out.parent / "rows.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    more = ["model.path=tiny-qwen2.5-vl", f"data.path={path}"]
-    return more, f"data: rows.jsonl: row 1: {out / 'run' / 'red.png'} lies in"
-
-
-def _run_inside(out: Path) -> Attack:
-    """As `output_dir=runs/run/evals` makes them."""
-    inner = out / "run" / "evals" / "inner"
-    shutil.copytree(out / "other", inner)
-    return [], f"holds another run, {inner}"
-
-
-def _wrong(arguments: list[str], message: str, out: Path) -> Attack:
-    """What is found wrong before the first step."""
-    bad = out.parent / "bad.jsonl"
-    bad.write_text('{"prompt": "no answer"}\n')
-    return [argument.format(bad=bad) for argument in arguments], message
-
-
-NAMES = ("", ".", "..", "./", "a/../..", "../runs/other", "{out}/other", "{out}", ".run")
-READ = {
-    "reward.functions.function": "reward.functions=[{{function: '{run}/reward.py:score'}}]",
-    "sft.eval_data": "sft.eval_data={run}/rows.jsonl",
-    "model.path": "model.path={run}/final",
-    "model.path (linked)": "model.path={above}/model",
-    "--config": "--config={run}/config.yaml",
-    "extends in": "--config={above}/top.yaml",
-    "deepspeed=": "deepspeed={run}/zero.yaml",
-}
-
-ATTACKS: dict[str, Callable[[Path], Attack]] = {
-    **{f"name {name!r}": partial(_named, name) for name in NAMES},
-    "link elsewhere": partial(_linked, "elsewhere"),
-    "link to all runs": partial(_linked, "runs"),
-    "source tree": partial(_not_care_trains, None),
-    "another program's marker": partial(_not_care_trains, "[]"),
-    "run without a marker": _run_without_marker,
-    **{key: partial(_reads, key.partition(" (")[0], argument) for key, argument in READ.items()},
-    "rows with images": _rows_with_images,
-    "another run inside": _run_inside,
-    "no such rows": partial(_wrong, ["data.path=nowhere.jsonl"], "nowhere.jsonl"),
-    "a bad row": partial(_wrong, ["eval.data={bad}"], "bad.jsonl"),
-    "no such model": partial(_wrong, ["model.path=nowhere"], "no config.json there"),
-    "a long prompt": partial(_wrong, ["prompt.max_prompt_tokens=1"], "wanted at most 1"),
-    "contradicting settings": partial(
-        _wrong,
-        ["train.keep_best=greedy_accuracy", "train.eval_every=1"],
+# What is added to a run's command with overwrite=true, and what it must be refused with.
+ATTACKS: dict[str, tuple[str, str]] = {
+    **{f"name {name!r}": (f"name='{name}'", WANTED) for name in ("", ".", "a/../..", ".run")},
+    "another run's path": ("name={out}/other", WANTED),
+    "link elsewhere": ("name=link", "name: got 'link', which leads to {above}/elsewhere"),
+    "link to all runs": ("name=all", "name: got 'all', which leads to {out}"),
+    "source tree": ("name=source", f"overwrite: {{out}}/source has no {MARKER}"),
+    "another program's marker": ("name=foreign", f"overwrite: {{out}}/foreign has no {MARKER}"),
+    "run without a marker": ("name=unmarked", "remove it yourself"),
+    "another run inside": ("name=outer", "holds another run, {out}/outer/evals/inner"),
+    "reward": (
+        "reward.functions=[{{function: '{run}/reward.py:score'}}]",
+        f"reward.functions.function: {{run}}/reward.py{READ}",
+    ),
+    "rows": ("sft.eval_data={run}/rows.jsonl", f"sft.eval_data: {{run}}/rows.jsonl{READ}"),
+    "linked model": ("model.path={above}/model", f"model.path: {{above}}/model{READ}"),
+    "configuration": ("--config={run}/config.yaml", f"{{run}}/config.yaml{READ}"),
+    "what it extends": ("--config={above}/top.yaml", f"{{run}}/config.yaml{READ}"),
+    "rows with images": (
+        "model.path=tiny-qwen2.5-vl data.path={above}/pictures.jsonl",
+        "data: pictures.jsonl: row 1: {run}/red.png lies in",
+    ),
+    "no such rows": ("data.path=nowhere.jsonl", "nowhere.jsonl"),
+    "a bad row": ("eval.data={above}/bad.jsonl", "bad.jsonl"),
+    "no such model": ("model.path=nowhere", "no config.json there"),
+    "a long prompt": ("prompt.max_prompt_tokens=1", "wanted at most 1"),
+    "contradicting settings": (
+        "train.keep_best=greedy_accuracy train.eval_every=1",
         "needs eval.greedy=true",
     ),
 }
 
 
+@pytest.fixture
+def targets(out) -> dict[str, Path]:
+    """What the attacks name, beside and inside the run `run`."""
+    run, above = out / "run", out.parent
+    shutil.copytree(run, above / "elsewhere")
+    (out / "link").symlink_to(above / "elsewhere")
+    (out / "all").symlink_to(out)
+    for name in ("source", "foreign"):
+        (out / name / "package").mkdir(parents=True)
+        (out / name / "config.yaml").write_text("seed: 1\n")
+        (out / name / "package" / "code.py").write_text("x = 1\n")
+    (out / "foreign" / MARKER).write_text("[]")
+    shutil.copytree(run, out / "unmarked")
+    (out / "unmarked" / MARKER).unlink()
+    shutil.copytree(run, out / "outer")
+    shutil.copytree(run, out / "outer" / "evals" / "inner")
+    (run / "reward.py").write_text("def score(solution_str, ground_truth):\n    return 1.0\n")
+    (run / "rows.jsonl").write_text('{"prompt": "what?", "answer": "1", "rationale": "so"}\n')
+    (above / "model").symlink_to(run / "final")
+    (above / "top.yaml").write_text(f"extends: {run / 'config.yaml'}\n")
+    Image.new("RGB", (64, 64), "red").save(run / "red.png")
+    row = {"prompt": "what color?", "answer": "red", "images": ["runs/run/red.png"]}
+    (above / "pictures.jsonl").write_text(json.dumps(row) + "\n")
+    (above / "bad.jsonl").write_text('{"prompt": "no answer"}\n')
+    return {"run": run, "out": out, "above": above}
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_overwrite_destroys_nothing_where_it_is_refused(attack, arguments, out, capsys):
+def test_overwrite_destroys_nothing_where_it_is_refused(attack, arguments, targets, capsys):
     """Names and links that leave output_dir, folders that care-train did not make, those that the
     new run reads or that hold another, and a new run that cannot begin: what is wrong is named,
     nothing is deleted, and nothing is left behind."""
-    more, message = ATTACKS[attack](out)
-    before = tree(out.parent), names(out)
+    more, message = (text.format(**targets) for text in ATTACKS[attack])
+    out, above = targets["out"], targets["above"]
+    before = tree(above), names(out)
+    more = [more] if "functions" in more else more.split()
     assert main([*arguments, *more, "overwrite=true"]) == 2
     errors = capsys.readouterr().err
     assert message in errors and "Traceback" not in errors
-    if attack in READ:
-        assert f" lies in {out / 'run'}, which overwrite=true would delete" in errors
-    assert (tree(out.parent), names(out)) == before
+    assert (tree(above), names(out)) == before
 
 
 def test_a_folder_with_a_users_files_never_becomes_care_trains(arguments, out):
@@ -168,13 +128,12 @@ real, Verifier.score_batch = Verifier.score_batch, score_batch
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_new_run_that_fails_before_its_first_step_gives_the_old_one_back(ranks, arguments, out):
+def test_a_new_run_that_fails_before_its_first_step_gives_the_old_one_back(arguments, out):
     """An error in the evaluation before training, on the last rank."""
     before = tree(out)
-    fault = IN_EVALUATION.format(rank=ranks - 1, out=out, fault="raise ValueError('no verdict')")
-    outputs = FastRun(*arguments, "overwrite=true", ranks=ranks, before=fault).end()
-    assert [status for status, _ in outputs] == [2] * ranks, outputs
+    fault = IN_EVALUATION.format(rank=1, out=out, fault="raise ValueError('no verdict')")
+    outputs = FastRun(*arguments, "overwrite=true", ranks=2, before=fault).end()
+    assert [status for status, _ in outputs] == [2, 2], outputs
     assert "ended before its first step; this one is kept" in outputs[0][1]
     assert tree(out) == before and names(out) == ["other", "run"]
 
@@ -252,7 +211,7 @@ def test_a_kill_between_the_renames_of_an_overwrite_loses_no_run(renames, out, m
     assert tree(out) == before and names(out) == ["other", "run"]
 
 
-def test_a_kill_while_the_old_run_is_deleted_keeps_the_newone_rank(out, monkeypatch):
+def test_a_kill_while_the_old_run_is_deleted_keeps_the_new_one(out, monkeypatch):
     """Half of the old run is gone by then."""
     folder = out / "run"
     run = RunFolder(Config(output_dir=str(out), name="run"), folder, is_resumed=False)
@@ -295,36 +254,32 @@ def _write(text: str):
     return lambda partial: (partial / "weights").write_text(text) and None
 
 
-@pytest.mark.parametrize("renames", range(2))
-def test_a_kill_between_two_renames_leaves_a_whole_copy(renames, tmp_path, monkeypatch):
-    """A folder that is replaced, cut off before and after each rename: whole, old or new."""
-    folder = tmp_path / "final"
-    write_folder(folder, _write("old"))
-    _kill_after(monkeypatch, renames)
-    # What runs after an exception does not run after a kill.
-    monkeypatch.setattr(folders, "_put_back", lambda folder: None, raising=False)
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
-    with pytest.raises(Killed):
-        write_folder(folder, _write("new"))
-    monkeypatch.undo()
-    clean_up(tmp_path)
-    assert names(tmp_path) == ["final"] and (folder / "weights").read_text() == "old"
-    write_folder(folder, _write("new"))
-    assert names(tmp_path) == ["final"] and (folder / "weights").read_text() == "new"
-
-
-def test_what_is_written_again_after_such_a_kill_does_not_lose_the_old_copy(tmp_path, monkeypatch):
-    """Without a clean-up between: the old copy first gets its name back."""
-    folder = tmp_path / "final"
-    write_folder(folder, _write("old"))
-    folder.rename(tmp_path / "final.replaced")
-    with pytest.raises(Killed):
-        write_folder(folder, _write("new"), _fail)
-    assert names(tmp_path) == ["final"] and (folder / "weights").read_text() == "old"
-
-
 def _fail(_: Path) -> None:
     raise Killed
+
+
+@pytest.mark.parametrize("renames", range(2))
+def test_a_kill_between_two_renames_leaves_a_whole_copy(renames, tmp_path, monkeypatch):
+    """A folder that is replaced, cut off before and after each rename: whole, old or new. Written
+    again without a clean-up between, the old copy first gets its name back."""
+    folder = tmp_path / "final"
+    write_folder(folder, _write("old"))
+    for cleaned in (True, False):
+        _kill_after(monkeypatch, renames)
+        # What runs after an exception does not run after a kill.
+        monkeypatch.setattr(folders, "_put_back", lambda folder: None, raising=False)
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            write_folder(folder, _write("new"))
+        monkeypatch.undo()
+        if cleaned:
+            clean_up(tmp_path)
+        else:
+            with pytest.raises(Killed):
+                write_folder(folder, _write("new"), _fail)
+        assert names(tmp_path) == ["final"] and (folder / "weights").read_text() == "old"
+    write_folder(folder, _write("new"))
+    assert names(tmp_path) == ["final"] and (folder / "weights").read_text() == "new"
 
 
 def test_a_deletion_that_was_cut_off_is_completed(tmp_path, monkeypatch):

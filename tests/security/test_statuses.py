@@ -49,7 +49,7 @@ def _leave(disk: Path, free: int) -> None:
     (disk / "ballast").write_bytes(b"x" * ((8 << 20) - free))
 
 
-@pytest.mark.parametrize("kib", [0, 4, 12, 40, 150, 500, 1500])
+@pytest.mark.parametrize("kib", [0, 12, 150, 1500])
 def test_a_disk_that_is_full_anywhere_is_status_74(kib, rows, disk):
     """From before the folder is made to the final model: the run ends with what to do."""
     _leave(disk, kib << 10)
@@ -73,12 +73,11 @@ def _writing(command: str, rows: Path, out: Path, tmp_path: Path) -> list[str]:
     return [command, *_arguments(rows, out)[1:]]
 
 
-@pytest.mark.parametrize("kib", [0, 8])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_full_disk_under_every_command_is_status_74(command, kib, rows, disk, tmp_path):
+def test_a_full_disk_under_every_command_is_status_74(command, rows, disk, tmp_path):
     """Whatever it was about to write there."""
     arguments = _writing(command, rows, disk, tmp_path)
-    _leave(disk, kib << 10)
+    _leave(disk, 8 << 10)
     status, errors = _one(*arguments)
     assert status == DISK_FULL_STATUS, errors
 
@@ -121,7 +120,7 @@ def test_an_output_that_becomes_read_only_ends_the_run(rows, disk):
     assert str(disk / "run") in errors, errors
 
 
-def test_an_odd_name_is_shown_as_it_is(rows, tmp_path):
+def test_an_odd_name_is_shown_as_it_is(rows, tmp_path, capsys):
     """The terminal's markup, HTML and Markdown in a run's name: a run that ends well shows it to
     the letter."""
     name = "[/red][bold]x<img src=x onerror=alert(1)>a|b`c`"
@@ -129,10 +128,7 @@ def test_an_odd_name_is_shown_as_it_is(rows, tmp_path):
     assert status == 0, errors
     shown = (tmp_path / name / "report.md").read_text().partition("```")[0]
     assert "<img" not in shown and shown.count("\n# ") == 0, shown
-
-
-@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mx"])
-def test_a_name_with_control_characters_is_refused(name, rows, tmp_path, capsys):
-    """A line break and an escape sequence."""
-    assert main([*_arguments(rows, tmp_path), f"name={json.dumps(name)}"]) == INPUT_STATUS
-    assert "name: got " in capsys.readouterr().err
+    # A line break and an escape sequence are refused.
+    for name in ("a\nb", "\x1b[31mx"):
+        assert main([*_arguments(rows, tmp_path), f"name={json.dumps(name)}"]) == INPUT_STATUS
+        assert "name: got " in capsys.readouterr().err
