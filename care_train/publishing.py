@@ -15,7 +15,7 @@ import yaml
 
 import care_train
 from care_train import hub
-from care_train.config import FROM_PYTHON, SHIPPED_DATA, Config, config_to_yaml, hub_data, source_of
+from care_train.config import SHIPPED_DATA, Config, config_to_yaml, hub_data, source_of
 from care_train.distributed import is_main
 from care_train.models.load import load_skeleton
 from care_train.models.lora import save_adapter
@@ -44,15 +44,9 @@ Summary = dict[str, Any]
 
 def before_and_after(before: Mapping[str, float], after: Mapping[str, float]) -> Summary:
     """The scores of two evaluations side by side."""
-    names = {
-        "accuracy": "accuracy",
-        "format": "format",
-        "greedy": "greedy_accuracy",
-        "blind": "blind_accuracy",
-        "greedy_format": "greedy_format",
-    }
     summary: Summary = {"num_questions": int(before["num_questions"])}
-    for short, key in names.items():
+    for short in SCORES:
+        key = {"greedy": "greedy_accuracy", "blind": "blind_accuracy"}.get(short, short)
         if key in before:
             summary |= {f"{short}_before": before[key], f"{short}_after": after[key]}
     return summary
@@ -105,9 +99,6 @@ def draw_plots(run_dir: Path, algorithm: str, metrics: Sequence[Mapping[str, Any
 
 
 _KEY = "hub.push_to"
-_SCORES = ("accuracy", "greedy", "format", "greedy_format")
-"""Of `report.SCORES`, those of the card."""
-
 _NOT_SHOWN = ("output_dir", "resume", "allow_changes", "overwrite", "hub", "limits", "logging")
 """Settings that change nothing of what was trained."""
 _FOLDERS = re.compile(r"(?<![^\s=,{\[\"'])(?:~|/[^\s/,}\]\"']+)/(?:[^\s/,}\]\"']+/)*")
@@ -178,12 +169,9 @@ def without_folders(text: str) -> str:
 
 
 def _origin(config: Config, summary: Mapping[str, Any]) -> str:
-    data = config.data.path
-    shown = f"`{markdown_text(data)}`"
-    if data.startswith(FROM_PYTHON):
-        shown = "rows of a Python program"
-    elif (path := source_of(data).path) not in SHIPPED_DATA and hub_data(path) is None:
-        shown = "a local file" if Path(path).is_file() else "a local folder"
+    data = source_of(config.data.path).path
+    is_named = data in SHIPPED_DATA or hub_data(data) is not None
+    shown = f"`{markdown_text(config.data.path)}`" if is_named else "local rows"
     base = config.model.path
     is_local = Path(base).exists() or Path(base).is_absolute()
     base = "a local model" if is_local else f"`{markdown_text(base)}`"
@@ -197,7 +185,7 @@ def _origin(config: Config, summary: Mapping[str, Any]) -> str:
 def _results(summary: Mapping[str, Any]) -> str:
     rows = [
         (SCORES[name], f"{summary[f'{name}_before']:.1%}", f"{summary[f'{name}_after']:.1%}")
-        for name in _SCORES
+        for name in SCORES
         if f"{name}_before" in summary
     ]
     if not rows:

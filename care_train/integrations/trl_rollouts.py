@@ -4,11 +4,13 @@
 Shape letters: B sequences of this process, P prompt positions, T completion tokens, D hidden.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
@@ -19,19 +21,9 @@ from care_train.algorithm.spans import parse_spans, rationale_span, token_spans
 from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, Subgroup
 from care_train.verifier import format_score
 
-MODEL_INPUTS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
-"""What a batch may hold for the model's forward beside ids and masks."""
+MODEL_INPUTS = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+"""Names of TRL's arguments for log-probs: those that a batch has are the model's inputs beside ids
+and masks."""
 
 
 def rollout_of(

@@ -41,7 +41,7 @@ from care_train.algorithm.care import select_subgroup, subgroup_update
 from care_train.algorithm.region_weights import spread_advantages
 from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.spans import parse_spans, rationale_span, token_spans
-from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup
+from care_train.algorithm.types import Rollout, RolloutGroup
 from care_train.config import CareSettings
 from care_train.config.base import Share, section
 from care_train.models.prompts import TokenText
@@ -100,6 +100,8 @@ def care_advantages(
     ]
     sums = (held["old_log_probs"] * response_mask).sum(-1).float().cpu()
     advantages = torch.zeros_like(token_level_rewards, dtype=torch.float32)
+    no_reflection = replace(care.settings.reflection, enabled=False)
+    settings = replace(care.settings, reflection=no_reflection)
     for number, prompt in enumerate(dict.fromkeys(index.tolist())):
         rows = [i for i, own in enumerate(index.tolist()) if own == prompt]
         group = RolloutGroup(
@@ -107,27 +109,15 @@ def care_advantages(
             pairwise_distances(torch.stack([rationale_counts(rollouts[i]) for i in rows])),
             sums[rows],
         )
-        for place, row in token_rows(group, update_of(group, care.settings, number)):
-            advantages[rows[place], : len(row)] = row.to(advantages.device)
+        # The generator is for random selectors.
+        subgroup = select_subgroup(group, settings, torch.Generator().manual_seed(number))
+        if isinstance(subgroup, str):
+            continue
+        row_of = {id(rollout): i for i, rollout in zip(rows, group.rollouts, strict=True)}
+        for sequence in subgroup_update(subgroup, settings).sequences:
+            row, spread = row_of[id(sequence.rollout)], spread_advantages([sequence])
+            advantages[row, : len(spread)] = spread.to(advantages.device)
     return advantages, advantages
-
-
-def update_of(group: RolloutGroup, settings: CareSettings, seed: int) -> GroupUpdate | None:
-    """Lines 3-10 and 21-40; None for a group that is skipped. `seed` is for random selectors."""
-    settings = replace(settings, reflection=replace(settings.reflection, enabled=False))
-    subgroup = select_subgroup(group, settings, torch.Generator().manual_seed(seed))
-    return None if isinstance(subgroup, str) else subgroup_update(subgroup, settings)
-
-
-def token_rows(group: RolloutGroup, update: GroupUpdate | None) -> Iterator[tuple[int, Tensor]]:
-    """Line 41: the place of each trained response in its group, and its a_it."""
-    if update is None or not update.sequences:
-        return
-    lengths = [len(sequence.rollout.token_ids) for sequence in update.sequences]
-    places = {id(rollout): place for place, rollout in enumerate(group.rollouts)}
-    rows = spread_advantages(update.sequences).split(lengths)
-    for sequence, row in zip(update.sequences, rows, strict=True):
-        yield places[id(sequence.rollout)], row
 
 
 def rollout_of(

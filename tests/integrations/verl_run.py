@@ -17,6 +17,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from string import Template
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -42,44 +43,10 @@ def documented() -> list[str]:
 
 def small(model: str, steps: int, folder: str) -> list[str]:
     """Laid over them: the user's files, and sizes for a CPU."""
-    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-    return [
-        f"actor_rollout_ref.model.path={model}",
-        f"data.train_files={folder}/train.parquet",
-        f"data.val_files={folder}/train.parquet",
-        f"reward.custom_reward_function.path={folder}/reward.py",
-        "data.train_batch_size=32",
-        "data.max_prompt_length=64",
-        "data.max_response_length=56",
-        "data.dataloader_num_workers=0",
-        "data.filter_overlong_prompts=False",
-        f"{actor}.use_kl_loss=False",  # The reference's offload needs pinned memory.
-        f"{actor}.strategy=fsdp2",
-        f"{actor}.ppo_mini_batch_size=32",
-        f"{actor}.ppo_micro_batch_size_per_gpu=128",
-        f"{actor}.use_torch_compile=False",
-        f"{actor}.fsdp_config.use_torch_compile=False",
-        f"+{actor}.fsdp_config.mixed_precision.param_dtype=fp32",
-        f"{actor}.optim.lr=2e-4",
-        f"{actor}.optim.clip_grad=0.2",
-        f"{rollout}.log_prob_micro_batch_size_per_gpu=128",
-        f"{rollout}.name=vllm",
-        f"{rollout}.temperature=1.0",
-        "actor_rollout_ref.model.use_remove_padding=False",
-        "actor_rollout_ref.model.enable_gradient_checkpointing=False",
-        "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-        "+algorithm.care.settings={credit: departure, anchor: all, rescue: 0}",
-        "trainer.device=cpu",
-        "trainer.n_gpus_per_node=1",
-        f"trainer.total_training_steps={steps}",
-        f"trainer.default_local_dir={folder}",
-        "trainer.logger=[]",
-        "trainer.val_before_train=False",
-        "trainer.test_freq=-1",
-        "trainer.save_freq=-1",
-        "trainer.balance_batch=False",
-        "trainer.resume_mode=disable",
-    ]
+    lines = Path(__file__).with_suffix(".txt").read_text().splitlines()
+    names = {"MODEL": model, "STEPS": str(steps), "FOLDER": folder}
+    settings = [line for line in lines if line and not line.startswith("#")]
+    return [Template(setting).safe_substitute(names) for setting in settings]
 
 
 class Sampler:

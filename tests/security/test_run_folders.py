@@ -3,17 +3,16 @@
 import json
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from care_train.cli import main
-from care_train.config import Config, load_config
+from care_train.config import Config
 from care_train.training import folders
 from care_train.training.folders import clean_up, remove_folder, write_folder
-from care_train.training.run_folder import MARKER, RunFolder, check_free, marker_text, recover
+from care_train.training.run_folder import MARKER, RunFolder, recover
 from tests.security.conftest import names, one_rank, tree
 from tests.train.runs import FastRun
 
@@ -290,16 +289,3 @@ def test_a_deletion_that_was_cut_off_is_completed(tmp_path, monkeypatch):
     monkeypatch.undo()
     clean_up(tmp_path)
     assert names(tmp_path) == []
-
-
-def test_checking_changes_nothing(tmp_path):
-    """What the doctor asks: whether overwrite=true would be taken."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / MARKER).write_text(marker_text("a"))
-    config = load_config(None, [f"output_dir={tmp_path}", "name=run", "overwrite=true"])
-    before = tree(tmp_path)
-    assert check_free(config, folder, {}) is False
-    with pytest.raises(ValueError, match="already holds a run"):
-        check_free(replace(config, overwrite=False), folder, {})
-    assert tree(tmp_path) == before
