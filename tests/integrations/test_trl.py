@@ -146,8 +146,9 @@ def test_training_run(path, kind, settings, tiny_folder, tmp_path):
     torch.testing.assert_close(our_weights, weights, rtol=1e-4, atol=1e-6)
 
 
-def test_evaluation_and_generation_are_trls(pair):
-    """Without gradients the fused trainer evaluates TRL's loss; a plain forward has logits."""
+def test_everything_else_is_trls(pair):
+    """Without gradients the fused trainer evaluates TRL's loss; a plain forward has logits; a deep
+    copy of the model (a reference, an average of weights) answers by its own weights."""
     plain, ours, _ = pair()
     batch = micro_batch(plain)
     losses = []
@@ -156,11 +157,16 @@ def test_evaluation_and_generation_are_trls(pair):
         with torch.no_grad():
             losses.append(trainer.compute_loss(trainer.model, dict(batch)))
     torch.testing.assert_close(losses[1], losses[0], **CLOSE)
-    outputs = [
-        t.model(input_ids=batch["prompt_ids"], labels=batch["prompt_ids"]) for t in (plain, ours)
-    ]
+    labelled = {"input_ids": batch["prompt_ids"], "labels": batch["prompt_ids"]}
+    outputs = [trainer.model(**labelled) for trainer in (plain, ours)]
     assert torch.equal(outputs[0].logits, outputs[1].logits)
     assert torch.equal(outputs[0].loss, outputs[1].loss)
+    copied = copy.deepcopy(ours.model)
+    with torch.no_grad():
+        for model in (copied, plain.model):
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+        torch.testing.assert_close(copied(**labelled).logits, plain.model(**labelled).logits)
 
 
 def test_router_loss(pair, tiny_folder):
@@ -195,18 +201,6 @@ def test_subclass_with_its_own_loss_keeps_it(tiny_folder, tmp_path, caplog):
     (message,) = (r.getMessage() for r in caplog.records if r.name == integration.__name__)
     assert "log_probs" in message and "Doubled" in message
     _assert_same(plain, ours, micro_batch(plain))
-
-
-def test_a_copy_of_the_model_has_weights_of_its_own(pair):
-    """A deep copy (a reference, an average of weights) answers by its own weights, not ours."""
-    plain, ours, _ = pair()
-    copied = copy.deepcopy(ours.model)
-    inputs = {"input_ids": torch.full((1, 5), 20)}
-    with torch.no_grad():
-        for model in (copied, plain.model):
-            for parameter in model.parameters():
-                parameter.mul_(0.5)
-        torch.testing.assert_close(copied(**inputs).logits, plain.model(**inputs).logits)
 
 
 @pytest.mark.parametrize("settings", [{"beta": 0.1}, {"loss_type": "vespo"}], ids=_name)

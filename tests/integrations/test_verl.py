@@ -1,7 +1,9 @@
-"""verl's fused head, in its convention, and a head that is gathered for its backward."""
+"""verl's fused head in its convention, and a head that is gathered for its backward."""
 
 import subprocess
 import sys
+import textwrap
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from care_kernels import linear_log_probs
+from care_kernels.integrations import verl as integration
 from care_kernels.integrations.verl import FusedLinearForPPO
 
 
@@ -56,10 +59,23 @@ def test_shapes_that_do_not_fit():
         FusedLinearForPPO()(hidden, weight, input_ids, torch.ones(2))
 
 
-@pytest.mark.parametrize("module", ["care_kernels", "care_kernels.integrations.verl"])
-def test_trainers_stay_unimported(module):
-    """The package and verl's module need torch alone: no trainer is loaded on the way."""
-    script = f"import sys, {module}; print({{'trl', 'transformers', 'verl'}} & set(sys.modules))"
+def test_the_documented_module_puts_it_into_verl(monkeypatch):
+    """The example in the module's docstring, where verl looks for its own class; it is called as
+    verl's patched forwards do. No trainer is loaded on the way."""
+    place = "verl.utils.experimental.torch_functional"
+    for name in ("verl", "verl.utils", "verl.utils.experimental", place):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    lines = (integration.__doc__ or "").splitlines()
+    exec(textwrap.dedent("\n".join(line for line in lines if line.startswith("    "))), {})
+    hidden, weight, input_ids = _inputs(1, 5)
+    log_probs, entropy = (
+        sys.modules[place]
+        .FusedLinearForPPO(impl_backend="torch")
+        .forward(hidden_states=hidden, vocab_weights=weight, input_ids=input_ids, temperature=0.7)
+    )
+    assert log_probs.shape == entropy.shape == (1, 5)
+    name = integration.__name__
+    script = f"import sys, {name}; print({{'trl', 'transformers', 'verl'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
 

@@ -42,6 +42,19 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def at_step(step: int, code: str) -> str:
+    """For `before` of a run: its first rank runs `code` when it begins a step."""
+    return f"""
+import os
+from care_train.training.step import TrainStep
+def run(self, draw, step):
+    if step == {step} and os.environ.get("RANK", "0") == "0":
+        exec({code!r}, {{}})
+    return real(self, draw, step)
+real, TrainStep.run = TrainStep.run, run
+"""
+
+
 def one_rank(*arguments: str, before: str = "") -> tuple[int | None, str]:
     """A run of one rank: its status and standard error."""
     [end] = FastRun(*arguments, before=before).end()

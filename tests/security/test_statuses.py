@@ -10,7 +10,7 @@ import pytest
 
 from care_train.cli import main
 from care_train.training.failures import DISK_FULL_STATUS, INPUT_STATUS
-from tests.security.conftest import one_rank
+from tests.security.conftest import at_step, one_rank
 from tests.train.runs import mounted_disk, text_run_arguments
 
 
@@ -99,22 +99,15 @@ def test_a_read_only_output_is_status_2_under_every_command(command, rows, read_
 
 CLOSE = """
 import subprocess
-from care_train.training.step import TrainStep
-real = TrainStep.run
-def run(self, draw, step):
-    if step == 1:
-        for options in (["--bind", {disk!r}], ["-o", "remount,bind,ro"]):
-            subprocess.run(["mount", *options, {disk!r}], check=True)
-    return real(self, draw, step)
-TrainStep.run = run
+for options in (["--bind", {disk!r}], ["-o", "remount,bind,ro"]):
+    subprocess.run(["mount", *options, {disk!r}], check=True)
 """
 
 
 def test_an_output_that_becomes_read_only_ends_the_run(rows, disk):
     """As a disk with errors does: the file that could not be written is named."""
-    status, errors = _one(
-        *_arguments(rows, disk), "train.steps=4", before=CLOSE.format(disk=str(disk))
-    )
+    before = at_step(1, CLOSE.format(disk=str(disk)))
+    status, errors = _one(*_arguments(rows, disk), "train.steps=4", before=before)
     subprocess.run(["umount", "-l", disk], check=True)
     assert status == INPUT_STATUS and "Read-only file system" in errors, errors
     assert str(disk / "run") in errors, errors

@@ -65,7 +65,7 @@ def test_nested_brackets_cost_little():
 
 def test_a_collapsed_policy_costs_one_comparison():
     """Equal answers to equal keys are compared once: 600 of them cost what one costs."""
-    pool = WorkerPool(workers=1, timeout=1.0)
+    pool = WorkerPool(workers=1, timeout=0.5)
     verdicts = pool.run([Item("(x+y+z+2)^{700}", "x^2+1")] * 600)
     assert {verdict.accuracy for verdict in verdicts} == {0.0}
     assert pool.timeouts == 2
@@ -74,7 +74,7 @@ def test_a_collapsed_policy_costs_one_comparison():
 
 def test_a_batch_of_slow_answers_ends(caplog: pytest.LogCaptureFixture):
     """Answers that each use up their time share a limit: a right one beside them is still right."""
-    pool = WorkerPool(workers=2, timeout=1.0)
+    pool = WorkerPool(workers=2, timeout=0.5)
     slow = [Item(f"(x+y+z+{n})^{{700}}", "x^2+1") for n in range(14)]
     right = Item("1+x^2", "x^2+1")
     verdicts = pool.run([*slow, right])
@@ -82,7 +82,7 @@ def test_a_batch_of_slow_answers_ends(caplog: pytest.LogCaptureFixture):
     assert {verdict.accuracy for verdict in verdicts[:-1]} == {0.0}
     assert all(verdict.reason.startswith("unverified: ") for verdict in verdicts[:-1])
     assert "14 answers are unverified" in caplog.text
-    # Each alone would have 1 s twice.
+    # Each alone would have its time twice.
     assert pool.timeouts == len(slow)
     pool.close()
 
