@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 pytest.importorskip("verl", reason="verl is not installed: docs/verl.md")
 
@@ -56,19 +57,15 @@ class Batch:
         # One was cut by the length limit; the others end.
         ends = [[] if i == 4 else [tokenizer.eos_token_id] for i in range(len(ids))]
         self.ids = [own + end for own, end in zip(ids, ends, strict=True)]
-        width = max(map(len, self.ids)) + 2
-        self.responses = torch.zeros(len(ids), width, dtype=torch.long)
-        self.mask = torch.zeros(len(ids), width)
-        rewards = torch.zeros(len(ids), width)
+        self.mask = pad_sequence([torch.ones(len(own)) for own in self.ids], batch_first=True)
+        rewards = torch.zeros_like(self.mask)
         for i, own in enumerate(self.ids):
-            self.responses[i, : len(own)] = torch.tensor(own)
-            self.mask[i, : len(own)] = 1
             rewards[i, len(own) - 1] = reward_of(self.rows[i][1])
         generator = torch.Generator().manual_seed(1)
-        self.log_probs = -torch.rand(len(ids), width, generator=generator)
+        self.log_probs = -torch.rand(self.mask.shape, generator=generator)
         self.data = DataProto.from_single_dict(
             {
-                "responses": self.responses,
+                "responses": pad_sequence([*map(torch.tensor, self.ids)], batch_first=True),
                 "response_mask": self.mask,
                 "token_level_rewards": rewards,
                 "old_log_probs": self.log_probs,
