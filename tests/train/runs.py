@@ -164,6 +164,14 @@ def data_arguments(rows: Path) -> list[str]:
     return [f"{key}={rows}" for key in ("data.path", "sft.data.path", "eval.data")]
 
 
+def cold_start(out: Path, rows: Path, *more: str) -> list[str]:
+    """Arguments of `train` from the model of a run `cold`: it has seen the format, and earns
+    rewards."""
+    common = [*SMALL, *data_arguments(rows), f"output_dir={out}"]
+    run("sft", *common, *COLD_START, *more, "name=cold")
+    return ["train", *common, f"model.path={out / 'cold' / 'final'}"]
+
+
 def text_rows(folder: Path) -> Path:
     """A file of eight rows of text."""
     rows = folder / "rows.jsonl"

@@ -91,12 +91,15 @@ def test_deepspeed_still_needs_its_patches():
     _run_alone(UNPATCHED_DEEPSPEED)
 
 
-def test_deepspeed_would_raise_between_two_barriers():
-    """Needed while `save_checkpoint` lets a write's error out before its last barrier."""
+def test_deepspeed_still_has_what_is_changed():
+    """`deferred_write_errors` is needed while `save_checkpoint` lets a write's error out before its
+    last barrier, `plain_data_alone` while the loaders ask torch for more than data."""
     source = inspect.getsource(deepspeed.DeepSpeedEngine.save_checkpoint)
     assert source.index("self._save_checkpoint(") < source.rindex("dist.barrier()")
     assert "except" not in source
     assert hasattr(deepspeed.DeepSpeedEngine, "_copy_recovery_script")
+    for module in (torch_checkpoint_engine, zero_to_fp32):
+        assert "weights_only=False" in inspect.getsource(module)
 
 
 def test_write_errors_wait_for_the_end_of_the_block():
@@ -133,12 +136,6 @@ def test_shared_memory_is_named_by_the_run(monkeypatch):
         group = SimpleNamespace(unique_name="tp:0", ranks=[0, 1])
         names.add(cpu_communicator._CPUSHMDistributed.make_group_name(group))
     assert len(names) == 2 and not any("/" in name for name in names)
-
-
-def test_deepspeed_would_load_any_pickle():
-    """`plain_data_alone` is needed while DeepSpeed's loaders ask torch for more than data."""
-    for module in (torch_checkpoint_engine, zero_to_fp32):
-        assert "weights_only=False" in inspect.getsource(module)
 
 
 def test_tensorboards_thread_prints_no_error_that_a_write_raises(tmp_path, monkeypatch):

@@ -2,9 +2,11 @@
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import yaml
 from care_train import cli
 from care_train.config import Config, DataSettings, PromptSettings
 from care_train.data import Sample, load_samples
-from care_train.doctor import Finding, Subject, data, machine, model
+from care_train.doctor import Finding, Subject, machine, model
 from care_train.doctor.run import CHECKS, diagnose, guarded
 from care_train.models.load import LoadedModel
 from care_train.planning.workload import Device
@@ -44,18 +46,32 @@ def subject(config, color_rows, tiny_folder) -> Subject:
     return Subject(config, ranks=1, loaded=load(tiny_folder()), samples=samples)
 
 
-def _with(subject: Subject, **sections) -> Subject:
-    """The same with other settings in some sections."""
-    changed = {
-        name: replace(getattr(subject.config, name), **fields) for name, fields in sections.items()
-    }
-    return replace(subject, config=replace(subject.config, **changed))
+def _with(subject: Subject, **changes) -> Subject:
+    """The same with other settings; a mapping changes keys of a section."""
+    config = subject.config
+    for name, value in changes.items():
+        value = replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        config = replace(config, **{name: value})
+    return replace(subject, config=config)
 
 
-def _copied(subject: Subject) -> tuple[Subject, LoadedModel]:
+def _rows(subject: Subject, *rows: Sample) -> Subject:
+    return replace(subject, samples=list(rows))
+
+
+def _answer(subject: Subject, answer: str) -> Subject:
+    return _rows(subject, Sample(id="b", prompt="?", answer=answer, location="rows.jsonl: row 3"))
+
+
+def _damaged(change: Callable[[LoadedModel], object]) -> Callable[[Subject], Subject]:
     """A model of its own to break; the session's tiny models are shared."""
-    own = copy.deepcopy(subject.model)
-    return replace(subject, loaded=own), own
+
+    def spoil(subject: Subject) -> Subject:
+        own = copy.deepcopy(subject.model)
+        change(own)
+        return replace(subject, loaded=own)
+
+    return spoil
 
 
 def _run(subject: Subject, name: str) -> Finding:
@@ -88,59 +104,98 @@ def test_a_run_folder_that_is_taken_or_closed(subject, monkeypatch):
     (run_dir / "config.yaml").write_text("")
     finding = machine.check_run_folder(subject)
     assert finding.level == "error" and "overwrite=true" in finding.message
-    finding = machine.check_run_folder(_changed(subject, overwrite=True))
+    again = _with(subject, overwrite=True)
+    finding = machine.check_run_folder(again)
     assert finding.level == "error" and "did not make it" in finding.message
     (run_dir / MARKER).write_text(marker_text("x"))
-    assert machine.check_run_folder(_changed(subject, overwrite=True)).level == "ok"
-
-    def refuse(**_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(machine.tempfile, "TemporaryFile", refuse)
-    finding = machine.check_run_folder(_changed(subject, name="other"))
+    assert machine.check_run_folder(again).level == "ok"
+    refused = Mock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(machine.tempfile, "TemporaryFile", refused)
+    finding = machine.check_run_folder(_with(subject, name="other"))
     assert finding.level == "error" and "Permission denied" in finding.message
 
 
-def _changed(subject: Subject, **fields) -> Subject:
-    return replace(subject, config=replace(subject.config, **fields))
+def _special_tag(own):
+    own.tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>"]})
 
 
-def _other_rows(subject: Subject, *samples: Sample) -> Subject:
-    return replace(subject, samples=list(samples))
+def _other_image_token(own):
+    own.model.config.image_token_id = own.model.config.video_token_id
 
 
-def _held_out(subject: Subject, path: str) -> Subject:
-    return _with(subject, eval={"data": path})
+def _merges_less(own):
+    own.processor.image_processor.merge_size = 1
 
 
-def _row(answer: str) -> Sample:
-    return Sample(id="b", prompt="?", answer=answer, location="rows.jsonl: row 3")
+def _expands_more(own):
+    """A processor that adds a token behind every prompt."""
+    inner = type(own.processor).__call__
 
+    def call(self, **inputs):
+        output = inner(self, **inputs)
+        output["input_ids"] = [[*ids, 20] for ids in output["input_ids"]]
+        return output
+
+    own.processor.__class__ = type("Shifted", (type(own.processor),), {"__call__": call})
+
+
+def _generates(**values):
+    return lambda own: [setattr(own.model.generation_config, *item) for item in values.items()]
+
+
+def _template(text):
+    return lambda own: setattr(own.processor, "chat_template", text)
+
+
+_CONTENT = "{% for message in messages %}{{ message.content }}{% endfor %}"
+_OPENED = _CONTENT + "{% if add_generation_prompt %}<think>{% endif %}"
 
 SPOILED = [
     ("batches", lambda s: replace(s, ranks=3), "error", "train.prompts_per_step=3"),
     ("batches", lambda s: _with(s, train={"prompts_per_step": 32}), "warning", "16 rows"),
     ("prompt", lambda s: _with(s, prompt={"system": None}), "warning", "<answer>"),
     (
-        "training rows",
-        lambda s: _with(s, prompt={"max_prompt_tokens": 10}),
-        "error",
-        "max_prompt_tokens",
+        *("training rows", lambda s: _with(s, prompt={"max_prompt_tokens": 10})),
+        *("error", "max_prompt_tokens"),
     ),
-    ("evaluation rows", lambda s: _held_out(s, s.config.data.path), "warning", "seen rows"),
-    ("evaluation rows", lambda s: _held_out(s, "nowhere.jsonl"), "error", "nowhere.jsonl"),
+    (
+        *("evaluation rows", lambda s: _with(s, eval={"data": s.config.data.path})),
+        *("warning", "seen rows"),
+    ),
+    ("evaluation rows", lambda s: _with(s, eval={"data": "no.jsonl"}), "error", "no.jsonl"),
     ("evaluation rows", lambda s: _with(s, eval={"data": None}), "warning", "is not evaluated"),
-    ("rewards", lambda s: _other_rows(s, _row("4</answer> or 5")), "error", "rows.jsonl: row 3"),
-    ("rewards", lambda s: _other_rows(s, _row("<think>4")), "error", "rows.jsonl: row 3"),
-    ("rewards", lambda s: _with(s, prompt={"think_tag": "answer"}), "error", ""),
+    ("rewards", lambda s: _answer(s, "4</answer> or 5"), "error", "rows.jsonl: row 3"),
+    ("rewards", lambda s: _answer(s, "<think>4"), "error", "rows.jsonl: row 3"),
     ("tags", lambda s: _with(s, prompt={"think_tag": "answer"}), "error", "share the tag <answer>"),
+    ("tags", _damaged(_special_tag), "error", "special token"),
+    ("special ids", _damaged(_other_image_token), "error", "image_token_id"),
+    ("special ids", _damaged(_generates(eos_token_id=10**6)), "error", "EOS"),
+    ("special ids", _damaged(_generates(eos_token_id=0)), "warning", "EOS"),
+    ("image tokens", _damaged(_merges_less), "error", "merge"),
+    ("image tokens", _damaged(_expands_more), "error", "prompt tokens"),
+    (
+        *("chat template", _damaged(_template("{{ messages[0].content }}"))),
+        *("error", "drops \"doctor's question"),
+    ),
+    ("chat template", _damaged(_template(_OPENED)), "error", "start inside"),
+    ("chat template", _damaged(_template(_CONTENT)), "warning", "no turn"),
+    ("chat template", _damaged(_template("{% if %}")), "error", "TemplateSyntaxError"),
+    (
+        *("generation config", _damaged(_generates(suppress_tokens=[5]))),
+        *("warning", "suppress_tokens"),
+    ),
+    (
+        *("generation config", _damaged(_generates(repetition_penalty=1.05))),
+        *("ok", "repetition_penalty"),
+    ),
 ]
 """The check, what spoils the run, the finding's level and words of it."""
 
 
 @pytest.mark.parametrize(("name", "spoil", "level", "words"), SPOILED)
-def test_spoiled_settings_and_rows(name, spoil, level, words, subject):
-    """Each is found by its check, which names the setting or the row."""
+def test_spoiled_settings_rows_and_models(name, spoil, level, words, subject):
+    """Each is found by its check, which names the setting, the row or what is wrong in the model:
+    tokenizer, processor, template and generation config against what training needs."""
     finding = _run(spoil(subject), name)
     assert finding.level == level and words in finding.message + finding.fix
 
@@ -150,7 +205,7 @@ def test_an_unreadable_image(subject, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     bad = image_sample(images=(broken,), location="rows.jsonl: row 7")
-    finding = _run(_other_rows(subject, *subject.samples[:3], bad), "training rows")
+    finding = _run(_rows(subject, *subject.samples[:3], bad), "training rows")
     assert finding.level == "error" and "rows.jsonl: row 7" in finding.message
 
 
@@ -160,7 +215,6 @@ def _free(share: float):
 
 
 MACHINES = [
-    ("versions", "machine.installed", None, "error", "deepspeed"),
     ("versions", "machine.installed", None, "error", "pip install"),
     ("versions", "machine.installed", "0.0.1", "warning", "torch 0.0.1, tested"),
     ("disk", "machine.free_bytes", _free(0.01), "error", "output_dir"),
@@ -186,133 +240,55 @@ def test_a_machine_that_lacks_something(name, asked, answer, level, words, subje
 
 def test_rewards_that_take_long(subject, monkeypatch):
     """Slow scoring is a warning."""
-    monkeypatch.setattr(data, "_MAX_REWARD_SECONDS", 0.0)
-    assert data.check_rewards(subject).level == "warning"
+    monkeypatch.setattr("care_train.doctor.data._MAX_REWARD_SECONDS", 0.0)
+    assert _run(subject, "rewards").level == "warning"
 
 
-def _special_tag(own):
-    own.tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>"]})
+def _sharpen(own):
+    """From nearly uniform to decided."""
+    with torch.no_grad():
+        own.model.get_output_embeddings().weight.mul_(100)
 
 
-def _other_image_token(own):
-    own.model.config.image_token_id = own.model.config.video_token_id
-
-
-def _generates(**values):
-    return lambda own: [setattr(own.model.generation_config, *item) for item in values.items()]
-
-
-def _merges_less(own):
-    own.processor.image_processor.merge_size = 1
-
-
-def _template(text):
-    return lambda own: setattr(own.processor, "chat_template", text)
-
-
-_CONTENT = "{% for message in messages %}{{ message.content }}{% endfor %}"
-_OPENED = _CONTENT + "{% if add_generation_prompt %}<think>{% endif %}"
-
-BROKEN = [
-    ("tags", _special_tag, "error", "special token"),
-    ("special ids", _other_image_token, "error", "image_token_id"),
-    ("image tokens", _other_image_token, "error", "image tokens"),
-    ("special ids", _generates(eos_token_id=10**6), "error", "EOS"),
-    ("special ids", _generates(eos_token_id=0), "warning", "EOS"),
-    ("image tokens", _merges_less, "error", "merge"),
-    ("chat template", _template("{{ messages[0].content }}"), "error", "drops \"doctor's question"),
-    ("chat template", _template(_OPENED), "error", "start inside"),
-    ("chat template", _template(_CONTENT), "warning", "no turn"),
-    ("chat template", _template("{% if %}"), "error", "TemplateSyntaxError"),
-    ("generation config", _generates(suppress_tokens=[5]), "warning", "suppress_tokens"),
-    ("generation config", _generates(repetition_penalty=1.05), "ok", "repetition_penalty"),
-]
-"""The check, what damages the model, the finding's level and words of it."""
-
-
-@pytest.mark.parametrize(("name", "damage", "level", "words"), BROKEN)
-def test_a_broken_model(name, damage, level, words, subject):
-    """Tokenizer, processor, template and generation config against what training needs."""
-    broken, own = _copied(subject)
-    damage(own)
-    finding = _run(broken, name)
-    assert finding.level == level and words in finding.message
-
-
-def test_an_expansion_that_differs(subject):
-    """A processor that expands an image to other tokens than its grid says."""
-    broken, own = _copied(subject)
-    inner = own.processor
-
-    class Shifted:
-        """Adds a token behind every prompt."""
-
-        def __getattr__(self, name):
-            return getattr(inner, name)
-
-        def __call__(self, **inputs):
-            output = inner(**inputs)
-            output["input_ids"] = [[*ids, 20] for ids in output["input_ids"]]
-            return output
-
-    shifted = replace(broken, loaded=replace(own, processor=Shifted()))
-    finding = _run(shifted, "image tokens")
-    assert finding.level == "error" and "prompt tokens" in finding.message
+def _rolled(own):
+    with torch.no_grad():
+        head = own.model.get_output_embeddings().weight
+        head.copy_(head.roll(7, 0))
 
 
 def test_an_engine_that_samples_another_policy(subject, monkeypatch):
-    """Completions of another model are an error naming token and row."""
-    trained, own = _copied(subject)
-    _sharpen(own)
-    other, stale = _copied(trained)
-    with torch.no_grad():
-        head = stale.model.get_output_embeddings().weight
-        head.copy_(head.roll(7, 0))
+    """Completions of another model are an error naming token and row; so are the log-probs of an
+    engine that keeps them, here one that says every token was certain."""
+    trained = _damaged(_sharpen)(subject)
+    other = _damaged(_rolled)(trained)
     engine = model._rollout_engine
     assert model.check_parity(trained).level == "ok"
     monkeypatch.setattr(model, "_rollout_engine", lambda s, encoder: engine(other, encoder))
     finding = model.check_parity(trained)
     assert finding.level == "error" and "rows.jsonl: row" in finding.message
 
-
-def test_log_probs_that_an_engine_returns_are_compared(subject, monkeypatch):
-    """Where the engine keeps log-probs, they are what the trainer's are held against."""
-    engine = model._rollout_engine
-
-    class Claims:
-        """Says that every token was certain."""
-
-        def __init__(self, inner) -> None:
-            self._inner = inner
+    class Certain:
+        def __init__(self, subject, encoder) -> None:
+            self._inner = engine(subject, encoder)
 
         def generate(self, requests, sampling):
             found = self._inner.generate(requests, sampling)
             return [replace(c, log_probs=(0.0,) * len(c.token_ids)) for c in found]
 
-    monkeypatch.setattr(model, "_rollout_engine", lambda s, encoder: Claims(engine(s, encoder)))
+    monkeypatch.setattr(model, "_rollout_engine", Certain)
     finding = model.check_parity(subject)
     assert finding.level == "error" and "differ by" in finding.message
 
 
-def _sharpen(loaded: LoadedModel) -> None:
-    """From nearly uniform to decided."""
-    with torch.no_grad():
-        loaded.model.get_output_embeddings().weight.mul_(100)
-
-
-def test_a_missing_model_is_one_error(config, values):
-    """Without a model the checks that need it say nothing more; the others still run."""
-    findings = diagnose(make_config(values | {"model": {"path": "nowhere"}}), ranks=1)
-    errors = [f for f in findings if f.level == "error"]
-    assert [f.name for f in errors] == ["model"]
-    assert {"versions", "run folder", "rewards"} <= {f.name for f in findings}
-
-
-def test_unreadable_data_is_one_error(values):
-    """Without rows the model is still checked."""
-    findings = diagnose(make_config(values | {"data": {"path": "nowhere.jsonl"}}), ranks=1)
-    assert [f.name for f in findings if f.level == "error"] == ["data"]
-    assert "tags" in {f.name for f in findings}
+@pytest.mark.parametrize(
+    ("section", "others"),
+    [("model", {"versions", "run folder", "rewards"}), ("data", {"versions", "tags"})],
+)
+def test_what_is_missing_is_one_error(section, others, values):
+    """Without a model or rows the checks that need them say nothing more; the others still run."""
+    findings = diagnose(make_config(values | {section: {"path": "nowhere.jsonl"}}), ranks=1)
+    assert [f.name for f in findings if f.level == "error"] == [section]
+    assert others <= {f.name for f in findings}
 
 
 def test_a_broken_check_is_a_finding(subject, monkeypatch):
@@ -325,9 +301,8 @@ def test_a_broken_check_is_a_finding(subject, monkeypatch):
 def test_the_command_exits_with_one_on_errors(values, tmp_path, capsys):
     """`care-train doctor` prints a line per check, `--json` the same as one object."""
     path = tmp_path / "c.yaml"
-    sound = make_config(values)
     path.write_text(yaml.safe_dump(values | {"train": {"prompts_per_step": 4}}))
-    assert sound.name and cli.main(["doctor", "--config", str(path), "--json"]) == 0
+    assert cli.main(["doctor", "--config", str(path), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["error"] == 0 and len(printed["findings"]) == len(CHECKS)
     assert cli.main(["doctor", "--config", str(path), "model.path=nowhere"]) == 1

@@ -119,21 +119,16 @@ def test_few_prompts_per_step_need_more_steps():
 
 
 def test_a_step_with_a_signal_begins_a_new_row_and_null_never_ends(caplog):
-    """And warnings of a long row grow rare."""
+    """And warnings of a long row grow rare; groups that dynamic sampling dropped are counted."""
     steps = _steps(WRONG, times=1)
     steps.add([*WRONG, _mixed()], [], 2)
     steps.add(WRONG, [], 3)
     assert steps.steps == 1 and steps.ending is None
+    steps.add(WRONG, _alike(1.0, 24), 4)
+    assert "of 40 groups 24 with all responses right" in str(steps.error())
     caplog.clear()
     assert _steps(WRONG, times=20, limits={"empty_steps": None}).ending is None
     assert caplog.text.count("trained nothing") == 5  # steps 1, 2, 4, 8 and 16
-
-
-def test_groups_that_dynamic_sampling_dropped_are_counted():
-    steps = _steps(_alike(0.0), times=0)
-    for done in (1, 2):
-        steps.add(_alike(0.0), _alike(1.0, 24), done)
-    assert "of 32 groups 24 with all responses right" in str(steps.error())
 
 
 def test_what_a_signal_is():

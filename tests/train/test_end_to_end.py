@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,75 +20,54 @@ from tests.train.runs import (
     COLD_START,
     ROOT,
     SMALL,
-    FastRun,
+    cold_start,
     data_arguments,
     records,
+    run,
 )
 
-OWN = (
-    *SMALL,
-    *COLD_START,
-    *("rollout.max_new_tokens=32", "train.steps=3", "train.schedule=constant"),
-    *("sft.steps=40", "eval.greedy=true"),
-)
-
-
-def _run(command: str, *arguments: str, ranks: int = 1) -> tuple[int | None, str]:
-    """The run's exit status and standard error."""
-    return FastRun(command, *OWN, *arguments, ranks=ranks).end()[0]
+OWN = ("rollout.max_new_tokens=32", "train.steps=3", "train.schedule=constant", "eval.greedy=true")
 
 
 @pytest.fixture(scope="module")
-def cold_start(tmp_path_factory, color_rows) -> Path:
-    """A tiny Qwen2.5-VL that has seen the format: what the training tests start from."""
-    out = tmp_path_factory.mktemp("cold")
-    status, errors = _run("sft", *data_arguments(color_rows), f"output_dir={out}", "name=cold")
-    assert status == 0, errors
-    return out / "cold" / "final"
+def start(tmp_path_factory, color_rows) -> list[str]:
+    """Arguments of `train` from a tiny Qwen2.5-VL that has seen the format."""
+    return [*cold_start(tmp_path_factory.mktemp("cold"), color_rows, "sft.steps=40"), *OWN]
 
 
-def _arguments(out: Path, name: str, cold_start: Path, rows: Path) -> list[str]:
-    own = (f"model.path={cold_start}", f"output_dir={out}", f"name={name}")
-    return [*data_arguments(rows), *own]
-
-
-def _train(
-    out: Path, name: str, cold_start: Path, rows: Path, *arguments: str, ranks: int = 1
-) -> Path:
+def _train(start: Sequence[str], out: Path, *arguments: str, ranks: int = 1) -> Path:
     """The folder of a run that must succeed."""
-    own = _arguments(out, name, cold_start, rows)
-    status, errors = _run("train", *own, *arguments, ranks=ranks)
-    assert status == 0, errors
-    return out / name
+    run(*start, f"output_dir={out}", "name=run", *arguments, ranks=ranks)
+    return out / "run"
 
 
-def test_a_run_leaves_everything_it_promises(cold_start, color_rows, tmp_path):
+def test_a_run_leaves_everything_it_promises(start, tmp_path):
     """`python -m care_train train` as a user types it: config, metrics, summary, checkpoints, final
     model, plots and report."""
-    arguments = [*OWN, *_arguments(tmp_path, "care", cold_start, color_rows), "eval.blind=true"]
+    arguments = [*start, f"output_dir={tmp_path}", "name=care", "eval.blind=true"]
     done = subprocess.run(
-        [sys.executable, "-m", "care_train", "train", *arguments],
+        [sys.executable, "-m", "care_train", *arguments],
         cwd=ROOT,
         env=own_environment(),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    run = tmp_path / "care"
+    folder = tmp_path / "care"
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.md"):
-        assert (run / name).stat().st_size > 0, name
-    assert (run / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000003"]
-    summary = json.loads((run / "summary.json").read_text())
+        assert (folder / name).stat().st_size > 0, name
+    assert (folder / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000003"]
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["algorithm"] == "care" and summary["steps"] == 3
     for key in ("accuracy", "format", "greedy", "blind"):
         assert 0 <= summary[f"{key}_before"] <= 1 and 0 <= summary[f"{key}_after"] <= 1
     assert summary["sampled_sequences"] >= 3 * 4 * 4
     assert summary["decoded_tokens"] > 0 and summary["wall_seconds"] > 0
-    assert len(records(run)) == 3 and len(records(run, "eval")) == 2
-    _assert_times_add_up(records(run))
-    model = AutoModelForImageTextToText.from_pretrained(run / "final")
-    AutoProcessor.from_pretrained(run / "final")
+    assert len(records(folder)) == 3 and len(records(folder, "eval")) == 2
+    _assert_times_add_up(records(folder))
+    model = AutoModelForImageTextToText.from_pretrained(folder / "final")
+    AutoProcessor.from_pretrained(folder / "final")
     assert model.config.model_type == "qwen2_5_vl"
     # What it prints: scores before and after, no warnings, no tracebacks.
     assert "accuracy" in done.stdout and "before" in done.stdout
@@ -117,15 +97,15 @@ PACKED = ("train.packing=true", "train.micro_batch_tokens=264", "train.gradient_
 
 
 @pytest.fixture(scope="module")
-def on_one_rank(cold_start, color_rows, tmp_path_factory) -> Path:
+def on_one_rank(start, tmp_path_factory) -> Path:
     """The run that two ranks follow."""
-    return _train(tmp_path_factory.mktemp("one"), "single", cold_start, color_rows, *ON_RANKS)
+    return _train(start, tmp_path_factory.mktemp("one"), *ON_RANKS)
 
 
 @pytest.mark.parametrize(
     ("stage", "batches"), [(2, ()), (3, PACKED)], ids=["zero2", "zero3-packed"]
 )
-def test_two_ranks_follow_one(stage, batches, on_one_rank, cold_start, color_rows, tmp_path):
+def test_two_ranks_follow_one(stage, batches, on_one_rank, start, tmp_path):
     """Two gloo ranks under ZeRO-2, or under ZeRO-3 with packs of a token budget and checkpointing,
     take one process's trajectory at the same batch: scores, reference and training.
 
@@ -134,7 +114,7 @@ def test_two_ranks_follow_one(stage, batches, on_one_rank, cold_start, color_row
     weights whose gradient is near zero: hence 1e-3 on losses of order 1 over three steps.
     """
     more = (*ON_RANKS, f"deepspeed.zero_stage={stage}", *batches)
-    double = _train(tmp_path, "double", cold_start, color_rows, *more, ranks=2)
+    double = _train(start, tmp_path, *more, ranks=2)
     for one, two in zip(records(on_one_rank), records(double), strict=True):
         assert one["decoded_tokens"] == two["decoded_tokens"]
         assert one["trained_sequences"] == two["trained_sequences"]
@@ -147,27 +127,24 @@ def test_two_ranks_follow_one(stage, batches, on_one_rank, cold_start, color_row
 def _assert_same_archive(single: Path, double: Path) -> None:
     """Each of two ranks wrote its own groups and answers: together they are those of one rank, with
     the numbers of its update but for the order of sums."""
-    files = archive_files(double)
-    assert {(file.kind, file.rank) for file in files} == {
-        (kind, rank) for kind in ("step", "eval") for rank in (0, 1)
-    }
+    files = {(file.kind, file.rank) for file in archive_files(double)}
+    assert files == {(kind, rank) for kind in ("step", "eval") for rank in (0, 1)}
     assert {row["rank"] for row in read_archive(double, columns=["rank"]).to_pylist()} == {0, 1}
-    for evaluations in (False, True):
-        found = [_by_row(run, evaluations) for run in (single, double)]
-        assert found[0].keys() == found[1].keys() and found[0]
-        for key, row in found[0].items():
-            other = found[1][key]
-            assert row["images"] == other["images"]
-            if evaluations:
-                assert row["text"] == other["text"]
-                continue
-            assert row["outcome"] == other["outcome"]
-            for one, two in zip(row["rollouts"], other["rollouts"], strict=True):
-                for name in ("text", "role", "trained", "accuracy"):
-                    assert one[name] == two[name]
-                for name in ("token_advantages", "old_log_probs", "ref_log_probs"):
-                    assert (one[name] is None) == (two[name] is None)
-                    assert one[name] is None or one[name] == pytest.approx(two[name], abs=1e-2)
+    answers = [_by_row(run, evaluations=True) for run in (single, double)]
+    assert answers[0].keys() == answers[1].keys() and answers[0]
+    for key, row in answers[0].items():
+        assert [row[name] for name in ("images", "text")] == [
+            answers[1][key][name] for name in ("images", "text")
+        ]
+    groups = [_by_row(run, evaluations=False) for run in (single, double)]
+    assert groups[0].keys() == groups[1].keys() and groups[0]
+    for key, row in groups[0].items():
+        assert row["outcome"] == groups[1][key]["outcome"]
+        for one, two in zip(row["rollouts"], groups[1][key]["rollouts"], strict=True):
+            for name in ("text", "role", "trained", "accuracy"):
+                assert one[name] == two[name]
+            for name in ("token_advantages", "old_log_probs", "ref_log_probs"):
+                assert one[name] == (two[name] and pytest.approx(two[name], abs=1e-2))
 
 
 def _by_row(run: Path, evaluations: bool) -> dict[tuple, dict]:
@@ -188,10 +165,10 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variants_train(name, cold_start, color_rows, tmp_path):
+def test_variants_train(name, start, tmp_path):
     """Presets and main alternatives of the decision table; ratios of tokens and of sequences, and
     dynamic sampling, over several updates a batch."""
-    metrics = records(_train(tmp_path, name, cold_start, color_rows, *VARIANTS[name]))
+    metrics = records(_train(start, tmp_path, *VARIANTS[name]))
     assert len(metrics) == 3 and sum(m["trained_sequences"] for m in metrics) > 0
     assert any(m.get("grad_norm", 0) > 0 for m in metrics)
 
@@ -204,10 +181,9 @@ def test_qwen3_vl_and_mixed_rows_train(color_rows, tmp_path):
         row["images"] = row["images"] * (index % 3)
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text("\n".join(map(json.dumps, rows)))
-    status, errors = _run(
-        "quickstart",
-        f"--config={ROOT / 'configs' / 'easy_vqa.yaml'}",
-        *data_arguments(mixed),
+    config = f"--config={ROOT / 'configs' / 'easy_vqa.yaml'}"
+    run(
+        *("quickstart", config, *SMALL, *COLD_START, "sft.steps=40", *OWN, *data_arguments(mixed)),
         "sft.data.max_samples=null",
         "eval.max_samples=null",
         "model.path=tiny-qwen3-vl",
@@ -215,15 +191,14 @@ def test_qwen3_vl_and_mixed_rows_train(color_rows, tmp_path):
         f"output_dir={tmp_path}",
         "name=mixed",
     )
-    assert status == 0, errors
-    run = tmp_path / "mixed"
-    summary = json.loads((run / "summary.json").read_text())
+    folder = tmp_path / "mixed"
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 3 and summary["trained_sequences"] > 0
     # Old and new policy agree in the first step, whose update moves both towers.
-    first = records(run)[0]
+    first = records(folder)[0]
     assert abs(first["kl"]) < 1e-6 and first["clipped_low"] == first["clipped_high"] == 0
     before, after = (
-        load_file(run / name / "model.safetensors") for name in ("cold_start", "final")
+        load_file(folder / name / "model.safetensors") for name in ("cold_start", "final")
     )
     changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
     assert any("visual" in name for name in changed)
@@ -235,17 +210,9 @@ def test_a_text_model_trains_in_bf16(color_rows, tmp_path):
     rows = [json.loads(line) | {"images": []} for line in color_rows.read_text().splitlines()]
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(map(json.dumps, rows)))
-    status, errors = _run(
-        "train",
-        *data_arguments(text),
-        "model.path=tiny-qwen2",
-        "model.dtype=bfloat16",
-        "deepspeed.zero_stage=1",
-        f"output_dir={tmp_path}",
-        "name=text",
-    )
-    assert status == 0, errors
-    assert len(records(tmp_path / "text")) == 3
+    own = ("model.path=tiny-qwen2", "model.dtype=bfloat16", "deepspeed.zero_stage=1")
+    folder = _train(["train", *SMALL, *OWN, *data_arguments(text)], tmp_path, *own)
+    assert len(records(folder)) == 3
 
 
 def test_bad_input_is_one_clear_line(tmp_path, capsys):

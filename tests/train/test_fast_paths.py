@@ -1,14 +1,21 @@
 """FlashAttention, Liger's kernels and gradient checkpointing."""
 
 import copy
+import importlib
 import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from liger_kernel.transformers import liger_rotary_pos_emb
+from triton.runtime import interpreter
 
 from care_train.config import LoraSettings, ModelSettings
 from care_train.models import load as load_module
@@ -90,14 +97,6 @@ def test_liger_replaces_norms_mlps_and_rotary_embeddings(kind, tiny_folder, tran
     assert type(model).forward is forward and "forward" not in vars(model)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", TINY_KINDS)
-def test_ligers_kernels_compute_what_transformers_does(kind, tiny_folder):
-    """Log-probs and gradients of text and images, under Triton's interpreter."""
-    command = [sys.executable, "-m", "tests.train.liger_kernels", str(tiny_folder(kind))]
-    subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True, timeout=200)
-
-
 @pytest.mark.parametrize("variant", ["padded", "packed", "lora"])
 @pytest.mark.parametrize("kind", TINY_KINDS)
 def test_checkpointing_keeps_less_and_changes_no_gradient(kind, variant, tiny_folder):
@@ -139,3 +138,57 @@ def _gradients_and_kept_bytes(policy, batch):
         total = policy(batch)[0].sum()
     total.backward()
     return {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}, kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TINY_KINDS)
+def test_ligers_kernels_compute_what_transformers_does(kind, tiny_folder):
+    """Log-probs and gradients of text and images, under Triton's interpreter, which a process of
+    its own is started with: this file as a program."""
+    command = [sys.executable, "-m", "tests.train.test_fast_paths", str(tiny_folder(kind))]
+    subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True, timeout=200)
+
+
+@triton.jit
+def rsqrt(x):
+    """In place of the one of CUDA's library, which the interpreter does not have."""
+    return tl.rsqrt(x)
+
+
+def _fit_interpreter() -> None:
+    """Float arguments become tensors, as they are where kernels are compiled."""
+    convert: Any = interpreter._implicit_cvt  # pyright: ignore[reportAttributeAccessIssue]
+
+    def with_floats(argument: Any) -> Any:
+        if not isinstance(argument, float):
+            return convert(argument)
+        value = np.array([argument], dtype=np.float32)
+        return tl.tensor(interpreter.TensorHandle(value, tl.float32), tl.float32)
+
+    interpreter._implicit_cvt = with_floats  # pyright: ignore[reportAttributeAccessIssue]
+    norm: Any = importlib.import_module("liger_kernel.ops.rms_norm")
+    norm.rsqrt = rsqrt
+
+
+def _log_probs_and_gradients(folder: Path, liger: bool) -> tuple[torch.Tensor, dict]:
+    loaded = load(folder, liger=liger)
+    assert liger == any("Liger" in m._get_name() for m in loaded.model.modules())
+    sequences = random_sequences(loaded, 2)
+    policy = Policy(loaded.model)
+    batch = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
+    log_probs = policy(batch)[0]
+    log_probs.sum().backward()
+    gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    return log_probs.detach(), gradients
+
+
+def _compare_liger(folder: str) -> None:
+    _fit_interpreter()
+    # The kernels replace functions of transformers' modules: its own go first.
+    own, kernels = [_log_probs_and_gradients(Path(folder), liger) for liger in (False, True)]
+    torch.testing.assert_close(kernels, own, rtol=1e-4, atol=2e-5)
+    assert not torch.equal(own[0], kernels[0])
+
+
+if __name__ == "__main__":
+    _compare_liger(*sys.argv[1:])

@@ -1,6 +1,8 @@
 """A step's groups: prompts in order, seeds of their own, verdicts, and the one that is shown."""
 
 from dataclasses import replace
+from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,33 +34,6 @@ def test_a_prompt_seen_twice_in_a_step_has_other_seeds():
     assert all("/1" in draw for draw in seen[3:6]) and all("/2" in draw for draw in seen[6:])
 
 
-class Sampler:
-    """Deals ready groups, as many at a time as are asked for."""
-
-    num_starts = 0
-
-    def __init__(self, groups: list[Group]) -> None:
-        self._groups = groups
-
-    def sync(self, engine) -> dict[str, float]:
-        return {}
-
-    def rest(self) -> None:
-        pass
-
-    def sample(self, draw, step) -> list[Group]:
-        count = len(draw())
-        taken, self._groups = self._groups[:count], self._groups[count:]
-        return taken
-
-
-class Scorer:
-    """For groups that are verified already."""
-
-    def verify(self, groups) -> list[Group]:
-        return groups
-
-
 def test_dynamic_sampling_keeps_mixed_groups_and_counts_all():
     """DAPO: the batch is the mixed groups in the order of sampling; what was sampled beside it
     counts as sampled, and in the policy's accuracy."""
@@ -69,7 +44,15 @@ def test_dynamic_sampling_keeps_mixed_groups_and_counts_all():
         sampled_group([wrong(), right()], name="mixed b"),
     ]
     config = make_config({"algorithm": "dapo", "train": {"dynamic_sampling": True}})
-    step = TrainStep(config, FakeEngine(), Sampler(groups), Scorer(), None)
+    ready = iter(groups)
+    sampler = SimpleNamespace(
+        num_starts=0,
+        sync=lambda engine: {},
+        rest=lambda: None,
+        sample=lambda draw, step: list(islice(ready, len(draw()))),
+    )
+    scorer = SimpleNamespace(verify=lambda groups: groups)  # They are verified already.
+    step = TrainStep(config, FakeEngine(), sampler, scorer, None)
     outcome = step.run(lambda: [groups[0].sample] * 2, 0)
     assert [group.sample.id for group in outcome.groups] == ["mixed a", "mixed b"]
     values = outcome.metrics
@@ -128,9 +111,9 @@ ANCHORED = (right(text="a"), wrong(text="far", think=9), wrong(text="near"), wro
         (wrong(reflected=True), "failed", "reflected_failure"),
     ],
 )
-def test_a_repaired_group_is_shown_before_others(repair: Rollout, outcome: str, role: str):
-    """Anchor, the negative that was repaired, and of the repair its own tokens alone (Sec. 3.6's
-    case studies); each member of S has a role by its place, negatives ranked from the anchor on."""
+def test_a_repaired_group_is_shown_before_others(repair, outcome, role):
+    """The anchor, the failure that was shown to the policy, and its repair; each rollout has a role
+    by its place, negatives ranked from the anchor on."""
     found = _group(*ANCHORED, reflected=repair, name="repaired")
     assert isinstance(found.subgroup, Subgroup) and found.subgroup.reflect_on is not None
     negative = found.subgroup.others[found.subgroup.reflect_on].rollout
@@ -148,21 +131,16 @@ def test_a_repaired_group_is_shown_before_others(repair: Rollout, outcome: str, 
     assert set(roles) == {4, *(member.index for member in found.subgroup.members)}
 
 
-def test_the_nearest_negative_is_shown_without_a_reflection():
-    """By its distance to the anchor, whatever order it was sampled in."""
+def test_what_is_shown_of_other_groups():
+    """Without a reflection the negative nearest to the anchor, whatever order it was sampled in; of
+    a rescued group its pseudo-anchor; of a baseline's, which has no anchor, the best and the worst
+    by advantage, and of rollouts that are all alike one."""
     without = make_config({"care": {"reflection": {"enabled": False}}})
     _, title, shown = _shown(_group(*ANCHORED, config=without))
-    assert title == "anchored" and [role for role, *_ in shown] == ["anchor", "hard_negative"]
-    assert shown[1][1] == "far"  # at 10 degrees; the others stand at 20 and 30
-
-
-def test_a_rescued_group_shows_its_pseudo_anchor():
+    # "far" is at 10 degrees; the others stand at 20 and 30.
+    assert title == "anchored" and shown == [("anchor", "a", 1.0), ("hard_negative", "far", 0.1)]
     _, title, shown = _shown(_group(right(), right()), _group(wrong(text="p"), wrong(), wrong()))
     assert title == "rescued" and [role for role, *_ in shown] == ["pseudo_anchor", "hard_negative"]
-
-
-def test_a_baselines_best_and_worst_are_shown():
-    """By advantage, as it has no anchor; a group whose rollouts are all alike shows one of them."""
     grpo = make_config({"algorithm": "grpo", "loss": {"kl_coef": 0.0}})
     mixed = _group(wrong(text="w"), right(text="r"), wrong(text="x"), config=grpo)
     alike = _group(wrong(text="w"), wrong(text="x"), config=grpo)

@@ -1,19 +1,17 @@
 """A cold start, then CARE, then the six benchmarks: from three configs, on fixtures."""
 
 import json
-import os
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bench.protocol_fixtures import write_benchmarks, write_training
+from bench.protocol_fixtures import write_training
 from care_train.cli import main
 from care_train.config import load_build_settings, load_config
-from care_train.distributed import own_environment
 from care_train.evaluation.benchmarks import BENCHMARKS
 
 ROOT = Path(__file__).parents[2]
@@ -36,20 +34,33 @@ def _check(runs: Path, questions: int) -> None:
     assert sum(counts) == questions
 
 
-def test_the_protocol_in_miniature(tmp_path, monkeypatch):
-    """The three configs as they are, with fewer steps and questions."""
+# What the documented commands get besides: fewer steps and questions.
+LESS = {
+    "sft": ("sft.steps=40", "sft.batch_size=16"),
+    "train": ("train.steps=2", "train.prompts_per_step=4", "eval.greedy=false"),
+    "eval": ("eval.max_samples=2", "eval.seeds=[0]"),
+}
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_documented_commands_run(whole, tmp_path, monkeypatch):
+    """README.md's block in an empty folder with the configs, to the letter or on less."""
     monkeypatch.chdir(tmp_path)
-    write_training(Path("runs/fixtures"), count=32)
-    write_benchmarks(Path("runs/fixtures"))
-    stages = (
-        ("sft", "cold_start", "sft.steps=40", "sft.batch_size=16"),
-        ("train", "care", "train.steps=2", "train.prompts_per_step=4", "eval.greedy=false"),
-        ("eval", "eval", "eval.max_samples=2", "eval.seeds=[0]"),
-    )
-    for command, config, *overrides in stages:
-        arguments = [command, "--config", str(CONFIGS / f"{config}.yaml"), *overrides, *QUIET]
-        assert main(arguments) == 0
-    _check(tmp_path / "runs", questions=2 * len(BENCHMARKS))
+    Path("configs").symlink_to(ROOT / "configs")
+    pattern = r"```bash\n(python -m bench\.protocol_fixtures .*?)```"
+    block = re.search(pattern, (ROOT / "README.md").read_text(), re.DOTALL)
+    assert block is not None
+    fixtures, *commands = map(shlex.split, block[1].splitlines())
+    monkeypatch.setattr(sys, "argv", fixtures[2:])
+    runpy.run_module(fixtures[2], run_name="__main__")
+    for program, command, *arguments in commands:
+        assert program == "care-train"
+        assert main([command, *arguments, *(() if whole else (*LESS[command], *QUIET))]) == 0
+    _check(tmp_path / "runs", questions=4 + 3 + 3 + 8 + 4 + 4 if whole else 2 * len(BENCHMARKS))
+    if whole:
+        results = json.loads(Path("runs/protocol-eval/results.json").read_text())
+        # It has learnt colours: an untrained model has no answer span at all.
+        assert results["macro"]["accuracy"] > 0.05
 
 
 def test_built_data_goes_through_both_stages(tmp_path, monkeypatch):
@@ -86,30 +97,3 @@ def test_the_full_size_configurations_fit_together():
     assert cold.sft.data.path == f"{build.output}/train.parquet"
     assert cold.prompt.think_tag == care.prompt.think_tag == last.prompt.think_tag
     assert cold.prompt.system == care.prompt.system == last.prompt.system
-
-
-@pytest.mark.slow
-def test_the_documented_commands_run(tmp_path):
-    """README.md's block to the letter, in an empty folder with the configs."""
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    pattern = r"```bash\n(python -m bench\.protocol_fixtures .*?)```"
-    block = re.search(pattern, (ROOT / "README.md").read_text(), re.DOTALL)
-    assert block is not None
-    environment = own_environment()
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    for line in block[1].splitlines():
-        command = shlex.split(line)
-        launcher = {"python": [], "care-train": ["-m", "care_train"]}[command[0]]
-        done = subprocess.run(
-            [sys.executable, *launcher, *command[1:]],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr
-    _check(tmp_path / "runs", questions=4 + 3 + 3 + 8 + 4 + 4)
-    results = json.loads((tmp_path / "runs" / "protocol-eval" / "results.json").read_text())
-    # It has learnt colours: an untrained model has no answer span at all.
-    assert results["macro"]["accuracy"] > 0.05

@@ -30,10 +30,9 @@ from care_train.training.resume import (
 from tests.train.builders import load, make_config
 from tests.train.runs import (
     COLD_START,
-    SMALL,
     FastRun,
     assert_same_runs,
-    data_arguments,
+    cold_start,
     run,
     steps_logged,
     timeless,
@@ -43,35 +42,30 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, color_rows) -> list[str]:
-    """Arguments of runs from a tiny model that has seen the format, so that it earns rewards."""
-    out = tmp_path_factory.mktemp("resume")
-    common = [*SMALL, *data_arguments(color_rows), f"output_dir={out}"]
-    assert main(["sft", *common, *COLD_START, "name=cold"]) == 0
-    return ["train", *common, f"model.path={out / 'cold' / 'final'}"]
+def out(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("resume")
 
 
 @pytest.fixture(scope="module")
-def whole(start) -> Path:
+def start(out, color_rows) -> list[str]:
+    return cold_start(out, color_rows)
+
+
+@pytest.fixture(scope="module")
+def whole(start, out) -> Path:
     """A run of STEPS steps that nothing interrupted."""
     run(*start, *_schedule(), "name=whole")
-    folder = _folder(start, "whole")
-    assert any(record.get("grad_norm", 0) > 0 for record in timeless(folder))
-    return folder
+    assert any(record.get("grad_norm", 0) > 0 for record in timeless(out / "whole"))
+    return out / "whole"
 
 
 def _schedule(steps: int = STEPS) -> list[str]:
     return [f"train.steps={steps}", "train.save_every=2", "train.eval_every=2"]
 
 
-def _folder(start: list[str], name: str) -> Path:
-    out = next(a for a in start if a.startswith("output_dir="))
-    return Path(out.partition("=")[2]) / name
-
-
-def test_killed_in_a_save_then_stopped_by_sigterm_a_run_ends_the_same(start, whole):
+def test_killed_in_a_save_then_stopped_by_sigterm_a_run_ends_the_same(start, out, whole):
     """SIGKILL inside the second checkpoint write, --resume, SIGTERM, resume=FOLDER: same bits."""
-    folder = _folder(start, "killed")
+    folder = out / "killed"
     arguments = [*start, *_schedule(), "name=killed"]
     partial = folder / "checkpoints" / "step_000004.partial"
     first = FastRun(*arguments)
@@ -94,34 +88,33 @@ def _resumed_at_four(folder: Path) -> bool:
     return (folder / "checkpoints" / "step_000004").exists() or steps_logged(folder) == 3
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(start, whole, caplog):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(out, whole, caplog):
     """One flipped byte in the newest: a warning, then the same run from the one before.
 
     Also: what the run exports is what it trained.
     """
-    folder = _folder(start, "whole")
-    before = timeless(folder), load_file(folder / "final" / "model.safetensors")
-    states = folder / "checkpoints" / f"step_{STEPS:06d}" / "state" / "mp_rank_00_model_states.pt"
+    before = timeless(whole), load_file(whole / "final" / "model.safetensors")
+    states = whole / "checkpoints" / f"step_{STEPS:06d}" / "state" / "mp_rank_00_model_states.pt"
     content = bytearray(states.read_bytes())
     content[len(content) // 2] ^= 1
     states.write_bytes(content)
-    assert main(["train", f"resume={folder}"]) == 0
+    assert main(["train", f"resume={whole}"]) == 0
     assert f"step_{STEPS:06d}" in caplog.text and "checksum" in caplog.text
-    assert timeless(folder) == before[0]
-    out = folder.parent / "exported"
-    assert main(["export", f"--run={folder}", f"--out={out}"]) == 0
-    for path in (folder / "final", out):
+    assert timeless(whole) == before[0]
+    exported = out / "exported"
+    assert main(["export", f"--run={whole}", f"--out={exported}"]) == 0
+    for path in (whole / "final", exported):
         again = load_file(path / "model.safetensors")
         assert all((again[name] == tensor).all() for name, tensor in before[1].items())
-    AutoModelForImageTextToText.from_pretrained(out)
-    AutoProcessor.from_pretrained(out)
+    AutoModelForImageTextToText.from_pretrained(exported)
+    AutoProcessor.from_pretrained(exported)
 
 
-def test_what_a_selector_has_learnt_goes_on(start, monkeypatch, tmp_path):
+def test_what_a_selector_has_learnt_goes_on(start, out, monkeypatch, tmp_path):
     """`care.selector=learned`, gone on with from the middle: what it chooses is the same."""
     monkeypatch.setattr("care_train.algorithm.fixability.MIN_OUTCOMES", 4)
     # Half of all responses are right, so that repairs succeed and fail.
-    odd, folder = tmp_path / "odd.py", _folder(start, "learned")
+    odd, folder = tmp_path / "odd.py", out / "learned"
     odd.write_text(
         "def f(reward_inputs):\n    return [len(r['response']) % 2 for r in reward_inputs]"
     )
@@ -140,14 +133,13 @@ def _learnt(checkpoint: Path) -> list[list[float]]:
     return json.loads((checkpoint / "trainer_state.json").read_text())["fixability"]
 
 
-def test_a_cold_start_goes_on_too(start, color_rows, monkeypatch):
+def test_a_cold_start_goes_on_too(start, out, monkeypatch):
     """Cut off in step 18 with checkpoints every 10, resumed: the weights of one that ran through.
 
     Resumed once more it has nothing to do.
     """
-    out = _folder(start, "cold").parent
-    arguments = ["sft", *SMALL, *data_arguments(color_rows), *COLD_START, f"output_dir={out}"]
-    arguments += ["name=cut", "sft.save_every=10"]
+    common = start[1:-1]  # Without the command and the model.
+    arguments = ["sft", *common, *COLD_START, "name=cut", "sft.save_every=10"]
     real = sft.SftLoop.step
 
     def cut(loop, step):
@@ -174,7 +166,7 @@ def test_a_cold_start_goes_on_too(start, color_rows, monkeypatch):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_kills_at_random_lose_nothing(ranks, stage, start):
+def test_kills_at_random_lose_nothing(ranks, stage, start, out):
     """Five SIGKILLs at random moments for each of one and two ranks, ZeRO-2 and ZeRO-3: 20."""
     draw = random.Random(f"{ranks}/{stage}")
     arguments = [
@@ -183,7 +175,7 @@ def test_kills_at_random_lose_nothing(ranks, stage, start):
     ]
     names = [f"{kind}-{ranks}-{stage}" for kind in ("calm", "killed")]
     run(*arguments, f"name={names[0]}", ranks=ranks)
-    folder = _folder(start, names[1])
+    folder = out / names[1]
     for _ in range(5):
         attempt = FastRun(*arguments, f"name={names[1]}", "--resume", ranks=ranks)
         known = _saves(folder)
@@ -192,7 +184,7 @@ def test_kills_at_random_lose_nothing(ranks, stage, start):
         attempt.kill()
     assert steps_logged(folder) < 40, "the kills came too late to mean anything"
     run(*arguments, f"name={names[1]}", "--resume", ranks=ranks)
-    assert_same_runs(folder, _folder(start, names[0]))
+    assert_same_runs(folder, out / names[0])
 
 
 def _saves(run_dir: Path, folder: str = "checkpoints") -> set[str]:
@@ -200,10 +192,10 @@ def _saves(run_dir: Path, folder: str = "checkpoints") -> set[str]:
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_both(start):
+def test_a_signal_to_one_rank_stops_both(start, out):
     """Two ranks under ZeRO-3, SIGTERM to the second alone: both save together and leave."""
     arguments = [*start, *_schedule(40), "deepspeed.zero_stage=3", "name=one-of-two"]
-    folder = _folder(start, "one-of-two")
+    folder = out / "one-of-two"
     both = FastRun(*arguments, ranks=2)
     assert both.wait_for(lambda: steps_logged(folder) >= 3)
     both.send(signal.SIGTERM, rank=1)

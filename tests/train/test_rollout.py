@@ -78,12 +78,9 @@ def test_seeds_differ_over_run_step_prompt_and_rollout():
 def test_greedy_takes_the_argmax_of_the_training_forward(kind, tiny_folder):
     """Left-padded generation with images sees what the right-padded training forward sees."""
     loaded = load(tiny_folder(kind))
-    requests = _requests(loaded)
-    sampling = SamplingSettings(8, greedy=True)
-    banned = _special_ids(loaded)
-    for request, completion in zip(
-        requests, TransformersEngine(loaded, 64).generate(requests, sampling), strict=True
-    ):
+    requests, banned = _requests(loaded), _special_ids(loaded)
+    found = TransformersEngine(loaded, 64).generate(requests, SamplingSettings(8, greedy=True))
+    for request, completion in zip(requests, found, strict=True):
         ids = request.prompt.token_ids + completion.token_ids
         inputs = image_inputs([request.prompt], torch.tensor([ids]), loaded.image_token_id)
         full = full_log_probs(loaded, ids, inputs)[len(request.prompt.token_ids) - 1 :]
@@ -91,16 +88,19 @@ def test_greedy_takes_the_argmax_of_the_training_forward(kind, tiny_folder):
         assert full.argmax(-1).tolist() == list(completion.token_ids)
 
 
+def _with_bias(loaded, token: int, bias: float):
+    """A head that leans to one token in every state."""
+    head = loaded.model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    with torch.no_grad():
+        head.bias[token] = bias
+    return loaded
+
+
 def test_special_and_image_tokens_are_never_sampled(tiny_folder):
     """A policy that wants to write <|image_pad|> cannot: the next forward would not survive it."""
     loaded = load(tiny_folder())
-    head = loaded.model.get_output_embeddings()
-    with torch.no_grad():
-        # Every state points at the image token.
-        head.weight.zero_()
-    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
-    with torch.no_grad():
-        head.bias[loaded.image_token_id] = 50.0
+    _with_bias(loaded, loaded.image_token_id, 50.0)
     completions = TransformersEngine(loaded, 64).generate(_requests(loaded), SamplingSettings(16))
     sampled = {token for completion in completions for token in completion.token_ids}
     assert sampled and not sampled & set(_special_ids(loaded))
@@ -154,18 +154,13 @@ def test_sampling_follows_the_distribution():
 def test_a_response_ends_at_eos(tiny_folder):
     """EOS ends a response and is kept; the length limit leaves it unfinished."""
     loaded = load(tiny_folder())
-    head = loaded.model.get_output_embeddings()
-    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
-    with torch.no_grad():
-        head.bias[loaded.eos_token_ids[0]] = 4.0
-    completions = TransformersEngine(loaded, 64).generate(
-        _requests(loaded, 24), SamplingSettings(6)
-    )
+    eos = loaded.eos_token_ids[0]
+    engine = TransformersEngine(_with_bias(loaded, eos, 4.0), 64)
+    completions = engine.generate(_requests(loaded, 24), SamplingSettings(6))
     assert {completion.finished for completion in completions} == {True, False}
     for completion in completions:
-        ends = completion.token_ids[-1] == loaded.eos_token_ids[0]
-        assert completion.finished == ends
-        assert loaded.eos_token_ids[0] not in completion.token_ids[:-1]
+        assert completion.finished == (completion.token_ids[-1] == eos)
+        assert eos not in completion.token_ids[:-1]
         assert completion.finished or len(completion.token_ids) == 6
 
 

@@ -50,16 +50,12 @@ def test_an_upright_photo_has_the_tokens_of_its_stored_size(tiny_folder, tmp_pat
     assert encoder.num_tokens(sample) == len(prompt.token_ids)
 
 
-def test_long_rows_are_named(tiny_folder):
-    """Rows, tokens, the limit, the longest, and what to do: before anything was trained."""
-    session = _session(tiny_folder)
+def test_long_rows_are_named_or_dropped(tiny_folder, tmp_path, caplog):
+    """Rows, tokens, the limit, the longest, and what to do, before anything was trained. With
+    `prompt.overlong=drop` a warning and a line per row; never of held-out rows, never all."""
     wanted = r"rows\.jsonl: row 2: the prompt has \d+ tokens, wanted at most 200\n.*longest has"
     with pytest.raises(ValueError, match=wanted):
-        usable_rows(session, [SHORT, LONG], "data")
-
-
-def test_long_rows_are_dropped_and_listed(tiny_folder, tmp_path, caplog):
-    """`prompt.overlong=drop`: a warning, a line per row; never of held-out rows, never all."""
+        usable_rows(_session(tiny_folder), [SHORT, LONG], "data")
     session = _session(tiny_folder, prompt={"overlong": "drop"})
     with caplog.at_level(logging.WARNING):
         rows, lengths = usable_rows(session, [SHORT, LONG, SHORT], "data", tmp_path)
@@ -69,10 +65,9 @@ def test_long_rows_are_dropped_and_listed(tiny_folder, tmp_path, caplog):
     tokens = session.encoder.num_tokens(LONG)
     assert json.loads(line) == {"row": LONG.location, "id": LONG.id, "tokens": tokens}
     assert "data: 1 of 3 rows are left out" in caplog.text
-    with pytest.raises(ValueError, match="wanted at most 200"):
-        usable_rows(session, [SHORT, LONG], "eval.data")
-    with pytest.raises(ValueError, match="wanted at most 200"):
-        usable_rows(session, [LONG], "data", tmp_path)
+    for held_out in (([SHORT, LONG], "eval.data"), ([LONG], "data", tmp_path)):
+        with pytest.raises(ValueError, match="wanted at most 200"):
+            usable_rows(session, *held_out)
 
 
 def test_rows_from_a_file_stay_lazy(tiny_folder, tmp_path):
@@ -119,30 +114,19 @@ def test_a_cold_start_row_over_the_micro_batch_is_named(tiny_folder):
     check_lengths(_session(tiny_folder, train={"micro_batch_tokens": 4096}), rows, lengths)
 
 
-@pytest.fixture
-def one_long(color_rows):
-    """The drawn images, and a row that is too long."""
-    lines = color_rows.read_text().splitlines()
-    long = {"prompt": LONG.prompt, "answer": "red", "rationale": "it is red", "id": "long"}
-    path = color_rows.with_name("one_long.jsonl")
-    path.write_text("\n".join([*lines, json.dumps(long)]))
-    return path
-
-
-ARGUMENTS = ("prompt.max_prompt_tokens=200", "prompt.system=null", "logging.progress=false")
-
-
 @pytest.mark.parametrize("overlong", ["error", "drop"])
-def test_ranks_measure_their_shares_and_agree(overlong, tiny_folder, one_long, tmp_path):
+def test_ranks_measure_their_shares_and_agree(overlong, tiny_folder, color_rows, tmp_path):
     """Two ranks: both stop with the row's name before the first step and leave no folder, or both
     learn without it."""
-    run = FastRun(
-        *("sft", *ARGUMENTS, f"model.path={tiny_folder()}", f"sft.data.path={one_long}"),
-        *("sft.steps=2", "sft.batch_size=8", f"prompt.overlong={overlong}"),
-        *(f"output_dir={tmp_path}", "name=run"),
+    long = {"prompt": LONG.prompt, "answer": "red", "rationale": "it is red", "id": "long"}
+    path = color_rows.with_name("one_long.jsonl")
+    path.write_text(color_rows.read_text() + json.dumps(long))
+    ends = FastRun(
+        *("sft", "prompt.max_prompt_tokens=200", "prompt.system=null", "logging.progress=false"),
+        *(f"model.path={tiny_folder()}", f"sft.data.path={path}", f"prompt.overlong={overlong}"),
+        *("sft.steps=2", "sft.batch_size=8", f"output_dir={tmp_path}", "name=run"),
         ranks=2,
-    )
-    ends = run.end()
+    ).end()
     assert [status for status, _ in ends] == [2 if overlong == "error" else 0] * 2
     if overlong == "error":
         assert "one_long.jsonl: row 17: the prompt has" in ends[0][1]

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-from care_train.cli import main as care_train
 from care_train.config import load_config
 from care_train.data import load_samples
 from care_train.distributed import (
@@ -33,7 +32,7 @@ from care_train.training.sampler import Sampler
 from care_train.training.session import open_session
 from care_train.training.step import TrainStep
 from tests.train.builders import load
-from tests.train.runs import COLD_START, SMALL, data_arguments, run_ranks
+from tests.train.runs import SMALL, cold_start, data_arguments, run_ranks
 
 FP32 = ()
 BF16 = (
@@ -122,8 +121,7 @@ def run_case(out: Path, name: str, overrides: Sequence[str], model: str, rows: s
 def start(tmp_path_factory, color_rows) -> Path:
     """A model that earns some rewards."""
     out = tmp_path_factory.mktemp("trajectory")
-    common = [*SMALL, *data_arguments(color_rows), f"output_dir={out}", "name=cold"]
-    assert care_train(["sft", *common, *COLD_START, "sft.steps=45"]) == 0
+    cold_start(out, color_rows, "sft.steps=45")
     return out / "cold" / "final"
 
 
