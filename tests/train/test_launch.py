@@ -117,42 +117,13 @@ def test_a_launchers_ranks_end_together_and_go_on(launcher, tmp_path):
     assert (run / "final" / "model.safetensors").is_file()
 
 
-FAKES = {
-    # Two tasks on one node, signalled as SLURM does: every process of the step.
-    "srun": """#!/usr/bin/env bash
-set -m
-while [[ "$1" == --* ]]; do shift; done
-export SLURM_NTASKS=2
-for place in 0 1; do
-  SLURM_PROCID=$place SLURM_LOCALID=$place "$@" & pids+=($!)
-done
-trap 'for pid in "${pids[@]}"; do kill -TERM -- -"$pid"; done' USR1
-worst=0
-for pid in "${pids[@]}"; do
-  while :; do
-    status=0; wait "$pid" || status=$?
-    kill -0 "$pid" 2>/dev/null || break
-  done
-  [ "$status" -gt "$worst" ] && worst=$status
-done
-exit "$worst"
-""",
-    "scontrol": """#!/usr/bin/env bash
-if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$REQUEUED"; fi
-""",
-}
-
-
 @pytest.mark.slow
 def test_a_slurm_job_saves_requeues_and_goes_on(tmp_path):
     """SIGTERM to the ranks: a checkpoint, `scontrol requeue`; the second turn ends the run."""
-    for name, text in FAKES.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
     requeued, run = tmp_path / "requeued", tmp_path / "run"
     command = [LAUNCH / "slurm.sbatch", *text_run_arguments(tmp_path), "train.steps=40"]
     environment = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PATH": f"{Path(__file__).parent / 'fake_slurm'}:{os.environ['PATH']}",
         "REQUEUED": str(requeued),
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_JOB_NODELIST": "here",
