@@ -51,39 +51,26 @@ def _steps(groups: list[Group], times: int = 2, rows: int = 100, **values) -> Em
 
 
 WRONG, ALIKE = _alike(0.0), [_group(_rollout(0.0), _rollout(0.0)) for _ in range(8)]
-UNSURE = "unverified: took longer than 5 s"
+CUT = _alike(0.0, spans=UNTAGGED, finished=False)
+UNSURE = _alike(0.0, verdict="unverified: took longer than 5 s")
 TOO_HIGH = _alike(0.0, graded=0.62, reward=0.62) + _alike(0.0, graded=0.1, reward=0.1)
+HALVES = _alike(0.0, 4) + _alike(1.0, 4)
 CAUSES = [
     (WRONG, {}, ("of 8 groups 8 with all responses wrong and no rescue", "easier rows")),
     (WRONG, {"care": {"rescue": 0.0}}, ("care.rescue=1",)),
     (
-        _alike(0.4) + _alike(0.3),
-        {},
-        ("16 whose best response is partly right", "success_threshold (now 1, as", "seen, 0.4"),
-    ),
-    (
-        TOO_HIGH,
-        {"reward": {"success_threshold": 0.8}},
+        *(TOO_HIGH, {"reward": {"success_threshold": 0.8}}),
         ("16 whose best", "success_threshold (now 0.8)", "0.62", "rewards from 0.1 to 0.62"),
     ),
     (
-        _alike(0.0, spans=UNTAGGED),
-        {},
+        *(_alike(0.0, spans=UNTAGGED), {}),
         ("16 without a complete answer span", "cold start (`care-train sft`)", "<answer>"),
     ),
-    (
-        _alike(0.0, spans=UNTAGGED, finished=False),
-        {},
-        ("16 cut by the length limit", "raise rollout.max_new_tokens (now 12)"),
-    ),
-    (_alike(0.0, verdict=UNSURE), {}, ("of 16 responses 16 unverified", "takes too long")),
+    (CUT, {}, ("16 cut by the length limit", "raise rollout.max_new_tokens (now 12)")),
+    (UNSURE, {}, ("of 16 responses 16 unverified", "takes too long")),
     (ALIKE, {}, ("all the same: raise rollout.temperature",)),
     (_alike(0.5), {}, ("rewards from 0.5 to 0.5", "gives all responses the same teaches nothing")),
-    (
-        _alike(0.0, 4) + _alike(1.0, 4),
-        {},
-        ("4 with all responses right, 4 with all responses wrong", "rollout.group_size"),
-    ),
+    (HALVES, {}, ("4 with all responses right, 4 with all responses wrong", "rollout.group_size")),
 ]
 
 
@@ -125,7 +112,7 @@ def test_a_step_with_a_signal_begins_a_new_row_and_null_never_ends(caplog):
     steps.add(WRONG, [], 3)
     assert steps.steps == 1 and steps.ending is None
     steps.add(WRONG, _alike(1.0, 24), 4)
-    assert "of 40 groups 24 with all responses right" in str(steps.error())
+    assert "of 32 groups 24 with all responses right" in str(steps.error())
     caplog.clear()
     assert _steps(WRONG, times=20, limits={"empty_steps": None}).ending is None
     assert caplog.text.count("trained nothing") == 5  # steps 1, 2, 4, 8 and 16

@@ -30,10 +30,19 @@ from tests.train.runs import (
 LORA = LoraSettings(rank=4, alpha=8.0)
 
 
+WHOLE = LoraSettings(rank=2, target_modules=["q_proj", "v_proj"], modules_to_save=["merger"])
+
+
 def _engine(loaded, lora=LORA, **settings):
-    return make_engine(
-        loaded, lora=lora, **{"learning_rate": 2e-2, "max_grad_norm": 1.0} | settings
-    )
+    return make_engine(loaded, lora=lora, learning_rate=2e-2, max_grad_norm=1.0, **settings)
+
+
+def _trained(loaded, lora=LORA, **settings):
+    """An engine after one step, the step's batch, and the log-probs that it has then."""
+    engine = _engine(loaded, lora, **settings)
+    micro = micro_batch(engine)
+    engine.step([micro], 1.0)
+    return engine, micro, engine.log_probs(micro.batch, 0.7)[0]
 
 
 @pytest.mark.parametrize("kind", ["tiny-qwen2.5-vl", "tiny-qwen2"])
@@ -60,15 +69,12 @@ def test_adapters_start_as_nothing_and_alone_are_trained(kind, tiny_folder):
     assert len(moved) == len(linears)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_the_reference_is_the_model_without_adapters(zero_stage, tiny_folder):
+@pytest.mark.parametrize(("zero_stage", "lora"), [(0, WHOLE), (2, LORA), (3, LORA)])
+def test_the_reference_is_the_model_without_adapters(zero_stage, lora, tiny_folder):
     """After training: bit for bit what a copy made before says; then adapters are on again."""
     loaded = load(tiny_folder())
     copied = FrozenCopy(loaded.model)
-    engine = _engine(loaded, zero_stage=zero_stage)
-    micro = micro_batch(engine)
-    engine.step([micro], 1.0)
-    trained = engine.log_probs(micro.batch, 0.7)[0]
+    engine, micro, trained = _trained(loaded, lora, zero_stage=zero_stage)
     reference = WithoutAdapters(engine)
     wanted = copied.log_probs(micro.batch, 0.7)[0]
     assert torch.equal(reference.log_probs(micro.batch, 0.7)[0], wanted)
@@ -82,70 +88,52 @@ def test_the_reference_is_the_model_without_adapters(zero_stage, tiny_folder):
     assert engine.step([MicroBatch(micro.batch, arguments)], 1.0).grad_norm > 0
 
 
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_merged_weights_leave_the_engine(zero_stage, tiny_folder, tmp_path):
-    """To rollouts under ZeRO-3 and to disk: a plain model that computes as the adapted one."""
-    engine = _engine(load(tiny_folder()), zero_stage=zero_stage)
-    micro = micro_batch(engine)
-    engine.step([micro], 1.0)
-    trained = engine.log_probs(micro.batch, 1.0)[0]
+@pytest.mark.parametrize(("zero_stage", "lora"), [(0, WHOLE), (2, LORA), (3, LORA)])
+def test_merged_weights_leave_the_engine(zero_stage, lora, tiny_folder, tmp_path):
+    """To rollouts under ZeRO-3 and to disk: a plain model that computes as the adapted one, with
+    `modules_to_save` too, where the merger moves with the adapters."""
+    loaded = load(tiny_folder())
+    before = {name: p.clone() for name, p in loaded.model.named_parameters()}
+    engine, micro, trained = _trained(loaded, lora, zero_stage=zero_stage)
     save_model(engine, tmp_path / "final")
-    models = [load(tmp_path / "final").model]
+    saved = load(tmp_path / "final").model
+    models = [saved]
     if engine.rollout_is_copy:
         TransformersEngine(engine.rollout, 8, is_copy=True).sync(engine.weights(1 << 14))
         models.append(engine.rollout.model)
     for model in models:
         assert not has_adapters(model)
         with torch.no_grad():
-            scores = Policy(model).eval()(micro.batch)[0]
+            scores = Policy(model).eval()(micro.batch, 0.7)[0]
         torch.testing.assert_close(scores, trained, rtol=1e-4, atol=1e-4)
+    moved = {n for n, p in saved.named_parameters() if not torch.equal(p, before[n])}
+    assert any("visual.merger" in name for name in moved) == (lora is WHOLE)
+    if lora is WHOLE:
+        targets = ("q_proj.weight", "v_proj.weight")
+        assert all(name.endswith(targets) or "merger" in name for name in moved)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
 def test_a_checkpoint_holds_adapters_and_their_optimizer(zero_stage, tiny_folder, tmp_path):
     """Saved, loaded into an engine with other first adapters, stepped: the same bits."""
-    engines = [_engine(load(tiny_folder()), zero_stage=zero_stage, seed=seed) for seed in (0, 1)]
-    for engine in engines:
+    one, other = (
+        _trained(load(tiny_folder()), zero_stage=zero_stage, seed=seed)[0] for seed in (0, 1)
+    )
+    one.save_state(tmp_path / "saved")
+    other.load_state(tmp_path / "saved")
+    for engine in (one, other):
         engine.step([micro_batch(engine)], 1.0)
-    engines[0].save_state(tmp_path / "saved")
-    engines[1].load_state(tmp_path / "saved")
-    for engine in engines:
-        engine.step([micro_batch(engine)], 1.0)
-    assert_same_weights(*({n: t.clone() for n, t in e.weights(1 << 20)} for e in engines))
-    assert engines[0].learning_rate == engines[1].learning_rate
+    assert_same_weights(*({n: t.clone() for n, t in e.weights(1 << 20)} for e in (one, other)))
+    assert one.learning_rate == other.learning_rate
 
 
 def test_bfloat16_adapters_keep_fp32_masters(tiny_folder):
     """Adapters are bfloat16 like their model; the optimiser's copies are not."""
     loaded = load(tiny_folder(), dtype="bfloat16")
-    engine = _engine(loaded, zero_stage=2, bf16=True)
-    engine.step([micro_batch(engine)], 1.0)
+    engine, *_ = _trained(loaded, zero_stage=2, bf16=True)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
     masters = [p for group in engine.optimizer.param_groups for p in group["params"]]
     assert masters and all(m.dtype == torch.float32 for m in masters)
-
-
-def test_modules_may_be_trained_whole(tiny_folder, tmp_path):
-    """`modules_to_save`: the merger moves with the adapters, and both reach the folder."""
-    lora = LoraSettings(rank=2, target_modules=["q_proj", "v_proj"], modules_to_save=["merger"])
-    loaded = load(tiny_folder())
-    before = {name: p.clone() for name, p in loaded.model.named_parameters()}
-    engine = _engine(loaded, lora)
-    micro = micro_batch(engine)
-    engine.step([micro], 1.0)
-    trained = engine.log_probs(micro.batch, 1.0)[0]
-    with engine.without_adapters():
-        untouched = engine.log_probs(micro.batch, 1.0)[0]
-    save_model(engine, tmp_path / "final")
-    saved = load(tmp_path / "final").model
-    moved = {n for n, p in saved.named_parameters() if not torch.equal(p, before[n])}
-    assert any("visual.merger" in name for name in moved)
-    assert all(name.split(".")[-2] in ("q_proj", "v_proj") or "merger" in name for name in moved)
-    with torch.no_grad():
-        scores = Policy(saved).eval()(micro.batch)[0]
-        plain = Policy(load(tiny_folder()).model).eval()(micro.batch)[0]
-    torch.testing.assert_close(scores, trained, rtol=1e-4, atol=1e-4)
-    assert torch.equal(untouched, plain)
 
 
 @pytest.mark.parametrize(

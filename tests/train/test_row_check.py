@@ -10,7 +10,6 @@ from PIL import Image
 
 from care_train.config import DataSettings
 from care_train.data import load_samples
-from care_train.models.tiny import TINY_KINDS
 from care_train.training.session import usable_rows
 from care_train.training.sft import check_lengths
 from tests.train.builders import encoder_of, image_sample, load, make_session, text_sample
@@ -23,8 +22,15 @@ def _session(tiny_folder, **values):
     return make_session(tiny_folder(), values)
 
 
-@pytest.mark.parametrize("kind", TINY_KINDS)
-@pytest.mark.parametrize("limits", [{}, {"max_pixels": 64 * 64}, {"min_pixels": 512 * 512}])
+@pytest.mark.parametrize(
+    ("kind", "limits"),
+    [
+        ("tiny-qwen2", {}),
+        ("tiny-qwen2.5-vl", {"max_pixels": 64 * 64}),
+        ("tiny-qwen3-vl", {}),
+        ("tiny-qwen3-vl", {"min_pixels": 512 * 512}),
+    ],
+)
 @settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
