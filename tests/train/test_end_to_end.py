@@ -156,18 +156,15 @@ def _by_row(run: Path, evaluations: bool) -> dict[tuple, dict]:
 
 VARIANTS = {
     "literal": ("preset=literal",),
-    # The official preset enlarges images, which takes ten seconds.
-    "official": ("preset=official", "model.min_pixels=null"),
     "exact_kl": ("loss.kl_estimator=exact", "loss.entropy_coef=0.01", "care.selector=random"),
     "dapo": ("algorithm=dapo", "train.dynamic_sampling=true", "train.num_iterations=2"),
-    "gspo": ("algorithm=gspo", "train.num_iterations=2"),
 }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_train(name, start, tmp_path):
-    """Presets and main alternatives of the decision table; ratios of tokens and of sequences, and
-    dynamic sampling, over several updates a batch."""
+    """Alternatives that no shipped configuration has (those train in tests/test_commands.py), and
+    dynamic sampling over several updates a batch."""
     metrics = records(_train(start, tmp_path, *VARIANTS[name]))
     assert len(metrics) == 3 and sum(m["trained_sequences"] for m in metrics) > 0
     assert any(m.get("grad_norm", 0) > 0 for m in metrics)

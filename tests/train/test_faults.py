@@ -244,8 +244,12 @@ real = vllm_process.start_vllm
 def start(*arguments, **more):
     llm = real(*arguments, **more)
     worker = llm.llm_engine.model_executor.driver_worker.worker
-    def fail(*_, **__):
-        raise RuntimeError("the device is gone")
+    execute, calls = worker.execute_model, []
+    def fail(*arguments, **more):
+        calls.append(1)
+        if len(calls) > 30:
+            raise RuntimeError("the device is gone")
+        return execute(*arguments, **more)
     worker.execute_model = fail
     return llm
 vllm_process.start_vllm = start
@@ -258,7 +262,7 @@ def test_a_vllm_that_fails_in_this_process_ends_the_run(arguments):
     more = ("rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.1")
     [(status, errors)] = FastRun(*arguments, *more, before=BROKEN_VLLM).end()
     assert status == ENGINE_STATUS and "Traceback" not in errors, errors
-    assert "vLLM failed while generating: RuntimeError: the device is gone; " in errors
+    assert " of 40: vLLM failed while generating: RuntimeError: the device is gone; " in errors
     assert "go on with the same command and --resume" in errors
 
 
