@@ -86,5 +86,19 @@ def color_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def mixed_rows(color_rows: Path) -> Path:
+    """The same with no image, one image and two images of other sizes, in turn."""
+    from PIL import Image
+
+    rows = [json.loads(line) for line in color_rows.read_text().splitlines()]
+    Image.new("RGB", (96, 64), "blue").save(color_rows.parent / "wide.png")
+    for number, row in enumerate(rows):
+        row["images"] = [*row["images"], "wide.png"][: number % 3]
+    path = color_rows.with_name("mixed.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def _corpus() -> list[str]:
     return [f"what color is the image? the image is {color}" for color in COLORS]

@@ -17,7 +17,7 @@ from care_train.config import (
 )
 from care_train.data import Sample
 from care_train.distributed import initialize_process_group
-from care_train.models.batch import TokenSequence
+from care_train.models.batch import TokenSequence, image_inputs
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.prompts import PromptEncoder
 from care_train.training.engine import MicroBatch, PolicyEngine
@@ -150,3 +150,11 @@ def full_log_probs(loaded: LoadedModel, token_ids, inputs=None, temperature: flo
     with torch.no_grad():
         logits = loaded.model(**batch).logits[0].float()
     return (logits / temperature).log_softmax(-1)[:-1]
+
+
+def response_log_probs(loaded: LoadedModel, sequence: TokenSequence, temperature: float = 1.0):
+    """Of each response token of a sequence alone, from its full logits."""
+    ids = torch.tensor([sequence.token_ids])
+    inputs = image_inputs([sequence.prompt], ids, loaded.image_token_id)
+    full = full_log_probs(loaded, sequence.token_ids, inputs, temperature)
+    return full.gather(1, ids[0, 1:, None])[sequence.response_start - 1 :, 0]

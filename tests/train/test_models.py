@@ -23,7 +23,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from care_train.models.batch import TokenSequence, collate, image_inputs
+from care_train.models.batch import TokenSequence, collate
 from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt
 from care_train.models.tiny import TINY_KINDS, build_tiny_model
@@ -31,9 +31,9 @@ from care_train.planning.workload import describe, read_architecture
 from tests.train.builders import (
     SMALL_SIZES,
     encoder_of,
-    full_log_probs,
     image_sample,
     load,
+    response_log_probs,
     text_sample,
 )
 
@@ -96,12 +96,7 @@ def test_log_probs_are_those_of_full_logits(folder):
     sequences = _sequences(loaded)
     batch = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
     log_probs, _ = Policy(loaded.model)(batch, temperature=0.7)
-    wanted = []
-    for sequence in sequences:
-        ids = torch.tensor([sequence.token_ids])
-        inputs = image_inputs([sequence.prompt], ids, loaded.image_token_id)
-        full = full_log_probs(loaded, sequence.token_ids, inputs, temperature=0.7)
-        wanted.append(full.gather(1, ids[0, 1:, None])[sequence.response_start - 1 :, 0])
+    wanted = [response_log_probs(loaded, sequence, temperature=0.7) for sequence in sequences]
     torch.testing.assert_close(log_probs, torch.cat(wanted), rtol=1e-4, atol=1e-4)
     log_probs.sum().backward()
     if loaded.processor is not None:
