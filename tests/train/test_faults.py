@@ -284,22 +284,17 @@ def test_an_inner_timer_interrupts_the_outer_one():
     assert values["seconds_overhead"] == pytest.approx(parts - values["seconds_update"])
 
 
-@pytest.mark.parametrize(
-    ("part", "advice"),
-    [
+def test_out_of_memory_names_the_part_and_what_to_lower():
+    """After the error the watchdog still sees the part it came from."""
+    for part, advice in (
         ("reflect", "rollout.batch_size"),
         ("reference", "train.micro_batch_size"),
         ("select", "fewer ranks"),
-    ],
-)
-def test_out_of_memory_names_the_part_and_what_to_lower(part, advice):
-    """After the error the watchdog still sees the part it came from."""
-    begin_step(3)
-    with (
-        pytest.raises(OutOfMemoryError, match=rf"in {part} \(no, out of memory\).*{advice}"),
-        timer(part),
     ):
-        raise RuntimeError("no, out of memory")
-    assert (current_place().part, current_place().step) == (part, 3)
+        begin_step(3)
+        wanted = rf"in {part} \(no, out of memory\).*{advice}"
+        with pytest.raises(OutOfMemoryError, match=wanted), timer(part):
+            raise RuntimeError("no, out of memory")
+        assert (current_place().part, current_place().step) == (part, 3)
     begin_step(None)
     assert (current_place().part, current_place().step) == ("other", None)

@@ -7,7 +7,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from care_train.cli import main
 from care_train.models.folder import check_tokenizer
 from care_train.models.load import auto_class
 from tests.train.builders import encoder_of, load
@@ -149,12 +148,3 @@ def test_a_text_checkpoint_may_carry_a_vision_config(tiny_folder, tmp_path):
     assert auto_class(config) is AutoModelForCausalLM
     vision = load(tiny_folder("tiny-qwen3-vl")).model.config
     assert auto_class(vision) is AutoModelForImageTextToText
-
-
-def test_a_command_ends_with_status_2_and_one_line(tiny_folder, tmp_path, color_rows, capsys):
-    """No traceback, and no folder of a run that never was."""
-    folder = shutil.copytree(tiny_folder(), tmp_path / "model")
-    DAMAGED["wrapped"][0](folder)
-    own = (f"model.path={folder}", f"data.path={color_rows}", f"output_dir={tmp_path}", "name=run")
-    assert main(["train", *own, "logging.report_to=[]", "eval.max_samples=2"]) == 2
-    assert f"error: model.path: {folder}: " in capsys.readouterr().err
