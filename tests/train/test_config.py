@@ -48,8 +48,9 @@ REFUSED = yaml.safe_load((Path(__file__).parent / "refused_settings.yaml").read_
 def test_bad_settings_say_key_got_and_wanted(override, message):
     """An unknown key, a wrong value, what DeepSpeed or LoRA is told against other settings, and a
     setting that is gone: the error names key, got and what is wanted or takes its place."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as error:
         load_config(None, override.split())
+    assert [part for part in message.split(" ... ") if part not in str(error.value)] == []
 
 
 def test_no_number_is_negative_or_not_a_number():
