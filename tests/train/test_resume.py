@@ -88,10 +88,10 @@ def _resumed_at_four(folder: Path) -> bool:
     return (folder / "checkpoints" / "step_000004").exists() or steps_logged(folder) == 3
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(out, whole, caplog):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(out, whole, caplog, capsys):
     """One flipped byte in the newest: a warning, then the same run from the one before.
 
-    Also: what the run exports is what it trained.
+    Also: what the run exports is what it trained, which was no adapter.
     """
     before = timeless(whole), load_file(whole / "final" / "model.safetensors")
     states = whole / "checkpoints" / f"step_{STEPS:06d}" / "state" / "mp_rank_00_model_states.pt"
@@ -106,6 +106,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(out, whole, ca
     for path in (whole / "final", exported):
         again = load_file(path / "model.safetensors")
         assert all((again[name] == tensor).all() for name, tensor in before[1].items())
+    assert main(["export", f"--run={whole}", f"--out={out / 'none'}", "--adapter"]) == 2
+    assert "trained all weights (model.lora=null)" in capsys.readouterr().err
     AutoModelForImageTextToText.from_pretrained(exported)
     AutoProcessor.from_pretrained(exported)
 
