@@ -1,21 +1,33 @@
-"""`care-train eval --benchmarks`: answers, resume, results, over real engines and ranks."""
+"""`care-train eval --benchmarks`: answers, resume, results, over real engines and ranks.
+
+`python -m tests.evaluation.test_benchmark_run MODEL ROWS OUT [EVAL ARGUMENTS]` is one of the ranks.
+"""
 
 import io
 import json
 import re
 import shutil
 import signal
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from PIL import Image
 
 from bench.protocol_fixtures import draw, math_vision_rows, write_parquet, write_training
 from care_train.cli import main
-from care_train.data import Sample
+from care_train.config import DataSettings
+from care_train.data import Sample, load_samples
+from care_train.distributed import rank
 from care_train.evaluation.benchmarks import BENCHMARKS
-from care_train.evaluation.evaluate import without_images
+from care_train.evaluation.evaluate import evaluate, without_images
 from care_train.models.tiny import build_tiny_model
+from care_train.rollout.engine import Completion, Request, SamplingSettings
+from care_train.rollout.transformers_engine import TransformersEngine
+from tests.train.builders import make_session
 from tests.train.runs import FastRun, run, run_ranks
 
 ALL = ",".join(BENCHMARKS)
@@ -160,13 +172,37 @@ def test_answers_of_other_questions_and_models_are_refused(tmp_path, capfd):
     assert "model.path's weights" in capfd.readouterr().err
 
 
+class CollectiveEngine(TransformersEngine):
+    """Every rank must call `generate` for any to return, as in a vLLM sharded over ranks."""
+
+    num_calls = 0
+
+    def generate(self, requests: Sequence[Request], sampling: SamplingSettings) -> list[Completion]:
+        self.num_calls += 1
+        dist.all_reduce(torch.ones(1))
+        return super().generate(requests, sampling)
+
+
+def one_rank(model: str, rows: str, out: str, *arguments: str) -> int:
+    """`evaluate` with that engine; then `care-train eval` with the arguments."""
+    session = make_session(Path(model), {"rollout": {"batch_size": 2}})
+    engine = CollectiveEngine(session.loaded, 2)
+    samples = load_samples(DataSettings(path=rows, max_samples=5))
+    result = evaluate(session, engine, samples, torch.device("cpu"), greedy=True)
+    found = {"num_calls": engine.num_calls, "num_questions": result["num_questions"]}
+    Path(out, f"found_{rank()}.json").write_text(json.dumps(found))
+    return main(arguments)
+
+
 @pytest.fixture(scope="module")
 def two_ranks(repositories, tiny_folder, color_rows, tmp_path_factory) -> Path:
     """What two ranks leave behind."""
     out = tmp_path_factory.mktemp("ranks")
     arguments = [*_arguments(repositories, tiny_folder(), out, "ranks"), "rollout.batch_size=16"]
     own = (tiny_folder(), color_rows, out)
-    run_ranks("tests.evaluation.ranks", *own, *arguments, *_SAMPLES, ranks=2, seconds=120)
+    run_ranks(
+        "tests.evaluation.test_benchmark_run", *own, *arguments, *_SAMPLES, ranks=2, seconds=120
+    )
     return out
 
 
@@ -182,8 +218,8 @@ def test_two_ranks_answer_as_one(whole, two_ranks):
 def test_every_rank_generates_as_often(two_ranks):
     """Five questions in batches of two: 3 and 2 a rank, but two calls of `generate` on either, as
     ranks that share a vLLM need; each question counts once."""
-    for rank in (0, 1):
-        found = json.loads((two_ranks / f"found_{rank}.json").read_text())
+    for number in (0, 1):
+        found = json.loads((two_ranks / f"found_{number}.json").read_text())
         assert (found["num_calls"], found["num_questions"]) == (2, 5)
 
 
@@ -240,3 +276,7 @@ def test_a_blind_sample_has_white_images_of_the_same_sizes():
     white = [(12, (255,) * 3)], [(10, (255,) * 3)]
     assert [i.getcolors() for i in blind.images if isinstance(i, Image.Image)] == [*white]
     assert sample.images == images and blind.prompt == sample.prompt
+
+
+if __name__ == "__main__":
+    sys.exit(one_rank(*sys.argv[1:]))
