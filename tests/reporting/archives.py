@@ -76,26 +76,16 @@ def group(
 
 def _question(place: int) -> dict[str, Any]:
     return {
-        "row_id": f"row-{place}",
-        "visit": 0,
-        "location": f"rows.jsonl:{place}",
-        "source": ("charts", "geometry")[place % 2],
-        "prompt": f"what is number {place}?",
-        "answer": "a",
-        "answer_type": "text",
-        "options": [],
+        **{"row_id": f"row-{place}", "visit": 0, "location": f"rows.jsonl:{place}"},
+        **{"source": ("charts", "geometry")[place % 2], "prompt": f"what is number {place}?"},
+        **{"answer": "a", "answer_type": "text", "options": []},
     }
 
 
 def _answer(text: str, is_right: bool) -> dict[str, Any]:
     return {
-        "text": text,
-        "token_ids": np.arange(8, dtype=np.int32),
-        "finished": True,
-        "accuracy": float(is_right),
-        "format": 1.0,
-        "reward": float(is_right),
-        "rewards": [],
+        **{"text": text, "token_ids": np.arange(8, dtype=np.int32), "finished": True},
+        **{"accuracy": float(is_right), "format": 1.0, "reward": float(is_right), "rewards": []},
         "verdict": "exact match" if is_right else "got another answer",
         "format_verdict": "",
     }
@@ -103,7 +93,6 @@ def _answer(text: str, is_right: bool) -> dict[str, Any]:
 
 def _rollout(text: str, role: str, is_right: bool) -> dict[str, Any]:
     numbers = np.linspace(0, 1, 8, dtype=np.float32)
-    is_trained = role != "unused"
     credited = {
         "token_weights": numbers,
         "token_advantages": numbers if is_right else -numbers,
@@ -115,14 +104,11 @@ def _rollout(text: str, role: str, is_right: bool) -> dict[str, Any]:
         **dict.fromkeys(group_schema().field("rollouts").type.value_type.names),
         **_answer(text, is_right),
         **{"think_start": 0, "think_end": 5, "answer_start": 5, "answer_end": 8},
-        "prefix_ids": np.empty(0, np.int32),
-        "role": role,
-        "trained": is_trained,
+        **{"role": role, "trained": role != "unused", "prefix_ids": np.empty(0, np.int32)},
         "rank_of_negative": 1 if role == "hard_negative" else None,
         "distance": 0.0 if is_right else 0.25,
         "raw_advantage": 1.4 if is_right else -0.7,
         "sequence_advantage": 1.4 if is_right else -0.35,
-        "old_log_probs": -numbers,
-        "old_log_prob_sum": -4.0,
-        **(credited if is_trained else {}),
+        **{"old_log_probs": -numbers, "old_log_prob_sum": -4.0},
+        **(credited if role != "unused" else {}),
     }

@@ -168,51 +168,31 @@ def test_a_tracked_run_survives_a_restart(package: str, tmp_path: Path, monkeypa
         assert rows[1]["images"][0].size == (8, 8)
 
 
-def test_the_real_wandb_keeps_a_run_offline(tmp_path: Path, monkeypatch) -> None:
-    """Numbers, a table with an image, and a restart, through wandb itself."""
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    _two_starts(tmp_path / "run", "wandb")
-    runs = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    assert len({run.name.rpartition("-")[2] for run in runs}) == 1
-    for kind in ("*.png", "*.wandb"):
-        assert any(list(run.rglob(kind)) for run in runs)
-
-
-def test_the_real_swanlab_keeps_a_run_offline(tmp_path: Path, monkeypatch) -> None:
-    """Numbers, text and images of both starts are kept under one id, for `swanlab sync`."""
-    monkeypatch.setenv("SWANLAB_MODE", "offline")
-    pytest.importorskip("swanlab")
-    _two_starts(tmp_path / "run", "swanlab")
-    stores = list((tmp_path / "run" / "swanlab").glob("run-*/run-*.swanlab"))
-    assert len(stores) == 2 and len({store.name for store in stores}) == 1
-    for store in stores:
-        assert b"train/reward" in store.read_bytes()
-        (text,) = (store.parent / "media" / "text").iterdir()
-        assert all(sample.completion in text.read_text() for sample in SAMPLES)
-        (image,) = (store.parent / "media" / "image").iterdir()
-        assert Image.open(image).size == (8, 8)
-
-
-def test_the_real_mlflow_keeps_a_run_in_files(tmp_path: Path, monkeypatch) -> None:
-    """Numbers of both starts are in one run of mlflow's own file store."""
-    mlflow = pytest.importorskip("mlflow")
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+@pytest.mark.parametrize("package", ["wandb", "swanlab", "mlflow", "trackio"])
+def test_the_package_itself_keeps_one_run_offline(
+    package: str, tmp_path: Path, monkeypatch
+) -> None:
+    """Where it is installed: both starts are one run of its own store on this disk."""
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "SWANLAB_MODE": "offline",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    module = pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    _two_starts(tmp_path / "run", "mlflow")
-    (run,) = mlflow.search_runs(experiment_names=["care"], output_format="list")
-    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "train/reward")
-    assert [(one.step, one.value) for one in history] == [(1, 0.25), (2, 0.5)]
-    assert len(mlflow.load_table("samples.json", run_ids=[run.info.run_id])) == 4
-
-
-def test_the_real_trackio_keeps_a_run(tmp_path: Path, monkeypatch) -> None:
-    """Numbers of both starts are in one run of trackio's local store."""
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    trackio = pytest.importorskip("trackio")
-    store = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
-    _two_starts(tmp_path / "run", "trackio")
-    (run,) = trackio.Api().runs("care")
-    logs = store.get_logs("care", run.name)
-    assert [log["train/reward"] for log in logs if "train/reward" in log] == [0.25, 0.5]
-    assert sum("samples" in log for log in logs) == 2
+    run_dir = tmp_path / "run"
+    _two_starts(run_dir, package)
+    if package == "wandb":
+        found = {run.name.rpartition("-")[2] for run in run_dir.glob("wandb/offline-run-*")}
+    elif package == "swanlab":
+        found = {run.name for run in run_dir.glob("swanlab/run-*/run-*.swanlab")}
+    elif package == "trackio":
+        found = {run.name for run in module.Api().runs("care")}
+    else:
+        runs = module.search_runs(experiment_names=["care"], output_format="list")
+        found = {run.info.run_id for run in runs}
+        history = module.MlflowClient().get_metric_history(runs[0].info.run_id, "train/reward")
+        assert [(one.step, one.value) for one in history] == [(1, 0.25), (2, 0.5)]
+    assert len(found) == 1
