@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from care_train.data.built import BUILT_KEY, DIGEST_COLUMN
+from care_train.data.built import BUILT_KEY, BUILT_NOTE, DIGEST_COLUMN
 from care_train.data.rows import READ_BYTES, RowFile
 
 MAX_EXPANDED_BYTES = 2**32
@@ -62,6 +62,11 @@ class ParquetRows(RowFile):
         self.labels = _noted_labels(noted)
         self.num_rows = metadata.num_rows
         self.is_built = BUILT_KEY in noted
+        if noted.get(BUILT_KEY, BUILT_NOTE) != BUILT_NOTE:
+            raise ValueError(
+                f"{path}: got a data set that `care-train data build` of another version wrote "
+                f"({noted[BUILT_KEY].decode()}), wanted {BUILT_NOTE.decode()}: build it again"
+            )
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         self._starts = list(accumulate((group.num_rows for group in groups), initial=0))
         sizes, own = [group.total_byte_size for group in groups], path.stat().st_size

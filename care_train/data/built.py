@@ -9,8 +9,8 @@ from care_train.data.schema import OPTION_COLUMNS, Sample, sample_digest
 
 FORMAT_VERSION = 2
 
-BUILT_KEY = b"care_train.data_build"
-"""The key in a Parquet file's metadata by which built ones are known."""
+BUILT_KEY, BUILT_NOTE = b"care_train.data_build", json.dumps({"version": FORMAT_VERSION}).encode()
+"""In a Parquet file's metadata: that a build wrote it, and in which form."""
 
 DIGEST_COLUMN = "digest"
 """The column with each row's `sample_digest`."""
@@ -48,8 +48,7 @@ def built_schema() -> Any:
         }
     )
     arrow = features.arrow_schema
-    version = json.dumps({"version": FORMAT_VERSION}).encode()
-    return arrow.with_metadata({**(arrow.metadata or {}), BUILT_KEY: version})
+    return arrow.with_metadata({**(arrow.metadata or {}), BUILT_KEY: BUILT_NOTE})
 
 
 def built_row(sample: Sample) -> dict[str, Any]:

@@ -88,6 +88,15 @@ def test_a_damaged_row_is_named(built: Path):
         samples[3]
 
 
+def test_a_build_of_another_version_is_refused(built: Path):
+    """Its rows may have other columns."""
+    table = parquet.read_table(built)
+    note = {b"care_train.data_build": b'{"version": 1}'}
+    parquet.write_table(table.replace_schema_metadata(table.schema.metadata | note), built)
+    with pytest.raises(ValueError, match=r"train\.parquet: .*version\": 1.*: build it again"):
+        load(built)
+
+
 def test_digests_see_pixels_and_texts():
     """Any text, one pixel of a path's, bytes' or open image's file, or their order."""
     base = Sample(id="1", prompt="q", answer="a", images=(drawing(1), b"\x89PNG"))
