@@ -253,7 +253,7 @@ def _of_split(
     others = {split for split in _SPLITS if any(_mentions_split(names[f], split) for f in files)}
     if chosen := [f for f in files if not any(_mentions_split(names[f], s) for s in others)]:
         return chosen
-    # Names are a habit, not a declaration: where all files have one, there is nothing to choose.
+    # All files are named for one split that was not asked for by name: there is nothing to choose.
     if len(others) == 1 and not must:
         logger.warning(
             "warning: %s: %s has no %s, only files named %s, which are read",

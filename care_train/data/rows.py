@@ -115,10 +115,7 @@ class JsonLines(RowFile):
         return self._lines[0][place]
 
     def values(self) -> Iterator[tuple[int, Any]]:
-        with self.path.open("rb") as file:
-            for number, line in enumerate(_lines_of(file), 1):
-                if line.strip():
-                    yield number, parsed(line)
+        yield from ((number, parsed(line)) for number, _, line in self._scan())
 
     def _value(self, place: int) -> Any:
         self._file.seek(self._lines[1][place])
@@ -128,14 +125,19 @@ class JsonLines(RowFile):
     def _lines(self) -> tuple["array[int]", "array[int]"]:
         """(number, start in bytes) of each line that holds something."""
         numbers, starts = array("q"), array("q")
+        for number, start, _ in self._scan():
+            numbers.append(number)
+            starts.append(start)
+        return numbers, starts
+
+    def _scan(self) -> Iterator[tuple[int, int, bytes]]:
+        """(number, start, line) of each line that holds something."""
         with self.path.open("rb") as file:
             start = 0
             for number, line in enumerate(_lines_of(file), 1):
                 if line.strip():
-                    numbers.append(number)
-                    starts.append(start)
+                    yield number, start, line
                 start = file.tell()
-        return numbers, starts
 
 
 class JsonList(RowFile):

@@ -18,10 +18,12 @@ from care_train.data.answers import (
     read_options,
     tolerance,
 )
-from care_train.data.columns import RowError, describe, is_conversation
-from care_train.data.conversations import (
+from care_train.data.columns import (
     IMAGE_PLACEHOLDER,
     Conversation,
+    RowError,
+    describe,
+    is_conversation,
     read_conversation,
     split_response,
     split_solution,

@@ -55,13 +55,9 @@ class ModelBatch:
     """[B] int64: where a sequence starts in its row of the inputs; zeros but where packed."""
 
     def to(self, device: torch.device) -> "ModelBatch":
-        return ModelBatch(
-            {key: value.to(device) for key, value in self.inputs.items()},
-            self.rows.to(device),
-            self.target_ids.to(device),
-            self.sequence_ids.to(device),
-            self.row_starts.to(device),
-        )
+        inputs = {key: value.to(device) for key, value in self.inputs.items()}
+        parts = (self.rows, self.target_ids, self.sequence_ids, self.row_starts)
+        return ModelBatch(inputs, *(part.to(device) for part in parts))
 
 
 def collate(

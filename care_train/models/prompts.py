@@ -13,7 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from care_train.config import PromptSettings
 from care_train.data import Sample, image_sizes, load_images
-from care_train.data.conversations import IMAGE_PLACEHOLDER
+from care_train.data.columns import IMAGE_PLACEHOLDER
 from care_train.models.load import LoadedModel
 
 # An opening tag, or an empty pair where the template keeps the model from thinking.

@@ -64,7 +64,7 @@ _AS_LETTER = re.compile(r"\([a-z]\)|\[[a-z]\]|[a-z]\)?")
 
 
 class AlgebraNeededError(Exception):
-    """Only a worker process can tell."""
+    """The comparison takes symbolic algebra, which only a worker process runs."""
 
 
 def compare(item: Item, symbolic: "MathVerify | None") -> Verdict:

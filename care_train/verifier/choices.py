@@ -41,7 +41,7 @@ _CHOOSES = re.compile(
     r"|\b([A-J]) (?:is|are|may|might|could|can|would|works?|too\b)",
 )
 _BOTH = re.compile(r"\b[Bb]oth ([A-J]) and ([A-J])\b")
-"""The text of an option, unless it is about the letter itself."""
+"""An option's text as in `D. Both A and B`, no second choice, unless it names the chosen letter."""
 _IS_DENIED = re.compile(r"\s(?:is|are|was)(?: (?:not|wrong|incorrect|false|too|impossible)\b|n't)")
 _TAKES_BACK = re.compile(
     r"is (?:not|wrong|incorrect|false)\b|.*\b(?:not sure|unsure)\b|(?:if|unless) ", re.I

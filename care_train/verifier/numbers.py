@@ -177,23 +177,17 @@ def _without_remark(text: str) -> str:
 def _value(kind: str, match: re.Match[str]) -> Fraction | None:
     parts = [None if part is None else part.replace(",", "") for part in match.groups()]
     if kind == "plain":
-        return _number(parts[0] or "")
+        return Fraction(parts[0] or "0")
     if kind == "power":
         exponent = int(parts[1] or parts[2] or "0")
         if abs(exponent) > _MAX_EXPONENT:
             return None
-        return _number(parts[0] or "1") * Fraction(10) ** exponent
-    below = _number(parts[-1] or "")
+        return Fraction(parts[0] or "1") * Fraction(10) ** exponent
+    below = Fraction(parts[-1] or "0")
     if below == 0:
         return None
-    above = _number(parts[-2] or "") / below
-    return _number(parts[0] or "") + above if kind == "mixed" else above
-
-
-def _number(text: str) -> Fraction:
-    sign = -1 if text.startswith("-") else 1
-    whole, _, rest = text.lstrip("-").partition(".")
-    return sign * Fraction(int((whole + rest) or "0"), 10 ** len(rest))
+    above = Fraction(parts[-2] or "0") / below
+    return Fraction(parts[0] or "0") + above if kind == "mixed" else above
 
 
 def _digits(text: str) -> tuple[int | None, int]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from care_train.data import RowError, Sample, sample_from_row
 from care_train.data.answers import AnswerType, options_in, read_options
-from care_train.data.conversations import read_conversation
+from care_train.data.columns import read_conversation
 from care_train.verifier.responses import item_of
 from care_train.verifier.verify import verify_in_process
 

@@ -15,7 +15,7 @@ import numpy
 from PIL import Image
 
 from care_train.config.data import HASH_SIZE
-from care_train.data.conversations import IMAGE_PLACEHOLDER
+from care_train.data.columns import IMAGE_PLACEHOLDER
 
 _MAX_COLOR_DISTANCE = 24
 """Largest difference of two thumbnails' colours, of 255. Encoding anew as JPEG and scaling by 0.5

@@ -21,8 +21,7 @@ from care_train.config.data import CleanSettings, SourceSettings
 from care_train.data.answers import AnswerType
 from care_train.data.building.dedup import duplicate_keys, look_of
 from care_train.data.built import built_row, built_schema
-from care_train.data.columns import RowError, check_row
-from care_train.data.conversations import read_conversation, split_response
+from care_train.data.columns import RowError, check_row, read_conversation, split_response
 from care_train.data.images import ImageRef, encoded_image, load_image, read_image_file
 from care_train.data.rows import named_columns
 from care_train.data.schema import Sample, sample_from_row
