@@ -105,6 +105,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 """What a published column's values may be: for people, and whether a value is one."""
 _KINDS |= {
     "texts": ("a list of texts", _is_list_of("text")),
+    "spelled": ("text that spells one as Python does", _KINDS["text"][1]),
     "images": ("a list of images", _is_list_of("image")),
 }
 

@@ -18,6 +18,7 @@ from care_train.config import Config, Role, role_of
 from care_train.data import ImageRef, Sample, load_samples, permutation, sample_digest
 from care_train.data.columns import check_row
 from care_train.data.files import open_rows
+from care_train.data.images import image_refs
 from care_train.distributed import barrier, is_main
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.evaluation.evaluate import answer_questions, decoding
@@ -206,7 +207,9 @@ def _reader(benchmark: Benchmark, source: str) -> tuple[Callable[[int], Question
         part, row_place = parts[which], place - (ends[which - 1] if which else 0)
         row, location = part.row(row_place), part.location(row_place)
         check_row(benchmark.name, benchmark.columns, row, location)
-        return benchmark.to_question(row, f"{benchmark.name}: {location}", part.base_dir)
+        at = f"{benchmark.name}: {location}"
+        images = partial(image_refs, column="image", base_dir=part.base_dir, at=at)
+        return benchmark.to_question(row, at, images)
 
     return read, ends[-1]
 

@@ -6,17 +6,17 @@ al., 2024; Yue et al., 2024 and 2025), read in November 2026.
 
 import ast
 import re
-from pathlib import Path
 from typing import Any
 
-from care_train.data import Sample
+from care_train.data import ImageRef, Sample
 from care_train.data.columns import describe
-from care_train.data.images import ImageRef, image_refs
 from care_train.data.schema import IMAGE_PLACEHOLDER
-from care_train.evaluation.math_benchmarks import MATH_BENCHMARKS, Row
+from care_train.evaluation.math_benchmarks import MATH_BENCHMARKS
 from care_train.evaluation.question import (
     Benchmark,
     Question,
+    ReadImages,
+    Row,
     lettered_options,
     list_options,
 )
@@ -30,7 +30,7 @@ _NUMBER = re.compile(
 )
 
 
-def _mmmu_question(row: Row, location: str, base_dir: Path) -> Question:
+def _mmmu_question(row: Row, location: str, images: ReadImages) -> Question:
     """Question and options with each image where `<image n>` names it first.
 
     Later mentions keep their words, and images never named come before the text.
@@ -42,9 +42,9 @@ def _mmmu_question(row: Row, location: str, base_dir: Path) -> Question:
     else:
         hint = "Answer with the option's letter from the given choices."
         text = f"{row['question']}\n{list_options(options)}\n{hint}"
-    prompt, images = _mmmu_images(text, row, location, base_dir)
+    prompt, shown = _mmmu_images(text, row, location, images)
     return Question(
-        Sample(row["id"], prompt, key, images, source="mmmu", location=location),
+        Sample(row["id"], prompt, key, shown, source="mmmu", location=location),
         options=options,
         right=frozenset() if is_open else lettered_options(key, options, location),
         keys=_mmmu_keys(key, location) if is_open else (),
@@ -53,13 +53,13 @@ def _mmmu_question(row: Row, location: str, base_dir: Path) -> Question:
     )
 
 
-def _mmmu_pro_vision_question(row: Row, location: str, base_dir: Path) -> Question:
+def _mmmu_pro_vision_question(row: Row, location: str, images: ReadImages) -> Question:
     """The screenshot that holds question, options and figures."""
     key, options = row["answer"], _decode_texts(row["options"], "options", location)
     prompt = "Answer the multiple-choice question in the image with the letter of its option."
-    images = image_refs(row["image"], column="image", base_dir=base_dir, at=location)
+    shown = images(row["image"])
     return Question(
-        Sample(row["id"], prompt, key, images, source="mmmu_pro_vision", location=location),
+        Sample(row["id"], prompt, key, shown, source="mmmu_pro_vision", location=location),
         options=options,
         right=lettered_options(key, options, location),
         kind="choice",
@@ -95,7 +95,7 @@ def _decode_texts(value: Any, column: str, location: str) -> tuple[str, ...]:
 
 
 def _mmmu_images(
-    text: str, row: Row, location: str, base_dir: Path
+    text: str, row: Row, location: str, images: ReadImages
 ) -> tuple[str, tuple[ImageRef, ...]]:
     if IMAGE_PLACEHOLDER in text:
         raise ValueError(f"{location}: column 'question': {IMAGE_PLACEHOLDER} without a number")
@@ -115,13 +115,8 @@ def _mmmu_images(
 
     text = re.sub(r"<image ([1-7])>", place, text)
     unnamed = [name for name in available if name not in named]
-    images = image_refs(
-        [available[name] for name in (*unnamed, *named)],
-        column="image",
-        base_dir=base_dir,
-        at=location,
-    )
-    return IMAGE_PLACEHOLDER * len(unnamed) + text, images
+    shown = images([available[name] for name in (*unnamed, *named)])
+    return IMAGE_PLACEHOLDER * len(unnamed) + text, shown
 
 
 def _mmmu_keys(answer: str, location: str) -> tuple[str, ...]:
@@ -174,7 +169,7 @@ def _mmmu_phrases(predicted: str) -> list[str]:
 
 _MMMU_COLUMNS = {
     **dict.fromkeys(("id", "question", "answer"), "filled"),
-    "options": "texts or text",
+    "options": "texts or spelled",
     **dict.fromkeys(_MMMU_IMAGES, "image or null"),
 }
 _MMMU_BENCHMARKS = (
@@ -204,7 +199,7 @@ _MMMU_BENCHMARKS = (
         split="test",
         subsets=("vision",),
         columns=dict.fromkeys(("id", "answer", "subject"), "filled")
-        | {"image": "image", "options": "texts or text"},
+        | {"image": "image", "options": "texts or spelled"},
         to_question=_mmmu_pro_vision_question,
         matches=_match_mmmu,
     ),

@@ -1,15 +1,13 @@
 """MathVista, MathVerse and MATH-Vision: rows as questions, and what is right."""
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from care_train.data import Sample
-from care_train.data.images import image_refs
 from care_train.evaluation.question import (
     Benchmark,
     Question,
+    ReadImages,
+    Row,
     choose_option,
     lettered_options,
     letters,
@@ -18,10 +16,8 @@ from care_train.evaluation.question import (
 )
 from care_train.verifier import AnswerType
 
-Row = Mapping[str, Any]
 
-
-def _mathvista_question(row: Row, location: str, base_dir: Path) -> Question:
+def _mathvista_question(row: Row, location: str, images: ReadImages) -> Question:
     """The published query, which ends with question, unit and choices, after the image."""
     precision, options = row["precision"], tuple(row["choices"] or ())
     is_choice = row["question_type"] == "multi_choice"
@@ -35,7 +31,7 @@ def _mathvista_question(row: Row, location: str, base_dir: Path) -> Question:
             row["pid"],
             row["query"],
             row["answer"],
-            image_refs(row["decoded_image"], column="image", base_dir=base_dir, at=location),
+            images(row["decoded_image"]),
             source="mathvista",
             location=location,
             # Numbers are inferred from the key; a list in brackets could be an interval.
@@ -86,7 +82,7 @@ _MATHVERSE_UNLISTED = {"true": ("True", "False"), "false": ("True", "False")}
 _MATHVERSE_UNLISTED |= {"yes": ("Yes", "No"), "no": ("Yes", "No")}
 
 
-def _mathverse_question(row: Row, location: str, base_dir: Path) -> Question:
+def _mathverse_question(row: Row, location: str, images: ReadImages) -> Question:
     """The published query that asks for reasoning first, after the image.
 
     Most keys of multiple-choice questions are letters; some are an option's text. A key that is
@@ -103,7 +99,7 @@ def _mathverse_question(row: Row, location: str, base_dir: Path) -> Question:
             row["sample_index"],
             row["query_cot"],
             row["answer"],
-            image_refs(row["image"], column="image", base_dir=base_dir, at=location),
+            images(row["image"]),
             source="mathverse",
             location=location,
             answer_type=AnswerType.TEXT if is_choice and not right else None,
@@ -143,14 +139,14 @@ _DROPPED = re.compile(
 _BOXED = re.compile(r".*\\boxed\{(.*)\}", re.DOTALL)
 
 
-def _math_vision_question(row: Row, location: str, base_dir: Path) -> Question:
+def _math_vision_question(row: Row, location: str, images: ReadImages) -> Question:
     """The question and its choices after the image, which holds all the question's pictures."""
     options, prompt, key = tuple(row["options"]), row["question"], row["answer"]
     if options:
         prompt = f"{prompt}\nChoices:\n{list_options(options)}\nThe answer is one letter."
-    images = image_refs(row["decoded_image"], column="image", base_dir=base_dir, at=location)
+    shown = images(row["decoded_image"])
     return Question(
-        Sample(row["id"], prompt, key, images, source="math_vision", location=location),
+        Sample(row["id"], prompt, key, shown, source="math_vision", location=location),
         options=options,
         right=lettered_options(key, options, location) if options else frozenset(),
         group=row["subject"],

@@ -4,11 +4,13 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from care_train.data import Sample
+from care_train.data import ImageRef, Sample
 from care_train.verifier import normalize
+
+Row = Mapping[str, Any]
+ReadImages = Callable[[object], tuple[ImageRef, ...]]
 
 _AROUND = " \n\t$*'\""
 
@@ -95,8 +97,8 @@ class Benchmark:
     split: str
     columns: Mapping[str, str]
     """What `check_row` holds every row to."""
-    to_question: Callable[[Mapping[str, Any], str, Path], Question]
-    """From a checked row, its location and the folder of relative paths."""
+    to_question: Callable[[Row, str, ReadImages], Question]
+    """From a checked row, its location, and what reads the images of a column's value."""
     matches: Callable[[str, Question], bool]
     """Whether a free-form answer is right by the authors' exact match. Others are the verifier's.
     Like `choose`, it is given the text of an answer span: untrusted, but neither blank nor long."""
