@@ -1,4 +1,4 @@
-"""Batches of sequences for `care_loss`, and its equations on the oracle."""
+"""Batches of sequences for `care_loss`."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,8 @@ import torch
 from torch import Tensor
 
 from care_kernels import PolicyLoss
-from tests.kernels.cases import PER_ROW, Case, Run, cast, leaves_of
-from tests.kernels.oracle import (
-    reference_log_probs,
-    reference_logits,
-    reference_policy_loss,
-    reference_token_advantages,
-)
+from tests.kernels.cases import Case, Run, leaves_of
+from tests.kernels.oracle import reference_log_probs, reference_logits
 
 B, T, D, V = 5, 14, 8, 23
 PROMPT_LENS = (3, 1, 5, 2, 4)
@@ -69,48 +64,6 @@ def with_kl(case: Case, estimator: str) -> Case:
         noise = torch.randn(B, T, generator=generator)
         added["ref_log_probs"] = case["old_log_probs"] + 0.2 * noise
     return case | added
-
-
-def transcription(case: Case, dtype: torch.dtype = torch.float64) -> PolicyLoss:
-    """Eqs. 11-13 on the oracle: the rows of S*'s response tokens, with 1/|S*| and the KL's 1/T."""
-    case = {name: cast(value, dtype) for name, value in case.items()}
-    credit = torch.stack(
-        reference_token_advantages(
-            *(case[n] for n in ("advantages", "think_spans", "answer_spans", "is_positive")),
-            [T] * B,
-            **{n: case[n] for n in ("think_weight", "weight_eps") if n in case},
-        )
-    ).to(dtype)
-    is_active = case["advantages"] != 0
-    row, token = (case["response_mask"] & is_active[:, None]).nonzero(as_tuple=True)
-    num_sequences = case.get("num_sequences", max(int(is_active.sum()), 1))
-    share = 1 / (case["response_mask"].sum(1)[row].to(dtype) * num_sequences)
-    by_row = ("old_log_probs", "ref_log_probs", "importance_weights")
-    whole = ("temperature", "logit_softcap", "logit_scale", "bias", "surrogate", "ratio_level")
-    options = {n: case[n][row, token] for n in by_row if n in case}
-    options |= {n: case[n] for n in (*whole, "kl_estimator", "ref_head_weight") if n in case}
-    if "ref_hidden" in case:
-        options["ref_hidden"] = case["ref_hidden"][row, token - 1]
-    for name, coefficient in (("kl_weights", "kl_coef"), ("entropy_weights", "entropy_coef")):
-        if coefficient in case:
-            options[name] = case[coefficient] * share
-    found = reference_policy_loss(
-        case["hidden"][row, token - 1],
-        case["head_weight"],
-        case["token_ids"][row, token],
-        credit[row, token] / num_sequences,
-        sequence_ids=row,
-        **options,
-    )
-
-    def spread(values: Tensor | None, elsewhere: float) -> Tensor | None:
-        if values is None:
-            return None
-        return values.new_full((B, T), elsewhere).index_put((row, token), values.detach())
-
-    fields = {name: spread(getattr(found, name), name == "ratio") for name in PER_ROW}
-    flags = (spread(flag, False) for flag in (found.clipped_low, found.clipped_high))
-    return PolicyLoss(found.loss, *fields.values(), *flags, token_advantages=credit)
 
 
 def run(case: Case, function: Callable[[Case], PolicyLoss]) -> Run:

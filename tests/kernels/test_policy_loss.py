@@ -235,9 +235,6 @@ def test_vocabulary_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         assert_same(grad, whole_grads[name])
 
 
-# Rows without a say are skipped, and skipping them changes no bit.
-
-
 def sparse_case(dtype: torch.dtype, level: str, extra: str, num_rows: int = 60) -> Case:
     """Rows 20 to 39 count for nothing, other rows for some terms only; sequences of 10 rows."""
     case = policy_case(num_rows, dtype=dtype, bias=True) | {"chunk_rows": 16}
@@ -349,9 +346,6 @@ def test_rows_do_not_see_each_other(rows: list[int], dtype: torch.dtype, chunk_r
         assert error(got, want[chosen], 1.0) <= SAME_MATHS[torch.float32]
     got, want = some_grads["hidden"], whole_grads["hidden"]
     assert error(got, want[chosen], float(want.abs().max())) <= SAME_MATHS[dtype]
-
-
-# `weight_grad`: the head's gradient goes straight into a buffer of the caller's.
 
 
 def run_into(case: Case, buffer: Tensor, *, upstream: float = 1.0) -> dict[str, Tensor]:

@@ -256,8 +256,6 @@ def test_empty_batches(backend: str) -> None:
     ).shape == (0,)
 
 
-# Eq. 4.
-
 SEQ_LENS = [17, 70, 5, 9, 0, 200, 12]
 SPANS = torch.tensor([[0, 17], [5, 70], [2, 4], [3, 3], [0, 0], [29, 30], [5, 11]])
 ANCHORS = torch.tensor([0, 0, 0, 0, 4, 5, 1])
