@@ -139,7 +139,6 @@ def test_more_seeds_and_benchmarks_can_be_added(repositories, tiny_folder, tmp_p
     [
         ("rollout.temperature=0.5", "rollout.temperature: .* has answers made with 1.0, got 0.5"),
         ("eval.decode=greedy", "eval.decode: .* has answers made with 'sampled', got 'greedy'"),
-        ("prompt.think_tag=reasoning", "prompt.think_tag"),
         ("reward.tolerance=0.1", "reward.tolerance: .* has answers made with None, got 0.1"),
     ],
 )
@@ -250,20 +249,6 @@ def test_greedy_decoding_and_rows_of_a_file(tiny_folder, tmp_path):
     assert results["benchmarks"]["data"]["num_questions"] == 3
     assert results["decoding"]["greedy"] and results["macro"] is None
     assert "greedy" in (tmp_path / "data" / "results.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("eval.benchmarks=[mathvista,chartqa]", "eval.benchmarks"),
-        ("eval.seeds=[1,1]", "eval.seeds: got [1, 1], wanted each seed once"),
-        ("eval.sources={mmu: x}", "eval.sources"),
-    ],
-)
-def test_wrong_settings_are_named(override, message, capfd):
-    """Before anything is loaded."""
-    assert main(["eval", override]) == 2
-    assert message in capfd.readouterr().err
 
 
 def test_a_blind_sample_has_white_images_of_the_same_sizes():
