@@ -13,6 +13,7 @@ import numpy
 import pytest
 import torch
 
+from care_train.config import LoraSettings
 from care_train.training import folders
 from care_train.training.checkpoint import Checkpoints, restore_rng_state, rng_state
 from care_train.training.engine import PolicyEngine, read_weights
@@ -168,16 +169,18 @@ def _steps(engine: PolicyEngine, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "dtype"),
-    [(0, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16")],
+    ("zero_stage", "kind"),
+    [(0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (0, "lora"), (3, "lora")],
 )
-def test_every_zero_stage_resumes_and_exports_bit_for_bit(zero_stage, dtype, tiny_folder, tmp_path):
+def test_every_zero_stage_resumes_and_exports_bit_for_bit(zero_stage, kind, tiny_folder, tmp_path):
     """Two steps, saved, two more; the same two from the checkpoint end in the same weights."""
     settings = {"warmup_steps": 2, "schedule": "cosine", "weight_decay": 0.1}
+    settings |= {"zero_stage": zero_stage, "bf16": kind == "bf16"}
+    settings |= {"lora": LoraSettings(rank=4)} if kind == "lora" else {}
 
     def fresh() -> PolicyEngine:
-        loaded, bf16 = load(tiny_folder(), dtype=dtype), dtype == "bfloat16"
-        return make_engine(loaded, zero_stage=zero_stage, bf16=bf16, **settings)
+        loaded = load(tiny_folder(), dtype="bfloat16" if kind == "bf16" else "float32")
+        return make_engine(loaded, **settings)
 
     engine = fresh()
     _steps(engine, 2)

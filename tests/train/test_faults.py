@@ -17,7 +17,7 @@ from care_train.training.failures import (
     RANK_LOST_STATUS,
     OutOfMemoryError,
 )
-from care_train.training.timer import StepSeconds, begin_step, current_place, timer
+from care_train.training.timer import begin_step, current_place, timer
 from tests.train.runs import FastRun, steps_logged, text_run_arguments, timeless
 
 FAULT = """
@@ -264,24 +264,6 @@ def test_a_vllm_that_fails_in_this_process_ends_the_run(arguments):
     assert status == ENGINE_STATUS and "Traceback" not in errors, errors
     assert " of 40: vLLM failed while generating: RuntimeError: the device is gone; " in errors
     assert "go on with the same command and --resume" in errors
-
-
-def test_an_inner_timer_interrupts_the_outer_one():
-    """Parts add up to the whole: the inner part's seconds are not the outer one's as well."""
-    begin_step(None)  # A test before this one may have ended within a part.
-    seconds = StepSeconds()
-    with timer("update"):
-        time.sleep(0.01)
-        with timer("optimizer"):
-            time.sleep(0.05)
-            assert current_place().part == "optimizer"
-        assert current_place().part == "update"
-    assert current_place().part == "other"
-    values = seconds.values()
-    assert 0.01 <= values["seconds_update"] < 0.05 <= values["seconds_optimizer"]
-    parts = sum(values[f"seconds_{part}"] for part in ("update", "optimizer", "other"))
-    assert parts == pytest.approx(values["seconds"])
-    assert values["seconds_overhead"] == pytest.approx(parts - values["seconds_update"])
 
 
 def test_out_of_memory_names_the_part_and_what_to_lower():

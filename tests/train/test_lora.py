@@ -17,13 +17,10 @@ from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.training.checkpoint import save_model
 from care_train.training.engine import MicroBatch
 from care_train.training.log_probs import FrozenCopy, WithoutAdapters
-from tests.train.builders import assert_same_weights, load, make_engine, micro_batch
+from tests.train.builders import load, make_engine, micro_batch
 from tests.train.runs import (
     COLD_START,
-    FastRun,
-    assert_same_runs,
     cold_start,
-    run,
     timeless,
 )
 
@@ -111,20 +108,6 @@ def test_merged_weights_leave_the_engine(zero_stage, lora, tiny_folder, tmp_path
     if lora is WHOLE:
         targets = ("q_proj.weight", "v_proj.weight")
         assert all(name.endswith(targets) or "merger" in name for name in moved)
-
-
-@pytest.mark.parametrize("zero_stage", [0, 3])
-def test_a_checkpoint_holds_adapters_and_their_optimizer(zero_stage, tiny_folder, tmp_path):
-    """Saved, loaded into an engine with other first adapters, stepped: the same bits."""
-    one, other = (
-        _trained(load(tiny_folder()), zero_stage=zero_stage, seed=seed)[0] for seed in (0, 1)
-    )
-    one.save_state(tmp_path / "saved")
-    other.load_state(tmp_path / "saved")
-    for engine in (one, other):
-        engine.step([micro_batch(engine)], 1.0)
-    assert_same_weights(*({n: t.clone() for n, t in e.weights(1 << 20)} for e in (one, other)))
-    assert one.learning_rate == other.learning_rate
 
 
 def test_bfloat16_adapters_keep_fp32_masters(tiny_folder):
@@ -222,15 +205,3 @@ def test_other_adapters_are_refused_at_resume(start, trained, capsys):
         arguments = [*start, *RUN[1:], change, "train.steps=4", "name=trained"]
         assert main([*arguments, "--resume", "allow_changes=[model]"]) == 2
         assert "model.lora.rank: saved 4" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_killed_with_adapters_on_two_ranks_a_run_ends_the_same(start, out):
-    """SIGKILL to both ranks under ZeRO-3, then --resume: the same bits as without."""
-    arguments = [*start, *RUN, "train.steps=6", "deepspeed.zero_stage=3"]
-    run(*arguments, "name=whole", ranks=2)
-    first = FastRun(*arguments, "name=killed", ranks=2)
-    assert first.wait_for((out / "killed" / "checkpoints" / "step_000003").exists)
-    first.kill()
-    run(*arguments, "name=killed", "--resume", ranks=2)
-    assert_same_runs(out / "killed", out / "whole")

@@ -166,16 +166,19 @@ def test_a_cold_start_goes_on_too(start, out, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_kills_at_random_lose_nothing(ranks, stage, start, out):
-    """Five SIGKILLs at random moments for each of one and two ranks, ZeRO-2 and ZeRO-3: 20."""
+@pytest.mark.parametrize(
+    ("ranks", "stage", "more"),
+    [(1, 2, ()), (1, 3, ()), (2, 2, ()), (2, 3, ()), (2, 3, ("model.lora.rank=4",))],
+)
+def test_kills_at_random_lose_nothing(ranks, stage, more, start, out):
+    """Five SIGKILLs at random moments for each of one and two ranks, ZeRO-2 and ZeRO-3: 20; and as
+    many with adapters."""
     draw = random.Random(f"{ranks}/{stage}")
     arguments = [
-        *(*start, f"deepspeed.zero_stage={stage}", "train.steps=40"),
+        *(*start, *more, f"deepspeed.zero_stage={stage}", "train.steps=40"),
         *("train.save_every=1", "train.eval_every=5", "train.keep_best=accuracy"),
     ]
-    names = [f"{kind}-{ranks}-{stage}" for kind in ("calm", "killed")]
+    names = [f"{kind}-{ranks}-{stage}-{len(more)}" for kind in ("calm", "killed")]
     run(*arguments, f"name={names[0]}", ranks=ranks)
     folder = out / names[1]
     for _ in range(5):
