@@ -154,14 +154,8 @@ SPOILED = [
     ("batches", lambda s: replace(s, ranks=3), "error", "train.prompts_per_step=3"),
     ("batches", lambda s: _with(s, train={"prompts_per_step": 32}), "warning", "16 rows"),
     ("prompt", lambda s: _with(s, prompt={"system": None}), "warning", "<answer>"),
-    (
-        *("training rows", lambda s: _with(s, prompt={"max_prompt_tokens": 10})),
-        *("error", "max_prompt_tokens"),
-    ),
-    (
-        *("evaluation rows", lambda s: _with(s, eval={"data": s.config.data.path})),
-        *("warning", "seen rows"),
-    ),
+    ("training rows", lambda s: _with(s, prompt={"max_prompt_tokens": 10}), "error", "_tokens"),
+    ("evaluation rows", lambda s: _with(s, eval={"data": s.config.data.path}), "warning", "seen"),
     ("evaluation rows", lambda s: _with(s, eval={"data": "no.jsonl"}), "error", "no.jsonl"),
     ("evaluation rows", lambda s: _with(s, eval={"data": None}), "warning", "is not evaluated"),
     ("rewards", lambda s: _answer(s, "4</answer> or 5"), "error", "rows.jsonl: row 3"),
@@ -174,19 +168,20 @@ SPOILED = [
     ("image tokens", _damaged(_merges_less), "error", "merge"),
     ("image tokens", _damaged(_expands_more), "error", "prompt tokens"),
     (
-        *("chat template", _damaged(_template("{{ messages[0].content }}"))),
-        *("error", "drops \"doctor's question"),
+        "chat template",
+        _damaged(_template("{{ messages[0].content }}")),
+        "error",
+        "drops \"doctor's",
     ),
     ("chat template", _damaged(_template(_OPENED)), "error", "start inside"),
     ("chat template", _damaged(_template(_CONTENT)), "warning", "no turn"),
     ("chat template", _damaged(_template("{% if %}")), "error", "TemplateSyntaxError"),
+    ("generation config", _damaged(_generates(suppress_tokens=[5])), "warning", "suppress_tokens"),
     (
-        *("generation config", _damaged(_generates(suppress_tokens=[5]))),
-        *("warning", "suppress_tokens"),
-    ),
-    (
-        *("generation config", _damaged(_generates(repetition_penalty=1.05))),
-        *("ok", "repetition_penalty"),
+        "generation config",
+        _damaged(_generates(repetition_penalty=1.05)),
+        "ok",
+        "repetition_penalty",
     ),
 ]
 """The check, what spoils the run, the finding's level and words of it."""

@@ -59,11 +59,13 @@ CAUSES = [
     (WRONG, {}, ("of 8 groups 8 with all responses wrong and no rescue", "easier rows")),
     (WRONG, {"care": {"rescue": 0.0}}, ("care.rescue=1",)),
     (
-        *(TOO_HIGH, {"reward": {"success_threshold": 0.8}}),
+        TOO_HIGH,
+        {"reward": {"success_threshold": 0.8}},
         ("16 whose best", "success_threshold (now 0.8)", "0.62", "rewards from 0.1 to 0.62"),
     ),
     (
-        *(_alike(0.0, spans=UNTAGGED), {}),
+        _alike(0.0, spans=UNTAGGED),
+        {},
         ("16 without a complete answer span", "cold start (`care-train sft`)", "<answer>"),
     ),
     (CUT, {}, ("16 cut by the length limit", "raise rollout.max_new_tokens (now 12)")),
