@@ -169,19 +169,22 @@ def test_everything_else_is_trls(pair):
         torch.testing.assert_close(copied(**labelled).logits, plain.model(**labelled).logits)
 
 
-def test_router_loss(pair, tiny_folder):
+def test_router_loss(tiny_folder, tmp_path):
     """A mixture of experts keeps its load-balancing loss."""
     from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    vocab_size = len(AutoTokenizer.from_pretrained(tiny_folder("tiny-qwen2")))
+    folder = tiny_folder("tiny-qwen2")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 16, "num_experts": 4}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "moe_intermediate_size": 16}
-    config = Qwen3MoeConfig(vocab_size=vocab_size, num_experts_per_tok=2, **sizes)
+    sizes |= {"vocab_size": len(AutoTokenizer.from_pretrained(folder)), "num_experts_per_tok": 2}
     torch.manual_seed(0)
-    weights = Qwen3MoeForCausalLM(config).state_dict()
-    model = Qwen3MoeForCausalLM(config)
-    model.load_state_dict(weights)
-    plain, ours, choice = pair(model=model, router_aux_loss_coef=0.1)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+    # Models of their own: what is put before the forward of one must not serve the other.
+    plain, ours = (
+        build_trainer(folder, tmp_path, model=copy.deepcopy(model), router_aux_loss_coef=0.1)
+        for _ in range(2)
+    )
+    choice = use_care_kernels(ours)
     assert choice.path == "log_probs" and "router" in choice.reason
     _assert_same(plain, ours, micro_batch(plain))
 

@@ -45,10 +45,10 @@ class Listener:
             connection.sendall(self._answer)
 
 
-def tcp_message(target, number: int, **more: Any) -> dict[str, Any]:
+def tcp_message(target, number: int) -> dict[str, Any]:
     """The live run's own request to be met at a port."""
     sender = target.run.engine.client.sender
-    return {"sender": sender, "call": {"backend": "tcp", "port": number, "key": KEY} | more}
+    return {"sender": sender, "call": {"backend": "tcp", "port": number, "key": KEY}}
 
 
 def test_every_route_demands_the_token(target):
@@ -148,30 +148,30 @@ def test_no_batch_ends_the_server(target):
 
 TENSOR = {"name": "lm_head.weight", "dtype": "float32", "shape": [2, 3], "checksum": 1}
 BUCKET = {"sender": STRANGER, "tensors": [TENSOR], "num_bytes": 24}
-OPENINGS: list[dict[str, Any]] = [
-    *({"port": 0}, {"timeout": 1e9}, {"host": "10.0.0.1"}, {"key": "AAAA"}, {"backend": "mpi"}),
+NCCL = {"unique_id": "AAAA", "backend": "nccl", "host": "127.0.0.1", "timeout": 2.0}
+WEIGHTS: list[tuple[Any, ...]] = [
+    *(("open", f"call.{key}", value) for key, value in {"port": 0, "timeout": 1e9}.items()),
+    *(("open", f"call.{key}", value) for key, value in {"key": "AAAA", "backend": "mpi"}.items()),
+    ("open", "call.host", "10.0.0.1"),
     # The published attack: a store of the attacker's, whose objects vLLM unpickles.
-    {"unique_id": "AAAA", "backend": "nccl", "host": "127.0.0.1", "timeout": 2.0},
-]
-BUCKETS: list[tuple[Any, ...]] = [
-    *(("num_bytes", size) for size in (23, -24)),
-    *(("tensors.0.dtype", dtype) for dtype in ("Tensor", "int8")),
-    ("tensors.0.shape", [-2], "tensors.0.shape.0"),
-    ("tensors.0.pickle", "AAAA"),
+    ("open", "call", NCCL, "unique_id"),
+    *(("bucket", "num_bytes", size) for size in (23, -24)),
+    *(("bucket", "tensors.0.dtype", dtype) for dtype in ("Tensor", "int8")),
+    ("bucket", "tensors.0.shape", [-2], "tensors.0.shape.0"),
+    ("bucket", "tensors.0.pickle", "AAAA"),
 ]
 
 
 def test_messages_about_weights_are_checked(target):
     """Before anything is changed: the live run's weights stay valid."""
-    attacks = [("open", tcp_message(target, 1, **call), next(iter(call))) for call in OPENINGS]
-    attacks += [
-        ("bucket", spoilt(BUCKET, path, value), key[0] if key else path)
-        for path, value, *key in BUCKETS
+    messages = {"open": tcp_message(target, 1), "bucket": BUCKET}
+    attacks = [
+        (route, spoilt(messages[route], path, value), key[0] if key else path.removeprefix("call."))
+        for route, path, value, *key in WEIGHTS
     ]
     large = {"tensors": [TENSOR | {"shape": [1 << 39]}], "num_bytes": 1 << 41}
-    attacks.append(("bucket", BUCKET | large, "num_bytes"))
-    for path, message, key in attacks:
-        answer = target.ask(f"/weights/{path}", message)
+    for route, message, key in [*attacks, ("bucket", BUCKET | large, "num_bytes")]:
+        answer = target.ask(f"/weights/{route}", message)
         assert answer.status_code == 422 and key in answer.json()["error"], (message, answer.text)
     assert target.ask("/generate", target.batch()).status_code == 200
 

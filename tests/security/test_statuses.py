@@ -44,21 +44,11 @@ def disk(tmp_path) -> Iterator[Path]:
         yield folder
 
 
-def _leave(disk: Path, free: int) -> None:
-    """Fill a disk but for some bytes."""
-    (disk / "ballast").write_bytes(b"x" * ((8 << 20) - free))
-
-
-@pytest.mark.parametrize("kib", [0, 12, 150, 1500])
-def test_a_disk_that_is_full_anywhere_is_status_74(kib, rows, disk):
-    """From before the folder is made to the final model: the run ends with what to do."""
-    _leave(disk, kib << 10)
-    status, errors = _one(*_arguments(rows, disk))
-    assert status == DISK_FULL_STATUS, errors
-    assert "No space left" in errors or "disk is full" in errors, errors
-
-
-COMMANDS = ["sft", "eval", "export", "data"]
+@pytest.fixture
+def read_only(tmp_path) -> Iterator[Path]:
+    """A disk that nobody can write to, root neither."""
+    with mounted_disk(tmp_path / "disk", "size=1m,ro") as folder:
+        yield folder
 
 
 def _writing(command: str, rows: Path, out: Path, tmp_path: Path) -> list[str]:
@@ -73,23 +63,22 @@ def _writing(command: str, rows: Path, out: Path, tmp_path: Path) -> list[str]:
     return [command, *_arguments(rows, out)[1:]]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_full_disk_under_every_command_is_status_74(command, rows, disk, tmp_path):
-    """Whatever it was about to write there."""
+OTHERS = ["sft", "eval", "export", "data"]
+# In training, from before the folder is made to the final model.
+FULL = [("train", kib) for kib in (0, 12, 150, 1500)] + [(command, 8) for command in OTHERS]
+
+
+@pytest.mark.parametrize(("command", "kib"), FULL)
+def test_a_disk_that_is_full_anywhere_is_status_74(command, kib, rows, disk, tmp_path):
+    """With so much room left, whatever a command was about to write: it says what to do."""
     arguments = _writing(command, rows, disk, tmp_path)
-    _leave(disk, 8 << 10)
+    (disk / "ballast").write_bytes(bytes((8 << 20) - (kib << 10)))
     status, errors = _one(*arguments)
     assert status == DISK_FULL_STATUS, errors
+    assert "No space left" in errors or "disk is full" in errors, errors
 
 
-@pytest.fixture
-def read_only(tmp_path) -> Iterator[Path]:
-    """A disk that nobody can write to, root neither."""
-    with mounted_disk(tmp_path / "disk", "size=1m,ro") as folder:
-        yield folder
-
-
-@pytest.mark.parametrize("command", ["train", *COMMANDS])
+@pytest.mark.parametrize("command", ["train", *OTHERS])
 def test_a_read_only_output_is_status_2_under_every_command(command, rows, read_only, tmp_path):
     """The folder is named, and that it cannot be written."""
     status, errors = _one(*_writing(command, rows, read_only, tmp_path))

@@ -11,7 +11,7 @@ import pytest
 
 from care_train.config import JudgeSettings, PromptSettings, RewardSettings, build_config
 from care_train.data import Sample
-from care_train.verifier import Item, Score, Verifier, WorkerPool, verify_batch
+from care_train.verifier import Item, Score, Verifier, WorkerPool, judge, verify_batch
 from tests.verifier.judge_server import Server, serving
 
 # What a worker would import first: standard modules, its dependencies, and this package.
@@ -94,8 +94,8 @@ def server() -> Iterator[Server]:
 
 
 def _judge(server: Server, answer: str, **settings: str) -> Score:
-    judge = JudgeSettings(base_url=server.url, model="m", **settings)  # pyright: ignore
-    verifier = Verifier(PromptSettings(), RewardSettings(judge=judge))
+    own = JudgeSettings(base_url=server.url, model="m", **settings)  # pyright: ignore
+    verifier = Verifier(PromptSettings(), RewardSettings(judge=own))
     sample = Sample(id="a", prompt="who?", answer="the key")
     return verifier.score(f"<think>so</think><answer>{answer}</answer>", sample)
 
@@ -133,6 +133,7 @@ def test_no_secret_in_an_error(server: Server, monkeypatch: pytest.MonkeyPatch):
     origin = server.url.removesuffix("/v1")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-own")
     monkeypatch.setenv("CARE_TRAIN_KEYS", f"OPENAI_API_KEY@{origin}")
+    monkeypatch.setattr(judge, "_RETRIES", 0)
     server.reply = lambda prompt: b'{"detail": "no such key sk-own"}'
     with pytest.raises(ValueError, match="no such key") as caught:
         _judge(server, "a b")
