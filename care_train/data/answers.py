@@ -202,9 +202,7 @@ def is_empty(value: object) -> bool:
 
 
 def _spelled(value: Any) -> Any:
-    """A list or mapping from a text that spells it, or from an array."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
+    """A list or mapping from a text that spells it."""
     if not isinstance(value, str) or len(value) > _MAX_SPELLED_CHARS:
         return value
     for parse in (json.loads, ast.literal_eval):

@@ -153,7 +153,12 @@ def sample_from_row(
         RowError: a column missing, empty or of the wrong type, or a key that is none of the
             options, naming row, field, what it got, what was wanted and the fix.
     """
-    read = {name: value for name, value in row.items() if name not in uninterpreted}
+    # Rows of pandas have arrays for lists, and NumPy's numbers.
+    read = {
+        name: value.tolist() if hasattr(value, "tolist") else value
+        for name, value in row.items()
+        if name not in uninterpreted
+    }
     if isinstance(verl := read.get("reward_model"), Mapping):
         read[_VERL_ANSWER] = verl.get("ground_truth")
     prompt_column, talk = _prompt(read, location, needs_prompt)
@@ -194,7 +199,7 @@ def sample_from_row(
         tolerance=_checked(tolerance, read, "tolerance", location),
         source=source,
         location=location,
-        is_conversation=is_conversation(row.get(prompt_column)),
+        is_conversation=is_conversation(read.get(prompt_column)),
         columns=columns,
     )
 

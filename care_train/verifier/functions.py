@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -135,7 +136,7 @@ class UserFunction:
             form = result.get("format")
             step = self._wrong_step(result.get("wrong_step"), response)
             for name, value in result.items():
-                is_number = isinstance(value, (int, float)) and math.isfinite(value)
+                is_number = isinstance(value, Real) and math.isfinite(value)
                 if name not in (names[0], "format") and is_number:
                     self._metrics.setdefault(str(name), []).append(float(value))
             result = result[names[0]]

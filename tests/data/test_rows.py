@@ -4,6 +4,7 @@ import base64
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -44,6 +45,10 @@ def user(content: Any) -> list[dict[str, Any]]:
         ({"answer": 1e-07}, {"answer": "0.0000001"}),
         ({"answer": True}, {"answer": "yes"}),
         ({"answer": False}, {"answer": "no"}),
+        # As `DataFrame.to_dict` gives what Parquet holds.
+        ({"answer": np.float32(0.5)}, {"answer": "0.5"}),
+        ({"images": np.array(["a.png"])}, {"images": (Path("/data/a.png"),)}),
+        ({"prompt": np.array([*user("why?")])}, {"prompt": "why?", "is_conversation": True}),
         # The key alone of a solution: GSM8K's `####`, one box, or the last answer's tags.
         ({"answer": " $\\boxed{\\frac{1}{2}}$ "}, {"answer": "\\frac{1}{2}", "rationale": None}),
         ({"answer": ["It is $\\boxed{A}$ m."]}, {"answer": "A"}),
