@@ -10,12 +10,12 @@ Every row is a pure function of its number of bars, split and number.
 
 import random
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from care_train.data.digits import Derived, add_up, derived_sample, misread, near_misses
+from care_train.data.digits import Derived, add_up, derived_sample, is_test, misread, near_misses
 from care_train.data.schema import Sample
 
 COLORS = {
@@ -36,7 +36,6 @@ _LIMITS = range(2, 7)
 KINDS = ("sum", "tallest", "shortest", "difference", "above", "value")
 """What is asked; the last, about one bar by its color, of three bars or more."""
 
-_TEST_SHARE = 0.2  # of all charts
 _TILE = 28  # pixels a side, 3 of them per unit of height: one token of Qwen's vision towers
 
 Bar = tuple[str, int]
@@ -66,7 +65,7 @@ def charts_sample(num_bars: int, split: str, row: int) -> Sample:
     rng = random.Random(f"charts-{num_bars}/{split}/{row}")
     colors = rng.sample(list(COLORS), num_bars)
     bars = [(color, rng.choice(HEIGHTS)) for color in colors]
-    while _is_test(bars) != (split == "test"):
+    while is_test(f"charts/{bars}") != (split == "test"):
         bars = [(color, rng.choice(HEIGHTS)) for color in colors]
     kinds = KINDS if num_bars > 2 else KINDS[:-1]
     question = Question(rng.choice(kinds), rng.choice(colors), rng.choice(_LIMITS))
@@ -110,14 +109,10 @@ def derive(question: Question, bars: Sequence[Bar]) -> Derived:
 
 
 def _slips(question: Question, bars: Sequence[Bar]) -> list[Derived]:
-    """Derivations with one height taken for another that lead to another answer."""
+    """Derivations with one height taken for another."""
     colors, heights = zip(*bars, strict=True)
     charts = [list(zip(colors, wrong, strict=True)) for wrong in misread(heights, HEIGHTS)]
-    return near_misses(derive(question, bars), [derive(question, chart) for chart in charts])
-
-
-def _is_test(bars: Sequence[Bar]) -> bool:
-    return random.Random(f"charts/{bars}").random() < _TEST_SHARE
+    return near_misses(partial(derive, question), bars, charts)
 
 
 @cache

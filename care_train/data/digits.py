@@ -10,8 +10,8 @@ Every row is a pure function of its length, split and number.
 
 import io
 import random
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -110,8 +110,8 @@ def derive(kind: str, digits: Sequence[int]) -> Derived:
 
 
 def _slips(kind: str, digits: Sequence[int]) -> list[Derived]:
-    """Derivations with one digit taken for another that lead to another answer."""
-    return near_misses(derive(kind, digits), [derive(kind, d) for d in misread(digits, range(10))])
+    """Derivations with one digit taken for another."""
+    return near_misses(partial(derive, kind), digits, misread(digits, range(10)))
 
 
 def add_up(numbers: Sequence[int]) -> tuple[list[str], int]:
@@ -123,9 +123,17 @@ def add_up(numbers: Sequence[int]) -> tuple[list[str], int]:
     return steps, total
 
 
-def near_misses(right: Derived, others: Sequence[Derived]) -> list[Derived]:
-    """Those of the derivations from something misread that lead to another answer."""
-    return [other for other in others if other[2] != right[2]]
+def near_misses(
+    derive: Callable[[Any], Derived], shown: Sequence[Any], others: Iterable[Sequence[Any]]
+) -> list[Derived]:
+    """Derivations from what was misread, those that lead to another answer than what is shown."""
+    answer = derive(shown)[2]
+    return [found for found in map(derive, others) if found[2] != answer]
+
+
+def is_test(content: str) -> bool:
+    """Whether a picture of this content is one of the fifth that are in test and not in train."""
+    return random.Random(content).random() < 0.2
 
 
 def misread(numbers: Sequence[int], values: Sequence[int]) -> list[list[int]]:

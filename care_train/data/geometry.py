@@ -10,12 +10,13 @@ Every row is a pure function of its number of rectangles, split and number.
 
 import random
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from care_train.data.charts import COLORS
-from care_train.data.digits import Derived, add_up, derived_sample, misread, near_misses
+from care_train.data.digits import Derived, add_up, derived_sample, is_test, misread, near_misses
 from care_train.data.schema import Sample
 
 KINDS = ("total", "largest", "smallest", "difference")
@@ -24,7 +25,6 @@ KINDS = ("total", "largest", "smallest", "difference")
 SIDES = range(1, 5)
 """Of a rectangle, in squares."""
 
-_TEST_SHARE = 0.2  # of all sheets
 _TILE = 28  # pixels a side for each rectangle: one token of Qwen's vision towers
 _SQUARE, _MARGIN = 6, 2  # pixels
 
@@ -45,7 +45,7 @@ def geometry_sample(count: int, split: str, row: int) -> Sample:
     """
     rng = random.Random(f"geometry-{count}/{split}/{row}")
     rectangles = _sheet(count, rng)
-    while _is_test(rectangles) != (split == "test"):
+    while is_test(f"geometry/{rectangles}") != (split == "test"):
         rectangles = _sheet(count, rng)
     kind = rng.choice(KINDS)
     # Of two squares of 16 one stays the largest whatever is misread: another kind is asked.
@@ -79,18 +79,14 @@ def derive(kind: str, rectangles: Sequence[Sequence[int]]) -> Derived:
 
 
 def _slips(kind: str, rectangles: Sequence[Rectangle]) -> list[Derived]:
-    """Derivations with one side taken for another that lead to another answer."""
+    """Derivations with one side taken for another."""
     sides = [side for rectangle in rectangles for side in rectangle]
     sheets = [list(zip(one[::2], one[1::2], strict=True)) for one in misread(sides, SIDES)]
-    return near_misses(derive(kind, rectangles), [derive(kind, sheet) for sheet in sheets])
+    return near_misses(partial(derive, kind), rectangles, sheets)
 
 
 def _sheet(count: int, rng: random.Random) -> list[Rectangle]:
     return [(rng.choice(SIDES), rng.choice(SIDES)) for _ in range(count)]
-
-
-def _is_test(rectangles: Sequence[Rectangle]) -> bool:
-    return random.Random(f"geometry/{rectangles}").random() < _TEST_SHARE
 
 
 def _draw(rectangles: Sequence[Rectangle], rng: random.Random) -> np.ndarray:
