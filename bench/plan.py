@@ -264,7 +264,7 @@ def _config(case: Case, prompt: int | None = None) -> Any:
             "model": {"path": case.kind, "dtype": case.dtype},
             "rollout": {"max_new_tokens": case.response, "batch_size": 1},
             "prompt": {"max_prompt_tokens": prompt or case.prompt},
-            "care": {"reflection": {"enabled": False}},
+            "care": {"reflection": {"negative": "none"}},
             "train": {
                 "micro_batch_size": case.micro_batch,
                 "prompts_per_step": 1,

@@ -100,7 +100,6 @@ def case_config(case: Case, overrides: Sequence[str] = ()) -> Config:
         f"train.micro_batch_size={case.micro_batch}",
         # The engine's log-probs are those without EOS, the trainer's with it.
         "rollout.max_log_prob_gap=null",
-        "logging.progress=false",
         "logging.report_to=[]",
         # The schedule's end, never reached.
         "train.steps=10000",

@@ -102,9 +102,9 @@ def _run(options: argparse.Namespace, name: str, seed: str) -> None:
     overrides = [f"seed={seed}", f"train.steps={options.steps}", f"model.path={folder}"]
     overrides += [f"train.prompts_per_step={options.prompts}"]
     overrides += [f"algorithm={name.removesuffix('_trl')}"]
-    overrides += [f"eval.max_samples={options.questions}", "eval.greedy=false"]
+    overrides += [f"eval.max_samples={options.questions}", "eval.also=[]"]
     overrides += [f"name={name}-{seed}", f"output_dir={options.output / 'runs'}"]
-    overrides += ["logging.progress=false", "logging.report_to=[]"]
+    overrides += ["logging.report_to=[]"]
     config = load_config(QUICKSTART, overrides)
     run = _trl(config, folder) if name.endswith("_trl") else _ours(config)
     write_json(_raw(options.output / f"{name}-{seed}.json"), run)

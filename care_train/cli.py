@@ -6,6 +6,7 @@ themselves: `--help` and errors in a configuration need no torch.
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,9 +25,28 @@ from care_train.config import (
 )
 from care_train.training.failures import STOPPED_STATUS, Stopped, is_explained, status_of
 
+_SIGPIPE_STATUS = 128 + 13
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors that explain themselves print one line (docs/failures.md)."""
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not any(events & select.POLLERR for _, events in poll.poll(0)):
+            raise  # of another pipe
+        # Who reads the output has enough of it, as `head` does. Python flushes once more at its
+        # end: to nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _SIGPIPE_STATUS
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = parse_arguments(arguments)
     try:
         return _COMMANDS[options.command](options)

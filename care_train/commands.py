@@ -22,6 +22,7 @@ from care_train.models.tiny import model_folder
 from care_train.publishing import Summary, before_and_after, claim, finish, run_facts
 from care_train.reporting import MetricsLogger, read_metrics
 from care_train.reporting.archive import ArchiveWriter
+from care_train.rollout.engine import RolloutEngine
 from care_train.training.archiving import open_writer
 from care_train.training.checkpoint import Checkpoint, seed_all
 from care_train.training.folders import clean_up
@@ -137,6 +138,8 @@ def train(
 ) -> Summary:
     """Reinforcement learning, evaluated before and after: `care-train train` of `model.path`,
     `care-train quickstart` of what a short cold start makes of it in the folder `cold_start`."""
+    if not cold_start and config.train.eval_every and config.held_out is None:
+        raise ValueError("train.eval_every: wanted 0 without eval.data: no rows to evaluate on")
     checkpoint = _checkpoint(config, run, cold_start)
     begins_cold = bool(cold_start) and not (run.is_resumed and (run.path / cold_start).is_dir())
     cold_samples: Sequence[Sample] = ()
@@ -209,6 +212,10 @@ def _train_from(
     if before is None and held_out:
         before = _evaluate_session(session, held_out, device, archive, "evaluate before", 0)
         metrics.log(0, before, phase="eval")
+
+    def evaluate_now(engine: RolloutEngine, step: int) -> dict[str, float]:
+        return evaluate_both(session, engine, held_out, device, archive=archive, step=step)
+
     totals = run_training(
         session,
         samples,
@@ -216,9 +223,7 @@ def _train_from(
         metrics,
         device,
         checkpoint=checkpoint,
-        evaluate=lambda engine, step: evaluate_both(
-            session, engine, held_out, device, archive=archive, step=step
-        ),
+        evaluate=evaluate_now if held_out else None,
         archive=archive,
         started=run.started,
     )

@@ -212,7 +212,7 @@ def export(run_dir: Path, name: str, folder: Path, *, adapter: bool = False) -> 
     checkpoint = Checkpoints(run_dir / "checkpoints").find(name)
     lora = saved_lora(checkpoint.state["settings"])
     if adapter and lora is None:
-        raise ValueError(f"--adapter: {run_dir} trained all weights (model.lora=null)")
+        raise ValueError(f"--adapter: {run_dir} trained all weights (model.lora.rank=0)")
     loaded = load_skeleton(checkpoint.folder / SKELETON, read_weights(checkpoint.folder), lora)
     with writing_within_runs(folder):
         if adapter:

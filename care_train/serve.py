@@ -72,7 +72,7 @@ def serve(config: Config, host: str, port: int, allowed_hosts: Sequence[str] = (
         loaded.save_skeleton(skeleton)
         longest, batch_size = vllm_limits(config)
         max_context = context_within(loaded, longest)
-        lora = config.model.lora if settings.lora == "adapter" else None
+        lora = config.model.adapters if settings.lora == "adapter" else None
         lora_rank = None if lora is None else lora.rank
         # Port and token first: vLLM takes long to start.
         listening = stack.enter_context(_listen(host, port))

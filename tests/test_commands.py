@@ -95,17 +95,17 @@ def test_each_configuration_is_valid(path):
 
 SMALL = [
     "model.path=tiny-qwen2.5-vl",
-    "model.min_pixels=null",
+    "model.image_pixels=null",
     "data={path: easy_vqa, max_samples: 8}",
     "eval.data=easy_vqa@test",
     "eval.max_samples=4",
-    "sft={steps: 1, batch_size: 4, save_every: 0}",
+    "sft={steps: 1, batch_size: 4}",
     "sft.data={path: easy_vqa, max_samples: 8}",
     "prompt={system: null, max_prompt_tokens: 512}",
     "rollout={group_size: 2, max_new_tokens: 8, engine: transformers}",
     "care.reflection.cue=again:",
     "train={steps: 1, prompts_per_step: 4, save_every: 0, eval_every: 0}",
-    "logging={report_to: [], progress: false}",
+    "logging={report_to: []}",
 ]
 """Laid over a configuration made for GPUs: everything else of it stays as written."""
 
@@ -198,12 +198,23 @@ def test_help_fits_three_screens(command, capsys):
 def test_all_settings_are_shown_on_request(capsys):
     """Name, default, type, range, role on resume and meaning; `data build` has its own."""
     text = "\n".join(printed(capsys, "train", "--help-all"))
-    assert "train.steps = 100  (an integer, at least 1; on resume: as it was, or" in text
-    assert "care.neg_scale = 0.5  (a number in (0, 1]; " in text
+    assert "train.steps = 100  (an integer, at least 1)" in text
+    assert "care.neg_scale = 0.5  (a number in (0, 1])" in text
+    assert "logging.project = care  (text; on resume free)" in text
     assert full_help().count("\n") > 300
     text = "\n".join(printed(capsys, "data", "build", "--help-all"))
     assert "sources.NAME.path = required" in text and "train.steps" not in text
     assert printed(capsys, "--version") == [f"care-train {care_train.__version__}"]
+
+
+def test_a_reader_may_leave():
+    """`care-train train --help-all | head` ends without a traceback, by SIGPIPE's status."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "care_train", "train", "--help-all"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_a_shipped_configuration_is_named_after_a_wheel_install(tmp_path: Path):

@@ -43,8 +43,8 @@ SETTINGS: dict[str, Any] = {
         "warmup_steps": 0,
         "max_grad_norm": 0.2,
     },
-    "eval": {"greedy": False, "max_samples": QUESTIONS},
-    "logging": {"progress": False, "report_to": []},
+    "eval": {"also": [], "max_samples": QUESTIONS},
+    "logging": {"report_to": []},
 }
 
 

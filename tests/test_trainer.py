@@ -22,9 +22,9 @@ SMALL = {
     "prompt": {"system": None},
     "rollout": {"group_size": 4, "max_new_tokens": 12},
     "train": {"steps": 2, "prompts_per_step": 4, "micro_batch_size": 8, "warmup_steps": 0},
-    "eval": {"greedy": False},
+    "eval": {"also": []},
     "limits": {"empty_steps": None},
-    "logging": {"progress": False, "report_to": [], "samples_every": 0},
+    "logging": {"report_to": [], "samples_every": 0},
 }
 
 

@@ -43,7 +43,7 @@ def _algorithm(name: str) -> Overrides:
 
 
 _PAPER: Overrides = ()
-_NO_RGR: Overrides = ("care.reflection.enabled=false",)
+_NO_RGR: Overrides = ("care.reflection.negative=none",)
 _GRPO = _algorithm("grpo")
 _DEPARTURE: Overrides = ("care.credit=departure",)
 _ANCHORS: Overrides = ("care.anchor=all",)
@@ -54,7 +54,7 @@ _STEPS: Overrides = (
 )
 _STEPS_REWARD: Overrides = (f"reward.functions=[{{{_NAMES_STEPS}, weight: 1}}]",)
 """The same knowledge as a reward: the share of steps before the first wrong one."""
-HALF: Overrides = ("care.think_share=0.5",)
+HALF: Overrides = ("care.think_weight=50%",)
 """The rationale's share of a positive's credit that gamma+ = 0.005 gives to 1,000 tokens: at the 14
 of these tasks it gives 1 to 2 %, from which hardly anything is learnt."""
 

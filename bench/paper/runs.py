@@ -29,6 +29,8 @@ QUICK = (
 """Laid over every run by `--quick`, beside two training steps: all runs, nothing is learnt."""
 
 _COLD_SEED = 0
+_COLD_START = ("train.warmup_steps=10", "train.save_every=0")
+"""Laid over the cold start, which shares them with training."""
 
 
 def steps_to_sample(sequences: float, config: Config) -> int:
@@ -74,7 +76,7 @@ class Runner:
 
         Seeds differ in what follows: the order of the prompts and the samples.
         """
-        cold = self._finish("sft", self._settings(_COLD_SEED, ()), "cold start")
+        cold = self._finish("sft", self._settings(_COLD_SEED, _COLD_START), "cold start")
         settings = [*self._settings(run.seed, run.overrides), f"model.path={cold / 'final'}"]
         settings += self._budget(experiment, run, cold)
         folder = self._finish("train", settings, run.variant)
@@ -136,6 +138,9 @@ def configuration_hash(config: Config, command: str = "train") -> str:
             *("algorithm", "data", "rollout", "reward", "care", "loss", "train", "eval"),
         )
     values, defaults = config_to_dict(config), config_to_dict(Config())
+    if command == "sft":
+        for settings in (values, defaults):
+            settings["sft"]["warmup_steps"] = settings["train"]["warmup_steps"]
     # Where a cold start lies is another folder elsewhere; its own name says how it was made.
     values["model"]["path"] = "/".join(Path(config.model.path).parts[-2:])
     changed = {name: _changed(values[name], defaults[name]) for name in kept}

@@ -5,8 +5,8 @@
     subgroup_update      lines 15-19            selection.merge_reflection
                          lines 26-41            advantages.py, region_weights.py
 
-Not the paper's: `anchor: all`, `target_snr`, `think_share` and the kinds of `credit` but `regions`
-(docs/experiments.md).
+Not the paper's: `anchor: all`, `target_snr`, a `think_weight` in percent and the kinds of `credit`
+but `regions` (docs/experiments.md).
 
 Line 41 (Eq. 11) is `care_kernels.token_advantages`, lines 42-43, the clipped surrogate and the KL
 (Eqs. 12-13), are `care_kernels.linear_policy_loss`; `training.loss` makes their rows.
@@ -218,7 +218,7 @@ def _credit(member: Member, subgroup: Subgroup, settings: CareSettings, departur
     # Line 40 reads acc: a pseudo-anchor is a failure, and its rationale earns nothing.
     earns = not member.is_negative and not subgroup.rescued
     if settings.decisions.spans == "tokens" and settings.credit == "regions":
-        return released_credit(member.rollout, settings.think_weight, earns_rationale=earns)
+        return released_credit(member.rollout, settings.gamma, earns_rationale=earns)
     return token_credit(
         member.rollout,
         settings,

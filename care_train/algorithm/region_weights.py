@@ -28,7 +28,7 @@ def token_credit(
 
     Args:
         rollout: the response.
-        settings: credit, think_weight, think_share, malformed_when and the decisions on tags and
+        settings: credit, think_weight, malformed_when and the decisions on tags and
             malformed responses.
         is_negative: whether it is a negative of its subgroup.
         earns_rationale: whether its rationale tokens weigh gamma+: acc = 1 (line 40), so neither a
@@ -63,7 +63,7 @@ def token_credit(
         spans.answer or (0, 0),
         earns_rationale,
         tuple(regions),
-        think_weight=settings.think_weight,
+        think_weight=settings.gamma,
     )
 
 
@@ -111,10 +111,10 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _think_weight(rollout: Rollout, settings: CareSettings) -> float:
-    """gamma+, or the weight per token that gives the rationale `think_share` of the credit."""
+    """gamma+, or the weight per token that gives the rationale its share of the credit."""
     share, spans = settings.think_share, rollout.spans
     if share is None or spans.think is None or spans.answer is None:
-        return settings.think_weight if share is None else 0.0
+        return settings.gamma
     answer = set(range(*spans.answer))
     rationale = len(set(range(*spans.think)) - answer)
     weight_of_rest = len(answer) + rollout.finished

@@ -12,6 +12,7 @@ from pydantic import Field, InstanceOf, NonNegativeFloat, PositiveFloat, Positiv
 
 from care_train.config.base import PositiveShare, Share, check, section
 
+Percent = Annotated[str, Field(pattern=r"^\d{1,2}(\.\d+)?%$")]
 Selector = Literal["cosine_diverse", "random", "nearest", "mixed", "farthest", "learned"]
 
 
@@ -51,9 +52,10 @@ class Decisions:
     """Where rationale and answer lie and what they weigh: by the tags in the decoded text, or by
     the tags' token ids (`official`: `algorithm.released`)."""
     repair: Literal["rationale", "answer"] = "rationale"
-    """A reflection continues an open rationale, and is scored with it; or it continues the failed
-    response from an opened answer tag, and its new tokens alone are scored and trained, as if they
-    had been sampled after the prompt (`official`)."""
+    """A reflection continues an open rationale, is scored with it, and trained behind what it was
+    sampled behind (prompt, failed rationale, cue); or it continues the failed response from an
+    opened answer tag, and its new tokens alone are scored and trained, as if they had been sampled
+    after the prompt (`official`)."""
     repair_temperature: float | None = None
     """Sampling temperature of a reflection. None: the rollouts' own, as for the next two."""
     repair_top_p: float | None = None
@@ -110,22 +112,23 @@ OFFICIAL = Decisions(
 class ReflectionSettings:
     """Reflection-guided resampling (Sec. 3.6; Algorithm 1, lines 11-20)."""
 
-    enabled: bool = True
-    """Resample one hard negative of every group that has a correct anchor. Off: "CARE w/o RGR"."""
-    negative: Literal["nearest", "random"] = "nearest"
-    """Which negative reflects: the one with the smallest cosine distance, or a random one (with an
-    empty cue, Figure 4's controls)."""
+    negative: Literal["nearest", "random", "none"] = "nearest"
+    """Which hard negative is resampled in every group that has a correct anchor: the one with the
+    smallest cosine distance, or a random one (with an empty cue, Figure 4's controls); `none`: no
+    reflection ("CARE w/o RGR")."""
     cue: str = (
         "Your previous reasoning was incorrect. Identify the failing operation, correct it, "
         "and re-derive the necessary quantities. Keep this section concise. "
         "Do not restate the question."
     )
     """The repair cue put after the failed rationale, with the think span left open."""
-    context: Literal["full", "x_only"] = "full"
-    """What the reflected response is conditioned on when trained: the context it was sampled from
-    (prompt, failed rationale, cue), or the prompt alone, with truncated importance weights."""
     reflect_scale: PositiveFloat | None = None
     """s_refl: the negative scale of a failed reflection. null: s / 2. At most s."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether a negative reflects."""
+        return self.negative != "none"
 
 
 @section
@@ -161,11 +164,10 @@ class CareSettings:
     tokens before it are credited, its own are blamed, later ones weigh 0, whether the answer is
     right or wrong; a response without one as under `uniform`, a rescued group with such a one is
     skipped."""
-    think_weight: NonNegativeFloat = 0.005
-    """gamma+: weight of a positive's rationale tokens; a negative's weigh 0 (Eq. 11)."""
-    think_share: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Share of a positive's credit that its rationale gets, however long it is, in place of
-    gamma+ per token: 0.005 gives 24 tokens 2 % of it and 1,000 tokens half. null: gamma+."""
+    think_weight: NonNegativeFloat | Percent = 0.005
+    """gamma+: weight of a positive's rationale tokens; a negative's weigh 0 (Eq. 11). A share such
+    as `50%` is what the rationale gets of a positive's credit, however long it is: 0.005 gives 24
+    tokens 2 % of it and 1,000 tokens half."""
     malformed_when: Literal["no_answer", "bad_format"] = "no_answer"
     """Malformed is a rollout without a complete answer span, or any with fmt < 1: a policy that
     still breaks its think tags is corrected only by the second, for a negative's rationale weighs
@@ -186,6 +188,17 @@ class CareSettings:
         check(scale <= self.neg_scale, "care.reflection.reflect_scale", scale, wanted)
 
     @property
+    def think_share(self) -> float | None:
+        """`think_weight` as a share of the credit; None where it is a weight per token."""
+        weight = self.think_weight
+        return float(weight[:-1]) / 100 if isinstance(weight, str) else None
+
+    @property
+    def gamma(self) -> float:
+        """gamma+; 0 where the rationale has a share of the credit instead."""
+        return 0.0 if isinstance(self.think_weight, str) else self.think_weight
+
+    @property
     def reflect_scale(self) -> float:
         """s_refl: half of s unless set."""
         scale = self.reflection.reflect_scale
@@ -196,11 +209,10 @@ _OFFICIAL_SETTINGS: dict[str, Any] = {
     "care": {
         "decisions": OFFICIAL,
         "reflection": {
-            "cue": "\n<repair>\n- Mistake:\n- Fix:\n- Corrected final answer:\n</repair>\n",
-            "context": "x_only",
+            "cue": "\n<repair>\n- Mistake:\n- Fix:\n- Corrected final answer:\n</repair>\n"
         },
     },
-    "model": {"min_pixels": 262_144, "max_pixels": 4_194_304},
+    "model": {"image_pixels": [262_144, 4_194_304]},
     "prompt": {
         "system": None,
         "suffix": (
@@ -208,9 +220,9 @@ _OFFICIAL_SETTINGS: dict[str, Any] = {
             "the final answer. The reasoning process MUST BE enclosed within <think> </think> "
             "tags. The final answer MUST BE put in \\boxed{}."
         ),
+        "tags": ["think", "boxed"],
         "overlong": "drop",
     },
-    "reward": {"answer": "boxed"},
     "rollout": {"max_new_tokens": 2048},
     "loss": {
         "aggregation": "token",
@@ -245,22 +257,22 @@ class LossSettings:
     """Set by `algorithm`. `clip`: Eq. 12. `cispo` (arXiv:2506.13585): the ratio, held within
     1 - clip_eps_low and 1 + clip_eps_high, weighs each token's log-prob, whose gradient is never
     cut. `sapo` (arXiv:2511.20347): a smooth gate around a ratio of 1, which reads no clip range."""
+    ratio_level: Annotated[Literal["token", "sequence"], Field(exclude=True)] = "token"
+    """Set by `algorithm`: one importance ratio per token, or one per sequence (`gspo`)."""
     clip_eps_low: Share = 0.2
-    """eps_low."""
+    """eps_low: the ratio's clip range begins at 1 - eps_low (Eq. 12)."""
     clip_eps_high: NonNegativeFloat = 0.28
-    """eps_high."""
+    """eps_high: it ends at 1 + eps_high."""
     dual_clip: Annotated[float, Field(ge=1)] | None = None
     """Upper bound on the ratio where the advantage is negative. None: none."""
     kl_coef: NonNegativeFloat = 0.02
-    """beta."""
+    """beta: weight of the KL that pulls towards the reference policy (Eq. 13); 0: none."""
     kl_estimator: Literal["k1", "k2", "k3", "k3_unbiased", "exact"] = "k3"
     """Per-token estimator of KL[pi_theta || pi_ref]. `k3_unbiased`: k3 times the ratio to the old
     policy, whose gradient is the KL's own (arXiv:2512.02556; TRL's `use_bias_correction_kl`);
     `exact` sums over the vocabulary."""
     entropy_coef: NonNegativeFloat = 0.0
-    """Coefficient of an entropy bonus."""
-    ratio_level: Literal["token", "sequence"] = "token"
-    """Importance ratio per token, or one per sequence (GSPO)."""
+    """Weight of a bonus for the policy's entropy."""
     aggregation: Literal["sequence", "token", "max_length"] = "sequence"
     """What the summed loss is divided by: sequences trained, their response tokens, or sequences
     times `rollout.max_new_tokens` (Dr. GRPO)."""

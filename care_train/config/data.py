@@ -90,11 +90,10 @@ class EvalSettings:
     max_samples: PositiveInt | None = None
     """Take this many held-out rows, and questions of each benchmark, chosen by the run's seed.
     None: all."""
-    greedy: bool = True
-    """Report greedy decoding too, beside the training temperature."""
-    blind: bool = False
-    """Report accuracy with a blank image in the place of each too, at the training temperature:
-    what can be answered without looking."""
+    also: list[Literal["greedy", "blind"]] = field(default_factory=lambda: ["greedy"])
+    """What is reported of eval.data beside the training temperature: `greedy` decoding; `blind`:
+    accuracy with a blank image in the place of each, which is what can be answered without
+    looking."""
     benchmarks: list[BenchmarkName] = field(default_factory=list)
     """What `care-train eval` scores (also `--benchmarks a,b`): benchmarks of Table 1, and `data`
     for the rows of eval.data. Empty: eval.data alone, at the training temperature and greedily."""

@@ -127,6 +127,8 @@ def _words(annotation: Any) -> str:
     """A type in words: `an integer, at least 1, or null`."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
+        if parts[0] is str:
+            return "a share such as 50%"
         return _words(parts[0]) + _bounds(parts[0], parts[1:])
     if origin in (Union, types.UnionType):
         shown = [_words(part) for part in parts if part is not type(None)]
@@ -134,7 +136,8 @@ def _words(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(str(part) for part in parts)
     if origin is list:
-        return f"a list of {_PLURALS.get(parts[0]) or _words(parts[0])}"
+        item, *bounds = get_args(parts[0]) if get_origin(parts[0]) is Annotated else parts
+        return f"a list of {_PLURALS.get(item) or _words(item)}{_bounds(item, bounds)}"
     if origin is tuple:
         return f"{len(parts)} times {_words(parts[0])}"
     return _NAMES.get(origin or annotation, "keys")
@@ -157,14 +160,14 @@ def _bounds(number: Any, metadata: Iterable[Any]) -> str:
 
 COMMON = """
 name output_dir seed algorithm preset overwrite
-model.path model.dtype model.attention model.max_pixels model.lora.rank
-prompt.system prompt.think_tag prompt.max_prompt_tokens
+model.path model.dtype model.attention model.image_pixels model.lora.rank
+prompt.system prompt.tags prompt.max_prompt_tokens
 data.path data.max_samples
 rollout.engine rollout.group_size rollout.temperature rollout.top_p rollout.max_new_tokens
 rollout.batch_size rollout.vllm.server rollout.vllm.gpu_memory_utilization
 reward.format_weight reward.functions
 care.max_negatives care.selector care.neg_scale care.think_weight
-care.reflection.enabled care.reflection.cue care.rescue
+care.reflection.negative care.reflection.cue care.rescue
 loss.clip_eps_low loss.clip_eps_high loss.kl_coef loss.kl_estimator loss.aggregation
 train.steps train.prompts_per_step train.micro_batch_size train.micro_batch_tokens
 train.gradient_checkpointing train.learning_rate train.warmup_steps
@@ -204,18 +207,24 @@ def short_help(sections: Sequence[str]) -> str:
 
 
 def full_help(root: type = Config) -> str:
-    """Every setting with default, type, bounds, role on resume and meaning."""
-    lines = ["settings: key = default (type and range; what a resumed run may do), meaning:"]
+    """Every setting with default, type, bounds, meaning, and its role on resume where it is another
+    than most."""
+    lines = ["settings: key = default (type and range), meaning"]
+    if root is Config:
+        lines += textwrap.wrap(
+            "A run that is resumed (--resume) takes another value only of the keys that "
+            "allow_changes names, unless it says here what it may do:",
+            _WIDTH,
+        )
     for key in list_keys(root):
-        role = f"; on resume: {_ROLES[key.role]}" if root is Config else ""
+        role = _ROLES.get(key.role, "") if root is Config else ""
         lines.append(f"{key.name} = {key.default}  ({key.wanted}{role})")
         lines += textwrap.wrap(key.meaning, _WIDTH, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
 _ROLES = {
-    Role.DECIDES: "as it was, or named in allow_changes",
-    Role.SPEED: "as it was, or named in allow_changes; an evaluation may change it",
-    Role.FIXED: "as it was",
-    Role.FREE: "free",
+    Role.SPEED: "; on resume an evaluation may change it",
+    Role.FIXED: "; on resume as it was",
+    Role.FREE: "; on resume free",
 }

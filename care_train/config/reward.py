@@ -4,9 +4,9 @@ from dataclasses import field
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from care_train.config.base import FROM_PYTHON, SHIPPED_REWARDS, PositiveShare, Role, check, section
+from care_train.config.base import FROM_PYTHON, SHIPPED_REWARDS, PositiveShare, check, section
 
 JUDGE_PROMPT = """\
 You compare a candidate's final answer with the reference answer to a question. They agree when
@@ -34,9 +34,10 @@ class RewardFunctionSettings:
 
     function: str
     """`file.py:function`, in the form of EasyR1, TRL or verl; docs/verifier.md has examples.
-    `python:NAME` stands for one that a program hands over (docs/python.md),
-    `care_train:verified_steps` for the check of each step of an answer about `digits`, `charts` and
-    `geometry`, which names the first wrong one (`care.credit=steps`)."""
+    `python:NAME` stands for one that a program hands over (docs/python.md), `care_train:verifier`
+    for the verifier's own accuracy beside other functions', and `care_train:verified_steps` for the
+    check of each step of an answer about `digits`, `charts` and `geometry`, which names the first
+    wrong one (`care.credit=steps`)."""
     weight: float = 1.0
     """Weight among those of the same target; a bonus is multiplied by it."""
     target: Literal["accuracy", "bonus"] = "accuracy"
@@ -55,6 +56,14 @@ class RewardFunctionSettings:
         check(good, "reward.functions.function", self.function, "file.py:function")
         positive = self.weight > 0 or self.target == "bonus"
         check(positive, "reward.functions.weight", self.weight, "above 0")
+        plain = self.target == "accuracy" and not self.arguments
+        wanted = "'accuracy' and no arguments with the verifier"
+        check(plain or not self.is_verifier, "reward.functions.target", self.target, wanted)
+
+    @property
+    def is_verifier(self) -> bool:
+        """Whether it is the verifier itself."""
+        return self.function == f"{SHIPPED_REWARDS}verifier"
 
 
 @section
@@ -63,22 +72,24 @@ class JudgeSettings:
     gets 16 requests at a time and has 60 s for each; one that fails is tried three times more, at
     growing intervals, before the run stops with an error."""
 
-    base_url: str
-    """An OpenAI-compatible endpoint, such as http://localhost:8000/v1."""
-    model: str
+    base_url: str | None = None
+    """An OpenAI-compatible endpoint, such as http://localhost:8000/v1. https://api.openai.com gets
+    the key in $OPENAI_API_KEY, another endpoint the key in the variable that $CARE_TRAIN_KEYS names
+    with it, `MY_KEY@https://host:8000`. null: no judge."""
+    model: str = ""
     """The model's name there."""
     prompt: str = JUDGE_PROMPT
     """What it is asked. {question}, {answer} (the key) and {response} (the answer span) are filled
     in; the reply's last line must be CORRECT or INCORRECT."""
     types: list[AnswerTypeName] = field(default_factory=lambda: ["text"])
     """Answer types it is asked about."""
-    api_key_env: Annotated[str, Role.SPEED] = "OPENAI_API_KEY"
-    """The environment variable that holds the key. It is sent to https://api.openai.com alone,
-    unless the variable CARE_TRAIN_KEYS names it with the endpoint: `MY_KEY@https://host:8000`."""
-    max_tokens: PositiveInt = 512
-    """Length limit of a reply in tokens."""
 
     def __post_init__(self) -> None:
+        if self.base_url is None:
+            wanted = f"an endpoint with reward.judge.model = {self.model!r}"
+            check(not self.model, "reward.judge.base_url", None, wanted)
+            return
+        check(bool(self.model), "reward.judge.model", self.model, "the model's name there")
         fields = all("{" + name + "}" in self.prompt for name in ("answer", "response"))
         check(fields, "reward.judge.prompt", self.prompt, "{answer} and {response} in it")
         url = urlsplit(self.base_url)
@@ -89,8 +100,8 @@ class JudgeSettings:
             plain and url.scheme in ("http", "https") and bool(url.hostname),
             "reward.judge.base_url",
             shown,
-            "http(s)://host/path without a user, password or query: name the variable that holds "
-            "the key as reward.judge.api_key_env",
+            "http(s)://host/path without a user, password or query: CARE_TRAIN_KEYS in the "
+            "environment names the variable that holds the key",
         )
 
 
@@ -99,10 +110,8 @@ class RewardSettings:
     """Eq. 1."""
 
     format_weight: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
-    """lambda: below one half, every correct answer outranks every wrong one."""
-    answer: Literal["tags", "boxed"] = "tags"
-    """Where a response's answer stands: between the answer tags, or in its last `\\boxed{}`. The
-    format asked for is a rationale in its tags and then the answer."""
+    """lambda: weight of the format in the reward; below one half, every correct answer outranks
+    every wrong one."""
     tolerance: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Largest distance of a number, relative to the key. None: the answer type's own; a row's
     `tolerance` column comes first."""
@@ -110,21 +119,19 @@ class RewardSettings:
     """The last share of `rollout.max_new_tokens`, over which the reward falls by up to 1: DAPO's
     soft overlong punishment (arXiv:2503.14476, Eq. 13; there 0.2). None: length does not count."""
     functions: list[RewardFunctionSettings] = field(default_factory=list)
-    """Your own rewards."""
-    verifier_weight: NonNegativeFloat | None = None
-    """Weight of the verifier among `accuracy` functions. None: 0 beside such functions, else 1."""
+    """Your own rewards. Without one of target `accuracy` the verifier alone says what is right."""
     success_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
     """For graded accuracies such as an IoU: from here on a response is a success, below a failure,
     while its reward stays graded. None: 1 is a success and 0 a failure, as in Eq. 2."""
-    judge: JudgeSettings | None = None
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
     """A language model for open-ended answers."""
 
-    def __post_init__(self) -> None:
-        weight = self.verifier_weight
-        alone = not any(entry.target == "accuracy" for entry in self.functions)
-        check(
-            weight is None or weight > 0 or (weight == 0 and not alone),
-            "reward.verifier_weight",
-            weight,
-            "above 0, or 0 where reward.functions has one with target accuracy",
-        )
+    @property
+    def own_functions(self) -> list[RewardFunctionSettings]:
+        """`functions` without the verifier."""
+        return [entry for entry in self.functions if not entry.is_verifier]
+
+    @property
+    def verifier_weight(self) -> float:
+        """The verifier's weight among `accuracy` functions; it counts alone where there is none."""
+        return sum(entry.weight for entry in self.functions if entry.is_verifier)

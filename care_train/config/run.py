@@ -59,7 +59,7 @@ Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
 
 @section
 class LoggingSettings:
-    """What a run tells."""
+    """What a run tells, beside a bar on a terminal or a line per step in a log."""
 
     report_to: list[Tracker] = field(default_factory=lambda: ["tensorboard"])
     """Where metrics go beside metrics.jsonl: tensorboard (event files in the run's folder), wandb,
@@ -73,8 +73,6 @@ class LoggingSettings:
     """Every group of every step and every evaluated answer is kept in the run's `archive/`, for
     `care-train report` and `care-train replay` (docs/archive.md), up to this size in GiB, images
     included, at which its oldest steps are dropped. null: no limit. 0: no archive."""
-    progress: bool = True
-    """Show progress bars; false: a plain line per training step."""
 
 
 @section
@@ -91,7 +89,7 @@ class Config:
     """care, or a baseline: grpo | dapo | gspo (as in Table 5) | dr_grpo | rloo | reinforce_pp |
     cispo | sapo."""
     preset: Literal["default", "literal", "official"] = "default"
-    """`literal`: Algorithm 1 to the letter. `official`: the authors' released code."""
+    """`literal`: Algorithm 1 to the letter; `official`: the authors' released code."""
     resume: Annotated[bool, Role.FREE] = False
     """Go on from the newest usable checkpoint of the run (also `--resume`). `resume=runs/x` names
     its folder, and without a `--config` takes its config.yaml."""
@@ -127,16 +125,10 @@ class Config:
             "with '.'",
         )
         check(
-            not (self.train.freeze_vision and self.model.lora and self.model.lora.vision),
-            "train.freeze_vision",
-            True,
-            "false with model.lora.vision = true, which trains the vision tower's adapters",
-        )
-        check(
-            self.train.eval_every == 0 or self.held_out is not None,
+            self.train.eval_every == 0 or self.held_out is not None or bool(self.sft.eval_data),
             "train.eval_every",
             self.train.eval_every,
-            "0 without eval.data: there are no held-out rows to evaluate on",
+            "0 without eval.data or sft.eval_data: there are no held-out rows to evaluate on",
         )
         self.deepspeed.check_dtype(self.model.dtype)
         self._check_micro_batch_tokens()
@@ -183,13 +175,12 @@ class Config:
 
     def _check_adapter_sync(self) -> None:
         """vLLM's LoRA layers must be able to hold all that is trained."""
-        lora, key = self.model.lora, "rollout.vllm.lora"
-        check(lora is not None, key, "adapter", "'merged' without model.lora: there is no adapter")
-        if lora is not None:
-            wanted = "'merged' with model.lora.vision: vLLM does not adapt vision towers"
-            check(not lora.vision, key, "adapter", wanted)
-            wanted = "'merged' with model.lora.modules_to_save, which are no adapters"
-            check(not lora.modules_to_save, key, "adapter", wanted)
+        for refused, why in (
+            (not self.model.lora.rank, "without model.lora.rank: there is no adapter"),
+            (self.model.train_vision, "with model.train_vision: vLLM does not adapt vision towers"),
+            (self.model.lora.modules_to_save, "with model.lora.modules_to_save: no adapters"),
+        ):
+            check(not refused, "rollout.vllm.lora", "adapter", f"'merged' {why}")
 
     def _check_rollouts_ahead(self) -> None:
         has_server = self.rollout.engine == "vllm" and self.rollout.vllm.server is not None

@@ -14,27 +14,21 @@ Schedule = Literal["constant", "cosine", "linear"]
 
 
 @section
-class LoopSettings:
-    """An optimiser's loop: what reinforcement learning and the cold start share."""
+class TrainSettings:
+    """Reinforcement learning, and what the cold start shares with it."""
 
     steps: PositiveInt = 100
-    """Steps of the loop: rollout batches of `train`, optimiser steps of `sft`."""
+    """Rollout batches."""
     learning_rate: PositiveFloat = 1e-6
     """Peak learning rate of AdamW, whose betas are 0.9 and 0.999."""
     warmup_steps: NonNegativeInt = 10
-    """Optimiser steps of linear warm-up."""
+    """Optimiser steps of linear warm-up, in the cold start too."""
     save_every: Annotated[NonNegativeInt, Role.FREE] = 0
-    """Steps between checkpoints; 0: the final one only (`train`), or where a signal asks (`sft`,
-    whose checkpoints are deleted at its end)."""
+    """Steps between checkpoints, in the cold start too, whose checkpoints are deleted at its end.
+    0: the final one only, or where a signal asks."""
     eval_every: Annotated[NonNegativeInt, Role.FREE] = 0
-    """Steps between evaluations, of `eval.data` or of the loss on `sft.eval_data`; 0: `train`
-    evaluates before and after, `sft` after the last step."""
-
-
-@section
-class TrainSettings(LoopSettings):
-    """Reinforcement learning."""
-
+    """Steps between evaluations of `eval.data`, in the cold start of the loss on `sft.eval_data`.
+    0: `train` evaluates before and after, `sft` after the last step."""
     schedule: Schedule = "constant"
     """Shape of the learning rate after the warm-up; cosine and linear end at 0."""
     weight_decay: NonNegativeFloat = 0.0
@@ -64,8 +58,6 @@ class TrainSettings(LoopSettings):
     max_skipped_updates: Annotated[NonNegativeInt, Role.FREE] = 0
     """Updates whose loss or gradient is not finite that are left out with a warning, counted since
     the run began or went on; one more ends it."""
-    freeze_vision: bool = False
-    """Train the language model alone."""
     dynamic_sampling: bool = False
     """Draw more prompts, up to three times, until every group of the batch has both right and wrong
     rollouts (DAPO); then the batch is trained as it is."""
@@ -94,14 +86,17 @@ class TrainSettings(LoopSettings):
 
 
 @section
-class SftSettings(LoopSettings):
-    """Cold start (Sec. 3.1's format), before reinforcement learning. After the warm-up the learning
-    rate falls as a cosine; there is no weight decay, and gradients have a norm of at most 1."""
+class SftSettings:
+    """Cold start (Sec. 3.1's format), before reinforcement learning. After `train.warmup_steps` the
+    learning rate falls as a cosine; there is no weight decay, and gradients have a norm of at most
+    1."""
 
     data: DataSettings = field(default_factory=DataSettings)
     """Rows with a `rationale`."""
     steps: PositiveInt = 160
+    """Optimiser steps."""
     learning_rate: PositiveFloat = 1e-5
+    """Peak learning rate of AdamW."""
     batch_size: PositiveInt = 64
     """Rows per step, over all ranks."""
     eval_data: Annotated[str | None, Role.FREE] = None

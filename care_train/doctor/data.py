@@ -61,7 +61,7 @@ def check_rows(subject: Subject) -> Finding:
             f"{prompt.max_prompt_tokens} ({_where(rows[place])}: {lengths[place]}, the longest: "
             f"{max(lengths.values())})"
         )
-        fix = "raise it, lower model.max_pixels, or leave them out with prompt.overlong=drop"
+        fix = "raise it, lower model.image_pixels, or leave them out with prompt.overlong=drop"
         if prompt.overlong == "error" or not short:
             return error(found, fix)
         found += ", which will be left out; the others: "

@@ -44,15 +44,13 @@ def check_tags(subject: Subject) -> Finding:
     """A response's tags survive tokenising, decode to text, and give the spans' tokens."""
     loaded, prompt = subject.model, subject.config.prompt
     think, answer = prompt.think_tag, prompt.answer_tag
-    if think == answer:
-        return error(f"rationale and answer share the tag <{think}>", "rename one of them")
     text = f"<{think}>so 4</{think}>\n<{answer}>4</{answer}>"
     ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
     decoded, ends = TokenText(loaded.tokenizer).decode(ids)
     if decoded != text:
         return error(
             f"{text!r} decodes to {decoded!r}: a tag is a special token, which has no text",
-            "set prompt.think_tag and prompt.answer_tag to names that are no special tokens "
+            "set prompt.tags to names that are no special tokens "
             "(`reasoning` for models whose <think> is one)",
         )
     spans = token_spans(parse_spans(decoded, think, answer), ends)
@@ -137,7 +135,7 @@ def check_template(subject: Subject) -> Finding:
     if tag in tail:
         return error(
             f"it ends with {tail!r}: responses would start inside {tag}, and lack it",
-            "remove the tag from the template's generation prompt, or rename prompt.think_tag",
+            "remove the tag from the template's generation prompt, or name another in prompt.tags",
         )
     if not tail.strip():
         return warning("it opens no turn for the answer", "correct the generation prompt")
@@ -258,7 +256,7 @@ def _rollout_engine(subject: Subject, encoder: PromptEncoder) -> RolloutEngine:
     config = subject.config
     verifier = Verifier(config.prompt, config.reward)
     scorer = RolloutScorer(TokenText(subject.model.tokenizer), verifier, config.prompt)
-    lora = config.model.lora
+    lora = config.model.adapters
     if config.rollout.vllm.lora == "adapter" and lora and not has_adapters(subject.model.model):
         # As the run will send them; untrained they change nothing.
         add_adapters(subject.model.model, lora, config.seed)

@@ -37,7 +37,7 @@ _MADE_WITH = "made_with.json"
 _SECTIONS = ("prompt", "model", "rollout", "reward", "seed")
 """Sections that decide what is answered, and what of it is right."""
 
-_INDIFFERENT = ("model.path", "model.lora", "rollout.group_size")
+_INDIFFERENT = ("model.path", "model.lora", "model.train_vision", "rollout.group_size")
 """Of those: the weights themselves are compared, and an evaluation has no groups."""
 
 

@@ -78,7 +78,7 @@ def evaluate(
     batches = equal_batches(share, config.rollout.batch_size, device)
     sampling = decoding(config, greedy)
     rollouts: list[Rollout] = []
-    enabled = config.logging.progress and is_main()
+    enabled = is_main()
     for batch in track(batches, f"{description}{' (greedy)' if greedy else ''}", enabled):
         if blind:
             batch = [without_images(sample) for sample in batch]
@@ -109,18 +109,17 @@ def evaluate_both(
     archive: ArchiveWriter | None = None,
     step: int = 0,
 ) -> dict[str, float]:
-    """`accuracy` and `format` at the training temperature, and what `eval.greedy` and `eval.blind`
-    ask for beside.
+    """`accuracy` and `format` at the training temperature, and what `eval.also` asks for beside.
 
     Args:
         session, engine, samples, device, description, archive, step: `evaluate`'s.
     """
     ask = partial(evaluate, session, engine, samples, device, archive=archive, step=step)
     values = ask(description=description)
-    if session.config.eval.greedy:
+    if "greedy" in session.config.eval.also:
         greedy = ask(greedy=True, description=description)
         values |= {f"greedy_{name}": greedy[name] for name in ("accuracy", "format")}
-    if session.config.eval.blind:
+    if "blind" in session.config.eval.also:
         blind = ask(blind=True, description=f"{description} (blind)", archive=None)
         values["blind_accuracy"] = blind["accuracy"]
     return values
@@ -198,7 +197,7 @@ def answer_questions(
     missing = [job for job in jobs if (ids[job[0]], *job[1:]) not in found]
     own = missing[rank() :: world_size()]
     batches = equal_batches(own, config.rollout.batch_size, device)
-    bar = track(batches, questions.name, config.logging.progress and is_main())
+    bar = track(batches, questions.name, is_main())
     answered = 0
     with StopSignals() as signals, closing(JsonlWriter(folder / f"rank_{rank()}.jsonl")) as log:
         for batch in bar:

@@ -100,7 +100,7 @@ def care_advantages(
     ]
     sums = (held["old_log_probs"] * response_mask).sum(-1).float().cpu()
     advantages = torch.zeros_like(token_level_rewards, dtype=torch.float32)
-    no_reflection = replace(care.settings.reflection, enabled=False)
+    no_reflection = replace(care.settings.reflection, negative="none")
     settings = replace(care.settings, reflection=no_reflection)
     for number, prompt in enumerate(dict.fromkeys(index.tolist())):
         rows = [i for i, own in enumerate(index.tolist()) if own == prompt]

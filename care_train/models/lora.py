@@ -22,7 +22,7 @@ def add_adapters(model: Any, settings: LoraSettings, seed: int) -> None:
 
     Args:
         model: a transformers model, on any device, meta too.
-        settings: `model.lora`.
+        settings: `model.adapters`.
         seed: of the first weights: every rank has the same.
 
     Raises:
@@ -89,7 +89,7 @@ def _linear_layers(model: Any, settings: LoraSettings) -> list[str]:
     head = model.get_output_embeddings()
     visual = getattr(model.base_model, "visual", None)
     if settings.vision and visual is None:
-        raise ValueError("model.lora.vision: got true, but the model has no vision tower")
+        raise ValueError("model.train_vision: got true, but the model has no vision tower")
     towers = set() if visual is None or settings.vision else set(visual.modules())
     linears = [
         name
@@ -103,7 +103,7 @@ def _linear_layers(model: Any, settings: LoraSettings) -> list[str]:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
             raise ValueError(
                 f"model.lora.target_modules: {end!r} is no linear layer that can be adapted "
-                f"(model.lora.vision={str(settings.vision).lower()}); there are {known}"
+                f"(model.train_vision={str(settings.vision).lower()}); there are {known}"
             )
     return [n for n in linears if any(_ends(n, end) for end in settings.target_modules)]
 
@@ -121,7 +121,7 @@ def _named_modules(model: Any, ends: Sequence[str]) -> list[str]:
                 raise ValueError(
                     f"model.lora.modules_to_save: {name!r} is, or holds, an embedding or the head, "
                     "which stay as they are: the fused loss needs a plain head; train all weights "
-                    "(model.lora=null), or leave it out"
+                    "(model.lora.rank=0), or leave it out"
                 )
         found += chosen
     return found

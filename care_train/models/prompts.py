@@ -50,7 +50,7 @@ class PromptEncoder:
 
         Raises:
             ValueError: the chat template opens a rationale with another tag than
-                `prompt.think_tag`.
+                `prompt.tags[0]`.
         """
         self._loaded = loaded
         self._prompt = prompt
@@ -117,8 +117,8 @@ class PromptEncoder:
         if len(encoded.token_ids) > limit:
             raise ValueError(
                 f"{sample.location}: the prompt has {len(encoded.token_ids)} tokens, wanted at "
-                f"most {limit}: raise prompt.max_prompt_tokens, lower model.max_pixels or drop the "
-                "row (prompts and images are never truncated)"
+                f"most {limit}: raise prompt.max_prompt_tokens, lower model.image_pixels or drop "
+                "the row (prompts and images are never truncated)"
             )
 
     def encode_text(self, text: str) -> tuple[int, ...]:
@@ -186,9 +186,9 @@ class PromptEncoder:
             return ""
         if opened["tag"] != self._prompt.think_tag:
             raise ValueError(
-                f"prompt.think_tag: got {self._prompt.think_tag!r}, but the model's chat template "
-                f"begins every response with <{opened['tag']}>: set prompt.think_tag="
-                f"{opened['tag']}, or choose the Instruct model"
+                f"prompt.tags: got {self._prompt.think_tag!r}, but the model's chat template "
+                f"begins every response with <{opened['tag']}>: set prompt.tags="
+                f"[{opened['tag']},{self._prompt.tags[1]}], or choose the Instruct model"
             )
         return opened[0]
 

@@ -177,11 +177,9 @@ def _rollout_items(work: Workload) -> list[Item]:
             Item("KV cache and generation", _generation_bytes(work), ("generate",)),
         ]
     vllm = rollout.vllm
-    if vllm.kv_cache_gib is None and not work.device.is_cpu:
-        share = vllm.gpu_memory_utilization * work.device.memory
-    else:
-        kv_cache = 1.0 if vllm.kv_cache_gib is None else vllm.kv_cache_gib
-        share = whole / vllm.tensor_parallel_size + kv_cache * GIB
+    share = vllm.gpu_memory_utilization * work.device.memory
+    if work.device.is_cpu:
+        share = whole / vllm.tensor_parallel_size + GIB
     sleeps = not work.device.is_cpu
     # As gathered, and in vLLM's precision.
     bucket = BUCKET_BYTES * (2 if work.stage == 3 else 1)

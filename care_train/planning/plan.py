@@ -106,7 +106,7 @@ def advise(work: Workload) -> list[str]:
             if memory.fits:
                 return lines
     lines.append(
-        "still too much: more GPUs, larger ones, a LoRA adapter (model.lora), or shorter "
+        "still too much: more GPUs, larger ones, a LoRA adapter (model.lora.rank), or shorter "
         "prompt.max_prompt_tokens and rollout.max_new_tokens"
     )
     return lines

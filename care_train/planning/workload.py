@@ -208,11 +208,11 @@ class Workload:
     @property
     def lora_rank(self) -> int:
         """0: all weights are trained."""
-        return self.config.model.lora.rank if self.config.model.lora else 0
+        return self.config.model.lora.rank
 
     @property
     def freezes_vision(self) -> bool:
-        return self.config.train.freeze_vision or bool(self.lora_rank)
+        return self.config.model.train_vision is False or bool(self.lora_rank)
 
     @property
     def num_trained(self) -> int:
@@ -220,7 +220,7 @@ class Workload:
         layer (arXiv:2106.09685, Sec. 4.1)."""
         if self.lora_rank:
             return self.lora_rank * self.model.lora_width
-        frozen = self.model.num_vision if self.config.train.freeze_vision else 0
+        frozen = self.model.num_vision if self.config.model.train_vision is False else 0
         return self.model.num_parameters - frozen
 
     @property

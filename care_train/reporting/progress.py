@@ -43,7 +43,8 @@ _CONSOLE = Console(stderr=True)
 
 
 class TrainProgress:
-    """A training run's bar with its latest numbers below; use it as a context manager."""
+    """A training run's bar with its latest numbers below, in a log a line per step; use it as a
+    context manager."""
 
     def __init__(
         self,
@@ -51,7 +52,6 @@ class TrainProgress:
         enabled: bool = True,
         description: str = "Training",
         *,
-        bar: bool = True,
         start_step: int = 0,
         console: Console | None = None,
     ) -> None:
@@ -61,16 +61,13 @@ class TrainProgress:
             total_steps: steps of the whole run.
             enabled: False shows and prints nothing (every rank but the first).
             description: what goes on.
-            bar: draw a bar on a terminal, and in a log print about ten lines; False: print a line
-                per step on either.
             start_step: steps done before, where the run was resumed.
             console: where to; standard error by default.
         """
         self._console = console or _CONSOLE
         self._enabled = enabled
-        self._live = enabled and bar and self._console.is_interactive
-        lines = _PLAIN_LINES if bar else total_steps
-        self._lines = _PlainLines(self._console, total_steps, description, start_step, lines)
+        self._live = enabled and self._console.is_interactive
+        self._lines = _PlainLines(self._console, total_steps, description, start_step, total_steps)
         self._bar = _TrainBar(console=self._console)
         self._task = self._bar.add_task(description, total=total_steps, completed=start_step)
 

@@ -122,7 +122,6 @@ def start_vllm(
     """
     _set_environment()
     on_gpu = torch.cuda.is_available()
-    kv_cache = settings.kv_cache_gib or (None if on_gpu else 1.0)
     with untouched_process(), _quiet():
         return _import_llm(on_gpu)(
             model=folder,
@@ -131,7 +130,8 @@ def start_vllm(
             tensor_parallel_size=settings.tensor_parallel_size,
             max_model_len=max_context,
             max_num_seqs=batch_size,
-            kv_cache_memory_bytes=None if kv_cache is None else int(kv_cache * _GIB),
+            # On GPUs what gpu_memory_utilization leaves; $VLLM_CPU_KVCACHE_SPACE comes first.
+            kv_cache_memory_bytes=None if on_gpu else _GIB,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             enforce_eager=settings.enforce_eager or not on_gpu,
             enable_sleep_mode=on_gpu,

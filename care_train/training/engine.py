@@ -77,7 +77,6 @@ class PolicyEngine:
         config: Config,
         device: torch.device,
         *,
-        freeze_vision: bool = False,
         copy_for_rollouts: bool = False,
     ) -> None:
         """Shard `loaded` and make its optimiser.
@@ -88,7 +87,6 @@ class PolicyEngine:
             config: its `deepspeed`; dtype and LoRA of `model`; packing and gradient checkpointing
                 of `train`; the seed of the adapters' first weights.
             device: this rank's.
-            freeze_vision: do not train the vision tower.
             copy_for_rollouts: under ZeRO-3 keep a whole copy for engines that generate with the
                 policy's own model.
         """
@@ -101,8 +99,8 @@ class PolicyEngine:
         self.rollout = loaded
         if self.rollout_is_copy:
             self.rollout = replace(loaded, model=copy.deepcopy(loaded.model))
-        if config.model.lora is not None:  # after the copy, which gets merged weights
-            add_adapters(loaded.model, config.model.lora, config.seed)
+        if config.model.adapters is not None:  # after the copy, which gets merged weights
+            add_adapters(loaded.model, config.model.adapters, config.seed)
         self._weights = {parts: policy_weights(loaded.model, parts) for parts in WeightParts}
         self._positions = packed_positions(loaded.model) if train.packing else None
         if train.gradient_checkpointing:
@@ -110,7 +108,7 @@ class PolicyEngine:
         # Ranks wait for each other in every layer, so all must run the same ones. One rank has no
         # collective to match: its batches without images may skip the vision tower.
         policy = Policy(loaded.model, always_sees=world_size() > 1)
-        if freeze_vision:
+        if config.model.train_vision is False:
             _freeze_vision(loaded.model)
         parameters = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = adamw(parameters, optimizer, settings)
@@ -324,5 +322,5 @@ def rows_with_a_say(arguments: Mapping[str, Any]) -> torch.Tensor:
 def _freeze_vision(model: Any) -> None:
     visual = getattr(model.base_model, "visual", None)
     if visual is None:
-        raise ValueError("train.freeze_vision: got true, but the model has no vision tower")
+        raise ValueError("model.train_vision: got false, but the model has no vision tower")
     visual.requires_grad_(False)

@@ -21,9 +21,6 @@ from care_train.training.groups import Group
 from care_train.training.micro_batches import agreed_micro_batches
 from care_train.training.timer import timer
 
-IMPORTANCE_CAP = 2.0
-"""Truncation of the importance weight of a reflection trained without its context."""
-
 Pooled = tuple[torch.Tensor, torch.Tensor | None]
 Forward = Callable[[ModelBatch, float, torch.Tensor | None], Pooled]
 """Takes a batch, the temperature and the spans to pool ([B, 2] or None); returns log-probs [N], or
@@ -107,7 +104,7 @@ class TrainItem:
     sequence: TrainSequence
     tokens: TokenSequence = field(repr=False)
     """The sequence in the context it is trained in: the one it was sampled in, but for a
-    reflection under `care.reflection.context=x_only`."""
+    reflection under `preset=official`."""
     sampled_log_probs: torch.Tensor | None = field(default=None, repr=False)
     """log pi_old in the context it was sampled in; None where nothing reads it."""
     old_log_probs: torch.Tensor | None = field(default=None, repr=False)
@@ -141,8 +138,9 @@ class LogProbs:
         """Score with `engine` as pi_old, and with pi_ref where the loss has a KL."""
         self._engine, self._config, self._reference = engine, config, reference
         self._several_updates = config.train.num_iterations * config.train.mini_batches > 1
-        self._x_only = config.algorithm == "care" and config.care.reflection.context == "x_only"
-        self._weighs_lost_context = config.care.decisions.repair == "rationale"
+        self._moves_repairs = (
+            config.algorithm == "care" and config.care.decisions.repair == "answer"
+        )
 
     def forward_all(
         self,
@@ -206,7 +204,7 @@ class LogProbs:
             TrainItem(
                 group,
                 sequence,
-                self._trained_tokens(group, sequence.rollout),
+                group.sequence(sequence.rollout, () if self._is_moved(sequence.rollout) else None),
                 sequence.rollout.old_log_probs,
                 old_log_normalizer=sequence.rollout.old_log_normalizer,
             )
@@ -229,10 +227,12 @@ class LogProbs:
         The log-probs in the sampled context are read where an old policy or an engine's log-probs
         are compared with them; those in the trained context where it is another.
         """
-        moved = [item for item in items if self._is_moved(item.sequence.rollout)]
-        every = self._several_updates or self._config.rollout.engine != "transformers"
-        if every or self._x_only:  # by the configuration: so all ranks agree
-            missing = [item for item in (items if every else moved) if self._lacks_sampled(item)]
+        moved: list[TrainItem] = []
+        if self._several_updates:
+            moved = [item for item in items if self._is_moved(item.sequence.rollout)]
+        # By the configuration: so all ranks agree.
+        if self._several_updates or self._config.rollout.engine != "transformers":
+            missing = [item for item in items if self._lacks_sampled(item)]
             sequences = [item.group.sequence(item.sequence.rollout) for item in missing]
             rows = self.old_policy(sequences + [item.tokens for item in moved])
             for item, row in zip(missing, rows, strict=False):
@@ -246,41 +246,22 @@ class LogProbs:
 
     def _weigh(self, item: TrainItem) -> None:
         """Importance weights, and which log-probs are the old policy's."""
-        sampled, trained, loss = item.sampled_log_probs, item.old_log_probs, self._config.loss
-        if trained is not None and self._weighs_lost_context:
-            # min(pi(y | x) / pi(y | x, prefix, cue), cap): trained without its context.
-            assert sampled is not None
-            item.importance_weights = (trained - sampled).exp().clamp(max=IMPORTANCE_CAP)
+        sampled, loss = item.sampled_log_probs, self._config.loss
         engine = item.sequence.rollout.log_probs
         if sampled is not None and engine is not None and loss.importance_sampling != "none":
-            correction = importance_weights(sampled, engine, loss)
-            weights = item.importance_weights
-            item.importance_weights = correction if weights is None else weights * correction
-        if not self._several_updates:
-            item.old_log_probs = None
-        elif trained is None:
+            item.importance_weights = importance_weights(sampled, engine, loss)
+        if self._several_updates and item.old_log_probs is None:
             item.old_log_probs = sampled
-
-    def _trained_tokens(self, group: Group, rollout: Rollout) -> TokenSequence:
-        """The context a sequence is trained in: its own, or the prompt alone (`x_only`)."""
-        if not self._is_moved(rollout):
-            return group.sequence(rollout)
-        if not self._weighs_lost_context:
-            return group.sequence(rollout, ())
-        # The response continues an open think span.
-        tag = f"<{self._config.prompt.think_tag}>"
-        encoded = self._engine.loaded.tokenizer(tag, add_special_tokens=False)
-        return group.sequence(rollout, tuple(encoded["input_ids"]))
 
     def _lacks_sampled(self, item: TrainItem) -> bool:
         """Whether log pi_old in the sampled context is to be computed: something reads it."""
         rollout = item.sequence.rollout
-        is_read = self._weighs_lost_context or rollout.log_probs is not None
-        return item.sampled_log_probs is None and (is_read or not self._is_moved(rollout))
+        is_read = rollout.log_probs is not None or not self._is_moved(rollout)
+        return item.sampled_log_probs is None and is_read
 
     def _is_moved(self, rollout: Rollout) -> bool:
         """Whether a rollout is trained in another context than it was sampled in."""
-        return rollout.reflected and self._x_only
+        return rollout.reflected and self._moves_repairs
 
 
 def _with_old_policy(group: Group, rows: Sequence[SequenceRows]) -> Group:

@@ -69,8 +69,7 @@ class StepLoop(ABC):
 
     def run(self) -> None:
         """The steps that are left."""
-        bar, first = self.config.logging.progress, self.first_step
-        display = TrainProgress(self.num_steps, is_main(), self.title, bar=bar, start_step=first)
+        display = TrainProgress(self.num_steps, is_main(), self.title, start_step=self.first_step)
         callbacks, in_program = self.session.given.callbacks, self.session.given.in_program
         with StopSignals(in_program=in_program) as signals, display as self.progress:
             if self.owes_evaluation:

@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-from care_train.config import Config, LoraSettings, Role, config_to_dict, list_keys, role_of
+from care_train.config import (
+    Config,
+    LoraSettings,
+    ModelSettings,
+    Role,
+    config_to_dict,
+    list_keys,
+    role_of,
+)
 from care_train.data import Sample, sample_digests
 from care_train.distributed import barrier, is_main, world_size
 from care_train.reporting.archive import cut_archive
@@ -19,7 +27,7 @@ from care_train.training.checkpoint import Checkpoint
 
 LOGS = ("metrics.jsonl", *EVENT_FILES)
 
-_MAY_GO = ("deepspeed.config.", "model.lora.")
+_FREE_MAPPINGS = ("deepspeed.config.", "eval.sources.")
 """Starts of keys that a configuration may lack."""
 
 logger = logging.getLogger(__name__)
@@ -31,10 +39,12 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def saved_lora(settings: Mapping[str, Any]) -> LoraSettings | None:
-    """`model.lora` of a checkpoint's `settings_of`."""
+    """The adapters of a checkpoint's `settings_of`."""
     prefix = "model.lora."
     values = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
-    return LoraSettings(**values) if values else None
+    # Older checkpoints say it beside the rank.
+    train_vision = settings.get("model.train_vision", values.get("vision"))
+    return ModelSettings(lora=LoraSettings(**values), train_vision=train_vision).adapters
 
 
 def check_settings(
@@ -49,7 +59,8 @@ def check_settings(
         free: more keys and sections that may differ.
 
     Raises:
-        ValueError: a setting differs; the message names key, saved and new value.
+        ValueError: a setting differs, or is one that only an earlier version had; the message names
+            key, saved and new value.
     """
     now, defaults = settings_of(config), settings_of(Config())
     for allowed in config.allow_changes:
@@ -59,7 +70,12 @@ def check_settings(
         # Nothing else asks how many steps there will be.
         free = (*free, "train.steps")
     lines = []
-    gone = {key: None for key in saved if key.startswith(_MAY_GO)}
+    gone = {key: None for key in saved if key not in now}
+    if old := [key for key in gone if not key.startswith(_FREE_MAPPINGS)]:
+        raise ValueError(
+            f"resume: {where} was made by an earlier version, which had {', '.join(old)}: go on "
+            "with that version, or begin a new run"
+        )
     for key, value in (gone | now).items():
         before = saved.get(key, defaults.get(key))
         role = role_of(key)

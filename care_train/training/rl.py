@@ -221,8 +221,8 @@ def open_checkpoints(config: Config, run_dir: Path) -> Checkpoints:
         ValueError: the best one is to be kept by a number that evaluations do not have.
     """
     train = config.train
-    if train.keep_best in ("greedy_accuracy", "greedy_format") and not config.eval.greedy:
-        raise ValueError(f"train.keep_best: got {train.keep_best!r}, which needs eval.greedy=true")
+    if train.keep_best in ("greedy_accuracy", "greedy_format") and "greedy" not in config.eval.also:
+        raise ValueError(f"train.keep_best: got {train.keep_best!r}, wanted greedy in eval.also")
     return Checkpoints(run_dir / "checkpoints", train.keep_checkpoints, train.keep_best)
 
 
@@ -234,7 +234,7 @@ def open_policy(
     With LoRA the reference is the policy without its adapters; otherwise a copy made before.
     """
     config, reference = session.config, None
-    train, has_lora = config.train, config.model.lora is not None
+    train, has_lora = config.train, config.model.adapters is not None
     updates = train.steps * train.num_iterations * train.mini_batches
     if config.loss.kl_coef and not has_lora:
         reference = FrozenCopy(session.loaded.model)
@@ -252,7 +252,6 @@ def open_policy(
         optimizer,
         config,
         device,
-        freeze_vision=train.freeze_vision,
         copy_for_rollouts=config.rollout.engine == "transformers",
     )
     if config.loss.kl_coef and has_lora:

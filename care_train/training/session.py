@@ -205,7 +205,7 @@ def usable_rows(
         ]
         raise ValueError(
             f"{join_errors(key, errors)}\nraise prompt.max_prompt_tokens (the longest has "
-            f"{max(lengths)}), lower model.max_pixels, drop the rows, or leave them out of "
+            f"{max(lengths)}), lower model.image_pixels, drop the rows, or leave them out of "
             "training with prompt.overlong=drop (prompts and images are never truncated)"
         )
     if is_main():
@@ -225,8 +225,7 @@ def usable_rows(
 def _prompt_lengths(session: Session, samples: Sequence[Sample], key: str) -> list[int]:
     own = range(rank(), len(samples), world_size())
     lengths, errors = {}, {}
-    enabled = session.config.logging.progress and is_main()
-    for place in track(iter(own), f"measuring the prompts of {key}", enabled):
+    for place in track(iter(own), f"measuring the prompts of {key}", is_main()):
         try:
             lengths[place] = session.encoder.num_tokens(samples[place])
         except ValueError as error:

@@ -156,7 +156,10 @@ class SftLoop(StepLoop):
         checkpoints = cold_start_checkpoints(session.config, run_dir)
         super().__init__(session, rows.all, run_dir, metrics, device, sft.steps, checkpoints)
         optimizer = OptimizerSettings(
-            sft.learning_rate, sft.steps, sft.warmup_steps, schedule="cosine"
+            sft.learning_rate,
+            sft.steps,
+            session.config.train.warmup_steps,
+            schedule="cosine",
         )
         self.engine = PolicyEngine(session.loaded, optimizer, session.config, device)
         self.values: dict[str, float] = {}
@@ -169,13 +172,14 @@ class SftLoop(StepLoop):
         batch = rank_share([self._rows.learnt[i] for i in indices], rank(), world_size())
         self.values = self._learn(batch, step)
         is_last = done == self.num_steps
-        if self._rows.held_out and (is_last or is_due(done, sft.eval_every, self.num_steps)):
+        is_evaluated = is_last or is_due(done, self.config.train.eval_every, self.num_steps)
+        if self._rows.held_out and is_evaluated:
             self.values["eval_loss"] = self._held_out_loss()
         return self.values
 
     def after_step(self, done: int, signals: StopSignals) -> None:
         stop = signals.requested(self.device)
-        if stop or is_due(done, self.config.sft.save_every, self.num_steps):
+        if stop or is_due(done, self.config.train.save_every, self.num_steps):
             self.save(done, {"values": self.values}, stop)
 
     def _learn(self, samples: Sequence[Sample], step: int) -> dict[str, float]:

@@ -44,7 +44,7 @@ BOUNDED_PARTS = (*MODEL_PARTS, "score", "optimizer")
 
 _GENERATION = (
     "lower rollout.batch_size or rollout.max_new_tokens, and "
-    "under rollout.engine=vllm rollout.vllm.gpu_memory_utilization or rollout.vllm.kv_cache_gib"
+    "under rollout.engine=vllm rollout.vllm.gpu_memory_utilization"
 )
 _TRAINING = (
     "lower train.micro_batch_size, or start anew with a higher deepspeed.zero_stage; "

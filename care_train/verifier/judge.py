@@ -44,7 +44,7 @@ class Judge:
             ) from None
         self._settings = settings
         self._openai = openai
-        self._key, self._hint = _key_of(settings)
+        self._key, self._hint = _key_of(settings.base_url or "")
         self._client = openai.OpenAI(
             base_url=settings.base_url,
             api_key=self._key or "none",
@@ -89,7 +89,6 @@ class Judge:
                     model=self._settings.model,
                     messages=[{"role": "user", "content": content}],
                     temperature=0.0,
-                    max_tokens=self._settings.max_tokens,
                 )
             except self._openai.OpenAIError as error:
                 raise self._failed(f"{type(error).__name__}: {error}") from None
@@ -113,14 +112,14 @@ class Judge:
         )
 
 
-def _key_of(settings: JudgeSettings) -> tuple[str, str]:
-    """The key that may be sent to the endpoint, and for errors why one that is there may not."""
-    key, url = os.environ.get(settings.api_key_env, ""), urlsplit(settings.base_url)
-    pair = f"{settings.api_key_env}@{url.scheme}://{url.netloc}"
-    if pair in (f"OPENAI_API_KEY@{_OPENAI}", *os.environ.get(_CONFIRMED, "").split()):
-        return key, ""
-    hint = f"; to send it the key of {settings.api_key_env}, set {_CONFIRMED}={pair}"
-    return "", hint if key else ""
+def _key_of(base_url: str) -> tuple[str, str]:
+    """The key that the environment gives to the endpoint, and for errors how to give it one."""
+    url = urlsplit(base_url)
+    end = f"@{url.scheme}://{url.netloc}"
+    for pair in (*os.environ.get(_CONFIRMED, "").split(), f"OPENAI_API_KEY@{_OPENAI}"):
+        if pair.endswith(end) and (key := os.environ.get(pair.removesuffix(end))):
+            return key, ""
+    return "", f"; to send it the key in a variable MY_KEY, set {_CONFIRMED}=MY_KEY{end}"
 
 
 def read_reply(text: str) -> Verdict:

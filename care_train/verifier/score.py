@@ -61,22 +61,18 @@ class Verifier:
             given: functions that a program hands over, by their name in `reward.functions`.
 
         Raises:
-            ValueError: the tags are the same, or a reward function cannot be used.
+            ValueError: a reward function cannot be used.
         """
-        if not prompt.think_tag or not prompt.answer_tag or prompt.think_tag == prompt.answer_tag:
-            raise ValueError(
-                f"prompt.think_tag, prompt.answer_tag: got {prompt.think_tag!r} and "
-                f"{prompt.answer_tag!r}, wanted two different names: change one"
-            )
         self._think_tag = prompt.think_tag
         self._answer_tag = prompt.answer_tag
+        self._is_boxed = prompt.is_boxed
         self._settings = reward
-        self._functions = [RewardFunction(one, given or {}) for one in reward.functions]
+        self._functions = [RewardFunction(one, given or {}) for one in reward.own_functions]
         names = [function.name for function in self._functions]
         self._names = [f"{n}_{i + 1}" if n in names[:i] else n for i, n in enumerate(names)]
         self.state = TrainerState()
         """Where the run is: reward functions may ask."""
-        self._judge = Judge(reward.judge) if reward.judge else None
+        self._judge = Judge(reward.judge) if reward.judge.base_url else None
 
     def score(self, text: str, sample: Sample, finished: bool = True) -> Score:
         """`score_batch` of one response."""
@@ -125,18 +121,18 @@ class Verifier:
         return [found.get(place) or self._missing(one) for place, one in enumerate(responses)]
 
     def answer(self, text: str) -> str | None:
-        """What stands in a response's answer span, or in its box with `reward.answer=boxed`.
+        """What stands in a response's answer span, or in its box under `prompt.tags=[think,boxed]`.
 
         None where there is no complete one.
         """
-        if self._settings.answer == "boxed":
+        if self._is_boxed:
             return boxed_answer(text)
         span = parse_spans(text, self._think_tag, self._answer_tag).answer_content
         return None if span is None else text[span[0] : span[1]]
 
     def form_fault(self, response: Response) -> str:
         """What is wrong with a response's form, or ""."""
-        if self._settings.answer == "boxed":
+        if self._is_boxed:
             return boxed_fault(response.text, self._think_tag)
         if not response.finished:
             return "cut by the length limit"
@@ -200,8 +196,7 @@ class Verifier:
 
     def _missing(self, response: Response) -> Verdict:
         cut = "" if response.finished else ": cut by the length limit"
-        boxed = self._settings.answer == "boxed"
-        wanted = "\\boxed{}" if boxed else f"complete <{self._answer_tag}> span"
+        wanted = "\\boxed{}" if self._is_boxed else f"complete <{self._answer_tag}> span"
         return Verdict(0.0, f"no {wanted}{cut}")
 
 

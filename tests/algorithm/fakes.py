@@ -19,8 +19,6 @@ from care_train.training.update import PolicyUpdater
 from tests.algorithm.builders import wrong
 
 PROMPT = EncodedPrompt((101, 102, 103))
-THINK_ID = 900
-"""What the opening think tag encodes to."""
 
 
 def sampled_group(rollouts, name: str = "0", **values) -> Group:
@@ -34,7 +32,6 @@ class FakeEngine:
     device = torch.device("cpu")
     learning_rate = 1e-6
     filler = TokenSequence(EncodedPrompt((0,)), (), (0,))
-    loaded = SimpleNamespace(tokenizer=lambda text, **_: {"input_ids": [THINK_ID]})
 
     def __init__(self) -> None:
         self.steps: list[list] = []

@@ -44,7 +44,7 @@ FLIPS: dict[str, tuple[str, dict]] = {
         "malformed_negative_is",
         {"no_answer": "without answer", "bad_format": "of fmt below 1"},
     ),
-    "reflection.enabled": ("reflection", BOTH),
+    "reflection.negative": ("reflection", {"nearest": True, "none": False}),
     "reflection.reflect_scale": ("s_refl", {None: None, 0.05: 0.05}),
     "rescue": ("rescue", {1.0: 1.0, 0.25: 0.25, 0.0: 0.0}),
 }

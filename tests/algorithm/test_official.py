@@ -208,7 +208,7 @@ def test_token_advantages_equal_the_released_rule_on_rollouts_of_a_model(
             "train": {"prompts_per_step": 6, "mini_batches": 1},
             "reward": {"functions": [{"function": function}]},
             "loss": {"kl_coef": kl_coef},
-            "model": {"min_pixels": None, "max_pixels": None},
+            "model": {"image_pixels": None},
         },
     )
     device = torch.device("cpu")
@@ -325,7 +325,7 @@ def test_what_a_reflection_continues(failed, wanted):
     ],
 )
 def test_boxed_answers(text, answer, is_well_formed):
-    """reward.answer: boxed, EasyR1's math reward: 0.9 acc + 0.1 fmt."""
+    """`boxed` in `prompt.tags`, EasyR1's math reward: 0.9 acc + 0.1 fmt."""
     assert boxed_answer(text) == answer
     assert (not boxed_fault(text)) == is_well_formed
     config = build_config({"preset": "official"})

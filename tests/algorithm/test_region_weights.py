@@ -38,9 +38,9 @@ SILENT = [0] * 4 + [1] * 4
         (right(), True, "credit=uniform", [1] * 10),
         (broken(), False, "credit=uniform", [1] * 6),
         (wrong(think=2, answer=1), False, "credit=unmasked", PAPERS),
-        # `think_share`: of a positive's credit; a negative's rationale weighs 0 whatever it is.
-        (right(think=2, answer=1), True, "think_share=0.25", [1 / 3] * 4 + [1] * 4),
-        (wrong(think=2, answer=1), False, "think_share=0.25", SILENT),
+        # A percentage is of a positive's credit; a negative's rationale weighs 0 whatever it is.
+        (right(think=2, answer=1), True, "think_weight=25%", [1 / 3] * 4 + [1] * 4),
+        (wrong(think=2, answer=1), False, "think_weight=25%", SILENT),
     ],
 )
 def test_weights_by_hand(rollout, is_positive, change, expected):
@@ -53,8 +53,8 @@ def test_weights_by_hand(rollout, is_positive, change, expected):
 
 @pytest.mark.parametrize("think", [1, 400])
 def test_a_rationale_gets_its_share_however_long_it_is(think):
-    """`think_share` = 0.25: a quarter of the credit is the rationale's."""
-    settings, rollout = care("think_share=0.25"), right(think=think)
+    """`think_weight` = 25%: a quarter of the credit is the rationale's."""
+    settings, rollout = care("think_weight=25%"), right(think=think)
     values = region_weights(rollout, settings, is_negative=False, earns_rationale=True)
     assert float(values[: think + 2].sum() / values.sum()) == pytest.approx(0.25)
 

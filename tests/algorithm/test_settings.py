@@ -25,22 +25,20 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 OFFICIAL = {
     "care.reflection.cue": "\n<repair>\n- Mistake:\n- Fix:\n- Corrected final answer:\n</repair>\n",
-    "care.reflection.context": "x_only",
     "loss.aggregation": "token",
     "loss.clip_eps_high": 0.3,
     "loss.dual_clip": 3.0,
     "loss.kl_coef": 0.01,
     "loss.importance_sampling": "none",
-    "model.min_pixels": 262_144,
-    "model.max_pixels": 4_194_304,
+    "model.image_pixels": [262_144, 4_194_304],
     "prompt.system": None,
     "prompt.suffix": (
         "You FIRST think about the reasoning process as an internal monologue and then provide "
         "the final answer. The reasoning process MUST BE enclosed within <think> </think> "
         "tags. The final answer MUST BE put in \\boxed{}."
     ),
+    "prompt.tags": ["think", "boxed"],
     "prompt.overlong": "drop",
-    "reward.answer": "boxed",
     "rollout.max_new_tokens": 2048,
     "train.mini_batches": 4,
     "train.prompts_per_step": 512,
@@ -73,8 +71,7 @@ def test_a_users_own_value_wins_over_the_preset():
     """Presets lie under the user's settings, key by key."""
     reflection = {"cue": "again:"}
     care = build_config({"preset": "official", "care": {"reflection": reflection}}).care
-    assert (care.reflection.cue, care.reflection.context) == ("again:", "x_only")
-    assert care.decisions.positive == "reward"
+    assert (care.reflection.cue, care.decisions.repair) == ("again:", "answer")
 
 
 def test_settings_made_directly_are_the_configurations_defaults():

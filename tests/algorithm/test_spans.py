@@ -57,7 +57,7 @@ def test_spans_in_text(text, think, answer):
 
 
 def test_configured_tags():
-    """Sec. 8.2: `prompt.think_tag: reasoning`; the default tags then mean nothing."""
+    """Sec. 8.2: `prompt.tags=[reasoning,answer]`; the default tags then mean nothing."""
     text = "<think>a</think><reasoning>b</reasoning><answer>c</answer><final>d</final>"
     spans = parse_spans(text, think_tag="reasoning", answer_tag="final")
     assert cut(text, spans.think) == "<reasoning>b</reasoning>"

@@ -36,7 +36,7 @@ from tests.algorithm.builders import (
     right,
     wrong,
 )
-from tests.algorithm.fakes import PROMPT, THINK_ID, make_sampler, sampled_group, train
+from tests.algorithm.fakes import PROMPT, make_sampler, sampled_group, train
 
 CPU = torch.device("cpu")
 
@@ -62,7 +62,7 @@ class TestReflection:
         (reflecting,), engine = reflect(
             negative,
             care={"reflection": {"cue": "look again:"}},
-            prompt={"think_tag": "reasoning", "answer_tag": "final"},
+            prompt={"tags": ["reasoning", "final"]},
         )
         (request,) = engine.requests
         assert request.prompt is PROMPT
@@ -106,26 +106,20 @@ class TestReflection:
             assert (values["reflection_skipped"], values["reflections"]) == (1, 1)
 
     @pytest.mark.parametrize(
-        ("context", "before", "weight"),
-        [("full", [101, 102, 103, 7, 8, 9], None), ("x_only", [101, 102, 103, THINK_ID], 2.0)],
+        ("preset", "before"),
+        [("default", [101, 102, 103, 7, 8, 9]), ("official", [101, 102, 103])],
     )
-    def test_the_context_it_is_trained_in(self, context, before, weight):
-        """x + prefix + cue, so that the ratio is 1; or x and an opened think, with importance
-        weights truncated at 2. Sampled tokens alone have rows.
-
-        The fake log-probs are -6 under the full context and -4 under x: exp(2) is cut to 2.
-        """
+    def test_the_context_it_is_trained_in(self, preset, before):
+        """x + prefix + cue, so that the ratio is 1; or x alone. Sampled tokens alone have rows."""
         credit = token_credit(self.REPAIR, care(), is_negative=False, earns_rationale=True)
         sequence = TrainSequence(self.REPAIR, 1.0, credit, "reflected_success")
         response = list(self.REPAIR.token_ids)
         update = GroupUpdate((sequence,), 1, len(response))
-        own = {"care": {"reflection": {"context": context}}, "loss": {"kl_coef": 0.0}}
+        own = {"preset": preset, "loss": {"kl_coef": 0.0}, "train": {"mini_batches": 1}}
         engine, _ = train([update], [right()], **own)
         assert engine.trained_ids() == [before + response]
         assert len(engine.rows("advantages")) == len(response)
-        weights = engine.rows("importance_weights")
-        found = None if weights is None else weights.tolist()
-        assert found == (None if weight is None else [weight] * len(response))
+        assert engine.rows("importance_weights") is None
 
 
 def test_only_s_star_reaches_the_engine():

@@ -40,7 +40,7 @@ def test_a_hash_names_what_decides_the_numbers() -> None:
     def of(*overrides: str, what: str = "train") -> str:
         return configuration_hash(load_config(BASE, overrides), what)
 
-    assert of() == of("name=other", "output_dir=there", "logging.progress=false")
+    assert of() == of("name=other", "output_dir=there")
     assert of("model.path=a/sft-1/final") == of("model.path=b/sft-1/final")
     different = [of(), of("seed=1"), of("train.steps=41"), of("care.credit=uniform")]
     assert len(set(different)) == 4
@@ -87,7 +87,7 @@ def test_committed_results_say_where_they_come_from(path: Path) -> None:
 
 def test_a_figure_runs_whole_and_is_found_again(tmp_path: Path, monkeypatch, capsys) -> None:
     """`--quick` makes real runs, CSV and picture; a second call makes none and says the same."""
-    words = ["fig7", "--quick", "--variants", "on", "--overrides", "eval.greedy=false"]
+    words = ["fig7", "--quick", "--variants", "on", "--overrides", "eval.also=[]"]
     words += ["--output", str(tmp_path), "--results", str(tmp_path / "results")]
     monkeypatch.setattr(sys, "argv", ["bench.paper", *words])
     assert command.main() == 0

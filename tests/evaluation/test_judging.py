@@ -167,13 +167,15 @@ def test_own_rewards_score_own_rows(tiny_folder, tmp_path):
 
 
 def test_settings_of_the_run(tiny_folder):
-    """Qwen3-VL's `<reasoning>`, and the last box with `reward.answer=boxed`, are read; the
+    """Qwen3-VL's `<reasoning>`, and the last box with `prompt.tags=[think,boxed]`, are read; the
     tolerance of rewards loosens nothing."""
-    session = make_session(tiny_folder("tiny-qwen3-vl"), {"prompt": {"think_tag": "reasoning"}})
+    session = make_session(
+        tiny_folder("tiny-qwen3-vl"), {"prompt": {"tags": ["reasoning", "answer"]}}
+    )
     record = _record(session, "mmmu", "(A)", "A", COLORS)
     assert record["format"] == 1.0 and record["accuracy"] == 1.0
-    reward = {"answer": "boxed", "tolerance": 0.2}
-    session = make_session(tiny_folder(), {"reward": reward})
+    boxed = {"prompt": {"tags": ["think", "boxed"]}, "reward": {"tolerance": 0.2}}
+    session = make_session(tiny_folder(), boxed)
     record = _record(session, "mathverse", r"\boxed{14}", "14")
     assert (record["format"], record["accuracy"], record["answer"]) == (1.0, 1.0, "14")
     assert _record(session, "mathverse", r"\boxed{15}", "14")["accuracy"] == 0

@@ -106,7 +106,7 @@ def test_token_advantages_are_algorithm_1s(tiny_folder, settings):
     folder = tiny_folder("tiny-qwen2")
     batch, config = Batch(folder), algorithm_config(folder, **settings)
     advantages = computed(batch, config)
-    care = build_config({"care": {**settings, "reflection": {"enabled": False}}}).care
+    care = build_config({"care": {**settings, "reflection": {"negative": "none"}}}).care
     wanted, skipped = torch.zeros_like(advantages), []
     for g in range(len(GROUPS)):
         rows, group = batch.group(f"uid-{g}", door.settings_of(config))

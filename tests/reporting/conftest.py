@@ -22,10 +22,8 @@ _SETTINGS = (
     "sft.steps=90",
     "sft.batch_size=8",
     "sft.learning_rate=5e-3",
-    "sft.warmup_steps=0",
     "sft.slip_share=0",
     "logging.report_to=[]",
-    "logging.progress=false",
 )
 
 

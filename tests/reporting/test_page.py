@@ -53,7 +53,7 @@ def test_seeds_are_a_band(tmp_path: Path) -> None:
     result part the runs; names, logging and limits do not."""
     configs = [
         "algorithm: care\nname: a\n",
-        "algorithm: care\nname: b\nseed: 1\nlogging: {progress: false}\n",
+        "algorithm: care\nname: b\nseed: 1\nlogging: {samples_every: 0}\n",
         "algorithm: care\nseed: 2\n",
         "algorithm: grpo\nname: c\n",
     ]

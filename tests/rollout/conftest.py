@@ -26,7 +26,7 @@ LORA = LoraSettings(rank=4, alpha=12)
 SERVED_LORA = ("model.lora={rank: 4, alpha: 12}", "rollout.vllm.lora=adapter")
 LIMITS = (
     *("prompt.max_prompt_tokens=300", "rollout.max_new_tokens=50"),
-    *("rollout.batch_size=64", "rollout.vllm.kv_cache_gib=0.25"),
+    *("rollout.batch_size=64"),
 )
 """For a server that takes what the tests' tiny models are asked."""
 
@@ -138,7 +138,7 @@ def pair(tiny_folder):
     from care_train.rollout.vllm_engine import VllmEngine
 
     def engine(loaded: LoadedModel, kind: str, lora: bool, workers: int) -> VllmEngine:
-        settings = VllmSettings(kv_cache_gib=0.25, lora="adapter" if lora else "merged")
+        settings = VllmSettings(lora="adapter" if lora else "merged")
         return VllmEngine(loaded, settings, max_context=400, batch_size=64)
 
     return _pairs(tiny_folder, engine)

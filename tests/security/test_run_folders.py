@@ -47,7 +47,7 @@ ATTACKS: dict[str, tuple[str, str]] = {
     "a long prompt": ("prompt.max_prompt_tokens=1", "wanted at most 1"),
     "contradicting settings": (
         "train.keep_best=greedy_accuracy train.eval_every=1",
-        "needs eval.greedy=true",
+        "wanted greedy in eval.also",
     ),
 }
 

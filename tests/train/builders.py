@@ -42,7 +42,7 @@ def make_config(values: dict | None = None) -> Config:
         "rollout": {"group_size": 4, "max_new_tokens": 12},
         "train": {"steps": 2, "prompts_per_step": 4, "micro_batch_size": 8, "learning_rate": 1e-3},
         "limits": {"empty_steps": None},
-        "logging": {"progress": False, "report_to": [], "samples_every": 0},
+        "logging": {"report_to": [], "samples_every": 0},
     }
     return build_config(merge(base, values or {}))
 
@@ -109,7 +109,8 @@ def make_engine(
     """What trains `loaded`; `optimizer` replaces the defaults of these tests."""
     settings = {"learning_rate": 1e-2, "total_steps": 10, "max_grad_norm": 1e9} | optimizer
     config = make_config({"seed": seed, "deepspeed": {"zero_stage": zero_stage}})
-    model = replace(config.model, dtype="bfloat16" if bf16 else "float32", lora=lora)
+    model = replace(config.model, dtype="bfloat16" if bf16 else "float32")
+    model = replace(model, lora=lora or LoraSettings())
     return PolicyEngine(
         loaded,
         OptimizerSettings(**settings),

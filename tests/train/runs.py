@@ -31,14 +31,13 @@ SMALL = (
     "train.learning_rate=2e-4",
     "train.warmup_steps=0",
     "train.schedule=cosine",
-    "eval.greedy=false",
+    "eval.also=[]",
     "logging.report_to=[]",
-    "logging.progress=false",
     "logging.samples_every=2",
     # Most tests are about other things than what a tiny model learns.
     "limits.empty_steps=null",
 )
-COLD_START = ("sft.steps=30", "sft.batch_size=8", "sft.learning_rate=3e-3", "sft.warmup_steps=0")
+COLD_START = ("sft.steps=30", "sft.batch_size=8", "sft.learning_rate=3e-3")
 
 
 class FastRun:

@@ -73,6 +73,14 @@ def test_no_number_is_negative_or_not_a_number():
         "preset=official care.reflection.temperature=0.6",
         "algorithm=cispo loss.surrogate=cispo",
         "train.adam_betas=[0.9,0.999]",
+        "algorithm=gspo loss.ratio_level=sequence",
+        "preset=official care.reflection.context=x_only reward.answer=boxed",
+        "care.reflection.context=full care.reflection.enabled=true care.think_share=null",
+        "eval.blind=false eval.greedy=true logging.progress=true rollout.vllm.kv_cache_gib=null",
+        "model.lora=null model.min_pixels=null model.max_pixels=null train.freeze_vision=false",
+        "prompt.think_tag=think prompt.answer_tag=answer reward.answer=tags",
+        "reward.judge=null reward.verifier_weight=null",
+        "train.eval_every=0 sft.save_every=0 sft.warmup_steps=10",
     ],
 )
 def test_what_an_older_version_wrote_is_read(override):
@@ -85,8 +93,8 @@ def test_the_resolved_config_reads_back_equal():
     """config.yaml of a run is the run, LoRA included, which one key of it turns on."""
     values = {"algorithm": "gspo", "preset": "official", "model": {"lora": {"rank": 8}}}
     config = build_config(values)
-    assert build_config({}).model.lora is None
-    assert config.model.lora is not None and config.model.lora.rank == 8
+    assert build_config({}).model.adapters is None
+    assert config.model.adapters is not None and config.model.adapters.rank == 8
     assert build_config(yaml.safe_load(config_to_yaml(config))) == config
 
 
@@ -149,7 +157,7 @@ def test_a_file_is_read_as_meant(tmp_path):
     [
         # What is text takes what is typed, number or mapping as YAML may find it.
         ("name=1e-3", "1e-3"),
-        ("prompt.answer_tag=no", "no"),
+        ("logging.project=no", "no"),
         ("care.reflection.cue=look again:", "look again:"),
         ("prompt.system='quoted: text'", "quoted: text"),
         # YAML 1.1 reads 1e-3 as text; here it is a number, in free mappings too.

@@ -160,7 +160,6 @@ SPOILED = [
     ("evaluation rows", lambda s: _with(s, eval={"data": None}), "warning", "is not evaluated"),
     ("rewards", lambda s: _answer(s, "4</answer> or 5"), "error", "rows.jsonl: row 3"),
     ("rewards", lambda s: _answer(s, "<think>4"), "error", "rows.jsonl: row 3"),
-    ("tags", lambda s: _with(s, prompt={"think_tag": "answer"}), "error", "share the tag <answer>"),
     ("tags", _damaged(_special_tag), "error", "special token"),
     ("special ids", _damaged(_other_image_token), "error", "image_token_id"),
     ("special ids", _damaged(_generates(eos_token_id=10**6)), "error", "EOS"),

@@ -26,7 +26,12 @@ from tests.train.runs import (
     run,
 )
 
-OWN = ("rollout.max_new_tokens=32", "train.steps=3", "train.schedule=constant", "eval.greedy=true")
+OWN = (
+    "rollout.max_new_tokens=32",
+    "train.steps=3",
+    "train.schedule=constant",
+    "eval.also=[greedy]",
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ def _train(start: Sequence[str], out: Path, *arguments: str, ranks: int = 1) -> 
 def test_a_run_leaves_everything_it_promises(start, tmp_path):
     """`python -m care_train train` as a user types it: config, metrics, summary, checkpoints, final
     model, plots and report."""
-    arguments = [*start, f"output_dir={tmp_path}", "name=care", "eval.blind=true"]
+    arguments = [*start, f"output_dir={tmp_path}", "name=care", "eval.also=[blind]"]
     done = subprocess.run(
         [sys.executable, "-m", "care_train", *arguments],
         cwd=ROOT,
@@ -179,7 +184,7 @@ def test_qwen3_vl_and_mixed_rows_train(mixed_rows, tmp_path):
         "sft.data.max_samples=null",
         "eval.max_samples=null",
         "model.path=tiny-qwen3-vl",
-        "prompt.think_tag=reasoning",
+        "prompt.tags=[reasoning,answer]",
         f"output_dir={tmp_path}",
         "name=mixed",
     )

@@ -135,7 +135,7 @@ def test_what_is_shown_of_other_groups():
     """Without a reflection the negative nearest to the anchor, whatever order it was sampled in; of
     a rescued group its pseudo-anchor; of a baseline's, which has no anchor, the best and the worst
     by advantage, and of rollouts that are all alike one."""
-    without = make_config({"care": {"reflection": {"enabled": False}}})
+    without = make_config({"care": {"reflection": {"negative": "none"}}})
     _, title, shown = _shown(_group(*ANCHORED, config=without))
     # "far" is at 10 degrees; the others stand at 20 and 30.
     assert title == "anchored" and shown == [("anchor", "a", 1.0), ("hard_negative", "far", 0.1)]

@@ -135,7 +135,7 @@ def test_layers_that_are_not_there_are_named(settings, message, tiny_folder):
 
 
 def test_the_vision_tower_is_adapted_where_asked(tiny_folder):
-    """`vision: true` adds its linear layers."""
+    """`model.train_vision=true` adds its linear layers."""
     model = load(tiny_folder()).model
     add_adapters(model, LoraSettings(rank=2, vision=True), 0)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
@@ -201,7 +201,7 @@ def test_a_cold_start_trains_adapters(start, out):
 
 def test_other_adapters_are_refused_at_resume(start, trained, capsys):
     """Another rank, or none: the checkpoint's files would not fit, so no exception is offered."""
-    for change in ("model.lora.rank=8", "model.lora=null"):
+    for change in ("model.lora.rank=8", "model.lora.rank=0"):
         arguments = [*start, *RUN[1:], change, "train.steps=4", "name=trained"]
         assert main([*arguments, "--resume", "allow_changes=[model]"]) == 2
         assert "model.lora.rank: saved 4" in capsys.readouterr().err

@@ -53,7 +53,6 @@ def run_case(model: str, stage: int, settings: dict[str, Any]) -> dict[str, Any]
         OptimizerSettings(learning_rate=1e-3, total_steps=STEPS, max_grad_norm=1e9),
         config,
         initialize_process_group(),
-        freeze_vision=config.train.freeze_vision,
     )
     # One rank does what two do together.
     places = [rank()] if world_size() > 1 else [0, 1]
@@ -66,7 +65,7 @@ def run_case(model: str, stage: int, settings: dict[str, Any]) -> dict[str, Any]
         norms.append(engine.step(micro, 1.0).grad_norm)
     after = [engine.log_probs(batch, 1.0)[0] for batch in batches]
     result = {"before": _all(before), "norms": norms, "after": _all(after)}
-    if config.model.lora is not None:
+    if config.model.adapters is not None:
         reference = WithoutAdapters(engine)
         result["reference"] = _all([reference.log_probs(batch, 1.0)[0] for batch in batches])
     return result
@@ -82,7 +81,7 @@ def _all(rows: list[torch.Tensor]) -> torch.Tensor:
 
 VISION_KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
 
-FROZEN, LORA = {"train": {"freeze_vision": True}}, {"model": {"lora": {"rank": 4}}}
+FROZEN, LORA = {"model": {"train_vision": False}}, {"model": {"lora": {"rank": 4}}}
 CHECKPOINTING = {"train": {"gradient_checkpointing": True}}
 
 CASES = {

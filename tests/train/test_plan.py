@@ -30,7 +30,7 @@ PUBLISHED = {
 """Parameters in each repository's safetensors files, as the Hub shows them."""
 
 PAPER = {
-    "model": {"path": "Qwen2.5-VL-3B-Instruct", "dtype": "bfloat16", "max_pixels": 1048576},
+    "model": {"path": "Qwen2.5-VL-3B-Instruct", "dtype": "bfloat16", "image_pixels": 1048576},
     "prompt": {"max_prompt_tokens": 2048},
     "rollout": {"group_size": 8, "max_new_tokens": 1024, "batch_size": 64},
     "train": {"prompts_per_step": 128, "micro_batch_size": 4},
@@ -102,7 +102,7 @@ def test_what_saves_memory_saves_it(backbones):
     savers = [
         {"train": PAPER["train"] | CHECKPOINTING},
         {"model": PAPER["model"] | {"lora": {"rank": 16}}},
-        {"train": PAPER["train"] | {"freeze_vision": True}},
+        {"model": PAPER["model"] | {"train_vision": False}},
         {"train": PAPER["train"] | {"micro_batch_size": 1}},
         {"deepspeed": {"zero_stage": 3, "config": offload}},
         {"loss": {"kl_coef": 0.0}},
@@ -141,7 +141,7 @@ def test_saved_activations_are_those_autograd_keeps(tiny_folder):
     mask[0, -3:] = 0
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
-    values = {"train": {"micro_batch_size": rows}, "care": {"reflection": {"enabled": False}}}
+    values = {"train": {"micro_batch_size": rows}, "care": {"reflection": {"negative": "none"}}}
     values |= {"prompt": {"max_prompt_tokens": length - 8}, "rollout": {"max_new_tokens": 8}}
     predicted = text_activation_bytes(Workload(make_config(values), architecture, CPU, 1, 0))
     assert hidden.requires_grad

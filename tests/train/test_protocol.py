@@ -13,7 +13,7 @@ from care_train.evaluation.benchmarks import BENCHMARKS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "protocol"
-QUIET = ("logging.progress=false", "logging.report_to=[]", "logging.samples_every=0")
+QUIET = ("logging.report_to=[]", "logging.samples_every=0")
 
 
 def test_the_documented_commands_run(tmp_path, monkeypatch):
@@ -61,7 +61,7 @@ def test_built_data_goes_through_both_stages(tmp_path, monkeypatch):
     built += ["eval.data=raw/test.jsonl", *QUIET]
     for command, config, *overrides in (
         ("sft", "cold_start", "sft.steps=2", "sft.eval_data=null"),
-        ("train", "care", "train.steps=1", "train.prompts_per_step=4", "eval.greedy=false"),
+        ("train", "care", "train.steps=1", "train.prompts_per_step=4", "eval.also=[]"),
     ):
         arguments = [command, "--config", str(CONFIGS / f"{config}.yaml"), *built, *overrides]
         assert main(arguments) == 0

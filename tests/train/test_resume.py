@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(out, whole, ca
         again = load_file(path / "model.safetensors")
         assert all((again[name] == tensor).all() for name, tensor in before[1].items())
     assert main(["export", f"--run={whole}", f"--out={out / 'none'}", "--adapter"]) == 2
-    assert "trained all weights (model.lora=null)" in capsys.readouterr().err
+    assert "trained all weights (model.lora.rank=0)" in capsys.readouterr().err
     AutoModelForImageTextToText.from_pretrained(exported)
     AutoProcessor.from_pretrained(exported)
 
@@ -141,7 +141,7 @@ def test_a_cold_start_goes_on_too(start, out, monkeypatch):
     Resumed once more it has nothing to do.
     """
     common = start[1:-1]  # Without the command and the model.
-    arguments = ["sft", *common, *COLD_START, "name=cut", "sft.save_every=10"]
+    arguments = ["sft", *common, *COLD_START, "name=cut", "train.save_every=10"]
     real = sft.SftLoop.step
 
     def cut(loop, step):
@@ -224,7 +224,7 @@ REFUSED = [
 ]
 TAKEN = [
     # Evaluation, logging, checkpoints and names change nothing.
-    {"name": "other", "eval": {"greedy": False, "samples": 2}, "logging": {"samples_every": 3}},
+    {"name": "other", "eval": {"also": [], "samples": 2}, "logging": {"samples_every": 3}},
     {"train": {"steps": 9, "save_every": 3, "keep_best": "accuracy", "eval_every": 2}},
     {"train": {"learning_rate": 2e-3}, "allow_changes": ["train.learning_rate"]},
 ]

@@ -30,9 +30,7 @@ SMALL = (
     "prompt.system=null",
     "sft.batch_size=8",
     "sft.learning_rate=3e-3",
-    "sft.warmup_steps=0",
     "logging.report_to=[]",
-    "logging.progress=false",
 )
 
 
@@ -52,12 +50,12 @@ def _sft(folder: Path, rows: Path, out: Path, *arguments: str) -> Path:
 
 def test_the_held_out_loss_is_that_of_the_plain_model(tiny_folder, mixed_rows, tmp_path):
     """Mean negative log-likelihood per response token, EOS included, over text and images together;
-    every `sft.eval_every` steps and after the last; in the summary too; and it falls."""
+    every `train.eval_every` steps and after the last; in the summary too; and it falls."""
     run = _sft(
         tiny_folder(),
         mixed_rows,
         tmp_path,
-        *("sft.steps=25", "sft.eval_every=10", f"sft.eval_data={mixed_rows}"),
+        *("sft.steps=25", "train.eval_every=10", f"sft.eval_data={mixed_rows}"),
         "train.micro_batch_size=3",
     )
     losses = {r["step"]: r["eval_loss"] for r in records(run, None) if "eval_loss" in r}
@@ -167,19 +165,19 @@ def test_a_template_that_begins_to_think_leaves_that_to_the_response(opening, ti
         loaded = _with_template(load(tiny_folder("tiny-qwen3-vl")), template)
         prompts.append(encoder_of(loaded).encode([text_sample(), image_sample()]))
     assert [p.token_ids for p in prompts[0]] == [p.token_ids for p in prompts[1]]
-    with pytest.raises(ValueError, match=r"prompt.think_tag: got 'reasoning'.*begins every"):
-        encoder_of(loaded, think_tag="reasoning")
+    with pytest.raises(ValueError, match=r"prompt.tags: got 'reasoning'.*begins every"):
+        encoder_of(loaded, tags=["reasoning", "answer"])
 
 
 @pytest.mark.parametrize("tag", ["think", "reasoning"])
 def test_what_the_cold_start_teaches_is_what_the_verifier_wants(tag, tiny_folder):
     """Tags are shared: the learnt text is well-formed by reinforcement learning's own rule."""
-    config = make_config({"prompt": {"think_tag": tag}})
+    config = make_config({"prompt": {"tags": [tag, "answer"]}})
     sample = text_sample(rationale="it is red")
     prefix, response = sft_target(config, sample, step=0)
     assert prefix == "" and format_score(response, tag) == 1.0
     wrong = text_sample(rationale="it is red", failed_rationale="it is blue")
-    repair = make_config({"prompt": {"think_tag": tag}, "sft": {"repair_share": 1.0}})
+    repair = make_config({"prompt": {"tags": [tag, "answer"]}, "sft": {"repair_share": 1.0}})
     prefix, response = sft_target(repair, wrong, step=0)
     assert prefix.startswith(f"<{tag}>it is blue") and format_score(prefix + response, tag) == 1.0
 

@@ -87,7 +87,7 @@ def test_many_lines_and_what_editors_add():
 def test_settings_apply():
     """Tags are those of the configuration."""
     text = json.dumps({"response": "<r>so</r><a>5</a>", "answer": "5"})
-    (verdict,) = _verdicts(text, "prompt.think_tag=r", "prompt.answer_tag=a")
+    (verdict,) = _verdicts(text, "prompt.tags=[r,a]")
     assert verdict["acc"] == verdict["fmt"] == 1.0
 
 

@@ -18,7 +18,8 @@ from care_train.data import Sample, load_samples
 from care_train.verifier import Response, Score, TrainerState, Verifier
 from care_train.verifier.steps import verified_steps
 
-_SETTINGS = ("verifier_weight", "format_weight", "success_threshold")
+_SETTINGS = ("format_weight", "success_threshold")
+VERIFIER = {"function": "care_train:verifier"}
 SAMPLE = Sample(
     id="a",
     prompt="which color?",
@@ -94,8 +95,9 @@ def _verifier(tmp_path: Path, source: str, name: str, **more: Any) -> Verifier:
     settings = {key: more.pop(key) for key in _SETTINGS if key in more}
     path = tmp_path / "rewards.py"
     path.write_text(source)
+    beside = [RewardFunctionSettings(**entry) for entry in more.pop("beside", ())]
     function = RewardFunctionSettings(function=f"{path}:{name}", **more)
-    return Verifier(PromptSettings(), RewardSettings(functions=[function], **settings))
+    return Verifier(PromptSettings(), RewardSettings(functions=[function, *beside], **settings))
 
 
 def _score(
@@ -133,7 +135,7 @@ _BONUS = 0.5 * 2 / 1000
         # Images are RGB.
         ("sees", {}, [1, 1], [1.0, 1.0]),
         # A mean by weight with the verifier's verdict.
-        ("half", {"weight": 3.0, "verifier_weight": 1.0}, [0.625, 0.375], [0.6625, 0.4375]),
+        ("half", {"weight": 3.0, "beside": [VERIFIER]}, [0.625, 0.375], [0.6625, 0.4375]),
         # With a threshold a graded result is a success or not; its reward stays graded.
         ("graded", {"format_weight": 0.0}, [0.8, 0.3], [0.8, 0.3]),
         ("graded", _CUT, [1, 0], [0.8, 0.3]),
@@ -249,7 +251,10 @@ def test_a_functions_own_error_comes_through(tmp_path: Path):
             {"functions": [{"function": "compute_score"}]},
             r"functions\.function: .* wanted file\.py:f",
         ),
-        ({"verifier_weight": 0.0}, r"reward\.verifier_weight"),
+        (
+            {"functions": [{"function": "care_train:verifier", "target": "bonus"}]},
+            r"functions\.target: got 'bonus'.* with the verifier",
+        ),
         ({"functions": [{"function": "/nowhere/r.py:f"}]}, "got no file"),
         ({"functions": [{"function": "care_train:other"}]}, "got no function other in it"),
     ],

@@ -67,13 +67,13 @@ def test_reasons():
 
 def test_tags_are_settings():
     """Other tag names, even ones that hold pattern characters, are taken as they are."""
-    verifier = Verifier(PromptSettings(think_tag="reasoning", answer_tag="a.b"), RewardSettings())
+    verifier = Verifier(PromptSettings(tags=["reasoning", "a.b"]), RewardSettings())
     text = "<reasoning>so</reasoning><a.b>blue</a.b>"
     assert verifier.score(text, BLUE).reward == pytest.approx(1.0)
     assert format_score(text, "reasoning", "aXb") == format_score(text) == 0.0
-    for tags in (("answer", "answer"), ("", "answer"), ("think", "")):
-        with pytest.raises(ValueError, match=r"^prompt\.think_tag, prompt\.answer_tag: got "):
-            Verifier(PromptSettings(think_tag=tags[0], answer_tag=tags[1]), RewardSettings())
+    for tags in (["answer", "answer"], ["", "answer"], ["think", ""]):
+        with pytest.raises(ValueError, match=r"prompt\.tags: got "):
+            PromptSettings(tags=tags)
 
 
 @given(

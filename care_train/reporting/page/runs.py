@@ -35,9 +35,8 @@ class Run:
     @property
     def tags(self) -> tuple[str, str]:
         """Names of the rationale's and the answer's tags."""
-        names = ("prompt.think_tag", "prompt.answer_tag")
-        think, answer = (self.settings.get(name) for name in names)
-        return think or "think", answer or "answer"
+        think, answer = self.settings.get("prompt.tags") or ("think", "answer")
+        return think, "answer" if answer == "boxed" else answer
 
 
 def read_run(folder: Path) -> Run:
