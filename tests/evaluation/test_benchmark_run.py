@@ -251,7 +251,7 @@ def test_greedy_decoding_and_rows_of_a_file(tiny_folder, tmp_path):
 
 
 def test_a_blind_sample_has_white_images_of_the_same_sizes():
-    """`eval.blind`: what is seen goes, and the prompt has as many image tokens as before."""
+    """`eval.also=[blind]`: what is seen goes, and the prompt has as many image tokens as before."""
     file = io.BytesIO()
     Image.new("RGB", (4, 3), "teal").save(file, "PNG")
     images = (file.getvalue(), Image.new("L", (5, 2)))
