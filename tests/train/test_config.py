@@ -80,7 +80,7 @@ def test_no_number_is_negative_or_not_a_number():
         "model.lora=null model.min_pixels=null model.max_pixels=null train.freeze_vision=false",
         "prompt.think_tag=think prompt.answer_tag=answer reward.answer=tags",
         "reward.judge=null reward.verifier_weight=null",
-        "train.eval_every=0 sft.save_every=0 sft.warmup_steps=10",
+        "sft.eval_every=0 sft.save_every=0 sft.warmup_steps=10",
     ],
 )
 def test_what_an_older_version_wrote_is_read(override):
