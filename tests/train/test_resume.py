@@ -241,6 +241,9 @@ def test_settings_of_a_resume():
             check_settings(before, make_config(change), where=Path("step_000002"))
     for change in TAKEN:
         check_settings(saved, make_config(change), where=Path("x"))
+    # One that only an older version had would be lost.
+    with pytest.raises(ValueError, match=r"earlier version, which had care\.think_share: go on"):
+        check_settings(saved | {"care.think_share": 0.5}, make_config(), where=Path("x"))
     # A key that an older version did not have counts as at its default.
     del saved["loss.dual_clip"]
     check_settings(saved, make_config(), where=Path("x"))
