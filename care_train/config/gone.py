@@ -89,7 +89,7 @@ _CONSTANTS: dict[str, tuple[object, str]] = {
     "reward.judge": (None, "reward.judge.base_url=null is no judge"),
     "reward.judge.api_key_env": ("OPENAI_API_KEY", "set CARE_TRAIN_KEYS=MY_KEY@https://host"),
     "reward.judge.concurrency": (16, "16 requests are made at a time"),
-    "reward.judge.max_tokens": (512, "a request has 60 s, which bounds its reply too"),
+    "reward.judge.max_tokens": (512, "a reply has 2,048 tokens at most"),
     "reward.judge.retries": (3, "a failed request is tried three times more"),
     "reward.judge.timeout": (60.0, "a request has 60 s"),
     "reward.timeout": (5.0, "a symbolic comparison has 5 s of a processor's time"),

@@ -69,8 +69,8 @@ class RewardFunctionSettings:
 @section
 class JudgeSettings:
     """A language model that decides where the verifier finds no match among open-ended answers. It
-    gets 16 requests at a time and has 60 s for each; one that fails is tried three times more, at
-    growing intervals, before the run stops with an error."""
+    gets 16 requests at a time and has 60 s and 2,048 tokens for each; one that fails is tried three
+    times more, at growing intervals, before the run stops with an error."""
 
     base_url: str | None = None
     """An OpenAI-compatible endpoint, such as http://localhost:8000/v1. https://api.openai.com gets

@@ -23,6 +23,8 @@ settings may come from others."""
 _RETRIES = 3
 _TIMEOUT = 60.0
 """Seconds per request."""
+_MAX_TOKENS = 2048
+"""Of a reply: room to think first, and an end, within its seconds, for one that repeats itself."""
 _CONCURRENCY = 16
 _MAX_CACHED = 100_000
 
@@ -89,6 +91,7 @@ class Judge:
                     model=self._settings.model,
                     messages=[{"role": "user", "content": content}],
                     temperature=0.0,
+                    max_tokens=_MAX_TOKENS,
                 )
             except self._openai.OpenAIError as error:
                 raise self._failed(f"{type(error).__name__}: {error}") from None
