@@ -37,6 +37,11 @@ status is 1 for all of them.
 """
 
 _MODEL = ("", "model", "prompt")
+_SFT = (
+    *(*_MODEL, "sft", "deepspeed"),
+    *("train.micro_batch_size", "train.micro_batch_tokens", "train.gradient_checkpointing"),
+    *("train.warmup_steps", "train.save_every", "train.eval_every"),
+)
 _TRAIN = (*_MODEL, "data", "rollout", "reward", "care", "loss", "train", "eval", "deepspeed")
 
 
@@ -91,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--resume", action="store_true", help=go_on)
 
     summary = "cold start: supervised fine-tuning on rationale and answer"
-    sft = _add_run(commands, "sft", summary, (*_MODEL, "sft", "deepspeed"))
+    sft = _add_run(commands, "sft", summary, _SFT)
     sft.add_argument("--resume", action="store_true", help=go_on)
 
     summary = "reinforcement learning with CARE or a baseline, evaluated before and after"

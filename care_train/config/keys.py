@@ -186,11 +186,13 @@ def short_help(sections: Sequence[str]) -> str:
     """The common settings of these sections, one line each.
 
     Args:
-        sections: names of `Config`'s sections; "" for the settings that stand in none.
+        sections: names of `Config`'s sections, "" for the settings that stand in none; or of single
+            settings.
     """
     lines = ["settings (key=default; --help-all shows all, with types, ranges and whole texts):"]
     for name in COMMON:
-        if name.partition(".")[0] in sections or ("" in sections and "." not in name):
+        section = name.partition(".")[0] if "." in name else ""
+        if section in sections or name in sections:
             key = find_key(name)
             assert key is not None, name
             default = key.default if len(key.default) <= 20 else key.default[:17] + "..."
