@@ -72,6 +72,7 @@ def user(content: Any) -> list[dict[str, Any]]:
         # Qwen's format, with an images column that a merge of data sets left empty.
         ({"prompt": user(PARTS), "images": []}, {"images": (Path("/data/a.png"),)}),
         ({"answer_type": "choice"}, {"answer_type": AnswerType.CHOICE}),
+        ({"tolerance": 0.1}, {"tolerance": 0.1}),
         # Its own type says that the key need not be an option.
         ({"options": ["1", "2"], "answer": "7", "answer_type": "number"}, {"answer": "7"}),
         # Options that are read out of the prompt count where the key is one of them.
@@ -152,7 +153,7 @@ def test_what_is_read_of_a_row(columns: dict[str, Any], read: dict[str, Any]):
         # An index without labels, a letter or text beyond them, a letter with another's text.
         *(
             ({"choices": ["owl", "crow"], "answer": key}, "key_is_no_option", "none of the 2 texts")
-            for key in (1, "1", "C", "heron", "B. owl")
+            for key in (1, "1", "C", "A and C", "heron", "B. owl")
         ),
     ],
     ids=str,
