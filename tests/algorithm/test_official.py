@@ -130,7 +130,7 @@ def token_rows(update: GroupUpdate) -> dict[int, list[float]]:
     }
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(12))
 def test_token_advantages_equal_the_released_rule_on_drawn_groups(seed):
     """Selection, advantages and token weights of every response and reflection of 25 groups."""
     recorder = Recorder(seed)
