@@ -42,9 +42,11 @@ def tokens(completions):
 
 
 def check_greedy_outputs(model, rounds, scale=0.02):
-    """Tokens are transformers', log-probs the trainer's, after every change of all weights."""
+    """Tokens are transformers', log-probs the trainer's, after every change of all weights; half
+    of the requests have a forced prefix, as a reflection has."""
     transformers = TransformersEngine(model.loaded, 64)
-    requests, seen = model.requests(), set()
+    first, seen = model.requests(), set()
+    requests = [*first, *(replace(r, prefix_ids=(20, 21, 22)) for r in first)]
     for seed in range(rounds):
         completions = model.engine.generate(requests, GREEDY)
         assert tokens(completions) == tokens(transformers.generate(requests, GREEDY))
@@ -140,8 +142,11 @@ def test_sampling_follows_the_distribution(pair):
 
 
 def test_special_and_image_tokens_are_never_sampled(pair):
-    """The head's rows of image tokens and EOS swap scale: a policy that wants them cannot."""
+    """The head's rows of image tokens and EOS swap scale: a policy that wants them cannot. Global
+    generators and thread settings are left as the trainer has them."""
     model = pair()
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(2)
     head = model.loaded.model.get_output_embeddings().weight
     banned = banned_token_ids(model.loaded)
     with torch.no_grad():
@@ -153,6 +158,9 @@ def test_special_and_image_tokens_are_never_sampled(pair):
         sampled = {token for c in completions for token in c.token_ids}
         assert sampled and not sampled & set(banned)
         assert all(torch.tensor(c.log_probs).isfinite().all() for c in completions)
+    assert torch.get_num_threads() == 2 and torch.equal(torch.get_rng_state(), state)
+    torch.set_num_threads(threads)
+    assert torch.get_num_threads() == threads
 
 
 def test_a_response_ends_at_eos_and_keeps_it(pair):
@@ -171,17 +179,6 @@ def test_a_response_ends_at_eos_and_keeps_it(pair):
         assert completion.finished or len(completion.token_ids) == 8
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_forced_prefix_continues_the_prompt(kind, pair):
-    """A reflection's prefix is context: greedy outputs equal transformers', log-probs too."""
-    model = pair(kind)
-    requests = [replace(r, prefix_ids=(20, 21, 22)) for r in model.requests()]
-    completions = model.engine.generate(requests, GREEDY)
-    wanted = TransformersEngine(model.loaded, 64).generate(requests, GREEDY)
-    assert tokens(completions) == tokens(wanted)
-    assert largest_gap(model, requests, completions) < 1e-3
-
-
 def test_a_prompt_that_does_not_fit_is_an_error(either):
     """Expanded otherwise by vLLM: named are the sample, both lengths and the first position. Over
     the limit: responses are never cut short silently."""
@@ -193,20 +190,6 @@ def test_a_prompt_that_does_not_fit_is_an_error(either):
     with pytest.raises(ValueError, match=r"row 1: a context of"):
         model.engine.generate([request], SamplingSettings(400))
     assert model.engine.generate([request], GREEDY)
-
-
-def test_the_process_is_left_as_it_was(pair):
-    """Global generators and thread settings are the trainer's."""
-    model = pair()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    state = torch.get_rng_state()
-    model.engine.generate(model.requests(), SamplingSettings(4))
-    model.sync()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(threads)
-    assert torch.get_num_threads() == threads
 
 
 @pytest.mark.parametrize(("lora", "level"), [("adapter", 1), ("merged", 2)])
