@@ -17,7 +17,6 @@ from care_train.algorithm.advantages import (
     equalize_factor,
     normalize_rewards,
     rescue_rewards,
-    scale_negative,
 )
 from care_train.algorithm.baselines import baseline_updates, has_mixed_outcomes, without_truncated
 from care_train.algorithm.spans import overlong_penalty
@@ -97,14 +96,6 @@ def test_expected_variance_of_proposition_1(k):
         squares.append(((1.0 - negatives[0]) / (raw[0] - raw[1])) ** 2)
     expected = (k**2 / 16 + k * 0.75**2) / (k + 1) ** 2
     assert sum(squares) / len(squares) == pytest.approx(expected)
-
-
-def test_scaling_and_equalisation_by_hand():
-    """Eq. 8: -s |A_raw|, a penalty even where A_raw > 0. Line 39: sqrt(K / K_S) if K_S < K."""
-    found = [scale_negative(raw, 0.5) for raw in (-0.8, 0.8, 0)]
-    assert found == pytest.approx([-0.4, -0.4, 0])
-    factors = [equalize_factor(n, 4) for n in (1, 2, 3, 4, 5)]
-    assert factors == pytest.approx([2, math.sqrt(2), math.sqrt(4 / 3), 1, 1])
 
 
 # Rewards 1, 1, .1, 0: mean .525, population variance .226875; lengths 10, 8, 9, 6.

@@ -62,6 +62,9 @@ def test_before_enough_is_known_it_is_the_default(outcomes: list[Outcome]):
     found = select_subgroup(group, LEARNED, fixability=Fixability(outcomes))
     default = select_subgroup(group, replace(LEARNED, selector="cosine_diverse"))
     assert found == default
+    # TRL and verl have no reflections that it could learn from.
+    with pytest.raises(ValueError, match=r"care\.selector: got learned, wanted another one"):
+        select_subgroup(group, LEARNED)
 
 
 def test_it_learns_a_rule_and_chooses_by_it():
@@ -101,9 +104,3 @@ def test_what_a_reflection_teaches():
     features = features_of(group, 0, 1)
     found = outcomes_of([repaired, chosen, failed, replace(group, subgroup="all_wrong")])
     assert found == [(*features, 1.0), (*features, 0.0)]
-
-
-def test_elsewhere_than_in_the_trainer_it_is_an_error():
-    """TRL and verl have no reflections that it could learn from."""
-    with pytest.raises(ValueError, match=r"care\.selector: got learned, wanted another one"):
-        select_subgroup(group_of_departures(9, 4), LEARNED)

@@ -56,14 +56,6 @@ def test_spans_in_text(text, think, answer):
     assert cut(text, spans.answer) == (None if answer is None else f"<answer>{answer}</answer>")
 
 
-def test_configured_tags():
-    """Sec. 8.2: `prompt.tags=[reasoning,answer]`; the default tags then mean nothing."""
-    text = "<think>a</think><reasoning>b</reasoning><answer>c</answer><final>d</final>"
-    spans = parse_spans(text, think_tag="reasoning", answer_tag="final")
-    assert cut(text, spans.think) == "<reasoning>b</reasoning>"
-    assert cut(text, spans.answer) == "<final>d</final>"
-
-
 @pytest.mark.parametrize(
     ("pieces", "num_prefix", "expected"),
     [

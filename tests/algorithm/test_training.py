@@ -226,6 +226,8 @@ TWO_STEPS = {"train": {"mini_batches": 2, "prompts_per_step": 2}}
         ([A, B, C], LITERAL | {"algorithm": "grpo"}, [4 / 3]),
         # The optimiser step is the unit: with one group each, A is over 2 and B over 1.
         ([A, B], TWO_STEPS, [(2.0 - 1.0) / 2, 3.0]),
+        # Lines 7 and 27: skip means skip, KL included: there is no step.
+        ([C, C], {}, []),
     ],
 )
 def test_the_mean_over_s_star(updates, values, sums):
@@ -233,12 +235,6 @@ def test_the_mean_over_s_star(updates, values, sums):
     engine, _ = train(updates, **values)
     found = [float(sum(m.loss_arguments["advantages"].sum() for m in s)) for s in engine.steps]
     assert found == pytest.approx(sums)
-
-
-def test_nothing_to_train_is_no_step():
-    """Lines 7 and 27: skip means skip, KL included."""
-    engine, _ = train([C, C])
-    assert engine.steps == []
 
 
 def item(group: Group, rollout: Rollout, advantage: float, clipped: tuple[int, ...] = ()):
