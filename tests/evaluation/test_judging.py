@@ -1,6 +1,7 @@
 """Which answers are right: each benchmark's rule, then the verifier, then a judge."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 
 from bench.protocol_fixtures import benchmark_rows
 from care_train.data import Sample
+from care_train.data.images import image_refs
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.evaluation.evaluate import judge_responses
 from care_train.evaluation.question import Question, choose_option
@@ -35,7 +37,9 @@ def _question(name: str, key: str, options=(), **columns) -> Question:
     else:
         kind = "multiple-choice" if options else "open"
         row |= {"options": repr(list(options)), "question_type": kind}
-    return BENCHMARKS[name].to_question(row | columns, f"{name}: row 1", Path())
+    at = f"{name}: row 1"
+    images = partial(image_refs, column="image", base_dir=Path(), at=at)
+    return BENCHMARKS[name].to_question(row | columns, at, images)
 
 
 @pytest.fixture(scope="module")
