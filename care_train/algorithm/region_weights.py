@@ -152,6 +152,14 @@ def spread_advantages(
     )
 
 
+def split_advantages(sequences: Sequence[TrainSequence]) -> list[torch.Tensor]:
+    """`spread_advantages` of each sequence, [T]; of any number of them."""
+    if not sequences:
+        return []
+    lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
+    return list(spread_advantages(sequences).split(lengths))
+
+
 def _stacked_regions(credits: Sequence[Credit], device: torch.device | None) -> Regions:
     """[B, R, 2] spans and [B, R] weights, with empty regions where a sequence has fewer."""
     most = max(len(credit.regions) for credit in credits)

@@ -66,7 +66,8 @@ def collate(
     """Right-pad sequences into one batch: inputs [B, T], T the longest."""
     rows = [torch.tensor(sequence.token_ids) for sequence in sequences]
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
-    attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    lengths = torch.tensor(list(map(len, rows)))
+    attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     inputs |= image_inputs([sequence.prompt for sequence in sequences], input_ids, image_token_id)
     starts = [place * input_ids.shape[1] for place in range(len(rows))]
@@ -175,8 +176,9 @@ def image_inputs(
     if not with_images:
         return {}
     distinct = list(dict.fromkeys(with_images))
-    counts = [prompt.num_images for prompt in distinct]
-    starts = dict(zip(distinct, accumulate(counts, initial=0), strict=False))
+    counts = {prompt: prompt.num_images for prompt in dict.fromkeys(prompts)}
+    firsts = accumulate((counts[prompt] for prompt in distinct), initial=0)
+    starts = dict(zip(distinct, firsts, strict=False))
     inputs = {
         "pixel_values": torch.cat([p.pixel_values for p in distinct if p.pixel_values is not None]),
         "image_grid_thw": torch.cat(
@@ -185,12 +187,12 @@ def image_inputs(
         "mm_token_type_ids": (input_ids == image_token_id).int(),
     }
     if len(distinct) < len(with_images):
-        order = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
-        places = [starts[p] + image for p in with_images for image in range(p.num_images)]
+        order = {prompt: place for place, prompt in enumerate(counts)}
+        places = [starts[p] + image for p in with_images for image in range(counts[p])]
         inputs |= {
             "image_places": torch.tensor(places),
             "prompt_places": torch.tensor([order[prompt] for prompt in prompts]),
-            "image_counts": torch.tensor([prompt.num_images for prompt in prompts]),
+            "image_counts": torch.tensor([counts[prompt] for prompt in prompts]),
         }
     return inputs
 

@@ -4,6 +4,7 @@ import codecs
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -197,7 +198,12 @@ class PromptEncoder:
             return []
         texts = [self._render(sample) for sample in samples]
         images = [load_images(sample) for sample in samples]
-        inputs = self._loaded.processor(text=texts, images=[i for row in images for i in row])
+        inputs = self._loaded.processor(
+            text=texts,
+            images=[i for row in images for i in row],
+            # `image_inputs` makes them for a whole batch.
+            text_kwargs={"return_mm_token_type_ids": False},
+        )
         grids = torch.as_tensor(inputs["image_grid_thw"]).split([len(row) for row in images])
         pixels = torch.as_tensor(inputs["pixel_values"])
         patches = pixels.split([int(grid.prod(-1).sum()) for grid in grids])
@@ -264,21 +270,20 @@ class TokenText:
         Special tokens have no text. Bytes that are not UTF-8 become U+FFFD; a token that ends
         inside a character ends, in the offsets, before it.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        pieces: list[str] = []
-        ends: list[int] = []
-        length = 0
-        for token_id in token_ids:
-            piece = decoder.decode(self._token_bytes(token_id))
-            pieces.append(piece)
-            length += len(piece)
-            ends.append(length)
-        pieces.append(decoder.decode(b"", final=True))
-        return "".join(pieces), ends
+        encoded = [self._token_bytes(token_id) for token_id in token_ids]
+        if all(map(bytes.isascii, encoded)):
+            pieces = [piece.decode() for piece in encoded]
+        else:
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            pieces = [decoder.decode(piece) for piece in encoded]
+            pieces.append(decoder.decode(b"", final=True))
+        return "".join(pieces), list(accumulate(map(len, pieces[: len(encoded)])))
 
     def _token_bytes(self, token_id: int) -> bytes:
-        if token_id not in self._bytes:
+        found = self._bytes.get(token_id)
+        if found is None:
             token = self._tokenizer.convert_ids_to_tokens(token_id)
             # Padded vocabularies have ids without a token.
-            self._bytes[token_id] = bytes(self._byte_of[char] for char in token or "")
-        return self._bytes[token_id]
+            found = bytes(self._byte_of[char] for char in token or "")
+            self._bytes[token_id] = found
+        return found

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from care_train.algorithm.care import skip_before_forward
 from care_train.algorithm.fixability import Fixability, outcomes_of
-from care_train.algorithm.region_weights import spread_advantages
+from care_train.algorithm.region_weights import split_advantages
 from care_train.algorithm.types import GroupUpdate, RolloutGroup
 from care_train.config import TABLE_5, Config, load_config
 from care_train.replay.archived import ArchivedGroup, Credited, steps_of
@@ -193,8 +193,7 @@ def _chosen(
 def _credited(found: Sequence[str | tuple[RolloutGroup, GroupUpdate]]) -> list[Credited | str]:
     """One rank's groups."""
     sequences = [s for one in found if not isinstance(one, str) for s in one[1].sequences]
-    lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
-    tokens = iter(spread_advantages(sequences).split(lengths) if sequences else ())
+    tokens = iter(split_advantages(sequences))
     results: list[Credited | str] = []
     for one in found:
         if isinstance(one, str):

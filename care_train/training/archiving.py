@@ -12,7 +12,7 @@ import torch
 
 from care_train.algorithm.advantages import RESCUE_DELTA
 from care_train.algorithm.baselines import has_mixed_outcomes
-from care_train.algorithm.region_weights import spread_advantages
+from care_train.algorithm.region_weights import split_advantages
 from care_train.algorithm.types import Rollout, Spans, Subgroup
 from care_train.config import CareSettings, Config
 from care_train.data import Sample
@@ -30,7 +30,7 @@ from care_train.training.credit import (
     telling_rollouts,
 )
 from care_train.training.groups import Group
-from care_train.training.log_probs import TrainItem
+from care_train.training.log_probs import TrainItem, known_old_log_probs, token_advantages
 
 EVENT_FILES = ("care_events.jsonl", "rgr_events.jsonl")
 
@@ -209,9 +209,7 @@ def _trained(items: Sequence[TrainItem]) -> dict[int, dict[str, Any]]:
     if not items:
         return {}
     sequences = [item.sequence for item in items]
-    lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
     outcomes = [item.outcome for item in items]
-    credited = spread_advantages(sequences).split(lengths)
     # An advantage of 1 and weights that are not normalised: Eq. 11 of it is w itself.
     weighed = [
         replace(s, advantage=1.0, credit=replace(s.credit, normalize=False)) for s in sequences
@@ -219,10 +217,10 @@ def _trained(items: Sequence[TrainItem]) -> dict[int, dict[str, Any]]:
     # -1 where the surrogate's lower bound took the gradient away, 1 where the upper one did.
     clipped = [o and o.clipped_high.to(torch.int8) - o.clipped_low.to(torch.int8) for o in outcomes]
     columns = {
-        "token_advantages": credited,
-        "token_weights": spread_advantages(weighed).split(lengths),
+        "token_advantages": token_advantages(items),
+        "token_weights": split_advantages(weighed),
         "ref_log_probs": _joined([item.ref_log_probs for item in items]),
-        "old_log_probs": _joined(list(map(TrainItem.known_old_log_probs, items, credited))),
+        "old_log_probs": _joined(known_old_log_probs(items)),
         "entropy": _joined([outcome and outcome.entropy for outcome in outcomes]),
         "clipped": _joined(clipped),
     }

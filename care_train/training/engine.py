@@ -5,7 +5,7 @@ import copy
 import io
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,6 @@ class StepResult:
     """The `PolicyLoss` of each micro-batch."""
     applied: bool = True
     """False where loss or gradient was not finite, so that nothing was updated."""
-    entropies: tuple[torch.Tensor, ...] = ()
-    """Of the rows that each micro-batch's loss computed."""
 
 
 class PolicyEngine:
@@ -113,7 +111,7 @@ class PolicyEngine:
         parameters = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = adamw(parameters, optimizer, settings)
         schedule: Any = LambdaLR(self.optimizer, learning_rate_factor(optimizer))
-        self._policy = policy
+        self._policy, self._trained = policy, parameters
         engine, *_ = deepspeed.initialize(
             model=policy,
             optimizer=self.optimizer,
@@ -186,7 +184,7 @@ class PolicyEngine:
         self._engine.train()
         count = all_max(len(micro_batches), self.device)
         assert count, "some rank needs a micro-batch"
-        outputs, entropies, total, cause = [], [], 0.0, None
+        outputs, total, cause = [], 0.0, None
         for place in range(count):
             self._engine.set_gradient_accumulation_boundary(place == count - 1)
             is_filler = place >= len(micro_batches)
@@ -203,13 +201,11 @@ class PolicyEngine:
             self._engine.backward(loss, scale_wrt_gas=False)
             if not is_filler:
                 outputs.append(output)
-                if output.entropy is not None:
-                    entropies.append(output.entropy[rows_with_a_say(micro.loss_arguments)])
         with timer("optimizer"):
             grad_norm, applied = self._apply()
             if not applied:
                 self._left_out.add(cause, total, grad_norm)
-        return StepResult(total, grad_norm, outputs, applied, tuple(entropies))
+        return StepResult(total, grad_norm, outputs, applied)
 
     def _silent_micro_batch(self) -> MicroBatch:
         batch = self.collate([self.filler])
@@ -218,7 +214,7 @@ class PolicyEngine:
     def _apply(self) -> tuple[float, bool]:
         """Update, where the gradient is finite; its norm before clipping, and whether it was."""
         if self.zero_stage == 0 and not self._engine.bfloat16_enabled():
-            gradients = [p.grad for p in self._policy.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self._trained if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients))
             if not math.isfinite(norm):
                 self._engine.zero_grad()
@@ -308,15 +304,6 @@ def read_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     assert weights is not None
     prefix = "model."
     return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-
-
-def rows_with_a_say(arguments: Mapping[str, Any]) -> torch.Tensor:
-    """[N] bool of `linear_policy_loss`'s arguments: the rows it computes, and does not skip."""
-    has_say = arguments["advantages"] != 0
-    for name in ("kl_weights", "entropy_weights"):
-        if arguments.get(name) is not None:
-            has_say = has_say | (arguments[name] != 0)
-    return has_say
 
 
 def _freeze_vision(model: Any) -> None:

@@ -107,7 +107,9 @@ class RolloutScorer:
             return token_tag_spans(answer.completion.token_ids, self._tag_patterns)
         if answer.completion.finished:
             ends = ends[:-1]
-        spans = replace(parse_spans(text, *self._tags), wrong_step=score.wrong_step)
+        spans = parse_spans(text, *self._tags)
+        if score.wrong_step is not None:
+            spans = replace(spans, wrong_step=score.wrong_step)
         return token_spans(spans, ends, len(answer.prefix_ids))
 
     def _rollout(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from care_train.algorithm.care import skip_before_forward
-from care_train.algorithm.region_weights import importance_weights
+from care_train.algorithm.region_weights import importance_weights, split_advantages
 from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.spans import rationale_span
 from care_train.algorithm.types import Rollout, TrainSequence
@@ -118,17 +118,33 @@ class TrainItem:
     """None where all are 1."""
     outcome: TokenOutcome | None = field(default=None, repr=False)
     """Of the last update that it was part of, on the policy's device."""
+    token_advantages: torch.Tensor | None = field(default=None, repr=False)
+    """None until the function of the same name is asked for it."""
 
-    def known_old_log_probs(self, token_advantages: torch.Tensor) -> torch.Tensor | None:
-        """log pi_old of each token, [T], once the policy is updated; `token_advantages` [T].
 
-        Of a sequence that the old policy was not run on, they are those of its one update; None
-        where that left tokens out: without a KL, those without an advantage, which read 0.
-        """
-        if self.sampled_log_probs is not None or self.outcome is None:
-            return self.sampled_log_probs
-        is_whole = self.outcome.kl is not None or bool((token_advantages != 0).all())
-        return self.outcome.log_probs if is_whole else None
+def token_advantages(items: Sequence[TrainItem]) -> list[torch.Tensor]:
+    """Eq. 11's a_{i,t} of each sequence, [T]; computed once, for the first who asks."""
+    missing = [item for item in items if item.token_advantages is None]
+    credited = split_advantages([item.sequence for item in missing])
+    for item, own in zip(missing, credited, strict=True):
+        item.token_advantages = own
+    return [item.token_advantages for item in items if item.token_advantages is not None]
+
+
+def known_old_log_probs(items: Sequence[TrainItem]) -> list[torch.Tensor | None]:
+    """log pi_old of each sequence's tokens, [T], once the policy is updated.
+
+    Of a sequence that the old policy was not run on, they are those of its one update; None where
+    that left tokens out: without a KL, those without an advantage, which read 0.
+    """
+    found = []
+    for item, advantages in zip(items, token_advantages(items), strict=True):
+        log_probs, outcome = item.sampled_log_probs, item.outcome
+        if log_probs is None and outcome is not None:
+            is_whole = outcome.kl is not None or bool((advantages != 0).all())
+            log_probs = outcome.log_probs if is_whole else None
+        found.append(log_probs)
+    return found
 
 
 class LogProbs:

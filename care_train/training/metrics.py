@@ -5,69 +5,50 @@ may have other weights without anyone's intent. Engines that return log-probs (v
 on every batch.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean, pstdev
 
 import torch
 
-from care_train.algorithm.region_weights import spread_advantages
 from care_train.algorithm.types import GroupUpdate, Rollout
 from care_train.distributed import all_sum, gather, world_size
 from care_train.training.engine import StepResult
 from care_train.training.failures import EngineError
 from care_train.training.groups import Group
-from care_train.training.log_probs import TrainItem
+from care_train.training.log_probs import TrainItem, known_old_log_probs
 
 
 def step_metrics(
     groups: Sequence[Group],
+    dropped: Sequence[Group],
+    items: Sequence[TrainItem],
     results: Sequence[StepResult],
     device: torch.device,
-    dropped: Sequence[Group] = (),
 ) -> dict[str, float]:
     """A step's metrics over all ranks, ratios formed from the sums. A collective call.
 
-    `dropped` are groups that dynamic sampling sampled beside the batch: they cost as much, and say
-    as much about the policy.
+    What nothing was measured of is left out.
+
+    Args:
+        groups: the batch.
+        dropped: those that dynamic sampling sampled beside it: they cost as much, and say as much
+            about the policy.
+        items: what the batch trained.
+        results: of the updates.
+        device: this rank's.
     """
     reflected = [group.reflected for group in groups if group.reflected is not None]
     rollouts = [rollout for group in [*groups, *dropped] for rollout in group.rollouts]
     sums = _of_rollouts(rollouts, reflected) | _of_groups(groups, reflected)
     sums |= _of_updates([group.update for group in groups]) | _of_rows(results)
-    return _ratios(sums, device)
-
-
-def token_metrics(
-    groups: Sequence[Group], items: Sequence[TrainItem], device: torch.device
-) -> dict[str, float]:
-    """Diagnostics over all ranks; what nothing was measured of is left out. A collective call.
-
-    Returns:
-        `entropy`: in nats per token; estimated without bias from the sampled tokens alone, as the
-        mean of -log pi_old.
-        `clipped_negative_answer`: share of the answers' tokens with a negative advantage that the
-        lower clip bound took the gradient of (Fig. 6, left).
-        `advantage_variance_ratio`: Var(A[y-]) / Var(A[y+]) (Fig. 6, right).
-    """
-    surprise, sampled = _surprise(groups, items)
-    clipped, answers = _clipped_answers(items)
-    sums = {"_sampled": sampled, "entropy/_sampled": surprise}
-    sums |= {"_answers": answers, "clipped_negative_answer/_answers": clipped}
-    advantages = [item.sequence.advantage for item in items]
-    signs = (
-        ("positive", [a for a in advantages if a > 0]),
-        ("negative", [a for a in advantages if a < 0]),
-    )
-    for sign, own in signs:
-        moments = {"sum": sum(own), "squares": sum(a * a for a in own), "count": float(len(own))}
-        sums |= {f"{sign}_{name}": value for name, value in moments.items()}
+    sums |= _surprise(groups, items) | _clipped_answers(items) | _moments(items)
     values = _ratios(sums, device)
     positive, negative = (
         _variance(*(values.pop(f"{sign}_{name}") for name in ("sum", "squares", "count")))
-        for sign, _ in signs
+        for sign in ("positive", "negative")
     )
-    if positive:
+    if positive:  # Var(A[y-]) / Var(A[y+]) (Fig. 6, right)
         values["advantage_variance_ratio"] = negative / positive
     return values
 
@@ -161,35 +142,27 @@ def _of_rows(results: Sequence[StepResult]) -> dict[str, float]:
         "_rows": sum(len(output.log_probs) for output in outputs),
         "clipped_low/_rows": sum(float(output.clipped_low.sum()) for output in outputs),
         "clipped_high/_rows": sum(float(output.clipped_high.sum()) for output in outputs),
-        "_active_rows": sum(len(rows) for result in applied for rows in result.entropies),
-        "entropy/_active_rows": sum(
-            float(rows.sum()) for result in applied for rows in result.entropies
-        ),
         "kl/_rows": sum(float(o.kl.sum()) for o in outputs if o.kl is not None),
     }
 
 
-def _surprise(groups: Sequence[Group], items: Sequence[TrainItem]) -> tuple[float, float]:
-    """Sum of -log pi_old of the rollouts' tokens, and their number.
+def _surprise(groups: Sequence[Group], items: Sequence[TrainItem]) -> dict[str, float]:
+    """`entropy` in nats per token, estimated without bias from the sampled tokens alone: the mean
+    of -log pi_old over the rollouts' tokens.
 
     A baseline runs the old policy on what it trains alone; that leaves out whole groups that are
     all right or all wrong.
     """
     known = [r.old_log_probs for group in groups for r in group.rollouts]
-    if items and all(log_probs is None for log_probs in known):
-        sequences = [item.sequence for item in items]
-        lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
-        credited = spread_advantages(sequences).split(lengths)
-        known = list(map(TrainItem.known_old_log_probs, items, credited))
-    present = [log_probs for log_probs in known if log_probs is not None]
-    if not present:
-        return 0.0, 0.0
-    joined = torch.cat(present)
-    return -float(joined.sum()), float(len(joined))
+    if all(log_probs is None for log_probs in known):
+        known = known_old_log_probs(items)
+    total, count = _sum([log_probs for log_probs in known if log_probs is not None])
+    return {"_sampled": count, "entropy/_sampled": -total}
 
 
-def _clipped_answers(items: Sequence[TrainItem]) -> tuple[float, float]:
-    """How many tokens of negatives' answers were clipped, and how many there are."""
+def _clipped_answers(items: Sequence[TrainItem]) -> dict[str, float]:
+    """`clipped_negative_answer`: the share of the answers' tokens with a negative advantage that
+    the lower clip bound took the gradient of (Fig. 6, left)."""
     parts = [
         item.outcome.clipped_low[slice(*item.sequence.rollout.spans.answer)]
         for item in items
@@ -197,10 +170,29 @@ def _clipped_answers(items: Sequence[TrainItem]) -> tuple[float, float]:
         and item.sequence.advantage < 0
         and item.sequence.rollout.spans.answer is not None
     ]
+    clipped, count = _sum(parts)
+    return {"_answers": count, "clipped_negative_answer/_answers": clipped}
+
+
+def _sum(parts: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """The sum of the parts' numbers, fetched from their device at once, and how many there are."""
     if not parts:
         return 0.0, 0.0
-    joined = torch.cat(parts)
+    joined = torch.cat(list(parts))
     return float(joined.sum()), float(len(joined))
+
+
+def _moments(items: Sequence[TrainItem]) -> dict[str, float]:
+    """Of the sequences' advantages, by their sign."""
+    advantages = [item.sequence.advantage for item in items]
+    sums = {}
+    for sign, own in (
+        ("positive", [a for a in advantages if a > 0]),
+        ("negative", [a for a in advantages if a < 0]),
+    ):
+        moments = {"sum": sum(own), "squares": sum(a * a for a in own), "count": float(len(own))}
+        sums |= {f"{sign}_{name}": value for name, value in moments.items()}
+    return sums
 
 
 def _variance(total: float, squares: float, count: float) -> float:
@@ -211,39 +203,19 @@ def _variance(total: float, squares: float, count: float) -> float:
     return variance if variance > 1e-12 else 0.0
 
 
-@dataclass(frozen=True)
-class WorstToken:
-    """Where trainer and engine differ most."""
-
-    gap: float
-    """|difference| of the log-probs in nats."""
-    location: str = ""
-    """The prompt's file and row."""
-    place: int = 0
-    """Index of the response token."""
-    token_id: int = 0
-    trainer: float = 0.0
-    engine: float = 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.location}: response token {self.place} (id {self.token_id}): log-prob "
-            f"{self.trainer:.4f} in the trainer, {self.engine:.4f} in the engine"
-        )
-
-
 def engine_gap(
     groups: Sequence[Group], items: Sequence[TrainItem], device: torch.device
-) -> tuple[dict[str, float], WorstToken | None]:
+) -> tuple[dict[str, float], str]:
     """How far the trainer's log-probs are from those of the engine that sampled, over all ranks.
 
     A collective call.
 
     Returns:
         `gap_mean` and `gap_max` of |trainer - engine| in nats per token, and `gap_k3`, the k3
-        estimate of KL[engine || trainer]; and the worst token. Nothing where nothing was measured.
+        estimate of KL[engine || trainer]; and where they differ most, for people. Nothing where
+        nothing was measured.
     """
-    sums, worst = [0.0, 0.0, 0.0], WorstToken(-1.0)
+    sums, largest, worst = [0.0, 0.0, 0.0], -1.0, ""
     for group, rollout, trainer in _measured(groups, items):
         engine = torch.tensor(rollout.log_probs)
         difference = trainer - engine
@@ -251,32 +223,31 @@ def engine_gap(
         sums[0] += float(gaps.sum())
         sums[1] += float((difference.exp() - 1 - difference).sum())
         sums[2] += len(gaps)
-        place = int(gaps.argmax())
-        if not float(gaps[place]) <= worst.gap:  # also where it is NaN
-            worst = WorstToken(
-                float(gaps[place]),
-                group.sample.location or group.sample.id,
-                place,
-                rollout.token_ids[place],
-                float(trainer[place]),
-                float(engine[place]),
+        place = int(gaps.argmax())  # a NaN's, where there is one
+        gap = float(gaps[place].nan_to_num(nan=math.inf))
+        if gap > largest:
+            largest = gap
+            worst = (
+                f"{group.sample.location or group.sample.id}: response token {place} (id "
+                f"{rollout.token_ids[place]}): log-prob {trainer[place]:.4f} in the trainer, "
+                f"{engine[place]:.4f} in the engine"
             )
-    gap, k3, count = all_sum(sums, device)
+    total, k3, count = all_sum(sums, device)
     if not count:
-        return {}, None
-    worst = max(gather(worst), key=lambda token: token.gap)
-    return {"gap_mean": gap / count, "gap_k3": k3 / count, "gap_max": worst.gap}, worst
+        return {}, ""
+    largest, worst = max(gather((largest, worst)))
+    return {"gap_mean": total / count, "gap_k3": k3 / count, "gap_max": largest}, worst
 
 
-def check_engine_gap(
-    values: dict[str, float], worst: WorstToken | None, limit: float | None
-) -> None:
+def check_engine_gap(values: dict[str, float], worst: str, limit: float | None) -> None:
     """Stop a run whose engine samples from another policy than the trainer's.
+
+    `values` and `worst` are `engine_gap`'s.
 
     Raises:
         EngineError: the mean gap is over the limit, or not finite.
     """
-    if worst is None or limit is None or values["gap_mean"] <= limit:
+    if not values or limit is None or values["gap_mean"] <= limit:
         return
     raise EngineError(
         f"rollout.max_log_prob_gap: trainer and engine are {values['gap_mean']:.4g} nats per token "

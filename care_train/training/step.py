@@ -13,7 +13,7 @@ from care_train.training.credit import choose_subgroup, fixability_of, group_upd
 from care_train.training.engine import PolicyEngine
 from care_train.training.groups import Group, RolloutScorer
 from care_train.training.log_probs import LogProbs, Reference, TrainItem
-from care_train.training.metrics import check_engine_gap, engine_gap, step_metrics, token_metrics
+from care_train.training.metrics import check_engine_gap, engine_gap, step_metrics
 from care_train.training.sampler import Draw, Sampler
 from care_train.training.timer import StepSeconds, timer
 from care_train.training.update import PolicyUpdater
@@ -93,8 +93,7 @@ class TrainStep:
             with timer("archive"):
                 archive_step(self._archive, step + 1, groups, dropped, items)
 
-        values = step_metrics(groups, results, self._engine.device, dropped)
-        values |= token_metrics(groups, items, self._engine.device)
+        values = step_metrics(groups, dropped, items, results, self._engine.device)
         values |= seconds.values() | sync | gap
         values["learning_rate"] = learning_rate
         values["tokens_per_second"] = values["decoded_tokens"] / max(values["seconds"], 1e-9)
@@ -133,6 +132,6 @@ class TrainStep:
         start = self._sampler.num_starts
         if start != self._checked_start:
             check_engine_gap(values, worst, self._config.rollout.max_log_prob_gap)
-            if worst is not None:
+            if values:
                 self._checked_start = start
         return values

@@ -50,14 +50,16 @@ def verify(
 
 
 def verify_batch(items: Sequence[Item], pool: "WorkerPool | None" = None) -> list[Verdict]:
-    """A verdict per item, in order; `pool` is for those that need symbolic algebra."""
-    verdicts = [verify_in_process(item) for item in items]
-    waiting = [place for place, verdict in enumerate(verdicts) if verdict is None]
+    """A verdict per item, in order; `pool` is for those that need symbolic algebra.
+
+    Equal items, as a group's rollouts often are, are compared once.
+    """
+    found = {item: verify_in_process(item) for item in dict.fromkeys(items)}
+    waiting = [item for item, verdict in found.items() if verdict is None]
     if waiting:
-        found = (pool or _shared_pool(os.getpid())).run([items[place] for place in waiting])
-        for place, verdict in zip(waiting, found, strict=True):
-            verdicts[place] = verdict
-    return [verdict for verdict in verdicts if verdict is not None]
+        verdicts = (pool or _shared_pool(os.getpid())).run(waiting)
+        found |= zip(waiting, verdicts, strict=True)
+    return [verdict for item in items if (verdict := found[item]) is not None]
 
 
 def verify_in_process(item: Item) -> Verdict | None:

@@ -20,13 +20,12 @@ from care_train.algorithm.types import (
     skipped_update,
 )
 from care_train.config import LossSettings
-from care_train.training.engine import rows_with_a_say
 from care_train.training.groups import Group
 from care_train.training.log_probs import TokenOutcome, TrainItem
 from care_train.training.loss import (
     loss_rows,
 )
-from care_train.training.metrics import step_metrics, token_metrics
+from care_train.training.metrics import step_metrics
 from tests.algorithm.builders import (
     care,
     credit_of,
@@ -102,7 +101,7 @@ class TestReflection:
         assert short.repair is not None and (long.repair is not None) == (len(lengths) == 2)
         if long.repair is None:
             verified = replace(short, reflected=right(reflected=True))
-            values = step_metrics([verified, long], [], CPU)
+            values = step_metrics([verified, long], [], [], [], CPU)
             assert (values["reflection_skipped"], values["reflections"]) == (1, 1)
 
     @pytest.mark.parametrize(
@@ -186,14 +185,6 @@ def test_rows_by_hand():
         assert rows["entropy_weights"].tolist() == pytest.approx([0.02] * 3)
 
 
-def test_rows_with_a_say():
-    """An advantage, a share of the KL, or one of the entropy bonus."""
-    advantages, kl = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.1, 0.0])
-    arguments = {"advantages": advantages, "kl_weights": None, "entropy_weights": torch.zeros(3)}
-    assert rows_with_a_say(arguments).tolist() == [True, False, False]
-    assert rows_with_a_say(arguments | {"kl_weights": kl}).tolist() == [True, True, False]
-
-
 @pytest.mark.parametrize("size", [1, 64])
 def test_the_kl_over_micro_batches(size):
     """Eq. 13: the mean over a sequence, then over S* of the step: its weights sum to beta."""
@@ -246,14 +237,16 @@ def item(group: Group, rollout: Rollout, advantage: float, clipped: tuple[int, .
     return TrainItem(group, trained, group.sequence(rollout), outcome=outcome)
 
 
-class TestTokenMetrics:
+class TestMetrics:
     """What a step logs of its tokens and advantages, by hand."""
 
     def test_the_reward_deviates_within_groups(self):
         """Population deviations of {1, 0.1} and {1, 1}: 0.45 and 0, whatever lies between them."""
         groups = [sampled_group([right(), wrong()], "a"), sampled_group([right(), right()], "b")]
-        assert token_metrics(groups, [], CPU) == {}
-        assert step_metrics(groups, [], CPU)["reward_std"] == pytest.approx(0.225)
+        values = step_metrics(groups, [], [], [], CPU)
+        assert values["reward_std"] == pytest.approx(0.225)
+        # What nothing was measured of is left out.
+        assert not {"entropy", "clipped_negative_answer", "advantage_variance_ratio"} & {*values}
 
     def test_entropy_is_the_sampled_tokens_surprise(self):
         """-log pi_old over all rollouts' tokens; a baseline's are the update's own."""
@@ -262,10 +255,10 @@ class TestTokenMetrics:
             for rollout, value in ((right(think=None, answer=1), 1.0), (wrong(), 0.5))
         ]
         short, long = (len(rollout.token_ids) for rollout in known)
-        values = token_metrics([sampled_group(known, "a")], [], CPU)
+        values = step_metrics([sampled_group(known, "a")], [], [], [], CPU)
         assert values["entropy"] == pytest.approx((short + 0.5 * long) / (short + long))
         group = sampled_group([right()], "b")
-        values = token_metrics([group], [item(group, group.rollouts[0], 1.0)], CPU)
+        values = step_metrics([group], [], [item(group, group.rollouts[0], 1.0)], [], CPU)
         assert values["entropy"] == pytest.approx(2.0)
 
     def test_clipped_tokens_of_negatives_answers(self):
@@ -274,12 +267,12 @@ class TestTokenMetrics:
         anchor, negative = group.rollouts
         first, last = negative.spans.answer
         items = [item(group, anchor, 1.0, (0, 6)), item(group, negative, -0.5, (1, first))]
-        values = token_metrics([group], items, CPU)
+        values = step_metrics([group], [], items, [], CPU)
         assert values["clipped_negative_answer"] == pytest.approx(1 / (last - first))
 
     def test_the_variance_ratio_of_advantages(self):
         """Fig. 6, right: Var{-0.1, -0.3} / Var{1, 2} = 0.01 / 0.25."""
         group = sampled_group([right(), right(), wrong(), wrong()], "a")
         pairs = zip(group.rollouts, (1.0, 2.0, -0.1, -0.3), strict=True)
-        values = token_metrics([group], [item(group, *pair) for pair in pairs], CPU)
+        values = step_metrics([group], [], [item(group, *pair) for pair in pairs], [], CPU)
         assert values["advantage_variance_ratio"] == pytest.approx(0.04)

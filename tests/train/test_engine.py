@@ -14,7 +14,6 @@ from care_train.models.load import LoadedModel, load_model
 from care_train.models.policy import Policy
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.failures import NotFiniteError
-from care_train.training.metrics import step_metrics
 from care_train.training.optimizer import OptimizerSettings
 from tests.kernels import oracle
 from tests.train.builders import (
@@ -57,21 +56,6 @@ def test_one_step_is_adamw_on_the_reference_gradient(tiny_folder):
             clear = gradients[name].abs() > 1e-6
             trained = loaded.model.get_parameter(name)
             torch.testing.assert_close(trained[clear], parameter[clear], rtol=1e-4, atol=1e-5)
-
-
-def test_the_entropy_of_the_rows_that_were_computed(tiny_folder):
-    """Rows without a say are skipped, and no part of the mean that is logged."""
-    loaded = load(tiny_folder("tiny-qwen2"))
-    engine = make_engine(loaded)
-    micro = micro_batch(engine, None, [1.0, 0.0, 2.0, 0.0, 0.25, 1.5])
-    logits = loaded.model.get_output_embeddings()(engine.rows(micro.batch)).detach().float()
-    wanted = torch.distributions.Categorical(logits=logits).entropy()
-    active = micro.loss_arguments["advantages"] != 0
-    assert 0 < int(active.sum()) < len(active)
-    arguments = micro.loss_arguments | {"return_entropy": True}
-    result = engine.step([MicroBatch(micro.batch, arguments)], 1.0)
-    values = step_metrics([], [result], engine.device)
-    assert values["entropy"] == pytest.approx(float(wanted[active].mean()), rel=1e-4)
 
 
 def test_gradients_are_clipped_to_the_norm(tiny_folder):
