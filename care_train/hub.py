@@ -58,7 +58,7 @@ def snapshot(
     """
     from huggingface_hub import snapshot_download
 
-    with _explained(repo, kind, revision, key):
+    with explained(repo, key, kind, revision):
         folder = snapshot_download(
             repo,
             repo_type=kind,
@@ -69,26 +69,16 @@ def snapshot(
     return Path(folder)
 
 
-def create_repository(repo: str, *, private: bool, key: str) -> None:
-    """Make the model repository `repo`, unless it is there, which says whether one may."""
-    from huggingface_hub import HfApi
-
-    with _explained(repo, "model", None, key):
-        HfApi().create_repo(repo, private=private, exist_ok=True)
-
-
-def upload(folder: Path, repo: str, message: str, key: str) -> str:
-    """Upload a folder's files as one commit; the commit's address."""
-    from huggingface_hub import HfApi
-
-    with _explained(repo, "model", None, key):
-        commit = HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
-        return commit.commit_url
-
-
 @contextmanager
-def _explained(repo: str, kind: str, revision: str | None, key: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into a `ValueError` that says what to do."""
+def explained(
+    repo: str, key: str, kind: str = "model", revision: str | None = None
+) -> Iterator[None]:
+    """Turns what huggingface_hub raises into a `ValueError` that says what to do.
+
+    Args:
+        repo: `ORG/NAME`, a `kind` = model | dataset, at a `revision`.
+        key: the setting that names it.
+    """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -113,20 +113,29 @@ def publish(run_dir: Path, config: Config, summary: Mapping[str, Any]) -> str:
     Raises:
         ValueError: it could not be uploaded; `final/` is whole.
     """
+    from huggingface_hub import HfApi
+
     repo = config.hub.push_to
     assert repo is not None
     final = run_dir / "final"
     write_file(final / "README.md", model_card(config, summary))
     try:
-        return hub.upload(final, repo, f"{config.name}, {summary['steps']} steps", _KEY)
+        with hub.explained(repo, _KEY):
+            message = f"{config.name}, {summary['steps']} steps"
+            done = HfApi().upload_folder(repo_id=repo, folder_path=final, commit_message=message)
     except ValueError as error:
         raise ValueError(f"{error}; {final} is whole: `hf upload {repo} {final}`") from None
+    return done.commit_url
 
 
 def claim(config: Config, *, private: bool = True) -> None:
     """Make the repository that a run will upload to, where it names one and may write there."""
-    if config.hub.push_to is not None and is_main():
-        hub.create_repository(config.hub.push_to, private=private, key=_KEY)
+    from huggingface_hub import HfApi
+
+    repo = config.hub.push_to
+    if repo is not None and is_main():
+        with hub.explained(repo, _KEY):
+            HfApi().create_repo(repo, private=private, exist_ok=True)
 
 
 def model_card(config: Config, summary: Mapping[str, Any]) -> str:

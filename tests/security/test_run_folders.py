@@ -179,15 +179,25 @@ def _kill_after(monkeypatch, renames: int) -> None:
     monkeypatch.setattr(Path, "rename", rename)
 
 
-@pytest.mark.parametrize("renames", range(3))
+@pytest.mark.parametrize("renames", range(4))
 def test_a_kill_between_the_renames_of_an_overwrite_loses_no_run(renames, out, monkeypatch):
-    """Before the old run is set aside, before the new one has the name, and before its first step;
-    then the same in what puts it back."""
-    folder, before = out / "run", tree(out)
+    """Before the old run is set aside, before the new one has the name, before its first step, and
+    while the old one is deleted; then the same in what puts it back."""
+    folder, old = out / "run", tree(out / "run")
     run = RunFolder(Config(output_dir=str(out), name="run"), folder, is_resumed=False)
+    real = shutil.rmtree
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if (path / "final").is_dir() and renames == 3:
+            (path / "config.yaml").unlink()
+            raise Killed
+        real(path, ignore_errors)
+
     _kill_after(monkeypatch, renames)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
     with pytest.raises(Killed):
         run.begin({})
+        new = tree(folder)
         run.started()
     for again in range(3):
         monkeypatch.undo()
@@ -198,26 +208,7 @@ def test_a_kill_between_the_renames_of_an_overwrite_loses_no_run(renames, out, m
             continue
     monkeypatch.undo()
     recover(folder)
-    assert tree(out) == before and names(out) == ["other", "run"]
-
-
-def test_a_kill_while_the_old_run_is_deleted_keeps_the_new_one(out, monkeypatch):
-    """Half of the old run is gone by then."""
-    folder = out / "run"
-    run = RunFolder(Config(output_dir=str(out), name="run"), folder, is_resumed=False)
-    run.begin({})
-    new = tree(folder)
-
-    def rmtree(path: Path, ignore_errors: bool = False) -> None:
-        (path / "config.yaml").unlink()
-        raise Killed
-
-    monkeypatch.setattr(shutil, "rmtree", rmtree)
-    with pytest.raises(Killed):
-        run.started()
-    monkeypatch.undo()
-    recover(folder)
-    assert tree(folder) == new and names(out) == ["other", "run"]
+    assert tree(folder) == (new if renames == 3 else old) and names(out) == ["other", "run"]
 
 
 @pytest.mark.parametrize("how", ["--resume", "resume={folder}", ""])
