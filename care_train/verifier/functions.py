@@ -136,9 +136,9 @@ class UserFunction:
             form = result.get("format")
             step = self._wrong_step(result.get("wrong_step"), response)
             for name, value in result.items():
-                is_number = isinstance(value, Real) and math.isfinite(value)
-                if name not in (names[0], "format") and is_number:
-                    self._metrics.setdefault(str(name), []).append(float(value))
+                number = _finite(value) if isinstance(value, Real) else None
+                if name not in (names[0], "format") and number is not None:
+                    self._metrics.setdefault(str(name), []).append(number)
             result = result[names[0]]
         if result is None:
             return FunctionScore(None, extra=extra, wrong_step=step)
@@ -159,11 +159,8 @@ class UserFunction:
         return start, end
 
     def _number(self, value: Any, response: Response, bounded: bool) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number) or (bounded and not 0 <= number <= 1):
+        number = _finite(value)
+        if number is None or (bounded and not 0 <= number <= 1):
             wanted = "a number in [0, 1]" if bounded else "a finite number"
             raise self._wrong(value, response, f"{wanted} (target {self._settings.target})")
         return number
@@ -238,6 +235,14 @@ class UserFunction:
         """With those values that the function takes; TRL's and verl's own may name fewer."""
         taken = values if self._takes_any else self._parameters & values.keys()
         return self._run(**{name: values[name] for name in taken} | self._settings.arguments)
+
+
+def _finite(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 async def _awaited(result: Any) -> Any:
