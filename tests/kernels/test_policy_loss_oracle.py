@@ -223,6 +223,7 @@ def log_normalizer_of(case: Case) -> Tensor:
         ((23, 16, 211), 3.0, "sequence"),
         ((23, 16, 211), 30.0, "token"),
         ((20, 34, 400), 3.0, "token"),
+        ((3, 64, 1297), 3.0, "token"),
     ),
     ids=str,
 )
