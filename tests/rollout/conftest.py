@@ -24,10 +24,7 @@ from tests.train.runs import FastRun
 COLORS = ("red", "green", "blue", "yellow")
 LORA = LoraSettings(rank=4, alpha=12)
 SERVED_LORA = ("model.lora={rank: 4, alpha: 12}", "rollout.vllm.lora=adapter")
-LIMITS = (
-    *("prompt.max_prompt_tokens=300", "rollout.max_new_tokens=50"),
-    *("rollout.batch_size=64"),
-)
+LIMITS = ("prompt.max_prompt_tokens=300", "rollout.max_new_tokens=50", "rollout.batch_size=64")
 """For a server that takes what the tests' tiny models are asked."""
 
 

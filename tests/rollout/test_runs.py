@@ -29,7 +29,7 @@ def start(color_rows, out) -> list[str]:
     return [
         *("quickstart", "--config=configs/easy_vqa.yaml", *SMALL, *COLD_START),
         *(*data_arguments(color_rows), f"output_dir={out}"),
-        *("rollout.engine=vllm"),
+        "rollout.engine=vllm",
     ]
 
 
