@@ -213,14 +213,6 @@ def assert_same_bits(one: Run, other: Run) -> None:
     assert all(torch.equal(grad, other[1][name]) for name, grad in one[1].items())
 
 
-def assert_same_run(got: Run, want: Run) -> None:
-    """The same but for the order of sums."""
-    assert_same(got[0].loss, want[0].loss)
-    assert_same(got[0].log_probs, want[0].log_probs)
-    for name, grad in got[1].items():
-        assert_same(grad, want[1][name])
-
-
 def check_against_oracle(
     case: Case, *, upstream: float = 1.0, frozen: tuple[str, ...] = ()
 ) -> None:
