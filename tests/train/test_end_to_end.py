@@ -49,7 +49,7 @@ def _train(start: Sequence[str], out: Path, *arguments: str, ranks: int = 1) -> 
 def test_a_run_leaves_everything_it_promises(start, tmp_path):
     """`python -m care_train train` as a user types it: config, metrics, summary, checkpoints, final
     model, plots and report."""
-    arguments = [*start, f"output_dir={tmp_path}", "name=care", "eval.also=[blind]"]
+    arguments = [*start, f"output_dir={tmp_path}", "name=care", "eval.also=[greedy,blind]"]
     done = subprocess.run(
         [sys.executable, "-m", "care_train", *arguments],
         cwd=ROOT,
