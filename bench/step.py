@@ -41,6 +41,7 @@ from rich.table import Table  # noqa: E402
 from bench.measure import describe, machine_facts  # noqa: E402
 from bench.step_case import Case, Setup, StepFigures, prepare  # noqa: E402
 from bench.step_ours import OurTrainer, measure_ranks, threads_of  # noqa: E402
+from care_train.training.loop import few_collections  # noqa: E402
 from care_train.training.timer import MODEL_PARTS  # noqa: E402
 
 OURS = {
@@ -101,7 +102,7 @@ def compare(setup: Setup, case: Case, ours: Sequence[str], rounds: int) -> dict[
             # TRL asks for another vLLM release, which it is not told to use.
             warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
             from bench.step_trl import run_trl
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, few_collections():
             run_trl(setup, case, total, folder, turn)
     counted = {name: figures[WARM_UP:] for name, figures in taken.items()}
     return {name: summarize(name, figures, counted) for name, figures in counted.items()}

@@ -33,6 +33,7 @@ from care_train.distributed import (
 )
 from care_train.models.prompts import TokenText
 from care_train.training.groups import RolloutScorer
+from care_train.training.loop import few_collections
 from care_train.training.rl import open_policy
 from care_train.training.sampler import Sampler
 from care_train.training.session import Session, open_session, rank_share
@@ -127,7 +128,8 @@ def threads_of(ranks: int) -> int:
 def _run(task: dict) -> None:
     setup = Setup(Path(task["folder"]), draw_rows(task["num_rows"]))
     trainer = OurTrainer(setup, Case(**task["case"]), task["overrides"])
-    figures = [asdict(trainer.run()) for _ in range(task["steps"])]
+    with few_collections():
+        figures = [asdict(trainer.run()) for _ in range(task["steps"])]
     if is_main():
         print(json.dumps(figures))
 

@@ -1,5 +1,6 @@
 """`CareTrainer`: a run on a program's own rows, reward functions and callbacks, in its process."""
 
+import gc
 import signal
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def named(completions, answer, log_metric, **columns):
 class Record(transformers.TrainerCallback):
     def __init__(self, stop_after: int = 99) -> None:
         self.events: list[tuple] = []
+        self.frozen = 0
         self.stop_after = stop_after
 
     def on_train_begin(self, args, state, control, **_):
@@ -58,6 +60,7 @@ class Record(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, model, **_):
         assert model.num_parameters() > 0
         self.events.append(("step", state.global_step))
+        self.frozen = gc.get_freeze_count()
         control.should_training_stop = state.global_step >= self.stop_after
 
     def on_log(self, args, state, control, logs, **_):
@@ -100,6 +103,7 @@ def test_a_program_trains_evaluates_and_saves(tiny_folder, tmp_path):
     steps = records(trainer.run_dir)
     assert all(0 <= step["reward_named_mean"] <= 1 for step in steps) and len(steps) == 2
     assert all(step["reward_named_columns_mean"] >= 3 for step in steps)
+    assert record.frozen > 100_000 > gc.get_freeze_count(), "what collections have to look at"
     scores = trainer.evaluate()
     assert (scores["accuracy"], scores["num_questions"]) == (summary["accuracy_after"], 4)
     trainer.save_model(tmp_path / "mine")

@@ -1,7 +1,9 @@
 """The loop of steps, which reinforcement learning and the cold start share."""
 
+import gc
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,8 @@ class StepLoop(ABC):
         """The steps that are left."""
         display = TrainProgress(self.num_steps, is_main(), self.title, start_step=self.first_step)
         callbacks, in_program = self.session.given.callbacks, self.session.given.in_program
-        with StopSignals(in_program=in_program) as signals, display as self.progress:
+        signals = StopSignals(in_program=in_program)
+        with few_collections(), signals, display as self.progress:
             if self.owes_evaluation:
                 with at_step(self.first_step, self.num_steps, self.run_dir):
                     self.after_step(self.first_step, signals)
@@ -116,6 +119,21 @@ class StepLoop(ABC):
         self.session.given.callbacks.saved()
         if stop:
             raise Stopped(stop, done, self.num_steps, self.run_dir, saved)
+
+
+@contextmanager
+def few_collections() -> Iterator[None]:
+    """Take what lives now out of Python's garbage collection.
+
+    Libraries, model and rows are some 600,000 objects, and a collection that looks at all of them
+    every few steps takes as long as a part of a step; the steps' own garbage is collected still.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def is_due(step: int, every: int, last: int) -> bool:
