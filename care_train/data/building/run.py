@@ -224,6 +224,8 @@ class SourceCounts:
     filtered: int = 0
     """Left out by `where`."""
     kept: int = 0
+    images: int = 0
+    """Of the rows kept."""
     rejected: Counter[str] = field(default_factory=Counter)
     """By reason, told before duplicates are looked for."""
     duplicates: Counter[str] = field(default_factory=Counter)
@@ -250,6 +252,7 @@ def _summary(
             usable=one.usable,
             duplicates=one.duplicates.total(),
             kept=one.kept,
+            images=one.images,
         )
     by_source = {}
     for source in sources:
@@ -263,6 +266,7 @@ def _summary(
             "duplicates": dict(sorted(one.duplicates.items())),
             "kept": one.kept,
             "kept_share": _share(one.kept, total["kept"]),
+            "images": one.images,
             "expected_rows": source.expected_rows,
         }
     return {"sources": by_source, "total": dict(total)}
@@ -307,6 +311,7 @@ def kept_rows(
             detail = f"{row['origin']}: repeats {first_id}"
         else:
             one.kept += 1
+            one.images += len(row["looks"])
         keeps.append(not reason)
         if reason:
             line = {"source": part["source"], "file": part["file"], "row": row["number"]}
