@@ -20,6 +20,7 @@ last line is one JSON object; the exit code is 1 where something could not be me
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -41,7 +42,6 @@ from rich.table import Table  # noqa: E402
 from bench.measure import describe, machine_facts  # noqa: E402
 from bench.step_case import Case, Setup, StepFigures, prepare  # noqa: E402
 from bench.step_ours import OurTrainer, measure_ranks, threads_of  # noqa: E402
-from care_train.training.loop import few_collections  # noqa: E402
 from care_train.training.timer import MODEL_PARTS  # noqa: E402
 
 OURS = {
@@ -94,15 +94,18 @@ def compare(setup: Setup, case: Case, ours: Sequence[str], rounds: int) -> dict[
         def turn(theirs: StepFigures) -> None:
             taken["trl"].append(theirs)
             shift = progress.tasks[0].completed % max(len(ours), 1)
+            # As a run of ours does (`few_collections`); TRL's runs leave Python's defaults.
+            gc.freeze()
             for name in [*ours[int(shift) :], *ours[: int(shift)]]:
                 taken[name].append(trainers[name].run())
+            gc.unfreeze()
             progress.advance(task)
 
         with warnings.catch_warnings():
             # TRL asks for another vLLM release, which it is not told to use.
             warnings.filterwarnings("ignore", message="TRL currently supports vLLM")
             from bench.step_trl import run_trl
-        with tempfile.TemporaryDirectory() as folder, few_collections():
+        with tempfile.TemporaryDirectory() as folder:
             run_trl(setup, case, total, folder, turn)
     counted = {name: figures[WARM_UP:] for name, figures in taken.items()}
     return {name: summarize(name, figures, counted) for name, figures in counted.items()}
