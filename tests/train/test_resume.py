@@ -171,8 +171,8 @@ def test_a_cold_start_goes_on_too(start, out, monkeypatch):
     [(1, 2, ()), (1, 3, ()), (2, 2, ()), (2, 3, ()), (2, 3, ("model.lora.rank=4",))],
 )
 def test_kills_at_random_lose_nothing(ranks, stage, more, start, out):
-    """Five SIGKILLs at random moments for each of one and two ranks, ZeRO-2 and ZeRO-3: 20; and as
-    many with adapters."""
+    """Five SIGKILLs at random moments for each of one and two ranks, ZeRO-2 and ZeRO-3: 20; and
+    five with adapters."""
     draw = random.Random(f"{ranks}/{stage}")
     arguments = [
         *(*start, *more, f"deepspeed.zero_stage={stage}", "train.steps=40"),
