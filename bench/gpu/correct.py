@@ -21,7 +21,7 @@ def run(bench: Bench) -> None:
     """`pytest tests/kernels`, every outcome counted; a dry run takes one file."""
     if find_spec("pytest") is None or find_spec("hypothesis") is None:
         bench.record.put("missing", {"kernel tests": "pytest or hypothesis is not installed"})
-        return
+        sys.exit("the kernel tests need pytest and hypothesis, installed or as wheels in .wheels")
     tests = "tests/kernels/test_spans.py" if bench.dry else "tests/kernels"
     command = [sys.executable, "-m", "pytest", tests, *_OPTIONS]
     if find_spec("xdist") is not None and not bench.dry:
