@@ -130,10 +130,10 @@ def publish(run_dir: Path, config: Config, summary: Mapping[str, Any]) -> str:
 
 def claim(config: Config, *, private: bool = True) -> None:
     """Make the repository that a run will upload to, where it names one and may write there."""
-    from huggingface_hub import HfApi
-
     repo = config.hub.push_to
     if repo is not None and is_main():
+        from huggingface_hub import HfApi
+
         with hub.explained(repo, _KEY):
             HfApi().create_repo(repo, private=private, exist_ok=True)
 

@@ -38,7 +38,7 @@ from verl.trainer.ppo.core_algos import agg_loss, register_adv_est, register_pol
 
 from care_kernels import Clip
 from care_train.algorithm.care import select_subgroup, subgroup_update
-from care_train.algorithm.region_weights import spread_advantages
+from care_train.algorithm.region_weights import split_advantages
 from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.spans import parse_spans, rationale_span, token_spans
 from care_train.algorithm.types import Rollout, RolloutGroup
@@ -114,9 +114,9 @@ def care_advantages(
         if isinstance(subgroup, str):
             continue
         row_of = {id(rollout): i for i, rollout in zip(rows, group.rollouts, strict=True)}
-        for sequence in subgroup_update(subgroup, settings).sequences:
-            row, spread = row_of[id(sequence.rollout)], spread_advantages([sequence])
-            advantages[row, : len(spread)] = spread.to(advantages.device)
+        sequences = subgroup_update(subgroup, settings).sequences
+        for sequence, spread in zip(sequences, split_advantages(sequences), strict=True):
+            advantages[row_of[id(sequence.rollout)], : len(spread)] = spread.to(advantages.device)
     return advantages, advantages
 
 

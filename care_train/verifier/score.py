@@ -66,7 +66,7 @@ class Verifier:
         self._think_tag = prompt.think_tag
         self._answer_tag = prompt.answer_tag
         self._is_boxed = prompt.is_boxed
-        self._settings = reward
+        self._settings, self._weight = reward, reward.verifier_weight
         self._functions = [RewardFunction(one, given or {}) for one in reward.own_functions]
         names = [function.name for function in self._functions]
         self._names = [f"{n}_{i + 1}" if n in names[:i] else n for i, n in enumerate(names)]
@@ -165,9 +165,8 @@ class Verifier:
         own = [(f.settings, one) for f, one in zip(self._functions, results, strict=True)]
         told = [(settings, one.value) for settings, one in own if one.value is not None]
         accurate = [(s.weight, value) for s, value in told if s.target == "accuracy"]
-        weight = self._settings.verifier_weight
-        if weight or not accurate:
-            accurate.append((weight or 1.0, verdict.accuracy))
+        if self._weight or not accurate:
+            accurate.append((self._weight or 1.0, verdict.accuracy))
         graded, threshold = _mean(accurate), self._settings.success_threshold
         given = [(s.weight, one.format_score) for s, one in own if one.format_score is not None]
         fault = self.form_fault(response)
