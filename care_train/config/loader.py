@@ -111,6 +111,15 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return asdict(config)
 
 
+def dotted(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        found |= dotted(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
+
+
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """`top` laid over `base`, mapping by mapping."""
     merged = dict(base)

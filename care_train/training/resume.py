@@ -16,6 +16,7 @@ from care_train.config import (
     ModelSettings,
     Role,
     config_to_dict,
+    dotted,
     list_keys,
     role_of,
 )
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 def settings_of(config: Config) -> dict[str, Any]:
     """The resolved configuration, flat, in JSON's types: what a checkpoint remembers."""
-    return dict(_flatten(json.loads(json.dumps(config_to_dict(config))), ""))
+    return dotted(json.loads(json.dumps(config_to_dict(config))))
 
 
 def saved_lora(settings: Mapping[str, Any]) -> LoraSettings | None:
@@ -192,14 +193,6 @@ def cold_start_logs(run_dir: Path, cold_start: str | None) -> dict[str, int]:
 
 def _within(key: str, names: Iterable[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _rows_digest(samples: Iterable[Sample]) -> str:

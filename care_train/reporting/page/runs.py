@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from care_train.config import Role, role_of
+from care_train.config import Role, dotted, role_of
 from care_train.reporting.archive import ARCHIVE
 from care_train.reporting.metrics import METRICS_FILE, read_metrics
 
@@ -52,7 +52,7 @@ def read_run(folder: Path) -> Run:
     config_yaml = config.read_text(encoding="utf-8") if config.is_file() else ""
     return Run(
         folder=folder.resolve(),
-        settings=dict(_flat(yaml.safe_load(config_yaml) or {})),
+        settings=dotted(yaml.safe_load(config_yaml) or {}),
         config_yaml=config_yaml,
         summary=json.loads(summary.read_text()) if summary.is_file() else {},
         records=read_metrics(metrics) if metrics.is_file() else [],
@@ -102,13 +102,3 @@ def _decides(key: str) -> bool:
         return role_of(key) is not Role.FREE
     except ValueError:  # A setting of another version, or an entry of one that is a mapping.
         return True
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            pairs += _flat(value, f"{prefix}{key}.")
-        else:
-            pairs.append((f"{prefix}{key}", value))
-    return pairs
