@@ -34,7 +34,9 @@ _SHOWN = {
     "loss": ("loss", "{:.3f}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
 }
-_PLAIN_LINES = 10
+_PLAIN_SECONDS = 10.0
+"""At least, between two lines of a log."""
+
 _WHOLE_RUN = 30 * 24 * 3600.0
 """Seconds of history the ETA looks at. rich's default, 30, is shorter than one step can be."""
 
@@ -43,8 +45,8 @@ _CONSOLE = Console(stderr=True)
 
 
 class TrainProgress:
-    """A training run's bar with its latest numbers below, in a log a line per step; use it as a
-    context manager."""
+    """A training run's bar with its latest numbers below, in a log a line per step, of short ones
+    every ten seconds; use it as a context manager."""
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class TrainProgress:
         self._console = console or _CONSOLE
         self._enabled = enabled
         self._live = enabled and self._console.is_interactive
-        self._lines = _PlainLines(self._console, total_steps, description, start_step, total_steps)
+        self._lines = _PlainLines(self._console, total_steps, description, start_step)
         self._bar = _TrainBar(console=self._console)
         self._task = self._bar.add_task(description, total=total_steps, completed=start_step)
 
@@ -220,28 +222,21 @@ class _TrainBar(Progress):
 class _PlainLines:
     """A line now and then: a log keeps every redraw of a bar."""
 
-    def __init__(
-        self,
-        console: Console,
-        total: int,
-        description: str,
-        start_step: int = 0,
-        lines: int = _PLAIN_LINES,
-    ) -> None:
+    def __init__(self, console: Console, total: int, description: str, start_step: int = 0) -> None:
         self._console = console
-        self._total, self._lines = total, lines
+        self._total, self._first = total, start_step
         self._description = description
-        self._first = start_step
-        self._printed: int | None = None
         self._started = time.monotonic()
+        self._printed: float | None = None
 
     def update(self, step: int, values: Mapping[str, str]) -> None:
-        """Print the first step, the last one, and where the next of about `lines` is due."""
-        due = step * self._lines // max(self._total, 1)
-        if self._printed is not None and due <= self._printed:
+        """Print the first step, the last one, and what comes late enough after the line before."""
+        now = time.monotonic()
+        soon = self._printed is not None and now - self._printed < _PLAIN_SECONDS
+        if soon and step < self._total:
             return
-        self._printed = due
-        elapsed, done = time.monotonic() - self._started, step - self._first
+        self._printed = now
+        elapsed, done = now - self._started, step - self._first
         parts = [f"{self._description} {step}/{self._total}"]
         parts += [f"{label} {value}" for label, value in values.items()]
         parts += [f"elapsed {timedelta(seconds=round(elapsed))}"]

@@ -53,6 +53,7 @@ class Judge:
             timeout=_TIMEOUT,
             max_retries=_RETRIES,
         )
+        self._options: dict[str, Any] = {"temperature": 0.0, "max_tokens": _MAX_TOKENS}
         self._known: dict[Case, Verdict] = {}
 
     def is_asked(self, item: Item, verdict: Verdict) -> bool:
@@ -87,12 +88,7 @@ class Judge:
             if attempt:
                 time.sleep(min(0.5 * 2 ** (attempt - 1), 8.0))
             try:
-                reply: Any = self._client.chat.completions.create(
-                    model=self._settings.model,
-                    messages=[{"role": "user", "content": content}],
-                    temperature=0.0,
-                    max_tokens=_MAX_TOKENS,
-                )
+                reply = self._reply(content)
             except self._openai.OpenAIError as error:
                 raise self._failed(f"{type(error).__name__}: {error}") from None
             except ValueError as error:
@@ -105,6 +101,22 @@ class Judge:
             fault = f"no choices with a message in {got[:200]}"
         raise self._failed(fault)
 
+    def _reply(self, content: str) -> Any:
+        """What the endpoint sends, asked again without an option that its model refuses."""
+        options = self._options
+        try:
+            return self._client.chat.completions.create(
+                model=self._settings.model,
+                messages=[{"role": "user", "content": content}],
+                **options,
+            )
+        except self._openai.BadRequestError as error:
+            taken = _without_refused(options, str(error))
+            if taken == options:
+                raise
+            self._options = taken
+            return self._reply(content)
+
     def _failed(self, got: str) -> ValueError:
         # A server may repeat what it was sent.
         got = got.replace(self._key, "***") if self._key else got
@@ -113,6 +125,20 @@ class Judge:
             f"{_RETRIES + 1} tries, wanted a reply: start the server, or correct "
             f"reward.judge{self._hint}"
         )
+
+
+def _without_refused(options: dict[str, Any], error: str) -> dict[str, Any]:
+    """The request's options without those that an error says are not supported.
+
+    OpenAI's reasoning models (gpt-5) take no temperature, and a limit under another name:
+    https://github.com/griptape-ai/ComfyUI-Griptape/issues/312. Older servers know the old one only.
+    """
+    if "not support" not in error:
+        return options
+    taken = {name: value for name, value in options.items() if name not in error}
+    if taken.keys() != options.keys() and "max_tokens" not in taken:
+        taken["max_completion_tokens"] = _MAX_TOKENS
+    return taken
 
 
 def _key_of(base_url: str) -> tuple[str, str]:

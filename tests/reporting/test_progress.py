@@ -1,7 +1,9 @@
 """Bars on a terminal, plain lines in a log, groups and names to the letter."""
 
 import io
+import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -27,20 +29,25 @@ def _written(console: Console) -> str:
     return console.file.getvalue()
 
 
-def test_a_log_gets_a_line_per_step() -> None:
+@pytest.mark.parametrize(
+    ("step_seconds", "shown"), [(12.0, range(4, 41)), (4.0, [*range(4, 41, 3)]), (0.1, [4, 40])]
+)
+def test_a_log_gets_a_line_per_step_or_every_ten_seconds(step_seconds, shown, monkeypatch) -> None:
     """Without a terminal there is no redrawing; a resumed run goes on counting.
 
     A cold start follows its loss; reinforcement learning, whose loss means little, does not.
     """
+    clock = count(step=step_seconds)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     console = _log()
     with TrainProgress(40, description="care", start_step=3, console=console) as progress:
         progress.update(4, {"loss": 2.5})
         for step in range(5, 41):
             progress.update(step, _VALUES | {"loss": 2.5})
     lines = _written(console).splitlines()
-    assert [line.split()[1] for line in lines] == [f"{step}/40" for step in range(4, 41)]
-    for shown in ("reward 0.500", "accuracy 25.0%", "KL 0.0100", "tokens/s 12,346"):
-        assert shown in lines[-1]
+    assert [line.split()[1] for line in lines] == [f"{step}/40" for step in shown]
+    for value in ("reward 0.500", "accuracy 25.0%", "KL 0.0100", "tokens/s 12,346"):
+        assert value in lines[-1]
     assert "loss 2.500" in lines[0] and "loss" not in lines[-1]
     assert "format" not in lines[-1] and "\x1b" not in lines[-1]
 

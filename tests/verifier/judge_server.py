@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class Server(ThreadingHTTPServer):
     """Counts requests; `reply` makes an answer from a prompt.
 
-    An answer is a text, a failing status, or a whole body as bytes.
+    An answer is a text, a failing status, or a whole body as bytes. Of the options in `refused` it
+    names the first that it gets, as OpenAI's endpoint does.
     """
 
     daemon_threads = True
@@ -20,6 +21,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.prompts: list[str] = []
         self.keys: list[str] = []
+        self.options: list[set[str]] = []
+        self.refused: tuple[str, ...] = ()
         self.reply: Callable[[str], str | int | bytes] = lambda prompt: "CORRECT"
 
     @property
@@ -37,13 +40,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions" and body["temperature"] == 0.0
+        assert self.path == "/v1/chat/completions" and body.get("temperature", 0.0) == 0.0
         prompt = body["messages"][0]["content"]
         self.server.prompts.append(prompt)
         self.server.keys.append(self.headers["Authorization"].removeprefix("Bearer "))
-        reply = self.server.reply(prompt)
+        self.server.options.append(body.keys() - {"model", "messages"})
+        refused = next((name for name in self.server.refused if name in body), None)
+        reply = 400 if refused else self.server.reply(prompt)
         status = reply if isinstance(reply, int) else 200
-        encoded = reply if isinstance(reply, bytes) else _completion(body["model"], reply)
+        if refused:
+            encoded = _refusal(refused)
+        elif isinstance(reply, bytes):
+            encoded = reply
+        else:
+            encoded = _completion(body["model"], reply)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(encoded)))
@@ -52,6 +62,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+def _refusal(name: str) -> bytes:
+    """What OpenAI sends for an option that a model does not take."""
+    said = f"Unsupported parameter: '{name}' is not supported with this model."
+    error = {"message": said, "type": "invalid_request_error", "param": name}
+    return json.dumps({"error": error | {"code": "unsupported_parameter"}}).encode()
 
 
 def _completion(model: str, content: str | int) -> bytes:

@@ -117,6 +117,33 @@ def test_a_broken_judge_is_an_error(server: Server, reply: int | bytes, got: str
         verifier.score_batch(responses)
 
 
+@pytest.mark.parametrize(
+    ("refused", "sent"),
+    [
+        ((), {"temperature", "max_tokens"}),
+        (("max_tokens", "temperature"), {"max_completion_tokens"}),
+        (("temperature",), {"max_tokens"}),
+    ],
+)
+def test_a_model_that_takes_fewer_options(server: Server, refused: tuple, sent: set[str]):
+    """OpenAI's reasoning models refuse `max_tokens` and `temperature`: what is refused is asked for
+    once, not with every answer."""
+    server.refused = refused
+    verifier, responses = _score(server, ("a b", "c d"), ("e f", "g h"))
+    scores = [verifier.score_batch([response])[0].accuracy for response in responses]
+    assert scores == [1.0, 1.0]
+    assert server.options[-1] == server.options[-2] == sent
+    assert len(server.options) == 2 + len(refused)
+
+
+def test_a_limit_that_no_name_is_taken_for_is_an_error(server: Server):
+    """It is not asked again and again."""
+    server.refused = ("max_tokens", "max_completion_tokens")
+    verifier, responses = _score(server, ("a b", "c d"))
+    with pytest.raises(ValueError, match=r"got BadRequestError.*max_completion_tokens"):
+        verifier.score_batch(responses)
+
+
 def test_no_answer_is_an_error(monkeypatch: pytest.MonkeyPatch):
     """A refused connection and a reply that comes too late name the endpoint."""
     monkeypatch.setattr(judge, "_TIMEOUT", 0.2)
