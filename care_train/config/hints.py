@@ -112,7 +112,7 @@ def explain(error: Any, root: type) -> str:
     path = [str(part) for part in error["loc"]]
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         names = _names_below(".".join(path), error["input"])
-        return "\n".join(_unknown(name, root) for name in names)
+        return "\n".join(unknown_key(name, root) for name in names)
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     if error["type"].startswith("missing"):
@@ -141,7 +141,8 @@ def _names_below(name: str, value: object) -> list[str]:
     return [below for key in value for below in _names_below(f"{name}.{key}", value[key])]
 
 
-def _unknown(key: str, root: type) -> str:
+def unknown_key(key: str, root: type) -> str:
+    """What is said of a key that there is none of: the one of this name here, or a close one."""
     command = "train" if root is Config else "data build"
     known = [entry.name for entry in list_keys(root)]
     parts = key.split(".")

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from care_train.config.base import check
 from care_train.config.care import PRESETS, TABLE_5
 from care_train.config.data import BuildSettings
-from care_train.config.gone import without_gone
-from care_train.config.hints import explain
+from care_train.config.hints import explain, unknown_key
 from care_train.config.keys import find_key
 from care_train.config.run import Config
 from care_train.config.yaml_file import parse_value, read_yaml
@@ -143,8 +143,14 @@ def _validated(
 ) -> T:
     """`values` laid over those `below`, as settings; errors name where they come from."""
     try:
-        values = _with_nulls(merge(below or {}, without_gone(values)), "", root)
-        return TypeAdapter(root).validate_python(values)
+        for key in ("care.decisions", "model.lora.vision"):  # fields that other keys set
+            if _at(values, key) is not None:
+                raise ValueError(unknown_key(key, root))
+        layered = _with_nulls(merge(below or {}, values), "", root)
+        settings = TypeAdapter(root).validate_python(layered)
+        lora = _at(values, "model.lora")
+        check(not lora or "rank" in lora, "model.lora", lora, "rank in it: adapters, or 0 for none")
+        return settings
     except ValidationError as error:
         # A union names its branches one by one.
         lines = dict.fromkeys(explain(item, root) for item in error.errors())

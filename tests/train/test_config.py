@@ -46,8 +46,8 @@ REFUSED = yaml.safe_load((Path(__file__).parent / "refused_settings.yaml").read_
 
 @pytest.mark.parametrize(("override", "message"), REFUSED.items())
 def test_bad_settings_say_key_got_and_wanted(override, message):
-    """An unknown key, a wrong value, what DeepSpeed or LoRA is told against other settings, and a
-    setting that is gone: the error names key, got and what is wanted or takes its place."""
+    """An unknown key, a wrong value, what DeepSpeed or LoRA is told against other settings: the
+    error names key, got and what is wanted."""
     with pytest.raises(ValueError) as error:
         load_config(None, override.split())
     assert [part for part in message.split(" ... ") if part not in str(error.value)] == []
@@ -63,30 +63,6 @@ def test_no_number_is_negative_or_not_a_number():
         for wrong in (".nan",) if name == "seed" else (".nan", "-1"):
             with pytest.raises(ValueError, match=re.escape(name.split(".")[-1])):
                 load_config(None, [f"{name}={wrong}"])
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "eval.data.split=test",
-        "loss.importance_cap=2",
-        "preset=official care.reflection.temperature=0.6",
-        "algorithm=cispo loss.surrogate=cispo",
-        "train.adam_betas=[0.9,0.999]",
-        "algorithm=gspo loss.ratio_level=sequence",
-        "preset=official care.reflection.context=x_only reward.answer=boxed",
-        "care.reflection.context=full care.reflection.enabled=true care.think_share=null",
-        "eval.blind=false eval.greedy=true logging.progress=true rollout.vllm.kv_cache_gib=null",
-        "model.lora=null model.min_pixels=null model.max_pixels=null train.freeze_vision=false",
-        "prompt.think_tag=think prompt.answer_tag=answer reward.answer=tags",
-        "reward.judge=null reward.verifier_weight=null",
-        "sft.eval_every=0 sft.save_every=0 sft.warmup_steps=10",
-    ],
-)
-def test_what_an_older_version_wrote_is_read(override):
-    """An older run's config.yaml names every setting: one that is gone may say what it is now."""
-    settings = [word for word in override.split() if word.startswith(("preset", "algorithm"))]
-    assert load_config(None, override.split()) == load_config(None, settings)
 
 
 def test_the_resolved_config_reads_back_equal():
