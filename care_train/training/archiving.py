@@ -30,7 +30,7 @@ from care_train.training.credit import (
     telling_rollouts,
 )
 from care_train.training.groups import Group
-from care_train.training.log_probs import TrainItem, known_old_log_probs, token_advantages
+from care_train.training.log_probs import TrainItem, known_old_log_probs, on_cpu, token_advantages
 
 EVENT_FILES = ("care_events.jsonl", "rgr_events.jsonl")
 
@@ -219,10 +219,10 @@ def _trained(items: Sequence[TrainItem]) -> dict[int, dict[str, Any]]:
     columns = {
         "token_advantages": token_advantages(items),
         "token_weights": split_advantages(weighed),
-        "ref_log_probs": _joined([item.ref_log_probs for item in items]),
-        "old_log_probs": _joined(known_old_log_probs(items)),
-        "entropy": _joined([outcome and outcome.entropy for outcome in outcomes]),
-        "clipped": _joined(clipped),
+        "ref_log_probs": on_cpu([item.ref_log_probs for item in items]),
+        "old_log_probs": known_old_log_probs(items),
+        "entropy": on_cpu([outcome and outcome.entropy for outcome in outcomes]),
+        "clipped": on_cpu(clipped),
     }
     return {
         id(sequence.rollout): {
@@ -235,17 +235,8 @@ def _trained(items: Sequence[TrainItem]) -> dict[int, dict[str, Any]]:
     }
 
 
-def _joined(rows: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
-    """The rows on the CPU, fetched from their device at once."""
-    present = [row.detach() for row in rows if row is not None]
-    if not present:
-        return rows
-    parts = iter(torch.cat(present).cpu().split([len(row) for row in present]))
-    return [None if row is None else next(parts) for row in rows]
-
-
 def _array(values: torch.Tensor | None) -> np.ndarray | None:
-    return None if values is None else values.numpy()
+    return None if values is None else values.detach().numpy()
 
 
 def _item(values: torch.Tensor | None, place: int) -> float | None:

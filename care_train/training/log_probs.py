@@ -132,7 +132,7 @@ def token_advantages(items: Sequence[TrainItem]) -> list[torch.Tensor]:
 
 
 def known_old_log_probs(items: Sequence[TrainItem]) -> list[torch.Tensor | None]:
-    """log pi_old of each sequence's tokens, [T], once the policy is updated.
+    """log pi_old of each sequence's tokens, [T] on the CPU, once the policy is updated.
 
     Of a sequence that the old policy was not run on, they are those of its one update; None where
     that left tokens out: without a KL, those without an advantage, which read 0.
@@ -144,7 +144,14 @@ def known_old_log_probs(items: Sequence[TrainItem]) -> list[torch.Tensor | None]
             is_whole = outcome.kl is not None or bool((advantages != 0).all())
             log_probs = outcome.log_probs if is_whole else None
         found.append(log_probs)
-    return found
+    return on_cpu(found)
+
+
+def on_cpu(rows: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Rows of one dtype, on the CPU; those of a GPU are joined first, to wait for it once."""
+    away = [row for row in rows if row is not None and not row.is_cpu]
+    fetched = iter(torch.cat(away).cpu().split([len(row) for row in away]) if away else ())
+    return [row if row is None or row.is_cpu else next(fetched) for row in rows]
 
 
 class LogProbs:
@@ -192,9 +199,16 @@ class LogProbs:
         sequences: Sequence[TokenSequence],
         pool_spans: Sequence[tuple[int, int]] | None = None,
     ) -> list[SequenceRows]:
-        """`forward_all` by the policy as it is, with the log-normalisers."""
+        """`forward_all` by the policy as it is, with the log-normalisers; both on the CPU."""
         forward = partial(self._engine.log_probs, with_log_normalizer=True)
-        return self.forward_all(forward, sequences, pool_spans)
+        rows = self.forward_all(forward, sequences, pool_spans)
+        log_probs = on_cpu([row.log_probs for row in rows])
+        normalizers = on_cpu([row.log_normalizer for row in rows])
+        return [
+            SequenceRows(own, normalizer, row.embedding)
+            for row, own, normalizer in zip(rows, log_probs, normalizers, strict=True)
+            if own is not None
+        ]
 
     def of_groups(self, groups: Sequence[Group]) -> list[Group]:
         """The old policy's one forward (Secs. 3.3, 3.7): the groups that are not skipped get the
@@ -252,10 +266,10 @@ class LogProbs:
             sequences = [item.group.sequence(item.sequence.rollout) for item in missing]
             rows = self.old_policy(sequences + [item.tokens for item in moved])
             for item, row in zip(missing, rows, strict=False):
-                item.sampled_log_probs = _on_cpu(row.log_probs)
-                item.old_log_normalizer = _on_cpu(row.log_normalizer)
+                item.sampled_log_probs = row.log_probs
+                item.old_log_normalizer = row.log_normalizer
             for item, row in zip(moved, rows[len(missing) :], strict=True):
-                item.old_log_probs = _on_cpu(row.log_probs)
+                item.old_log_probs = row.log_probs
                 item.old_log_normalizer = None
         for item in items:
             self._weigh(item)
@@ -285,8 +299,8 @@ def _with_old_policy(group: Group, rows: Sequence[SequenceRows]) -> Group:
     rollouts = [
         replace(
             rollout,
-            old_log_probs=_on_cpu(row.log_probs),
-            old_log_normalizer=_on_cpu(row.log_normalizer),
+            old_log_probs=row.log_probs,
+            old_log_normalizer=row.log_normalizer,
         )
         for rollout, row in zip(group.rollouts, rows, strict=True)
     ]
@@ -294,9 +308,5 @@ def _with_old_policy(group: Group, rows: Sequence[SequenceRows]) -> Group:
         group,
         rollouts=tuple(rollouts),
         distances=pairwise_distances(embeddings.cpu()),
-        log_prob_sums=torch.stack([row.log_probs.sum() for row in rows]).cpu(),
+        log_prob_sums=torch.stack([row.log_probs.sum() for row in rows]),
     )
-
-
-def _on_cpu(values: torch.Tensor | None) -> torch.Tensor | None:
-    return None if values is None else values.detach().float().cpu()

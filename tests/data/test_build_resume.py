@@ -147,7 +147,6 @@ def test_the_command_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("sources.mine.colour=red", "unknown key 'sources.0.colour'"),
         ("sources.yours.path=x", "sources.yours: no such source, there are mine"),
         ("dedup.max_distance=16", "dedup.max_distance: got 16, wanted an integer in [0, 16)"),
-        ("row_group=64", "row_group: got 64, but this setting is gone"),
     ):
         assert main([*arguments, override]) == 2
         assert message in capsys.readouterr().err

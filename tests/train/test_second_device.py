@@ -1,0 +1,84 @@
+"""Runs on a device that is not the CPU: what a GPU refuses, a tensor left behind, is found without
+one."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import ROOT, FastRun, cold_start, records
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+
+MODULE = "tests.train.second_device"
+SETTINGS = {
+    "defaults": (),
+    "kl": ("loss.kl_coef=0.1", "train.mini_batches=2", "eval.also=[greedy,blind]"),
+    "exact_kl": ("loss.kl_coef=0.1", "loss.kl_estimator=exact", "train.packing=true"),
+    "lora": ("model.lora.rank=4", "loss.kl_coef=0.1", "train.gradient_checkpointing=true"),
+    "zero2": ("deepspeed.zero_stage=2", "loss.entropy_coef=0.01", "care.credit=departure"),
+    "zero3": ("deepspeed.zero_stage=3", "train.num_iterations=2", "care.selector=learned"),
+    "official": ("preset=official", "rollout.group_size=7", "model.image_pixels=null"),
+    "dapo": ("algorithm=dapo", "train.dynamic_sampling=true", "reward.overlong_buffer=0.5"),
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, color_rows) -> list[str]:
+    """Arguments of `train` from a model that earns some rewards, so that it reflects."""
+    out = tmp_path_factory.mktemp("cold")
+    return [*cold_start(out, color_rows, "sft.steps=40"), "train.steps=2"]
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory) -> str:
+    """Code that lets all runs share one build of the device."""
+    folder = str(tmp_path_factory.mktemp("extensions"))
+    return f"import os; os.environ['TORCH_EXTENSIONS_DIR'] = {folder!r}\n"
+
+
+def _train(arguments: Sequence[str], out: Path, before: str, module: str) -> list[dict]:
+    """The metrics of a run that must succeed."""
+    run = FastRun(*arguments, f"output_dir={out}", "name=run", before=before, module=module)
+    ((status, errors),) = run.end()
+    assert status == 0, errors
+    return records(out / "run")
+
+
+def _compare(start: list[str], out: Path, before: str, *settings: str) -> float:
+    """Run both; how many reflections there were."""
+    arguments = [*start, *settings]
+    there = _train(arguments, out / "there", before, MODULE)
+    here = _train(arguments, out / "here", before, "")
+    assert sum(values["trained_sequences"] for values in here) > 0
+    for own, wanted in zip(there, here, strict=True):
+        for key in ("loss", "grad_norm", "reward", "trained_sequences", "decoded_tokens"):
+            assert own[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5), key
+    return sum(values.get("reflections", 0) for values in here)
+
+
+def test_a_run_is_on_its_device(start, tmp_path, before):
+    """Rollouts, reflections, log-probs, update, metrics, archive and evaluation of CARE: no tensor
+    is left on the CPU, and the numbers are a CPU's."""
+    assert _compare(start, tmp_path, before, *SETTINGS["defaults"]) > 0
+
+
+def test_a_tensor_left_behind_is_refused(before):
+    """The device is no CPU in disguise."""
+    there = "torch.ones(2, device='second')"
+    for mixed in (f"{there} + torch.ones(2)", f"torch.cat([{there}, torch.ones(2)])"):
+        code = f"import torch\nfrom {MODULE} import register_device\nregister_device()\n{mixed}"
+        done = subprocess.run(
+            [sys.executable, "-c", before + code], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 1 and "two devices" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "defaults"])
+def test_other_runs_are_on_their_device(name, start, tmp_path, before):
+    """KLs, packing, adapters, ZeRO stages, precisions and algorithms as `defaults`."""
+    _compare(start, tmp_path, before, *SETTINGS[name])
