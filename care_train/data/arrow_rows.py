@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from care_train.data.built import BUILT_KEY, BUILT_NOTE, DIGEST_COLUMN
+from care_train.data.built import BUILT_KEY, BUILT_NOTE
 from care_train.data.rows import READ_BYTES, RowFile
 
 MAX_EXPANDED_BYTES = 2**32
@@ -90,8 +90,8 @@ class ParquetRows(RowFile):
             yield from enumerate(rows, number)
             number += len(rows)
 
-    def digests(self) -> Sequence[str]:
-        return self._file.read(columns=[DIGEST_COLUMN]).column(0).to_pylist()
+    def built_column(self, name: str) -> Sequence[str]:
+        return self._file.read(columns=[name]).column(0).to_pylist()
 
     def _value(self, place: int) -> Any:
         if self._has_large_groups:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import overload
 
 from care_train.config import FROM_PYTHON, LEVELS, SHIPPED_DATA, DataSettings, source_of
-from care_train.data.built import sample_of_built
+from care_train.data.built import DIGEST_COLUMN, sample_of_built
 from care_train.data.charts import charts_sample
 from care_train.data.columns import RowError, join_errors
 from care_train.data.digits import digits_sample
@@ -123,13 +123,19 @@ def load_samples(
         return _read(files[number], place - starts[number], path.name)
 
     def stored() -> Sequence[str]:
-        return list(chain.from_iterable(file.digests() for file in files))
+        return list(chain.from_iterable(file.built_column(DIGEST_COLUMN) for file in files))
 
     is_built = all(file.is_built for file in files)
     places = _choose(starts[-1], limit, seed)
     samples = LazySamples(read, places, stored if is_built else None)
     if not is_built:
         _check(samples, f"{key}: {path}")
+    elif len(files) > 1:  # each has been checked by itself
+        ids = chain.from_iterable(file.built_column("id") for file in files)
+        first: dict[str, int] = {}
+        for place, id in enumerate(ids):
+            if first.setdefault(id, place) != place:
+                raise ValueError(_used_twice(read(place), read(first[id])))
     return samples
 
 
@@ -222,9 +228,13 @@ def _check(samples: LazySamples, where: str) -> None:
             continue
         first = seen.setdefault(sample.id, index)
         if first != index:
-            errors.append(
-                f"{sample.location}: id: got {sample.id!r}, already used by "
-                f"{samples[first].location}: make the `id` column unique, or remove it"
-            )
+            errors.append(_used_twice(sample, samples[first]))
     if errors:
         raise ValueError(join_errors(where, errors))
+
+
+def _used_twice(sample: Sample, first: Sample) -> str:
+    return (
+        f"{sample.location}: id: got {sample.id!r}, already used by {first.location}: "
+        "make the `id` column unique, or remove it"
+    )

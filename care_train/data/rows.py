@@ -78,8 +78,8 @@ class RowFile:
             raise fault
         return {}
 
-    def digests(self) -> Sequence[str]:
-        """Each row's checksum, of a built file."""
+    def built_column(self, name: str) -> Sequence[str]:
+        """A column of text of a built file, whole."""
         raise NotImplementedError
 
     def _value(self, place: int) -> Any:

@@ -97,6 +97,13 @@ def test_a_build_of_another_version_is_refused(built: Path):
         load(built)
 
 
+def test_builds_beside_each_other_share_no_id(built: Path):
+    """Each was checked by itself; rows of one id would share their seeds."""
+    parquet.write_table(parquet.read_table(built)[:2], built.with_name("train-2.parquet"))
+    with pytest.raises(ValueError, match=r"row 1: id: got .*, already used by .*\.parquet: row 1"):
+        load(built.parent)
+
+
 def test_digests_see_pixels_and_texts():
     """Any text, one pixel of a path's, bytes' or open image's file, or their order."""
     base = Sample(id="1", prompt="q", answer="a", images=(drawing(1), b"\x89PNG"))
