@@ -169,6 +169,8 @@ def _set_environment() -> None:
     defaults = {
         # The engine core in this process: it shares the trainer's weights and devices.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # A server's workers: CUDA cannot be used in a fork of a process that has counted GPUs.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_NO_USAGE_STATS": "1",

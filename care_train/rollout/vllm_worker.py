@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from vllm.lora.layers import BaseLayerWithLoRA  # pyright: ignore[reportMissingImports]
+from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 from vllm.v1.sample.logits_processor import (  # pyright: ignore[reportMissingImports]
     LogitsProcessor,
+)
+from vllm.v1.worker.gpu.sample.logits_processor import (  # pyright: ignore[reportMissingImports]
+    LogitsProcessor as GpuLogitsProcessor,
 )
 
 from care_train.compat import patch_vllm_on_cpu
@@ -24,27 +27,33 @@ from care_train.rollout.weight_sync import (
     find_failures,
 )
 
-if not torch.cuda.is_available():
+# Not torch's word for it: vLLM hides the GPUs while it imports logits processors.
+if current_platform.is_cpu():
     patch_vllm_on_cpu()
 
 
-class BannedTokens(LogitsProcessor):
+class BannedTokens(LogitsProcessor, GpuLogitsProcessor):
     """Sets the logits of banned ids to -inf for every request.
 
     vLLM's own means fall short: `logit_bias` is bounded, so a policy can outweigh it; `bad_words`
     and `allowed_token_ids` are lists per request, as long as the vocabulary.
+
+    vLLM has two model runners, whose logits processors have different interfaces: the first runs
+    on CPUs, the second (V2) on GPUs. This is one for both.
     """
 
-    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+    def __init__(self, vllm_config: Any, *_: Any) -> None:
         banned = torch.tensor(
             vllm_config.additional_config["care_banned_token_ids"], dtype=torch.int64
         )
         # vLLM cuts the head's padding off itself.
-        banned = banned[banned < vllm_config.model_config.get_vocab_size()]
-        self._banned = banned.to(device)
+        self._banned = banned[banned < vllm_config.model_config.get_vocab_size()]
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
         """[rows, V] logits, changed in place."""
+        # Moved at the first use: what the second runner's processors allocate when they are made
+        # is among the weights, whose memory vLLM drops when it sleeps.
+        self._banned = self._banned.to(logits.device)
         return logits.index_fill_(1, self._banned, -torch.inf)
 
     def is_argmax_invariant(self) -> bool:
@@ -162,6 +171,8 @@ def _without_wrappers(model: Any) -> Iterator[Any]:
 
     Within the wrappers, the weights have other names than vLLM's loaders know.
     """
+    from vllm.lora.layers import BaseLayerWithLoRA  # pyright: ignore[reportMissingImports]
+
     wrappers = {n: m for n, m in model.named_modules() if isinstance(m, BaseLayerWithLoRA)}
     for name, wrapper in wrappers.items():
         model.set_submodule(name, wrapper.base_layer)

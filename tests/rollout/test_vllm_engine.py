@@ -1,5 +1,7 @@
 """vLLM against transformers and the training forward: tokens, log-probs, bans, seeds, prompts."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ from PIL import Image
 
 from care_train.config import VllmSettings
 from care_train.models.batch import image_inputs
-from care_train.rollout import vllm_engine
+from care_train.rollout import vllm_engine, vllm_process
 from care_train.rollout.engine import SamplingSettings, WeightParts, banned_token_ids
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.vllm_process import VllmProcess
@@ -161,6 +163,52 @@ def test_special_and_image_tokens_are_never_sampled(pair):
     assert torch.get_num_threads() == 2 and torch.equal(torch.get_rng_state(), state)
     torch.set_num_threads(threads)
     assert torch.get_num_threads() == threads
+
+
+def test_the_model_runner_of_gpus_takes_the_ban():
+    """It has an interface of its own for logits processors, and drops what they allocate on its
+    device when they are made, among the weights, as soon as it sleeps."""
+    from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors
+
+    config = SimpleNamespace(
+        additional_config={"care_banned_token_ids": [1, 3, 9]},
+        model_config=SimpleNamespace(get_vocab_size=lambda: 5),
+    )
+    names = ("max_num_reqs", "vocab_size", "all_token_ids", "prompt_len", "prefill_len")
+    state = SimpleNamespace(**dict.fromkeys((*names, "total_len")), device=torch.device("meta"))
+    name = "care_train.rollout.vllm_worker:BannedTokens"
+    (processor,) = build_custom_logits_processors(config, state, False, [name])
+    assert processor.add_request(0, None)
+    logits = processor.apply(torch.zeros(2, 5), SimpleNamespace())
+    assert logits.tolist() == [[0, -torch.inf, 0, -torch.inf, 0]] * 2
+
+
+def test_gpus_hidden_from_an_import_are_still_there():
+    """vLLM hides them while it imports logits processors: its worker must not take the machine for
+    one without."""
+    code = """
+import torch, vllm.platforms
+from vllm.platforms.interface import Platform, PlatformEnum
+class Gpu(Platform): _enum = PlatformEnum.CUDA
+vllm.platforms._current_platform = Gpu()
+assert not torch.cuda.is_available()
+from unittest.mock import patch
+with patch("care_train.compat.patch_vllm_on_cpu") as patched:
+    import care_train.rollout.vllm_worker
+assert not patched.called
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_workers_of_a_server_are_no_forks(monkeypatch):
+    """CUDA cannot be used in a fork of a process that has counted GPUs, as ours does at its start;
+    vLLM forks unless CUDA is initialised."""
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    vllm_process._set_environment()
+    from vllm.utils.system_utils import get_mp_context
+
+    assert get_mp_context().get_start_method() == "spawn"
 
 
 def test_a_response_ends_at_eos_and_keeps_it(pair):
