@@ -183,10 +183,13 @@ def _rollout_items(work: Workload) -> list[Item]:
     sleeps = not work.device.is_cpu
     # As gathered, and in vLLM's precision.
     bucket = BUCKET_BYTES * (2 if work.stage == 3 else 1)
+    # CARE runs the old policy between rollouts and reflections, both of which vLLM samples.
+    awake = ("generate", "sync", *(("log_probs",) if work.config.algorithm == "care" else ()))
     # Level-2 sleep leaves about a GiB of CUDA graphs and workspaces: assumed.
+    asleep = tuple(phase for phase in PHASES if phase not in awake)
     return [
-        Item("vLLM", share, ("generate", "sync") if sleeps else PHASES),
-        Item("vLLM asleep", GIB if sleeps else 0.0, ("load", "log_probs", "train", "step")),
+        Item("vLLM", share, awake if sleeps else PHASES),
+        Item("vLLM asleep", GIB if sleeps else 0.0, asleep),
         Item("weight sync bucket", bucket, ("sync",)),
     ]
 

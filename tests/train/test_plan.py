@@ -8,7 +8,7 @@ import torch
 
 from bench.plan import CASES, compare
 from care_train import cli
-from care_train.planning.memory import plan_memory, text_activation_bytes
+from care_train.planning.memory import PHASES, plan_memory, text_activation_bytes
 from care_train.planning.plan import GPU_COUNTS, advise
 from care_train.planning.workload import (
     BACKBONES,
@@ -166,13 +166,18 @@ def test_advice_leads_to_a_plan_that_fits(backbones):
     assert advise(_work(backbones["Qwen2.5-VL-3B-Instruct"], device="h200", values=values)) == []
 
 
-def test_vllm_takes_its_share_only_while_it_generates(backbones):
-    """With sleep, vLLM's memory is free again for training."""
-    values = {"rollout": PAPER["rollout"] | {"engine": "vllm"}}
+@pytest.mark.parametrize("algorithm", ["care", "grpo"])
+def test_vllm_takes_its_share_only_while_it_is_awake(algorithm, backbones):
+    """With sleep, vLLM's memory is free again for training. CARE's reflections are sampled behind
+    the old policy's forward, so vLLM is awake in it."""
+    values = {"rollout": PAPER["rollout"] | {"engine": "vllm"}, "algorithm": algorithm}
     memory = _memory(backbones["Qwen2.5-VL-3B-Instruct"], values=values)
     share = memory.item_bytes("vLLM")
     assert share == pytest.approx(0.4 * gpu("h100").memory)
     assert memory.phase_bytes("generate") >= share and memory.item_bytes("vLLM asleep") == GIB
+    of = {item.name: item.phases for item in memory.items}
+    assert ("log_probs" in of["vLLM"]) == (algorithm == "care")
+    assert {*of["vLLM"], *of["vLLM asleep"]} == set(PHASES)
 
 
 def test_the_plan_of_a_config_prints_and_is_json(capsys, tmp_path):
