@@ -232,6 +232,9 @@ def _train_from(
         asked = given.callbacks.control.should_training_stop
         facts["ended_early"] = "a callback asked" if asked else "nearly all responses were right"
     if before is not None:
+        if config.model.adapters is not None:
+            # Whole beside the model that is loaded next, and a card may hold no two and vLLM.
+            session.loaded.model.to("cpu")
         trained, steps = open_session(config, run_dir / "final", device, given), facts["steps"]
         after = _evaluate_session(trained, held_out, device, archive, "evaluate after", steps)
         metrics.log(steps, after, phase="eval")
@@ -265,7 +268,11 @@ def _evaluate_session(
     step: int,
 ) -> dict[str, float]:
     engine = session.rollout_engine(session.loaded, session.config.rollout.batch_size)
-    return evaluate_both(session, engine, held_out, device, description, archive=archive, step=step)
+    values = evaluate_both(
+        session, engine, held_out, device, description, archive=archive, step=step
+    )
+    engine.rest()  # its memory is the optimiser's, which is made next
+    return values
 
 
 def _metrics(run_dir: Path, session: Session) -> MetricsLogger:

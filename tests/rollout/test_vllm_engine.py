@@ -9,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from care_train.config import VllmSettings
+from care_train import commands
+from care_train.config import VllmSettings, load_config
 from care_train.models.batch import image_inputs
 from care_train.rollout import vllm_engine, vllm_process
 from care_train.rollout.engine import SamplingSettings, WeightParts, banned_token_ids
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.vllm_process import VllmProcess
+from care_train.training.session import Given
 from tests.train.builders import full_log_probs, load
 
 KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
@@ -238,6 +240,34 @@ def test_a_prompt_that_does_not_fit_is_an_error(either):
     with pytest.raises(ValueError, match=r"row 1: a context of"):
         model.engine.generate([request], SamplingSettings(400))
     assert model.engine.generate([request], GREEDY)
+
+
+def test_evaluations_beside_training_leave_the_device_to_it(tmp_path, monkeypatch):
+    """The engine rests between the evaluation before and the optimiser's allocations; the weights
+    under the adapters make room for the model that the evaluation after loads."""
+    told = []
+    model = SimpleNamespace(to=lambda device: told.append(f"old model to the {device}"))
+    engine = SimpleNamespace(rest=lambda: told.append("rest"))
+    config = load_config(None, ["model.lora.rank=4", "train.steps=2"])
+    session = SimpleNamespace(
+        config=config,
+        given=Given(),
+        loaded=SimpleNamespace(model=model),
+        rollout_engine=lambda *_: engine,
+    )
+    scores = {"num_questions": 4.0}
+    stand_ins = {
+        "evaluate_both": lambda *_, **__: told.append("evaluate") or scores,
+        "open_session": lambda *_: told.append("load") or session,
+        "run_training": lambda *_, **__: told.append("train") or {"steps": 2.0},
+    }
+    for name, function in stand_ins.items():
+        monkeypatch.setattr(commands, name, function)
+    run = SimpleNamespace(path=tmp_path, started=lambda: None)
+    metrics = SimpleNamespace(log=lambda *_, **__: None)
+    commands._train_from(session, run, [], [1], metrics, None, torch.device("cpu"), None)
+    before = ["evaluate", "rest", "train"]
+    assert told == [*before, "old model to the cpu", "load", "evaluate", "rest"]
 
 
 @pytest.mark.parametrize(("lora", "level"), [("adapter", 1), ("merged", 2)])
