@@ -169,8 +169,6 @@ def _set_environment() -> None:
     defaults = {
         # The engine core in this process: it shares the trainer's weights and devices.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # A server's workers: CUDA cannot be used in a fork of a process that has counted GPUs.
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_NO_USAGE_STATS": "1",
@@ -213,16 +211,24 @@ def _quiet() -> Iterator[None]:
             logging.disable(before)
 
 
+_num_threads: int | None = None
+"""torch's, as vLLM left them: what it compiles is guarded by their number."""
+
+
 @contextmanager
 def untouched_process() -> Iterator[None]:
-    """Around vLLM's code: it seeds and draws from global generators, and takes away
-    `torch.set_num_threads`."""
+    """Around vLLM's code: it seeds and draws from global generators, on GPUs leaves torch one
+    thread, and on CPUs takes away `torch.set_num_threads`."""
+    global _num_threads
     python, arrays = random.getstate(), numpy.random.get_state()
-    set_num_threads = torch.set_num_threads
+    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    torch.set_num_threads(_num_threads or num_threads)
     with torch.random.fork_rng():
         try:
             yield
         finally:
             random.setstate(python)
             numpy.random.set_state(arrays)
+            _num_threads = torch.get_num_threads()
             torch.set_num_threads = set_num_threads
+            torch.set_num_threads(num_threads)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+from vllm.lora.layers import BaseLayerWithLoRA  # pyright: ignore[reportMissingImports]
 from vllm.v1.sample.logits_processor import (  # pyright: ignore[reportMissingImports]
     LogitsProcessor,
 )
@@ -27,8 +27,7 @@ from care_train.rollout.weight_sync import (
     find_failures,
 )
 
-# Not torch's word for it: vLLM hides the GPUs while it imports logits processors.
-if current_platform.is_cpu():
+if not torch.cuda.is_available():
     patch_vllm_on_cpu()
 
 
@@ -171,8 +170,6 @@ def _without_wrappers(model: Any) -> Iterator[Any]:
 
     Within the wrappers, the weights have other names than vLLM's loaders know.
     """
-    from vllm.lora.layers import BaseLayerWithLoRA  # pyright: ignore[reportMissingImports]
-
     wrappers = {n: m for n, m in model.named_modules() if isinstance(m, BaseLayerWithLoRA)}
     for name, wrapper in wrappers.items():
         model.set_submodule(name, wrapper.base_layer)

@@ -1,7 +1,5 @@
 """vLLM against transformers and the training forward: tokens, log-probs, bans, seeds, prompts."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -185,32 +183,20 @@ def test_the_model_runner_of_gpus_takes_the_ban():
     assert logits.tolist() == [[0, -torch.inf, 0, -torch.inf, 0]] * 2
 
 
-def test_gpus_hidden_from_an_import_are_still_there():
-    """vLLM hides them while it imports logits processors: its worker must not take the machine for
-    one without."""
-    code = """
-import torch, vllm.platforms
-from vllm.platforms.interface import Platform, PlatformEnum
-class Gpu(Platform): _enum = PlatformEnum.CUDA
-vllm.platforms._current_platform = Gpu()
-assert not torch.cuda.is_available()
-from unittest.mock import patch
-with patch("care_train.compat.patch_vllm_on_cpu") as patched:
-    import care_train.rollout.vllm_worker
-assert not patched.called
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_workers_of_a_server_are_no_forks(monkeypatch):
-    """CUDA cannot be used in a fork of a process that has counted GPUs, as ours does at its start;
-    vLLM forks unless CUDA is initialised."""
-    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
-    vllm_process._set_environment()
-    from vllm.utils.system_utils import get_mp_context
-
-    assert get_mp_context().get_start_method() == "spawn"
+def test_threads_are_those_of_whoever_runs(monkeypatch):
+    """On GPUs vLLM sets torch to one thread for its own code: not for the trainer's."""
+    monkeypatch.setattr(vllm_process, "_num_threads", None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with vllm_process.untouched_process():
+            torch.set_num_threads(1)
+        assert torch.get_num_threads() == 3
+        with vllm_process.untouched_process():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_response_ends_at_eos_and_keeps_it(pair):
