@@ -191,12 +191,18 @@ def one_rank(folder: Path, model: Path) -> None:
 
 
 def test_a_cold_start_comes_first(tmp_path):
-    """Rows with a rationale teach the tags; training then begins with what was learnt."""
-    config = CareConfig(name="run", output_dir=str(tmp_path), sft={"steps": 2}, **SMALL)
-    trainer = make(tmp_path, Path("tiny-qwen2.5-vl"), config=config)
+    """Rows with a rationale teach the tags; training then begins with what was learnt. Callbacks
+    are told of the training alone, though the cold start saves checkpoints too."""
+    settings = SMALL | {"sft": {"steps": 2}, "train": SMALL["train"] | {"save_every": 1}}
+    config = CareConfig(name="run", output_dir=str(tmp_path), **settings)
+    record = Record()
+    model = Path("tiny-qwen2.5-vl")
+    trainer = make(tmp_path, model, config=config, callbacks=[record])
     assert trainer.cold_start(color_rows())["steps"] == 2
+    assert record.events == []
     assert trainer.config.model.path == str(tmp_path / "run-cold-start" / "final")
     assert trainer.train()["steps"] == 2
+    assert record.events.count(("save", 1)) == 1
 
 
 def test_settings_of_a_program_and_of_the_command_line_are_the_same():

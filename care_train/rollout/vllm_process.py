@@ -223,7 +223,8 @@ def untouched_process() -> Iterator[None]:
     python, arrays = random.getstate(), numpy.random.get_state()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     torch.set_num_threads(_num_threads or num_threads)
-    with torch.random.fork_rng():
+    # Named, as torch warns at length where it has to find out that there are several.
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         try:
             yield
         finally:

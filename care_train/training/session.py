@@ -75,7 +75,8 @@ class Callbacks:
 
     def saved(self) -> None:
         """A checkpoint has been written: `on_save`."""
-        self._tell("on_save")
+        if self._arguments:  # not a cold start's
+            self._tell("on_save")
 
     def end(self) -> None:
         """The run is over: `on_train_end`."""
