@@ -121,7 +121,9 @@ def main(folder: Path, out: Path, groups: str) -> None:
     if trainer.accelerator.is_main_process:
         logged = {n: v for n, v in trainer.state.log_history[0].items() if "care/" in n}
         kind = type(trainer.model_wrapped).__name__
-        torch.save({"weights": weights, "metrics": logged, "kind": kind}, out / "step.pt")
+        weights = {name: weight.cpu() for name, weight in weights.items()}
+        found = {"weights": weights, "metrics": logged, "kind": kind}
+        torch.save(found | {"device": trainer.model.device.type}, out / "step.pt")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

@@ -2,6 +2,8 @@
 
     python -m tests.train.second_device train ...
 
+`train_on_device` puts transformers' trainers there, TRL's among them.
+
 The device is `second_device.cpp`'s, which refuses operators on tensors of two devices, as GPUs do.
 DeepSpeed, transformers and the trainer take it for an accelerator.
 """
@@ -12,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import accelerate
 import deepspeed
 import ninja
 import torch
@@ -19,6 +22,7 @@ import torch.distributed as dist
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend
 from torch.utils.cpp_extension import load
+from transformers import TrainingArguments
 
 from care_train import distributed
 
@@ -77,6 +81,21 @@ def take_device() -> None:
         if getattr(module, "initialize_process_group", None) is initialize:
             module.initialize_process_group = initialize_with_device
     deepspeed.accelerator.set_accelerator(Accelerator())
+
+
+def train_on_device() -> None:
+    """Every transformers `Trainer` from here on has the device."""
+    register_device()
+    own: Any = TrainingArguments.__dict__["_setup_devices"]
+    device = torch.device(NAME, 0)
+
+    def set_up(arguments: TrainingArguments) -> torch.device:
+        own.__get__(arguments)
+        return device
+
+    accelerate.Accelerator.device = property(lambda _: device)
+    trainers: Any = TrainingArguments
+    trainers._setup_devices = property(set_up)
 
 
 if __name__ == "__main__":

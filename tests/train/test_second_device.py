@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.train.runs import ROOT, FastRun, cold_start, records
 
@@ -64,6 +65,24 @@ def test_a_run_is_on_its_device(start, tmp_path, before):
     """Rollouts, reflections, log-probs, update, metrics, archive and evaluation of CARE: no tensor
     is left on the CPU, and the numbers are a CPU's."""
     assert _compare(start, tmp_path, before, *SETTINGS["defaults"]) > 0
+
+
+def test_care_in_trl_is_on_its_device(tiny_folder, tmp_path, before):
+    """A step of TRL's trainer with reflections, a rescued group and a KL, as `a_run`."""
+    pytest.importorskip("trl", reason="trl is not installed: pip install 'trl>=1.16,<1.17'")
+    there = f"{before}from {MODULE} import train_on_device; train_on_device()"
+    steps = []
+    for out, code in ((tmp_path / "there", there), (tmp_path / "here", "")):
+        out.mkdir()
+        arguments = (str(tiny_folder()), str(out), "scripted")
+        run = FastRun(*arguments, before=code, module="tests.integrations.care_trl_ranks")
+        ((status, errors),) = run.end()
+        assert status == 0, errors
+        steps.append(torch.load(out / "step.pt"))
+    own, wanted = steps
+    assert (own.pop("device"), wanted.pop("device")) == ("second", "cpu")
+    assert own["metrics"] == wanted["metrics"] and own["metrics"]["care/reflected_groups"] == 0.5
+    torch.testing.assert_close(own["weights"], wanted["weights"], rtol=1e-4, atol=1e-6)
 
 
 def test_a_tensor_left_behind_is_refused(before):
