@@ -27,7 +27,7 @@ _LONGEST = (
     *("kernels/test_projection", "bench/test_compiled", "kernels/test_sharded_heads"),
     *("security/test_verifier", "test_commands"),
     *("integrations/test_trl", "rollout/test_weight_sync", "rollout/test_runs"),
-    *("train/test_mixed_rows", "rollout/test_vllm_server"),
+    *("train/test_second_device", "train/test_mixed_rows", "rollout/test_vllm_server"),
     *("evaluation/test_benchmark_run", "security/test_checkpoints"),
     *("security/test_statuses", "verifier/test_pool", "security/test_run_folders"),
 )

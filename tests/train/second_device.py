@@ -51,7 +51,8 @@ class Accelerator(CPU_Accelerator):
 def register_device() -> None:
     """Build the device and make it torch's `second:0`."""
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]])
-    load("second_device", [str(Path(__file__).with_suffix(".cpp"))])
+    source = str(Path(__file__).with_suffix(".cpp"))
+    load("second_device", [source], extra_cflags=["-O0"], is_python_module=False)
     torch.utils.rename_privateuse1_backend(NAME)
     module: Any = ModuleType(f"torch.{NAME}")
     module.is_available = module.is_initialized = lambda: True
