@@ -271,7 +271,7 @@ def _evaluate_session(
     values = evaluate_both(
         session, engine, held_out, device, description, archive=archive, step=step
     )
-    engine.rest()  # its memory is the optimiser's, which is made next
+    engine.rest()  # before training, its memory is the optimiser's, which is made next
     return values
 
 

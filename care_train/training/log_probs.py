@@ -205,9 +205,8 @@ class LogProbs:
         log_probs = on_cpu([row.log_probs for row in rows])
         normalizers = on_cpu([row.log_normalizer for row in rows])
         return [
-            SequenceRows(own, normalizer, row.embedding)
+            row._replace(log_probs=own, log_normalizer=normalizer)
             for row, own, normalizer in zip(rows, log_probs, normalizers, strict=True)
-            if own is not None
         ]
 
     def of_groups(self, groups: Sequence[Group]) -> list[Group]:
