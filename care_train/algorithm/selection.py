@@ -122,22 +122,20 @@ def farthest_first(
     """
     if count >= len(ranked):
         return list(ranked)
-    between = distances[list(ranked)][:, list(ranked)]
-    chosen = [start]
+    between, chosen = distances.tolist(), [ranked[start]]
     while len(chosen) < count:
-        gap = between[:, chosen].min(dim=1).values
-        gap[chosen] = -torch.inf
-        # argmax of ties must be the first: the nearer to the anchor.
-        chosen.append(int((gap == gap.max()).nonzero()[0]))
-    return [ranked[i] for i in chosen]
+        rest = [i for i in ranked if i not in chosen]
+        # Of ties the first: the nearer to the anchor.
+        chosen.append(max(rest, key=lambda i: min(between[i][c] for c in chosen)))
+    return chosen
 
 
 def select_spread(
     pool: Sequence[int], count: int, distances: torch.Tensor, anchor: int
 ) -> list[int]:
     """`count` failures far from the anchor and from each other: the rescue of `official`."""
-    distance = distances[anchor][list(pool)]
-    farthest = int((distance == distance.max()).nonzero()[0])
+    distance = distances[anchor].tolist()
+    farthest = max(range(len(pool)), key=lambda place: distance[pool[place]])
     return farthest_first(pool, count, distances, farthest)
 
 

@@ -105,9 +105,9 @@ class PromptEncoder:
         return patches // processor.merge_size**2
 
     def _check(self, sample: Sample, encoded: EncodedPrompt) -> None:
-        if encoded.image_grid_thw is not None:
+        if encoded.pixel_values is not None:
             merge = self._loaded.processor.image_processor.merge_size**2
-            wanted = int(encoded.image_grid_thw.prod(-1).sum()) // merge
+            wanted = len(encoded.pixel_values) // merge
             got = encoded.token_ids.count(self._loaded.image_token_id)
             if got != wanted:
                 raise ValueError(
@@ -256,13 +256,7 @@ class TokenText:
                 f"tokenizer {type(tokenizer).__name__}: got the decoder {decoder!r}, wanted a "
                 "byte-level BPE tokenizer, whose tokens map to text spans exactly"
             )
-        self._tokenizer = tokenizer
-        self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
-        # Special tokens have no text.
-        self._bytes = {
-            index: b"" if token.special else token.content.encode()
-            for index, token in tokenizer.added_tokens_decoder.items()
-        }
+        self._bytes = _TokenBytes(tokenizer)
 
     def decode(self, token_ids: Sequence[int]) -> tuple[str, list[int]]:
         """Text, and for each token the character offset where its text ends.
@@ -270,20 +264,29 @@ class TokenText:
         Special tokens have no text. Bytes that are not UTF-8 become U+FFFD; a token that ends
         inside a character ends, in the offsets, before it.
         """
-        encoded = [self._token_bytes(token_id) for token_id in token_ids]
-        if all(map(bytes.isascii, encoded)):
-            pieces = [piece.decode() for piece in encoded]
-        else:
-            decoder = codecs.getincrementaldecoder("utf-8")("replace")
-            pieces = [decoder.decode(piece) for piece in encoded]
-            pieces.append(decoder.decode(b"", final=True))
-        return "".join(pieces), list(accumulate(map(len, pieces[: len(encoded)])))
+        encoded = [self._bytes[token_id] for token_id in token_ids]
+        if (joined := b"".join(encoded)).isascii():
+            return joined.decode(), list(accumulate(map(len, encoded)))
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        pieces = [decoder.decode(piece) for piece in encoded]
+        text = "".join(pieces) + decoder.decode(b"", final=True)
+        return text, list(accumulate(map(len, pieces)))
 
-    def _token_bytes(self, token_id: int) -> bytes:
-        found = self._bytes.get(token_id)
-        if found is None:
-            token = self._tokenizer.convert_ids_to_tokens(token_id)
-            # Padded vocabularies have ids without a token.
-            found = bytes(self._byte_of[char] for char in token or "")
-            self._bytes[token_id] = found
-        return found
+
+class _TokenBytes(dict[int, bytes]):
+    """What each token stands for, looked up when it is first met."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        # Special tokens have no text.
+        super().__init__(
+            (index, b"" if token.special else token.content.encode())
+            for index, token in tokenizer.added_tokens_decoder.items()
+        )
+        self._tokenizer = tokenizer
+        self._byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        # Padded vocabularies have ids without a token.
+        self[token_id] = bytes(self._byte_of[char] for char in token or "")
+        return self[token_id]

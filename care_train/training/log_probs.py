@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from care_kernels import PolicyLoss
 from care_train.algorithm.care import skip_before_forward
 from care_train.algorithm.region_weights import importance_weights, split_advantages
 from care_train.algorithm.selection import pairwise_distances
@@ -83,13 +84,12 @@ class SequenceRows(NamedTuple):
 
 
 class TokenOutcome(NamedTuple):
-    """What an update said of one sequence's T tokens, [T] each."""
+    """What an update said of one sequence's T tokens."""
 
-    log_probs: torch.Tensor
-    entropy: torch.Tensor | None
-    kl: torch.Tensor | None
-    clipped_low: torch.Tensor
-    clipped_high: torch.Tensor
+    loss: PolicyLoss
+    """Of its micro-batch."""
+    rows: slice
+    """The sequence's T among the micro-batch's N."""
 
 
 @dataclass
@@ -141,8 +141,8 @@ def known_old_log_probs(items: Sequence[TrainItem]) -> list[torch.Tensor | None]
     for item, advantages in zip(items, token_advantages(items), strict=True):
         log_probs, outcome = item.sampled_log_probs, item.outcome
         if log_probs is None and outcome is not None:
-            is_whole = outcome.kl is not None or bool((advantages != 0).all())
-            log_probs = outcome.log_probs if is_whole else None
+            is_whole = outcome.loss.kl is not None or bool((advantages != 0).all())
+            log_probs = outcome.loss.log_probs[outcome.rows] if is_whole else None
         found.append(log_probs)
     return on_cpu(found)
 

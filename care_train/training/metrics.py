@@ -164,7 +164,7 @@ def _clipped_answers(items: Sequence[TrainItem]) -> dict[str, float]:
     """`clipped_negative_answer`: the share of the answers' tokens with a negative advantage that
     the lower clip bound took the gradient of (Fig. 6, left)."""
     parts = [
-        item.outcome.clipped_low[slice(*item.sequence.rollout.spans.answer)]
+        item.outcome.loss.clipped_low[item.outcome.rows][slice(*item.sequence.rollout.spans.answer)]
         for item in items
         if item.outcome is not None
         and item.sequence.advantage < 0

@@ -1,11 +1,11 @@
 """The optimiser's passes over one batch of rollouts (Algorithm 1, lines 42-43)."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from care_kernels import PolicyLoss
 from care_train.algorithm.types import GroupUpdate
 from care_train.config import Config
 from care_train.distributed import all_sum
@@ -59,7 +59,9 @@ class PolicyUpdater:
         with timer("update"):
             result = self._engine.step(micro, self._config.rollout.temperature)
         for part, output in zip(parts, result.outputs, strict=True):
-            _keep_outcomes(part, output)
+            lengths = [len(item.tokens.response_ids) for item in part]
+            for item, length, end in zip(part, lengths, accumulate(lengths), strict=True):
+                item.outcome = TokenOutcome(output, slice(end - length, end))
         return result
 
     def _micro_batch(self, items: Sequence[TrainItem], denominators: Denominators) -> MicroBatch:
@@ -103,12 +105,3 @@ class PolicyUpdater:
             return None
         assert len(present) == len(rows)
         return torch.cat([row.to(self._engine.device, torch.float32) for row in present])
-
-
-def _keep_outcomes(items: Sequence[TrainItem], output: PolicyLoss) -> None:
-    """Cut a micro-batch's rows into its sequences'."""
-    lengths = [len(item.tokens.response_ids) for item in items]
-    columns = [getattr(output, name) for name in TokenOutcome._fields]
-    cut = [[None] * len(items) if c is None else c.split(lengths) for c in columns]
-    for item, *rows in zip(items, *cut, strict=True):
-        item.outcome = TokenOutcome(*rows)  # pyright: ignore[reportArgumentType]

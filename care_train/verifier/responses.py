@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from PIL import Image
@@ -88,9 +89,9 @@ def format_score(text: str, think_tag: str = "think", answer_tag: str = "answer"
 
 def format_fault(text: str, think_tag: str = "think", answer_tag: str = "answer") -> str:
     """What is wrong with a response's form, or "" where its `format_score` is 1."""
-    tags = [f"<{think_tag}>", f"</{think_tag}>", f"<{answer_tag}>", f"</{answer_tag}>"]
+    tags, pattern = _tags(think_tag, answer_tag)
     # Texts and tags in turn.
-    pieces = re.split(f"({'|'.join(map(re.escape, tags))})", text)
+    pieces = pattern.split(text)
     found = pieces[1::2]
     for tag in tags:
         if (count := found.count(tag)) != 1:
@@ -101,6 +102,13 @@ def format_fault(text: str, think_tag: str = "think", answer_tag: str = "answer"
     if before or between or after:
         return "text outside the spans"
     return "" if think and answer else "an empty span"
+
+
+@lru_cache
+def _tags(think_tag: str, answer_tag: str) -> tuple[list[str], re.Pattern[str]]:
+    """The four tags in the order they are wanted in, and what finds them."""
+    tags = [f"<{think_tag}>", f"</{think_tag}>", f"<{answer_tag}>", f"</{answer_tag}>"]
+    return tags, re.compile(f"({'|'.join(map(re.escape, tags))})")
 
 
 def boxed_answer(text: str) -> str | None:

@@ -62,8 +62,9 @@ def verify_batch(items: Sequence[Item], pool: "WorkerPool | None" = None) -> lis
     return [verdict for item in items if (verdict := found[item]) is not None]
 
 
+@lru_cache(maxsize=4096)
 def verify_in_process(item: Item) -> Verdict | None:
-    """The verdict, or None where it takes symbolic algebra."""
+    """The verdict, or None where it takes symbolic algebra. Policies repeat themselves."""
     try:
         return compare(item, None)
     except AlgebraNeededError:

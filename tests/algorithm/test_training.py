@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from care_kernels import PolicyLoss
 from care_train.algorithm.care import select_subgroup, subgroup_update
 from care_train.algorithm.region_weights import token_credit
 from care_train.algorithm.types import (
@@ -232,7 +233,8 @@ def item(group: Group, rollout: Rollout, advantage: float, clipped: tuple[int, .
     """A trained sequence whose tokens `clipped` met the lower bound."""
     zeros = torch.zeros(len(rollout.token_ids))
     low = zeros.bool().index_fill(0, torch.tensor(clipped, dtype=torch.long), True)
-    outcome = TokenOutcome(zeros - 2.0, None, zeros, low, zeros.bool())
+    columns = PolicyLoss(zeros.sum(), zeros - 2.0, None, zeros, zeros + 1, low, zeros.bool())
+    outcome = TokenOutcome(columns, slice(0, len(zeros)))
     trained = TrainSequence(rollout, advantage, Credit())
     return TrainItem(group, trained, group.sequence(rollout), outcome=outcome)
 
