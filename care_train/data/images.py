@@ -278,8 +278,8 @@ def _open(ref: str | Path | bytes, name: str) -> Image.Image:
             f"{name}: got a file of {size} bytes, wanted at most {MAX_IMAGE_BYTES}: replace it or "
             "drop the row",
         )
-    # Its own warning would come before our limit has been looked at.
-    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+    # Of sizes, before our limit has been looked at, and of odd EXIF tags.
+    with warnings.catch_warnings(action="ignore"):
         file = io.BytesIO(ref) if isinstance(ref, bytes) else ref
         return Image.open(file, formats=IMAGE_FORMATS)
 
@@ -302,7 +302,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 def _turned_upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF says; a tag of another type or value is no orientation."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        with warnings.catch_warnings(action="ignore"):
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
     # What Pillow raises on damaged EXIF blocks, whose pixels are whole.
     except (*_DECODE_ERRORS, KeyError, TypeError, OverflowError):
         return image

@@ -58,8 +58,6 @@ class Callbacks:
 
     def observe(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """A step or an evaluation has been logged: `on_step_end` and `on_log`, or `on_evaluate`."""
-        if not self._arguments:  # a cold start's
-            return
         self.state.global_step = step
         self.state.log_history.append({**values, "step": step})
         if phase == "eval":
@@ -75,8 +73,7 @@ class Callbacks:
 
     def saved(self) -> None:
         """A checkpoint has been written: `on_save`."""
-        if self._arguments:  # not a cold start's
-            self._tell("on_save")
+        self._tell("on_save")
 
     def end(self) -> None:
         """The run is over: `on_train_end`."""
@@ -88,6 +85,8 @@ class Callbacks:
         self._arguments = {}
 
     def _tell(self, event: str, **values: Any) -> None:
+        if not self._arguments:  # A cold start comes before `begin`.
+            return
         for one in self._callbacks:
             known = {**self._arguments, "state": self.state, "control": self.control, **values}
             control = getattr(one, event)(**known)
