@@ -5,9 +5,10 @@ Each distinct image of a batch is encoded once: a group's rollouts ask about the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -64,7 +65,7 @@ def collate(
     sequences: Sequence[TokenSequence], pad_token_id: int, image_token_id: int | None
 ) -> ModelBatch:
     """Right-pad sequences into one batch: inputs [B, T], T the longest."""
-    rows = [torch.tensor(sequence.token_ids) for sequence in sequences]
+    rows = _id_rows([sequence.token_ids for sequence in sequences])
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
     lengths = torch.tensor(list(map(len, rows)))
     attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
@@ -82,7 +83,7 @@ def pack(
     There is no attention mask: the first kind of `packed_positions`, which begins anew with each
     sequence, makes transformers keep them apart (masking_utils.py).
     """
-    rows = [torch.tensor(sequence.token_ids) for sequence in sequences]
+    rows = _id_rows([sequence.token_ids for sequence in sequences])
     input_ids = torch.cat(rows).unsqueeze(0)
     position_ids = positions(sequences)
     if len(position_ids) > 1:
@@ -91,6 +92,12 @@ def pack(
     inputs |= image_inputs([sequence.prompt for sequence in sequences], input_ids, image_token_id)
     starts = [0, *accumulate(map(len, rows[:-1]))]
     return _batch(sequences, inputs, starts, row_starts=starts)
+
+
+def _id_rows(rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """[T] int64 each; cut from one array, which is made faster than many."""
+    ids = np.fromiter(chain.from_iterable(rows), np.int64)
+    return list(torch.from_numpy(ids).split(list(map(len, rows))))
 
 
 def _batch(
@@ -107,7 +114,7 @@ def _batch(
     return ModelBatch(
         inputs,
         torch.cat(rows),
-        torch.tensor([t for s in sequences for t in s.response_ids], dtype=torch.int64),
+        torch.cat(_id_rows([sequence.response_ids for sequence in sequences])),
         torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(lengths)),
         torch.tensor(row_starts),
     )
