@@ -175,7 +175,7 @@ def _train(case: Case) -> tuple[int, dict[str, int]]:
     import torch
 
     from care_train.models.batch import TokenSequence
-    from care_train.models.load import load_model
+    from care_train.models.load import load_model, recompute_activations
     from care_train.models.tiny import build_tiny_model
     from care_train.training.engine import MicroBatch, PolicyEngine
     from care_train.training.optimizer import OptimizerSettings
@@ -186,7 +186,7 @@ def _train(case: Case) -> tuple[int, dict[str, int]]:
         _trim()
         loaded = load_model(config.model, path)
     if case.checkpointing:
-        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(loaded.model)
     reference = copy.deepcopy(loaded.model).requires_grad_(False)
     engine = PolicyEngine(
         loaded,

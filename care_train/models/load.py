@@ -15,6 +15,8 @@ from types import MethodType
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -244,9 +246,19 @@ def _why_no_liger(kind: str | None) -> str | None:
         return "there is no GPU"
     if importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed (pip install liger-kernel)"
+    # 0.8.5 imports classes, and replaces functions, that transformers 5.23 has moved.
+    if Version(transformers.__version__) >= Version("5.23"):
+        return f"Liger is not tested with transformers {transformers.__version__}, but before 5.23"
     if kind is not None and kind not in LIGER_KINDS:
         return f"it is not tested with {kind} models, but with {', '.join(LIGER_KINDS)}"
     return None
+
+
+def recompute_activations(model: Any) -> None:
+    """Keep each layer's inputs alone for the backward, and compute the rest again."""
+    # transformers 5.23 renamed it.
+    renamed = getattr(model, "activation_checkpointing_enable", None)
+    (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def apply_liger(model: Any) -> None:

@@ -2,11 +2,13 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     TopKLogitsWarper,
@@ -26,6 +28,10 @@ from care_train.rollout.engine import (
 from care_train.rollout.errors import NotFiniteLogitsError, is_out_of_memory
 
 logger = logging.getLogger(__name__)
+
+_GENERATE = signature(GenerationMixin.generate)  # pyright: ignore[reportAttributeAccessIssue]
+_CACHE = "cache" if "cache" in _GENERATE.parameters else "past_key_values"
+"""transformers 5.24 renamed the argument."""
 
 
 class TransformersEngine:
@@ -149,7 +155,7 @@ class TransformersEngine:
         if deltas is not None:
             backbone.rope_deltas = deltas[places]
         kept = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        return kept | {"past_key_values": filled.past_key_values}
+        return kept | {_CACHE: filled.past_key_values}
 
     def _generation_config(self, sampling: SamplingSettings) -> GenerationConfig:
         # Everything the model's own generation_config could bend (Qwen2.5-VL ships a repetition

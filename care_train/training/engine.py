@@ -19,7 +19,7 @@ from care_train.compat import deferred_write_errors, patch_deepspeed, plain_data
 from care_train.config import Config
 from care_train.distributed import all_max, all_sum, is_main, world_size
 from care_train.models.batch import ModelBatch, TokenSequence, collate, pack, packed_positions
-from care_train.models.load import LoadedModel
+from care_train.models.load import LoadedModel, recompute_activations
 from care_train.models.lora import add_adapters, without_adapters
 from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt
@@ -102,7 +102,7 @@ class PolicyEngine:
         self._weights = {parts: policy_weights(loaded.model, parts) for parts in WeightParts}
         self._positions = packed_positions(loaded.model) if train.packing else None
         if train.gradient_checkpointing:
-            loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(loaded.model)
         # Ranks wait for each other in every layer, so all must run the same ones. One rank has no
         # collective to match: its batches without images may skip the vision tower.
         policy = Policy(loaded.model, always_sees=world_size() > 1)
