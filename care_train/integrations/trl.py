@@ -34,6 +34,7 @@ from care_train.config import CareSettings
 from care_train.integrations.trl_batch import policy_terms, training_batch
 from care_train.integrations.trl_rollouts import (
     care_metrics,
+    mend_vllm,
     own_rows,
     reflect,
     rollout_groups,
@@ -89,6 +90,8 @@ class CareGRPOTrainer(GRPOTrainer):
         self.token_text = TokenText(trainer._tokenizer)
         check(self)
         use_care_kernels(self, "log_probs")
+        if self.use_vllm and trainer._is_vlm:
+            mend_vllm(self)
         if trainer._dist.fsdp_version == 2:
             # generate() then runs until the last process is done: each forward gathers weights.
             # transformers 5.19 sets it where it shards a model itself, accelerate 1.15 does not.

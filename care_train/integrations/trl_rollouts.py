@@ -26,6 +26,45 @@ MODEL_INPUTS = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entr
 and masks."""
 
 
+def mend_vllm(trainer: Any) -> None:
+    """Let TRL's vLLM see images as the trainer does, where TRL 1.16 has two faults.
+
+    A colocated vLLM gets prompts whose image tokens are expanded, and expands them again:
+    https://github.com/huggingface/trl/issues/6294. After a sync vLLM goes on with what the vision
+    tower made of an image before it: https://github.com/huggingface/trl/issues/7198.
+    """
+    vllm = trainer.vllm_generation
+    image_id = getattr(trainer.processing_class, "image_token_id", None)
+    generate, sync_weights = vllm.generate, vllm.sync_weights
+
+    def generate_unexpanded(prompts: list[list[int]], **others: Any) -> Any:
+        short = [
+            [i for i, before in zip(ids, [None, *ids], strict=False) if not i == before == image_id]
+            for ids in prompts
+        ]
+        generated = generate(short, **others)
+        for wanted, got in zip(prompts, generated[0], strict=True):
+            if list(got) != wanted:
+                raise ValueError(
+                    f"vLLM expanded a prompt to {len(got)} tokens, the trainer to {len(wanted)}: "
+                    "wanted the processor that lies in the model's folder as processing_class"
+                )
+        return generated
+
+    def sync_and_forget_images() -> None:
+        sync_weights()
+        if vllm.mode == "colocate":
+            vllm.llm.llm_engine.reset_encoder_cache()
+        elif trainer.accelerator.is_main_process:
+            # Not TRL's _post, which wants a body in the answer.
+            client = vllm.vllm_client
+            client.session.post(f"{client.base_url}/reset_encoder_cache").raise_for_status()
+
+    if vllm.mode == "colocate":
+        vllm.generate = generate_unexpanded
+    vllm.sync_weights = sync_and_forget_images
+
+
 def rollout_of(
     trainer: Any, token_ids: Sequence[int], rewards: Tensor, prefix_ids: Sequence[int] = ()
 ) -> Rollout:

