@@ -27,15 +27,17 @@ and masks."""
 
 
 def mend_vllm(trainer: Any) -> None:
-    """Let TRL's vLLM see images as the trainer does, where TRL 1.16 has two faults.
+    """Let TRL's vLLM see images as the trainer does, where TRL 1.16 has three faults.
 
     A colocated vLLM gets prompts whose image tokens are expanded, and expands them again:
     https://github.com/huggingface/trl/issues/6294. After a sync vLLM goes on with what the vision
-    tower made of an image before it: https://github.com/huggingface/trl/issues/7198.
+    tower made of an image before it: https://github.com/huggingface/trl/issues/7198. And it may
+    sample image tokens, for which there is no image; TRL bans them from transformers' generation.
     """
     vllm = trainer.vllm_generation
-    image_id = getattr(trainer.processing_class, "image_token_id", None)
+    image_id = trainer.processing_class.image_token_id
     generate, sync_weights = vllm.generate, vllm.sync_weights
+    vllm.generation_kwargs = {"logit_bias": {image_id: -100.0}} | vllm.generation_kwargs
 
     def generate_unexpanded(prompts: list[list[int]], **others: Any) -> Any:
         short = [
