@@ -30,10 +30,12 @@ from trl import GRPOTrainer
 
 from care_kernels.integrations.trl import PolicyLossCall, use_care_kernels
 from care_train.algorithm import care as algorithm
+from care_train.algorithm.selection import repair_prefix
 from care_train.config import CareSettings
 from care_train.integrations.trl_batch import policy_terms, training_batch
 from care_train.integrations.trl_rollouts import (
     care_metrics,
+    encode_text,
     mend_vllm,
     own_rows,
     reflect,
@@ -166,6 +168,11 @@ def check(trainer: Any) -> None:
     least = trainer.care.max_negatives + 2
     side = trainer._tokenizer.padding_side
     fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    cue = encode_text(trainer, repair_prefix("", reflection.cue, trainer.tags[0]))
+    context, length = 2 * trainer.max_completion_length + len(cue), args.vllm_max_model_length
+    structure = args.vllm_structured_outputs_regex or (args.generation_kwargs or {}).get(
+        "structured_outputs"
+    )
     is_loaded_once = fsdp is not None and fsdp.fsdp_version == 2 and fsdp.cpu_ram_efficient_loading
     refused = {
         "FSDP2 with fsdp_cpu_ram_efficient_loading=true and beta > 0; wanted it false (`accelerate "
@@ -198,6 +205,12 @@ def check(trainer: Any) -> None:
         "which takes the row of a rollout that is not trained": (
             reflection.enabled and trainer.num_generations < least
         ),
+        f"vllm_max_model_length={length}; wanted more than {context} with reflection: it comes "
+        "behind the prompt, a response that failed and the cue, and may be as long as a response": (
+            reflection.enabled and trainer.use_vllm and length is not None and length <= context
+        ),
+        f"structured outputs ({structure!r}) with reflection; wanted none: it goes on inside a "
+        "response, where vLLM would begin a new one": reflection.enabled and bool(structure),
     }
     for message, is_refused in refused.items():
         if is_refused:

@@ -5,6 +5,7 @@ Shape letters: B sequences of this process, P prompt positions, T completion tok
 """
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -142,6 +143,7 @@ def reflect(
     first prompt, and drops what comes of it.
     """
     wanted: dict[int, list[int]] = {}
+    longest = longest_context(trainer) - trainer.max_completion_length
     for place, subgroup in enumerate(subgroups):
         if isinstance(subgroup, str) or subgroup.reflect_on is None:
             continue
@@ -149,7 +151,10 @@ def reflect(
         if len(subgroup.members) < trainer.num_generations:
             negative = subgroup.others[subgroup.reflect_on].rollout
             text = reflection_prefix(negative, trainer.care.reflection.cue, *trainer.tags)
-            wanted[place] = trainer._tokenizer(text, add_special_tokens=False)["input_ids"]
+            prefix = encode_text(trainer, text)
+            prompt = trainer.sampled_prompt_ids[place * trainer.num_generations]
+            if len(prompt) + len(prefix) <= longest:
+                wanted[place] = prefix
     reflected: list[Rollout | None] = [None] * len(subgroups)
     count = largest(trainer, len(wanted))
     if count == 0:
@@ -181,6 +186,20 @@ def reflect(
     if sampling_log_probs is None:
         return reflected, {}
     return reflected, {place: sampling_log_probs[i] for i, place in enumerate(wanted)}
+
+
+def encode_text(trainer: Any, text: str) -> list[int]:
+    """Ids of what a policy said: where it spells a special token, it stays text."""
+    encoded = trainer._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+    return encoded["input_ids"]
+
+
+def longest_context(trainer: Any) -> float:
+    """Tokens of prompt and response that vLLM takes; it fails on more, or cuts the response."""
+    if not trainer.use_vllm:
+        return math.inf
+    positions = trainer.model.config.get_text_config().max_position_embeddings
+    return trainer.args.vllm_max_model_length or positions
 
 
 def _with_prefixes(field: Any, prefixes: Sequence[Sequence[int]]) -> Any:

@@ -42,6 +42,7 @@ def neat(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
 
 
 Build = Callable[..., Any]
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
 @pytest.fixture
@@ -156,6 +157,9 @@ def test_a_reflection_is_asked_for_after_the_failed_rationale_and_the_cue(
         ids = torch.cat([batch["prompt_ids"][row], batch["completion_ids"][row]])
         is_image = ids == trainer.model.config.image_token_id
         assert torch.equal(batch["mm_token_type_ids"][row].bool(), is_image)
+    # One that the policy spells is text.
+    spelled = trl_rollouts.encode_text(trainer, "an <|image_pad|>")
+    assert trainer.model.config.image_token_id not in spelled
 
 
 @pytest.mark.parametrize(("kind", "beta"), (("tiny-qwen2", 0.0), ("tiny-qwen2.5-vl", 0.1)))
@@ -241,8 +245,7 @@ def test_it_trains_adapters_over_4_bits(build: Build, tiny_folder: Any) -> None:
     quantised = AutoModelForImageTextToText.from_pretrained(
         tiny_folder("tiny-qwen2.5-vl"), quantization_config=BitsAndBytesConfig(load_in_4bit=True)
     )
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    own = {"peft_config": lora}
+    own = {"peft_config": LORA}
     first, moved = trained(build("tiny-qwen2.5-vl", model=quantised, own=own, beta=0.1))
     assert moved and all("lora" in name for name in moved)
     assert first["care/trained_groups"] == pytest.approx(3 / 4)
@@ -286,6 +289,7 @@ def test_a_group_that_trains_whole_does_not_reflect(build: Build, spied: None) -
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
             r"per_device_train_batch_size x steps_per_generation = 4; wanted a multiple|divisible",
         ),
+        ({"vllm_structured_outputs_regex": "<think>.*"}, "structured outputs .* wanted none"),
         (
             {"own": {"accuracy": "rigth"}},
             "accuracy: got 'rigth', wanted one of the reward functions",
@@ -317,6 +321,30 @@ def test_refuses_what_would_be_silently_wrong(
     door.check(trainer)
 
 
+class Sleeper:
+    """A vLLM on the CPU, which has no sleep mode, with one: weights are lost, and neither they nor
+    the cache may be used asleep."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm, self.awake = llm, {"weights", "kv_cache"}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.llm, name)
+
+    def sleep(self, level: int) -> None:
+        self.awake.clear()
+        model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        for parameter in model.parameters():
+            parameter.data.zero_()
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.awake.update(tags)
+
+    def generate(self, *args: Any, **named: Any) -> Any:
+        assert self.awake == {"weights", "kv_cache"}
+        return self.llm.generate(*args, **named)
+
+
 @pytest.fixture(scope="module")
 def vllm() -> Iterator[None]:
     """TRL's colocated vLLM, real, on the CPU in the trainer's precision. One engine per model, as
@@ -327,11 +355,11 @@ def vllm() -> Iterator[None]:
     make, engines = vllm_generation.LLM, {}
     ours = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 28}
 
-    def start(model: str, **settings: Any) -> Any:
+    def start(model: str, enable_sleep_mode: bool, **settings: Any) -> Any:
         if model not in engines:
             with untouched_process():
                 engines[model] = make(model=model, **(settings | ours))
-        return engines[model]
+        return Sleeper(engines[model]) if enable_sleep_mode else engines[model]
 
     patch_vllm_on_cpu()
     wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -340,13 +368,23 @@ def vllm() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("kind", ("tiny-qwen2", "tiny-qwen2.5-vl"))
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    (
+        ("tiny-qwen2", {}),
+        ("tiny-qwen2.5-vl", {}),
+        ("tiny-qwen2.5-vl", {"vllm_enable_sleep_mode": True}),
+        ("tiny-qwen2.5-vl", {"own": {"peft_config": LORA}, "beta": 0.1}),
+    ),
+    ids=("text", "images", "asleep", "lora"),
+)
 def test_vllm_samples_and_repairs_with_the_trainers_policy(
-    kind: str, vllm: None, tiny_folder: Any, tmp_path: Path
+    kind: str, settings: dict[str, Any], vllm: None, tiny_folder: Any, tmp_path: Path
 ) -> None:
     """Prompts, images and weights are the trainer's, of rollouts and repairs, in each step: so are
     the log-probs, but for the share of the image token, which vLLM must not sample."""
-    trainer: Any = small_trainer(tiny_folder(kind), tmp_path, reward=[by_chance], use_vllm=True)
+    chance = {"reward": [by_chance], "use_vllm": True}
+    trainer: Any = small_trainer(tiny_folder(kind), tmp_path, **(chance | settings))
     trainer.model.train()
     for step in range(2):
         trainer.state.global_step = step
@@ -356,7 +394,66 @@ def test_vllm_samples_and_repairs_with_the_trainers_policy(
         assert float((gaps * batch["completion_mask"]).max()) < 0.01
         with torch.no_grad():
             for parameter in trainer.model.parameters():
-                parameter.mul_(1.5)
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+
+
+@pytest.mark.parametrize(
+    "mode", ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+)
+def test_vllms_log_probs_stay_with_their_tokens(mode: str, build: Build, vllm: None) -> None:
+    """Reflected rows have the log-probs that came with them, and a ratio as TRL has it: one that is
+    unknown counts as 1. It weighs the advantages."""
+    low, high = (0.9, 1.1) if mode.startswith("token") else (0.5, 2.0)
+    trainer = build(
+        use_vllm=True,
+        vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_min=low,
+        vllm_importance_sampling_clip_max=high,
+    )
+    generate = trainer._generate_single_turn
+
+    def said(ids: Sequence[int]) -> list[float | None]:
+        return [None if token % 11 == 0 else -6 + 0.1 * (token % 5 - 2) for token in ids]
+
+    def generate_with_log_probs(*args: Any) -> Any:
+        rows, _ = generate(*args)
+        return rows, list(map(said, rows))
+
+    trainer._generate_single_turn = generate_with_log_probs
+    batch = generation_batch(trainer)
+    assert len(trainer.asked) == 2
+    log_probs = completions(batch, "sampling_per_token_logps")
+    for ids, found in zip(completions(batch), log_probs, strict=True):
+        wanted = torch.tensor([float("nan") if x is None else x for x in said(ids.tolist())])
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+    gaps = batch["old_per_token_logps"] - batch["sampling_per_token_logps"]
+    gaps = gaps.nan_to_num(0.0) * batch["completion_mask"]
+    ratio = (gaps if mode.startswith("token") else gaps.sum(1, keepdim=True)).exp()
+    outside = (ratio < low) | (ratio > high)
+    assert outside.any() and not outside.all()
+    wanted = ratio.clamp(low, high) if mode.endswith("truncate") else ratio * ~outside
+    torch.testing.assert_close(batch["importance_sampling_ratio"], wanted)
+    trainer.current_gradient_accumulation_steps = 4
+    scale = 1 / batch["num_trained"]
+    found = policy_terms(trainer, batch).per_token["advantages"]
+    torch.testing.assert_close(found, batch["advantages"] * wanted * scale)
+
+
+def test_a_reflection_that_vllm_cannot_hold_is_not_asked_for(
+    build: Build, vllm: None, spied: None
+) -> None:
+    """vLLM would refuse its context, or cut it short."""
+    short = {"use_vllm": True, "max_completion_length": 8}
+    with pytest.raises(ValueError, match=r"vllm_max_model_length=40; wanted more than \d+ with"):
+        build(vllm_max_model_length=40, **short)
+    trainer = build(vllm_max_model_length=400, **short)
+    generate = trainer._generate_single_turn
+    trainer._generate_single_turn = lambda *args: (generate(*args)[0], None)
+    trainer.vllm_importance_sampling_correction = False
+    for length, reflects in ((400, True), (150, False)):
+        trainer.args.vllm_max_model_length = length
+        generation_batch(trainer)
+        assert any(trainer.seen_repairs) is reflects
 
 
 RANKS = "tests.integrations.care_trl_ranks"
