@@ -1,6 +1,8 @@
 """CARE inside TRL: on TRL's own groups the sequences and token advantages are Algorithm 1's."""
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
@@ -381,20 +384,81 @@ def vllm() -> Iterator[None]:
 def test_vllm_samples_and_repairs_with_the_trainers_policy(
     kind: str, settings: dict[str, Any], vllm: None, tiny_folder: Any, tmp_path: Path
 ) -> None:
-    """Prompts, images and weights are the trainer's, of rollouts and repairs, in each step: so are
-    the log-probs, but for the share of the image token, which vLLM must not sample."""
+    """A colocated one, awake or asleep between its calls."""
     chance = {"reward": [by_chance], "use_vllm": True}
-    trainer: Any = small_trainer(tiny_folder(kind), tmp_path, **(chance | settings))
+    check_log_probs(small_trainer(tiny_folder(kind), tmp_path, **(chance | settings)))
+
+
+def check_log_probs(trainer: Any) -> None:
+    """Prompts, images and weights are the trainer's, of rollouts and repairs, in each step: so are
+    vLLM's log-probs, but for the share of the image token, which it must not sample."""
     trainer.model.train()
-    for step in range(2):
-        trainer.state.global_step = step
+    for _ in range(2):
+        trainer.state.global_step += 1
         batch = generation_batch(trainer)
         assert trainer._metrics["train"]["care/reflected_groups"][-1] > 0
         gaps = (batch["old_per_token_logps"] - batch["sampling_per_token_logps"]).abs()
-        assert float((gaps * batch["completion_mask"]).max()) < 0.01
+        assert float((gaps * batch["completion_mask"]).max()) < 0.05
         with torch.no_grad():
             for parameter in trainer.model.parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape))
+
+
+@pytest.mark.slow
+def test_a_vllm_server_samples_and_repairs_with_the_trainers_policy(
+    vllm: None, tiny_folder: Any, tmp_path: Path
+) -> None:
+    """Weights go by a file here: TRL sends them by NCCL, which needs GPUs."""
+    from trl.generation import vllm_client
+
+    folder = shutil.copytree(tiny_folder("tiny-qwen2.5-vl"), tmp_path / "served")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host=127.0.0.1"),
+        *(f"--port={port}", f"--model={folder}", "--max-model-len=1000", "--dtype=float32"),
+        *("--enforce-eager", "--enable-scale-out", "--logprobs-mode=processed_logprobs"),
+        # It keeps weights as they were loaded, on a CPU too.
+        "--worker-extension-cls=care_train.rollout.vllm_worker.WeightReceiver",
+        f"--kv-cache-memory-bytes={1 << 28}",
+    ]
+    client, parse = vllm_client.VLLMClient, vllm_client.parse_logprobs
+
+    def send(self: Any, names: Any, parameters: Any) -> None:
+        weights = {name: parameter.contiguous() for name, parameter in parameters}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        self._post(f"{self.base_url}/collective_rpc", json={"method": "reload_weights"})
+
+    def parse_either(choices: list[Any]) -> Any:
+        # vLLM 0.32's names for images' requests; TRL 1.16 knows those to 0.31.
+        for entry in (e for choice in choices for e in choice.get("content", ())):
+            for token in (entry, *entry["top_logprobs"]):
+                token["token"] = f"token_id:{token.get('token_id')}"
+        return parse(choices)
+
+    environment = own_environment() | {"VLLM_SERVER_DEV_MODE": "1"}
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as server,
+        patch.object(client, "init_communicator", lambda self, device: None),
+        patch.object(client, "update_named_params", send),
+        patch.object(vllm_client, "parse_logprobs", parse_either),
+    ):
+        try:
+            trainer: Any = small_trainer(
+                tiny_folder("tiny-qwen2.5-vl"),
+                tmp_path,
+                reward=[by_chance],
+                use_vllm=True,
+                vllm_mode="server",
+                vllm_server_base_url=f"http://127.0.0.1:{port}",
+            )
+            check_log_probs(trainer)
+            trainer.train_dataset = trainer.train_dataset.remove_columns("image")
+            check_log_probs(trainer)
+        finally:
+            server.terminate()
 
 
 @pytest.mark.parametrize(
