@@ -386,7 +386,9 @@ def test_vllm_samples_and_repairs_with_the_trainers_policy(
 ) -> None:
     """A colocated one, awake or asleep between its calls."""
     chance = {"reward": [by_chance], "use_vllm": True}
-    check_log_probs(small_trainer(tiny_folder(kind), tmp_path, **(chance | settings)))
+    trainer: Any = small_trainer(tiny_folder(kind), tmp_path, **(chance | settings))
+    check_log_probs(trainer)
+    assert not getattr(trainer.vllm_generation.llm, "awake", None)
 
 
 def check_log_probs(trainer: Any) -> None:
