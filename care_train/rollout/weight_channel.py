@@ -13,6 +13,7 @@ import hmac
 import secrets
 import socket
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import dataclass
@@ -210,8 +211,19 @@ def _nccl(unique_id: bytes, rank: int, size: int, seconds: float) -> Broadcast:
     )
 
     device = torch.cuda.current_device()
+
+    def connected() -> Any:
+        torch.cuda.set_device(device)  # A new thread has the first.
+        group = uid_init_process_group(unique_id, rank, size, device)
+        # NCCL connects its ranks within the call of the first broadcast, and waits there without a
+        # time limit for a peer that does not come.
+        first = torch.zeros(1, dtype=torch.uint8, device=group.device)
+        group.broadcast(first, src=_SENDER)
+        first.item()
+        return group
+
     # In a thread that is left behind at the time limit: NCCL itself waits for its ranks for ever.
-    group = in_background(lambda: uid_init_process_group(unique_id, rank, size, device))
+    group = in_background(connected)
     if not wait([group], seconds).done:
         raise RuntimeError(f"no NCCL group of {size} ranks in {seconds:g} s")
     communicator: Any = group.result()
@@ -230,6 +242,9 @@ def _nccl(unique_id: bytes, rank: int, size: int, seconds: float) -> Broadcast:
                 raise RuntimeError(f"{tensor.nbytes} bytes did not come in {seconds:.0f} s")
             time.sleep(0.0002)
 
+    # A group keeps its memory on the GPU until it is destroyed. Not at the interpreter's end, when
+    # no thread can be started any more, as vLLM does for it.
+    weakref.finalize(broadcast, communicator.destroy).atexit = False
     return broadcast
 
 

@@ -25,7 +25,8 @@ STRANGER = "0" * 32
 
 
 def test_nccl_gets_its_id_as_bytes(monkeypatch):
-    """Through the request, whole, and no store is made; a group that does not come is given up."""
+    """Through the request, whole, and no store is made; a group whose ranks do not connect is given
+    up, in NCCL's way in the first broadcast, and one that is used no more is destroyed."""
     pytest.importorskip("vllm")
     from vllm.distributed import utils
     from vllm.distributed.weight_transfer import nccl_common
@@ -33,14 +34,24 @@ def test_nccl_gets_its_id_as_bytes(monkeypatch):
     unique_id, seen = bytes(range(128)), []
     hanging = threading.Event()
 
+    class Group:
+        device, destroyed = torch.device("cpu"), 0
+
+        def broadcast(self, tensor: Any, src: int) -> None:
+            hanging.wait(20)
+
+        def destroy(self) -> None:
+            Group.destroyed += 1
+
     def join(*arguments: Any) -> Any:
         seen.append(arguments)
-        hanging.wait(20)
+        return Group()
 
     def no_store(*arguments: Any, **more: Any) -> Any:
         raise AssertionError("a store was made")
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(utils.StatelessProcessGroup, "create", no_store)
     monkeypatch.setattr(nccl_common, "uid_init_process_group", join)
     monkeypatch.setattr(weight_channel, "_new_unique_id", lambda: unique_id)
@@ -51,7 +62,10 @@ def test_nccl_gets_its_id_as_bytes(monkeypatch):
     with pytest.raises(RuntimeError, match=r"no NCCL group of 3 ranks in 0.2 s"):
         weight_channel.join(call, "127.0.0.1", 2, 3)
     hanging.set()
-    weight_channel.join(call, "127.0.0.1", 1, 2)
+    channel = weight_channel.join(call, "127.0.0.1", 1, 2)
+    assert Group.destroyed == 0
+    del channel
+    assert Group.destroyed == 1
     meet(2, 1.0)
     assert seen == [(unique_id, 2, 3, 0), (unique_id, 1, 2, 0), (unique_id, 0, 2, 0)]
     with pytest.raises(RequestError, match=r"unique_id: .*128 bytes"):
