@@ -81,16 +81,19 @@ def serve(config: Config, host: str, port: int, allowed_hosts: Sequence[str] = (
         token = stack.enter_context(server_token(url))
         assert token.value is not None
         executor = "uni" if settings.tensor_parallel_size == 1 else "mp"
-        llm = start_vllm(
-            loaded, str(skeleton), settings, max_context, batch_size, lora_rank, executor
-        )
+
+        def start() -> Any:
+            return start_vllm(
+                loaded, str(skeleton), settings, max_context, batch_size, lora_rank, executor
+            )
+
+        loop = EngineLoop(start, on_death=lambda: os.kill(os.getpid(), signal.SIGTERM))
         backend = backend_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         info = ServerInfo(
             identity=model_identity(loaded, lora_rank, backend),
             max_context=max_context,
             num_workers=settings.tensor_parallel_size,
         )
-        loop = EngineLoop(llm, on_death=lambda: os.kill(os.getpid(), signal.SIGTERM))
         server = RolloutServer(loop, info, loaded, backend, has_lora=lora_rank is not None)
         print(
             f"serving {config.model.path} at {url}\n"

@@ -71,9 +71,9 @@ class Batch:
 class EngineLoop:
     """Steps vLLM while there is work; every use of it runs on this one thread."""
 
-    def __init__(self, llm: Any, on_death: Callable[[], None]) -> None:
-        """Drive an `LLM` without weights; `on_death` is called once if it fails."""
-        self._llm = llm
+    def __init__(self, start: Callable[[], Any], on_death: Callable[[], None]) -> None:
+        """Drive the `LLM` without weights that `start` makes; `on_death` is called once if it or
+        one of its workers fails."""
         self._on_death = on_death
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._is_step_due = False
@@ -82,7 +82,13 @@ class EngineLoop:
         """The batches that are being sampled, by vLLM's name of each of their requests."""
         self.failure: RequestError | None = None
         """Why vLLM can do nothing more."""
-        threading.Thread(target=self._run, name="vllm", daemon=True).start()
+        started: Future[Any] = Future()
+        threading.Thread(target=self._run, args=(start, started), name="vllm", daemon=True).start()
+        self._llm = started.result()
+        # A worker may die while nothing is sampled.
+        self._llm.llm_engine.model_executor.register_failure_callback(
+            lambda: self._work.put(lambda: self._fail("a worker process died"))
+        )
 
     def call(self, function: Callable[[Any], Value]) -> Future[Value]:
         """Run `function(llm)` between two steps; what it raises becomes a `RequestError`."""
@@ -130,7 +136,14 @@ class EngineLoop:
             self._abort(batch, "new weights came before it was done")
         self._version = version
 
-    def _run(self) -> None:
+    def _run(self, start: Callable[[], Any], started: Future[Any]) -> None:
+        # vLLM keeps the CUDA stream of the thread that starts it, and would copy tokens from there
+        # before another thread's stream has sampled them.
+        try:
+            started.set_result(start())
+        except BaseException as error:
+            started.set_exception(error)
+            return
         while True:
             self._work.get()()
 
@@ -165,13 +178,8 @@ class EngineLoop:
         self._is_step_due = False
         try:
             outputs = self._llm.llm_engine.step()
-        # Whatever it is, everyone who waits for an answer must hear of it, and the server ends.
         except Exception as error:
-            self.failure = RequestError(503, f"vLLM failed: {type(error).__name__}: {error}")
-            for batch in set(self.running.values()):
-                batch.result.set_exception(self.failure)
-            self.running = {}
-            self._on_death()
+            self._fail(f"{type(error).__name__}: {error}")
             return
         for output in outputs:
             batch = self.running.get(output.request_id)
@@ -182,6 +190,16 @@ class EngineLoop:
             if len(batch.outputs) == len(batch.ids):
                 batch.result.set_result([batch.outputs[name] for name in batch.names])
         self._step_next()
+
+    def _fail(self, problem: str) -> None:
+        """Everyone who waits for an answer hears of it, and the server ends."""
+        if self.failure is not None:
+            return
+        self.failure = RequestError(503, f"vLLM failed: {problem}")
+        for batch in set(self.running.values()):
+            batch.result.set_exception(self.failure)
+        self.running = {}
+        self._on_death()
 
 
 class RolloutServer:
@@ -275,7 +293,7 @@ class RolloutServer:
         def join_channel(llm: Any) -> None:
             self._drop_weights()
             self._met = None
-            llm.collective_rpc("care_open", args=(message.call, request.client.host))
+            check_sync(llm.collective_rpc("care_open", args=(message.call, request.client.host)))
             self._met = message.sender
 
         return await self._on_engine(message, join_channel)

@@ -4,8 +4,9 @@ vLLM mixes `WeightReceiver` into its worker (`worker_extension_cls`). It imports
 every worker process before the model is built, which is when the patches are due.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -63,9 +64,27 @@ class BannedTokens(LogitsProcessor, GpuLogitsProcessor):
         """The same for every request: nothing to keep."""
 
 
+def _in_words(method: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Answer with what a method raises.
+
+    vLLM reads its workers' answers up to the first that raised, and takes those of the others for
+    answers to its next call: with several workers, none of its calls would be right any more.
+    """
+
+    @wraps(method)
+    def answer(*arguments: Any) -> str | None:
+        try:
+            return method(*arguments)
+        # NCCL, torch and vLLM raise whatever they like.
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    return answer
+
+
 class WeightReceiver:
     """The worker's side of a weight sync: begin, load or receive every tensor, then ask for
-    failures. A server's workers call `care_open` before the first one."""
+    a failure. A server's workers call `care_open` before the first one."""
 
     device: torch.device
     model_runner: Any
@@ -75,8 +94,9 @@ class WeightReceiver:
     _care_has_base = False
     """Whether the base weights of this sender were received whole and checked."""
 
-    def care_open(self, call: Call, host: str) -> None:
-        """Join the weight channel of the trainer, whose request came from `host`."""
+    @_in_words
+    def care_open(self, call: Call, host: str) -> str | None:
+        """Join the weight channel of the trainer, whose request came from `host`; says why not."""
         from vllm.distributed import get_tp_group  # pyright: ignore[reportMissingImports]
 
         group = get_tp_group()
@@ -87,6 +107,7 @@ class WeightReceiver:
         """Forget what was sent before."""
         self._care_filled, self._care_adapter = {}, {}
 
+    @_in_words
     def care_receive(self, tensors: Sequence[SentTensor], num_bytes: int) -> str | None:
         """Take one bucket of so many bytes from the channel and load its tensors, which lie there
         in this order; says what could not be loaded."""
@@ -126,7 +147,8 @@ class WeightReceiver:
             self._care_filled.setdefault(parameter, []).append(sent)
         return None
 
-    def care_failures(self) -> list[str]:
+    @_in_words
+    def care_failure(self) -> str | None:
         """What is wrong with the model after the last tensor."""
         # An adapter may come alone, to base weights that were checked when they were sent.
         if self._care_filled or not self._care_has_base:
@@ -134,9 +156,9 @@ class WeightReceiver:
             with _without_wrappers(self.model_runner.get_model()) as model:
                 failures = find_failures(model, self._care_filled)
             if failures:
-                return failures
+                return failures[0]
             self._care_has_base = True
-        return self._care_load_adapter() if self._care_adapter else []
+        return next(iter(self._care_load_adapter()), None) if self._care_adapter else None
 
     @torch.inference_mode()
     def _care_load_adapter(self) -> list[str]:

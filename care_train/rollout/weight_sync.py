@@ -112,8 +112,7 @@ def finish_sync(llm: Any) -> None:
     Raises:
         RolloutError: see `send_weights`.
     """
-    for failures in llm.collective_rpc("care_failures"):
-        check_sync(failures)
+    check_sync(llm.collective_rpc("care_failure"))
     # All three caches belong together: vLLM skips the encoder for an image that its image cache
     # knows, although the encoder's output may be gone.
     if not llm.reset_prefix_cache():

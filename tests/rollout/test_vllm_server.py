@@ -13,6 +13,7 @@ from care_train.rollout import remote_engine
 from care_train.rollout.engine import Request, SamplingSettings
 from care_train.rollout.errors import RolloutServerError
 from care_train.rollout.remote_engine import ServerClient, VllmServerEngine
+from care_train.rollout.weight_channel import TcpCall
 from care_train.training.sampler import AheadSampler
 from care_train.training.weights import policy_weights
 from tests.rollout.conftest import Pair, Server
@@ -29,6 +30,10 @@ def flip_a_bit(engine):
         broadcast(bucket)
 
     engine._broadcast = corrupt
+
+
+def fail_to_meet(*_):
+    raise RuntimeError
 
 
 def test_a_corrupted_tensor_is_caught_and_named(served):
@@ -108,12 +113,16 @@ def test_no_server_and_a_late_server_are_named(served, tiny_folder, monkeypatch)
 
 
 @pytest.mark.slow
-def test_two_workers_hold_the_weights_together(tiny_folder):
+def test_two_workers_hold_the_weights_together(tiny_folder, monkeypatch):
     """Tensor parallel: fused and split tensors, a tower's qkv among them, are checked over both
-    workers; a bit lost on the way is found there too, and a worker that dies is an error."""
+    workers; a bit lost on the way is found there too. They go on after a trainer that did not come,
+    and a worker that dies is an error."""
     server = Server(f"model.path={tiny_folder()}", "rollout.vllm.tensor_parallel_size=2")
     loaded = load(tiny_folder())
     model = Pair(loaded, VllmServerEngine(loaded, VllmSettings(server=server.url)))
+    with monkeypatch.context() as patch, pytest.raises(RolloutServerError, match="no trainer to"):
+        patch.setattr(remote_engine, "invite", lambda *_: (TcpCall(9, bytes(64)), fail_to_meet))
+        model.sync()
     model.sync()
     check_greedy_outputs(model, rounds=2)
     flip_a_bit(model.engine)

@@ -94,7 +94,8 @@ class FakeLlm:
     """vLLM that never finishes what it was given."""
 
     def __init__(self) -> None:
-        self.llm_engine = self
+        self.llm_engine = self.model_executor = self
+        self.thread = threading.current_thread()
         self.outputs: list[Any] = []
 
     def enqueue(self, prompts: Any, parameters: Any, **more: Any) -> list[str]:
@@ -107,9 +108,31 @@ class FakeLlm:
         time.sleep(0.01)
         return self.outputs
 
+    def register_failure_callback(self, callback: Any) -> None:
+        self.fail = callback
+
 
 def engine_loop() -> Any:
-    return server.EngineLoop(FakeLlm(), on_death=lambda: None)
+    return server.EngineLoop(FakeLlm, on_death=lambda: None)
+
+
+def test_the_engine_is_started_on_the_thread_that_drives_it():
+    """vLLM keeps its thread's CUDA stream. An error of its start is the caller's."""
+    here = engine_loop().call(lambda llm: llm.thread is threading.current_thread())
+    assert here.result(10)
+    with pytest.raises(ZeroDivisionError):
+        server.EngineLoop(lambda: 1 / 0, on_death=lambda: None)
+
+
+def test_a_worker_that_dies_while_nothing_is_sampled_ends_the_server():
+    """Once, and whoever asks meanwhile hears why."""
+    deaths: list[int] = []
+    loop = server.EngineLoop(FakeLlm, on_death=lambda: deaths.append(1))
+    for _ in range(2):
+        loop._llm.fail()
+    with pytest.raises(RequestError, match="vLLM failed: a worker process died"):
+        loop.call(lambda llm: None).result(10)
+    assert deaths == [1] and loop.failure is not None
 
 
 def test_a_request_given_up_while_it_waits_does_not_end_the_engine():
