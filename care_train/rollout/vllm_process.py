@@ -79,7 +79,8 @@ def vllm_process(
     os.environ.setdefault("LOCAL_RANK", "0")
     # Ranks are processes already, each drives its own worker.
     executor = "external_launcher"
-    llm = start_vllm(loaded, folder.name, settings, max_context, batch_size, rank, executor)
+    with untouched_process():
+        llm = start_vllm(loaded, folder.name, settings, max_context, batch_size, rank, executor)
     _running[key] = VllmProcess(llm, folder, max_context)
     return _running[key]
 
@@ -122,7 +123,7 @@ def start_vllm(
     """
     _set_environment()
     on_gpu = torch.cuda.is_available()
-    with untouched_process(), _quiet():
+    with _quiet():
         return _import_llm(on_gpu)(
             model=folder,
             load_format="dummy",
@@ -169,6 +170,8 @@ def _set_environment() -> None:
     defaults = {
         # The engine core in this process: it shares the trainer's weights and devices.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # A server's workers: CUDA cannot be used in a fork of a process that has counted GPUs.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_NO_USAGE_STATS": "1",

@@ -183,6 +183,16 @@ def test_the_model_runner_of_gpus_takes_the_ban():
     assert logits.tolist() == [[0, -torch.inf, 0, -torch.inf, 0]] * 2
 
 
+def test_workers_of_a_server_are_no_forks(monkeypatch):
+    """CUDA cannot be used in a fork of a process that has counted GPUs, as ours does at its start;
+    vLLM forks unless CUDA is initialised."""
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    vllm_process._set_environment()
+    from vllm.utils.system_utils import get_mp_context
+
+    assert get_mp_context().get_start_method() == "spawn"
+
+
 def test_threads_are_those_of_whoever_runs(monkeypatch):
     """On GPUs vLLM sets torch to one thread for its own code: not for the trainer's."""
     monkeypatch.setattr(vllm_process, "_num_threads", None)
