@@ -183,7 +183,7 @@ def test_a_peer_that_is_no_trainer_is_given_up(answer, target):
     start = time.monotonic()
     result = target.ask("/weights/open", tcp_message(target, listener.port))
     assert time.monotonic() - start < 6
-    assert result.status_code == 500 and "trainer" in result.json()["error"]
+    assert result.status_code == 409 and "trainer" in result.json()["error"]
     assert len(listener.connections) == 1
     target.run.engine._broadcast = None
 
