@@ -108,7 +108,7 @@ def care_loss(
         ref_log_probs=ref_log_probs,
         importance_weights=importance_weights,
     )
-    _check_num_sequences(num_sequences)
+    _check_num_sequences(num_sequences, shapes)
     shapes.check_given("V E", ref_head_weight=ref_head_weight)
     shapes.check_given("B T D" if ref_head_weight is None else "B T E", ref_hidden=ref_hidden)
     if response_mask is None and (kl_coef or entropy_coef or ratio_level == "sequence"):
@@ -188,11 +188,12 @@ class CareLoss(nn.Module):
         return care_loss(*tensors, **keywords, **self.options)
 
 
-def _check_num_sequences(num_sequences: float | Tensor | None) -> None:
+def _check_num_sequences(num_sequences: float | Tensor | None, shapes: checks.Shapes) -> None:
     if isinstance(num_sequences, Tensor):
         dtypes = (*checks.FLOAT_DTYPES, *checks.INT_DTYPES)
-        checks.Shapes().check("", dtypes, num_sequences=num_sequences)
-        if num_sequences.device.type != "cpu":
+        is_read = num_sequences.device.type == "cpu"  # a number to tensors of any device
+        (checks.Shapes() if is_read else shapes).check("", dtypes, num_sequences=num_sequences)
+        if not is_read:
             return
     if num_sequences is not None and not num_sequences > 0:
         raise checks.wrong("num_sequences", float(num_sequences), "more than 0")

@@ -120,6 +120,7 @@ CARE = (
     row("ref_hidden: got shape (5, 14, 7)", **CARE_KL, ref_hidden=CARE_REF[..., 1:]),
     row("num_sequences: got -1.0; wanted more than 0", num_sequences=torch.tensor(-1.0)),
     row("num_sequences: got shape (1,); wanted ()", num_sequences=torch.ones(1)),
+    row("num_sequences: got device meta; wanted cpu", num_sequences=torch.ones((), device="meta")),
 )
 
 BATCH = {
