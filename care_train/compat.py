@@ -113,9 +113,11 @@ def patch_deepspeed() -> None:
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
     # On CPUs DeepSpeed compiles a shared-memory all-reduce at first use, which takes half a minute
-    # and a C++ compiler and fails on some machines, for what gloo does as well.
+    # and a C++ compiler and fails on some machines, for what gloo does as well. On GPUs without
+    # nvcc the look at this table prints a line for every operator that wants it.
     # https://github.com/deepspeedai/DeepSpeed/issues/7108
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # bfloat16 under ZeRO-0 begins with an AdamW step on zero gradients to allocate its states: the
     # first update then has the second one's bias correction, a quarter too small, and weight decay
     # counts twice. https://github.com/deepspeedai/DeepSpeed/pull/5104 (open) and issue 5151.

@@ -221,8 +221,11 @@ _num_threads: int | None = None
 @contextmanager
 def untouched_process() -> Iterator[None]:
     """Around vLLM's code: it seeds and draws from global generators, on GPUs leaves torch one
-    thread, and on CPUs takes away `torch.set_num_threads`."""
+    thread and, with tensor parallelism, another stream, and on CPUs takes away
+    `torch.set_num_threads`."""
     global _num_threads
+    # DeepSpeed's ZeRO-3 has the default stream alone wait for its check for overflow.
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
     python, arrays = random.getstate(), numpy.random.get_state()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     torch.set_num_threads(_num_threads or num_threads)
@@ -233,6 +236,9 @@ def untouched_process() -> Iterator[None]:
         finally:
             random.setstate(python)
             numpy.random.set_state(arrays)
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream())
+                torch.cuda.set_stream(stream)
             _num_threads = torch.get_num_threads()
             torch.set_num_threads = set_num_threads
             torch.set_num_threads(num_threads)

@@ -209,6 +209,20 @@ def test_threads_are_those_of_whoever_runs(monkeypatch):
         torch.set_num_threads(before)
 
 
+def test_the_stream_is_that_of_whoever_runs(monkeypatch):
+    """vLLM's first collective moves its thread to a stream of its own, where DeepSpeed's ZeRO-3
+    would read whether gradients overflowed before that is known."""
+    waited, own, foreign = [], SimpleNamespace(), SimpleNamespace()
+    own.wait_stream = waited.append
+    now = [own]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", now.append)
+    with vllm_process.untouched_process():
+        torch.cuda.set_stream(foreign)
+    assert now[-1] is own and waited == [foreign]
+
+
 def test_a_response_ends_at_eos_and_keeps_it(pair):
     """EOS is the last token of finished responses and of no others."""
     model = pair()

@@ -77,18 +77,32 @@ assert len(builds) == 1, "the patch does not keep it from building"
 """
 
 
-def _run_alone(code: str) -> None:
-    """In a process of its own, on CPUs: what is patched in this one must not be there."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+ON_GPUS_WITHOUT_NVCC = """
+import torch.utils.cpp_extension
+torch.cuda.is_available, torch.utils.cpp_extension.CUDA_HOME = lambda: True, None
+from care_train.compat import patch_deepspeed
+patch_deepspeed()
+"""
+
+
+def _run_alone(code: str, accelerator: str = "cpu") -> str:
+    """In a process of its own: what is patched in this one must not be there. Its stdout."""
+    environment = {**os.environ, "DS_ACCELERATOR": accelerator}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_deepspeed_still_needs_its_patches():
     """While a process group of CPUs builds an extension at its start, and AdamW has made a step
     before the first update, in bfloat16 under ZeRO-0."""
     _run_alone(UNPATCHED_DEEPSPEED)
+
+
+def test_nothing_is_printed_on_gpus_without_nvcc():
+    """A line for every operator that wants nvcc, by each rank; none of them is used."""
+    assert _run_alone(ON_GPUS_WITHOUT_NVCC, "cuda") == ""
 
 
 def test_deepspeed_still_has_what_is_changed():
