@@ -75,6 +75,8 @@ def quiet_libraries() -> None:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     # DeepSpeed still calls collectives that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # It is the rank's own.
+    warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context")
     if not torch.cuda.is_available():
         # DeepSpeed otherwise warns that it found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

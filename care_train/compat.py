@@ -8,12 +8,14 @@ import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.distributed import distributed_c10d
 
 
 def patch_vllm_on_cpu() -> None:
@@ -122,6 +124,16 @@ def patch_deepspeed() -> None:
     # first update then has the second one's bias correction, a quarter too small, and weight decay
     # counts twice. https://github.com/deepspeedai/DeepSpeed/pull/5104 (open) and issue 5151.
     FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None
+
+
+def set_default_timeout(timeout: timedelta) -> None:
+    """For collectives of the groups that DeepSpeed (ZeRO's) and vLLM make, which name none.
+
+    torch 2.14 then takes ten minutes on GPUs: NCCL would end a rank without a word of where it
+    hangs long before `limits.step` does. Upstream: none found.
+    """
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 @contextmanager

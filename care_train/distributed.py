@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from care_train.compat import set_default_timeout
+
 Value = TypeVar("Value")
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -33,17 +35,25 @@ def initialize_process_group(collective_seconds: float = 1800.0) -> torch.device
     returns this process's device.
 
     Raises:
-        ValueError: not all ranks came.
+        ValueError: not all ranks came, or this one has no GPU of its own.
     """
     global _store
     has_gpu = torch.cuda.is_available()
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": _LOOPBACK, "MASTER_PORT": str(free_port())}
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")
+    local, device = int(os.environ["LOCAL_RANK"]), torch.device("cpu")
     if has_gpu:
+        if local >= (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"LOCAL_RANK: got {local}, wanted less than {count}, the GPUs that this rank sees: "
+                "start one rank per GPU, each of which sees all GPUs of its node"
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        timeout = timedelta(seconds=collective_seconds)
+        set_default_timeout(timeout)
         if _ranks_share_machine():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
         _store = _rendezvous(_START)
@@ -52,7 +62,7 @@ def initialize_process_group(collective_seconds: float = 1800.0) -> torch.device
             store=_store,
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=timedelta(seconds=collective_seconds),
+            timeout=timeout,
         )
         _at_exit()
     return device

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import deepspeed
 import pytest
+from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime.checkpoint_engine import torch_checkpoint_engine
 from deepspeed.utils import zero_to_fp32
 from torch.utils.tensorboard import SummaryWriter
@@ -85,6 +86,20 @@ patch_deepspeed()
 """
 
 
+TIME_LIMITS = """
+from datetime import timedelta
+import torch
+from torch.distributed import distributed_c10d, new_group
+from care_train.distributed import initialize_process_group
+initialize_process_group(7200)
+group = new_group(ranks=range(1))
+limits = group._get_backend(torch.device("cpu")).options._timeout, *map(
+    distributed_c10d._get_default_timeout, ("gloo", "nccl")
+)
+assert limits == (timedelta(seconds=7200),) * 3, limits
+"""
+
+
 def _run_alone(code: str, accelerator: str = "cpu") -> str:
     """In a process of its own: what is patched in this one must not be there. Its stdout."""
     environment = {**os.environ, "DS_ACCELERATOR": accelerator}
@@ -103,6 +118,12 @@ def test_deepspeed_still_needs_its_patches():
 def test_nothing_is_printed_on_gpus_without_nvcc():
     """A line for every operator that wants nvcc, by each rank; none of them is used."""
     assert _run_alone(ON_GPUS_WITHOUT_NVCC, "cuda") == ""
+
+
+def test_groups_of_libraries_have_the_runs_time_limit():
+    """Needed while DeepSpeed names none for the group of ZeRO's collectives."""
+    assert "timeout" not in inspect.getsource(TorchBackend.new_group)
+    _run_alone(TIME_LIMITS)
 
 
 def test_deepspeed_still_has_what_is_changed():

@@ -1,19 +1,25 @@
 """The launch scripts: their commands, and real ranks started through them on this machine."""
 
+import inspect
 import os
+import re
 import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 
-from care_train.distributed import own_environment
+from care_train.cli import quiet_libraries
+from care_train.distributed import initialize_process_group, own_environment
 from tests.train.runs import ROOT, records, steps_logged, text_run_arguments
 
 LAUNCH = ROOT / "launch"
@@ -70,6 +76,25 @@ def test_commands_name_nodes_and_ranks():
     for script, more in ((torchrun, {"NNODES": "2"}), (deepspeed, {"NODE_RANK": "1"})):
         status, text = _output(script, *config, DRY_RUN="1", GPUS_PER_NODE="8", **more)
         assert status != 0 and "wanted with N" in text
+
+
+def test_a_rank_without_a_gpu_of_its_own(monkeypatch):
+    """More ranks than GPUs, or a launcher that shows each rank one."""
+    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="LOCAL_RANK: got 3, wanted less than 2, the GPUs"):
+        initialize_process_group()
+
+
+def test_a_barrier_on_gpus_warns_of_nothing():
+    """torch asks for a device although the rank has set it."""
+    (text,) = re.findall(r'"(barrier\(\): using [^"]*)"', inspect.getsource(dist.barrier))
+    with warnings.catch_warnings(record=True) as found:
+        quiet_libraries()
+        warnings.warn(text, stacklevel=1)
+    assert not found
 
 
 def _wait_for_two_steps(job: subprocess.Popen[str], run: Path) -> None:
