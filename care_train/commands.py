@@ -232,9 +232,8 @@ def _train_from(
         asked = given.callbacks.control.should_training_stop
         facts["ended_early"] = "a callback asked" if asked else "nearly all responses were right"
     if before is not None:
-        if config.model.adapters is not None:
-            # Whole beside the model that is loaded next, and a card may hold no two and vLLM.
-            session.loaded.model.to("cpu")
+        # Beside the model that is loaded next, and a card may hold no two and vLLM.
+        session.loaded.model.to("cpu")
         trained, steps = open_session(config, run_dir / "final", device, given), facts["steps"]
         after = _evaluate_session(trained, held_out, device, archive, "evaluate after", steps)
         metrics.log(steps, after, phase="eval")

@@ -248,25 +248,25 @@ def seed_all(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of python's, numpy's and torch's generators in this process."""
+    """The state of python's, numpy's and torch's generators in this process, of its own GPU's."""
     state: Any = numpy.random.get_state(legacy=True)
     kind, keys, position, has_gauss, gauss = state
     return {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.copy()), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
 def restore_rng_state(state: dict[str, Any]) -> None:
-    """Set what `rng_state` returned; GPUs that this process does not see are left out."""
+    """Set what `rng_state` returned, a GPU's where there is one."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     numpy.random.set_state((kind, keys.numpy(), *rest))
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def _read_mark(path: Path) -> dict[str, Any]:

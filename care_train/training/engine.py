@@ -242,6 +242,13 @@ class PolicyEngine:
         chosen = list(self._policy.parameters() if parameters is None else parameters)
         return deepspeed.zero.GatheredParameters(chosen)
 
+    def close(self) -> None:
+        """Free gradients and the optimiser's states, for good; `loaded` stays."""
+        self._engine.destroy()
+        # ZeRO's optimiser is reached from each parameter, and holds all of them.
+        for optimizer in (self._engine.optimizer, self.optimizer):
+            vars(optimizer).clear()
+
     def checkpoint_bytes(self) -> int:
         """About what `save_state` writes on all ranks together."""
         own = tensor_bytes(list(self.optimizer.state.values()))

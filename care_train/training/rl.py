@@ -87,6 +87,7 @@ def run_training(
     loop.run()
     with at_step(loop.num_steps, loop.num_steps, run_dir):
         save_model(loop.engine, run_dir / "final")
+    loop.engine.close()
     return loop.totals
 
 

@@ -163,6 +163,21 @@ def test_random_number_generators_go_on_where_they_were():
     assert [(random.random(), numpy.random.rand(), torch.rand(1)) for _ in range(2)] == drawn
 
 
+def test_a_ranks_gpu_goes_on_among_another_number_of_gpus(monkeypatch):
+    """The one it trains on, however many it sees now."""
+    restored: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": torch.ones(1))
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda new, device="cuda": restored.append(new)
+    )
+    state = rng_state()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    restore_rng_state(state)
+    assert restored == [torch.ones(1)]
+
+
 def _steps(engine: PolicyEngine, count: int) -> None:
     for _ in range(count):
         engine.step([micro_batch(engine)], 1.0)

@@ -1,7 +1,9 @@
 """The optimiser step: gradients, schedule, ZeRO stages, updates that are not finite."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -107,6 +109,24 @@ def test_the_first_bfloat16_update_is_the_learning_rate(zero_stage, tiny_folder)
     moved = dict(engine.weights(1 << 20))["lm_head.weight"].float() - head * (1 - 1e-3)
     # Half of bfloat16's step at these weights.
     assert float(moved.abs().median()) == pytest.approx(1e-2, abs=5e-4)
+
+
+@pytest.mark.parametrize(("zero_stage", "bf16"), [(0, False), (0, True), (1, False), (3, True)])
+def test_a_closed_engine_holds_no_optimiser(zero_stage, bf16, tiny_folder):
+    """Its states and master weights are gone although the model, whose parameters DeepSpeed ties to
+    its engine, is not: the last evaluation needs the memory."""
+    loaded = load(tiny_folder(), dtype="bfloat16" if bf16 else "float32")
+    engine = make_engine(loaded, zero_stage=zero_stage, bf16=bf16)
+    engine.step([micro_batch(engine)], 1.0)
+    held = [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
+    if zero_stage or bf16:
+        held += [p for group in engine.optimizer.param_groups for p in group["params"]]
+    kept = [weakref.ref(tensor) for tensor in held if isinstance(tensor, torch.Tensor)]
+    del held
+    engine.close()
+    gc.collect()
+    assert kept and not any(one() is not None for one in kept)
+    assert all(p.isfinite().all() for p in loaded.model.to("cpu").parameters())
 
 
 OFFLOAD = "configs/deepspeed/zero3_offload.yaml"
