@@ -167,6 +167,11 @@ class DeepSpeedSettings:
         """Whether the optimiser's states live in main memory, or on a disk."""
         return self.offloads("optimizer")
 
+    @property
+    def builds_adamw(self) -> bool:
+        """Whether the optimiser is DeepSpeed's for CPUs, which the C++ compiler builds."""
+        return self.offloads_optimizer and self.config.get("zero_force_ds_cpu_optimizer", True)
+
     def offloads(self, part: str) -> bool:
         """Whether `optimizer` states or `param`eters live in main memory, or on a disk."""
         section = self.zero.get(f"offload_{part}") or {}

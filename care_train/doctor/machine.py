@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
+from torch.utils.cpp_extension import get_cxx_compiler
 
 from care_train.doctor import Finding, Subject, error, ok, warning
 from care_train.models.load import runnable
@@ -78,6 +79,11 @@ def check_devices(subject: Subject) -> Finding:
         return warning(
             "; ".join(replaced),
             "run where they can, or set model.attention=sdpa and model.liger=false",
+        )
+    if config.deepspeed.builds_adamw and shutil.which(get_cxx_compiler()) is None:
+        return error(
+            f"no C++ compiler ({get_cxx_compiler()}), which builds the optimiser for main memory",
+            "install g++, or set deepspeed.config.zero_force_ds_cpu_optimizer=false",
         )
     if not torch.cuda.is_available():
         size = 0 if subject.loaded is None else describe(subject.loaded.model, "").num_parameters

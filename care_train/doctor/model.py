@@ -1,6 +1,7 @@
 """Checks of the model: tokenizer, processor, template and ids, and log-probs against the engine."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -260,5 +261,8 @@ def _rollout_engine(subject: Subject, encoder: PromptEncoder) -> RolloutEngine:
     if config.rollout.vllm.lora == "adapter" and lora and not has_adapters(subject.model.model):
         # As the run will send them; untrained they change nothing.
         add_adapters(subject.model.model, lora, config.seed)
+    # Here is one process, and so one worker.
+    vllm = replace(config.rollout.vllm, tensor_parallel_size=1)
+    config = replace(config, rollout=replace(config.rollout, vllm=vllm))
     session = Session(config, subject.model, encoder, scorer)
     return session.rollout_engine(subject.model, config.rollout.batch_size)

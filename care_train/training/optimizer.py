@@ -64,7 +64,7 @@ def adamw(
     """
     rate, decay = optimizer.learning_rate, optimizer.weight_decay
     shared: dict[str, Any] = {"lr": rate, "betas": BETAS, "weight_decay": decay}
-    if settings.offloads_optimizer and settings.config.get("zero_force_ds_cpu_optimizer", True):
+    if settings.builds_adamw:
         return DeepSpeedCPUAdam(parameters, adamw_mode=True, **shared)
     return torch.optim.AdamW(parameters, **shared)
 

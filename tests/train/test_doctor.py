@@ -20,6 +20,7 @@ from care_train.doctor.run import CHECKS, diagnose, guarded
 from care_train.models.load import LoadedModel
 from care_train.planning.workload import Device
 from care_train.training.run_folder import MARKER, marker_text
+from care_train.training.session import Session
 from tests.train.builders import image_sample, load, make_config
 
 
@@ -95,6 +96,17 @@ def test_what_this_machine_cannot_run(subject):
     assert finding.level == "warning" and "no GPU; sdpa is used" in finding.message
     assert "model.liger cannot run" in finding.message
     assert "model.attention=sdpa" in finding.fix and "model.liger=false" in finding.fix
+
+
+def test_offload_without_a_compiler(subject, monkeypatch):
+    """DeepSpeed would find out once the model is loaded; torch's AdamW needs none."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    zero = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    offload = _with(subject, deepspeed={"zero_stage": 3, "config": zero})
+    finding = machine.check_devices(offload)
+    assert finding.level == "error" and "no-such-compiler" in finding.message
+    other = {"config": zero | {"zero_force_ds_cpu_optimizer": False}}
+    assert machine.check_devices(_with(offload, deepspeed=other)).level == "ok"
 
 
 def test_a_run_folder_that_is_taken_or_closed(subject, monkeypatch):
@@ -252,6 +264,14 @@ def test_rewards_that_take_long(subject, monkeypatch):
     """Slow scoring is a warning."""
     monkeypatch.setattr("care_train.doctor.data._MAX_REWARD_SECONDS", 0.0)
     assert _run(subject, "rewards").level == "warning"
+
+
+def test_ranks_that_share_a_vllm_are_no_obstacle(subject, monkeypatch):
+    """The doctor is one process, whatever the run's are."""
+    monkeypatch.setattr(Session, "rollout_engine", lambda self, *_: self.config.rollout.vllm)
+    vllm = replace(subject.config.rollout.vllm, tensor_parallel_size=2)
+    shared = _with(subject, rollout={"engine": "vllm", "vllm": vllm})
+    assert model._rollout_engine(shared, Mock()) == subject.config.rollout.vllm
 
 
 def _sharpen(own):
