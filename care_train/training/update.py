@@ -9,6 +9,7 @@ import torch
 from care_train.algorithm.types import GroupUpdate
 from care_train.config import Config
 from care_train.distributed import all_sum
+from care_train.models.batch import ModelBatch
 from care_train.training.engine import MicroBatch, PolicyEngine, StepResult
 from care_train.training.groups import Group
 from care_train.training.log_probs import Reference, TokenOutcome, TrainItem
@@ -53,9 +54,11 @@ class PolicyUpdater:
             return None
         with timer("collate"):
             own = [item.tokens for item in items]
-            batches, _ = agreed_micro_batches(own, self._config.train, self._engine.device)
+            batches, count = agreed_micro_batches(own, self._config.train, self._engine.device)
             parts = [[items[i] for i in places] for places in batches]
             micro = [self._micro_batch(part, Denominators(*sums)) for part in parts]
+            for _ in range(count - len(micro)):  # a forward of sharded weights takes all ranks
+                self._exact_kl_arguments(self._engine.collate([self._engine.filler]))
         with timer("update"):
             result = self._engine.step(micro, self._config.rollout.temperature)
         for part, output in zip(parts, result.outputs, strict=True):
@@ -93,10 +96,16 @@ class PolicyUpdater:
             )
         if loss.ratio_level == "sequence":
             arguments["sequence_ids"] = batch.sequence_ids
-        if self._reference is not None and loss.kl_estimator == "exact":
-            arguments |= self._reference.exact_kl_arguments(batch)
+        arguments |= self._exact_kl_arguments(batch)
         labels = tuple(item.tokens.prompt.location or "a prompt" for item in items)
         return MicroBatch(batch, arguments, labels)
+
+    def _exact_kl_arguments(self, batch: ModelBatch) -> dict[str, Any]:
+        """Of the loss, where its KL sums over the vocabulary. All ranks call it equally often."""
+        if self._reference is None or self._config.loss.kl_estimator != "exact":
+            return {}
+        with timer("reference"):
+            return self._reference.exact_kl_arguments(batch)
 
     def _join(self, rows: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """[N] on this rank's device, or None where the sequences carry none."""

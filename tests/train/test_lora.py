@@ -20,7 +20,10 @@ from care_train.training.log_probs import FrozenCopy, WithoutAdapters
 from tests.train.builders import load, make_engine, micro_batch
 from tests.train.runs import (
     COLD_START,
+    FastRun,
     cold_start,
+    records,
+    text_run_arguments,
     timeless,
 )
 
@@ -40,6 +43,29 @@ def _trained(loaded, lora=LORA, **settings):
     micro = micro_batch(engine)
     engine.step([micro], 1.0)
     return engine, micro, engine.log_probs(micro.batch, 0.7)[0]
+
+
+ONE_RANK_TRAINS = """
+import os
+from dataclasses import replace
+from care_train.verifier import Verifier
+real = Verifier.score_batch
+def score_batch(self, responses):
+    rewards = [i % 2 * (os.environ["RANK"] == "0") for i in range(len(responses))]
+    scores = zip(real(self, responses), map(float, rewards), strict=True)
+    return [replace(score, accuracy=reward, reward=reward) for score, reward in scores]
+Verifier.score_batch = score_batch
+"""
+
+
+def test_a_rank_without_sequences_runs_the_reference_too(tmp_path):
+    """Under ZeRO-3 the exact KL's forwards without adapters are all ranks'."""
+    more = ("train.steps=1", "deepspeed.zero_stage=3", "model.lora.rank=4", "loss.kl_coef=0.1")
+    arguments = (*text_run_arguments(tmp_path), *more, "loss.kl_estimator=exact")
+    run = FastRun(*arguments, ranks=2, before=ONE_RANK_TRAINS)
+    ends = run.end(90)
+    assert [status for status, _ in ends] == [0, 0], ends
+    assert records(tmp_path / "run")[0]["trained_sequences"] > 0
 
 
 @pytest.mark.parametrize("kind", ["tiny-qwen2.5-vl", "tiny-qwen2"])
