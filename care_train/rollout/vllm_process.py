@@ -216,6 +216,8 @@ def _quiet() -> Iterator[None]:
 
 _num_threads: int | None = None
 """torch's, as vLLM left them: what it compiles is guarded by their number."""
+_stream: Any = None
+"""The GPU's, as vLLM left it: it copies what it samples once this one, as it keeps it, is done."""
 
 
 @contextmanager
@@ -223,9 +225,12 @@ def untouched_process() -> Iterator[None]:
     """Around vLLM's code: it seeds and draws from global generators, on GPUs leaves torch one
     thread and, with tensor parallelism, another stream, and on CPUs takes away
     `torch.set_num_threads`."""
-    global _num_threads
+    global _num_threads, _stream
     # DeepSpeed's ZeRO-3 has the default stream alone wait for its check for overflow.
-    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+    own = torch.cuda.current_stream() if torch.cuda.is_available() else None
+    if own is not None and _stream is not None:
+        _stream.wait_stream(own)
+        torch.cuda.set_stream(_stream)
     python, arrays = random.getstate(), numpy.random.get_state()
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     torch.set_num_threads(_num_threads or num_threads)
@@ -236,9 +241,10 @@ def untouched_process() -> Iterator[None]:
         finally:
             random.setstate(python)
             numpy.random.set_state(arrays)
-            if stream is not None:
-                stream.wait_stream(torch.cuda.current_stream())
-                torch.cuda.set_stream(stream)
+            if own is not None:
+                _stream = torch.cuda.current_stream()
+                own.wait_stream(_stream)
+                torch.cuda.set_stream(own)
             _num_threads = torch.get_num_threads()
             torch.set_num_threads = set_num_threads
             torch.set_num_threads(num_threads)

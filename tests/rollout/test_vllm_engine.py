@@ -211,16 +211,21 @@ def test_threads_are_those_of_whoever_runs(monkeypatch):
 
 def test_the_stream_is_that_of_whoever_runs(monkeypatch):
     """vLLM's first collective moves its thread to a stream of its own, where DeepSpeed's ZeRO-3
-    would read whether gradients overflowed before that is known."""
+    would read whether gradients overflowed before that is known. vLLM goes on there: it keeps the
+    stream, and copies sampled tokens once that one is done."""
     waited, own, foreign = [], SimpleNamespace(), SimpleNamespace()
-    own.wait_stream = waited.append
+    own.wait_stream = foreign.wait_stream = waited.append
     now = [own]
+    monkeypatch.setattr(vllm_process, "_stream", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[-1])
     monkeypatch.setattr(torch.cuda, "set_stream", now.append)
     with vllm_process.untouched_process():
         torch.cuda.set_stream(foreign)
     assert now[-1] is own and waited == [foreign]
+    with vllm_process.untouched_process():
+        assert now[-1] is foreign and waited == [foreign, own]
+    assert now[-1] is own and waited == [foreign, own, foreign]
 
 
 def test_a_response_ends_at_eos_and_keeps_it(pair):
