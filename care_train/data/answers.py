@@ -89,7 +89,7 @@ def read_options(value: object) -> Options:
     Raises:
         ValueError: anything else.
     """
-    value = _spelled(value)
+    value = spelled(value)
     if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], list):
         value = value[0]
     if isinstance(value, Mapping):
@@ -99,7 +99,7 @@ def read_options(value: object) -> Options:
     else:
         raise ValueError(f"got {describe(value)}, wanted a list of the options' texts")
     # Parquet fills up a struct's missing fields, and rows of fewer options, with nulls.
-    while pairs and pairs[-1][1] is None:
+    while pairs and plain(pairs[-1][1]) is None:
         pairs.pop()
     texts = [_option_text(text) for _, text in pairs]
     if len(texts) > _MAX_OPTIONS:
@@ -189,19 +189,23 @@ def tolerance(value: object) -> float | None:
     return float(value)
 
 
+def plain(value: Any) -> Any:
+    """A row's value as JSON would hold it: pandas has arrays for lists, and NaN for null."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def is_empty(value: object) -> bool:
     """Whether a column holds nothing: null, NaN, blank text, or a list or mapping of nothing."""
-    value = value.tolist() if hasattr(value, "tolist") else value  # type: ignore[union-attr]
+    value = plain(value)
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         return all(is_empty(entry) for entry in value)
-    if isinstance(value, float):
-        return math.isnan(value)
     return value is None or value == b"" or (isinstance(value, str) and not value.strip())
 
 
-def _spelled(value: Any) -> Any:
+def spelled(value: Any) -> Any:
     """A list or mapping from a text that spells it."""
     if not isinstance(value, str) or len(value) > _MAX_SPELLED_CHARS:
         return value
@@ -223,7 +227,7 @@ def _pairs_of_mapping(value: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
         if len(texts) != len(labels):
             raise ValueError(f"got {len(texts)} texts and {len(labels)} labels, wanted as many")
         return list(zip(labels, texts, strict=True))
-    pairs = [(str(label), text) for label, text in value.items() if text is not None]
+    pairs = [(str(label), text) for label, text in value.items() if plain(text) is not None]
     return sorted(pairs, key=lambda pair: (len(pair[0]), pair[0].upper()))
 
 

@@ -42,6 +42,9 @@ _MIN_BASE64_CHARS = 32
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 """How PNG, JPEG, GIF, WebP, BMP and TIFF files begin."""
 
+_MAGIC_BASE64 = ("data:image/", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
+_IMAGE_NAME = re.compile(r"[^\n]{1,300}\.(?:png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
+
 _NAME_CHARS = 300
 _EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"}
 
@@ -81,6 +84,21 @@ def image_refs(value: object, *, column: str, base_dir: Path, at: str) -> tuple[
         return tuple(_image_ref(entry, base_dir) for entry in entries)
     except RowError as error:
         raise RowError(error.reason, f"{at}: {column}: {error}") from None
+
+
+def is_image(value: object) -> bool:
+    """Whether a value can be nothing but an image, or a list of some, whatever its column's name.
+
+    An open one, encoded bytes, base64, or the name of a file that ends as images' do.
+    """
+    if isinstance(value, (list, tuple)):
+        return any(map(is_image, value))
+    if isinstance(value, Mapping):
+        value = _of_mapping(value)
+    if isinstance(value, str):
+        encoded = "".join(value[:40].split())
+        return bool(_IMAGE_NAME.fullmatch(value)) or encoded.startswith(_MAGIC_BASE64)
+    return isinstance(value, Image.Image) or (isinstance(value, bytes) and value.startswith(_MAGIC))
 
 
 def read_image_file(path: str | Path, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,9 @@ from care_train.data.answers import (
     is_empty,
     option_key,
     options_in,
+    plain,
     read_options,
+    spelled,
     tolerance,
 )
 from care_train.data.columns import (
@@ -28,7 +31,7 @@ from care_train.data.columns import (
     split_response,
     split_solution,
 )
-from care_train.data.images import ImageRef, image_digest, image_refs
+from care_train.data.images import ImageRef, image_digest, image_refs, is_image
 
 # Of each tuple the first column that holds something is read.
 PROMPT_COLUMNS = ("prompt", "problem", "question", "query", "messages", "conversations")
@@ -44,6 +47,7 @@ RESPONSE_COLUMNS = ("completion", "response")
 IMAGE_COLUMNS = ("images", "image")
 OPTION_COLUMNS = ("options", "choices")
 
+_LIST_OF_TEXT = re.compile(r"\s*\[\s*[\"']")
 _Value = TypeVar("_Value")
 
 
@@ -153,14 +157,9 @@ def sample_from_row(
         RowError: a column missing, empty or of the wrong type, or a key that is none of the
             options, naming row, field, what it got, what was wanted and the fix.
     """
-    # Rows of pandas have arrays for lists, and NumPy's numbers.
-    read = {
-        name: value.tolist() if hasattr(value, "tolist") else value
-        for name, value in row.items()
-        if name not in uninterpreted
-    }
+    read = {name: plain(value) for name, value in row.items() if name not in uninterpreted}
     if isinstance(verl := read.get("reward_model"), Mapping):
-        read[_VERL_ANSWER] = verl.get("ground_truth")
+        read[_VERL_ANSWER] = plain(verl.get("ground_truth"))
     prompt_column, talk = _prompt(read, location, needs_prompt)
     answer_column, value, rationale = _answer(read, talk, location)
     options_column = _column(read, OPTION_COLUMNS)
@@ -186,6 +185,14 @@ def sample_from_row(
         _check_unicode(texts, f"{location}: {name}")
     taken = {prompt_column, "answer", "rationale", "failed_rationale", *IMAGE_COLUMNS}
     columns = {name: value for name, value in row.items() if name not in taken}
+    refs = image_refs(images, column=images_column or "", base_dir=base_dir, at=location)
+    unread = [name for name in columns if name in read and is_image(read[name])]
+    if needs_prompt and not refs and unread:
+        raise RowError(
+            "image_column",
+            f"{location}: {unread[0]}: got an image in a row of none, wanted it in images or image "
+            "(a list, where there are several): rename the column, or drop it",
+        )
     columns |= {"system": talk.system} if talk.system else {}
     return Sample(
         id=id,
@@ -193,7 +200,7 @@ def sample_from_row(
         answer=answer,
         rationale=rationale,
         failed_rationale=failed_rationale,
-        images=image_refs(images, column=images_column or "", base_dir=base_dir, at=location),
+        images=refs,
         answer_type=kind,
         options=options.texts,
         tolerance=_checked(tolerance, read, "tolerance", location),
@@ -256,8 +263,10 @@ def _answer(row: Mapping[str, Any], talk: Conversation, at: str) -> tuple[str, o
                 "holds the final answer, or drop the row",
             )
         return "response", answered, rationale
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        value = value[0]
+    # verl's keys may be a list of one as JSON text: `["34"]`.
+    listed = spelled(value) if isinstance(value, str) and _LIST_OF_TEXT.match(value) else value
+    if isinstance(listed, (list, tuple)) and len(listed) == 1:
+        value = listed[0]
     if isinstance(value, str):
         own_rationale, value = split_solution(value)
         rationale = rationale or own_rationale

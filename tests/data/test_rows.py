@@ -1,6 +1,7 @@
 """Rows, in the forms that data sets have, become samples, or an error that names row and field."""
 
 import base64
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ def user(content: Any) -> list[dict[str, Any]]:
         ({"answer": False}, {"answer": "no"}),
         # As `DataFrame.to_dict` gives what Parquet holds.
         ({"answer": np.float32(0.5)}, {"answer": "0.5"}),
+        ({"answer": None, "reward_model": {"ground_truth": np.array(["5"])}}, {"answer": "5"}),
+        ({"answer_type": math.nan, "tolerance": math.nan}, {"answer_type": None}),
+        ({"image": math.nan, "image_path": np.nan}, {"images": ()}),
+        ({"options": ["owl", "crow", math.nan], "answer": "B"}, {"options": ("owl", "crow")}),
+        ({"image": "a.png", "image_path": "a.png"}, {"images": (Path("/data/a.png"),)}),
         ({"images": np.array(["a.png"])}, {"images": (Path("/data/a.png"),)}),
         ({"prompt": np.array([*user("why?")])}, {"prompt": "why?", "is_conversation": True}),
         # The key alone of a solution: GSM8K's `####`, one box, or the last answer's tags.
@@ -54,6 +60,9 @@ def user(content: Any) -> list[dict[str, Any]]:
         ({"answer": ["It is $\\boxed{A}$ m."]}, {"answer": "A"}),
         ({"answer": "\\boxed{1} or \\boxed{2}"}, {"answer": "\\boxed{1} or \\boxed{2}"}),
         ({"answer": "4 + 5 = <<4+5=9>>9\n#### 9"}, {"answer": "9", "rationale": "4 + 5 = 9"}),
+        # verl's key of one as JSON; several stay text.
+        ({"answer": '["\\\\frac{1}{2}"]'}, {"answer": "\\frac{1}{2}"}),
+        ({"answer": '["1", "2"]'}, {"answer": '["1", "2"]'}),
         ({"answer": "#### 1,250"}, {"answer": "1,250", "rationale": None}),
         (
             {"answer": "<reasoning>so</reasoning> <answer> **Final Answer:** 4 </answer>"},
@@ -109,7 +118,7 @@ def test_what_is_read_of_a_row(columns: dict[str, Any], read: dict[str, Any]):
         ({"answer": {"a": 1}}, "answer_type", "answer: got an object with 'a', wanted text"),
         ({"answer": float("inf")}, "answer_type", "answer: got inf, wanted a finite number"),
         ({"answer": ""}, "empty_answer", "answer: got empty text, wanted text, a number"),
-        ({"answer": float("nan")}, "empty_answer", "answer: got nan, wanted"),
+        ({"answer": float("nan")}, "empty_answer", "answer: got nothing in 'answer', and the"),
         ({"answer": None, "label": "3"}, "empty_answer", "got the columns 'prompt', 'label',"),
         ({"answer": None, "response": "3"}, "empty_answer", "with an <answer> span"),
         ({"answer": None, "response": "<answer> </answer>"}, "empty_answer", "answer: got"),
@@ -131,6 +140,16 @@ def test_what_is_read_of_a_row(columns: dict[str, Any], read: dict[str, Any]):
         ({"image": {"bytes": None, "path": None}}, "image_type", "image: got nothing"),
         ({"image": DAMAGED}, "image_unreadable", "image: got damaged base64"),
         ({"image": "data:image/png;base64,@@"}, "image_unreadable", "image: got damaged base64"),
+        # As MMMU, VQA exports and the datasets library name them: unread they would be unseen.
+        *(
+            ({column: image}, "image_column", f"{column}: got an image in a row of none, wanted")
+            for column, image in (
+                ("image_1", {"bytes": b"\x89PNG", "path": None}),
+                ("image_path", "pictures/1.JPG"),
+                ("picture", Image.new("RGB", (2, 2))),
+                ("img", ["data:image/png;base64,iVBORw0KGgo="]),
+            )
+        ),
         ({"image": "https://x.org/a.png"}, "image_url", "got 'https://x.org/a.png': URLs are not"),
         ({"image": "file://far/a.png"}, "image_url", "got 'file://far/a.png': URLs are"),
         ({"prompt": "<image>"}, "placeholders", "prompt: got 1 <image> placeholders for 0"),
