@@ -144,6 +144,10 @@ def _wanted_places(key: str, options: Sequence[str]) -> list[int]:
     if found := [place for place, one in enumerate(options) if one.strip() == key.strip()]:
         return found
     letter = split_choice(key)[0]
+    # An option's text may be a letter too: `B. Q`.
+    match = None if letter else _LETTER_THEN_OPTION.fullmatch(key.strip())
+    if match and match[2] in options[ord(match[1]) - 65 :][:1]:
+        letter = match[1]
     if letter and ord(letter) - 65 < len(options):
         text = options[ord(letter) - 65]
         return [place for place, one in enumerate(options) if _is_same_spelling(one, text)]

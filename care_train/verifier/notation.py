@@ -22,9 +22,11 @@ _SUPERSCRIPTS = str.maketrans({"⁰": "0", "¹": "1", "²": "2", "³": "3"}) | {
 }
 _SUPERSCRIPT_RUN = re.compile("⁻?[⁰¹²³⁴-⁹]+")
 _VULGAR = re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
-# Marks with one meaning that NFKC leaves apart: dashes, CJK stops, the fraction slash.
+# Marks with one meaning that NFKC leaves apart: dashes, CJK stops, the fraction slash; and what
+# cannot be seen: zero width, direction, soft hyphen.
 _SAME_MARKS = str.maketrans(
     dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-")
+    | dict.fromkeys("\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad", "")
     | {"。": ".", "、": ",", "\N{FRACTION SLASH}": "/"}
 )
 _THOUSANDS = re.compile(

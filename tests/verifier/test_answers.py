@@ -113,6 +113,8 @@ SPELLINGS = [
     ("45\u00b0 30'", "45\u00b030'", "45\u00b0"),
     ("2x-7", "2x-7\u3002", "2x"),
     ("y", "Y", "y'"),
+    ("\ufeff5", "5|\u200b5\u200b", "6"),
+    ("x^2+1", "x^2\u2060+1", "x^2"),
     # Half of an inequality is no set of numbers.
     ("x < 3", "x<3", "x < 3 or x|x|x, x < 3|x < 3 and x|x or x < 1 < 2"),
 ]
