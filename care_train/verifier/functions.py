@@ -6,8 +6,9 @@ import inspect
 import math
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from care_train.config import SHIPPED_REWARDS, RewardFunctionSettings
+from care_train.data import RowError
 from care_train.verifier.responses import Response, RowImages
 
 _MAX_EXTRA_CHARS = 200
@@ -109,14 +111,13 @@ class UserFunction:
 
         Raises:
             ValueError: another number of results, or one that is no number in range.
-            Exception: whatever the function raises, with its name noted.
+            RuntimeError: the function's own ValueError or OSError.
+            Exception: whatever else it raises, with its name noted.
         """
         self._metrics, self._extra = {}, [{} for _ in responses]
-        try:
+        row = f": {_place(responses[0])}" if self.is_per_response else ""
+        with _naming(self._name + row):
             results: Any = self._form(responses, state)
-        except Exception as error:
-            error.add_note(f"in {self._name}")
-            raise
         if hasattr(results, "tolist"):
             results = results.tolist()  # an array or tensor
         if not isinstance(results, Sequence) or len(results) != len(responses):
@@ -130,9 +131,9 @@ class UserFunction:
     def _score(self, result: Any, response: Response, extra: dict[str, Any]) -> FunctionScore:
         form, step = None, None
         if isinstance(result, Mapping):
-            names = [name for name in ("accuracy", "overall", "score") if name in result]
+            names = [name for name in ("accuracy", "acc", "overall", "score") if name in result]
             if not names:
-                raise self._wrong(result, response, "a key accuracy, overall or score")
+                raise self._wrong(result, response, "a key accuracy, acc, overall or score")
             form = result.get("format")
             step = self._wrong_step(result.get("wrong_step"), response)
             for name, value in result.items():
@@ -140,7 +141,7 @@ class UserFunction:
                 if name not in (names[0], "format") and number is not None:
                     self._metrics.setdefault(str(name), []).append(number)
             result = result[names[0]]
-        if result is None:
+        if result is None and self._form == self._trl:
             return FunctionScore(None, extra=extra, wrong_step=step)
         number = self._number(result, response, self._settings.target == "accuracy")
         form = None if form is None else self._number(form, response, True)
@@ -161,13 +162,17 @@ class UserFunction:
     def _number(self, value: Any, response: Response, bounded: bool) -> float:
         number = _finite(value)
         if number is None or (bounded and not 0 <= number <= 1):
-            wanted = "a number in [0, 1]" if bounded else "a finite number"
-            raise self._wrong(value, response, f"{wanted} (target {self._settings.target})")
+            wanted = "a finite number"
+            if bounded:
+                wanted = (
+                    "a number in [0, 1]: scale it, or set target: bonus where it is no accuracy"
+                )
+            raise self._wrong(value, response, wanted)
         return number
 
     def _wrong(self, value: Any, response: Response, wanted: str) -> ValueError:
-        place = response.sample.location or response.sample.id
-        return ValueError(f"{self._name}: {place}: got {str(value)[:80]}, wanted {wanted}")
+        got = str(value)[:80]
+        return ValueError(f"{self._name}: {_place(response)}: got {got}, wanted {wanted}")
 
     def _run(self, *arguments: Any, **named: Any) -> Any:
         result = self._call(*arguments, **named)
@@ -237,6 +242,27 @@ class UserFunction:
         return self._run(**{name: values[name] for name in taken} | self._settings.arguments)
 
 
+def _place(response: Response) -> str:
+    return response.sample.location or response.sample.id
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors of the user's own code get the function's name.
+
+    Its ValueErrors and OSErrors would pass for wrong input, of which the message alone is shown.
+    """
+    try:
+        yield
+    except RowError:  # of a row's image, which the function asked for
+        raise
+    except (ValueError, OSError) as error:
+        raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        error.add_note(f"in {name}")
+        raise
+
+
 def _finite(value: Any) -> float | None:
     try:
         number = float(value)
@@ -301,5 +327,6 @@ def _load_file(function: str, file: Path) -> ModuleType:
     sys.path.insert(min(installed, default=len(sys.path)), str(file.parent))
     # Dataclasses and pickling look a function's module up by name.
     sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    with _naming(f"reward.functions: {function}"):
+        spec.loader.exec_module(module)
     return module

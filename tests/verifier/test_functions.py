@@ -15,6 +15,7 @@ from care_train.config import (
     build_config,
 )
 from care_train.data import Sample, load_samples
+from care_train.training.failures import status_of
 from care_train.verifier import Response, Score, TrainerState, Verifier
 from care_train.verifier.steps import verified_steps
 
@@ -76,6 +77,10 @@ def verl(data_source, solution_str, ground_truth, extra_info=None, bound=1.0):
     assert data_source == "colors" and extra_info["difficulty"] == 2
     return bound * float(ground_truth in solution_str)
 
+def dapo(solution_str, ground_truth):
+    is_right = ground_truth in solution_str
+    return {"score": 1.0 if is_right else -1.0, "acc": is_right, "pred": solution_str}
+
 async def waits(completions):
     await asyncio.sleep(0.01)
     return [float("blue" in text) for text in completions]
@@ -127,6 +132,8 @@ _BONUS = 0.5 * 2 / 1000
         # None leaves the verdict to the verifier.
         ("some", {}, [1, 0], [1.0, 0.1]),
         ("verl", {"arguments": {"bound": 0.5}}, [0.5, 0], [0.55, 0.1]),
+        # verl's DAPO has its verdict beside a score of 1 or -1.
+        ("dapo", {}, [1, 0], [1.0, 0.1]),
         # Coroutines are awaited, a class is made once, an object is called, an array is a list.
         ("waits", {}, [1, 0], [1.0, 0.1]),
         ("Judge", {}, [1, 0], [1.0, 0.1]),
@@ -224,7 +231,10 @@ def test_a_parameter_that_no_row_fills_is_refused(tmp_path: Path):
     [
         ("def f(reward_inputs):\n    return [2.0]\n", r"got 2\.0, wanted a number in \[0, 1\]"),
         ("def f(reward_inputs):\n    return []\n", "got 0 results, wanted a list of 1"),
-        ("def f(reward_inputs):\n    return [{'x': 1}]\n", "wanted a key accuracy, overall or"),
+        ("def f(reward_inputs):\n    return [{'x': 1}]\n", "wanted a key accuracy, acc, overall"),
+        # TRL's form alone may have no opinion: here a `return` is missing.
+        ("def f(reward_input):\n    pass\n", r"got None, wanted a number in \[0, 1\]: scale it"),
+        ("def f(reward_inputs):\n    return [{'acc': None}]\n", "got None, wanted a number"),
         ("def f(x, y):\n    return [1]\n", "got the parameters x, y, wanted compute_score"),
         ("def g():\n    return [1]\n", "got no function f in it, wanted one of g"),
         ("def f(reward_input, size):\n    return 1\n", "got the parameters size, which nothing"),
@@ -242,6 +252,21 @@ def test_a_functions_own_error_comes_through(tmp_path: Path):
     with pytest.raises(ZeroDivisionError) as caught:
         _score(tmp_path, "def f(reward_inputs):\n    return 1 / 0\n", "f", [GOOD])
     assert "rewards.py:f" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def f(reward_input):\n    return float('x')\n", "rewards.py:f: a: ValueError: could not"),
+        ("def f(reward_inputs):\n    open('/no/log')\n", r"rewards.py:f: FileNotFoundError: \["),
+        ("float('x')\n", "rewards.py:f: ValueError: could not convert"),
+    ],
+)
+def test_a_functions_own_error_is_no_wrong_input(tmp_path: Path, source: str, message: str):
+    """Of which the command shows the message alone, without a traceback or the function's name."""
+    with pytest.raises(RuntimeError, match=message) as caught:
+        _score(tmp_path, source, "f", [GOOD])
+    assert status_of(caught.value) == 1
 
 
 @pytest.mark.parametrize(
