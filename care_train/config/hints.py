@@ -33,6 +33,9 @@ FOREIGN = {
     "per_device_train_batch_size": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.prompts_per_step: the step's sequences accumulate",
     "lr_scheduler_type": "train.schedule",
+    "warmup_ratio": "train.warmup_steps",
+    "system_prompt": "prompt.system",
+    "use_peft": "model.lora.rank",
     "output_path": "output_dir",
     "save_steps": "train.save_every",
     "eval_steps": "train.eval_every",
@@ -63,6 +66,8 @@ FOREIGN = {
     "clip_ratio_c": "loss.dual_clip",
     "clip_ratio_dual": "loss.dual_clip",
     "kl_loss_coef": "loss.kl_coef",
+    "use_kl_loss": "loss.kl_coef",
+    "disable_kl": "loss.kl_coef=0",
     "kl_loss_type": "loss.kl_estimator",
     "kl_penalty": "loss.kl_estimator",
     "entropy_coeff": "loss.entropy_coef",
@@ -95,9 +100,13 @@ FOREIGN = {
     "val_freq": "train.eval_every",
     "save_limit": "train.keep_checkpoints",
     "total_training_steps": "train.steps",
+    "total_epochs": "train.steps: there are no epochs",
+    "logger": "logging.report_to",
     "project_name": "logging.project",
     "experiment_name": "name",
     "reward_function": "reward.functions.NAME.function",
+    "custom_reward_function.path": "reward.functions.NAME.function",
+    "custom_reward_function.name": "reward.functions.NAME.function",
     "model_path": "model.path",
     "mask_truncated_completions": "loss.mask_truncated",
     "use_bias_correction_kl": "loss.kl_estimator",
@@ -120,6 +129,11 @@ def explain(error: Any, root: type) -> str:
     while len(path) > 1 and find_key(_schema_name(path), root) is None:
         # Behind the key pydantic names the branch of a union, or the place in a list.
         path.pop()
+    key = find_key(_schema_name(path), root)
+    if key and not key.is_section and key.wanted != "keys" and isinstance(error["input"], Mapping):
+        # verl has a section where there is a setting here: `algorithm.adv_estimator`.
+        names = _names_below(".".join(path), error["input"])
+        return "\n".join(unknown_key(name, root) for name in names)
     return f"{'.'.join(path)}: got {error['input']!r}, wanted {_wanted(path, root)}"
 
 
@@ -127,6 +141,9 @@ def _wanted(path: list[str], root: type) -> str:
     key = find_key(_schema_name(path), root)
     if key is None:
         return "another value"
+    if key.is_section:
+        below = next(k.name for k in list_keys(root) if k.name.startswith(f"{key.name}."))
+        return f"{key.wanted}, such as {below.rpartition('.')[2]}: ..."
     return f"{key.wanted} ({key.summary})"
 
 
@@ -148,7 +165,11 @@ def unknown_key(key: str, root: type) -> str:
     parts = key.split(".")
     ends = [".".join(parts[start:]) for start in range(len(parts))]
     foreign = next((FOREIGN[end] for end in ends if end in FOREIGN), None)
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    same = [name for name in known if name.split(".")[-1] == parts[-1]]
+    same.sort(key=lambda name: not name.startswith("train."))
+    close = same if len(parts) == 1 else []
+    close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    close = close or same or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if foreign is not None and root is Config:
         hint = f"; here it is {foreign}"
     else:
