@@ -11,6 +11,9 @@ from PIL import Image
 IMAGE_PLACEHOLDER = "<image>"
 """Where an image goes in a prompt's text."""
 
+IMAGE_KEYS = ("bytes", "image", "url", "image_url", "path", "base64")
+"""Under which the datasets library and chat messages hold an image, the first that holds one."""
+
 _ROLES = {
     "user": "user",
     "human": "user",
@@ -263,9 +266,8 @@ def _part(part: object, images: list[object], where: str) -> str:
     if isinstance(part, Mapping) and kind == "text" and isinstance(part.get("text"), str):
         return part["text"]
     if isinstance(part, Mapping) and kind in ("image", "image_url"):
-        held = {key: part.get(key) for key in ("image", "image_url", "bytes", "path", "url")}
-        if any(held.values()):
-            images.append(held)
+        if any(part.get(key) for key in IMAGE_KEYS):
+            images.append(part)
         return IMAGE_PLACEHOLDER
     got = repr(kind) if isinstance(part, Mapping) else describe(part)
     raise RowError("message", f"{where}: content: got a part of type {got}, wanted text or image")

@@ -66,10 +66,13 @@ def open_rows(
         ValueError: nothing there, an unknown kind, no such split, or a download that failed.
     """
     path = Path(source).expanduser()
-    if not path.exists():
+    # An empty text would be the working folder: `data.path=$UNSET`.
+    if not source or not path.exists():
         if not (download and hub_data(source) == (source, None)):
             also = ", or the id of a data set on the Hub" if download else ""
-            raise ValueError(f"{key}: {source} does not exist: wanted {_WANTED}{also}")
+            raise ValueError(
+                f"{key}: {source or 'empty text'} does not exist: wanted {_WANTED}{also}"
+            )
         path = snapshot(source, "dataset", revision, key, download)
     if not path.is_dir():
         return [_open_file(path, path.name, key)]

@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from care_train.data.columns import RowError, describe
+from care_train.data.columns import IMAGE_KEYS, RowError, describe
 
 if TYPE_CHECKING:
     from care_train.data.schema import Sample
@@ -217,7 +217,7 @@ def _of_url(text: str) -> Path:
 
 def _of_mapping(value: Mapping) -> object:
     """What the datasets library and chat messages wrap; any of their keys may hold None."""
-    for key in ("bytes", "image", "url", "image_url", "path"):
+    for key in IMAGE_KEYS:
         inner = value.get(key)
         if inner:
             return _of_mapping(inner) if isinstance(inner, Mapping) else inner

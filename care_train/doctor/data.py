@@ -109,7 +109,8 @@ def check_evaluation_rows(subject: Subject) -> Finding:
 
 
 def check_prompt(subject: Subject) -> Finding:
-    """The policy is told, or was taught, to write the tags that the verifier reads."""
+    """The policy is told, or was taught, to write the tags that the verifier reads, and is shown
+    the options that a letter stands for."""
     prompt = subject.config.prompt
     tags = [f"<{prompt.think_tag}>", f"<{prompt.answer_tag}>"]
     texts = [prompt.system or "", *(sample.prompt for sample in subject.rows[:1])]
@@ -119,6 +120,13 @@ def check_prompt(subject: Subject) -> Finding:
             f"neither prompt.system nor the first row names {' and '.join(lacking)}",
             "name the tags in prompt.system, unless a cold start has taught them",
         )
+    for row in spread(subject.rows, _NUM_ROWS):
+        shown = {row.answer, *(text for text in row.options if text in row.prompt)}
+        if row.options and shown.isdisjoint(row.options):
+            return warning(
+                f"{_where(row)}: the key is {row.answer[:60]!r}, and no option is in the prompt",
+                "write the options into the prompt, unless its image shows them",
+            )
     return ok(f"names {' and '.join(tags)}")
 
 
@@ -139,7 +147,9 @@ def check_rewards(subject: Subject) -> Finding:
         return error(
             f"{_where(failed[0])}: its own answer {failed[0].answer[:60]!r} scores less than 1 in "
             "a well-formed response",
-            f"take <{answer}> and <{think}> out of the answers: keys are the bare answer",
+            "correct reward.functions, or the answer where it is no bare one"
+            if config.reward.own_functions
+            else f"take <{answer}> and <{think}> out of the answers: keys are the bare answer",
         )
     if seconds > _MAX_REWARD_SECONDS:
         return warning(f"{1000 * seconds:.0f} ms per response", "shorten the answers")

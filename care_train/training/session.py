@@ -192,6 +192,8 @@ def usable_rows(
     Raises:
         ValueError: rows that can be no prompt, or too long a one.
     """
+    if not samples:
+        return samples, []
     prompt = session.config.prompt
     lengths = _prompt_lengths(session, samples, key)
     long = [place for place, length in enumerate(lengths) if length > prompt.max_prompt_tokens]

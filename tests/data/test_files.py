@@ -150,6 +150,8 @@ def test_errors_name_the_key(tmp_path: Path, key: str):
     """Which of a run's data sets is wrong; several bad rows at once, the first five in full."""
     with pytest.raises(ValueError, match=rf"^{key}(\.path)?: .*gone\.jsonl does not exist: wanted"):
         load(tmp_path / "gone.jsonl", key)
+    with pytest.raises(ValueError, match=rf"^{key}(\.path)?: empty text does not exist: wanted"):
+        load("", key)
     with pytest.raises(ValueError, match=rf"^{key}(\.path)?: .* has no files of split .*, wanted"):
         load(tmp_path, key)
     with pytest.raises(ValueError) as error:

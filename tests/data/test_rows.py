@@ -18,7 +18,8 @@ from care_train.verifier.verify import verify_in_process
 PARTS = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "q"}]
 RESPONSE = {"role": "assistant", "content": "<think>so</think><answer>2</answer>"}
 WHICH = "Which?\nA. owl\nB. crow"
-DAMAGED = base64.b64encode(b"\x89PNG" + bytes(60)).decode()[:-3] + "!!"
+PIXELS = base64.b64encode(b"\x89PNG" + bytes(60)).decode()
+DAMAGED = PIXELS[:-3] + "!!"
 
 
 def sample(row: dict[str, Any]) -> Sample:
@@ -80,6 +81,11 @@ def user(content: Any) -> list[dict[str, Any]]:
         ({"failed_rationale": "no"}, {"failed_rationale": "no"}),
         # Qwen's format, with an images column that a merge of data sets left empty.
         ({"prompt": user(PARTS), "images": []}, {"images": (Path("/data/a.png"),)}),
+        # transformers' own parts.
+        (
+            {"prompt": user([{"type": "image", "base64": PIXELS}])},
+            {"images": (base64.b64decode(PIXELS),), "prompt": "<image>"},
+        ),
         ({"answer_type": "choice"}, {"answer_type": AnswerType.CHOICE}),
         ({"tolerance": 0.1}, {"tolerance": 0.1}),
         # Its own type says that the key need not be an option.

@@ -60,8 +60,9 @@ def _rows(subject: Subject, *rows: Sample) -> Subject:
     return replace(subject, samples=list(rows))
 
 
-def _answer(subject: Subject, answer: str) -> Subject:
-    return _rows(subject, Sample(id="b", prompt="?", answer=answer, location="rows.jsonl: row 3"))
+def _answer(subject: Subject, answer: str, options: tuple[str, ...] = ()) -> Subject:
+    row = Sample(id="b", prompt="?", answer=answer, options=options, location="rows.jsonl: row 3")
+    return _rows(subject, row)
 
 
 def _damaged(change: Callable[[LoadedModel], object]) -> Callable[[Subject], Subject]:
@@ -173,6 +174,8 @@ SPOILED = [
     ("batches", lambda s: _with(s, rollout=_two_gpus(None)), "error", "does not divide 1 ranks"),
     ("batches", lambda s: _with(s, rollout=_two_gpus("http://gpu1:8000")), "ok", "per rank"),
     ("prompt", lambda s: _with(s, prompt={"system": None}), "warning", "<answer>"),
+    ("prompt", lambda s: _answer(s, "B", ("owl", "crow")), "warning", "row 3: the key is 'B'"),
+    ("prompt", lambda s: _answer(s, "crow", ("owl", "crow")), "ok", "names"),
     ("training rows", lambda s: _with(s, prompt={"max_prompt_tokens": 10}), "error", "_tokens"),
     ("evaluation rows", lambda s: _with(s, eval={"data": s.config.data.path}), "warning", "seen"),
     ("evaluation rows", lambda s: _with(s, eval={"data": "no.jsonl"}), "error", "no.jsonl"),
