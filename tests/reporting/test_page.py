@@ -34,8 +34,8 @@ def _block(page: Page, name: str) -> Any:
 
 def test_a_page_carries_all_it_needs_and_allows_nothing_else(tmp_path: Path) -> None:
     """The policy names the scripts and the style by their hashes; no address is loaded."""
-    write_page([write_metrics(tmp_path / "run")], tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text()
+    write_page([write_metrics(tmp_path / "run")], tmp_path / "new" / "report.html")
+    text = (tmp_path / "new" / "report.html").read_text()
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
     assert policy is not None
     rules = dict(rule.split(" ", 1) for rule in policy[1].replace("&#x27;", "'").split("; "))

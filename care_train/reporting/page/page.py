@@ -85,7 +85,9 @@ def write_page(folders: Sequence[Path], path: Path, max_mib: int = MAX_MIB) -> N
     Raises:
         ValueError: a folder is not a run's.
     """
-    write_file(path, Page(folders, max_mib).html())
+    html = Page(folders, max_mib).html()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, html)
 
 
 def _render(title: str, blocks: Mapping[str, bytes], *, live: bool) -> str:
