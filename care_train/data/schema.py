@@ -186,13 +186,13 @@ def sample_from_row(
     taken = {prompt_column, "answer", "rationale", "failed_rationale", *IMAGE_COLUMNS}
     columns = {name: value for name, value in row.items() if name not in taken}
     refs = image_refs(images, column=images_column or "", base_dir=base_dir, at=location)
-    unread = [name for name in columns if name in read and is_image(read[name])]
-    if needs_prompt and not refs and unread:
-        raise RowError(
-            "image_column",
-            f"{location}: {unread[0]}: got an image in a row of none, wanted it in images or image "
-            "(a list, where there are several): rename the column, or drop it",
-        )
+    for name in columns if needs_prompt and not refs else ():
+        if is_image(read.get(name)):
+            raise RowError(
+                "image_column",
+                f"{location}: {name}: got an image in a row of none, wanted it in images or image "
+                "(a list, where there are several): rename the column, or drop it",
+            )
     columns |= {"system": talk.system} if talk.system else {}
     return Sample(
         id=id,
