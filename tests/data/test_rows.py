@@ -152,7 +152,7 @@ def test_what_is_read_of_a_row(columns: dict[str, Any], read: dict[str, Any]):
             for column, image in (
                 ("image_1", {"bytes": b"\x89PNG", "path": None}),
                 ("image_path", "pictures/1.JPG"),
-                ("picture", Image.new("RGB", (2, 2))),
+                ("picture", b"\x89PNG\r\n"),
                 ("img", ["data:image/png;base64,iVBORw0KGgo="]),
             )
         ),
