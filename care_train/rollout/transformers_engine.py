@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from inspect import signature
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     TopKLogitsWarper,
@@ -29,9 +29,8 @@ from care_train.rollout.errors import NotFiniteLogitsError, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-_GENERATE = signature(GenerationMixin.generate)  # pyright: ignore[reportAttributeAccessIssue]
-_CACHE = "cache" if "cache" in _GENERATE.parameters else "past_key_values"
-"""transformers 5.24 renamed the argument."""
+_CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+"""`generate`'s argument, which transformers renamed."""
 
 
 class TransformersEngine:
