@@ -130,11 +130,12 @@ def explain(error: Any, root: type) -> str:
         # Behind the key pydantic names the branch of a union, or the place in a list.
         path.pop()
     key = find_key(_schema_name(path), root)
-    if key and not key.is_section and key.wanted != "keys" and isinstance(error["input"], Mapping):
+    given = error["input"]
+    if key and not key.is_section and key.wanted != "keys" and given and isinstance(given, Mapping):
         # verl has a section where there is a setting here: `algorithm.adv_estimator`.
-        names = _names_below(".".join(path), error["input"])
+        names = _names_below(".".join(path), given)
         return "\n".join(unknown_key(name, root) for name in names)
-    return f"{'.'.join(path)}: got {error['input']!r}, wanted {_wanted(path, root)}"
+    return f"{'.'.join(path)}: got {given!r}, wanted {_wanted(path, root)}"
 
 
 def _wanted(path: list[str], root: type) -> str:

@@ -46,6 +46,7 @@ RESPONSE_COLUMNS = ("completion", "response")
 
 IMAGE_COLUMNS = ("images", "image")
 OPTION_COLUMNS = ("options", "choices")
+_TEXT_COLUMNS = {*PROMPT_COLUMNS, *ANSWER_COLUMNS, *RESPONSE_COLUMNS, *OPTION_COLUMNS}
 
 _LIST_OF_TEXT = re.compile(r"\s*\[\s*[\"']")
 _Value = TypeVar("_Value")
@@ -187,7 +188,7 @@ def sample_from_row(
     columns = {name: value for name, value in row.items() if name not in taken}
     refs = image_refs(images, column=images_column or "", base_dir=base_dir, at=location)
     for name in columns if needs_prompt and not refs else ():
-        if is_image(read.get(name)):
+        if name not in _TEXT_COLUMNS and is_image(read.get(name)):
             raise RowError(
                 "image_column",
                 f"{location}: {name}: got an image in a row of none, wanted it in images or image "

@@ -80,7 +80,7 @@ def check_devices(subject: Subject) -> Finding:
             "; ".join(replaced),
             "run where they can, or set model.attention=sdpa and model.liger=false",
         )
-    if config.deepspeed.builds_adamw and shutil.which(get_cxx_compiler()) is None:
+    if config.deepspeed.builds_adamw and shutil.which(get_cxx_compiler().partition(" ")[0]) is None:
         return error(
             f"no C++ compiler ({get_cxx_compiler()}), which builds the optimiser for main memory",
             "install g++, or set deepspeed.config.zero_force_ds_cpu_optimizer=false",

@@ -38,7 +38,8 @@ def mend_vllm(trainer: Any) -> None:
     vllm = trainer.vllm_generation
     image_id = trainer.processing_class.image_token_id
     generate, sync_weights = vllm.generate, vllm.sync_weights
-    vllm.generation_kwargs = {"logit_bias": {image_id: -100.0}} | vllm.generation_kwargs
+    bias = {image_id: -100.0} | (vllm.generation_kwargs.get("logit_bias") or {})
+    vllm.generation_kwargs = vllm.generation_kwargs | {"logit_bias": bias}
 
     def generate_unexpanded(prompts: list[list[int]], **others: Any) -> Any:
         short = [

@@ -246,8 +246,11 @@ class PolicyEngine:
         """Free gradients and the optimiser's states, for good; `loaded` stays."""
         self._engine.destroy()
         # ZeRO's optimiser is reached from each parameter, and holds all of them.
-        for optimizer in (self._engine.optimizer, self.optimizer):
-            vars(optimizer).clear()
+        if self._engine.optimizer is not self.optimizer:
+            vars(self._engine.optimizer).clear()
+        # Its other fields are what DeepSpeed's AdamW for CPUs frees itself by.
+        self.optimizer.state.clear()
+        self.optimizer.param_groups.clear()
 
     def checkpoint_bytes(self) -> int:
         """About what `save_state` writes on all ranks together."""

@@ -128,6 +128,7 @@ def run_sft(
     loop.run()
     with at_step(loop.num_steps, loop.num_steps, loop.run_dir):
         save_model(loop.engine, folder)
+    loop.engine.close()
     loop.checkpoints.remove()
     return loop.values | cold_start.counts
 

@@ -305,7 +305,8 @@ def _load(function: str) -> Callable[..., Any]:
         module = _load_file(function, Path(path).absolute())
     found = getattr(module, name, None)
     if inspect.isclass(found):
-        found = found()
+        with _naming(f"reward.functions: {function}"):
+            found = found()
     if not callable(found):
         defined = sorted(n for n, value in vars(module).items() if inspect.isfunction(value))
         raise ValueError(

@@ -52,6 +52,9 @@ def user(content: Any) -> list[dict[str, Any]]:
         ({"answer": None, "reward_model": {"ground_truth": np.array(["5"])}}, {"answer": "5"}),
         ({"answer_type": math.nan, "tolerance": math.nan}, {"answer_type": None}),
         ({"image": math.nan, "image_path": np.nan}, {"images": ()}),
+        # A file's name where text is read is text.
+        ({"answer": None, "solution": "plot.png"}, {"answer": "plot.png", "images": ()}),
+        ({"choices": ["so.gif", "no.gif"], "answer": "B"}, {"options": ("so.gif", "no.gif")}),
         ({"options": ["owl", "crow", math.nan], "answer": "B"}, {"options": ("owl", "crow")}),
         ({"image": "a.png", "image_path": "a.png"}, {"images": (Path("/data/a.png"),)}),
         ({"images": np.array(["a.png"])}, {"images": (Path("/data/a.png"),)}),

@@ -406,6 +406,15 @@ def check_log_probs(trainer: Any) -> None:
                 parameter.add_(0.05 * torch.randn(parameter.shape))
 
 
+def test_a_bias_of_ones_own_leaves_image_tokens_banned() -> None:
+    """TRL hands `generation_kwargs` to vLLM as they are."""
+    own = {"seed": 1, "logit_bias": {3: 2.0}}
+    vllm = SimpleNamespace(mode="server", generate=None, sync_weights=None, generation_kwargs=own)
+    processor = SimpleNamespace(image_token_id=7)
+    trl_rollouts.mend_vllm(SimpleNamespace(vllm_generation=vllm, processing_class=processor))
+    assert vllm.generation_kwargs == {"seed": 1, "logit_bias": {7: -100.0, 3: 2.0}}
+
+
 @pytest.mark.slow
 def test_a_vllm_server_samples_and_repairs_with_the_trainers_policy(
     vllm: None, tiny_folder: Any, tmp_path: Path

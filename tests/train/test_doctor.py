@@ -108,6 +108,8 @@ def test_offload_without_a_compiler(subject, monkeypatch):
     assert finding.level == "error" and "no-such-compiler" in finding.message
     other = {"config": zero | {"zero_force_ds_cpu_optimizer": False}}
     assert machine.check_devices(_with(offload, deepspeed=other)).level == "ok"
+    monkeypatch.setenv("CXX", "env c++")  # As with ccache in front.
+    assert machine.check_devices(offload).level == "ok"
 
 
 def test_a_run_folder_that_is_taken_or_closed(subject, monkeypatch):

@@ -162,6 +162,8 @@ def test_offload_takes_the_same_steps(own_adam, tiny_folder, tmp_path):
     # As far apart as orders of summation make them: see test_trajectory.
     assert (apart / moved) ** 0.5 < 1e-4
     assert_same_weights(offloaded, loaded)
+    engines[1].close()
+    assert hasattr(engines[1].optimizer, "ds_opt_adam") == own_adam  # which its `__del__` frees
 
 
 @pytest.mark.parametrize(

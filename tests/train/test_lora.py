@@ -15,7 +15,7 @@ from care_train.models.lora import add_adapters, has_adapters
 from care_train.models.policy import Policy
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.training.checkpoint import save_model
-from care_train.training.engine import MicroBatch
+from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.log_probs import FrozenCopy, WithoutAdapters
 from tests.train.builders import load, make_engine, micro_batch
 from tests.train.runs import (
@@ -211,10 +211,14 @@ def test_merged_and_adapter_exports_are_one_model(out, trained):
     assert (before - wanted).abs().max() > 1e-2
 
 
-def test_a_cold_start_trains_adapters(start, out):
-    """`care-train sft` with LoRA goes on learning from a model, and leaves it merged."""
+def test_a_cold_start_trains_adapters(start, out, monkeypatch):
+    """`care-train sft` with LoRA goes on learning from a model, and leaves it merged, and its
+    optimiser's memory to what comes next."""
+    close, closed = PolicyEngine.close, []
+    monkeypatch.setattr(PolicyEngine, "close", lambda self: closed.append(close(self)))
     more = ["name=warm", *COLD_START, "sft.steps=30", "model.lora.rank=8"]
     assert main(["sft", *start[1:], *more]) == 0
+    assert len(closed) == 1
     losses = [record["loss"] for record in timeless(out / "warm")]
     assert losses[-1] < 0.9 * losses[0]
     before, after = (

@@ -260,6 +260,10 @@ def test_a_functions_own_error_comes_through(tmp_path: Path):
         ("def f(reward_input):\n    return float('x')\n", "rewards.py:f: a: ValueError: could not"),
         ("def f(reward_inputs):\n    open('/no/log')\n", r"rewards.py:f: FileNotFoundError: \["),
         ("float('x')\n", "rewards.py:f: ValueError: could not convert"),
+        (
+            "class f:\n    def __init__(self):\n        open('/no/key')\n",
+            "rewards.py:f: FileNotFoundError",
+        ),
     ],
 )
 def test_a_functions_own_error_is_no_wrong_input(tmp_path: Path, source: str, message: str):
