@@ -18,7 +18,8 @@ from care_train.config import Config
 from care_train.data import load_samples
 from care_train.models.load import load_without_weights
 from care_train.models.tiny import model_folder
-from care_train.rollout.server import EngineLoop, RolloutServer
+from care_train.rollout.engine_loop import EngineLoop
+from care_train.rollout.server import RolloutServer
 from care_train.rollout.server_access import Guard, server_token
 from care_train.rollout.server_messages import (
     Bucket,

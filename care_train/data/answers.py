@@ -101,7 +101,7 @@ def read_options(value: object) -> Options:
     # Parquet fills up a struct's missing fields, and rows of fewer options, with nulls.
     while pairs and plain(pairs[-1][1]) is None:
         pairs.pop()
-    texts = [_option_text(text) for _, text in pairs]
+    texts = [_option_text(plain(text)) for _, text in pairs]
     if len(texts) > _MAX_OPTIONS:
         raise ValueError(f"got {len(texts)} options, wanted at most {_MAX_OPTIONS}")
     if all(label is None for label, _ in pairs):

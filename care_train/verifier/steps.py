@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from care_train.data import charts, digits, geometry
+from care_train.data import RowError, charts, digits, geometry
 
 _VALUE = re.compile(rf"\b(?:\d+|none|{'|'.join(charts.COLORS)})\b")
 _READING = "i see"
@@ -25,7 +25,7 @@ def verified_steps(reward_inputs: Sequence[Mapping[str, Any]]) -> list[dict[str,
         reward_inputs: a row's columns and its `response`, in EasyR1's form.
 
     Raises:
-        ValueError: a row of another source.
+        RowError: a row of another source.
     """
     return [_verified(row["response"], _derivation(row)) for row in reward_inputs]
 
@@ -40,8 +40,9 @@ def _derivation(row: Mapping[str, Any]) -> str:
         return " ".join(charts.derive(question, bars)[1:])
     if row["source"] == "geometry":
         return " ".join(geometry.derive(row["kind"], row["rectangles"])[1:])
-    raise ValueError(
-        f"verified_steps: got a row of source {row['source']!r}, wanted digits, charts or geometry"
+    raise RowError(
+        "source",
+        f"verified_steps: got a row of source {row['source']!r}, wanted digits, charts or geometry",
     )
 
 

@@ -169,6 +169,7 @@ def test_what_is_read_of_a_row(columns: dict[str, Any], read: dict[str, Any]):
         ({"options": 3}, "options", "options: got 3, wanted a list of the options' texts"),
         ({"options": "owl or crow"}, "options", "options: got 'owl or crow', wanted a list"),
         ({"choices": [["a"], ["b"]]}, "options", "choices: got an option that is ['a'], wanted"),
+        ({"options": ["owl", math.nan, "crow"]}, "options", "got an option that is nothing"),
         ({"options": {"A": "x", "C": "y"}}, "options", "labelled A, C, wanted A, B, ..."),
         ({"options": {"text": ["a"], "label": []}}, "options", "got 1 texts and 0 labels, wanted"),
         ({"options": [{"name": "a"}]}, "options", "got an option with name, wanted label and text"),

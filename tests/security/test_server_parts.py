@@ -18,6 +18,7 @@ import torch
 
 from care_train.rollout import server, server_access, weight_channel
 from care_train.rollout.engine import in_background
+from care_train.rollout.engine_loop import Batch, EngineLoop
 from care_train.rollout.server_access import TOKEN_VARIABLE, Guard, find_token, server_token
 from care_train.rollout.server_messages import OpenChannel, RequestError, TakeLease, parse
 
@@ -113,7 +114,7 @@ class FakeLlm:
 
 
 def engine_loop() -> Any:
-    return server.EngineLoop(FakeLlm, on_death=lambda: None)
+    return EngineLoop(FakeLlm, on_death=lambda: None)
 
 
 def test_the_engine_is_started_on_the_thread_that_drives_it():
@@ -121,13 +122,13 @@ def test_the_engine_is_started_on_the_thread_that_drives_it():
     here = engine_loop().call(lambda llm: llm.thread is threading.current_thread())
     assert here.result(10)
     with pytest.raises(ZeroDivisionError):
-        server.EngineLoop(lambda: 1 / 0, on_death=lambda: None)
+        EngineLoop(lambda: 1 / 0, on_death=lambda: None)
 
 
 def test_a_worker_that_dies_while_nothing_is_sampled_ends_the_server():
     """Once, and whoever asks meanwhile hears why."""
     deaths: list[int] = []
-    loop = server.EngineLoop(FakeLlm, on_death=lambda: deaths.append(1))
+    loop = EngineLoop(FakeLlm, on_death=lambda: deaths.append(1))
     for _ in range(2):
         loop._llm.fail()
     with pytest.raises(RequestError, match="vLLM failed: a worker process died"):
@@ -147,13 +148,13 @@ def test_a_request_given_up_while_it_waits_does_not_end_the_engine():
 def test_only_the_weights_asked_for_are_sampled_from():
     """None and others are refused; a batch ends when they go, and does not outlive them."""
     loop = engine_loop()
-    batch = server.Batch("new", [], [])
-    for refused in (server.Batch(None, [], []), batch):
+    batch = Batch("new", [], [])
+    for refused in (Batch(None, [], []), batch):
         with pytest.raises(RequestError, match="wanted a weight sync"):
             loop.generate(refused).result(10)
     loop.call(lambda llm: loop.hold_weights("new")).result(10)
     with pytest.raises(RequestError, match="wanted a weight sync"):
-        loop.generate(server.Batch("old", [], [])).result(10)
+        loop.generate(Batch("old", [], [])).result(10)
     loop.generate(batch).result(10)
     assert loop.running
     loop.call(lambda llm: loop.hold_weights(None)).result(10)
@@ -182,7 +183,7 @@ def test_who_has_the_server(monkeypatch):
     assert not refusal(rollouts.take, two) and "run 2" in refusal(rollouts.take, one)
     assert "have not met this trainer" in refusal(rollouts.begin, two)
     monkeypatch.setattr(server, "LEASE_SECONDS", 0.0)
-    loop.running = {"0": server.Batch("a", [], [])}
+    loop.running = {"0": Batch("a", [], [])}
     assert "run 2" in refusal(rollouts.take, one)
     loop.running = {}
     assert not refusal(rollouts.take, one)

@@ -385,6 +385,8 @@ def test_verified_steps_is_a_reward_function_by_name():
     assert [one.accuracy for one in scores] == [1.0, 0.0]
     assert [one.reward for one in scores] == pytest.approx([1.0, 0.1])
     assert scores[0].wrong_step is None and scores[1].wrong_step is not None
+    with pytest.raises(ValueError, match="source 'colors', wanted digits"):  # input, no bug of it
+        verifier.score_batch([Response(GOOD, SAMPLE)])
 
 
 NAMES = """
