@@ -50,7 +50,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     values = {} if path is None else _read(config_file(path))
     for layer in layers:
         values = _lay(values, layer)
-    return build_config(values, source=str(path) if path else "the command line")
+    return build_config(values, source=_source(path, overrides))
 
 
 def merge_config(path: str | Path | None, settings: Mapping[str, Any]) -> Config:
@@ -84,7 +84,13 @@ def load_build_settings(path: str | Path, overrides: Sequence[str] = ()) -> Buil
     values = _read(config_file(path), BuildSettings)
     for override in overrides:
         values = _lay(values, _layer(override, BuildSettings))
-    return _validated(BuildSettings, values, str(path))
+    return _validated(BuildSettings, values, _source(path, overrides))
+
+
+def _source(path: str | Path | None, overrides: Sequence[str]) -> str:
+    """Where values come from, for errors."""
+    files = [] if path is None else [str(path)]
+    return " and ".join([*files, *(["the command line"] if overrides or not files else [])])
 
 
 def names_run(overrides: Sequence[str]) -> bool:
