@@ -50,8 +50,8 @@ def mend_vllm(trainer: Any) -> None:
         for wanted, got in zip(prompts, generated[0], strict=True):
             if list(got) != wanted:
                 raise ValueError(
-                    f"vLLM expanded a prompt to {len(got)} tokens, the trainer to {len(wanted)}: "
-                    "wanted the processor that lies in the model's folder as processing_class"
+                    f"vLLM expanded a prompt to {len(got)} tokens, the trainer to {len(wanted)} or "
+                    "others: wanted the processor of the model's folder as processing_class"
                 )
         return generated
 

@@ -166,10 +166,10 @@ def _lora_arguments(rank: int | None) -> dict[str, Any]:
 
 
 def _set_environment() -> None:
-    """vLLM reads these when it is imported; what the user set stays."""
+    """vLLM reads these when it is imported; what the user set stays, but for the first."""
+    # The engine core in this process, where the worker and its weights are reached.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     defaults = {
-        # The engine core in this process: it shares the trainer's weights and devices.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # A server's workers: CUDA cannot be used in a fork of a process that has counted GPUs.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_LOGGING_LEVEL": "ERROR",

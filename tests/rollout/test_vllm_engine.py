@@ -1,5 +1,6 @@
 """vLLM against transformers and the training forward: tokens, log-probs, bans, seeds, prompts."""
 
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -185,9 +186,11 @@ def test_the_model_runner_of_gpus_takes_the_ban():
 
 def test_workers_of_a_server_are_no_forks(monkeypatch):
     """CUDA cannot be used in a fork of a process that has counted GPUs, as ours does at its start;
-    vLLM forks unless CUDA is initialised."""
+    vLLM forks unless CUDA is initialised. Its engine is in our process whatever was exported."""
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     vllm_process._set_environment()
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     from vllm.utils.system_utils import get_mp_context
 
     assert get_mp_context().get_start_method() == "spawn"
