@@ -89,8 +89,9 @@ def load_build_settings(path: str | Path, overrides: Sequence[str] = ()) -> Buil
 
 def _source(path: str | Path | None, overrides: Sequence[str]) -> str:
     """Where values come from, for errors."""
-    files = [] if path is None else [str(path)]
-    return " and ".join([*files, *(["the command line"] if overrides or not files else [])])
+    if path is None:
+        return "the command line"
+    return f"{path} and the command line" if overrides else str(path)
 
 
 def names_run(overrides: Sequence[str]) -> bool:

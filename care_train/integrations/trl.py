@@ -35,14 +35,13 @@ from care_train.config import CareSettings
 from care_train.integrations.trl_batch import policy_terms, training_batch
 from care_train.integrations.trl_rollouts import (
     care_metrics,
-    encode_text,
     mend_vllm,
     own_rows,
     reflect,
     rollout_groups,
     rollout_of,
 )
-from care_train.models.prompts import TokenText
+from care_train.models.prompts import TokenText, encode_text
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo")
 """TRL's loss types that differ in surrogate and averaging alone; the averaging here is Eq. 12's."""
@@ -168,7 +167,7 @@ def check(trainer: Any) -> None:
     least = trainer.care.max_negatives + 2
     side = trainer._tokenizer.padding_side
     fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    cue = encode_text(trainer, repair_prefix("", reflection.cue, trainer.tags[0]))
+    cue = encode_text(trainer._tokenizer, repair_prefix("", reflection.cue, trainer.tags[0]))
     context, length = 2 * trainer.max_completion_length + len(cue), args.vllm_max_model_length
     structure = args.vllm_structured_outputs_regex or (args.generation_kwargs or {}).get(
         "structured_outputs"

@@ -20,6 +20,7 @@ from care_kernels.integrations.trl import base_model
 from care_train.algorithm.selection import pairwise_distances, reflection_prefix
 from care_train.algorithm.spans import parse_spans, rationale_span, token_spans
 from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, Subgroup
+from care_train.models.prompts import encode_text
 from care_train.verifier import format_score
 
 MODEL_INPUTS = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
@@ -152,7 +153,7 @@ def reflect(
         if len(subgroup.members) < trainer.num_generations:
             negative = subgroup.others[subgroup.reflect_on].rollout
             text = reflection_prefix(negative, trainer.care.reflection.cue, *trainer.tags)
-            prefix = encode_text(trainer, text)
+            prefix = list(encode_text(trainer._tokenizer, text))
             prompt = trainer.sampled_prompt_ids[place * trainer.num_generations]
             if len(prompt) + len(prefix) <= longest:
                 wanted[place] = prefix
@@ -187,12 +188,6 @@ def reflect(
     if sampling_log_probs is None:
         return reflected, {}
     return reflected, {place: sampling_log_probs[i] for i, place in enumerate(wanted)}
-
-
-def encode_text(trainer: Any, text: str) -> list[int]:
-    """Ids of what a policy said: where it spells a special token, it stays text."""
-    encoded = trainer._tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    return encoded["input_ids"]
 
 
 def longest_context(trainer: Any) -> float:

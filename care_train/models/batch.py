@@ -3,7 +3,7 @@
 Each distinct image of a batch is encoded once: a group's rollouts ask about the same one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
@@ -65,9 +65,11 @@ def collate(
     sequences: Sequence[TokenSequence], pad_token_id: int, image_token_id: int | None
 ) -> ModelBatch:
     """Right-pad sequences into one batch: inputs [B, T], T the longest."""
-    rows = _id_rows([sequence.token_ids for sequence in sequences])
+    ids = [sequence.token_ids for sequence in sequences]
+    sizes = list(map(len, ids))
+    rows = list(_joined(ids).split(sizes))
     input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
-    lengths = torch.tensor(list(map(len, rows)))
+    lengths = torch.tensor(sizes)
     attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     inputs |= image_inputs([sequence.prompt for sequence in sequences], input_ids, image_token_id)
@@ -83,21 +85,20 @@ def pack(
     There is no attention mask: the first kind of `packed_positions`, which begins anew with each
     sequence, makes transformers keep them apart (masking_utils.py).
     """
-    rows = _id_rows([sequence.token_ids for sequence in sequences])
-    input_ids = torch.cat(rows).unsqueeze(0)
+    ids = [sequence.token_ids for sequence in sequences]
+    input_ids = _joined(ids).unsqueeze(0)
     position_ids = positions(sequences)
     if len(position_ids) > 1:
         position_ids = position_ids.unsqueeze(1)
     inputs = {"input_ids": input_ids, "position_ids": position_ids}
     inputs |= image_inputs([sequence.prompt for sequence in sequences], input_ids, image_token_id)
-    starts = [0, *accumulate(map(len, rows[:-1]))]
+    starts = [0, *accumulate(map(len, ids[:-1]))]
     return _batch(sequences, inputs, starts, row_starts=starts)
 
 
-def _id_rows(rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """[T] int64 each; cut from one array, which is made faster than many."""
-    ids = np.fromiter(chain.from_iterable(rows), np.int64)
-    return list(torch.from_numpy(ids).split(list(map(len, rows))))
+def _joined(rows: Iterable[Sequence[int]]) -> torch.Tensor:
+    """[N] int64, end to end: one array is made faster than a tensor of each."""
+    return torch.from_numpy(np.fromiter(chain.from_iterable(rows), np.int64))
 
 
 def _batch(
@@ -114,7 +115,7 @@ def _batch(
     return ModelBatch(
         inputs,
         torch.cat(rows),
-        torch.cat(_id_rows([sequence.response_ids for sequence in sequences])),
+        _joined(sequence.response_ids for sequence in sequences),
         torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(lengths)),
         torch.tensor(row_starts),
     )

@@ -123,12 +123,8 @@ class PromptEncoder:
             )
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        """Ids of text that follows a prompt, such as a reflection's prefix.
-
-        Such text is data or model output: what spells a special token in it stays text.
-        """
-        encoded = self._loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        return tuple(encoded["input_ids"])
+        """`encode_text` by the model's tokenizer."""
+        return encode_text(self._loaded.tokenizer, text)
 
     def _render(self, sample: Sample) -> str:
         """The chat template's text for a row.
@@ -227,6 +223,15 @@ class PromptEncoder:
                 f"{sample.location}: the rendered prompt has {placeholders} image placeholders, "
                 f"wanted {wanted}, one per image: choose a model whose chat template shows images"
             )
+
+
+def encode_text(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Ids of text that follows a prompt, such as a reflection's prefix.
+
+    Such text is data or model output: what spells a special token in it stays text.
+    """
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+    return tuple(encoded["input_ids"])
 
 
 def _content_parts(prompt: str, num_images: int) -> list[dict[str, str]]:

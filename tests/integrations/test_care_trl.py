@@ -161,7 +161,7 @@ def test_a_reflection_is_asked_for_after_the_failed_rationale_and_the_cue(
         is_image = ids == trainer.model.config.image_token_id
         assert torch.equal(batch["mm_token_type_ids"][row].bool(), is_image)
     # One that the policy spells is text.
-    spelled = trl_rollouts.encode_text(trainer, "an <|image_pad|>")
+    spelled = trl_rollouts.encode_text(trainer._tokenizer, "an <|image_pad|>")
     assert trainer.model.config.image_token_id not in spelled
 
 
