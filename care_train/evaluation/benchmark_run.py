@@ -24,7 +24,7 @@ from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.evaluation.evaluate import answer_questions, decoding
 from care_train.evaluation.question import Benchmark, Question, QuestionSet
 from care_train.evaluation.table import macro_average, results_markdown, summarize
-from care_train.reporting.files import write_file, write_json
+from care_train.reporting.files import read_json, write_file, write_json
 from care_train.training.resume import identity, settings_of
 from care_train.training.session import Session
 
@@ -167,7 +167,7 @@ def _check_made_with(session: Session, weights: Any, run_dir: Path) -> None:
     now = {key: value for key, value in settings if _decides(key)}
     now["model.path's weights"] = weights
     path = run_dir / _ANSWERS / _MADE_WITH
-    before = json.loads(path.read_text()) if path.is_file() else now
+    before = read_json(path) if path.is_file() else now
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise ValueError(

@@ -35,7 +35,8 @@ def _mmmu_question(row: Row, location: str, images: ReadImages) -> Question:
 
     Later mentions keep their words, and images never named come before the text.
     """
-    key, options = row["answer"], _decode_texts(row["options"], "options", location)
+    options = _decode_texts(row["options"], "options", location)
+    keys = _mmmu_keys(row["answer"], location)
     is_open = row.get("question_type", "multiple-choice") == "open"
     if is_open:
         text = f"{row['question']}\nAnswer the question using a single word or phrase."
@@ -44,10 +45,10 @@ def _mmmu_question(row: Row, location: str, images: ReadImages) -> Question:
         text = f"{row['question']}\n{list_options(options)}\n{hint}"
     prompt, shown = _mmmu_images(text, row, location, images)
     return Question(
-        Sample(row["id"], prompt, key, shown, source="mmmu", location=location),
+        Sample(row["id"], prompt, str(row["answer"]), shown, source="mmmu", location=location),
         options=options,
-        right=frozenset() if is_open else lettered_options(key, options, location),
-        keys=_mmmu_keys(key, location) if is_open else (),
+        right=frozenset() if is_open else lettered_options(keys, options, location),
+        keys=keys if is_open else (),
         kind="open" if is_open else "choice",
         group=row.get("subject") or row["id"].split("_", 1)[-1].rsplit("_", 1)[0],
     )
@@ -55,13 +56,14 @@ def _mmmu_question(row: Row, location: str, images: ReadImages) -> Question:
 
 def _mmmu_pro_vision_question(row: Row, location: str, images: ReadImages) -> Question:
     """The screenshot that holds question, options and figures."""
-    key, options = row["answer"], _decode_texts(row["options"], "options", location)
+    options = _decode_texts(row["options"], "options", location)
+    keys = _mmmu_keys(row["answer"], location)
     prompt = "Answer the multiple-choice question in the image with the letter of its option."
-    shown = images(row["image"])
+    key, shown = str(row["answer"]), images(row["image"])
     return Question(
         Sample(row["id"], prompt, key, shown, source="mmmu_pro_vision", location=location),
         options=options,
-        right=lettered_options(key, options, location),
+        right=lettered_options(keys, options, location),
         kind="choice",
         group=row["subject"],
     )
@@ -119,10 +121,11 @@ def _mmmu_images(
     return IMAGE_PLACEHOLDER * len(unnamed) + text, shown
 
 
-def _mmmu_keys(answer: str, location: str) -> tuple[str, ...]:
-    """The key, or several that are right as well, spelled as a Python list; "[0, 1]" is one key."""
+def _mmmu_keys(answer: Any, location: str) -> tuple[str, ...]:
+    """The key, or several of which each is right, as a list or spelled as one in Python; "[0, 1]"
+    is one key."""
     try:
-        return _decode_texts(answer, "answer", location)
+        return _decode_texts(answer, "answer", location) or (str(answer),)
     except ValueError:
         return (answer,)
 
@@ -168,7 +171,8 @@ def _mmmu_phrases(predicted: str) -> list[str]:
 
 
 _MMMU_COLUMNS = {
-    **dict.fromkeys(("id", "question", "answer"), "filled"),
+    **dict.fromkeys(("id", "question"), "filled"),
+    "answer": "filled or texts",
     "options": "texts or spelled",
     **dict.fromkeys(_MMMU_IMAGES, "image or null"),
 }
@@ -198,8 +202,8 @@ _MMMU_BENCHMARKS = (
         dataset="MMMU/MMMU_Pro",
         split="test",
         subsets=("vision",),
-        columns=dict.fromkeys(("id", "answer", "subject"), "filled")
-        | {"image": "image", "options": "texts or spelled"},
+        columns=dict.fromkeys(("id", "subject"), "filled")
+        | {"answer": "filled or texts", "image": "image", "options": "texts or spelled"},
         to_question=_mmmu_pro_vision_question,
         matches=_match_mmmu,
     ),

@@ -321,6 +321,7 @@ def _answer(
             "sample": sample,
             "digest": questions.digests[place],
             "group": question.group,
+            "problem": question.problem or questions.ids[place],
             "expected": question.sample.answer,
             "finished": completion.finished,
             "tokens": len(completion.token_ids),

@@ -15,6 +15,7 @@ from care_train.evaluation.question import (
     right_options,
 )
 from care_train.verifier import AnswerType
+from care_train.verifier.notation import unwrap
 
 
 def _mathvista_question(row: Row, location: str, images: ReadImages) -> Question:
@@ -64,16 +65,17 @@ def _match_mathvista(predicted: str, question: Question) -> bool:
 
 
 def _choose_mathvista(predicted: str, question: Question) -> int:
-    """The letter in brackets, the letter alone, or else the option of the least edit distance."""
+    """The option that an answer names, or else the one of the least edit distance.
+
+    The authors' language model reads the letter out of "**B**" or "Option B".
+    """
     # Imported here: no other benchmark needs it.
     from rapidfuzz.distance import Levenshtein
 
-    text, allowed = predicted.strip(), letters(len(question.options))
-    in_brackets = re.search(r"\(([a-zA-Z])\)", text)
-    letter = in_brackets[1].upper() if in_brackets else text.rstrip(".").upper()
-    if len(letter) == 1 and letter in allowed:
-        return allowed.index(letter)
-    distances = [Levenshtein.distance(text, option) for option in question.options]
+    place = choose_option(predicted, question)
+    if place is not None:
+        return place
+    distances = [Levenshtein.distance(unwrap(predicted), option) for option in question.options]
     return distances.index(min(distances))
 
 
@@ -108,6 +110,7 @@ def _mathverse_question(row: Row, location: str, images: ReadImages) -> Question
         right=right,
         kind="choice" if is_choice else "free-form",
         group=row["problem_version"],
+        problem=str(row.get("problem_index", "")),
         is_odd=is_choice and not right,
     )
 
@@ -148,7 +151,7 @@ def _math_vision_question(row: Row, location: str, images: ReadImages) -> Questi
     return Question(
         Sample(row["id"], prompt, key, shown, source="math_vision", location=location),
         options=options,
-        right=lettered_options(key, options, location) if options else frozenset(),
+        right=lettered_options([key], options, location) if options else frozenset(),
         group=row["subject"],
     )
 
@@ -168,13 +171,11 @@ def _choose_math_vision(predicted: str, question: Question) -> int | None:
 
     The key's own text is right even where it is another option's letter, as in the authors' code.
     """
-    boxed = _BOXED.match(predicted)
-    text = boxed[1] if boxed else predicted
-    texts = [_math_vision_text(option) for option in question.options]
-    place = next((i for i in question.right if texts[i] == _math_vision_text(text)), None)
-    place = choose_option(text, question) if place is None else place
+    texts, text = list(map(_math_vision_text, question.options)), _math_vision_text(predicted)
+    place = next((i for i in question.right if texts[i] == text), None)
+    place = choose_option(predicted, question) if place is None else place
     if place is None:
-        same = _math_vision_value(text)
+        same = _math_vision_value(predicted)
         found = [i for i, o in enumerate(question.options) if _math_vision_value(o) == same]
         place = found[0] if len(found) == 1 else None
     return place

@@ -8,6 +8,7 @@ from typing import Any
 
 from care_train.data import ImageRef, Sample
 from care_train.verifier import normalize
+from care_train.verifier.notation import plain_latex, unwrap
 
 Row = Mapping[str, Any]
 ReadImages = Callable[[object], tuple[ImageRef, ...]]
@@ -19,8 +20,8 @@ _LEAD_IN = re.compile(
     r"(?:the )?(?:(?:correct|final|best|right) )?(?:answer|option|choice)(?: is)?:?\s+",
     re.IGNORECASE,
 )
-# "C. text", "(C) text", "C: text", "C text".
-_LETTER_AND_TEXT = re.compile(r"[(\[{]?([A-Z])(?:[)\]}][.:]?|[.:])?\s*(.+)", re.DOTALL)
+# "C. text", "(c) text", "C - text", "C text".
+_LETTER_AND_TEXT = re.compile(r"[(\[{]?([A-Z])[\s)\]}.:,;-]*(.+)", re.DOTALL | re.IGNORECASE)
 _BRACKETED = re.compile(r"(?<![\w^])[(\[{]([A-Z])[)\]}]")
 _PUNCTUATED = re.compile(r"([A-Z])[.:)](?:\s|$)")
 # No unit after a number ("3 A"), no exponent, and no word: "A hexagon", "I am", "I'm".
@@ -48,6 +49,9 @@ class Question:
     """Decimals an answer is rounded to."""
     group: str = ""
     """The part of the benchmark it is reported under, such as a subject."""
+    problem: str = ""
+    """What the versions of one problem share, whose answers go together; none: it is the only one.
+    """
     is_odd: bool = False
     """Whether it is multiple choice and its key names none of its options."""
 
@@ -68,12 +72,13 @@ def choose_option(predicted: str, question: Question) -> int | None:
     same = [i for i, text in enumerate(texts) if text == whole and not _is_letter(text)]
     if len(same) == 1:
         return same[0]
-    text = predicted.strip(_AROUND)
+    text = plain_latex(unwrap(predicted)).strip(_AROUND)
     if lead_in := _LEAD_IN.match(text):
         text = text[lead_in.end() :]
     both = _LETTER_AND_TEXT.match(text)
-    if both and both[1] in allowed and texts[allowed.index(both[1])] == _plain(both[2]):
-        return allowed.index(both[1])
+    place = allowed.find(both[1].upper()) if both else -1
+    if both and place >= 0 and texts[place] == _plain(both[2]):
+        return place
     single = text.strip("()[]{}.:").upper()
     found = [
         *_BRACKETED.findall(text)[-1:],
@@ -143,17 +148,18 @@ def right_options(key: str, options: Sequence[str]) -> frozenset[int]:
     return frozenset(i for i, text in enumerate(texts) if text and text == _plain(key))
 
 
-def lettered_options(key: str, options: Sequence[str], location: str) -> frozenset[int]:
-    """`right_options` of a published key that must name one.
+def lettered_options(keys: Sequence[str], options: Sequence[str], location: str) -> frozenset[int]:
+    """The `right_options` of published keys, each of which must name one.
 
     Raises:
-        ValueError: it names none.
+        ValueError: one names none.
     """
-    if right := right_options(key, options):
-        return right
+    right = [right_options(key, options) for key in keys]
+    if all(right):
+        return frozenset().union(*right)
     raise ValueError(
-        f"{location}: column 'answer': got {key!r}, wanted the letter of one of {len(options)} "
-        "options"
+        f"{location}: column 'answer': got {keys[right.index(frozenset())]!r}, wanted the letter "
+        f"of one of {len(options)} options"
     )
 
 
@@ -169,7 +175,7 @@ def list_options(options: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    return normalize(text.strip(_AROUND).rstrip(".,!?;: "))
+    return normalize(unwrap(text).strip(_AROUND).rstrip(".,!?;: "))
 
 
 def _is_letter(text: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from care_train.evaluation.benchmarks import BENCHMARKS
 from care_train.reporting import mean_interval, proportion_interval
+from care_train.reporting.files import read_json
 from care_train.reporting.text import markdown_table, markdown_text
 
 Record = Mapping[str, Any]
@@ -87,7 +88,7 @@ def summarize(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
     Returns:
         Means over seeds, questions and samples: `accuracy`, of it `exact`, `format`, `truncated`
         (cut by the length limit), `tokens`; `per_seed` accuracies; `half_width` of their 95 %
-        interval, None for one seed; `interval` of the share of questions (Wilson, one seed);
+        interval, None for one seed; `interval` of the share of problems (Wilson, one seed);
         `pass@k`, `majority@k`; `groups` with each part's accuracy.
     """
     by_seed, by_group, by_question = defaultdict(list), defaultdict(list), defaultdict(list)
@@ -100,9 +101,10 @@ def summarize(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
         ([record["vote"] for record in block], [record["accuracy"] for record in block])
         for block in by_question.values()
     ]
-    count = _num_questions(records)
+    # Versions of one problem, as MathVerse asks five, are right or wrong together.
+    count = len({record.get("problem", record["id"]) for record in records})
     return over_seeds | {
-        "num_questions": count,
+        "num_questions": _num_questions(records),
         "interval": proportion_interval(over_seeds["accuracy"] * count, count),
         "exact": _mean(records, "exact"),
         "format": _mean(records, "format"),
@@ -280,7 +282,10 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     if not path.is_file():
         raise ValueError(f"{folder}: has no results.json: wanted a finished run of care-train eval")
-    return json.loads(path.read_text())
+    found = read_json(path)
+    if missing := [key for key in (*_SHARED, "weights", "benchmarks", "macro") if key not in found]:
+        raise ValueError(f"{path}: got no {missing[0]!r}, wanted one written by this version")
+    return found
 
 
 def _mean_over(values: Sequence[float], what: str) -> dict[str, Any]:
