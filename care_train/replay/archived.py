@@ -10,7 +10,7 @@ import torch
 
 from care_train.algorithm.types import Rollout, RolloutGroup, Spans
 from care_train.data import Sample
-from care_train.reporting.archive import archive_files, read_archive
+from care_train.reporting.archive import archive_steps, read_files
 from care_train.reporting.archive_schema import REGIONS, SPAN_COLUMNS
 
 _GROUP_COLUMNS = (
@@ -69,9 +69,8 @@ def steps_of(run: Path) -> Iterator[list[ArchivedGroup]]:
         ValueError: as `read_archive`.
     """
     columns = [*_GROUP_COLUMNS, *(f"rollouts.{name}" for name in _ROLLOUT_COLUMNS)]
-    for step in dict.fromkeys(file.step for file in archive_files(run, "step")):
-        table = read_archive(run, columns=columns, steps=range(step, step + 1))
-        groups = map(_group, table.to_pylist())
+    for files in archive_steps(run, "step"):
+        groups = map(_group, read_files(files, columns=columns).to_pylist())
         # What dynamic sampling dropped was no part of the batch.
         yield [group for group in groups if group.recorded.outcome != "dropped"]
 

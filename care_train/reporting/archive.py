@@ -15,13 +15,20 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from PIL import Image
 
 from care_train.data.images import IMAGE_FORMATS, ImageRef, encoded_image
-from care_train.reporting.archive_schema import Row, evaluation_schema, group_schema, make_table
+from care_train.reporting.archive_schema import (
+    Row,
+    evaluation_schema,
+    group_schema,
+    make_table,
+    read_table,
+)
 from care_train.reporting.files import PARTIAL, put_in_place, sync, write_partial
 
 if TYPE_CHECKING:
@@ -61,6 +68,11 @@ def archive_files(run_dir: Path, kind: str = "") -> list[ArchiveFile]:
         for match, path in found
         if kind in ("", match[1])
     )
+
+
+def archive_steps(run_dir: Path, kind: str) -> list[list[ArchiveFile]]:
+    """The files of a run's steps or evaluations, a list each, in order."""
+    return [list(own) for _, own in groupby(archive_files(run_dir, kind), lambda file: file.step)]
 
 
 def cut_archive(run_dir: Path, step: int) -> None:
@@ -240,28 +252,29 @@ def read_archive(
     Raises:
         ValueError: the run has no archive, a file of it is damaged, or there is no such column.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
     if not (Path(run) / ARCHIVE).is_dir():
         raise ValueError(
             f"{run}: no folder {ARCHIVE}: it is no run's, or the run has logging.archive_gib=0"
         )
+    files = archive_files(Path(run), "eval" if evaluations else "step")
+    chosen = [file for file in files if steps is None or file.step in steps]
+    return read_files(chosen, evaluations=evaluations, columns=columns)
+
+
+def read_files(
+    files: Sequence[ArchiveFile],
+    *,
+    evaluations: bool = False,
+    columns: Sequence[str] | None = None,
+) -> "pa.Table":
+    """`read_archive` of some of its files."""
+    import pyarrow as pa
+
     schema = evaluation_schema() if evaluations else group_schema()
     paths = None
     if columns is not None:
         paths, schema = _selected(columns, schema)
-    tables = []
-    for file in archive_files(Path(run), "eval" if evaluations else "step"):
-        if steps is not None and file.step not in steps:
-            continue
-        try:
-            with parquet.ParquetFile(file.path) as opened:
-                tables.append(_with_columns(opened.read(columns=paths), schema))
-        except FileNotFoundError:
-            continue  # A run that goes on dropped it, being over its limit.
-        except pa.ArrowException as error:
-            raise ValueError(f"{file.path}: damaged ({error}): delete the file") from error
+    tables = [read_table(file.path, schema, paths) for file in files]
     return pa.concat_tables([schema.empty_table(), *tables])
 
 
@@ -335,16 +348,3 @@ def _selected(columns: Sequence[str], schema: "pa.Schema") -> tuple[list[str], "
     if parts and "rollouts" not in columns:
         fields["rollouts"] = pa.field("rollouts", pa.list_(pa.struct(parts)))
     return paths, pa.schema(list(fields.values()))
-
-
-def _with_columns(table: "pa.Table", schema: "pa.Schema") -> "pa.Table":
-    """The table with exactly the columns, and fields of its structs, that the schema has."""
-    import pyarrow as pa
-
-    columns = [
-        table[field.name].cast(field.type)
-        if field.name in table.column_names
-        else pa.nulls(len(table), field.type)
-        for field in schema
-    ]
-    return pa.table(columns, schema)

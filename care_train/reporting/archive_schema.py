@@ -1,6 +1,7 @@
 """The columns of a run's archive, of groups, rollouts and evaluated answers: docs/archive.md."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # pyarrow takes half a second to load, and commands that write no archive import this package too.
@@ -92,6 +93,34 @@ def make_table(rows: Sequence[Row], schema: "pa.Schema") -> "pa.Table":
     columns = {
         field.name: [_clean(row[field.name], field.type) for row in rows] for field in schema
     }
+    return pa.table(columns, schema)
+
+
+def read_table(path: Path, schema: "pa.Schema", columns: Sequence[str] | None = None) -> "pa.Table":
+    """What `schema` has of one file; nothing where a run that goes on dropped it, being over its
+    limit."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    try:
+        with parquet.ParquetFile(path) as opened:
+            return _with_columns(opened.read(columns=columns), schema)
+    except FileNotFoundError:
+        return schema.empty_table()
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: damaged ({error}): delete the file") from error
+
+
+def _with_columns(table: "pa.Table", schema: "pa.Schema") -> "pa.Table":
+    """The table with exactly the columns, and fields of its structs, that the schema has."""
+    import pyarrow as pa
+
+    columns = [
+        table[field.name].cast(field.type)
+        if field.name in table.column_names
+        else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
     return pa.table(columns, schema)
 
 

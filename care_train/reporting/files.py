@@ -65,6 +65,21 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that `path` holds.
+
+    Raises:
+        ValueError: it holds none; the message names the file.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: got {type(found).__name__}, wanted an object")
+    return found
+
+
 def finite(value: Any) -> Any:
     """`value` with null for NaN and infinities, which JSON cannot hold."""
     if isinstance(value, Mapping):

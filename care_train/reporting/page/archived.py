@@ -2,11 +2,10 @@
 once."""
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from care_train.reporting.archive import ARCHIVE, IMAGES, ArchiveFile, archive_files
+from care_train.reporting.archive import ARCHIVE, IMAGES, ArchiveFile, archive_steps, read_files
 from care_train.reporting.archive_schema import group_schema
 from care_train.reporting.page.groups import Decode, group_block, index_line, pack
 from care_train.reporting.page.runs import Run
@@ -29,7 +28,7 @@ class ArchivedGroups:
 
     def read(self, run: Run, max_bytes: int) -> tuple[dict[str, Packed], str]:
         """The packed files by name, of steps evenly spaced to `max_bytes`; what is left out."""
-        steps = _by_step(self._folder, "step")
+        steps = archive_steps(self._folder, "step")
         chosen = _spaced(steps, max_bytes)
         files = [file for step in chosen for file in step]
         if files and self._decode is None:
@@ -41,7 +40,7 @@ class ArchivedGroups:
 
     def _read(self, file: ArchiveFile, run: Run) -> Packed | None:
         if file.path not in self._packed:
-            rows = _rows(file)
+            rows = read_files([file]).to_pylist()
             if not rows:
                 return None
             images = self._folder / ARCHIVE / IMAGES
@@ -63,7 +62,7 @@ class ArchivedAnswers:
     def read(self, run: Run, max_bytes: int) -> tuple[dict[str, Packed], str]:
         """The packed questions by block, of evaluations evenly spaced to `max_bytes`; what is left
         out."""
-        steps = _by_step(self._folder, "eval")
+        steps = archive_steps(self._folder, "eval")
         chosen = _spaced(steps, max_bytes)
         if chosen != self._chosen:
             shown, total = self._pack(chosen, run.tags)
@@ -77,8 +76,8 @@ class ArchivedAnswers:
     ) -> tuple[int, int]:
         """How many questions are packed, and how many there are."""
         answers: dict[str, dict[str, list[Json]]] = {}
-        for file in (file for files in evaluations for file in files):
-            for row in _rows(file):
+        for files in evaluations:
+            for row in read_files(files, evaluations=True).to_pylist():
                 title = f"After {row['step']} steps" if row["step"] else "Before training"
                 title = title if len(evaluations) > 1 else "Answer"
                 by_decoding = answers.setdefault(row["row_id"], {})
@@ -134,21 +133,6 @@ def _outcome(first: float, last: float, evaluations: int) -> str:
     if evaluations == 1:
         return after
     return f"stayed {after}" if before == after else f"became {after}"
-
-
-def _by_step(folder: Path, kind: str) -> list[list[ArchiveFile]]:
-    """The files of a run's steps or evaluations, a list each, in order."""
-    return [list(own) for _, own in groupby(archive_files(folder, kind), lambda file: file.step)]
-
-
-def _rows(file: ArchiveFile) -> list[Json]:
-    """The rows of a file; none where a run that goes on dropped it, being over its limit."""
-    import pyarrow.parquet as parquet
-
-    try:
-        return parquet.read_table(file.path).to_pylist()
-    except FileNotFoundError:
-        return []
 
 
 def _spaced(steps: Sequence[list[ArchiveFile]], max_bytes: int) -> list[list[ArchiveFile]]:

@@ -1,16 +1,15 @@
 """What the page reads of a run's folder, and which runs are seeds of one configuration."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from care_train.config import Role, dotted, role_of
+from care_train.config.yaml_file import read_yaml
 from care_train.reporting.archive import ARCHIVE
+from care_train.reporting.files import read_json
 from care_train.reporting.metrics import METRICS_FILE, read_metrics
 
 _OF_A_SEED = ("seed", "name")
@@ -49,12 +48,12 @@ def read_run(folder: Path) -> Run:
     if not (metrics.is_file() or (folder / ARCHIVE).is_dir()):
         raise ValueError(f"{folder}: got no {METRICS_FILE}, wanted the folder of a run")
     config, summary = folder / "config.yaml", folder / "summary.json"
-    config_yaml = config.read_text(encoding="utf-8") if config.is_file() else ""
+    settings = read_yaml(config, lambda name: False) if config.is_file() else {}
     return Run(
         folder=folder.resolve(),
-        settings=dotted(yaml.safe_load(config_yaml) or {}),
-        config_yaml=config_yaml,
-        summary=json.loads(summary.read_text()) if summary.is_file() else {},
+        settings=dotted(settings),
+        config_yaml=config.read_text(encoding="utf-8") if settings else "",
+        summary=read_json(summary) if summary.is_file() else {},
         records=read_metrics(metrics) if metrics.is_file() else [],
     )
 

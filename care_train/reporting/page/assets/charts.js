@@ -110,7 +110,7 @@ function options(data, width, legend) {
   return {
     width,
     height: HEIGHT,
-    padding: [10, 12, 0, 0],
+    padding: [10, 22, 0, 0],
     series,
     bands,
     legend: { show: false },
@@ -146,7 +146,7 @@ function yRange(data, low, high) {
   if (low === null) return [0, 1];
   if (data.unit === "share") return [0, Math.min(1, Math.max(high * 1.15, 0.02))];
   const room = (high - low) * 0.08 || Math.abs(high) * 0.1 || 1;
-  return [low >= 0 && low < high * 0.5 ? 0 : low - room, high + room];
+  return [data.stacked || (low >= 0 && low < high * 0.5) ? 0 : low - room, high + room];
 }
 
 function errorBars(plot, data) {
