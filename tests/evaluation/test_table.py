@@ -18,6 +18,7 @@ from care_train.evaluation.table import (
     results_markdown,
     summarize,
 )
+from care_train.reporting import proportion_interval
 
 
 @pytest.fixture
@@ -38,6 +39,8 @@ def runs(tmp_path) -> Path:
         }
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(results))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "results.json").write_text('{"benchmarks": {}}')
     return tmp_path
 
 
@@ -64,6 +67,7 @@ def test_trainings_become_one_row(runs, capsys):
         ),
         ("x={0}/first,{0}/other", r"other: seeds: got \[3\], wanted \[0\] as in .*first"),
         ("x={0}/first,{0}/none", r"none: has no results.json"),
+        ("x={0}/old", r"old/results.json: got no 'questions', wanted one written by this version"),
         ("{0}/first", r"got '.*/first', wanted NAME=RUN,RUN"),
     ],
 )
@@ -128,6 +132,9 @@ def test_a_summary_is_means_over_seeds_questions_and_samples():
     low, high = summary["interval"]
     assert 0 <= low < summary["accuracy"] < high <= 1
     assert summarize(_records({7: [[1], [0]]}), [])["half_width"] is None
+    # Versions of one problem are one draw.
+    versions = summarize([record | {"problem": "7"} for record in records], [])
+    assert versions["interval"] == proportion_interval(summary["accuracy"], 1)
 
 
 def test_the_macro_average_is_unweighted_and_per_seed():

@@ -12,6 +12,7 @@ from pyarrow import parquet
 from care_train.reporting import open_archive, read_archive
 from care_train.reporting.archive import ArchiveWriter, archive_files, cut_archive
 from care_train.reporting.archive_schema import evaluation_schema, group_schema
+from care_train.reporting.page import Page
 from tests.reporting.archives import group, invented_groups, write_run
 from tests.train.runs import ROOT, mounted_disk
 
@@ -55,6 +56,7 @@ def test_files_of_an_earlier_version_read_as_today(tmp_path: Path):
     assert read.schema.equals(group_schema()) and read["reason"].to_pylist() == [None, ""]
     part = read_archive(run, columns=["rollouts.wrong_step_start"])["rollouts"].to_pylist()
     assert part[0] == [{"wrong_step_start": None}] * 4 and len(part[1]) == 4
+    assert Page([run]).blocks.keys() >= {"0-step-000001-rank-00", "0-step-000002-rank-00"}
 
 
 def test_a_file_that_is_being_written_does_not_count(tmp_path: Path):

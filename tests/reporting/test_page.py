@@ -118,13 +118,24 @@ def test_without_a_tokenizer_spans_are_shaded(tmp_path: Path) -> None:
 
 
 def test_errors_name_what_is_wrong(tmp_path: Path, capsys: Any) -> None:
-    """A folder that is no run's, and a bound that is none."""
+    """A folder that is no run's, a bound that is none, and files that a copy cut off."""
     assert main(["report", str(tmp_path)]) == 2
     assert (
         f"{tmp_path}: got no metrics.jsonl, wanted the folder of a run" in capsys.readouterr().err
     )
     assert main(["report", str(write_metrics(tmp_path / "run")), "--max-mib", "0"]) == 2
     assert "--max-mib: got 0" in capsys.readouterr().err
+    (run := tmp_path / "run").joinpath("summary.json").write_text('{"accuracy')
+    with pytest.raises(ValueError, match=r"run/summary.json: not JSON"):
+        read_run(run)
+    (run / "config.yaml").write_text("care: [")
+    with pytest.raises(ValueError, match=r"run/config.yaml: not YAML"):
+        read_run(run)
+    write_evaluation(tmp_path / "cut", 0, "greedy", "ab")
+    (file,) = tmp_path.glob("cut/archive/*.parquet")
+    file.write_bytes(file.read_bytes()[:99])
+    with pytest.raises(ValueError, match=r"eval-000000-greedy-rank-00.parquet: damaged"):
+        Page([tmp_path / "cut"])
 
 
 @pytest.fixture
