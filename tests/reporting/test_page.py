@@ -76,6 +76,17 @@ def test_seeds_are_a_band(tmp_path: Path) -> None:
     assert [sum(values) for values in zip(*(one["y"] for one in series), strict=True)] == [1.0] * 30
 
 
+def test_scores_of_other_questions_are_marked(tmp_path: Path) -> None:
+    """Accuracies side by side that another prompt or other questions gave say so."""
+    for name, config in (("a", "prompt: {suffix: null}"), ("b", "prompt: {suffix: Think.}")):
+        run = write_metrics(tmp_path / name, config)
+        (run / "summary.json").write_text('{"num_questions": 9, "accuracy": 0.5}')
+    for names, is_marked in (("ab", True), ("aa", False)):
+        page = Page([tmp_path / name for name in names])
+        note = _block(page, "page")["tables"][0]["note"]
+        assert note.startswith("Brackets") and ("Not all runs" in note) == is_marked
+
+
 def test_a_large_archive_is_thinned_evenly(tmp_path: Path, monkeypatch: Any) -> None:
     """Evenly spaced steps with the last one, no more than asked for, and the page says so."""
     run = write_run(tmp_path / "run", list(invented_groups(64)), per_step=4)

@@ -23,6 +23,7 @@ Json = dict[str, Any]
 
 _TILES = ("Accuracy, sampled", "Accuracy, greedy", "Well-formed, sampled")
 _FACT_TILES = ("Steps", "Responses sampled", "Responses trained on", "Wall time")
+_ASKED = ("eval.data", "eval.max_samples", "prompt.system", "prompt.suffix", "prompt.tags")
 _SIGNATURE_TEXT = (
     "Inside a subgroup of one anchor and K' negatives the z-score makes the anchor's advantage "
     "grow as \u221aK' and each negative's shrink as 1/\u221aK', both times an attenuation \u03b1 "
@@ -61,8 +62,17 @@ def _tiles(run: Run) -> list[tuple[str, ...]]:
 def _tables(runs: Sequence[Run]) -> list[Json]:
     names = ["", *(run.name for run in runs)]
     scores = [_joined(score_rows(run.summary), " → ") for run in runs]
-    total = {run.summary.get("num_questions") for run in runs} - {None}
-    note = "Brackets: 95 % Wilson interval over the questions of the evaluation." if total else ""
+    asked = [
+        [
+            run.summary["num_questions"],
+            *(v for k, v in run.settings.items() if k.startswith(_ASKED)),
+        ]
+        for run in runs
+        if run.summary.get("num_questions")
+    ]
+    note = "Brackets: 95 % Wilson interval over the questions of the evaluation." if asked else ""
+    if any(one != asked[0] for one in asked):
+        note += " Not all runs were asked the same questions with the same prompt (Settings)."
     use = [_joined(group_rows(run.records), ", ") for run in runs]
     facts = [_joined(fact_rows(run.summary), "") for run in runs]
     return [
