@@ -8,6 +8,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def test_seeds_are_a_band(tmp_path: Path) -> None:
     ]
     assert [len(own) for own in conditions(runs).values()] == [3, 1]
     assert conditions(runs[:3]) == {"s, 3 seeds": runs[:3]}
+    cut = replace(runs[1], records=runs[1].records[:9])
+    assert [*conditions([runs[0], cut])] == ["s, 2 seeds to step 9"]
     assert differences(runs)["algorithm"] == ["care", "care", "care", "grpo"]
     found = charts([[run.records for run in runs[:3]]])
     (line,) = next(chart for chart in found if chart["title"] == "Accuracy")["series"]

@@ -82,7 +82,10 @@ def _label(runs: Sequence[Run]) -> str:
     if len(runs) == 1:
         return runs[0].name
     name = re.sub(r"[-_. ]*(seed)?[-_. ]*\d+$", "", runs[0].name)
-    return f"{name or runs[0].settings.get('algorithm', 'runs')}, {len(runs)} seeds"
+    steps = {max((one["step"] for one in run.records), default=0) for run in runs}
+    # Their curve ends where the first of them does.
+    end = f" to step {min(steps)}" if len(steps) > 1 else ""
+    return f"{name or runs[0].settings.get('algorithm', 'runs')}, {len(runs)} seeds{end}"
 
 
 def _deciding(run: Run) -> list[tuple[str, Any]]:
