@@ -21,7 +21,9 @@ _LEAD_IN = re.compile(
     re.IGNORECASE,
 )
 # "C. text", "(c) text", "C - text", "C text".
-_LETTER_AND_TEXT = re.compile(r"[(\[{]?([A-Z])[\s)\]}.:,;-]*(.+)", re.DOTALL | re.IGNORECASE)
+_LETTER_AND_TEXT = re.compile(
+    r"[(\[{]?([A-Z])[\s)\]}.:,;\u3001\uff09\uff0e\uff1a-]*(.+)", re.DOTALL | re.IGNORECASE
+)
 _BRACKETED = re.compile(r"(?<![\w^])[(\[{]([A-Z])[)\]}]")
 _PUNCTUATED = re.compile(r"([A-Z])[.:)](?:\s|$)")
 # No unit after a number ("3 A"), no exponent, and no word: "A hexagon", "I am", "I'm".
@@ -72,13 +74,14 @@ def choose_option(predicted: str, question: Question) -> int | None:
     same = [i for i, text in enumerate(texts) if text == whole and not _is_letter(text)]
     if len(same) == 1:
         return same[0]
-    text = plain_latex(unwrap(predicted)).strip(_AROUND)
+    text = unwrap(predicted).strip(_AROUND)
     if lead_in := _LEAD_IN.match(text):
         text = text[lead_in.end() :]
     both = _LETTER_AND_TEXT.match(text)
     place = allowed.find(both[1].upper()) if both else -1
     if both and place >= 0 and texts[place] == _plain(both[2]):
         return place
+    text = plain_latex(text)
     single = text.strip("()[]{}.:").upper()
     found = [
         *_BRACKETED.findall(text)[-1:],
