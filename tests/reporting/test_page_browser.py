@@ -270,9 +270,13 @@ def test_runs_are_compared(chromium, tmp_path):
         write_metrics(tmp_path / name, f"name: {name}\nseed: {seed}\nalgorithm: {name[:4]}\n", seed)
         for name, seed in (("care-0", 0), ("care-1", 1), ("grpo", 0))
     ]
+    with (runs[2] / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "train", "step": 31, "reward": 1}\n')
     with _page_of(chromium, *runs) as page:
         legend = page.locator(".legend").first.inner_text()
         assert legend.split() == ["care,", "2", "seeds", "grpo"]
+        figure = page.locator(".chart:visible", has=page.get_by_role("heading", name="Reward"))
+        assert figure.locator(".legend").inner_text() == "grpo"
         page.get_by_role("link", name="Settings").click()
         differing = page.locator("#section-settings table").first.inner_text()
         assert "algorithm\tcare\tcare\tgrpo" in differing

@@ -8,7 +8,9 @@ const MAX_TABLE_ROWS = 40;
 const drawn = new Set();
 
 /** A chart with its title, legend and values as a table; it is drawn once it has a width. */
-export function chart(data, conditions) {
+export function chart(given, conditions) {
+  // Colours tell conditions apart, and dashes their metrics, even where one alone has values.
+  const data = { ...given, compared: conditions.length > 1 && !given.stacked };
   const box = h("div", { class: "plot", role: "img", "aria-label": spoken(data, conditions) });
   const figure = h(
     "figure",
@@ -54,22 +56,17 @@ function nameOf(one, conditions) {
   return conditions.length > 1 ? `${conditions[one.condition]}: ${one.label}` : one.label;
 }
 
-/** Whether colours tell conditions apart, and dashes their metrics. */
-function isCompared(data) {
-  return new Set(data.series.map((one) => one.condition)).size > 1;
-}
-
 function colorName(place) {
   return `var(--series-${place % NUM_COLORS})`;
 }
 
 function colorOf(style, data, one) {
-  const place = isCompared(data) ? one.condition : one.metric;
+  const place = data.compared ? one.condition : one.metric;
   return style.getPropertyValue(colorName(place).slice(4, -1)).trim();
 }
 
 function dashOf(data, one) {
-  return DASHES[(isCompared(data) ? one.metric : 0) % DASHES.length];
+  return DASHES[(data.compared ? one.metric : 0) % DASHES.length];
 }
 
 /** The series of a stack: each on top of those before it. */
@@ -172,7 +169,7 @@ function errorBars(plot, data) {
 /** What each colour, dash and marker means, and the values below the cursor. */
 function makeLegend(data, conditions) {
   const lines = data.series.filter((one) => one.kind !== "faint");
-  const several = isCompared(data);
+  const several = data.compared;
   const at = h("li", { class: "at" });
   const values = new Map();
   const key = (one, color) => h("span", { class: `key ${one.kind === "points" ? `dot${one.metric > 1 ? " hollow" : ""}` : `dash${several ? one.metric % 4 : 0}`}`, "--color": color });
