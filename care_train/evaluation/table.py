@@ -142,7 +142,7 @@ def results_markdown(name: str, results: Mapping[str, Any]) -> str:
     summaries: Summaries = results["benchmarks"]
     sections = [
         f"# {markdown_text(name)}: accuracy, percent",
-        comparison({f"{name} (this run)": results}),
+        comparison({f"{name} (this run)": results}) if summaries.keys() & BENCHMARKS else "",
         _note(results),
         "## Behind the numbers",
         _details(summaries),
@@ -242,10 +242,14 @@ def _note(results: Mapping[str, Any]) -> str:
     decodes = "Single decode" if samples == 1 else f"Mean of {samples} decodes"
     odd = {_title(key): s["odd_keys"] for key, s in results["benchmarks"].items() if s["odd_keys"]}
     lost = "; ".join(f"{title}: {number:,}" for title, number in odd.items())
-    return (
-        f"{decodes}, {how}, no reflection; exact match in the answer span. {spread} The other "
-        "rows are the paper's Tables 1 and 2, measured there with LMMs-Eval."
-    ) + (f" Keys that name no option, for the judge alone: {lost}." if lost else "")
+    paper = (
+        " The other rows are the paper's Tables 1 and 2, measured there with LMMs-Eval."
+        if results["benchmarks"].keys() & BENCHMARKS
+        else ""
+    )
+    return f"{decodes}, {how}, no reflection; only the answer span counts. {spread}{paper}" + (
+        f" Keys that name no option, for the judge alone: {lost}." if lost else ""
+    )
 
 
 def _details(summaries: Summaries) -> str:

@@ -156,3 +156,6 @@ def test_names_in_the_results_are_shown_to_the_letter():
     assert text.startswith(r"# a # b \| &lt;img src=x&gt;: accuracy, percent")
     assert r"| a # b \| &lt;img src=x&gt; | 1 | 100.0 |" in text and "<img" not in text
     assert "Keys that name no option, for the judge alone: MMMU val: 1." in text
+    # The paper has no rows beside those of `eval.data`.
+    own = results_markdown("own", results | {"benchmarks": {"data": summary}, "macro": None})
+    assert "paper" not in own and "| data | 2 | 100.0 [" in own
