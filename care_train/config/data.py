@@ -122,7 +122,7 @@ class EvalSettings:
             self.decode,
             "'sampled' with several eval.seeds or eval.samples: greedy responses are all the same",
         )
-        names = get_args(BenchmarkName)
+        names = [name for name in get_args(BenchmarkName) if name != "data"]
         unknown = [name for name in self.sources if name not in names]
         check(not unknown, "eval.sources", unknown[:1], f"one of {', '.join(names)}")
 
