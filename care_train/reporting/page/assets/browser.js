@@ -167,10 +167,11 @@ export class GroupBrowser {
 
   item(group) {
     const chosen = group === this.current;
+    const run = this.page.runs.length > 1 ? `${visible(this.page.runs[group.run].name)} · ` : "";
     return h("li", {},
       h("a", { href: `#${this.noun}=${group.id}`, "aria-current": chosen ? "true" : null },
         h("span", { class: "prompt", dir: "auto" }, visible(group.prompt) || "(no text)"),
-        h("span", { class: "note" }, h("span", { class: `dot ${toneOfGroup(group)}`, "aria-hidden": "true" }), `${group.decoding ?? `step ${group.step}`} · ${headline(group)}`)));
+        h("span", { class: "note" }, h("span", { class: `dot ${toneOfGroup(group)}`, "aria-hidden": "true" }), `${run}${group.decoding ?? `step ${group.step}`} · ${headline(group)}`)));
   }
 
   turn(by) {
