@@ -11,9 +11,11 @@
 Shape letters: C rows of the chunk, D hidden, V vocabulary.
 """
 
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -218,6 +220,27 @@ class TritonChunk:
 
 
 LogitChunk = TorchChunk | NativeChunk | TritonChunk
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def uncompiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`function`, left out of a `torch.compile` around its caller: there is a graph break.
+
+    Compiled, its loops over chunks and vocabulary tiles would be unrolled, anew for each N, and a
+    chunk's memory no longer written over: twice the memory, and half a minute for each N.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        # Decorating with torch.compiler.disable itself would import the compiler: a second.
+        if torch.compiler.is_compiling():
+            eager: Any = torch.compiler.disable(function)
+            return eager(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:

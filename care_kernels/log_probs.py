@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from care_kernels import checks
-from care_kernels.backends import resolve_backend
+from care_kernels.backends import resolve_backend, uncompiled
 from care_kernels.chunks import HeadChunks, SweepOptions, autocast_dtype
 from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics, take
 from care_kernels.vocab_parallel import VocabShard
@@ -22,6 +22,7 @@ from care_kernels.vocab_parallel import VocabShard
 Gathered = Callable[..., AbstractContextManager[Any]]
 
 
+@uncompiled
 def linear_log_probs(
     hidden: Tensor,
     head_weight: Tensor,

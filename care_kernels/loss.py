@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from care_kernels import checks
-from care_kernels.backends import compute_dtype, resolve_backend
+from care_kernels.backends import compute_dtype, resolve_backend, uncompiled
 from care_kernels.chunks import (
     NOTHING,
     HeadChunks,
@@ -40,6 +40,7 @@ from care_kernels.softmax import LogitTransform, join, take
 from care_kernels.vocab_parallel import VocabShard
 
 
+@uncompiled
 def linear_policy_loss(
     hidden: Tensor,
     head_weight: Tensor,

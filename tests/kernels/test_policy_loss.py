@@ -409,3 +409,13 @@ def test_weight_grad_sees_no_upstream_gradient() -> None:
     with torch.no_grad():
         linear_policy_loss(**case, weight_grad=detached)
     assert_same(detached, once)
+
+
+def test_a_compiled_caller_leaves_the_calls_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, they would unroll their chunks for each number of rows, and hold twice as much."""
+    case, left_out = policy_case(), []
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.compiler, "disable", lambda f: left_out.append(f.__name__) or f)
+    linear_policy_loss(**case)
+    linear_log_probs(case["hidden"], case["head_weight"], case["target_ids"])
+    assert left_out == ["linear_policy_loss", "linear_log_probs"]
