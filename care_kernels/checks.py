@@ -37,8 +37,8 @@ def _is_count(value: Any, least: int) -> bool:
 
 
 _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "temperature": (lambda x: _is_number(x) and x > 0, "more than 0"),
-    "logit_softcap": (lambda x: x is None or (_is_number(x) and x > 0), "None or more than 0"),
+    "temperature": (lambda x: _is_number(x) and x > 0, "a Python number above 0"),
+    "logit_softcap": (lambda x: x is None or (_is_number(x) and x > 0), "None or a number above 0"),
     "logit_scale": (_is_number, "a finite number"),
     "chunk_rows": (lambda x: x is None or _is_count(x, 1), "None or an int of at least 1"),
     "backend": (lambda x: x in (None, "triton", "torch"), "None, 'triton' or 'torch'"),
@@ -85,12 +85,16 @@ class Shapes:
         for name, value in tensors.items():
             if not isinstance(value, Tensor):
                 raise wrong(name, f"a {type(value).__name__}", "a tensor")
+            if hasattr(value, "full_tensor"):
+                wanted = "a plain tensor: a head's from head_parameters, another's full_tensor()"
+                raise wrong(name, "a DTensor", wanted)
             sizes = [int(size) if size.isdigit() else self._sizes.get(size) for size in names]
             fits = value.dim() == len(sizes) and all(
                 size is None or size == got for size, got in zip(sizes, value.shape, strict=True)
             )
             if not fits:
-                wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+                pairs = zip(names, sizes, strict=True)
+                wanted = ", ".join(name if size is None else str(size) for name, size in pairs)
                 comma = "," if len(sizes) == 1 else ""
                 raise wrong(name, f"shape {tuple(value.shape)}", f"({wanted}{comma})")
             if value.dtype not in dtypes:
@@ -151,7 +155,8 @@ def check_targets(
         return
     low, high = torch.stack(target_ids.aminmax()).tolist()
     if low < 0 or high >= vocab_size:
-        raise wrong("target_ids", f"ids from {low} to {high}", f"0 to {vocab_size - 1}")
+        wanted = f"0 to {vocab_size - 1}, and masked rows (-100) left out"
+        raise wrong("target_ids", f"ids from {low} to {high}", wanted)
 
 
 def check_no_graph(name: str) -> None:

@@ -38,23 +38,30 @@ def shard_of(start: int, vocab_size: int) -> VocabShard:
     return VocabShard(None, start, vocab_size)  # pyright: ignore[reportArgumentType]
 
 
+class Shards(torch.Tensor):
+    """As a DTensor of FSDP2, which other operations would refuse to mix with plain tensors."""
+
+    full_tensor = None
+
+
 def row(message: str, **arguments: Any) -> tuple[dict[str, Any], str]:
     """Arguments and the error they bring."""
     return arguments, message
 
 
 HEAD = (
-    row("head_weight: got shape (211, 15); wanted (any, 16)", head_weight=torch.zeros(211, 15)),
+    row("head_weight: got shape (211, 15); wanted (V, 16)", head_weight=torch.zeros(211, 15)),
     row("head_weight: got shape (0, 16); wanted V >= 1", head_weight=torch.zeros(0, 16)),
+    row("head_weight: got a DTensor; wanted", head_weight=torch.zeros(211, 16).as_subclass(Shards)),
     row("target_ids: got ids from 211 to 211; wanted 0 to 210", target_ids=ints(63) + 211),
     row("bias: got -inf at 0; wanted finite numbers", bias=torch.full((211,), -torch.inf)),
     row("vocab_shard: got rows -1 to 210; wanted them within", vocab_shard=shard_of(-1, 300)),
     row("vocab_shard: got rows 100 to 311; wanted", vocab_shard=shard_of(100, 300)),
 )
 TRANSFORM = (
-    row("temperature: got 0.0; wanted more than 0", temperature=0.0),
-    row("temperature: got a Tensor; wanted more than 0", temperature=torch.ones(())),
-    row("logit_softcap: got -1.0; wanted None or more than 0", logit_softcap=-1.0),
+    row("temperature: got 0.0; wanted a Python number above 0", temperature=0.0),
+    row("temperature: got a Tensor; wanted a Python number above 0", temperature=torch.ones(())),
+    row("logit_softcap: got -1.0; wanted None or a number above 0", logit_softcap=-1.0),
     row("logit_scale: got nan; wanted a finite number", logit_scale=float("nan")),
     row("chunk_rows: got 2.5; wanted None or an int of at least 1", chunk_rows=2.5),
     row("backend: got 'cuda'; wanted None, 'triton' or 'torch'", backend="cuda"),
@@ -155,8 +162,8 @@ TOKEN_ADVANTAGES = (
 STATES = {"hidden": torch.zeros(2, 5, 4), "think_spans": SPANS, "anchors": ints(2)}
 PACKED_STATES = {"hidden": torch.zeros(10, 4), "cu_seqlens": torch.tensor([0, 4, 10])}
 DISTANCE = (
-    row("hidden: got shape (10, 4); wanted (any, any, any)", hidden=torch.zeros(10, 4)),
-    row("hidden: got shape (2, 5, 4); wanted (any, any)", cu_seqlens=torch.tensor([0, 4, 10])),
+    row("hidden: got shape (10, 4); wanted (B, T, D)", hidden=torch.zeros(10, 4)),
+    row("hidden: got shape (2, 5, 4); wanted (N, D)", cu_seqlens=torch.tensor([0, 4, 10])),
     row("hidden: got a meta tensor", hidden=torch.zeros(2, 5, 4, device="meta")),
     row("think_spans: got [3, 6] at row 1; wanted 0 <= start <= end <= 5", think_spans=SPANS + 1),
     row(
