@@ -8,9 +8,12 @@ has one; under PEFT, FSDP2 or tensor parallelism it has to be put together first
 Shape letters: V vocabulary, D hidden, r rank of an adapter.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from care_kernels.checks import FLOAT_DTYPES, wrong
@@ -43,7 +46,7 @@ def head_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     Raises:
         ValueError: no such pair of tensors does what the module does: lora_dropout while training,
             a LoRA variant (DoRA and others), lora_bias, another PEFT method, a quantised or
-            partitioned weight, no 2-D weight at all.
+            partitioned weight, no 2-D weight at all, parameters beside weight and bias.
     """
     module = _without_copies(module)
     if hasattr(module, "base_layer"):
@@ -54,6 +57,9 @@ def head_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         wanted = "a head with a weight [V, D], such as model.get_output_embeddings(), not quantised"
         raise wrong("module", f"{name} without a weight tensor", wanted)
     weight, bias = _plain(f"{name}.weight", weight, 2), getattr(module, "bias", None)
+    known = ("weight", "bias", "parametrizations")
+    if more := [key for key, _ in module.named_parameters() if key.split(".")[0] not in known]:
+        raise wrong("module", f"{name} with {', '.join(more)} too", "x W^T + b alone")
     # transformers' Conv1D (GPT-2's layers) is a linear layer with its weight stored as [D, V].
     weight = weight.T if name == "Conv1D" and hasattr(module, "nf") else weight
     return weight, _plain(f"{name}.bias", bias, 1) if isinstance(bias, Tensor) else None
@@ -71,20 +77,122 @@ def output_head(model: Any) -> Any:
 def logit_options(config: Any) -> dict[str, Any]:
     """`logit_softcap` and `logit_scale` of a text config, under the names its family uses.
 
-    Source: the forwards of Gemma 2-4 (softcap), Cohere (logit_scale), Muse Glimmer
-    (output_multiplier), Falcon-H1 (lm_head_multiplier), Granite and MiniCPM3 (divide by
-    logits_scaling) and HyperCLOVA X (multiplies by it) in transformers 5.19.
+    Source: the forwards of Gemma 2-4, RecurrentGemma and xLSTM (softcap), Cohere (logit_scale),
+    Muse Glimmer (output_multiplier), Falcon-H1 (lm_head_multiplier), Granite and MiniCPM3 (divide
+    by logits_scaling), Inkling (divides by logits_mup_width_multiplier) and HyperCLOVA X
+    (multiplies by logits_scaling) in transformers 5.19. `check_forward` refuses any other.
     """
-    scale = None
+    softcap = scale = None
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        softcap = getattr(config, name, None) if softcap is None else softcap
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         scale = getattr(config, name, None) if scale is None else scale
-    if scale is None and getattr(config, "logits_scaling", None) is not None:
-        inverted = config.model_type != "hyperclovax"
-        scale = 1 / config.logits_scaling if inverted else config.logits_scaling
-    return {
-        "logit_softcap": getattr(config, "final_logit_softcapping", None),
-        "logit_scale": 1.0 if scale is None else scale,
-    }
+    for name in ("logits_scaling", "logits_mup_width_multiplier"):
+        if scale is None and (divisor := getattr(config, name, None)) is not None:
+            scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    return {"logit_softcap": softcap, "logit_scale": 1.0 if scale is None else scale}
+
+
+def check_forward(model: Any, head_weight: Tensor, *, with_loss: bool = False) -> None:
+    """Refuse a transformers model whose forward is more than backbone, head and `logit_options`.
+
+    It runs over three tokens between stand-ins for the backbone and the head (random hidden states,
+    a random matrix [V, D] of rank one), so that nothing large is computed or moved.
+
+    Args:
+        head_weight: [V, D], of `output_head(model)`; its shape alone is read.
+        with_loss: the loss must be the mean cross-entropy of these logits, too.
+    """
+    name, backbone, head = type(model).__name__, model.base_model, output_head(model)
+    if backbone is model:
+        raise wrong("model", f"{name} without a backbone of its own", "a language model with one")
+    vocab_size, width = head_weight.shape
+    # The caller's default device and type may be others, and its random numbers stay its own.
+    options: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}
+    sizes = ((1, 3, width), (width,), (vocab_size,))
+    hidden, into, out = (torch.randn(n, **options, dtype=torch.float32) for n in sizes)
+    ids = torch.randint(vocab_size, (1, 3), **options)
+
+    embedded = []
+
+    def embed(*args: Any, input_ids: Tensor | None = None, **kwargs: Any) -> _BackboneOutput:
+        embedded.append(args[0] if args else input_ids)
+        return _BackboneOutput(hidden)
+
+    def project(rows: Tensor) -> Tensor:
+        return (rows @ into)[..., None] * out * (8 / width**0.5)
+
+    transform = logit_options(model.config.get_text_config())
+    # OPT's forward calls its backbone's decoder.
+    parts = {backbone, getattr(backbone, "decoder", backbone)}
+    stand_ins = {part: _StandIn(part, embed) for part in parts}
+    stand_ins[head] = _StandIn(head, project, weight=into)
+    labels, wanted = ids if with_loss else None, "a backbone and a head over token ids alone"
+    try:
+        logits, cap = project(hidden) * transform["logit_scale"], transform["logit_softcap"]
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        with _replaced(model, stand_ins), torch.no_grad(), torch.device("cpu"):
+            own = type(model).forward(model, input_ids=ids, labels=labels, return_dict=True)
+        is_same = own.logits.shape == logits.shape and _is_close(own.logits, logits)
+        if with_loss:
+            is_same = is_same and _is_close(own.loss, F.cross_entropy(logits[0, :-1], ids[0, 1:]))
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        got = f"{name}, whose forward fails on three tokens between stand-ins ({e})"
+        raise wrong("model", got, wanted) from e
+    if not (embedded and embedded[0] is ids):
+        raise wrong("model", f"{name}, whose forward embeds its inputs itself, images too", wanted)
+    if not is_same:
+        got = f"{name}, whose forward makes other logits or another loss of its head's output"
+        raise wrong("model", got, f"cross-entropy, and logits by {transform} alone")
+
+
+class _StandIn:
+    """Answers calls in a module's place, and otherwise is that module."""
+
+    def __init__(self, module: nn.Module, answer: Callable[..., Any], **attributes: Any) -> None:
+        self.__dict__.update(attributes, module=module, answer=answer)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.answer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+class _BackboneOutput:
+    """Last hidden states, and None for whatever else a backbone may return."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.last_hidden_state if key == 0 else ()
+
+
+@contextmanager
+def _replaced(model: nn.Module, by: dict[nn.Module, Any]) -> Iterator[None]:
+    """`model`, not in training, with some of its modules replaced wherever they are registered."""
+    tables = [module._modules for module in model.modules()]
+    places = [
+        (table, key, child) for table in tables for key, child in table.items() if child in by
+    ]
+    for table, key, child in places:
+        table[key] = by[child]
+    # In training Liger's forwards make no logits.
+    was_training, model.training = model.training, False
+    try:
+        yield
+    finally:
+        model.training = was_training
+        for table, key, child in places:
+            table[key] = child
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a.float(), b, rtol=1e-2, atol=1e-2)
 
 
 def _adapted(module: Any) -> tuple[Tensor, Tensor | None]:

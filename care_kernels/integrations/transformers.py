@@ -32,7 +32,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from care_kernels.checks import wrong
-from care_kernels.heads import head_parameters, logit_options, output_head
+from care_kernels.heads import check_forward, head_parameters, logit_options, output_head
 from care_kernels.loss import linear_policy_loss
 
 
@@ -47,8 +47,9 @@ def use_care_kernels(model: Any) -> None:
         model: a causal language model, text or vision-language, or a PEFT model around one.
 
     Raises:
-        ValueError: no decoder-only language model with transformers' causal loss, or a head that
-            `head_parameters` cannot write as one matrix (quantised, DoRA).
+        ValueError: no decoder-only language model with transformers' causal loss, a head that
+            `head_parameters` cannot write as one matrix (quantised, DoRA), a forward that does
+            more with its output (BERT's, Chameleon's, Aya Vision's), or a router's own loss.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     _check_model(model)
@@ -69,12 +70,20 @@ def _check_model(model: Any) -> None:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise wrong("model", name, "a transformers PreTrainedModel")
-    check_head(model)
     if model.config.is_encoder_decoder:
         raise wrong("model", f"{name}, an encoder-decoder", "a decoder-only model")
     if model.loss_function is not ForCausalLMLoss:
         got = getattr(model.loss_function, "__name__", model.loss_function)
         raise wrong("model", f"{name} with the loss {got}", "ForCausalLMLoss")
+    _check_router(model, {})
+    check_head(model, with_loss=True)
+
+
+def _check_router(model: Any, arguments: dict[str, Any]) -> None:
+    configured = getattr(model.config.get_text_config(), "output_router_logits", False)
+    if arguments.get("output_router_logits", configured):
+        wanted = "False: the router's auxiliary loss is not computed here"
+        raise wrong("output_router_logits", True, wanted)
 
 
 def _by_name(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -101,10 +110,7 @@ def _loss_output(model: Any, arguments: dict[str, Any]) -> CausalLMOutputWithPas
     num_items = arguments.pop("num_items_in_batch", None)
     ignored = arguments.pop("ignore_index", -100)
     arguments.pop("logits_to_keep", None)
-    configured = getattr(model.config.get_text_config(), "output_router_logits", False)
-    if arguments.get("output_router_logits", configured):
-        wanted = "False: the router's auxiliary loss is not computed here"
-        raise wrong("output_router_logits", True, wanted)
+    _check_router(model, arguments)
     arguments.setdefault("use_cache", False)
     backbone, hidden, targets = backbone_rows(model, labels, shift_labels, **arguments)
     mask = targets != ignored
@@ -180,10 +186,10 @@ def unbound_forward(model: Any) -> Callable[..., Any]:
     return forward
 
 
-def check_head(model: Any) -> None:
-    """Refuse a head that `head_parameters` cannot write as one matrix."""
-    with gathered_head(model):
-        pass
+def check_head(model: Any, *, with_loss: bool = False) -> None:
+    """Refuse a head that `head_parameters` cannot write as one matrix, or that is not all of it."""
+    with gathered_head(model) as (weight, _):
+        check_forward(model, weight, with_loss=with_loss)
 
 
 @contextmanager

@@ -76,8 +76,8 @@ def use_care_kernels(trainer: GRPOTrainer, path: str | None = None) -> Choice:
 
     Raises:
         ValueError: an untested TRL version, something that is no GRPOTrainer, a head that
-            `head_parameters` cannot write as one matrix (quantised, DoRA), or "fused" with an
-            option it cannot express.
+            `head_parameters` cannot write as one matrix (quantised, DoRA), logits that are more
+            than its output scaled and capped, or "fused" with an option it cannot express.
     """
     if ".".join(trl.__version__.split(".")[:2]) not in TESTED_VERSIONS:
         wanted = " or ".join(f"{version}.x" for version in TESTED_VERSIONS)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from care_kernels import PolicyLoss, linear_log_probs, linear_policy_loss, pool_rationale
-from care_kernels.heads import head_parameters, logit_options, output_head
+from care_kernels.heads import check_forward, head_parameters, logit_options, output_head
 from care_train.models.batch import ModelBatch, has_vision_tower, with_encoded_images
 
 
@@ -21,7 +21,7 @@ class PolicyHead(nn.Module):
         """The head of `model`, with how its family scales or caps logits (Granite, Cohere, Gemma).
 
         Raises:
-            ValueError: a head that is more than one plain matrix.
+            ValueError: a head that is more than one plain matrix, or logits that are more than it.
         """
         super().__init__()
         linear = output_head(model)
@@ -36,6 +36,7 @@ class PolicyHead(nn.Module):
                 f"model: got {type(model).__name__} whose output head is a "
                 f"{type(linear).__name__}; wanted one whose weight is a parameter [V, D]"
             )
+        check_forward(model, weight)
         self.weight, self.bias = weight, bias
         self._options = logit_options(model.config.get_text_config())
 

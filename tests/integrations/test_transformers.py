@@ -16,8 +16,19 @@ from transformers import (
     AutoProcessor,
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
+    Cohere2Config,
+    Cohere2VisionConfig,
+    Cohere2VisionForConditionalGeneration,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     Trainer,
     TrainingArguments,
+    TrOCRConfig,
+    TrOCRForCausalLM,
 )
 
 from care_kernels.integrations.transformers import use_care_kernels
@@ -44,6 +55,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"final_logit_softcapping": 3.0},
     "cohere": {"logit_scale": 0.3},
     "granite": {"logits_scaling": 4.0},
+    "recurrent_gemma": {"logits_soft_cap": 3.0, "lru_width": 32, "attention_window_size": 8},
 }
 
 
@@ -256,3 +268,49 @@ def test_errors_name_what_came():
     use_care_kernels(model)
     with pytest.raises(ValueError, match="output_router_logits: got True"):
         model(**_text_batch(), output_router_logits=True)
+
+
+class _EmbedsItself(LlamaForCausalLM):
+    """As Qwen2.5-Omni's thinker, whose images its backbone never gets."""
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return super().forward(inputs_embeds=self.get_input_embeddings()(input_ids), **kwargs)
+
+
+_TOWERS = {"text_config": Cohere2Config(**_SIZES), "vision_config": _SIZES | {"image_size": 28}}
+_OTHER = "whose forward makes other logits or another loss"
+REFUSED: dict[str, tuple[Any, Any, str]] = {
+    "dense layer and norm before the matrix": (
+        BertLMHeadModel,
+        BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True),
+        _OTHER,
+    ),
+    "the text config's scale left out": (
+        Cohere2VisionForConditionalGeneration,
+        Cohere2VisionConfig(**_TOWERS),
+        _OTHER,
+    ),
+    "labels that are not shifted": (
+        TrOCRForCausalLM,
+        TrOCRConfig(vocab_size=30, d_model=16, decoder_layers=1, decoder_attention_heads=2),
+        _OTHER,
+    ),
+    "embeddings of its own": (_EmbedsItself, LlamaConfig(**_SIZES), "whose forward embeds"),
+    "no backbone under its prefix": (
+        Llama4ForCausalLM,
+        Llama4TextConfig(**_SIZES, num_local_experts=2),
+        "without a backbone of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_forward_that_is_more_than_backbone_and_head_is_refused(case):
+    """Its loss would silently be another one: the model is named, and left as it was."""
+    kind, config, message = REFUSED[case]
+    model = kind(config).train()
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match=f"got {kind.__name__},? {message}"):
+        use_care_kernels(model)
+    assert dict(model.named_modules()) == modules
+    assert model.training and "forward" not in vars(model)

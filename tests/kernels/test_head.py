@@ -190,6 +190,10 @@ REFUSED: dict[str, Callable[[], Any]] = {
         torch.empty(0), ds_id=3
     ),
     "got shape (50, 16, 1); wanted [V, D]": lambda: with_weight(torch.zeros(VOCAB, WIDTH, 1)),
+    # IDEFICS's has rows for added tokens there.
+    "got Linear with more.weight, more.bias too": lambda: changed(
+        nn.Linear(WIDTH, VOCAB), more=nn.Linear(WIDTH, 2)
+    ),
     "LoRA on an embedding": lambda: changed(
         lora_head(), lora_embedding_A=nn.ParameterDict({"default": PACKED})
     ),
