@@ -48,7 +48,7 @@ def head_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
             a LoRA variant (DoRA and others), lora_bias, another PEFT method, a quantised or
             partitioned weight, no 2-D weight at all, parameters beside weight and bias.
     """
-    module = _without_copies(module)
+    module = _without_copies(getattr(module, "_orig_mod", module))  # torch.compile's wrapper
     if hasattr(module, "base_layer"):
         return _adapted(module)
     name = type(module).__name__

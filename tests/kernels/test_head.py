@@ -67,10 +67,12 @@ def check_follows_forward(module: nn.Module) -> None:
 
 @pytest.mark.parametrize(("bias", "tied"), ((True, False), (False, True)))
 def test_linear_is_itself(bias: bool, tied: bool) -> None:
-    """A linear layer's own parameters, which may be an embedding's too, not copies of them."""
+    """A linear layer's own parameters, which may be an embedding's too, not copies of them; under
+    torch.compile's wrapper too."""
     model = TinyModel(bias=bias, tied=tied)
-    weight, got_bias = head_parameters(model.lm_head)
-    assert weight is model.lm_head.weight and got_bias is model.lm_head.bias
+    for module in (model.lm_head, changed(nn.Module(), _orig_mod=model.lm_head)):
+        weight, got_bias = head_parameters(module)
+        assert weight is model.lm_head.weight and got_bias is model.lm_head.bias
     check_follows_forward(model.lm_head)
 
 
