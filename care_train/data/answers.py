@@ -1,47 +1,25 @@
-"""The key of a row: its answer, its options in the forms that data sets have, and its type.
+"""The key of a row: its answer as text, which answers it accepts, and how they are compared.
 
 Functions that read a value raise a ValueError of what was got and wanted; the caller adds the row.
 """
 
 import ast
 import json
+import logging
 import math
 import re
-import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
-from fractions import Fraction
+from functools import cache
 from typing import Any
 
 from care_train.data.columns import describe
 
-_MAX_OPTIONS = 26
+logger = logging.getLogger(__name__)
+
 _MAX_SPELLED_CHARS = 100_000
-
-_LABEL_FIELDS, _TEXT_FIELDS = ("label", "letter", "key", "id"), ("text", "value", "content")
-
-# ASCII and full-width brackets and stops, as in `(A) cat`, `[A] cat`, `A. cat`, `A: cat`.
-_OPEN, _CLOSE, _STOP = r"[(\[\uff08\u3010]", r"[)\]\uff09\u3011]", r"[.):\uff0e\uff09\uff1a\u3001]"
-_LETTERED = re.compile(
-    rf"\s*(?:{_OPEN}\s*([A-Za-z])\s*{_CLOSE}|([A-Za-z])\s*{_STOP})\s*(\S.*)", re.DOTALL
-)
-_NUMBERED = re.compile(r"\s*(?:\((\d{1,2})\)|(\d{1,2})[.)])\s+(\S.*)", re.DOTALL)
-# A key: `B`, `(B)`, `B.`, `option B`, each with or without the option's text after it.
-_KEY = re.compile(
-    r"(?:(?:the\s+)?(?:option|choice|answer)\s*(?:is)?[\s:]*)?"
-    rf"(?:{_OPEN}\s*([A-Za-z])\s*{_CLOSE}[.:]?|([A-Za-z])(?:{_STOP}|(?=\s*$)))\s*(.*)",
-    re.DOTALL | re.IGNORECASE,
-)
-_LETTERS = re.compile(r"\W*[A-Z](?:(?:\W|and)*[A-Z])+\W*")
-_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boxed)\s*\{([^{}]*)\}")
-_FRACTION = re.compile(r"\\[dt]?frac\{?(-?\d+)\}?\{?(\d+)\}?")
-_IGNORED = re.compile(r"\s+|\$|\\(?:left|right|,|;|!)|\*\*|[.\u3002]$")
-
-_OPTION = re.compile(
-    r"(?:^|\n|(?<=\s))\(?([A-J])[).:]\s*(\S[^\n]*?)(?=\s*(?:\n|$|\s\(?[A-J][).:]\s))"
-)
+_NESTED = re.compile(r"\s*(?:\[\s*[\"'{]|\{\s*[\"'])")
 
 
 class AnswerType(StrEnum):
@@ -63,97 +41,41 @@ class AnswerType(StrEnum):
     """Yes or no, true or false."""
     TEXT = "text"
     """Words."""
+    FUNCTION = "function"
+    """Not at all: only a reward function reads the key."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of a multiple-choice question, in the order of their letters."""
+def read_answer(value: object, kind: AnswerType | None) -> tuple[str, AnswerType | None]:
+    """A key as text, and how it is compared.
 
-    texts: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
-    """What the data set calls them, where it calls them anything: `A` or `1`, for example."""
-
-    @property
-    def last_letter(self) -> str:
-        return chr(ord("A") + len(self.texts) - 1)
-
-
-def read_options(value: object) -> Options:
-    """Options as data sets write them.
+    Booleans are yes and no, numbers decimals without an exponent, a list of texts the text that
+    spells it (`accepted_answers`). Objects and other lists, which are JSON then, only a reward
+    function reads.
 
     Args:
-        value: a list of texts, whose letters may stand in front of each; `{"A": text, ...}` or
-            `{"0": text, ...}`; `{"text": [...], "label": [...]}`; a list of `{"label", "text"}`;
-            or a text that spells one of these as Python or JSON does, or lists `A. ... B. ...`.
-
-    Raises:
-        ValueError: anything else.
+        value: the row's value.
+        kind: its `answer_type`, which says of a list that all are wanted (`list`, `set`).
     """
-    value = spelled(value)
-    if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], list):
-        value = value[0]
-    if isinstance(value, Mapping):
-        pairs = _pairs_of_mapping(value)
-    elif isinstance(value, (list, tuple)):
-        pairs = [_pair(entry) for entry in value]
-    else:
-        raise ValueError(f"got {describe(value)}, wanted a list of the options' texts")
-    # Parquet fills up a struct's missing fields, and rows of fewer options, with nulls.
-    while pairs and plain(pairs[-1][1]) is None:
-        pairs.pop()
-    texts = [_option_text(plain(text)) for _, text in pairs]
-    if len(texts) > _MAX_OPTIONS:
-        raise ValueError(f"got {len(texts)} options, wanted at most {_MAX_OPTIONS}")
-    if all(label is None for label, _ in pairs):
-        return _without_marks(texts)
-    labels = [str(label).strip() for label, _ in pairs]
-    from_zero, from_one = ([str(first + i) for i in range(len(labels))] for first in (0, 1))
-    if [label.upper() for label in labels] not in (_letters(len(labels)), from_zero, from_one):
-        raise ValueError(
-            f"got options labelled {', '.join(labels)}, wanted A, B, ... or 0, 1, ... or 1, 2, ... "
-            "without a gap"
-        )
-    return Options(_without_marks(texts).texts, tuple(labels))
+    listed = nested(value) if isinstance(value, str) else value
+    if isinstance(listed, (list, tuple)) and kind in (AnswerType.LIST, AnswerType.SET):
+        return ", ".join(_answer_text(entry) for entry in listed), kind
+    if isinstance(value, str):
+        is_object = kind is None and _holds_object(nested(value))
+        return value, AnswerType.FUNCTION if is_object else kind
+    if isinstance(listed, (list, tuple, Mapping)):
+        text = json.dumps(listed, default=str, ensure_ascii=False)
+        return text, kind if _is_texts(listed) else AnswerType.FUNCTION
+    return _answer_text(value), kind
 
 
-def options_in(prompt: str) -> Options:
-    """The options that a prompt lists as A, B, ...; none unless they are plain to see."""
-    found = list(_OPTION.finditer(prompt))
-    if len(found) < 2 or [match[1] for match in found] != _letters(len(found)):
-        return Options()
-    # Two initials in running text are no options; two in brackets or on lines of their own are.
-    plain = len(found) > 2 or all(
-        match[0].lstrip().startswith("(") or match.start() == 0 or match[0].startswith("\n")
-        for match in found
-    )
-    return Options(tuple(match[2].strip() for match in found) if plain else ())
+def accepted_answers(key: str) -> tuple[str, ...]:
+    """The answers that a key accepts: any of the texts of a list that it spells, as MMMU, VQA's
+    data sets and verl's mean it, else itself alone."""
+    listed = nested(key)
+    return tuple(text.strip() for text in listed) if _is_texts(listed) else (key,)
 
 
-def option_key(answer: str, options: Options) -> str | None:
-    """An answer that names an option, or several by letter; for a label such as `2` its letter.
-
-    None for any other.
-    """
-    if answer.strip() in options.labels and not answer.strip().isalpha():
-        return chr(ord("A") + options.labels.index(answer.strip()))
-    if any(_same(answer, text) for text in options.texts):
-        return answer
-    unmarked = answer.strip().strip("*$ ").strip()
-    if match := _KEY.fullmatch(unmarked):
-        letter = (match[1] or match[2]).upper()
-        text = match[3].strip()
-        if "A" <= letter <= options.last_letter:
-            named = options.texts[ord(letter) - ord("A")]
-            return answer if not text or not named or _same(text, named) else None
-    if _LETTERS.fullmatch(unmarked):
-        letters = [char for char in unmarked.replace("and", "") if char.isalpha()]
-        if len(set(letters)) == len(letters) and max(letters) <= options.last_letter:
-            return answer
-    return None
-
-
-def answer_text(value: object) -> str:
-    """A key as text: booleans as yes and no, numbers as decimals without an exponent."""
+def _answer_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -163,21 +85,42 @@ def answer_text(value: object) -> str:
     if isinstance(value, (int, Decimal)):
         return format(value, "f" if isinstance(value, Decimal) else "d")
     if not isinstance(value, str):
-        hint = ': write a list as text, such as "1, 2", with answer_type list or set'
-        raise ValueError(
-            f"got {describe(value)}, wanted text, a number or a boolean, one final answer per row"
-            f"{hint if isinstance(value, (list, tuple)) else ''}"
-        )
+        raise ValueError(f"got {describe(value)}, wanted text, a number or a boolean")
     return value
 
 
+def _is_texts(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(entry, str) and entry.strip() for entry in value
+    )
+
+
+def _holds_object(value: object) -> bool:
+    return isinstance(value, Mapping) or (
+        isinstance(value, (list, tuple)) and any(isinstance(entry, Mapping) for entry in value)
+    )
+
+
 def answer_type(value: object) -> AnswerType | None:
-    """A row's `answer_type`; None where it has none."""
+    """A row's `answer_type`; None where it has none, or a data set's own word for it, such as
+    `Float`, of which a warning tells."""
     if value is None or value == "":
         return None
-    if not isinstance(value, str) or value not in list(AnswerType):
+    if not isinstance(value, str):
         raise ValueError(f"got {describe(value)}, wanted one of {', '.join(AnswerType)}")
+    if value not in list(AnswerType):
+        _warn_of_type(value)
+        return None
     return AnswerType(value)
+
+
+@cache
+def _warn_of_type(value: str) -> None:
+    logger.warning(
+        "warning: answer_type: got %r, none of %s: how such rows are compared is inferred from "
+        "their keys",
+        *(value[:60], ", ".join(AnswerType)),
+    )
 
 
 def tolerance(value: object) -> float | None:
@@ -206,7 +149,7 @@ def is_empty(value: object) -> bool:
 
 
 def spelled(value: Any) -> Any:
-    """A list or mapping from a text that spells it."""
+    """A list or mapping from a text that spells it as JSON or Python does."""
     if not isinstance(value, str) or len(value) > _MAX_SPELLED_CHARS:
         return value
     for parse in (json.loads, ast.literal_eval):
@@ -216,73 +159,23 @@ def spelled(value: Any) -> Any:
             continue
         if isinstance(parsed, (list, tuple, Mapping)):
             return parsed
-    listed = options_in(value).texts
-    return list(listed) if listed else value
+    return value
 
 
-def _pairs_of_mapping(value: Mapping[Any, Any]) -> list[tuple[Any, Any]]:
-    """(label, text) of each option, by label."""
-    texts, labels = value.get("text"), value.get("label")
-    if isinstance(texts, (list, tuple)) and isinstance(labels, (list, tuple)):
-        if len(texts) != len(labels):
-            raise ValueError(f"got {len(texts)} texts and {len(labels)} labels, wanted as many")
-        return list(zip(labels, texts, strict=True))
-    pairs = [(str(label), text) for label, text in value.items() if plain(text) is not None]
-    return sorted(pairs, key=lambda pair: (len(pair[0]), pair[0].upper()))
+def filled_column(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    """The first column that holds something; else the first that is there, for errors to name."""
+    filled = (name for name in names if not is_empty(row.get(name)))
+    return next(filled, next((name for name in names if row.get(name) is not None), None))
 
 
-def _pair(entry: object) -> tuple[Any, Any]:
-    if not isinstance(entry, Mapping):
-        return None, entry
-    label = next((entry[name] for name in _LABEL_FIELDS if name in entry), None)
-    text = next((entry[name] for name in _TEXT_FIELDS if name in entry), None)
-    if text is None:
-        raise ValueError(
-            f"got an option with {', '.join(map(str, entry)) or 'nothing'}, wanted label and text"
-        )
-    return label, text
+def missing_columns(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """What there is in place of some columns, as messages say it."""
+    empty = " and ".join(repr(name) for name in names if name in row)
+    none = f"nothing in {empty}, and " if empty else ""
+    have = f"the columns {', '.join(map(repr, row))}" if row else "no columns"
+    return none + have
 
 
-def _option_text(value: object) -> str:
-    if isinstance(value, str):
-        return value.strip()
-    if isinstance(value, (int, float, bool, Decimal)):
-        return str(value)
-    raise ValueError(f"got an option that is {describe(value)}, wanted text")
-
-
-def _without_marks(texts: list[str]) -> Options:
-    """Texts without the letter or number in front, where each has the one of its own place."""
-    numbers = [str(place) for place in range(1, len(texts) + 1)]
-    for pattern, wanted, labels in (
-        (_LETTERED, _letters(len(texts)), []),
-        (_NUMBERED, numbers if len(texts) > 1 else None, numbers),
-    ):
-        found = [match for match in map(pattern.fullmatch, texts) if match]
-        if texts and [(match[1] or match[2]).upper() for match in found] == wanted:
-            return Options(tuple(match[3].strip() for match in found), tuple(labels))
-    return Options(tuple(texts))
-
-
-def _letters(count: int) -> list[str]:
-    return [chr(ord("A") + place) for place in range(count)]
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two texts differ in case, spacing, LaTeX's wrapping or a number's notation alone."""
-    one, other = _folded(one), _folded(other)
-    number = _number(one)
-    return one == other or (number is not None and number == _number(other))
-
-
-def _folded(text: str) -> str:
-    text = _WRAPPED.sub(r"\1", unicodedata.normalize("NFKC", text))
-    return _IGNORED.sub("", _IGNORED.sub("", text).casefold())
-
-
-def _number(text: str) -> Fraction | None:
-    text = _FRACTION.sub(r"\1/\2", text).replace(",", "")
-    try:
-        return Fraction(text) if len(text) <= 40 and "e" not in text else None
-    except (ValueError, ZeroDivisionError):
-        return None
+def nested(text: str) -> Any:
+    """The list or mapping of texts or of further ones that a text spells; else the text."""
+    return spelled(text) if _NESTED.match(text) else text

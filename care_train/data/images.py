@@ -39,11 +39,14 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats accepted."""
 
 _MIN_BASE64_CHARS = 32
-_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
-"""How PNG, JPEG, GIF, WebP, BMP and TIFF files begin."""
+_MAGIC = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*", re.DOTALL)
+"""How PNG, JPEG, GIF, WebP (RIFF begins sounds too), BMP and TIFF files begin: 12 bytes tell."""
 
-_MAGIC_BASE64 = ("data:image/", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")
-_IMAGE_NAME = re.compile(r"[^\n]{1,300}\.(?:png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
+_IMAGE_FILE = re.compile(r"[^\n]{1,300}\.(?:png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
+_IMAGE_COLUMN = re.compile(
+    r"image|img|pic|photo|fig|diagram|screen|visual|frame|file|path|media|url", re.IGNORECASE
+)
+"""What is in the name of a column that data sets keep an image's path or address in."""
 
 _NAME_CHARS = 300
 _EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"}
@@ -86,19 +89,23 @@ def image_refs(value: object, *, column: str, base_dir: Path, at: str) -> tuple[
         raise RowError(error.reason, f"{at}: {column}: {error}") from None
 
 
-def is_image(value: object) -> bool:
-    """Whether a value can be nothing but an image, or a list of some, whatever its column's name.
+def is_image(column: str, value: object, base_dir: Path) -> bool:
+    """Whether a column's value can be nothing but an image, or a list of some.
 
-    An open one, encoded bytes, base64, or the name of a file that ends as images' do.
+    An open one, encoded bytes, base64, a file that is there, or, where the column's name may be an
+    image's, the name of a file that ends as images' do: other columns have such names of what a
+    text is about.
     """
     if isinstance(value, (list, tuple)):
-        return any(map(is_image, value))
+        return any(is_image(column, entry, base_dir) for entry in value)
     if isinstance(value, Mapping):
         value = _of_mapping(value)
-    if isinstance(value, str):
-        encoded = "".join(value[:40].split())
-        return bool(_IMAGE_NAME.fullmatch(value)) or encoded.startswith(_MAGIC_BASE64)
-    return isinstance(value, Image.Image) or (isinstance(value, bytes) and value.startswith(_MAGIC))
+    if isinstance(value, str) and _IMAGE_FILE.fullmatch(value):
+        return bool(_IMAGE_COLUMN.search(column)) or os.path.isfile(base_dir / value)
+    if isinstance(value, str) and value.startswith("data:image/"):
+        return True
+    value = _base64_head(value) if isinstance(value, str) else value
+    return bool(_MAGIC.match(value)) if isinstance(value, bytes) else isinstance(value, Image.Image)
 
 
 def read_image_file(path: str | Path, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
@@ -228,11 +235,7 @@ def _from_base64(text: str) -> bytes | None:
     """The image that base64 text holds, on one line or several; None where it is a path."""
     is_url = text.startswith("data:")
     encoded = "".join((text.partition(",")[2] if is_url else text).split())
-    try:
-        head = base64.b64decode(encoded[:16], validate=True)
-    except ValueError:
-        head = b""
-    if not is_url and (len(encoded) < _MIN_BASE64_CHARS or not head.startswith(_MAGIC)):
+    if not is_url and not (len(encoded) >= _MIN_BASE64_CHARS and _MAGIC.match(_base64_head(text))):
         return None
     try:
         return base64.b64decode(encoded, validate=True)
@@ -241,6 +244,14 @@ def _from_base64(text: str) -> bytes | None:
             "image_unreadable",
             f"got damaged base64 ({error}), wanted an encoded image: correct or drop the row",
         ) from None
+
+
+def _base64_head(text: str) -> bytes:
+    """The first bytes that base64 text holds; none where it is something else."""
+    try:
+        return base64.b64decode("".join(text[:80].split())[:16], validate=True)
+    except ValueError:
+        return b""
 
 
 @contextmanager

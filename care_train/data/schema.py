@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +9,13 @@ from typing import Any, TypeVar
 
 from care_train.data.answers import (
     AnswerType,
-    Options,
-    answer_text,
+    accepted_answers,
     answer_type,
+    filled_column,
     is_empty,
-    option_key,
-    options_in,
+    missing_columns,
+    nested,
     plain,
-    read_options,
-    spelled,
     tolerance,
 )
 from care_train.data.columns import (
@@ -28,27 +25,22 @@ from care_train.data.columns import (
     describe,
     is_conversation,
     read_conversation,
-    split_response,
-    split_solution,
 )
 from care_train.data.images import ImageRef, image_digest, image_refs, is_image
+from care_train.data.keys import ANSWER_COLUMNS, RESPONSE_COLUMNS, find_key, read_key
+from care_train.data.options import letter_columns, options_in, read_options
 
 # Of each tuple the first column that holds something is read.
-PROMPT_COLUMNS = ("prompt", "problem", "question", "query", "messages", "conversations")
-"""A prompt's: text or chat messages."""
-
-_VERL_ANSWER = "reward_model.ground_truth"
-ANSWER_COLUMNS = ("answer", "solution", "ground_truth", _VERL_ANSWER)
-"""A key's; the last is verl's, inside another column."""
-
-RESPONSE_COLUMNS = ("completion", "response")
-"""Those of a response with tags, where the messages hold none."""
+PROMPT_COLUMNS = (
+    *("prompt", "problem", "question", "query"),
+    *("message", "messages", "conversations"),
+)
+"""A prompt's: text, or chat messages, which may be JSON text."""
 
 IMAGE_COLUMNS = ("images", "image")
 OPTION_COLUMNS = ("options", "choices")
 _TEXT_COLUMNS = {*PROMPT_COLUMNS, *ANSWER_COLUMNS, *RESPONSE_COLUMNS, *OPTION_COLUMNS}
 
-_LIST_OF_TEXT = re.compile(r"\s*\[\s*[\"']")
 _Value = TypeVar("_Value")
 
 
@@ -61,6 +53,7 @@ class Sample:
     prompt: str
     """The user's text. `<image>` marks where each image goes; without one, images come first."""
     answer: str
+    """The key; one that spells a list of texts accepts any of them."""
     images: tuple[ImageRef, ...] = field(default=(), repr=False)
     rationale: str | None = None
     """The right reasoning, for the cold start."""
@@ -87,6 +80,11 @@ class Sample:
     def draw(self) -> str:
         """What seeds are made from: a prompt that a step shows twice gets other rollouts."""
         return f"{self.id}/{self.visit}" if self.visit else self.id
+
+    @property
+    def right_answer(self) -> str:
+        """What a right response says: of several keys the first."""
+        return accepted_answers(self.answer)[0]
 
     def __post_init__(self) -> None:
         placeholders = self.prompt.count(IMAGE_PLACEHOLDER)
@@ -159,22 +157,21 @@ def sample_from_row(
             options, naming row, field, what it got, what was wanted and the fix.
     """
     read = {name: plain(value) for name, value in row.items() if name not in uninterpreted}
-    if isinstance(verl := read.get("reward_model"), Mapping):
-        read[_VERL_ANSWER] = plain(verl.get("ground_truth"))
     prompt_column, talk = _prompt(read, location, needs_prompt)
-    answer_column, value, rationale = _answer(read, talk, location)
-    options_column = _column(read, OPTION_COLUMNS)
+    found = find_key(read, talk, location)
+    options_column = filled_column(read, OPTION_COLUMNS)
     if options_column is None or is_empty(read[options_column]):
-        options_column, options = None, options_in(talk.prompt)
+        options_column, options = None, letter_columns(read) or options_in(talk.prompt)
     else:
         options = _checked(read_options, read, options_column, location, "options")
     kind = _checked(answer_type, read, "answer_type", location)
-    answer, options = _key(value, options, kind, options_column, f"{location}: {answer_column}")
-    images_column = _column(read, IMAGE_COLUMNS)
+    at = f"{location}: {found.column}"
+    answer, kind, options = read_key(found, options, kind, options_column, at)
+    images_column = filled_column(read, IMAGE_COLUMNS)
     images = read[images_column] if images_column else None
     if talk.images and is_empty(images):
         images_column, images = prompt_column, talk.images
-    rationale = _optional_text(read, "rationale", location) or rationale
+    rationale = _optional_text(read, "rationale", location) or found.rationale
     failed_rationale = _optional_text(read, "failed_rationale", location)
     for name, texts in (
         ("prompt", [talk.prompt]),
@@ -184,11 +181,16 @@ def sample_from_row(
         ("options", options.texts),
     ):
         _check_unicode(texts, f"{location}: {name}")
-    taken = {prompt_column, "answer", "rationale", "failed_rationale", *IMAGE_COLUMNS}
+    taken = {prompt_column, "rationale", "failed_rationale", *IMAGE_COLUMNS}
+    for name in ("answer", "ground_truth"):
+        if is_empty(value := read.get(name)) or value == answer:
+            taken.add(name)
     columns = {name: value for name, value in row.items() if name not in taken}
+    if isinstance(found.value, (list, tuple, Mapping)):
+        columns.setdefault("ground_truth", found.value)
     refs = image_refs(images, column=images_column or "", base_dir=base_dir, at=location)
     for name in columns if needs_prompt and not refs else ():
-        if name not in _TEXT_COLUMNS and is_image(read.get(name)):
+        if name not in _TEXT_COLUMNS and is_image(name, read.get(name), base_dir):
             raise RowError(
                 "image_column",
                 f"{location}: {name}: got an image in a row of none, wanted it in images or image "
@@ -212,23 +214,18 @@ def sample_from_row(
     )
 
 
-def _column(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    """The first column that holds something; else the first that is there, for errors to name."""
-    filled = (name for name in names if not is_empty(row.get(name)))
-    return next(filled, next((name for name in names if row.get(name) is not None), None))
-
-
 def _prompt(row: Mapping[str, Any], at: str, is_needed: bool) -> tuple[str, Conversation]:
-    column = _column(row, PROMPT_COLUMNS)
+    column = filled_column(row, PROMPT_COLUMNS)
     if column is None and not is_needed:
         return "prompt", Conversation("")
     if column is None:
         raise RowError(
             "no_prompt",
-            f"{at}: prompt: got {_columns_of(row, PROMPT_COLUMNS)}, wanted text or chat messages "
-            f"in one of {', '.join(PROMPT_COLUMNS)}: rename the column that holds the question",
+            f"{at}: prompt: got {missing_columns(row, PROMPT_COLUMNS)}, wanted text or chat "
+            f"messages in one of {', '.join(PROMPT_COLUMNS)}: rename the question's column",
         )
     value = row[column]
+    value = nested(value) if isinstance(value, str) else value
     if is_conversation(value):
         talk = read_conversation(value, column=column, at=at)
     elif isinstance(value, str):
@@ -241,73 +238,6 @@ def _prompt(row: Mapping[str, Any], at: str, is_needed: bool) -> tuple[str, Conv
             "empty_prompt", f"{at}: {column}: got empty text, wanted some: fill or drop the row"
         )
     return column, talk
-
-
-def _answer(row: Mapping[str, Any], talk: Conversation, at: str) -> tuple[str, object, str | None]:
-    """(column, answer, rationale): of an answer column, or of a response with tags."""
-    response = talk.response
-    if response is None:
-        response = row.get(_column(row, RESPONSE_COLUMNS) or "")
-        if isinstance(response, (list, tuple)) and is_conversation(response):
-            response = response[-1].get("content")
-    rationale, answered = split_response(response if isinstance(response, str) else "")
-    column = _column(row, ANSWER_COLUMNS) or "answer"
-    value = row.get(column)
-    if is_empty(value):
-        if answered is None:
-            got = _columns_of(row, ANSWER_COLUMNS) if value is None else describe(value)
-            raise RowError(
-                "empty_answer",
-                f"{at}: {column}: got {got}, wanted text, a number or a boolean in one of "
-                f"{', '.join(ANSWER_COLUMNS)}, or a response (an assistant turn, "
-                f"{' or '.join(RESPONSE_COLUMNS)}) with an <answer> span: rename the column that "
-                "holds the final answer, or drop the row",
-            )
-        return "response", answered, rationale
-    # verl's keys may be a list of one as JSON text: `["34"]`.
-    listed = spelled(value) if isinstance(value, str) and _LIST_OF_TEXT.match(value) else value
-    if isinstance(listed, (list, tuple)) and len(listed) == 1:
-        value = listed[0]
-    if isinstance(value, str):
-        own_rationale, value = split_solution(value)
-        rationale = rationale or own_rationale
-    return column, value, rationale
-
-
-def _columns_of(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    empty = " and ".join(repr(name) for name in names if name in row)
-    none = f"nothing in {empty}, and " if empty else ""
-    have = f"the columns {', '.join(map(repr, row))}" if row else "no columns"
-    return none + have
-
-
-def _key(
-    value: object, options: Options, kind: AnswerType | None, column: str | None, at: str
-) -> tuple[str, Options]:
-    """The key as text, and the options if it is one of them or is not held to be one."""
-    try:
-        answer = answer_text(value).strip()
-    except ValueError as error:
-        raise RowError("answer_type", f"{at}: {error}") from None
-    if not answer:
-        raise RowError("empty_answer", f"{at}: got empty text, wanted some: fill or drop the row")
-    if not options.texts or kind not in (None, AnswerType.CHOICE):
-        return answer, options if column else Options()
-    key = option_key(answer, options)
-    if key is None and isinstance(value, bool):
-        key = option_key(str(value), options)
-    if key is not None:
-        return key, options
-    if column is None:
-        return answer, Options()
-    shown = ", ".join(options.texts)
-    raise RowError(
-        "key_is_no_option",
-        f"{at}: got {answer[:60]!r}, none of the {len(options.texts)} texts in {column} "
-        f"({shown[:120]}) nor a letter from A to {options.last_letter}: write the letter or the "
-        "option's text (an index counts only where the options have numbers as labels), or set "
-        "answer_type to how it is compared",
-    )
 
 
 def _checked(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from care_train.config import source_of
 from care_train.data import Sample, load_images, load_samples
+from care_train.data.answers import AnswerType
 from care_train.doctor import Finding, Subject, error, ok, spread, warning
 from care_train.models.prompts import PromptEncoder
 from care_train.verifier import Verifier
@@ -136,9 +137,15 @@ def check_rewards(subject: Subject) -> Finding:
     think, answer = config.prompt.think_tag, config.prompt.answer_tag
     verifier = Verifier(config.prompt, config.reward)
     rows = spread(subject.rows, _NUM_ROWS)
+    for row in rows:
+        verifier.check_key(row)
+    # What a response should say to keys that only a function reads is the function's affair.
+    rows = [row for row in rows if row.answer_type is not AnswerType.FUNCTION]
+    if not rows:
+        return ok("keys that reward.functions alone read")
     start = time.perf_counter()
     scores = [
-        verifier.score(f"<{think}>so</{think}> <{answer}>{row.answer}</{answer}>", row)
+        verifier.score(f"<{think}>so</{think}> <{answer}>{row.right_answer}</{answer}>", row)
         for row in rows
     ]
     seconds = (time.perf_counter() - start) / len(rows)

@@ -27,6 +27,7 @@ from care_train.rollout.vllm_engine import VllmEngine
 from care_train.training.groups import RolloutScorer
 from care_train.training.weights import policy_weights
 from care_train.verifier import Verifier
+from care_train.verifier.responses import check_comparable
 
 Item = TypeVar("Item")
 
@@ -229,7 +230,12 @@ def _prompt_lengths(session: Session, samples: Sequence[Sample], key: str) -> li
     lengths, errors = {}, {}
     for place in track(iter(own), f"measuring the prompts of {key}", is_main()):
         try:
-            lengths[place] = session.encoder.num_tokens(samples[place])
+            sample = samples[place]
+            lengths[place] = session.encoder.num_tokens(sample)
+            if key.startswith("sft"):
+                check_comparable(sample)
+            else:
+                session.scorer.verifier.check_key(sample)
         except ValueError as error:
             errors[place] = str(error)
     for other_lengths, other_errors in gather((lengths, errors)):

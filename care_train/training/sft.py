@@ -256,7 +256,7 @@ def sft_target(config: Config, sample: Sample, step: int) -> tuple[str, str]:
 def response_text(prompt: PromptSettings, sample: Sample) -> str:
     """A row's rationale and answer in Sec. 3.1's format and the tags of all other stages."""
     think, answer = prompt.think_tag, prompt.answer_tag
-    return f"<{think}>{sample.rationale}</{think}> <{answer}>{sample.answer}</{answer}>"
+    return f"<{think}>{sample.rationale}</{think}> <{answer}>{sample.right_answer}</{answer}>"
 
 
 def _repair_texts(config: Config, sample: Sample, failed_rationale: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
-from care_train.data.answers import AnswerType
+from care_train.data.answers import AnswerType, accepted_answers
 from care_train.verifier.choices import is_choice_key, same_choice
 from care_train.verifier.expressions import (
     Tuple,
@@ -78,6 +78,12 @@ def compare(item: Item, symbolic: "MathVerify | None") -> Verdict:
         return Verdict(0.0, f"answer too long: {len(predicted)} characters")
     if not predicted.strip():
         return Verdict(0.0, "empty answer")
+    if item.answer_type is AnswerType.FUNCTION:
+        return Verdict(0.0, "only a reward function reads this key", item.answer_type)
+    accepted = accepted_answers(expected)
+    if len(accepted) > 1 and item.answer_type not in (AnswerType.SET, AnswerType.LIST):
+        verdicts = [compare(replace(item, expected=one), symbolic) for one in accepted]
+        return max(verdicts, key=lambda verdict: verdict.accuracy)
     kind = item.answer_type or infer_type(expected, item.options)
     if kind is not AnswerType.MATH and tight(predicted) == tight(expected):
         return Verdict(1.0, "exact match", kind)

@@ -9,6 +9,7 @@ from typing import TextIO
 
 from care_train.config import Config
 from care_train.data import sample_from_row
+from care_train.data.answers import AnswerType
 from care_train.data.columns import describe
 from care_train.data.rows import named_columns, parsed
 from care_train.verifier.responses import Response
@@ -39,6 +40,7 @@ def verify_lines(config: Config, source: TextIO, target: TextIO) -> None:
         for number, line in batch:
             try:
                 responses.append(_read(line, f"standard input: line {number}"))
+                verifier.check_key(responses[-1].sample)
             except ValueError as error:
                 fault = error
                 break
@@ -97,6 +99,10 @@ def _read(line: str, place: str) -> Response:
             "wanted text"
         )
     if "type" in row:
-        row["answer_type"] = row.pop("type")
+        row["answer_type"] = kind = row.pop("type")
+        if kind is not None and kind not in list(AnswerType):
+            raise ValueError(
+                f"{place}: type: got {describe(kind)}, wanted one of {', '.join(AnswerType)}"
+            )
     sample = sample_from_row(row, location=place, base_dir=Path(), id=place, needs_prompt=False)
     return Response(response, sample)

@@ -17,6 +17,7 @@ from typing import Any
 
 from care_train.config import SHIPPED_REWARDS, RewardFunctionSettings
 from care_train.data import RowError
+from care_train.data.keys import verl_answer
 from care_train.verifier.responses import Response, RowImages
 
 _MAX_EXTRA_CHARS = 200
@@ -225,12 +226,11 @@ class UserFunction:
         results = []
         for one in responses:
             row = _row(one)
-            extra, model = row.get("extra_info"), row.get("reward_model")
-            truth = model.get("ground_truth") if isinstance(model, Mapping) else None
+            extra, truth = row.get("extra_info"), verl_answer(row)
             values = {
                 "data_source": row.get("data_source") or one.sample.source,
                 "solution_str": one.text,
-                "ground_truth": one.sample.answer if truth is None else truth,
+                "ground_truth": row["ground_truth"] if truth is None else truth,
                 "extra_info": {**row, **(extra if isinstance(extra, Mapping) else {})},
             }
             results.append(self._run_named(values))
@@ -279,15 +279,15 @@ def _row(response: Response) -> dict[str, Any]:
     """A row's columns and its response, as a function gets them."""
     sample = response.sample
     return {
+        "answer": sample.answer,
+        "ground_truth": sample.answer,
         **sample.columns,
         "prompt": sample.prompt,
-        "answer": sample.answer,
         "images": RowImages(sample),
         "source": sample.source,
         "finished": response.finished,
         "response": response.text,
         "response_length": len(response.token_ids),
-        "ground_truth": sample.answer,
     }
 
 

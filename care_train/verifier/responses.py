@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from care_train.data import Sample, load_image
+from care_train.data import RowError, Sample, load_image
 from care_train.data.answers import AnswerType
 from care_train.verifier.notation import closing_brace
 
@@ -60,6 +60,21 @@ def item_of(predicted: str, sample: Sample, tolerance: float | None = None) -> I
     """An answer with its row's key, type, options and tolerance; `tolerance` where it has none."""
     tolerance = tolerance if sample.tolerance is None else sample.tolerance
     return Item(predicted, sample.answer, sample.answer_type, sample.options, tolerance)
+
+
+def check_comparable(sample: Sample) -> None:
+    """Check that answers can be compared with a row's key.
+
+    Raises:
+        RowError: only a reward function can read it.
+    """
+    if sample.answer_type is AnswerType.FUNCTION:
+        raise RowError(
+            "answer_type",
+            f"{sample.location or sample.id}: answer: got {sample.answer[:60]!r}, which only a "
+            "reward function can read, wanted the final answer as text, a number or a boolean (a "
+            "list of texts: any of them is right): correct the row, or set reward.functions",
+        )
 
 
 class RowImages(Sequence[Image.Image]):

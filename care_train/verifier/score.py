@@ -16,6 +16,7 @@ from care_train.verifier.responses import (
     Verdict,
     boxed_answer,
     boxed_fault,
+    check_comparable,
     format_fault,
     item_of,
 )
@@ -147,6 +148,16 @@ class Verifier:
         for function in self._functions:
             function.check_columns(samples)
 
+    def check_key(self, sample: Sample) -> None:
+        """Check that the verifier can read a row's key, where it takes part in the accuracy.
+
+        Raises:
+            RowError: only a reward function can.
+        """
+        judges = any(f.settings.target == "accuracy" for f in self._functions)
+        if self._weight or not judges:
+            check_comparable(sample)
+
     def take_metrics(self) -> dict[str, list[float]]:
         """What reward functions returned and logged since the last call.
 
@@ -166,6 +177,7 @@ class Verifier:
         told = [(settings, one.value) for settings, one in own if one.value is not None]
         accurate = [(s.weight, value) for s, value in told if s.target == "accuracy"]
         if self._weight or not accurate:
+            check_comparable(response.sample)
             accurate.append((self._weight or 1.0, verdict.accuracy))
         graded, threshold = _mean(accurate), self._settings.success_threshold
         given = [(s.weight, one.format_score) for s, one in own if one.format_score is not None]

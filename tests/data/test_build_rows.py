@@ -80,9 +80,12 @@ def test_a_rationale_can_be_asked_for(folder: Path):
 
 def test_no_usable_row_is_an_error(folder: Path):
     """A build of nothing fails, and leaves the reasons."""
-    with pytest.raises(ValueError, match=r"no row is usable; .*quarantine\.jsonl says why"):
+    with pytest.raises(ValueError, match=r"no row is usable: .*quarantine\.jsonl says why"):
         build_rows(folder, [GOOD | {"answer": ""}])
     assert quarantine(folder / "built")[0]["reason"] == "empty_answer"
+    # Corrected rows are built without `overwrite`.
+    with pytest.raises(ValueError, match="no row is usable: the files hold none"):
+        build_rows(folder, [])
 
 
 def jpeg(number: int, quality: int, scale: float = 1.0) -> Image.Image:

@@ -53,7 +53,10 @@ def test_verdicts_in_order():
         ('{"respons": "x", "answer": "x"}', "response: got nothing beside respons, answer, wanted"),
         ('{"response": 5, "answer": "x"}', "response: got 5 beside answer, wanted text"),
         ('{"response": "x", "answer": null}', "line 2: answer: got nothing in 'answer', and the"),
-        ('{"response": "x", "answer": "x", "type": "maths"}', "2: answer_type: got 'maths', want"),
+        (
+            '{"response": "x", "answer": "x", "type": "maths"}',
+            "2: type: got 'maths', wanted one",
+        ),
     ],
 )
 def test_bad_lines(bad: str, message: str):

@@ -8,13 +8,14 @@ import pytest
 from PIL import Image
 
 from care_train.config import (
+    FROM_PYTHON,
     DataSettings,
     PromptSettings,
     RewardFunctionSettings,
     RewardSettings,
     build_config,
 )
-from care_train.data import Sample, load_samples
+from care_train.data import RowError, Sample, load_samples, sample_from_row
 from care_train.training.failures import status_of
 from care_train.verifier import Response, Score, TrainerState, Verifier
 from care_train.verifier.steps import verified_steps
@@ -204,6 +205,44 @@ def test_verl_gets_its_own_columns(tmp_path: Path):
     responses = [Response(text, replace(SAMPLE, columns=columns)) for text in (GOOD, WRONG)]
     assert [score.accuracy for score in verifier.score_batch(responses)] == [1.0, 0.0]
     assert verifier.take_metrics()["compute_score_recall"] == [0.5, 0.5]
+
+
+def test_keys_reach_functions_as_they_stand():
+    """Of a key that no verifier reads: TRL's column, EasyR1's and verl's `ground_truth`. Without a
+    function, or where none has an opinion, such a row is an error that names it."""
+    goal, got = {"target": ["blue"], "boxes": [[1, 2]]}, []
+    row = {"prompt": "q", "answer": goal}
+    sample = sample_from_row(row, location="r.jsonl: row 3", base_dir=Path(), id="r/3")
+    opinion: list[float | None] = [1.0]
+
+    def trl(completions, answer):
+        got.append(*answer)
+        return opinion
+
+    def easyr1(reward_inputs):
+        got.append(reward_inputs[0]["ground_truth"])
+        return opinion
+
+    def verl(solution_str, ground_truth):
+        got.append(ground_truth)
+        return opinion[0]
+
+    def scored(*functions):
+        given = {f"{FROM_PYTHON}{one.__name__}": one for one in functions}
+        settings = [RewardFunctionSettings(function=name) for name in given]
+        verifier = Verifier(PromptSettings(), RewardSettings(functions=settings), given)
+        verifier.check_key(sample)
+        return verifier.score(GOOD, sample)
+
+    assert scored(trl, easyr1, verl).accuracy == 1 and got == [goal] * 3
+    wanted = (
+        r"r\.jsonl: row 3: answer: got '\{\"target\": .*, which only a reward function can read"
+    )
+    with pytest.raises(RowError, match=wanted):
+        scored()
+    opinion = [None]
+    with pytest.raises(RowError, match=wanted):
+        scored(trl)
 
 
 def test_a_helper_beside_the_file(tmp_path: Path):

@@ -90,9 +90,14 @@ def build(settings: BuildSettings, report: Report | None = None) -> dict[str, An
         counts, checksums = _join(settings, parts, work)
         for name in checksums:
             os.replace(work / name, output / name)
-        if not counts["total"]["kept"]:
+        if not (total := counts["total"])["kept"]:
             (output / _DATA).unlink()
-            raise ValueError(f"output: no row is usable; {output / _QUARANTINE} says why")
+            shutil.rmtree(work)
+            if total["rejected"]:
+                why = f"{output / _QUARANTINE} says why"
+            else:
+                why = "`where` leaves out all" if total["read"] else "the files hold none"
+            raise ValueError(f"output: no row is usable: {why}")
         whole = {**fingerprint, "counts": counts, "sha256": checksums}
         # Last: a folder with a manifest is whole.
         (work / _MANIFEST).write_text(json.dumps(whole, indent=2) + "\n")
