@@ -26,7 +26,7 @@ from care_train.data.options import Options, option_key
 
 _VERL = "reward_model.ground_truth"
 # Of each tuple the first column that holds something is read.
-ANSWER_COLUMNS = ("answer", "final_answer", "solution", "ground_truth", _VERL)
+ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "solution", "ground_truth", _VERL)
 """A key's; the last is verl's, inside another column."""
 
 RESPONSE_COLUMNS = ("completion", "response")

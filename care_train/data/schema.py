@@ -86,6 +86,12 @@ class Sample:
         """What a right response says: of several keys the first."""
         return accepted_answers(self.answer)[0]
 
+    @property
+    def hides_options(self) -> bool:
+        """The key is an option's letter, and no option's text is in the prompt."""
+        texts = self.options
+        return bool(texts) and self.answer not in texts and not any(t in self.prompt for t in texts)
+
     def __post_init__(self) -> None:
         placeholders = self.prompt.count(IMAGE_PLACEHOLDER)
         if placeholders not in (0, len(self.images)):

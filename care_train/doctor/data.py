@@ -122,8 +122,12 @@ def check_prompt(subject: Subject) -> Finding:
             "name the tags in prompt.system, unless a cold start has taught them",
         )
     for row in spread(subject.rows, _NUM_ROWS):
-        shown = {row.answer, *(text for text in row.options if text in row.prompt)}
-        if row.options and shown.isdisjoint(row.options):
+        if not prompt.is_boxed and "\\boxed" in row.prompt:
+            return warning(
+                f"{_where(row)}: asks for \\boxed{{}}, and the verifier reads {tags[1]}",
+                "set prompt.tags=[think,boxed], or take that out of the prompt",
+            )
+        if row.hides_options:
             return warning(
                 f"{_where(row)}: the key is {row.answer[:60]!r}, and no option is in the prompt",
                 "write the options into the prompt, unless its image shows them",

@@ -227,20 +227,29 @@ def usable_rows(
 
 def _prompt_lengths(session: Session, samples: Sequence[Sample], key: str) -> list[int]:
     own = range(rank(), len(samples), world_size())
-    lengths, errors = {}, {}
+    lengths, errors, hidden = {}, {}, set()
     for place in track(iter(own), f"measuring the prompts of {key}", is_main()):
         try:
             sample = samples[place]
             lengths[place] = session.encoder.num_tokens(sample)
+            if sample.hides_options:
+                hidden.add(place)
             if key.startswith("sft"):
                 check_comparable(sample)
             else:
                 session.scorer.verifier.check_key(sample)
         except ValueError as error:
             errors[place] = str(error)
-    for other_lengths, other_errors in gather((lengths, errors)):
+    for other_lengths, other_errors, other_hidden in gather((lengths, errors, hidden)):
         lengths |= other_lengths
         errors |= other_errors
+        hidden |= other_hidden
     if errors:
         raise ValueError(join_errors(key, [errors[place] for place in sorted(errors)]))
+    if hidden and is_main():
+        logger.warning(
+            "warning: %s: of %d of %d rows (the first: %s) the key names an option and the prompt "
+            "none: write the options into it, unless the image shows them",
+            *(key, len(hidden), len(samples), samples[min(hidden)].location),
+        )
     return [lengths[place] for place in range(len(samples))]

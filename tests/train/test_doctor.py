@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -15,6 +16,7 @@ import yaml
 from care_train import cli
 from care_train.config import Config, DataSettings, PromptSettings, VllmSettings
 from care_train.data import Sample, load_samples
+from care_train.data.answers import AnswerType
 from care_train.doctor import Finding, Subject, machine, model
 from care_train.doctor.run import CHECKS, diagnose, guarded
 from care_train.models.load import LoadedModel
@@ -60,9 +62,13 @@ def _rows(subject: Subject, *rows: Sample) -> Subject:
     return replace(subject, samples=list(rows))
 
 
-def _answer(subject: Subject, answer: str, options: tuple[str, ...] = ()) -> Subject:
-    row = Sample(id="b", prompt="?", answer=answer, options=options, location="rows.jsonl: row 3")
-    return _rows(subject, row)
+FUNCTION = {"answer_type": AnswerType.FUNCTION}
+
+
+def _answer(subject: Subject, answer: str, options: tuple[str, ...] = (), **more: Any) -> Subject:
+    place = "rows.jsonl: row 3"
+    row = Sample(id="b", prompt="?", answer=answer, options=options, location=place)
+    return _rows(subject, replace(row, **more))
 
 
 def _damaged(change: Callable[[LoadedModel], object]) -> Callable[[Subject], Subject]:
@@ -178,12 +184,25 @@ SPOILED = [
     ("prompt", lambda s: _with(s, prompt={"system": None}), "warning", "<answer>"),
     ("prompt", lambda s: _answer(s, "B", ("owl", "crow")), "warning", "row 3: the key is 'B'"),
     ("prompt", lambda s: _answer(s, "crow", ("owl", "crow")), "ok", "names"),
+    (
+        "prompt",
+        lambda s: _answer(s, "4", prompt="\\boxed{}!"),
+        "warning",
+        "row 3: asks for \\boxed",
+    ),
     ("training rows", lambda s: _with(s, prompt={"max_prompt_tokens": 10}), "error", "_tokens"),
     ("evaluation rows", lambda s: _with(s, eval={"data": s.config.data.path}), "warning", "seen"),
     ("evaluation rows", lambda s: _with(s, eval={"data": "no.jsonl"}), "error", "no.jsonl"),
     ("evaluation rows", lambda s: _with(s, eval={"data": None}), "warning", "is not evaluated"),
     ("rewards", lambda s: _answer(s, "4</answer> or 5"), "error", "rows.jsonl: row 3"),
     ("rewards", lambda s: _answer(s, "<think>4"), "error", "rows.jsonl: row 3"),
+    ("rewards", lambda s: _answer(s, "['a', 'b']"), "ok", "keys score 1"),
+    (
+        "rewards",
+        lambda s: _answer(s, "{}", answer_type=AnswerType.FUNCTION),
+        "error",
+        "rows.jsonl: row 3",
+    ),
     ("tags", _damaged(_special_tag), "error", "special token"),
     ("special ids", _damaged(_other_image_token), "error", "image_token_id"),
     ("special ids", _damaged(_generates(eos_token_id=10**6)), "error", "EOS"),

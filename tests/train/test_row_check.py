@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,6 +11,7 @@ from PIL import Image
 
 from care_train.config import DataSettings
 from care_train.data import load_samples
+from care_train.data.answers import AnswerType
 from care_train.training.session import usable_rows
 from care_train.training.sft import check_lengths
 from tests.train.builders import encoder_of, image_sample, load, make_session, text_sample
@@ -58,7 +60,8 @@ def test_an_upright_photo_has_the_tokens_of_its_stored_size(tiny_folder, tmp_pat
 
 def test_long_rows_are_named_or_dropped(tiny_folder, tmp_path, caplog):
     """Rows, tokens, the limit, the longest, and what to do, before anything was trained. With
-    `prompt.overlong=drop` a warning and a line per row; never of held-out rows, never all."""
+    `prompt.overlong=drop` a warning and a line per row; never of held-out rows, never all. A
+    warning too where the prompt hides the options that a key names."""
     wanted = r"rows\.jsonl: row 2: the prompt has \d+ tokens, wanted at most 200\n.*longest has"
     with pytest.raises(ValueError, match=wanted):
         usable_rows(_session(tiny_folder), [SHORT, LONG], "data")
@@ -71,6 +74,8 @@ def test_long_rows_are_named_or_dropped(tiny_folder, tmp_path, caplog):
     tokens = session.encoder.num_tokens(LONG)
     assert json.loads(line) == {"row": LONG.location, "id": LONG.id, "tokens": tokens}
     assert "data: 1 of 3 rows are left out" in caplog.text
+    usable_rows(session, [SHORT, replace(SHORT, answer="B", options=("x", "y"))], "data")
+    assert "data: of 1 of 2 rows (the first: rows.jsonl: row 1) the key names" in caplog.text
     for held_out in (([SHORT, LONG], "eval.data"), ([LONG], "data", tmp_path)):
         with pytest.raises(ValueError, match="wanted at most 200"):
             usable_rows(session, *held_out)
@@ -88,19 +93,24 @@ def test_rows_from_a_file_stay_lazy(tiny_folder, tmp_path):
 
 
 def test_rows_that_are_no_prompts_are_named_together(tiny_folder, tmp_path):
-    """A missing image, a strip that no processor scales, a special token: each with its row."""
+    """A missing image, a strip that no processor scales, a special token, a key that the verifier
+    cannot read: each with its row."""
     rows = [
         image_sample(index=0, images=(tmp_path / "none.png",)),
         image_sample(index=1),
         image_sample(index=2, images=(Image.new("RGB", (2000, 4)),)),
         text_sample(3, prompt="<|image_pad|>"),
+        text_sample(4, answer="{}", answer_type=AnswerType.FUNCTION),
     ]
     with pytest.raises(ValueError) as error:
         usable_rows(_session(tiny_folder), rows, "data")
     head, *lines = str(error.value).splitlines()
-    assert head == "data: 3 rows cannot be used:"
+    assert head == "data: 4 rows cannot be used:"
     for row, line, wanted in zip(
-        (1, 3, 4), lines, ("no such file", "2000 x 4 pixels", "<|image_pad|>"), strict=True
+        (1, 3, 4, 5),
+        lines,
+        ("no such file", "2000 x 4 pixels", "<|image_pad|>", "which only a reward function can"),
+        strict=True,
     ):
         assert line.startswith(f"rows.jsonl: row {row}: ") and wanted in line
 
