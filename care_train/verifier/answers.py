@@ -81,7 +81,7 @@ def compare(item: Item, symbolic: "MathVerify | None") -> Verdict:
     if item.answer_type is AnswerType.FUNCTION:
         return Verdict(0.0, "only a reward function reads this key", item.answer_type)
     accepted = accepted_answers(expected)
-    if len(accepted) > 1 and item.answer_type not in (AnswerType.SET, AnswerType.LIST):
+    if accepted != (expected,) and item.answer_type not in (AnswerType.SET, AnswerType.LIST):
         verdicts = [compare(replace(item, expected=one), symbolic) for one in accepted]
         return max(verdicts, key=lambda verdict: verdict.accuracy)
     kind = item.answer_type or infer_type(expected, item.options)

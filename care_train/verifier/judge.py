@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from care_train.config import JudgeSettings
+from care_train.data.answers import accepted_answers
 from care_train.verifier.answers import MAX_ANSWER_CHARS
 from care_train.verifier.responses import Item, Verdict
 
@@ -79,9 +80,10 @@ class Judge:
 
     def _ask(self, case: Case) -> Verdict:
         question, expected, predicted = case
+        keys = " or ".join(accepted_answers(expected))
         # What closes the candidate's part of the prompt must not come from the candidate.
         predicted = _TAG.sub("&lt;", predicted)
-        fields = {"question": question, "answer": expected, "response": predicted}
+        fields = {"question": question, "answer": keys, "response": predicted}
         content = _FIELD.sub(lambda match: fields[match[1]], self._settings.prompt)
         fault = ""
         for attempt in range(_RETRIES + 1):
