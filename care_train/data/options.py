@@ -36,8 +36,11 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boxed)\s*\{([^{}]*)\}")
 _FRACTION = re.compile(r"\\[dt]?frac\{?(-?\d+)\}?\{?(\d+)\}?")
 _IGNORED = re.compile(r"\s+|\$|\\(?:left|right|,|;|!)|\*\*|[.\u3002]$")
 
+# In a prompt: `(A)`, `(a)`, `A.`; those with a bracket or a full-width mark need no space behind.
+_MARK = r"(?:[(\uff08]\s?[A-Ja-j]\s?[)\uff09]|[A-J][).:\uff0e\uff1a\u3001])"
 _OPTION = re.compile(
-    r"(?:^|\n|(?<=\s))\(?([A-J])[).:]\s*(\S[^\n]*?)(?=\s*(?:\n|$|\s\(?[A-J][).:]\s))"
+    rf"(?:^|\n|(?<=\s))({_MARK})\s*(\S[^\n]*?)"
+    rf"(?=\s*(?:\n|$|\s{_MARK}(?:\s|(?<=[)\uff09\uff0e\uff1a\u3001]))))"
 )
 
 
@@ -97,11 +100,13 @@ def read_options(value: object) -> Options:
 def options_in(prompt: str) -> Options:
     """The options that a prompt lists as A, B, ...; none unless they are plain to see."""
     found = list(_OPTION.finditer(prompt))
-    if len(found) < 2 or [match[1] for match in found] != _letters(len(found)):
+    marked = "".join(char for match in found for char in match[1] if char.isalpha())
+    wanted = "".join(_letters(len(found)))
+    if len(found) < 2 or marked not in (wanted, wanted.lower()):
         return Options()
     # Two initials in running text are no options; two in brackets or on lines of their own are.
     plain = len(found) > 2 or all(
-        match[0].lstrip().startswith("(") or match.start() == 0 or match[0].startswith("\n")
+        match[1][0] in "(\uff08" or match.start() == 0 or match[0].startswith("\n")
         for match in found
     )
     return Options(tuple(match[2].strip() for match in found) if plain else ())
