@@ -42,11 +42,13 @@ _MIN_BASE64_CHARS = 32
 _MAGIC = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*", re.DOTALL)
 """How PNG, JPEG, GIF, WebP (RIFF begins sounds too), BMP and TIFF files begin: 12 bytes tell."""
 
-_IMAGE_FILE = re.compile(r"[^\n]{1,300}\.(?:png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
-_IMAGE_COLUMN = re.compile(
-    r"image|img|pic|photo|fig|diagram|screen|visual|frame|file|path|media|url", re.IGNORECASE
+_SEEN_FILE = re.compile(
+    r"[^\n]{1,300}\.(?:png|jpe?g|webp|gif|bmp|tiff?|mp4|mkv|mov|avi|webm)", re.IGNORECASE
 )
-"""What is in the name of a column that data sets keep an image's path or address in."""
+_SEEN_COLUMN = re.compile(
+    r"image|img|pic|photo|fig|diagram|screen|visual|frame|video|file|path|media|url", re.IGNORECASE
+)
+"""What is in the name of a column that data sets keep an image's or video's path or address in."""
 
 _NAME_CHARS = 300
 _EIGHT_BIT_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"}
@@ -89,19 +91,18 @@ def image_refs(value: object, *, column: str, base_dir: Path, at: str) -> tuple[
         raise RowError(error.reason, f"{at}: {column}: {error}") from None
 
 
-def is_image(column: str, value: object, base_dir: Path) -> bool:
-    """Whether a column's value can be nothing but an image, or a list of some.
+def is_seen(column: str, value: object, base_dir: Path) -> bool:
+    """Whether a column's value can be nothing but an image or video, or a list of some.
 
-    An open one, encoded bytes, base64, a file that is there, or, where the column's name may be an
-    image's, the name of a file that ends as images' do: other columns have such names of what a
-    text is about.
+    An open one, encoded bytes, base64, or the name of a file of theirs: one that is there, or in a
+    column that may be an image's. In other columns such a name is what a text is about.
     """
     if isinstance(value, (list, tuple)):
-        return any(is_image(column, entry, base_dir) for entry in value)
+        return any(is_seen(column, entry, base_dir) for entry in value)
     if isinstance(value, Mapping):
         value = _of_mapping(value)
-    if isinstance(value, str) and _IMAGE_FILE.fullmatch(value):
-        return bool(_IMAGE_COLUMN.search(column)) or os.path.isfile(base_dir / value)
+    if isinstance(value, str) and _SEEN_FILE.fullmatch(value):
+        return bool(_SEEN_COLUMN.search(column)) or os.path.isfile(base_dir / value)
     if isinstance(value, str) and value.startswith("data:image/"):
         return True
     value = _base64_head(value) if isinstance(value, str) else value

@@ -26,7 +26,7 @@ from care_train.data.columns import (
     is_conversation,
     read_conversation,
 )
-from care_train.data.images import ImageRef, image_digest, image_refs, is_image
+from care_train.data.images import ImageRef, image_digest, image_refs, is_seen
 from care_train.data.keys import ANSWER_COLUMNS, RESPONSE_COLUMNS, find_key, read_key
 from care_train.data.options import letter_columns, options_in, read_options
 
@@ -196,11 +196,12 @@ def sample_from_row(
         columns.setdefault("ground_truth", found.value)
     refs = image_refs(images, column=images_column or "", base_dir=base_dir, at=location)
     for name in columns if needs_prompt and not refs else ():
-        if name not in _TEXT_COLUMNS and is_image(name, read.get(name), base_dir):
+        if name not in _TEXT_COLUMNS and is_seen(name, read.get(name), base_dir):
             raise RowError(
                 "image_column",
-                f"{location}: {name}: got an image in a row of none, wanted it in images or image "
-                "(a list, where there are several): rename the column, or drop it",
+                f"{location}: {name}: got an image or video in a row without images, wanted it in "
+                "images or image (a list, where there are several; videos are not read): rename or "
+                "drop the column",
             )
     columns |= {"system": talk.system} if talk.system else {}
     return Sample(

@@ -190,10 +190,11 @@ def test_what_is_read_of_a_row(columns: dict[str, Any], read: dict[str, Any]):
         ({"image": "data:image/png;base64,@@"}, "image_unreadable", "image: got damaged base64"),
         # As MMMU, VQA exports and the datasets library name them: unread they would be unseen.
         *(
-            ({column: image}, "image_column", f"{column}: got an image in a row of none, wanted")
+            ({column: image}, "image_column", f"{column}: got an image or video in a row")
             for column, image in (
                 ("image_1", {"bytes": b"\x89PNG", "path": None}),
                 ("image_path", "pictures/1.JPG"),
+                ("videos", ["clips/1.mp4"]),
                 ("picture", b"\x89PNG\r\n"),
                 ("x", "UklGRiQAAABXRUJQVlA4IBgAAAAwAQCdASo="),
                 ("img", ["data:image/png;base64,iVBORw0KGgo="]),
