@@ -4,6 +4,7 @@ Symbolic equality is asked of the caller: a worker process has it, the trainer's
 """
 
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -17,6 +18,7 @@ from care_train.verifier.expressions import (
     canonical,
     looks_mathematical,
     read_real_set,
+    same_formula,
     same_real_set,
     split_set,
     split_tuple,
@@ -115,7 +117,10 @@ def infer_type(expected: str, options: tuple[str, ...] = ()) -> AnswerType:
         return AnswerType.SET
     if (real_set := read_real_set(plain)) and real_set.is_certain:
         return AnswerType.MATH
-    if _is_enumeration(plain) or ("±" in plain and looks_mathematical(plain + "^")):
+    # In "1,200 apples" the comma parts thousands.
+    if (not quantity and _is_enumeration(plain)) or (
+        "±" in plain and looks_mathematical(plain + "^")
+    ):
         return AnswerType.SET
     if _is_expression(plain) or _is_expression(split_unit(bare)[0]):
         return AnswerType.MATH
@@ -198,7 +203,7 @@ class _Comparison:
 
     def _math(self) -> str:
         got, wanted = (plain_latex(text.rstrip(" .。")) for text in (self.got, self.wanted))
-        if canonical(got) == canonical(wanted):
+        if canonical(got) == canonical(wanted) or same_formula(got, wanted):
             return "the same expression"
         name, got_right = split_equation(got)
         key_name, key_right = split_equation(wanted)
@@ -252,7 +257,7 @@ class _Comparison:
 
     def _text(self) -> str:
         got, wanted = plain_latex(self.got), plain_latex(self.wanted)
-        if normalize(got) == normalize(wanted):
+        if normalize(got) == normalize(wanted) or same_formula(got, wanted):
             return "exact match"
         letters = [normalize(text) for text in (got, wanted)]
         if all(map(_AS_LETTER.fullmatch, letters)):
@@ -318,10 +323,15 @@ def _elements(text: str) -> list[str]:
 
 
 def _same_words(got: str, wanted: str) -> bool:
-    got, wanted = (re.sub(r"\s*([-:/])\s*", r"\1", normalize(text)) for text in (got, wanted))
+    spelled = (text.replace("°", " degrees ") for text in (got, wanted))
+    got, wanted = (re.sub(r"\s*([-:/])\s*", r"\1", normalize(text)) for text in spelled)
     if got == wanted:
         return True
     words, key = normalize_words(got), normalize_words(wanted)
+    # Words alone would make AB ∥ CD of AB ⊥ CD.
+    signs = ([c for c in text if unicodedata.category(c) in ("Sm", "So")] for text in (got, wanted))
+    if next(signs) != next(signs):
+        return False
     if len(key) < 2 or not any(char.isalpha() for char in key):
         return False
     joined = "-" in got + wanted and words.replace(" ", "") == key.replace(" ", "")

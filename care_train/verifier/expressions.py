@@ -25,6 +25,9 @@ _MAX_DEPTH = 10
 _COMMANDS = re.compile(r"\\[a-zA-Z]+")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[a-z]{1,12}\}")
 _FORMULA = re.compile(r"(?:[A-Z][a-z]?[0-9]{0,3}){2,}")
+_SUBSTANCE = re.compile(
+    r"(?:[A-Z][a-z]?[0-9]{0,3}|[()][0-9]{0,2}){2,}(?:[0-9]?[+-])?|[A-Z][a-z]?[0-9]?[+-]"
+)
 _WORD = re.compile(r"[A-Za-z]{3,}")
 _FUNCTIONS = set(
     "sin cos tan cot sec csc arcsin arccos arctan asin acos atan sinh cosh tanh log ln exp sqrt "
@@ -103,6 +106,12 @@ def has_words(text: str) -> bool:
     """Whether it holds words that no formula has."""
     bare = _COMMANDS.sub(" ", _ENVIRONMENT.sub(" ", text))
     return any(word.lower() not in _FUNCTIONS for word in _WORD.findall(bare) if not word.isupper())
+
+
+def same_formula(got: str, wanted: str) -> bool:
+    """Whether two texts are one chemical formula: H2O, H_2O, H_{2}O."""
+    got, wanted = (re.sub(r"[\s_^{}]", "", text) for text in (got, wanted))
+    return got == wanted and bool(_SUBSTANCE.fullmatch(wanted))
 
 
 def wants_evaluation(text: str) -> bool:
