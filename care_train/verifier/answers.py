@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from care_train.data.answers import AnswerType, accepted_answers
-from care_train.verifier.choices import is_choice_key, same_choice
+from care_train.verifier.choices import is_choice_key, same_choice, same_letters
 from care_train.verifier.expressions import (
     Tuple,
     canonical,
@@ -191,9 +191,10 @@ class _Comparison:
         if got is None:
             if not wants_evaluation(got_text) or why_not_parsed(got_text):
                 return ""
-            value = parse_quantity(self._algebra().value(got_text))
+            expression, unit = split_unit(got_text)
+            value = parse_quantity(self._algebra().value(expression))
             # An expression is exact: it may be rounded to the key, but is no decimal itself.
-            got = value and Quantity(value.value, None, 0)
+            got = value and Quantity(value.value, None, 0, unit=unit)
         return same_quantity(got, wanted, self._tolerance()) if got else ""
 
     def _relaxed(self) -> str:
@@ -232,6 +233,8 @@ class _Comparison:
         return "equal expressions" if self._are_equal(got, wanted) else ""
 
     def _set(self) -> str:
+        if same_letters(self.got, self.wanted):
+            return "the same set"
         got, wanted = split_set(self.got), split_set(self.wanted)
         if not got or not wanted or max(len(got), len(wanted)) > _MAX_ELEMENTS:
             return ""
@@ -259,6 +262,8 @@ class _Comparison:
         got, wanted = plain_latex(self.got), plain_latex(self.wanted)
         if normalize(got) == normalize(wanted) or same_formula(got, wanted):
             return "exact match"
+        if same_letters(got, wanted):
+            return "the same options"
         letters = [normalize(text) for text in (got, wanted)]
         if all(map(_AS_LETTER.fullmatch, letters)):
             letter, key_letter = (text.strip("()[]") for text in letters)

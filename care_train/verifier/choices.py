@@ -50,6 +50,12 @@ _TAKES_BACK = re.compile(
 SameExpression = Callable[[str, str], bool]
 
 
+def same_letters(got: str, wanted: str) -> bool:
+    """Whether two texts are the same options by their letters: AC, A, C, A and C."""
+    texts = [re.sub(r"[\s,;&()\u3001]|and", "", text) for text in (got, wanted)]
+    return texts[0] == texts[1] and bool(re.fullmatch("(?=..)A?B?C?D?E?F?G?H?", texts[0]))
+
+
 def is_choice_key(key: str, options: Sequence[str]) -> bool:
     """Whether a key names an option: a letter among the options (A to J without any), or a text."""
     key = _TEXT.sub(r"\1", key)

@@ -57,6 +57,7 @@ _PLAIN = [
     (re.compile(r"(?<![\\a-zA-Z])(pi|theta|alpha|beta|gamma)(?![a-zA-Z])"), r"\\\1 "),
     (re.compile(r"(?<![\\a-zA-Z])(?:inf|infty|infinity)(?![a-zA-Z])|∞"), r"\\infty "),
     (re.compile(r"π"), r"\\pi "),
+    (re.compile(r"\\var(?=epsilon|phi|theta|rho|sigma|kappa)"), r"\\"),
     (re.compile(r"\s*°"), r"^{\\circ}"),
     (re.compile(r"θ"), r"\\theta "),
     (re.compile(r"\^\(([^()]*)\)"), r"^{\1}"),

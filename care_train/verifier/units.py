@@ -66,9 +66,13 @@ _KNOWN = {
     for spelling in {name, name + "s" if len(name) > 2 and not name.endswith("s") else name}
 }
 _ALIASES = {"mph": "mile/hour", "kph": "km/hour", "kmh": "km/hour"}
+_ALIASES |= {f"degree{s} {name}": name for s in ("", "s") for name in ("celsius", "fahrenheit")}
+_LETTER_UNITS = {"nm", "cm", "wh", "ws", "ah", "as", "va", "vs", "js"}
+"""Units that are a product of two with one letter each, such as N m; m v^2 is of variables."""
 _PREFIXES = {"square": 2, "sq": 2, "sq.": 2, "cubic": 3, "cu": 3}
 _FACTOR = re.compile(r"([^\s^/*·0-9.-][^\s^/*·0-9]*?)\.?(?:\^?\{?(-?[1-9])\}?)?")
 _ATTACHED = re.compile(r"(.*[0-9)}\]π])\s*([mgshl]|[a-zA-Z]{2,4}(?:\^?\{?[23]\}?)?)")
+_LETTER_POWER = re.compile(r"[a-zA-Z]\^\{?[0-9]\}?")
 _LONE_LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 # A word that changes the number's value or hedges is no unit.
 _NO_UNIT = set(
@@ -105,8 +109,11 @@ def parse_unit(text: str, *, is_free: bool = False) -> Unit | None:
     if len(text) > 60:
         return None
     dimensions: dict[str, int] = defaultdict(int)
-    worth = Fraction(1)
-    for name, exponent in _factors(text):
+    worth, factors = Fraction(1), _factors(text)
+    are_letters = len(factors) > 1 and all(len(name) == 1 and power > 0 for name, power in factors)
+    if are_letters and "".join(name for name, _ in factors) not in _LETTER_UNITS:
+        return None
+    for name, exponent in factors:
         if name not in _KNOWN:
             return _words(text, is_free)
         dimension, value = _KNOWN[name]
@@ -125,9 +132,10 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
     for count in (3, 2, 1):
         tail = " ".join(words[-count:])
         if len(words) > count and len(tail) > 1 and tail[0].isalpha() and tail.isascii():
-            unit = parse_unit(tail.casefold())
-            if unit is not None and unit.known:
-                return " ".join(words[:-count]), unit
+            unit, head = parse_unit(tail.casefold()), " ".join(words[:-count])
+            is_variable = _LETTER_POWER.fullmatch(tail) and _LONE_LETTER.search(head)
+            if unit is not None and unit.known and not is_variable:
+                return head, unit
     if match := _ATTACHED.fullmatch(text):
         unit = parse_unit(match[2].casefold())
         # A lone letter is a unit beside numbers, and a variable beside other letters.

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import takewhile
 from typing import Any
@@ -151,6 +152,10 @@ class MathVerify:
         # It warns at each call that it has no time limit of its own: the process has one.
         logging.getLogger("math_verify").setLevel(logging.ERROR)
         self._library = math_verify
+        config = math_verify.LatexExtractionConfig()
+        # It takes a variable h at the end, of \\pi r^2 h, for hours and drops it: units are ours.
+        normalization = replace(config.normalization_config, units=False)
+        self._config = [replace(config, normalization_config=normalization)]
         self._parse_key = lru_cache(maxsize=512)(self._parse)
 
     def equal(self, predicted: str, expected: str) -> bool:
@@ -169,9 +174,9 @@ class MathVerify:
 
     def _parse(self, text: str) -> list[Any]:
         # A dollar sign would end the environment.
-        text, config = to_latex(text).replace("$", ""), [self._library.LatexExtractionConfig()]
+        text = to_latex(text).replace("$", "")
         return self._library.parse(
-            f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=0
+            f"${text}$", self._config, fallback_mode="no_fallback", parsing_timeout=0
         )
 
 
