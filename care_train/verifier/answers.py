@@ -22,6 +22,7 @@ from care_train.verifier.expressions import (
     same_real_set,
     split_set,
     split_tuple,
+    unread_marks,
     wants_evaluation,
     why_not_parsed,
 )
@@ -293,7 +294,7 @@ class _Comparison:
         # The parser would read 101_2 and 101_3 as the same number.
         if why_not_parsed(got) or why_not_parsed(wanted) or _IN_A_BASE.search(f"{got} {wanted}"):
             return False
-        return self._algebra().equal(got, wanted)
+        return unread_marks(got) == unread_marks(wanted) and self._algebra().equal(got, wanted)
 
     def _algebra(self) -> "MathVerify":
         if self.symbolic is None:

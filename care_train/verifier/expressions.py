@@ -39,6 +39,7 @@ _HUGE = re.compile(
     r"[0-9]{60}|\^\s*\{?\s*[-(]?\s*[0-9]{4}|\^[^,;=+]{0,60}\^[^,;=+]{0,60}\^|[0-9]{4}\s*!|!\s*!"
     r"|\^\s*\{?[^,;=+}]{0,40}!|\^\s*\{?[^,;=+}]{0,40}\^\s*\{?\s*[0-9]{2}"
 )
+_UNREAD = re.compile(r"'|\^\s*\{?\s*(?:T|\\top)(?![a-zA-Z])|\\[clv]?dots|\.\.\.")
 _FRACTION = r"(?<![\w.)}\]^/])([0-9]+)\s*/\s*([0-9]+)"
 _PLAIN = [
     (re.compile(r"\*\*"), "^"),
@@ -133,6 +134,11 @@ def why_not_parsed(text: str) -> str:
     if has_words(text):
         return "words, not an expression"
     return ""
+
+
+def unread_marks(text: str) -> list[str]:
+    """Primes, transposes and dots, behind an `=` if there is one: the parser passes over them."""
+    return _UNREAD.findall(text.rpartition("=")[2].replace("\\prime", "'"))
 
 
 def split_tuple(text: str) -> Tuple | None:

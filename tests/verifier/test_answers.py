@@ -104,6 +104,8 @@ SPELLINGS = [
     (r"\frac{1}{3}\pi r^2 h", r"\frac{\pi r^2 h}{3}|\pi hr^2/3", r"\frac{1}{3}\pi r^2"),
     ("x^2 + 3 t", "3t + x^2", "x^2 + 3"),
     (r"\frac{1}{2} m v^2", r"\frac{mv^2}{2}", r"1/2|0.5|\frac{1}{2} m"),
+    (r"A^T B", r"A^{T}B", r"AB|A^T B^T"),
+    ("3x'", "3 x'", "3x|3x''"),
     ("5 N m", "5|5 N\u00b7m|500 N cm", "5 N|5 J s"),
     (r"2\sqrt{3} cm", r"\sqrt{12}|\sqrt{12} cm|2\sqrt{3}", r"2\sqrt{3} m"),
     ("4 cm", r"\sqrt{16}|\sqrt{16} cm|40 mm", r"\sqrt{16} m"),
