@@ -110,7 +110,7 @@ def read_key(
         at: file, row and column, for errors.
 
     Raises:
-        RowError: an empty key, several options, or none of them.
+        RowError: an empty key, or one that is none of the options.
     """
     try:
         answer, kind = read_answer(found.value, kind)
@@ -119,16 +119,12 @@ def read_key(
     answer = answer.strip()
     if not answer:
         raise RowError("empty_answer", f"{at}: got empty text, wanted some: fill or drop the row")
-    if found.is_derivation and kind is None:
-        kind = AnswerType.FUNCTION
     accepted = accepted_answers(answer)
     are_letters = all(len(one) == 1 and one.isalpha() for one in accepted)
-    if len(accepted) > 1 and (options.texts or are_letters):
-        raise RowError(
-            "several_answers",
-            f"{at}: got {answer[:60]!r}, of which each alone would be right, wanted one option, or "
-            "'A, C' where all must be named",
-        )
+    # Of several options each alone is seldom right, and a list does not say that all are wanted.
+    are_options = len(accepted) > 1 and (options.texts or are_letters)
+    if are_options or (found.is_derivation and kind is None):
+        return answer, AnswerType.FUNCTION, options
     if not options.texts or kind not in (None, AnswerType.CHOICE, AnswerType.TEXT):
         return answer, kind, options if column else Options()
     key = option_key(answer, options)

@@ -72,9 +72,10 @@ def check_comparable(sample: Sample) -> None:
         raise RowError(
             "answer_type",
             f"{sample.location or sample.id}: answer: got {sample.answer[:60]!r}, which only a "
-            "reward function can read (an object, a list of numbers, or a long solution without "
-            "one marked answer), wanted the final answer as text, a number or a boolean, or a list "
-            "of texts of which any is right: correct the row, or set reward.functions",
+            "reward function can read (an object, a list of numbers or options, or a long solution "
+            "without one marked answer), wanted the final answer as text, a number or a boolean, "
+            "'A, C' for several options, or a list of texts of which any is right: correct the "
+            "row, or set reward.functions",
         )
 
 
