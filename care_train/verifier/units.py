@@ -67,8 +67,11 @@ _KNOWN = {
 }
 _ALIASES = {"mph": "mile/hour", "kph": "km/hour", "kmh": "km/hour"}
 _ALIASES |= {f"degree{s} {name}": name for s in ("", "s") for name in ("celsius", "fahrenheit")}
-_LETTER_UNITS = {"nm", "cm", "wh", "ws", "ah", "as", "va", "vs", "js"}
-"""Units that are a product of two with one letter each, such as N m; m v^2 is of variables."""
+_LETTER_UNITS = set(
+    "m nm cm wh ws ah as va vs js m/s m/h l/s l/h g/l g/s g/m j/s j/k j/g v/m v/a n/m n/c c/s w/m "
+    "w/k a/m /s /m".split()
+)
+"""Units of letters alone, such as N m, m^2 or J/K; m v^2, s^2 and v/t are of variables."""
 _PREFIXES = {"square": 2, "sq": 2, "sq.": 2, "cubic": 3, "cu": 3}
 _FACTOR = re.compile(r"([^\s^/*·0-9.-][^\s^/*·0-9]*?)\.?(?:\^?\{?(-?[1-9])\}?)?")
 _ATTACHED = re.compile(r"(.*[0-9)}\]π])\s*([mgshl]|[a-zA-Z]{2,4}(?:\^?\{?[23]\}?)?)")
@@ -110,8 +113,7 @@ def parse_unit(text: str, *, is_free: bool = False) -> Unit | None:
         return None
     dimensions: dict[str, int] = defaultdict(int)
     worth, factors = Fraction(1), _factors(text)
-    are_letters = len(factors) > 1 and all(len(name) == 1 and power > 0 for name, power in factors)
-    if are_letters and "".join(name for name, _ in factors) not in _LETTER_UNITS:
+    if _are_variables(factors):
         return None
     for name, exponent in factors:
         if name not in _KNOWN:
@@ -161,6 +163,14 @@ def _factors(text: str) -> list[tuple[str, int]]:
                 found.append((name, sign * int(exponent or power)))
                 power = 1
     return found
+
+
+def _are_variables(factors: list[tuple[str, int]]) -> bool:
+    if any(len(name) > 1 for name, _ in factors) or [power for _, power in factors] == [1]:
+        return False
+    letters = "".join(name if power > 0 else f"/{name}" for name, power in factors)
+    has_power = any(power > 1 and name != "m" for name, power in factors)
+    return has_power or letters not in _LETTER_UNITS
 
 
 def _words(text: str, is_free: bool) -> Unit | None:
