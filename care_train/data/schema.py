@@ -188,8 +188,8 @@ def sample_from_row(
     ):
         _check_unicode(texts, f"{location}: {name}")
     taken = {prompt_column, "rationale", "failed_rationale", *IMAGE_COLUMNS}
-    for name in ("answer", "ground_truth"):
-        if is_empty(value := read.get(name)) or value == answer:
+    for name in {"answer", "ground_truth"} & read.keys():
+        if is_empty(read[name]) or read[name] == answer:
             taken.add(name)
     columns = {name: value for name, value in row.items() if name not in taken}
     if isinstance(found.value, (list, tuple, Mapping)):
