@@ -14,10 +14,11 @@ PAIRS = bench.read_pairs()
 
 
 def test_pairs_cover_all_types():
-    """At least 400 pairs, of every type, right and wrong, none twice."""
+    """At least 400 pairs, of every type that is compared, right and wrong, none twice."""
     assert len(PAIRS) >= 400 and len({pair.item for pair in PAIRS}) == len(PAIRS)
     counts = Counter((pair.category, pair.correct) for pair in PAIRS)
-    assert all(counts[kind, right] >= 5 for kind in AnswerType for right in (True, False))
+    kinds = set(AnswerType) - {AnswerType.FUNCTION}
+    assert all(counts[kind, right] >= 5 for kind in kinds for right in (True, False))
 
 
 def test_verdicts_on_the_pairs():
