@@ -30,12 +30,12 @@ from care_train.rollout.server_messages import (
     RequestError,
     ServerInfo,
     TakeLease,
-    model_identity,
     parse,
+    server_identity,
 )
 from care_train.rollout.vllm_process import context_within, start_vllm
 from care_train.rollout.weight_channel import backend_for
-from care_train.training.session import vllm_limits
+from care_train.training.session import adapter_rank, vllm_limits
 
 _GRACE_SECONDS = 5
 """What running answers get when the server is told to end."""
@@ -73,8 +73,8 @@ def serve(config: Config, host: str, port: int, allowed_hosts: Sequence[str] = (
         loaded.save_skeleton(skeleton)
         longest, batch_size = vllm_limits(config)
         max_context = context_within(loaded, longest)
-        lora = config.model.adapters if settings.lora == "adapter" else None
-        lora_rank = None if lora is None else lora.rank
+        lora_rank = adapter_rank(config)
+        backend = backend_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         # Port and token first: vLLM takes long to start.
         listening = stack.enter_context(_listen(host, port))
         name = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
@@ -89,13 +89,12 @@ def serve(config: Config, host: str, port: int, allowed_hosts: Sequence[str] = (
             )
 
         loop = EngineLoop(start, on_death=lambda: os.kill(os.getpid(), signal.SIGTERM))
-        backend = backend_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         info = ServerInfo(
-            identity=model_identity(loaded, lora_rank, backend),
+            identity=server_identity(loaded, lora_rank, backend),
             max_context=max_context,
             num_workers=settings.tensor_parallel_size,
         )
-        server = RolloutServer(loop, info, loaded, backend, has_lora=lora_rank is not None)
+        server = RolloutServer(loop, info, loaded, backend)
         print(
             f"serving {config.model.path} at {url}\n"
             f"  train with rollout.engine=vllm rollout.vllm.server={url}\n"

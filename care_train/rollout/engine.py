@@ -1,12 +1,13 @@
 """The protocol of rollout engines, and the records they take and give."""
 
 import hashlib
+import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -15,6 +16,9 @@ from care_train.models.load import LoadedModel
 from care_train.models.prompts import EncodedPrompt
 
 Value = TypeVar("Value")
+
+# They say who wrote the folder, not what the model is.
+_IRRELEVANT = ("transformers_version", "_name_or_path", "architectures", "dtype", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,30 @@ def banned_token_ids(loaded: LoadedModel) -> list[int]:
     # Ids above the tokenizer's are the head's padding, not tokens.
     num_ids = loaded.model.get_output_embeddings().out_features
     return banned + list(range(len(loaded.tokenizer), num_ids))
+
+
+def model_identity(loaded: LoadedModel) -> dict[str, Any]:
+    """All of a model but its weights that decides how prompts become tokens and tokens logits;
+    dotted names and JSON's values."""
+    banned = json.dumps(banned_token_ids(loaded)).encode()
+    identity = {
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "banned tokens": hashlib.sha256(banned).hexdigest()[:16],
+        **_flat("config", loaded.model.config.to_dict()),
+    }
+    if loaded.processor is not None:
+        identity |= _flat("image processor", loaded.processor.image_processor.to_dict())
+    return json.loads(json.dumps(identity, default=str))
+
+
+def _flat(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in _IRRELEVANT:
+            continue
+        inner = f"{name}.{key}"
+        flat |= _flat(inner, value) if isinstance(value, Mapping) else {inner: value}
+    return flat
 
 
 def in_background(work: Callable[[], Value]) -> Future[Value]:

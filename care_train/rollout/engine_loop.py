@@ -10,6 +10,7 @@ from typing import Any
 from care_train.rollout.engine import Value
 from care_train.rollout.errors import RolloutError
 from care_train.rollout.server_messages import RequestError
+from care_train.rollout.weight_sync import check_sync
 
 
 @dataclass(eq=False)
@@ -22,8 +23,6 @@ class Batch:
     """What `LLM.enqueue` takes, one per request."""
     parameters: Sequence[Any]
     """vLLM's `SamplingParams`, one per request."""
-    lora: Any = None
-    """vLLM's `LoRARequest`, if any."""
     result: Future[list[Any]] = field(default_factory=Future)
     """vLLM's outputs in order."""
     ids: list[str] = field(default_factory=list)
@@ -47,6 +46,7 @@ class EngineLoop:
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._is_step_due = False
         self._version: str | None = None
+        self._lora: Any = None
         self.running: dict[str, Batch] = {}
         """The batches that are being sampled, by vLLM's name of each of their requests."""
         self.failure: RequestError | None = None
@@ -75,14 +75,24 @@ class EngineLoop:
             except RequestError as error:
                 result.set_exception(error)
             except RolloutError as error:
-                result.set_exception(RequestError(409, str(error)))
-            # vLLM and its workers raise whatever they like. vLLM goes on.
+                result.set_exception(self._failed(RequestError(409, str(error))))
+            # vLLM and its workers raise whatever they like.
             except Exception as error:
                 problem = f"vLLM: {type(error).__name__}: {error}"
-                result.set_exception(RequestError(500, problem))
+                result.set_exception(self._failed(RequestError(500, problem)))
 
         self._work.put(work)
         return result
+
+    def _failed(self, error: RequestError) -> RequestError:
+        """What to answer after a call that failed: vLLM goes on, unless a worker has lost its GPU,
+        whose every later call would fail too. Then the server ends, as after a failed step."""
+        try:
+            check_sync(self._llm.collective_rpc("care_check_device"))
+        # A worker that cannot be asked is of no more use.
+        except Exception as lost:
+            self._fail(f"{error} ({lost})")
+        return self.failure or error
 
     def generate(self, batch: Batch) -> Future[None]:
         """Start a batch; `batch.result` gets vLLM's outputs once they are done.
@@ -96,14 +106,15 @@ class EngineLoop:
         """Give up a batch that is not done."""
         self.call(lambda llm: self._abort(batch, reason))
 
-    def hold_weights(self, version: str | None) -> None:
+    def hold_weights(self, version: str | None, lora: Any = None) -> None:
         """Within `call`: say which weights vLLM holds, whole and checked; None: none.
 
-        Batches that are not done are given up.
+        Batches that are not done are given up. `lora` is vLLM's `LoRARequest` of the adapter among
+        the weights, if there is one.
         """
         for batch in set(self.running.values()):
             self._abort(batch, "new weights came before it was done")
-        self._version = version
+        self._version, self._lora = version, lora
 
     def _run(self, start: Callable[[], Any], started: Future[Any]) -> None:
         # vLLM keeps the CUDA stream of the thread that starts it, and would copy tokens from there
@@ -124,7 +135,7 @@ class EngineLoop:
                 "restarted, or another run uses it)",
             )
         batch.ids = self._llm.enqueue(
-            batch.prompts, batch.parameters, lora_request=batch.lora, use_tqdm=False
+            batch.prompts, batch.parameters, lora_request=self._lora, use_tqdm=False
         )
         self.running |= dict.fromkeys(batch.names, batch)
         self._step_next()

@@ -17,6 +17,7 @@ import torch
 from care_train.config import VllmSettings
 from care_train.distributed import is_main, of_first_rank
 from care_train.models.load import LoadedModel
+from care_train.models.lora import has_adapters
 from care_train.rollout.engine import (
     Completion,
     Request,
@@ -37,11 +38,10 @@ from care_train.rollout.server_messages import (
     OpenChannel,
     ServerInfo,
     TakeLease,
-    model_identity,
     pack_batch,
+    server_identity,
 )
 from care_train.rollout.vllm_engine import check_expansion, check_length
-from care_train.rollout.vllm_process import adapter_rank
 from care_train.rollout.weight_channel import MEET_SECONDS, Broadcast, backend_for, invite
 from care_train.rollout.weight_sync import BUCKET_BYTES, buckets, described
 
@@ -207,8 +207,15 @@ class VllmServerEngine:
     num_starts = 1
     """The server does not sleep, and a new one has to be sent all weights first."""
 
-    def __init__(self, loaded: LoadedModel, settings: VllmSettings) -> None:
+    def __init__(
+        self, loaded: LoadedModel, settings: VllmSettings, lora_rank: int | None = None
+    ) -> None:
         """Find the server.
+
+        Args:
+            loaded: the policy.
+            settings: `rollout.vllm`.
+            lora_rank: of adapters that go beside base weights; None where none do.
 
         Raises:
             ValueError: it serves another model, takes other adapters or has other devices, or a
@@ -221,9 +228,8 @@ class VllmServerEngine:
         self.client = _client_of_process(settings.server.rstrip("/"), token)
         self._info = self.client.ask(ServerInfo, "/info")
         self._backend = backend_for(loaded.model.device)
-        lora_rank = adapter_rank(loaded, settings)
-        self._sends_adapters = lora_rank is not None
-        own = model_identity(loaded, lora_rank, self._backend)
+        self._sends_adapters = lora_rank is not None and has_adapters(loaded.model)
+        own = server_identity(loaded, lora_rank, self._backend)
         for key in sorted({*self._info.identity, *own}):
             got, wanted = self._info.identity.get(key), own.get(key)
             if got != wanted:

@@ -43,25 +43,24 @@ class RolloutServer:
     thread, where the lease is checked again."""
 
     def __init__(
-        self, loop: EngineLoop, info: ServerInfo, loaded: LoadedModel, backend: str, has_lora: bool
+        self, loop: EngineLoop, info: ServerInfo, loaded: LoadedModel, backend: str
     ) -> None:
-        """Serve `loaded`, a model without weights, whose empty vLLM `loop` drives.
-
-        Weights come by `backend` (`weight_channel.backend_for`), adapters apart if `has_lora`.
-        """
+        """Serve `loaded`, a model without weights, whose empty vLLM `loop` drives; weights come by
+        `backend` (`weight_channel.backend_for`)."""
         self._loop = loop
         self._info = info
         self._loaded = loaded
         self._backend = backend
-        self._has_lora = has_lora
         self._lease: TakeLease | None = None
         self._heard = 0.0
         """`time.monotonic` when the run with the lease last reported that it is alive."""
-        # The next two are used on vLLM's thread alone.
+        # The next three are used on vLLM's thread alone.
         self._met: str | None = None
         """The sender whose channel the workers joined last."""
         self._is_receiving = False
         """A sync has begun, and has neither failed nor ended."""
+        self._has_adapter = False
+        """It has brought an adapter."""
 
     async def info(self, message: None, request: Any) -> ServerInfo:
         """The model and its limits."""
@@ -75,8 +74,7 @@ class RolloutServer:
             sampling_parameters(message.sampling, packed.seed, message.eos_ids)
             for packed in message.requests
         ]
-        lora = adapter_request() if self._has_lora else None
-        batch = Batch(message.version, prompts, parameters, lora)
+        batch = Batch(message.version, prompts, parameters)
         await asyncio.wrap_future(self._loop.generate(batch))
         result = asyncio.wrap_future(batch.result)
         while not result.done():
@@ -145,7 +143,7 @@ class RolloutServer:
                     409, "weight sync: the server's workers have not met this trainer"
                 )
             llm.collective_rpc("care_begin")
-            self._is_receiving = True
+            self._is_receiving, self._has_adapter = True, False
 
         return await self._on_engine(message, begin)
 
@@ -156,6 +154,7 @@ class RolloutServer:
             self._stop_receiving()
             arguments = (message.tensors, message.num_bytes)
             check_sync(llm.collective_rpc("care_receive", args=arguments))
+            self._has_adapter |= any(tensor.is_adapter for tensor in message.tensors)
             self._is_receiving = True
 
         return await self._on_engine(message, receive)
@@ -167,7 +166,7 @@ class RolloutServer:
         def check(llm: Any) -> None:
             self._stop_receiving()
             finish_sync(llm)
-            self._loop.hold_weights(version)
+            self._loop.hold_weights(version, adapter_request() if self._has_adapter else None)
 
         await self._on_engine(message, check)
         return Done(version=version)

@@ -5,10 +5,8 @@ types and numbers out of range are errors that name the key. Bytes travel as bas
 each of its prompts once, with one placeholder per image and its images as PNG (lossless).
 """
 
-import hashlib
 import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 from PIL import Image
@@ -16,16 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from care_train.data.images import load_image
 from care_train.models.load import LoadedModel
-from care_train.rollout.engine import Completion, Request, SamplingSettings, banned_token_ids
+from care_train.rollout.engine import Completion, Request, SamplingSettings, model_identity
 from care_train.rollout.vllm_engine import unexpanded_ids, vllm_prompt
 from care_train.rollout.weight_channel import NcclCall, TcpCall
 from care_train.rollout.weight_sync import SentTensor
 
 MAX_BUCKET_BYTES = 1 << 35
 """Larger than any one tensor: an embedding of 256k tokens by 16k in float32 has 2^34."""
-
-# They say who wrote the folder, not what the model is.
-_IRRELEVANT = ("transformers_version", "_name_or_path", "architectures", "dtype", "use_cache")
 
 _TokenIds = tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...]
 _Identifier = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -148,7 +143,7 @@ class ServerInfo(Message):
     """What a run must know of a server before it uses it."""
 
     identity: dict[str, Any]
-    """`model_identity` of what is served."""
+    """`server_identity` of what is served."""
     max_context: int
     """Longest prompt, forced prefix and response together, in tokens."""
     num_workers: int
@@ -259,32 +254,16 @@ def _image(content: bytes, key: str) -> Image.Image:
         raise RequestError(422, str(error)) from None
 
 
-def model_identity(loaded: LoadedModel, lora_rank: int | None, backend: str) -> dict[str, Any]:
+def server_identity(loaded: LoadedModel, lora_rank: int | None, backend: str) -> dict[str, Any]:
     """What trainer and server must agree on, but the weights; dotted names and JSON's values.
 
     Args:
-        loaded: decides how prompts become tokens, and tokens logits.
+        loaded: the model.
         lora_rank: of adapters that go beside base weights; None: merged weights.
         backend: by which the weights go (`weight_channel.backend_for`).
     """
-    banned = json.dumps(banned_token_ids(loaded)).encode()
-    identity = {
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "banned tokens": hashlib.sha256(banned).hexdigest()[:16],
+    return {
         "rank of model.lora with rollout.vllm.lora=adapter": lora_rank,
         "weights go by (nccl: between GPUs; tcp: without)": backend,
-        **_flat("config", loaded.model.config.to_dict()),
+        **model_identity(loaded),
     }
-    if loaded.processor is not None:
-        identity |= _flat("image processor", loaded.processor.image_processor.to_dict())
-    return json.loads(json.dumps(identity, default=str))
-
-
-def _flat(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in _IRRELEVANT:
-            continue
-        inner = f"{name}.{key}"
-        flat |= _flat(inner, value) if isinstance(value, Mapping) else {inner: value}
-    return flat

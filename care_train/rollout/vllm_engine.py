@@ -15,10 +15,11 @@ from PIL import Image
 
 from care_train.config import VllmSettings
 from care_train.models.load import LoadedModel
+from care_train.models.lora import has_adapters
 from care_train.models.prompts import EncodedPrompt
 from care_train.rollout.engine import Completion, Request, SamplingSettings, WeightParts
 from care_train.rollout.errors import RolloutError, is_out_of_memory
-from care_train.rollout.vllm_process import adapter_rank, untouched_process, vllm_process
+from care_train.rollout.vllm_process import untouched_process, vllm_process
 from care_train.rollout.weight_sync import ADAPTER_ID, send_weights
 
 
@@ -26,7 +27,13 @@ class VllmEngine:
     """Samples with vLLM from weights that `sync` sent; special tokens are never sampled."""
 
     def __init__(
-        self, loaded: LoadedModel, settings: VllmSettings, *, max_context: int, batch_size: int
+        self,
+        loaded: LoadedModel,
+        settings: VllmSettings,
+        *,
+        max_context: int,
+        batch_size: int,
+        lora_rank: int | None = None,
     ) -> None:
         """Start vLLM, or take the one that this process runs for such a model.
 
@@ -35,10 +42,11 @@ class VllmEngine:
             settings: `rollout.vllm`.
             max_context: longest prompt, forced prefix and response together, in tokens.
             batch_size: sequences generated at once.
+            lora_rank: of adapters that go beside base weights; None where none do.
         """
         self._loaded = loaded
-        self._process = vllm_process(loaded, settings, max_context, batch_size)
-        self._lora = adapter_request() if adapter_rank(loaded, settings) else None
+        self._process = vllm_process(loaded, settings, max_context, batch_size, lora_rank)
+        self._lora = adapter_request() if lora_rank and has_adapters(loaded.model) else None
         self._llm = self._process.llm
         # vLLM has no sleep mode on CPUs, whose memory it does not reserve either.
         self._sleep_level = settings.sleep_level if torch.cuda.is_available() else 0

@@ -5,7 +5,6 @@ weights, and the weights by weight sync. So one instance serves every evaluation
 a run, and images are processed with exactly the trainer's settings.
 """
 
-import hashlib
 import logging
 import os
 import random
@@ -14,7 +13,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -23,8 +21,7 @@ import torch
 from care_train.compat import patch_vllm_on_cpu
 from care_train.config import VllmSettings
 from care_train.models.load import LoadedModel
-from care_train.models.lora import has_adapters
-from care_train.rollout.engine import banned_token_ids
+from care_train.rollout.engine import banned_token_ids, model_identity
 
 _GIB = 1 << 30
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -51,22 +48,26 @@ _running: dict[str, VllmProcess] = {}
 
 
 def vllm_process(
-    loaded: LoadedModel, settings: VllmSettings, max_context: int, batch_size: int
+    loaded: LoadedModel,
+    settings: VllmSettings,
+    max_context: int,
+    batch_size: int,
+    lora_rank: int | None,
 ) -> VllmProcess:
     """The process's vLLM for such a model, started where there is none yet.
 
     Raises:
-        ValueError: vLLM is not installed, or the ranks are no multiple of the tensor-parallel size.
+        ValueError: vLLM is not installed, or runs for another model on this GPU; or the ranks are
+            no multiple of the tensor-parallel size.
     """
-    folder = tempfile.TemporaryDirectory(prefix="care-vllm-")
-    loaded.save_skeleton(folder.name)
-    rank = adapter_rank(loaded, settings)
-    model = [(path.name, path.read_bytes()) for path in sorted(Path(folder.name).iterdir())]
-    parts = (model, settings, loaded.model.dtype, max_context, batch_size, rank)
-    key = hashlib.sha256(repr(parts).encode()).hexdigest()
+    key = repr((model_identity(loaded), settings, max_context, batch_size, lora_rank))
     if key in _running:
-        folder.cleanup()
         return _running[key]
+    if _running and torch.cuda.is_available():
+        raise ValueError(
+            "rollout.engine=vllm: this process runs a vLLM for another model or other settings "
+            "already, and its sleep mode allows one in a process: start another process"
+        )
     max_context = context_within(loaded, max_context)
     size, ranks = settings.tensor_parallel_size, int(os.environ.get("WORLD_SIZE", "1"))
     if ranks % size:
@@ -79,18 +80,14 @@ def vllm_process(
     os.environ.setdefault("LOCAL_RANK", "0")
     # Ranks are processes already, each drives its own worker.
     executor = "external_launcher"
+    folder = tempfile.TemporaryDirectory(prefix="care-vllm-")
+    loaded.save_skeleton(folder.name)
     with untouched_process():
-        llm = start_vllm(loaded, folder.name, settings, max_context, batch_size, rank, executor)
+        llm = start_vllm(
+            loaded, folder.name, settings, max_context, batch_size, lora_rank, executor
+        )
     _running[key] = VllmProcess(llm, folder, max_context)
     return _running[key]
-
-
-def adapter_rank(loaded: LoadedModel, settings: VllmSettings) -> int | None:
-    """Rank of the adapters that vLLM gets beside base weights; None where it gets none."""
-    if settings.lora == "merged" or not has_adapters(loaded.model):
-        return None
-    [config] = loaded.model.peft_config.values()
-    return config.r
 
 
 def context_within(loaded: LoadedModel, max_context: int) -> int:

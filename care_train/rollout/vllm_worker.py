@@ -103,6 +103,14 @@ class WeightReceiver:
         self._care_broadcast, self._care_has_base = None, False
         self._care_broadcast = join(call, host, 1 + group.rank_in_group, 1 + group.world_size)
 
+    @_in_words
+    def care_check_device(self) -> str | None:
+        """Why the GPU is of no more use: a kernel that failed leaves its error to every later
+        call. This one waits for nothing, as a broadcast may hang."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).query()
+        return None
+
     def care_begin(self) -> None:
         """Forget what was sent before."""
         self._care_filled, self._care_adapter = {}, {}

@@ -10,6 +10,7 @@ gloo ends the process when a peer announces a broken address.
 """
 
 import hmac
+import os
 import secrets
 import socket
 import time
@@ -37,6 +38,8 @@ _GREETING_SECONDS = 2.0
 """How long the trainer listens to someone who connects to its port and may be a stranger."""
 
 _MIN_BYTES_PER_SECOND = 16 << 20
+
+_NO_NCCL = "VLLM_DISABLE_PYNCCL"
 
 Broadcast = Callable[[torch.Tensor], None]
 """Sends rank 0's uint8 tensor into that of every other rank; returns when it is there.
@@ -68,8 +71,19 @@ Meet = Callable[[int, float], Broadcast]
 
 
 def backend_for(device: torch.device) -> str:
-    """`nccl` on GPUs, `tcp` elsewhere."""
-    return "nccl" if device.type == "cuda" else "tcp"
+    """`nccl` on GPUs, `tcp` elsewhere.
+
+    Raises:
+        ValueError: vLLM is told to use no NCCL.
+    """
+    if device.type != "cuda":
+        return "tcp"
+    if (value := os.environ.get(_NO_NCCL, "")).lower() in ("1", "true"):
+        raise ValueError(
+            f"{_NO_NCCL}: got {value}, wanted it unset: weights go to a server's GPUs through "
+            "vLLM's NCCL group"
+        )
+    return "nccl"
 
 
 def invite(backend: str, host: str) -> tuple[Call, Meet]:

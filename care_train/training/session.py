@@ -72,6 +72,10 @@ class Callbacks:
         asked = bool(self._callbacks) and self.control.should_training_stop
         return bool(self._callbacks) and bool(all_max(int(asked), device))
 
+    def show(self, model: Any) -> None:
+        """From now on callbacks get this model."""
+        self._arguments["model"] = model
+
     def saved(self) -> None:
         """A checkpoint has been written: `on_save`."""
         self._tell("on_save")
@@ -139,9 +143,15 @@ class Session:
         if rollout.engine == "transformers":
             return TransformersEngine(loaded, batch_size, is_copy=is_copy)
         if rollout.vllm.server is not None:
-            return VllmServerEngine(loaded, rollout.vllm)
+            return VllmServerEngine(loaded, rollout.vllm, adapter_rank(self.config))
         max_context, batch_size = vllm_limits(self.config)
-        return VllmEngine(loaded, rollout.vllm, max_context=max_context, batch_size=batch_size)
+        return VllmEngine(
+            loaded,
+            rollout.vllm,
+            max_context=max_context,
+            batch_size=batch_size,
+            lora_rank=adapter_rank(self.config),
+        )
 
 
 def vllm_limits(config: Config) -> tuple[int, int]:
@@ -150,6 +160,15 @@ def vllm_limits(config: Config) -> tuple[int, int]:
     # A reflection's prompt and prefix together have as many as a prompt and a response.
     max_context = config.prompt.max_prompt_tokens + 2 * rollout.max_new_tokens
     return max_context, rollout.batch_size
+
+
+def adapter_rank(config: Config) -> int | None:
+    """Rank of the adapters that vLLM is ready for beside base weights; None where it gets none.
+
+    Also while it samples from a model without them, as evaluations before and after training do.
+    """
+    lora = config.model.adapters
+    return lora.rank if lora is not None and config.rollout.vllm.lora == "adapter" else None
 
 
 def open_session(

@@ -106,20 +106,23 @@ class Pair:
 
 def _pairs(tiny_folder, make_engine: Callable[..., Any]) -> Callable[..., Pair]:
     """Gives the pair of a kind, with or without adapters that go alone, with its first weights, and
-    those sent: tests may change them. A server may have several workers."""
+    those sent: tests may change them. A server may have several workers, and a vLLM that is ready
+    for adapters a model without them."""
     from care_train.distributed import initialize_process_group
 
     initialize_process_group()
     pairs: dict[tuple[Any, ...], tuple[Pair, dict[str, torch.Tensor]]] = {}
 
-    def get(kind: str = "tiny-qwen2.5-vl", lora: bool = False, workers: int = 1) -> Pair:
-        key = (kind, lora, workers)
+    def get(
+        kind: str = "tiny-qwen2.5-vl", lora: bool = False, workers: int = 1, adapted: bool = True
+    ) -> Pair:
+        key = (kind, lora, workers, adapted)
         if key not in pairs:
             loaded = load(tiny_folder(kind))
-            if lora:
+            if lora and adapted:
                 add_adapters(loaded.model, LORA, seed=0)
             first = {k: v.clone() for k, v in loaded.model.state_dict().items()}
-            pairs[key] = Pair(loaded, make_engine(loaded, *key)), first
+            pairs[key] = Pair(loaded, make_engine(loaded, kind, lora, workers)), first
         model, first = pairs[key]
         model.loaded.model.load_state_dict(first)
         model.sync()
@@ -136,7 +139,8 @@ def pair(tiny_folder):
 
     def engine(loaded: LoadedModel, kind: str, lora: bool, workers: int) -> VllmEngine:
         settings = VllmSettings(lora="adapter" if lora else "merged")
-        return VllmEngine(loaded, settings, max_context=400, batch_size=64)
+        rank = LORA.rank if lora else None
+        return VllmEngine(loaded, settings, max_context=400, batch_size=64, lora_rank=rank)
 
     return _pairs(tiny_folder, engine)
 
@@ -172,7 +176,7 @@ def served(server, tiny_folder):
     def engine(loaded: LoadedModel, kind: str, lora: bool, workers: int) -> VllmServerEngine:
         url = server(kind, lora, workers).url
         settings = VllmSettings(server=url, lora="adapter" if lora else "merged")
-        engines.append(VllmServerEngine(loaded, settings))
+        engines.append(VllmServerEngine(loaded, settings, LORA.rank if lora else None))
         return engines[-1]
 
     yield _pairs(tiny_folder, engine)

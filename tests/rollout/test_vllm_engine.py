@@ -11,11 +11,13 @@ from PIL import Image
 from care_train import commands
 from care_train.config import VllmSettings, load_config
 from care_train.models.batch import image_inputs
+from care_train.models.lora import add_adapters
 from care_train.rollout import vllm_engine, vllm_process
 from care_train.rollout.engine import SamplingSettings, WeightParts, banned_token_ids
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.vllm_process import VllmProcess
 from care_train.training.session import Given
+from tests.rollout.conftest import LORA
 from tests.train.builders import full_log_probs, load
 
 KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
@@ -42,6 +44,14 @@ def largest_gap(pair, requests, completions, temperature=1.0):
 
 def tokens(completions):
     return [(c.token_ids, c.finished) for c in completions]
+
+
+def check_without_adapter(plain):
+    """A vLLM that holds an adapter samples from a model without one."""
+    requests = plain.requests(2)
+    completions = plain.engine.generate(requests, GREEDY)
+    assert plain.engine.wanted is WeightParts.MERGED
+    assert largest_gap(plain, requests, completions) < 1e-3
 
 
 def check_greedy_outputs(model, rounds, scale=0.02):
@@ -261,10 +271,10 @@ def test_a_prompt_that_does_not_fit_is_an_error(either):
 
 
 def test_evaluations_beside_training_leave_the_device_to_it(tmp_path, monkeypatch):
-    """The engine rests between the evaluation before and the optimiser's allocations; the weights
-    under the adapters make room for the model that the evaluation after loads."""
+    """The engine rests between the evaluation before and the optimiser's allocations; the trained
+    model's memory is free before the evaluation after loads it anew."""
     told = []
-    model = SimpleNamespace(to=lambda device: told.append(f"old model to the {device}"))
+    model = torch.nn.Linear(2, 2)
     engine = SimpleNamespace(rest=lambda: told.append("rest"))
     config = load_config(None, ["model.lora.rank=4", "train.steps=2"])
     session = SimpleNamespace(
@@ -276,7 +286,7 @@ def test_evaluations_beside_training_leave_the_device_to_it(tmp_path, monkeypatc
     scores = {"num_questions": 4.0}
     stand_ins = {
         "evaluate_both": lambda *_, **__: told.append("evaluate") or scores,
-        "open_session": lambda *_: told.append("load") or session,
+        "open_session": lambda *_: told.append(f"load beside {model.weight.numel()}") or session,
         "run_training": lambda *_, **__: told.append("train") or {"steps": 2.0},
     }
     for name, function in stand_ins.items():
@@ -285,7 +295,7 @@ def test_evaluations_beside_training_leave_the_device_to_it(tmp_path, monkeypatc
     metrics = SimpleNamespace(log=lambda *_, **__: None)
     commands._train_from(session, run, [], [1], metrics, None, torch.device("cpu"), None)
     before = ["evaluate", "rest", "train"]
-    assert told == [*before, "old model to the cpu", "load", "evaluate", "rest"]
+    assert told == [*before, "load beside 0", "evaluate", "rest"]
 
 
 @pytest.mark.parametrize(("lora", "level"), [("adapter", 1), ("merged", 2)])
@@ -300,11 +310,11 @@ def test_what_a_sleeping_engine_keeps(lora, level, tiny_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(vllm_engine, "vllm_process", lambda *_: process)
     monkeypatch.setattr(vllm_engine, "send_weights", lambda *_: 0)
-    monkeypatch.setattr(vllm_engine, "adapter_rank", lambda *_: 4 if lora == "adapter" else None)
+    monkeypatch.setattr(vllm_engine, "has_adapters", lambda _: True)
     monkeypatch.setattr(vllm_engine, "adapter_request", object)
-    settings = VllmSettings(lora=lora)
-    engine = vllm_engine.VllmEngine(load(tiny_folder()), settings, max_context=100, batch_size=1)
-    is_merged = lora == "merged"
+    is_merged, limits = lora == "merged", {"max_context": 100, "batch_size": 1}
+    rank, settings = None if is_merged else 4, VllmSettings(lora=lora)
+    engine = vllm_engine.VllmEngine(load(tiny_folder()), settings, **limits, lora_rank=rank)
     assert engine.wanted is (WeightParts.MERGED if is_merged else WeightParts.BASE_AND_ADAPTER)
     assert engine.num_starts == 1
     engine.sync(())
@@ -314,3 +324,23 @@ def test_what_a_sleeping_engine_keeps(lora, level, tiny_folder, monkeypatch):
     assert engine.wanted is (WeightParts.MERGED if is_merged else WeightParts.ADAPTER)
     engine.sync(())
     assert told[1:] == ["wake up"] and engine.num_starts == 2
+
+
+def test_one_vllm_serves_a_policy_before_with_and_after_its_adapters(tiny_folder, monkeypatch):
+    """On GPUs vLLM's sleep mode allows one in a process: another model's is an error there."""
+    starts = []
+    monkeypatch.setattr(vllm_process, "_running", {})
+    monkeypatch.setattr(vllm_process, "start_vllm", lambda *given: starts.append(given))
+
+    def wanted(loaded, size=1):
+        limits = {"max_context": 100, "batch_size": size, "lora_rank": LORA.rank}
+        return vllm_engine.VllmEngine(loaded, VllmSettings(lora="adapter"), **limits).wanted
+
+    loaded = load(tiny_folder())
+    assert wanted(loaded) is WeightParts.MERGED
+    add_adapters(loaded.model, LORA, seed=0)
+    assert wanted(loaded) is WeightParts.BASE_AND_ADAPTER
+    assert wanted(load(tiny_folder())) is WeightParts.MERGED and len(starts) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="another model or other settings already"):
+        wanted(loaded, size=2)

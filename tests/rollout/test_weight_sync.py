@@ -10,7 +10,13 @@ from care_train.rollout.engine import WeightParts
 from care_train.rollout.errors import RolloutError, RolloutServerError
 from care_train.rollout.weight_sync import buckets, checksum, described
 from care_train.training.weights import policy_weights, stream
-from tests.rollout.test_vllm_engine import GREEDY, KINDS, check_greedy_outputs, largest_gap
+from tests.rollout.test_vllm_engine import (
+    GREEDY,
+    KINDS,
+    check_greedy_outputs,
+    check_without_adapter,
+    largest_gap,
+)
 from tests.train.builders import load
 
 
@@ -157,6 +163,7 @@ def test_base_weights_are_sent_once(pair):
     assert 0 < alone < whole / 5
     requests = model.requests()
     assert largest_gap(model, requests, model.engine.generate(requests, GREEDY)) < 1e-3
+    check_without_adapter(pair(lora=True, adapted=False))
 
 
 def test_an_adapter_that_vllm_holds_otherwise_stops_the_run(pair, monkeypatch):
@@ -193,6 +200,7 @@ def test_a_server_takes_adapters_alone(workers, served, server, tiny_folder):
     whole = model.sync()["sync_bytes"]
     assert 0 < model.sync()["sync_bytes"] < whole / 5
     check_greedy_outputs(model, rounds=3, scale=0.05)
+    check_without_adapter(served(lora=True, workers=workers, adapted=False))
     from care_train.rollout.remote_engine import VllmServerEngine
 
     settings = VllmSettings(server=server(lora=True, workers=workers).url)

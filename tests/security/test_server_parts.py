@@ -19,6 +19,7 @@ import torch
 from care_train.rollout import server, server_access, weight_channel
 from care_train.rollout.engine import in_background
 from care_train.rollout.engine_loop import Batch, EngineLoop
+from care_train.rollout.errors import RolloutError
 from care_train.rollout.server_access import TOKEN_VARIABLE, Guard, find_token, server_token
 from care_train.rollout.server_messages import OpenChannel, RequestError, TakeLease, parse
 
@@ -71,6 +72,10 @@ def test_nccl_gets_its_id_as_bytes(monkeypatch):
     assert seen == [(unique_id, 2, 3, 0), (unique_id, 1, 2, 0), (unique_id, 0, 2, 0)]
     with pytest.raises(RequestError, match=r"unique_id: .*128 bytes"):
         parse(OpenChannel, content.replace(b"AAEC", b""))
+    monkeypatch.setenv("VLLM_DISABLE_PYNCCL", "1")
+    with pytest.raises(ValueError, match="VLLM_DISABLE_PYNCCL: got 1, wanted it unset"):
+        weight_channel.backend_for(torch.device("cuda"))
+    assert weight_channel.backend_for(torch.device("cpu")) == "tcp"
 
 
 def test_names_of_a_server_for_other_machines():
@@ -98,6 +103,7 @@ class FakeLlm:
         self.llm_engine = self.model_executor = self
         self.thread = threading.current_thread()
         self.outputs: list[Any] = []
+        self.lost: str | None = None
 
     def enqueue(self, prompts: Any, parameters: Any, **more: Any) -> list[str]:
         return ["0-a"]
@@ -108,6 +114,9 @@ class FakeLlm:
     def step(self) -> list[Any]:
         time.sleep(0.01)
         return self.outputs
+
+    def collective_rpc(self, method: str) -> list[str | None]:
+        return [None, self.lost]
 
     def register_failure_callback(self, callback: Any) -> None:
         self.fail = callback
@@ -134,6 +143,24 @@ def test_a_worker_that_dies_while_nothing_is_sampled_ends_the_server():
     with pytest.raises(RequestError, match="vLLM failed: a worker process died"):
         loop.call(lambda llm: None).result(10)
     assert deaths == [1] and loop.failure is not None
+
+
+def test_a_call_that_loses_the_gpu_ends_the_server():
+    """Other failures do not: who asked hears of them, and the next call is made."""
+    deaths: list[int] = []
+    loop = EngineLoop(FakeLlm, on_death=lambda: deaths.append(1))
+
+    def fail(llm: Any) -> None:
+        raise RolloutError("weight sync: no")
+
+    with pytest.raises(RequestError, match="weight sync: no"):
+        loop.call(fail).result(10)
+    assert loop.failure is None
+    loop._llm.lost = "CUDA error: an illegal memory access was encountered"
+    for _ in range(2):
+        with pytest.raises(RequestError, match=r"vLLM failed: weight sync: no .*illegal memory"):
+            loop.call(fail).result(10)
+    assert deaths == [1]
 
 
 def test_a_request_given_up_while_it_waits_does_not_end_the_engine():
@@ -167,7 +194,7 @@ def test_who_has_the_server(monkeypatch):
     """A run, until it leaves, or was silent for a while and nothing is sampled for it; and the next
     one does not get its weights."""
     loop, unused = engine_loop(), cast(Any, None)
-    rollouts = server.RolloutServer(loop, unused, unused, "tcp", has_lora=False)
+    rollouts = server.RolloutServer(loop, unused, unused, "tcp")
     one, two = (TakeLease(sender=digit * 32, who=f"run {digit}") for digit in "12")
 
     def refusal(handler: Any, message: TakeLease) -> str:
