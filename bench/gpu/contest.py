@@ -44,6 +44,7 @@ from care_kernels import linear_log_probs, linear_policy_loss
 
 FLOOR = "three bare GEMMs"
 OURS = "linear_policy_loss"
+OURS_START = "linear_"
 _WRONG = 0.05
 _WARM_UP_SECONDS = 50.0
 # What timing all entrants takes at most, kept free of warming up.
@@ -147,7 +148,7 @@ def peers(bench: Bench) -> dict[str, Entrant]:
 
 def _failure_key(name: str) -> str:
     """A peer that fails, or runs out of memory, is no failure of ours."""
-    return "failed" if name == FLOOR or name.startswith("linear_") else "peers_failed"
+    return "failed" if name == FLOOR or name.startswith(OURS_START) else "peers_failed"
 
 
 def _let_trl_load() -> None:

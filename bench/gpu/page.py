@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.contest import OURS
+from bench.gpu.contest import OURS, OURS_START
 
 _LONGEST_TABLE = 16
 _SECTIONS = {
@@ -46,6 +46,12 @@ def problems_of(results: dict[str, Any]) -> list[str]:
     for name, figures in figures_of(results, "deep").items():
         if isinstance(figures, dict) and figures.get("ok") is False:
             problems.append(f"deep: {name} is over its tolerance")
+    problems += [
+        f"{key}: {name}: {row['note']}"
+        for key, table in tables_of(results).items()
+        for name, row in table.items()
+        if name.startswith(OURS_START) and "note" in row
+    ]
     for section, outcome in results["sections"].items():
         failed = outcome["figures"].get("failed", {})
         problems += [f"{section}: {what}: {why}" for what, why in failed.items()]

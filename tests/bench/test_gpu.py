@@ -99,11 +99,12 @@ def test_what_is_not_right_is_a_problem() -> None:
     figures = {name: section["figures"] for name, section in results["sections"].items()}
     figures["headline"]["peers_failed"] = {"7b: Liger": "OutOfMemoryError"}
     assert problems_of(results) == []
+    figures["headline"]["7b N=8192"]["linear_policy_loss"]["note"] = "wrong gradient"
     figures["correct"]["kernel_tests"]["failed"] = ["test_x"]
     figures["deep"]["many logits"]["ok"] = False
     figures["model"]["failed"] = {"care_loss": "OutOfMemoryError"}
     kinds = [problem.split(":")[0] for problem in problems_of(results)]
-    assert kinds == ["kernel tests", "deep", "model"]
+    assert kinds == ["kernel tests", "deep", "7b N=8192", "model"]
 
 
 def test_the_page_is_of_a_gpu_that_was_measured(tmp_path: Path, capsys: Any) -> None:
