@@ -34,10 +34,11 @@ from care_train.training.resume import (
     cut_logs,
     settings_of,
 )
-from care_train.training.rl import open_checkpoints, run_training
+from care_train.training.rl import check_ranks, open_checkpoints, run_training
 from care_train.training.run_folder import CONFIG_FILE, RunFolder, open_run, run_dir_of
 from care_train.training.session import Given, Session, open_session, usable_rows
 from care_train.training.sft import cold_start_checkpoints, cold_start_rows, count_rows, run_sft
+from care_train.training.weights import drop_weights
 
 
 def run_command(
@@ -140,6 +141,7 @@ def train(
     `care-train quickstart` of what a short cold start makes of it in the folder `cold_start`."""
     if not cold_start and config.train.eval_every and config.held_out is None:
         raise ValueError("train.eval_every: wanted 0 without eval.data: no rows to evaluate on")
+    check_ranks(config)
     checkpoint = _checkpoint(config, run, cold_start)
     begins_cold = bool(cold_start) and not (run.is_resumed and (run.path / cold_start).is_dir())
     cold_samples: Sequence[Sample] = ()
@@ -232,9 +234,10 @@ def _train_from(
         asked = given.callbacks.control.should_training_stop
         facts["ended_early"] = "a callback asked" if asked else "nearly all responses were right"
     if before is not None:
-        # Beside the model that is loaded next, and a card may hold no two and vLLM.
-        session.loaded.model.to("cpu")
+        # A card may hold no two models and vLLM.
+        drop_weights(session.loaded.model)
         trained, steps = open_session(config, run_dir / "final", device, given), facts["steps"]
+        given.callbacks.show(trained.loaded.model)
         after = _evaluate_session(trained, held_out, device, archive, "evaluate after", steps)
         metrics.log(steps, after, phase="eval")
         open_checkpoints(config, run_dir).mark_best(steps, after)

@@ -81,12 +81,11 @@ def plan_memory(work: Workload) -> MemoryPlan:
 
 
 def host_bytes(work: Workload) -> float:
-    """Main memory of one node: the weights that each process reads on its way to the device, beside
-    the trained ones where the last evaluation reads them anew, what offloading fills with master
-    weights, moments and fp32 gradients, and a sleeping vLLM's weights under `lora: adapter`."""
+    """Main memory of one node: the weights that each process reads on its way to the device, what
+    offloading fills with master weights, moments and fp32 gradients, and a sleeping vLLM's weights
+    under `lora: adapter`."""
     ranks, b, rollout = min(GPUS_PER_NODE, work.gpus), work.element_bytes, work.config.rollout
-    copies = 1 if work.config.held_out is None or work.stage == 3 else 2
-    total = copies * ranks * work.num_held * float(b)
+    total = ranks * work.num_held * float(b)
     if rollout.vllm_in_process and rollout.vllm.lora == "adapter":
         total += ranks * model_bytes(work) / rollout.vllm.tensor_parallel_size
     if work.config.deepspeed.offloads("optimizer"):

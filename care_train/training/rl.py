@@ -35,19 +35,27 @@ Evaluate = Callable[[RolloutEngine, int], dict[str, float]]
 """Takes the rollout engine and how many steps the policy was trained."""
 
 
+def check_ranks(config: Config) -> None:
+    """Prompts divide over the ranks.
+
+    Raises:
+        ValueError: they do not.
+    """
+    count, parts = config.train.prompts_per_step, config.train.mini_batches
+    if count % (parts * world_size()):
+        raise ValueError(
+            f"train.prompts_per_step: got {count}, wanted a multiple of train.mini_batches x "
+            f"ranks = {parts} x {world_size()}"
+        )
+
+
 class PromptSource:
     """Deals each rank its share of the next prompts; `position` is all a resume needs."""
 
     def __init__(self, samples: Sequence[Sample], config: Config) -> None:
-        count = config.train.prompts_per_step
-        if count % (config.train.mini_batches * world_size()):
-            raise ValueError(
-                f"train.prompts_per_step: got {count}, wanted a multiple of train.mini_batches x "
-                f"ranks = {config.train.mini_batches} x {world_size()}"
-            )
         self._samples = samples
         self._order = PromptOrder(len(samples), config.seed)
-        self.count = count
+        self.count = config.train.prompts_per_step
         self.position = 0
 
     def draw(self) -> list[Sample]:

@@ -80,6 +80,12 @@ def buffers(model: Any) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
+def drop_weights(model: nn.Module) -> None:
+    """Free a model's memory for good, whoever still holds it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype)
+
+
 def tensor_bytes(tree: Any) -> int:
     """Bytes of all tensors in nested lists and mappings; a ZeRO-3 parameter counts its shard."""
     if isinstance(tree, torch.Tensor):

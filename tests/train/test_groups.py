@@ -9,6 +9,7 @@ import pytest
 from care_train.algorithm.types import Rollout, Subgroup
 from care_train.data import Sample
 from care_train.rollout.engine import Completion
+from care_train.training import rl
 from care_train.training.archiving import case_study
 from care_train.training.credit import choose_subgroup, group_updates, roles_of
 from care_train.training.groups import Answer, Group
@@ -32,6 +33,14 @@ def test_a_prompt_seen_twice_in_a_step_has_other_seeds():
     assert len(set(seen)) == 8
     assert set(seen[:3]) == {"row-0", "row-1", "row-2"}
     assert all("/1" in draw for draw in seen[3:6]) and all("/2" in draw for draw in seen[6:])
+
+
+def test_ranks_that_the_prompts_do_not_divide_over_are_refused(monkeypatch):
+    """Before anything is loaded or evaluated."""
+    monkeypatch.setattr(rl, "world_size", lambda: 6)
+    config = make_config({"train": {"prompts_per_step": 128, "mini_batches": 2}})
+    with pytest.raises(ValueError, match=r"got 128, wanted a multiple of .* = 2 x 6"):
+        rl.check_ranks(config)
 
 
 def test_dynamic_sampling_keeps_mixed_groups_and_counts_all():
