@@ -11,6 +11,7 @@ import torch
 from packaging.requirements import Requirement
 from torch.utils.cpp_extension import get_cxx_compiler
 
+from care_train.config import Config
 from care_train.doctor import Finding, Subject, error, ok, warning
 from care_train.models.load import runnable
 from care_train.planning.memory import checkpoint_bytes, model_bytes, plan_memory
@@ -80,7 +81,7 @@ def check_devices(subject: Subject) -> Finding:
             "; ".join(replaced),
             "run where they can, or set model.attention=sdpa and model.liger=false",
         )
-    if config.deepspeed.builds_adamw and shutil.which(get_cxx_compiler().partition(" ")[0]) is None:
+    if config.deepspeed.builds_adamw and _lacks_compiler(config):
         return error(
             f"no C++ compiler ({get_cxx_compiler()}), which builds the optimiser for main memory",
             "install g++, or set deepspeed.config.zero_force_ds_cpu_optimizer=false",
@@ -96,9 +97,19 @@ def check_devices(subject: Subject) -> Finding:
     local = min(subject.ranks, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
     if local > count:
         return error(f"{local} ranks for {count} GPUs", "start one rank per GPU")
-    if config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+    if config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(
+        including_emulation=False
+    ):
         return error("this GPU has no bfloat16", "set model.dtype=float32")
     return ok(f"{count} x {torch.cuda.get_device_name()}")
+
+
+def _lacks_compiler(config: Config) -> bool:
+    # Imported here: DeepSpeed comes with it, and where that is broken this one check is.
+    from care_train.training.optimizer import needs_compiler
+
+    is_there = shutil.which(get_cxx_compiler().partition(" ")[0]) is not None
+    return not is_there and needs_compiler(config.deepspeed)
 
 
 def check_disk(subject: Subject) -> Finding:

@@ -48,12 +48,15 @@ def mend_vllm(trainer: Any) -> None:
             for ids in prompts
         ]
         generated = generate(short, **others)
-        for wanted, got in zip(prompts, generated[0], strict=True):
-            if list(got) != wanted:
-                raise ValueError(
-                    f"vLLM expanded a prompt to {len(got)} tokens, the trainer to {len(wanted)} or "
-                    "others: wanted the processor of the model's folder as processing_class"
-                )
+        pairs = zip(prompts, generated[0], strict=True)
+        wrong = [f"{len(got)} tokens for {len(ids)}" for ids, got in pairs if list(got) != ids]
+        # On all processes: those without a wrong one would wait for the others.
+        if largest(trainer, len(wrong)):
+            raise ValueError(
+                "vLLM expanded a prompt otherwise than the trainer "
+                f"({(*wrong, 'in another process')[0]}): wanted the processor of the model's "
+                "folder as processing_class"
+            )
         return generated
 
     def sync_and_forget_images() -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.git_version_info import accelerator_name, installed_ops
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from care_train.config import DeepSpeedSettings
@@ -67,6 +69,13 @@ def adamw(
     if settings.builds_adamw:
         return DeepSpeedCPUAdam(parameters, adamw_mode=True, **shared)
     return torch.optim.AdamW(parameters, **shared)
+
+
+def needs_compiler(settings: DeepSpeedSettings) -> bool:
+    """Whether the optimiser is DeepSpeed's AdamW for CPUs, which DeepSpeed was not installed with
+    (DS_BUILD_CPU_ADAM=1) for this kind of device."""
+    is_for_here = accelerator_name == get_accelerator()._name
+    return settings.builds_adamw and not (is_for_here and installed_ops.get("cpu_adam", False))
 
 
 def deepspeed_config(

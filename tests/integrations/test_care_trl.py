@@ -415,6 +415,25 @@ def test_a_bias_of_ones_own_leaves_image_tokens_banned() -> None:
     assert vllm.generation_kwargs == {"seed": 1, "logit_bias": {7: -100.0, 3: 2.0}}
 
 
+def test_a_wrong_expansion_in_one_process_is_an_error_in_all() -> None:
+    """The others would wait for it in the next collective call."""
+    vllm = SimpleNamespace(mode="colocate", sync_weights=None, generation_kwargs={})
+    vllm.generate = lambda prompts, **_: ([[7, 7, 7, *ids[1:]] for ids in prompts],)
+    elsewhere = [0]
+    gather = lambda count: torch.tensor([int(count), *elsewhere])  # noqa: E731
+    accelerator = SimpleNamespace(device="cpu", gather=gather)
+    processor = SimpleNamespace(image_token_id=7)
+    trl_rollouts.mend_vllm(
+        SimpleNamespace(vllm_generation=vllm, processing_class=processor, accelerator=accelerator)
+    )
+    assert vllm.generate([[7, 7, 7, 1]])
+    with pytest.raises(ValueError, match=r"\(4 tokens for 3\): wanted the processor"):
+        vllm.generate([[7, 7, 1]])
+    elsewhere.append(1)
+    with pytest.raises(ValueError, match="in another process"):
+        vllm.generate([[7, 7, 7, 1]])
+
+
 @pytest.mark.slow
 def test_a_vllm_server_samples_and_repairs_with_the_trainers_policy(
     vllm: None, tiny_folder: Any, tmp_path: Path

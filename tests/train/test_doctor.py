@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
+from deepspeed.git_version_info import installed_ops
 
 from care_train import cli
 from care_train.config import Config, DataSettings, PromptSettings, VllmSettings
@@ -112,6 +113,9 @@ def test_offload_without_a_compiler(subject, monkeypatch):
     offload = _with(subject, deepspeed={"zero_stage": 3, "config": zero})
     finding = machine.check_devices(offload)
     assert finding.level == "error" and "no-such-compiler" in finding.message
+    monkeypatch.setitem(installed_ops, "cpu_adam", True)  # As DS_BUILD_CPU_ADAM=1 does.
+    assert machine.check_devices(offload).level == "ok"
+    monkeypatch.setitem(installed_ops, "cpu_adam", False)
     other = {"config": zero | {"zero_force_ds_cpu_optimizer": False}}
     assert machine.check_devices(_with(offload, deepspeed=other)).level == "ok"
     monkeypatch.setenv("CXX", "env c++")  # As with ccache in front.
