@@ -1,6 +1,9 @@
 """How rollout engines fail. Without torch, so that the command line can name them."""
 
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
+_SIGNS = (
+    *("out of memory", "can't allocate memory", "not enough memory", "bad_alloc"),
+    "status_alloc_failed",  # cuBLAS and cuDNN
+)
 
 
 class RolloutError(RuntimeError):
