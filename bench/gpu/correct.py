@@ -28,7 +28,7 @@ def run(bench: Bench) -> None:
     # What only a GPU has comes first: compiling takes long, and the section may be ended.
     tests = ("tests/kernels/test_on_a_gpu.py", "tests/kernels")
     if bench.dry:
-        tests = ("tests/kernels/test_spans.py",)
+        tests = ("tests/kernels/test_objective.py",)
     command = [sys.executable, "-m", "pytest", *tests, *_OPTIONS]
     if find_spec("xdist") is not None and not bench.dry:
         command += ["-n", str(min(_MOST_WORKERS, len(os.sched_getaffinity(0))))]
