@@ -72,7 +72,8 @@ class Record(transformers.TrainerCallback):
     def on_save(self, args, state, control, **_):
         self.events.append(("save", state.global_step))
 
-    def on_train_end(self, args, state, control, **_):
+    def on_train_end(self, args, state, control, model, **_):
+        assert all(p.numel() for p in model.parameters()), "the weights were freed"
         self.events.append(("end", state.global_step))
 
 

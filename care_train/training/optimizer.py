@@ -74,8 +74,9 @@ def adamw(
 def needs_compiler(settings: DeepSpeedSettings) -> bool:
     """Whether the optimiser is DeepSpeed's AdamW for CPUs, which DeepSpeed was not installed with
     (DS_BUILD_CPU_ADAM=1) for this kind of device."""
-    is_for_here = accelerator_name == get_accelerator()._name
-    return settings.builds_adamw and not (is_for_here and installed_ops.get("cpu_adam", False))
+    here: Any = get_accelerator()
+    is_there = accelerator_name == here._name and installed_ops.get("cpu_adam", False)
+    return settings.builds_adamw and not is_there
 
 
 def deepspeed_config(
