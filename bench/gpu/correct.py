@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from importlib.util import find_spec
+from pathlib import Path
 
 from bench.gpu.section import Bench
 
@@ -18,6 +19,7 @@ _OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
 # Two files compare with the trainer's own, and cannot be imported without pydantic.
 _OPTIONS = ("-vv", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 _MOST_WORKERS = 12
+_TESTS = Path("tests/kernels")
 
 
 def run(bench: Bench) -> None:
@@ -26,10 +28,9 @@ def run(bench: Bench) -> None:
         bench.record.put("missing", {"kernel tests": "pytest or hypothesis is not installed"})
         sys.exit("the kernel tests need pytest and hypothesis, installed or as wheels in .wheels")
     # What only a GPU has comes first: compiling takes long, and the section may be ended.
-    tests = ("tests/kernels/test_on_a_gpu.py", "tests/kernels")
-    if bench.dry:
-        tests = ("tests/kernels/test_objective.py",)
-    command = [sys.executable, "-m", "pytest", *tests, *_OPTIONS]
+    files = sorted(_TESTS.glob("test_*.py"), key=lambda path: (path.stem != "test_on_a_gpu", path))
+    tests = [_TESTS / "test_objective.py"] if bench.dry else files
+    command = [sys.executable, "-m", "pytest", *map(str, tests), *_OPTIONS]
     if find_spec("xdist") is not None and not bench.dry:
         command += ["-n", str(min(_MOST_WORKERS, len(os.sched_getaffinity(0))))]
     counts: Counter[str] = Counter()
