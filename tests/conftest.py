@@ -100,5 +100,13 @@ def mixed_rows(color_rows: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def from_cold_start(tmp_path_factory: pytest.TempPathFactory, color_rows: Path) -> list[str]:
+    """Arguments of `train` from a tiny Qwen2.5-VL that has seen the format and earns rewards."""
+    from tests.train.runs import cold_start
+
+    return cold_start(tmp_path_factory.mktemp("cold"), color_rows, "sft.steps=45")
+
+
 def _corpus() -> list[str]:
     return [f"what color is the image? the image is {color}" for color in COLORS]

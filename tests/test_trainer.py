@@ -2,7 +2,6 @@
 
 import gc
 import signal
-import subprocess
 import sys
 import threading
 from functools import partial
@@ -215,15 +214,6 @@ def test_settings_of_a_program_and_of_the_command_line_are_the_same():
     assert CareConfig(algorithm="dapo", loss={"kl_coef": 0.5}).loss.clip_eps_high == 0.28
     with pytest.raises(ValueError, match=r"wanted a YAML file or one of .*care_official"):
         CareConfig("caer")
-
-
-def test_importing_the_package_is_light():
-    """Neither torch nor deepspeed is loaded before the trainer is asked for."""
-    code = (
-        "import sys, care_train; care_train.__version__;"
-        "sys.exit(bool({'torch', 'deepspeed', 'transformers'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 if __name__ == "__main__":

@@ -91,8 +91,11 @@ def rollouts(draw, lam: float, accuracies: tuple[float, ...], *, reflected=False
     """Any response: with or without think, answer and EOS; unclosed think; answer inside think."""
     layouts = ["both", "both", "both", "no think"]
     layouts += ["no answer", "neither"] if 0.0 in accuracies else []
-    layout = draw(st.sampled_from(layouts))
-    closed, finished = draw(st.sampled_from([True, True, False])), draw(st.booleans())
+    # As the verifier has it, fmt = 1 needs both spans, closed, and EOS.
+    is_formatted = draw(st.booleans())
+    layout = "both" if is_formatted else draw(st.sampled_from(layouts))
+    closed = is_formatted or draw(st.sampled_from([True, True, False]))
+    finished = is_formatted or draw(st.booleans())
     num_text = draw(st.integers(0 if layout == "neither" and finished else 1, 12))
     cuts = sorted(draw(st.tuples(*[st.integers(0, num_text)] * 4)))
     think = answer = None
@@ -101,8 +104,7 @@ def rollouts(draw, lam: float, accuracies: tuple[float, ...], *, reflected=False
     if layout in ("both", "no think"):
         answer = (cuts[2], cuts[3])
     accuracy = draw(st.sampled_from(accuracies)) if answer is not None else 0.0
-    # As the verifier has it, fmt = 1 needs both spans, closed, and EOS.
-    format_score = float(layout == "both" and closed and finished and draw(st.booleans()))
+    format_score = float(is_formatted)
     return Rollout(
         token_ids=tuple(range(num_text + finished)),
         text="",

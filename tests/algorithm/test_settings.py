@@ -77,17 +77,3 @@ def test_a_users_own_value_wins_over_the_preset():
 def test_settings_made_directly_are_the_configurations_defaults():
     """CareSettings() and a run without any setting agree."""
     assert asdict(CareSettings()) == asdict(build_config({}).care)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"max_negatives": 0}, "max_negatives: got 0, wanted an integer, at least 1"),
-        ({"neg_scale": 1.1}, r"neg_scale: got 1.1, wanted a number in \(0, 1\]"),
-        ({"reflection": {"reflect_scale": 0.51}}, r"reflect_scale: got 0.51, wanted in \(0, neg_s"),
-    ],
-)
-def test_wrong_values_name_key_and_bounds(values, message):
-    """s in (0, 1], s_refl in (0, s], K at least 1."""
-    with pytest.raises(ValueError, match=rf"care\.(reflection\.)?{message}"):
-        build_config({"care": values})

@@ -1,14 +1,15 @@
 """bench.loss and bench.accuracy end to end, at sizes that take seconds; what they measure with."""
 
+import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from bench import accuracy, loss, peers
-from bench.accuracy import relative_error, true_outcome
+from bench.accuracy import true_outcome
 from bench.measure import interleave, peak_memory
 from bench.peers import (
     CONTENDERS,
@@ -16,7 +17,6 @@ from bench.peers import (
     MeasurementError,
     Outcome,
     Problem,
-    installed_version,
     make_problem,
 )
 
@@ -27,6 +27,14 @@ _LOSS = ["--size", "32", "503", "--rows", "8", "16", "--repeats", "2"]
 _ACCURACY = ["--width", "32", "--vocab", "503", "--rows", "16"]
 
 Command = Callable[..., int]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> Iterator[None]:
+    """Garbage is collected before each timed call: not once more among all that is imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -46,14 +54,18 @@ def _doubled(problem: Problem) -> Outcome:
 
 
 def test_accuracy_prints_a_table_and_its_figures(run: Command, capsys: Any) -> None:
-    assert run(accuracy, *_ACCURACY, *_SKIP) == 0
+    """Each contender that needs no compiler computes the loss."""
+    assert run(accuracy, *_ACCURACY, "--devices", "cpu", "--skip-peer", *_COMPILED) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("linear_policy_loss" in line for line in lines[:-1])
     figures = json.loads(lines[-1])
     assert figures["log_prob_rms"] < 1e-4
-    assert figures["skipped"] == list(_SLOW)
+    assert figures["skipped"] == list(_COMPILED)
     cpu = figures["devices"]["cpu"]
-    assert cpu["contenders"].keys() == CONTENDERS.keys() - set(_SLOW)
+    assert cpu["contenders"].keys() == CONTENDERS.keys() - set(_COMPILED)
+    for name, errors in cpu["contenders"].items():
+        assert max(errors["grad_hidden"], errors["grad_weight"]) < 0.03, name
+        assert errors["log_prob_max"] < 0.1, name
     assert cpu["contenders"]["ours"]["grad_weight"] < 0.01
     assert cpu["rounding"]["grad_weight"] <= cpu["contenders"]["ours"]["grad_weight"]
 
@@ -136,25 +148,6 @@ def test_truth_is_autograd_in_float64() -> None:
     torch.testing.assert_close(truth.log_probs, log_probs.detach().squeeze(-1))
     torch.testing.assert_close(truth.grad_hidden, grads[0])
     torch.testing.assert_close(truth.grad_weight, grads[1].float())
-
-
-@pytest.mark.parametrize(
-    "name", [n for n in CONTENDERS if n not in ("torch_compiled", "cut_cross_entropy")]
-)
-def test_contender_matches_the_truth(name: str) -> None:
-    contender = CONTENDERS[name]
-    if installed_version(contender.package) is None:
-        pytest.skip(f"{contender.package} is not installed")
-    problem = make_problem(24, 32, 1003)
-    truth = true_outcome(problem)
-    outcome = contender.run(problem)
-    assert relative_error(outcome.grad_hidden, truth.grad_hidden) < 0.03
-    assert relative_error(outcome.grad_weight, truth.grad_weight) < 0.03
-    log_probs = outcome.log_probs
-    if log_probs is None and contender.log_probs is not None:
-        log_probs = contender.log_probs(problem)
-    assert log_probs is not None
-    assert (log_probs.double() - truth.log_probs).abs().max() < 0.1
 
 
 def test_rounds_rotate_so_that_nobody_is_always_first() -> None:

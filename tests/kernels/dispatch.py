@@ -1,11 +1,17 @@
-"""Watch what torch really does: how many GEMMs run, and how large a tensor ever gets."""
+"""Watch what really runs: which code, how many GEMMs, and how large a tensor ever gets."""
 
+import os
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from care_kernels.backends import ChunkSpec, LogitChunk, chunk_kind
+from care_kernels.softmax import LogitTransform
+from tests.kernels.cases import Case, check_against_oracle, policy_case
 
 GEMMS = tuple(
     getattr(getattr(torch.ops.aten, name), overload)
@@ -84,3 +90,22 @@ def tensors_of(values: Any) -> list[Tensor]:
 
 def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def kind_of(case: Case) -> type[LogitChunk]:
+    """What multiplies by the head of a case on a CPU."""
+    weight = case["head_weight"]
+    return chunk_kind("torch", ChunkSpec(weight.dtype, weight, None, LogitTransform()))[0]
+
+
+def use_twice(environment: dict[str, str]) -> tuple[type[LogitChunk], list[str]]:
+    """Check the loss twice, the first time in this process: what multiplied, and our warnings."""
+    os.environ.update(environment)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        case = policy_case(dtype=torch.bfloat16)
+        for _ in range(2):
+            check_against_oracle(case)
+        kind = kind_of(case)
+    said = (str(warning.message) for warning in caught)
+    return kind, [text for text in said if "care_kernels" in text]

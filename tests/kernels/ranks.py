@@ -1,8 +1,15 @@
-"""Run a function on several gloo ranks; the parent compares what they return."""
+"""Run functions in processes of their own: a few alone, or one on several gloo ranks.
+
+Forked from a process that has imported torch, and where the trainer is installed what its runs
+need: that takes longer than most functions do.
+"""
 
 import datetime
+import multiprocessing
 import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +18,22 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 NUM_RANKS = 2
+
+
+def _preload() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.train.warm", "torch"])
+    return context
+
+
+def in_processes(function: Callable[[Any], Any], *arguments: Any) -> list[Any]:
+    """`function(argument)` for each argument, at the same time and in a process of its own."""
+    context = _preload()
+    with ExitStack() as stack:
+        pools = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in arguments]
+        calls = zip(pools, arguments, strict=True)
+        futures = [pool.submit(function, argument) for pool, argument in calls]
+        return [future.result(200) for future in futures]
 
 
 def on_ranks(function: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
@@ -24,7 +47,10 @@ def on_ranks(function: Callable[..., Any], folder: Path, *args: Any) -> list[Any
     Raises:
         ProcessRaisedException: a rank failed, with its traceback; the others are ended.
     """
-    mp.spawn(_rank, args=(function, folder, args), nprocs=NUM_RANKS, daemon=True)
+    _preload()
+    mp.start_processes(
+        _rank, (function, folder, args), NUM_RANKS, daemon=True, start_method="forkserver"
+    )
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(NUM_RANKS)]
 
 

@@ -138,18 +138,6 @@ def test_without_gradients_holds_no_logits(triton_backend: str) -> None:
     assert watch.largest < 40 * 3000
 
 
-def test_low_precision_logits_are_not_rounded() -> None:
-    """bfloat16 inputs lose 0.01 nats and more when logits are rounded; ours stay within 1e-5."""
-    case = head_case(dtype=torch.bfloat16, spread=4.0)
-    want = reference_log_probs(
-        reference_logits(case["hidden"].double(), case["head_weight"].double()), case["target_ids"]
-    )
-    rounded = (case["hidden"] @ case["head_weight"].T).float()
-    ours = linear_log_probs(**case)
-    assert float((ours - want).abs().max()) < 1e-5
-    assert float((reference_log_probs(rounded, case["target_ids"]) - want).abs().max()) > 1e-2
-
-
 def test_spread_logits_keep_their_log_probs() -> None:
     """log p = (z_y - max) - log sum: no digit is lost to the size of the logits themselves."""
     weight = torch.tensor([[20000.0], [20000.0], [19999.0]])

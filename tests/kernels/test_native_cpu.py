@@ -1,13 +1,8 @@
 """The C++ CPU kernels against float64, against the portable code, and how they come to be."""
 
-import json
-import os
 import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +15,6 @@ from care_kernels.backends import (
     LogitChunk,
     NativeChunk,
     TorchChunk,
-    chunk_kind,
 )
 from care_kernels.softmax import LogitTransform, RowGradients, RowStatistics
 from tests.kernels.cases import (
@@ -32,10 +26,10 @@ from tests.kernels.cases import (
     policy_case,
     run_ours,
 )
+from tests.kernels.dispatch import kind_of, use_twice
 from tests.kernels.oracle import reference_entropy, reference_log_probs, reference_logits
+from tests.kernels.ranks import in_processes
 from tests.kernels.tolerances import TWO_ROUNDINGS
-
-ROOT = Path(__file__).parents[2]
 
 needs_native = pytest.mark.skipif(
     cpu.native_ops() is None,
@@ -54,11 +48,6 @@ SHAPES = (
 """Rows, vocabulary and hidden size, on and beside the kernels' blocks of 64, 64 (16) and 32."""
 
 
-def spec_of(case: Case, transform: LogitTransform, *, with_entropy: bool) -> ChunkSpec:
-    weight, bias = case["head_weight"], case.get("bias")
-    return ChunkSpec(case["hidden"].dtype, weight, bias, transform, None, with_entropy, True)
-
-
 def upstream_of(num_rows: int, *, with_entropy: bool) -> RowGradients:
     """Gradients of both signs, some of them zero."""
     ramp = torch.linspace(-1, 1, num_rows) if num_rows > 1 else torch.ones(1)
@@ -70,7 +59,8 @@ def run_chunk(
     kind: type[LogitChunk], case: Case, transform: LogitTransform, upstream: RowGradients
 ) -> tuple[RowStatistics, Tensor]:
     """Statistics and the gradient of the raw logits."""
-    spec = spec_of(case, transform, with_entropy=upstream.entropy is not None)
+    weight, bias, with_entropy = case["head_weight"], case.get("bias"), upstream.entropy is not None
+    spec = ChunkSpec(case["hidden"].dtype, weight, bias, transform, None, with_entropy, True)
     chunk = kind(spec, len(case["hidden"]))
     stats = chunk.project(ChunkRows(case["hidden"], case["target_ids"]), keep=True)
     return stats, chunk.gradients(case["target_ids"], stats, upstream).matrix
@@ -151,10 +141,6 @@ def test_log_prob_precision() -> None:
     assert (got.double() - want).square().mean().sqrt() <= 1e-5
 
 
-def kind_of(case: Case) -> type[LogitChunk]:
-    return chunk_kind("torch", spec_of(case, TRANSFORMS["plain"], with_entropy=False))[0]
-
-
 def _zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.bfloat16)
 
@@ -201,53 +187,15 @@ def test_bits_do_not_depend_on_threads_or_runs() -> None:
         assert all(torch.equal(values[0], value) for value in values[1:])
 
 
-PROBE = """
-import json, warnings
-import torch
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    from tests.kernels.cases import check_against_oracle, policy_case
-    from tests.kernels.test_native_cpu import kind_of
-    for _ in range(2):
-        check_against_oracle(policy_case(dtype=torch.bfloat16))
-    kind = kind_of(policy_case(dtype=torch.bfloat16)).__name__
-ours = [str(w.message) for w in caught if "care_kernels" in str(w.message)]
-print(json.dumps({"warnings": ours, "kind": kind}))
-"""
-
-
-def start_probe(**environment: str) -> subprocess.Popen[str]:
-    """A fresh process that runs the loss twice, checks it, and tells how."""
-    return subprocess.Popen(
-        [sys.executable, "-c", PROBE],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(probe: subprocess.Popen[str]) -> dict[str, Any]:
-    try:
-        out, err = probe.communicate(timeout=200)
-    finally:
-        probe.kill()
-    assert probe.returncode == 0, err
-    return json.loads(out.splitlines()[-1])
-
-
 @needs_native
 def test_fallbacks(tmp_path: Path) -> None:
     """Switched off: torch, silently. No working compiler: torch, and one warning with the fix."""
-    off = start_probe(CARE_KERNELS_NATIVE="0")
-    broken = start_probe(CXX="/bin/false", CARE_KERNELS_CACHE=str(tmp_path))
-    assert finish(off) == {"warnings": [], "kind": "TorchChunk"}
-    told = finish(broken)
-    assert told["kind"] == "TorchChunk"
-    assert len(told["warnings"]) == 1
+    broken = {"CXX": "/bin/false", "CARE_KERNELS_CACHE": str(tmp_path)}
+    off, (kind, told) = in_processes(use_twice, {"CARE_KERNELS_NATIVE": "0"}, broken)
+    assert off == (TorchChunk, []) and kind is TorchChunk
+    assert len(told) == 1
     for part in ("Install a C++20 compiler", "CARE_KERNELS_NATIVE=0"):
-        assert part in told["warnings"][0]
+        assert part in told[0]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -267,8 +215,7 @@ def test_concurrent_first_builds(tmp_path: Path) -> None:
         f'cp "{library}" "$2"\n'
     )
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
-    probes = [start_probe(CXX=str(compiler), CARE_KERNELS_CACHE=str(cache)) for _ in range(2)]
-    for probe in probes:
-        assert finish(probe) == {"warnings": [], "kind": "NativeChunk"}
+    environment = {"CXX": str(compiler), "CARE_KERNELS_CACHE": str(cache)}
+    assert in_processes(use_twice, environment, environment) == [(NativeChunk, [])] * 2
     assert len(list(calls.iterdir())) == 2
     assert [path.name for path in cache.iterdir()] == [library.name]

@@ -74,7 +74,7 @@ def test_a_collapsed_policy_costs_one_comparison():
 
 def test_a_batch_of_slow_answers_ends(caplog: pytest.LogCaptureFixture):
     """Answers that each use up their time share a limit: a right one beside them is still right."""
-    pool = WorkerPool(workers=2, timeout=1.0)
+    pool = WorkerPool(workers=2, timeout=0.5)
     slow = [Item(f"(x+y+z+{n})^{{700}}", "x^2+1") for n in range(14)]
     right = Item("1+x^2", "x^2+1")
     verdicts = pool.run([*slow, right])

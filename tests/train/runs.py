@@ -159,6 +159,12 @@ def run(*arguments: str, ranks: int = 1) -> str:
     return outputs[0][1]
 
 
+def run_code(code: str) -> None:
+    """In a process of its own, which has imported what runs need: it must succeed."""
+    ((status, errors),) = FastRun(before=f"{code}\nraise SystemExit").end()
+    assert status == 0, errors
+
+
 def data_arguments(rows: Path) -> list[str]:
     return [f"{key}={rows}" for key in ("data.path", "sft.data.path", "eval.data")]
 
@@ -169,6 +175,12 @@ def cold_start(out: Path, rows: Path, *more: str) -> list[str]:
     common = [*SMALL, *data_arguments(rows), f"output_dir={out}"]
     run("sft", *common, *COLD_START, *more, "name=cold")
     return ["train", *common, f"model.path={out / 'cold' / 'final'}"]
+
+
+def model_of(arguments: Sequence[str]) -> Path:
+    """The folder of the model that they name."""
+    (path,) = (word.partition("=")[2] for word in arguments if word.startswith("model.path="))
+    return Path(path)
 
 
 def text_rows(folder: Path) -> Path:

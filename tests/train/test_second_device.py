@@ -2,8 +2,6 @@
 one."""
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import pytest
 import torch
 
 from tests.rollout.conftest import Server
-from tests.train.runs import ROOT, FastRun, cold_start, records
+from tests.train.runs import FastRun, records, run_code
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
@@ -34,10 +32,8 @@ AHEAD = {
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, color_rows) -> list[str]:
-    """Arguments of `train` from a model that earns some rewards, so that it reflects."""
-    out = tmp_path_factory.mktemp("cold")
-    return [*cold_start(out, color_rows, "sft.steps=40"), "train.steps=2"]
+def start(from_cold_start) -> list[str]:
+    return [*from_cold_start, "train.steps=2"]
 
 
 @pytest.fixture(scope="module")
@@ -73,41 +69,55 @@ def test_a_run_is_on_its_device(start, tmp_path, before):
     assert _compare(start, tmp_path, before, *SETTINGS["defaults"]) > 0
 
 
+BOTH = f"""
+import os
+import care_train.integrations.trl
+from {MODULE} import train_on_device
+if os.fork():
+    assert os.wait()[1] == 0
+    os.chdir("here")
+else:
+    os.chdir("there")
+    train_on_device()
+"""
+
+
 def test_care_in_trl_is_on_its_device(tiny_folder, tmp_path, before):
     """A step of TRL's trainer with reflections, a rescued group and a KL, as `a_run`."""
     pytest.importorskip("trl", reason="trl is not installed: pip install 'trl>=1.16,<1.17'")
-    there = f"{before}from {MODULE} import train_on_device; train_on_device()"
-    steps = []
-    for out, code in ((tmp_path / "there", there), (tmp_path / "here", "")):
+    outs = [tmp_path / name for name in ("there", "here")]
+    for out in outs:
         out.mkdir()
-        arguments = (str(tiny_folder()), str(out), "scripted")
-        run = FastRun(*arguments, before=code, module="tests.integrations.care_trl_ranks")
-        ((status, errors),) = run.end()
-        assert status == 0, errors
-        steps.append(torch.load(out / "step.pt"))
-    own, wanted = steps
+    # One import of TRL is enough for both.
+    code = f"{before}os.chdir({str(tmp_path)!r})\n{BOTH}"
+    arguments = (str(tiny_folder()), ".", "scripted")
+    run = FastRun(*arguments, before=code, module="tests.integrations.care_trl_ranks")
+    ((status, errors),) = run.end()
+    assert status == 0, errors
+    own, wanted = (torch.load(out / "step.pt") for out in outs)
     assert (own.pop("device"), wanted.pop("device")) == ("second", "cpu")
     assert own["metrics"] == wanted["metrics"] and own["metrics"]["care/reflected_groups"] == 0.5
     torch.testing.assert_close(own["weights"], wanted["weights"], rtol=1e-4, atol=1e-6)
 
 
-def test_a_tensor_left_behind_is_refused(before):
-    """The device is no CPU in disguise."""
-    code = f"""
+MIXED = f"""
 import torch
 from {MODULE} import register_device
 register_device()
 here, there = torch.ones(2), torch.ones(2, device="second")
 for mix in (lambda: there + here, lambda: torch.cat([there, here])):
     try:
-        print(mix())
+        mix()
     except RuntimeError as error:
-        print(error)
+        assert "two devices" in str(error)
+    else:
+        raise AssertionError("no error")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", before + code], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.stdout.count("two devices") == 2, done.stdout + done.stderr
+
+
+def test_a_tensor_left_behind_is_refused(before):
+    """The device is no CPU in disguise."""
+    run_code(before + MIXED)
 
 
 @pytest.mark.slow

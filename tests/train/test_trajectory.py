@@ -32,7 +32,7 @@ from care_train.training.sampler import Sampler
 from care_train.training.session import open_session
 from care_train.training.step import TrainStep
 from tests.train.builders import load
-from tests.train.runs import SMALL, cold_start, data_arguments, run_ranks
+from tests.train.runs import SMALL, data_arguments, model_of, run_ranks
 
 FP32 = ()
 BF16 = (
@@ -118,11 +118,8 @@ def run_case(out: Path, name: str, overrides: Sequence[str], model: str, rows: s
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory, color_rows) -> Path:
-    """A model that earns some rewards."""
-    out = tmp_path_factory.mktemp("trajectory")
-    cold_start(out, color_rows, "sft.steps=45")
-    return out / "cold" / "final"
+def start(from_cold_start) -> Path:
+    return model_of(from_cold_start)
 
 
 def _distance(start: Path, one: Path, other: Path) -> float:

@@ -350,19 +350,19 @@ def batch(reward_inputs):
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [("time.sleep(600)", "got nothing in 2 s"), ("os._exit(1)", "got the end of its process")],
+    [("time.sleep(600)", "got nothing in 1 s"), ("os._exit(1)", "got the end of its process")],
 )
 def test_a_function_that_hangs_or_dies_is_replaced(tmp_path: Path, caplog, fault, reason):
     """One response at a time: it costs that response alone, with a warning that names the row. Of
     batches it is an error that names function and row."""
     texts = [GOOD, WRONG, GOOD]
-    scores = _score(tmp_path, FAULTY.format(fault=fault), "compute_score", texts, timeout=2.0)
+    scores = _score(tmp_path, FAULTY.format(fault=fault), "compute_score", texts, timeout=1.0)
     assert [score.accuracy for score in scores] == [1.0, 0.0, 1.0]
     assert reason in scores[1].reason
     assert f"rewards.py:compute_score: a: {reason}" in caplog.text
     # No reward is made up for the others of a batch.
     with pytest.raises(ValueError, match=rf"rewards\.py:batch: a: {reason}, wanted 2"):
-        _score(tmp_path, FAULTY.format(fault=fault), "batch", [GOOD, WRONG], timeout=2.0)
+        _score(tmp_path, FAULTY.format(fault=fault), "batch", [GOOD, WRONG], timeout=1.0)
 
 
 RIGHT = "<think>i see 8 3 . 8 plus 3 is 11</think> <answer>11</answer>"
