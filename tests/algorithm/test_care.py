@@ -1,7 +1,7 @@
 """Algorithm 1 on groups computed by hand: who forms S (Eqs. 2-4), what it weighs (lines 3-41).
 
-test_end_to_end.py holds every decision against the transcription; here are a few to read, and what
-it leaves out.
+test_end_to_end.py holds the decisions against the transcription; here are a few to read, and those
+that drawn groups seldom meet.
 Embeddings are unit vectors in the plane, so a cosine distance grows with the angle between two.
 """
 

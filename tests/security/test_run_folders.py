@@ -107,14 +107,6 @@ def test_a_folder_with_a_users_files_never_becomes_care_trains(arguments, out):
     assert names(out) == ["mine", "other", "run"]
 
 
-def test_a_new_run_with_wrong_rows_leaves_nothing(arguments, out):
-    """Corrected, the same command starts: it finds no run of its name."""
-    status, _ = one_rank(*arguments, "name=new", "data.path=nowhere.jsonl")
-    assert status == 2 and names(out) == ["other", "run"]
-    status, errors = one_rank(*arguments, "name=new")
-    assert status == 0, errors
-
-
 IN_EVALUATION = """
 import os, signal
 from care_train.verifier import Verifier
