@@ -56,7 +56,7 @@ def test_figures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     monkeypatch.setattr(bench, "_SECONDS", 0.2)
     # One pair of each form; the bench itself takes twelve.
     monkeypatch.setattr(bench, "formed_pairs", lambda: formed_pairs(repeats=1))
-    monkeypatch.setattr("sys.argv", ["bench", "--hostile", "60", "--timeout", "20"])
+    monkeypatch.setattr("sys.argv", ["bench", "--hostile", "150", "--timeout", "20"])
     assert bench.main() == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["precision"] == 1.0 and figures["per_second"] > 0

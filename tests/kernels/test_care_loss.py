@@ -1,11 +1,9 @@
 """`care_loss`: Eqs. 11-13 in one call, beside the two functions that have them."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from care_kernels import (
     CareLoss,
@@ -16,14 +14,9 @@ from care_kernels import (
     token_advantages,
 )
 from care_kernels.objective import SKIPPED_ROW
-from care_train.algorithm.types import TrainSequence
-from care_train.config import LossSettings
-from care_train.training.loss import loss_rows
-from tests.algorithm.builders import credit_of, right
 from tests.kernels.batches import B, D, T, V, make_case, run, with_kl
 from tests.kernels.cases import Case, assert_same, error, on_its_device
 from tests.kernels.dispatch import Watch
-from tests.kernels.oracle import reference_policy_loss
 from tests.kernels.tolerances import SAME_MATHS
 
 
@@ -118,19 +111,6 @@ def test_options(options: Case) -> None:
     check({name: value for name, value in case.items() if value is not None})
 
 
-def test_the_prompt_may_be_left_out() -> None:
-    """Slicing every argument alike, from the last prompt token on, changes nothing."""
-    case = with_kl(make_case(), "k3")
-    shifted = ("hidden", "token_ids", "response_mask", "old_log_probs", "ref_log_probs")
-    longer = case | {
-        name: torch.cat((torch.zeros_like(case[name][:, :2]), case[name]), 1) for name in shifted
-    }
-    longer |= {name: case[name] + 2 for name in ("think_spans", "answer_spans")}
-    got, want = ours(longer), ours(case)
-    assert_same(got.loss, want.loss)
-    assert_same(got.log_probs[:, 2:], want.log_probs)
-
-
 def test_the_mask() -> None:
     """0 and 1 do as well as False and True; where only tokens with an advantage count, none."""
     case = make_case()
@@ -139,24 +119,6 @@ def test_the_mask() -> None:
         got, got_grads = run(case | {"response_mask": mask}, ours)
         assert torch.equal(got.loss, want.loss)
         assert all(torch.equal(got_grads[name], want_grads[name]) for name in want_grads)
-
-
-def parts_of(case: Case, *rows: slice | Tensor) -> list[Case]:
-    whole = ("head_weight", "kl_coef", "kl_estimator", "num_sequences")
-    return [{n: v if n in whole else v[r] for n, v in case.items()} for r in rows]
-
-
-def test_micro_batches_add_up() -> None:
-    """With the global |S*|, here the default's 4 of 5 sequences, the losses and gradients of the
-    parts sum to those of the whole."""
-    case = with_kl(make_case(), "k3")
-    whole, whole_grads = run(case, ours)
-    case["num_sequences"] = 4.0
-    (one, one_grads), (two, two_grads) = (
-        run(part, ours) for part in parts_of(case, slice(0, 2), slice(2, 5))
-    )
-    assert_same(one.loss + two.loss, whole.loss)
-    assert_same(one_grads["head_weight"] + two_grads["head_weight"], whole_grads["head_weight"])
 
 
 @pytest.mark.parametrize(("num_rows", "num_tokens"), ((0, 6), (3, 0), (3, 1), (B, T)))
@@ -177,34 +139,6 @@ def test_nothing_to_learn(num_rows: int, num_tokens: int) -> None:
     got, grads = run(case, ours)
     assert got.loss == 0 and not any(grad.any() for grad in grads.values())
     assert got.log_probs.shape == got.clipped_low.shape == (num_rows, num_tokens)
-
-
-def test_the_trainers_rows() -> None:
-    """Token advantages and KL shares are those `care_train` feeds its own loss with."""
-    case = with_kl(make_case(), "k3")
-    settings = LossSettings(kl_coef=case["kl_coef"])
-    got, grads = run(case, ours)
-    assert got.token_advantages is not None
-    weight = case["head_weight"].clone().requires_grad_()
-    for i in (0, 1, 3, 4):
-        (tokens,) = case["response_mask"][i].nonzero(as_tuple=True)
-        advantage = case["advantages"][i].item()
-        weights = (got.token_advantages[i, tokens] / advantage).tolist()
-        rollout = replace(right(), token_ids=tuple(range(len(weights))))
-        sequence = TrainSequence(rollout, advantage, credit_of(weights, normalize=False))
-        rows = loss_rows([sequence], [0.25], settings, torch.device("cpu"))
-        torch.testing.assert_close(rows["advantages"], got.token_advantages[i, tokens] / 4)
-        reference_policy_loss(
-            case["hidden"][i, tokens - 1],
-            weight,
-            case["token_ids"][i, tokens],
-            rows["advantages"],
-            old_log_probs=case["old_log_probs"][i, tokens],
-            ref_log_probs=case["ref_log_probs"][i, tokens],
-            kl_weights=rows["kl_weights"],
-        ).loss.backward()
-    assert weight.grad is not None
-    torch.testing.assert_close(grads["head_weight"], weight.grad)
 
 
 def test_weight_gradient_into_a_buffer() -> None:

@@ -443,8 +443,8 @@ def test_the_earliest_wrong_step_counts(tmp_path: Path):
     path = tmp_path / "rewards.py"
     path.write_text(NAMES)
 
-    def steps_of(*spans: object, beside: tuple[str, ...] = ()) -> list[tuple[int, int] | None]:
-        names = {"f": {"spans": list(spans)}} | {name: {} for name in beside}
+    def steps_of(*spans: object) -> list[tuple[int, int] | None]:
+        names = {"f": {"spans": list(spans)}, "late": {}}
         functions = [
             RewardFunctionSettings(function=f"{path}:{name}", target="bonus", arguments=arguments)
             for name, arguments in names.items()
@@ -453,7 +453,7 @@ def test_the_earliest_wrong_step_counts(tmp_path: Path):
         scores = verifier.score_batch([Response("<think>no</think>", SAMPLE)] * len(spans))
         return [score.wrong_step for score in scores]
 
-    assert steps_of((8, 10), (2, 9), None, beside=("late",)) == [(7, 9), (2, 9), (7, 9)]
+    assert steps_of((8, 10), (2, 9), None) == [(7, 9), (2, 9), (7, 9)]
     for span in ((3, 3), (-1, 2), (0, 99), (1.5, 2), 4):
         with pytest.raises(ValueError, match=r"f: a: got .*wanted start and end .* \[0, 17\]"):
             steps_of(span)
