@@ -32,7 +32,11 @@ import trl
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from trl import GRPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput
+
+try:
+    from trl.trainer.utils import FusedCausalLMOutput
+except ImportError as error:
+    raise ImportError(f"trl: got version {trl.__version__}, wanted 1.16.x") from error
 
 from care_kernels.checks import wrong
 from care_kernels.integrations.transformers import (
@@ -79,9 +83,7 @@ def use_care_kernels(trainer: GRPOTrainer, path: str | None = None) -> Choice:
             `head_parameters` cannot write as one matrix (quantised, DoRA), logits that are more
             than its output scaled and capped, or "fused" with an option it cannot express.
     """
-    if ".".join(trl.__version__.split(".")[:2]) not in TESTED_VERSIONS:
-        wanted = " or ".join(f"{version}.x" for version in TESTED_VERSIONS)
-        raise wrong("trl", f"version {trl.__version__}", wanted)
+    check_version()
     if not isinstance(trainer, GRPOTrainer):
         raise wrong("trainer", type(trainer).__name__, "a GRPOTrainer")
     choice = choose_path(trainer, path)
@@ -92,6 +94,13 @@ def use_care_kernels(trainer: GRPOTrainer, path: str | None = None) -> Choice:
         trainer._compute_loss = types.MethodType(_fused_loss, trainer)
     _logger.info("GRPOTrainer's loss takes the %s path: %s", *choice)
     return choice
+
+
+def check_version() -> None:
+    """ValueError: a TRL whose internals this module does not know."""
+    if ".".join(trl.__version__.split(".")[:2]) not in TESTED_VERSIONS:
+        wanted = " or ".join(f"{version}.x" for version in TESTED_VERSIONS)
+        raise wrong("trl", f"version {trl.__version__}", wanted)
 
 
 def choose_path(trainer: GRPOTrainer, path: str | None = None) -> Choice:
@@ -131,20 +140,25 @@ class PolicyTerms:
 
 
 def why_not_fused(trainer: Any) -> str | None:
-    """The first option of `trainer` that `linear_policy_loss` cannot express; None: it has none."""
+    """What of `trainer` `linear_policy_loss` cannot stand for; None: nothing."""
+    makers = ("_compute_loss", "_get_per_token_logps_and_entropies")
+    if any(getattr(type(trainer), name) is not getattr(GRPOTrainer, name) for name in makers):
+        return f"{type(trainer).__name__}'s own _compute_loss"
+    return unfusable_option(trainer)
+
+
+def unfusable_option(trainer: Any) -> str | None:
+    """The first option of TRL's that `linear_policy_loss` cannot express; None: it has none."""
     args, threshold = trainer.args, trainer.off_policy_mask_threshold
     fused, loss_type = ", ".join(FUSED_LOSS_TYPES), trainer.loss_type
     peft = getattr(trainer.model, "active_peft_config", None)
-    makers = ("_compute_loss", "_get_per_token_logps_and_entropies")
-    is_own = all(getattr(type(trainer), name) is getattr(GRPOTrainer, name) for name in makers)
     obstacles = {
         f"loss_type={loss_type!r} (fused: {fused})": loss_type not in FUSED_LOSS_TYPES,
-        f"{type(trainer).__name__}'s own _compute_loss": not is_own,
         f"delta={args.delta} under 1": args.delta is not None and args.delta < 1,
         f"top_entropy_quantile={trainer.top_entropy_quantile}": trainer.top_entropy_quantile < 1,
         f"off_policy_mask_threshold={threshold}": threshold is not None,
         "use_adaptive_entropy=True": trainer.use_adaptive_entropy,
-        "the router's auxiliary loss": trainer.aux_loss_enabled,
+        "the router's auxiliary loss (router_aux_loss_coef=0: none)": trainer.aux_loss_enabled,
         f"DataParallel over {args.n_gpu} devices": args.n_gpu > 1,
         "prompt learning": peft is not None and getattr(peft, "is_prompt_learning", False),
     }

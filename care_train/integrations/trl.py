@@ -24,14 +24,21 @@ of its group that is not trained. Rows outside S* have no advantage, and the fus
 from typing import Any
 
 import torch
-import trl
 from torch import Tensor
 from trl import GRPOTrainer
 
-from care_kernels.integrations.trl import PolicyLossCall, use_care_kernels
+from care_kernels.integrations.trl import (
+    PolicyLossCall,
+    check_version,
+    unfusable_option,
+    use_care_kernels,
+)
 from care_train.algorithm import care as algorithm
+from care_train.algorithm.baselines import without_truncated
 from care_train.algorithm.selection import repair_prefix
+from care_train.algorithm.types import GroupUpdate, Rollout, Subgroup
 from care_train.config import CareSettings
+from care_train.integrations import check_settings
 from care_train.integrations.trl_batch import policy_terms, training_batch
 from care_train.integrations.trl_rollouts import (
     care_metrics,
@@ -43,17 +50,13 @@ from care_train.integrations.trl_rollouts import (
 )
 from care_train.models.prompts import TokenText, encode_text
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo")
-"""TRL's loss types that differ in surrogate and averaging alone; the averaging here is Eq. 12's."""
-
 
 class CareGRPOTrainer(GRPOTrainer):
     """TRL 1.16's `GRPOTrainer` with CARE's credit assignment; everything else is TRL's.
 
     `loss_type` chooses the surrogate (`cispo`, `sapo`, else the clip of `epsilon`, `epsilon_high`
-    and `delta`); the average is Eq. 12's, over S* of one optimiser step. `scale_rewards` is not
-    read: Eqs. 5-6 normalise within the subgroup. TRL's metrics keep their names; CARE's shares of
-    groups and sequences stand beside them as `care/...`.
+    and `delta`); the average is Eq. 12's, over S* of one optimiser step. TRL's metrics keep their
+    names; CARE's shares of groups and sequences stand beside them as `care/...`.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class CareGRPOTrainer(GRPOTrainer):
         Raises:
             ValueError: an option of TRL's or of CARE's that the two cannot have together.
         """
+        check_version()
         super().__init__(*args, **kwargs)
         self.care = CareSettings() if care is None else care
         self.tags = (think_tag, answer_tag)
@@ -125,10 +129,8 @@ class CareGRPOTrainer(GRPOTrainer):
         model: Any = self.model
         if not model.training:
             return batch
-        rollouts = [
-            rollout_of(self, ids, rewards)
-            for ids, rewards in zip(self.sampled_ids, self.rewarded[2], strict=True)
-        ]
+        sampled = zip(self.sampled_prompt_ids, self.sampled_ids, self.rewarded[2], strict=True)
+        rollouts = [rollout_of(self, *row) for row in sampled]
         groups = rollout_groups(self, batch, rollouts)
         subgroups = [
             algorithm.select_subgroup(group, self.care, self._generator(place))
@@ -136,14 +138,21 @@ class CareGRPOTrainer(GRPOTrainer):
         ]
         reflected, sampling_log_probs = reflect(self, subgroups)
         updates = [
-            algorithm.skipped_update(subgroup)
-            if isinstance(subgroup, str)
-            else algorithm.subgroup_update(subgroup, self.care, rollout)
-            for subgroup, rollout in zip(subgroups, reflected, strict=True)
+            self._update_of(subgroup, repair)
+            for subgroup, repair in zip(subgroups, reflected, strict=True)
         ]
         for name, value in care_metrics(self, reflected, updates).items():
             self._metrics["train"][name].append(value)
         return training_batch(self, batch, groups, updates, sampling_log_probs)
+
+    def _update_of(self, subgroup: Subgroup | str, repair: Rollout | None) -> GroupUpdate:
+        """Lines 15-19 and 26-41, without what `mask_truncated_completions` leaves out."""
+        if isinstance(subgroup, str):
+            return algorithm.skipped_update(subgroup)
+        update = algorithm.subgroup_update(subgroup, self.care, repair)
+        if not self.mask_truncated_completions:
+            return update
+        return without_truncated(update, [sequence.rollout for sequence in update.sequences])
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Eqs. 12-13 over S*; TRL's own method runs on the same log-probs, for its metrics."""
@@ -162,6 +171,7 @@ class CareGRPOTrainer(GRPOTrainer):
 
 def check(trainer: Any) -> None:
     """Refuse what CARE and TRL cannot have together, before the first step."""
+    check_settings(trainer.care)
     args, reflection = trainer.args, trainer.care.reflection
     local = args.per_device_train_batch_size * args.steps_per_generation
     least = trainer.care.max_negatives + 2
@@ -172,6 +182,11 @@ def check(trainer: Any) -> None:
     structure = args.vllm_structured_outputs_regex or (args.generation_kwargs or {}).get(
         "structured_outputs"
     )
+    unfusable, aggregation = unfusable_option(trainer), trainer.multi_objective_aggregation
+    tags = "".join(f"<{tag}>x</{tag}>" for tag in trainer.tags)
+    seen, _ = trainer.token_text.decode(
+        trainer._tokenizer(tags, add_special_tokens=False)["input_ids"]
+    )
     is_loaded_once = fsdp is not None and fsdp.fsdp_version == 2 and fsdp.cpu_ram_efficient_loading
     refused = {
         "FSDP2 with fsdp_cpu_ram_efficient_loading=true and beta > 0; wanted it false (`accelerate "
@@ -179,23 +194,19 @@ def check(trainer: Any) -> None:
         "first process alone and shares them with none": (
             is_loaded_once and trainer.ref_model is not None
         ),
-        f"trl {trl.__version__}; wanted 1.16.x": not trl.__version__.startswith("1.16."),
-        f"loss_type={trainer.loss_type!r}; wanted one of {LOSS_TYPES}": (
-            trainer.loss_type not in LOSS_TYPES
+        f"{unfusable}; wanted what `linear_policy_loss` has": unfusable is not None,
+        f"scale_rewards={args.scale_rewards!r}; wanted 'group', as Eqs. 5-6 divide by the "
+        "subgroup's deviation": args.scale_rewards != "group",
+        f"multi_objective_aggregation={aggregation!r}; wanted 'sum_then_normalize', as in Eq. 1": (
+            aggregation != "sum_then_normalize"
         ),
+        f"a tokenizer that reads {tags!r} as {seen!r}; wanted tags that are no special tokens, as "
+        "those have no text: name others with think_tag and answer_tag": tags not in seen,
         f"a processing_class with padding_side={side!r}; wanted 'left', as TRL pads its prompts: "
         "the image tokens' positions would be others": (trainer._is_vlm and side != "left"),
-        "a preset official; wanted Algorithm 1's own reading of spans and reflections": (
-            trainer.care.decisions.spans == "tokens"
-        ),
         "tools, environments or a rollout_func; wanted none: responses have one turn": bool(
             trainer.tools or trainer.environment_factories or trainer.rollout_func
         ),
-        f"top_entropy_quantile={trainer.top_entropy_quantile}; wanted 1: Eq. 11 says which tokens "
-        "train": trainer.top_entropy_quantile < 1,
-        "an off_policy_mask_threshold; wanted None": trainer.off_policy_mask_threshold is not None,
-        "use_adaptive_entropy=True; wanted False": trainer.use_adaptive_entropy,
-        "the router's auxiliary loss; wanted router_aux_loss_coef=0": trainer.aux_loss_enabled,
         f"per_device_train_batch_size x steps_per_generation = {local}; wanted a multiple of "
         f"num_generations = {trainer.num_generations}: a group stays on one process": (
             local % trainer.num_generations != 0

@@ -43,12 +43,16 @@ def training_batch(
     ]
     batch = _with_reflections(trainer, dict(batch), trained, sampling_log_probs)
     advantages = torch.zeros(batch["completion_ids"].shape, dtype=torch.float32)
-    shares = torch.zeros(len(advantages), dtype=torch.float32)
+    shares, sampled = torch.zeros(2, len(advantages), dtype=torch.float32)
     for row, sequence in trained:
         length = len(sequence.rollout.token_ids)
         advantages[row, :length] = spread_advantages([sequence])
         shares[row] = 1 / length
+        if not sequence.rollout.reflected:
+            sampled[row] = sequence.advantage
     device = batch["completion_ids"].device
+    # TRL's table of completions shows these in place of GRPO's: it keeps a generation batch.
+    trainer._logs["advantages"].extend(trainer.accelerator.gather(sampled.to(device)).tolist())
     count = torch.tensor(len(trained), device=device)
     return batch | {
         "advantages": advantages.to(device),
@@ -102,8 +106,6 @@ def _with_reflections(
     for row, rollout in reflected:
         sampling = sampling_log_probs.get(row // trainer.num_generations)
         put(batch, row, prompt_ids[row], rollout, filler, sampling)
-        if trainer.mask_truncated_completions and not rollout.finished:
-            batch["completion_mask"][row] = 0
     rows = [row for row, _ in reflected]
     # A forward is a collective call where parameters are sharded: all processes run as many rows.
     some = picked(batch, [*rows, *[0] * (count - len(rows))])

@@ -74,12 +74,17 @@ def mend_vllm(trainer: Any) -> None:
 
 
 def rollout_of(
-    trainer: Any, token_ids: Sequence[int], rewards: Tensor, prefix_ids: Sequence[int] = ()
+    trainer: Any,
+    prompt_ids: Sequence[int],
+    token_ids: Sequence[int],
+    rewards: Tensor,
+    prefix_ids: Sequence[int] = (),
 ) -> Rollout:
     """One completion with its spans and rewards; a reflection's prefix was forced before it.
 
-    `rewards` [F] are a number per reward function, NaN where it does not apply. A completion whose
-    accuracy is NaN is neither right nor wrong: it takes no part.
+    Its text begins with a think tag that the prompt opened. `rewards` [F] are a number per reward
+    function, NaN where it does not apply. A completion whose accuracy is NaN is neither right nor
+    wrong: it takes no part.
 
     Raises:
         ValueError: an accuracy outside [0, 1].
@@ -92,7 +97,9 @@ def rollout_of(
             "responses are right; name another one with accuracy=..."
         )
     finished = bool(token_ids) and token_ids[-1] in trainer.eos_token_ids
-    text, ends = trainer.token_text.decode((*prefix_ids, *token_ids))
+    opening = trainer.token_text.opening(prompt_ids, trainer.tags[0])
+    sampled, ends = trainer.token_text.decode((*prefix_ids, *token_ids))
+    text, ends = opening + sampled, [len(opening) + end for end in ends]
     if finished:
         ends = ends[:-1]
     return Rollout(
@@ -116,6 +123,10 @@ def rollout_groups(
     One forward of all B sequences, whichever need it: with sharded parameters it is a collective
     call.
     """
+    # Whole ones: `mask_truncated_completions` hides those that were cut from attention.
+    lengths = torch.tensor([[len(rollout.token_ids)] for rollout in rollouts])
+    mask = torch.arange(batch["completion_ids"].shape[1]) < lengths
+    batch = {**batch, "completion_mask": mask.to(batch["completion_mask"])}
     spans = torch.tensor([rationale_span(rollout) for rollout in rollouts])
     spans = spans + batch["prompt_ids"].shape[1]
     pooled: list[Tensor] = []
@@ -155,9 +166,11 @@ def reflect(
         # With `anchor=all` a whole group may train: then no row is free for the repair.
         if len(subgroup.members) < trainer.num_generations:
             negative = subgroup.others[subgroup.reflect_on].rollout
-            text = reflection_prefix(negative, trainer.care.reflection.cue, *trainer.tags)
-            prefix = list(encode_text(trainer._tokenizer, text))
             prompt = trainer.sampled_prompt_ids[place * trainer.num_generations]
+            text = reflection_prefix(negative, trainer.care.reflection.cue, *trainer.tags)
+            if trainer.token_text.opening(prompt, trainer.tags[0]):
+                text = text.removeprefix(f"<{trainer.tags[0]}>")
+            prefix = list(encode_text(trainer._tokenizer, text))
             if len(prompt) + len(prefix) <= longest:
                 wanted[place] = prefix
     reflected: list[Rollout | None] = [None] * len(subgroups)
@@ -187,7 +200,7 @@ def reflect(
         completion_ids,
     )
     for i, (place, prefix) in enumerate(wanted.items()):
-        reflected[place] = rollout_of(trainer, completion_ids[i], rewards[i], prefix)
+        reflected[place] = rollout_of(trainer, prompt_ids[i], completion_ids[i], rewards[i], prefix)
     if sampling_log_probs is None:
         return reflected, {}
     return reflected, {place: sampling_log_probs[i] for i, place in enumerate(wanted)}

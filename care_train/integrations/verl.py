@@ -15,7 +15,8 @@ states. docs/verl.md.
 
 verl gives an estimator rewards, masks and uids. Algorithm 1 also reads token ids and log-probs,
 which come from the batch that verl holds when it calls: `compute_advantage` and, for the V1
-trainer, `PPOTrainer._compute_advantage` are wrapped.
+trainer, `PPOTrainer._compute_advantage` are wrapped. So is the making of both trainers, which
+refuses options that CARE cannot have (`check`).
 
 Shape letters: B sequences, T response tokens.
 """
@@ -44,6 +45,7 @@ from care_train.algorithm.spans import parse_spans, rationale_span, token_spans
 from care_train.algorithm.types import Rollout, RolloutGroup
 from care_train.config import CareSettings
 from care_train.config.base import Share, section
+from care_train.integrations import check_settings
 from care_train.models.prompts import TokenText
 from care_train.verifier import format_score
 
@@ -62,11 +64,50 @@ class CareInVerl:
     think_tag: str = "think"
     answer_tag: str = "answer"
     settings: CareSettings = field(default_factory=CareSettings)
-    """As under `care.` in our own configuration; `reflection` is not read."""
+    """As under `care.` in our own configuration, without `reflection`."""
 
 
-_batch: ContextVar[dict[str, Tensor] | None] = ContextVar("batch", default=None)
-"""What the estimator's caller holds: `responses` and `old_log_probs`, [B, T] each."""
+_batch: ContextVar[dict[str, Any] | None] = ContextVar("batch", default=None)
+"""What the estimator's caller holds: `responses` and `old_log_probs`, [B, T] each, and `prompts`, B
+rows of token ids that end with the prompt's last."""
+
+
+def check(config: DictConfig) -> None:
+    """ValueError: options of verl's that CARE cannot have, in its whole configuration."""
+    algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
+    correction = algorithm.get("rollout_correction") or {}
+    loss, mode = actor.policy_loss.loss_mode, actor.loss_agg_mode
+    if algorithm.adv_estimator != "care":
+        if loss == "care":
+            raise ValueError(
+                f"policy loss care with algorithm.adv_estimator={algorithm.adv_estimator}; wanted "
+                "adv_estimator=care, whose token weights it sums"
+            )
+        return
+    refused = {
+        f"actor.policy_loss.loss_mode={loss} with loss_agg_mode={mode}; wanted loss_mode=care, or "
+        "loss_agg_mode=seq-mean-token-sum: Eq. 12 sums over a response, whose weights sum to 1": (
+            loss != "care" and mode != "seq-mean-token-sum"
+        ),
+        "algorithm.use_kl_in_reward=True; wanted False, as the reward says what is right: "
+        "actor.use_kl_loss is Eq. 13": algorithm.use_kl_in_reward,
+        "algorithm.norm_adv_by_std_in_grpo=False; wanted True, as Eqs. 5-6 do": (
+            not algorithm.get("norm_adv_by_std_in_grpo", True)
+        ),
+        "algorithm.rollout_correction.bypass_mode=True; wanted False: its log-probs are not those "
+        "of the old policy, and the older trainer puts a loss of its own in place of care's": (
+            correction.get("bypass_mode", False)
+        ),
+        f"algorithm.rollout_correction.rollout_rs={correction.get('rollout_rs')}; wanted seq_*: "
+        "spans are found in whole responses": "token_" in (correction.get("rollout_rs") or ""),
+        "actor_rollout_ref.rollout.multi_turn.enable=True; wanted False: responses have one turn": (
+            config.actor_rollout_ref.rollout.multi_turn.enable
+        ),
+    }
+    for message, is_refused in refused.items():
+        if is_refused:
+            raise ValueError(f"care: got {message}")
+    settings_of(algorithm)
 
 
 @register_adv_est("care")
@@ -79,6 +120,8 @@ def care_advantages(
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 1 without lines 11-20: a_it of Eq. 11 twice, [B, T], 0 outside S*.
 
+    A response without mask takes no part: verl's rejection sampling has left it out.
+
     Args:
         token_level_rewards: [B, T]; a response's sum is its reward.
         response_mask: [B, T], 1 on a response's tokens, which stand first.
@@ -87,15 +130,28 @@ def care_advantages(
         others: what verl gives other estimators.
 
     Raises:
-        ValueError: verl gave no token ids, or `algorithm.care` is missing or wrong.
+        ValueError: verl gave no token ids, a response has several turns, or `algorithm.care` is
+            missing or wrong.
     """
     care, held = settings_of(config), _batch.get()
-    if held is None or "responses" not in held:
-        raise ValueError("care: got no `responses` in verl's batch; wanted verl 0.9's trainers")
-    text, lengths = token_text(care.model), response_mask.sum(-1).long().tolist()
+    if held is None or not {"responses", "prompts"} <= held.keys():
+        raise ValueError("care: got no token ids in verl's batch; wanted verl 0.9's trainers")
+    mask = response_mask.bool()
+    if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        raise ValueError(
+            "care: got a response_mask with tokens behind others that it leaves out; wanted "
+            "responses of one turn, without tools"
+        )
+    text, lengths = token_text(care.model), mask.sum(-1).tolist()
     rewards = token_level_rewards.sum(-1).tolist()
     rollouts = [
-        rollout_of(held["responses"][i, :length].tolist(), rewards[i], text, care)
+        rollout_of(
+            held["prompts"][i].tolist(),
+            held["responses"][i, :length].tolist(),
+            rewards[i],
+            text,
+            care,
+        )
         for i, length in enumerate(lengths)
     ]
     sums = (held["old_log_probs"] * response_mask).sum(-1).float().cpu()
@@ -103,7 +159,9 @@ def care_advantages(
     no_reflection = replace(care.settings.reflection, negative="none")
     settings = replace(care.settings, reflection=no_reflection)
     for number, prompt in enumerate(dict.fromkeys(index.tolist())):
-        rows = [i for i, own in enumerate(index.tolist()) if own == prompt]
+        rows = [i for i, own in enumerate(index.tolist()) if own == prompt and lengths[i]]
+        if not rows:
+            continue
         group = RolloutGroup(
             tuple(rollouts[i] for i in rows),
             pairwise_distances(torch.stack([rationale_counts(rollouts[i]) for i in rows])),
@@ -121,13 +179,20 @@ def care_advantages(
 
 
 def rollout_of(
-    token_ids: Sequence[int], reward: float, text: TokenText, care: CareInVerl
+    prompt_ids: Sequence[int],
+    token_ids: Sequence[int],
+    reward: float,
+    text: TokenText,
+    care: CareInVerl,
 ) -> Rollout:
-    """One response, right from `success_threshold` on."""
-    decoded, ends = text.decode(token_ids)
-    # Special tokens have no text: the end token is what ends where its predecessor does.
-    finished = len(ends) > 0 and ends[-1] == (ends[-2] if len(ends) > 1 else 0)
+    """One response, right from `success_threshold` on; a think tag that the prompt opened is its
+    own."""
     tags = (care.think_tag, care.answer_tag)
+    opening = text.opening(prompt_ids, care.think_tag)
+    sampled, ends = text.decode(token_ids)
+    decoded, ends = opening + sampled, [len(opening) + end for end in ends]
+    # Special tokens have no text, and the end token is one.
+    finished = len(token_ids) > 0 and not text.decode(token_ids[-1:])[0]
     return Rollout(
         token_ids=tuple(token_ids),
         text=decoded,
@@ -188,7 +253,13 @@ def settings_of(config: Mapping[str, Any]) -> CareInVerl:
             "algorithm.care: got nothing, wanted at least "
             "'+algorithm.care.model=${actor_rollout_ref.model.path}'"
         )
-    return TypeAdapter(CareInVerl).validate_python(values)
+    if "reflection" in (values.get("settings") or {}):
+        raise ValueError(
+            "algorithm.care.settings.reflection: got one, wanted none: an estimator cannot sample"
+        )
+    care = TypeAdapter(CareInVerl).validate_python(values)
+    check_settings(care.settings)
+    return care
 
 
 @functools.cache
@@ -198,9 +269,10 @@ def token_text(model: str) -> TokenText:
 
 
 @contextmanager
-def holding(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let the estimator see `responses` and `old_log_probs` beside what a caller before gave."""
-    known = {name: tensors[name] for name in ("responses", "old_log_probs") if name in tensors}
+def holding(tensors: Mapping[str, Any]) -> Iterator[None]:
+    """Let the estimator see token ids and log-probs beside what a caller before gave."""
+    names = ("prompts", "responses", "old_log_probs")
+    known = {name: tensors[name] for name in names if name in tensors}
     token = _batch.set((_batch.get() or {}) | known)
     try:
         yield
@@ -227,14 +299,28 @@ def _wrap_v1(trainer_base: Any, utils: Any) -> None:
         if self.config.algorithm.adv_estimator != "care":
             return original(self, batch, metrics)
         found = trainer_base.tq.kv_batch_get(
-            keys=batch.keys, partition_id=batch.partition_id, select_fields=["responses"]
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=["prompts", "responses"]
         )
-        with holding({"responses": found.to_padded_tensor()["responses"]}):
+        responses = found.to_padded_tensor()["responses"]
+        with holding({"prompts": found["prompts"].unbind(), "responses": responses}):
             return original(self, batch, metrics)
 
     trainer_base.PPOTrainer._compute_advantage = wrapper
+    _check_first(trainer_base.PPOTrainer)
 
 
+def _check_first(trainer: Any) -> None:
+    original = trainer.__init__
+
+    @functools.wraps(original)
+    def wrapper(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        check(config)
+        original(self, config, *args, **kwargs)
+
+    trainer.__init__ = wrapper
+
+
+_check_first(ray_trainer.RayPPOTrainer)
 ray_trainer.compute_advantage = _wrapped(ray_trainer.compute_advantage)
 try:
     from verl.trainer.ppo.v1 import trainer_base, utils

@@ -263,6 +263,16 @@ class TokenText:
             )
         self._bytes = _TokenBytes(tokenizer)
 
+    def opening(self, prompt_ids: Sequence[int], think_tag: str) -> str:
+        """The think tag that a prompt ends with, as Qwen3-VL Thinking's template has it, or "".
+
+        What is sampled behind it lacks the tag, and is a rationale from its first token on.
+        """
+        # More tokens than a tag has.
+        end, _ = self.decode(prompt_ids[-16:])
+        opened = re.search(rf"<{re.escape(think_tag)}>\s*$", end)
+        return opened[0] if opened else ""
+
     def decode(self, token_ids: Sequence[int]) -> tuple[str, list[int]]:
         """Text, and for each token the character offset where its text ends.
 

@@ -29,11 +29,13 @@ from care_train.algorithm.region_weights import spread_advantages
 from care_train.algorithm.types import GroupUpdate
 from care_train.compat import patch_vllm_on_cpu
 from care_train.config import CareSettings
+from care_train.config.care import LITERAL
 from care_train.distributed import own_environment
 from care_train.integrations import trl as door
 from care_train.integrations import trl_rollouts
 from care_train.integrations.trl_batch import picked, policy_terms
 from care_train.rollout.vllm_process import untouched_process
+from tests.integrations import care_trl_ranks
 from tests.integrations.care_trl_ranks import GROUP, by_chance, right, script, small_trainer
 from tests.kernels.oracle import reference_ratio, reference_sampled_kl, reference_surrogate
 from tests.train.runs import run_ranks
@@ -117,6 +119,10 @@ def test_token_advantages_are_algorithm_1s(kind: str, build: Build, spied: None)
         wanted = spread_advantages([sequence])
         assert any(torch.equal(row, wanted) for row in rows[sequence.rollout.token_ids])
     assert int(batch["num_trained"]) == int((batch["kl_shares"] > 0).sum()) == len(sequences)
+    # TRL's table of completions has them too, of what was sampled.
+    listed = sorted(a for a in trainer._logs["advantages"] if a)
+    sampled = sorted(s.advantage for s in sequences if not s.rollout.reflected)
+    assert listed == pytest.approx(sampled)
 
 
 def test_rationales_and_log_probs_are_the_policys(build: Build, spied: None) -> None:
@@ -163,6 +169,50 @@ def test_a_reflection_is_asked_for_after_the_failed_rationale_and_the_cue(
     # One that the policy spells is text.
     spelled = trl_rollouts.encode_text(trainer._tokenizer, "an <|image_pad|>")
     assert trainer.model.config.image_token_id not in spelled
+
+
+def test_a_think_tag_that_the_prompt_opens_is_the_responses(
+    build: Build, spied: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the template of Qwen3-VL Thinking does: what is sampled lacks it, and is a rationale from
+    its first token on; a repair is asked for with one tag."""
+    said = {k: [t.replace("<think>", "") for t in v] for k, v in care_trl_ranks.GROUPS.items()}
+    monkeypatch.setattr(care_trl_ranks, "GROUPS", said)
+    trainer = build()
+    trainer._tokenizer.chat_template += "{{ '<think>\n' if add_generation_prompt }}"
+    generation_batch(trainer)
+    groups = trainer.seen_groups
+    assert [sum(r.format_score for r in group.rollouts) for group in groups] == [7, 8, 8, 8]
+    assert all(r.spans.think[0] == 0 for r in groups[1].rollouts)
+    assert groups[1].rollouts[0].text.startswith("<think>\nthe answer is clear and more</think>")
+    assert len(by_hand(trainer)) == 3
+    for asked in map(trainer._tokenizer.decode, trainer.asked[1]):
+        assert asked.count("<think>") == 1 and trainer.care.reflection.cue in asked
+
+
+def test_a_cut_completion_is_compared_whole_and_trains_nothing(build: Build, spied: None) -> None:
+    """`mask_truncated_completions`: TRL hides it from attention, where its rationale would be the
+    mean of other hidden states, and its log-probs 0."""
+    found = []
+    for masks in (False, True):
+        trainer = build(mask_truncated_completions=masks)
+        generate = trainer._generate_single_turn
+
+        def cut(*args: Any, generate: Any = generate) -> Any:
+            return [
+                ids[:-1] if i % 5 == 4 else ids for i, ids in enumerate(generate(*args)[0])
+            ], None
+
+        trainer._generate_single_turn = cut
+        found.append((generation_batch(trainer), trainer.seen_groups, by_hand(trainer)))
+    (whole, groups, updates), (batch, same_groups, _) = found
+    for group, same in zip(groups, same_groups, strict=True):
+        torch.testing.assert_close(group.distances, same.distances)
+        torch.testing.assert_close(group.log_prob_sums, same.log_prob_sums)
+    ends = [s.rollout.finished for update in updates for s in update.sequences]
+    assert int(whole["num_trained"]) == len(ends)
+    assert int(batch["num_trained"]) == sum(ends) < len(ends)
+    assert int((batch["advantages"] != 0).any(1).sum()) == sum(ends)
 
 
 @pytest.mark.parametrize(("kind", "beta"), (("tiny-qwen2", 0.0), ("tiny-qwen2.5-vl", 0.1)))
@@ -285,8 +335,17 @@ def test_a_group_that_trains_whole_does_not_reflect(build: Build, spied: None) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     (
-        ({"loss_type": "vespo"}, "loss_type='vespo'; wanted one of"),
-        ({"top_entropy_quantile": 0.4}, "top_entropy_quantile=0.4; wanted 1"),
+        ({"loss_type": "vespo"}, "loss_type='vespo' .* wanted what `linear_policy_loss` has"),
+        ({"top_entropy_quantile": 0.4}, "top_entropy_quantile=0.4; wanted what"),
+        ({"scale_rewards": "none"}, "scale_rewards='none'; wanted 'group'"),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum"},
+            "multi_objective_aggregation='normalize_then_sum'; wanted 'sum_then_normalize'",
+        ),
+        ({"own": {"care": CareSettings(selector="learned")}}, "care.selector=learned"),
+        ({"own": {"care": CareSettings(credit="steps")}}, "care.credit=steps"),
+        ({"own": {"care": CareSettings(decisions=LITERAL)}}, "a preset literal"),
+        ({"own": {"think_tag": "|im_start|"}}, "tags that are no special tokens"),
         ({"num_generations": 4}, "num_generations=4; wanted at least 6 with reflection"),
         (
             {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
@@ -310,7 +369,7 @@ def test_refuses_what_would_be_silently_wrong(
 ) -> None:
     """A processor that pads on the right: TRL pads on the left, so the marks of image tokens would
     be shifted. FSDP2 with ram-efficient loading: it fills no other process's part of a reference.
-    """
+    Another TRL, whose options may have other names."""
     kind = "tiny-qwen2.5-vl"
     processor = AutoProcessor.from_pretrained(tiny_folder(kind), padding_side="right")
     with pytest.raises(ValueError, match="padding_side='right'; wanted 'left'"):
@@ -322,6 +381,9 @@ def test_refuses_what_would_be_silently_wrong(
         door.check(trainer)
     trainer.ref_model = None
     door.check(trainer)
+    monkeypatch.setattr("trl.__version__", "1.15.0")
+    with pytest.raises(ValueError, match=r"trl: got version 1\.15\.0, wanted 1\.16\.x"):
+        build()
 
 
 class Sleeper:

@@ -16,9 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 pytest.importorskip("verl", reason="verl is not installed: docs/verl.md")
 
+import hydra
 from omegaconf import OmegaConf
 from verl import DataProto
 from verl.trainer.ppo import core_algos, ray_trainer
+from verl.trainer.ppo.v1 import trainer_base
 
 from care_kernels.objective import Clip
 from care_train.algorithm.care import select_subgroup, subgroup_update
@@ -27,6 +29,7 @@ from care_train.algorithm.selection import pairwise_distances
 from care_train.algorithm.types import RolloutGroup
 from care_train.config import build_config
 from care_train.integrations import verl as door
+from tests.integrations.verl_run import documented
 from tests.kernels.oracle import reference_surrogate
 
 RIGHT = "<think>the sky is {}</think> <answer>blue</answer>"
@@ -63,8 +66,10 @@ class Batch:
             rewards[i, len(own) - 1] = reward_of(self.rows[i][1])
         generator = torch.Generator().manual_seed(1)
         self.log_probs = -torch.rand(self.mask.shape, generator=generator)
+        self.prompts = torch.tensor([[0, *tokenizer("see")["input_ids"]]] * len(self.ids))
         self.data = DataProto.from_single_dict(
             {
+                "prompts": self.prompts,
                 "responses": pad_sequence([*map(torch.tensor, self.ids)], batch_first=True),
                 "response_mask": self.mask,
                 "token_level_rewards": rewards,
@@ -76,7 +81,8 @@ class Batch:
     def group(self, uid: str, care: door.CareInVerl) -> tuple[list[int], RolloutGroup]:
         rows = [i for i, (own, _) in enumerate(self.rows) if own == uid]
         rollouts = [
-            door.rollout_of(self.ids[i], reward_of(self.rows[i][1]), self.text, care) for i in rows
+            door.rollout_of([], self.ids[i], reward_of(self.rows[i][1]), self.text, care)
+            for i in rows
         ]
         vectors = torch.stack([door.rationale_counts(rollout) for rollout in rollouts])
         sums = (self.log_probs * self.mask).sum(-1)[rows]
@@ -135,11 +141,32 @@ def test_what_a_response_is(tiny_folder):
 
     def counts(words: str) -> Tensor:
         ids = tokenizer(f"<think>{words}</think><answer>1</answer>")["input_ids"]
-        return door.rationale_counts(door.rollout_of(ids, 0.0, batch.text, care))
+        return door.rationale_counts(door.rollout_of([], ids, 0.0, batch.text, care))
 
     words = ("the image is red", "the image is blue", "what?")
     same, near, far = (float(counts(words[0]) @ counts(other)) for other in words)
     assert same == pytest.approx(1.0) and same > near > far
+    # A tag that the prompt ends with is the response's.
+    opened, said = (tokenizer(text)["input_ids"] for text in ("go<think>", "on</think><answer>1"))
+    rollout = door.rollout_of(opened, said, 0.0, batch.text, care)
+    assert rollout.text.startswith("<think>on<") and rollout.spans.think[0] == 0
+
+
+def test_a_response_without_mask_takes_no_part(tiny_folder):
+    """verl's rejection sampling: as if it had not been sampled. One with tokens behind a hole has
+    several turns, and is refused."""
+    folder = tiny_folder("tiny-qwen2")
+    batch, config = Batch(folder), algorithm_config(folder)
+    rows, group = batch.group("uid-0", door.settings_of(config))
+    left_out = next(i for i, r in zip(rows, group.rollouts, strict=True) if r.accuracy)
+    rest = [i for i in range(len(batch.rows)) if i != left_out]
+    wanted = ray_trainer.compute_advantage(batch.data[rest], "care", config=config)
+    batch.data.batch["response_mask"][left_out] = 0
+    found = computed(batch, config)
+    assert torch.equal(found[rest], wanted.batch["advantages"]) and not found[left_out].any()
+    batch.data.batch["response_mask"][rest[0], 1] = 0
+    with pytest.raises(ValueError, match="wanted responses of one turn"):
+        computed(batch, config)
 
 
 def test_the_loss_is_eq_12(tiny_folder):
@@ -185,7 +212,6 @@ def test_the_v1_trainer_fetches_the_token_ids(tiny_folder, monkeypatch):
 
     The trainer's method is verl's; the queue, which needs its servers, is replaced.
     """
-    base = pytest.importorskip("verl.trainer.ppo.v1.trainer_base")
     folder = tiny_folder("tiny-qwen2")
     batch, asked = Batch(folder), []
     columns: dict[str, Any] = dict(batch.data.batch.items())
@@ -205,19 +231,39 @@ def test_the_v1_trainer_fetches_the_token_ids(tiny_folder, monkeypatch):
         "TensorDict": lambda values, batch_size: values,
     }
     for name, value in replaced.items():
-        monkeypatch.setattr(base, name, value)
+        monkeypatch.setattr(trainer_base, name, value)
     algorithm = OmegaConf.to_container(algorithm_config(folder), resolve=True)
     assert isinstance(algorithm, dict)
     algorithm |= {"gamma": 1.0, "lam": 1.0, "use_kl_in_reward": False}
     config = {"algorithm": algorithm, "actor_rollout_ref": {"rollout": {"n": 8}}}
     trainer = SimpleNamespace(config=OmegaConf.create(config))
     meta = Meta(keys=["key"] * len(batch.rows), partition_id="train")
-    found = base.PPOTrainer._compute_advantage(trainer, meta, {})
-    assert ["responses"] in asked
+    found = trainer_base.PPOTrainer._compute_advantage(trainer, meta, {})
+    assert ["prompts", "responses"] in asked
     assert torch.equal(found["advantages"], computed(batch, algorithm_config(folder)))
 
 
-def test_a_missing_section_is_named():
-    """With the override that mends it."""
-    with pytest.raises(ValueError, match=r"algorithm.care: got nothing, wanted at least"):
-        door.settings_of({"adv_estimator": "care"})
+@pytest.mark.parametrize(
+    ("override", "message"),
+    (
+        ("actor_rollout_ref.actor.policy_loss.loss_mode=vanilla", "wanted loss_mode=care, or"),
+        ("algorithm.adv_estimator=grpo", "policy loss care with algorithm.adv_estimator=grpo"),
+        ("algorithm.use_kl_in_reward=True", "use_kl_in_reward=True; wanted False"),
+        ("algorithm.norm_adv_by_std_in_grpo=False", "norm_adv_by_std_in_grpo=False; wanted True"),
+        ("algorithm.rollout_correction.bypass_mode=True", "bypass_mode=True; wanted False"),
+        ("algorithm.rollout_correction.rollout_rs=token_k1", "rollout_rs=token_k1; wanted seq_"),
+        ("actor_rollout_ref.rollout.multi_turn.enable=True", "multi_turn.enable=True; wanted F"),
+        ("algorithm.care=null", "algorithm.care: got nothing, wanted at least"),
+        ("algorithm.care.settings={reflection: {cue: x}}", "an estimator cannot sample"),
+        ("algorithm.care.settings={credit: steps}", "care.credit=steps"),
+    ),
+)
+def test_refuses(override, message):
+    """Before the first step: what would be without effect, or another algorithm."""
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        config = hydra.compose("ppo_trainer", overrides=documented())
+        door.check(config)
+        config = hydra.compose("ppo_trainer", overrides=[*documented(), f"++{override}"])
+    for trainer in (ray_trainer.RayPPOTrainer, trainer_base.PPOTrainer):
+        with pytest.raises(ValueError, match=message):
+            trainer.__init__(SimpleNamespace(), config)
