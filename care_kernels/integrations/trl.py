@@ -36,7 +36,7 @@ from trl import GRPOTrainer
 try:
     from trl.trainer.utils import FusedCausalLMOutput
 except ImportError as error:
-    raise ImportError(f"trl: got version {trl.__version__}, wanted 1.16.x") from error
+    raise ImportError(f"trl: got version {trl.__version__}; wanted 1.16.x") from error
 
 from care_kernels.checks import wrong
 from care_kernels.integrations.transformers import (

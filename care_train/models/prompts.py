@@ -96,7 +96,7 @@ class PromptEncoder:
     def _num_image_tokens(self, sample: Sample, width: int, height: int) -> int:
         processor = self._loaded.processor.image_processor
         try:
-            patches = processor.get_number_of_image_patches(height, width)
+            patches = processor.get_number_of_image_patches(height, width, {})
         # What the processor raises on a strip of an image.
         except ValueError as error:
             raise ValueError(

@@ -381,8 +381,9 @@ def test_refuses_what_would_be_silently_wrong(
         door.check(trainer)
     trainer.ref_model = None
     door.check(trainer)
+    monkeypatch.undo()
     monkeypatch.setattr("trl.__version__", "1.15.0")
-    with pytest.raises(ValueError, match=r"trl: got version 1\.15\.0, wanted 1\.16\.x"):
+    with pytest.raises(ValueError, match=r"trl: got version 1\.15\.0; wanted 1\.16\.x"):
         build()
 
 
@@ -526,7 +527,7 @@ def test_a_vllm_server_samples_and_repairs_with_the_trainers_policy(
         # vLLM 0.32's names for images' requests; TRL 1.16 knows those to 0.31.
         for entry in (e for choice in choices for e in choice.get("content", ())):
             for token in (entry, *entry["top_logprobs"]):
-                token["token"] = f"token_id:{token.get('token_id')}"
+                token.setdefault("token", f"token_id:{token.get('token_id')}")
         return parse(choices)
 
     environment = own_environment() | {"VLLM_SERVER_DEV_MODE": "1"}

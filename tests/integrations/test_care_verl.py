@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer
 
 pytest.importorskip("verl", reason="verl is not installed: docs/verl.md")
 
@@ -52,7 +53,8 @@ class Batch:
 
     def __init__(self, model: Path) -> None:
         self.text = door.token_text(str(model))
-        tokenizer: Any = self.text._tokenizer
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        tokenizer = self.tokenizer
         flat = [(f"uid-{g}", text) for g, group in enumerate(GROUPS) for text in group]
         order = torch.randperm(len(flat), generator=torch.Generator().manual_seed(0)).tolist()
         self.rows = [flat[i] for i in order]
@@ -137,7 +139,7 @@ def test_what_a_response_is(tiny_folder):
     groups = [batch.group(f"uid-{g}", care)[1].rollouts for g in range(3)]
     assert sorted(rollout.accuracy for rollout in groups[0]) == [0.0] * 7 + [1.0] * 3
     assert sum(not rollout.finished for group in groups for rollout in group) == 1
-    tokenizer: Any = batch.text._tokenizer
+    tokenizer = batch.tokenizer
 
     def counts(words: str) -> Tensor:
         ids = tokenizer(f"<think>{words}</think><answer>1</answer>")["input_ids"]
