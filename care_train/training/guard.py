@@ -153,14 +153,22 @@ class Guard:
 
     def _watch(self) -> None:
         while not self._leaving.is_set():
-            if self._limits.rank > 0:
-                # A thread of C, for code that never releases the interpreter's lock and so stops
-                # this thread too. Written to file descriptor 2: a notebook's sys.stderr has none.
-                faulthandler.dump_traceback_later(self._limits.rank, exit=True, file=2)
+            self._end_without_sign(self._limits.rank)
             if (fault := self._look()) is not None:
+                self._end_without_sign(self._limits.rank + _GRACE + _ANSWER)
                 self._end(fault)
                 return
             self._leaving.wait(self._tick)
+
+    def _end_without_sign(self, seconds: float) -> None:
+        """End the process unless this thread calls again before so many seconds have gone.
+
+        A thread of C does, for code that never releases the interpreter's lock and so stops this
+        thread too.
+        """
+        if self._limits.rank > 0:
+            # File descriptor 2: a notebook's sys.stderr has none.
+            faulthandler.dump_traceback_later(seconds, exit=True, file=2)
 
     def _look(self) -> Fault | None:
         """What ends the run, if anything does."""

@@ -96,12 +96,12 @@ def test_a_stopped_rank_ends_the_others(arguments):
     names it and its step after limits.rank, with the status of a lost rank."""
     # Time for a sign of life in this step.
     before = _breaks(STEP, "time.sleep(3); os.kill(os.getpid(), signal.SIGSTOP)", ranks="1")
-    run = FastRun(*arguments, "limits.rank=6", ranks=2, before=before)
+    run = FastRun(*arguments, "limits.rank=4", ranks=2, before=before)
     assert not run.wait_for(lambda: False, seconds=60)
     run.kill(1)
     status, errors = run.end()[0]
     assert status == RANK_LOST_STATUS and "Traceback" not in errors, errors
-    assert "rank 1: no sign of life for limits.rank = 6 s; it was in other of step 3" in errors
+    assert "rank 1: no sign of life for limits.rank = 4 s; it was in other of step 3" in errors
 
 
 HANGS = {
