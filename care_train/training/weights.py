@@ -83,7 +83,7 @@ def buffers(model: Any) -> dict[str, torch.Tensor]:
 def drop_weights(model: nn.Module) -> None:
     """Free a model's memory for good, whoever still holds it."""
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = torch.empty(0, dtype=tensor.dtype)
+        tensor.data = tensor.data.new_empty(0)
 
 
 def tensor_bytes(tree: Any) -> int:

@@ -4,8 +4,7 @@ Symbolic equality is asked of the caller: a worker process has it, the trainer's
 """
 
 import re
-import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache, lru_cache
@@ -30,7 +29,6 @@ from care_train.verifier.notation import (
     depth,
     may_be_one,
     normalize,
-    normalize_words,
     plain_latex,
     split_equation,
     split_top,
@@ -47,6 +45,7 @@ from care_train.verifier.numbers import (
 )
 from care_train.verifier.responses import Item, Verdict
 from care_train.verifier.units import split_unit
+from care_train.verifier.words import YES_NO, same_words, same_yes_no
 
 if TYPE_CHECKING:
     from care_train.verifier.verify import MathVerify
@@ -57,11 +56,8 @@ MAX_ANSWER_CHARS = 1024
 _MAX_ELEMENTS = 32
 _MAX_NESTING = 8
 
-_YES_NO = {"yes": True, "true": True, "no": False, "false": False}
-# The word itself, or the word before its explanation.
-_LEADING_WORD = re.compile(
-    r"(?:yes|no|true|false)(?:$|[,.;:!]|\s+[-\u2013\u2014]\s|\s+(?:because|since)\s)"
-)
+# A unit at the end, apart from letters beside it: (x+2)\text{ m}.
+_MARKED = re.compile(r"\\(?:text|mathrm)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?[\s.$)}]*$")
 _IN_A_BASE = re.compile(r"[0-9]_\{?[0-9]")
 _AS_LETTER = re.compile(r"\([a-z]\)|\[[a-z]\]|[a-z]\)?")
 
@@ -85,8 +81,7 @@ def compare(item: Item, symbolic: "MathVerify | None") -> Verdict:
         return Verdict(0.0, "only a reward function reads this key", item.answer_type)
     accepted = accepted_answers(expected)
     if accepted != (expected,) and item.answer_type not in (AnswerType.SET, AnswerType.LIST):
-        verdicts = [compare(replace(item, expected=one), symbolic) for one in accepted]
-        return max(verdicts, key=lambda verdict: verdict.accuracy)
+        return _compare_with_any(accepted, item, symbolic)
     kind = item.answer_type or infer_type(expected, item.options)
     if kind is not AnswerType.MATH and tight(predicted) == tight(expected):
         return Verdict(1.0, "exact match", kind)
@@ -99,13 +94,25 @@ def compare(item: Item, symbolic: "MathVerify | None") -> Verdict:
     return Verdict(0.0, f"got {_shorten(predicted)}, wanted {_shorten(expected)}", kind)
 
 
+def _compare_with_any(
+    accepted: Sequence[str], item: Item, symbolic: "MathVerify | None"
+) -> Verdict:
+    verdicts = [compare(replace(item, expected=one), symbolic) for one in accepted]
+    # Of what is wrong, words: a judge is asked about these alone.
+    best = max(verdicts, key=lambda v: (v.accuracy, v.answer_type is AnswerType.TEXT))
+    if best.accuracy:
+        return best
+    wanted = _shorten(" or ".join(accepted))
+    return replace(best, reason=f"got {_shorten(item.predicted)}, wanted {wanted}")
+
+
 @lru_cache(maxsize=1024)
 def infer_type(expected: str, options: tuple[str, ...] = ()) -> AnswerType:
     """The type of a key that has none: words unless it clearly is something else."""
     text = unwrap(expected.rpartition("\n#### ")[2])
     if is_choice_key(text, options):
         return AnswerType.CHOICE
-    if normalize(text) in _YES_NO:
+    if normalize(text) in YES_NO:
         return AnswerType.YES_NO
     if _has_parts(text):
         return AnswerType.LIST
@@ -172,7 +179,7 @@ class _Comparison:
             AnswerType.MATH: self._math,
             AnswerType.SET: self._set,
             AnswerType.LIST: self._list,
-            AnswerType.YES_NO: self._yes_no,
+            AnswerType.YES_NO: lambda: same_yes_no(self.got, self.wanted),
             AnswerType.TEXT: self._text,
         }
         return by_type[self.item.answer_type]()
@@ -221,7 +228,8 @@ class _Comparison:
         if real_set and key_set and (real_set.is_certain or key_set.is_certain):
             same = same_real_set(real_set, key_set, self._is_same)
             return "the same set of numbers" if same else ""
-        (got, unit), (wanted, key_unit) = split_unit(got), split_unit(wanted)
+        got, unit = split_unit(got, is_marked=bool(_MARKED.search(self.got)))
+        wanted, key_unit = split_unit(wanted, is_marked=bool(_MARKED.search(self.wanted)))
         if unit and key_unit and unit != key_unit:
             return ""
         if (unit or key_unit) and canonical(got) == canonical(wanted):
@@ -251,14 +259,6 @@ class _Comparison:
     def _list(self) -> str:
         return self._in_order(_elements(self.got), _elements(self.wanted))
 
-    def _yes_no(self) -> str:
-        wanted = _YES_NO.get(normalize(self.wanted))
-        words = re.findall(r"[a-z']+", normalize(self.got))
-        said = {_YES_NO[word] for word in words if word in _YES_NO}
-        leads = _LEADING_WORD.match(normalize(self.got))
-        hedges = {"unknown", "maybe", "unless", "but", "or"} | ({"not"} if wanted else set())
-        return "the same" if leads and said == {wanted} and hedges.isdisjoint(words) else ""
-
     def _text(self) -> str:
         got, wanted = plain_latex(self.got), plain_latex(self.wanted)
         if normalize(got) == normalize(wanted) or same_formula(got, wanted):
@@ -271,7 +271,7 @@ class _Comparison:
             return "same choice" if letter == key_letter else ""
         if (reason := same_number(got, wanted)) is not None:
             return reason
-        return "the same words" if _same_words(got, wanted) else ""
+        return "the same words" if same_words(got, wanted) else ""
 
     def _in_order(self, parts: list[str], wanted: list[str]) -> str:
         if len(parts) != len(wanted) or len(wanted) > _MAX_ELEMENTS:
@@ -326,22 +326,6 @@ def _elements(text: str) -> list[str]:
     found = split_tuple(text) or split_tuple(f"{text[:-1]},{text[-1:]}")
     inner = found[1] if found else split_top(re.sub(r",?\s+and\s+", ", ", text))
     return [part for part in inner if part]
-
-
-def _same_words(got: str, wanted: str) -> bool:
-    spelled = (text.replace("°", " degrees ") for text in (got, wanted))
-    got, wanted = (re.sub(r"\s*([-:/])\s*", r"\1", normalize(text)) for text in spelled)
-    if got == wanted:
-        return True
-    words, key = normalize_words(got), normalize_words(wanted)
-    # Words alone would make AB ∥ CD of AB ⊥ CD.
-    signs = ([c for c in text if unicodedata.category(c) in ("Sm", "So")] for text in (got, wanted))
-    if next(signs) != next(signs):
-        return False
-    if len(key) < 2 or not any(char.isalpha() for char in key):
-        return False
-    joined = "-" in got + wanted and words.replace(" ", "") == key.replace(" ", "")
-    return words == key or joined
 
 
 def _shorten(text: str) -> str:

@@ -52,7 +52,8 @@ SameExpression = Callable[[str, str], bool]
 
 def same_letters(got: str, wanted: str) -> bool:
     """Whether two texts are the same options by their letters: AC, A, C, A and C."""
-    texts = [re.sub(r"[\s,;&()\u3001]|and", "", text) for text in (got, wanted)]
+    bare = [re.sub(r"\(([A-H])\)", r"\1", text).strip("()") for text in (got, wanted)]
+    texts = [re.sub(r"[\s,;&\u3001]|and", "", text) for text in bare]
     return texts[0] == texts[1] and bool(re.fullmatch("(?=..)A?B?C?D?E?F?G?H?", texts[0]))
 
 

@@ -34,7 +34,7 @@ _BODIES = [
 ]
 _PATTERNS = [(kind, re.compile(pattern)) for kind, pattern in _BODIES]
 _VARIABLES = tuple("nkatvwj'\"")
-_REMARK = re.compile(r" ?\(([a-z][a-z ]+)\)$")
+_REMARK = re.compile(r" ?\(([a-z][a-z ]+|[mgslhv])\)$")
 _ABOUT = re.compile(r"(?:≈|about |approximately |around |roughly |approx\.? )\s*")
 _SCALE = re.compile(r"(hundred|thousand|million|billion|trillion|mn|bn)s?(?![a-z])")
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "mn": 10**6}

@@ -68,13 +68,14 @@ _KNOWN = {
 _ALIASES = {"mph": "mile/hour", "kph": "km/hour", "kmh": "km/hour"}
 _ALIASES |= {f"degree{s} {name}": name for s in ("", "s") for name in ("celsius", "fahrenheit")}
 _LETTER_UNITS = set(
-    "m nm cm wh ws ah as va vs js m/s m/h l/s l/h g/l g/s g/m j/s j/k j/g v/m v/a n/m n/c c/s w/m "
-    "w/k a/m /s /m".split()
+    "m nm ns mn cm wh ws ah as am va vs vm js tm mk m/s m/s/s m/h l/s l/h g/l g/s g/h g/m s/m "
+    "j/s j/k j/g j/m j/t j/g/k v/m v/a v/s v/k n/m n/s n/c ns/m c/s w/m w/m/k w/k w/g a/m a/s "
+    "k/m k/s /s /m".split()
 )
 """Units of letters alone, such as N m, m^2 or J/K; m v^2, s^2 and v/t are of variables."""
 _PREFIXES = {"square": 2, "sq": 2, "sq.": 2, "cubic": 3, "cu": 3}
 _FACTOR = re.compile(r"([^\s^/*·0-9.-][^\s^/*·0-9]*?)\.?(?:\^?\{?(-?[1-9])\}?)?")
-_ATTACHED = re.compile(r"(.*[0-9)}\]π])\s*([mgshl]|[a-zA-Z]{2,4}(?:\^?\{?[23]\}?)?)")
+_ATTACHED = re.compile(r"(.*(?:[0-9)}\]π]|\\pi(?= )))\s*([mgshl]|[a-zA-Z]{2,4}(?:\^?\{?[23]\}?)?)")
 _LETTER_POWER = re.compile(r"[a-zA-Z]\^\{?[0-9]\}?")
 _LONE_LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 # A word that changes the number's value or hedges is no unit.
@@ -128,15 +129,23 @@ def parse_unit(text: str, *, is_free: bool = False) -> Unit | None:
     return Unit(tuple(sorted(item for item in dimensions.items() if item[1])), worth)
 
 
-def split_unit(text: str) -> tuple[str, Unit | None]:
-    """`9\\pi` and centimetres of `9\\pi cm`; (text, None) where no known unit ends it."""
+def split_unit(text: str, *, is_marked: bool = False) -> tuple[str, Unit | None]:
+    """`9\\pi` and centimetres of `9\\pi cm`; (text, None) where no known unit ends it.
+
+    Beside letters a lone letter is a variable, unless `is_marked`: it stood in `\\text{ m}`.
+    """
     words = text.split(" ")
     for count in (3, 2, 1):
         tail = " ".join(words[-count:])
-        if len(words) > count and len(tail) > 1 and tail[0].isalpha() and tail.isascii():
+        if (
+            len(words) > count
+            and (len(tail) > 1 or is_marked)
+            and tail[0].isalpha()
+            and tail.isascii()
+        ):
             unit, head = parse_unit(tail.casefold()), " ".join(words[:-count])
             is_variable = _LETTER_POWER.fullmatch(tail) and _LONE_LETTER.search(head)
-            if unit is not None and unit.known and not is_variable:
+            if unit is not None and unit.known and (is_marked or not is_variable):
                 return head, unit
     if match := _ATTACHED.fullmatch(text):
         unit = parse_unit(match[2].casefold())
