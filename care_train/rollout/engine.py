@@ -131,7 +131,8 @@ def model_identity(loaded: LoadedModel) -> dict[str, Any]:
     }
     if loaded.processor is not None:
         identity |= _flat("image processor", loaded.processor.image_processor.to_dict())
-    return json.loads(json.dumps(identity, default=str))
+    # Sorted: a saved model's config.json has the keys in another order than the Hub's.
+    return json.loads(json.dumps(identity, default=str, sort_keys=True))
 
 
 def _flat(name: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Promises of `linear_policy_loss` beyond agreement with the oracle."""
 
+import operator
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from care_kernels import Clip, linear_log_probs, linear_policy_loss
 from tests.kernels.cases import (
@@ -403,11 +405,19 @@ def test_weight_grad_sees_no_upstream_gradient() -> None:
     assert_same(detached, once)
 
 
-def test_a_compiled_caller_leaves_the_calls_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_caller_leaves_the_calls_out() -> None:
     """Compiled, they would unroll their chunks for each number of rows, and hold twice as much."""
-    case, left_out = policy_case(), []
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(torch.compiler, "disable", lambda f: left_out.append(f.__name__) or f)
-    linear_policy_loss(**case)
-    linear_log_probs(case["hidden"], case["head_weight"], case["target_ids"])
-    assert left_out == ["linear_policy_loss", "linear_log_probs"]
+    case, compiled = policy_case(), []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.extend(node.target for node in graph.graph.nodes if "call" in node.op)
+        return graph.forward
+
+    def step(hidden: Tensor) -> Tensor:
+        policy = linear_policy_loss(hidden + 1, **case)
+        return policy.loss * linear_log_probs(hidden, case["head_weight"], case["target_ids"])
+
+    # Dynamo compiles nothing within the dispatch mode that these tests run in.
+    with _disable_current_modes():
+        torch.compile(step, backend=backend)(case.pop("hidden"))
+    assert compiled == [operator.add, operator.mul]

@@ -1,6 +1,8 @@
 """vLLM against transformers and the training forward: tokens, log-probs, bans, seeds, prompts."""
 
+import json
 import os
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -326,11 +328,16 @@ def test_what_a_sleeping_engine_keeps(lora, level, tiny_folder, monkeypatch):
     assert told[1:] == ["wake up"] and engine.num_starts == 2
 
 
-def test_one_vllm_serves_a_policy_before_with_and_after_its_adapters(tiny_folder, monkeypatch):
+def test_one_vllm_serves_a_policy_before_with_and_after_its_adapters(
+    tiny_folder, monkeypatch, tmp_path
+):
     """On GPUs vLLM's sleep mode allows one in a process: another model's is an error there."""
     starts = []
     monkeypatch.setattr(vllm_process, "_running", {})
     monkeypatch.setattr(vllm_process, "start_vllm", lambda *given: starts.append(given))
+
+    def reversed_keys(pairs):
+        return dict(reversed(pairs))
 
     def wanted(loaded, size=1):
         limits = {"max_context": 100, "batch_size": size, "lora_rank": LORA.rank}
@@ -340,7 +347,10 @@ def test_one_vllm_serves_a_policy_before_with_and_after_its_adapters(tiny_folder
     assert wanted(loaded) is WeightParts.MERGED
     add_adapters(loaded.model, LORA, seed=0)
     assert wanted(loaded) is WeightParts.BASE_AND_ADAPTER
-    assert wanted(load(tiny_folder())) is WeightParts.MERGED and len(starts) == 1
+    hub = shutil.copytree(tiny_folder(), tmp_path / "hub")  # other order of keys than a saved one's
+    config = json.loads((hub / "config.json").read_text(), object_pairs_hook=reversed_keys)
+    (hub / "config.json").write_text(json.dumps(config))
+    assert wanted(load(hub)) is WeightParts.MERGED and len(starts) == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="another model or other settings already"):
         wanted(loaded, size=2)

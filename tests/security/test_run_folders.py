@@ -42,6 +42,7 @@ ATTACKS: dict[str, tuple[str, str]] = {
         "data: pictures.jsonl: row 1: {run}/red.png lies in",
     ),
     "no such rows": ("data.path=nowhere.jsonl", "nowhere.jsonl"),
+    "a new run without rows": ("name=new data.path=nowhere.jsonl", "nowhere.jsonl"),
     "a bad row": ("eval.data={above}/bad.jsonl", "bad.jsonl"),
     "no such model": ("model.path=nowhere", "no config.json there"),
     "a long prompt": ("prompt.max_prompt_tokens=1", "wanted at most 1"),
