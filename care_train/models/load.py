@@ -4,6 +4,7 @@ FlashAttention and Liger's kernels: where they can run, and what runs in their p
 """
 
 import importlib.util
+import inspect
 import logging
 import os
 import sys
@@ -152,6 +153,7 @@ def _with_preparation(model: Any, folder: Path) -> LoadedModel:
         with readable(folder, "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
     if _has_vision(model.config):
+        _check_takes_encoded_images(model, folder)
         with readable(folder, "the processor (processor_config.json, preprocessor_config.json)"):
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
             tokenizer = processor.image_processor and processor.tokenizer
@@ -161,6 +163,16 @@ def _with_preparation(model: Any, folder: Path) -> LoadedModel:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     check_tokenizer(folder, tokenizer, model.get_input_embeddings().num_embeddings)
     return LoadedModel(model, processor, tokenizer)
+
+
+def _check_takes_encoded_images(model: Any, folder: Path) -> None:
+    """A forward that lacks the argument drops it in its `**kwargs`: the policy would be blind."""
+    if "mm_encoder_outputs" not in inspect.signature(model.base_model.forward).parameters:
+        raise ValueError(
+            f"model.path: {folder}: {type(model.base_model).__name__} of transformers "
+            f"{transformers.__version__} takes no encoded images (mm_encoder_outputs), and would "
+            "see none; wanted a model that does, with transformers 5.18 or newer"
+        )
 
 
 def load_skeleton(

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
 from care_train.models.folder import check_tokenizer
 from care_train.models.load import auto_class
@@ -148,3 +149,10 @@ def test_a_text_checkpoint_may_carry_a_vision_config(tiny_folder, tmp_path):
     assert auto_class(config) is AutoModelForCausalLM
     vision = load(tiny_folder("tiny-qwen3-vl")).model.config
     assert auto_class(vision) is AutoModelForImageTextToText
+
+
+def test_a_model_that_drops_encoded_images_is_refused(tiny_folder, monkeypatch):
+    """As all do before transformers 5.18: it would learn and answer without seeing any."""
+    monkeypatch.setattr(Qwen2_5_VLModel, "forward", lambda self, input_ids=None, **kwargs: None)
+    with pytest.raises(ValueError, match="takes no encoded images"):
+        load(tiny_folder("tiny-qwen2.5-vl"))
