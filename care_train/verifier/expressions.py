@@ -112,7 +112,7 @@ def has_words(text: str) -> bool:
 
 def same_formula(got: str, wanted: str) -> bool:
     """Whether two texts are one chemical formula: H2O, H_2O, H_{2}O; Na+, Na^+."""
-    marks = re.compile(r"[\s_{}]|\^(?=\{?[0-9]?[+-])")
+    marks = re.compile(r"\s*[_{}]\s*|\^(?=\{?[0-9]?[+-])")
     got, wanted = (marks.sub("", text) for text in (got, wanted))
     return got == wanted and bool(_SUBSTANCE.fullmatch(wanted))
 
