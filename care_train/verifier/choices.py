@@ -47,14 +47,17 @@ _TAKES_BACK = re.compile(
     r"is (?:not|wrong|incorrect|false)\b|.*\b(?:not sure|unsure)\b|(?:if|unless) ", re.I
 )
 
+_LETTER_LIST = re.compile(r"[A-H]{2,}|[A-H](?:(?:[\s,;&\u3001]|and)+[A-H])+")
+
 SameExpression = Callable[[str, str], bool]
 
 
 def same_letters(got: str, wanted: str) -> bool:
     """Whether two texts are the same options by their letters: AC, A, C, A and C."""
     bare = [re.sub(r"\(([A-H])\)", r"\1", text).strip("()") for text in (got, wanted)]
-    texts = [re.sub(r"[\s,;&\u3001]|and", "", text) for text in bare]
-    return texts[0] == texts[1] and bool(re.fullmatch("(?=..)A?B?C?D?E?F?G?H?", texts[0]))
+    first, second = ("".join(re.findall("[A-H]", text)) for text in bare)
+    in_order = "".join(sorted(set(first)))
+    return first == second == in_order and all(map(_LETTER_LIST.fullmatch, bare))
 
 
 def is_choice_key(key: str, options: Sequence[str]) -> bool:
