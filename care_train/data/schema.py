@@ -73,6 +73,8 @@ class Sample:
     """The row's prompt was chat messages: TRL's reward functions get them as such."""
     columns: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
     """The row's other columns, as reward functions get them."""
+    key: Any = field(default=None, repr=False, hash=False)
+    """The key as it stands where it is a list or mapping, as reward functions get it."""
     visit: int = 0
     """How often training had gone through all rows before it came to this one again."""
 
@@ -192,8 +194,6 @@ def sample_from_row(
         if is_empty(read[name]) or read[name] == answer:
             taken.add(name)
     columns = {name: value for name, value in row.items() if name not in taken}
-    if isinstance(found.value, (list, tuple, Mapping)):
-        columns.setdefault("ground_truth", found.value)
     refs = image_refs(images, column=images_column or "", base_dir=base_dir, at=location)
     for name in columns if needs_prompt and not refs else ():
         if name not in _TEXT_COLUMNS and is_seen(name, read.get(name), base_dir):
@@ -208,6 +208,7 @@ def sample_from_row(
         id=id,
         prompt=talk.prompt,
         answer=answer,
+        key=found.value if isinstance(found.value, (list, tuple, Mapping)) else None,
         rationale=rationale,
         failed_rationale=failed_rationale,
         images=refs,

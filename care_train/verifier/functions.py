@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from care_train.config import SHIPPED_REWARDS, RewardFunctionSettings
-from care_train.data import RowError
+from care_train.data import RowError, Sample
 from care_train.data.keys import verl_answer
 from care_train.verifier.responses import Response, RowImages
 
@@ -190,7 +190,7 @@ class UserFunction:
         return [self._run(_row(one), **self._settings.arguments) for one in responses]
 
     def _trl(self, responses: Sequence[Response], state: TrainerState) -> Any:
-        rows = [_row(one) for one in responses]
+        rows = [_row(one) | _own_keys(one.sample) for one in responses]
         names = dict.fromkeys(name for row in rows for name in row)
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
         del columns["prompt"], columns["response"]
@@ -278,10 +278,11 @@ async def _awaited(result: Any) -> Any:
 def _row(response: Response) -> dict[str, Any]:
     """A row's columns and its response, as a function gets them."""
     sample = response.sample
+    key = sample.answer if sample.key is None else sample.key
     return {
-        "answer": sample.answer,
-        "ground_truth": sample.answer,
         **sample.columns,
+        "answer": key,
+        "ground_truth": key,
         "prompt": sample.prompt,
         "images": RowImages(sample),
         "source": sample.source,
@@ -289,6 +290,11 @@ def _row(response: Response) -> dict[str, Any]:
         "response": response.text,
         "response_length": len(response.token_ids),
     }
+
+
+def _own_keys(sample: Sample) -> dict[str, Any]:
+    """The row's columns of the key's names as they stand, as TRL gives them."""
+    return {k: v for k, v in sample.columns.items() if k in ("answer", "ground_truth")}
 
 
 def _messages(response: Response) -> list[dict[str, str]]:

@@ -75,11 +75,11 @@ def user(content: Any) -> list[dict[str, Any]]:
         ({"answer": "['a', 'b']", "answer_type": "list"}, {"answer": "a, b"}),
         # What only a reward function reads: boxes, objects, a solution without one marked answer.
         *(
-            ({"answer": key}, {"answer": text, "answer_type": "function", "columns": columns})
-            for key, text, columns in (
-                (BOX, "[1, 2, 3, 4]", {"answer": BOX, "ground_truth": BOX}),
-                (GOAL, '{"target": ["x"]}', {"answer": GOAL, "ground_truth": GOAL}),
-                ('[{"box": 1}]', '[{"box": 1}]', {}),
+            ({"answer": key}, {"answer": text, "answer_type": "function", "key": stands})
+            for key, text, stands in (
+                (BOX, "[1, 2, 3, 4]", BOX),
+                (GOAL, '{"target": ["x"]}', GOAL),
+                ('[{"box": 1}]', '[{"box": 1}]', None),
             )
         ),
         (

@@ -208,11 +208,15 @@ def test_verl_gets_its_own_columns(tmp_path: Path):
 
 
 def test_keys_reach_functions_as_they_stand():
-    """Of a key that no verifier reads: TRL's column, EasyR1's and verl's `ground_truth`. Without a
-    function, or where none has an opinion, such a row is an error that names it."""
+    """TRL's get the row's columns, EasyR1's and verl's the key: an object or list as it stands,
+    else its text, whatever a column `ground_truth` beside it holds. A key that no verifier reads is
+    an error that names the row without a function, or where none has an opinion."""
     goal, got = {"target": ["blue"], "boxes": [[1, 2]]}, []
-    row = {"prompt": "q", "answer": goal}
-    sample = sample_from_row(row, location="r.jsonl: row 3", base_dir=Path(), id="r/3")
+
+    def read(**columns):
+        row = {"prompt": "q"} | columns
+        return sample_from_row(row, location="r.jsonl: row 3", base_dir=Path(), id="r/3")
+
     opinion: list[float | None] = [1.0]
 
     def trl(completions, answer):
@@ -227,22 +231,29 @@ def test_keys_reach_functions_as_they_stand():
         got.append(ground_truth)
         return opinion[0]
 
-    def scored(*functions):
+    def scored(sample, *functions):
         given = {f"{FROM_PYTHON}{one.__name__}": one for one in functions}
         settings = [RewardFunctionSettings(function=name) for name in given]
         verifier = Verifier(PromptSettings(), RewardSettings(functions=settings), given)
         verifier.check_key(sample)
         return verifier.score(GOOD, sample)
 
-    assert scored(trl, easyr1, verl).accuracy == 1 and got == [goal] * 3
+    for columns, keys in (
+        ({"answer": goal}, [goal] * 3),
+        ({"answer": 12, "ground_truth": "B"}, [12, "12", "12"]),
+        ({"answer": "so\n#### 12"}, ["so\n#### 12", "12", "12"]),
+        ({"answer": [3, 4], "ground_truth": "B"}, [[3, 4]] * 3),
+    ):
+        got.clear()
+        assert scored(read(**columns), trl, easyr1, verl).accuracy == 1 and got == keys
     wanted = (
         r"r\.jsonl: row 3: answer: got '\{\"target\": .*, which only a reward function can read"
     )
     with pytest.raises(RowError, match=wanted):
-        scored()
+        scored(read(answer=goal))
     opinion = [None]
     with pytest.raises(RowError, match=wanted):
-        scored(trl)
+        scored(read(answer=goal), trl)
 
 
 def test_a_helper_beside_the_file(tmp_path: Path):
