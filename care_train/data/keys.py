@@ -26,8 +26,8 @@ from care_train.data.options import Options, option_key
 
 _VERL = "reward_model.ground_truth"
 # Of each tuple the first column that holds something is read.
-ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "solution", "ground_truth", _VERL)
-"""A key's; the last is verl's, inside another column."""
+ANSWER_COLUMNS = ("answer", "solution", "ground_truth", _VERL, "final_answer", "expected_answer")
+"""A key's; verl's is inside another column."""
 
 RESPONSE_COLUMNS = ("completion", "response")
 """Those of a response with tags, where the messages hold none."""
@@ -123,7 +123,7 @@ def read_key(
     are_letters = all(len(one) == 1 and one.isalpha() for one in accepted)
     # Of several options each alone is seldom right, and a list does not say that all are wanted.
     are_options = len(accepted) > 1 and (options.texts or are_letters)
-    if are_options or (found.is_derivation and kind is None):
+    if kind is None and (are_options or found.is_derivation):
         return answer, AnswerType.FUNCTION, options
     if not options.texts or kind not in (None, AnswerType.CHOICE, AnswerType.TEXT):
         return answer, kind, options if column else Options()

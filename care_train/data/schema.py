@@ -33,7 +33,7 @@ from care_train.data.options import letter_columns, options_in, read_options
 # Of each tuple the first column that holds something is read.
 PROMPT_COLUMNS = (
     *("prompt", "problem", "question", "query"),
-    *("message", "messages", "conversations"),
+    *("messages", "conversations", "message"),
 )
 """A prompt's: text, or chat messages, which may be JSON text."""
 
@@ -233,9 +233,9 @@ def _prompt(row: Mapping[str, Any], at: str, is_needed: bool) -> tuple[str, Conv
             f"messages in one of {', '.join(PROMPT_COLUMNS)}: rename the question's column",
         )
     value = row[column]
-    value = nested(value) if isinstance(value, str) else value
-    if is_conversation(value):
-        talk = read_conversation(value, column=column, at=at)
+    talks = nested(value) if isinstance(value, str) else value
+    if is_conversation(talks):
+        talk = read_conversation(talks, column=column, at=at)
     elif isinstance(value, str):
         talk = Conversation(value)
     else:

@@ -89,7 +89,13 @@ def user(content: Any) -> list[dict[str, Any]]:
         ({"answer": None, "solution": "so " * 101}, {"answer_type": "function"}),
         ({"answer": ["A", "C"]}, {"answer": '["A", "C"]', "answer_type": "function"}),
         ({"choices": ["x", "y"], "answer": "['x', 'y']"}, {"answer_type": "function"}),
-        ({"answer": None, "final_answer": "2", "solution": "so"}, {"answer": "2"}),
+        ({"answer": None, "final_answer": "2", "r1_solution_1": "so"}, {"answer": "2"}),
+        (
+            {"answer": None, "solution": "\\boxed{5}", "expected_answer": "n/a"},
+            {"answer": "5"},
+        ),
+        # A row's own type stands.
+        ({"answer": ["A", "C"], "answer_type": "choice"}, {"answer_type": "choice"}),
         # Another data set's own words.
         ({"answer_type": "Float"}, {"answer_type": None}),
         (
@@ -104,6 +110,8 @@ def user(content: Any) -> list[dict[str, Any]]:
             {"prompt": None, "message": json.dumps(user(PARTS))},
             {"prompt": "<image>q", "images": (Path("/data/a.png"),)},
         ),
+        ({"prompt": None, "message": "hi", "messages": user("why?")}, {"prompt": "why?"}),
+        *(({"prompt": text}, {"prompt": text}) for text in ('{"a": 1}', '["pear", "apple"]')),
         # A file's name in a column of another kind is what the text is about.
         ({"source": "scan_1.png", "task": "Draw it into out.png"}, {"images": ()}),
         ({"sound": b"RIFF\0\0\0\0WAVEfmt "}, {"images": ()}),
