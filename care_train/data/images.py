@@ -46,7 +46,9 @@ _SEEN_FILE = re.compile(
     r"[^\n]{1,300}\.(?:png|jpe?g|webp|gif|bmp|tiff?|mp4|mkv|mov|avi|webm)", re.IGNORECASE
 )
 _SEEN_COLUMN = re.compile(
-    r"image|img|pic|photo|fig|diagram|screen|visual|frame|video|file|path|media|url", re.IGNORECASE
+    r"image|img|pic|photo|fig|diagram|chart|plot|page|scan|thumb|screen|visual|frame|video|file"
+    r"|path|media|url",
+    re.IGNORECASE,
 )
 """What is in the name of a column that data sets keep an image's or video's path or address in."""
 
@@ -100,7 +102,7 @@ def is_seen(column: str, value: object, base_dir: Path) -> bool:
     if isinstance(value, (list, tuple)):
         return any(is_seen(column, entry, base_dir) for entry in value)
     if isinstance(value, Mapping):
-        value = _of_mapping(value)
+        return any(is_seen(key, value.get(key), base_dir) for key in IMAGE_KEYS)
     if isinstance(value, str) and _SEEN_FILE.fullmatch(value):
         return bool(_SEEN_COLUMN.search(column)) or os.path.isfile(base_dir / value)
     if isinstance(value, str) and value.startswith("data:image/"):

@@ -203,6 +203,8 @@ def test_what_is_read_of_a_row(columns: dict[str, Any], read: dict[str, Any]):
                 ("image_1", {"bytes": b"\x89PNG", "path": None}),
                 ("image_path", "pictures/1.JPG"),
                 ("videos", ["clips/1.mp4"]),
+                *((name, "a.png") for name in ("chart", "plots", "page", "scan", "thumbnail")),
+                ("extra_info", {"image": "a.png", "index": 3}),
                 ("picture", b"\x89PNG\r\n"),
                 ("x", "UklGRiQAAABXRUJQVlA4IBgAAAAwAQCdASo="),
                 ("img", ["data:image/png;base64,iVBORw0KGgo="]),
