@@ -140,12 +140,14 @@ def plain(value: Any) -> Any:
 
 def is_empty(value: object) -> bool:
     """Whether a column holds nothing: null, NaN, blank text, or a list or mapping of nothing."""
+    if value is None or isinstance(value, str):
+        return not value or not value.strip()
     value = plain(value)
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         return all(is_empty(entry) for entry in value)
-    return value is None or value == b"" or (isinstance(value, str) and not value.strip())
+    return value is None or value == b""
 
 
 def spelled(value: Any) -> Any:

@@ -17,6 +17,10 @@ from care_train.data.columns import describe
 
 _MAX_OPTIONS = 26
 
+_LETTER_COLUMNS = [
+    [name[:-1] + chr(ord(name[-1]) + place) for place in range(_MAX_OPTIONS)]
+    for name in ("A", "option_a", "choice_a")
+]
 _LABEL_FIELDS, _TEXT_FIELDS = ("label", "letter", "key", "id"), ("text", "value", "content")
 
 # ASCII and full-width brackets and stops, as in `(A) cat`, `[A] cat`, `A. cat`, `A: cat`.
@@ -114,8 +118,9 @@ def options_in(prompt: str) -> Options:
 
 def letter_columns(row: Mapping[str, Any]) -> Options | None:
     """Options that have a column each, as VLMEvalKit's tables (`A`) and SEED-Bench (`choice_a`)."""
-    for name in ("A", "option_a", "choice_a"):
-        names = [name[:-1] + chr(ord(name[-1]) + place) for place in range(_MAX_OPTIONS)]
+    for names in _LETTER_COLUMNS:
+        if names[1] not in row:
+            continue
         texts = list(takewhile(lambda text: not is_empty(text), map(row.get, names)))
         if len(texts) > 1 and all(isinstance(text, (str, int, float)) for text in texts):
             return Options(tuple(map(_option_text, texts)))
