@@ -11,6 +11,7 @@ from care_train.data.answers import AnswerType
 from care_train.doctor import Finding, Subject, error, ok, spread, warning
 from care_train.models.prompts import PromptEncoder
 from care_train.verifier import Verifier
+from care_train.verifier.score import check_key
 
 _NUM_ROWS = 32
 _MEASURE_SECONDS = 20.0
@@ -142,7 +143,7 @@ def check_rewards(subject: Subject) -> Finding:
     verifier = Verifier(config.prompt, config.reward)
     rows = spread(subject.rows, _NUM_ROWS)
     for row in rows:
-        verifier.check_key(row)
+        check_key(row, config.reward)
     # What a response should say to keys that only a function reads is the function's affair.
     rows = [row for row in rows if row.answer_type is not AnswerType.FUNCTION]
     if not rows:

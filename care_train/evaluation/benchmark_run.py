@@ -27,6 +27,7 @@ from care_train.evaluation.table import macro_average, results_markdown, summari
 from care_train.reporting.files import read_json, write_file, write_json
 from care_train.training.resume import identity, settings_of
 from care_train.training.session import Session
+from care_train.verifier.score import check_key
 
 DATA = "data"
 """The name under which `eval.benchmarks` has the rows of `eval.data`."""
@@ -51,8 +52,8 @@ def open_questions(name: str, config: Config) -> QuestionSet:
         config: `eval.sources` says where the rows are, `eval.max_samples` how many count.
 
     Raises:
-        ValueError: no rows, a row that breaks the published schema, or an id that two different
-            questions share.
+        ValueError: no rows, a row that breaks the published schema, a key of `data` that no one
+            reads, or an id that two different questions share.
     """
     if name == DATA:
         if config.held_out is None:
@@ -73,6 +74,8 @@ def open_questions(name: str, config: Config) -> QuestionSet:
         if len(found) == limit:
             break
         question = read(place)
+        if benchmark is None:
+            check_key(question.sample, config.reward)
         sample, digest = question.sample, _digest(question, image_digests)
         _, location, known = found.setdefault(sample.id, (place, sample.location, digest))
         if known != digest:

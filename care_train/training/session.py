@@ -28,6 +28,7 @@ from care_train.training.groups import RolloutScorer
 from care_train.training.weights import policy_weights
 from care_train.verifier import Verifier
 from care_train.verifier.responses import check_comparable
+from care_train.verifier.score import check_key
 
 Item = TypeVar("Item")
 
@@ -256,7 +257,7 @@ def _prompt_lengths(session: Session, samples: Sequence[Sample], key: str) -> li
             if key.startswith("sft"):
                 check_comparable(sample)
             else:
-                session.scorer.verifier.check_key(sample)
+                check_key(sample, session.config.reward)
         except ValueError as error:
             errors[place] = str(error)
     for other_lengths, other_errors, other_hidden in gather((lengths, errors, hidden)):

@@ -13,7 +13,7 @@ from care_train.data.answers import AnswerType
 from care_train.data.columns import describe
 from care_train.data.rows import named_columns, parsed
 from care_train.verifier.responses import Response
-from care_train.verifier.score import Verifier
+from care_train.verifier.score import Verifier, check_key
 
 _BATCH = 256
 _WANTED = '{"response": text, "answer": text}, with optional type, options and tolerance'
@@ -40,7 +40,7 @@ def verify_lines(config: Config, source: TextIO, target: TextIO) -> None:
         for number, line in batch:
             try:
                 responses.append(_read(line, f"standard input: line {number}"))
-                verifier.check_key(responses[-1].sample)
+                check_key(responses[-1].sample, config.reward)
             except ValueError as error:
                 fault = error
                 break

@@ -75,7 +75,8 @@ def check_comparable(sample: Sample) -> None:
             "reward function can read (an object, a list of numbers or options, or a long solution "
             "without one marked answer), wanted the final answer as text, a number or a boolean, "
             "'A, C' for several options, or a list of texts of which any is right: correct the "
-            "row, or set reward.functions",
+            "row, set its answer_type to text, which compares text as it stands, or set "
+            "reward.functions",
         )
 
 

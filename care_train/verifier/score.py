@@ -23,6 +23,17 @@ from care_train.verifier.responses import (
 from care_train.verifier.verify import verify_batch
 
 
+def check_key(sample: Sample, reward: RewardSettings) -> None:
+    """Check that the verifier can read a row's key, where it takes part in the accuracy.
+
+    Raises:
+        RowError: only a reward function can.
+    """
+    judges = any(function.target == "accuracy" for function in reward.own_functions)
+    if reward.verifier_weight or not judges:
+        check_comparable(sample)
+
+
 @dataclass(frozen=True)
 class Score:
     """What the verifier says of one response."""
@@ -147,16 +158,6 @@ class Verifier:
         """
         for function in self._functions:
             function.check_columns(samples)
-
-    def check_key(self, sample: Sample) -> None:
-        """Check that the verifier can read a row's key, where it takes part in the accuracy.
-
-        Raises:
-            RowError: only a reward function can.
-        """
-        judges = any(f.settings.target == "accuracy" for f in self._functions)
-        if self._weight or not judges:
-            check_comparable(sample)
 
     def take_metrics(self) -> dict[str, list[float]]:
         """What reward functions returned and logged since the last call.

@@ -95,6 +95,7 @@ def user(content: Any) -> list[dict[str, Any]]:
             {"answer": "5"},
         ),
         # A row's own type stands.
+        ({"answer": '{"box": 1}', "answer_type": "text"}, {"answer_type": "text"}),
         ({"answer": ["A", "C"], "answer_type": "choice"}, {"answer_type": "choice"}),
         # Another data set's own words.
         ({"answer_type": "Float"}, {"answer_type": None}),

@@ -235,8 +235,9 @@ def test_vllm_answers_as_transformers_does(repositories, tiny_folder, tmp_path):
     assert same >= 24
 
 
-def test_greedy_decoding_and_rows_of_a_file(tiny_folder, tmp_path):
-    """`eval.decode=greedy`; `data` scores eval.data through the same records."""
+def test_greedy_decoding_and_rows_of_a_file(tiny_folder, tmp_path, capfd):
+    """`eval.decode=greedy`; `data` scores eval.data through the same records, and a key of its that
+    only a reward function could read is named before any answer."""
     write_training(tmp_path, count=12)
     arguments = [
         *("eval", "--benchmarks", "data", *SMALL, "eval.decode=greedy"),
@@ -248,6 +249,10 @@ def test_greedy_decoding_and_rows_of_a_file(tiny_folder, tmp_path):
     assert results["benchmarks"]["data"]["num_questions"] == 3
     assert results["decoding"]["greedy"] and results["macro"] is None
     assert "greedy" in (tmp_path / "data" / "results.md").read_text()
+    (tmp_path / "test.jsonl").write_text('{"prompt": "where?", "answer": [1, 2]}')
+    assert main([*arguments, "name=boxes"]) == 2
+    assert "row 1: answer: got '[1, 2]', which only a reward" in capfd.readouterr().err
+    assert not (tmp_path / "boxes").exists()
 
 
 def test_a_blind_sample_has_white_images_of_the_same_sizes():

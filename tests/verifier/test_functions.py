@@ -18,6 +18,7 @@ from care_train.config import (
 from care_train.data import RowError, Sample, load_samples, sample_from_row
 from care_train.training.failures import status_of
 from care_train.verifier import Response, Score, TrainerState, Verifier
+from care_train.verifier.score import check_key
 from care_train.verifier.steps import verified_steps
 
 _SETTINGS = ("format_weight", "success_threshold")
@@ -234,9 +235,9 @@ def test_keys_reach_functions_as_they_stand():
     def scored(sample, *functions):
         given = {f"{FROM_PYTHON}{one.__name__}": one for one in functions}
         settings = [RewardFunctionSettings(function=name) for name in given]
-        verifier = Verifier(PromptSettings(), RewardSettings(functions=settings), given)
-        verifier.check_key(sample)
-        return verifier.score(GOOD, sample)
+        reward = RewardSettings(functions=settings)
+        check_key(sample, reward)
+        return Verifier(PromptSettings(), reward, given).score(GOOD, sample)
 
     for columns, keys in (
         ({"answer": goal}, [goal] * 3),
