@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from care_train.data import ImageRef, Sample
+from care_train.data.answers import accepted_answers
 from care_train.data.columns import describe
 from care_train.data.schema import IMAGE_PLACEHOLDER
 from care_train.evaluation.math_benchmarks import MATH_BENCHMARKS
@@ -36,7 +37,7 @@ def _mmmu_question(row: Row, location: str, images: ReadImages) -> Question:
     Later mentions keep their words, and images never named come before the text.
     """
     options = _decode_texts(row["options"], "options", location)
-    keys = _mmmu_keys(row["answer"], location)
+    keys = accepted_answers(str(row["answer"]))
     is_open = row.get("question_type", "multiple-choice") == "open"
     if is_open:
         text = f"{row['question']}\nAnswer the question using a single word or phrase."
@@ -57,7 +58,7 @@ def _mmmu_question(row: Row, location: str, images: ReadImages) -> Question:
 def _mmmu_pro_vision_question(row: Row, location: str, images: ReadImages) -> Question:
     """The screenshot that holds question, options and figures."""
     options = _decode_texts(row["options"], "options", location)
-    keys = _mmmu_keys(row["answer"], location)
+    keys = accepted_answers(str(row["answer"]))
     prompt = "Answer the multiple-choice question in the image with the letter of its option."
     key, shown = str(row["answer"]), images(row["image"])
     return Question(
@@ -119,15 +120,6 @@ def _mmmu_images(
     unnamed = [name for name in available if name not in named]
     shown = images([available[name] for name in (*unnamed, *named)])
     return IMAGE_PLACEHOLDER * len(unnamed) + text, shown
-
-
-def _mmmu_keys(answer: Any, location: str) -> tuple[str, ...]:
-    """The key, or several of which each is right, as a list or spelled as one in Python; "[0, 1]"
-    is one key."""
-    try:
-        return _decode_texts(answer, "answer", location) or (str(answer),)
-    except ValueError:
-        return (answer,)
 
 
 def _match_mmmu(predicted: str, question: Question) -> bool:

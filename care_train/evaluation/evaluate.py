@@ -16,6 +16,7 @@ from PIL import Image
 from care_train.algorithm.types import Rollout
 from care_train.config import Config
 from care_train.data import Sample
+from care_train.data.answers import accepted_answers
 from care_train.data.images import image_sizes
 from care_train.distributed import all_max, all_sum, barrier, gather, is_main, rank, world_size
 from care_train.evaluation.question import Benchmark, Question, QuestionSet, letters
@@ -246,7 +247,8 @@ def _score(session: Session, responses: Sequence[tuple[Question, Completion]]) -
     for (question, _), rollout in zip(responses, scored, strict=True):
         answer = session.scorer.verifier.answer(rollout.text)
         vote = normalize(answer or "")
-        is_exact = rollout.accuracy > 0 and vote == normalize(question.sample.answer)
+        keys = accepted_answers(question.sample.answer)
+        is_exact = rollout.accuracy > 0 and vote in map(normalize, keys)
         found = _judgement(rollout.accuracy, rollout.verdict, vote, is_exact)
         text = {"answer": answer, "format": rollout.format_score, "response": rollout.text}
         records.append(text | found)

@@ -144,20 +144,23 @@ def test_the_judge_is_asked_about_open_answers_alone(server, tiny_folder):
 
 
 @pytest.mark.parametrize(
-    ("key", "columns", "answer", "accuracy"),
+    ("key", "columns", "answer", "accuracy", "exact"),
     [
-        ("A", {"options": ("red", "blue")}, "red", 1),
-        ("A", {"options": ("red", "blue")}, "blue", 0),
-        ("14", {"answer_type": AnswerType.RELAXED}, "14.5", 1),
-        ("14", {}, "14.5", 0),
-        ("14", {"tolerance": 0.1}, "15", 1),
+        ("A", {"options": ("red", "blue")}, "red", 1, False),
+        ("A", {"options": ("red", "blue")}, "blue", 0, False),
+        ("14", {"answer_type": AnswerType.RELAXED}, "14.5", 1, False),
+        ("14", {}, "14.5", 0, False),
+        ("14", {"tolerance": 0.1}, "15", 1, False),
+        ('["red", "blue"]', {}, "Blue", 1, True),
     ],
 )
-def test_own_rows_are_scored_as_in_training(key, columns, answer, accuracy, session):
-    """The row's options, type and tolerance count in `--benchmarks data` as in a reward."""
+def test_own_rows_are_scored_as_in_training(key, columns, answer, accuracy, exact, session):
+    """The row's options, type and tolerance count in `--benchmarks data` as in a reward; the exact
+    match is with any of several keys."""
     question = Question(Sample(id="1", prompt="?", answer=key, **columns))
     (record,) = _judged(session, "data", (question, answer))
     assert (record["accuracy"], record["answer"], record["format"]) == (accuracy, answer, 1.0)
+    assert record["exact"] == exact
 
 
 def test_own_rewards_score_own_rows(tiny_folder, tmp_path):
