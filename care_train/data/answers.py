@@ -19,6 +19,8 @@ from care_train.data.columns import describe
 logger = logging.getLogger(__name__)
 
 _MAX_SPELLED_CHARS = 100_000
+_GROUPED = re.compile(r"[^\w,([{]*\d{1,3}(?:,\d{3})+(?![\d,])[^,]*")
+"""A number with thousands separators, which may have a currency or unit."""
 _NESTED = re.compile(r"\s*(?:\[\s*[\"'{]|\{\s*[\"'])")
 
 
@@ -58,7 +60,9 @@ def read_answer(value: object, kind: AnswerType | None) -> tuple[str, AnswerType
     """
     listed = nested(value) if isinstance(value, str) else value
     if isinstance(listed, (list, tuple)) and kind in (AnswerType.LIST, AnswerType.SET):
-        return ", ".join(_answer_text(entry) for entry in listed), kind
+        # Between the elements too stands a comma.
+        texts = [_answer_text(entry) for entry in listed]
+        return ", ".join(t.replace(",", "") if _GROUPED.fullmatch(t) else t for t in texts), kind
     if isinstance(value, str):
         is_object = kind is None and _holds_object(nested(value))
         return value, AnswerType.FUNCTION if is_object else kind

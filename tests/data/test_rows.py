@@ -73,6 +73,10 @@ def user(content: Any) -> list[dict[str, Any]]:
         ({"answer": ["1", "2"]}, {"answer": '["1", "2"]', "answer_type": None}),
         ({"answer": ["1", "2"], "answer_type": "set"}, {"answer": "1, 2"}),
         ({"answer": "['a', 'b']", "answer_type": "list"}, {"answer": "a, b"}),
+        (
+            {"answer": ["$1,200", "(1,200)", "-5", "2,50"], "answer_type": "list"},
+            {"answer": "$1200, (1,200), -5, 2,50"},
+        ),
         # What only a reward function reads: boxes, objects, a solution without one marked answer.
         *(
             ({"answer": key}, {"answer": text, "answer_type": "function", "key": stands})
