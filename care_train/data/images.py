@@ -42,13 +42,10 @@ _MIN_BASE64_CHARS = 32
 _MAGIC = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*", re.DOTALL)
 """How PNG, JPEG, GIF, WebP (RIFF begins sounds too), BMP and TIFF files begin: 12 bytes tell."""
 
-_SEEN_FILE = re.compile(
-    r"[^\n]{1,300}\.(?:png|jpe?g|webp|gif|bmp|tiff?|mp4|mkv|mov|avi|webm)", re.IGNORECASE
-)
+_SEEN_FILE = re.compile(r"(?i)[^\n]{1,300}\.(?:png|jpe?g|webp|gif|bmp|tiff?|mp4|mkv|mov|avi|webm)")
 _SEEN_COLUMN = re.compile(
-    r"image|img|pic|photo|fig|diagram|chart|plot|page|scan|thumb|screen|visual|frame|video|file"
-    r"|path|media|url",
-    re.IGNORECASE,
+    r"(?i)image|img|pic|photo|fig|diagram|chart|plot|page|scan|thumb|screen|visual|frame|video"
+    r"|file|path|media|url"
 )
 """What is in the name of a column that data sets keep an image's or video's path or address in."""
 
