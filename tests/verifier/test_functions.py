@@ -249,6 +249,7 @@ def test_keys_reach_functions_as_they_stand():
         assert scored(read(**columns), trl, easyr1, verl).accuracy == 1 and got == keys
     wanted = (
         r"r\.jsonl: row 3: answer: got '\{\"target\": .*, which only a reward function can read"
+        r".* set its answer_type to text"
     )
     with pytest.raises(RowError, match=wanted):
         scored(read(answer=goal))
