@@ -14,8 +14,8 @@ from bench.paper import runs
 from bench.paper.experiments import CARE_PLUS, EXPERIMENTS
 from bench.paper.results import read_results, summarize
 from bench.paper.runs import BASE, configuration_hash
-from care_train.cli import main
 from care_train.config import configs_folder, load_config
+from tests.train.runs import FastRun
 
 RESULTS = Path(command.__file__).with_name("results")
 
@@ -93,9 +93,10 @@ def test_a_figure_runs_whole_and_is_found_again(tmp_path: Path, monkeypatch, cap
 
     def run(words: list[str], **_: Any) -> SimpleNamespace:
         assert words[1:3] == ["-m", "care_train"]
-        return SimpleNamespace(returncode=main(words[3:]))
+        ((status, _),) = FastRun(*words[3:]).end()
+        return SimpleNamespace(returncode=status)
 
-    # In this process: each of its own would import all that the trainer needs.
+    # Forked: a new process would import all that the trainer needs.
     monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=run))
     words = ["fig7", "--quick", "--variants", "on", "--overrides", "eval.also=[]"]
     words += ["--output", str(tmp_path), "--results", str(tmp_path / "results")]
