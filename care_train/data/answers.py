@@ -64,7 +64,7 @@ def read_answer(value: object, kind: AnswerType | None) -> tuple[str, AnswerType
         texts = [_answer_text(entry) for entry in listed]
         return ", ".join(t.replace(",", "") if _GROUPED.fullmatch(t) else t for t in texts), kind
     if isinstance(value, str):
-        is_object = kind is None and _holds_object(nested(value))
+        is_object = kind is None and _holds_object(listed)
         return value, AnswerType.FUNCTION if is_object else kind
     if isinstance(listed, (list, tuple, Mapping)):
         text = json.dumps(listed, default=str, ensure_ascii=False)

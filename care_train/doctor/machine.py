@@ -11,7 +11,6 @@ import torch
 from packaging.requirements import Requirement
 from torch.utils.cpp_extension import get_cxx_compiler
 
-from care_train.config import Config
 from care_train.doctor import Finding, Subject, error, ok, warning
 from care_train.models.load import runnable
 from care_train.planning.memory import checkpoint_bytes, model_bytes, plan_memory
@@ -81,7 +80,7 @@ def check_devices(subject: Subject) -> Finding:
             "; ".join(replaced),
             "run where they can, or set model.attention=sdpa and model.liger=false",
         )
-    if config.deepspeed.builds_adamw and _lacks_compiler(config):
+    if config.deepspeed.builds_adamw and _lacks_compiler():
         return error(
             f"no C++ compiler ({get_cxx_compiler()}), which builds the optimiser for main memory",
             "install g++, or set deepspeed.config.zero_force_ds_cpu_optimizer=false",
@@ -104,12 +103,13 @@ def check_devices(subject: Subject) -> Finding:
     return ok(f"{count} x {torch.cuda.get_device_name()}")
 
 
-def _lacks_compiler(config: Config) -> bool:
+def _lacks_compiler() -> bool:
+    """For DeepSpeed's AdamW for CPUs."""
     # Imported here: DeepSpeed comes with it, and where that is broken this one check is.
-    from care_train.training.optimizer import needs_compiler
+    from care_train.training.optimizer import has_cpu_adamw
 
     is_there = shutil.which(get_cxx_compiler().partition(" ")[0]) is not None
-    return not is_there and needs_compiler(config.deepspeed)
+    return not is_there and not has_cpu_adamw()
 
 
 def check_disk(subject: Subject) -> Finding:

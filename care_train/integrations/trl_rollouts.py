@@ -97,9 +97,9 @@ def rollout_of(
             "responses are right; name another one with accuracy=..."
         )
     finished = bool(token_ids) and token_ids[-1] in trainer.eos_token_ids
-    opening = trainer.token_text.opening(prompt_ids, trainer.tags[0])
-    sampled, ends = trainer.token_text.decode((*prefix_ids, *token_ids))
-    text, ends = opening + sampled, [len(opening) + end for end in ends]
+    text, ends = trainer.token_text.decode_response(
+        prompt_ids, (*prefix_ids, *token_ids), trainer.tags[0]
+    )
     if finished:
         ends = ends[:-1]
     return Rollout(

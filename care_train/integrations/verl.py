@@ -188,9 +188,7 @@ def rollout_of(
     """One response, right from `success_threshold` on; a think tag that the prompt opened is its
     own."""
     tags = (care.think_tag, care.answer_tag)
-    opening = text.opening(prompt_ids, care.think_tag)
-    sampled, ends = text.decode(token_ids)
-    decoded, ends = opening + sampled, [len(opening) + end for end in ends]
+    decoded, ends = text.decode_response(prompt_ids, token_ids, care.think_tag)
     # Special tokens have no text, and the end token is one.
     finished = len(token_ids) > 0 and not text.decode(token_ids[-1:])[0]
     return Rollout(

@@ -273,6 +273,14 @@ class TokenText:
         opened = re.search(rf"<{re.escape(think_tag)}>\s*$", end)
         return opened[0] if opened else ""
 
+    def decode_response(
+        self, prompt_ids: Sequence[int], token_ids: Sequence[int], think_tag: str
+    ) -> tuple[str, list[int]]:
+        """`decode` of what was sampled behind a prompt, with the `opening` that it goes on from."""
+        opening = self.opening(prompt_ids, think_tag)
+        text, ends = self.decode(token_ids)
+        return opening + text, [len(opening) + end for end in ends]
+
     def decode(self, token_ids: Sequence[int]) -> tuple[str, list[int]]:
         """Text, and for each token the character offset where its text ends.
 

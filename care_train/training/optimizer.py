@@ -71,12 +71,11 @@ def adamw(
     return torch.optim.AdamW(parameters, **shared)
 
 
-def needs_compiler(settings: DeepSpeedSettings) -> bool:
-    """Whether the optimiser is DeepSpeed's AdamW for CPUs, which DeepSpeed was not installed with
-    (DS_BUILD_CPU_ADAM=1) for this kind of device."""
+def has_cpu_adamw() -> bool:
+    """Whether DeepSpeed was installed with its AdamW for CPUs (DS_BUILD_CPU_ADAM=1) for this kind
+    of device; else it compiles it when it is first used."""
     here: Any = get_accelerator()
-    is_there = accelerator_name == here._name and installed_ops.get("cpu_adam", False)
-    return settings.builds_adamw and not is_there
+    return accelerator_name == here._name and installed_ops.get("cpu_adam", False)
 
 
 def deepspeed_config(

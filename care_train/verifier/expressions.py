@@ -28,6 +28,7 @@ _FORMULA = re.compile(r"(?:[A-Z][a-z]?[0-9]{0,3}){2,}")
 _SUBSTANCE = re.compile(
     r"(?:[A-Z][a-z]?[0-9]{0,3}|[()][0-9]{0,2}){2,}(?:[0-9]?[+-])?|[A-Z][a-z]?[0-9]?[+-]"
 )
+_FORMULA_MARKS = re.compile(r"\s*[_{}]\s*|\^(?=\{?[0-9]?[+-])")
 _WORD = re.compile(r"[A-Za-z]{3,}")
 _FUNCTIONS = set(
     "sin cos tan cot sec csc arcsin arccos arctan asin acos atan sinh cosh tanh log ln exp sqrt "
@@ -112,8 +113,7 @@ def has_words(text: str) -> bool:
 
 def same_formula(got: str, wanted: str) -> bool:
     """Whether two texts are one chemical formula: H2O, H_2O, H_{2}O; Na+, Na^+."""
-    marks = re.compile(r"\s*[_{}]\s*|\^(?=\{?[0-9]?[+-])")
-    got, wanted = (marks.sub("", text) for text in (got, wanted))
+    got, wanted = (_FORMULA_MARKS.sub("", text) for text in (got, wanted))
     return got == wanted and bool(_SUBSTANCE.fullmatch(wanted))
 
 
