@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from care_kernels import Cispo, Clip, Sapo
+from care_kernels.region_weights import THINK_WEIGHT
 from care_train.algorithm.advantages import (
     RESCUE_DELTA,
     equalize_factor,
@@ -250,7 +251,8 @@ def test_table_5_row_of_care():
     Sec. 3.6's repair cue, word for word."""
     care = build_config({}).care
     assert (care.max_negatives, care.preselect_size, care.neg_scale) == (4, 6, 0.5)
-    assert (care.rescue, RESCUE_DELTA, care.think_weight) == (1.0, 0.1, 0.005)
+    assert (care.rescue, RESCUE_DELTA) == (1.0, 0.1)
+    assert care.think_weight == THINK_WEIGHT == 0.005
     assert care.reflection.enabled and care.reflect_scale == 0.25
     assert care.reflection.cue == (
         "Your previous reasoning was incorrect. Identify the failing operation, correct it, and "

@@ -23,7 +23,7 @@ from care_train.algorithm.selection import (
 )
 from care_train.algorithm.spans import parse_spans
 from care_train.algorithm.types import GroupUpdate, Subgroup
-from care_train.config import CareSettings, ReflectionSettings, build_config
+from care_train.config import CareSettings, ReflectionSettings
 from tests.algorithm.builders import (
     care,
     indices,
@@ -166,15 +166,6 @@ class TestSubgroup:
         for sequence in update.sequences:
             scale = {"negative": 0.5, "reflected_failure": 0.25}.get(sequence.role, 1.0)
             assert sequence.advantage == pytest.approx(scale * sequence.raw_advantage)
-
-    @pytest.mark.parametrize(("preset", "anchor"), [("default", 3), ("literal", 2)])
-    def test_a_response_without_a_rationale_is_no_anchor(self, preset, anchor):
-        """T_think = 0 always wins Eq. 2: rewarded, it teaches the policy to stop reasoning. So the
-        well-formed come first, but to the letter."""
-        unreasoned = make_rollout(1.0, 0.0, think=None)
-        group = make_group([wrong(), right(think=12), unreasoned, right(think=7)])
-        settings = build_config({"preset": preset}).care
-        assert indices(subgroup_of(group, settings))[0] == anchor
 
     @pytest.mark.parametrize(
         ("accuracies", "changes", "reason"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from care_train.algorithm.care import select_subgroup, skipped_update, subgroup_update
-from care_train.algorithm.region_weights import spread_advantages
+from care_train.algorithm.region_weights import split_advantages
 from care_train.algorithm.released import (
     TagPatterns,
     answer_prefix,
@@ -122,12 +122,8 @@ def train_group(
 
 def token_rows(update: GroupUpdate) -> dict[int, list[float]]:
     """a_it of each trained sequence, by the id of its rollout."""
-    lengths = [len(sequence.rollout.token_ids) for sequence in update.sequences]
-    rows = spread_advantages(update.sequences).split(lengths)
-    return {
-        id(sequence.rollout): row.tolist()
-        for sequence, row in zip(update.sequences, rows, strict=True)
-    }
+    pairs = zip(update.sequences, split_advantages(update.sequences), strict=True)
+    return {id(sequence.rollout): row.tolist() for sequence, row in pairs}
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -255,8 +251,7 @@ def check_groups(groups: list[Group], outcome: Outcome, kept: bool) -> None:
     assert [r.token_ids for r in responses] == [r.tokens for r in outcome.responses]
     rows = {}
     for group in groups:
-        if group.update.sequences:
-            rows |= token_rows(group.update)
+        rows |= token_rows(group.update)
     assert any(any(row) for row in rows.values())
     for rollout, wanted in zip(responses, outcome.advantages, strict=True):
         if kept or any(wanted):

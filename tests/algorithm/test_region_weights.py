@@ -1,6 +1,6 @@
 """What each token weighs (Algorithm 1, lines 40-41), by hand.
 
-Eq. 11 itself is held in tests/kernels/test_token_advantages.py.
+Eq. 11 itself is held in tests/kernels/test_spans.py.
 """
 
 from dataclasses import replace
@@ -38,8 +38,10 @@ SILENT = [0] * 4 + [1] * 4
         (right(), True, "credit=uniform", [1] * 10),
         (broken(), False, "credit=uniform", [1] * 6),
         (wrong(think=2, answer=1), False, "credit=unmasked", PAPERS),
-        # A percentage is of a positive's credit; a negative's rationale weighs 0 whatever it is.
+        # A percentage is of a positive's credit, however long its rationale is; a negative's
+        # rationale weighs 0 whatever it is.
         (right(think=2, answer=1), True, "think_weight=25%", [1 / 3] * 4 + [1] * 4),
+        (right(think=398, answer=1), True, "think_weight=25%", [1 / 300] * 400 + [1] * 4),
         (wrong(think=2, answer=1), False, "think_weight=25%", SILENT),
     ],
 )
@@ -49,14 +51,6 @@ def test_weights_by_hand(rollout, is_positive, change, expected):
         rollout, care(change), is_negative=not is_positive, earns_rationale=is_positive
     )
     assert found.tolist() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("think", [1, 400])
-def test_a_rationale_gets_its_share_however_long_it_is(think):
-    """`think_weight` = 25%: a quarter of the credit is the rationale's."""
-    settings, rollout = care("think_weight=25%"), right(think=think)
-    values = region_weights(rollout, settings, is_negative=False, earns_rationale=True)
-    assert float(values[: think + 2].sum() / values.sum()) == pytest.approx(0.25)
 
 
 def response(accuracy: float, *token_ids: int, reflected: bool = False, wrong_step=None):

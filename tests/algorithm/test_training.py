@@ -23,9 +23,7 @@ from care_train.algorithm.types import (
 from care_train.config import LossSettings
 from care_train.training.groups import Group
 from care_train.training.log_probs import TokenOutcome, TrainItem
-from care_train.training.loss import (
-    loss_rows,
-)
+from care_train.training.loss import loss_rows
 from care_train.training.metrics import step_metrics
 from tests.algorithm.builders import (
     care,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from care_kernels import PolicyLoss, linear_policy_loss
+from care_kernels.backends import compute_dtype
 from tests.kernels.oracle import (
     reference_log_probs,
     reference_logits,
@@ -56,7 +57,7 @@ def policy_case(*args: Any, seed: int = 0, drift: float = 0.3, **kwargs: Any) ->
     case = head_case(*args, seed=seed, **kwargs)
     generator = torch.Generator().manual_seed(seed + 1)
     num_rows = case["hidden"].shape[0]
-    row_dtype = case["hidden"].dtype if case["hidden"].dtype == torch.float64 else torch.float32
+    row_dtype = compute_dtype(case["hidden"])
     current = reference_log_probs(double_logits(case), case["target_ids"])
     noise = torch.randn(num_rows, generator=generator, dtype=torch.float64)
     advantages = torch.randn(num_rows, generator=generator, dtype=torch.float64)
@@ -91,6 +92,44 @@ def with_kl(case: Case, estimator: str, *, from_hidden: bool = True) -> Case:
     return case | added
 
 
+B, T, D, V = 5, 14, 8, 23
+PROMPT_LENS = (3, 1, 5, 2, 4)
+RESPONSE_LENS = (11, 8, 7, 10, 6)
+
+
+def batch_case(dtype: torch.dtype = torch.float32, *, seed: int = 0, bias: bool = False) -> Case:
+    """[B, T] sequences for `care_loss`: prompt, rationale, answer, EOS and padding in each.
+
+    Row 2 is outside S*, row 3 has no rationale, and row 4 is a negative without an answer, so that
+    none of its tokens has an advantage. Whatever must not be read is NaN or no token id.
+    """
+    case = head_case(B * T, D, V, dtype, seed=seed, bias=bias)
+    case["hidden"] = case["hidden"].view(B, T, D)
+    starts, lengths = torch.tensor(PROMPT_LENS), torch.tensor(RESPONSE_LENS)
+    positions = torch.arange(T)
+    response = (positions >= starts[:, None]) & (positions < (starts + lengths)[:, None])
+    b, t = response.nonzero(as_tuple=True)
+    token_ids = case.pop("target_ids").view(B, T)
+    current = reference_log_probs(
+        double_logits(case | {"hidden": case["hidden"][b, t - 1]}), token_ids[b, t]
+    )
+    generator = torch.Generator().manual_seed(seed + 1)
+    drift = torch.randn(len(b), generator=generator, dtype=torch.float64)
+    old_log_probs = torch.full((B, T), torch.nan, dtype=torch.float64)
+    old_log_probs[b, t] = current + 0.3 * drift
+    think_spans = torch.stack((starts + 1, starts + 4), 1)
+    think_spans[3] = 0
+    return case | {
+        "token_ids": token_ids.masked_fill(~response, -100),
+        "advantages": torch.tensor([2.0, -0.5, 0.0, -0.25, -0.4]),
+        "think_spans": think_spans,
+        "answer_spans": torch.stack((starts + 5, starts + lengths - 1), 1),
+        "is_positive": torch.tensor([True, False, True, True, False]),
+        "response_mask": response,
+        "old_log_probs": old_log_probs.to(compute_dtype(case["hidden"])),
+    }
+
+
 def only_rows(case: Case, rows: Tensor | slice) -> Case:
     """The same problem with the given rows alone."""
     shared = ("head_weight", "ref_head_weight", "bias")
@@ -113,13 +152,20 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if is_floating else value
 
 
-def leaves_of(case: Case, frozen: tuple[str, ...] = (), names: Any = LEAVES) -> dict[str, Tensor]:
+def leaves_of(case: Case, frozen: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Copies of what may be trained, which ask for gradients unless frozen."""
     return {
         name: case[name].detach().clone().requires_grad_(name not in frozen)
-        for name in names
+        for name in LEAVES
         if name in case
     }
+
+
+def oracle_leaves(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`leaves_of` for the oracle in `dtype`: they keep their own dtype unless that is float64, so
+    that in float32 the gradients are rounded to it once, as ours are."""
+    is_double = dtype == torch.float64
+    return leaves_of({n: cast(value, dtype) for n, value in case.items()} if is_double else case)
 
 
 def on_its_device(case: Case) -> Case:
@@ -135,27 +181,21 @@ def run_ours(case: Case, *, upstream: float = 1.0, frozen: tuple[str, ...] = ())
     loss = linear_policy_loss(**(case | leaves))
     (upstream * loss.loss).backward()
     found = PolicyLoss(*(None if field is None else field.cpu() for field in loss))
-    return found, _gradients(leaves)
+    return found, gradients_of(leaves)
 
 
 def run_reference(case: Case, dtype: torch.dtype = torch.float64, *, upstream: float = 1.0) -> Run:
     """The oracle on the same numbers, computed in `dtype`.
 
-    The leaves keep their own dtype unless that is float64, so that in float32 the gradients are
-    rounded to it once, as ours are; and in bfloat16 the logits' gradient is too, as every bfloat16
-    GEMM takes it.
+    In bfloat16 the logits' gradient is rounded too, as every bfloat16 GEMM takes it.
     """
-    leaves = {}
-    for name in LEAVES:
-        if name in case:
-            leaf_dtype = dtype if dtype == torch.float64 else case[name].dtype
-            leaves[name] = case[name].detach().to(leaf_dtype).requires_grad_()
+    leaves = oracle_leaves(case, dtype)
     options = {name: cast(value, dtype) for name, value in case.items() if name not in RUN_OPTIONS}
     operands = {n: leaf.to(dtype) for n, leaf in leaves.items()}
     with RoundLogitGradient(leaves["hidden"].dtype):
         loss = reference_policy_loss(**(options | operands))
     (upstream * loss.loss).backward()
-    return loss, _gradients(leaves)
+    return loss, gradients_of(leaves)
 
 
 class RoundLogitGradient(TorchFunctionMode):
@@ -174,7 +214,7 @@ class RoundLogitGradient(TorchFunctionMode):
         return result
 
 
-def _gradients(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients_of(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: leaf.grad.cpu() for name, leaf in leaves.items() if leaf.grad is not None}
 
 
@@ -224,6 +264,9 @@ def check_against_oracle(
 
     assert ours.loss.dtype == eager_dtype
     assert_close(ours.loss, oracle.loss, eager.loss, is_gradient=False)
+    # Reported where something weighs them, if only with zeros.
+    assert (ours.entropy is None) == ("entropy_weights" not in case)
+    assert (ours.kl is None) == ("kl_weights" not in case)
     rows = rows_that_count(case)
     for name in PER_ROW:
         got, want = getattr(ours, name), getattr(oracle, name)

@@ -7,19 +7,15 @@ import pytest
 import torch
 
 from tests.kernels.dispatch import DefinedPadding
-from tests.kernels.interpreter import (
-    IS_INTERPRETED,
-    import_interpreted,
-    interpret_kernels_of,
-    interpreting,
-)
+from tests.kernels.interpreter import IS_INTERPRETED, interpret_kernels_of, interpreting
 
 # Before the first product on a GPU: cuBLAS is refused in deterministic mode without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Before the test modules import them.
-import_interpreted("projection", "softmax")
-interpret_kernels_of("care_kernels.region_weights")
-interpret_kernels_of("care_kernels.rationale_distance")
+for _name in ("triton.launch", "triton.projection", "triton.softmax"):
+    interpret_kernels_of(f"care_kernels.{_name}")
+for _name in ("region_weights", "rationale_distance"):
+    interpret_kernels_of(f"care_kernels.{_name}")
 
 
 @pytest.fixture(autouse=True)

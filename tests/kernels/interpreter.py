@@ -1,14 +1,13 @@
 """Run Triton kernels on CPU tensors, in a process where Triton may be loaded already.
 
 Triton chooses between compiler and interpreter as it decorates a function, and it decorates its own
-`tl.sum` and `tl.max` too. So the kernels are imported, and for each test Triton's own functions
-replaced, with the interpreter chosen; everything else in the process keeps the compiler. Where a
-GPU is present nothing here does anything: the tests then run the compiled kernels.
+`tl.sum` and `tl.max` too. So the kernels, and for each test Triton's own functions, are decorated
+anew with the interpreter chosen; everything else in the process keeps the compiler. Where a GPU is
+present nothing here does anything: the tests then run the compiled kernels.
 """
 
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -24,29 +23,14 @@ from triton.runtime import interpreter
 from bench.interpreter import mended_interpreter
 from tests.kernels.cases import DEVICE
 
-PACKAGE = "care_kernels.triton"
 IS_INTERPRETED = DEVICE == "cpu"
 
 
-def import_interpreted(*names: str) -> None:
-    """Import modules of the package with the interpreter chosen, afresh if they were compiled."""
-    if not IS_INTERPRETED:
-        return
-    loaded = {name: module for name, module in sys.modules.items() if name.startswith(PACKAGE)}
-    if any(_is_compiled(member) for module in loaded.values() for member in vars(module).values()):
-        for name in loaded:
-            del sys.modules[name]
-    with knobs.runtime.scope():
-        knobs.runtime.interpret = True
-        for name in names:
-            importlib.import_module(f"{PACKAGE}.{name}")
-
-
 def interpret_kernels_of(name: str) -> None:
-    """Replace the kernels of a module that holds other code too by interpreted ones, in place."""
+    """Replace a module's kernels, and those that it imports, by interpreted ones, in place."""
     module = importlib.import_module(name)
     for member_name, member in list(vars(module).items()):
-        if IS_INTERPRETED and _is_compiled(member):
+        if IS_INTERPRETED and isinstance(member, triton.JITFunction):
             setattr(module, member_name, decorate(member.fn))
 
 
@@ -106,7 +90,3 @@ def _restore(owner: Any, members: dict[str, Any]) -> None:
     for name, member in members.items():
         if vars(owner)[name] is not member:
             setattr(owner, name, member)
-
-
-def _is_compiled(member: Any) -> bool:
-    return isinstance(member, triton.JITFunction)

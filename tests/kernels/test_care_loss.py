@@ -1,6 +1,7 @@
 """`care_loss`: Eqs. 11-13 in one call, beside the two functions that have them."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,10 +15,39 @@ from care_kernels import (
     token_advantages,
 )
 from care_kernels.objective import SKIPPED_ROW
-from tests.kernels.batches import B, D, T, V, make_case, run, with_kl
-from tests.kernels.cases import Case, assert_same, error, on_its_device
+from tests.kernels.cases import (
+    B,
+    Case,
+    D,
+    Run,
+    T,
+    V,
+    assert_same,
+    batch_case,
+    error,
+    gradients_of,
+    leaves_of,
+    on_its_device,
+)
 from tests.kernels.dispatch import Watch
 from tests.kernels.tolerances import SAME_MATHS
+
+
+def with_kl(case: Case, estimator: str) -> Case:
+    """Add a reference; hidden states and a head of its own for "k1" and "exact"."""
+    other = batch_case(case["hidden"].dtype, seed=5)
+    case = case | {"kl_coef": 0.3, "kl_estimator": estimator}
+    if estimator in ("k1", "exact"):
+        return case | {f"ref_{n}": case[n] + 0.1 * other[n] for n in ("hidden", "head_weight")}
+    return case | {"ref_log_probs": torch.lerp(case["old_log_probs"], other["old_log_probs"], 0.1)}
+
+
+def run(case: Case, function: Callable[[Case], PolicyLoss]) -> Run:
+    """The loss on fresh leaves, and their gradients."""
+    leaves = leaves_of(case)
+    outcome = function(case | leaves)
+    outcome.loss.backward()
+    return outcome, gradients_of(leaves)
 
 
 def ours(case: Case) -> PolicyLoss:
@@ -81,14 +111,14 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("estimator", (None, "k1", "k3", "exact"))
 def test_follows_the_equations(dtype: torch.dtype, level: str, estimator: str | None) -> None:
     """Every form of the reference at both ratio levels, in chunks smaller than the batch."""
-    case = make_case(dtype, bias=True) | {"ratio_level": level, "chunk_rows": 7}
+    case = batch_case(dtype, bias=True) | {"ratio_level": level, "chunk_rows": 7}
     check(case if estimator is None else with_kl(case, estimator))
 
 
 IMPORTANCE = torch.rand(B, T, generator=torch.Generator().manual_seed(2)) + 0.5
 IMPORTANCE[0, 9] = 0
 # Outside the response anything may stand.
-IMPORTANCE = IMPORTANCE.masked_fill(~make_case()["response_mask"], torch.nan)
+IMPORTANCE = IMPORTANCE.masked_fill(~batch_case()["response_mask"], torch.nan)
 
 
 @pytest.mark.parametrize(
@@ -107,13 +137,13 @@ IMPORTANCE = IMPORTANCE.masked_fill(~make_case()["response_mask"], torch.nan)
 )
 def test_options(options: Case) -> None:
     """Each option reaches the loss."""
-    case = make_case(bias=True) | options
+    case = batch_case(bias=True) | options
     check({name: value for name, value in case.items() if value is not None})
 
 
 def test_the_mask() -> None:
     """0 and 1 do as well as False and True; where only tokens with an advantage count, none."""
-    case = make_case()
+    case = batch_case()
     want, want_grads = run(case, ours)
     for mask in (None, case["response_mask"].long()):
         got, got_grads = run(case | {"response_mask": mask}, ours)
@@ -125,7 +155,7 @@ def test_the_mask() -> None:
 def test_nothing_to_learn(num_rows: int, num_tokens: int) -> None:
     """No sequences, no tokens, none that a hidden state predicts, or no advantage: 0, not 0 / 0."""
     spans = torch.zeros(num_rows, 2, dtype=torch.int64)
-    case = with_kl(make_case(), "k3") | {"advantages": torch.zeros(B)}
+    case = with_kl(batch_case(), "k3") | {"advantages": torch.zeros(B)}
     if num_rows < B:
         case = {
             "hidden": torch.zeros(num_rows, num_tokens, D),
@@ -143,7 +173,7 @@ def test_nothing_to_learn(num_rows: int, num_tokens: int) -> None:
 
 def test_weight_gradient_into_a_buffer() -> None:
     """dW goes to the caller's buffer, as `linear_policy_loss` has it."""
-    case = with_kl(make_case(), "k3")
+    case = with_kl(batch_case(), "k3")
     _, want = run(case, ours)
     buffer = torch.zeros(V, D)
     _, got = run(case | {"weight_grad": buffer}, ours)
@@ -154,7 +184,7 @@ def test_weight_gradient_into_a_buffer() -> None:
 
 def test_never_holds_the_vocabulary() -> None:
     """No [B, T, V] tensor appears, nor a copy of hidden by gathering rows."""
-    case = with_kl(make_case(), "k3") | {"chunk_rows": 2}
+    case = with_kl(batch_case(), "k3") | {"chunk_rows": 2}
     with Watch() as watch:
         run(case, ours)
     assert watch.largest <= B * T * D < B * T * V
@@ -162,7 +192,7 @@ def test_never_holds_the_vocabulary() -> None:
 
 def test_module_is_the_function() -> None:
     """Options in the constructor, tensors in the call; its repr is the call that makes it."""
-    case = with_kl(make_case(bias=True), "k3") | {"surrogate": Clip(0.1, dual=2.0)}
+    case = with_kl(batch_case(bias=True), "k3") | {"surrogate": Clip(0.1, dual=2.0)}
     options = {n: case.pop(n) for n in ("kl_coef", "kl_estimator", "surrogate")}
     loss = CareLoss(**options)
     want = care_loss(**case, **options)
@@ -177,7 +207,7 @@ def test_module_is_the_function() -> None:
 
 def test_the_same_on_both_backends(triton_backend: str) -> None:
     """Eqs. 11-13 in one call, Triton's Eq. 11 kernel included."""
-    case = with_kl(make_case(), "k3")
+    case = with_kl(batch_case(), "k3")
     fused, plain = (
         care_loss(**on_its_device(case | {"backend": name})) for name in (triton_backend, "torch")
     )

@@ -18,8 +18,7 @@ from care_kernels import (
     rationale_distance,
     token_advantages,
 )
-from tests.kernels.batches import make_case
-from tests.kernels.cases import policy_case
+from tests.kernels.cases import batch_case, policy_case
 
 CASE = policy_case() | {"advantages": torch.ones(63)}
 HEAD_CASE = {name: CASE[name] for name in ("hidden", "head_weight", "target_ids")}
@@ -192,7 +191,7 @@ TENSORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         | {"ref_log_probs": ROWS, "sequence_ids": ints(63), "weight_grad": WEIGHT},
     ),
     "log-probs": (linear_log_probs, HEAD_CASE | {"bias": torch.zeros(211)}),
-    "care_loss": (care_loss, make_case() | {"importance_weights": EMPTY_ROWS}),
+    "care_loss": (care_loss, batch_case() | {"importance_weights": EMPTY_ROWS}),
     "token_advantages": (token_advantages, BATCH),
     "rationale_distance": (rationale_distance, STATES),
 }
@@ -218,7 +217,7 @@ def test_every_tensor(of: str, name: str) -> None:
 TABLES: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[Any, ...]]] = {
     "linear_policy_loss": (linear_policy_loss, CASE, (*HEAD, *TRANSFORM, *LOSS, *POLICY)),
     "linear_log_probs": (linear_log_probs, HEAD_CASE, (*HEAD, *TRANSFORM)),
-    "care_loss": (care_loss, make_case(), (*CARE_OPTIONS, *TRANSFORM, *LOSS, *CARE)),
+    "care_loss": (care_loss, batch_case(), (*CARE_OPTIONS, *TRANSFORM, *LOSS, *CARE)),
     # A wrong option is refused where it is set, not at the first step; a misspelt one too.
     "CareLoss": (CareLoss, {}, (*CARE_OPTIONS, *TRANSFORM, *LOSS, MISSPELT)),
     "token_advantages": (token_advantages, BATCH, TOKEN_ADVANTAGES),

@@ -1,5 +1,9 @@
 """`linear_log_probs` against the oracle, and what it promises about memory and the backward."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,9 +16,11 @@ from tests.kernels.cases import (
     assert_close,
     assert_same,
     error,
+    gradients_of,
     head_case,
     leaves_of,
     on_its_device,
+    oracle_leaves,
 )
 from tests.kernels.dispatch import Watch
 from tests.kernels.oracle import reference_entropy, reference_log_probs, reference_logits
@@ -34,12 +40,8 @@ def run(case: Case, upstream: Tensor) -> Outcome:
 
 
 def run_reference(case: Case, upstream: Tensor, dtype: torch.dtype) -> Outcome:
-    """The oracle, computed in `dtype`; its leaves keep their own unless that is float64."""
-    leaves = {}
-    for name in LEAVES:
-        if name in case:
-            own = dtype if dtype == torch.float64 else case[name].dtype
-            leaves[name] = case[name].detach().to(own).requires_grad_()
+    """The oracle, computed in `dtype`."""
+    leaves = oracle_leaves(case, dtype)
     options = {n: v for n, v in case.items() if n not in (*LEAVES, *RUN_OPTIONS, "target_ids")}
     logits = reference_logits(**{n: leaf.to(dtype) for n, leaf in leaves.items()}, **options)
     log_probs, entropy = reference_log_probs(logits, case["target_ids"]), reference_entropy(logits)
@@ -50,8 +52,7 @@ def _finish(
     log_probs: Tensor, entropy: Tensor, leaves: dict[str, Tensor], upstream: Tensor
 ) -> Outcome:
     (upstream[0] * log_probs + upstream[1] * entropy).sum().backward()
-    grads = {n: leaf.grad.cpu() for n, leaf in leaves.items() if leaf.grad is not None}
-    return log_probs.cpu(), entropy.cpu(), grads
+    return log_probs.cpu(), entropy.cpu(), gradients_of(leaves)
 
 
 def check(case: Case) -> None:
@@ -158,11 +159,29 @@ def test_float16_keeps_what_is_small(triton_backend: str) -> None:
         assert error(tiny[name].double() / 2e-4, want) <= as_exact
 
 
-def test_weight_released_before_backward() -> None:
-    """The recompute needs the head again, and says so if a partitioned one is gone."""
-    case = head_case()
-    weight = torch.nn.Parameter(case["head_weight"].clone())
-    log_probs = linear_log_probs(**(case | {"head_weight": weight}))
-    weight.data = torch.empty(0)
+@pytest.mark.parametrize("frozen", ((), ("head_weight",), ("hidden", "bias")), ids="-".join)
+def test_a_weight_that_is_gathered_for_the_backward(frozen: tuple[str, ...]) -> None:
+    """As under ZeRO-3 the head is empty between forward and backward: the gradients are those of
+    one that stays. Without `gathered` an error says what is missing."""
+    case = head_case(bias=True) | {"temperature": 0.8, "logit_softcap": 2.0, "logit_scale": 1.5}
+    upstream = torch.linspace(-1, 1, 63).masked_fill(torch.arange(63) % 4 == 0, 0.0)
+    empty, whole = torch.empty(0), case["head_weight"]
+
+    @contextmanager
+    def gathered(weight: Tensor, bias: Tensor) -> Iterator[None]:
+        weight.data = whole
+        yield
+        weight.data = empty
+
+    def gradients(**options: Any) -> tuple[Tensor, ...]:
+        leaves = leaves_of(case, frozen)
+        log_probs, entropy = linear_log_probs(**(case | leaves), return_entropy=True, **options)
+        if options:
+            leaves["head_weight"].data = empty
+        loss = (upstream * log_probs + upstream.flip(0) * entropy).sum()
+        return torch.autograd.grad(loss, [leaf for leaf in leaves.values() if leaf.requires_grad])
+
+    for found, wanted in zip(gradients(gathered=gathered), gradients(), strict=True):
+        assert torch.equal(found, wanted)
     with pytest.raises(RuntimeError, match="head_weight: got shape \\(0,\\) in the backward"):
-        log_probs.sum().backward()
+        gradients(gathered=None)

@@ -21,13 +21,14 @@ from tests.kernels.cases import (
     Case,
     assert_close,
     check_against_oracle,
+    double_logits,
     error,
     head_case,
     policy_case,
     run_ours,
 )
 from tests.kernels.dispatch import kind_of, use_twice
-from tests.kernels.oracle import reference_entropy, reference_log_probs, reference_logits
+from tests.kernels.oracle import reference_entropy, reference_log_probs
 from tests.kernels.ranks import in_processes
 from tests.kernels.tolerances import TWO_ROUNDINGS
 
@@ -69,19 +70,16 @@ def run_chunk(
 def run_double(
     case: Case, transform: LogitTransform, upstream: RowGradients
 ) -> tuple[RowStatistics, Tensor]:
-    """The same in float64, by autograd."""
-    bias = case["bias"].double() if "bias" in case else None
-    raw = reference_logits(case["hidden"].double(), case["head_weight"].double(), bias=bias)
-    raw = raw.detach().requires_grad_()
-    z = raw * transform.scale
-    if transform.softcap is not None:
-        z = transform.softcap * torch.tanh(z / transform.softcap)
-    z = z / transform.temperature
+    """The same in float64, by autograd: a raw logit's gradient is that of a bias of its own."""
+    bias = torch.zeros(len(case["hidden"]), len(case["head_weight"]), dtype=torch.float64)
+    bias = (bias + case.get("bias", 0.0)).requires_grad_()
+    options = {"temperature": transform.temperature, "logit_softcap": transform.softcap}
+    z = double_logits(case | options | {"logit_scale": transform.scale, "bias": bias})
     log_probs, entropy = reference_log_probs(z, case["target_ids"]), reference_entropy(z)
     value = (upstream.log_probs.double() * log_probs).sum()
     if upstream.entropy is not None:
         value = value + (upstream.entropy.double() * entropy).sum()
-    (gradient,) = torch.autograd.grad(value, raw)
+    (gradient,) = torch.autograd.grad(value, bias)
     top = z.detach().max(1).values
     total = (z.detach() - top[:, None]).exp().sum(1).log()
     return RowStatistics(log_probs.detach(), top, total, entropy.detach()), gradient
@@ -126,7 +124,7 @@ def test_huge_logits(size: float) -> None:
     """Logits of +-1e4 overflow nothing, and cost no more precision than torch's float32 does."""
     case = head_case(65, 34, 211, torch.bfloat16)
     case["hidden"], case["head_weight"] = case["hidden"].abs(), case["head_weight"].abs()
-    raw = reference_logits(case["hidden"].double(), case["head_weight"].double())
+    raw = double_logits(case)
     check_chunk(case, LogitTransform(scale=size / float(raw.max())))
 
 
@@ -134,7 +132,7 @@ def test_huge_logits(size: float) -> None:
 def test_log_prob_precision() -> None:
     """At D = 2048 and V = 20,000 bfloat16 log-probs are within 1e-5 nats RMS of float64."""
     case = head_case(64, 2048, 20_000, torch.bfloat16, spread=3.5)
-    logits = reference_logits(case["hidden"].double(), case["head_weight"].double())
+    logits = double_logits(case)
     assert 3.0 <= float(logits.std()) <= 4.0
     want = reference_log_probs(logits, case["target_ids"])
     got = linear_log_probs(**case)

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from care_kernels import care_loss, linear_log_probs, linear_policy_loss
 from care_kernels.heads import head_parameters
 from care_kernels.vocab_parallel import VocabShard
-from tests.kernels import batches
 from tests.kernels.cases import (
-    LEAVES,
     PER_ROW,
     Case,
+    V,
     assert_same,
+    batch_case,
     error,
+    gradients_of,
     head_case,
+    leaves_of,
+    only_rows,
     policy_case,
     row_vector,
     run_ours,
@@ -76,12 +79,12 @@ def log_probs_case(dtype: torch.dtype) -> Case:
 
 def log_probs_and_gradients(case: Case) -> dict[str, Tensor]:
     """`linear_log_probs` with entropy, under weights of both signs on both."""
-    leaves = {name: case[name].clone().requires_grad_() for name in LEAVES if name in case}
+    leaves = leaves_of(case)
     log_probs, entropy = linear_log_probs(**(case | leaves), return_entropy=True)
     ramp = torch.linspace(-1, 1, log_probs.numel())
     (ramp * log_probs + ramp.flip(0).square() * entropy).sum().backward()
-    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    return {"log_probs": log_probs.detach(), "entropy": entropy.detach()} | gradients
+    values = {"log_probs": log_probs.detach(), "entropy": entropy.detach()}
+    return values | gradients_of(leaves)
 
 
 def vocab_rank() -> dict[str, Any]:
@@ -97,8 +100,8 @@ def vocab_rank() -> dict[str, Any]:
     part = part_of(case | {"weight_grad": torch.ones_like(case["head_weight"])})
     run_ours(part)
     results["weight_grad"] = part["weight_grad"]
-    rows = slice(9, batches.V) if dist.get_rank() else slice(9)
-    part = part_of(batches.make_case(bias=True), rows, batches.V)
+    rows = slice(9, V) if dist.get_rank() else slice(9)
+    part = part_of(batch_case(bias=True), rows, V)
     results["care_loss"] = care_loss(**part).loss
     return results
 
@@ -145,12 +148,10 @@ def data_parallel_case() -> Case:
 def share_of(case: Case, rank: int) -> Case:
     """This rank's half of the rows."""
     half = case["hidden"].shape[0] // NUM_RANKS
-    rows = slice(rank * half, (rank + 1) * half)
-    constants = ("head_weight", "chunk_rows")
-    return {name: value if name in constants else value[rows] for name, value in case.items()}
+    return only_rows(case, slice(rank * half, (rank + 1) * half))
 
 
-def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+def whole_gradients_of(model: nn.Module) -> dict[str, Tensor]:
     """Each parameter's gradient, put together from its shards."""
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -177,7 +178,7 @@ def fsdp_rank() -> dict[str, dict[str, Tensor]]:
             fully_shard(model)
             loss = model(share, fused)
         loss.backward()
-        results[f"fsdp-{form}"] = gradients_of(model)
+        results[f"fsdp-{form}"] = whole_gradients_of(model)
     return results
 
 
@@ -215,7 +216,7 @@ def unsharded(fused: bool) -> dict[str, Tensor]:
     model = TinyPolicy()
     losses = [model(share_of(data_parallel_case(), rank), fused) for rank in range(NUM_RANKS)]
     (sum(losses) / NUM_RANKS).backward()
-    return gradients_of(model)
+    return whole_gradients_of(model)
 
 
 def every_run() -> dict[str, Any]:
@@ -276,7 +277,7 @@ def test_other_calls_over_vocabulary_shards(results: list[dict[str, Any]]) -> No
     _, gradients = run_ours(policy_case())
     got = torch.cat([result["weight_grad"] for result in results])
     assert_same(got, 1 + gradients["head_weight"])
-    want = care_loss(**batches.make_case(bias=True)).loss
+    want = care_loss(**batch_case(bias=True)).loss
     for result in results:
         assert_same(result["care_loss"], want)
 

@@ -1,4 +1,4 @@
-"""Eqs. 11 and 4 by hand, against the oracle and against the trainer, on both backends."""
+"""Eqs. 11 and 4 by hand and against the oracle, on both backends."""
 
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -12,11 +12,6 @@ from torch import Tensor
 from care_kernels import rationale_distance, token_advantages
 from care_kernels.rationale_distance import pool_rationale
 from care_kernels.region_weights import Regions
-from care_train.algorithm.region_weights import spread_advantages, token_credit
-from care_train.algorithm.selection import pairwise_distances
-from care_train.algorithm.types import TrainSequence
-from care_train.config import CareSettings, Decisions
-from tests.algorithm.builders import right, wrong
 from tests.kernels.cases import DEVICE, error
 from tests.kernels.oracle import reference_rationale_distance, reference_token_advantages
 from tests.kernels.tolerances import FLOOR, VALUE_FLOOR
@@ -113,9 +108,7 @@ def span_batches(draw: st.DrawFn) -> SpanBatch:
 
 def test_advantages_by_hand(backend: str) -> None:
     """A positive's three rationale and two answer tokens; a negative's answer; no spans at all.
-
-    gamma+ defaults to the trainer's, and nothing has a gradient.
-    """
+    Nothing has a gradient."""
     gamma = 0.005
     total = 3 * gamma + 2
     expected = [
@@ -126,7 +119,6 @@ def test_advantages_by_hand(backend: str) -> None:
     batch = BATCH._replace(advantages=BATCH.advantages.clone().requires_grad_())
     got = padded(batch, backend)
     torch.testing.assert_close(got, torch.tensor(expected))
-    assert torch.equal(got, padded(batch, backend, think_weight=CareSettings().think_weight))
     assert not got.requires_grad and not packed(batch, backend).requires_grad
 
 
@@ -150,40 +142,6 @@ def test_advantages_follow_the_oracle(
         total = sum(batch.seq_lens)
         roomy = packed(batch, backend, total_tokens=total + room, **options)
         assert torch.equal(torch.cat(rows), roomy[:total]) and not roomy[total:].any()
-
-
-SHAPES = st.lists(
-    st.tuples(st.integers(0, 6), st.integers(1, 4), st.booleans()), min_size=1, max_size=5
-)
-
-
-@given(SHAPES, normal_floats(0, 1))
-@FEW_EXAMPLES
-def test_advantages_are_the_trainers(
-    shapes: list[tuple[int, int, bool]], think_weight: float
-) -> None:
-    """On well-formed rollouts whose tags and EOS weigh 0, the trainer's rows: one Eq. 11."""
-    decided = CareSettings(think_weight=think_weight, decisions=Decisions(tag_weight=0.0))
-    rollouts = [
-        right(think=think, answer=answer) if good else wrong(think=think, answer=answer)
-        for think, answer, good in shapes
-    ]
-    good = [rollout.accuracy == 1 for rollout in rollouts]
-    credits = [
-        token_credit(rollout, decided, is_negative=not is_good, earns_rationale=is_good)
-        for rollout, is_good in zip(rollouts, good, strict=True)
-    ]
-    advantages = 1.5 - torch.arange(len(rollouts))
-    triples = zip(rollouts, advantages.tolist(), credits, strict=True)
-    batch = SpanBatch(
-        [len(rollout.token_ids) for rollout in rollouts],
-        advantages,
-        torch.tensor([rollout.spans.think_content for rollout in rollouts]),
-        torch.tensor([rollout.spans.answer_content for rollout in rollouts]),
-        torch.tensor(good),
-    )
-    got = packed(batch, think_weight=think_weight)
-    assert torch.equal(got, spread_advantages([TrainSequence(*triple) for triple in triples]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -321,16 +279,6 @@ def test_distances_of_wide_and_strided_states(backend: str) -> None:
     hidden = torch.stack(states).transpose(0, 2).contiguous().transpose(0, 2)
     got = distances(backend, hidden, spans.to(torch.int32), anchors.to(torch.uint8))
     check_distances(got, states, spans, anchors)
-
-
-def test_distances_are_the_trainers() -> None:
-    """The embeddings and distances of `care_train`, which rounds to what float32 resolves."""
-    hidden = torch.stack(random_states([20] * 6, 32))
-    spans = random_spans([20] * 6, torch.Generator().manual_seed(3))
-    want = pairwise_distances(pool_rationale(hidden, spans)).float()
-    for anchor in range(6):
-        got = rationale_distance(hidden, spans, torch.full((6,), anchor))
-        torch.testing.assert_close(got, want[anchor], rtol=0, atol=2e-6)
 
 
 def test_no_float32_copy_of_hidden() -> None:
