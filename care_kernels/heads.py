@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from care_kernels.checks import FLOAT_DTYPES, wrong
+from care_kernels.softmax import LogitTransform
 
 
 def head_parameters(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -129,8 +130,8 @@ def check_forward(model: Any, head_weight: Tensor, *, with_loss: bool = False) -
     stand_ins[head] = _StandIn(head, project, weight=into)
     labels, wanted = ids if with_loss else None, "a backbone and a head over token ids alone"
     try:
-        logits, cap = project(hidden) * transform["logit_scale"], transform["logit_softcap"]
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        logits = project(hidden)
+        LogitTransform(1.0, transform["logit_softcap"], transform["logit_scale"]).apply_(logits)
         with _replaced(model, stand_ins), torch.no_grad(), torch.device("cpu"):
             own = type(model).forward(model, input_ids=ids, labels=labels, return_dict=True)
         is_same = own.logits.shape == logits.shape and _is_close(own.logits, logits)

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from care_kernels.softmax import RowGradients, RowStatistics
 
-SAMPLED_KL_ESTIMATORS = ("k1", "k2", "k3", "k3_unbiased")
-KL_ESTIMATORS = (*SAMPLED_KL_ESTIMATORS, "exact")
+KL_ESTIMATORS = ("k1", "k2", "k3", "k3_unbiased", "exact")
 
 
 class PolicyLoss(NamedTuple):

@@ -17,8 +17,6 @@ from care_kernels import checks
 from care_kernels.backends import compute_dtype, resolve_backend
 from care_kernels.region_weights import cut_spans
 
-NORM_EPS = 1e-12
-"""Shorter means count as this long, so that a zero vector stays zero."""
 BLOCK_TOKENS = 1024
 """Hidden states converted to float32 at a time, on the CPU."""
 BLOCK_T, BLOCK_D, NUM_WARPS = 64, 64, 8
@@ -68,7 +66,7 @@ def pool_rationale(
     spans = cut_spans(think_spans.long(), torch.as_tensor(lengths, device=hidden.device))
     is_fused = resolve_backend(backend, hidden.device) == "triton"
     span_means = _launch if is_fused else _span_means
-    return F.normalize(span_means(hidden, starts, spans), dim=1, eps=NORM_EPS)
+    return F.normalize(span_means(hidden, starts, spans), dim=1)
 
 
 def cosine_distance(embeddings: Tensor, others: Tensor) -> Tensor:

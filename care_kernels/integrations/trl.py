@@ -24,7 +24,7 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -179,16 +179,27 @@ def policy_terms(trainer: Any, inputs: dict[str, Any]) -> PolicyTerms:
     advantages = weights * (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages)
     if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
         advantages = advantages * inputs["importance_sampling_ratio"]
+    bonus = trainer.entropy_coef * mask / mask.sum().clamp(min=1.0) / accumulation
+    return terms_of(trainer, inputs, mask, advantages, weights, bonus)
+
+
+def terms_of(
+    trainer: Any,
+    inputs: Mapping[str, Any],
+    mask: Tensor,
+    advantages: Tensor,
+    kl_shares: Tensor,
+    entropy_weights: Tensor,
+) -> PolicyTerms:
+    """The terms of a micro-batch whose tokens [B, T] have these advantages, shares of beta, and
+    coefficients of the entropy."""
     has_kl = trainer.beta != 0
-    bonus = None
-    if trainer.entropy_coef:
-        bonus = trainer.entropy_coef * mask / mask.sum().clamp(min=1.0) / accumulation
     per_token = {
         "advantages": advantages,
         "old_log_probs": inputs.get("old_per_token_logps"),
         "ref_log_probs": inputs["ref_per_token_logps"] if has_kl else None,
-        "kl_weights": trainer.beta * weights if has_kl else None,
-        "entropy_weights": bonus,
+        "kl_weights": trainer.beta * kl_shares if has_kl else None,
+        "entropy_weights": entropy_weights if trainer.entropy_coef else None,
     }
     options = {
         "surrogate": policy_surrogate(trainer),
@@ -369,7 +380,7 @@ class PolicyLossCall:
 
     def __init__(self, model: Any, terms: PolicyTerms) -> None:
         self._model, self._terms = model, terms
-        self.loss: Tensor | None = None
+        self.loss: Any = None
 
     def __call__(self, **inputs: Any) -> FusedCausalLMOutput:
         output = self._model(**inputs, policy_terms=self._terms)
@@ -388,6 +399,5 @@ def _fused_loss(trainer: Any, model: Any, inputs: dict[str, Any]) -> Tensor:
     terms = policy_terms(trainer, inputs)
     call = PolicyLossCall(model, terms)
     value = trl_loss(trainer, call, inputs)
-    assert call.loss is not None
     check_agreement(call.loss, value, terms)
     return call.loss

@@ -89,13 +89,13 @@ def departures(subgroup: Subgroup) -> list[int]:
     first token that differs from some negative. What they share before cannot be what made one
     right and the other wrong. A reflected response follows a prompt of its own and departs at once.
     """
-    members = [(m, m.is_negative) for m in subgroup.members if not m.rollout.reflected]
+    compared = [member for member in subgroup.members if not member.rollout.reflected]
     found = []
     for member in subgroup.members:
         lengths = [
             common_length(member.rollout.token_ids, other.rollout.token_ids)
-            for other, is_negative in members
-            if is_negative != member.is_negative
+            for other in compared
+            if other.is_negative != member.is_negative
         ]
         if member.rollout.reflected or not lengths:
             found.append(0)
@@ -147,7 +147,6 @@ def spread_advantages(
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], device=device),
         total_tokens=sum(lengths),
         think_weight=max(credit.think_weight for credit in credits),
-        weight_eps=credits[0].weight_eps,
         normalize=credits[0].normalize,
     )
 

@@ -52,9 +52,7 @@ def select_anchor(
     """
     assert candidates, "an anchor needs a positive"
     if settings.decisions.anchor_prefers_format:
-        best = max(rollouts[i].format_score for i in candidates)
-        if best == 1:
-            candidates = [i for i in candidates if rollouts[i].format_score == 1]
+        candidates = [i for i in candidates if rollouts[i].format_score == 1] or candidates
     if settings.anchor == "random":
         return candidates[int(torch.randint(len(candidates), (1,), generator=generator))]
     return min(
@@ -143,9 +141,8 @@ def _by_rank(ranked: Sequence[int], count: int, selector: Selector) -> list[int]
     if selector == "farthest":
         return list(ranked[len(ranked) - count :])
     if selector == "mixed":
-        near = (count + 1) // 2
-        far = count - near
-        return list(ranked[:near]) + list(ranked[len(ranked) - far :] if far else [])
+        far = count // 2
+        return [*ranked[: count - far], *ranked[len(ranked) - far :]]
     return list(ranked[:count])
 
 

@@ -27,30 +27,21 @@ class TextSpans:
 
 def parse_spans(text: str, think_tag: str = "think", answer_tag: str = "answer") -> TextSpans:
     """The think span and the last complete answer pair; an unclosed think runs to the end."""
-    think, think_content = _first_pair(text, think_tag)
-    answer, answer_content = _last_pair(text, answer_tag)
+    end = max(text.rfind(f"</{answer_tag}>"), 0)
+    think, think_content = _pair(text, think_tag, text.find(f"<{think_tag}>"))
+    answer, answer_content = _pair(text, answer_tag, text.rfind(f"<{answer_tag}>", 0, end))
     return TextSpans(think, think_content, answer, answer_content)
 
 
-def _first_pair(text: str, tag: str) -> tuple[CharRange | None, CharRange | None]:
-    opening, closing = f"<{tag}>", f"</{tag}>"
-    start = text.find(opening)
+def _pair(text: str, tag: str, start: int) -> tuple[CharRange | None, CharRange | None]:
+    """From the opening tag at `start` to the closing one; with the tags and without."""
     if start < 0:
         return None, None
-    inner = start + len(opening)
+    closing = f"</{tag}>"
+    inner = start + len(f"<{tag}>")
     end = text.find(closing, inner)
     if end < 0:
         return (start, len(text)), (inner, len(text))
-    return (start, end + len(closing)), (inner, end)
-
-
-def _last_pair(text: str, tag: str) -> tuple[CharRange | None, CharRange | None]:
-    opening, closing = f"<{tag}>", f"</{tag}>"
-    start = text.rfind(opening, 0, max(text.rfind(closing), 0))
-    if start < 0:
-        return None, None
-    inner = start + len(opening)
-    end = text.find(closing, inner)
     return (start, end + len(closing)), (inner, end)
 
 

@@ -168,8 +168,6 @@ class Credit:
     """Laid over the two, the last one on top."""
     think_weight: float = 0.0
     """gamma+."""
-    weight_eps: float = 1e-8
-    """eps_w."""
     normalize: bool = True
     """Divide by the sum of the weights."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
-from care_kernels.integrations.trl import PolicyTerms, policy_surrogate
+from care_kernels.integrations.trl import PolicyTerms, terms_of
 from care_train.algorithm.region_weights import spread_advantages
 from care_train.algorithm.types import GroupUpdate, Rollout, RolloutGroup, TrainSequence
 from care_train.integrations.trl_rollouts import completion_log_probs, largest, reference_log_probs
@@ -72,20 +72,7 @@ def policy_terms(trainer: Any, inputs: Mapping[str, Any]) -> PolicyTerms:
     if "importance_sampling_ratio" in inputs:
         advantages = advantages * inputs["importance_sampling_ratio"]
     shares = inputs["kl_shares"][:, None] * mask * scale
-    has_kl = trainer.beta != 0
-    per_token = {
-        "advantages": advantages,
-        "old_log_probs": inputs.get("old_per_token_logps"),
-        "ref_log_probs": inputs["ref_per_token_logps"] if has_kl else None,
-        "kl_weights": trainer.beta * shares if has_kl else None,
-        "entropy_weights": trainer.entropy_coef * shares if trainer.entropy_coef else None,
-    }
-    options = {
-        "surrogate": policy_surrogate(trainer),
-        "kl_estimator": "k3_unbiased" if trainer.args.use_bias_correction_kl else "k3",
-        "ratio_level": trainer.importance_sampling_level,
-    }
-    return PolicyTerms(mask, per_token, options)
+    return terms_of(trainer, inputs, mask, advantages, shares, trainer.entropy_coef * shares)
 
 
 def _with_reflections(

@@ -236,7 +236,9 @@ def with_encoded_images(
     first = [places.index(place) for place in range(max(places) + 1)] if repeats else slice(None)
     pixels = inputs.pop("pixel_values")
     features = backbone.get_image_features(pixels, grid[first], return_dict=True)
-    inputs["mm_encoder_outputs"] = {"image": _taken(features, places) if repeats else features}
+    if repeats:
+        features = _changed(features, lambda images: tuple(images[place] for place in places))
+    inputs["mm_encoder_outputs"] = {"image": features}
     if repeats and not left_padded and "position_ids" not in inputs:
         inputs["position_ids"] = _position_ids(backbone, inputs, prompts, counts)
     return inputs
@@ -246,13 +248,11 @@ def _pop_list(inputs: dict[str, Any], key: str) -> list[int]:
     return inputs.pop(key).tolist() if key in inputs else []
 
 
-def _taken(features: Any, places: Sequence[int]) -> Any:
-    """The encoder's output with its images at `places`, at every depth that it reports."""
-    features.pooler_output = tuple(features.pooler_output[place] for place in places)
+def _changed(features: Any, change: Callable[[Sequence[torch.Tensor]], Any]) -> Any:
+    """The encoder's output with other images' rows, at every depth that it reports."""
+    features.pooler_output = change(features.pooler_output)
     if getattr(features, "deepstack_features", None) is not None:
-        features.deepstack_features = [
-            tuple(layer[place] for place in places) for layer in features.deepstack_features
-        ]
+        features.deepstack_features = list(map(change, features.deepstack_features))
     return features
 
 
@@ -265,9 +265,7 @@ def _with_nothing_seen(backbone: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     pixels = torch.zeros(side * side, width, device=device)
     grid = torch.tensor([[1, side, side]], device=device)
     features = backbone.get_image_features(pixels, grid, return_dict=True)
-    features.pooler_output = (features.pooler_output[0][:0],)
-    if getattr(features, "deepstack_features", None) is not None:
-        features.deepstack_features = [(layer[0][:0],) for layer in features.deepstack_features]
+    features = _changed(features, lambda images: (images[0][:0],))
     return inputs | {"mm_encoder_outputs": {"image": features}}
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from care_kernels import PolicyLoss, linear_log_probs, linear_policy_loss, pool_rationale
 from care_kernels.heads import check_forward, head_parameters, logit_options, output_head
+from care_kernels.softmax import LogitTransform
 from care_train.models.batch import ModelBatch, has_vision_tower, with_encoded_images
 
 
@@ -61,9 +62,9 @@ class PolicyHead(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, V] fp32 before the temperature, all at once: for checks of a few tokens."""
         logits = nn.functional.linear(hidden, self.weight, self.bias).float()
-        logits = logits * self._options["logit_scale"]
-        cap = self._options["logit_softcap"]
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        options = self._options
+        LogitTransform(1.0, options["logit_softcap"], options["logit_scale"]).apply_(logits)
+        return logits
 
 
 class Policy(nn.Module):

@@ -278,13 +278,11 @@ def _forward_bytes(work: Workload) -> float:
     """One forward without gradient: the widest layer, of the language model or the vision tower."""
     model, vision, b = work.model, work.model.vision, work.element_bytes
     tokens = work.micro_batch * work.context
-    layer = tokens * 3 * b * (model.intermediate + model.text.hidden_size) + _score_matrix_bytes(
-        work
-    )
+    layer = tokens * 3 * b * (model.intermediate + model.text.hidden_size)
     block = 0.0
     if vision is not None:
         block = work.encoded_prompts * work.patches * _vision_layer_bytes(vision, b)
-    return max(layer, block) + _mask_bytes(work)
+    return max(layer + _score_matrix_bytes(work), block) + _mask_bytes(work)
 
 
 def _rms_norm_bytes(width: int, b: int) -> int:

@@ -261,9 +261,8 @@ class Workload:
     @property
     def patches(self) -> int:
         """Vision patches of a prompt."""
-        return (
-            self.image_tokens * self.model.vision.spatial_merge_size**2 if self.model.vision else 0
-        )
+        vision = self.model.vision
+        return 0 if vision is None else self.image_tokens * vision.spatial_merge_size**2
 
     @property
     def prompts(self) -> float:
