@@ -28,15 +28,14 @@ from care_train.distributed import (
     initialize_process_group,
     is_main,
     own_environment,
-    rank,
-    world_size,
+    own_share,
 )
 from care_train.models.prompts import TokenText
 from care_train.training.groups import RolloutScorer
 from care_train.training.loop import few_collections
 from care_train.training.rl import open_policy
 from care_train.training.sampler import Sampler
-from care_train.training.session import Session, open_session, rank_share
+from care_train.training.session import Session, open_session
 from care_train.training.step import TrainStep
 
 
@@ -89,7 +88,7 @@ class OurTrainer:
 
     def _draw(self) -> list[Sample]:
         first, count = self._done * self._case.prompts, self._case.prompts
-        return rank_share(self._setup.prompts(first, count), rank(), world_size())
+        return list(own_share(self._setup.prompts(first, count)))
 
 
 def measure_ranks(

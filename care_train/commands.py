@@ -34,7 +34,7 @@ from care_train.training.resume import (
     cut_logs,
     settings_of,
 )
-from care_train.training.rl import check_ranks, open_checkpoints, run_training
+from care_train.training.rl import RlLoop, check_ranks, open_checkpoints
 from care_train.training.run_folder import CONFIG_FILE, RunFolder, open_run, run_dir_of
 from care_train.training.session import Given, Session, open_session, usable_rows
 from care_train.training.sft import cold_start_checkpoints, cold_start_rows, count_rows, run_sft
@@ -184,7 +184,7 @@ def evaluate(config: Config, run: RunFolder, given: Given, device: torch.device)
         )
     usable_rows(session, held_out, "eval.data")
     run_dir = run.begin({"eval.data": held_out})
-    engine = session.rollout_engine(session.loaded, config.rollout.batch_size)
+    engine = session.rollout_engine()
     run.started()
     with open_writer(config, run_dir) as archive:
         return evaluate_both(session, engine, held_out, device, archive=archive)
@@ -218,16 +218,10 @@ def _train_from(
     def evaluate_now(engine: RolloutEngine, step: int) -> dict[str, float]:
         return evaluate_both(session, engine, held_out, device, archive=archive, step=step)
 
-    totals = run_training(
-        session,
-        samples,
-        run_dir,
-        metrics,
-        device,
-        checkpoint=checkpoint,
-        evaluate=evaluate_now if held_out else None,
-        archive=archive,
-        started=run.started,
+    evaluation = evaluate_now if held_out else None
+    # No name for the loop: its reference and rollout engine must be gone before the evaluation.
+    totals = RlLoop(session, samples, run_dir, metrics, device, evaluation, archive).train(
+        run_dir / "final", checkpoint, run.started
     )
     facts: Summary = {key: int(value) for key, value in totals.items()}
     if facts["steps"] < config.train.steps:
@@ -269,7 +263,7 @@ def _evaluate_session(
     description: str,
     step: int,
 ) -> dict[str, float]:
-    engine = session.rollout_engine(session.loaded, session.config.rollout.batch_size)
+    engine = session.rollout_engine()
     values = evaluate_both(
         session, engine, held_out, device, description, archive=archive, step=step
     )

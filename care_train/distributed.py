@@ -10,6 +10,7 @@ import itertools
 import os
 import socket
 import weakref
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -174,6 +175,11 @@ def is_main() -> bool:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def own_share(items: Sequence[Value]) -> Sequence[Value]:
+    """This rank's part of what all ranks have: every world_size-th item."""
+    return items[rank() :: world_size()]
 
 
 def gather(value: Value) -> list[Value]:

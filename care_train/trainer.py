@@ -27,7 +27,7 @@ from care_train.models.tiny import model_folder
 from care_train.publishing import Summary, claim, publish
 from care_train.training.checkpoint import seed_all
 from care_train.training.folders import write_folder
-from care_train.training.run_folder import run_dir_of
+from care_train.training.run_folder import on_main, run_dir_of
 from care_train.training.session import Callbacks, Given, open_session, usable_rows
 
 Reward = Callable[..., Any] | str
@@ -174,7 +174,7 @@ class CareTrainer:
             folder = final if final.is_dir() else model_folder(config, base, held_out)
             session = open_session(config, folder, device, given)
         usable_rows(session, held_out, "eval.data")
-        engine = session.rollout_engine(session.loaded, config.rollout.batch_size)
+        engine = session.rollout_engine()
         return evaluate_both(session, engine, held_out, device)
 
     def save_model(self, folder: str | Path) -> None:
@@ -205,8 +205,12 @@ class CareTrainer:
         """
         config = replace(self.config, hub=HubSettings(push_to=repo))
         summary = json.loads((self._final().parent / "summary.json").read_text())
-        claim(config, private=private)
-        return publish(self.run_dir, config, summary)
+
+        def upload() -> str:
+            claim(config, private=private)
+            return publish(self.run_dir, config, summary)
+
+        return on_main(upload)
 
     def _final(self) -> Path:
         final = self.run_dir / "final"

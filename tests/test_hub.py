@@ -1,6 +1,7 @@
 """Models and data by their Hub ids, and a trained model uploaded, against a Hub made here."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,14 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from care_train import hub
+from care_train import CareConfig, CareTrainer, distributed, hub
 from care_train.config import build_config, source_of
 from care_train.data import load_samples
 from care_train.distributed import own_environment
 from care_train.models.load import load_model
 from care_train.planning.workload import read_architecture
 from care_train.publishing import claim, model_card, publish
+from care_train.training import run_folder
 from tests.hub_server import Hub, contents, running_hub
 from tests.train.runs import ROOT, SMALL
 
@@ -143,6 +145,22 @@ def test_uploads_say_what_is_missing(local_hub: Hub, tmp_path, monkeypatch):
         publish(tmp_path, config, {"steps": 2})
     with pytest.raises(ValueError, match=r"hub\.push_to"):
         build_config({"hub": {"push_to": "mine"}})
+
+
+def test_a_program_uploads_what_it_trained(local_hub: Hub, tiny_folder, tmp_path, monkeypatch):
+    """`push_to_hub`: once trained, and by rank 0 alone; every rank gets the commit's address."""
+    trainer = CareTrainer(config=CareConfig(name="run", output_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="train first"):
+        trainer.push_to_hub("acme/mine")
+    final = shutil.copytree(tiny_folder("tiny-qwen2"), tmp_path / "run" / "final")
+    (tmp_path / "run" / "summary.json").write_text('{"steps": 1}')
+    address = trainer.push_to_hub("acme/mine", private=False)
+    uploaded = local_hub.repositories["models/acme/mine"]
+    assert uploaded.files == contents(final) and not uploaded.is_private
+    local_hub.requests.clear()
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(run_folder, "of_first_rank", lambda _: (address, None))
+    assert trainer.push_to_hub("acme/mine") == address and local_hub.requests == []
 
 
 def test_a_card_shows_no_folder_of_the_machine(tmp_path):

@@ -264,5 +264,4 @@ def _rollout_engine(subject: Subject, encoder: PromptEncoder) -> RolloutEngine:
     # Here is one process, and so one worker.
     vllm = replace(config.rollout.vllm, tensor_parallel_size=1)
     config = replace(config, rollout=replace(config.rollout, vllm=vllm))
-    session = Session(config, subject.model, encoder, scorer)
-    return session.rollout_engine(subject.model, config.rollout.batch_size)
+    return Session(config, subject.model, encoder, scorer).rollout_engine()

@@ -125,7 +125,7 @@ def evaluate_benchmarks(
     config = session.config
     weights = identity(config, (), session.loaded.model)["weights"]
     _check_made_with(session, weights, run_dir)
-    engine = session.rollout_engine(session.loaded, config.rollout.batch_size)
+    engine = session.rollout_engine()
     started()
     summaries: dict[str, dict[str, Any]] = {}
     for questions in question_sets:

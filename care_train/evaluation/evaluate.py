@@ -18,7 +18,7 @@ from care_train.config import Config
 from care_train.data import Sample
 from care_train.data.answers import accepted_answers
 from care_train.data.images import image_sizes
-from care_train.distributed import all_max, all_sum, barrier, gather, is_main, rank, world_size
+from care_train.distributed import all_max, all_sum, barrier, gather, is_main, own_share, rank
 from care_train.evaluation.question import Benchmark, Question, QuestionSet, letters
 from care_train.reporting import track
 from care_train.reporting.archive import ArchiveWriter
@@ -34,7 +34,7 @@ from care_train.training.archiving import archive_evaluation
 from care_train.training.failures import Stopped
 from care_train.training.groups import Answer
 from care_train.training.guard import StopSignals
-from care_train.training.session import Session, rank_share
+from care_train.training.session import Session
 from care_train.training.timer import timer
 from care_train.verifier import Response, normalize
 from care_train.verifier.answers import MAX_ANSWER_CHARS
@@ -75,7 +75,7 @@ def evaluate(
         step: how many steps the policy was trained.
     """
     config = session.config
-    share = rank_share(samples, rank(), world_size())
+    share = list(own_share(samples))
     batches = equal_batches(share, config.rollout.batch_size, device)
     sampling = decoding(config, greedy)
     rollouts: list[Rollout] = []
@@ -196,7 +196,7 @@ def answer_questions(
                 "run"
             )
     missing = [job for job in jobs if (ids[job[0]], *job[1:]) not in found]
-    own = missing[rank() :: world_size()]
+    own = own_share(missing)
     batches = equal_batches(own, config.rollout.batch_size, device)
     bar = track(batches, questions.name, is_main())
     answered = 0

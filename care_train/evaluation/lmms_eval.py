@@ -69,9 +69,7 @@ class CareTrainModel(lmms):
         self._device = initialize_process_group()
         self.accelerator = Accelerator(cpu=self._device.type == "cpu")
         self._session = open_session(self._config, model_folder(path), self._device)
-        self._engine = self._session.rollout_engine(
-            self._session.loaded, self._config.rollout.batch_size
-        )
+        self._engine = self._session.rollout_engine()
         self._rank, self._world_size = rank(), world_size()
 
     @property

@@ -21,7 +21,7 @@ from care_train.algorithm.types import GroupUpdate, RolloutGroup
 from care_train.config import TABLE_5, Config, load_config
 from care_train.replay.archived import ArchivedGroup, Credited, steps_of
 from care_train.reporting.files import write_json
-from care_train.training.credit import choose_subgroup, fixability_of, group_updates, outcome_of
+from care_train.training.groups import choose_subgroup, fixability_of, group_updates, outcome_of
 from care_train.training.resume import settings_of
 
 FORMATS = (".json", ".csv", ".png")

@@ -22,14 +22,14 @@ from care_train.reporting.archive import ArchiveWriter
 from care_train.reporting.archive_schema import REGIONS
 from care_train.reporting.files import JsonlWriter
 from care_train.rollout.engine import Completion
-from care_train.training.credit import (
+from care_train.training.groups import (
+    Group,
     outcome_of,
     reflected_place,
     reflection_outcome,
     roles_of,
     telling_rollouts,
 )
-from care_train.training.groups import Group
 from care_train.training.log_probs import TrainItem, known_old_log_probs, on_cpu, token_advantages
 
 EVENT_FILES = ("care_events.jsonl", "rgr_events.jsonl")
@@ -215,19 +215,13 @@ def _trained(items: Sequence[TrainItem]) -> dict[int, dict[str, Any]]:
         replace(s, advantage=1.0, credit=replace(s.credit, normalize=False)) for s in sequences
     ]
     # -1 where the surrogate's lower bound took the gradient away, 1 where the upper one did.
-    clipped = [
-        o and o.loss.clipped_high[o.rows].to(torch.int8) - o.loss.clipped_low[o.rows].to(torch.int8)
-        for o in outcomes
-    ]
-    entropy = [
-        None if o is None or o.loss.entropy is None else o.loss.entropy[o.rows] for o in outcomes
-    ]
+    clipped = [o and o.clipped_high.to(torch.int8) - o.clipped_low.to(torch.int8) for o in outcomes]
     columns = {
         "token_advantages": token_advantages(items),
         "token_weights": split_advantages(weighed),
         "ref_log_probs": on_cpu([item.ref_log_probs for item in items]),
         "old_log_probs": known_old_log_probs(items),
-        "entropy": on_cpu(entropy),
+        "entropy": on_cpu([o and o.entropy for o in outcomes]),
         "clipped": on_cpu(clipped),
     }
     return {

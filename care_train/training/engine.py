@@ -92,11 +92,9 @@ class PolicyEngine:
         self.loaded, self.device, self._settings = loaded, device, optimizer
         self.zero_stage = settings.zero_stage
         loaded.model.to(device)
-        # ZeRO-3 shards the trained parameters; generation needs whole ones.
-        self.rollout_is_copy = settings.zero_stage == 3 and copy_for_rollouts
-        self.rollout = loaded
-        if self.rollout_is_copy:
-            self.rollout = replace(loaded, model=copy.deepcopy(loaded.model))
+        self.rollout_copy: LoadedModel | None = None
+        if settings.zero_stage == 3 and copy_for_rollouts:
+            self.rollout_copy = replace(loaded, model=copy.deepcopy(loaded.model))
         if config.model.adapters is not None:  # after the copy, which gets merged weights
             add_adapters(loaded.model, config.model.adapters, config.seed)
         self._weights = {parts: policy_weights(loaded.model, parts) for parts in WeightParts}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from care_train.distributed import gather, is_main, rank, world_size
+from care_train.distributed import gather, is_main, of_first_rank, own_share
 from care_train.reporting.files import PARTIAL, sync
 from care_train.training.failures import DISK_FULL_STATUS, INPUT_STATUS, RunError
 from care_train.training.timer import timer
@@ -72,8 +72,8 @@ def clean_up(folder: Path) -> None:
 
 def write_manifest(folder: Path) -> None:
     """Record size and BLAKE2b of every file in `folder`; ranks share the reading."""
-    files = gather(_files(folder) if is_main() else [])[0]
-    own = {name: _describe(folder / name) for name in files[rank() :: world_size()]}
+    files = of_first_rank(_files(folder) if is_main() else [])
+    own = {name: _describe(folder / name) for name in own_share(files)}
     entries = {name: entry for part in gather(own) for name, entry in part.items()}
     if is_main():
         manifest = {"format": 1, "files": dict(sorted(entries.items()))}
@@ -82,12 +82,12 @@ def write_manifest(folder: Path) -> None:
 
 def find_damage(folder: Path) -> str | None:
     """Why `folder` is not what its manifest says, or None; every rank gets the same answer."""
-    entries = gather(_read(folder) if is_main() else None)[0]
+    entries = of_first_rank(_read(folder) if is_main() else None)
     if isinstance(entries, str):
         return entries
     assert entries is not None
     names = sorted({*entries, *_files(folder)} - {MANIFEST_FILE})
-    problems = [_compare(folder, name, entries.get(name)) for name in names[rank() :: world_size()]]
+    problems = [_compare(folder, name, entries.get(name)) for name in own_share(names)]
     found = sorted(text for part in gather(problems) for text in part if text is not None)
     return found[0] if found else None
 

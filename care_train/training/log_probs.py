@@ -83,15 +83,6 @@ class SequenceRows(NamedTuple):
     """[D] the pooled span."""
 
 
-class TokenOutcome(NamedTuple):
-    """What an update said of one sequence's T tokens."""
-
-    loss: PolicyLoss
-    """Of its micro-batch."""
-    rows: slice
-    """The sequence's T among the micro-batch's N."""
-
-
 @dataclass
 class TrainItem:
     """One sequence of S* and what the loss compares it with.
@@ -116,8 +107,9 @@ class TrainItem:
     """log pi_ref, on the policy's device; None without a KL of sampled tokens."""
     importance_weights: torch.Tensor | None = field(default=None, repr=False)
     """None where all are 1."""
-    outcome: TokenOutcome | None = field(default=None, repr=False)
-    """Of the last update that it was part of, on the policy's device."""
+    outcome: PolicyLoss | None = field(default=None, repr=False)
+    """What the last update said of its tokens, on the policy's device; `loss` is its whole
+    micro-batch's."""
     token_advantages: torch.Tensor | None = field(default=None, repr=False)
     """None until the function of the same name is asked for it."""
 
@@ -141,8 +133,8 @@ def known_old_log_probs(items: Sequence[TrainItem]) -> list[torch.Tensor | None]
     for item, advantages in zip(items, token_advantages(items), strict=True):
         log_probs, outcome = item.sampled_log_probs, item.outcome
         if log_probs is None and outcome is not None:
-            is_whole = outcome.loss.kl is not None or bool((advantages != 0).all())
-            log_probs = outcome.loss.log_probs[outcome.rows] if is_whole else None
+            is_whole = outcome.kl is not None or bool((advantages != 0).all())
+            log_probs = outcome.log_probs if is_whole else None
         found.append(log_probs)
     return on_cpu(found)
 

@@ -2,7 +2,7 @@
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from care_train.data import Sample
 from care_train.distributed import is_main
 from care_train.reporting import MetricsLogger, TrainProgress
-from care_train.training.checkpoint import Checkpoint, Checkpoints
+from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
 from care_train.training.engine import PolicyEngine
 from care_train.training.failures import Stopped
 from care_train.training.guard import StopSignals
@@ -24,7 +24,7 @@ from care_train.training.timer import at_step
 class StepLoop(ABC):
     """Steps in order, each with its log line and with what is due after it.
 
-    A subclass sets `engine`, and `first_step` where it goes on from a checkpoint.
+    A subclass sets `engine` and `totals`.
     """
 
     phase: str
@@ -34,6 +34,8 @@ class StepLoop(ABC):
     data_key: str
     """The setting that names the rows' file."""
     engine: PolicyEngine
+    totals: dict[str, float]
+    """What the run reports at its end."""
     first_step: int = 0
     owes_evaluation: bool = False
     """Whether the evaluation after the last step is still to be made, as where a run was stopped
@@ -57,6 +59,11 @@ class StepLoop(ABC):
         self._identity = identity(self.config, samples, session.loaded.model)
 
     @abstractmethod
+    def restore(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Be where `save` was called with `state`, and on this rank with `own`; engine and
+        generators are already."""
+
+    @abstractmethod
     def step(self, step: int) -> dict[str, float]:
         """Make a step, counted from 0; its metrics."""
 
@@ -69,8 +76,31 @@ class StepLoop(ABC):
             NoSignalError: the steps so far had nothing to learn from.
         """
 
-    def run(self) -> None:
-        """The steps that are left."""
+    def train(
+        self, folder: Path, checkpoint: Checkpoint | None, started: Callable[[], None]
+    ) -> dict[str, float]:
+        """Go on from `checkpoint`, its logs cut to it already, make the steps that are left, and
+        save the model to `folder`. `started` is called before the first step.
+
+        Returns:
+            `totals`.
+
+        Raises:
+            ValueError: the rows or the first weights are not those of the checkpoint's run.
+            Stopped: a signal asked for it; a checkpoint is saved.
+        """
+        if checkpoint is not None:
+            check_identity(checkpoint, self._identity, self.data_key, self.config)
+            self.first_step = checkpoint.step
+            self.restore(checkpoint.state, checkpoint.restore(self.engine))
+        started()
+        self._run()
+        with at_step(self.num_steps, self.num_steps, self.run_dir):
+            save_model(self.engine, folder)
+        self.engine.close()
+        return self.totals
+
+    def _run(self) -> None:
         display = TrainProgress(self.num_steps, is_main(), self.title, start_step=self.first_step)
         callbacks, in_program = self.session.given.callbacks, self.session.given.in_program
         signals = StopSignals(in_program=in_program)
@@ -88,16 +118,6 @@ class StepLoop(ABC):
                     if callbacks.want_stop(self.device):
                         self.num_steps = done
                     self.after_step(done, signals)
-
-    def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Be where the run was when it saved `checkpoint`; returns what this rank saved of its own.
-
-        Raises:
-            ValueError: the rows or the first weights are not those of the checkpoint's run.
-        """
-        check_identity(checkpoint, self._identity, self.data_key, self.config)
-        self.first_step = checkpoint.step
-        return checkpoint.restore(self.engine)
 
     def save(
         self,

@@ -164,7 +164,7 @@ def _clipped_answers(items: Sequence[TrainItem]) -> dict[str, float]:
     """`clipped_negative_answer`: the share of the answers' tokens with a negative advantage that
     the lower clip bound took the gradient of (Fig. 6, left)."""
     parts = [
-        item.outcome.loss.clipped_low[item.outcome.rows][slice(*item.sequence.rollout.spans.answer)]
+        item.outcome.clipped_low[slice(*item.sequence.rollout.spans.answer)]
         for item in items
         if item.outcome is not None
         and item.sequence.advantage < 0
@@ -204,16 +204,22 @@ def _variance(total: float, squares: float, count: float) -> float:
 
 
 def engine_gap(
-    groups: Sequence[Group], items: Sequence[TrainItem], device: torch.device
-) -> tuple[dict[str, float], str]:
+    groups: Sequence[Group],
+    items: Sequence[TrainItem],
+    device: torch.device,
+    limit: float | None = None,
+) -> dict[str, float]:
     """How far the trainer's log-probs are from those of the engine that sampled, over all ranks.
 
     A collective call.
 
     Returns:
         `gap_mean` and `gap_max` of |trainer - engine| in nats per token, and `gap_k3`, the k3
-        estimate of KL[engine || trainer]; and where they differ most, for people. Nothing where
-        nothing was measured.
+        estimate of KL[engine || trainer]. Nothing where nothing was measured.
+
+    Raises:
+        EngineError: the mean is over `limit`, or not finite: the engine samples from another
+            policy than the trainer's.
     """
     sums, largest, worst = [0.0, 0.0, 0.0], -1.0, ""
     for group, rollout, trainer in _measured(groups, items):
@@ -234,25 +240,15 @@ def engine_gap(
             )
     total, k3, count = all_sum(sums, device)
     if not count:
-        return {}, ""
+        return {}
     largest, worst = max(gather((largest, worst)))
-    return {"gap_mean": total / count, "gap_k3": k3 / count, "gap_max": largest}, worst
-
-
-def check_engine_gap(values: dict[str, float], worst: str, limit: float | None) -> None:
-    """Stop a run whose engine samples from another policy than the trainer's.
-
-    `values` and `worst` are `engine_gap`'s.
-
-    Raises:
-        EngineError: the mean gap is over the limit, or not finite.
-    """
-    if not values or limit is None or values["gap_mean"] <= limit:
-        return
-    raise EngineError(
-        f"rollout.max_log_prob_gap: trainer and engine are {values['gap_mean']:.4g} nats per token "
-        f"apart, wanted at most {limit:g}: they do not compute the same policy. Worst: {worst}"
-    )
+    mean = total / count
+    if limit is not None and not mean <= limit:
+        raise EngineError(
+            f"rollout.max_log_prob_gap: trainer and engine are {mean:.4g} nats per token apart, "
+            f"wanted at most {limit:g}: they do not compute the same policy. Worst: {worst}"
+        )
+    return {"gap_mean": mean, "gap_k3": k3 / count, "gap_max": largest}
 
 
 def _measured(

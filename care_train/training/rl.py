@@ -1,7 +1,7 @@
 """Reinforcement learning: prompts in order, steps, and the evaluations and checkpoints between."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ import torch
 
 from care_train.config import Config
 from care_train.data import PromptOrder, Sample, load_images
-from care_train.distributed import is_main, rank, world_size
+from care_train.distributed import is_main, own_share, world_size
 from care_train.reporting import MetricsLogger, show_group
 from care_train.reporting.archive import ArchiveWriter
 from care_train.rollout.engine import RolloutEngine
 from care_train.training.archiving import append_events, case_study
-from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
+from care_train.training.checkpoint import Checkpoints
 from care_train.training.empty_steps import EmptySteps
 from care_train.training.engine import PolicyEngine
 from care_train.training.guard import StopSignals
@@ -23,10 +23,9 @@ from care_train.training.log_probs import FrozenCopy, Reference, WithoutAdapters
 from care_train.training.loop import StepLoop, is_due
 from care_train.training.metrics import function_metrics
 from care_train.training.optimizer import OptimizerSettings
-from care_train.training.sampler import AheadSampler, Sampler
-from care_train.training.session import Session, rank_share
+from care_train.training.sampler import Sampler
+from care_train.training.session import Session
 from care_train.training.step import StepOutcome, TrainStep
-from care_train.training.timer import at_step
 from care_train.verifier import TrainerState
 
 logger = logging.getLogger(__name__)
@@ -62,44 +61,14 @@ class PromptSource:
         """The next `prompts_per_step` prompts, this rank's share of them."""
         first, self.position = self.position, self.position + self.count
         indices = self._order.take(first, self.count)
-        own = rank_share(list(enumerate(indices, start=first)), rank(), world_size())
+        own = own_share(list(enumerate(indices, start=first)))
         size = len(self._samples)
         return [replace(self._samples[i], visit=place // size) for place, i in own]
 
 
-def run_training(
-    session: Session,
-    samples: Sequence[Sample],
-    run_dir: Path,
-    metrics: MetricsLogger,
-    device: torch.device,
-    *,
-    checkpoint: Checkpoint | None = None,
-    evaluate: Evaluate | None = None,
-    archive: ArchiveWriter | None = None,
-    started: Callable[[], None],
-) -> dict[str, float]:
-    """Train, save `final/`, and return the totals of the run.
+class RlLoop(StepLoop):
+    """Algorithm 1's steps, with evaluations and what a checkpoint needs of them."""
 
-    `evaluate` is called every `train.eval_every` steps on all ranks, `started` before the first
-    step; the log lines after `checkpoint` must be cut already.
-
-    Raises:
-        Stopped: a signal asked for it; a checkpoint is saved.
-    """
-    session.scorer.verifier.check_columns(samples)
-    loop = _RlLoop(session, samples, run_dir, metrics, device, evaluate, archive)
-    if checkpoint is not None:
-        loop.resume_from(checkpoint)
-    started()
-    loop.run()
-    with at_step(loop.num_steps, loop.num_steps, run_dir):
-        save_model(loop.engine, run_dir / "final")
-    loop.engine.close()
-    return loop.totals
-
-
-class _RlLoop(StepLoop):
     phase = "train"
     data_key = "data.path"
 
@@ -113,6 +82,11 @@ class _RlLoop(StepLoop):
         evaluate: Evaluate | None,
         archive: ArchiveWriter | None,
     ) -> None:
+        """Ready to train on `samples`.
+
+        `evaluate` is called every `train.eval_every` steps on all ranks.
+        """
+        session.scorer.verifier.check_columns(samples)
         config = session.config
         self.title = config.algorithm
         checkpoints = open_checkpoints(config, run_dir)
@@ -121,20 +95,16 @@ class _RlLoop(StepLoop):
         )
         self._evaluate, self._archive = evaluate, archive
         self.engine, self._rollout, reference = open_policy(session, device)
-        kind = AheadSampler if config.train.rollouts_ahead else Sampler
-        self._sampler = kind(self._rollout, session.encoder, config)
+        self._sampler = Sampler(self._rollout, session.encoder, config)
         self._source = PromptSource(samples, config)
         self._empty_steps = EmptySteps(config, len(samples), device)
         self._train_step = TrainStep(
             config, self.engine, self._sampler, session.scorer, reference, archive
         )
         counted = ("steps", "decoded_tokens", "trained_sequences", "sampled_sequences")
-        self.totals: dict[str, float] = dict.fromkeys(counted, 0.0)
+        self.totals = dict.fromkeys(counted, 0.0)
 
-    def resume_from(self, checkpoint: Checkpoint) -> None:
-        """Be where the run was when it saved `checkpoint`."""
-        state = checkpoint.state
-        own = self.restore(checkpoint)
+    def restore(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         self.totals, self._source.position = state["totals"], state["position"]
         self.owes_evaluation = state["owes_evaluation"]
         self._sampler.restore(own.get("ahead", {}), self._source.draw)
@@ -265,7 +235,4 @@ def open_policy(
     )
     if config.loss.kl_coef and has_lora:
         reference = WithoutAdapters(engine)
-    rollout = session.new_engine(
-        engine.rollout, config.rollout.batch_size, is_copy=engine.rollout_is_copy
-    )
-    return engine, rollout, reference
+    return engine, session.new_engine(engine.rollout_copy), reference

@@ -165,7 +165,7 @@ class RunFolder:
         self.path = folder if is_resumed else _sibling(folder, "new")
         """Where the run writes: until `begin`, a new one's is another folder than its own."""
         if not is_resumed:
-            _on_main(self._prepare)
+            on_main(self._prepare)
 
     def begin(self, rows: Mapping[str, Sequence[Sample]]) -> Path:
         """Settings, data and rows are valid: a new run gets its folder, from now on `path`, which
@@ -179,7 +179,7 @@ class RunFolder:
                 see the one that rank 0 made.
             OSError: it could not be written.
         """
-        _on_main(lambda: self._take_name(rows))
+        on_main(lambda: self._take_name(rows))
         self.path = self._folder
         if not self.is_resumed:
             self._await_folder()
@@ -250,7 +250,7 @@ def open_run(config: Config, files: Mapping[str, Path]) -> Iterator[RunFolder]:
         ValueError: its name is none, or what is there cannot be gone on with or replaced.
     """
     with ExitStack() as stack:
-        folder, is_resumed = _on_main(lambda: _claim(config, files, stack))
+        folder, is_resumed = on_main(lambda: _claim(config, files, stack))
         run = RunFolder(config, folder, is_resumed)
         stack.callback(run.close)
         yield run
@@ -331,7 +331,7 @@ def _sibling(folder: Path, role: str) -> Path:
     return folder.with_name(f".{folder.name}.{role}")
 
 
-def _on_main(action: Callable[[], Value]) -> Value:
+def on_main(action: Callable[[], Value]) -> Value:
     """Run `action` on rank 0: its result, or its error, on every rank."""
     result: tuple[Value | None, Exception | None] = (None, None)
     if is_main():

@@ -13,7 +13,6 @@ lock and is named by a random token.
 """
 
 import errno
-import json
 import os
 import shlex
 import shutil
@@ -21,10 +20,12 @@ import sys
 import threading
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
+
+from pydantic import TypeAdapter, ValidationError
 
 from care_train.reporting.files import sync
 from care_train.training.failures import IN_USE_STATUS, RunError
@@ -55,6 +56,9 @@ class Holder:
     def __str__(self) -> str:
         since = datetime.fromtimestamp(self.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         return f"pid {self.process.pid} on {self.process.host} since {since} ({self.command})"
+
+
+_HOLDER = TypeAdapter(Holder)
 
 
 class RunLock:
@@ -119,7 +123,7 @@ class RunLock:
         holder = Holder(ProcessId.own(), time.time(), command)
         try:
             own.mkdir(exist_ok=True)
-            (own / self._token).write_text(json.dumps(asdict(holder)))
+            (own / self._token).write_bytes(_HOLDER.dump_json(holder))
             sync(own / self._token)
             own.rename(self._place)
         except OSError as error:
@@ -192,9 +196,8 @@ def _read_holder(path: Path) -> Holder:
         FileNotFoundError: it was released.
     """
     try:
-        values = json.loads(path.read_text())
-        return Holder(ProcessId(**values["process"]), values["since"], values["command"])
-    except (ValueError, TypeError, KeyError):
+        return _HOLDER.validate_json(path.read_bytes())
+    except ValidationError:
         return Holder(ProcessId("an unknown host", None, 0, None), 0.0, "unreadable lock")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from care_train.algorithm.released import answer_prefix
@@ -29,8 +30,23 @@ Draw = Callable[[], Sequence[Sample]]
 """Deals this rank's next prompts."""
 
 
+class _Started(NamedTuple):
+    """The groups of a step whose completions are sampled, or being sampled in the background."""
+
+    step: int
+    groups: list[Group]
+    completions: Future[list[Completion]]
+
+
 class Sampler:
-    """Draws groups and reflections from the current policy."""
+    """Draws groups and reflections from the current policy.
+
+    With `train.rollouts_ahead` the next step's rollouts are sampled in the background while this
+    step trains. They come from the weights before this step's update, one update old when they are
+    trained on. The engine's log-probs, those of the policy that sampled, correct for it: each
+    token's (or sequence's) gradient is weighed by pi_trainer / pi_engine
+    (`algorithm.region_weights`).
+    """
 
     def __init__(self, engine: RolloutEngine, encoder: PromptEncoder, config: Config) -> None:
         self._engine, self._encoder, self._config = engine, encoder, config
@@ -44,11 +60,12 @@ class Sampler:
             own.repair_top_p or rollout.top_p,
             rollout.top_k,
         )
+        self._next: _Started | None = None
 
     @property
     def has_next(self) -> bool:
         """Whether the prompts drawn last are still to be trained on."""
-        return False
+        return self._next is not None
 
     @property
     def num_starts(self) -> int:
@@ -56,7 +73,11 @@ class Sampler:
         return self._engine.num_starts
 
     def sync(self, policy: PolicyEngine) -> dict[str, float]:
-        """Bring the rollout engine up to date with the policy; returns what there is to log."""
+        """Bring the rollout engine up to date with the policy, once what the background samples
+        from the weights so far is there; returns what there is to log."""
+        if self._next is not None:
+            with timer("generate"):
+                self._next.completions.result()
         with timer("sync"):
             return self._engine.sync(policy.weights(BUCKET_BYTES, self._engine.wanted))
 
@@ -70,8 +91,17 @@ class Sampler:
 
         `step` counts from 0 and is part of every response's seed.
         """
-        groups = self._encoded(draw())
-        return _with_completions(groups, self._generate(self._requests(groups, step)))
+        started = self._next or self._start(draw, step)
+        assert started.step == step
+        completions, self._next = started.completions.result(), None
+        train = self._config.train
+        if train.rollouts_ahead and step + 1 < train.steps:
+            self._next = self._start(draw, step + 1)  # with the weights synced last
+        size = self._config.rollout.group_size
+        return [
+            replace(group, completions=tuple(completions[place * size : (place + 1) * size]))
+            for place, group in enumerate(started.groups)
+        ]
 
     def reflect(self, groups: Sequence[Group], step: int) -> list[Group]:
         """Lines 11-13: one repair for every group that wants one, in one batched call."""
@@ -88,28 +118,51 @@ class Sampler:
         ]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this rank's sampler, in plain types."""
-        return {}
+        """What a checkpoint keeps of this rank's sampler, in plain types: the waiting rollouts,
+        once they are sampled; empty where there are none."""
+        if self._next is None:
+            return {}
+        try:
+            completions = self._next.completions.result()
+        except RolloutServerError:
+            # The next step will report it. A checkpoint without them is usable: a resumed run
+            # samples them anew.
+            return {}
+        return {
+            "step": self._next.step,
+            "token_ids": [list(c.token_ids) for c in completions],
+            "finished": [c.finished for c in completions],
+            "log_probs": [None if c.log_probs is None else list(c.log_probs) for c in completions],
+        }
 
     def restore(self, state: Mapping[str, Any], draw: Draw) -> None:
         """Be where `state` was taken; its prompts are drawn again."""
-        assert not state
+        if not state:
+            return
+        fields = zip(state["token_ids"], state["finished"], state["log_probs"], strict=True)
+        completions = [
+            Completion(tuple(ids), finished, None if values is None else tuple(values))
+            for ids, finished, values in fields
+        ]
+        self._next = _Started(state["step"], self._encoded(draw()), _done(completions))
+
+    def _start(self, draw: Draw, step: int) -> _Started:
+        groups = self._encoded(draw())
+        requests = [
+            Request(group.prompt, request_seed(self._config.seed, step, group.sample.draw, index))
+            for group in groups
+            for index in range(self._config.rollout.group_size)
+        ]
+        generate = partial(self._engine.generate, requests, self._sampling)
+        if self._config.train.rollouts_ahead:
+            return _Started(step, groups, in_background(generate))
+        return _Started(step, groups, _done(generate()))
 
     def _encoded(self, samples: Sequence[Sample]) -> list[Group]:
         with timer("prepare"):
             prompts = self._encoder.encode(samples)
         pairs = zip(samples, prompts, strict=True)
         return [Group((), sample=sample, prompt=prompt) for sample, prompt in pairs]
-
-    def _requests(self, groups: Sequence[Group], step: int) -> list[Request]:
-        return [
-            Request(group.prompt, request_seed(self._config.seed, step, group.sample.draw, index))
-            for group in groups
-            for index in range(self._config.rollout.group_size)
-        ]
-
-    def _generate(self, requests: Sequence[Request]) -> list[Completion]:
-        return self._engine.generate(requests, self._sampling)
 
     def _reflection_request(self, group: Group, step: int) -> Request | None:
         """None where the group has no reflection, or one with too long a context (line 13)."""
@@ -133,83 +186,7 @@ class Sampler:
         return self._encoder.encode_text(reflection_prefix(negative, cue, *tags))
 
 
-class _Started(NamedTuple):
-    """The groups of a step whose completions are being sampled in the background."""
-
-    step: int
-    groups: list[Group]
-    completions: Future[list[Completion]]
-
-
-class AheadSampler(Sampler):
-    """Samples the next step's rollouts in the background while this step trains.
-
-    They come from the weights before this step's update, one update old when they are trained on.
-    The engine's log-probs, those of the policy that sampled, correct for it: each token's (or
-    sequence's) gradient is weighed by pi_trainer / pi_engine (`algorithm.region_weights`).
-    """
-
-    _next: _Started | None = None
-
-    @property
-    def has_next(self) -> bool:
-        return self._next is not None
-
-    def sync(self, policy: PolicyEngine) -> dict[str, float]:
-        """As `Sampler.sync`, once the background's rollouts, of the weights so far, are there."""
-        if self._next is not None:
-            with timer("generate"):
-                self._next.completions.result()
-        return super().sync(policy)
-
-    def sample(self, draw: Draw, step: int) -> list[Group]:
-        """The rollouts of `step`; those of the one after it begin, with the weights synced last."""
-        started = self._next or self._start(draw, step)
-        assert started.step == step
-        completions = started.completions.result()
-        self._next = None
-        if step + 1 < self._config.train.steps:
-            self._next = self._start(draw, step + 1)
-        return _with_completions(started.groups, completions)
-
-    def state(self) -> dict[str, Any]:
-        """The waiting rollouts, once they are sampled; empty where there are none."""
-        if self._next is None:
-            return {}
-        try:
-            completions = self._next.completions.result()
-        except RolloutServerError:
-            # The next step will report it. A checkpoint without them is usable: a resumed run
-            # samples them anew.
-            return {}
-        return {
-            "step": self._next.step,
-            "token_ids": [list(c.token_ids) for c in completions],
-            "finished": [c.finished for c in completions],
-            "log_probs": [None if c.log_probs is None else list(c.log_probs) for c in completions],
-        }
-
-    def restore(self, state: Mapping[str, Any], draw: Draw) -> None:
-        if not state:
-            return
-        fields = zip(state["token_ids"], state["finished"], state["log_probs"], strict=True)
-        completions = [
-            Completion(tuple(ids), finished, None if values is None else tuple(values))
-            for ids, finished, values in fields
-        ]
-        done: Future[list[Completion]] = Future()
-        done.set_result(completions)
-        self._next = _Started(state["step"], self._encoded(draw()), done)
-
-    def _start(self, draw: Draw, step: int) -> _Started:
-        groups = self._encoded(draw())
-        requests = self._requests(groups, step)
-        return _Started(step, groups, in_background(lambda: self._generate(requests)))
-
-
-def _with_completions(groups: Sequence[Group], completions: Sequence[Completion]) -> list[Group]:
-    size = len(completions) // len(groups)
-    return [
-        replace(group, completions=tuple(completions[place * size : (place + 1) * size]))
-        for place, group in enumerate(groups)
-    ]
+def _done(completions: list[Completion]) -> Future[list[Completion]]:
+    future: Future[list[Completion]] = Future()
+    future.set_result(completions)
+    return future

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import TrainerControl, TrainerState
@@ -15,7 +15,7 @@ from care_train.algorithm.released import tag_patterns
 from care_train.algorithm.spans import overlong_penalty
 from care_train.config import Config
 from care_train.data import Rows, Sample, join_errors, samples_at
-from care_train.distributed import all_max, gather, is_main, rank, world_size
+from care_train.distributed import all_max, gather, is_main, own_share
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.prompts import PromptEncoder, TokenText
 from care_train.reporting import track
@@ -29,8 +29,6 @@ from care_train.training.weights import policy_weights
 from care_train.verifier import Verifier
 from care_train.verifier.responses import check_comparable
 from care_train.verifier.score import check_key
-
-Item = TypeVar("Item")
 
 logger = logging.getLogger(__name__)
 
@@ -122,32 +120,29 @@ class Session:
     scorer: RolloutScorer
     given: Given = field(default_factory=Given)
 
-    def rollout_engine(self, loaded: LoadedModel, batch_size: int) -> RolloutEngine:
-        """The configured engine, ready to generate with `loaded` as it is."""
-        engine = self.new_engine(loaded, batch_size)
+    def rollout_engine(self) -> RolloutEngine:
+        """The configured engine, ready to generate with the model as it is."""
+        engine = self.new_engine()
         with torch.no_grad():
-            weights = policy_weights(loaded.model, engine.wanted)
+            weights = policy_weights(self.loaded.model, engine.wanted)
             engine.sync((weight.name, weight.make()) for weight in weights)
         return engine
 
-    def new_engine(
-        self, loaded: LoadedModel, batch_size: int, *, is_copy: bool = False
-    ) -> RolloutEngine:
+    def new_engine(self, copy: LoadedModel | None = None) -> RolloutEngine:
         """The configured engine; it can generate after its first `sync`.
 
-        Args:
-            loaded: the policy; its weights may be sharded where the engine is vLLM.
-            batch_size: sequences generated at once.
-            is_copy: `loaded` is a copy of the policy, updated by `sync`.
+        `copy` is a whole copy of a model that ZeRO-3 shards, which transformers cannot generate
+        with.
         """
         rollout = self.config.rollout
         if rollout.engine == "transformers":
-            return TransformersEngine(loaded, batch_size, is_copy=is_copy)
+            model = copy or self.loaded
+            return TransformersEngine(model, rollout.batch_size, is_copy=copy is not None)
         if rollout.vllm.server is not None:
-            return VllmServerEngine(loaded, rollout.vllm, adapter_rank(self.config))
+            return VllmServerEngine(self.loaded, rollout.vllm, adapter_rank(self.config))
         max_context, batch_size = vllm_limits(self.config)
         return VllmEngine(
-            loaded,
+            self.loaded,
             rollout.vllm,
             max_context=max_context,
             batch_size=batch_size,
@@ -189,11 +184,6 @@ def open_session(
     text = TokenText(loaded.tokenizer)
     scorer = RolloutScorer(text, verifier, prompt, patterns, length_bonus)
     return Session(config, loaded, encoder, scorer, given)
-
-
-def rank_share(batch: Sequence[Item], rank: int, world_size: int) -> list[Item]:
-    """This rank's part of a batch: every world_size-th of its items."""
-    return list(batch[rank::world_size])
 
 
 def usable_rows(
@@ -246,7 +236,7 @@ def usable_rows(
 
 
 def _prompt_lengths(session: Session, samples: Sequence[Sample], key: str) -> list[int]:
-    own = range(rank(), len(samples), world_size())
+    own = own_share(range(len(samples)))
     lengths, errors, hidden = {}, {}, set()
     for place in track(iter(own), f"measuring the prompts of {key}", is_main()):
         try:

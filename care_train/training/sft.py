@@ -3,27 +3,28 @@
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from care_train.algorithm.selection import repair_prefix
 from care_train.config import Config, DataSettings, PromptSettings
 from care_train.data import PromptOrder, Sample, load_samples, require_rationales
-from care_train.distributed import all_max, all_sum, is_main, rank, world_size
+from care_train.distributed import all_max, all_sum, is_main, own_share
 from care_train.models.batch import TokenSequence
 from care_train.models.prompts import EncodedPrompt
 from care_train.reporting import MetricsLogger
-from care_train.training.checkpoint import Checkpoint, Checkpoints, save_model
+from care_train.training.checkpoint import Checkpoint, Checkpoints
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.guard import StopSignals
 from care_train.training.loop import StepLoop, is_due
 from care_train.training.micro_batches import agreed_micro_batches
 from care_train.training.optimizer import OptimizerSettings
-from care_train.training.session import Session, rank_share, usable_rows
-from care_train.training.timer import at_step, timer
+from care_train.training.session import Session, usable_rows
+from care_train.training.timer import timer
 
 logger = logging.getLogger(__name__)
 
@@ -109,28 +110,16 @@ def run_sft(
     checkpoint: Checkpoint | None,
     started: Callable[[], None],
 ) -> dict[str, float]:
-    """Fine-tune on rows with a rationale and write the model to `folder`.
-
-    `started` is called before the first step; the log lines after `checkpoint` must be cut already.
+    """Fine-tune on rows with a rationale; the rest is as `StepLoop.train`.
 
     Returns:
         The last step's metrics, `eval_loss` among them where `sft.eval_data` is set; `rows`, and of
         them `rows_without_rationale`, which are not learnt.
-
-    Raises:
-        Stopped: a signal asked for it; a checkpoint is saved.
     """
     loop = SftLoop(session, cold_start, folder.parent, metrics, device)
-    if checkpoint is not None:
-        loop.restore(checkpoint)
-        loop.values = checkpoint.state["values"]
-    started()
-    loop.run()
-    with at_step(loop.num_steps, loop.num_steps, loop.run_dir):
-        save_model(loop.engine, folder)
-    loop.engine.close()
+    values = loop.train(folder, checkpoint, started)
     loop.checkpoints.remove()
-    return loop.values | cold_start.counts
+    return values | cold_start.counts
 
 
 def cold_start_checkpoints(config: Config, run_dir: Path) -> Checkpoints:
@@ -163,25 +152,28 @@ class SftLoop(StepLoop):
             schedule="cosine",
         )
         self.engine = PolicyEngine(session.loaded, optimizer, session.config, device)
-        self.values: dict[str, float] = {}
+        self.totals = {}
         self._rows = rows
         self._order = PromptOrder(len(rows.learnt), session.config.seed)
+
+    def restore(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        self.totals = state["values"]
 
     def step(self, step: int) -> dict[str, float]:
         sft, done = self.config.sft, step + 1
         indices = self._order.take(step * sft.batch_size, sft.batch_size)
-        batch = rank_share([self._rows.learnt[i] for i in indices], rank(), world_size())
-        self.values = self._learn(batch, step)
+        batch = [self._rows.learnt[i] for i in own_share(indices)]
+        self.totals = self._learn(batch, step)
         is_last = done == self.num_steps
         is_evaluated = is_last or is_due(done, self.config.train.eval_every, self.num_steps)
         if self._rows.held_out and is_evaluated:
-            self.values["eval_loss"] = self._held_out_loss()
-        return self.values
+            self.totals["eval_loss"] = self._held_out_loss()
+        return self.totals
 
     def after_step(self, done: int, signals: StopSignals) -> None:
         stop = signals.requested(self.device)
         if stop or is_due(done, self.config.train.save_every, self.num_steps):
-            self.save(done, {"values": self.values}, stop)
+            self.save(done, {"values": self.totals}, stop)
 
     def _learn(self, samples: Sequence[Sample], step: int) -> dict[str, float]:
         """One optimiser step on the mean negative log-likelihood of the response tokens.
@@ -214,7 +206,7 @@ class SftLoop(StepLoop):
         """Mean negative log-likelihood of `sft.eval_data` in nats per response token, over all
         ranks."""
         engine, rows, size = self.engine, self._rows.held_out, self.config.train.micro_batch_size
-        own = range(rank(), len(rows), world_size())
+        own = own_share(range(len(rows)))
         chunks = [own[start : start + size] for start in range(0, len(own), size)]
         total, tokens = 0.0, 0.0
         # Sharded parameters require the same number of forwards on every rank.

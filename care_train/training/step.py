@@ -9,11 +9,16 @@ from care_train.config import Config
 from care_train.distributed import all_max, all_sum, gather
 from care_train.reporting.archive import ArchiveWriter
 from care_train.training.archiving import archive_step
-from care_train.training.credit import choose_subgroup, fixability_of, group_updates
 from care_train.training.engine import PolicyEngine
-from care_train.training.groups import Group, RolloutScorer
+from care_train.training.groups import (
+    Group,
+    RolloutScorer,
+    choose_subgroup,
+    fixability_of,
+    group_updates,
+)
 from care_train.training.log_probs import LogProbs, Reference, TrainItem
-from care_train.training.metrics import check_engine_gap, engine_gap, step_metrics
+from care_train.training.metrics import engine_gap, step_metrics
 from care_train.training.sampler import Draw, Sampler
 from care_train.training.timer import StepSeconds, timer
 from care_train.training.update import PolicyUpdater
@@ -128,10 +133,10 @@ class TrainStep:
     def _checked_gap(self, groups: list[Group], items: list[TrainItem]) -> dict[str, float]:
         """The trainer's gap to the rollout engine, held to its limit once for every start and
         wake-up of the engine, before the policy is updated."""
-        values, worst = engine_gap(groups, items, self._engine.device)
         start = self._sampler.num_starts
-        if start != self._checked_start:
-            check_engine_gap(values, worst, self._config.rollout.max_log_prob_gap)
-            if values:
-                self._checked_start = start
+        is_checked = start == self._checked_start
+        limit = None if is_checked else self._config.rollout.max_log_prob_gap
+        values = engine_gap(groups, items, self._engine.device, limit)
+        if values:
+            self._checked_start = start
         return values

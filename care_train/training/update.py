@@ -1,27 +1,33 @@
-"""The optimiser's passes over one batch of rollouts (Algorithm 1, lines 42-43)."""
+"""The optimiser's passes over one batch of rollouts (Eqs. 11-13; Algorithm 1, lines 41-43)."""
 
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import torch
 
-from care_train.algorithm.types import GroupUpdate
-from care_train.config import Config
+from care_kernels import Cispo, Clip, PolicyLoss, Sapo
+from care_train.algorithm.region_weights import spread_advantages
+from care_train.algorithm.types import GroupUpdate, TrainSequence
+from care_train.config import Config, LossSettings
 from care_train.distributed import all_sum
 from care_train.models.batch import ModelBatch
 from care_train.training.engine import MicroBatch, PolicyEngine, StepResult
 from care_train.training.groups import Group
-from care_train.training.log_probs import Reference, TokenOutcome, TrainItem
-from care_train.training.loss import (
-    Denominators,
-    local_denominators,
-    loss_rows,
-    sequence_scale,
-    surrogate_of,
-)
+from care_train.training.log_probs import Reference, TrainItem
 from care_train.training.micro_batches import agreed_micro_batches
 from care_train.training.timer import timer
+
+
+class Denominators(NamedTuple):
+    """What the loss of one optimiser step is divided by, summed over ranks and micro-batches."""
+
+    sequences: float
+    """|S*| of Eq. 12, or all sampled sequences for a baseline."""
+    tokens: float
+    """Their response tokens."""
+    groups: float
+    """Groups that train."""
 
 
 class PolicyUpdater:
@@ -48,7 +54,7 @@ class PolicyUpdater:
         self, updates: Sequence[GroupUpdate], items: Sequence[TrainItem]
     ) -> StepResult | None:
         """One optimiser step; None where no rank has anything to train, so not even KL moves."""
-        local = [*local_denominators(updates), float(len(items))]
+        local = [*_local_denominators(updates), float(len(items))]
         *sums, trained = all_sum(local, self._engine.device)
         if trained == 0:
             return None
@@ -63,18 +69,14 @@ class PolicyUpdater:
             result = self._engine.step(micro, self._config.rollout.temperature)
         for part, output in zip(parts, result.outputs, strict=True):
             lengths = [len(item.tokens.response_ids) for item in part]
-            for item, length, end in zip(part, lengths, accumulate(lengths), strict=True):
-                item.outcome = TokenOutcome(output, slice(end - length, end))
+            columns = [repeat(None) if c is None else c.split(lengths) for c in output[1:]]
+            for item, *own in zip(part, *columns, strict=False):
+                item.outcome = PolicyLoss(output.loss, *own)
         return result
 
     def _micro_batch(self, items: Sequence[TrainItem], denominators: Denominators) -> MicroBatch:
-        config, loss, device = self._config, self._config.loss, self._engine.device
-        per_group = config.algorithm == "care" and config.care.decisions.normalize_over == "group"
-        limit = config.rollout.max_new_tokens
-        scales = [
-            sequence_scale(item.group.update, denominators, loss, limit, per_group=per_group)
-            for item in items
-        ]
+        loss, device = self._config.loss, self._engine.device
+        scales = [_scale(item.group.update, denominators, self._config) for item in items]
         batch = self._engine.collate([item.tokens for item in items])
         arguments: dict[str, Any] = {
             **loss_rows([item.sequence for item in items], scales, loss, device),
@@ -114,3 +116,66 @@ class PolicyUpdater:
             return None
         assert len(present) == len(rows)
         return torch.cat([row.to(self._engine.device, torch.float32) for row in present])
+
+
+def _local_denominators(updates: Sequence[GroupUpdate]) -> Denominators:
+    """This rank's share."""
+    return Denominators(
+        float(sum(update.num_sequences for update in updates)),
+        float(sum(update.num_tokens for update in updates)),
+        float(sum(bool(update.sequences) for update in updates)),
+    )
+
+
+def _scale(update: GroupUpdate, denominators: Denominators, config: Config) -> float:
+    """The factor 1/|S*| of Eq. 12, or what `loss.aggregation` puts in its place."""
+    if config.loss.aggregation == "token":
+        return 1.0 / denominators.tokens
+    if config.loss.aggregation == "max_length":
+        return 1.0 / (denominators.sequences * config.rollout.max_new_tokens)
+    if config.algorithm == "care" and config.care.decisions.normalize_over == "group":
+        return 1.0 / (update.num_sequences * denominators.groups)
+    return 1.0 / denominators.sequences
+
+
+def loss_rows(
+    sequences: Sequence[TrainSequence],
+    scales: Sequence[float],
+    loss: LossSettings,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """The rows' coefficients of Eqs. 12-13, as arguments of `linear_policy_loss`.
+
+    Args:
+        sequences: at least one, whose credit differs in its regions alone.
+        scales: what each advantage is multiplied by: 1/|S*|, or what stands in its place.
+        loss: aggregation and coefficients.
+        device: where the rows go.
+
+    Returns:
+        [N] float32 each, for sequences laid end to end: `advantages`, Eq. 11's a_{i,t} over the
+        loss's denominator; where there is a KL `kl_weights`, beta times the row's share: the mean
+        over the sequence, then over S*; and `entropy_weights` likewise.
+    """
+    lengths = [len(sequence.rollout.token_ids) for sequence in sequences]
+    rows = {"advantages": spread_advantages(sequences, scales, device)}
+    # Under a token mean, every token counts alike; otherwise every sequence does.
+    is_sequence_mean = loss.aggregation == "sequence"
+    shares = [s / n if is_sequence_mean else s for s, n in zip(scales, lengths, strict=True)]
+    uniform = torch.tensor(shares, dtype=torch.float32, device=device).repeat_interleave(
+        torch.tensor(lengths, device=device), output_size=sum(lengths)
+    )
+    if loss.kl_coef:
+        rows["kl_weights"] = loss.kl_coef * uniform
+    if loss.entropy_coef:
+        rows["entropy_weights"] = loss.entropy_coef * uniform
+    return rows
+
+
+def surrogate_of(loss: LossSettings) -> Clip | Cispo | Sapo:
+    """f of Eq. 12, or what `loss.surrogate` puts in its place."""
+    if loss.surrogate == "cispo":
+        return Cispo(1 + loss.clip_eps_high, 1 - loss.clip_eps_low)
+    if loss.surrogate == "sapo":
+        return Sapo()
+    return Clip(loss.clip_eps_low, loss.clip_eps_high, loss.dual_clip)

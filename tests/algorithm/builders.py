@@ -23,7 +23,7 @@ from care_train.algorithm.types import (
     TrainSequence,
 )
 from care_train.config import CareSettings, Decisions, LossSettings, load_config
-from care_train.training.loss import loss_rows
+from care_train.training.update import loss_rows
 
 
 def care(*changes: str) -> CareSettings:

@@ -23,7 +23,7 @@ from care_train.algorithm.baselines import baseline_updates, has_mixed_outcomes,
 from care_train.algorithm.spans import overlong_penalty
 from care_train.algorithm.types import skipped_update
 from care_train.config import TABLE_5, build_config
-from care_train.training.loss import surrogate_of
+from care_train.training.update import surrogate_of
 from tests.algorithm.builders import (
     broken,
     make_rollout,

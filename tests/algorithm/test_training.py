@@ -22,9 +22,9 @@ from care_train.algorithm.types import (
 )
 from care_train.config import LossSettings
 from care_train.training.groups import Group
-from care_train.training.log_probs import TokenOutcome, TrainItem
-from care_train.training.loss import loss_rows
+from care_train.training.log_probs import TrainItem
 from care_train.training.metrics import step_metrics
+from care_train.training.update import loss_rows
 from tests.algorithm.builders import (
     care,
     credit_of,
@@ -232,9 +232,8 @@ def item(group: Group, rollout: Rollout, advantage: float, clipped: tuple[int, .
     zeros = torch.zeros(len(rollout.token_ids))
     low = zeros.bool().index_fill(0, torch.tensor(clipped, dtype=torch.long), True)
     columns = PolicyLoss(zeros.sum(), zeros - 2.0, None, zeros, zeros + 1, low, zeros.bool())
-    outcome = TokenOutcome(columns, slice(0, len(zeros)))
     trained = TrainSequence(rollout, advantage, Credit())
-    return TrainItem(group, trained, group.sequence(rollout), outcome=outcome)
+    return TrainItem(group, trained, group.sequence(rollout), outcome=columns)
 
 
 class TestMetrics:

@@ -11,7 +11,7 @@ from care_train.algorithm.types import Credit, TrainSequence
 from care_train.config import LossSettings, build_config
 from care_train.training.failures import EngineError
 from care_train.training.log_probs import TrainItem
-from care_train.training.metrics import check_engine_gap, engine_gap
+from care_train.training.metrics import engine_gap
 from care_train.training.step import TrainStep
 from tests.algorithm.builders import right
 from tests.algorithm.fakes import FakeEngine, sampled_group
@@ -39,13 +39,15 @@ def test_the_gap_is_a_mean_over_tokens():
         TrainItem(group, _sequence(rollout), group.sequence(rollout), torch.tensor(trainer))
         for rollout, trainer in ((one, [-9.0, -9.0]), (late, [-0.8]))
     ]
-    values, worst = engine_gap([group], items, CPU)
+    values = engine_gap([group], items, CPU)
     assert values["gap_mean"] == pytest.approx(0.4 / 3)
     assert values["gap_max"] == pytest.approx(0.3)
     differences = torch.tensor([-0.1, 0.0, -0.3])
     assert values["gap_k3"] == pytest.approx(float((differences.exp() - 1 - differences).mean()))
-    assert "response token 0 (id 50): log-prob -0.8000 in the trainer, -0.5000 in" in worst
-    assert engine_gap([sampled_group([right()])], [], CPU) == ({}, "")
+    worst = r"response token 0 \(id 50\): log-prob -0.8000 in the trainer, -0.5000 in"
+    with pytest.raises(EngineError, match=worst):
+        engine_gap([group], items, CPU, limit=0.1)
+    assert engine_gap([sampled_group([right()])], [], CPU, limit=0.1) == {}
 
 
 @pytest.mark.parametrize("trainer", [-3.0, float("nan")])
@@ -66,7 +68,7 @@ def test_an_absurd_gap_stops_the_run_after_every_start_of_the_engine(trainer):
     sampler.num_starts = 2
     with pytest.raises(EngineError, match=message):
         step._checked_gap(bad, [])
-    check_engine_gap(*engine_gap(bad, [], CPU), None)
+    assert engine_gap(bad, [], CPU, limit=None)
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,9 @@ def test_evaluations_beside_training_leave_the_device_to_it(tmp_path, monkeypatc
     stand_ins = {
         "evaluate_both": lambda *_, **__: told.append("evaluate") or scores,
         "open_session": lambda *_: told.append(f"load beside {model.weight.numel()}") or session,
-        "run_training": lambda *_, **__: told.append("train") or {"steps": 2.0},
+        "RlLoop": lambda *_: SimpleNamespace(
+            train=lambda *_: told.append("train") or {"steps": 2.0}
+        ),
     }
     for name, function in stand_ins.items():
         monkeypatch.setattr(commands, name, function)

@@ -14,7 +14,7 @@ from care_train.rollout.engine import Request, SamplingSettings
 from care_train.rollout.errors import RolloutServerError
 from care_train.rollout.remote_engine import ServerClient, VllmServerEngine
 from care_train.rollout.weight_channel import TcpCall
-from care_train.training.sampler import AheadSampler
+from care_train.training.sampler import Sampler
 from care_train.training.weights import policy_weights
 from tests.rollout.conftest import Pair, Server
 from tests.rollout.test_vllm_engine import GREEDY, check_greedy_outputs, largest_gap
@@ -155,8 +155,10 @@ class Weights:
 def ahead(served, tiny_folder):
     """A model that a server holds, and two samplers of it with what deals their prompts."""
     model = served()
-    session = make_session(tiny_folder(), {"rollout": SERVER, "train": {"steps": 3}})
-    samplers = [AheadSampler(model.engine, session.encoder, session.config) for _ in range(2)]
+    session = make_session(
+        tiny_folder(), {"rollout": SERVER, "train": {"steps": 3, "rollouts_ahead": 1}}
+    )
+    samplers = [Sampler(model.engine, session.encoder, session.config) for _ in range(2)]
     drawn = iter(range(100))
     return model, *samplers, lambda: [image_sample(index=next(drawn))]
 

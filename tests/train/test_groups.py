@@ -11,8 +11,13 @@ from care_train.data import Sample
 from care_train.rollout.engine import Completion
 from care_train.training import rl
 from care_train.training.archiving import case_study
-from care_train.training.credit import choose_subgroup, group_updates, roles_of
-from care_train.training.groups import Answer, Group
+from care_train.training.groups import (
+    Answer,
+    Group,
+    choose_subgroup,
+    group_updates,
+    roles_of,
+)
 from care_train.training.rl import PromptSource
 from care_train.training.step import TrainStep
 from tests.algorithm.builders import make_group, right, wrong
