@@ -17,7 +17,14 @@ from care_train.config import (
 )
 from care_train.data import Sample
 from care_train.distributed import initialize_process_group
-from care_train.models.batch import TokenSequence, image_inputs
+from care_train.models.batch import (
+    ModelBatch,
+    TokenSequence,
+    collate,
+    image_inputs,
+    pack,
+    packed_positions,
+)
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.prompts import PromptEncoder
 from care_train.training.engine import MicroBatch, PolicyEngine
@@ -95,6 +102,30 @@ def random_sequences(loaded: LoadedModel, count: int = 6) -> list[TokenSequence]
         TokenSequence(p, (), tuple(torch.randint(10, 60, (3 + i,), generator=generator).tolist()))
         for i, p in enumerate(encoder_of(loaded).encode(samples))
     ]
+
+
+def mixed_sequences(loaded: LoadedModel) -> list[TokenSequence]:
+    """Rows with no, one and two images, and two rollouts of one prompt, whose images are encoded
+    once; lengths all differ."""
+    samples = [text_sample(0), text_sample(1, prompt="is it red?")]
+    if loaded.processor is not None:
+        two = (image_sample(size=56).images[0], image_sample("blue", size=110).images[0])
+        samples += [image_sample("red", 2), image_sample("blue", 3, size=100)]
+        samples += [image_sample(index=4, images=two, prompt="<image> or <image>?")]
+    prompts = encoder_of(loaded).encode(samples)
+    return [
+        TokenSequence(prompt, (20, 21) if place % 2 else (), tuple(range(20, 25 + place)))
+        for place, prompt in enumerate([*prompts, prompts[-1]])
+    ]
+
+
+def batch_of(
+    loaded: LoadedModel, sequences: Sequence[TokenSequence], *, packed: bool = False
+) -> ModelBatch:
+    """Padded, or packed."""
+    if packed:
+        return pack(sequences, packed_positions(loaded.model), loaded.image_token_id)
+    return collate(sequences, loaded.pad_token_id, loaded.image_token_id)
 
 
 def make_engine(

@@ -152,17 +152,25 @@ def _places(ranks: int) -> list[dict[str, str]]:
     return [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
+def errors_of(
+    *arguments: str, status: int = 0, ranks: int = 1, seconds: float = 600, **more: str
+) -> list[str]:
+    """What each rank writes of a run that must end with `status`, in time and without a traceback;
+    arguments are those of `FastRun`."""
+    outputs = FastRun(*arguments, ranks=ranks, **more).end(seconds)
+    assert [found for found, _ in outputs] == [status] * ranks, outputs
+    assert not any("Traceback" in errors for _, errors in outputs), outputs
+    return [errors for _, errors in outputs]
+
+
 def run(*arguments: str, ranks: int = 1) -> str:
     """A run that must succeed; its standard error."""
-    outputs = FastRun(*arguments, ranks=ranks).end()
-    assert [status for status, _ in outputs] == [0] * ranks, outputs
-    return outputs[0][1]
+    return errors_of(*arguments, ranks=ranks)[0]
 
 
 def run_code(code: str) -> None:
     """In a process of its own, which has imported what runs need: it must succeed."""
-    ((status, errors),) = FastRun(before=f"{code}\nraise SystemExit").end()
-    assert status == 0, errors
+    errors_of(before=f"{code}\nraise SystemExit")
 
 
 def data_arguments(rows: Path) -> list[str]:
@@ -220,6 +228,11 @@ def records(run_dir: Path, phase: str | None = "train") -> list[dict]:
     return [record for record in found if phase in (None, record["phase"])]
 
 
+def summary(run_dir: Path) -> dict:
+    """What summary.json says."""
+    return json.loads((run_dir / "summary.json").read_text())
+
+
 def steps_logged(run_dir: Path) -> int:
     """How many training steps are in the metrics so far."""
     path = run_dir / "metrics.jsonl"
@@ -249,5 +262,4 @@ def assert_same_runs(one: Path, other: Path) -> None:
 
 def run_ranks(module: str, *arguments: object, ranks: int, seconds: float = 300) -> None:
     """`python -m MODULE ARGUMENTS` on each rank: all must succeed in time; none stays behind."""
-    outputs = FastRun(*map(str, arguments), ranks=ranks, module=module).end(seconds)
-    assert [status for status, _ in outputs] == [0] * ranks, outputs
+    errors_of(*map(str, arguments), ranks=ranks, module=module, seconds=seconds)

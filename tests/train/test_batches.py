@@ -14,14 +14,7 @@ from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt
 from care_train.models.tiny import TINY_KINDS
 from care_train.training.micro_batches import num_tokens, padded_tokens, split
-from tests.train.builders import (
-    SMALL_SIZES,
-    encoder_of,
-    image_sample,
-    load,
-    make_config,
-    random_sequences,
-)
+from tests.train.builders import SMALL_SIZES, batch_of, load, make_config, mixed_sequences
 
 LENGTHS = st.lists(st.integers(1, 100), max_size=40)
 
@@ -72,26 +65,6 @@ def test_a_budget_no_sequence_fits_is_an_error():
         split([3, 21], _limits(False, 20))
 
 
-def _both(loaded, sequences):
-    """The sequences padded, and packed."""
-    padded = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
-    return padded, pack(sequences, packed_positions(loaded.model), loaded.image_token_id)
-
-
-def _mixed_sequences(loaded, has_images: bool) -> list[TokenSequence]:
-    """Rows with no, one and two images, two rollouts of one prompt; lengths all differ."""
-    prompts = [s.prompt for s in random_sequences(loaded, 4)]
-    if has_images:
-        two = (image_sample(size=56).images[0], image_sample("blue", size=110).images[0])
-        row = image_sample(index=4, images=two, prompt="<image> or <image>?")
-        prompts += encoder_of(loaded).encode([row])
-    sequences = []
-    for place, prompt in enumerate([*prompts, prompts[-1]]):
-        ids = tuple(range(10 + place, 14 + 4 * place))
-        sequences.append(TokenSequence(prompt, ids[:2] if place % 2 else (), ids))
-    return sequences
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", TINY_KINDS)
 def test_packed_equals_padded(kind, attention, tiny_folder):
@@ -99,9 +72,9 @@ def test_packed_equals_padded(kind, attention, tiny_folder):
     loss and gradients, so no sequence of a pack sees another one."""
     loaded = load(tiny_folder(kind))
     loaded.model.set_attn_implementation(attention)
-    sequences = _mixed_sequences(loaded, has_images=kind != "tiny-qwen2")
+    sequences, results = mixed_sequences(loaded), []
     spans = torch.tensor([[s.response_start + 1, s.response_start + 3] for s in sequences])
-    batches, results = _both(loaded, sequences), []
+    batches = [batch_of(loaded, sequences, packed=packed) for packed in (False, True)]
     for batch in batches:
         policy = Policy(copy.deepcopy(loaded.model))
         rows, embeddings = policy(batch, pool_spans=spans, rows_only=True)

@@ -18,7 +18,7 @@ from care_train import cli
 from care_train.config import Config, DataSettings, PromptSettings, VllmSettings
 from care_train.data import Sample, load_samples
 from care_train.data.answers import AnswerType
-from care_train.doctor import Finding, Subject, machine, model
+from care_train.doctor import Subject, machine, model
 from care_train.doctor.run import CHECKS, diagnose, guarded
 from care_train.models.load import LoadedModel
 from care_train.planning.workload import Device
@@ -63,9 +63,6 @@ def _rows(subject: Subject, *rows: Sample) -> Subject:
     return replace(subject, samples=list(rows))
 
 
-FUNCTION = {"answer_type": AnswerType.FUNCTION}
-
-
 def _answer(subject: Subject, answer: str, options: tuple[str, ...] = (), **more: Any) -> Subject:
     place = "rows.jsonl: row 3"
     row = Sample(id="b", prompt="?", answer=answer, options=options, location=place)
@@ -83,11 +80,12 @@ def _damaged(change: Callable[[LoadedModel], object]) -> Callable[[Subject], Sub
     return spoil
 
 
-def _run(subject: Subject, name: str) -> Finding:
-    """A check as `diagnose` runs it: an exception is an error finding."""
+def _check(subject: Subject, name: str, level: str, *words: str) -> None:
+    """Run a check as `diagnose` does, which turns an exception into an error; its finding must have
+    the level and all of the words."""
     finding = guarded(name, lambda: CHECKS[name](subject))
-    assert finding is not None and finding.name == name
-    return finding
+    assert finding is not None and (finding.name, finding.level) == (name, level), finding
+    assert [one for one in words if one not in finding.message + finding.fix] == [], finding
 
 
 def test_a_sound_run_is_all_ok(config):
@@ -100,10 +98,9 @@ def test_a_sound_run_is_all_ok(config):
 def test_what_this_machine_cannot_run(subject):
     """flash_attention_2 and Liger's kernels without a GPU: why, and what is used instead."""
     asked = {"attention": "flash_attention_2", "liger": True}
-    finding = machine.check_devices(_with(subject, model=asked))
-    assert finding.level == "warning" and "no GPU; sdpa is used" in finding.message
-    assert "model.liger cannot run" in finding.message
-    assert "model.attention=sdpa" in finding.fix and "model.liger=false" in finding.fix
+    words = ("no GPU; sdpa is used", "model.liger cannot run")
+    fixes = ("model.attention=sdpa", "model.liger=false")
+    _check(_with(subject, model=asked), "devices", "warning", *words, *fixes)
 
 
 def test_offload_without_a_compiler(subject, monkeypatch):
@@ -111,15 +108,14 @@ def test_offload_without_a_compiler(subject, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     zero = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     offload = _with(subject, deepspeed={"zero_stage": 3, "config": zero})
-    finding = machine.check_devices(offload)
-    assert finding.level == "error" and "no-such-compiler" in finding.message
+    _check(offload, "devices", "error", "no-such-compiler")
     monkeypatch.setitem(installed_ops, "cpu_adam", True)  # As DS_BUILD_CPU_ADAM=1 does.
-    assert machine.check_devices(offload).level == "ok"
+    _check(offload, "devices", "ok")
     monkeypatch.setitem(installed_ops, "cpu_adam", False)
     other = {"config": zero | {"zero_force_ds_cpu_optimizer": False}}
-    assert machine.check_devices(_with(offload, deepspeed=other)).level == "ok"
+    _check(_with(offload, deepspeed=other), "devices", "ok")
     monkeypatch.setenv("CXX", "env c++")  # As with ccache in front.
-    assert machine.check_devices(offload).level == "ok"
+    _check(offload, "devices", "ok")
 
 
 def test_a_run_folder_that_is_taken_or_closed(subject, monkeypatch):
@@ -127,17 +123,14 @@ def test_a_run_folder_that_is_taken_or_closed(subject, monkeypatch):
     run_dir = Path(subject.config.output_dir) / subject.config.name
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text("")
-    finding = machine.check_run_folder(subject)
-    assert finding.level == "error" and "overwrite=true" in finding.message
+    _check(subject, "run folder", "error", "overwrite=true")
     again = _with(subject, overwrite=True)
-    finding = machine.check_run_folder(again)
-    assert finding.level == "error" and "did not make it" in finding.message
+    _check(again, "run folder", "error", "did not make it")
     (run_dir / MARKER).write_text(marker_text("x"))
-    assert machine.check_run_folder(again).level == "ok"
+    _check(again, "run folder", "ok")
     refused = Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr(machine.tempfile, "TemporaryFile", refused)
-    finding = machine.check_run_folder(_with(subject, name="other"))
-    assert finding.level == "error" and "Permission denied" in finding.message
+    _check(_with(subject, name="other"), "run folder", "error", "Permission denied")
 
 
 def _special_tag(own):
@@ -237,8 +230,7 @@ SPOILED = [
 def test_spoiled_settings_rows_and_models(name, spoil, level, words, subject):
     """Each is found by its check, which names the setting, the row or what is wrong in the model:
     tokenizer, processor, template and generation config against what training needs."""
-    finding = _run(spoil(subject), name)
-    assert finding.level == level and words in finding.message + finding.fix
+    _check(spoil(subject), name, level, words)
 
 
 def test_an_unreadable_image(subject, tmp_path):
@@ -246,8 +238,8 @@ def test_an_unreadable_image(subject, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     bad = image_sample(images=(broken,), location="rows.jsonl: row 7")
-    finding = _run(_rows(subject, *subject.samples[:3], bad), "training rows")
-    assert finding.level == "error" and "rows.jsonl: row 7" in finding.message
+    spoiled = _rows(subject, *subject.samples[:3], bad)
+    _check(spoiled, "training rows", "error", "rows.jsonl: row 7")
 
 
 def _free(share: float):
@@ -275,8 +267,7 @@ def test_a_machine_that_lacks_something(name, asked, answer, level, words, subje
     """Packages, disk, limits of the system and memory: each with the command or key that helps."""
     found = answer(subject) if callable(answer) else answer
     monkeypatch.setattr(f"care_train.doctor.{asked}", lambda *_: found)
-    finding = _run(replace(subject, ranks=2), name)
-    assert finding.level == level and words in finding.message + finding.fix
+    _check(replace(subject, ranks=2), name, level, words)
 
 
 def test_a_run_of_a_server_needs_no_vllm_without_gpus(subject, monkeypatch):
@@ -291,7 +282,7 @@ def test_a_run_of_a_server_needs_no_vllm_without_gpus(subject, monkeypatch):
 def test_rewards_that_take_long(subject, monkeypatch):
     """Slow scoring is a warning."""
     monkeypatch.setattr("care_train.doctor.data._MAX_REWARD_SECONDS", 0.0)
-    assert _run(subject, "rewards").level == "warning"
+    _check(subject, "rewards", "warning")
 
 
 def test_ranks_that_share_a_vllm_are_no_obstacle(subject, monkeypatch):
@@ -320,10 +311,9 @@ def test_an_engine_that_samples_another_policy(subject, monkeypatch):
     trained = _damaged(_sharpen)(subject)
     other = _damaged(_rolled)(trained)
     engine = model._rollout_engine
-    assert model.check_parity(trained).level == "ok"
+    _check(trained, "log-prob parity", "ok")
     monkeypatch.setattr(model, "_rollout_engine", lambda s, encoder: engine(other, encoder))
-    finding = model.check_parity(trained)
-    assert finding.level == "error" and "rows.jsonl: row" in finding.message
+    _check(trained, "log-prob parity", "error", "rows.jsonl: row")
 
     class Certain:
         def __init__(self, subject, encoder) -> None:
@@ -334,8 +324,7 @@ def test_an_engine_that_samples_another_policy(subject, monkeypatch):
             return [replace(c, log_probs=(0.0,) * len(c.token_ids)) for c in found]
 
     monkeypatch.setattr(model, "_rollout_engine", Certain)
-    finding = model.check_parity(subject)
-    assert finding.level == "error" and "differ by" in finding.message
+    _check(subject, "log-prob parity", "error", "differ by")
 
 
 @pytest.mark.parametrize(
@@ -352,8 +341,7 @@ def test_what_is_missing_is_one_error(section, others, values):
 def test_a_broken_check_is_a_finding(subject, monkeypatch):
     """What a check raises becomes an error with the exception's text."""
     monkeypatch.setitem(CHECKS, "tags", lambda _: {}["gone"])
-    finding = _run(subject, "tags")
-    assert finding.level == "error" and "KeyError" in finding.message
+    _check(subject, "tags", "error", "KeyError")
 
 
 def test_the_command_exits_with_one_on_errors(values, tmp_path, capsys):

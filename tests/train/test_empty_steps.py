@@ -1,7 +1,6 @@
 """A step that trains nothing says so and why; several in a row end the run: as finished where the
 policy is right everywhere, else with status 66."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from care_train.training.empty_steps import EmptySteps, has_signal
 from care_train.training.failures import NO_SIGNAL_STATUS
 from care_train.training.groups import Group
 from tests.train.builders import make_config, text_sample
-from tests.train.runs import FastRun, text_run_arguments, timeless
+from tests.train.runs import errors_of, records, run, summary, text_run_arguments
 
 TAGGED = Spans((0, 1), (0, 1), (1, 2), (1, 2))
 UNTAGGED = Spans(None, None, None, None)
@@ -150,32 +149,27 @@ def test_a_reward_that_reaches_no_success_ends_the_run_and_goes_on_once_it_does(
     goes on and trains."""
     graded = "0.2 + 0.4 * (len(solution_str) % 2)"
     arguments = _arguments(tmp_path, graded)
-    for status, errors in FastRun(*arguments, ranks=2).end():
-        assert status == NO_SIGNAL_STATUS and "Traceback" not in errors, errors
+    for errors in errors_of(*arguments, status=NO_SIGNAL_STATUS, ranks=2):
         assert "step 2 of 6: 2 steps in a row trained nothing" in errors, errors
         assert "set reward.success_threshold (now 1, as it is null) no higher than" in errors
         assert f"resume={tmp_path / 'run'}" in errors
     changes = ("reward.success_threshold=0.5", "allow_changes=[reward.success_threshold]")
-    outputs = FastRun(*arguments, *changes, "--resume", ranks=2).end()
-    assert [status for status, _ in outputs] == [0, 0], outputs
-    records = [r for r in timeless(tmp_path / "run") if r["phase"] == "train"]
-    assert len(records) == 6 and any(r["trained_sequences"] for r in records)
+    run(*arguments, *changes, "--resume", ranks=2)
+    steps = records(tmp_path / "run")
+    assert len(steps) == 6 and any(step["trained_sequences"] for step in steps)
 
 
 def test_a_run_whose_responses_are_all_right_ends_well_and_early(tmp_path):
     """Status 0, the final model and its evaluation, the reason in the summary; resumed, it is
     finished at once, and without the limit it trains on."""
     arguments = _arguments(tmp_path, "1.0")
-    [(status, errors)] = FastRun(*arguments).end()
-    assert status == 0 and "step 2: training is finished" in errors, errors
-
-    def summary() -> dict:
-        return json.loads((tmp_path / "run" / "summary.json").read_text())
-
-    assert summary()["steps"] == 2 and "right" in summary()["ended_early"]
-    assert "accuracy_after" in summary() and (tmp_path / "run" / "final").is_dir()
-    assert "Ended early" in (tmp_path / "run" / "report.md").read_text()
-    [(status, errors)] = FastRun(*arguments, "--resume").end()
-    assert status == 0 and summary()["steps"] == 2, errors
-    [(status, errors)] = FastRun(*arguments, "--resume", "limits.empty_steps=null").end()
-    assert status == 0 and summary()["steps"] == 6 and "ended_early" not in summary(), errors
+    folder = tmp_path / "run"
+    assert "step 2: training is finished" in run(*arguments)
+    first = summary(folder)
+    assert first["steps"] == 2 and "right" in first["ended_early"]
+    assert "accuracy_after" in first and (folder / "final").is_dir()
+    assert "Ended early" in (folder / "report.md").read_text()
+    run(*arguments, "--resume")
+    assert summary(folder)["steps"] == 2
+    run(*arguments, "--resume", "limits.empty_steps=null")
+    assert summary(folder)["steps"] == 6 and "ended_early" not in summary(folder)

@@ -1,6 +1,5 @@
 """Whole runs through the command line, on tiny real models and drawn images."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from tests.train.runs import (
     data_arguments,
     records,
     run,
+    summary,
 )
 
 OWN = (
@@ -61,12 +61,12 @@ def test_a_run_leaves_everything_it_promises(start, tmp_path):
         assert (folder / name).stat().st_size > 0, name
     assert (folder / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000003"]
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["algorithm"] == "care" and summary["steps"] == 3
+    facts = summary(folder)
+    assert facts["algorithm"] == "care" and facts["steps"] == 3
     for key in ("accuracy", "format", "greedy", "blind"):
-        assert 0 <= summary[f"{key}_before"] <= 1 and 0 <= summary[f"{key}_after"] <= 1
-    assert summary["sampled_sequences"] >= 3 * 4 * 4
-    assert summary["decoded_tokens"] > 0 and summary["wall_seconds"] > 0
+        assert 0 <= facts[f"{key}_before"] <= 1 and 0 <= facts[f"{key}_after"] <= 1
+    assert facts["sampled_sequences"] >= 3 * 4 * 4
+    assert facts["decoded_tokens"] > 0 and facts["wall_seconds"] > 0
     assert len(records(folder)) == 3 and len(records(folder, "eval")) == 2
     _assert_times_add_up(records(folder))
     model = AutoModelForImageTextToText.from_pretrained(folder / "final")
@@ -191,8 +191,8 @@ def test_qwen3_vl_and_mixed_rows_train(mixed_rows, tmp_path):
         "name=mixed",
     )
     folder = tmp_path / "mixed"
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["steps"] == 3 and summary["trained_sequences"] > 0
+    facts = summary(folder)
+    assert facts["steps"] == 3 and facts["trained_sequences"] > 0
     # Old and new policy agree in the first step, whose update moves both towers.
     first = records(folder)[0]
     assert abs(first["kl"]) < 1e-6 and first["clipped_low"] == first["clipped_high"] == 0

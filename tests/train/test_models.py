@@ -30,9 +30,11 @@ from care_train.models.tiny import TINY_KINDS, build_tiny_model
 from care_train.planning.workload import describe, read_architecture
 from tests.train.builders import (
     SMALL_SIZES,
+    batch_of,
     encoder_of,
     image_sample,
     load,
+    mixed_sequences,
     response_log_probs,
     text_sample,
 )
@@ -77,24 +79,12 @@ def folder(request, tiny_folder, tmp_path_factory) -> Path:
     return where
 
 
-def _sequences(loaded) -> list[TokenSequence]:
-    """Text, images, and two rollouts of one prompt, whose image is encoded once."""
-    samples = [text_sample(0), text_sample(1, prompt="is it red?")]
-    if loaded.processor is not None:
-        samples += [image_sample("red", 2), image_sample("blue", 3, size=100)]
-    prompts = encoder_of(loaded).encode(samples)
-    return [
-        TokenSequence(prompt, (20, 21) if place % 2 else (), tuple(range(20, 25 + place)))
-        for place, prompt in enumerate([*prompts, prompts[-1]])
-    ]
-
-
 def test_log_probs_are_those_of_full_logits(folder):
     """Batched, padded, with images and without: as each sequence alone, and gradients reach the
     vision tower."""
     loaded = load(folder)
-    sequences = _sequences(loaded)
-    batch = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
+    sequences = mixed_sequences(loaded)
+    batch = batch_of(loaded, sequences)
     log_probs, _ = Policy(loaded.model)(batch, temperature=0.7)
     wanted = [response_log_probs(loaded, sequence, temperature=0.7) for sequence in sequences]
     torch.testing.assert_close(log_probs, torch.cat(wanted), rtol=1e-4, atol=1e-4)
@@ -224,8 +214,7 @@ def test_images_of_a_group_are_encoded_once(kind, tiny_folder):
     visual.register_forward_pre_hook(lambda module, inputs: patches.append(len(inputs[0])))
     for rows in (sequences, alone):
         loaded.model.zero_grad()
-        batch = collate(rows, loaded.pad_token_id, loaded.image_token_id)
-        log_probs, _ = Policy(loaded.model)(batch)
+        log_probs, _ = Policy(loaded.model)(batch_of(loaded, rows))
         log_probs.sum().backward()
         gradients = {name: p.grad.clone() for name, p in visual.named_parameters()}
         results.append((log_probs.detach(), gradients))
@@ -238,8 +227,8 @@ def test_images_of_a_group_are_encoded_once(kind, tiny_folder):
 def test_embedding_pools_the_states_at_the_rationale(tiny_folder):
     """Sec. 3.3: mean of the final hidden states at the rationale's positions, L2-normalised."""
     loaded = load(tiny_folder())
-    sequences = _sequences(loaded)
-    batch = collate(sequences, loaded.pad_token_id, loaded.image_token_id)
+    sequences = mixed_sequences(loaded)
+    batch = batch_of(loaded, sequences)
     policy = Policy(loaded.model)
     spans = torch.tensor([[s.response_start + 1, s.response_start + 3] for s in sequences])
     with torch.no_grad():

@@ -10,8 +10,8 @@ from bench import protocol_fixtures
 from care_train.cli import main
 from care_train.config import load_build_settings, load_config
 from care_train.evaluation.benchmarks import BENCHMARKS
+from tests.train.runs import ROOT, summary
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "protocol"
 QUIET = ("logging.report_to=[]", "logging.samples_every=0")
 
@@ -30,15 +30,14 @@ def test_the_documented_commands_run(tmp_path, monkeypatch):
     for program, *arguments in commands:
         assert program == "care-train" and main(arguments) == 0
     cold, care, last = (
-        json.loads(Path(f"runs/protocol-{name}/summary.json").read_text())
-        for name in ("cold-start", "care", "eval")
+        summary(Path(f"runs/protocol-{name}")) for name in ("cold-start", "care", "eval")
     )
     assert cold["eval_loss"] > 0 and cold["rows_without_rationale"] == 0
     assert care["model"].endswith("protocol-cold-start/final") and care["trained_sequences"] > 0
     assert last["model"].endswith("protocol-care/final")
     assert set(last["benchmarks"]) == set(BENCHMARKS)
     results = json.loads(Path("runs/protocol-eval/results.json").read_text())
-    counts = [summary["num_questions"] for summary in results["benchmarks"].values()]
+    counts = [one["num_questions"] for one in results["benchmarks"].values()]
     assert sum(counts) == 4 + 3 + 3 + 8 + 4 + 4
     # It has learnt colours: an untrained model has no answer span at all.
     assert results["macro"]["accuracy"] > 0.05
@@ -65,8 +64,8 @@ def test_built_data_goes_through_both_stages(tmp_path, monkeypatch):
     ):
         arguments = [command, "--config", str(CONFIGS / f"{config}.yaml"), *built, *overrides]
         assert main(arguments) == 0
-    summary = json.loads(Path("runs/protocol-cold-start/summary.json").read_text())
-    assert summary["rows"] == 24 and summary["rows_without_rationale"] == 0
+    facts = summary(Path("runs/protocol-cold-start"))
+    assert facts["rows"] == 24 and facts["rows_without_rationale"] == 0
 
 
 def test_the_full_size_configurations_fit_together():

@@ -33,6 +33,7 @@ from tests.train.runs import (
     FastRun,
     assert_same_runs,
     cold_start,
+    errors_of,
     run,
     steps_logged,
     timeless,
@@ -206,8 +207,8 @@ def test_a_signal_to_one_rank_stops_both(start, out):
     both.send(signal.SIGTERM, rank=1)
     status, errors = both.end()[0]
     assert status == 75, errors
-    status, errors = FastRun("train", f"resume={folder}").end()[0]
-    assert status == 2 and "was saved by 2 ranks, got 1" in errors
+    [errors] = errors_of("train", f"resume={folder}", status=2)
+    assert "was saved by 2 ranks, got 1" in errors
 
 
 REFUSED = [

@@ -67,14 +67,17 @@ def test_seeds_differ_over_run_step_prompt_and_rollout():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_takes_the_argmax_of_the_training_forward(kind, tiny_folder):
-    """Left-padded generation with images sees what the right-padded training forward sees."""
+    """Left-padded generation with images sees what the right-padded training forward sees: the
+    prompt, and the prefix where one is forced."""
     loaded = load(tiny_folder(kind))
-    requests, banned = _requests(loaded), _special_ids(loaded)
+    banned = _special_ids(loaded)
+    requests = [replace(r, prefix_ids=(20, 21)[: i % 3]) for i, r in enumerate(_requests(loaded))]
     found = TransformersEngine(loaded, 64).generate(requests, SamplingSettings(8, greedy=True))
     for request, completion in zip(requests, found, strict=True):
-        ids = request.prompt.token_ids + completion.token_ids
+        context = request.prompt.token_ids + request.prefix_ids
+        ids = context + completion.token_ids
         inputs = image_inputs([request.prompt], torch.tensor([ids]), loaded.image_token_id)
-        full = full_log_probs(loaded, ids, inputs)[len(request.prompt.token_ids) - 1 :]
+        full = full_log_probs(loaded, ids, inputs)[len(context) - 1 :]
         full[:, banned] = -torch.inf
         assert full.argmax(-1).tolist() == list(completion.token_ids)
 

@@ -15,7 +15,7 @@ from care_train.data.answers import AnswerType
 from care_train.training.session import usable_rows
 from care_train.training.sft import check_lengths
 from tests.train.builders import encoder_of, image_sample, load, make_session, text_sample
-from tests.train.runs import FastRun
+from tests.train.runs import errors_of
 
 SHORT, LONG = text_sample(0), text_sample(1, prompt="what color? " * 200)
 
@@ -137,15 +137,15 @@ def test_ranks_measure_their_shares_and_agree(overlong, tiny_folder, color_rows,
     long = {"prompt": LONG.prompt, "answer": "red", "rationale": "it is red", "id": "long"}
     path = color_rows.with_name("one_long.jsonl")
     path.write_text(color_rows.read_text() + json.dumps(long))
-    ends = FastRun(
+    errors = errors_of(
         *("sft", "prompt.max_prompt_tokens=200", "prompt.system=null"),
         *(f"model.path={tiny_folder()}", f"sft.data.path={path}", f"prompt.overlong={overlong}"),
         *("sft.steps=2", "sft.batch_size=8", f"output_dir={tmp_path}", "name=run"),
+        status=2 if overlong == "error" else 0,
         ranks=2,
-    ).end()
-    assert [status for status, _ in ends] == [2 if overlong == "error" else 0] * 2
+    )
     if overlong == "error":
-        assert "one_long.jsonl: row 17: the prompt has" in ends[0][1]
+        assert "one_long.jsonl: row 17: the prompt has" in errors[0]
         assert not list(tmp_path.iterdir())
     else:
         assert (tmp_path / "run" / "sft.data.dropped.jsonl").is_file()

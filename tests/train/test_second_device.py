@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.rollout.conftest import Server
-from tests.train.runs import FastRun, records, run_code
+from tests.train.runs import errors_of, records, run_code
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 
@@ -45,9 +45,7 @@ def before(tmp_path_factory) -> str:
 
 def _train(arguments: Sequence[str], out: Path, before: str, module: str) -> list[dict]:
     """The metrics of a run that must succeed."""
-    run = FastRun(*arguments, f"output_dir={out}", "name=run", before=before, module=module)
-    ((status, errors),) = run.end()
-    assert status == 0, errors
+    errors_of(*arguments, f"output_dir={out}", "name=run", before=before, module=module)
     return records(out / "run")
 
 
@@ -91,9 +89,7 @@ def test_care_in_trl_is_on_its_device(tiny_folder, tmp_path, before):
     # One import of TRL is enough for both.
     code = f"{before}os.chdir({str(tmp_path)!r})\n{BOTH}"
     arguments = (str(tiny_folder()), ".", "scripted")
-    run = FastRun(*arguments, before=code, module="tests.integrations.care_trl_ranks")
-    ((status, errors),) = run.end()
-    assert status == 0, errors
+    errors_of(*arguments, before=code, module="tests.integrations.care_trl_ranks")
     own, wanted = (torch.load(out / "step.pt") for out in outs)
     assert (own.pop("device"), wanted.pop("device")) == ("second", "cpu")
     assert own["metrics"] == wanted["metrics"] and own["metrics"]["care/reflected_groups"] == 0.5

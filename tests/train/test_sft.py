@@ -24,7 +24,7 @@ from tests.train.builders import (
     response_log_probs,
     text_sample,
 )
-from tests.train.runs import records
+from tests.train.runs import records, summary
 
 SMALL = (
     "prompt.system=null",
@@ -49,18 +49,19 @@ def _sft(folder: Path, rows: Path, out: Path, *arguments: str) -> Path:
 
 
 def test_the_held_out_loss_is_that_of_the_plain_model(tiny_folder, mixed_rows, tmp_path):
-    """Mean negative log-likelihood per response token, EOS included, over text and images together;
-    every `train.eval_every` steps and after the last; in the summary too; and it falls."""
+    """Mean negative log-likelihood per response token, EOS included, over packs of text and images
+    together; every `train.eval_every` steps and after the last; in the summary too; it falls."""
     run = _sft(
         tiny_folder(),
         mixed_rows,
         tmp_path,
         *("sft.steps=25", "train.eval_every=10", f"sft.eval_data={mixed_rows}"),
-        "train.micro_batch_size=3",
+        *("train.micro_batch_size=3", "train.packing=true", "train.micro_batch_tokens=300"),
+        *("prompt.max_prompt_tokens=200", "rollout.max_new_tokens=50"),
     )
     losses = {r["step"]: r["eval_loss"] for r in records(run, None) if "eval_loss" in r}
     assert list(losses) == [10, 20, 25] and losses[25] < 0.8 * losses[10]
-    assert json.loads((run / "summary.json").read_text())["eval_loss"] == losses[25]
+    assert summary(run)["eval_loss"] == losses[25]
     session = make_session(run / "final", {"prompt": {"max_prompt_tokens": 2048}})
     log_probs, images = [], set()
     for sample in load_samples(DataSettings(path=str(mixed_rows))):
@@ -71,20 +72,6 @@ def test_the_held_out_loss_is_that_of_the_plain_model(tiny_folder, mixed_rows, t
         images.add(0 if prompt.image_grid_thw is None else len(prompt.image_grid_thw))
     assert images == {0, 1, 2}
     assert losses[25] == pytest.approx(-float(torch.cat(log_probs).mean()), rel=1e-4)
-
-
-def test_packs_learn_what_padded_rows_do(tiny_folder, mixed_rows, tmp_path):
-    """`train.packing` and `train.micro_batch_tokens`: the same losses, from images and text."""
-    packed = ("train.packing=true", "train.micro_batch_tokens=300")
-    packed += ("train.gradient_checkpointing=true",)
-    packed += ("prompt.max_prompt_tokens=200", "rollout.max_new_tokens=50")
-    found = []
-    for name, arguments in (("padded", ()), ("packed", packed)):
-        run = _sft(tiny_folder(), mixed_rows, tmp_path / name, "sft.steps=3", *arguments)
-        found.append([(r["loss"], r["grad_norm"]) for r in records(run, None)])
-    assert len(found[0]) == 3
-    for one, two in zip(*found, strict=True):
-        assert two == pytest.approx(one, rel=1e-3)
 
 
 def test_rows_without_a_rationale(tiny_folder, color_rows, tmp_path, caplog, capfd):
@@ -102,10 +89,9 @@ def test_rows_without_a_rationale(tiny_folder, color_rows, tmp_path, caplog, cap
     for more in ((), ("resume=true",)):
         held_out = (f"sft.eval_data={color_rows}", *more)
         run = _sft(tiny_folder(), partly, tmp_path, "sft.steps=1", *held_out)
-        summary = json.loads((run / "summary.json").read_text())
-        summaries.append({k: v for k, v in summary.items() if k not in CHANGING})
-    assert summaries[0] == summaries[1] and {"loss", "eval_loss"} <= summary.keys()
-    assert (summary["rows"], summary["rows_without_rationale"]) == (16, 6)
+        summaries.append({k: v for k, v in summary(run).items() if k not in CHANGING})
+    assert summaries[0] == summaries[1] and {"loss", "eval_loss"} <= summaries[0].keys()
+    assert (summaries[0]["rows"], summaries[0]["rows_without_rationale"]) == (16, 6)
     assert "6 of 16 cold-start rows have no rationale" in caplog.text
     arguments = [*SMALL, f"model.path={tiny_folder()}", f"output_dir={tmp_path}", "name=bare"]
     data = (f"sft.data.path={color_rows}", f"sft.eval_data={bare}")
