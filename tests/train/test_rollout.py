@@ -25,7 +25,8 @@ def _requests(loaded, count=6):
 @pytest.mark.parametrize("kind", [*KINDS, "tiny-qwen2"])
 def test_a_group_shares_its_prefill(kind, tiny_folder):
     """Repeated contexts are computed once, with and without images. A response depends on its seed,
-    not on its batch: alone, reversed, or in small batches it is the same."""
+    not on its batch, nor on images of the one before: alone, reversed, or in small batches it is
+    the same."""
     loaded = load(tiny_folder(kind))
     samples = [text_sample(0), text_sample(1, prompt="yes, what is it?")]
     if kind != "tiny-qwen2":
@@ -109,27 +110,6 @@ def test_the_models_own_generation_config_does_not_bend_sampling(tiny_folder):
     config.repetition_penalty, config.top_k, config.temperature = 5.0, 1, 0.01
     config.no_repeat_ngram_size, config.do_sample = 1, True
     assert TransformersEngine(loaded, 64).generate(requests, sampling) == plain
-
-
-def test_a_text_batch_after_an_image_batch_is_unchanged(tiny_folder):
-    """Position offsets left by images do not leak into a later batch without any."""
-    loaded = load(tiny_folder())
-    engine, sampling = TransformersEngine(loaded, 64), SamplingSettings(8)
-    text = [r for r in _requests(loaded) if r.prompt.pixel_values is None]
-    before = engine.generate(text, sampling)
-    engine.generate(_requests(loaded), sampling)
-    assert engine.generate(text, sampling) == before
-
-
-def test_a_forced_prefix_continues_the_prompt(tiny_folder):
-    """A request with a prefix draws what the prompt extended by it would draw."""
-    loaded = load(tiny_folder())
-    engine, sampling = TransformersEngine(loaded, 64), SamplingSettings(8)
-    request = _requests(loaded, 2)[1]
-    prefixed = replace(request, prefix_ids=(20, 21, 22))
-    longer = (*request.prompt.token_ids, 20, 21, 22)
-    extended = replace(request, prompt=replace(request.prompt, token_ids=longer))
-    assert engine.generate([prefixed], sampling) == engine.generate([extended], sampling)
 
 
 def test_sampling_follows_the_distribution():
