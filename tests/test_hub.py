@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -14,13 +12,12 @@ from huggingface_hub import constants
 from care_train import CareConfig, CareTrainer, distributed, hub
 from care_train.config import build_config, source_of
 from care_train.data import load_samples
-from care_train.distributed import own_environment
 from care_train.models.load import load_model
 from care_train.planning.workload import read_architecture
 from care_train.publishing import claim, model_card, publish
 from care_train.training import run_folder
 from tests.hub_server import Hub, contents, running_hub
-from tests.train.runs import ROOT, SMALL
+from tests.train.runs import SMALL, run_as_typed
 
 FILE = "/{repo_id}/resolve/{revision}/{filename}"
 
@@ -201,14 +198,7 @@ def test_a_run_goes_from_the_hub_to_the_hub(local_hub: Hub, tmp_path):
         *("train.steps=1", "rollout.max_new_tokens=8", f"output_dir={tmp_path}", "name=run"),
         "hub.push_to=acme/mine",
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "care_train", *command],
-        cwd=ROOT,
-        env=own_environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_as_typed(*command)
     uploaded = local_hub.repositories["models/acme/mine"]
     assert uploaded.is_private
     assert uploaded.files == contents(tmp_path / "run" / "final")

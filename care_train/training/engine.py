@@ -20,7 +20,7 @@ from care_train.config import Config
 from care_train.distributed import all_max, all_sum, is_main, world_size
 from care_train.models.batch import ModelBatch, TokenSequence, collate, pack, packed_positions
 from care_train.models.load import LoadedModel, recompute_activations
-from care_train.models.lora import add_adapters, without_adapters
+from care_train.models.lora import add_adapters
 from care_train.models.policy import Policy
 from care_train.models.prompts import EncodedPrompt
 from care_train.rollout.engine import WeightParts
@@ -162,10 +162,6 @@ class PolicyEngine:
         """Final hidden states [N, D] of the batch's rows."""
         self._engine.eval()
         return self._engine(batch, rows_only=True)[0]
-
-    def without_adapters(self) -> contextlib.AbstractContextManager[None]:
-        """A block in which `log_probs` and `rows` are those of the model without its adapters."""
-        return without_adapters(self.loaded.model)
 
     def step(self, micro_batches: Sequence[MicroBatch], temperature: float) -> StepResult:
         """Accumulate over the micro-batches and update once.

@@ -16,6 +16,7 @@ from care_train.algorithm.spans import rationale_span
 from care_train.algorithm.types import Rollout, TrainSequence
 from care_train.config import Config
 from care_train.models.batch import ModelBatch, TokenSequence
+from care_train.models.lora import without_adapters
 from care_train.models.policy import Policy
 from care_train.training.engine import PolicyEngine
 from care_train.training.groups import Group
@@ -59,13 +60,13 @@ class WithoutAdapters:
         self, batch: ModelBatch, temperature: float, pool_spans: torch.Tensor | None = None
     ) -> Pooled:
         """As `FrozenCopy.log_probs`."""
-        with self._engine.without_adapters():
+        with without_adapters(self._engine.loaded.model):
             return self._engine.log_probs(batch, temperature, pool_spans)
 
     def exact_kl_arguments(self, batch: ModelBatch) -> dict[str, Any]:
         """As `FrozenCopy.exact_kl_arguments`; the loss takes the policy's own head, which adapters
         never change."""
-        with self._engine.without_adapters():
+        with without_adapters(self._engine.loaded.model):
             return {"ref_hidden": self._engine.rows(batch)}
 
 

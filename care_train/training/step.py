@@ -56,7 +56,6 @@ class TrainStep:
         self._scorer = scorer
         self._log_probs = LogProbs(engine, config, reference)
         self._updater = PolicyUpdater(engine, config, reference)
-        self._sum = partial(all_sum, device=engine.device)
         self._checked_start = 0
         self.fixability = fixability_of(config)
         """What `care.selector: learned` has learnt; None under another selector."""
@@ -88,7 +87,8 @@ class TrainStep:
                 self.fixability.learn([o for own in gather(outcomes_of(groups)) for o in own])
         self._sampler.rest()
         with timer("select"):  # lines 15-19 and 26-41, Eqs. 5-8 and 11
-            updates = group_updates(groups, self._config, self._sum)
+            total = partial(all_sum, device=self._engine.device)
+            updates = group_updates(groups, self._config, total)
             groups = [replace(g, update=u) for g, u in zip(groups, updates, strict=True)]
         items = self._log_probs.items(groups)  # log pi_old and log pi_ref where they are missing
         gap = self._checked_gap(groups, items)

@@ -114,8 +114,8 @@ def timer(part: str) -> Iterator[None]:
     Raises:
         OutOfMemoryError: the block ran out of memory; the message names the settings to lower.
     """
-    outer = _place.part
-    _enter(part)
+    outer = _place
+    _enter(part, outer.step)
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -125,14 +125,12 @@ def timer(part: str) -> Iterator[None]:
         advice = f"{_ADVICE[part]}; {CHANGES}" if part in _ADVICE else _OTHER_ADVICE
         raise OutOfMemoryError(f"out of memory in {part} ({reason[0]}): {advice}") from error
     # An error leaves the place as it is, so that the watchdog can still say where it came from.
-    _enter(outer)
+    _enter(outer.part, outer.step)
 
 
 def begin_step(step: int | None) -> None:
     """From here on the process works at `step`, counted from 1, or outside of steps (None)."""
-    global _place
-    _seconds.add(_place.part)
-    _place = Place("other", step)
+    _enter("other", step)
 
 
 @contextmanager
@@ -154,7 +152,7 @@ def at_step(step: int, total: int, run_dir: Path) -> Iterator[None]:
     begin_step(None)
 
 
-def _enter(part: str) -> None:
+def _enter(part: str, step: int | None) -> None:
     global _place
     _seconds.add(_place.part)
-    _place = Place(part, _place.step)
+    _place = Place(part, step)

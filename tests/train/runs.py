@@ -173,6 +173,19 @@ def run_code(code: str) -> None:
     errors_of(before=f"{code}\nraise SystemExit")
 
 
+def run_as_typed(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m care_train ARGUMENTS` in a new process, which must succeed; what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "care_train", *arguments],
+        cwd=ROOT,
+        env=own_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def data_arguments(rows: Path) -> list[str]:
     return [f"{key}={rows}" for key in ("data.path", "sft.data.path", "eval.data")]
 

@@ -1,7 +1,5 @@
 """Whole runs through the command line, on tiny real models and drawn images."""
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +9,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from care_train.cli import main
-from care_train.distributed import own_environment
 from care_train.reporting import read_archive
 from care_train.reporting.archive import archive_files
 from care_train.training.timer import MODEL_PARTS
@@ -22,6 +19,7 @@ from tests.train.runs import (
     data_arguments,
     records,
     run,
+    run_as_typed,
     summary,
 )
 
@@ -47,15 +45,8 @@ def _train(start: Sequence[str], out: Path, *arguments: str, ranks: int = 1) -> 
 def test_a_run_leaves_everything_it_promises(start, tmp_path):
     """`python -m care_train train` as a user types it: config, metrics, summary, checkpoints, final
     model, plots and report."""
-    arguments = [*start, f"output_dir={tmp_path}", "name=care", "eval.also=[greedy,blind]"]
-    done = subprocess.run(
-        [sys.executable, "-m", "care_train", *arguments],
-        cwd=ROOT,
-        env=own_environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    own = (f"output_dir={tmp_path}", "name=care", "eval.also=[greedy,blind]")
+    done = run_as_typed(*start, *own)
     folder = tmp_path / "care"
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.md"):
         assert (folder / name).stat().st_size > 0, name
@@ -135,21 +126,17 @@ def _assert_same_archive(single: Path, double: Path) -> None:
     files = {(file.kind, file.rank) for file in archive_files(double)}
     assert files == {(kind, rank) for kind in ("step", "eval") for rank in (0, 1)}
     assert {row["rank"] for row in read_archive(double, columns=["rank"]).to_pylist()} == {0, 1}
-    answers = [_by_row(run, evaluations=True) for run in (single, double)]
-    assert answers[0].keys() == answers[1].keys() and answers[0]
-    for key, row in answers[0].items():
-        assert [row[name] for name in ("images", "text")] == [
-            answers[1][key][name] for name in ("images", "text")
-        ]
-    groups = [_by_row(run, evaluations=False) for run in (single, double)]
-    assert groups[0].keys() == groups[1].keys() and groups[0]
-    for key, row in groups[0].items():
-        assert row["outcome"] == groups[1][key]["outcome"]
-        for one, two in zip(row["rollouts"], groups[1][key]["rollouts"], strict=True):
-            for name in ("text", "role", "trained", "accuracy"):
-                assert one[name] == two[name]
-            for name in ("token_advantages", "old_log_probs", "ref_log_probs"):
-                assert one[name] == (two[name] and pytest.approx(two[name], abs=1e-2))
+    for evaluations, names in ((True, ("images", "text")), (False, ("images", "outcome"))):
+        ours, theirs = (_by_row(run, evaluations) for run in (single, double))
+        assert ours.keys() == theirs.keys() and ours
+        for key, row in ours.items():
+            assert [row[name] for name in names] == [theirs[key][name] for name in names]
+            pairs = zip(row.get("rollouts", ()), theirs[key].get("rollouts", ()), strict=True)
+            for one, two in pairs:
+                for name in ("text", "role", "trained", "accuracy"):
+                    assert one[name] == two[name]
+                for name in ("token_advantages", "old_log_probs", "ref_log_probs"):
+                    assert one[name] == (two[name] and pytest.approx(two[name], abs=1e-2))
 
 
 def _by_row(run: Path, evaluations: bool) -> dict[tuple, dict]:

@@ -166,9 +166,6 @@ def test_the_vision_tower_is_adapted_where_asked(tiny_folder):
     assert any("visual" in n for n in names) and any("language_model" in n for n in names)
 
 
-RUN = ("model.lora.rank=4", "train.learning_rate=5e-3", "loss.kl_coef=0.1", "train.save_every=1")
-
-
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("lora")
@@ -182,7 +179,8 @@ def start(from_cold_start, out) -> list[str]:
 @pytest.fixture(scope="module")
 def trained(start, out) -> Path:
     """A run of three steps, and in its folder what `care-train export` makes of it."""
-    assert main([*start, *RUN, "train.steps=3", "name=trained"]) == 0
+    more = ("model.lora.rank=4", "train.learning_rate=5e-3", "loss.kl_coef=0.1")
+    assert main([*start, *more, "train.steps=3", "name=trained"]) == 0
     folder = out / "trained"
     assert main(["export", f"--run={folder}", f"--out={folder / 'merged'}"]) == 0
     assert main(["export", f"--run={folder}", f"--out={folder / 'adapter'}", "--adapter"]) == 0
@@ -225,11 +223,3 @@ def test_a_cold_start_trains_adapters(start, out, monkeypatch):
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and moved
     assert all("language_model" in name or "layers" in name for name in moved)
-
-
-def test_other_adapters_are_refused_at_resume(start, trained, capsys):
-    """Another rank, or none: the checkpoint's files would not fit, so no exception is offered."""
-    for change in ("model.lora.rank=8", "model.lora.rank=0"):
-        arguments = [*start, *RUN[1:], change, "train.steps=4", "name=trained"]
-        assert main([*arguments, "--resume", "allow_changes=[model]"]) == 2
-        assert "model.lora.rank: saved 4" in capsys.readouterr().err

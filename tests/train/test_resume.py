@@ -218,6 +218,11 @@ REFUSED = [
         {"deepspeed": {"zero_stage": 2}, "allow_changes": ["deepspeed"]},
         "deepspeed.zero_stage: saved 0, got 2",
     ),
+    # Another rank of adapters, or none: the checkpoint's files would not fit.
+    (
+        {"model": {"lora": {"rank": 8}}, "allow_changes": ["model"]},
+        "model.lora.rank: saved 0, got 8",
+    ),
     ({"deepspeed": {"config": {"wall_clock_breakdown": True}}}, "saved None, got True"),
     ({"allow_changes": ["train.lr"]}, "allow_changes: got 'train.lr', which is no setting"),
     # More steps where the schedule looks at them.
