@@ -9,7 +9,7 @@ Not the paper's: `anchor: all`, `target_snr`, a `think_weight` in percent and th
 but `regions` (docs/experiments.md).
 
 Line 41 (Eq. 11) is `care_kernels.token_advantages`, lines 42-43, the clipped surrogate and the KL
-(Eqs. 12-13), are `care_kernels.linear_policy_loss`; `training.loss` makes their rows.
+(Eqs. 12-13), are `care_kernels.linear_policy_loss`; `training.update` makes their rows.
 """
 
 from dataclasses import replace
