@@ -27,6 +27,7 @@ from bench.peers import (
     PEERS,
     Contender,
     MeasurementError,
+    Outcome,
     Problem,
     chosen_contenders,
     make_problem,
@@ -46,29 +47,30 @@ class Truth(NamedTuple):
     """[V, D]; kept in float32, whose rounding is far below any error measured here."""
 
 
+def true_log_probs(problem: Problem, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Log-probs [N] and logarithms of the softmax's denominators [N], in slices of V."""
+    hidden, weight = problem.hidden.detach().to(dtype), problem.head_weight.detach()
+    parts = [(hidden @ tile.to(dtype).T).logsumexp(-1) for tile in weight.split(_TILE)]
+    normaliser = torch.stack(parts).logsumexp(0)
+    own = (hidden * weight[problem.target_ids].to(dtype)).sum(-1)
+    return own - normaliser, normaliser
+
+
 def true_outcome(problem: Problem, dtype: torch.dtype = torch.float64) -> Truth:
     """Log-probs and gradients of -sum_i a_i log p_i, in `dtype`, in slices of the vocabulary."""
     hidden, weight = problem.hidden.detach().to(dtype), problem.head_weight.detach()
     targets, scale = problem.target_ids, problem.advantages.to(dtype)[:, None]
-    tiles = [(start, min(start + _TILE, len(weight))) for start in range(0, len(weight), _TILE)]
-
-    def logits_of(start: int, end: int) -> tuple[Tensor, Tensor]:
-        tile = weight[start:end].to(dtype)
-        return hidden @ tile.T, tile
-
-    sums = torch.stack([logits_of(*tile)[0].logsumexp(-1) for tile in tiles])
-    normaliser = sums.logsumexp(0)
-    log_probs = (hidden * weight[targets].to(dtype)).sum(-1) - normaliser
+    log_probs, normaliser = true_log_probs(problem, dtype)
     grad_hidden = torch.zeros_like(hidden)
     grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    for start, end in tiles:
-        logits, tile = logits_of(start, end)
-        grad = (logits - normaliser[:, None]).exp()
-        rows = ((targets >= start) & (targets < end)).nonzero().squeeze(-1)
+    for start in range(0, len(weight), _TILE):
+        tile = weight[start : start + _TILE].to(dtype)
+        grad = (hidden @ tile.T - normaliser[:, None]).exp()
+        rows = ((targets >= start) & (targets < start + len(tile))).nonzero().squeeze(-1)
         grad[rows, targets[rows] - start] -= 1
         grad *= scale
         grad_hidden += grad @ tile
-        grad_weight[start:end] = grad.T @ hidden
+        grad_weight[start : start + len(tile)] = grad.T @ hidden
     return Truth(log_probs, grad_hidden, grad_weight)
 
 
@@ -81,6 +83,18 @@ def relative_error(estimate: Tensor, truth: Tensor) -> float:
         error += (e.to(t.dtype) - t).square().sum(dtype=torch.float64)
         size += t.square().sum(dtype=torch.float64)
     return (error / size).sqrt().item()
+
+
+def errors_of(outcome: Outcome, truth: Truth) -> dict[str, float | None]:
+    """RMS and largest error of the log-probs, None without them; relative errors of dX and dW."""
+    errors: dict[str, float | None] = {"log_prob_rms": None, "log_prob_max": None}
+    if outcome.log_probs is not None:
+        off = outcome.log_probs.double() - truth.log_probs
+        errors = {"log_prob_rms": off.square().mean().sqrt().item()}
+        errors["log_prob_max"] = off.abs().max().item()
+    for name in ("grad_hidden", "grad_weight"):
+        errors[name] = relative_error(getattr(outcome, name), getattr(truth, name))
+    return errors
 
 
 def main() -> int:
@@ -119,16 +133,9 @@ def _errors(
     name: str, contender: Contender, problem: Problem, truth: Truth
 ) -> dict[str, float | None]:
     outcome = run_contender(name, contender.run, problem)
-    log_probs = outcome.log_probs
-    if log_probs is None and contender.log_probs is not None:
-        log_probs = contender.log_probs(problem)
-    errors: dict[str, float | None] = {"log_prob_rms": None, "log_prob_max": None}
-    if log_probs is not None:
-        off = log_probs.double() - truth.log_probs
-        errors["log_prob_rms"] = off.square().mean().sqrt().item()
-        errors["log_prob_max"] = off.abs().max().item()
-    errors["grad_hidden"] = relative_error(outcome.grad_hidden, truth.grad_hidden)
-    errors["grad_weight"] = relative_error(outcome.grad_weight, truth.grad_weight)
+    if contender.log_probs is not None:
+        outcome = outcome._replace(log_probs=contender.log_probs(problem))
+    errors = errors_of(outcome, truth)
     wrong = [key for key, value in errors.items() if value is not None and not isfinite(value)]
     if wrong:
         raise MeasurementError(f"{name}: {', '.join(wrong)} not finite")

@@ -136,6 +136,13 @@ def ours_log_probs(problem: Problem, backend: str | None = None) -> Outcome:
     return _differentiate(problem, log_probs)
 
 
+def log_probs_alone(problem: Problem) -> Tensor:
+    """`linear_log_probs` in Triton without gradients, as the old policy's forward needs it."""
+    with torch.no_grad():
+        inputs = (problem.hidden, problem.head_weight, problem.target_ids)
+        return linear_log_probs(*inputs, backend="triton")
+
+
 def _torch_log_probs(hidden: Tensor, head_weight: Tensor, target_ids: Tensor) -> Tensor:
     logits = F.linear(hidden, head_weight).float()
     return logits.log_softmax(-1).gather(-1, target_ids[:, None]).squeeze(-1)

@@ -26,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,18 @@ quiet_libraries()
 
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress  # noqa: E402
-from rich.table import Table  # noqa: E402
+from rich.table import Column, Table  # noqa: E402
 
 from bench.measure import describe, machine_facts  # noqa: E402
-from bench.step_case import Case, Setup, StepFigures, prepare  # noqa: E402
-from bench.step_ours import OurTrainer, measure_ranks, threads_of  # noqa: E402
+from bench.step_ours import (  # noqa: E402
+    Case,
+    OurTrainer,
+    Setup,
+    StepFigures,
+    measure_ranks,
+    prepare,
+    threads_of,
+)
 from care_train.training.timer import MODEL_PARTS  # noqa: E402
 
 OURS = {
@@ -73,6 +80,18 @@ class Result:
     def overhead(self) -> float:
         """The share that no model computes in."""
         return 1 - sum(self.shares.get(part, 0.0) for part in MODEL_PARTS)
+
+    def figures(self) -> dict[str, Any]:
+        """What goes into the JSON line."""
+        return {
+            "ratio_to_trl": None if self.ratio is None else round(self.ratio, 3),
+            "ratios": [round(ratio, 2) for ratio in self.ratios],
+            "tokens_per_second": round(self.tokens_per_second),
+            "seconds": round(self.seconds, 3),
+            "trained_sequences": round(self.trained_sequences, 1),
+            "overhead": round(self.overhead, 4),
+            "shares": {part: round(share, 4) for part, share in self.shares.items()},
+        }
 
 
 def compare(setup: Setup, case: Case, ours: Sequence[str], rounds: int) -> dict[str, Result]:
@@ -131,9 +150,9 @@ def summarize(
     )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the tables and one JSON line."""
-    options = _options()
+    options = _options(arguments)
     facts = machine_facts("cpu")
     print(describe(facts))
     case = Case(options.prompts, options.group_size, options.length, options.micro_batch)
@@ -151,33 +170,16 @@ def main() -> int:
 def _measure(setup: Setup, case: Case, options: argparse.Namespace) -> dict[str, Any]:
     results = compare(setup, case, options.ours, options.rounds)
     _print_results(results, case)
-    _print_shares(results)
-    figures: dict[str, Any] = {"ratio_to_trl": None, "overhead": None, "shares": {}}
-    main_one = results[options.ours[0]]
-    figures["ratio_to_trl"] = round(main_one.ratio or 0.0, 3)
-    figures["overhead"] = round(main_one.overhead, 4)
-    figures["shares"] = _rounded(main_one.shares)
-    if "grpo-transformers" in results:
-        figures["grpo_ratio_to_trl"] = round(results["grpo-transformers"].ratio or 0.0, 3)
-    figures["contenders"] = {
-        name: {
-            "ratio_to_trl": None if r.ratio is None else round(r.ratio, 3),
-            "ratios": [round(ratio, 2) for ratio in r.ratios],
-            "tokens_per_second": round(r.tokens_per_second),
-            "seconds": round(r.seconds, 3),
-            "trained_sequences": round(r.trained_sequences, 1),
-            "overhead": None if name == "trl" else round(r.overhead, 4),
-            "shares": _rounded(r.shares),
-        }
-        for name, r in results.items()
-    }
+    contenders = {name: result.figures() for name, result in results.items()}
+    contenders["trl"]["overhead"] = None  # its parts are others
+    leading = contenders[options.ours[0]]
+    figures = {key: leading[key] for key in ("ratio_to_trl", "overhead", "shares")}
+    if "grpo-transformers" in contenders:
+        figures["grpo_ratio_to_trl"] = contenders["grpo-transformers"]["ratio_to_trl"]
+    figures["contenders"] = contenders
     if options.scaling:
-        figures["scaling"] = _scaling(setup, case, options, main_one)
+        figures["scaling"] = _scaling(setup, case, options, results[options.ours[0]])
     return figures
-
-
-def _rounded(shares: dict[str, float]) -> dict[str, float]:
-    return {part: round(share, 4) for part, share in shares.items()}
 
 
 def _scaling(
@@ -191,20 +193,16 @@ def _scaling(
         "twice the length": replace(case, length=2 * case.length),
         "four times the length": replace(case, length=4 * case.length),
     }
-    table = Table(title=f"How a step's cost grows ({name})")
-    for column in ("", "group", "length", "ranks", "seconds", "tokens/s", "x TRL"):
-        table.add_column(column, justify="left" if not column else "right")
     rows = [_row("the step above", case, 1, base)]
     for label, larger in grown.items():
         result = compare(setup, larger, [name], options.scaling_rounds)[name]
         rows.append(_row(label, larger, 1, result))
     for ranks in options.ranks:
-        figures = measure_ranks(setup, case, OURS[name], ranks, WARM_UP + options.scaling_rounds)
-        counted = figures[WARM_UP:]
-        result = summarize(name, counted, {})
-        rows.append(
-            _row(f"ranks: {ranks}, threads of each: {threads_of(ranks)}", case, ranks, result)
-        )
+        taken = measure_ranks(setup, case, OURS[name], ranks, WARM_UP + options.scaling_rounds)
+        label = f"ranks: {ranks}, threads of each: {threads_of(ranks)}"
+        rows.append(_row(label, case, ranks, summarize(name, taken[WARM_UP:], {})))
+    headings = ("group", "length", "ranks", "seconds", "tokens/s", "x TRL")
+    table = _table(f"How a step's cost grows ({name})", headings)
     for row in rows:
         ratio = "" if row["ratio_to_trl"] is None else f"{row['ratio_to_trl']:.2f}"
         cells = (row["group_size"], row["length"], row["ranks"])
@@ -215,46 +213,34 @@ def _scaling(
 
 
 def _row(label: str, case: Case, ranks: int, result: Result) -> dict[str, Any]:
-    return {
-        "case": label,
-        "group_size": case.group_size,
-        "length": case.length,
-        "ranks": ranks,
-        "seconds": round(result.seconds, 3),
-        "tokens_per_second": round(result.tokens_per_second),
-        "ratio_to_trl": None if result.ratio is None else round(result.ratio, 3),
-    }
+    size = {"group_size": case.group_size, "length": case.length, "ranks": ranks}
+    figures = result.figures()
+    kept = ("seconds", "tokens_per_second", "ratio_to_trl")
+    return {"case": label} | size | {key: figures[key] for key in kept}
 
 
 def _print_results(results: dict[str, Result], case: Case) -> None:
+    """What steps cost, then where it goes."""
     title = f"One step: {case.prompts} prompts x {case.group_size} rollouts x {case.length} tokens"
-    table = Table(title=title)
-    for column in ("", "tokens/s", "x TRL", "seconds", "sequences trained", "overhead"):
-        table.add_column(column, justify="left" if not column else "right")
+    costs = _table(title, ("tokens/s", "x TRL", "seconds", "sequences trained", "overhead"))
     for name, r in results.items():
         ratio = "" if r.ratio is None else f"{r.ratio:.2f}"
         overhead = "" if name == "trl" else f"{r.overhead:.1%}"
         cells = (f"{r.tokens_per_second:,.0f}", ratio, f"{r.seconds:.2f}")
-        table.add_row(name, *cells, f"{r.trained_sequences:.0f}", overhead)
-    Console(width=100).print(table)
+        costs.add_row(name, *cells, f"{r.trained_sequences:.0f}", overhead)
+    shares = _table("Share of the step, in percent", results)
+    for part in sorted({part for r in results.values() for part in r.shares}):
+        found = [r.shares.get(part) for r in results.values()]
+        shares.add_row(part, *("" if share is None else f"{100 * share:.1f}" for share in found))
+    Console(width=100).print(costs, shares, sep="\n")
 
 
-def _print_shares(results: dict[str, Result]) -> None:
-    table = Table(title="Share of the step, in percent")
-    table.add_column("part")
-    parts = sorted({part for r in results.values() for part in r.shares})
-    for name in results:
-        table.add_column(name, justify="right")
-    for part in parts:
-        table.add_row(part, *(_percent(r.shares.get(part)) for r in results.values()))
-    Console(width=100).print(table)
+def _table(title: str, headings: Iterable[str]) -> Table:
+    """Of names with numbers behind them."""
+    return Table("", *(Column(heading, justify="right") for heading in headings), title=title)
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}"
-
-
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--ours", nargs="+", choices=OURS, default=list(OURS)[:3])
@@ -267,7 +253,7 @@ def _options() -> argparse.Namespace:
     for key in ("prompts", "group_size", "length", "micro_batch"):
         name = f"--{key.replace('_', '-')}"
         parser.add_argument(name, type=int, default=getattr(Case(), key))
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from datasets import Dataset, Features, Image, List, Value
 from transformers import AutoProcessor, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from bench.step_case import Case, FixedLengthVerifier, Setup, StepFigures, case_config, end_never
+from bench.step_ours import Case, FixedLengthVerifier, Setup, StepFigures, case_config, end_never
 from care_train.config import Config
 from care_train.data import Sample
 from care_train.distributed import own_environment
+from care_train.integrations.trl import CareGRPOTrainer
 from care_train.models.load import load_model
 
 Turn = Callable[[StepFigures], None]
@@ -42,18 +44,27 @@ def run_trl(setup: Setup, case: Case, steps: int, output_dir: str, turn: Turn) -
     }
     rewards = _Rewards(setup, case)
     driver = _Driver(rewards, turn)
+    rows = setup.prompts(0, case.prompts * steps)
     with _no_group():
-        trainer = GRPOTrainer(
+        trainer = grpo_trainer(
+            setup.folder,
+            rows,
             model=loaded.model,
             reward_funcs=rewards,
-            args=GRPOConfig(**arguments),
-            train_dataset=rows_for_trl(setup.prompts(0, case.prompts * steps)),
-            processing_class=AutoProcessor.from_pretrained(setup.folder, padding_side="left"),
             callbacks=[driver],
+            args=GRPOConfig(**arguments),
         )
-    trainer.remove_callback(PrinterCallback)
     driver.watch(trainer)
     trainer.train()
+
+
+def grpo_trainer(folder: Path, rows: Sequence[Sample], **more: Any) -> GRPOTrainer:
+    """TRL's trainer on our rows and the processor of a model's folder; CARE's with `care` in it."""
+    kind: type[GRPOTrainer] = CareGRPOTrainer if "care" in more else GRPOTrainer
+    processor = AutoProcessor.from_pretrained(folder, padding_side="left")
+    trainer = kind(train_dataset=rows_for_trl(rows), processing_class=processor, **more)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def grpo_arguments(config: Config, banned: list[int]) -> dict[str, Any]:

@@ -24,16 +24,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoProcessor, PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from transformers import TrainerCallback
+from trl import GRPOConfig
 
-from bench.step_case import QUICKSTART, prepare
-from bench.step_trl import grpo_arguments, rows_for_trl
+from bench.step_ours import QUICKSTART, prepare
+from bench.step_trl import grpo_arguments, grpo_trainer
 from care_train import CareTrainer
 from care_train.config import Config, load_config
 from care_train.data import PromptOrder, Sample, load_samples
 from care_train.distributed import own_environment
-from care_train.integrations.trl import CareGRPOTrainer
 from care_train.models.load import load_model
 from care_train.reporting import mean_interval, read_metrics
 from care_train.reporting.files import finite, write_json
@@ -81,33 +80,33 @@ def main() -> int:
 
 
 def _finished(options: argparse.Namespace, folder: Path, name: str, seed: int) -> Run:
-    path = options.output / f"{name}-{seed}.json"
-    case = {"steps": options.steps, "prompts": options.prompts, "questions": options.questions}
-    case |= {"model": str(folder)}
+    path, case = options.output / f"{name}-{seed}.json", _case(options, folder)
     if path.is_file() and (found := json.loads(path.read_text()))["case"] == case:
         return found
     command = [sys.executable, "-m", "bench.trl_curves", *sys.argv[1:], "--run", name, str(seed)]
     # Without this process's group of one, around which TRL would wrap DistributedDataParallel.
     subprocess.run(command, check=True, env=own_environment())
-    write_json(path, {"case": case} | json.loads(_raw(path).read_text()))
     return json.loads(path.read_text())
 
 
-def _raw(path: Path) -> Path:
-    return path.with_suffix(".run.json")
+def _case(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What a finished run must share to be used again."""
+    sizes = {"steps": options.steps, "prompts": options.prompts, "questions": options.questions}
+    return sizes | {"model": str(folder)}
 
 
 def _run(options: argparse.Namespace, name: str, seed: str) -> None:
     folder = prepare(options.output / "cold_start", options.cold_steps).folder
-    overrides = [f"seed={seed}", f"train.steps={options.steps}", f"model.path={folder}"]
-    overrides += [f"train.prompts_per_step={options.prompts}"]
-    overrides += [f"algorithm={name.removesuffix('_trl')}"]
-    overrides += [f"eval.max_samples={options.questions}", "eval.also=[]"]
-    overrides += [f"name={name}-{seed}", f"output_dir={options.output / 'runs'}"]
-    overrides += ["logging.report_to=[]"]
+    overrides = (
+        *(f"seed={seed}", f"train.steps={options.steps}", f"model.path={folder}"),
+        *(f"train.prompts_per_step={options.prompts}", f"algorithm={name.removesuffix('_trl')}"),
+        *(f"eval.max_samples={options.questions}", "eval.also=[]", "logging.report_to=[]"),
+        *(f"name={name}-{seed}", f"output_dir={options.output / 'runs'}"),
+    )
     config = load_config(QUICKSTART, overrides)
     run = _trl(config, folder) if name.endswith("_trl") else _ours(config)
-    write_json(_raw(options.output / f"{name}-{seed}.json"), run)
+    found = {"case": _case(options, folder)} | run
+    write_json(options.output / f"{name}-{seed}.json", found)
 
 
 def _ours(config: Config) -> Run:
@@ -131,23 +130,19 @@ def _trl(config: Config, folder: Path) -> Run:
     rows = [samples[i] for i in order]
     loaded, rewards = load_model(config.model, folder), _Rewards(config, rows)
     recorder, clock = _Recorder(rewards), _Clock()
+    output = Path(config.output_dir) / config.name
     arguments = _arguments(config, banned_token_ids(loaded))
-    processor = AutoProcessor.from_pretrained(folder, padding_side="left")
-    shared: dict[str, Any] = {
-        "model": loaded.model,
-        "reward_funcs": [rewards.accuracy, rewards.form],
-        "args": GRPOConfig(output_dir=str(Path(config.output_dir) / config.name), **arguments),
-        "train_dataset": rows_for_trl(rows),
-        "processing_class": processor,
-        "callbacks": [recorder, clock],
-    }
-    if config.algorithm == "care":
-        trainer: GRPOTrainer = CareGRPOTrainer(care=config.care, **shared)
-    else:
-        trainer = GRPOTrainer(**shared)
-    trainer.remove_callback(PrinterCallback)
+    trainer = grpo_trainer(
+        folder,
+        rows,
+        model=loaded.model,
+        reward_funcs=[rewards.accuracy, rewards.form],
+        args=GRPOConfig(output_dir=str(output), **arguments),
+        callbacks=[recorder, clock],
+        **({"care": config.care} if config.algorithm == "care" else {}),
+    )
     trainer.train()
-    trained = Path(config.output_dir) / config.name / "trained"
+    trained = output / "trained"
     trainer.save_model(str(trained))
     return {
         "accuracy_before": _accuracy(config, folder),

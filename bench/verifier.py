@@ -30,14 +30,13 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from bench.hostile import hostile_answers
-from bench.verifier_forms import attacks, formed_pairs
+from bench.verifier_forms import Pair, attacks, formed_pairs
 from care_train.reporting import track
 from care_train.verifier import AnswerType, Item, WorkerPool, verify_batch
 from care_train.verifier.verify import verify_in_process
@@ -55,16 +54,6 @@ _WALL_FACTOR = 20.0
 """The limit is of processor time; by the clock a worker that gets none of it is ended here."""
 _BATCH = 250
 _SECONDS = 3.0
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An answer, its key, and whether it was read as right."""
-
-    item: Item
-    correct: bool
-    category: str
-    held_out: bool
 
 
 def read_pairs(path: Path = PAIRS) -> list[Pair]:
@@ -158,41 +147,22 @@ def print_scores(
 
 
 def compare_pairs(pairs: Sequence[Pair], pool: WorkerPool) -> dict[str, Any]:
-    """Precision and recall of the three, printed by type."""
-    found = verify_batch([pair.item for pair in pairs], pool)
-    verdicts = {
-        "ours": [verdict.accuracy == 1.0 for verdict in found],
-        "math-verify": math_verify_verdicts(pairs),
-        "exact": [pair.item.predicted.strip() == pair.item.expected.strip() for pair in pairs],
-    }
+    """Precision and recall of the three on pairs read by hand, by type."""
+    said = [pair.item.predicted.strip() == pair.item.expected.strip() for pair in pairs]
     held_out = [place for place, pair in enumerate(pairs) if pair.held_out]
     totals = {"": range(len(pairs)), "held_out_": held_out}
-    figures = print_scores("read by hand", pairs, totals, verdicts)
-    for pair, right in zip(pairs, verdicts["ours"], strict=True):
-        if right != pair.correct:
-            kind = "wrongly accepted" if right else "missed"
-            print(f"  {kind}: {pair.item.predicted!r} for {pair.item.expected!r}")
-    return {"pairs": len(pairs)} | figures
+    return {"pairs": len(pairs)} | _compare("read by hand", pairs, totals, pool, exact=said)
 
 
 def compare_forms(pool: WorkerPool) -> dict[str, Any]:
-    """Precision and recall on the pairs made by rule, by style; false acceptances are listed."""
-    formed = formed_pairs()
-    pairs = [Pair(one.item, one.correct, one.style, False) for one in formed]
-    found = verify_batch([pair.item for pair in pairs], pool)
-    verdicts = {
-        "ours": [verdict.accuracy == 1.0 for verdict in found],
-        "math-verify": math_verify_verdicts(pairs),
-    }
+    """Precision and recall on the pairs made by rule, by style; accepted attacks are listed."""
+    pairs = formed_pairs()
     totals = {
-        "forms_choice_": [place for place, one in enumerate(formed) if one.is_choice],
-        "forms_short_": [place for place, one in enumerate(formed) if not one.is_choice],
-        "forms_all_": range(len(formed)),
+        "forms_choice_": [place for place, pair in enumerate(pairs) if pair.item.options],
+        "forms_short_": [place for place, pair in enumerate(pairs) if not pair.item.options],
+        "forms_all_": range(len(pairs)),
     }
-    figures = print_scores("made by rule", pairs, totals, verdicts)
-    for pair, right in zip(pairs, verdicts["ours"], strict=True):
-        if right and not pair.correct:
-            print(f"  wrongly accepted: {pair.item.predicted!r} for {pair.item.expected!r}")
+    figures = _compare("made by rule", pairs, totals, pool)
     hostile = list(attacks())
     answers = zip(hostile, verify_batch(hostile, pool), strict=True)
     accepted = [item for item, verdict in answers if verdict.accuracy]
@@ -200,6 +170,25 @@ def compare_forms(pool: WorkerPool) -> dict[str, Any]:
         print(f"  attack accepted: {item.predicted!r} for {item.expected!r}")
     counts = {"forms": len(pairs), "attacks": len(hostile), "attacks_accepted": len(accepted)}
     return figures | counts
+
+
+def _compare(
+    title: str,
+    pairs: Sequence[Pair],
+    totals: Mapping[str, Sequence[int]],
+    pool: WorkerPool,
+    **others: Sequence[bool],
+) -> dict[str, float | None]:
+    """`print_scores` of our verifier, math-verify and `others`; our wrong verdicts one by one."""
+    found = verify_batch([pair.item for pair in pairs], pool)
+    ours = [verdict.accuracy == 1.0 for verdict in found]
+    verdicts = {"ours": ours, "math-verify": math_verify_verdicts(pairs), **others}
+    figures = print_scores(title, pairs, totals, verdicts)
+    for pair, right in zip(pairs, ours, strict=True):
+        if right != pair.correct:
+            kind = "wrongly accepted" if right else "missed"
+            print(f"  {kind}: {pair.item.predicted!r} for {pair.item.expected!r}")
+    return figures
 
 
 def throughput(pairs: Sequence[Pair]) -> dict[str, float]:

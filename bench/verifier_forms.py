@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 from care_train.verifier import AnswerType, Item
 
@@ -22,53 +23,49 @@ _VARIABLES = "xyznt"
 
 
 @dataclass(frozen=True)
-class Formed:
-    """An answer, its key, its label by rule, and whose style it is."""
+class Pair:
+    """An answer, its key, and whether it is right."""
 
     item: Item
     correct: bool
+    category: str
+    """The type of the key, or whose style it has."""
+    held_out: bool = False
+
+
+class Made(NamedTuple):
+    """A key of one family, its answers divided by "|"."""
+
     style: str
+    key: str
+    right: str
+    wrong: str
+    options: tuple[str, ...] = ()
+    kind: AnswerType | None = None
 
-    @property
-    def is_choice(self) -> bool:
-        """A question with options."""
-        return bool(self.item.options)
 
-
-def formed_pairs(seed: int = 0, repeats: int = 12) -> list[Formed]:
+def formed_pairs(seed: int = 0, repeats: int = 12) -> list[Pair]:
     """All families, `repeats` keys of each."""
     rng = random.Random(seed)
-    found: dict[tuple, Formed] = {}
+    found: dict[Item, Pair] = {}
     for family in _FAMILIES:
         for _ in range(repeats):
-            style, key, options, kind, right, wrong = family(rng)
-            for answers, correct in ((right, True), (wrong, False)):
-                for answer in answers:
-                    item = Item(answer, key, kind, options)
-                    found.setdefault((answer, key, options), Formed(item, correct, style))
+            made = family(rng)
+            for answers, correct in ((made.right, True), (made.wrong, False)):
+                for answer in answers.split("|"):
+                    item = Item(answer, made.key, made.kind, made.options)
+                    found.setdefault(item, Pair(item, correct, made.style))
     return list(found.values())
-
-
-Made = tuple[str, str, tuple[str, ...], AnswerType | None, list[str], list[str]]
-
-
-def _made(
-    style: str,
-    key: str,
-    right: list[str],
-    wrong: list[str],
-    options: tuple[str, ...] = (),
-    kind: AnswerType | None = None,
-) -> Made:
-    return style, key, options, kind, right, wrong
 
 
 def _gsm8k(rng: random.Random) -> Made:
     n, thing = rng.randint(1000, 90000), rng.choice(_NAMES)
-    right = [f"{n}", f"{n:,}", f"{n}.0", f"{n} {thing}", f"The answer is {n:,}.", f"\\boxed{{{n}}}"]
-    right += [f"${n}$", f"\\${n:,}", f"**{n}**", f"{n:,} {thing}.", f"x = {n}", f"{n:,}.00"]
-    wrong = [f"{n + 1}", f"-{n}", f"{n}0", f"{n / 10}", f"{n + 0.5}", f"{n} or {n + 1}", f"{n}%7"]
-    return _made("GSM8K", f"{n:,}" if n % 2 else f"{n}", right, wrong)
+    right = (
+        f"{n}|{n:,}|{n}.0|{n} {thing}|The answer is {n:,}.|\\boxed{{{n}}}|${n}$|\\${n:,}|**{n}**"
+        f"|{n:,} {thing}.|x = {n}|{n:,}.00"
+    )
+    wrong = f"{n + 1}|-{n}|{n}0|{n / 10}|{n + 0.5}|{n} or {n + 1}|{n}%7"
+    return Made("GSM8K", f"{n:,}" if n % 2 else f"{n}", right, wrong)
 
 
 def _math_fraction(rng: random.Random) -> Made:
@@ -76,363 +73,296 @@ def _math_fraction(rng: random.Random) -> Made:
     if value.denominator == 1:
         value += Fraction(1, 3)
     a, b = value.numerator, value.denominator
-    right = [f"\\frac{{{a}}}{{{b}}}", f"\\dfrac{{{a}}}{{{b}}}", f"{a}/{b}", f"({a})/({b})"]
-    right += [f"${a}/{b}$", f"\\frac {{ {a} }}{{ {b} }}", f"x = \\frac{{{a}}}{{{b}}}"]
-    right += [f"\\frac{{{2 * a}}}{{{2 * b}}}", f"\\boxed{{\\tfrac{{{a}}}{{{b}}}}}", f"{a} / {b}"]
-    wrong = [
-        f"\\frac{{{b}}}{{{a}}}",
-        f"{a + 1}/{b}",
-        f"-\\frac{{{a}}}{{{b}}}",
-        f"{a}{b}",
-        f"{a}.{b}",
-    ]
-    return _made("MATH fraction", f"\\frac{{{a}}}{{{b}}}", right, wrong)
+    right = (
+        f"\\frac{{{a}}}{{{b}}}|\\dfrac{{{a}}}{{{b}}}|{a}/{b}|({a})/({b})|${a}/{b}$"
+        f"|\\frac {{ {a} }}{{ {b} }}|x = \\frac{{{a}}}{{{b}}}|\\frac{{{2 * a}}}{{{2 * b}}}"
+        f"|\\boxed{{\\tfrac{{{a}}}{{{b}}}}}|{a} / {b}"
+    )
+    wrong = f"\\frac{{{b}}}{{{a}}}|{a + 1}/{b}|-\\frac{{{a}}}{{{b}}}|{a}{b}|{a}.{b}"
+    return Made("MATH fraction", f"\\frac{{{a}}}{{{b}}}", right, wrong)
 
 
 def _math_root(rng: random.Random) -> Made:
     a, b = rng.randint(2, 12), rng.choice((2, 3, 5, 6, 7, 11))
-    right = [f"{a}\\sqrt{{{b}}}", f"{a} \\sqrt{b}", f"{a}√{b}", f"{a}*sqrt({b})", f"{a}sqrt({b})"]
-    right += [f"\\sqrt{{{a * a * b}}}", f"${a}\\sqrt{{{b}}}$", f"{a} \\cdot \\sqrt{{{b}}}"]
+    right = (
+        f"{a}\\sqrt{{{b}}}|{a} \\sqrt{b}|{a}√{b}|{a}*sqrt({b})|{a}sqrt({b})|\\sqrt{{{a * a * b}}}"
+        f"|${a}\\sqrt{{{b}}}$|{a} \\cdot \\sqrt{{{b}}}"
+    )
     unit = rng.choice(("", "\\text{ cm}", "\\text{ square units}", " \\mathrm{~m}"))
-    wrong = [
-        f"{a}\\sqrt{{{b + 1}}}",
-        f"{a + 1}\\sqrt{{{b}}}",
-        f"\\sqrt{{{b}}}",
-        f"{a * b}",
-        f"-{a}√{b}",
-    ]
-    return _made("MATH root", f"{a}\\sqrt{{{b}}}{unit}", right, wrong)
+    wrong = f"{a}\\sqrt{{{b + 1}}}|{a + 1}\\sqrt{{{b}}}|\\sqrt{{{b}}}|{a * b}|-{a}√{b}"
+    return Made("MATH root", f"{a}\\sqrt{{{b}}}{unit}", right, wrong)
 
 
 def _math_pi(rng: random.Random) -> Made:
     a, unit = rng.randint(3, 60), rng.choice(_UNITS)
-    right = [f"{a}\\pi", f"{a}π", f"{a} \\pi", f"{a}*pi", f"{a}\\pi \\text{{ {unit}}}^2", f"{a}pi"]
-    wrong = [f"{a}", f"{a + 1}\\pi", f"{a}\\pi^2", f"\\frac{{{a}}}{{\\pi}}", f"-{a}\\pi"]
-    return _made("MATH pi", f"{a}\\pi \\text{{ {unit}}}^2", right, wrong)
+    right = f"{a}\\pi|{a}π|{a} \\pi|{a}*pi|{a}\\pi \\text{{ {unit}}}^2|{a}pi"
+    wrong = f"{a}|{a + 1}\\pi|{a}\\pi^2|\\frac{{{a}}}{{\\pi}}|-{a}\\pi"
+    return Made("MATH pi", f"{a}\\pi \\text{{ {unit}}}^2", right, wrong)
 
 
 def _math_polynomial(rng: random.Random) -> Made:
     a, b, x = rng.randint(2, 9), rng.randint(1, 9), rng.choice(_VARIABLES)
-    right = [f"{a}{x}^2+{b}", f"{b} + {a}{x}^2", f"${a} {x}^{{2}} + {b}$", f"{a}{x}**2 + {b}"]
-    right += [f"{a}*{x}^2+{b}", f"\\boxed{{{b}+{a}{x}^2}}"]
-    wrong = [f"{a}{x}^2-{b}", f"{a}{x}+{b}", f"{a}{x}^3+{b}", f"{b}{x}^2+{a + b}", f"{a + b}{x}^2"]
-    return _made("MATH polynomial", f"{a}{x}^2+{b}", right, wrong)
+    right = (
+        f"{a}{x}^2+{b}|{b} + {a}{x}^2|${a} {x}^{{2}} + {b}$|{a}{x}**2 + {b}|{a}*{x}^2+{b}"
+        f"|\\boxed{{{b}+{a}{x}^2}}"
+    )
+    wrong = f"{a}{x}^2-{b}|{a}{x}+{b}|{a}{x}^3+{b}|{b}{x}^2+{a + b}|{a + b}{x}^2"
+    return Made("MATH polynomial", f"{a}{x}^2+{b}", right, wrong)
 
 
 def _math_line(rng: random.Random) -> Made:
     a, b, c = rng.choice((1, 3, 5)), rng.choice((2, 4)), rng.randint(1, 9)
-    right = [
-        f"y = \\frac{{{a}}}{{{b}}}x + {c}",
-        f"y = {a}/{b} x + {c}",
-        f"\\frac{{{a}}}{{{b}}} x+{c}",
-    ]
-    right += [f"f(x) = \\frac{{{a}}}{{{b}}}x + {c}"]
-    wrong = [
-        f"y = {a}x + {c}",
-        f"y = \\frac{{{a}}}{{{b}}}x - {c}",
-        f"x = \\frac{{{a}}}{{{b}}}y + {c}",
-    ]
-    return _made("MATH line", f"y = \\frac{{{a}}}{{{b}}}x + {c}", right, wrong)
+    right = (
+        f"y = \\frac{{{a}}}{{{b}}}x + {c}|y = {a}/{b} x + {c}|\\frac{{{a}}}{{{b}}} x+{c}"
+        f"|f(x) = \\frac{{{a}}}{{{b}}}x + {c}"
+    )
+    wrong = f"y = {a}x + {c}|y = \\frac{{{a}}}{{{b}}}x - {c}|x = \\frac{{{a}}}{{{b}}}y + {c}"
+    return Made("MATH line", f"y = \\frac{{{a}}}{{{b}}}x + {c}", right, wrong)
 
 
 def _math_interval(rng: random.Random) -> Made:
     a, b = sorted(rng.sample(range(-9, 10), 2))
-    right = [f"(-\\infty, {a}) \\cup ({b}, \\infty)", f"(-inf,{a}) U ({b},inf)", f"x<{a} or x>{b}"]
-    right += [
-        f"$(-\\infty,{a})\\cup({b},+\\infty)$",
-        f"({b}, ∞) \u222a (-∞, {a})",
-        f"x > {b} or x < {a}",
-    ]
-    right += [f"x \\in (-\\infty, {a}) \\cup ({b}, \\infty)"]
-    wrong = [
-        f"({a}, {b})",
-        f"(-\\infty, {a}] \\cup [{b}, \\infty)",
-        f"x < {a}",
-        f"x \\le {a} or x > {b}",
-    ]
-    wrong += [f"(-\\infty, {b}) \\cup ({a}, \\infty)", "all real numbers"]
-    return _made("MATH union", f"(-\\infty, {a}) \\cup ({b}, \\infty)", right, wrong)
+    right = (
+        f"(-\\infty, {a}) \\cup ({b}, \\infty)|(-inf,{a}) U ({b},inf)|x<{a} or x>{b}"
+        f"|$(-\\infty,{a})\\cup({b},+\\infty)$|({b}, ∞) \u222a (-∞, {a})|x > {b} or x < {a}"
+        f"|x \\in (-\\infty, {a}) \\cup ({b}, \\infty)"
+    )
+    wrong = (
+        f"({a}, {b})|(-\\infty, {a}] \\cup [{b}, \\infty)|x < {a}|x \\le {a} or x > {b}"
+        f"|(-\\infty, {b}) \\cup ({a}, \\infty)|all real numbers"
+    )
+    return Made("MATH union", f"(-\\infty, {a}) \\cup ({b}, \\infty)", right, wrong)
 
 
 def _math_half_open(rng: random.Random) -> Made:
     a, b = sorted(rng.sample(range(-9, 10), 2))
-    right = [
-        f"[{a}, {b})",
-        f"[{a},{b})",
-        f"{a} \\le x < {b}",
-        f"x \\in [{a}, {b})",
-        f"{b} > x ≥ {a}",
-    ]
-    right += [f"\\left[{a}, {b}\\right)", f"x >= {a} and x < {b}"]
-    wrong = [
-        f"({a}, {b})",
-        f"[{a}, {b}]",
-        f"{a} < x < {b}",
-        f"[{b}, {a})",
-        f"[{a}, {b + 1})",
-        f"x < {b}",
-    ]
-    return _made("MATH interval", f"[{a}, {b})", right, wrong)
+    right = (
+        f"[{a}, {b})|[{a},{b})|{a} \\le x < {b}|x \\in [{a}, {b})|{b} > x ≥ {a}"
+        f"|\\left[{a}, {b}\\right)|x >= {a} and x < {b}"
+    )
+    wrong = f"({a}, {b})|[{a}, {b}]|{a} < x < {b}|[{b}, {a})|[{a}, {b + 1})|x < {b}"
+    return Made("MATH interval", f"[{a}, {b})", right, wrong)
 
 
 def _math_point(rng: random.Random) -> Made:
     a, b = rng.sample(range(2, 30), 2)
-    right = [f"({a}, {b})", f"({a},{b})", f"\\left({a}, {b}\\right)", f"(x, y) = ({a}, {b})"]
-    right += [f"x = {a}, y = {b}", f"the point ({a}, {b})", f"$({a},{b})$", f"({a}.0, {b})"]
-    wrong = [
-        f"({b}, {a})",
-        f"({a}, {b}, 0)",
-        f"({a}, {b + 1})",
-        f"{a}",
-        f"x = {b}, y = {a}",
-        f"({a}{b})",
-    ]
-    return _made("MATH point", f"({a}, {b})", right, wrong)
+    right = (
+        f"({a}, {b})|({a},{b})|\\left({a}, {b}\\right)|(x, y) = ({a}, {b})|x = {a}, y = {b}"
+        f"|the point ({a}, {b})|$({a},{b})$|({a}.0, {b})"
+    )
+    wrong = f"({b}, {a})|({a}, {b}, 0)|({a}, {b + 1})|{a}|x = {b}, y = {a}|({a}{b})"
+    return Made("MATH point", f"({a}, {b})", right, wrong)
 
 
 def _olympiad_points(rng: random.Random) -> Made:
     (a, b), (c, d) = (rng.sample(range(2, 40), 2) for _ in range(2))
     if (a, b) == (c, d):
         c += 1
-    right = [f"({a},{b}),({c},{d})", f"({c}, {d}), ({a}, {b})", f"({a}, {b}) and ({c}, {d})"]
-    right += [f"\\left({c}, {d}\\right),\\left({a}, {b}\\right)", f"$({a},{b})$ and $({c},{d})$"]
-    wrong = [f"({a},{b})", f"({b},{a}),({d},{c})", f"({a},{b}),({c},{d}),(0,0)", f"{a},{b},{c},{d}"]
-    return _made("OlympiadBench points", f"$({a},{b}),({c},{d})$", right, wrong)
+    right = (
+        f"({a},{b}),({c},{d})|({c}, {d}), ({a}, {b})|({a}, {b}) and ({c}, {d})"
+        f"|\\left({c}, {d}\\right),\\left({a}, {b}\\right)|$({a},{b})$ and $({c},{d})$"
+    )
+    wrong = f"({a},{b})|({b},{a}),({d},{c})|({a},{b}),({c},{d}),(0,0)|{a},{b},{c},{d}"
+    return Made("OlympiadBench points", f"$({a},{b}),({c},{d})$", right, wrong)
 
 
 def _math_roots(rng: random.Random) -> Made:
     a, b, c = rng.sample(range(-20, 21), 3)
-    right = [f"{a}, {b}, {c}", f"{c}, {a}, {b}", f"{{{b}, {a}, {c}}}", f"{a}, {b} and {c}"]
-    right += [f"x = {a}, x = {b}, x = {c}", f"$${a}, {b}, {c}$$"]
-    wrong = [f"{a}, {b}", f"{a}, {b}, {c}, 100", f"{a}", f"{a}, {b}, {c + 50}"]
-    return _made("MATH roots", f"{a}, {b}, {c}", right, wrong)
+    right = (
+        f"{a}, {b}, {c}|{c}, {a}, {b}|{{{b}, {a}, {c}}}|{a}, {b} and {c}|x = {a}, x = {b}, x = {c}"
+        f"|$${a}, {b}, {c}$$"
+    )
+    wrong = f"{a}, {b}|{a}, {b}, {c}, 100|{a}|{a}, {b}, {c + 50}"
+    return Made("MATH roots", f"{a}, {b}, {c}", right, wrong)
 
 
 def _math_degree(rng: random.Random) -> Made:
     n = rng.randint(11, 89)
-    right = [
-        f"{n}^\\circ",
-        f"{n}",
-        f"{n}°",
-        f"{n} degrees",
-        f"${n}^{{\\circ}}$",
-        f"\\angle A = {n}°",
-    ]
-    wrong = [f"{180 - n}^\\circ", f"{n + 1}", f"-{n}", f"{n} radians", f"{n}%"][:4]
-    return _made("MATH degrees", f"{n}^\\circ", right, wrong)
+    right = f"{n}^\\circ|{n}|{n}°|{n} degrees|${n}^{{\\circ}}$|\\angle A = {n}°"
+    wrong = f"{180 - n}^\\circ|{n + 1}|-{n}|{n} radians"
+    return Made("MATH degrees", f"{n}^\\circ", right, wrong)
 
 
 def _math_money(rng: random.Random) -> Made:
     n, cents = rng.randint(3, 900), rng.choice(("25", "50", "75"))
-    right = [f"{n}.{cents}", f"\\${n}.{cents}", f"${n}.{cents}", f"{n}.{cents} dollars"]
-    wrong = [f"{n}", f"{n + 1}.{cents}", f"{n}.{int(cents) + 1}", f"€{n}.{cents}", f"{n}{cents}"]
-    return _made("MATH money", f"\\${n}.{cents}", right, wrong)
+    right = f"{n}.{cents}|\\${n}.{cents}|${n}.{cents}|{n}.{cents} dollars"
+    wrong = f"{n}|{n + 1}.{cents}|{n}.{int(cents) + 1}|€{n}.{cents}|{n}{cents}"
+    return Made("MATH money", f"\\${n}.{cents}", right, wrong)
 
 
 def _math_thousands(rng: random.Random) -> Made:
     n = rng.randint(1000, 999999)
-    spaced = f"{n:,}".replace(",", ",\\!")
-    right = [f"{n}", f"{n:,}", spaced, f"{n:,}".replace(",", "{,}"), f"{n:,}".replace(",", "\\,")]
-    wrong = [f"{n + 1000}", f"{n // 1000}", f"{n}0", f"{n // 1000}, {n % 1000}"]
-    return _made("MATH thousands", spaced, right, wrong)
+    spaced, braced, thin = (f"{n:,}".replace(",", mark) for mark in (",\\!", "{,}", "\\,"))
+    right = f"{n}|{n:,}|{spaced}|{braced}|{thin}"
+    wrong = f"{n + 1000}|{n // 1000}|{n}0|{n // 1000}, {n % 1000}"
+    return Made("MATH thousands", spaced, right, wrong)
 
 
 def _math_base(rng: random.Random) -> Made:
     n = rng.choice((5, 6, 7, 8))
     digits = "".join(str(rng.randrange(1, n)) for _ in range(4))
-    right = [f"{digits}_{n}", f"{digits}_{{{n}}}", f"${digits}_{n}$", f"{digits} base {n}"]
-    wrong = [f"{digits}_{n + 1}", f"1{digits}_{n}", f"{digits[::-1]}1_{n}"]
-    return _made("MATH base", f"{digits}_{n}", right, wrong)
+    right = f"{digits}_{n}|{digits}_{{{n}}}|${digits}_{n}$|{digits} base {n}"
+    wrong = f"{digits}_{n + 1}|1{digits}_{n}|{digits[::-1]}1_{n}"
+    return Made("MATH base", f"{digits}_{n}", right, wrong)
 
 
 def _math_complex(rng: random.Random) -> Made:
     a, b = rng.randint(2, 20), rng.randint(2, 20)
-    right = [f"{a} + {b}i", f"{a}+{b}i", f"{b}i + {a}", f"${a}+{b} i$", f"\\boxed{{{a} + {b}i}}"]
-    wrong = [f"{a} - {b}i", f"{b} + {a}i" if a != b else "0", f"{a + b}i", f"{a}", f"{b}i"]
-    return _made("MATH complex", f"{a} + {b}i", right, wrong)
+    right = f"{a} + {b}i|{a}+{b}i|{b}i + {a}|${a}+{b} i$|\\boxed{{{a} + {b}i}}"
+    turned = f"{b} + {a}i" if a != b else "0"
+    wrong = f"{a} - {b}i|{turned}|{a + b}i|{a}|{b}i"
+    return Made("MATH complex", f"{a} + {b}i", right, wrong)
 
 
 def _mathverse(rng: random.Random) -> Made:
     n, unit = round(rng.uniform(20, 900), 1), rng.choice(("cm", "m", "mm"))
     label, power = rng.choice((("Area", "^{2}"), ("Perimeter", ""), ("Volume", "^{3}")))
-    right = [f"{n}", f"${n}$", f"{n} {unit}{power.strip('{}').replace('{', '')}", f"{label} = {n}"]
-    right += [
-        f"${n} \\mathrm{{~{unit}}}{power}$",
-        f"The {label.lower()} is {n}.",
-        f"\\boxed{{{n}}}",
-    ]
-    wrong = [
-        f"{n + 1:.1f}",
-        f"-{n}",
-        f"{n} kg",
-        f"Radius = {n}" if n < 0 else f"{n * 10:.1f}",
-        label,
-    ]
+    right = (
+        f"{n}|${n}$|{n} {unit}{power.strip('{}').replace('{', '')}|{label} = {n}"
+        f"|${n} \\mathrm{{~{unit}}}{power}$|The {label.lower()} is {n}.|\\boxed{{{n}}}"
+    )
+    wrong = f"{n + 1:.1f}|-{n}|{n} kg|{n * 10:.1f}|{label}"
     key = f"{label} $={n} \\mathrm{{~{unit}}}{power}$"
-    return _made("MathVerse label", key, right, wrong)
+    return Made("MathVerse label", key, right, wrong)
 
 
 def _mathvista_float(rng: random.Random) -> Made:
     n = rng.randint(1, 40) + rng.randint(11, 99) / 100
-    right = [f"{n:.2f}", f"{n:.2f}0", f"{n:.2f} cm", f"about {n:.2f}", f"${n:.2f}$", f"≈ {n:.2f}"]
-    wrong = [f"{n + 0.1:.2f}", f"{n:.0f}", f"{n * 10:.1f}", f"-{n:.2f}", f"{n:.2f} or {n + 1:.2f}"]
-    return _made("MathVista float", f"{n:.2f}", right, wrong)
+    right = f"{n:.2f}|{n:.2f}0|{n:.2f} cm|about {n:.2f}|${n:.2f}$|≈ {n:.2f}"
+    wrong = f"{n + 0.1:.2f}|{n:.0f}|{n * 10:.1f}|-{n:.2f}|{n:.2f} or {n + 1:.2f}"
+    return Made("MathVista float", f"{n:.2f}", right, wrong)
 
 
 def _units(rng: random.Random) -> Made:
     n = rng.randint(2, 90)
-    right = [f"{n} m", f"{n}", f"{n}m", f"{n} meters", f"${n}$ m", f"\\({n}\\) m", f"{n * 100} cm"]
-    right += [
-        f"{n}\\text{{ m}}",
-        f"{n} \\mathrm{{~m}}",
-        f"The length of AB is {n} m.",
-        f"AB = {n} m",
-    ]
-    wrong = [f"{n} cm", f"{n} m^2", f"{n} kg", f"{n + 1} m", f"{n * 100} m", f"{n}0"]
-    return _made("units", f"{n} m", right, wrong)
+    right = (
+        f"{n} m|{n}|{n}m|{n} meters|${n}$ m|\\({n}\\) m|{n * 100} cm|{n}\\text{{ m}}"
+        f"|{n} \\mathrm{{~m}}|The length of AB is {n} m.|AB = {n} m"
+    )
+    wrong = f"{n} cm|{n} m^2|{n} kg|{n + 1} m|{n * 100} m|{n}0"
+    return Made("units", f"{n} m", right, wrong)
 
 
 def _relaxed(rng: random.Random) -> Made:
     n = rng.randint(40, 900)
-    right = [f"{n}", f"{n * 1.03:.2f}", f"{n * 0.97:.2f}", f"{n}%", f"{n}.0"]
-    wrong = [f"{n * 1.08:.2f}", f"{n * 0.9:.2f}", f"-{n}", f"{n} or {2 * n}"]
-    return _made("ChartQA", f"{n}", right, wrong, kind=AnswerType.RELAXED)
+    right = f"{n}|{n * 1.03:.2f}|{n * 0.97:.2f}|{n}%|{n}.0"
+    wrong = f"{n * 1.08:.2f}|{n * 0.9:.2f}|-{n}|{n} or {2 * n}"
+    return Made("ChartQA", f"{n}", right, wrong, kind=AnswerType.RELAXED)
 
 
 def _yes_no(rng: random.Random) -> Made:
     key, other = rng.choice((("yes", "no"), ("no", "yes"), ("True", "False"), ("No", "Yes")))
-    right = [key, key.upper(), f"{key}.", f"**{key}**", f"The answer is {key}."]
-    right += [f"{key}, because the line is longer"]
-    wrong = [other, f"{key} and {other}", f"{key} or {other}", "maybe", f"{key}, but maybe {other}"]
-    return _made("yes or no", key, right, wrong)
+    right = (
+        f"{key}|{key.upper()}|{key}.|**{key}**|The answer is {key}."
+        f"|{key}, because the line is longer"
+    )
+    wrong = f"{other}|{key} and {other}|{key} or {other}|maybe|{key}, but maybe {other}"
+    return Made("yes or no", key, right, wrong)
 
 
 def _text(rng: random.Random) -> Made:
     color, thing = rng.choice(_COLORS), rng.choice(_OBJECTS)
     other = rng.choice([one for one in _COLORS if one != color])
     key = rng.choice((color, f"{color} {thing}"))
-    right = [key, key.title(), f"the {key}", f"{key}.", f'"{key}"', f"It is the {key}"]
-    right += [f"The answer is {key}.", f"\\text{{{key}}}"]
-    wrong = [
-        key.replace(color, other),
-        f"{key} or {other}",
-        f"not {key}",
-        f"{other} and {key}",
-        "none",
-    ]
-    return _made("VQA text", key, right, wrong)
+    right = (
+        f'{key}|{key.title()}|the {key}|{key}.|"{key}"|It is the {key}|The answer is {key}.'
+        f"|\\text{{{key}}}"
+    )
+    wrong = f"{key.replace(color, other)}|{key} or {other}|not {key}|{other} and {key}|none"
+    return Made("VQA text", key, right, wrong)
 
 
 def _half(rng: random.Random) -> Made:
     n = rng.randint(0, 30)
     decimal, twice = f"{n}.5", 2 * n + 1
-    right = [decimal, f"{decimal}0", f"\\frac{{{twice}}}{{2}}", f"{twice}/2", f"${decimal}$"]
-    right += (
-        [f"{n}\\frac{{1}}{{2}}", f"{n} 1/2", f"k={decimal}"] if n else [".5", "one half", "k=.5"]
-    )
-    wrong = [f"{n}", f"{n + 1}.5", f"{n}.05", f"2/{twice}", f"-{decimal}"]
-    return _made("Hendrycks halves", decimal, right, wrong)
+    mixed = f"{n}\\frac{{1}}{{2}}|{n} 1/2|k={decimal}" if n else ".5|one half|k=.5"
+    right = f"{decimal}|{decimal}0|\\frac{{{twice}}}{{2}}|{twice}/2|${decimal}$|{mixed}"
+    wrong = f"{n}|{n + 1}.5|{n}.05|2/{twice}|-{decimal}"
+    return Made("Hendrycks halves", decimal, right, wrong)
 
 
 def _percent(rng: random.Random) -> Made:
     n = rng.randint(11, 98)
-    right = [f"{n}%", f"{n}", f"{n}\\%", f"${n}\\%$", f"0.{n}", f"{n} percent", f"{n} %"]
-    wrong = [f"{n + 1}%", f"0.{n}%", f"{n}0%", f"{n / 10}%", f"{100 - n if n != 50 else 1}%"]
-    return _made("percentages", f"{n}\\%", right, wrong)
+    right = f"{n}%|{n}|{n}\\%|${n}\\%$|0.{n}|{n} percent|{n} %"
+    wrong = f"{n + 1}%|0.{n}%|{n}0%|{n / 10}%|{100 - n if n != 50 else 1}%"
+    return Made("percentages", f"{n}\\%", right, wrong)
 
 
 def _factored(rng: random.Random) -> Made:
     a, b = rng.randint(1, 9), rng.randint(1, 9)
     middle = f"{a + b}x"
-    right = [f"(x+{a})(x+{b})", f"(x+{b})(x+{a})", f"x^2+{middle}+{a * b}", f"$(x+{a})(x+{b})$"]
-    wrong = [f"(x-{a})(x-{b})", f"(x+{a})(x+{b + 1})", f"x^2+{middle}", f"x^2+{a * b}", f"x+{a}"]
-    return _made("MATH factors", f"(x+{a})(x+{b})", right, wrong)
+    right = f"(x+{a})(x+{b})|(x+{b})(x+{a})|x^2+{middle}+{a * b}|$(x+{a})(x+{b})$"
+    wrong = f"(x-{a})(x-{b})|(x+{a})(x+{b + 1})|x^2+{middle}|x^2+{a * b}|x+{a}"
+    return Made("MATH factors", f"(x+{a})(x+{b})", right, wrong)
 
 
 def _plus_minus(rng: random.Random) -> Made:
     n = rng.randint(2, 40)
-    right = [f"\\pm {n}", f"±{n}", f"{n}, -{n}", f"-{n}, {n}", f"x = \\pm {n}", f"x={n} or x=-{n}"]
-    wrong = [f"{n}", f"-{n}", f"\\pm {n + 1}", f"{n}, {n}", f"0, {n}"]
-    return _made("OlympiadBench plus-minus", f"$\\pm {n}$", right, wrong)
+    right = f"\\pm {n}|±{n}|{n}, -{n}|-{n}, {n}|x = \\pm {n}|x={n} or x=-{n}"
+    wrong = f"{n}|-{n}|\\pm {n + 1}|{n}, {n}|0, {n}"
+    return Made("OlympiadBench plus-minus", f"$\\pm {n}$", right, wrong)
 
 
 def _scientific(rng: random.Random) -> Made:
     a, power = rng.randint(11, 99) / 10, rng.choice((-7, -4, 5, 8))
-    right = [f"{a} \\times 10^{{{power}}}", f"{a}e{power}", f"{a} x 10^{power}", f"{a}*10^{power}"]
-    right += [f"${a}\\cdot 10^{{{power}}}$", f"{a}\u00d710^{power}"]
-    wrong = [f"{a}", f"{a} \\times 10^{{{power + 1}}}", f"{a}e{-power}", f"-{a}e{power}"]
-    return _made("scientific", f"{a} \\times 10^{{{power}}}", right, wrong)
+    right = (
+        f"{a} \\times 10^{{{power}}}|{a}e{power}|{a} x 10^{power}|{a}*10^{power}"
+        f"|${a}\\cdot 10^{{{power}}}$|{a}\u00d710^{power}"
+    )
+    wrong = f"{a}|{a} \\times 10^{{{power + 1}}}|{a}e{-power}|-{a}e{power}"
+    return Made("scientific", f"{a} \\times 10^{{{power}}}", right, wrong)
 
 
 def _words(rng: random.Random) -> Made:
     place = rng.randint(2, 12)
     names = "zero one two three four five six seven eight nine ten eleven twelve".split()
-    right = [f"{place}", names[place], names[place].title(), f"{place}.", f"There are {place}."]
-    right += [f"{names[place]} dogs", f"{place} dogs"]
-    wrong = [names[place - 1], f"{place + 1}", f"{names[place]} or {names[place - 1]}", f"{place}0"]
-    return _made("VQA counts", f"{place}", right, wrong)
+    right = (
+        f"{place}|{names[place]}|{names[place].title()}|{place}.|There are {place}."
+        f"|{names[place]} dogs|{place} dogs"
+    )
+    wrong = f"{names[place - 1]}|{place + 1}|{names[place]} or {names[place - 1]}|{place}0"
+    return Made("VQA counts", f"{place}", right, wrong)
 
 
 def _rounded(rng: random.Random) -> Made:
     """MathVista and GeoQA round an answer to the decimals of the key."""
     n = rng.randint(101, 999) / 10
-    right = [f"{n}", f"{n + 0.03:.2f}", f"{n - 0.04:.2f}", f"{n + 0.012:.3f}", f"{n} cm"]
-    wrong = [f"{n + 0.1:.1f}", f"{n + 0.07:.2f}", f"{n - 0.08:.2f}", f"{n * 10:.0f}"]
-    return _made("MathVista rounding", f"{n}", right, wrong)
+    right = f"{n}|{n + 0.03:.2f}|{n - 0.04:.2f}|{n + 0.012:.3f}|{n} cm"
+    wrong = f"{n + 0.1:.1f}|{n + 0.07:.2f}|{n - 0.08:.2f}|{n * 10:.0f}"
+    return Made("MathVista rounding", f"{n}", right, wrong)
 
 
 def _ratio(rng: random.Random) -> Made:
     a, b = rng.sample(range(2, 30), 2)
-    right = [
-        f"{a}:{b}",
-        f"{a} : {b}",
-        f"${a}:{b}$",
-        f"The ratio is {a}:{b}.",
-        f"\\frac{{{a}}}{{{b}}}",
-    ]
-    wrong = [f"{b}:{a}", f"{a}:{b + 1}", f"{a}", f"{a}:{b}:1"]
-    return _made("ratios", f"{a}:{b}", right, wrong)
+    right = f"{a}:{b}|{a} : {b}|${a}:{b}$|The ratio is {a}:{b}.|\\frac{{{a}}}{{{b}}}"
+    wrong = f"{b}:{a}|{a}:{b + 1}|{a}|{a}:{b}:1"
+    return Made("ratios", f"{a}:{b}", right, wrong)
 
 
 def _multi_select(rng: random.Random) -> Made:
     one, two, other = rng.sample(LETTERS[:6], 3)
-    right = [
-        f"{one}, {two}",
-        f"{two}, {one}",
-        f"{one} and {two}",
-        f"{one},{two}",
-        f"{two},{one}",
-        one + two,
-    ]
-    wrong = [one, two, f"{one}, {other}", f"{one}, {two}, {other}", f"{one} or {other}"]
-    return _made("several letters", f"\\text{{{one},{two}}}", right, wrong)
+    right = f"{one}, {two}|{two}, {one}|{one} and {two}|{one},{two}|{two},{one}|{one + two}"
+    wrong = f"{one}|{two}|{one}, {other}|{one}, {two}, {other}|{one} or {other}"
+    return Made("several letters", f"\\text{{{one},{two}}}", right, wrong)
 
 
 def _matrix(rng: random.Random) -> Made:
     a, b, c = (rng.randint(-9, 9) for _ in range(3))
     body = f"{a} \\\\ {b} \\\\ {c}"
-    right = [
-        f"\\begin{{pmatrix}} {body} \\end{{pmatrix}}",
-        f"\\begin{{pmatrix}}{body}\\end{{pmatrix}}",
-    ]
-    right += [f"$\\begin{{pmatrix}} {body} \\end{{pmatrix}}$"]
-    wrong = [f"\\begin{{pmatrix}} {c + 1} \\\\ {b} \\\\ {a} \\end{{pmatrix}}", f"{a + b + c}"]
-    return _made("MATH matrix", right[0], right, wrong)
+    key = f"\\begin{{pmatrix}} {body} \\end{{pmatrix}}"
+    right = f"{key}|\\begin{{pmatrix}}{body}\\end{{pmatrix}}|${key}$"
+    wrong = f"\\begin{{pmatrix}} {c + 1} \\\\ {b} \\\\ {a} \\end{{pmatrix}}|{a + b + c}"
+    return Made("MATH matrix", key, right, wrong)
 
 
 def _inequality(rng: random.Random) -> Made:
     a, x = rng.randint(-9, 9), rng.choice("xyn")
-    right = [f"{x} \\geq {a}", f"{x} \\ge {a}", f"{x} >= {a}", f"{x}≥{a}", f"{a} \\le {x}"]
-    right += [f"[{a}, \\infty)", f"{x} \\in [{a}, \\infty)", f"${x} \\geqslant {a}$"]
-    wrong = [
-        f"{x} > {a}",
-        f"{x} \\leq {a}",
-        f"{x} \\geq {a + 1}",
-        f"({a}, \\infty)",
-        f"{x} = {a}",
-        f"{a}",
-    ]
-    return _made("OlympiadBench inequality", f"${x} \\geq {a}$", right, wrong)
+    right = (
+        f"{x} \\geq {a}|{x} \\ge {a}|{x} >= {a}|{x}≥{a}|{a} \\le {x}|[{a}, \\infty)"
+        f"|{x} \\in [{a}, \\infty)|${x} \\geqslant {a}$"
+    )
+    wrong = f"{x} > {a}|{x} \\leq {a}|{x} \\geq {a + 1}|({a}, \\infty)|{x} = {a}|{a}"
+    return Made("OlympiadBench inequality", f"${x} \\geq {a}$", right, wrong)
 
 
 def _choice(options: list[str], style: str, rng: random.Random, by_text: bool = False) -> Made:
@@ -440,32 +370,20 @@ def _choice(options: list[str], style: str, rng: random.Random, by_text: bool = 
     letter, text = LETTERS[place], options[place]
     other = (place + rng.randrange(1, len(options))) % len(options)
     bare = text.strip("$")
-    right = [letter, f"({letter})", f"{letter}.", f"{letter}. {text}", f"({letter}) {text}", text]
-    right += [
-        bare,
-        f"{letter}: {text}",
-        f"{letter} {text}",
-        f"{letter}, {text}",
-        f"{letter}. {bare}",
-    ]
-    right += [
-        f"The answer is {letter}.",
-        f"\\boxed{{{letter}}}",
-        f"Option {letter}",
-        f"**{letter}**",
-    ]
-    right += [f"Option {letter} is correct.", letter.lower(), f"\\boxed{{{letter}. {bare}}}"]
+    right = (
+        f"{letter}|({letter})|{letter}.|{letter}. {text}|({letter}) {text}|{text}|{bare}"
+        f"|{letter}: {text}|{letter} {text}|{letter}, {text}|{letter}. {bare}"
+        f"|The answer is {letter}.|\\boxed{{{letter}}}|Option {letter}|**{letter}**"
+        f"|Option {letter} is correct.|{letter.lower()}|\\boxed{{{letter}. {bare}}}"
+    )
     wrong_letter, wrong_text = LETTERS[other], options[other]
-    wrong = [
-        wrong_letter,
-        wrong_text,
-        f"{wrong_letter}. {wrong_text}",
-        f"{letter} or {wrong_letter}",
-    ]
-    wrong += [f"{letter}. {wrong_text}", f"{wrong_letter}. {text}", f"{letter}, {wrong_letter}"]
-    wrong += [f"{text} or {wrong_text}", f"not {letter}", "none"]
+    wrong = (
+        f"{wrong_letter}|{wrong_text}|{wrong_letter}. {wrong_text}|{letter} or {wrong_letter}"
+        f"|{letter}. {wrong_text}|{wrong_letter}. {text}|{letter}, {wrong_letter}"
+        f"|{text} or {wrong_text}|not {letter}|none"
+    )
     key = text if by_text else letter
-    return _made(style, key, right, wrong, tuple(options))
+    return Made(style, key, right, wrong, tuple(options))
 
 
 def _mmmu(rng: random.Random) -> Made:

@@ -22,26 +22,25 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bench.gpu.page import PageError, problems_of, summary_of, write_page
-from bench.gpu.runner import Run, Section, run_sections
+from bench.gpu.page import PageError, page_of, problems_of, summary_of
+from bench.gpu.section import Run, Section, run_sections
 from bench.peers import installed_version
 
 WHEELS = Path(".wheels")
 
 SECTIONS = (
     Section("facts", "bench.gpu.facts:run", 45),
-    Section("correct", "bench.gpu.correct:run", 110),
+    Section("correct", "bench.gpu.correct:kernel_tests", 110),
     Section("headline", "bench.gpu.contest:headline", 130),
     Section("profile", "bench.gpu.profiling:run", 35),
     Section("sweep", "bench.gpu.sweep:run", 75),
     Section("shapes", "bench.gpu.contest:shapes", 50),
-    Section("deep", "bench.gpu.deep:run", 45),
-    Section("model", "bench.gpu.model:run", 60),
-    Section("quickstart", "bench.gpu.quickstart:run", 120),
+    Section("deep", "bench.gpu.correct:deep", 45),
+    Section("model", "bench.gpu.model:update", 60),
+    Section("quickstart", "bench.gpu.model:quickstart", 120),
 )
 
 
@@ -91,11 +90,12 @@ def _is_wanted(wheel: Path) -> bool:
 def _write_page(folder: Path, page: Path) -> int:
     path = folder / "gpu.json"
     try:
-        results: dict[str, Any] = json.loads(path.read_text())
-        write_page(results, page)
+        text = page_of(json.loads(path.read_text()))
     except (OSError, PageError) as error:
         print(f"bench.gpu: {error}", file=sys.stderr)
         return 1
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text)
     print(json.dumps({"page": str(page), "from": str(path)}))
     return 0
 

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.accuracy import Truth, relative_error, true_outcome
+from bench.accuracy import Truth, true_outcome
 from bench.gpu.measuring import (
     at_most,
     attempt,
+    errors_against,
     peak_mib,
     release,
     rounded,
@@ -36,6 +37,7 @@ from bench.peers import (
     Problem,
     gemms,
     installed_version,
+    log_probs_alone,
     make_problem,
     ours,
     ours_log_probs,
@@ -72,22 +74,10 @@ def _of_active(fraction: float) -> Callable[[Problem], Outcome]:
     return lambda problem: _ours(problem.with_active(fraction))
 
 
-def _log_probs_alone(problem: Problem) -> object:
-    with torch.no_grad():
-        return linear_log_probs(
-            problem.hidden, problem.head_weight, problem.target_ids, backend="triton"
-        )
-
-
 def _loss_alone(problem: Problem) -> object:
+    inputs = (problem.hidden, problem.head_weight, problem.target_ids, problem.advantages)
     with torch.no_grad():
-        return linear_policy_loss(
-            problem.hidden,
-            problem.head_weight,
-            problem.target_ids,
-            problem.advantages,
-            backend="triton",
-        ).loss
+        return linear_policy_loss(*inputs, backend="triton").loss
 
 
 def _torch_log_probs_alone(problem: Problem) -> object:
@@ -99,14 +89,9 @@ def _torch_log_probs_alone(problem: Problem) -> object:
 @lru_cache(maxsize=1)
 def _log_normalizer(problem: Problem) -> Tensor:
     """What the old policy's forward leaves behind, made once."""
+    inputs = (problem.hidden, problem.head_weight, problem.target_ids)
     with torch.no_grad():
-        return linear_log_probs(
-            problem.hidden,
-            problem.head_weight,
-            problem.target_ids,
-            return_log_normalizer=True,
-            backend="triton",
-        )[1]
+        return linear_log_probs(*inputs, return_log_normalizer=True, backend="triton")[1]
 
 
 def _anchored(problem: Problem) -> Outcome:
@@ -120,7 +105,7 @@ CORE = {
     "linear_policy_loss, 60 % active": Entrant(_of_active(0.6), 1.8, is_whole=False),
     "linear_policy_loss, 25 % active": Entrant(_of_active(0.25), 0.75, is_whole=False),
     "linear_policy_loss, no gradients": Entrant(_loss_alone, 1, is_whole=False),
-    "linear_log_probs, no gradients": Entrant(_log_probs_alone, 1, is_whole=False),
+    "linear_log_probs, no gradients": Entrant(log_probs_alone, 1, is_whole=False),
     "linear_log_probs + loss": Entrant(partial(ours_log_probs, backend="triton"), 3),
     "torch, fp32 softmax": Entrant(CONTENDERS["torch"].run, 3),
     "torch log-probs, no gradients": Entrant(_torch_log_probs_alone, 1, is_whole=False),
@@ -203,13 +188,9 @@ class Contest:
             outcome = entrant.run(problem)
         errors: dict[str, float] = {}
         if truth is not None and entrant.is_whole and isinstance(outcome, Outcome):
-            if outcome.log_probs is not None:
-                off = outcome.log_probs.double() - truth.log_probs
-                errors["log_prob_rms"] = rounded(float(off.square().mean().sqrt()))
-            errors["d_hidden"] = rounded(relative_error(outcome.grad_hidden, truth.grad_hidden))
-            errors["d_weight"] = rounded(relative_error(outcome.grad_weight, truth.grad_weight))
+            errors = errors_against(outcome, truth)
         is_wrong = any(not errors.get(key, 0) <= _WRONG for key in ("d_hidden", "d_weight"))
-        self._table[name] = dict(errors) | ({"note": "wrong gradient"} if is_wrong else {})
+        self._table[name] = errors | ({"note": "wrong gradient"} if is_wrong else {})
         return not is_wrong
 
     def figures(self) -> dict[str, dict[str, Any]]:

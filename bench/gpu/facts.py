@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from bench.accuracy import true_log_probs
 from bench.gpu.measuring import attempt, rounded, time_in_turns
 from bench.gpu.section import Bench
 from bench.measure import machine_facts
@@ -65,9 +66,7 @@ def _first_call(bench: Bench) -> None:
     start = time.time()
     log_probs = ours(problem, backend="triton").log_probs
     assert log_probs is not None
-    logits = problem.hidden.double() @ problem.head_weight.double().T
-    truth = logits.log_softmax(-1).gather(1, problem.target_ids[:, None])[:, 0]
-    off = rounded(float((log_probs - truth.detach()).abs().max()))
+    off = rounded(float((log_probs - true_log_probs(problem)[0]).abs().max()))
     bench.record.put(
         "first_call", {"log_prob_error": off, "seconds": round(time.time() - start, 1)}
     )

@@ -16,8 +16,10 @@ from typing import TypeVar
 
 import torch
 
+from bench.accuracy import Truth, errors_of
 from bench.gpu.section import Bench
 from bench.measure import interleave, peak_of
+from bench.peers import Outcome
 
 T = TypeVar("T")
 MIB = 2**20
@@ -140,6 +142,13 @@ def at_most(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def errors_against(outcome: Outcome, truth: Truth) -> dict[str, float]:
+    """`errors_of`, rounded, as the tables name them; none of log-probs that a peer keeps."""
+    names = {"grad_hidden": "d_hidden", "grad_weight": "d_weight"}
+    found = errors_of(outcome, truth).items()
+    return {names.get(key, key): rounded(x) for key, x in found if x is not None}
 
 
 def rounded(value: float, digits: int = 3) -> float:

@@ -1,12 +1,24 @@
-"""A Qwen2.5-VL of about one billion parameters: one CARE update, beside the same with full logits.
+"""Whole models: one CARE update of a Qwen2.5-VL beside the same with full logits; the quickstart.
 
-The architecture is transformers' own with random weights, images go through the vision tower, and
-the batch looks like CARE's: of each group one anchor, near misses, and responses outside S* whose
-rows the loss skips. Time and peak memory of forward, loss, backward and AdamW's step.
+The Qwen2.5-VL has about one billion parameters: the architecture is transformers' own with random
+weights, images go through the vision tower, and the batch looks like CARE's: of each group one
+anchor, near misses, and responses outside S* whose rows the loss skips. Time and peak memory of
+forward, loss, backward and AdamW's step.
+
+The quickstart runs with the embedded engine, shorter than `make quickstart`: enough steps to see
+the model learn. Of what the `train` extra asks for, each package must be installed or lie as a
+wheel in `.wheels/`.
 """
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +29,19 @@ from bench.gpu.section import Bench
 from care_kernels import Clip, care_loss
 
 _CLIP = (0.2, 0.28)
+_CONFIG = Path(__file__).parents[2] / "configs" / "easy_vqa.yaml"
+_NEEDED = ("deepspeed", "pydantic", "yaml", "easy_vqa", "math_verify", "accelerate", "datasets")
+_SETTINGS = ("train.steps=30", "eval.max_samples=500")
+_DRY_SETTINGS = (
+    "sft.steps=1",
+    "sft.data.max_samples=8",
+    "sft.batch_size=4",
+    "train.steps=1",
+    "train.prompts_per_step=2",
+    "rollout.group_size=2",
+    "rollout.max_new_tokens=4",
+    "eval.max_samples=4",
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +67,7 @@ _FULL = _Shape(1536, 16, 12, 8960, 151_936, 1280, 8, 8, 1024, 272, 32)
 _DRY = _Shape(64, 1, 4, 64, 300, 32, 1, 2, 16, 8, 4)
 
 
-def run(bench: Bench) -> None:
+def update(bench: Bench) -> None:
     """One update with `care_loss`, one from full logits; both start from the same weights."""
     try:
         import transformers
@@ -218,3 +243,24 @@ def _gradient_norm(model: Any, batch: dict[str, Any], loss_of: Any) -> float:
     )
     model.zero_grad(set_to_none=True)
     return float(norm)
+
+
+def quickstart(bench: Bench) -> None:
+    """Cold start, training steps and evaluation in a process of their own."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        bench.record.put("missing", dict.fromkeys(missing, "not installed, nor in .wheels/"))
+        print(f"  left out: {', '.join(missing)} not installed, nor in .wheels/")
+        return
+    settings = _DRY_SETTINGS if bench.dry else _SETTINGS
+    with tempfile.TemporaryDirectory(prefix="quickstart-") as folder:
+        command = [sys.executable, "-m", "care_train", "quickstart", "--config", str(_CONFIG)]
+        # The trainer's own kernels are for the device, or torch's.
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        command += [f"output_dir={folder}", *settings, "name=quickstart"]
+        code = subprocess.run(command, env=environment).returncode
+        summaries = sorted(Path(folder).rglob("summary.json"))
+        summary: dict[str, Any] = json.loads(summaries[0].read_text()) if summaries else {}
+    bench.record.put("quickstart", {"exit_code": code, "settings": settings, "summary": summary})
+    if code:
+        sys.exit(f"the quickstart ended with {code}")

@@ -4,8 +4,8 @@ Every figure of that page was measured on the GPU that it names. A section's fig
 they were recorded: what is one record by name becomes a table.
 """
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from bench.gpu.contest import OURS, OURS_START
@@ -83,25 +83,14 @@ class PageError(RuntimeError):
     """There is nothing to write a page from."""
 
 
-def write_page(results: dict[str, Any], path: Path) -> None:
-    """Write the page.
+def page_of(results: dict[str, Any]) -> str:
+    """The whole page in Markdown.
 
     Raises:
         PageError: the results are a dry run's, or name no GPU.
     """
     if results["dry"]:
         raise PageError("the results are of a dry run: no GPU was measured")
-    text = page_of(results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def page_of(results: dict[str, Any]) -> str:
-    """The whole page in Markdown.
-
-    Raises:
-        PageError: the results name no GPU.
-    """
     machine = figures_of(results, "facts").get("machine")
     if machine is None:
         raise PageError("the results name no GPU: the section `facts` did not run")
@@ -157,15 +146,11 @@ def _figure(name: str, value: Any) -> list[str]:
 def _table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     columns = list(dict.fromkeys(key for row in rows.values() for key in row if key != "kernel"))
     lines = ["", f"| {title} | {' | '.join(columns)} |", f"|{'---|' * (1 + len(columns))}"]
-    for name, row in _first(rows.items()):
+    for name, row in islice(rows.items(), _LONGEST_TABLE):
         bold = "**" if name == OURS else ""
         cells = [_cell(row.get(column)) for column in columns]
         lines.append(f"| {bold}{name}{bold} | {' | '.join(cells)} |")
     return [*lines, ""]
-
-
-def _first(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, Mapping[str, Any]]]:
-    return [row for place, row in enumerate(rows) if place < _LONGEST_TABLE]
 
 
 def _cell(value: Any) -> str:

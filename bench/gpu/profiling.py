@@ -9,8 +9,7 @@ from torch.autograd import DeviceType
 
 from bench.gpu.measuring import attempt, rounded, sizes_of, synchronize
 from bench.gpu.section import Bench
-from bench.peers import Problem, make_problem, ours, ours_log_probs
-from care_kernels import linear_log_probs
+from bench.peers import Problem, log_probs_alone, make_problem, ours, ours_log_probs
 
 _ROWS_SHOWN = 16
 
@@ -23,17 +22,11 @@ def run(bench: Bench) -> None:
     calls: dict[str, Callable[[], object]] = {
         "linear_policy_loss": partial(ours, problem, backend="triton"),
         "linear_log_probs + loss": partial(ours_log_probs, problem, backend="triton"),
-        "linear_log_probs, no gradients": partial(_log_probs, problem),
+        "linear_log_probs, no gradients": partial(log_probs_alone, problem),
     }
     for name, call in calls.items():
         attempt(bench, name, lambda name=name, call=call: _profile(bench, name, call, problem))
     attempt(bench, "overhead", lambda: _overhead(bench))
-
-
-def _log_probs(problem: Problem) -> object:
-    with torch.no_grad():
-        inputs = (problem.hidden, problem.head_weight, problem.target_ids)
-        return linear_log_probs(*inputs, backend="triton")
 
 
 def _profile(bench: Bench, name: str, call: Callable[[], object], problem: Problem) -> None:

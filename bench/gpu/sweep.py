@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.accuracy import true_log_probs
 from bench.gpu.measuring import attempt, peak_mib, release, rounded, sizes_of, time_in_turns
 from bench.gpu.section import Bench
 from bench.peers import Problem, make_problem, ours
@@ -82,7 +83,7 @@ def _sweep_tiles(bench: Bench, kind: str, problem: Problem) -> dict[str, Any]:
     """Time every tile of one kind; returns the best with its time."""
     hidden, weight = problem.hidden.detach(), problem.head_weight.detach()
     exps = fused_projection.empty_exps(*_logits_shape(problem), torch.bfloat16, hidden.device)
-    truth = _some_log_probs(problem)
+    truth, _ = true_log_probs(problem.first(64))
     runs = _runs(bench, kind, problem, hidden, weight, exps)
     with _chosen_tiles():
         refused = _compile(bench, runs)
@@ -155,14 +156,6 @@ def _compile(bench: Bench, runs: Runs) -> dict[str, str]:
     with ThreadPoolExecutor(1 if bench.dry else _THREADS, initializer=start_thread) as pool:
         reasons = list(pool.map(reason, [runs[name][1] for name in names]))
     return {name: why for name, why in zip(names, reasons, strict=True) if why is not None}
-
-
-def _some_log_probs(problem: Problem) -> Tensor:
-    """The first rows' in float64."""
-    hidden, weight = problem.hidden.detach()[:64].double(), problem.head_weight.detach()
-    logits = torch.cat([hidden @ part.double().T for part in weight.split(8192)], 1)
-    targets = problem.target_ids[:64, None]
-    return logits.log_softmax(-1).gather(1, targets)[:, 0]
 
 
 def _logits_shape(problem: Problem) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("trl", reason="trl is not installed: pip install 'trl>=1.16,<1.17'")
 
 from bench import step, trl_curves
-from bench.step_case import QUICKSTART, Case, FixedLengthVerifier, StepFigures, case_config
+from bench.step_ours import QUICKSTART, Case, FixedLengthVerifier, StepFigures, case_config
 from care_train.config import load_config
 from care_train.data import Sample
 from care_train.training.timer import MODEL_PARTS
@@ -21,16 +21,9 @@ _SHORT = ["--rounds", "1", "--cold-steps", "0", "--no-scaling"]
 _OURS = ["--ours", "care-transformers", "grpo-transformers"]
 
 
-def _run(monkeypatch: Any, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["bench.step", *arguments])
-    return step.main()
-
-
-def test_the_json_holds_the_ratio_the_overhead_and_the_shares(
-    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
-) -> None:
+def test_the_json_holds_the_ratio_the_overhead_and_the_shares(capsys: Any, tmp_path: Path) -> None:
     """TRL and ours step in turns, all sample equally many tokens per sequence, shares add up."""
-    assert _run(monkeypatch, *_SIZE, *_SHORT, *_OURS, "--folder", str(tmp_path)) == 0
+    assert step.main([*_SIZE, *_SHORT, *_OURS, "--folder", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("care-transformers" in line for line in lines[:-1])
     figures = json.loads(lines[-1])
@@ -53,7 +46,7 @@ def test_what_cannot_be_measured_is_an_error(
         raise RuntimeError("out of order")
 
     monkeypatch.setattr(step, "OurTrainer", fail)
-    assert _run(monkeypatch, *_SIZE, *_SHORT, *_OURS, "--folder", str(tmp_path)) == 1
+    assert step.main([*_SIZE, *_SHORT, *_OURS, "--folder", str(tmp_path)]) == 1
     output = capsys.readouterr()
     assert "could not measure: out of order" in output.err
     assert "ratio_to_trl" not in output.out
@@ -160,7 +153,8 @@ def test_a_finished_run_is_reused_and_one_of_another_size_is_not(tmp_path, monke
 
     def start(command, check, env):
         calls.append(command)
-        trl_curves._raw(tmp_path / "care-0.json").write_text(json.dumps(run(0.5, [1])))
+        made = {"case": trl_curves._case(options, tmp_path)} | run(0.5, [1])
+        (tmp_path / "care-0.json").write_text(json.dumps(made))
 
     monkeypatch.setattr(trl_curves.subprocess, "run", start)
     options = Namespace(output=tmp_path, steps=1, prompts=4, questions=5)

@@ -11,8 +11,7 @@ import pytest
 from bench.gpu import __main__ as command
 from bench.gpu.measuring import at_most, attempt
 from bench.gpu.page import problems_of
-from bench.gpu.runner import Run, Section, run_sections
-from bench.gpu.section import Bench, Record
+from bench.gpu.section import Bench, Record, Run, Section, run_sections
 
 
 def sample_results(**changes: Any) -> dict[str, Any]:
@@ -72,16 +71,15 @@ def test_failing_sections_cost_no_other_its_results(
     for name, source in sources.items():
         (tmp_path / f"{name}.py").write_text(f"def run(bench):\n    {source}\n")
     sections = [Section(name, f"{name}:run", 8 if name == "hangs" else 60) for name in sources]
-    said: list[str] = []
     run = Run(tmp_path / "out", 200.0, dry=False, site=tmp_path)
-    results = run_sections(sections, run, said.append)
+    results = run_sections(sections, run)
     found = results["sections"]
     statuses = ["crashed", "timed out", "crashed", "ok"]
     assert [section["status"] for section in found.values()] == statuses
     assert [found[name]["figures"]["before"] for name in found] == [3, 2, 1, 0]
-    assert any("no luck" in text for text in said)
+    assert "no luck" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "gpu.json").read_text()) == results
-    without_time = run_sections(sections[:1], Run(tmp_path, 0.0, dry=True), said.append)
+    without_time = run_sections(sections[:1], Run(tmp_path, 0.0, dry=True))
     assert problems_of(without_time) == ["dies: left out"]
     monkeypatch.setattr(command, "run_sections", lambda *_: results | {"dry": True})
     assert command.main(["--dry", "--only", "deep", "--out", str(tmp_path)]) == 1
