@@ -22,7 +22,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -158,10 +159,7 @@ def _opened(run: Path) -> dict[str, float]:
 
 def _used(browser: str, url: str) -> dict[str, float]:
     """Milliseconds of what a reader does."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+    with _started(browser) as chromium:
         page = chromium.new_page()
         status = page.locator(".side [role=status]")
 
@@ -199,16 +197,12 @@ def _used(browser: str, url: str) -> dict[str, float]:
         page.get_by_role("button", name="Clear").click()
         page.locator(".groups a").first.wait_for()
         found["filter_and_sort_ms"] = _time(to_filter)
-        chromium.close()
     return found
 
 
 def _take_pictures(browser: str, url: str, folder: Path) -> None:
     """A group whose reflection succeeded, and the curves, on a desktop's screen and a phone's."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+    with _started(browser) as chromium:
         page = chromium.new_page()
         page.goto(f"{url}#groups")
         page.locator("#filter-role").select_option("reflected_success")
@@ -227,6 +221,15 @@ def _take_pictures(browser: str, url: str, folder: Path) -> None:
             shown.wait_for_timeout(_SETTLE_MS)
             with Image.open(io.BytesIO(shown.screenshot())) as image:
                 image.save(folder / f"{name}.webp", quality=85, method=6)
+
+
+@contextmanager
+def _started(browser: str) -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        yield chromium
         chromium.close()
 
 

@@ -12,14 +12,18 @@ memory: `count` takes as many sequences as would fit if all were the longest all
 
 import argparse
 import json
+import math
 import tempfile
-import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
+from bench.measure import interleave
 from care_train.cli import quiet_libraries
 from care_train.config import ModelSettings, TrainSettings
 from care_train.models.batch import ModelBatch, TokenSequence, collate, pack, packed_positions
@@ -83,14 +87,12 @@ def micro_batches(loaded: Any, sequences: list[TokenSequence], way: str) -> list
     return [collate(part, loaded.pad_token_id, None) for part in chosen]
 
 
-def forward_and_backward(policy: Policy, batches: list[ModelBatch]) -> float:
-    """Seconds for all micro-batches."""
-    start = time.perf_counter()
+def forward_and_backward(policy: Policy, batches: list[ModelBatch]) -> None:
+    """Of all micro-batches."""
     for batch in batches:
         loss = policy(batch, 1.0, {"advantages": torch.full((len(batch.rows),), 1e-3)})[0].loss
         loss.backward()
     policy.zero_grad(set_to_none=True)
-    return time.perf_counter() - start
 
 
 def compare(loaded: Any, spread: str, repeats: int) -> dict[str, Figures]:
@@ -99,12 +101,10 @@ def compare(loaded: Any, spread: str, repeats: int) -> dict[str, Figures]:
     sequences = sequences_of(responses(spread, generator))
     policy = Policy(loaded.model.train())
     batches = {way: micro_batches(loaded, sequences, way) for way in WAYS}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for turn in range(repeats + 1):
-        for way in WAYS:
-            taken = forward_and_backward(policy, batches[way])
-            if turn:  # the first is a warm-up
-                seconds[way].append(taken)
+    calls = {way: partial(forward_and_backward, policy, batches[way]) for way in WAYS}
+    for warm_up in calls.values():
+        warm_up()
+    seconds = interleave(calls, repeats, math.inf, "cpu")
     tokens = sum(len(s.token_ids) for s in sequences)
     figures = {}
     for way in WAYS:
@@ -123,9 +123,6 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each")
     options = parser.parse_args()
     quiet_libraries()
-    from rich.console import Console
-    from rich.table import Table
-
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         path = build_tiny_model("tiny-qwen2", folder, hidden_size=options.hidden)

@@ -141,12 +141,12 @@ def peak_of(call: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     # Linux: "5" sets the peak resident size (VmHWM) back to the present one.
     Path("/proc/self/clear_refs").write_text("5")
-    before = status_bytes("VmRSS")
+    before = _status_bytes("VmRSS")
     call()
-    return status_bytes("VmHWM") - before
+    return _status_bytes("VmHWM") - before
 
 
-def status_bytes(field: str) -> int:
+def _status_bytes(field: str) -> int:
     """VmRSS or VmHWM of this process, in bytes (man 5 proc)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):

@@ -10,6 +10,7 @@ states are counted tensor by tensor. The last line is one JSON object.
 """
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -20,8 +21,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from bench.measure import peak_of
 from care_train.cli import quiet_libraries
-from care_train.distributed import own_environment
+from care_train.config import Config, PromptSettings, build_config
+from care_train.data import Sample
+from care_train.distributed import initialize_process_group, own_environment
+from care_train.models.batch import TokenSequence
+from care_train.models.load import LoadedModel, load_model, recompute_activations
+from care_train.models.prompts import EncodedPrompt, PromptEncoder
+from care_train.models.tiny import build_tiny_model
+from care_train.planning.memory import plan_memory
+from care_train.planning.workload import Device, Workload, read_architecture
+from care_train.training.engine import MicroBatch, PolicyEngine
+from care_train.training.optimizer import OptimizerSettings
+from care_train.training.weights import tensor_bytes
 
 MIB = 2**20
 
@@ -87,9 +105,6 @@ def main() -> int:
     if options.child:
         print(json.dumps(measure(Case(**json.loads(options.child)))))
         return 0
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table("case", "states MiB", "measured", "ratio", "peak MiB", "measured", "ratio")
     results = {}
     for name in options.cases:
@@ -128,10 +143,6 @@ def predict(case: Case, lengths: dict[str, int]) -> dict[str, int]:
         case: what was measured.
         lengths: `prompt`, `context` and `patches` of a sequence.
     """
-    from care_train.models.tiny import build_tiny_model
-    from care_train.planning.memory import plan_memory
-    from care_train.planning.workload import Device, Workload, read_architecture
-
     with tempfile.TemporaryDirectory() as folder:
         path = build_tiny_model(case.kind, folder, hidden_size=case.hidden_size)
         architecture = read_architecture(str(path))
@@ -148,38 +159,19 @@ def predict(case: Case, lengths: dict[str, int]) -> dict[str, int]:
 
 def measure(case: Case) -> dict[str, Any]:
     """Train for two steps in this process; the bytes of its states, and its peak."""
-    import torch
-
-    from bench.measure import status_bytes
-    from care_train.distributed import initialize_process_group
-
     torch.set_num_threads(1)
     initialize_process_group()
     # Libraries, kernels and thread pools load here, and count for nothing.
     _train(replace(case, hidden_size=64, micro_batch=1))
     _trim()
-    before = status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    states, lengths = _train(case)
-    return {
-        "measured_states": states,
-        "measured_peak": status_bytes("VmHWM") - before,
-        "lengths": lengths,
-    }
+    found: list[Any] = []
+    peak = peak_of(lambda: found.extend(_train(case)), "cpu")
+    states, lengths = found
+    return {"measured_states": states, "measured_peak": peak, "lengths": lengths}
 
 
 def _train(case: Case) -> tuple[int, dict[str, int]]:
     """Two optimiser steps of two micro-batches; the bytes of states, and the sequences' sizes."""
-    import copy
-
-    import torch
-
-    from care_train.models.batch import TokenSequence
-    from care_train.models.load import load_model, recompute_activations
-    from care_train.models.tiny import build_tiny_model
-    from care_train.training.engine import MicroBatch, PolicyEngine
-    from care_train.training.optimizer import OptimizerSettings
-
     config = _config(case)
     with tempfile.TemporaryDirectory() as folder:
         path = build_tiny_model(case.kind, folder, hidden_size=case.hidden_size)
@@ -210,10 +202,8 @@ def _train(case: Case) -> tuple[int, dict[str, int]]:
     return states, lengths | {"patches": 0 if grid is None else int(grid.prod())}
 
 
-def _count_gradients(engine: Any) -> list[int]:
+def _count_gradients(engine: PolicyEngine) -> list[int]:
     """A list that gets the gradients' bytes before every optimiser step, which frees them."""
-    from care_train.training.weights import tensor_bytes
-
     inner, step, counts = engine._engine, engine._engine.step, []
 
     def counted() -> None:
@@ -229,10 +219,8 @@ def _count_gradients(engine: Any) -> list[int]:
     return counts
 
 
-def _state_bytes(engine: Any, reference: Any) -> int:
+def _state_bytes(engine: PolicyEngine, reference: torch.nn.Module) -> int:
     """Bytes of the weights, the optimiser's states and own weights, and the reference model."""
-    from care_train.training.weights import tensor_bytes
-
     weights = list(engine._policy.parameters())
     groups = [p for group in engine.optimizer.param_groups for p in group["params"]]
     held = {p.data_ptr() for p in weights}
@@ -241,13 +229,7 @@ def _state_bytes(engine: Any, reference: Any) -> int:
     return sum(map(tensor_bytes, trees))
 
 
-def _prompt(loaded: Any, case: Case) -> Any:
-    from PIL import Image
-
-    from care_train.config import PromptSettings
-    from care_train.data import Sample
-    from care_train.models.prompts import EncodedPrompt, PromptEncoder
-
+def _prompt(loaded: LoadedModel, case: Case) -> EncodedPrompt:
     if not case.image_side:
         return EncodedPrompt(tuple(20 + i % 40 for i in range(case.prompt)))
     drawn = Image.new("RGB", (case.image_side, case.image_side), "red")
@@ -255,10 +237,8 @@ def _prompt(loaded: Any, case: Case) -> Any:
     return PromptEncoder(loaded, PromptSettings()).encode([sample])[0]
 
 
-def _config(case: Case, prompt: int | None = None) -> Any:
+def _config(case: Case, prompt: int | None = None) -> Config:
     """Of a case, whose prompt is known to be so long once it is rendered."""
-    from care_train.config import build_config
-
     return build_config(
         {
             "model": {"path": case.kind, "dtype": case.dtype},

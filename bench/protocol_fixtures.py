@@ -22,67 +22,49 @@ SHAPES = ("circle", "square")
 
 _TEXT, _IMAGE, _TEXTS = Value("string"), Image(), List(Value("string"))
 
-_MMMU_FEATURES = (
-    {"id": _TEXT, "question": _TEXT, "options": _TEXT, "explanation": _TEXT}
+
+def _texts(*names: str) -> dict[str, Any]:
+    return dict.fromkeys(names, _TEXT)
+
+
+_MMMU = (
+    _texts("id", "question", "options", "explanation")
     | {f"image_{number}": _IMAGE for number in range(1, 8)}
-    | {"img_type": _TEXT, "answer": _TEXT, "topic_difficulty": _TEXT}
+    | _texts("img_type", "answer", "topic_difficulty")
 )
 
 FEATURES = {
     "mathvista": Features(
-        {
-            "pid": _TEXT,
-            "question": _TEXT,
-            "image": _TEXT,
-            "decoded_image": _IMAGE,
-            "choices": _TEXTS,
-            "unit": _TEXT,
-            "precision": Value("float64"),
-            "answer": _TEXT,
-            "question_type": _TEXT,
-            "answer_type": _TEXT,
+        _texts("pid", "question", "image")
+        | {"decoded_image": _IMAGE, "choices": _TEXTS, "unit": _TEXT, "precision": Value("float64")}
+        | _texts("answer", "question_type", "answer_type")
+        | {
             "metadata": {
-                **dict.fromkeys(("category", "context", "grade"), _TEXT),
+                **_texts("category", "context", "grade"),
                 **dict.fromkeys(("img_height", "img_width"), Value("int64")),
-                "language": _TEXT,
-                "skills": _TEXTS,
-                **dict.fromkeys(("source", "split", "task"), _TEXT),
-            },
-            "query": _TEXT,
+                **{"language": _TEXT, "skills": _TEXTS},
+                **_texts("source", "split", "task"),
+            }
         }
+        | _texts("query")
     ),
     "mathverse": Features(
-        {
-            "sample_index": _TEXT,
-            "problem_index": _TEXT,
-            "problem_version": _TEXT,
-            "question": _TEXT,
-            "image": _IMAGE,
-            "answer": _TEXT,
-            "question_type": _TEXT,
-            "metadata": dict.fromkeys(("split", "source", "subject", "subfield"), _TEXT),
-            "query_wo": _TEXT,
-            "query_cot": _TEXT,
-            "question_for_eval": _TEXT,
-        }
+        _texts("sample_index", "problem_index", "problem_version", "question")
+        | {"image": _IMAGE}
+        | _texts("answer", "question_type")
+        | {"metadata": _texts("split", "source", "subject", "subfield")}
+        | _texts("query_wo", "query_cot", "question_for_eval")
     ),
     "math_vision": Features(
-        {
-            "id": _TEXT,
-            "question": _TEXT,
-            "options": _TEXTS,
-            "image": _TEXT,
-            "decoded_image": _IMAGE,
-            "answer": _TEXT,
-            "solution": _TEXT,
-            "level": Value("int64"),
-            "subject": _TEXT,
-        }
+        _texts("id", "question")
+        | {"options": _TEXTS, "image": _TEXT, "decoded_image": _IMAGE}
+        | _texts("answer", "solution")
+        | {"level": Value("int64"), "subject": _TEXT}
     ),
-    "mmmu": Features(_MMMU_FEATURES | {"question_type": _TEXT, "subfield": _TEXT}),
-    "mmmu_pro_standard": Features(_MMMU_FEATURES | {"subject": _TEXT}),
+    "mmmu": Features(_MMMU | _texts("question_type", "subfield")),
+    "mmmu_pro_standard": Features(_MMMU | _texts("subject")),
     "mmmu_pro_vision": Features(
-        {"id": _TEXT, "image": _IMAGE, "options": _TEXT, "answer": _TEXT, "subject": _TEXT}
+        {"id": _TEXT, "image": _IMAGE} | _texts("options", "answer", "subject")
     ),
 }
 """The published columns and types of each benchmark (the data sets' cards on the Hub)."""
