@@ -12,16 +12,22 @@ The last line is one JSON object with the figures.
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from bench.measure import describe, devices, machine_facts, quieten, run_contender
+from bench.measure import (
+    describe,
+    devices,
+    machine_facts,
+    numbers_table,
+    quieten,
+    run_contender,
+)
 from bench.peers import (
     OURS,
     PEERS,
@@ -97,9 +103,9 @@ def errors_of(outcome: Outcome, truth: Truth) -> dict[str, float | None]:
     return errors
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table and the JSON line; 1 where something could not be measured."""
-    options = _options()
+    options = _options(arguments)
     quieten()
     try:
         contenders = chosen_contenders(options.skip_peer)
@@ -158,9 +164,8 @@ def _print_table(
         f"errors against float64, {device}: N={options.rows:,}, D={options.width:,}, "
         f"V={options.vocab:,}, bfloat16 inputs"
     )
-    table = Table("", title=title)
-    for heading in ("log-prob RMS", "log-prob max", "dX, relative", "dW, relative"):
-        table.add_column(heading, justify="right")
+    headings = ("log-prob RMS", "log-prob max", "dX, relative", "dW, relative")
+    table = numbers_table(title, headings)
     for name, values in errors.items():
         cells = ["-" if value is None else f"{value:.1e}" for value in values.values()]
         table.add_row(contenders[name].label, *cells, style="bold" if name in OURS else None)
@@ -171,7 +176,7 @@ def _print_table(
     console.print(describe(facts), highlight=False)
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--rows", type=int, default=256, help="N, sampled tokens")
@@ -179,7 +184,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=151_936, help="V")
     parser.add_argument("--skip-peer", nargs="+", default=[], choices=PEERS, metavar="PEER")
     parser.add_argument("--devices", nargs="+", default=devices(), choices=devices())
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

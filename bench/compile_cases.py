@@ -1,14 +1,5 @@
 """Every kernel at the shapes of a real model, for ahead-of-time compilation without a GPU.
 
-    for case in compile_cases("9"):
-        compiled = triton.compile(
-            case.source(), target=GPUTarget("cuda", 90, 32), options=case.options()
-        )
-
-`compiled.asm["cubin"]` (or `["hsaco"]`) is what a device would load: `cuobjdump
---dump-resource-usage` reads its registers and stack, `compiled.metadata.shared` is its shared
-memory. A stack, or more shared memory than the device has, means that the kernel does not fit.
-
 Compile in a process that does not set TRITON_INTERPRET: an interpreted kernel cannot be compiled.
 A launch specialises on pointers aligned to 16 bytes and on integers divisible by 16, so that loads
 become vectors; the sources here make the same assumptions, which hold for the head of Qwen2.5-VL-7B

@@ -26,7 +26,7 @@ from typing import Any
 import triton
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
 
@@ -34,8 +34,19 @@ from bench.compile_cases import CompileCase, compile_cases
 
 # What Triton and its assembler raise where a kernel cannot be compiled.
 _REFUSALS = (TritonError, RuntimeError, TypeError, ValueError, KeyError, AssertionError)
-_COLUMNS = ("kernel", "registers", "shared KiB", "spilled B", "LDL/STL", "matrix", "TMA")
+_NUMBERS = [
+    Column(heading, justify="right")
+    for heading in ("registers", "shared KiB", "spilled B", "LDL/STL")
+]
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Registers of a thread, its stack, and instructions that load from or store to that.
+_PATTERNS = {
+    "cuda": (r"REG:(\d+)", r"STACK:(\d+)", r"\b(?:LDL|STL)\b"),
+    "hip": (
+        *(r"\.vgpr_count: +(\d+)", r"private_segment_fixed_size: +(\d+)"),
+        r"\bscratch_(?:load|store)",
+    ),
+}
 _MATRIX = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA|v_mfma)")
 # Tensor copies by descriptor: loads, stores.
 _TENSOR_COPY = re.compile(r"\b(UTMALDG|UTMASTG)")
@@ -77,7 +88,7 @@ class Resources:
     """Instructions that load from or store to that memory."""
     matrix: str
     """The matrix instruction and how often it occurs, or ""; HGMMA is Hopper's wgmma."""
-    tensor_copies: str = ""
+    tensor_copies: str
     """TMA instructions and how often they occur, or ""."""
 
     @property
@@ -111,35 +122,22 @@ def compile_for(case: CompileCase, target: Target) -> Resources:
         triton.CompilationError, RuntimeError: it does not compile.
     """
     compiled = triton.compile(case.source(), target=target.gpu, options=case.options())
-    shared = compiled.metadata.shared
     if target.gpu.backend == "hip":
-        return _amd_resources(compiled.asm["amdgcn"], shared)
-    return _nvidia_resources(compiled.asm["cubin"], shared)
-
-
-def _nvidia_resources(cubin: bytes, shared_bytes: int) -> Resources:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
+        code = compiled.asm["amdgcn"]
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            code = _run("cuobjdump", "--dump-resource-usage", file.name)
+            code += _run("nvdisasm", "-c", file.name)
+    registers, stack, access = _PATTERNS[target.gpu.backend]
     return Resources(
-        registers=int(_found(r"REG:(\d+)", usage)),
-        shared_bytes=shared_bytes,
-        spilled_bytes=int(_found(r"STACK:(\d+)", usage)),
-        local_accesses=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        registers=int(_found(registers, code)),
+        shared_bytes=compiled.metadata.shared,
+        spilled_bytes=int(_found(stack, code)),
+        local_accesses=len(re.findall(access, code)),
         matrix=_occurrences(_MATRIX, code),
         tensor_copies=_occurrences(_TENSOR_COPY, code),
-    )
-
-
-def _amd_resources(code: str, shared_bytes: int) -> Resources:
-    return Resources(
-        registers=int(_found(r"\.vgpr_count: +(\d+)", code)),
-        shared_bytes=shared_bytes,
-        spilled_bytes=int(_found(r"private_segment_fixed_size: +(\d+)", code)),
-        local_accesses=len(re.findall(r"\bscratch_(?:load|store)", code)),
-        matrix=_occurrences(_MATRIX, code),
     )
 
 
@@ -189,10 +187,8 @@ def compile_all(targets: list[str]) -> list[Outcome]:
 def print_tables(outcomes: list[Outcome], console: Console) -> None:
     """One table of kernels for each target."""
     for name in dict.fromkeys(outcome.target for outcome in outcomes):
-        table = Table(title=f"{name}, Triton {triton.__version__}: compiled, not timed")
-        for column in _COLUMNS:
-            is_text = column in ("kernel", "matrix", "TMA")
-            table.add_column(column, justify="left" if is_text else "right")
+        title = f"{name}, Triton {triton.__version__}: compiled, not timed"
+        table = Table("kernel", *_NUMBERS, "matrix", "TMA", title=title)
         for outcome in outcomes:
             if outcome.target == name:
                 table.add_row(*_cells(outcome))

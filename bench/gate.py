@@ -210,9 +210,9 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     machine = "{device} {cpu_flags}, torch {torch}".format(**machine_facts("cpu"))
-    options, recorded = _options()
+    options, recorded = _options(arguments)
     if recorded and recorded["machine"] != machine:
         print(f"recorded on {recorded['machine']}; this is {machine}", file=sys.stderr)
     with ExitStack() as stack:
@@ -241,7 +241,7 @@ def main() -> int:
     return status
 
 
-def _options() -> tuple[argparse.Namespace, dict[str, Any]]:
+def _options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The arguments, and what the file of --compare holds."""
     parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -251,7 +251,7 @@ def _options() -> tuple[argparse.Namespace, dict[str, Any]]:
     old.add_argument("--record", type=Path, metavar="FILE", help="write there, compare nothing")
     parser.add_argument("--only", default=",".join(RUNS), metavar="RUN,RUN", help="default: all")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; they share the cores")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     recorded = json.loads(options.compare.read_text()) if options.compare else {}
     known = [name for name in RUNS if name in recorded.get("runs", RUNS)]
     options.only = options.only.split(",")

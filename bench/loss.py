@@ -16,15 +16,26 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from bench.accuracy import Truth, relative_error, true_outcome
-from bench.loss_report import Cell, Findings, Result, figures, print_tables
-from bench.measure import devices, interleave, machine_facts, peak_memory, quieten, run_contender
+from bench.measure import (
+    Spread,
+    describe,
+    devices,
+    interleave,
+    machine_facts,
+    numbers_table,
+    peak_memory,
+    quieten,
+    run_contender,
+)
 from bench.peers import (
     OURS,
     PEERS,
@@ -50,41 +61,85 @@ _SLOW_SECONDS = 5.0
 _FLOOR = Contender(gemms, "torch", "three bare GEMMs")
 
 
+@dataclass
+class Result:
+    """One contender at one size."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak: int | None = None
+    """Bytes beyond the inputs."""
+    note: str = ""
+    """Why there is no time."""
+    expected: float = 0.0
+    """Seconds a call: measured, or scaled from fewer rows where it was skipped."""
+
+
+@dataclass
+class Cell:
+    """All contenders at one size, the floor first."""
+
+    shape: str
+    rows: int
+    width: int
+    vocab: int
+    results: dict[str, Result]
+
+    @property
+    def size(self) -> dict[str, int]:
+        """For the JSON line."""
+        return {"rows": self.rows, "width": self.width, "vocab": self.vocab}
+
+    def median(self, name: str) -> float:
+        """Median seconds of a contender that was timed."""
+        return statistics.median(self.results[name].seconds)
+
+    def ratio(self, name: str) -> float:
+        """Its median over the floor's."""
+        return self.median(name) / self.median("gemms")
+
+    def fastest_peer(self) -> str | None:
+        """Of those that were timed; None where all were skipped."""
+        peers = [name for name in PEERS if name in self.results and self.results[name].seconds]
+        return min(peers, key=self.median, default=None)
+
+
 class Bench:
-    """The measurements on one device, in order; `run` does them all."""
+    """What is measured on one device: `run` does it, `print_tables` and `figures` say it."""
 
     def __init__(self, device: str, contenders: dict[str, Contender], options: argparse.Namespace):
         self.device = device
         self.contenders = {"gemms": _FLOOR} | contenders
         self.options = options
-        self.rows: list[int] = sorted({*(options.rows or _default_rows(device, options))})
+        usual = [128] if options.quick else _FULL_ROWS if options.full else _ROWS[device]
+        self.rows: list[int] = sorted({*(options.rows or usual)})
+        self.facts = machine_facts(device)
+        self.cells: list[Cell] = []
+        self.active: dict[str, float] = {}
+        """Median seconds of the loss at the headline's size by fraction of active rows."""
+        self.temporaries: dict[int, int] = {}
+        """Bytes the loss holds beyond inputs, dX and dW, by rows; empty where not measured."""
 
-    def run(self) -> Findings:
+    def run(self) -> None:
         """Measure everything the options ask for.
 
         Raises:
             MeasurementError: a contender failed, or our own gradient is wrong.
         """
-        facts = machine_facts(self.device)
-        cells: list[Cell] = []
-        active: dict[float, list[float]] = {}
-        temporaries: dict[int, int] = {}
         for shape, (width, vocab) in self.options.shapes.items():
             problem = make_problem(self.rows[-1], width, vocab, self.device)
-            of_shape = self._time_shape(shape, problem)
-            cells += of_shape
-            if self.options.active and not active:
-                active = self._time_active_rows(problem.first(self._headline(cells).rows))
+            cells = self._time_shape(shape, problem)
+            self.cells += cells
+            if self.options.active and not self.active:
+                self._time_active_rows(problem.first(self.headline.rows))
             del problem
             if self.options.memory:
-                self._measure_peaks(of_shape)
-                temporaries = temporaries or self._measure_temporaries(of_shape[0])
-        headline = self._headline(cells)
-        return Findings(self.device, facts, self.contenders, headline, cells, active, temporaries)
+                self._measure_peaks(cells)
+                self.temporaries = self.temporaries or self._measure_temporaries(cells[0])
 
-    def _headline(self, cells: list[Cell]) -> Cell:
+    @property
+    def headline(self) -> Cell:
         """The usual number of rows of the first shape; its most rows where that was not asked."""
-        first = [cell for cell in cells if cell.shape == cells[0].shape]
+        first = [cell for cell in self.cells if cell.shape == self.cells[0].shape]
         wanted = _HEADLINE_ROWS[self.device]
         return next((cell for cell in first if cell.rows == wanted), first[-1])
 
@@ -93,14 +148,11 @@ class Bench:
         cells: list[Cell] = []
         for rows in self.rows:
             print(f"{shape}, {rows:,} rows on {self.device}", file=sys.stderr)
-            cell = Cell(shape, rows, width, vocab)
-            for name in self.contenders:
-                cell.results[name] = Result()
-                if cells:
-                    growth = rows / cells[-1].rows
-                    cell.results[name].expected = cells[-1].results[name].expected * growth
-            self._time(cell, problem.first(rows))
-            cells.append(cell)
+            results = {name: Result() for name in self.contenders}
+            for name in results if cells else ():
+                results[name].expected = cells[-1].results[name].expected * rows / cells[-1].rows
+            cells.append(Cell(shape, rows, width, vocab, results))
+            self._time(cells[-1], problem.first(rows))
         return cells
 
     def _time(self, cell: Cell, problem: Problem) -> None:
@@ -124,13 +176,14 @@ class Bench:
             cell.results[name].seconds = seconds
             cell.results[name].expected = statistics.median(seconds)
 
-    def _time_active_rows(self, problem: Problem) -> dict[float, list[float]]:
+    def _time_active_rows(self, problem: Problem) -> None:
         run = self.contenders["ours"].run
         parts = {str(fraction): problem.with_active(fraction) for fraction in _ACTIVE_FRACTIONS}
         calls = {key: lambda part=part: run(part) for key, part in parts.items()}
         for call in calls.values():
             call()
-        return {float(key): seconds for key, seconds in self._interleave(calls).items()}
+        times = self._interleave(calls).items()
+        self.active = {key: statistics.median(seconds) for key, seconds in times}
 
     def _interleave(self, calls: dict[str, Callable[[], Outcome]]) -> dict[str, list[float]]:
         return interleave(calls, self.options.repeats, self.options.budget, self.device)
@@ -154,11 +207,78 @@ class Bench:
     def _peaks(self, name: str, rows: list[int], cell: Cell, runs: int) -> dict[int, int]:
         return peak_memory(name, rows, cell.width, cell.vocab, device=self.device, runs=runs)
 
+    def figures(self) -> dict[str, Any]:
+        """What goes into the JSON line."""
+        cell = self.headline
+        fastest = cell.fastest_peer()
+        against = None if fastest is None else round(cell.median("ours") / cell.median(fastest), 3)
+        active = self._active_ratios()
+        return {
+            "headline": cell.size,
+            "ratio_to_gemms": round(cell.ratio("ours"), 3),
+            "fastest_peer": fastest,
+            "fastest_peer_ratio": against,
+            "quarter_active_ratio": active.get("0.25"),
+            "active_ratios": active,
+            "temporaries_mib": {str(n): _mib(size) for n, size in self.temporaries.items()},
+            "cells": [_cell_figures(cell) for cell in self.cells],
+        }
 
-def _default_rows(device: str, options: argparse.Namespace) -> list[int]:
-    if options.quick:
-        return [128]
-    return _FULL_ROWS if options.full else _ROWS[device]
+    def print_tables(self) -> None:
+        """The tables for people."""
+        console = Console(width=120)
+        for cell in self.cells:
+            console.print(self._cell_table(cell))
+        if self.active:
+            fractions = [f"{float(fraction):.0%}" for fraction in self.active]
+            table = Table(f"rows with an advantage, of {self.headline.rows:,}", *fractions)
+            seconds, ratios = self.active.values(), self._active_ratios().values()
+            table.add_row("linear_policy_loss, seconds", *[f"{one:.3f}" for one in seconds])
+            table.add_row("over all rows active", *[f"{ratio:.2f}" for ratio in ratios])
+            console.print(table)
+        if self.temporaries:
+            table = Table("N", *[f"{n:,}" for n in self.temporaries])
+            held = [f"{_mib(size):,}" for size in self.temporaries.values()]
+            table.add_row("linear_policy_loss, MiB beyond inputs, dX and dW", *held)
+            logits = [f"{_mib(4 * n * self.headline.vocab):,}" for n in self.temporaries]
+            table.add_row("one [N, V] in float32, MiB", *logits, style="dim")
+            console.print(table)
+        console.print(describe(self.facts), highlight=False)
+
+    def _active_ratios(self) -> dict[str, float]:
+        return {key: round(one / self.active["1.0"], 3) for key, one in self.active.items()}
+
+    def _cell_table(self, cell: Cell) -> Table:
+        title = f"forward + backward, {self.device}, bfloat16: "
+        title += f"N={cell.rows:,}, D={cell.width:,}, V={cell.vocab:,}"
+        table = numbers_table(title, ("seconds", "p20 - p80", "x GEMMs", "peak MiB", "runs"))
+        table.add_column("")  # notes
+        for name, result in cell.results.items():
+            cells = ["-"] * 3
+            if result.seconds:
+                spread = Spread.of(result.seconds)
+                interval = f"{spread.p20:.3f} - {spread.p80:.3f}"
+                cells = [f"{spread.p50:.3f}", interval, f"{cell.ratio(name):.2f}"]
+            cells.append("-" if result.peak is None else f"{_mib(result.peak):,}")
+            cells += [str(len(result.seconds)), result.note]
+            style = "bold" if name in OURS else "dim" if name == "gemms" else None
+            table.add_row(self.contenders[name].label, *cells, style=style)
+        return table
+
+
+def _cell_figures(cell: Cell) -> dict[str, Any]:
+    contenders: dict[str, Any] = {}
+    for name, result in cell.results.items():
+        entry: dict[str, Any] = {"runs": len(result.seconds)}
+        if result.seconds:
+            entry["seconds"] = float(f"{cell.median(name):.4g}")
+            entry["ratio_to_gemms"] = round(cell.ratio(name), 3)
+        if result.peak is not None:
+            entry["peak_mib"] = _mib(result.peak)
+        if result.note:
+            entry["note"] = result.note
+        contenders[name] = entry
+    return {"shape": cell.shape} | cell.size | {"contenders": contenders}
 
 
 def _fault(outcome: Outcome, truth: Truth) -> str:
@@ -167,24 +287,26 @@ def _fault(outcome: Outcome, truth: Truth) -> str:
         "dX": relative_error(outcome.grad_hidden, truth.grad_hidden),
         "dW": relative_error(outcome.grad_weight, truth.grad_weight),
     }
-    for name, error in errors.items():
-        if not error <= _WRONG:  # NaN too
-            return f"wrong gradient: {name} off by {error:.1%}"
-    return ""
+    wrong = [f"{name} off by {x:.1%}" for name, x in errors.items() if not x <= _WRONG]  # NaN too
+    return f"wrong gradient: {', '.join(wrong)}" if wrong else ""
 
 
-def main() -> int:
+def _mib(size: int) -> int:
+    return round(size / 2**20)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the tables and the JSON line; 1 where something could not be measured."""
-    options = _options()
+    options = _options(arguments)
     quieten()
-    console = Console(width=120)
     found: dict[str, dict[str, Any]] = {}
     try:
         contenders = chosen_contenders(options.skip_peer)
         for device in options.devices:
-            findings = Bench(device, contenders, options).run()
-            print_tables(findings, console)
-            found[device] = dict(findings.facts) | figures(findings)
+            bench = Bench(device, contenders, options)
+            bench.run()
+            bench.print_tables()
+            found[device] = bench.facts | bench.figures()
     except MeasurementError as error:
         print(f"bench.loss: {error}", file=sys.stderr)
         return 1
@@ -195,7 +317,7 @@ def main() -> int:
     return 0
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.loss", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--shape", choices=[*SHAPES, "both"], default="3b")
@@ -213,7 +335,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--floor", action="store_true", help=floor)
     parser.add_argument("--skip-peer", nargs="+", default=[], choices=PEERS, metavar="PEER")
     parser.add_argument("--devices", nargs="+", default=devices(), choices=devices())
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.active = not options.floor
     if options.floor:
         options.skip_peer, options.memory, options.budget = list(PEERS), False, 600.0

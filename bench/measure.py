@@ -13,12 +13,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Column, Table
 
 from bench.peers import (
     CONTENDERS,
@@ -152,6 +153,11 @@ def _status_bytes(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise MeasurementError(f"/proc/self/status has no {field}")
+
+
+def numbers_table(title: str, headings: Iterable[str]) -> Table:
+    """A table of names with numbers behind them."""
+    return Table("", *(Column(heading, justify="right") for heading in headings), title=title)
 
 
 def devices() -> list[str]:

@@ -26,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,8 @@ quiet_libraries()
 
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress  # noqa: E402
-from rich.table import Column, Table  # noqa: E402
 
-from bench.measure import describe, machine_facts  # noqa: E402
+from bench.measure import describe, machine_facts, numbers_table  # noqa: E402
 from bench.step_ours import (  # noqa: E402
     Case,
     OurTrainer,
@@ -202,7 +201,7 @@ def _scaling(
         label = f"ranks: {ranks}, threads of each: {threads_of(ranks)}"
         rows.append(_row(label, case, ranks, summarize(name, taken[WARM_UP:], {})))
     headings = ("group", "length", "ranks", "seconds", "tokens/s", "x TRL")
-    table = _table(f"How a step's cost grows ({name})", headings)
+    table = numbers_table(f"How a step's cost grows ({name})", headings)
     for row in rows:
         ratio = "" if row["ratio_to_trl"] is None else f"{row['ratio_to_trl']:.2f}"
         cells = (row["group_size"], row["length"], row["ranks"])
@@ -222,22 +221,17 @@ def _row(label: str, case: Case, ranks: int, result: Result) -> dict[str, Any]:
 def _print_results(results: dict[str, Result], case: Case) -> None:
     """What steps cost, then where it goes."""
     title = f"One step: {case.prompts} prompts x {case.group_size} rollouts x {case.length} tokens"
-    costs = _table(title, ("tokens/s", "x TRL", "seconds", "sequences trained", "overhead"))
+    costs = numbers_table(title, ("tokens/s", "x TRL", "seconds", "sequences trained", "overhead"))
     for name, r in results.items():
         ratio = "" if r.ratio is None else f"{r.ratio:.2f}"
         overhead = "" if name == "trl" else f"{r.overhead:.1%}"
         cells = (f"{r.tokens_per_second:,.0f}", ratio, f"{r.seconds:.2f}")
         costs.add_row(name, *cells, f"{r.trained_sequences:.0f}", overhead)
-    shares = _table("Share of the step, in percent", results)
+    shares = numbers_table("Share of the step, in percent", results)
     for part in sorted({part for r in results.values() for part in r.shares}):
         found = [r.shares.get(part) for r in results.values()]
         shares.add_row(part, *("" if share is None else f"{100 * share:.1f}" for share in found))
     Console(width=100).print(costs, shares, sep="\n")
-
-
-def _table(title: str, headings: Iterable[str]) -> Table:
-    """Of names with numbers behind them."""
-    return Table("", *(Column(heading, justify="right") for heading in headings), title=title)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -253,12 +253,12 @@ def attack(count: int, timeout: float) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run all parts and print the figures."""
     parser = argparse.ArgumentParser(description="precision, recall, speed, attack")
     parser.add_argument("--hostile", type=int, default=10_000, help="hostile answers")
     parser.add_argument("--timeout", type=float, default=1.0, help="seconds per hostile answer")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     pairs, pool = read_pairs(), WorkerPool()
     if len(pairs) < MIN_PAIRS:
         print(f"{PAIRS}: got {len(pairs)} pairs, wanted at least {MIN_PAIRS}", file=sys.stderr)

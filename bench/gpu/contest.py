@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from bench.accuracy import Truth, true_outcome
@@ -30,7 +29,7 @@ from bench.gpu.measuring import (
     time_in_turns,
 )
 from bench.gpu.section import Bench
-from bench.measure import Spread
+from bench.measure import Spread, numbers_table
 from bench.peers import (
     CONTENDERS,
     Outcome,
@@ -219,9 +218,8 @@ class Contest:
         title = f"{self.key} D={self._width} V={self._vocab}, bfloat16"
         if self._bench.dry:
             title += " (dry run on a CPU)"
-        table = Table("", title=title)
-        for heading in ("ms", "x floor", "TFLOP/s", "peak MiB", "log-prob RMS", "dX", "dW"):
-            table.add_column(heading, justify="right")
+        headings = ("ms", "x floor", "TFLOP/s", "peak MiB", "log-prob RMS", "dX", "dW")
+        table = numbers_table(title, headings)
         keys = ("ms", "of_floor", "tflop_s", "peak_mib", "log_prob_rms", "d_hidden", "d_weight")
         for name, row in self.figures().items():
             cells = ["-" if row.get(key) is None else f"{row[key]:,.4g}" for key in keys]

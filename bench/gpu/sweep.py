@@ -53,7 +53,8 @@ TILES = tuple(
 )
 
 _choice = local()
-Runs = dict[str, tuple[GemmTile, Callable[[int], Tensor]]]
+Runs = dict[str, Callable[[int], Tensor]]
+"""By a tile's name: a call that projects so many first rows with it."""
 
 
 def run(bench: Bench) -> None:
@@ -84,12 +85,12 @@ def _sweep_tiles(bench: Bench, kind: str, problem: Problem) -> dict[str, Any]:
     hidden, weight = problem.hidden.detach(), problem.head_weight.detach()
     exps = fused_projection.empty_exps(*_logits_shape(problem), torch.bfloat16, hidden.device)
     truth, _ = true_log_probs(problem.first(64))
-    runs = _runs(bench, kind, problem, hidden, weight, exps)
+    runs = _runs(bench, kind, problem, exps)
     with _chosen_tiles():
         refused = _compile(bench, runs)
         found: dict[str, Any] = {name: {"refused": reason} for name, reason in refused.items()}
         calls: dict[str, Callable[[], object]] = {}
-        for name, (_, call) in runs.items():
+        for name, call in runs.items():
             if name in refused:
                 continue
             log_probs = attempt(bench, f"{kind} {name}", partial(call, len(hidden)))
@@ -114,24 +115,14 @@ def _sweep_tiles(bench: Bench, kind: str, problem: Problem) -> dict[str, Any]:
     return {"tile": fastest, "ms": ours[fastest], "cublas_ms": found["cuBLAS, bf16 logits"]["ms"]}
 
 
-def _runs(
-    bench: Bench, kind: str, problem: Problem, hidden: Tensor, weight: Tensor, exps: Tensor
-) -> Runs:
-    """By a tile's name: a call of so many first rows. A dry run takes two."""
-    targets = problem.target_ids
-
-    def by_pointers(tile: GemmTile, rows: int) -> Tensor:
-        project = _projection(kind, hidden[:rows], weight, targets[:rows], exps)
-        return project(tile)
-
-    tiles = TILES[:2] if bench.dry else TILES
-    runs: Runs = {_label(tile): (tile, partial(by_pointers, tile)) for tile in tiles}
+def _runs(bench: Bench, kind: str, problem: Problem, exps: Tensor) -> Runs:
+    """The shipped tile first; a dry run takes two others alone."""
+    tiles = {_label(tile): tile for tile in TILES[: 2 if bench.dry else None]}
     if not bench.dry:
-        shipped = _shipped_tile(kind, hidden.device)
-        runs = {f"{_label(shipped)} (shipped)": (shipped, partial(by_pointers, shipped))} | {
-            name: run for name, run in runs.items() if run[0] != shipped
-        }
-    return runs
+        shipped = _shipped_tile(kind, problem.hidden.device)
+        tiles.pop(_label(shipped), None)
+        tiles = {f"{_label(shipped)} (shipped)": shipped} | tiles
+    return {name: partial(_project, kind, problem, exps, tile) for name, tile in tiles.items()}
 
 
 def _label(tile: GemmTile) -> str:
@@ -150,12 +141,11 @@ def _compile(bench: Bench, runs: Runs) -> dict[str, str]:
             return f"{type(error).__name__}: {str(error)[:120]}"
         return None
 
-    names = list(runs)
     # A thread's first operation makes the device's context its own.
     start_thread = partial(torch.zeros, 1, device=bench.device)
     with ThreadPoolExecutor(1 if bench.dry else _THREADS, initializer=start_thread) as pool:
-        reasons = list(pool.map(reason, [runs[name][1] for name in names]))
-    return {name: why for name, why in zip(names, reasons, strict=True) if why is not None}
+        reasons = list(pool.map(reason, runs.values()))
+    return {name: why for name, why in zip(runs, reasons, strict=True) if why is not None}
 
 
 def _logits_shape(problem: Problem) -> tuple[int, int]:
@@ -208,7 +198,7 @@ def _shipped_tile(kind: str, device: torch.device) -> GemmTile:
 
 @contextmanager
 def _chosen_tiles() -> Iterator[None]:
-    """Within it, calls of `_projection` run with their own tile, in any thread.
+    """Within it, calls of `_project` run with their own tile, in any thread.
 
     The package chooses its tile itself: its launcher is called with that choice replaced.
     """
@@ -224,22 +214,16 @@ def _chosen_tiles() -> Iterator[None]:
         fused_projection.gemm_tile = shipped
 
 
-def _projection(
-    kind: str, hidden: Tensor, weight: Tensor, target_ids: Tensor, exps: Tensor
-) -> Callable[[GemmTile], Tensor]:
-    """A call that projects with a tile and returns the log-probs [N], `exps` [N, V] overwritten."""
-
-    def run(tile: GemmTile) -> Tensor:
-        _choice.tile = tile
-        statistics = fused_projection.project(
-            hidden,
-            weight,
-            None,
-            target_ids,
-            LogitTransform(),
-            with_entropy="entropy" in kind,
-            exps=None if kind == "log_probs" else exps[: len(hidden)],
-        )
-        return combine(statistics).log_probs
-
-    return run
+def _project(kind: str, problem: Problem, exps: Tensor, tile: GemmTile, rows: int) -> Tensor:
+    """Log-probs of the first rows, projected with a tile; `exps` [N, V] is overwritten."""
+    _choice.tile = tile
+    statistics = fused_projection.project(
+        problem.hidden.detach()[:rows],
+        problem.head_weight.detach(),
+        None,
+        problem.target_ids[:rows],
+        LogitTransform(),
+        with_entropy="entropy" in kind,
+        exps=None if kind == "log_probs" else exps[:rows],
+    )
+    return combine(statistics).log_probs

@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
@@ -30,8 +31,8 @@ _RESULTS = Path(__file__).with_name("results")
 _DATA_PATHS = ("data.path", "sft.data.path", "eval.data")
 
 
-def main() -> int:
-    options = _options()
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _options(arguments)
     names = list(EXPERIMENTS) if options.names == ["all"] else options.names
     found = {}
     for name in names:
@@ -65,7 +66,7 @@ def _make(name: str, options: argparse.Namespace) -> list[Done]:
     return done
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.paper", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME")
@@ -79,7 +80,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--results", type=Path, help="CSV and pictures; default: bench/paper/results"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     quick = Path("runs/paper-quick")
     options.output = options.output or (quick if options.quick else Path("runs/paper"))
     options.results = options.results or (quick / "results" if options.quick else _RESULTS)

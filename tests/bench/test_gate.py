@@ -1,7 +1,6 @@
 """What the gate compares, on metrics made here; and what it leaves out."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,8 +93,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
             return EQUAL | {"train 1: loss": loss.hex()}
 
         monkeypatch.setattr(gate, "_run", run)
-        monkeypatch.setattr(sys, "argv", ["gate", *arguments])
-        return gate.main()
+        return gate.main(arguments)
 
     return main
 

@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,8 +26,6 @@ _SKIP = ["--devices", "cpu", "--skip-peer", *_SLOW]
 _LOSS = ["--size", "32", "503", "--rows", "8", "16", "--repeats", "2"]
 _ACCURACY = ["--width", "32", "--vocab", "503", "--rows", "16"]
 
-Command = Callable[..., int]
-
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> Iterator[None]:
@@ -37,25 +35,14 @@ def quick_collections() -> Iterator[None]:
     gc.unfreeze()
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run a bench module's `main` with these arguments."""
-
-    def command(module: Any, *arguments: str) -> int:
-        monkeypatch.setattr("sys.argv", ["bench", *arguments])
-        return module.main()
-
-    return command
-
-
 def _doubled(problem: Problem) -> Outcome:
     outcome = peers.ours(problem)
     return outcome._replace(grad_weight=2 * outcome.grad_weight)
 
 
-def test_accuracy_prints_a_table_and_its_figures(run: Command, capsys: Any) -> None:
+def test_accuracy_prints_a_table_and_its_figures(capsys: Any) -> None:
     """Each contender that needs no compiler computes the loss."""
-    assert run(accuracy, *_ACCURACY, "--devices", "cpu", "--skip-peer", *_COMPILED) == 0
+    assert accuracy.main([*_ACCURACY, "--devices", "cpu", "--skip-peer", *_COMPILED]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("linear_policy_loss" in line for line in lines[:-1])
     figures = json.loads(lines[-1])
@@ -70,8 +57,8 @@ def test_accuracy_prints_a_table_and_its_figures(run: Command, capsys: Any) -> N
     assert cpu["rounding"]["grad_weight"] <= cpu["contenders"]["ours"]["grad_weight"]
 
 
-def test_loss_prints_tables_and_its_figures(run: Command, capsys: Any) -> None:
-    assert run(loss, *_LOSS, *_SKIP, "--no-memory") == 0
+def test_loss_prints_tables_and_its_figures(capsys: Any) -> None:
+    assert loss.main([*_LOSS, *_SKIP, "--no-memory"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("three bare GEMMs" in line for line in lines[:-1])
     figures = json.loads(lines[-1])
@@ -85,8 +72,8 @@ def test_loss_prints_tables_and_its_figures(run: Command, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("skip", [["--no-memory", "--skip-peer", *peers.PEERS], ["--floor"]])
-def test_loss_with_all_peers_skipped_says_so(run: Command, capsys: Any, skip: list[str]) -> None:
-    assert run(loss, *_LOSS, "--devices", "cpu", *skip) == 0
+def test_loss_with_all_peers_skipped_says_so(capsys: Any, skip: list[str]) -> None:
+    assert loss.main([*_LOSS, "--devices", "cpu", *skip]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["fastest_peer"] is None
     assert figures["fastest_peer_ratio"] is None
@@ -95,12 +82,10 @@ def test_loss_with_all_peers_skipped_says_so(run: Command, capsys: Any, skip: li
 
 
 @pytest.mark.parametrize("module", [accuracy, loss])
-def test_a_missing_peer_is_named(
-    module: Any, run: Command, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_peer_is_named(module: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = Contender(peers.trl_chunked, "no-such-package", "a peer")
     monkeypatch.setitem(CONTENDERS, "trl_chunked", missing)
-    assert run(module, "--devices", "cpu") == 1
+    assert module.main(["--devices", "cpu"]) == 1
     output = capsys.readouterr()
     assert "trl_chunked" in output.err
     assert "--skip-peer trl_chunked" in output.err
@@ -108,7 +93,7 @@ def test_a_missing_peer_is_named(
 
 
 def test_failures_and_wrong_gradients_are_named(
-    run: Command, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A peer that fails ends the run; one with a wrong gradient gets no time; ours ends it too."""
 
@@ -116,22 +101,22 @@ def test_failures_and_wrong_gradients_are_named(
         raise RuntimeError("out of luck")
 
     monkeypatch.setitem(CONTENDERS, "torch", Contender(broken, "torch", "broken"))
-    assert run(accuracy, *_ACCURACY, *_SKIP) == 1
+    assert accuracy.main([*_ACCURACY, *_SKIP]) == 1
     assert "torch failed: out of luck" in capsys.readouterr().err
     monkeypatch.setitem(CONTENDERS, "torch", Contender(_doubled, "torch", "doubled"))
-    assert run(loss, *_LOSS, *_SKIP, "--no-memory") == 0
+    assert loss.main([*_LOSS, *_SKIP, "--no-memory"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     wrong = figures["devices"]["cpu"]["cells"][0]["contenders"]["torch"]
     assert "wrong gradient: dW" in wrong["note"] and "seconds" not in wrong
     assert figures["fastest_peer"] == "torch_bfloat16"
     monkeypatch.setitem(CONTENDERS, "ours", Contender(_doubled, "torch", "doubled"))
-    assert run(loss, *_LOSS, *_SKIP, "--no-memory") == 1
+    assert loss.main([*_LOSS, *_SKIP, "--no-memory"]) == 1
     output = capsys.readouterr()
     assert "ours at 8 rows: wrong gradient: dW" in output.err and output.out == ""
 
 
-def test_a_peer_over_its_budget_is_skipped_at_more_rows(run: Command, capsys: Any) -> None:
-    assert run(loss, *_LOSS, *_SKIP, "--no-memory", "--budget", "1e-9") == 0
+def test_a_peer_over_its_budget_is_skipped_at_more_rows(capsys: Any) -> None:
+    assert loss.main([*_LOSS, *_SKIP, "--no-memory", "--budget", "1e-9"]) == 0
     first, second = json.loads(capsys.readouterr().out.splitlines()[-1])["devices"]["cpu"]["cells"]
     assert first["contenders"]["torch"]["runs"] == 1
     assert second["contenders"]["torch"]["note"].startswith("skipped: about")

@@ -1,7 +1,6 @@
 """`bench.paper`: experiments as data, runs found by their configuration, and their summary."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,10 +50,9 @@ def test_a_hash_names_what_decides_the_numbers() -> None:
     assert of(what="sft") != of("sft.steps=41", what="sft")
 
 
-def test_another_task_has_results_of_its_own(monkeypatch) -> None:
+def test_another_task_has_results_of_its_own() -> None:
     """`--data` is all three data sets', with as many held-out rows, in a folder of its own."""
-    monkeypatch.setattr(sys, "argv", ["bench.paper", "fig7", "--data", "charts"])
-    options = command._options()
+    options = command._options(["fig7", "--data", "charts"])
     found, base = (load_config(BASE, changes) for changes in (options.overrides, []))
     assert (found.data.path, found.sft.data.path) == ("charts", "charts")
     assert found.held_out == replace(base.held_out, path="charts")
@@ -100,8 +98,7 @@ def test_a_figure_runs_whole_and_is_found_again(tmp_path: Path, monkeypatch, cap
     monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=run))
     words = ["fig7", "--quick", "--variants", "on", "--overrides", "eval.also=[]"]
     words += ["--output", str(tmp_path), "--results", str(tmp_path / "results")]
-    monkeypatch.setattr(sys, "argv", ["bench.paper", *words])
-    assert command.main() == 0
+    assert command.main(words) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     (row,) = read_results(tmp_path / "results" / "fig7.csv")
     assert float(row["steps"]) == 2 and row["commit"] and row["seed"] == "0"
@@ -109,6 +106,6 @@ def test_a_figure_runs_whole_and_is_found_again(tmp_path: Path, monkeypatch, cap
     assert (tmp_path / "results" / "fig7.png").read_bytes().startswith(b"\x89PNG")
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/summary.json")}
     assert len(made) == 2  # the cold start and the run
-    assert command.main() == 0
+    assert command.main(words) == 0
     assert capsys.readouterr().out.splitlines()[-1] == last
     assert {path: path.stat().st_mtime_ns for path in made} == made

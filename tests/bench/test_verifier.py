@@ -56,8 +56,7 @@ def test_figures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     monkeypatch.setattr(bench, "_SECONDS", 0.2)
     # One pair of each form; the bench itself takes twelve.
     monkeypatch.setattr(bench, "formed_pairs", lambda: formed_pairs(repeats=1))
-    monkeypatch.setattr("sys.argv", ["bench", "--hostile", "150", "--timeout", "20"])
-    assert bench.main() == 0
+    assert bench.main(["--hostile", "150", "--timeout", "20"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["precision"] == 1.0 and figures["per_second"] > 0
     assert figures["hangs"] == figures["crashes"] == figures["leaked_processes"] == 0
@@ -68,14 +67,13 @@ def test_what_cannot_be_measured_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """Too few pairs, and a verifier that accepts nothing, are no perfect precision."""
-    monkeypatch.setattr("sys.argv", ["bench"])
     monkeypatch.setattr(bench, "read_pairs", lambda: PAIRS[:399])
-    assert bench.main() == 2
+    assert bench.main([]) == 2
     assert "got 399 pairs, wanted at least 400" in capsys.readouterr().err
     wrong = [pair for pair in PAIRS if pair.category == "text" and not pair.correct][:5]
     monkeypatch.setattr(bench, "read_pairs", lambda: wrong)
     monkeypatch.setattr(bench, "MIN_PAIRS", 5)
-    assert bench.main() == 2
+    assert bench.main([]) == 2
     captured = capsys.readouterr()
     assert "precision: got no accepted answer among 5 pairs" in captured.err
     assert "{" not in captured.out.splitlines()[-1]
