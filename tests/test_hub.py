@@ -17,7 +17,7 @@ from care_train.planning.workload import read_architecture
 from care_train.publishing import claim, model_card, publish
 from care_train.training import run_folder
 from tests.hub_server import Hub, contents, running_hub
-from tests.train.runs import SMALL, run_as_typed
+from tests.train.runs import SMALL, python
 
 FILE = "/{repo_id}/resolve/{revision}/{filename}"
 
@@ -198,7 +198,7 @@ def test_a_run_goes_from_the_hub_to_the_hub(local_hub: Hub, tmp_path):
         *("train.steps=1", "rollout.max_new_tokens=8", f"output_dir={tmp_path}", "name=run"),
         "hub.push_to=acme/mine",
     )
-    run_as_typed(*command)
+    python("-m", "care_train", *command)
     uploaded = local_hub.repositories["models/acme/mine"]
     assert uploaded.is_private
     assert uploaded.files == contents(tmp_path / "run" / "final")

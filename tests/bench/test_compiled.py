@@ -1,8 +1,6 @@
 """Every kernel compiles for every target without a GPU, and keeps its numbers in registers."""
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -11,15 +9,13 @@ import triton.language as tl
 
 from bench.compile_cases import CompileCase
 from bench.compiled import TARGETS, Outcome, Target, compile_for, figures
+from tests.train.runs import python
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Any]:
     """The last line of `python -m bench.compiled`, which must end well."""
-    command = [sys.executable, "-m", "bench.compiled"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(python("-m", "bench.compiled").stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

@@ -1,8 +1,6 @@
 """`python -m bench.gpu`: its dry run, its runner when sections fail, its page."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from bench.gpu import __main__ as command
 from bench.gpu.measuring import at_most, attempt
 from bench.gpu.page import problems_of
 from bench.gpu.section import Bench, Record, Run, Section, run_sections
+from tests.train.runs import python
 
 
 def sample_results(**changes: Any) -> dict[str, Any]:
@@ -43,12 +42,9 @@ def sample_results(**changes: Any) -> dict[str, Any]:
 
 def test_a_dry_run_of_some_sections(tmp_path: Path) -> None:
     """Tiny problems in the interpreter: figures on disk, one JSON line last, no page."""
-    words = ["--dry", "--only", "deep", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "bench.gpu", *words]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.startswith("A dry run on a CPU")
-    last = json.loads(result.stdout.splitlines()[-1])
+    said = python("-m", "bench.gpu", "--dry", "--only=deep", "--out", tmp_path).stdout
+    assert said.startswith("A dry run on a CPU")
+    last = json.loads(said.splitlines()[-1])
     assert last["sections"] == {"deep": "ok"} and last["problems"] == []
     saved = json.loads((tmp_path / "gpu.json").read_text())
     assert saved["dry"]

@@ -1,21 +1,19 @@
 """LMMs-Eval finds our model, runs its own tasks on it, and gets answers it can parse."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from bench.protocol_fixtures import draw
-from care_train.distributed import own_environment
 
 pytest.importorskip("lmms_eval", reason="pip install --no-deps -r requirements/lmms-eval.txt")
 
 from lmms_eval.api.instance import Instance
 
 from care_train.evaluation.lmms_eval import CareTrainModel
+from tests.train.runs import python
 
 
 def _requests(model, contexts: list[str], images: list[list], generation: dict) -> list[Instance]:
@@ -119,15 +117,12 @@ def test_lmms_eval_runs_its_tasks_on_our_model(ranks, repositories, tiny_folder,
     _write_tasks(repositories, tmp_path)
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     arguments = f"path={tiny_folder()},prompt__system=null,rollout__max_new_tokens=8"
-    command = [
-        *(sys.executable, *launch, "-m", "lmms_eval", "--model", "care_train"),
-        *("--model_args", arguments, "--batch_size", "4", "--include_path", str(tmp_path)),
+    python(
+        *(*launch, "-m", "lmms_eval", "--model", "care_train"),
+        *("--model_args", arguments, "--batch_size", 4, "--include_path", tmp_path),
         *("--tasks", ",".join(f"local_{name}" for name in _TASKS)),
-        *("--log_samples", "--output_path", str(tmp_path / "out")),
-    ]
-    environment = own_environment()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+        *("--log_samples", "--output_path", tmp_path / "out"),
+    )
     (path,) = tmp_path.glob("out/*/*_results.json")
     results = json.loads(path.read_text())["results"]
     for name, count in (("mmmu", 8), ("mmmu_pro_standard", 4)):

@@ -38,7 +38,7 @@ from care_train.rollout.vllm_process import untouched_process
 from tests.integrations import care_trl_ranks
 from tests.integrations.care_trl_ranks import GROUP, by_chance, right, script, small_trainer
 from tests.kernels.oracle import reference_ratio, reference_sampled_kl, reference_surrogate
-from tests.train.runs import run_ranks
+from tests.train.runs import python, run_ranks
 
 
 def neat(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
@@ -629,10 +629,7 @@ def step_of(
     if isinstance(launcher, int):
         run_ranks(RANKS, folder, out, groups, ranks=launcher)
         return torch.load(out / "step.pt")
-    command = [sys.executable, *launcher, "-m", RANKS, str(folder), str(out), groups]
-    environment = own_environment()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    python(*launcher, "-m", RANKS, folder, out, groups)
     return torch.load(out / "step.pt")
 
 

@@ -1,8 +1,6 @@
 """The report page in headless Chromium: it renders, filters, navigates, and asks for nothing."""
 
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from tests.reporting.archives import (
     write_metrics,
     write_run,
 )
+from tests.train.runs import python
 
 _DESKTOP, _PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 _SECTIONS = ("overview", "curves", "diagnostics", "groups", "answers", "settings")
@@ -285,10 +284,8 @@ def test_runs_are_compared(chromium, tmp_path):
 @pytest.mark.slow
 def test_archive_and_page_are_measured_with_many_groups(chromium, quickstart_run, tmp_path):
     """`python -m bench.archive` writes a run's groups again, times readers and takes pictures."""
-    command = (sys.executable, "-m", "bench.archive", str(quickstart_run))
-    options = ("--groups", "20", "--pictures", str(tmp_path))
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    options = ("--groups=20", "--pictures", tmp_path)
+    done = python("-m", "bench.archive", quickstart_run, *options)
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["groups"] >= 20 and figures["search_responses_ms"] > 0
     assert 0 < figures["step_share_waited_percent"] < figures["step_share_total_percent"]

@@ -168,22 +168,22 @@ def run(*arguments: str, ranks: int = 1) -> str:
     return errors_of(*arguments, ranks=ranks)[0]
 
 
-def run_code(code: str) -> None:
-    """In a process of its own, which has imported what runs need: it must succeed."""
-    errors_of(before=f"{code}\nraise SystemExit")
-
-
-def run_as_typed(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m care_train ARGUMENTS` in a new process, which must succeed; what it prints."""
+def python(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python WORDS`, started anew without a launcher's variables: it must succeed."""
     done = subprocess.run(
-        [sys.executable, "-m", "care_train", *arguments],
+        [sys.executable, *map(str, words)],
         cwd=ROOT,
-        env=own_environment(),
+        env=own_environment() | environment,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def run_code(code: str) -> None:
+    """In a process of its own, which has imported what runs need: it must succeed."""
+    errors_of(before=f"{code}\nraise SystemExit")
 
 
 def data_arguments(rows: Path) -> list[str]:

@@ -1,10 +1,7 @@
 """Each change to a private part of another library is still needed by the installed version."""
 
 import inspect
-import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -21,7 +18,7 @@ from care_train.compat import (
     patch_vllm_on_cpu,
     quiet_tensorboard_thread,
 )
-from tests.train.runs import ROOT, run_code
+from tests.train.runs import python, run_code
 
 UNPATCHED_VLLM = """
 import os
@@ -106,11 +103,7 @@ assert limits == (timedelta(seconds=7200),) * 3, limits
 
 def _run_alone(code: str, accelerator: str = "cpu") -> str:
     """In a process of its own: what is patched in this one must not be there. Its stdout."""
-    environment = {**os.environ, "DS_ACCELERATOR": accelerator}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return python("-c", code, DS_ACCELERATOR=accelerator).stdout
 
 
 def test_deepspeed_still_needs_its_patches():

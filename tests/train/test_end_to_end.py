@@ -17,9 +17,9 @@ from tests.train.runs import (
     ROOT,
     SMALL,
     data_arguments,
+    python,
     records,
     run,
-    run_as_typed,
     summary,
 )
 
@@ -46,7 +46,7 @@ def test_a_run_leaves_everything_it_promises(start, tmp_path):
     """`python -m care_train train` as a user types it: config, metrics, summary, checkpoints, final
     model, plots and report."""
     own = (f"output_dir={tmp_path}", "name=care", "eval.also=[greedy,blind]")
-    done = run_as_typed(*start, *own)
+    done = python("-m", "care_train", *start, *own)
     folder = tmp_path / "care"
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.md"):
         assert (folder / name).stat().st_size > 0, name

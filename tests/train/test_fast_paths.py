@@ -3,8 +3,6 @@
 import copy
 import importlib
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from care_train.models.lora import add_adapters
 from care_train.models.policy import Policy
 from care_train.models.tiny import TINY_KINDS
 from tests.train.builders import batch_of, load, random_sequences
+from tests.train.runs import python
 
 ASKED = ModelSettings(attention="flash_attention_2", liger=True, dtype="bfloat16")
 
@@ -156,8 +155,7 @@ def _gradients_and_kept_bytes(policy, batch):
 def test_ligers_kernels_compute_what_transformers_does(kind, tiny_folder):
     """Log-probs and gradients of text and images, under Triton's interpreter, which a process of
     its own is started with: this file as a program."""
-    command = [sys.executable, "-m", "tests.train.test_fast_paths", str(tiny_folder(kind))]
-    subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True, timeout=200)
+    python("-m", "tests.train.test_fast_paths", tiny_folder(kind), TRITON_INTERPRET="1")
 
 
 @triton.jit
