@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -74,14 +75,12 @@ def _write_block(
 
     features = _features(datasets)[name]
     counts: Counter[str] = Counter()
-    rows = [
-        _chart_row(i, counts)
-        if name == "chartqa"
-        else _geometry_row(i, counts)
-        if name == "geometry3k"
-        else _virl_row(i, sizes, folder / name, counts)
-        for i in range(start, stop)
-    ]
+    make_row = {
+        "chartqa": _chart_row,
+        "geometry3k": _geometry_row,
+        "virl39k": partial(_virl_row, sizes=sizes, folder=folder / name),
+    }[name]
+    rows = [make_row(i, counts) for i in range(start, stop)]
     datasets.disable_progress_bars()
     data = datasets.Dataset.from_list(rows, features=features)
     data.to_parquet(folder / name / "data" / f"train-{start:06}.parquet")
@@ -97,14 +96,11 @@ def _features(datasets: Any) -> dict[str, Any]:
         "human_or_machine": datasets.ClassLabel(names=["human", "machine"]),
     }
     geometry = {"images": datasets.List(image), "problem": text, "answer": text}
+    rates = dict.fromkeys(("PassRate_32BTrained", "PassRate_7BBase"), datasets.Value("float64"))
     virl = {
-        "question": text,
-        "answer": text,
-        "PassRate_32BTrained": datasets.Value("float64"),
-        "PassRate_7BBase": datasets.Value("float64"),
-        "category": text,
-        "source": text,
-        "qid": text,
+        **dict.fromkeys(("question", "answer"), text),
+        **rates,
+        **dict.fromkeys(("category", "source", "qid"), text),
         "image": datasets.List(text),
     }
     named = {"chartqa": chart, "geometry3k": geometry, "virl39k": virl}
@@ -128,7 +124,7 @@ def _geometry_row(i: int, counts: Counter[str]) -> dict[str, Any]:
     return {"images": [image], "problem": "<image>Find x.", "answer": answer}
 
 
-def _virl_row(i: int, sizes: dict[str, int], folder: Path, counts: Counter[str]) -> dict[str, Any]:
+def _virl_row(i: int, counts: Counter[str], sizes: dict[str, int], folder: Path) -> dict[str, Any]:
     planted = _PLANTED.get(i % 200, "")
     key, answer = f"virl/{i}", _answer(f"virl/{i}")
     # One question for thousands of images, as in real sets.
@@ -205,14 +201,10 @@ def _drawing(key: str) -> Image.Image:
     return image
 
 
-_backgrounds: dict[int, Image.Image] = {}
-
-
+@cache
 def _background(number: int) -> Image.Image:
-    if number not in _backgrounds:
-        grain = numpy.random.default_rng(number).integers(200, 256, size=(*_SIZE[::-1], 3))
-        _backgrounds[number] = Image.fromarray(grain.astype(numpy.uint8))
-    return _backgrounds[number]
+    grain = numpy.random.default_rng(number).integers(200, 256, size=(*_SIZE[::-1], 3))
+    return Image.fromarray(grain.astype(numpy.uint8))
 
 
 def _bomb() -> bytes:

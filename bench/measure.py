@@ -168,7 +168,7 @@ def devices() -> list[str]:
 def machine_facts(device: str) -> dict[str, Any]:
     """What the figures depend on: processor, cores, instruction sets, versions, load."""
     model, flags = _processor()
-    facts: dict[str, Any] = {
+    return {
         "device": torch.cuda.get_device_name() if device == "cuda" else model,
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
@@ -178,7 +178,6 @@ def machine_facts(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": installed_version("triton"),
     }
-    return facts
 
 
 def describe(facts: Mapping[str, Any]) -> str:

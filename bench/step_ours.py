@@ -57,11 +57,6 @@ class Case:
         """Rollouts of a step."""
         return self.prompts * self.group_size
 
-    @property
-    def tokens(self) -> int:
-        """Sampled tokens of a step, without reflections."""
-        return self.sequences * self.length
-
 
 @dataclass(frozen=True)
 class StepFigures:
