@@ -49,16 +49,23 @@ def test_hostile_answers_are_the_same_each_time():
 
 
 def test_figures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """The last line is the JSON object the issue asks for; a small attack does no harm."""
+    """The last line is one JSON object; no pair of any form and no attack is wrongly accepted; a
+    small attack does no harm."""
     few = [pair for pair in PAIRS if pair.category in ("number", "math")][:40]
     monkeypatch.setattr(bench, "read_pairs", lambda: few)
     monkeypatch.setattr(bench, "MIN_PAIRS", 40)
     monkeypatch.setattr(bench, "_SECONDS", 0.2)
-    # One pair of each form; the bench itself takes twelve.
+    # One key of each form, where the bench takes twelve; math-verify, which is slow, sees ten.
     monkeypatch.setattr(bench, "formed_pairs", lambda: formed_pairs(repeats=1))
+    theirs, unseen = bench.math_verify_verdicts, [False]
+    monkeypatch.setattr(
+        *(bench, "math_verify_verdicts"),
+        lambda pairs: theirs(pairs[:10]) + unseen * (len(pairs) - 10),
+    )
     assert bench.main(["--hostile", "150", "--timeout", "20"]) == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert figures["precision"] == 1.0 and figures["per_second"] > 0
+    assert figures["precision"] == figures["forms_all_precision"] == 1.0
+    assert figures["attacks_accepted"] == 0 < figures["attacks"] and figures["per_second"] > 0
     assert figures["hangs"] == figures["crashes"] == figures["leaked_processes"] == 0
     assert {"recall", "math_verify_precision", "math_verify_recall"} <= figures.keys()
 
