@@ -4,7 +4,8 @@
 
 pip-audit ends well where its service knows none of the packages, as behind a mirror of PyPI that
 serves files alone. Here that is told from a clean audit. The last line is a JSON object. Exit
-status: 0 nothing found that `EXPLAINED` does not have, 1 something, 3 no service that answers.
+status: 0 nothing is found that `EXPLAINED` does not have, 1 something is, 2 pip-audit failed, 3 no
+service answers.
 """
 
 import json
@@ -35,7 +36,8 @@ def main() -> int:
     done = subprocess.run(command, capture_output=True, text=True)
     if not done.stdout:
         sys.stderr.write(done.stderr)
-        return 3
+        print(json.dumps({"audited": 0, "reason": f"pip-audit ended with {done.returncode}"}))
+        return 2
     return report(json.loads(done.stdout)["dependencies"])
 
 

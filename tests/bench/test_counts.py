@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def test_an_index_without_the_service_is_said_plainly(answer, monkeypatch, capsy
     monkeypatch.setattr(audit.subprocess, "run", None)
     assert audit.main() == 3
     assert "not audited: PyPI's vulnerability service does not answer" in capsys.readouterr().out
+
+
+def test_a_pip_audit_that_fails_is_no_audit(monkeypatch, capsys):
+    """Not 3, which `make lint` lets pass."""
+    failed = subprocess.CompletedProcess([], 1, "", "No module named pip_audit")
+    monkeypatch.setattr(audit, "unreachable", lambda: None)
+    monkeypatch.setattr(audit.subprocess, "run", lambda *_, **__: failed)
+    assert audit.main() == 2
+    printed = capsys.readouterr()
+    assert "No module named pip_audit" in printed.err
+    assert json.loads(printed.out.splitlines()[-1])["audited"] == 0
 
 
 def test_every_way_has_all_tokens_and_packs_have_no_padding(tiny_folder, monkeypatch):
