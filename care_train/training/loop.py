@@ -24,7 +24,7 @@ from care_train.training.timer import at_step
 class StepLoop(ABC):
     """Steps in order, each with its log line and with what is due after it.
 
-    A subclass sets `engine` and `totals`.
+    A subclass sets `num_steps`, `checkpoints`, `engine` and `totals`.
     """
 
     phase: str
@@ -33,6 +33,8 @@ class StepLoop(ABC):
     """Above the progress."""
     data_key: str
     """The setting that names the rows' file."""
+    num_steps: int
+    checkpoints: Checkpoints
     engine: PolicyEngine
     totals: dict[str, float]
     """What the run reports at its end."""
@@ -48,14 +50,11 @@ class StepLoop(ABC):
         run_dir: Path,
         metrics: MetricsLogger,
         device: torch.device,
-        num_steps: int,
-        checkpoints: Checkpoints,
     ) -> None:
         """Take note of what the run is made of, before the engine shards the model; `samples` are
         the stage's rows, by which a resumed run is recognised."""
         self.session, self.config = session, session.config
         self.run_dir, self.metrics, self.device = run_dir, metrics, device
-        self.num_steps, self.checkpoints = num_steps, checkpoints
         self._identity = identity(self.config, samples, session.loaded.model)
 
     @abstractmethod

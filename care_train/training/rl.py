@@ -89,10 +89,9 @@ class RlLoop(StepLoop):
         session.scorer.verifier.check_columns(samples)
         config = session.config
         self.title = config.algorithm
-        checkpoints = open_checkpoints(config, run_dir)
-        super().__init__(
-            session, samples, run_dir, metrics, device, config.train.steps, checkpoints
-        )
+        super().__init__(session, samples, run_dir, metrics, device)
+        self.num_steps = config.train.steps
+        self.checkpoints = open_checkpoints(config, run_dir)
         self._evaluate, self._archive = evaluate, archive
         self.engine, self._rollout, reference = open_policy(session, device)
         self._sampler = Sampler(self._rollout, session.encoder, config)

@@ -143,8 +143,9 @@ class SftLoop(StepLoop):
         device: torch.device,
     ) -> None:
         sft = session.config.sft
-        checkpoints = cold_start_checkpoints(session.config, run_dir)
-        super().__init__(session, rows.all, run_dir, metrics, device, sft.steps, checkpoints)
+        super().__init__(session, rows.all, run_dir, metrics, device)
+        self.num_steps = sft.steps
+        self.checkpoints = cold_start_checkpoints(session.config, run_dir)
         optimizer = OptimizerSettings(
             sft.learning_rate,
             sft.steps,
