@@ -227,14 +227,8 @@ class PolicyEngine:
 
         Every rank must take all of them or none.
         """
-        return stream(self._weights[parts], bucket_bytes, self.gathered)
-
-    def gathered(
-        self, parameters: Sequence[torch.nn.Parameter] | None = None
-    ) -> contextlib.AbstractContextManager[None]:
-        """A block with whole parameters, by default all, on every rank (a no-op below ZeRO-3)."""
-        chosen = list(self._policy.parameters() if parameters is None else parameters)
-        return deepspeed.zero.GatheredParameters(chosen)
+        # Below ZeRO-3 nothing is gathered.
+        return stream(self._weights[parts], bucket_bytes, deepspeed.zero.GatheredParameters)
 
     def close(self) -> None:
         """Free gradients and the optimiser's states, for good; `loaded` stays."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 
 from care_train.config import (
@@ -165,8 +166,9 @@ def micro_batch(
 
 def whole_weights(engine: PolicyEngine) -> dict[str, torch.Tensor]:
     """A copy of the policy's parameters, gathered from all ranks."""
-    with engine.gathered():
-        return {n: p.detach().clone() for n, p in engine.loaded.model.named_parameters()}
+    named = dict(engine.loaded.model.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(named.values())):
+        return {name: parameter.detach().clone() for name, parameter in named.items()}
 
 
 def assert_same_weights(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> None:
