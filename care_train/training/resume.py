@@ -43,9 +43,8 @@ def saved_lora(settings: Mapping[str, Any]) -> LoraSettings | None:
     """The adapters of a checkpoint's `settings_of`."""
     prefix = "model.lora."
     values = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
-    # Older checkpoints say it beside the rank.
-    train_vision = settings.get("model.train_vision", values.get("vision"))
-    return ModelSettings(lora=LoraSettings(**values), train_vision=train_vision).adapters
+    lora, train_vision = LoraSettings(**values), settings["model.train_vision"]
+    return ModelSettings(lora=lora, train_vision=train_vision).adapters
 
 
 def check_settings(

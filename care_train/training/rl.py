@@ -106,8 +106,8 @@ class RlLoop(StepLoop):
     def restore(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         self.totals, self._source.position = state["totals"], state["position"]
         self.owes_evaluation = state["owes_evaluation"]
-        self._sampler.restore(own.get("ahead", {}), self._source.draw)
-        self._empty_steps.restore(state.get("empty_steps", (0, 0, 0)))
+        self._sampler.restore(own["ahead"], self._source.draw)
+        self._empty_steps.restore(state["empty_steps"])
         if self._train_step.fixability is not None:
             self._train_step.fixability.learn(state["fixability"])
         self._end_where_finished(self.first_step)

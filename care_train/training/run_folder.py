@@ -265,7 +265,7 @@ def writing_within_runs(path: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for folder in path.resolve().parents:
-            # A run of a version before the marker has the two files.
+            # A run in a folder that was a user's before has no marker.
             files = (folder / name for name in (CONFIG_FILE, "metrics.jsonl"))
             if marker_id(folder) is not None or all(file.is_file() for file in files):
                 stack.enter_context(RunLock(folder))
