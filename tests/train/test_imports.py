@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.train.runs import ROOT, python
 
 
 def _imports(path: Path) -> set[str]:
@@ -117,9 +117,7 @@ def _loaded(code: str) -> set[str]:
     """Top-level packages that a new process has loaded after the last statement but not before."""
     before, _, last = code.rpartition("; ")
     text = f"import sys; {before}\nold = set(sys.modules)\n{last}\nprint(*set(sys.modules) - old)"
-    command = [sys.executable, "-c", text]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return {name.split(".")[0] for name in done.stdout.split()}
+    return {name.split(".")[0] for name in python("-c", text).stdout.split()}
 
 
 def test_an_import_loads_little():
