@@ -1,7 +1,7 @@
 """What a run tells: metrics, progress, groups, plots, the report."""
 
 from care_train.reporting.archive import ARCHIVE, image_path, open_archive, read_archive
-from care_train.reporting.curves import mean_interval, proportion_interval
+from care_train.reporting.charts import mean_interval, proportion_interval
 from care_train.reporting.metrics import MetricsLogger, read_metrics
 from care_train.reporting.progress import TrainProgress, show_group, show_summary, track
 from care_train.reporting.report import write_report, write_summary

@@ -1,21 +1,18 @@
-"""Charts as plain data, for the page and a run's picture: a line each, and bands over seeds."""
+"""Curves against the training step, as plain data for the page and a run's picture: values, moving
+averages, bands over seeds; and the intervals of a mean and of a share."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
-from care_train.reporting.curves import (
-    Records,
-    average_window,
-    mean_interval,
-    seed_curves,
-    smoothed,
-)
-
 Json = dict[str, Any]
+Records = Sequence[Mapping[str, Any]]
 
+_Z = 1.96
 _MAX_POINTS = 1000
 """Of a line: a chart has fewer pixels across."""
 
@@ -140,6 +137,68 @@ def charts(conditions: Sequence[Sequence[Records]]) -> list[Json]:
     return found
 
 
+def seed_curves(
+    seeds: Sequence[Records], phase: str, key: str
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The steps every seed has a value of `key` at, and each seed's values there; maybe none."""
+    values = [
+        {
+            one["step"]: float(one[key])
+            for one in records
+            if one["phase"] == phase and one.get(key) is not None
+        }
+        for records in seeds
+    ]
+    steps = sorted(set.intersection(*(set(one) for one in values))) if values else []
+    return np.array(steps), [np.array([one[step] for step in steps]) for one in values]
+
+
+def average_window(count: int) -> int:
+    """An odd number of points, about a twentieth of them."""
+    return 1 if count < 10 else 2 * (count // 40 + 1) + 1
+
+
+def smoothed(values: np.ndarray, window: int) -> np.ndarray:
+    """Moving average over an odd number of points around each; at the ends over those there are."""
+    kernel = np.ones(min(window, 2 * len(values) - 1))
+    half = len(kernel) // 2
+    weights = np.convolve(np.ones(len(values)), kernel)[half : half + len(values)]
+    return np.convolve(values, kernel)[half : half + len(values)] / weights
+
+
+def mean_band(values: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """`mean_interval` at every step of several seeds."""
+    mean, half = np.array([mean_interval(at) for at in np.array(values).T.tolist()]).T
+    return mean, half
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over seeds and the half width of its 95 % interval, as the paper reports them.
+
+    That is 1.96 s / sqrt(n), s the sample standard deviation; NaN for one seed, which says nothing
+    about the spread. No seed is a ValueError.
+    """
+    if len(values) == 1:
+        return float(values[0]), math.nan
+    return fmean(values), _Z * stdev(values) / math.sqrt(len(values))
+
+
+def proportion_interval(successes: float, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a binomial share: unlike 1.96 sigma, it stays inside [0, 1].
+
+    Successes may be fractions (partial credit); those outside [0, total] are a ValueError.
+    """
+    if total < 1:
+        raise ValueError(f"total: got {total}, wanted at least 1")
+    if not 0 <= successes <= total:
+        raise ValueError(f"successes: got {successes}, wanted 0 to {total}")
+    share = successes / total
+    scale = 1 + _Z**2 / total
+    centre = (share + _Z**2 / (2 * total)) / scale
+    half = _Z * math.sqrt(share * (1 - share) / total + _Z**2 / (4 * total**2)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def _split(chart: Chart, known: Collection[str]) -> Iterator[Chart]:
     """`chart`, with the parts of a step's time that are known; behind it the reward functions'."""
     if chart.title.startswith("Seconds"):
@@ -179,8 +238,7 @@ def _lines(
     every = -(-len(steps) // _MAX_POINTS)
     if len(seeds) == 1 and window > 1:
         yield found | {"kind": "faint", "steps": steps[::every], "y": values[0][::every]}
-    at_steps = zip(*(smoothed(one, window)[::every] for one in values), strict=True)
-    mean, half = np.array([mean_interval([float(v) for v in at]) for at in at_steps]).T
+    mean, half = mean_band([smoothed(one, window)[::every] for one in values])
     line = {"kind": "line"} | found | {"steps": steps[::every], "y": mean}
     yield line | ({"low": mean - half, "high": mean + half} if len(seeds) > 1 else {})
 

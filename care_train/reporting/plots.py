@@ -11,15 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from care_train.reporting.charts import charts
-from care_train.reporting.curves import (
+from care_train.reporting.charts import (
     Records,
     average_window,
-    mean_interval,
+    charts,
+    mean_band,
     seed_curves,
     smoothed,
 )
-from care_train.reporting.signature import Fit, Signature
+from care_train.reporting.signature import Signature
 
 # Okabe and Ito's palette: told apart with any colour vision. Dashes tell lines apart in grey.
 _BLUE, _VERMILION, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
@@ -147,14 +147,19 @@ def plot_signature(signature: Signature, path: Path) -> None:
         anchor, negative, alpha = figure.subplots(1, 3)
         buckets = signature.buckets
         roots = np.sqrt([bucket.num_negatives for bucket in buckets])
-        shared = {"fmt": "o", "capsize": 3, "markersize": 5}
-        heights = [b.anchor for b in buckets], [b.anchor_half_width for b in buckets]
-        anchor.errorbar(roots, heights[0], heights[1], color=_BLUE, **shared)
-        _draw_fit(anchor, roots, signature.anchor, signature.anchor_groups, _BLUE)
+        for axis, role, x, color in (
+            (anchor, "anchor", roots, _BLUE),
+            (negative, "negative", 1 / roots, _VERMILION),
+        ):
+            means = [getattr(bucket, role) for bucket in buckets]
+            bars = [getattr(bucket, f"{role}_half_width") for bucket in buckets]
+            axis.errorbar(x, means, bars, color=color, fmt="o", capsize=3, markersize=5)
+            fit, over_groups = getattr(signature, role), getattr(signature, f"{role}_groups")
+            shares = f"{fit.r_squared:.3f} (of all groups {over_groups.r_squared:.3f})"
+            label = f"slope {fit.slope:.3f}, $R^2$ {shares}"
+            axis.plot(x, fit.intercept + fit.slope * x, color=color, label=label)
+            axis.legend(loc="best")
         anchor.set(title="anchor: mean A_raw", xlabel="sqrt(K')")
-        heights = [b.negative for b in buckets], [b.negative_half_width for b in buckets]
-        negative.errorbar(1 / roots, heights[0], heights[1], color=_VERMILION, **shared)
-        _draw_fit(negative, 1 / roots, signature.negative, signature.negative_groups, _VERMILION)
         negative.set(title="negatives: minus mean A_raw", xlabel="1 / sqrt(K')")
         alpha.plot(signature.alpha, signature.scaled_anchor, ".", color=_GREEN, alpha=0.4)
         alpha.set(title="anchor's A_raw / sqrt(K')", xlabel="alpha-hat (Eq. 9)")
@@ -184,13 +189,6 @@ def plot_replay(
         sets.hist(overlaps, np.linspace(0, 1, 11), color=_GREEN)
         sets.set(title="overlap of the rollouts that train", ylabel="groups")
         _save(figure, path)
-
-
-def _draw_fit(axis: Axes, x: np.ndarray, fit: Fit, over_groups: Fit, color: str) -> None:
-    shares = f"{fit.r_squared:.3f} (of all groups {over_groups.r_squared:.3f})"
-    label = f"slope {fit.slope:.3f}, $R^2$ {shares}"
-    axis.plot(x, fit.intercept + fit.slope * x, color=color, label=label)
-    axis.legend(loc="best")
 
 
 def _draw_chart(axis: Axes, chart: Mapping[str, Any]) -> None:
@@ -228,8 +226,7 @@ def _draw_run(
     axis: Axes, index: int, label: str, steps: np.ndarray, seeds: list[np.ndarray]
 ) -> None:
     """Mean and band of one label."""
-    intervals = [mean_interval([float(value) for value in at]) for at in zip(*seeds, strict=True)]
-    mean, half = np.array(intervals).T
+    mean, half = mean_band(seeds)
     color = _RUN_COLORS[index % len(_RUN_COLORS)]
     # A second round of the colors has other dashes.
     dashes = _RUN_DASHES[(index + index // len(_RUN_COLORS)) % len(_RUN_DASHES)]

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from care_train.reporting.archive import archive_files, read_archive
-from care_train.reporting.curves import proportion_interval
+from care_train.reporting.charts import proportion_interval
 from care_train.reporting.files import write_file, write_json
 from care_train.reporting.text import fenced, markdown_table, markdown_text, printable
 

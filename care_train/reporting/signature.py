@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from care_train.reporting.curves import mean_interval
+from care_train.reporting.charts import mean_interval
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 
 from care_train.cli import main
-from care_train.reporting.charts import charts
-from care_train.reporting.curves import average_window, mean_interval, smoothed
+from care_train.reporting.charts import average_window, charts, mean_interval, smoothed
 from care_train.reporting.page import LiveServer, Page, write_page
-from care_train.reporting.page.runs import conditions, differences, read_run
+from care_train.reporting.page.contents import conditions, differences, read_run, read_runs
 from tests.reporting.archives import (
     group,
     invented_groups,
@@ -66,6 +65,9 @@ def test_seeds_are_a_band(tmp_path: Path) -> None:
     assert conditions(runs[:3]) == {"s, 3 seeds": runs[:3]}
     cut = replace(runs[1], records=runs[1].records[:9])
     assert [*conditions([runs[0], cut])] == ["s, 2 seeds to step 9"]
+    # Folders of one name, in two experiments, are two conditions.
+    twins = [write_metrics(tmp_path / x / "r", f"algorithm: {x}") for x in ("care", "grpo")]
+    assert [*conditions(read_runs(twins))] == ["care/r", "grpo/r"]
     assert differences(runs)["algorithm"] == ["care", "care", "care", "grpo"]
     found = charts([[run.records for run in runs[:3]]])
     (line,) = next(chart for chart in found if chart["title"] == "Accuracy")["series"]
@@ -103,7 +105,7 @@ def test_a_large_archive_is_thinned_evenly(tmp_path: Path, monkeypatch: Any) -> 
 
 def test_answers_of_a_lone_evaluation_are_a_page(tmp_path: Path, monkeypatch: Any) -> None:
     """Without metrics too; of many questions evenly spaced ones, and the page says so."""
-    monkeypatch.setattr("care_train.reporting.page.archived._MAX_QUESTIONS", 3)
+    monkeypatch.setattr("care_train.reporting.page.groups._MAX_QUESTIONS", 3)
     write_evaluation(tmp_path / "run", 0, "greedy", "abbabb")
     page = Page([tmp_path / "run"])
     lines = _block(page, "answers")
@@ -116,6 +118,19 @@ def test_answers_of_a_lone_evaluation_are_a_page(tmp_path: Path, monkeypatch: An
     page.refresh()
     outcomes = [line["outcome"] for line in _block(page, "answers")]
     assert outcomes == ["stayed right", "stayed wrong", "became right"]
+
+
+def test_a_run_that_takes_anothers_place_is_shown(tmp_path: Path) -> None:
+    """`overwrite=true` writes files of the same names: a page that watches reads them anew."""
+    page = None
+    for said in ("first", "second"):
+        run = write_run(tmp_path / "run", [group(0, [said] * 4)])
+        write_evaluation(run, 0, "greedy", [said])
+        page = page or Page([run])
+    assert page is not None
+    page.refresh()
+    for name in ("0-step-000001-rank-00", "0-answers-0"):
+        assert "second" in str(_block(page, name)["groups"])
 
 
 def test_without_a_tokenizer_spans_are_shaded(tmp_path: Path) -> None:
@@ -132,13 +147,15 @@ def test_without_a_tokenizer_spans_are_shaded(tmp_path: Path) -> None:
 
 
 def test_errors_name_what_is_wrong(tmp_path: Path, capsys: Any) -> None:
-    """A folder that is no run's, a bound that is none, and files that a copy cut off."""
+    """A folder that is no run's, a bound or port that is none, and files that a copy cut off."""
     assert main(["report", str(tmp_path)]) == 2
     assert (
         f"{tmp_path}: got no metrics.jsonl, wanted the folder of a run" in capsys.readouterr().err
     )
     assert main(["report", str(write_metrics(tmp_path / "run")), "--max-mib", "0"]) == 2
     assert "--max-mib: got 0" in capsys.readouterr().err
+    assert main(["report", "--watch", str(tmp_path / "run"), "--port", "65536"]) == 2
+    assert "--port: got 65536, wanted 0 to 65535" in capsys.readouterr().err
     (run := tmp_path / "run").joinpath("summary.json").write_text('{"accuracy')
     with pytest.raises(ValueError, match=r"run/summary.json: not JSON"):
         read_run(run)

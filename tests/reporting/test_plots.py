@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from care_train.reporting import mean_interval, proportion_interval
-from care_train.reporting.curves import smoothed
+from care_train.reporting.charts import smoothed
 from care_train.reporting.plots import plot_comparison, plot_learning_curves
 
 

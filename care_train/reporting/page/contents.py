@@ -1,14 +1,20 @@
 """What the page says of runs, as plain data: facts, scores, charts, settings, the K' signature."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import care_train
-from care_train.reporting.archive import archive_files, read_archive
+from care_train.config import Role, dotted, role_of
+from care_train.config.yaml_file import read_yaml
+from care_train.reporting.archive import ARCHIVE, archive_files, read_archive
 from care_train.reporting.charts import charts
-from care_train.reporting.page.runs import Run, conditions, differences
+from care_train.reporting.files import read_json
+from care_train.reporting.metrics import METRICS_FILE, read_metrics
 from care_train.reporting.report import fact_rows, group_rows, score_rows
 from care_train.reporting.signature import (
     PAPER_ALPHA_R,
@@ -24,12 +30,112 @@ Json = dict[str, Any]
 _TILES = ("Accuracy, sampled", "Accuracy, greedy", "Well-formed, sampled")
 _FACT_TILES = ("Steps", "Responses sampled", "Responses trained on", "Wall time")
 _ASKED = ("eval.data", "eval.max_samples", "prompt.system", "prompt.suffix", "prompt.tags")
+_OF_A_SEED = ("seed", "name")
 _SIGNATURE_TEXT = (
     "Inside a subgroup of one anchor and K' negatives the z-score makes the anchor's advantage "
     "grow as \u221aK' and each negative's shrink as 1/\u221aK', both times an attenuation \u03b1 "
     "that the spread of the negatives' rewards sets. Points: means over the groups of one K', with "
     "95 % intervals; lines: least-squares fits of the means."
 )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, as far as the page shows it."""
+
+    folder: Path
+    name: str
+    settings: Mapping[str, Any]
+    """Its configuration, by dotted key; empty where it has none."""
+    config_yaml: str
+    summary: Mapping[str, Any]
+    """Facts and scores; empty before the run has ended."""
+    records: Sequence[Mapping[str, Any]]
+
+    @property
+    def tags(self) -> tuple[str, str]:
+        """Names of the rationale's and the answer's tags."""
+        think, answer = self.settings.get("prompt.tags") or ("think", "answer")
+        return think, "answer" if answer == "boxed" else answer
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """`read_run` of each; folders of one name, as of two experiments, are told apart by their
+    parents'."""
+    runs = [read_run(folder) for folder in folders]
+    paths, depth = {run.folder.parts for run in runs}, 1
+    while len({parts[-depth:] for parts in paths}) < len(paths):
+        depth += 1
+    return [replace(run, name="/".join(run.folder.parts[-depth:])) for run in runs]
+
+
+def read_run(folder: Path) -> Run:
+    """What is there of a run, which may still be going on; a lone evaluation has no metrics.
+
+    Raises:
+        ValueError: `folder` holds no run's metrics or archive, or a file of it is damaged.
+    """
+    metrics = folder / METRICS_FILE
+    if not (metrics.is_file() or (folder / ARCHIVE).is_dir()):
+        raise ValueError(f"{folder}: got no {METRICS_FILE}, wanted the folder of a run")
+    config, summary = folder / "config.yaml", folder / "summary.json"
+    settings = read_yaml(config, lambda name: False) if config.is_file() else {}
+    return Run(
+        folder=folder.resolve(),
+        name=folder.resolve().name,
+        settings=dotted(settings),
+        config_yaml=config.read_text(encoding="utf-8") if settings else "",
+        summary=read_json(summary) if summary.is_file() else {},
+        records=read_metrics(metrics) if metrics.is_file() else [],
+    )
+
+
+def conditions(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """`runs` that differ in their seed alone, each one curve with a band, by the curve's label."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(repr(_deciding(run)), []).append(run)
+    labels = [_label(group) for group in found.values()]
+    # Two labels alike would be one curve to a reader.
+    return {
+        label if labels.count(label) == 1 else f"{label} [{group[0].name}]": group
+        for label, group in zip(labels, found.values(), strict=True)
+    }
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """The settings that are not the same in all `runs`: a value per run, None where unset."""
+    keys = {key: None for run in runs for key in run.settings}
+    values = {key: [run.settings.get(key) for run in runs] for key in keys}
+    return {key: each for key, each in values.items() if any(one != each[0] for one in each)}
+
+
+def _label(runs: Sequence[Run]) -> str:
+    if len(runs) == 1:
+        return runs[0].name
+    name = re.sub(r"[-_. ]*(seed)?[-_. ]*\d+$", "", runs[0].name)
+    steps = {max((one["step"] for one in run.records), default=0) for run in runs}
+    # Their curve ends where the first of them does.
+    end = f" to step {min(steps)}" if len(steps) > 1 else ""
+    return f"{name or runs[0].settings.get('algorithm', 'runs')}, {len(runs)} seeds{end}"
+
+
+def _deciding(run: Run) -> list[tuple[str, Any]]:
+    """The settings that decide what the run computes, without those of a seed."""
+    if not run.settings:
+        return [("folder", str(run.folder))]
+    return [
+        (key, value)
+        for key, value in sorted(run.settings.items())
+        if key not in _OF_A_SEED and _decides(key)
+    ]
+
+
+def _decides(key: str) -> bool:
+    try:
+        return role_of(key) is not Role.FREE
+    except ValueError:  # A setting of another version, or an entry of one that is a mapping.
+        return True
 
 
 def page_contents(runs: Sequence[Run]) -> Json:
@@ -60,8 +166,6 @@ def _tiles(run: Run) -> list[tuple[str, ...]]:
 
 
 def _tables(runs: Sequence[Run]) -> list[Json]:
-    names = ["", *(run.name for run in runs)]
-    scores = [_joined(score_rows(run.summary), " → ") for run in runs]
     asked = [
         [
             run.summary["num_questions"],
@@ -73,22 +177,24 @@ def _tables(runs: Sequence[Run]) -> list[Json]:
     note = "Brackets: 95 % Wilson interval over the questions of the evaluation." if asked else ""
     if any(one != asked[0] for one in asked):
         note += " Not all runs were asked the same questions with the same prompt (Settings)."
-    use = [_joined(group_rows(run.records), ", ") for run in runs]
-    facts = [_joined(fact_rows(run.summary), "") for run in runs]
+    scores = _table("Scores", runs, [score_rows(run.summary) for run in runs], " → ")
     return [
-        {"title": "Scores", "header": names, "rows": _side_by_side(scores), "note": note},
-        {"title": "How the groups were used", "header": names, "rows": _side_by_side(use)},
-        {"title": "Facts", "header": names, "rows": _side_by_side(facts)},
+        scores | {"note": note},
+        _table("How the groups were used", runs, [group_rows(run.records) for run in runs], ", "),
+        _table("Facts", runs, [fact_rows(run.summary) for run in runs], ""),
     ]
 
 
-def _joined(rows: Sequence[Sequence[str]], separator: str) -> dict[str, str]:
-    return {label: separator.join(filter(None, values)) for label, *values in rows}
-
-
-def _side_by_side(columns: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    labels = dict.fromkeys(label for column in columns for label in column)
-    return [[label, *(column.get(label, "") for column in columns)] for label in labels]
+def _table(
+    title: str, runs: Sequence[Run], columns: Sequence[Sequence[Sequence[str]]], separator: str
+) -> Json:
+    """A column per run, a line per label that any of them has."""
+    values = [
+        {label: separator.join(filter(None, cells)) for label, *cells in rows} for rows in columns
+    ]
+    labels = dict.fromkeys(label for column in values for label in column)
+    rows = [[label, *(column.get(label, "") for column in values)] for label in labels]
+    return {"title": title, "header": ["", *(run.name for run in runs)], "rows": rows}
 
 
 def _differences(runs: Sequence[Run]) -> Json:

@@ -1,19 +1,26 @@
-"""A page of runs: one HTML file with style, scripts and data, which asks nothing of a network."""
+"""`care-train report`: a page of runs, as one HTML file with style, scripts and data that asks
+nothing of a network, or, while the runs go on, served to this machine's browsers."""
 
 import base64
 import hashlib
 import re
+import secrets
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from html import escape
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from care_train.reporting.archive import ARCHIVE
 from care_train.reporting.files import write_file
-from care_train.reporting.page.archived import ArchivedAnswers, ArchivedGroups
-from care_train.reporting.page.contents import page_contents
-from care_train.reporting.page.groups import pack
-from care_train.reporting.page.runs import read_run
+from care_train.reporting.metrics import METRICS_FILE
+from care_train.reporting.page.contents import page_contents, read_runs
+from care_train.reporting.page.groups import PackedArchive, pack
 
 MAX_MIB = 64
 """How much of the archives' files a page carries unless asked otherwise."""
@@ -22,6 +29,8 @@ _MAX_TITLE = 60
 _ASSETS = Path(__file__).parent / "assets"
 _SCRIPTS = ("base.js", "charts.js", "group.js", "browser.js", "main.js")
 """In order of use: what a script imports stands before it."""
+_LOOPBACK = "127.0.0.1"
+_OWN_NAMES = (_LOOPBACK, "localhost")
 _OF_MODULES = re.compile(r"^(import [^;]*;|export (?=(async )?(function|const|let|class) ))", re.M)
 
 
@@ -34,8 +43,7 @@ class Page:
         Raises:
             ValueError: a folder is not a run's.
         """
-        self._groups = [ArchivedGroups(folder) for folder in folders]
-        self._answers = [ArchivedAnswers(folder) for folder in folders]
+        self._archives = [PackedArchive() for _ in folders]
         self._folders = folders
         self._max_bytes = max_mib * _MIB // len(folders)
         self.title = ""
@@ -48,14 +56,14 @@ class Page:
         Raises:
             ValueError: as at first.
         """
-        runs = [read_run(folder) for folder in self._folders]
+        runs = read_runs(self._folders)
         contents: dict[str, Any] = page_contents(runs)
         blocks: dict[str, bytes] = {}
-        for kind, found in (("groups", self._groups), ("answers", self._answers)):
+        for kind, read in (("groups", PackedArchive.groups), ("answers", PackedArchive.answers)):
             index: list[dict[str, Any]] = []
             notes = []
-            for place, (run, archived) in enumerate(zip(runs, found, strict=True)):
-                packed, note = archived.read(run, self._max_bytes)
+            for place, (run, archive) in enumerate(zip(runs, self._archives, strict=True)):
+                packed, note = read(archive, run, self._max_bytes)
                 notes += [f"{run.name}: {note}, evenly spaced."] if note else []
                 for name, (lines, block) in packed.items():
                     # A page that watches finds the same groups under a name after a refresh.
@@ -88,6 +96,98 @@ def write_page(folders: Sequence[Path], path: Path, max_mib: int = MAX_MIB) -> N
     html = Page(folders, max_mib).html()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, html)
+
+
+class LiveServer(ThreadingHTTPServer):
+    """Serves one page on the loopback address, below a path that only its user was told.
+
+    The path keeps this machine's other users out; the check of Host keeps out a web page that has
+    its own name point here.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folders: Sequence[Path], port: int = 0, max_mib: int = MAX_MIB) -> None:
+        """Read the runs and listen, on a free port if it is 0; `serve_forever` answers.
+
+        Raises:
+            ValueError: a folder is not a run's, or the port is none or taken.
+        """
+        if not 0 <= port < 1 << 16:
+            raise ValueError(f"--port: got {port}, wanted 0 to 65535")
+        self._folders = folders
+        # First, so that what is written while the page is read counts as news.
+        self._version = self._state()
+        self._page = Page(folders, max_mib)
+        self._lock = threading.Lock()
+        self._secret = secrets.token_urlsafe(16)
+        try:
+            super().__init__((_LOOPBACK, port), _Handler)
+        except OSError as error:
+            raise ValueError(f"--port: {port}: {error.strerror}; try another, or 0") from error
+
+    @property
+    def url(self) -> str:
+        """Where the page is."""
+        return f"http://{_LOOPBACK}:{self.server_port}/{self._secret}/"
+
+    def answer(self, host: str, path: str) -> tuple[HTTPStatus, str, bytes]:
+        """Status, type and content of what is at `path`, asked for with the header Host."""
+        name, _, port = host.partition(":")
+        if name.lower() not in _OWN_NAMES or port != str(self.server_port):
+            return HTTPStatus.MISDIRECTED_REQUEST, "text/plain", b"this server has another name\n"
+        secret, _, rest = path.removeprefix("/").partition("/")
+        missing = HTTPStatus.NOT_FOUND, "text/plain", b"no such page\n"
+        if not secrets.compare_digest(secret.encode(), self._secret.encode()):
+            return missing
+        if rest == "version":
+            return HTTPStatus.OK, "text/plain", self._newest().encode()
+        if rest == "":
+            return HTTPStatus.OK, "text/html; charset=utf-8", self._page.html(live=True).encode()
+        block = self._page.blocks.get(rest.removeprefix("block/"))
+        return missing if block is None else (HTTPStatus.OK, "application/octet-stream", block)
+
+    def _newest(self) -> str:
+        """The runs' state, which the page then shows."""
+        with self._lock:
+            state = self._state()
+            # A run that another one replaces has no files for a moment: the page stays as it is.
+            with suppress(OSError, ValueError):
+                if state != self._version:
+                    self._page.refresh()
+                    self._version = state
+        return self._version
+
+    def _state(self) -> str:
+        sizes = []
+        for folder in self._folders:
+            archive = folder / ARCHIVE
+            for path in (folder / METRICS_FILE, folder / "summary.json", archive):
+                found = path.stat() if path.exists() else None
+                sizes.append("" if found is None else f"{found.st_size}.{found.st_mtime_ns}")
+        return "-".join(sizes)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: LiveServer  # pyright: ignore[reportIncompatibleVariableOverride]
+    # A client that sends nothing holds its thread no longer.
+    timeout = 30
+
+    def do_GET(self) -> None:
+        hosts = self.headers.get_all("Host", [])
+        host = hosts[0] if len(hosts) == 1 else ""
+        status, kind, content = self.server.answer(host, urlsplit(self.path).path)
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Requests are not news."""
 
 
 def _render(title: str, blocks: Mapping[str, bytes], *, live: bool) -> str:
