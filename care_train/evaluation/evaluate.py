@@ -79,8 +79,7 @@ def evaluate(
     batches = equal_batches(share, config.rollout.batch_size, device)
     sampling = decoding(config, greedy)
     rollouts: list[Rollout] = []
-    enabled = is_main()
-    for batch in track(batches, f"{description}{' (greedy)' if greedy else ''}", enabled):
+    for batch in track(batches, f"{description}{' (greedy)' if greedy else ''}", is_main()):
         if blind:
             batch = [without_images(sample) for sample in batch]
         prompts = session.encoder.encode(batch)
@@ -90,8 +89,7 @@ def evaluate(
         ]
         with timer("generate"):
             completions = engine.generate(requests, sampling)
-        answered = list(map(Answer, batch, completions))
-        rollouts += session.scorer.score_all(answered)
+        rollouts += session.scorer.score_all(list(map(Answer, batch, completions)))
     if archive is not None:
         archive_evaluation(archive, step, "greedy" if greedy else "sampled", share, rollouts)
     correct = sum(rollout.accuracy for rollout in rollouts)
@@ -198,10 +196,9 @@ def answer_questions(
     missing = [job for job in jobs if (ids[job[0]], *job[1:]) not in found]
     own = own_share(missing)
     batches = equal_batches(own, config.rollout.batch_size, device)
-    bar = track(batches, questions.name, is_main())
     answered = 0
     with StopSignals() as signals, closing(JsonlWriter(folder / f"rank_{rank()}.jsonl")) as log:
-        for batch in bar:
+        for batch in track(batches, questions.name, is_main()):
             for record in _answer(session, engine, questions, batch):
                 log.write(record)
             answered += len(batch)

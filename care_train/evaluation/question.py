@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,7 @@ def lettered_options(keys: Sequence[str], options: Sequence[str], location: str)
 
 def letters(count: int) -> str:
     """The letters of so many options."""
-    return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:count]
+    return string.ascii_uppercase[:count]
 
 
 def list_options(options: Sequence[str]) -> str:

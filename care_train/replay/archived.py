@@ -110,9 +110,8 @@ def _group(row: dict[str, Any]) -> ArchivedGroup:
 def _rollout(record: dict[str, Any], *, reflected: bool = False) -> Rollout:
     spans = []
     for region in REGIONS:
-        # Archives of before a reward function could name a wrong step have no such column.
-        start, end = record.get(f"{region}_start"), record.get(f"{region}_end")
-        spans.append(None if start is None or end is None else (start, end))
+        start, end = record[f"{region}_start"], record[f"{region}_end"]
+        spans.append(None if start is None else (start, end))
     return Rollout(
         token_ids=tuple(record["token_ids"]),
         text="",

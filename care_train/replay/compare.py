@@ -2,7 +2,7 @@
 
 import csv
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -10,6 +10,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -162,14 +163,17 @@ def credit(
     """
     chosen = [_chosen(group, config, fixability) for group in groups]
     known = [one for one in chosen if not isinstance(one, str)]
+    ranks = [g.rank for g, one in zip(groups, chosen, strict=True) if not isinstance(one, str)]
     if fixability is not None:
         fixability.learn(outcomes_of(known))
-    updates = iter(group_updates(known, config, lambda values: values))
-    found = [one if isinstance(one, str) else (one, next(updates)) for one in chosen]
-    results: list[Credited | str] = []
-    for _, batch in groupby(zip(groups, found, strict=True), lambda pair: pair[0].rank):
-        results += _credited([one for _, one in batch])
-    return results
+    updates = group_updates(known, config, lambda values: values)
+    credited: list[Credited] = []
+    for _, found in groupby(zip(ranks, known, updates, strict=True), lambda one: one[0]):
+        batch = list(found)
+        tokens = iter(split_advantages([s for *_, update in batch for s in update.sequences]))
+        credited += [_credited(group, update, tokens) for _, group, update in batch]
+    in_order = iter(credited)
+    return [one if isinstance(one, str) else next(in_order) for one in chosen]
 
 
 def _chosen(
@@ -190,26 +194,15 @@ def _chosen(
     return replace(sampled, subgroup=subgroup, reflected=group.reflected)
 
 
-def _credited(found: Sequence[str | tuple[RolloutGroup, GroupUpdate]]) -> list[Credited | str]:
-    """One rank's groups."""
-    sequences = [s for one in found if not isinstance(one, str) for s in one[1].sequences]
-    tokens = iter(split_advantages(sequences))
-    results: list[Credited | str] = []
-    for one in found:
-        if isinstance(one, str):
-            results.append(one)
-            continue
-        group, update = one
-        place_of = {id(rollout): place for place, rollout in enumerate(group.responses)}
-        places = [place_of[id(sequence.rollout)] for sequence in update.sequences]
-        results.append(
-            Credited(
-                *outcome_of(group.subgroup, update),
-                {i: s.advantage for i, s in zip(places, update.sequences, strict=True)},
-                {place: next(tokens).numpy() for place in places},
-            )
-        )
-    return results
+def _credited(group: RolloutGroup, update: GroupUpdate, tokens: Iterator[torch.Tensor]) -> Credited:
+    """`tokens` has the token advantages of the update's sequences, and of later groups'."""
+    place_of = {id(rollout): place for place, rollout in enumerate(group.responses)}
+    places = [place_of[id(sequence.rollout)] for sequence in update.sequences]
+    return Credited(
+        *outcome_of(group.subgroup, update),
+        {i: s.advantage for i, s in zip(places, update.sequences, strict=True)},
+        {place: next(tokens).numpy() for place in places},
+    )
 
 
 def _difference(group: ArchivedGroup, credited: Credited) -> GroupDifference:

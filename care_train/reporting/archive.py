@@ -62,11 +62,10 @@ def archive_files(run_dir: Path, kind: str = "") -> list[ArchiveFile]:
     """The whole files of a run's archive in order, all or of a kind; none without an archive."""
     folder = run_dir / ARCHIVE
     names = os.listdir(folder) if folder.is_dir() else []
-    found = [(match, folder / name) for name in names if (match := _NAME.fullmatch(name))]
     return sorted(
-        ArchiveFile(int(match[2]), match[1], match[3] or "", int(match[4]), path)
-        for match, path in found
-        if kind in ("", match[1])
+        ArchiveFile(int(match[2]), match[1], match[3] or "", int(match[4]), folder / name)
+        for name in names
+        if (match := _NAME.fullmatch(name)) and kind in ("", match[1])
     )
 
 
@@ -325,26 +324,20 @@ def _selected(columns: Sequence[str], schema: "pa.Schema") -> tuple[list[str], "
     """The names of columns in Parquet's schema, and the schema of a table that has them alone."""
     import pyarrow as pa
 
-    rollout = pa.struct([])
-    if "rollouts" in schema.names:
-        rollout = schema.field("rollouts").type.value_type
-    paths: list[str] = []
-    fields: dict[str, pa.Field] = {}
-    parts: list[pa.Field] = []
-    for column in columns:
-        name, _, part = column.partition(".")
-        if name not in schema.names or (part and (name != "rollouts" or part not in rollout.names)):
-            raise ValueError(
-                f"columns: got {column!r}, wanted one of {', '.join(schema.names)}, or "
-                "rollouts.FIELD (docs/archive.md)"
-            )
-        fields[name] = schema.field(name)
-        if part:
-            parts.append(rollout.field(part))
-            # Every file has `finished`, which says how many rollouts a group has.
-            paths += [f"rollouts.list.element.{one}" for one in (part, "finished")]
-        else:
-            paths.append(name)
-    if parts and "rollouts" not in columns:
-        fields["rollouts"] = pa.field("rollouts", pa.list_(pa.struct(parts)))
+    nested = schema.field("rollouts").type.value_type if "rollouts" in schema.names else ()
+    parts = {f"rollouts.{field.name}": field for field in nested}
+    if unknown := [name for name in columns if name not in schema.names and name not in parts]:
+        raise ValueError(
+            f"columns: got {unknown[0]!r}, wanted one of {', '.join(schema.names)}, or "
+            "rollouts.FIELD (docs/archive.md)"
+        )
+    chosen = [parts[column] for column in columns if column in parts]
+    names = dict.fromkeys(column.partition(".")[0] for column in columns)
+    fields = {name: schema.field(name) for name in names}
+    if chosen and "rollouts" not in columns:
+        fields["rollouts"] = pa.field("rollouts", pa.list_(pa.struct(chosen)))
+    paths = [column for column in columns if column not in parts]
+    for field in chosen:
+        # Every file has `finished`, which says how many rollouts a group has.
+        paths += [f"rollouts.list.element.{name}" for name in (field.name, "finished")]
     return paths, pa.schema(list(fields.values()))

@@ -104,24 +104,19 @@ def read_table(path: Path, schema: "pa.Schema", columns: Sequence[str] | None = 
 
     try:
         with parquet.ParquetFile(path) as opened:
-            return _with_columns(opened.read(columns=columns), schema)
+            table = opened.read(columns=columns)
+        # Exactly the columns, and fields of structs, that the schema has.
+        found = [
+            table[field.name].cast(field.type)
+            if field.name in table.column_names
+            else pa.nulls(len(table), field.type)
+            for field in schema
+        ]
     except FileNotFoundError:
         return schema.empty_table()
     except pa.ArrowException as error:
         raise ValueError(f"{path}: damaged ({error}): delete the file") from error
-
-
-def _with_columns(table: "pa.Table", schema: "pa.Schema") -> "pa.Table":
-    """The table with exactly the columns, and fields of its structs, that the schema has."""
-    import pyarrow as pa
-
-    columns = [
-        table[field.name].cast(field.type)
-        if field.name in table.column_names
-        else pa.nulls(len(table), field.type)
-        for field in schema
-    ]
-    return pa.table(columns, schema)
+    return pa.table(found, schema)
 
 
 def _clean(value: Any, type: Any) -> Any:

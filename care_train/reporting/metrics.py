@@ -105,8 +105,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Tracker:
     """One place that shows a run; it goes on with the same run after a restart."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, **init: Any) -> None:
         self._module = importlib.import_module(name)
+        if init:
+            self._run = self._module.init(**init, resume="allow")
 
     def log(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Show a record's numbers."""
@@ -162,13 +164,12 @@ class _Wandb(Tracker):
     """wandb's own step may not go back, and each phase counts from its own start: an axis each."""
 
     def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
-        super().__init__("wandb")
-        self._run = self._module.init(
+        super().__init__(
+            "wandb",
             project=project,
             name=run_dir.name,
             dir=str(run_dir),
             id=_kept_id(run_dir / "wandb_id"),
-            resume="allow",
             config=config,
         )
         self._phases: set[str] = set()
@@ -188,8 +189,7 @@ class _Trackio(Tracker):
     """Found again by the run's name."""
 
     def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
-        super().__init__("trackio")
-        self._module.init(project=project, name=run_dir.name, config=config, resume="allow")
+        super().__init__("trackio", project=project, name=run_dir.name, config=config)
 
 
 class _Mlflow(Tracker):
@@ -211,9 +211,8 @@ class _Mlflow(Tracker):
     def samples(self, records: Sequence[SampleRecord], images: Sequence[Any]) -> None:
         shown = {f"image_{n}": self._module.Image(image) for n, image in enumerate(images, 1)}
         rows = [asdict(record) | shown for record in records]
-        self._module.log_table(
-            {name: [row[name] for row in rows] for name in rows[0]}, "samples.json"
-        )
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        self._module.log_table(columns, "samples.json")
 
     def close(self) -> None:
         self._module.end_run()
@@ -223,13 +222,12 @@ class _Swanlab(Tracker):
     """Found again by an id kept in the run's folder."""
 
     def __init__(self, run_dir: Path, project: str, config: dict[str, Any]) -> None:
-        super().__init__("swanlab")
-        self._module.init(
+        super().__init__(
+            "swanlab",
             project=project,
             experiment_name=run_dir.name,
             logdir=str(run_dir / "swanlab"),
             id=_kept_id(run_dir / "swanlab_id")[:21],
-            resume="allow",
             config=config,
         )
 

@@ -68,18 +68,19 @@ class TrainProgress:
         """
         self._console = console or _CONSOLE
         self._enabled = enabled
-        self._live = enabled and self._console.is_interactive
-        self._lines = _PlainLines(self._console, total_steps, description, start_step)
-        self._bar = _TrainBar(console=self._console)
+        is_live = enabled and self._console.is_interactive
+        self._lines = None
+        if enabled and not is_live:
+            self._lines = _PlainLines(self._console, total_steps, description, start_step)
+        self._bar = _TrainBar(self._console, disable=not is_live)
         self._task = self._bar.add_task(description, total=total_steps, completed=start_step)
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
         """Show how many steps are done, and those of the last one's numbers that are known here."""
-        if self._live:
-            self._bar.values = _shown(values)
-            self._bar.update(self._task, completed=step)
-        elif self._enabled:
-            self._lines.update(step, _shown(values))
+        self._bar.values = _shown(values)
+        self._bar.update(self._task, completed=step)
+        if self._lines is not None:
+            self._lines.update(step, self._bar.values)
 
     def print(self, *objects: Any) -> None:
         """Print above the bar; strings to the letter, for they may hold a model's words."""
@@ -87,13 +88,11 @@ class TrainProgress:
             self._console.print(*objects, markup=False, highlight=False)
 
     def __enter__(self) -> Self:
-        if self._live:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._live:
-            self._bar.stop()
+        self._bar.stop()
 
 
 def track(
@@ -101,29 +100,24 @@ def track(
     description: str,
     enabled: bool = True,
     *,
-    total: int | None = None,
     console: Console | None = None,
 ) -> Iterator[Item]:
-    """Yield the items of `iterable` and show how far that has come, on standard error by default.
-
-    `total` is how many there are, where `iterable` has no length.
-    """
+    """Yield the items of `iterable` and show how far that has come, on standard error by default;
+    in a log, without a length, that it has begun."""
     console = console or _CONSOLE
-    if total is None and isinstance(iterable, Sized):
-        total = len(iterable)
     if not enabled:
         yield from iterable
     elif console.is_interactive:
         with Progress(*_columns(), console=console, transient=True) as bar:
-            yield from bar.track(iterable, total=total, description=description)
-    elif total is None:
-        console.print(Text(f"{description} ..."), soft_wrap=True)
-        yield from iterable
-    else:
-        lines = _PlainLines(console, total, description)
+            yield from bar.track(iterable, description=description)
+    elif isinstance(iterable, Sized):
+        lines = _PlainLines(console, len(iterable), description)
         for done, item in enumerate(iterable, start=1):
             yield item
             lines.update(done, {})
+    else:
+        console.print(Text(f"{description} ..."), soft_wrap=True)
+        yield from iterable
 
 
 def show_group(
@@ -206,10 +200,14 @@ def _columns() -> tuple[ProgressColumn, ...]:
 class _TrainBar(Progress):
     """Two lines: beside the bar, the numbers would not fit a terminal of 80 columns."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, disable: bool) -> None:
         self.values: dict[str, str] = {}
         super().__init__(
-            *_columns(), console=console, expand=True, speed_estimate_period=_WHOLE_RUN
+            *_columns(),
+            console=console,
+            expand=True,
+            speed_estimate_period=_WHOLE_RUN,
+            disable=disable,
         )
 
     def get_renderables(self) -> Iterator[Group]:

@@ -40,14 +40,10 @@ class Image:
 
 Text = str
 """
-SAMPLES = [
+_SAMPLES = [
     SampleRecord(3, "what color?", f"<answer>{word}</answer>", "red", float(word == "red"), role)
     for word, role in (("red", "anchor"), ("blue", "hard_negative"))
 ]
-
-
-def _images() -> list[Image.Image]:
-    return [Image.new("RGB", (8, 8), "red")]
 
 
 def _logger(run_dir: Path, settings: LoggingSettings = _QUIET) -> MetricsLogger:
@@ -134,7 +130,8 @@ def _two_starts(run_dir: Path, tracker: str) -> None:
     for step in (1, 2):
         with _logger(run_dir, LoggingSettings(report_to=[tracker])) as metrics:
             metrics.log(step, {"reward": step / 4})
-            metrics.samples([replace(one, step=step) for one in SAMPLES], _images)
+            records = [replace(one, step=step) for one in _SAMPLES]
+            metrics.samples(records, lambda: [Image.new("RGB", (8, 8), "red")])
 
 
 @pytest.mark.parametrize("package", ["wandb", "swanlab", "trackio"])
@@ -160,11 +157,11 @@ def test_a_tracked_run_survives_a_restart(package: str, tmp_path: Path, monkeypa
         assert ("log", {"train/reward": 0.5}, 2) in calls
     if package == "swanlab":  # text beside its images
         assert first["id"] and shown["images"][0].size == (8, 8)
-        assert all(sample.completion in shown["samples"] for sample in SAMPLES)
+        assert all(sample.completion in shown["samples"] for sample in _SAMPLES)
     else:
         rows = shown["samples"].rows
         assert [row["role"] for row in rows] == ["anchor", "hard_negative"]
-        assert rows[1]["completion"] == SAMPLES[1].completion
+        assert rows[1]["completion"] == _SAMPLES[1].completion
         assert rows[1]["images"][0].size == (8, 8)
 
 

@@ -15,6 +15,7 @@ from care_train.replay.archived import steps_of
 from care_train.replay.compare import _configs as replayed_config
 from care_train.replay.compare import credit
 from care_train.reporting import read_archive
+from tests.reporting.archives import invented_groups, write_run
 
 
 def test_the_runs_own_configuration_gives_its_advantages_exactly(quickstart_run: Path):
@@ -85,8 +86,8 @@ def test_what_decides_the_samples_is_refused(quickstart_run: Path, override, nam
 
 def test_what_was_not_stored_is_refused_with_the_reason(quickstart_run: Path, tmp_path: Path):
     """CARE over the archive of a baseline, which has no distances."""
-    run = tmp_path / "run"
-    _copy_without_distances(quickstart_run, run)
+    run = write_run(tmp_path / "run", list(invented_groups(2)))
+    (run / "config.yaml").write_bytes((quickstart_run / "config.yaml").read_bytes())
     with pytest.raises(ValueError, match="no distances"):
         replay(run)
     assert main(["replay", str(run)]) == 2
@@ -108,21 +109,3 @@ def test_the_command_writes_table_and_files(quickstart_run: Path, tmp_path: Path
 
 def _rows(run: Path) -> list[dict]:
     return read_archive(run).to_pylist()
-
-
-def _copy_without_distances(run: Path, copy: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    from care_train.reporting.archive import archive_files
-
-    (copy / "archive").mkdir(parents=True)
-    (copy / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
-    for file in archive_files(run, "step"):
-        table = parquet.ParquetFile(file.path).read()
-        place = table.column_names.index("pair_distances")
-        nothing = pa.nulls(len(table), table.schema.field(place).type)
-        rows = table.set_column(place, "pair_distances", nothing)
-        # Groups without failures or without positives need none.
-        mixed = [row["outcome"] != "skipped" for row in table.select(["outcome"]).to_pylist()]
-        parquet.write_table(rows.filter(pa.array(mixed)), copy / "archive" / file.path.name)
