@@ -71,7 +71,7 @@ def evaluate(
         greedy: take the likeliest token each time, instead of sampling as in training.
         blind: show a blank image in the place of each.
         description: what the progress says.
-        archive: where the answers go; None: nowhere.
+        archive: where the answers go, but for blind ones; None: nowhere.
         step: how many steps the policy was trained.
     """
     config = session.config
@@ -79,7 +79,8 @@ def evaluate(
     batches = equal_batches(share, config.rollout.batch_size, device)
     sampling = decoding(config, greedy)
     rollouts: list[Rollout] = []
-    for batch in track(batches, f"{description}{' (greedy)' if greedy else ''}", is_main()):
+    how = " (greedy)" if greedy else " (blind)" if blind else ""
+    for batch in track(batches, f"{description}{how}", is_main()):
         if blind:
             batch = [without_images(sample) for sample in batch]
         prompts = session.encoder.encode(batch)
@@ -90,7 +91,7 @@ def evaluate(
         with timer("generate"):
             completions = engine.generate(requests, sampling)
         rollouts += session.scorer.score_all(list(map(Answer, batch, completions)))
-    if archive is not None:
+    if archive is not None and not blind:
         archive_evaluation(archive, step, "greedy" if greedy else "sampled", share, rollouts)
     correct = sum(rollout.accuracy for rollout in rollouts)
     well_formed = sum(rollout.format_score for rollout in rollouts)
@@ -113,14 +114,14 @@ def evaluate_both(
     Args:
         session, engine, samples, device, description, archive, step: `evaluate`'s.
     """
-    ask = partial(evaluate, session, engine, samples, device, archive=archive, step=step)
-    values = ask(description=description)
+    more: dict[str, Any] = {"description": description, "archive": archive, "step": step}
+    ask = partial(evaluate, session, engine, samples, device, **more)
+    values = ask()
     if "greedy" in session.config.eval.also:
-        greedy = ask(greedy=True, description=description)
+        greedy = ask(greedy=True)
         values |= {f"greedy_{name}": greedy[name] for name in ("accuracy", "format")}
     if "blind" in session.config.eval.also:
-        blind = ask(blind=True, description=f"{description} (blind)", archive=None)
-        values["blind_accuracy"] = blind["accuracy"]
+        values["blind_accuracy"] = ask(blind=True)["accuracy"]
     return values
 
 

@@ -105,8 +105,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Tracker:
     """One place that shows a run; it goes on with the same run after a restart."""
 
-    def __init__(self, name: str, **init: Any) -> None:
-        self._module = importlib.import_module(name)
+    def __init__(self, package: str, **init: Any) -> None:
+        self._module = importlib.import_module(package)
         if init:
             self._run = self._module.init(**init, resume="allow")
 
