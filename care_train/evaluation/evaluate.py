@@ -109,11 +109,7 @@ def evaluate_both(
     archive: ArchiveWriter | None = None,
     step: int = 0,
 ) -> dict[str, float]:
-    """`accuracy` and `format` at the training temperature, and what `eval.also` asks for beside.
-
-    Args:
-        session, engine, samples, device, description, archive, step: `evaluate`'s.
-    """
+    """`evaluate` at the training temperature, and what `eval.also` asks for beside."""
     more: dict[str, Any] = {"description": description, "archive": archive, "step": step}
     ask = partial(evaluate, session, engine, samples, device, **more)
     values = ask()
@@ -136,12 +132,8 @@ def without_images(sample: Sample) -> Sample:
 
 
 def decoding(config: Config, greedy: bool | None = None) -> SamplingSettings:
-    """How responses are sampled: as in training (Sec. 8.2), or greedily.
-
-    Args:
-        config: its `rollout` section has the temperature, top-p, top-k and length.
-        greedy: whether to take the likeliest token each time; None: as `eval.decode` says.
-    """
+    """How responses are sampled: as in training (Sec. 8.2), or greedily; None: as `eval.decode`
+    says."""
     rollout = config.rollout
     greedy = config.eval.decode == "greedy" if greedy is None else greedy
     return SamplingSettings(
@@ -169,8 +161,7 @@ def answer_questions(
     """Every record of a benchmark: those found in `folder`, and the missing ones made now.
 
     Args:
-        session: the model with its prompt encoder.
-        engine: generates with it.
+        session, engine: the model with its prompt encoder, and what generates with it.
         questions: the benchmark's.
         folder: where this run's records of it are; each rank appends to a file of its own.
         device: this rank's.

@@ -122,11 +122,8 @@ def summarize(records: Sequence[Record], ks: Sequence[int]) -> dict[str, Any]:
 
 
 def macro_average(summaries: Summaries) -> dict[str, Any]:
-    """The unweighted mean over benchmarks (Sec. 8.3), and over seeds its 95 % interval.
-
-    Args:
-        summaries: of each benchmark, with as many seeds each.
-    """
+    """The unweighted mean over benchmarks (Sec. 8.3), with as many seeds each, and over seeds its
+    95 % interval."""
     columns = [summary["per_seed"] for summary in summaries.values()]
     per_seed = [fmean(values) for values in zip(*columns, strict=True)]
     return _mean_over(per_seed, "seed") | {"benchmarks": list(summaries)}
@@ -135,9 +132,7 @@ def macro_average(summaries: Summaries) -> dict[str, Any]:
 def results_markdown(name: str, results: Mapping[str, Any]) -> str:
     """The results' file for people: this run, the paper's rows, and what lies behind the numbers.
 
-    Args:
-        name: the run's.
-        results: what `evaluate_benchmarks` returns.
+    `name` is the run's, `results` what `evaluate_benchmarks` returns.
     """
     summaries: Summaries = results["benchmarks"]
     sections = [
@@ -152,11 +147,8 @@ def results_markdown(name: str, results: Mapping[str, Any]) -> str:
 
 
 def comparison(own: Mapping[str, Mapping[str, Any]]) -> str:
-    """Rows of ours by their names, above the paper's.
-
-    Args:
-        own: of each row the `benchmarks` with `accuracy` and `half_width`, and their `macro`.
-    """
+    """Rows of ours by their names, above the paper's; of each row the `benchmarks` with `accuracy`
+    and `half_width`, and their `macro`."""
     header = ["", *(b.title for b in BENCHMARKS.values()), "macro average"]
     rows = []
     for name, results in own.items():

@@ -154,12 +154,8 @@ def credit(
     """What a configuration makes of a step's groups, or why that cannot be known.
 
     Tokens are credited for a rank's whole batch at once, as in the step: sums in another order
-    would differ in last bits.
-
-    Args:
-        groups: a step's.
-        config: says what trains.
-        fixability: what the steps before have taught; this one's reflections are added.
+    would differ in last bits. `fixability` is what the steps before have taught; this one's
+    reflections are added.
     """
     chosen = [_chosen(group, config, fixability) for group in groups]
     known = [one for one in chosen if not isinstance(one, str)]

@@ -95,11 +95,7 @@ class ArchiveWriter:
     def __init__(self, run_dir: Path, rank: int, ranks: int, max_gib: float | None) -> None:
         """Nothing is written yet.
 
-        Args:
-            run_dir: the run's folder.
-            rank: this process's; the first one keeps the archive below its limit.
-            ranks: how many write to it.
-            max_gib: `logging.archive_gib`.
+        The first of the `ranks` keeps the archive below `max_gib`, which is `logging.archive_gib`.
         """
         self._run_dir, self.rank, self._ranks = run_dir, rank, ranks
         self._folder = run_dir / ARCHIVE
@@ -115,10 +111,7 @@ class ArchiveWriter:
     ) -> None:
         """Begin to write a step's groups, once the file before is written.
 
-        Args:
-            step: counted from 1.
-            rows: by `group_schema`, without `images`.
-            images: of each row.
+        Steps count from 1; rows are by `group_schema`, each row's `images` beside them.
         """
         self._begin(f"step-{step:06d}", rows, images, group_schema())
 

@@ -57,14 +57,10 @@ class TrainProgress:
         start_step: int = 0,
         console: Console | None = None,
     ) -> None:
-        """Set up; `with` starts the display.
+        """Set up; `with` starts the display, on standard error by default.
 
-        Args:
-            total_steps: steps of the whole run.
-            enabled: False shows and prints nothing (every rank but the first).
-            description: what goes on.
-            start_step: steps done before, where the run was resumed.
-            console: where to; standard error by default.
+        Of the `total_steps` of the whole run `start_step` were done before it was resumed. Without
+        `enabled` (on every rank but the first) nothing is shown or printed.
         """
         self._console = console or _CONSOLE
         self._enabled = enabled

@@ -257,14 +257,18 @@ def _means(found: Mapping[int, Signature], title: str, x_label: str, x_of: Any, 
     x = sorted(map(x_of, counts))
     series = []
     for place, signature in found.items():
-        at = {x_of(bucket.num_negatives): bucket for bucket in signature.buckets}
-        y = [getattr(at[v], role) if v in at else None for v in x]
-        half = [getattr(at[v], f"{role}_half_width") if v in at else None for v in x]
+        bars = {
+            x_of(one.num_negatives): (getattr(one, role), getattr(one, f"{role}_half_width"))
+            for one in signature.buckets
+        }
+        known = [bars.get(v) for v in x]
         own = {"condition": place, "metric": 0}
-        bars = list(zip(y, half, strict=True))
-        low = [None if v is None or h is None else v - h for v, h in bars]
-        high = [None if v is None or h is None else v + h for v, h in bars]
-        series.append(own | {"label": "mean", "kind": "points", "y": y, "low": low, "high": high})
+        points = {
+            "y": [one and one[0] for one in known],
+            "low": [one and one[0] - one[1] for one in known],
+            "high": [one and one[0] + one[1] for one in known],
+        }
+        series.append(own | {"label": "mean", "kind": "points"} | points)
         fit: Fit = getattr(signature, role)
         line = [fit.intercept + fit.slope * v for v in x]
         series.append(own | {"label": "fit", "kind": "line", "y": line})

@@ -84,11 +84,8 @@ class Page:
 def write_page(folders: Sequence[Path], path: Path, max_mib: int = MAX_MIB) -> None:
     """Write the page of some runs as one HTML file.
 
-    Args:
-        folders: the runs'.
-        path: the file.
-        max_mib: how much of the archives' groups it carries, and how much of their answers; evenly
-            spaced steps and evaluations are left out beyond.
+    It carries `max_mib` of the archives' groups, and as much of their answers; beyond, evenly
+    spaced steps and evaluations are left out.
 
     Raises:
         ValueError: a folder is not a run's.
@@ -149,23 +146,19 @@ class LiveServer(ThreadingHTTPServer):
 
     def _newest(self) -> str:
         """The runs' state, which the page then shows."""
-        with self._lock:
+        # A run that another one replaces has no files for a moment: the page stays as it is.
+        with self._lock, suppress(OSError, ValueError):
             state = self._state()
-            # A run that another one replaces has no files for a moment: the page stays as it is.
-            with suppress(OSError, ValueError):
-                if state != self._version:
-                    self._page.refresh()
-                    self._version = state
+            if state != self._version:
+                self._page.refresh()
+                self._version = state
         return self._version
 
     def _state(self) -> str:
-        sizes = []
-        for folder in self._folders:
-            archive = folder / ARCHIVE
-            for path in (folder / METRICS_FILE, folder / "summary.json", archive):
-                found = path.stat() if path.exists() else None
-                sizes.append("" if found is None else f"{found.st_size}.{found.st_mtime_ns}")
-        return "-".join(sizes)
+        names = (METRICS_FILE, "summary.json", ARCHIVE)
+        paths = [folder / name for folder in self._folders for name in names]
+        found = [path.stat() if path.exists() else None for path in paths]
+        return "-".join(f"{one.st_size}.{one.st_mtime_ns}" if one else "" for one in found)
 
 
 class _Handler(BaseHTTPRequestHandler):
