@@ -4,11 +4,9 @@ write its results."""
 import hashlib
 import json
 import sys
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -201,20 +199,19 @@ def _reader(benchmark: Benchmark, source: str) -> tuple[Callable[[int], Question
     parts = open_rows(
         source, key=key, split=split, subsets=benchmark.subsets, download=(f"*{split}*",)
     )
-    ends = list(accumulate(map(len, parts)))
-    if not ends[-1]:
+    rows = [(part, place) for part in parts for place in range(len(part))]
+    if not rows:
         raise ValueError(f"{key}: {source} has no rows of split {split!r}, wanted at least 1")
 
     def read(place: int) -> Question:
-        which = bisect_right(ends, place)
-        part, row_place = parts[which], place - (ends[which - 1] if which else 0)
+        part, row_place = rows[place]
         row, location = part.row(row_place), part.location(row_place)
         check_row(benchmark.name, benchmark.columns, row, location)
         at = f"{benchmark.name}: {location}"
         images = partial(image_refs, column="image", base_dir=part.base_dir, at=at)
         return benchmark.to_question(row, at, images)
 
-    return read, ends[-1]
+    return read, len(rows)
 
 
 def _digest(question: Question, image_digests: dict[ImageRef, str]) -> str:

@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -191,8 +191,6 @@ class ArchiveWriter:
 
     def _shrink(self, limit: int) -> int:
         """Drop the oldest files where the archive is over its limit; how much room is left."""
-        import pyarrow.parquet as parquet
-
         files = archive_files(self._run_dir)
         sizes = [file.path.stat().st_size for file in files]
         images = list(os.scandir(self._folder / IMAGES))
@@ -207,8 +205,8 @@ class ArchiveWriter:
             file.path.unlink()
             dropped.append(file.step)
             total -= size
-        kept = (parquet.read_table(file.path, columns=["images"]) for file in files[len(dropped) :])
-        named = {name for table in kept for names in table["images"].to_pylist() for name in names}
+        kept = read_files(files[len(dropped) :], columns=["images"])["images"].to_pylist()
+        named = set(chain(*kept))
         for image in images:
             is_old = time.time() - image.stat().st_mtime > _IMAGE_REST_SECONDS
             if is_old and image.name not in named:

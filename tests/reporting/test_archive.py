@@ -70,15 +70,20 @@ def test_a_file_that_is_being_written_does_not_count(tmp_path: Path):
     assert not partial.exists() and read_archive(run)["step"].to_pylist() == [1, 1, 2, 2]
 
 
-def test_the_oldest_steps_go_at_the_limit(tmp_path: Path, caplog):
-    """With one warning; the last step stays however small the limit."""
+def test_the_oldest_steps_go_at_the_limit(tmp_path: Path, caplog, monkeypatch):
+    """With one warning; the last step stays however small the limit, of the images those that a
+    kept step names."""
+    monkeypatch.setattr("care_train.reporting.archive._IMAGE_REST_SECONDS", -1)
     rows = list(invented_groups(1))
     image = Image.new("RGB", (8, 8))
     one_step = write_run(tmp_path / "one", rows) / "archive/step-000001-rank-00.parquet"
     limit = 6 * one_step.stat().st_size / 2**30
     with caplog.at_level(logging.WARNING), ArchiveWriter(tmp_path, 0, 1, limit) as archive:
         for step in range(1, 21):
-            archive.write_step(step, [rows[0] | {"step": step}], [(image,)])
+            own = Image.new("RGB", (8, 8), (step // 2, 0, 0))
+            archive.write_step(step, [rows[0] | {"step": step}], [(own,)])
+    named = {name for row in read_archive(tmp_path)["images"].to_pylist() for name in row}
+    assert {path.name for path in tmp_path.glob("archive/images/*")} == named
     steps = [file.step for file in archive_files(tmp_path)]
     assert 2 < len(steps) <= 6 and steps == list(range(21 - len(steps), 21))
     assert len(caplog.records) == 1 and "logging.archive_gib" in caplog.text
