@@ -10,7 +10,7 @@ import torch
 
 from care_train.algorithm.types import Rollout, RolloutGroup, Spans
 from care_train.data import Sample
-from care_train.reporting.archive import archive_steps, read_files
+from care_train.reporting.archive import archive_steps, check_archive, read_files
 from care_train.reporting.archive_schema import REGIONS, SPAN_COLUMNS
 
 _GROUP_COLUMNS = (
@@ -68,6 +68,7 @@ def steps_of(run: Path) -> Iterator[list[ArchivedGroup]]:
     Raises:
         ValueError: as `read_archive`.
     """
+    check_archive(run)
     columns = [*_GROUP_COLUMNS, *(f"rollouts.{name}" for name in _ROLLOUT_COLUMNS)]
     for files in archive_steps(run, "step"):
         groups = map(_group, read_files(files, columns=columns).to_pylist())

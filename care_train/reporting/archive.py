@@ -74,6 +74,14 @@ def archive_steps(run_dir: Path, kind: str) -> list[list[ArchiveFile]]:
     return [list(own) for _, own in groupby(archive_files(run_dir, kind), lambda file: file.step)]
 
 
+def check_archive(run: str | Path) -> None:
+    """Raise a `ValueError` where a run has no archive."""
+    if not (Path(run) / ARCHIVE).is_dir():
+        raise ValueError(
+            f"{run}: no folder {ARCHIVE}: it is no run's, or the run has logging.archive_gib=0"
+        )
+
+
 def cut_archive(run_dir: Path, step: int) -> None:
     """Drop what was written after `step`, -1 for all, and files that a kill left half written."""
     folder = run_dir / ARCHIVE
@@ -242,10 +250,7 @@ def read_archive(
     Raises:
         ValueError: the run has no archive, a file of it is damaged, or there is no such column.
     """
-    if not (Path(run) / ARCHIVE).is_dir():
-        raise ValueError(
-            f"{run}: no folder {ARCHIVE}: it is no run's, or the run has logging.archive_gib=0"
-        )
+    check_archive(run)
     files = archive_files(Path(run), "eval" if evaluations else "step")
     chosen = [file for file in files if steps is None or file.step in steps]
     return read_files(chosen, evaluations=evaluations, columns=columns)

@@ -147,13 +147,16 @@ def test_without_a_tokenizer_spans_are_shaded(tmp_path: Path) -> None:
 
 
 def test_errors_name_what_is_wrong(tmp_path: Path, capsys: Any) -> None:
-    """A folder that is no run's, a bound or port that is none, and files that a copy cut off."""
+    """A folder that is no run's or no file's name, a bound or port that is none, and files that a
+    copy cut off."""
     assert main(["report", str(tmp_path)]) == 2
     assert (
         f"{tmp_path}: got no metrics.jsonl, wanted the folder of a run" in capsys.readouterr().err
     )
     assert main(["report", str(write_metrics(tmp_path / "run")), "--max-mib", "0"]) == 2
     assert "--max-mib: got 0" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path)]) == 2
+    assert f"--out: got the folder {tmp_path}, wanted a file" in capsys.readouterr().err
     assert main(["report", "--watch", str(tmp_path / "run"), "--port", "65536"]) == 2
     assert "--port: got 65536, wanted 0 to 65535" in capsys.readouterr().err
     (run := tmp_path / "run").joinpath("summary.json").write_text('{"accuracy')

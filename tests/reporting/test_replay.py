@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,13 +86,16 @@ def test_what_decides_the_samples_is_refused(quickstart_run: Path, override, nam
 
 
 def test_what_was_not_stored_is_refused_with_the_reason(quickstart_run: Path, tmp_path: Path):
-    """CARE over the archive of a baseline, which has no distances."""
+    """CARE over the archive of a baseline, which has no distances; a run without an archive."""
     run = write_run(tmp_path / "run", list(invented_groups(2)))
     (run / "config.yaml").write_bytes((quickstart_run / "config.yaml").read_bytes())
     with pytest.raises(ValueError, match="no distances"):
         replay(run)
     assert main(["replay", str(run)]) == 2
     assert replay(run, ["algorithm=grpo"]).groups
+    shutil.rmtree(run / "archive")
+    with pytest.raises(ValueError, match=r"logging\.archive_gib=0"):
+        replay(run)
 
 
 def test_the_command_writes_table_and_files(quickstart_run: Path, tmp_path: Path, capsys):

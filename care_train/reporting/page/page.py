@@ -88,8 +88,10 @@ def write_page(folders: Sequence[Path], path: Path, max_mib: int = MAX_MIB) -> N
     spaced steps and evaluations are left out.
 
     Raises:
-        ValueError: a folder is not a run's.
+        ValueError: a folder is not a run's, or `path` is a folder.
     """
+    if path.is_dir():
+        raise ValueError(f"--out: got the folder {path}, wanted a file's name")
     html = Page(folders, max_mib).html()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, html)
