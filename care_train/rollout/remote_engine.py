@@ -8,9 +8,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import cache
+from functools import cache, partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
@@ -29,21 +28,29 @@ from care_train.rollout.engine import (
 from care_train.rollout.errors import RolloutServerError
 from care_train.rollout.server_access import TOKEN_VARIABLE, Token, find_token
 from care_train.rollout.server_messages import (
+    Begin,
     Bucket,
     Done,
     Generated,
     Message,
     MessageType,
     OfSender,
-    OpenChannel,
     ServerInfo,
     TakeLease,
     pack_batch,
     server_identity,
 )
 from care_train.rollout.vllm_engine import check_expansion, check_length
-from care_train.rollout.weight_channel import MEET_SECONDS, Broadcast, backend_for, invite
-from care_train.rollout.weight_sync import BUCKET_BYTES, buckets, described
+from care_train.rollout.weight_sync import (
+    BUCKET_BYTES,
+    MEET_SECONDS,
+    Broadcast,
+    backend_for,
+    buckets,
+    described,
+    join_group,
+    new_unique_id,
+)
 
 CONNECT_SECONDS = 10.0
 CONNECT_RETRIES = 5
@@ -52,6 +59,9 @@ the server may have begun is never repeated."""
 
 ANSWER_SECONDS = 600.0
 """How long one answer may take, a whole batch or a bucket of weights; after that the run stops."""
+
+REQUEST_BYTES = 64 << 20
+"""Weights in one request, where requests carry them; a larger tensor goes alone."""
 
 BEAT_SECONDS = 5.0
 """How often the server hears that the run is alive: a sixth of what it waits for that. Also how
@@ -169,16 +179,6 @@ class ServerClient:
                 if error.status == 409:
                     self._is_over.set()
 
-    def local_address(self) -> str:
-        """This machine's address as the server can reach it."""
-        parts = urlsplit(self.url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        try:
-            with socket.create_connection((parts.hostname, port), CONNECT_SECONDS) as connection:
-                return connection.getsockname()[0]
-        except OSError as error:
-            raise self.error(f"cannot connect: {error}") from error
-
     def error(self, problem: str, status: int | None = None) -> RolloutServerError:
         """What to raise about this server."""
         return RolloutServerError(f"rollout.vllm.server {self.url}: {problem}", status)
@@ -273,13 +273,13 @@ class VllmServerEngine:
         """
         # A rank that still waits for rollouts would lose them: the server gives up what runs.
         of_first_rank(None)
-        remaining, self._version = iter(weights), None
+        remaining, held, self._version = iter(weights), self._version, None
         sent: Any = None
         if is_main():
             try:
-                sent = self._send(remaining)
+                sent = self._send(remaining, held)
             except (ValueError, RolloutServerError) as error:
-                # The channel may be in the middle of a broadcast: the next sync opens another.
+                # The group may be in the middle of a broadcast: the next sync makes another.
                 sent, self._broadcast = error, None
         # To gather weights is collective, so every rank goes through all of them.
         for _ in remaining:
@@ -293,30 +293,36 @@ class VllmServerEngine:
     def rest(self) -> None:
         """Nothing to free: the server's memory is its own."""
 
-    def _send(self, weights: Iterator[tuple[str, torch.Tensor]]) -> tuple[str | None, int]:
-        if self._broadcast is None:
-            self._broadcast = self._open_channel()
-        broadcast, sender, num_bytes = self._broadcast, OfSender(sender=self.client.sender), 0
-        self.client.ask(Done, "/weights/begin", sender)
-        described_weights = described(weights, self._loaded.model.dtype)
-        for tensors, content in buckets(described_weights, BUCKET_BYTES):
-            size = content.numel()
-            message = Bucket(sender=sender.sender, tensors=tuple(tensors), num_bytes=size)
-            self._meet("/weights/bucket", message, lambda c=content: broadcast(c))
-            num_bytes += size
-        return self.client.ask(Done, "/weights/end", sender).version, num_bytes
-
-    def _open_channel(self) -> Broadcast:
+    def _send(
+        self, weights: Iterator[tuple[str, torch.Tensor]], held: str | None
+    ) -> tuple[str | None, int]:
+        """Send the weights to a server that holds version `held` of them; returns the version that
+        it then holds, and the bytes sent."""
         self.client.take()
-        call, meet = invite(self._backend, self.client.local_address())
-        message = OpenChannel(sender=self.client.sender, call=call)
-        size = 1 + self._info.num_workers
-        # Twice as long as a worker waits: the workers begin after what vLLM is busy with.
-        return self._meet("/weights/open", message, lambda: meet(size, 2 * MEET_SECONDS))
+        sender, num_bytes, unique_id, join = self.client.sender, 0, None, None
+        if self._backend == "nccl" and self._broadcast is None:
+            unique_id, size = new_unique_id(), 1 + self._info.num_workers
+            # Twice as long as a worker waits: the workers begin after what vLLM is busy with.
+            join = partial(join_group, unique_id, 0, size, 2 * MEET_SECONDS)
+        begin = Begin(sender=sender, version=held, unique_id=unique_id)
+        broadcast = self._ask("/weights/begin", begin, join) or self._broadcast
+        self._broadcast, limit = broadcast, BUCKET_BYTES if broadcast else REQUEST_BYTES
+        for tensors, content in buckets(described(weights, self._loaded.model.dtype), limit):
+            carried = None if broadcast else content.numpy().tobytes()
+            bucket = Bucket(sender=sender, tensors=tuple(tensors), content=carried)
+            self._ask("/weights/bucket", bucket, broadcast and partial(broadcast, content))
+            num_bytes += content.numel()
+        end = self.client.ask(Done, "/weights/end", OfSender(sender=sender))
+        return end.version, num_bytes
 
-    def _meet(self, path: str, message: Message, own_part: Callable[[], Value]) -> Value:
-        """Do what must happen here while the server does what it is asked; if both fail, the
-        server's reason is raised."""
+    def _ask(
+        self, path: str, message: Message, own_part: Callable[[], Value] | None
+    ) -> Value | None:
+        """Ask the server for something, and meanwhile do what it needs of this process; if both
+        fail, the server's reason is raised."""
+        if own_part is None:
+            self.client.ask(Done, path, message)
+            return None
         answer: Future[Done] = in_background(lambda: self.client.ask(Done, path, message))
         try:
             result = own_part()

@@ -9,20 +9,25 @@ before they change, so no answer was sampled from other weights than its run ask
 """
 
 import asyncio
+import queue
 import secrets
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 from care_train.models.load import LoadedModel
-from care_train.rollout.engine_loop import Batch, EngineLoop
+from care_train.rollout.engine import Value
+from care_train.rollout.errors import RolloutError
 from care_train.rollout.server_messages import (
+    Begin,
     Bucket,
     Done,
     Generate,
     Generated,
     OfSender,
-    OpenChannel,
     RequestError,
     ServerInfo,
     TakeLease,
@@ -38,25 +43,186 @@ _POLL_SECONDS = 1.0
 """How often the server checks whether the trainer of a running batch is still connected."""
 
 
+@dataclass(eq=False)
+class Batch:
+    """Requests that came together and are answered together."""
+
+    version: str | None
+    """Of the weights to sample from."""
+    prompts: Sequence[Any]
+    """What `LLM.enqueue` takes, one per request."""
+    parameters: Sequence[Any]
+    """vLLM's `SamplingParams`, one per request."""
+    result: Future[list[Any]] = field(default_factory=Future)
+    """vLLM's outputs in order."""
+    names: list[str] = field(default_factory=list)
+    """vLLM's, one per request."""
+    outputs: dict[str, Any] = field(default_factory=dict)
+    """Those that are done, by name."""
+
+
+class EngineLoop:
+    """Steps vLLM while there is work; every use of it runs on this one thread."""
+
+    def __init__(self, start: Callable[[], Any], on_death: Callable[[], None]) -> None:
+        """Drive the `LLM` without weights that `start` makes; `on_death` is called once if it or
+        one of its workers fails."""
+        self._on_death = on_death
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._is_step_due = False
+        self._lora: Any = None
+        self.version: str | None = None
+        """Of the weights that vLLM holds, whole and checked. Used on the thread."""
+        self.running: dict[str, Batch] = {}
+        """The batches that are being sampled, by vLLM's name of each of their requests."""
+        self.failure: RequestError | None = None
+        """Why vLLM can do nothing more."""
+        started: Future[Any] = Future()
+        threading.Thread(target=self._run, args=(start, started), name="vllm", daemon=True).start()
+        self._llm = started.result()
+        # A worker may die while nothing is sampled.
+        self._llm.llm_engine.model_executor.register_failure_callback(
+            lambda: self._work.put(lambda: self._fail("a worker process died"))
+        )
+
+    def call(self, function: Callable[[Any], Value]) -> Future[Value]:
+        """Run `function(llm)` between two steps; what it raises becomes a `RequestError`."""
+        result: Future[Value] = Future()
+
+        def work() -> None:
+            # From here on, nobody can cancel the future: setting its result below would then raise
+            # and end this thread.
+            if not result.set_running_or_notify_cancel():
+                return
+            try:
+                if self.failure is not None:
+                    raise self.failure
+                result.set_result(function(self._llm))
+            except RequestError as error:
+                result.set_exception(error)
+            except RolloutError as error:
+                result.set_exception(self._failed(RequestError(409, str(error))))
+            # vLLM and its workers raise whatever they like.
+            except Exception as error:
+                problem = f"vLLM: {type(error).__name__}: {error}"
+                result.set_exception(self._failed(RequestError(500, problem)))
+
+        self._work.put(work)
+        return result
+
+    def _failed(self, error: RequestError) -> RequestError:
+        """What to answer after a call that failed: vLLM goes on, unless a worker has lost its GPU,
+        whose every later call would fail too. Then the server ends, as after a failed step."""
+        try:
+            check_sync(self._llm.collective_rpc("care_check_device"))
+        # A worker that cannot be asked is of no more use.
+        except Exception as lost:
+            self._fail(f"{error} ({lost})")
+        return self.failure or error
+
+    def generate(self, batch: Batch) -> Future[None]:
+        """Start a batch; `batch.result` gets vLLM's outputs once they are done.
+
+        All its requests enter vLLM between two steps, so a run's batches are made up alike every
+        time. It is a `RequestError` if vLLM then has other weights than the batch's.
+        """
+        return self.call(lambda llm: self._add(batch))
+
+    def abort(self, batch: Batch, reason: str) -> None:
+        """Give up a batch that is not done."""
+        self.call(lambda llm: self._abort(batch, reason))
+
+    def hold_weights(self, version: str | None, lora: Any = None) -> None:
+        """Within `call`: say which `version` of the weights vLLM holds; None: none.
+
+        Batches that are not done are given up. `lora` is vLLM's `LoRARequest` of the adapter among
+        the weights, if there is one.
+        """
+        for batch in set(self.running.values()):
+            self._abort(batch, "new weights came before it was done")
+        self.version, self._lora = version, lora
+
+    def _run(self, start: Callable[[], Any], started: Future[Any]) -> None:
+        # vLLM keeps the CUDA stream of the thread that starts it, and would copy tokens from there
+        # before another thread's stream has sampled them.
+        try:
+            started.set_result(start())
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        while True:
+            self._work.get()()
+
+    def _add(self, batch: Batch) -> None:
+        if self.version is None or batch.version != self.version:
+            raise RequestError(
+                409,
+                "its weights are not those of this run: wanted a weight sync first (the server was "
+                "restarted, or another run uses it)",
+            )
+        ids = self._llm.enqueue(
+            batch.prompts, batch.parameters, lora_request=self._lora, use_tqdm=False
+        )
+        # Without the suffix of vLLM's internal ids, which its outputs do not have.
+        batch.names = [name.partition("-")[0] for name in ids]
+        self.running |= dict.fromkeys(batch.names, batch)
+        self._step_next()
+
+    def _abort(self, batch: Batch, reason: str) -> None:
+        if batch.result.done():
+            return
+        self._llm.llm_engine.abort_request(batch.names)
+        for name in batch.names:
+            self.running.pop(name, None)
+        batch.result.set_exception(RequestError(409, reason))
+
+    def _step_next(self) -> None:
+        """After the calls that wait already, so that these come between two steps."""
+        if self.running and not self._is_step_due:
+            self._is_step_due = True
+            self._work.put(self._step)
+
+    def _step(self) -> None:
+        self._is_step_due = False
+        try:
+            outputs = self._llm.llm_engine.step()
+        except Exception as error:
+            self._fail(f"{type(error).__name__}: {error}")
+            return
+        for output in outputs:
+            batch = self.running.get(output.request_id)
+            if batch is None or not output.finished:
+                continue
+            del self.running[output.request_id]
+            batch.outputs[output.request_id] = output
+            if len(batch.outputs) == len(batch.names):
+                batch.result.set_result([batch.outputs[name] for name in batch.names])
+        self._step_next()
+
+    def _fail(self, problem: str) -> None:
+        """Everyone who waits for an answer hears of it, and the server ends."""
+        if self.failure is not None:
+            return
+        self.failure = RequestError(503, f"vLLM failed: {problem}")
+        for batch in set(self.running.values()):
+            batch.result.set_exception(self.failure)
+        self.running = {}
+        self._on_death()
+
+
 class RolloutServer:
     """What the routes do. One asyncio thread runs them; what concerns weights happens on vLLM's
     thread, where the lease is checked again."""
 
-    def __init__(
-        self, loop: EngineLoop, info: ServerInfo, loaded: LoadedModel, backend: str
-    ) -> None:
-        """Serve `loaded`, a model without weights, whose empty vLLM `loop` drives; weights come by
-        `backend` (`weight_channel.backend_for`)."""
+    def __init__(self, loop: EngineLoop, info: ServerInfo, loaded: LoadedModel) -> None:
+        """Serve `loaded`, a model without weights, whose empty vLLM `loop` drives."""
         self._loop = loop
         self._info = info
         self._loaded = loaded
-        self._backend = backend
         self._lease: TakeLease | None = None
         self._heard = 0.0
         """`time.monotonic` when the run with the lease last reported that it is alive."""
-        # The next three are used on vLLM's thread alone.
-        self._met: str | None = None
-        """The sender whose channel the workers joined last."""
+        # The next two are used on vLLM's thread alone.
         self._is_receiving = False
         """A sync has begun, and has neither failed nor ended."""
         self._has_adapter = False
@@ -118,41 +284,27 @@ class RolloutServer:
         self._lease = None
         return Done()
 
-    async def open(self, message: OpenChannel, request: Any) -> Done:
-        """Let the workers join a channel, at no other address than the request's own."""
-        if message.call.backend != self._backend:
-            got = message.call.backend
-            raise RequestError(422, f"backend: got {got}, wanted this server's {self._backend}")
-
-        def join_channel(llm: Any) -> None:
-            self._drop_weights()
-            self._met = None
-            check_sync(llm.collective_rpc("care_open", args=(message.call, request.client.host)))
-            self._met = message.sender
-
-        return await self._on_engine(message, join_channel)
-
-    async def begin(self, message: OfSender, request: Any) -> Done:
+    async def begin(self, message: Begin, request: Any) -> Done:
         """Begin a weight sync: nothing is sampled until the new weights are whole."""
 
         def begin(llm: Any) -> None:
-            self._drop_weights()
             # Otherwise what the workers still hold of another run could pass for this run's.
-            if self._met != message.sender:
-                raise RequestError(
-                    409, "weight sync: the server's workers have not met this trainer"
-                )
-            llm.collective_rpc("care_begin")
+            keeps_base = message.version is not None and message.version == self._loop.version
+            self._is_receiving = False
+            self._loop.hold_weights(None)
+            if message.unique_id is not None:
+                check_sync(llm.collective_rpc("care_open", args=(message.unique_id,)))
+            llm.collective_rpc("care_begin", args=(keeps_base,))
             self._is_receiving, self._has_adapter = True, False
 
         return await self._on_engine(message, begin)
 
     async def bucket(self, message: Bucket, request: Any) -> Done:
-        """Take the bucket that the trainer broadcasts meanwhile."""
+        """Take some of the sync's tensors."""
 
         def receive(llm: Any) -> None:
             self._stop_receiving()
-            arguments = (message.tensors, message.num_bytes)
+            arguments = (message.tensors, message.content)
             check_sync(llm.collective_rpc("care_receive", args=arguments))
             self._has_adapter |= any(tensor.is_adapter for tensor in message.tensors)
             self._is_receiving = True
@@ -186,10 +338,6 @@ class RolloutServer:
         if lease is None or lease.sender != message.sender:
             owner = "nobody" if lease is None else lease.who
             raise RequestError(409, f"{owner} has this server, not this run: one run at a time")
-
-    def _drop_weights(self) -> None:
-        self._is_receiving = False
-        self._loop.hold_weights(None)
 
     def _stop_receiving(self) -> None:
         """A sync goes on only if its next part succeeds; otherwise a new one has to begin."""

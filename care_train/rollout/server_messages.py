@@ -16,11 +16,7 @@ from care_train.data.images import load_image
 from care_train.models.load import LoadedModel
 from care_train.rollout.engine import Completion, Request, SamplingSettings, model_identity
 from care_train.rollout.vllm_engine import unexpanded_ids, vllm_prompt
-from care_train.rollout.weight_channel import NcclCall, TcpCall
 from care_train.rollout.weight_sync import SentTensor
-
-MAX_BUCKET_BYTES = 1 << 35
-"""Larger than any one tensor: an embedding of 256k tokens by 16k in float32 has 2^34."""
 
 _TokenIds = tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...]
 _Identifier = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -112,23 +108,29 @@ class TakeLease(OfSender):
     """Its process and machine, for others who ask."""
 
 
-class OpenChannel(OfSender):
-    """The trainer's rank 0 waits for the server's workers."""
+class Begin(OfSender):
+    """A weight sync begins."""
 
-    call: Annotated[TcpCall | NcclCall, Field(discriminator="backend")]
+    version: _Identifier | None
+    """Of the run's weights that the server holds: an adapter may come to their base weights."""
+    unique_id: Annotated[bytes, Field(min_length=128, max_length=128)] | None
+    """NCCL's, of a group in which the trainer's rank 0 waits for the server's workers. None: they
+    have met, or need not."""
 
 
 class Bucket(OfSender):
-    """The tensors that the trainer broadcasts meanwhile, in the order in which they lie there."""
+    """Some tensors of a weight sync."""
 
     tensors: tuple[SentTensor, ...] = Field(min_length=1)
-    num_bytes: int = Field(ge=0, le=MAX_BUCKET_BYTES)
+    content: bytes | None
+    """The tensors' bytes in this order; None: the trainer broadcasts them meanwhile."""
 
     @model_validator(mode="after")
     def _tensors_fill_the_bucket(self) -> "Bucket":
         total = sum(tensor.num_bytes for tensor in self.tensors)
-        if total != self.num_bytes:
-            raise ValueError(f"num_bytes: got {self.num_bytes}, wanted the tensors' {total}")
+        if self.content is not None and len(self.content) != total:
+            got = len(self.content)
+            raise ValueError(f"content: got {got} bytes, wanted the tensors' {total}")
         return self
 
 
@@ -260,10 +262,10 @@ def server_identity(loaded: LoadedModel, lora_rank: int | None, backend: str) ->
     Args:
         loaded: the model.
         lora_rank: of adapters that go beside base weights; None: merged weights.
-        backend: by which the weights go (`weight_channel.backend_for`).
+        backend: by which the weights go (`weight_sync.backend_for`).
     """
     return {
         "rank of model.lora with rollout.vllm.lora=adapter": lora_rank,
-        "weights go by (nccl: between GPUs; tcp: without)": backend,
+        "weights go by (nccl: between GPUs; http: without)": backend,
         **model_identity(loaded),
     }

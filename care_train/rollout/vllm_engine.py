@@ -13,43 +13,27 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from care_train.config import VllmSettings
 from care_train.models.load import LoadedModel
 from care_train.models.lora import has_adapters
 from care_train.models.prompts import EncodedPrompt
 from care_train.rollout.engine import Completion, Request, SamplingSettings, WeightParts
 from care_train.rollout.errors import RolloutError, is_out_of_memory
-from care_train.rollout.vllm_process import untouched_process, vllm_process
+from care_train.rollout.vllm_process import VllmSetup, untouched_process, vllm_process
 from care_train.rollout.weight_sync import ADAPTER_ID, send_weights
 
 
 class VllmEngine:
     """Samples with vLLM from weights that `sync` sent; special tokens are never sampled."""
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        settings: VllmSettings,
-        *,
-        max_context: int,
-        batch_size: int,
-        lora_rank: int | None = None,
-    ) -> None:
-        """Start vLLM, or take the one that this process runs for such a model.
-
-        Args:
-            loaded: gives all but the weights, which come by `sync`.
-            settings: `rollout.vllm`.
-            max_context: longest prompt, forced prefix and response together, in tokens.
-            batch_size: sequences generated at once.
-            lora_rank: of adapters that go beside base weights; None where none do.
-        """
-        self._loaded = loaded
-        self._process = vllm_process(loaded, settings, max_context, batch_size, lora_rank)
-        self._lora = adapter_request() if lora_rank and has_adapters(loaded.model) else None
+    def __init__(self, loaded: LoadedModel, setup: VllmSetup) -> None:
+        """Start vLLM, or take the one that this process runs for such a model; `loaded` gives all
+        but the weights, which come by `sync`."""
+        self._loaded, self._max_context = loaded, setup.max_context
+        self._process = vllm_process(loaded, setup)
+        self._lora = adapter_request() if setup.lora_rank and has_adapters(loaded.model) else None
         self._llm = self._process.llm
         # vLLM has no sleep mode on CPUs, whose memory it does not reserve either.
-        self._sleep_level = settings.sleep_level if torch.cuda.is_available() else 0
+        self._sleep_level = setup.settings.sleep_level if torch.cuda.is_available() else 0
 
     @property
     def num_starts(self) -> int:
@@ -68,7 +52,7 @@ class VllmEngine:
         if self._process.owner is not self:
             raise RuntimeError("vLLM has no weights of this policy: wanted a sync before generate")
         for request in requests:
-            check_length(request, sampling, self._process.max_context)
+            check_length(request, sampling, self._max_context)
         mine, everyone = self._gathered(list(requests))
         eos_ids = self._loaded.eos_token_ids
         prompts = [

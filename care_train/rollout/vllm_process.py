@@ -13,19 +13,42 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy
 import torch
 
 from care_train.compat import patch_vllm_on_cpu
-from care_train.config import VllmSettings
+from care_train.config import Config, VllmSettings
 from care_train.models.load import LoadedModel
 from care_train.rollout.engine import banned_token_ids, model_identity
 
 _GIB = 1 << 30
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Those that vLLM reserves memory for: its `MaxLoRARanks`."""
+
+
+@dataclass(frozen=True)
+class VllmSetup:
+    """What vLLM is started for, beside the model."""
+
+    settings: VllmSettings
+    max_context: int
+    """Longest prompt, forced prefix and response together, in tokens."""
+    batch_size: int
+    """Sequences generated at once."""
+    lora_rank: int | None = None
+    """Of adapters that come beside base weights, also while vLLM samples from a model without them,
+    as evaluations before and after training do; None where none come."""
+
+    @classmethod
+    def of(cls, config: Config, loaded: LoadedModel) -> "VllmSetup":
+        """For a run and its model."""
+        rollout, lora = config.rollout, config.model.adapters
+        # A reflection's prompt and prefix together have as many as a prompt and a response.
+        longest = config.prompt.max_prompt_tokens + 2 * rollout.max_new_tokens
+        # More than the model's positions vLLM refuses.
+        positions = loaded.model.config.get_text_config().max_position_embeddings
+        rank = lora.rank if lora is not None and rollout.vllm.lora == "adapter" else None
+        return cls(rollout.vllm, min(longest, positions), rollout.batch_size, rank)
 
 
 @dataclass
@@ -35,8 +58,6 @@ class VllmProcess:
     llm: Any
     folder: tempfile.TemporaryDirectory[str]
     """Configuration, tokenizer and processor, which vLLM also reads later."""
-    max_context: int
-    """Longest prompt and response together."""
     owner: object | None = None
     """The engine whose weights were sent last; None where they are gone."""
     asleep: bool = False
@@ -47,20 +68,14 @@ class VllmProcess:
 _running: dict[str, VllmProcess] = {}
 
 
-def vllm_process(
-    loaded: LoadedModel,
-    settings: VllmSettings,
-    max_context: int,
-    batch_size: int,
-    lora_rank: int | None,
-) -> VllmProcess:
+def vllm_process(loaded: LoadedModel, setup: VllmSetup) -> VllmProcess:
     """The process's vLLM for such a model, started where there is none yet.
 
     Raises:
         ValueError: vLLM is not installed, or runs for another model on this GPU; or the ranks are
             no multiple of the tensor-parallel size.
     """
-    key = repr((model_identity(loaded), settings, max_context, batch_size, lora_rank))
+    key = repr((model_identity(loaded), setup))
     if key in _running:
         return _running[key]
     if _running and torch.cuda.is_available():
@@ -68,8 +83,7 @@ def vllm_process(
             "rollout.engine=vllm: this process runs a vLLM for another model or other settings "
             "already, and its sleep mode allows one in a process: start another process"
         )
-    max_context = context_within(loaded, max_context)
-    size, ranks = settings.tensor_parallel_size, int(os.environ.get("WORLD_SIZE", "1"))
+    size, ranks = setup.settings.tensor_parallel_size, int(os.environ.get("WORLD_SIZE", "1"))
     if ranks % size:
         raise ValueError(
             f"rollout.vllm.tensor_parallel_size: got {size}, wanted a divisor of the number of "
@@ -78,56 +92,37 @@ def vllm_process(
     # The launcher's variables; without one, those of a single process.
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
-    # Ranks are processes already, each drives its own worker.
-    executor = "external_launcher"
     folder = tempfile.TemporaryDirectory(prefix="care-vllm-")
-    loaded.save_skeleton(folder.name)
     with untouched_process():
-        llm = start_vllm(
-            loaded, folder.name, settings, max_context, batch_size, lora_rank, executor
-        )
-    _running[key] = VllmProcess(llm, folder, max_context)
+        # Ranks are processes already, each drives its own worker.
+        llm = start_vllm(loaded, folder.name, setup, "external_launcher")
+    _running[key] = VllmProcess(llm, folder)
     return _running[key]
 
 
-def context_within(loaded: LoadedModel, max_context: int) -> int:
-    """`max_context`, or the model's positions where they are fewer, which vLLM refuses to pass."""
-    return min(max_context, loaded.model.config.get_text_config().max_position_embeddings)
-
-
-def start_vllm(
-    loaded: LoadedModel,
-    folder: str,
-    settings: VllmSettings,
-    max_context: int,
-    batch_size: int,
-    lora_rank: int | None,
-    executor: str,
-) -> Any:
+def start_vllm(loaded: LoadedModel, folder: str, setup: VllmSetup, executor: str) -> Any:
     """vLLM's `LLM`, empty, with everything that makes its samples those of the trainer's policy.
 
     Args:
-        loaded: gives precision and banned tokens.
-        folder: configuration, tokenizer and processor; no weights.
-        settings: `rollout.vllm`.
-        max_context: longest prompt and response together, in tokens.
-        batch_size: sequences generated at once.
-        lora_rank: of adapters that come beside base weights; None where none do.
+        loaded: gives all but the weights.
+        folder: takes configuration, tokenizer and processor; there as long as vLLM runs.
+        setup: what vLLM must be ready for.
         executor: vLLM's `distributed_executor_backend`, which says where its workers run.
 
     Raises:
         ValueError: vLLM is not installed, or takes no adapters of this rank.
     """
     _set_environment()
-    on_gpu = torch.cuda.is_available()
+    loaded.save_skeleton(folder)
+    settings, on_gpu = setup.settings, torch.cuda.is_available()
     with _quiet():
         return _import_llm(on_gpu)(
             model=folder,
             load_format="dummy",
             dtype=str(loaded.model.dtype).removeprefix("torch."),
             tensor_parallel_size=settings.tensor_parallel_size,
-            max_model_len=max_context,
-            max_num_seqs=batch_size,
+            max_model_len=setup.max_context,
+            max_num_seqs=setup.batch_size,
             # On GPUs what gpu_memory_utilization leaves; $VLLM_CPU_KVCACHE_SPACE comes first.
             kv_cache_memory_bytes=None if on_gpu else _GIB,
             gpu_memory_utilization=settings.gpu_memory_utilization,
@@ -147,19 +142,23 @@ def start_vllm(
             worker_extension_cls="care_train.rollout.vllm_worker.WeightReceiver",
             seed=0,
             distributed_executor_backend=executor,
-            **_lora_arguments(lora_rank),
+            **_lora_arguments(setup.lora_rank),
         )
 
 
 def _lora_arguments(rank: int | None) -> dict[str, Any]:
     if rank is None:
         return {}
-    if rank > _LORA_RANKS[-1]:
+    from vllm.config.lora import MaxLoRARanks  # pyright: ignore[reportMissingImports]
+
+    # vLLM reserves memory for some ranks alone.
+    ranks = get_args(MaxLoRARanks)
+    if rank > max(ranks):
         raise ValueError(
-            f"model.lora.rank: got {rank}, wanted at most {_LORA_RANKS[-1]} for "
+            f"model.lora.rank: got {rank}, wanted at most {max(ranks)} for "
             "rollout.vllm.lora=adapter"
         )
-    return {"enable_lora": True, "max_lora_rank": next(r for r in _LORA_RANKS if r >= rank)}
+    return {"enable_lora": True, "max_lora_rank": min(r for r in ranks if r >= rank)}
 
 
 def _set_environment() -> None:

@@ -1,24 +1,46 @@
 """Weights from the trainer into vLLM's model: what is sent, and the proof that vLLM holds it.
 
-Each tensor is loaded into the live model by vLLM's own loaders, which know its names and fused
-parameters (qkv_proj, gate_up_proj). What they say they filled tells where each tensor has to be: on
-which rows of which parameter, and under tensor parallelism on which rank. After every sync the
-checksums of those slices must add up to those taken before the tensors left, and no parameter may
-have been left out. `vllm_worker.py` is the receiving side.
+Each tensor is loaded into the live model by vLLM's own loaders, which know its names, fused
+parameters (qkv_proj, gate_up_proj) and the shares of tensor-parallel ranks. What they copy tells
+where each part of a tensor has to be. After every sync the checksums of those places, over all
+ranks, must add up to the one taken before the tensor left, and no parameter may have been left out.
+`vllm_worker.py` is the receiving side.
+
+A server's weights come in the requests between CPUs, and between GPUs through vLLM's NCCL group for
+weight transfer, whose rank 0 is the trainer's. Its ranks find each other by NCCL's unique id, which
+travels in the trainer's authenticated request. What a peer sends is used as weights and nothing
+else: nothing is unpickled. Every wait has a time limit.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
-from math import prod
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
+from care_train.rollout.engine import in_background
 from care_train.rollout.errors import RolloutError
 
 BUCKET_BYTES = 512 << 20
 """Weights gathered and sent at once; a larger parameter goes alone."""
+
+MEET_SECONDS = 30.0
+"""How long a server's workers wait for the trainer that called them."""
+
+_MIN_BYTES_PER_SECOND = 16 << 20
+
+_NO_NCCL = "VLLM_DISABLE_PYNCCL"
+
+Broadcast = Callable[[torch.Tensor], None]
+"""Sends rank 0's uint8 tensor into that of every other rank; returns when it is there.
+
+Raises `RuntimeError` if that takes more than 30 s and 1 s for every 16 MiB.
+"""
 
 ADAPTER_ID = 1
 """The number by which vLLM knows the policy's adapter."""
@@ -121,9 +143,7 @@ def finish_sync(llm: Any) -> None:
     llm.llm_engine.reset_encoder_cache()
 
 
-def checksum(
-    tensor: torch.Tensor, *, first_row: int = 0, first_column: int = 0, columns: int | None = None
-) -> int:
+def checksum(tensor: torch.Tensor, offset: int = 0, strides: Sequence[int] | None = None) -> int:
     """Sum over elements of bits x (a pseudo-random odd number of the position), modulo 2^64 and
     signed.
 
@@ -131,203 +151,114 @@ def checksum(
     always changes it. The checksums of a tensor's pieces add up to the tensor's.
 
     Args:
-        tensor: [rows, ...]: a tensor, or a piece of one.
-        first_row: where the piece starts.
-        first_column: where the piece's rows start, in elements.
-        columns: elements per row of the whole tensor. None: the piece has whole rows.
+        tensor: a tensor, or a piece of one.
+        offset: the position of the piece's first element in the whole tensor, in elements.
+        strides: from one element of the piece to the next in the whole tensor, per dimension. None:
+            the tensor is whole.
     """
-    rows = tensor.shape[0] if tensor.ndim else 1
     if not tensor.numel():
         return 0
-    flat = tensor.detach().reshape(rows, -1)
-    words = flat.contiguous().view(_WORDS[tensor.element_size()])
-    width = words.shape[1]
-    columns = width if columns is None else columns
-    step = max(1, _CHUNK // width)
-    column = torch.arange(width, device=tensor.device) + first_column
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, rows, step):
-        part = words[start : start + step].long()
-        row = torch.arange(start, start + len(part), device=tensor.device) + first_row
-        factor = (row[:, None] * columns + column).mul_(_MIX)
+    strides = tensor.contiguous().stride() if strides is None else strides
+    if not tensor.ndim:
+        tensor, strides = tensor[None], (1,)
+    device = tensor.device
+    inner = torch.zeros(1, dtype=torch.int64, device=device)
+    for size, stride in zip(tensor.shape[1:], strides[1:], strict=True):
+        inner = (inner[:, None] + torch.arange(size, device=device) * stride).reshape(-1)
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    step = max(1, _CHUNK // len(inner))
+    for start in range(0, len(tensor), step):
+        part = tensor[start : start + step].detach()
+        words = part.reshape(len(part), -1).contiguous().view(_WORDS[part.element_size()])
+        row = torch.arange(start, start + len(part), device=device) * strides[0] + offset
+        factor = (row[:, None] + inner).mul_(_MIX)
         factor.bitwise_xor_(factor >> 29).mul_(_MIX).bitwise_or_(1)
-        total += factor.mul_(part).sum()
+        total += factor.mul_(words.long()).sum()
     return int(total)
 
 
-def find_failures(model: Any, filled: Mapping[str, Sequence[SentTensor]]) -> list[str]:
-    """What is wrong with a model after a sync, for people; due on all workers.
+def backend_for(device: torch.device) -> str:
+    """By what a server's weights come: `nccl` on GPUs, elsewhere `http`, in the requests.
 
-    Args:
-        model: vLLM's, without wrappers for adapters.
-        filled: names of the model's parameters, and what its loaders filled each with.
+    Raises:
+        ValueError: vLLM is told to use no NCCL.
     """
-    from vllm.distributed import get_tp_group  # pyright: ignore[reportMissingImports]
-
-    group = get_tp_group()
-    parameters = dict(model.named_parameters())
-    failures = [
-        f"no tensor was sent for vLLM's {name!r}"
-        for name in [*parameters, *_saved_buffers(model)]
-        if name not in filled
-    ]
-    for name, sent in filled.items():
-        parameter = parameters[name].detach()
-        pieces = _pieces(parameter, _segments(model, name, sent), group)
-        # vLLM pads a vocabulary with zeros.
-        if sent[0].shape and parameter[sum(piece.rows for piece in pieces) :].any():
-            names = ", ".join(tensor.name for tensor in sent)
-            failures.append(f"vLLM's {name!r} was sent in part only: {names}")
-        for tensor in sent:
-            own = [piece for piece in pieces if piece.sent is tensor]
-            held = _held_checksum(parameter, own, group)
-            if held != tensor.checksum:
-                failures.append(
-                    f"{tensor.name!r}: vLLM's {name!r} holds other numbers than were sent "
-                    f"(checksum {held % 2**64:016x}, sent {tensor.checksum % 2**64:016x})"
-                )
-    return failures
-
-
-def _saved_buffers(model: Any) -> list[str]:
-    """Buffers that belong to a checkpoint, and would be random here: vLLM started without one.
-
-    Not the scales of an attention without quantisation, which vLLM sets to 1 after loading.
-    """
-    saved = model.state_dict()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
-    return [n for n, b in buffers.items() if not (n.endswith("_scale") and bool((b == 1).all()))]
-
-
-_Segment = tuple[SentTensor, int, int]
-"""Rows of a sent tensor that tensor parallelism splits on their own: the first, how many."""
-
-
-def _segments(model: Any, parameter: str, sent: Sequence[SentTensor]) -> list[_Segment]:
-    """The parts of a parameter as they lie in it: q, k, v; gate, up.
-
-    Of a tensor that is fused in the checkpoint already (a vision tower's qkv), its own parts.
-    """
-    module, _, _ = parameter.rpartition(".")
-    if len(sent) > 1:
-        order = getattr(model, "packed_modules_mapping", {}).get(module.rpartition(".")[2])
-        if order:
-            sent = sorted(sent, key=lambda tensor: order.index(tensor.name.split(".")[-2]))
-        return [(tensor, 0, tensor.shape[0]) for tensor in sent]
-    rows = sent[0].shape[0] if sent[0].shape else 1
-    inner = getattr(model.get_submodule(module), "output_sizes", None) or [rows]
-    if sum(inner) != rows:
-        inner = [rows]
-    return [(sent[0], sum(inner[:index]), count) for index, count in enumerate(inner)]
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Where in this rank's parameter a segment, or this rank's share of it, lies."""
-
-    sent: SentTensor
-    start: int
-    """First row in the parameter."""
-    rows: int
-    first_row: int
-    """First row in the sent tensor."""
-    first_column: int
-    copies: int
-    """Number of ranks that hold the same piece."""
-
-
-def _pieces(parameter: torch.Tensor, segments: list[_Segment], group: Any) -> list[_Piece]:
-    """Which rows of the parameter hold which segment; vLLM may pad below the last."""
-    size, rank = group.world_size, group.rank_in_group
-    rows = [count for _, _, count in segments]
-    held, columns = rows, prod(parameter.shape[1:])
-    splits_columns = size > 1 and columns != prod(segments[0][0].shape[1:])
-    splits_rows = bool(parameter.shape) and parameter.shape[0] < sum(rows)
-    if size > 1 and splits_rows and not splits_columns:
-        held = _split_rows(parameter.shape[0], rows, size)
-    pieces: list[_Piece] = []
-    start = 0
-    for (sent, first, whole), count in zip(segments, held, strict=True):
-        # Whole on every rank, unless rows or columns are split.
-        copies, first_row = size, 0
-        if count != whole:
-            copies = max(1, size * count // whole)
-            first_row = rank // copies * count
-        count = max(0, min(count, whole - first_row))
-        first_column = rank * columns if splits_columns else 0
-        copies = 1 if splits_columns else copies
-        pieces.append(_Piece(sent, start, count, first_row + first, first_column, copies))
-        start += count
-    return pieces
-
-
-def _split_rows(held: int, rows: list[int], size: int) -> list[int]:
-    """Rows of each segment on one rank, of the `held` ones.
-
-    Key and value heads are held several times where they are fewer than ranks. A vocabulary is
-    padded before it is split, so the last rank may have fewer rows than it holds.
-    """
-    if len(rows) == 1:
-        return [held]
-    even = [count // size for count in rows]
-    if sum(even) == held:
-        return even
-    return [even[0]] + [(held - even[0]) // (len(rows) - 1)] * (len(rows) - 1)
-
-
-def _held_checksum(parameter: torch.Tensor, pieces: Sequence[_Piece], group: Any) -> int:
-    """Of what all workers together hold of one sent tensor."""
-    own = [
-        checksum(
-            parameter[piece.start : piece.start + piece.rows] if piece.sent.shape else parameter,
-            first_row=piece.first_row,
-            first_column=piece.first_column,
-            columns=prod(piece.sent.shape[1:]),
+    if device.type != "cuda":
+        return "http"
+    if (value := os.environ.get(_NO_NCCL, "")).lower() in ("1", "true"):
+        raise ValueError(
+            f"{_NO_NCCL}: got {value}, wanted it unset: weights go to a server's GPUs through "
+            "vLLM's NCCL group"
         )
-        for piece in pieces
-        # Of several ranks with the same piece, one counts it.
-        if group.rank_in_group % piece.copies == 0
-    ]
-    # int64 wraps around, as checksums do.
-    total = torch.tensor(own, dtype=torch.int64).sum()
-    if group.world_size > 1:
-        torch.distributed.all_reduce(total, group=group.cpu_group)
-    return int(total)
+    return "nccl"
 
 
-def find_adapter_failures(manager: Any, sent: Mapping[str, Sequence[torch.Tensor]]) -> list[str]:
-    """What is wrong with the adapter in the first slot of vLLM's `LoRAModelManager`, for people.
+def new_unique_id() -> bytes:
+    """NCCL's name for a new group.
 
-    `sent` has names of layers, and A [rank, in] and B [out, rank] of each.
+    Raises:
+        ValueError: vLLM, through which NCCL is called, is not installed.
     """
-    slot = manager.lora_index_to_id.index(ADAPTER_ID)
-    failures, known = [], set[str]()
-    for name, module in manager.modules.items():
-        parts = manager.packed_modules.get(name, [name])
-        known |= sent.keys() & set(parts)
-        halves = [sent.get(part, (None, None)) for part in parts]
-        stacks = (module.lora_a_stacked, module.lora_b_stacked)
-        shares = (module.slice_lora_a, module.slice_lora_b)
-        for which, (stack, share) in enumerate(zip(stacks, shares, strict=True)):
-            # An embedding and the head have one tensor, not one for each of several parts.
-            held = [part[slot] for part in (stack if isinstance(stack, tuple) else (stack,))]
-            wanted: list[Any] = [half[which] for half in halves]
-            if getattr(module, "tp_size", 1) > 1 and any(half is not None for half in wanted):
-                wanted = share(wanted) if len(wanted) > 1 else [share(wanted[0])]
-            failures += [
-                f"adapter of {part!r}: vLLM holds other numbers than were sent"
-                for part, own, whole in zip(parts, held, wanted, strict=True)
-                if not _is_held(own, whole)
-            ]
-    unknown = [f"adapter of {name!r}: vLLM adapts no such layer" for name in sent.keys() - known]
-    return sorted(unknown) + failures
+    try:
+        from vllm.distributed.device_communicators.pynccl_wrapper import (  # pyright: ignore[reportMissingImports]
+            NCCLLibrary,
+        )
+        from vllm.utils.nccl import unpinned_nccl_env  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise ValueError(
+            "rollout.vllm.server: on GPUs weights go through vLLM's NCCL group, and vLLM is not "
+            "installed here; `pip install care-rl[vllm]`"
+        ) from None
+    with unpinned_nccl_env():
+        return bytes(NCCLLibrary().ncclGetUniqueId().internal)
 
 
-def _is_held(held: torch.Tensor, wanted: torch.Tensor | None) -> bool:
-    """Whether a slot has these numbers, and zeros beside them: vLLM pads the rank."""
-    held = held.reshape(-1, held.shape[-1])
-    if wanted is None:
-        return not held.any()
-    rows, columns = wanted.shape
-    is_same = torch.equal(held[:rows, :columns].cpu(), wanted.to(held.dtype).cpu())
-    return is_same and not held[rows:].any() and not held[:rows, columns:].any()
+def join_group(unique_id: bytes, rank: int, size: int, seconds: float) -> Broadcast:
+    """One rank's part; rank 0 is the trainer.
+
+    Raises:
+        RuntimeError: the others did not come in time.
+    """
+    # Not the group that takes host and port: it unpickles what it finds there.
+    from vllm.distributed.weight_transfer.nccl_common import (  # pyright: ignore[reportMissingImports]
+        uid_init_process_group,
+    )
+
+    device = torch.cuda.current_device()
+
+    def connected() -> Any:
+        torch.cuda.set_device(device)  # A new thread has the first.
+        group = uid_init_process_group(unique_id, rank, size, device)
+        # NCCL connects its ranks within the call of the first broadcast, and waits there without a
+        # time limit for a peer that does not come.
+        first = torch.zeros(1, dtype=torch.uint8, device=group.device)
+        group.broadcast(first, src=0)
+        first.item()
+        return group
+
+    # In a thread that is left behind at the time limit: NCCL itself waits for its ranks for ever.
+    group = in_background(connected)
+    if not wait([group], seconds).done:
+        raise RuntimeError(f"no NCCL group of {size} ranks in {seconds:g} s")
+    communicator: Any = group.result()
+
+    def broadcast(tensor: torch.Tensor) -> None:
+        stream = torch.cuda.current_stream()
+        communicator.broadcast(tensor, src=0, stream=stream)
+        done = torch.cuda.Event()
+        done.record(stream)
+        seconds = MEET_SECONDS + tensor.nbytes / _MIN_BYTES_PER_SECOND
+        end = time.monotonic() + seconds
+        # Not `synchronize`, which would wait for ever for a peer that is gone.
+        while not done.query():
+            if time.monotonic() > end:
+                communicator.destroy()
+                raise RuntimeError(f"{tensor.nbytes} bytes did not come in {seconds:.0f} s")
+            time.sleep(0.0002)
+
+    # A group keeps its memory on the GPU until it is destroyed. Not at the interpreter's end, when
+    # no thread can be started any more, as vLLM does for it.
+    weakref.finalize(broadcast, communicator.destroy).atexit = False
+    return broadcast

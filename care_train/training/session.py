@@ -24,6 +24,7 @@ from care_train.rollout.engine import RolloutEngine
 from care_train.rollout.remote_engine import VllmServerEngine
 from care_train.rollout.transformers_engine import TransformersEngine
 from care_train.rollout.vllm_engine import VllmEngine
+from care_train.rollout.vllm_process import VllmSetup
 from care_train.training.groups import RolloutScorer
 from care_train.training.weights import policy_weights
 from care_train.verifier import Verifier
@@ -138,33 +139,10 @@ class Session:
         if rollout.engine == "transformers":
             model = copy or self.loaded
             return TransformersEngine(model, rollout.batch_size, is_copy=copy is not None)
+        setup = VllmSetup.of(self.config, self.loaded)
         if rollout.vllm.server is not None:
-            return VllmServerEngine(self.loaded, rollout.vllm, adapter_rank(self.config))
-        max_context, batch_size = vllm_limits(self.config)
-        return VllmEngine(
-            self.loaded,
-            rollout.vllm,
-            max_context=max_context,
-            batch_size=batch_size,
-            lora_rank=adapter_rank(self.config),
-        )
-
-
-def vllm_limits(config: Config) -> tuple[int, int]:
-    """The longest context in tokens and the sequences at once that vLLM must be ready for."""
-    rollout = config.rollout
-    # A reflection's prompt and prefix together have as many as a prompt and a response.
-    max_context = config.prompt.max_prompt_tokens + 2 * rollout.max_new_tokens
-    return max_context, rollout.batch_size
-
-
-def adapter_rank(config: Config) -> int | None:
-    """Rank of the adapters that vLLM is ready for beside base weights; None where it gets none.
-
-    Also while it samples from a model without them, as evaluations before and after training do.
-    """
-    lora = config.model.adapters
-    return lora.rank if lora is not None and config.rollout.vllm.lora == "adapter" else None
+            return VllmServerEngine(self.loaded, rollout.vllm, setup.lora_rank)
+        return VllmEngine(self.loaded, setup)
 
 
 def open_session(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,27 @@ import pytest
 import torch
 
 from care_train.config import LoraSettings, VllmSettings
+from care_train.models.batch import image_inputs
 from care_train.models.load import LoadedModel
 from care_train.models.lora import add_adapters
 from care_train.models.prompts import EncodedPrompt
-from care_train.rollout.engine import Request, WeightParts, request_seed
+from care_train.rollout.engine import (
+    Completion,
+    Request,
+    SamplingSettings,
+    WeightParts,
+    banned_token_ids,
+    request_seed,
+)
+from care_train.rollout.transformers_engine import TransformersEngine
+from care_train.rollout.vllm_process import VllmSetup
 from care_train.training.weights import policy_weights
-from tests.train.builders import encoder_of, image_sample, load, text_sample
+from tests.train.builders import encoder_of, full_log_probs, image_sample, load, text_sample
 from tests.train.runs import FastRun
 
 COLORS = ("red", "green", "blue", "yellow")
+KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
+GREEDY = SamplingSettings(16, greedy=True)
 LORA = LoraSettings(rank=4, alpha=12)
 SERVED_LORA = ("model.lora={rank: 4, alpha: 12}", "rollout.vllm.lora=adapter")
 LIMITS = ("prompt.max_prompt_tokens=300", "rollout.max_new_tokens=50", "rollout.batch_size=64")
@@ -104,6 +116,38 @@ class Pair:
         return [Request(p, request_seed(0, step, str(i), 0)) for i, p in enumerate(prompts)]
 
 
+def trainer_log_probs(
+    loaded: LoadedModel, request: Request, completion: Completion, temperature: float = 1.0
+) -> torch.Tensor:
+    """[T, V]: the trainer's distributions of the tokens that the completion has;
+    banned ids left out."""
+    context = request.prompt.token_ids + request.prefix_ids
+    ids = context + completion.token_ids
+    inputs = image_inputs([request.prompt], torch.tensor([ids]), loaded.image_token_id)
+    full = full_log_probs(loaded, ids, inputs, temperature)[len(context) - 1 :]
+    full[:, banned_token_ids(loaded)] = -torch.inf
+    return full.log_softmax(-1)
+
+
+def largest_gap(
+    pair: Pair,
+    requests: Sequence[Request],
+    completions: Sequence[Completion],
+    temperature: float = 1.0,
+) -> float:
+    """Between the engine's log-probs of sampled tokens and the trainer's."""
+    gaps = []
+    for request, completion in zip(requests, completions, strict=True):
+        full = trainer_log_probs(pair.loaded, request, completion, temperature)
+        own = full.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        gaps.append(float((own - torch.tensor(completion.log_probs)).abs().max()))
+    return max(gaps)
+
+
+def tokens(completions: Sequence[Completion]) -> list[tuple[tuple[int, ...], bool]]:
+    return [(c.token_ids, c.finished) for c in completions]
+
+
 def _pairs(tiny_folder, make_engine: Callable[..., Any]) -> Callable[..., Pair]:
     """Gives the pair of a kind, with or without adapters that go alone, with its first weights, and
     those sent: tests may change them. A server may have several workers, and a vLLM that is ready
@@ -131,6 +175,17 @@ def _pairs(tiny_folder, make_engine: Callable[..., Any]) -> Callable[..., Pair]:
     return get
 
 
+@pytest.fixture
+def embedded(tiny_folder):
+    """Makes pairs with transformers, which samples from the trainer's own model."""
+
+    def get(kind: str = KINDS[0]) -> Pair:
+        loaded = load(tiny_folder(kind))
+        return Pair(loaded, TransformersEngine(loaded, 64))
+
+    return get
+
+
 @pytest.fixture(scope="package")
 def pair(tiny_folder):
     """Pairs with a vLLM in this process."""
@@ -139,8 +194,7 @@ def pair(tiny_folder):
 
     def engine(loaded: LoadedModel, kind: str, lora: bool, workers: int) -> VllmEngine:
         settings = VllmSettings(lora="adapter" if lora else "merged")
-        rank = LORA.rank if lora else None
-        return VllmEngine(loaded, settings, max_context=400, batch_size=64, lora_rank=rank)
+        return VllmEngine(loaded, VllmSetup(settings, 400, 64, LORA.rank if lora else None))
 
     return _pairs(tiny_folder, engine)
 
@@ -171,7 +225,7 @@ def served(server, tiny_folder):
     engines: list[VllmServerEngine] = []
     patch = pytest.MonkeyPatch()
     # Several buckets.
-    patch.setattr("care_train.rollout.remote_engine.BUCKET_BYTES", 1 << 20)
+    patch.setattr("care_train.rollout.remote_engine.REQUEST_BYTES", 1 << 20)
 
     def engine(loaded: LoadedModel, kind: str, lora: bool, workers: int) -> VllmServerEngine:
         url = server(kind, lora, workers).url
@@ -184,6 +238,12 @@ def served(server, tiny_folder):
     for used in engines:
         used.client.release()
     patch.undo()
+
+
+@pytest.fixture(params=["transformers", "vllm"])
+def in_process(request):
+    """`embedded`, then `pair`: what holds for each engine in this process."""
+    return request.getfixturevalue("embedded" if request.param == "transformers" else "pair")
 
 
 @pytest.fixture(params=["in process", "server"])

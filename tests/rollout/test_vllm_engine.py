@@ -12,40 +12,14 @@ from PIL import Image
 
 from care_train import commands
 from care_train.config import VllmSettings, load_config
-from care_train.models.batch import image_inputs
 from care_train.models.lora import add_adapters
 from care_train.rollout import vllm_engine, vllm_process
 from care_train.rollout.engine import SamplingSettings, WeightParts, banned_token_ids
 from care_train.rollout.transformers_engine import TransformersEngine
-from care_train.rollout.vllm_process import VllmProcess
+from care_train.rollout.vllm_process import VllmProcess, VllmSetup
 from care_train.training.session import Given
-from tests.rollout.conftest import LORA
-from tests.train.builders import full_log_probs, load
-
-KINDS = ("tiny-qwen2.5-vl", "tiny-qwen3-vl")
-GREEDY = SamplingSettings(16, greedy=True)
-
-
-def trainer_log_probs(loaded, request, completion, temperature=1.0):
-    """[T] log-probs of the completion by the training forward, banned ids left out."""
-    context = request.prompt.token_ids + request.prefix_ids
-    ids = context + completion.token_ids
-    inputs = image_inputs([request.prompt], torch.tensor([ids]), loaded.image_token_id)
-    full = full_log_probs(loaded, ids, inputs, temperature)[len(context) - 1 :]
-    full[:, banned_token_ids(loaded)] = -torch.inf
-    return full.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-
-
-def largest_gap(pair, requests, completions, temperature=1.0):
-    gaps = [
-        (trainer_log_probs(pair.loaded, r, c, temperature) - torch.tensor(c.log_probs)).abs().max()
-        for r, c in zip(requests, completions, strict=True)
-    ]
-    return max(float(gap) for gap in gaps)
-
-
-def tokens(completions):
-    return [(c.token_ids, c.finished) for c in completions]
+from tests.rollout.conftest import GREEDY, KINDS, LORA, largest_gap, tokens
+from tests.train.builders import load
 
 
 def check_without_adapter(plain):
@@ -156,14 +130,15 @@ def test_sampling_follows_the_distribution(pair):
         assert abs(counts[token] / 2000 - share) < 4 * error
 
 
-def test_special_and_image_tokens_are_never_sampled(pair):
+def test_special_and_image_tokens_are_never_sampled(in_process):
     """The head's rows of image tokens and EOS swap scale: a policy that wants them cannot. Global
     generators and thread settings are left as the trainer has them."""
-    model = pair()
+    model = in_process()
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(2)
     head = model.loaded.model.get_output_embeddings().weight
     banned = banned_token_ids(model.loaded)
+    assert model.loaded.image_token_id in banned
     with torch.no_grad():
         # Whatever the state, some banned id has by far the largest logit.
         head[banned[0]], head[banned[1]] = 100 * head[7], -100 * head[7]
@@ -172,7 +147,7 @@ def test_special_and_image_tokens_are_never_sampled(pair):
         completions = model.engine.generate(model.requests(), sampling)
         sampled = {token for c in completions for token in c.token_ids}
         assert sampled and not sampled & set(banned)
-        assert all(torch.tensor(c.log_probs).isfinite().all() for c in completions)
+        assert all(torch.tensor(c.log_probs or ()).isfinite().all() for c in completions)
     assert torch.get_num_threads() == 2 and torch.equal(torch.get_rng_state(), state)
     torch.set_num_threads(threads)
     assert torch.get_num_threads() == threads
@@ -243,9 +218,9 @@ def test_the_stream_is_that_of_whoever_runs(monkeypatch):
     assert now[-1] is own and waited == [foreign, own, foreign]
 
 
-def test_a_response_ends_at_eos_and_keeps_it(pair):
+def test_a_response_ends_at_eos_and_keeps_it(in_process):
     """EOS is the last token of finished responses and of no others."""
-    model = pair()
+    model = in_process()
     head = model.loaded.model.get_output_embeddings().weight
     eos = model.loaded.eos_token_ids[0]
     with torch.no_grad():
@@ -310,15 +285,15 @@ def test_what_a_sleeping_engine_keeps(lora, level, tiny_folder, monkeypatch):
     llm = SimpleNamespace(
         sleep=lambda level: told.append(f"sleep {level}"), wake_up=lambda: told.append("wake up")
     )
-    process = VllmProcess(llm, None, 100)
+    process = VllmProcess(llm, None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(vllm_engine, "vllm_process", lambda *_: process)
     monkeypatch.setattr(vllm_engine, "send_weights", lambda *_: 0)
     monkeypatch.setattr(vllm_engine, "has_adapters", lambda _: True)
     monkeypatch.setattr(vllm_engine, "adapter_request", object)
-    is_merged, limits = lora == "merged", {"max_context": 100, "batch_size": 1}
-    rank, settings = None if is_merged else 4, VllmSettings(lora=lora)
-    engine = vllm_engine.VllmEngine(load(tiny_folder()), settings, **limits, lora_rank=rank)
+    is_merged = lora == "merged"
+    setup = VllmSetup(VllmSettings(lora=lora), 100, 1, None if is_merged else 4)
+    engine = vllm_engine.VllmEngine(load(tiny_folder()), setup)
     assert engine.wanted is (WeightParts.MERGED if is_merged else WeightParts.BASE_AND_ADAPTER)
     assert engine.num_starts == 1
     engine.sync(())
@@ -342,8 +317,8 @@ def test_one_vllm_serves_a_policy_before_with_and_after_its_adapters(
         return dict(reversed(pairs))
 
     def wanted(loaded, size=1):
-        limits = {"max_context": 100, "batch_size": size, "lora_rank": LORA.rank}
-        return vllm_engine.VllmEngine(loaded, VllmSettings(lora="adapter"), **limits).wanted
+        setup = VllmSetup(VllmSettings(lora="adapter"), 100, size, LORA.rank)
+        return vllm_engine.VllmEngine(loaded, setup).wanted
 
     loaded = load(tiny_folder())
     assert wanted(loaded) is WeightParts.MERGED

@@ -10,13 +10,8 @@ from care_train.rollout.engine import WeightParts
 from care_train.rollout.errors import RolloutError, RolloutServerError
 from care_train.rollout.weight_sync import buckets, checksum, described
 from care_train.training.weights import policy_weights, stream
-from tests.rollout.test_vllm_engine import (
-    GREEDY,
-    KINDS,
-    check_greedy_outputs,
-    check_without_adapter,
-    largest_gap,
-)
+from tests.rollout.conftest import GREEDY, KINDS, largest_gap
+from tests.rollout.test_vllm_engine import check_greedy_outputs, check_without_adapter
 from tests.train.builders import load
 
 
@@ -34,12 +29,13 @@ def test_one_changed_element_changes_the_checksum(dtype):
 
 
 def test_checksums_add_over_pieces():
-    """Rows, columns and chunks: the sum over pieces, as int64 wraps it, is the whole's."""
-    tensor = torch.randn(24, 10)
-    rows = [checksum(tensor[i : i + 8], first_row=i) for i in (0, 8, 16)]
-    columns = [checksum(tensor[:, i : i + 5], first_column=i, columns=10) for i in (0, 5)]
-    for pieces in (rows, columns):
-        assert torch.tensor(pieces).sum() == checksum(tensor)
+    """Rows, columns and chunks, also transposed: the sum over pieces is the whole's."""
+    tensor = torch.randn(24, 6, 10)
+    for whole in (tensor, tensor.transpose(1, 2)):
+        for dim in range(3):
+            pieces = whole.split(4, dim)
+            sums = [checksum(p.contiguous(), p.storage_offset(), p.stride()) for p in pieces]
+            assert (sum(sums) - checksum(tensor)) % 2**64 == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,8 +189,8 @@ def test_a_server_takes_adapters_alone(workers, served, server, tiny_folder):
     """Outputs follow the adapter, of which two workers hold their shares. The server refuses one
     without base weights, and goes on; and, at its start, a run that sends none."""
     model = served(lora=True, workers=workers)
-    # A new channel: what the server has of the base weights is another run's.
-    model.engine._broadcast = model.engine._version = None
+    # What the server has of the base weights is another run's.
+    model.engine._version = None
     with pytest.raises(RolloutServerError, match="no tensor was sent for"):
         model.sync(model.weights(WeightParts.ADAPTER))
     whole = model.sync()["sync_bytes"]

@@ -12,20 +12,37 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from care_train.config import VllmSettings
+from care_train.rollout.weight_sync import Broadcast
 from tests.rollout.conftest import Pair, Server
 from tests.train.builders import load
 from tests.train.runs import FastRun, text_rows, text_run_arguments
 
-# Short times, and a GPU that is not there.
+# Short times, and a group without GPUs.
 _BEFORE = """
-import torch
-torch.cuda.current_device = lambda: 0
-from care_train.rollout import server, weight_channel
-weight_channel.MEET_SECONDS = 2.0
+from care_train import serve
+from care_train.rollout import server, weight_sync
+from tests.security.conftest import join_by_pipe
+serve._BODY_SECONDS = 1.0
 server.LEASE_SECONDS = 3.0
+weight_sync.join_group = join_by_pipe
 """
+
+
+def join_by_pipe(unique_id: bytes, rank: int, *_: Any) -> Broadcast:
+    """In place of NCCL's group of two ranks: its unique id is the path of a named pipe."""
+    pipe = Path(unique_id.rstrip(b"\0").decode())
+
+    def broadcast(tensor: torch.Tensor) -> None:
+        if rank == 0:
+            pipe.write_bytes(tensor.numpy().tobytes())
+        else:
+            tensor.copy_(torch.frombuffer(bytearray(pipe.read_bytes()), dtype=torch.uint8))
+
+    broadcast(torch.zeros(1, dtype=torch.uint8))
+    return broadcast
 
 
 def tree(folder: Path) -> dict[str, bytes]:

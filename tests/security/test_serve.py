@@ -7,48 +7,25 @@ import io
 import json
 import os
 import socket
-import threading
-import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
 
 from care_train.config import VllmSettings
+from care_train.rollout import remote_engine
 from care_train.rollout.errors import RolloutServerError
 from care_train.rollout.remote_engine import VllmServerEngine
 from care_train.rollout.server_access import TOKEN_VARIABLE
-from tests.rollout.test_vllm_engine import GREEDY, tokens
+from tests.rollout.conftest import GREEDY, largest_gap, tokens
+from tests.security.conftest import join_by_pipe
 
 STRANGER = "0" * 32
-KEY = base64.b64encode(bytes(64)).decode()
 ROUTES = (
     *("/lease", "/release", "/generate", "/nothing"),
-    *("/weights/open", "/weights/begin", "/weights/bucket", "/weights/end"),
+    *("/weights/begin", "/weights/bucket", "/weights/end"),
 )
-
-
-class Listener:
-    """A port of the attacker's, which says nothing, or `answer` to whoever connects."""
-
-    def __init__(self, answer: bytes = b"") -> None:
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listening.getsockname()[1]
-        self.connections: list[socket.socket] = []
-        self._answer = answer
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            connection = self._listening.accept()[0]
-            self.connections.append(connection)
-            connection.sendall(self._answer)
-
-
-def tcp_message(target, number: int) -> dict[str, Any]:
-    """The live run's own request to be met at a port."""
-    sender = target.run.engine.client.sender
-    return {"sender": sender, "call": {"backend": "tcp", "port": number, "key": KEY}}
 
 
 def test_every_route_demands_the_token(target):
@@ -147,73 +124,65 @@ def test_no_batch_ends_the_server(target):
 
 
 TENSOR = {"name": "lm_head.weight", "dtype": "float32", "shape": [2, 3], "checksum": 1}
-BUCKET = {"sender": STRANGER, "tensors": [TENSOR], "num_bytes": 24}
-NCCL = {"unique_id": "AAAA", "backend": "nccl", "host": "127.0.0.1", "timeout": 2.0}
+BUCKET = {"sender": STRANGER, "tensors": [TENSOR], "content": base64.b64encode(bytes(24)).decode()}
+BEGIN = {"sender": STRANGER, "version": None, "unique_id": None}
 WEIGHTS: list[tuple[Any, ...]] = [
-    *(("open", f"call.{key}", value) for key, value in {"port": 0, "timeout": 1e9}.items()),
-    *(("open", f"call.{key}", value) for key, value in {"key": "AAAA", "backend": "mpi"}.items()),
-    ("open", "call.host", "10.0.0.1"),
+    *(("begin", "unique_id", value) for value in ("AAAA", 7, GONE)),
     # The published attack: a store of the attacker's, whose objects vLLM unpickles.
-    ("open", "call", NCCL, "unique_id"),
-    *(("bucket", "num_bytes", size) for size in (23, -24)),
+    *(("begin", key, value) for key, value in {"host": "10.0.0.1", "port": 5000}.items()),
+    *(("bucket", "content", content) for content in ("AAAA", "no base64", [0])),
     *(("bucket", "tensors.0.dtype", dtype) for dtype in ("Tensor", "int8")),
     ("bucket", "tensors.0.shape", [-2], "tensors.0.shape.0"),
+    ("bucket", "tensors.0.shape", [1 << 39], "content"),
     ("bucket", "tensors.0.pickle", "AAAA"),
 ]
 
 
 def test_messages_about_weights_are_checked(target):
     """Before anything is changed: the live run's weights stay valid."""
-    messages = {"open": tcp_message(target, 1), "bucket": BUCKET}
-    attacks = [
-        (route, spoilt(messages[route], path, value), key[0] if key else path.removeprefix("call."))
-        for route, path, value, *key in WEIGHTS
-    ]
-    large = {"tensors": [TENSOR | {"shape": [1 << 39]}], "num_bytes": 1 << 41}
-    for route, message, key in [*attacks, ("bucket", BUCKET | large, "num_bytes")]:
+    messages = {"begin": BEGIN, "bucket": BUCKET}
+    sender = {"sender": target.run.engine.client.sender}
+    for route, path, value, *key in WEIGHTS:
+        message = spoilt(messages[route] | sender, path, value)
         answer = target.ask(f"/weights/{route}", message)
-        assert answer.status_code == 422 and key in answer.json()["error"], (message, answer.text)
+        wanted = key[0] if key else path
+        assert answer.status_code == 422 and wanted in answer.json()["error"], answer.text
     assert target.ask("/generate", target.batch()).status_code == 200
 
 
-@pytest.mark.parametrize("answer", [b"", os.urandom(1 << 16)], ids=["silent", "noise"])
-def test_a_peer_that_is_no_trainer_is_given_up(answer, target):
+def test_a_message_that_breaks_off_is_given_up(target):
     """In bounded time, with the reason; the engine and its other users go on."""
-    listener = Listener(answer)
-    start = time.monotonic()
-    result = target.ask("/weights/open", tcp_message(target, listener.port))
-    assert time.monotonic() - start < 6
-    assert result.status_code == 409 and "trainer" in result.json()["error"]
-    assert len(listener.connections) == 1
-    target.run.engine._broadcast = None
+    place = urlsplit(target.server.url)
+    head = (
+        f"POST /weights/bucket HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Length: 100\r\n"
+        f"Authorization: Bearer {target.token}\r\nContent-Type: application/json\r\n\r\n{{"
+    )
+    with socket.create_connection((place.hostname, place.port), 6) as connection:
+        connection.sendall(head.encode())
+        assert b"the message was not there after 1 s" in connection.makefile("rb").read()
 
 
 def test_a_sync_that_stops_in_the_middle_is_given_up(target):
-    """No bucket comes: the server says so in bounded time, and takes no part of a sync alone."""
+    """A bucket that cannot be loaded: the server says so, and takes no part of a sync alone."""
     run = target.run
-    begin = target.ask("/weights/begin", {"sender": run.engine.client.sender})
-    assert begin.status_code == 200
-    bucket = BUCKET | {"sender": run.engine.client.sender}
-    start = time.monotonic()
-    assert "did not come in 2 s" in target.ask("/weights/bucket", bucket).json()["error"]
-    assert time.monotonic() - start < 6
-    for path, message in (("bucket", bucket), ("end", {"sender": bucket["sender"]})):
+    sender = {"sender": run.engine.client.sender}
+    assert target.ask("/weights/begin", BEGIN | sender).status_code == 200
+    bucket = BUCKET | sender
+    assert "could not load it" in target.ask("/weights/bucket", bucket).json()["error"]
+    for path, message in (("bucket", bucket), ("end", sender)):
         answer = target.ask(f"/weights/{path}", message)
         assert answer.status_code == 409 and "wanted its beginning" in answer.json()["error"]
     with pytest.raises(RolloutServerError, match="wanted a weight sync first"):
         run.engine.generate(run.requests(1), GREEDY)
-    run.engine._broadcast = None
 
 
 def test_a_live_run_keeps_its_server(target):
     """Whatever another process asks for: it is told who has the server, and the run goes on."""
     run = target.run
     wanted = tokens(run.engine.generate(run.requests(), GREEDY))
-    foreign = tcp_message(target, Listener().port) | {"sender": STRANGER}
     of_stranger = {"sender": STRANGER}
     attacks = {
-        "/weights/open": foreign,
-        "/weights/begin": of_stranger,
+        "/weights/begin": BEGIN,
         "/weights/bucket": BUCKET,
         "/weights/end": of_stranger,
         "/release": of_stranger,
@@ -224,6 +193,36 @@ def test_a_live_run_keeps_its_server(target):
     for answer in answers:
         assert answer.status_code == 409
         assert f"process {os.getpid()} on {socket.gethostname()}" in answer.json()["error"]
+
+
+def test_weights_between_gpus_go_through_one_group(target, monkeypatch, tmp_path):
+    """Here through a pipe in place of NCCL. Where the server's workers cannot join, its reason is
+    raised, and the next sync makes another group."""
+    run, pipe, made = target.run, tmp_path / "pipe", []
+    os.mkfifo(pipe)
+
+    def unique_id() -> bytes:
+        made.append(pipe)
+        return str(pipe if len(made) > 1 else tmp_path / "none").encode().ljust(128, b"\0")
+
+    monkeypatch.setattr(run.engine, "_backend", "nccl")
+    monkeypatch.setattr(run.engine, "_broadcast", None)
+    monkeypatch.setattr(remote_engine, "new_unique_id", unique_id)
+
+    def no_group(*_: Any) -> None:
+        raise RuntimeError("no group")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_engine, "join_group", no_group)
+        with pytest.raises(RolloutServerError, match="weight sync: FileNotFoundError"):
+            run.sync()
+    monkeypatch.setattr(remote_engine, "join_group", join_by_pipe)
+    for seed in range(2):
+        run.change_weights(seed)
+        run.sync()
+    assert len(made) == 2
+    requests = run.requests()
+    assert largest_gap(run, requests, run.engine.generate(requests, GREEDY)) < 1e-3
 
 
 def test_a_run_without_the_token_says_where_it_is_from(target, monkeypatch):

@@ -16,12 +16,11 @@ import httpx
 import pytest
 import torch
 
-from care_train.rollout import server, server_access, weight_channel
-from care_train.rollout.engine import in_background
-from care_train.rollout.engine_loop import Batch, EngineLoop
+from care_train.rollout import server, server_access, weight_sync
 from care_train.rollout.errors import RolloutError
+from care_train.rollout.server import Batch, EngineLoop
 from care_train.rollout.server_access import TOKEN_VARIABLE, Guard, find_token, server_token
-from care_train.rollout.server_messages import OpenChannel, RequestError, TakeLease, parse
+from care_train.rollout.server_messages import Begin, RequestError, TakeLease, parse
 
 STRANGER = "0" * 32
 
@@ -56,26 +55,20 @@ def test_nccl_gets_its_id_as_bytes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(utils.StatelessProcessGroup, "create", no_store)
     monkeypatch.setattr(nccl_common, "uid_init_process_group", join)
-    monkeypatch.setattr(weight_channel, "_new_unique_id", lambda: unique_id)
-    monkeypatch.setattr(weight_channel, "MEET_SECONDS", 0.2)
-    call, meet = weight_channel.invite("nccl", "127.0.0.1")
-    content = OpenChannel(sender=STRANGER, call=call).model_dump_json().encode()
-    call = parse(OpenChannel, content).call
+    begin = Begin(sender=STRANGER, version=None, unique_id=unique_id)
+    assert parse(Begin, begin.model_dump_json().encode()) == begin
     with pytest.raises(RuntimeError, match=r"no NCCL group of 3 ranks in 0.2 s"):
-        weight_channel.join(call, "127.0.0.1", 2, 3)
+        weight_sync.join_group(unique_id, 2, 3, 0.2)
     hanging.set()
-    channel = weight_channel.join(call, "127.0.0.1", 1, 2)
+    broadcast = weight_sync.join_group(unique_id, 1, 2, 1.0)
     assert Group.destroyed == 0
-    del channel
+    del broadcast
     assert Group.destroyed == 1
-    meet(2, 1.0)
-    assert seen == [(unique_id, 2, 3, 0), (unique_id, 1, 2, 0), (unique_id, 0, 2, 0)]
-    with pytest.raises(RequestError, match=r"unique_id: .*128 bytes"):
-        parse(OpenChannel, content.replace(b"AAEC", b""))
+    assert seen == [(unique_id, 2, 3, 0), (unique_id, 1, 2, 0)]
     monkeypatch.setenv("VLLM_DISABLE_PYNCCL", "1")
     with pytest.raises(ValueError, match="VLLM_DISABLE_PYNCCL: got 1, wanted it unset"):
-        weight_channel.backend_for(torch.device("cuda"))
-    assert weight_channel.backend_for(torch.device("cpu")) == "tcp"
+        weight_sync.backend_for(torch.device("cuda"))
+    assert weight_sync.backend_for(torch.device("cpu")) == "http"
 
 
 def test_names_of_a_server_for_other_machines():
@@ -115,7 +108,8 @@ class FakeLlm:
         time.sleep(0.01)
         return self.outputs
 
-    def collective_rpc(self, method: str) -> list[str | None]:
+    def collective_rpc(self, method: str, args: Any = ()) -> list[str | None]:
+        self.asked = method, args
         return [None, self.lost]
 
     def register_failure_callback(self, callback: Any) -> None:
@@ -194,10 +188,10 @@ def test_who_has_the_server(monkeypatch):
     """A run, until it leaves, or was silent for a while and nothing is sampled for it; and the next
     one does not get its weights."""
     loop, unused = engine_loop(), cast(Any, None)
-    rollouts = server.RolloutServer(loop, unused, unused, "tcp")
+    rollouts = server.RolloutServer(loop, unused, unused)
     one, two = (TakeLease(sender=digit * 32, who=f"run {digit}") for digit in "12")
 
-    def refusal(handler: Any, message: TakeLease) -> str:
+    def refusal(handler: Any, message: Any) -> str:
         try:
             asyncio.run(handler(message, None))
         except RequestError as error:
@@ -208,34 +202,17 @@ def test_who_has_the_server(monkeypatch):
     assert not refusal(rollouts.take, one) and "run 1" in refusal(rollouts.take, two)
     asyncio.run(rollouts.release(one, None))
     assert not refusal(rollouts.take, two) and "run 2" in refusal(rollouts.take, one)
-    assert "have not met this trainer" in refusal(rollouts.begin, two)
+    for version, keeps_base in (("a" * 32, True), ("b" * 32, False), (None, False)):
+        loop.call(lambda llm: loop.hold_weights("a" * 32)).result(10)
+        assert not refusal(
+            rollouts.begin, Begin(sender=two.sender, version=version, unique_id=None)
+        )
+        assert loop._llm.asked == ("care_begin", (keeps_base,)) and loop.version is None
     monkeypatch.setattr(server, "LEASE_SECONDS", 0.0)
     loop.running = {"0": Batch("a", [], [])}
     assert "run 2" in refusal(rollouts.take, one)
     loop.running = {}
     assert not refusal(rollouts.take, one)
-
-
-def test_the_trainers_port_takes_workers_only():
-    """Strangers there get no weights, whether silent or guessing, and nobody waits for them long;
-    it listens at the server's side alone."""
-
-    call, meet = weight_channel.invite("tcp", "127.0.0.1")
-    assert isinstance(call, weight_channel.TcpCall)
-    with pytest.raises(OSError, match="refused"):
-        socket.create_connection(("127.0.0.2", call.port), 5)
-    silent, guess = (socket.create_connection(("127.0.0.1", call.port), 5) for _ in range(2))
-    guess.sendall(bytes(32))
-    worker = in_background(lambda: weight_channel.join(call, "127.0.0.1", 1, 2))
-    send = meet(2, 20)
-    sent, received = torch.arange(200, dtype=torch.uint8), torch.zeros(200, dtype=torch.uint8)
-    arrival = in_background(lambda: worker.result(10)(received))
-    send(sent)
-    arrival.result(10)
-    assert torch.equal(sent, received)
-    for stranger in (silent, guess):
-        stranger.settimeout(5)
-        assert stranger.recv(1) == b""
 
 
 @pytest.fixture

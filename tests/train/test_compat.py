@@ -39,7 +39,7 @@ layers.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
 assert layer.weight.numel() == 0, "vLLM keeps the weights of linear layers"
 # simple_compile_backend: a C++ compiler is called.
 assert current_platform.simple_compile_backend != "eager", "vLLM compiles nothing small"
-# _bind_nothing: the worker binds memory.
+# init_cpu_memory_env: the worker binds memory.
 assert "init_cpu_memory_env(" in worker, "vLLM binds no memory"
 # _rewind_without_offset: the runner rewinds by offsets, which CPU generators do not have.
 assert "set_offset" in runner, "vLLM rewinds otherwise"
