@@ -28,6 +28,8 @@ Result = TypeVar("Result")
 
 _AHEAD = 2
 """Items per process that a pool has taken from its input before their results are asked for."""
+_START_SECONDS = 300.0
+"""Until the function can be called: for its imports."""
 _PARENT_CHECK_SECONDS = 1.0
 # A child reads its import path from its arguments, so it imports nothing from the working folder.
 _BOOT = (
@@ -59,8 +61,6 @@ class Limits:
     Enforced by the kernel, even where the parent can no longer kill the process."""
     memory_bytes: int | None = None
     """Address space."""
-    start_seconds: float = 300.0
-    """Wall-clock seconds until the function can be called: for its imports."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables laid over the parent's."""
     is_silent: bool = False
@@ -127,7 +127,7 @@ class Worker(Generic[Item, Result]):
             start_new_session=True,
         )
         theirs.close()
-        started = self._exchange((self._make, self._limits), self._limits.start_seconds)
+        started = self._exchange((self._make, self._limits), _START_SECONDS)
         if isinstance(started, Lost):
             self.close()
             if started.error is not None:

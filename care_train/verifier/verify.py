@@ -20,7 +20,6 @@ _MEMORY_BYTES = 2 << 30
 """Address space: a number of gigabytes is a failed comparison, not a full machine."""
 _WALL_FACTOR = 20.0
 """A process that waits for a processor this many times longer than it may compute is stuck."""
-_START_SECONDS = 120.0
 _FULL_LIMITS = 6
 """Time limits that a batch's lost comparisons may use up with the whole limit for each ..."""
 _SHORT = 1 / 5
@@ -84,7 +83,6 @@ class WorkerPool(Pool[Item, Verdict]):
             seconds=_WALL_FACTOR * timeout,
             cpu_seconds=timeout,
             memory_bytes=_MEMORY_BYTES,
-            start_seconds=_START_SECONDS,
             environment={"CUDA_VISIBLE_DEVICES": ""},
             is_silent=True,
         )
