@@ -126,7 +126,7 @@ class WeightReceiver:
     _care_copies: list[Copy]
     _care_adapter: dict[str, torch.Tensor]
     _care_has_base = False
-    """Whether the base weights of this sender were received whole and checked."""
+    """Whether the base weights of this run were received whole and checked."""
 
     @_in_words
     def care_open(self, unique_id: bytes) -> str | None:
