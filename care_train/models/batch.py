@@ -62,9 +62,15 @@ class ModelBatch:
 
 
 def collate(
-    sequences: Sequence[TokenSequence], pad_token_id: int, image_token_id: int | None
+    sequences: Sequence[TokenSequence],
+    pad_token_id: int,
+    image_token_id: int | None,
+    positions: Positions | None = None,
 ) -> ModelBatch:
-    """Right-pad sequences into one batch: inputs [B, T], T the longest."""
+    """Right-pad sequences into one batch: inputs [B, T], T the longest.
+
+    `positions` are `multimodal_positions`; without them the model works out those of every row.
+    """
     ids = [sequence.token_ids for sequence in sequences]
     sizes = list(map(len, ids))
     rows = list(_joined(ids).split(sizes))
@@ -72,6 +78,10 @@ def collate(
     lengths = torch.tensor(sizes)
     attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if positions is not None:
+        # The count is that of the attention mask; padding, which is masked, may have any.
+        axes = positions(sequences)[1:].T.split(sizes)
+        inputs["position_ids"] = pad_sequence(list(axes), batch_first=True).permute(2, 0, 1)
     inputs |= image_inputs([sequence.prompt for sequence in sequences], input_ids, image_token_id)
     starts = [place * input_ids.shape[1] for place in range(len(rows))]
     return _batch(sequences, inputs, starts, row_starts=[0] * len(rows))
@@ -122,11 +132,8 @@ def _batch(
 
 
 def packed_positions(model: Any) -> Positions:
-    """What `pack` asks for position ids.
-
-    A text model's are [1, T], counting from 0 in each sequence. A model with multimodal rotary
-    embeddings gets [4, T]: the same count, then time, height and width, as transformers computes
-    them for a sequence alone (`get_rope_index`).
+    """What `pack` asks for position ids: `multimodal_positions`, or a text model's [1, T], counting
+    from 0 in each sequence.
 
     Raises:
         ValueError: a model whose packed forward is not tested.
@@ -138,8 +145,16 @@ def packed_positions(model: Any) -> Positions:
             f"forward is not known to equal the padded one; wanted {', '.join(PACKABLE)}, or "
             "train.packing=false"
         )
+    own = multimodal_positions(model)
+    return own or (lambda sequences: torch.cat(list(map(_count, sequences))).unsqueeze(0))
+
+
+def multimodal_positions(model: Any) -> Positions | None:
+    """Of a model with multimodal rotary embeddings: [4, T], counting from 0 in each sequence, then
+    time, height and width, as transformers computes them for a sequence alone (`get_rope_index`).
+    None: it has none."""
     if not hasattr(model.base_model, "get_rope_index"):
-        return lambda sequences: torch.cat(list(map(_count, sequences))).unsqueeze(0)
+        return None
 
     def multimodal(sequences: Sequence[TokenSequence]) -> torch.Tensor:
         # A group's rollouts share their prompt, and prompts are long.
@@ -155,7 +170,7 @@ def _prompt_axes(model: Any, prompt: EncodedPrompt) -> torch.Tensor:
     input_ids = torch.tensor([prompt.token_ids])
     types = (input_ids == model.config.image_token_id).int()
     axes, _ = model.base_model.get_rope_index(
-        input_ids, types, image_grid_thw=prompt.image_grid_thw
+        input_ids, mm_token_type_ids=types, image_grid_thw=prompt.image_grid_thw
     )
     return axes[:, 0]
 
@@ -177,15 +192,13 @@ def image_inputs(
     """Pixels, grids and token types of a batch; nothing where no row has an image.
 
     `pixel_values` holds the distinct prompts' images alone. Where prompts repeat, `image_places`
-    [images] says which of those each of the batch's images is, `prompt_places` [B] which distinct
-    prompt each row has and `image_counts` [B] with how many images, for `with_encoded_images`.
+    [images] says which of those each of the batch's images is, for `with_encoded_images`.
     """
     with_images = [prompt for prompt in prompts if prompt.pixel_values is not None]
     if not with_images:
         return {}
     distinct = list(dict.fromkeys(with_images))
-    counts = {prompt: prompt.num_images for prompt in dict.fromkeys(prompts)}
-    firsts = accumulate((counts[prompt] for prompt in distinct), initial=0)
+    firsts = accumulate((prompt.num_images for prompt in distinct), initial=0)
     starts = dict(zip(distinct, firsts, strict=False))
     inputs = {
         "pixel_values": torch.cat([p.pixel_values for p in distinct if p.pixel_values is not None]),
@@ -195,13 +208,8 @@ def image_inputs(
         "mm_token_type_ids": (input_ids == image_token_id).int(),
     }
     if len(distinct) < len(with_images):
-        order = {prompt: place for place, prompt in enumerate(counts)}
-        places = [starts[p] + image for p in with_images for image in range(counts[p])]
-        inputs |= {
-            "image_places": torch.tensor(places),
-            "prompt_places": torch.tensor([order[prompt] for prompt in prompts]),
-            "image_counts": torch.tensor([counts[prompt] for prompt in prompts]),
-        }
+        places = [starts[p] + image for p in with_images for image in range(p.num_images)]
+        inputs["image_places"] = torch.tensor(places)
     return inputs
 
 
@@ -211,7 +219,7 @@ def has_vision_tower(backbone: Any) -> bool:
 
 
 def with_encoded_images(
-    backbone: Any, inputs: dict[str, Any], *, left_padded: bool = False, always: bool = False
+    backbone: Any, inputs: dict[str, Any], *, always: bool = False
 ) -> dict[str, Any]:
     """The inputs with images encoded, each distinct one once.
 
@@ -222,30 +230,22 @@ def with_encoded_images(
     Args:
         backbone: a transformers vision-language model without its head.
         inputs: its keyword arguments, with the places that `image_inputs` adds where images repeat.
-        left_padded: the backbone then has to find the positions of every row itself.
         always: without an image encode a grey one, of which nothing is passed on: ranks that share
             weights or gradients wait for each other at every layer, the encoder's too.
     """
     if "pixel_values" not in inputs:
         return _with_nothing_seen(backbone, inputs) if always else inputs
     inputs = dict(inputs)
-    grid = inputs["image_grid_thw"]
-    places = _pop_list(inputs, "image_places")
-    prompts, counts = _pop_list(inputs, "prompt_places"), inputs.pop("image_counts", None)
-    repeats = len(places) > 0
-    first = [places.index(place) for place in range(max(places) + 1)] if repeats else slice(None)
-    pixels = inputs.pop("pixel_values")
-    features = backbone.get_image_features(pixels, grid[first], return_dict=True)
-    if repeats:
+    pixels, grid = inputs.pop("pixel_values"), inputs["image_grid_thw"]
+    if "image_places" in inputs:
+        places = inputs.pop("image_places").tolist()
+        grid = grid[[places.index(place) for place in range(max(places) + 1)]]
+        features = backbone.get_image_features(pixels, grid, return_dict=True)
         features = _changed(features, lambda images: tuple(images[place] for place in places))
+    else:
+        features = backbone.get_image_features(pixels, grid, return_dict=True)
     inputs["mm_encoder_outputs"] = {"image": features}
-    if repeats and not left_padded and "position_ids" not in inputs:
-        inputs["position_ids"] = _position_ids(backbone, inputs, prompts, counts)
     return inputs
-
-
-def _pop_list(inputs: dict[str, Any], key: str) -> list[int]:
-    return inputs.pop(key).tolist() if key in inputs else []
 
 
 def _changed(features: Any, change: Callable[[Sequence[torch.Tensor]], Any]) -> Any:
@@ -267,27 +267,3 @@ def _with_nothing_seen(backbone: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     features = backbone.get_image_features(pixels, grid, return_dict=True)
     features = _changed(features, lambda images: (images[0][:0],))
     return inputs | {"mm_encoder_outputs": {"image": features}}
-
-
-def _position_ids(
-    backbone: Any, inputs: dict[str, Any], prompts: list[int], counts: torch.Tensor
-) -> torch.Tensor:
-    """[3, B, T] multimodal positions of right-padded rows, worked out for each prompt's longest.
-
-    Behind the prompt there is only text: a shorter row has the longest one's positions as far as
-    it goes, and its padding, which is masked, may have any.
-    """
-    lengths = inputs["attention_mask"].sum(-1).tolist()
-    longest: dict[int, int] = {}
-    for row, prompt in enumerate(prompts):
-        if prompt not in longest or lengths[row] > lengths[longest[prompt]]:
-            longest[prompt] = row
-    rows = [longest[prompt] for prompt in sorted(longest)]
-    grids = inputs["image_grid_thw"].split(counts.tolist())
-    positions, _ = backbone.get_rope_index(
-        inputs["input_ids"][rows],
-        image_grid_thw=torch.cat([grids[row] for row in rows]),
-        attention_mask=inputs["attention_mask"][rows],
-        mm_token_type_ids=inputs["mm_token_type_ids"][rows],
-    )
-    return positions[:, prompts]

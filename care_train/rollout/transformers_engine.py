@@ -137,7 +137,7 @@ class TransformersEngine:
         contexts = [(request.prompt, request.prefix_ids) for request in requests]
         place_of = {context: place for place, context in enumerate(dict.fromkeys(contexts))}
         if len(place_of) == len(requests):
-            return with_encoded_images(backbone, inputs, left_padded=True)
+            return with_encoded_images(backbone, inputs)
         distinct = [contexts.index(context) for context in place_of]
         part = self._inputs([requests[i] for i in distinct], inputs["input_ids"].shape[1])
         for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
@@ -145,7 +145,7 @@ class TransformersEngine:
                 part[key] = part[key][:, :-1]
         if "pixel_values" not in part:
             part["position_ids"] = (part["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        part = with_encoded_images(backbone, part, left_padded=True)
+        part = with_encoded_images(backbone, part)
         filled = backbone(**part, use_cache=True)
         places = torch.tensor([place_of[context] for context in contexts])
         places = places.to(self._model.device)

@@ -18,7 +18,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from care_train.compat import deferred_write_errors, patch_deepspeed, plain_data_alone
 from care_train.config import Config
 from care_train.distributed import all_max, all_sum, is_main, world_size
-from care_train.models.batch import ModelBatch, TokenSequence, collate, pack, packed_positions
+from care_train.models.batch import (
+    ModelBatch,
+    TokenSequence,
+    collate,
+    multimodal_positions,
+    pack,
+    packed_positions,
+)
 from care_train.models.load import LoadedModel, recompute_activations
 from care_train.models.lora import add_adapters
 from care_train.models.policy import Policy
@@ -98,7 +105,9 @@ class PolicyEngine:
         if config.model.adapters is not None:  # after the copy, which gets merged weights
             add_adapters(loaded.model, config.model.adapters, config.seed)
         self._weights = {parts: policy_weights(loaded.model, parts) for parts in WeightParts}
-        self._positions = packed_positions(loaded.model) if train.packing else None
+        self._packs = train.packing
+        positions_of = packed_positions if self._packs else multimodal_positions
+        self._positions = positions_of(loaded.model)
         if train.gradient_checkpointing:
             recompute_activations(loaded.model)
         # Ranks wait for each other in every layer, so all must run the same ones. One rank has no
@@ -133,9 +142,10 @@ class PolicyEngine:
     def collate(self, sequences: Sequence[TokenSequence]) -> ModelBatch:
         """One batch on this rank's device, padded or packed."""
         loaded, positions = self.loaded, self._positions
-        if positions is not None:
+        if self._packs and positions is not None:
             return pack(sequences, positions, loaded.image_token_id).to(self.device)
-        return collate(sequences, loaded.pad_token_id, loaded.image_token_id).to(self.device)
+        batch = collate(sequences, loaded.pad_token_id, loaded.image_token_id, positions)
+        return batch.to(self.device)
 
     @torch.no_grad()
     def log_probs(

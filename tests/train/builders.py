@@ -23,6 +23,7 @@ from care_train.models.batch import (
     TokenSequence,
     collate,
     image_inputs,
+    multimodal_positions,
     pack,
     packed_positions,
 )
@@ -123,10 +124,11 @@ def mixed_sequences(loaded: LoadedModel) -> list[TokenSequence]:
 def batch_of(
     loaded: LoadedModel, sequences: Sequence[TokenSequence], *, packed: bool = False
 ) -> ModelBatch:
-    """Padded, or packed."""
+    """Padded, or packed, as the engine makes it."""
     if packed:
         return pack(sequences, packed_positions(loaded.model), loaded.image_token_id)
-    return collate(sequences, loaded.pad_token_id, loaded.image_token_id)
+    positions = multimodal_positions(loaded.model)
+    return collate(sequences, loaded.pad_token_id, loaded.image_token_id, positions)
 
 
 def make_engine(
