@@ -111,21 +111,21 @@ def check_evaluation_rows(subject: Subject) -> Finding:
 
 
 def check_prompt(subject: Subject) -> Finding:
-    """The policy is told, or was taught, to write the tags that the verifier reads, and is shown
-    the options that a letter stands for."""
+    """The policy is told, or was taught, to write what the verifier reads, and is shown the options
+    that a letter stands for."""
     prompt = subject.config.prompt
-    tags = [f"<{prompt.think_tag}>", f"<{prompt.answer_tag}>"]
-    texts = [prompt.system or "", *(sample.prompt for sample in subject.rows[:1])]
-    lacking = [tag for tag in tags if not any(tag in text for text in texts)]
+    marks = [f"<{prompt.think_tag}>", *_answer_marks(subject)[:1]]
+    texts = [prompt.system or "", prompt.suffix or "", *(row.prompt for row in subject.rows[:1])]
+    lacking = [mark for mark in marks if not any(mark in text for text in texts)]
     if lacking:
         return warning(
-            f"neither prompt.system nor the first row names {' and '.join(lacking)}",
+            "neither prompt.system, prompt.suffix nor the first row names " + " and ".join(lacking),
             "name the tags in prompt.system, unless a cold start has taught them",
         )
     for row in spread(subject.rows, _NUM_ROWS):
         if not prompt.is_boxed and "\\boxed" in row.prompt:
             return warning(
-                f"{_where(row)}: asks for \\boxed{{}}, and the verifier reads {tags[1]}",
+                f"{_where(row)}: asks for \\boxed{{}}, and the verifier reads {marks[1]}",
                 "set prompt.tags=[think,boxed], or take that out of the prompt",
             )
         if row.hides_options:
@@ -133,13 +133,21 @@ def check_prompt(subject: Subject) -> Finding:
                 f"{_where(row)}: the key is {row.answer[:60]!r}, and no option is in the prompt",
                 "write the options into the prompt, unless its image shows them",
             )
-    return ok(f"names {' and '.join(tags)}")
+    return ok(f"names {' and '.join(marks)}")
+
+
+def _answer_marks(subject: Subject) -> tuple[str, str]:
+    """What stands before an answer in a response, and behind it."""
+    prompt = subject.config.prompt
+    if prompt.is_boxed:
+        return "\\boxed{", "}"
+    return f"<{prompt.answer_tag}>", f"</{prompt.answer_tag}>"
 
 
 def check_rewards(subject: Subject) -> Finding:
     """The verifier gives each key full marks in a well-formed response, and quickly."""
     config = subject.config
-    think, answer = config.prompt.think_tag, config.prompt.answer_tag
+    think, (opening, closing) = config.prompt.think_tag, _answer_marks(subject)
     verifier = Verifier(config.prompt, config.reward)
     rows = spread(subject.rows, _NUM_ROWS)
     for row in rows:
@@ -150,7 +158,7 @@ def check_rewards(subject: Subject) -> Finding:
         return ok("keys that reward.functions alone read")
     start = time.perf_counter()
     scores = [
-        verifier.score(f"<{think}>so</{think}> <{answer}>{row.right_answer}</{answer}>", row)
+        verifier.score(f"<{think}>so</{think}> {opening}{row.right_answer}{closing}", row)
         for row in rows
     ]
     seconds = (time.perf_counter() - start) / len(rows)
@@ -161,7 +169,7 @@ def check_rewards(subject: Subject) -> Finding:
             "a well-formed response",
             "correct reward.functions, or the answer where it is no bare one"
             if config.reward.own_functions
-            else f"take <{answer}> and <{think}> out of the answers: keys are the bare answer",
+            else f"take {opening} and <{think}> out of the answers: keys are the bare answer",
         )
     if seconds > _MAX_REWARD_SECONDS:
         return warning(f"{1000 * seconds:.0f} ms per response", "shorten the answers")

@@ -74,7 +74,7 @@ class PromptEncoder:
             if sample.images:
                 prompt = next(with_images)
             else:
-                ids = self._token_ids(self._render(sample))
+                ids = self._token_ids(self.render(sample))
                 prompt = EncodedPrompt(tuple(ids), location=sample.location or sample.id)
             self._check(sample, prompt)
             prompts.append(prompt)
@@ -89,7 +89,7 @@ class PromptEncoder:
         Raises:
             ValueError: as `encode`, but for damage behind an image's head, and whatever the length.
         """
-        text, sizes = self._render(sample), image_sizes(sample)
+        text, sizes = self.render(sample), image_sizes(sample)
         images = sum(self._num_image_tokens(sample, *size) - 1 for size in sizes)
         return len(self._token_ids(text)) + images
 
@@ -126,8 +126,8 @@ class PromptEncoder:
         """`encode_text` by the model's tokenizer."""
         return encode_text(self._loaded.tokenizer, text)
 
-    def _render(self, sample: Sample) -> str:
-        """The chat template's text for a row.
+    def render(self, sample: Sample) -> str:
+        """The chat template's text for a row, a placeholder for each image.
 
         Raises:
             ValueError: the row's prompt spells a special token, which the tokenizer would read as
@@ -192,7 +192,7 @@ class PromptEncoder:
     def _encode_images(self, samples: Sequence[Sample]) -> list[EncodedPrompt]:
         if not samples:
             return []
-        texts = [self._render(sample) for sample in samples]
+        texts = [self.render(sample) for sample in samples]
         images = [load_images(sample) for sample in samples]
         inputs = self._loaded.processor(
             text=texts,

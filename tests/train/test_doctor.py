@@ -63,6 +63,10 @@ def _rows(subject: Subject, *rows: Sample) -> Subject:
     return replace(subject, samples=list(rows))
 
 
+# As under `preset: official`.
+BOXED = {"system": None, "suffix": "<think> \\boxed{}", "tags": ("think", "boxed")}
+
+
 def _answer(subject: Subject, answer: str, options: tuple[str, ...] = (), **more: Any) -> Subject:
     place = "rows.jsonl: row 3"
     row = Sample(id="b", prompt="?", answer=answer, options=options, location=place)
@@ -171,7 +175,12 @@ def _two_gpus(server):
 
 
 _CONTENT = "{% for message in messages %}{{ message.content }}{% endfor %}"
-_OPENED = _CONTENT + "{% if add_generation_prompt %}<think>{% endif %}"
+
+
+def _begins_to_think(own):
+    """As Qwen3-VL Thinking's template; the trainer leaves the tag to the response."""
+    own.processor.chat_template += "{{ '<think>\\n' if add_generation_prompt }}"
+
 
 SPOILED = [
     ("batches", lambda s: replace(s, ranks=3), "error", "train.prompts_per_step=3"),
@@ -179,6 +188,7 @@ SPOILED = [
     ("batches", lambda s: _with(s, rollout=_two_gpus(None)), "error", "does not divide 1 ranks"),
     ("batches", lambda s: _with(s, rollout=_two_gpus("http://gpu1:8000")), "ok", "per rank"),
     ("prompt", lambda s: _with(s, prompt={"system": None}), "warning", "<answer>"),
+    ("prompt", lambda s: _with(s, prompt=BOXED), "ok", "names <think> and \\boxed"),
     ("prompt", lambda s: _answer(s, "B", ("owl", "crow")), "warning", "row 3: the key is 'B'"),
     ("prompt", lambda s: _answer(s, "crow", ("owl", "crow")), "ok", "names"),
     (
@@ -194,6 +204,7 @@ SPOILED = [
     ("rewards", lambda s: _answer(s, "4</answer> or 5"), "error", "rows.jsonl: row 3"),
     ("rewards", lambda s: _answer(s, "<think>4"), "error", "rows.jsonl: row 3"),
     ("rewards", lambda s: _answer(s, "['a', 'b']"), "ok", "keys score 1"),
+    ("rewards", lambda s: _with(s, prompt=BOXED), "ok", "keys score 1"),
     (
         "rewards",
         lambda s: _answer(s, "{}", answer_type=AnswerType.FUNCTION),
@@ -206,13 +217,21 @@ SPOILED = [
     ("special ids", _damaged(_generates(eos_token_id=0)), "warning", "EOS"),
     ("image tokens", _damaged(_merges_less), "error", "merge"),
     ("image tokens", _damaged(_expands_more), "error", "prompt tokens"),
+    ("image tokens", _damaged(_begins_to_think), "ok", "however expanded"),
+    ("image tokens", lambda s: _with(s, prompt=BOXED), "ok", "however expanded"),
     (
         "chat template",
         _damaged(_template("{{ messages[0].content }}")),
         "error",
         "drops \"doctor's",
     ),
-    ("chat template", _damaged(_template(_OPENED)), "error", "start inside"),
+    ("chat template", _damaged(_begins_to_think), "ok", "<think> is left to the responses"),
+    (
+        "chat template",
+        lambda s: _with(_damaged(_begins_to_think)(s), prompt={"tags": ("reasoning", "answer")}),
+        "error",
+        "begins every response with <think>",
+    ),
     ("chat template", _damaged(_template(_CONTENT)), "warning", "no turn"),
     ("chat template", _damaged(_template("{% if %}")), "error", "TemplateSyntaxError"),
     ("generation config", _damaged(_generates(suppress_tokens=[5])), "warning", "suppress_tokens"),
