@@ -89,19 +89,18 @@ def _parser() -> argparse.ArgumentParser:
     # Launchers put it before the command; the rank comes from the environment.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    quickstart = "teach a tiny vision-language model to read images: cold start, CARE, report"
+    sft = "cold start: supervised fine-tuning on rationale and answer"
+    train = "reinforcement learning with CARE or a baseline, evaluated before and after"
     go_on = "go on from the run's newest usable checkpoint; from step 0 if it has none"
-
-    summary = "teach a tiny vision-language model to read images: cold start, CARE, report"
-    quickstart = _add_run(commands, "quickstart", summary, (*_TRAIN, "sft"))
-    quickstart.add_argument("--resume", action="store_true", help=go_on)
-
-    summary = "cold start: supervised fine-tuning on rationale and answer"
-    sft = _add_run(commands, "sft", summary, _SFT)
-    sft.add_argument("--resume", action="store_true", help=go_on)
-
-    summary = "reinforcement learning with CARE or a baseline, evaluated before and after"
-    train = _add_run(commands, "train", summary, _TRAIN)
-    train.add_argument("--resume", action="store_true", help=go_on)
+    for name, summary, sections in (
+        ("quickstart", quickstart, (*_TRAIN, "sft")),
+        ("sft", sft, _SFT),
+        ("train", train, _TRAIN),
+    ):
+        add = _add_run(commands, name, summary, sections).add_argument
+        add("--resume", action="store_true", help=go_on)
 
     summary = "score a model on the paper's benchmarks or held-out rows: single decode"
     add = _add_run(commands, "eval", summary, (*_MODEL, "rollout", "reward", "eval")).add_argument

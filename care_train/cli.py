@@ -223,26 +223,15 @@ def _show_build(settings: BuildSettings, counts: Mapping[str, Any]) -> None:
 
     console = Console()
     table = Table("source", "read", "rejected", "usable", "share", "duplicates", "kept", "share")
-    for name, one in counts["sources"].items():
-        rejected, duplicates = sum(one["rejected"].values()), sum(one["duplicates"].values())
-        table.add_row(
-            name,
-            *(f"{n:,}" for n in (one["read"] - one["filtered"], rejected, one["usable"])),
-            f"{one['usable_share']}%",
-            f"{duplicates:,}",
-            f"{one['kept']:,}",
-            f"{one['kept_share']}%",
+    for name, one in (*counts["sources"].items(), ("total", counts["total"])):
+        read, usable, kept = one["read"] - one["filtered"], one["usable"], one["kept"]
+        rejected, duplicates = (
+            sum(n.values()) if isinstance(n, Mapping) else n
+            for n in (one["rejected"], one["duplicates"])
         )
-    total = counts["total"]
-    figures = [total["read"] - total["filtered"], total["rejected"], total["usable"]]
-    table.add_row(
-        "total",
-        *(f"{n:,}" for n in figures),
-        "",
-        f"{total['duplicates']:,}",
-        f"{total['kept']:,}",
-        "",
-    )
+        shares = [f"{one[key]}%" if key in one else "" for key in ("usable_share", "kept_share")]
+        first = (f"{n:,}" for n in (read, rejected, usable))
+        table.add_row(name, *first, shares[0], f"{duplicates:,}", f"{kept:,}", shares[1])
     console.print(table)
     for name, one in counts["sources"].items():
         if one["expected_rows"] not in (None, one["usable"]):
