@@ -3,6 +3,7 @@
 from dataclasses import field
 from enum import StrEnum
 from typing import Annotated, Any, TypeVar, cast, dataclass_transform
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -52,3 +53,13 @@ def check(holds: bool, key: str, got: object, wanted: str) -> None:
     """Raise ValueError naming key, got and wanted unless `holds`; for rules over several keys."""
     if not holds:
         raise ValueError(f"{key}: got {got!r}, wanted {wanted}")
+
+
+def read_url(text: str) -> SplitResult | None:
+    """The parts of an http or https address; None for anything else."""
+    try:
+        url = urlsplit(text)
+        is_url = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # of brackets or a port
+        return None
+    return url if is_url else None

@@ -109,19 +109,11 @@ class EvalSettings:
     (unbiased) and majority@k are reported too, for every power of two and for all of them."""
 
     def __post_init__(self) -> None:
-        check(
-            len(set(self.seeds)) == len(self.seeds),
-            "eval.seeds",
-            self.seeds,
-            "each seed once",
-        )
-        repeats = len(self.seeds) > 1 or self.samples > 1
-        check(
-            not (self.decode == "greedy" and repeats),
-            "eval.decode",
-            self.decode,
-            "'sampled' with several eval.seeds or eval.samples: greedy responses are all the same",
-        )
+        once = len(set(self.seeds)) == len(self.seeds)
+        check(once, "eval.seeds", self.seeds, "each seed once")
+        same = self.decode == "greedy" and (len(self.seeds) > 1 or self.samples > 1)
+        wanted = "'sampled' with several eval.seeds or eval.samples: greedy responses are equal"
+        check(not same, "eval.decode", self.decode, wanted)
         names = [name for name in get_args(BenchmarkName) if name != "data"]
         unknown = [name for name in self.sources if name not in names]
         check(not unknown, "eval.sources", unknown[:1], f"one of {', '.join(names)}")

@@ -3,16 +3,18 @@
 import re
 import textwrap
 import types
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic_core import PydanticUndefined
 
 from care_train.config.base import Role
 from care_train.config.run import Config
 
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "keys"}
-_PLURALS = {int: "integers", float: "numbers"}
+_PLURALS = _NAMES | {int: "integers", float: "numbers"}
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -62,50 +64,32 @@ def role_of(name: str, root: type = Config) -> Role:
 
 @cache
 def _all_keys(root: type) -> dict[str, Key]:
-    return {key.name: key for key in _walk(root, "", Role.DECIDES, None)}
+    return {key.name: key for key in _walk(root, "", Role.DECIDES)}
 
 
-def _walk(section: type, prefix: str, role: Role, instance: object) -> Iterator[Key]:
-    """The keys of a section; `instance` holds its defaults, None where each field has its own."""
-    defaults = {field.name: field for field in fields(cast(Any, section))}
-    for name, info in _infos(section).items():
+def _walk(section: Any, prefix: str, role: Role) -> Iterator[Key]:
+    for name, info in section.__pydantic_fields__.items():
         if info.exclude:
             continue
         own = next((m for m in info.metadata if isinstance(m, Role)), role)
         nested, is_list = _section_in(info.annotation)
         is_nullable = type(None) in get_args(info.annotation)
-        value = getattr(instance, name) if instance else _default(defaults[name])
-        meaning = " ".join((_description(section, name) or "").split())
+        default = _shown(info.get_default(call_default_factory=True))
         yield Key(
             name=f"{prefix}{name}",
             wanted=_words(info.annotation) + _bounds(info.annotation, info.metadata),
-            default="" if nested and not (is_list or is_nullable) else _shown(value),
-            meaning=meaning,
+            default="" if nested and not (is_list or is_nullable) else default,
+            meaning=" ".join((info.description or "").split()),
             role=own,
             is_nullable=is_nullable,
             is_section=nested is not None,
         )
         if nested is not None:
-            below = f"{prefix}{name}." + ("NAME." if is_list else "")
-            yield from _walk(nested, below, own, value if isinstance(value, nested) else None)
-
-
-def _infos(section: Any) -> dict[str, Any]:
-    return section.__pydantic_fields__
-
-
-def _description(section: type, name: str) -> str | None:
-    """The field's docstring, a subclass that only changes the default inherits it."""
-    known = [getattr(base, "__pydantic_fields__", {}).get(name) for base in section.__mro__]
-    return next((info.description for info in known if info and info.description), None)
-
-
-def _default(field: Any) -> object:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+            yield from _walk(nested, f"{prefix}{name}." + ("NAME." if is_list else ""), own)
 
 
 def _shown(value: object) -> str:
-    if value is MISSING:
+    if value is PydanticUndefined:
         return "required"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
@@ -123,32 +107,33 @@ def _section_in(annotation: Any) -> tuple[type | None, bool]:
     return None, False
 
 
-def _words(annotation: Any) -> str:
+def _words(annotation: Any, names: Mapping[Any, str] = _NAMES) -> str:
     """A type in words: `an integer, at least 1, or null`."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         if parts[0] is str:
             return "a share such as 50%"
-        return _words(parts[0]) + _bounds(parts[0], parts[1:])
+        return _words(parts[0], names) + _bounds(parts[0], parts[1:])
     if origin in (Union, types.UnionType):
         shown = [_words(part) for part in parts if part is not type(None)]
         return " or ".join(shown + ["null"] * (type(None) in parts))
     if origin is Literal:
         return " | ".join(str(part) for part in parts)
     if origin is list:
-        item, *bounds = get_args(parts[0]) if get_origin(parts[0]) is Annotated else parts
-        return f"a list of {_PLURALS.get(item) or _words(item)}{_bounds(item, bounds)}"
-    if origin is tuple:
-        return f"{len(parts)} times {_words(parts[0])}"
-    return _NAMES.get(origin or annotation, "keys")
+        return f"a list of {_words(parts[0], _PLURALS)}"
+    return names.get(origin or annotation, "keys")
 
 
 def _bounds(number: Any, metadata: Iterable[Any]) -> str:
-    """`, above 0`, `, at least 1`, ` in [0, 0.5)`."""
+    """`, above 0`, `, at least 1`, ` in [0, 0.5)`; of a list `, not empty`, `, 2 of them`."""
     found: dict[str, Any] = {}
+    names = (*_BOUNDS, "min_length", "max_length")
     for entry in metadata:
         for item in (entry, *getattr(entry, "metadata", ())):
-            found |= {name: getattr(item, name) for name in _BOUNDS if hasattr(item, name)}
+            found |= {name: getattr(item, name) for name in names if hasattr(item, name)}
+    least, most = found.pop("min_length", 0), found.pop("max_length", None)
+    if least:
+        return f", {least} of them" if least == most else ", not empty"
     low, high = found.keys() & {"ge", "gt"}, found.keys() & {"le", "lt"}
     if low and high:
         opening, closing = "[" if "ge" in low else "(", "]" if "le" in high else ")"

@@ -38,9 +38,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         ValueError: an unreadable file, an unknown key, or a wrong value: key, got and wanted.
     """
     layers = [_layer(override) for override in overrides]
-    resume = [layer["resume"] for layer in layers if "resume" in layer]
-    if resume and isinstance(resume[-1], str):
-        run = Path(resume[-1])
+    if (run := _named_run(layers)) is not None:
         if run.name in ("", "..") or run.is_symlink():
             run = run.resolve()
         path = run / "config.yaml" if path is None else path
@@ -62,15 +60,14 @@ def merge_config(path: str | Path | None, settings: Mapping[str, Any]) -> Config
 def config_files(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Path]:
     """The user's files that `load_config` reads, by what names them."""
     files: dict[str, Path] = {}
-    sections = [_layer(override) for override in overrides]
+    layers = [_layer(override) for override in overrides]
     key = "--config"
     while path is not None:
         files[key] = path = config_file(path)
-        values = read_yaml(path, _is_section())
-        sections.append(values)
-        base = values.get("extends")
+        layers.append(read_yaml(path, _is_section()))
+        base = layers[-1].get("extends")
         key, path = f"extends in {path}", None if base is None else path.parent / base
-    for section in sections:
+    for section in layers:
         if isinstance(name := section.get("deepspeed"), str):
             files[f"deepspeed={name}"] = _deepspeed_file(name)
     return files
@@ -96,8 +93,12 @@ def _source(path: str | Path | None, overrides: Sequence[str]) -> str:
 
 def names_run(overrides: Sequence[str]) -> bool:
     """Whether they say `resume=FOLDER`, whose config.yaml then is the configuration."""
-    values = [o.partition("=")[2] for o in overrides if o.partition("=")[0].strip() == "resume"]
-    return bool(values) and isinstance(parse_value(values[-1]), str)
+    return _named_run([_layer(override) for override in overrides]) is not None
+
+
+def _named_run(layers: Sequence[Mapping[str, Any]]) -> Path | None:
+    resume = [layer["resume"] for layer in layers if "resume" in layer]
+    return Path(resume[-1]) if resume and isinstance(resume[-1], str) else None
 
 
 def build_config(values: Mapping[str, Any], source: str = "the configuration") -> Config:
@@ -206,11 +207,10 @@ def _lay(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
         section = read_yaml(_deepspeed_file(name), _is_section(Config, "deepspeed."))
         top = {**top, "deepspeed": section}
     for path, name_of in _ENTRY_NAMES.items():
-        *above, last = path.split(".")
         changes = _at(top, path)
         if isinstance(changes, Mapping):
             entries = _lay_entries(path, _at(base, path) or [], changes, name_of)
-            top = merge(top, _nest([*above, last], entries))
+            top = merge(top, _nest(path.split("."), entries))
     return merge(base, top)
 
 

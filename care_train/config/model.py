@@ -2,13 +2,13 @@
 
 from dataclasses import field, replace
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from care_train.config.base import PositiveShare, Role, check, section
+from care_train.config.base import PositiveShare, Role, check, read_url, section
 
 PixelRange = Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+NameList = Annotated[list[str], Field(min_length=1)]
 
 
 @section
@@ -20,21 +20,13 @@ class LoraSettings:
     """r: the adapters' inner dimension, such as 16. 0: no adapters, all weights are trained."""
     alpha: PositiveFloat = 32.0
     """Adapters count alpha / rank times."""
-    target_modules: Annotated[Literal["all-linear"] | list[str], Role.FIXED] = "all-linear"
+    target_modules: Annotated[Literal["all-linear"] | NameList, Role.FIXED] = "all-linear"
     """`all-linear`, or ends of the names of linear layers (`[q_proj, v_proj]`); never the head."""
     vision: Annotated[bool, Field(exclude=True)] = False
     """Set by `model.train_vision`: the vision tower's linear layers have adapters too."""
     modules_to_save: Annotated[list[str], Role.FIXED] = field(default_factory=list)
     """Ends of the names of modules that are trained whole beside the adapters (`[merger]`); not the
     head."""
-
-    def __post_init__(self) -> None:
-        check(
-            bool(self.target_modules),
-            "model.lora.target_modules",
-            self.target_modules,
-            "'all-linear' or a list of names",
-        )
 
 
 @section
@@ -150,8 +142,7 @@ class VllmSettings:
     `merged` ones come anew, base weights wait in main memory."""
 
     def __post_init__(self) -> None:
-        url = urlsplit(self.server or "http://x")
-        is_url = url.scheme in ("http", "https") and bool(url.hostname)
+        is_url = self.server is None or read_url(self.server) is not None
         check(is_url, "rollout.vllm.server", self.server, "http://host:port")
 
     @property

@@ -2,11 +2,17 @@
 
 from dataclasses import field
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat
 
-from care_train.config.base import FROM_PYTHON, SHIPPED_REWARDS, PositiveShare, check, section
+from care_train.config.base import (
+    FROM_PYTHON,
+    SHIPPED_REWARDS,
+    PositiveShare,
+    check,
+    read_url,
+    section,
+)
 
 JUDGE_PROMPT = """\
 You compare a candidate's final answer with the reference answer to a question. They agree when
@@ -92,17 +98,15 @@ class JudgeSettings:
         check(bool(self.model), "reward.judge.model", self.model, "the model's name there")
         fields = all("{" + name + "}" in self.prompt for name in ("answer", "response"))
         check(fields, "reward.judge.prompt", self.prompt, "{answer} and {response} in it")
-        url = urlsplit(self.base_url)
+        url = read_url(self.base_url)
         # The settings are written to config.yaml and shown in errors.
-        plain = not (url.username or url.password or url.query or url.fragment)
-        shown = f"{url.scheme}://***{url.hostname}" if not plain else self.base_url
-        check(
-            plain and url.scheme in ("http", "https") and bool(url.hostname),
-            "reward.judge.base_url",
-            shown,
+        plain = url and not (url.username or url.password or url.query or url.fragment)
+        shown = "***" if any(mark in self.base_url for mark in "@?#") else self.base_url
+        wanted = (
             "http(s)://host/path without a user, password or query: CARE_TRAIN_KEYS in the "
-            "environment names the variable that holds the key",
+            "environment names the variable that holds the key"
         )
+        check(bool(plain), "reward.judge.base_url", shown, wanted)
 
 
 @section

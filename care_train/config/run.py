@@ -116,29 +116,18 @@ class Config:
     logging: Annotated[LoggingSettings, Role.FREE] = field(default_factory=LoggingSettings)
 
     def __post_init__(self) -> None:
-        parts = self.name.split("/")
-        check(
-            all(part and not part.startswith(".") for part in parts) and self.name.isprintable(),
-            "name",
-            self.name,
-            "a folder's name below output_dir: not empty, not absolute, no part that is or begins "
-            "with '.'",
-        )
-        check(
-            self.train.eval_every == 0 or self.held_out is not None or bool(self.sft.eval_data),
-            "train.eval_every",
-            self.train.eval_every,
-            "0 without eval.data or sft.eval_data: there are no held-out rows to evaluate on",
-        )
+        is_name = all(part and not part.startswith(".") for part in self.name.split("/"))
+        wanted = "a folder's name below output_dir; no part of it is empty or begins with '.'"
+        check(is_name and self.name.isprintable(), "name", self.name, wanted)
+        every, has_rows = self.train.eval_every, bool(self.held_out or self.sft.eval_data)
+        wanted = "0 without eval.data or sft.eval_data: there are no held-out rows to evaluate on"
+        check(every == 0 or has_rows, "train.eval_every", every, wanted)
         self.deepspeed.check_dtype(self.model.dtype)
         self._check_micro_batch_tokens()
         per_group = self.algorithm == "care" and self.care.decisions.normalize_over == "group"
-        check(
-            not per_group or self.loss.aggregation == "sequence",
-            "loss.aggregation",
-            self.loss.aggregation,
-            "'sequence' with preset = 'literal': a token mean has no per-group form",
-        )
+        mean = self.loss.aggregation
+        wanted = "'sequence' with preset = 'literal': a token mean has no per-group form"
+        check(not per_group or mean == "sequence", "loss.aggregation", mean, wanted)
         if self.train.rollouts_ahead:
             self._check_rollouts_ahead()
         if self.rollout.vllm.lora == "adapter":

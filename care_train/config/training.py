@@ -71,18 +71,12 @@ class TrainSettings:
     steps, saved whenever one beats those before; `checkpoints/best.json` names it."""
 
     def __post_init__(self) -> None:
-        check(
-            self.keep_best is None or self.eval_every > 0,
-            "train.keep_best",
-            self.keep_best,
-            "null, or train.eval_every above 0: without evaluations none is best",
-        )
-        check(
-            self.prompts_per_step % self.mini_batches == 0,
-            "train.mini_batches",
-            self.mini_batches,
-            f"a divisor of train.prompts_per_step = {self.prompts_per_step}",
-        )
+        can_compare = self.keep_best is None or self.eval_every > 0
+        wanted = "null, or train.eval_every above 0: without evaluations none is best"
+        check(can_compare, "train.keep_best", self.keep_best, wanted)
+        is_divisor = self.prompts_per_step % self.mini_batches == 0
+        wanted = f"a divisor of train.prompts_per_step = {self.prompts_per_step}"
+        check(is_divisor, "train.mini_batches", self.mini_batches, wanted)
 
 
 @section
@@ -136,45 +130,29 @@ class DeepSpeedSettings:
 
     def __post_init__(self) -> None:
         for key, owner in _OWNED.items():
-            check(
-                key not in self.config,
-                f"deepspeed.config.{key}",
-                self.config.get(key),
-                f"no such key: {owner} decides",
-            )
-        zero = self.zero
-        check(
-            zero.get("stage", self.zero_stage) == self.zero_stage,
-            "deepspeed.config.zero_optimization.stage",
-            zero.get("stage"),
-            f"{self.zero_stage}, which is deepspeed.zero_stage, or no such key",
-        )
+            wanted, got = f"no such key: {owner} decides", self.config.get(key)
+            check(key not in self.config, f"deepspeed.config.{key}", got, wanted)
+        own, stage = self.zero_stage, self.zero.get("stage", self.zero_stage)
+        wanted = f"{own}, which is deepspeed.zero_stage, or no such key"
+        check(stage == own, "deepspeed.config.zero_optimization.stage", stage, wanted)
         for part, least in (("optimizer", 1), ("param", 3)):
-            check(
-                not self.offloads(part) or self.zero_stage >= least,
-                f"deepspeed.config.zero_optimization.offload_{part}",
-                zero.get(f"offload_{part}"),
-                f"none below deepspeed.zero_stage {least}, got stage {self.zero_stage}",
-            )
+            fits, name = not self.offloads(part) or own >= least, f"offload_{part}"
+            wanted = f"none below deepspeed.zero_stage {least}, got stage {own}"
+            check(fits, f"deepspeed.config.zero_optimization.{name}", self.zero.get(name), wanted)
 
     @property
     def zero(self) -> Mapping[str, Any]:
         """DeepSpeed's `zero_optimization`."""
-        return self.config.get("zero_optimization") or {}
-
-    @property
-    def offloads_optimizer(self) -> bool:
-        """Whether the optimiser's states live in main memory, or on a disk."""
-        return self.offloads("optimizer")
+        return self._section("zero_optimization")
 
     @property
     def builds_adamw(self) -> bool:
         """Whether the optimiser is DeepSpeed's for CPUs, which the C++ compiler builds."""
-        return self.offloads_optimizer and self.config.get("zero_force_ds_cpu_optimizer", True)
+        return self.offloads("optimizer") and self.config.get("zero_force_ds_cpu_optimizer", True)
 
     def offloads(self, part: str) -> bool:
         """Whether `optimizer` states or `param`eters live in main memory, or on a disk."""
-        section = self.zero.get(f"offload_{part}") or {}
+        section = self._section("zero_optimization", f"offload_{part}")
         return section.get("device", "none") != "none"
 
     def check_dtype(self, dtype: str) -> None:
@@ -183,11 +161,14 @@ class DeepSpeedSettings:
         Raises:
             ValueError: DeepSpeed is told another.
         """
-        section = self.config.get("bf16") or {}
         is_bf16 = dtype == "bfloat16"
-        check(
-            section.get("enabled", is_bf16) == is_bf16,
-            "deepspeed.config.bf16.enabled",
-            section.get("enabled"),
-            f"{str(is_bf16).lower()} with model.dtype = {dtype}, or no such key",
-        )
+        enabled = self._section("bf16").get("enabled", is_bf16)
+        wanted = f"{str(is_bf16).lower()} with model.dtype = {dtype}, or no such key"
+        check(enabled == is_bf16, "deepspeed.config.bf16.enabled", enabled, wanted)
+
+    def _section(self, *names: str) -> Mapping[str, Any]:
+        found, path = self.config, "deepspeed.config"
+        for name in names:
+            found, path = found.get(name) or {}, f"{path}.{name}"
+            check(isinstance(found, Mapping), path, found, "keys")
+        return found

@@ -44,48 +44,44 @@ def read_yaml(path: Path, is_section: Callable[[str], bool]) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"config file {path}: not found")
+    values: dict[str, Any] = {}
     try:
         loader = _Loader(path.read_text())
         node = loader.get_single_node()
-        values = _Mapping(path, loader, is_section).read(node) if node else {}
+        if isinstance(node, yaml.MappingNode):
+            _Reader(path, loader, is_section).lay(node, (), values)
+        elif node is not None:
+            got = type(loader.construct_object(node, deep=True)).__name__
+            raise ValueError(f"config file {path}: got {got}, wanted key: value lines")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {path}: not YAML: {error}") from None
     return values
 
 
-class _Mapping:
+class _Reader:
     """One file on its way from nodes, which know their lines, to mappings."""
 
     def __init__(self, path: Path, loader: _Loader, is_section: Callable[[str], bool]) -> None:
         self._path = path
         self._loader = loader
         self._is_section = is_section
-        self._lines: dict[tuple[Any, ...], int] = {}
-        self._values: set[tuple[Any, ...]] = set()
+        self._given: dict[tuple[Any, ...], tuple[int, bool]] = {}
+        """Of each key its line, and whether it holds a value, not a mapping."""
 
-    def read(self, node: yaml.Node) -> dict[str, Any]:
-        if not isinstance(node, yaml.MappingNode):
-            got = type(self._loader.construct_object(node, deep=True)).__name__
-            raise ValueError(f"config file {self._path}: got {got}, wanted key: value lines")
-        values: dict[str, Any] = {}
-        self._lay(node, (), values)
-        return values
-
-    def _lay(self, node: yaml.MappingNode, above: tuple[Any, ...], values: dict[Any, Any]) -> None:
+    def lay(self, node: yaml.MappingNode, above: tuple[Any, ...], values: dict[Any, Any]) -> None:
+        """Put what a mapping below the keys `above` holds into `values`."""
         for key_node, value_node in node.value:
             if key_node.tag != "tag:yaml.org,2002:merge":
                 is_value = not isinstance(value_node, yaml.MappingNode)
                 self._note(self._parts(key_node, above), key_node.start_mark.line + 1, is_value)
         # Puts the keys of `<<: *anchor` first, so that the mapping's own replace them.
         self._loader.flatten_mapping(node)
-        node.value = list({self._parts(pair[0], above): pair for pair in node.value}.values())
-        for key_node, value_node in node.value:
-            parts = self._parts(key_node, above)
+        for parts, value_node in {self._parts(k, above): v for k, v in node.value}.items():
             below = values
             for part in parts[len(above) : -1]:
                 below = _mapping_at(below, part)
             if isinstance(value_node, yaml.MappingNode):
-                self._lay(value_node, parts, _mapping_at(below, parts[-1]))
+                self.lay(value_node, parts, _mapping_at(below, parts[-1]))
             else:
                 below[parts[-1]] = self._loader.construct_object(value_node, deep=True)
 
@@ -96,18 +92,16 @@ class _Mapping:
 
     def _note(self, parts: tuple[Any, ...], line: int, is_value: bool) -> None:
         """Refuse a key that is given already, or whose value would replace one below it."""
-        for other, first in self._lines.items():
+        for other, (first, was_value) in self._given.items():
             replaces = is_value and other[: len(parts)] == parts
-            is_replaced = other in self._values and parts[: len(other)] == other
+            is_replaced = was_value and parts[: len(other)] == other
             if other == parts or replaces or is_replaced:
                 name = ".".join(map(str, parts))
                 raise ValueError(
                     f"config file {self._path}: {name} is given twice, in lines "
                     f"{min(first, line)} and {max(first, line)}: remove one"
                 )
-        self._lines[parts] = line
-        if is_value:
-            self._values.add(parts)
+        self._given[parts] = line, is_value
 
 
 def _mapping_at(values: dict[Any, Any], key: Any) -> dict[Any, Any]:

@@ -143,7 +143,7 @@ def test_offload_takes_the_same_steps(own_adam, tiny_folder, tmp_path):
     section = yaml.safe_load((ROOT / OFFLOAD).read_text())
     more = {} if own_adam else {"zero_force_ds_cpu_optimizer": False}
     offload = make_config({"deepspeed": {"zero_stage": 3, "config": section["config"] | more}})
-    assert offload.deepspeed.offloads_optimizer
+    assert offload.deepspeed.offloads("optimizer")
     optimizer = OptimizerSettings(learning_rate=1e-3, total_steps=10)
     engines = [
         PolicyEngine(load(tiny_folder()), optimizer, config, initialize_process_group())
