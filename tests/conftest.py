@@ -25,11 +25,11 @@ _LONGEST = (
     *("security/test_ranks", "rollout/test_vllm_engine", "reporting/test_page_browser"),
     *("integrations/test_care_trl", "security/test_serve", "bench/test_paper", "test_trainer"),
     *("kernels/test_projection", "bench/test_compiled", "kernels/test_sharded_heads"),
-    *("security/test_verifier", "test_commands"),
+    *("verifier/test_pool", "test_commands"),
     *("integrations/test_trl", "rollout/test_weight_sync", "rollout/test_runs"),
     *("train/test_second_device", "train/test_mixed_rows", "rollout/test_vllm_server"),
     *("evaluation/test_benchmark_run", "security/test_checkpoints"),
-    *("security/test_statuses", "verifier/test_pool", "security/test_run_folders"),
+    *("security/test_statuses", "security/test_run_folders"),
 )
 _ORDER = {f"tests/{name}.py": place for place, name in enumerate(_LONGEST)}
 _GONE = [name for name in _ORDER if not (Path(__file__).parents[1] / name).is_file()]

@@ -11,7 +11,13 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 from care_train.data.answers import AnswerType, accepted_answers
-from care_train.verifier.choices import is_choice_key, same_choice, same_letters
+from care_train.verifier.choices import (
+    YES_NO,
+    is_choice_key,
+    same_choice,
+    same_letters,
+    same_yes_no,
+)
 from care_train.verifier.expressions import (
     Tuple,
     canonical,
@@ -30,6 +36,7 @@ from care_train.verifier.notation import (
     may_be_one,
     normalize,
     plain_latex,
+    same_words,
     split_equation,
     split_top,
     tight,
@@ -45,7 +52,6 @@ from care_train.verifier.numbers import (
 )
 from care_train.verifier.responses import Item, Verdict
 from care_train.verifier.units import split_unit
-from care_train.verifier.words import YES_NO, same_words, same_yes_no
 
 if TYPE_CHECKING:
     from care_train.verifier.verify import MathVerify
@@ -202,7 +208,7 @@ class _Comparison:
             expression, unit = split_unit(got_text)
             value = parse_quantity(self._algebra().value(expression))
             # An expression is exact: it may be rounded to the key, but is no decimal itself.
-            got = value and Quantity(value.value, None, 0, unit=unit)
+            got = value and Quantity(value.value, unit=unit)
         return same_quantity(got, wanted, self._tolerance()) if got else ""
 
     def _relaxed(self) -> str:

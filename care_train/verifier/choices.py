@@ -1,4 +1,4 @@
-"""Multiple choice: a letter, a letter with the option's text, or the text alone."""
+"""Multiple choice, by a letter, a letter with the option's text or the text alone; yes or no."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -49,7 +49,23 @@ _TAKES_BACK = re.compile(
 
 _LETTER_LIST = re.compile(r"[A-H]{2,}|[A-H](?:(?:[\s,;&\u3001]|and)+[A-H])+")
 
+YES_NO = {"yes": True, "true": True, "no": False, "false": False}
+# The word itself, or the word before its explanation.
+_LEADING_WORD = re.compile(
+    r"(?:yes|no|true|false)(?:$|[,.;:!]|\s+[-\u2013\u2014]\s|\s+(?:because|since)\s)"
+)
+
 SameExpression = Callable[[str, str], bool]
+
+
+def same_yes_no(got: str, wanted: str) -> str:
+    """Why an answer says the same yes or no; "" where it does not."""
+    got, key = normalize(got), YES_NO.get(normalize(wanted))
+    words = re.findall(r"[a-z']+", got)
+    said = {YES_NO[word] for word in words if word in YES_NO}
+    hedges = {"unknown", "maybe", "unless", "but", "or"} | ({"not"} if key else set())
+    leads = _LEADING_WORD.match(got)
+    return "the same" if leads and said == {key} and hedges.isdisjoint(words) else ""
 
 
 def same_letters(got: str, wanted: str) -> bool:
@@ -173,15 +189,14 @@ def _places_of(text: str, options: Sequence[str]) -> list[int]:
 
 
 def _is_same_spelling(one: str, other: str) -> bool:
-    same = one.strip() == other.strip()
-    return same or normalize(plain_latex(one)) == normalize(plain_latex(other))
+    return any(normalize(form(one)) == normalize(form(other)) for form in (str, plain_latex))
 
 
 def _same_text(got: str, wanted: str, same_expression: SameExpression | None = None) -> bool:
-    if normalize(got) == normalize(wanted):
+    if _is_same_spelling(got, wanted):
         return True
     got, wanted = plain_latex(got), plain_latex(wanted)
-    if normalize(got) == normalize(wanted) or canonical(got) == canonical(wanted):
+    if canonical(got) == canonical(wanted):
         return True
     if (reason := same_number(got, wanted)) is not None:
         return bool(reason)

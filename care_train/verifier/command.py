@@ -16,7 +16,6 @@ from care_train.verifier.responses import Response
 from care_train.verifier.score import Verifier, check_key
 
 _BATCH = 256
-_WANTED = '{"response": text, "answer": text}, with optional type, options and tolerance'
 
 
 def verify_lines(config: Config, source: TextIO, target: TextIO) -> None:
@@ -37,13 +36,13 @@ def verify_lines(config: Config, source: TextIO, target: TextIO) -> None:
     for batch in _batches(source):
         is_empty = False
         responses, fault = [], None
-        for number, line in batch:
-            try:
-                responses.append(_read(line, f"standard input: line {number}"))
-                check_key(responses[-1].sample, config.reward)
-            except ValueError as error:
-                fault = error
-                break
+        try:
+            for number, line in batch:
+                response = _read(line, f"standard input: line {number}")
+                check_key(response.sample, config.reward)
+                responses.append(response)
+        except ValueError as error:
+            fault = error
         for score in verifier.score_batch(responses):
             record = {
                 "acc": score.accuracy,
@@ -57,7 +56,8 @@ def verify_lines(config: Config, source: TextIO, target: TextIO) -> None:
         if fault is not None:
             raise fault
     if is_empty:
-        raise ValueError(f"standard input: got no line, wanted {_WANTED} on each")
+        wanted = '{"response": text, "answer": text}, with optional type, options and tolerance'
+        raise ValueError(f"standard input: got no line, wanted {wanted} on each")
 
 
 def _batches(source: TextIO) -> Iterator[list[tuple[int, str]]]:

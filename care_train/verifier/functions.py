@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from care_train.config import SHIPPED_REWARDS, RewardFunctionSettings
-from care_train.data import RowError, Sample
+from care_train.data import RowError
 from care_train.data.keys import verl_answer
 from care_train.verifier.responses import Response, RowImages
 
@@ -91,9 +91,8 @@ class UserFunction:
         needed = [
             p.name
             for p in parameters.values()
-            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-            and p.default is p.empty
-            and p.name not in {name, *filled, *settings.arguments}
+            if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.default is p.empty
+            if p.name not in {name, *filled, *settings.arguments}
         ]
         if needed and name != "completions":
             raise ValueError(
@@ -163,12 +162,8 @@ class UserFunction:
     def _number(self, value: Any, response: Response, bounded: bool) -> float:
         number = _finite(value)
         if number is None or (bounded and not 0 <= number <= 1):
-            wanted = "a finite number"
-            if bounded:
-                wanted = (
-                    "a number in [0, 1]: scale it, or set target: bonus where it is no accuracy"
-                )
-            raise self._wrong(value, response, wanted)
+            share = "a number in [0, 1]: scale it, or set target: bonus where it is no accuracy"
+            raise self._wrong(value, response, share if bounded else "a finite number")
         return number
 
     def _wrong(self, value: Any, response: Response, wanted: str) -> ValueError:
@@ -190,7 +185,10 @@ class UserFunction:
         return [self._run(_row(one), **self._settings.arguments) for one in responses]
 
     def _trl(self, responses: Sequence[Response], state: TrainerState) -> Any:
-        rows = [_row(one) | _own_keys(one.sample) for one in responses]
+        rows = [_row(one) for one in responses]
+        for row, one in zip(rows, responses, strict=True):
+            # The columns of the key's names as they stand.
+            row |= {k: v for k, v in one.sample.columns.items() if k in ("answer", "ground_truth")}
         names = dict.fromkeys(name for row in rows for name in row)
         columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
         del columns["prompt"], columns["response"]
@@ -206,9 +204,8 @@ class UserFunction:
             for one in responses
         ]
         columns["completion_ids"] = [list(one.token_ids) for one in responses]
-        columns |= {"trainer_state": state, "log_metric": self._log_metric}
-        columns["log_extra"] = self._log_extra
-        return self._run_named(columns)
+        logs = {"log_metric": self._log_metric, "log_extra": self._log_extra}
+        return self._run_named(columns | logs | {"trainer_state": state})
 
     def _log_metric(self, name: str, value: float) -> None:
         self._metrics.setdefault(name, []).append(float(value))
@@ -290,11 +287,6 @@ def _row(response: Response) -> dict[str, Any]:
         "response": response.text,
         "response_length": len(response.token_ids),
     }
-
-
-def _own_keys(sample: Sample) -> dict[str, Any]:
-    """The row's columns of the key's names as they stand, as TRL gives them."""
-    return {k: v for k, v in sample.columns.items() if k in ("answer", "ground_truth")}
 
 
 def _messages(response: Response) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -55,7 +56,7 @@ class Judge:
             max_retries=_RETRIES,
         )
         self._options: dict[str, Any] = {"temperature": 0.0, "max_tokens": _MAX_TOKENS}
-        self._known: dict[Case, Verdict] = {}
+        self._verdict = lru_cache(maxsize=_MAX_CACHED)(self._ask)
 
     def is_asked(self, item: Item, verdict: Verdict) -> bool:
         """Whether a wrong answer is of a type that is judged, and short enough to be one."""
@@ -70,13 +71,10 @@ class Judge:
                 completion: a broken judge must not look like wrong answers.
         """
         cases = [(question, i.expected, i.predicted.strip()) for question, i in answers]
-        asked = [case for case in dict.fromkeys(cases) if case not in self._known]
-        if asked:
-            if len(self._known) + len(asked) > _MAX_CACHED:
-                self._known = {case: self._known[case] for case in cases if case in self._known}
-            with ThreadPoolExecutor(min(_CONCURRENCY, len(asked))) as threads:
-                self._known |= dict(zip(asked, threads.map(self._ask, asked), strict=True))
-        return [self._known[case] for case in cases]
+        distinct = list(dict.fromkeys(cases))
+        with ThreadPoolExecutor(_CONCURRENCY) as threads:
+            found = dict(zip(distinct, threads.map(self._verdict, distinct), strict=True))
+        return [found[case] for case in cases]
 
     def _ask(self, case: Case) -> Verdict:
         question, expected, predicted = case

@@ -171,6 +171,26 @@ def normalize_words(text: str) -> str:
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
+def same_words(got: str, wanted: str) -> bool:
+    """Whether two texts have the same words, and the same signs between them."""
+    for sign, word in (("°", " degrees "), ("△", " triangle "), ("∠", " angle ")):
+        got, wanted = got.replace(sign, word), wanted.replace(sign, word)
+    got, wanted = (re.sub(r"\s*([-:/])\s*", r"\1", normalize(text)) for text in (got, wanted))
+    if got == wanted:
+        return True
+    words, key = normalize_words(got), normalize_words(wanted)
+    # Words alone would make AB ∥ CD of AB ⊥ CD.
+    if _signs(got) != _signs(wanted) or len(key) < 2 or not any(map(str.isalpha, key)):
+        return False
+    joined = "-" in got + wanted and words.replace(" ", "") == key.replace(" ", "")
+    return words == key or joined
+
+
+def _signs(text: str) -> list[str]:
+    """Of relations and operations."""
+    return [c for c in text if unicodedata.category(c) in ("Sm", "So") and c not in "|®©™"]
+
+
 def unwrap(text: str) -> str:
     """The answer itself: no `\\boxed{}`, math delimiters, emphasis, or "the answer is"."""
     text = text.strip()
@@ -194,7 +214,12 @@ def value_of_statement(text: str) -> str:
 def plain_latex(text: str) -> str:
     """One spelling of LaTeX: \\frac{}{}, no \\left, thin spaces, delimiters or \\text; °, ±, ≈."""
     text = unfold_case(_without_delimiters(_THOUSANDS.sub("", text)))
-    text = _drop_commands(text, _TEXT_COMMAND)
+    for _ in range(20):
+        match = _TEXT_COMMAND.search(text)
+        end = closing_brace(text, match.end() - 1) if match else -1
+        if match is None or end < 0:
+            break
+        text = f"{text[: match.start()]} {text[match.end() : end]} {text[end + 1 :]}"
     # Most answers are a letter, a word or a plain number: no rule is about those.
     if _UNUSUAL.search(text):
         for pattern, replacement in _REWRITES:
@@ -305,18 +330,6 @@ def _without_delimiters(text: str) -> str:
     text = re.sub(r"\$\$(.+?)\$\$", r"$\1$", text, flags=re.DOTALL)
     text = re.sub(r"(?<=[^\s$])\$\s+\$(?=[^\s$])", "$, $", text)
     return _SPAN.sub(r" \1 ", text).replace(_CURRENCY, "$")
-
-
-def _drop_commands(text: str, pattern: re.Pattern[str]) -> str:
-    for _ in range(20):
-        match = pattern.search(text)
-        if match is None:
-            return text
-        end = closing_brace(text, match.end() - 1)
-        if end < 0:
-            return text
-        text = f"{text[: match.start()]} {text[match.end() : end]} {text[end + 1 :]}"
-    return text
 
 
 def _exponent(match: re.Match[str]) -> str:

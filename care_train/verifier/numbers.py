@@ -20,19 +20,21 @@ _INTEGER = r"[0-9]+"
 _POWER = r"(?:\{([+-]?[0-9]{1,3})\}|([+-]?[0-9]{1,3}))"
 _PREFIX = re.compile(r"([+-]?)\s*(us\$|[$€£¥])?\s*([+-]?)\s*")
 """Sign, currency and, where the first is no minus, another sign."""
-_BODIES = [
-    ("mixed", rf"({_INTEGER})(?: +| ?and )({_INTEGER}) ?/ ?({_INTEGER})(?![0-9.])"),
-    ("mixed", rf"({_INTEGER}) ?\\frac ?\{{ ?({_INTEGER}) ?\}} ?\{{ ?({_INTEGER}) ?\}}"),
-    ("ratio", rf"\\frac ?\{{ ?(-?{_DECIMAL}) ?\}} ?\{{ ?({_DECIMAL}) ?\}}"),
-    ("ratio", rf"({_DECIMAL}) ?/ ?({_DECIMAL})(?![0-9.])"),
-    ("ratio", rf"\( ?({_DECIMAL}) ?/ ?({_DECIMAL}) ?\)"),
-    ("ratio", rf"\( ?(-?{_DECIMAL}) ?\) ?/ ?\( ?({_DECIMAL}) ?\)"),
-    ("power", rf"({_DECIMAL}) ?(?:\\times|\\cdot|\*|\u00d7|\u00b7|x) ?10 ?\^ ?{_POWER}"),
-    ("power", rf"()10 ?\^ ?{_POWER}"),
-    ("power", rf"({_DECIMAL})e{_POWER}"),
-    ("plain", rf"({_DECIMAL})"),
+_PATTERNS = [
+    (kind, re.compile(pattern))
+    for kind, pattern in (
+        ("mixed", rf"({_INTEGER})(?: +| ?and )({_INTEGER}) ?/ ?({_INTEGER})(?![0-9.])"),
+        ("mixed", rf"({_INTEGER}) ?\\frac ?\{{ ?({_INTEGER}) ?\}} ?\{{ ?({_INTEGER}) ?\}}"),
+        ("ratio", rf"\\frac ?\{{ ?(-?{_DECIMAL}) ?\}} ?\{{ ?({_DECIMAL}) ?\}}"),
+        ("ratio", rf"({_DECIMAL}) ?/ ?({_DECIMAL})(?![0-9.])"),
+        ("ratio", rf"\( ?({_DECIMAL}) ?/ ?({_DECIMAL}) ?\)"),
+        ("ratio", rf"\( ?(-?{_DECIMAL}) ?\) ?/ ?\( ?({_DECIMAL}) ?\)"),
+        ("power", rf"({_DECIMAL}) ?(?:\\times|\\cdot|\*|\u00d7|\u00b7|x) ?10 ?\^ ?{_POWER}"),
+        ("power", rf"()10 ?\^ ?{_POWER}"),
+        ("power", rf"({_DECIMAL})e{_POWER}"),
+        ("plain", rf"({_DECIMAL})"),
+    )
 ]
-_PATTERNS = [(kind, re.compile(pattern)) for kind, pattern in _BODIES]
 _VARIABLES = tuple("nkatvwj'\"")
 _REMARK = re.compile(r" ?\(([a-z][a-z ]+|[mgslhv])\)$")
 _ABOUT = re.compile(r"(?:≈|about |approximately |around |roughly |approx\.? )\s*")
@@ -54,15 +56,8 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _WORD_VALUES = {word: value for value, word in enumerate(_SMALL)} | {
     word: 10 * place for place, word in enumerate(_TENS, start=2)
 }
-_WORD_PARTS = {
-    "half": 2,
-    "third": 3,
-    "quarter": 4,
-    "fourth": 4,
-    "fifth": 5,
-    "eighth": 8,
-    "tenth": 10,
-}
+_WORD_PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "eighth": 8}
+_WORD_PARTS |= {"tenth": 10}
 _WORD = re.compile(r"[a-z]+")
 
 COUNTS = {word: str(value) for word, value in _WORD_VALUES.items() if value <= 20}
@@ -74,9 +69,9 @@ class Quantity:
     """A number with what stood around it."""
 
     value: Fraction
-    decimals: int | None
+    decimals: int | None = None
     """Digits after the point of a plain decimal, else None."""
-    significant: int
+    significant: int = 0
     """Digits of a plain number, leading zeros left out."""
     percent: bool = False
     unit: Unit | None = None
@@ -106,7 +101,7 @@ def parse_quantity(text: str, *, is_key: bool = False) -> Quantity | None:
     text = text[prefix.end() :]
     if words := read_words(text):
         value = words[0] * (-1 if first == "-" else 1)
-        return _with_tail(Quantity(value, None, 0), words[1].strip(), "", is_key)
+        return _with_tail(Quantity(value), words[1].strip(), "", is_key)
     if first == "-" and second:
         return None
     sign = -1 if "-" in (first, second) else 1
@@ -119,10 +114,9 @@ def parse_quantity(text: str, *, is_key: bool = False) -> Quantity | None:
             return None
         decimals, significant = _digits(match[0]) if kind == "plain" else (None, 0)
         tail = text[match.end() :].strip()
-        quantity = Quantity(sign * value, decimals, significant)
-        quantity = _with_tail(quantity, tail, currency or "", is_key)
         is_variable = tail == last and tail in _VARIABLES
-        return quantity and replace(quantity, is_variable=is_variable)
+        quantity = Quantity(sign * value, decimals, significant, is_variable=is_variable)
+        return _with_tail(quantity, tail, currency or "", is_key)
     return None
 
 
@@ -191,30 +185,24 @@ def _value(kind: str, match: re.Match[str]) -> Fraction | None:
 
 
 def _digits(text: str) -> tuple[int | None, int]:
-    plain = text.replace(",", "")
-    rest = plain.partition(".")[2] if "." in plain else None
-    digits = plain.replace(".", "").lstrip("0")
-    return (len(rest) if rest is not None else None), len(digits)
+    whole, point, rest = text.replace(",", "").partition(".")
+    return len(rest) if point else None, len((whole + rest).lstrip("0"))
 
 
 def _with_tail(quantity: Quantity, tail: str, currency: str, is_key: bool) -> Quantity | None:
-    value = quantity.value
-    scale = _SCALE.match(tail)
-    if scale:
-        value *= _SCALES[scale[1]]
+    if scale := _SCALE.match(tail):
         tail = tail[scale.end() :].strip()
-        quantity = Quantity(value, None, 0)
-    percent = _PERCENT.match(tail)
-    if percent:
+        quantity = Quantity(quantity.value * _SCALES[scale[1]])
+    if percent := _PERCENT.match(tail):
         tail = tail[percent.end() :].strip()
     unit = parse_unit(currency) if currency else None
     if tail.strip(" .)"):
-        is_free = is_key or abs(value) == 1
+        is_free = is_key or abs(quantity.value) == 1
         said = parse_unit(tail if unit else _AFTER_UNIT.sub("", tail), is_free=not unit and is_free)
         if said is None or (unit and said.dimensions != unit.dimensions):
             return None
         unit = unit or said
-    return Quantity(value, quantity.decimals, quantity.significant, bool(percent), unit)
+    return replace(quantity, percent=bool(percent), unit=unit)
 
 
 def _close(value: Fraction, key: Fraction, tolerance: Fraction | None) -> bool:

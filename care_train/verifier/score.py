@@ -174,23 +174,26 @@ class Verifier:
         self, response: Response, verdict: Verdict, results: Sequence[FunctionScore]
     ) -> Score:
         """Eq. 1 from the verifier's verdict and what each reward function says of a response."""
-        own = [(f.settings, one) for f, one in zip(self._functions, results, strict=True)]
-        told = [(settings, one.value) for settings, one in own if one.value is not None]
-        accurate = [(s.weight, value) for s, value in told if s.target == "accuracy"]
+        accurate, given, bonus, reasons = [], [], 0.0, []
+        rewards = [("verifier", verdict.accuracy)]
+        for name, function, one in zip(self._names, self._functions, results, strict=True):
+            settings = function.settings
+            if one.format_score is not None:
+                given.append((settings.weight, one.format_score))
+            if one.value is None:
+                continue
+            rewards.append((name, one.value))
+            reasons.append(f"{function.name} {one.value:g}{one.note}")
+            if settings.target == "accuracy":
+                accurate.append((settings.weight, one.value))
+            else:
+                bonus += settings.weight * one.value
         if self._weight or not accurate:
             check_comparable(response.sample)
             accurate.append((self._weight or 1.0, verdict.accuracy))
         graded, threshold = _mean(accurate), self._settings.success_threshold
-        given = [(s.weight, one.format_score) for s, one in own if one.format_score is not None]
         fault = self.form_fault(response)
         form = _mean(given) if given else float(not fault)
-        bonus = sum(s.weight * value for s, value in told if s.target == "bonus")
-        named = zip(self._names, results, strict=True)
-        reasons = [
-            f"{f.name} {one.value:g}{one.note}"
-            for f, one in zip(self._functions, results, strict=True)
-            if one.value is not None
-        ]
         reasons += [f"{name}: {value}" for one in results for name, value in one.extra.items()]
         return Score(
             graded if threshold is None else float(graded >= threshold),
@@ -199,10 +202,7 @@ class Verifier:
             "; ".join([*reasons, verdict.reason]),
             "by reward.functions" if given else fault or "as asked",
             graded,
-            (
-                ("verifier", verdict.accuracy),
-                *((name, one.value) for name, one in named if one.value is not None),
-            ),
+            tuple(rewards),
             min((one.wrong_step for one in results if one.wrong_step), default=None),
         )
 

@@ -46,15 +46,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.keys.append(self.headers["Authorization"].removeprefix("Bearer "))
         self.server.options.append(body.keys() - {"model", "messages"})
         refused = next((name for name in self.server.refused if name in body), None)
-        reply = 400 if refused else self.server.reply(prompt)
-        status = reply if isinstance(reply, int) else 200
-        if refused:
-            encoded = _refusal(refused)
-        elif isinstance(reply, bytes):
-            encoded = reply
-        else:
-            encoded = _completion(body["model"], reply)
-        self.send_response(status)
+        reply = _refusal(refused) if refused else self.server.reply(prompt)
+        encoded = reply if isinstance(reply, bytes) else _completion(body["model"], str(reply))
+        self.send_response(400 if refused else reply if isinstance(reply, int) else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(encoded)))
         self.end_headers()
@@ -71,12 +65,9 @@ def _refusal(name: str) -> bytes:
     return json.dumps({"error": error | {"code": "unsupported_parameter"}}).encode()
 
 
-def _completion(model: str, content: str | int) -> bytes:
-    choice = {
-        "index": 0,
-        "finish_reason": "stop",
-        "message": {"role": "assistant", "content": content if isinstance(content, str) else ""},
-    }
+def _completion(model: str, content: str) -> bytes:
+    message = {"role": "assistant", "content": content}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
     data = {"id": "1", "object": "chat.completion", "created": 0, "model": model}
     return json.dumps(data | {"choices": [choice]}).encode()
 

@@ -13,7 +13,6 @@ from care_train.config import (
     PromptSettings,
     RewardFunctionSettings,
     RewardSettings,
-    build_config,
 )
 from care_train.data import RowError, Sample, load_samples, sample_from_row
 from care_train.training.failures import status_of
@@ -326,24 +325,17 @@ def test_a_functions_own_error_is_no_wrong_input(tmp_path: Path, source: str, me
 
 
 @pytest.mark.parametrize(
-    ("reward", "message"),
+    ("function", "message"),
     [
-        (
-            {"functions": [{"function": "compute_score"}]},
-            r"functions\.function: .* wanted file\.py:f",
-        ),
-        (
-            {"functions": [{"function": "care_train:verifier", "target": "bonus"}]},
-            r"functions\.target: got 'bonus'.* with the verifier",
-        ),
-        ({"functions": [{"function": "/nowhere/r.py:f"}]}, "got no file"),
-        ({"functions": [{"function": "care_train:other"}]}, "got no function other in it"),
+        ("/nowhere/r.py:f", "got no file"),
+        ("care_train:other", "got no function other in it"),
     ],
 )
-def test_wrong_settings_are_named(reward: dict, message: str):
-    """By key, or by the function that is not there."""
+def test_a_function_that_is_not_there_is_named(function: str, message: str):
+    """With the file, or what else is in it."""
+    settings = RewardSettings(functions=[RewardFunctionSettings(function=function)])
     with pytest.raises(ValueError, match=message):
-        Verifier(PromptSettings(), build_config({"reward": reward}).reward)
+        Verifier(PromptSettings(), settings)
 
 
 FAULTY = """

@@ -1,4 +1,4 @@
-"""Processes that can be killed: limited, replaced, and gone when they should be."""
+"""Processes that can be killed: limited, replaced, gone when they should be, and under attack."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ ENDLESS = Item("(x+y+z+2)^{700}", "x^2+1")
 
 @pytest.fixture
 def pool() -> Iterator[WorkerPool]:
-    pool = WorkerPool(workers=2, timeout=1.0)
+    pool = WorkerPool(workers=2, timeout=0.5)
     yield pool
     pool.close()
 
@@ -149,12 +149,13 @@ def test_ordered_map(workers: int, tmp_path: Path):
 
 def test_a_lost_worker_costs_its_verdict_alone(pool: WorkerPool):
     """A hung process is killed and replaced; the others in the batch keep their verdicts, in order.
-    One that is killed from outside costs no verdict: its item is tried again."""
+    Equal answers to equal keys are compared once: a collapsed policy's cost what one costs. A
+    process that is killed from outside costs no verdict: its item is tried again."""
     pool.run(EASY)
     before = set(pool.pids)
     verdicts = pool.run([EASY[0], ENDLESS, *EASY[1:], ENDLESS, EASY[2]])
     assert [v.accuracy for v in verdicts] == [1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
-    reason = "unverified: got nothing in 1 s of processor time"
+    reason = "unverified: got nothing in 0.5 s of processor time"
     assert [verdicts[place].reason for place in (1, 4)] == [reason] * 2
     # The two are equal: one comparison, tried twice.
     assert pool.timeouts == 2 and pool.crashes == 0
@@ -163,7 +164,7 @@ def test_a_lost_worker_costs_its_verdict_alone(pool: WorkerPool):
     assert [v.accuracy for v in pool.run(EASY)] == EASY_VERDICTS
 
     def kill() -> None:
-        time.sleep(0.3)
+        time.sleep(0.15)
         for pid in pool.pids:
             os.kill(pid, signal.SIGKILL)
 
@@ -224,3 +225,32 @@ def test_numbers_and_words_start_no_worker(pool: WorkerPool):
     items = [Item("5.0", "5"), Item("B. red", "B"), Item("Blue", "blue"), Item("No.", "no")]
     assert all(v.accuracy == 1.0 for v in verify_batch(items, pool))
     assert pool.pids == []
+
+
+SLOW = [
+    "{" * 20 + "x" + "}" * 20,
+    "\\{" * 16 + "x" + "\\}" * 16,
+    "(" * 20 + "x+1" + ")" * 20,
+    "\\sqrt{" * 12 + "x",
+]
+"""Each took the parser seconds, up to its whole time limit."""
+
+
+def test_nested_brackets_cost_little(pool: WorkerPool):
+    """They are wrong unparsed, or parsed without the braces that mean nothing."""
+    verdicts = verify_batch([Item(answer, "x^2+1") for answer in SLOW], pool)
+    assert [verdict.accuracy for verdict in verdicts] == [0.0] * len(SLOW)
+    assert not any(verdict.reason.startswith("unverified") for verdict in verdicts)
+
+
+def test_a_batch_of_slow_answers_ends(pool: WorkerPool, caplog: pytest.LogCaptureFixture):
+    """Answers that each use up their time share a limit: a right one beside them is still right."""
+    slow = [Item(f"(x+y+z+{n})^{{700}}", "x^2+1") for n in range(14)]
+    right = Item("1+x^2", "x^2+1")
+    verdicts = pool.run([*slow, right])
+    assert verdicts[-1].accuracy == 1.0
+    assert {verdict.accuracy for verdict in verdicts[:-1]} == {0.0}
+    assert all(verdict.reason.startswith("unverified: ") for verdict in verdicts[:-1])
+    assert "14 answers are unverified" in caplog.text
+    # Each alone would have its time twice.
+    assert pool.timeouts == len(slow)

@@ -71,9 +71,6 @@ def test_tags_are_settings():
     text = "<reasoning>so</reasoning><a.b>blue</a.b>"
     assert verifier.score(text, BLUE).reward == pytest.approx(1.0)
     assert format_score(text, "reasoning", "aXb") == format_score(text) == 0.0
-    for tags in (["answer", "answer"], ["", "answer"], ["think", ""]):
-        with pytest.raises(ValueError, match=r"prompt\.tags: got "):
-            PromptSettings(tags=tags)
 
 
 @given(
