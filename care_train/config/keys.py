@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic_core import PydanticUndefined
-
 from care_train.config.base import Role
 from care_train.config.run import Config
 
@@ -74,7 +72,8 @@ def _walk(section: Any, prefix: str, role: Role) -> Iterator[Key]:
         own = next((m for m in info.metadata if isinstance(m, Role)), role)
         nested, is_list = _section_in(info.annotation)
         is_nullable = type(None) in get_args(info.annotation)
-        default = _shown(info.get_default(call_default_factory=True))
+        value = info.get_default(call_default_factory=True)
+        default = "required" if info.is_required() else _shown(value)
         yield Key(
             name=f"{prefix}{name}",
             wanted=_words(info.annotation) + _bounds(info.annotation, info.metadata),
@@ -89,8 +88,6 @@ def _walk(section: Any, prefix: str, role: Role) -> Iterator[Key]:
 
 
 def _shown(value: object) -> str:
-    if value is PydanticUndefined:
-        return "required"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return str(value) or "''"

@@ -28,7 +28,7 @@ ENDLESS = Item("(x+y+z+2)^{700}", "x^2+1")
 
 @pytest.fixture
 def pool() -> Iterator[WorkerPool]:
-    pool = WorkerPool(workers=2, timeout=0.5)
+    pool = WorkerPool(workers=2, timeout=1.0)
     yield pool
     pool.close()
 
@@ -155,7 +155,7 @@ def test_a_lost_worker_costs_its_verdict_alone(pool: WorkerPool):
     before = set(pool.pids)
     verdicts = pool.run([EASY[0], ENDLESS, *EASY[1:], ENDLESS, EASY[2]])
     assert [v.accuracy for v in verdicts] == [1.0, 0.0, 0.0, 1.0, 0.0, 1.0]
-    reason = "unverified: got nothing in 0.5 s of processor time"
+    reason = "unverified: got nothing in 1 s of processor time"
     assert [verdicts[place].reason for place in (1, 4)] == [reason] * 2
     # The two are equal: one comparison, tried twice.
     assert pool.timeouts == 2 and pool.crashes == 0
@@ -164,7 +164,7 @@ def test_a_lost_worker_costs_its_verdict_alone(pool: WorkerPool):
     assert [v.accuracy for v in pool.run(EASY)] == EASY_VERDICTS
 
     def kill() -> None:
-        time.sleep(0.15)
+        time.sleep(0.3)
         for pid in pool.pids:
             os.kill(pid, signal.SIGKILL)
 
@@ -245,12 +245,12 @@ def test_nested_brackets_cost_little(pool: WorkerPool):
 
 def test_a_batch_of_slow_answers_ends(pool: WorkerPool, caplog: pytest.LogCaptureFixture):
     """Answers that each use up their time share a limit: a right one beside them is still right."""
-    slow = [Item(f"(x+y+z+{n})^{{700}}", "x^2+1") for n in range(14)]
+    slow = [Item(f"(x+y+z+{n})^{{700}}", "x^2+1") for n in range(10)]
     right = Item("1+x^2", "x^2+1")
     verdicts = pool.run([*slow, right])
     assert verdicts[-1].accuracy == 1.0
     assert {verdict.accuracy for verdict in verdicts[:-1]} == {0.0}
     assert all(verdict.reason.startswith("unverified: ") for verdict in verdicts[:-1])
-    assert "14 answers are unverified" in caplog.text
+    assert "10 answers are unverified" in caplog.text
     # Each alone would have its time twice.
     assert pool.timeouts == len(slow)
