@@ -309,10 +309,6 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def _is_installed(contender: Contender) -> bool:
-    return installed_version(contender.package) is not None
-
-
 def chosen_contenders(skipped: list[str]) -> dict[str, Contender]:
     """All contenders but the skipped.
 
@@ -320,7 +316,9 @@ def chosen_contenders(skipped: list[str]) -> dict[str, Contender]:
         MeasurementError: one is not installed; the message names it and the ways out.
     """
     chosen = {name: c for name, c in CONTENDERS.items() if name not in skipped}
-    missing = [name for name in PEERS if name in chosen and not _is_installed(chosen[name])]
+    missing = [
+        name for name in PEERS if name in chosen and not installed_version(chosen[name].package)
+    ]
     if missing:
         packages = " ".join(sorted({chosen[name].package for name in missing}))
         raise MeasurementError(

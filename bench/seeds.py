@@ -29,6 +29,7 @@ from care_train.commands import load_held_out
 from care_train.config import Config, configs_folder, load_config
 from care_train.data import load_samples
 from care_train.reporting import mean_interval, read_metrics
+from care_train.reporting.files import finite
 from care_train.reporting.plots import plot_comparison
 from care_train.training.session import Given
 
@@ -61,7 +62,7 @@ def main() -> int:
     guesser = round(_text_only_accuracy(load_config(options.config, options.overrides)), 4)
     print(f"A guesser who never sees an image scores {guesser:.1%}.")
     facts = {"seeds": options.seeds, "overrides": options.overrides, "text_only": guesser}
-    print(json.dumps(facts | figures))
+    print(json.dumps(finite(facts | figures)))  # the interval of a single seed is NaN
     return 0
 
 

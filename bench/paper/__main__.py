@@ -18,12 +18,13 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 from bench.paper.experiments import EXPERIMENTS
 from bench.paper.results import draw, print_table, read_results, write_results
-from bench.paper.runs import Done, Runner
+from bench.paper.runs import Done, Run, Runner
 from care_train.config import SHIPPED_DATA
 from care_train.reporting.files import finite
 
@@ -49,9 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _make(name: str, options: argparse.Namespace) -> list[Done]:
     """All runs of an experiment, with progress and the time left on standard error."""
     experiment = EXPERIMENTS[name]
+    variants = experiment.variants
     runner = Runner(options.output, quick=options.quick, shared=options.overrides)
-    variants = options.variants or list(experiment.variants)
-    runs = runner.runs(experiment, variants, 1 if options.quick else options.seeds)
+    # A run of every variant with one seed, then with the next.
+    pairs = product(range(1 if options.quick else options.seeds), options.variants or variants)
+    runs = [Run(variant, seed, variants[variant]) for seed, variant in pairs]
     done, seconds = [], []
     for number, run in enumerate(runs, start=1):
         left = ""

@@ -39,6 +39,8 @@ _MEANS = (
 _ENDS = ("accuracy", "reward", "kl", "think_length", "response_length")
 """Means over its last third, of rollouts: far more responses than the held-out questions."""
 _CURVES = ("reward", "accuracy", "format", "kl", "think_length")
+_EVERY = 5
+"""Steps to a point of a curve."""
 
 Row = Mapping[str, Any]
 
@@ -46,16 +48,16 @@ Row = Mapping[str, Any]
 def write_results(folder: Path, name: str, runs: Sequence[Done]) -> None:
     """Write `NAME.csv`, a row per run, and `NAME_curves.csv`, a row per five steps of each."""
     folder.mkdir(parents=True, exist_ok=True)
-    records = [read_metrics(done.folder / "metrics.jsonl") for done in runs]
-    rows = [_row(done, found) for done, found in zip(runs, records, strict=True)]
-    if EXPERIMENTS[name].measures == SIGNATURE:
-        rows = [row | _signature_columns(done) for done, row in zip(runs, rows, strict=True)]
+    is_signature = EXPERIMENTS[name].measures == SIGNATURE
+    rows, curves = [], []
+    for done in runs:
+        records = read_metrics(done.folder / "metrics.jsonl")
+        steps = [record for record in records if record["phase"] == "train"]
+        rows.append(_row(done, steps) | (_signature_columns(done) if is_signature else {}))
+        curves += _curve(done, steps)
     _write(folder / f"{name}.csv", rows)
-    curves = [
-        point for done, found in zip(runs, records, strict=True) for point in _curve(done, found)
-    ]
     _write(folder / f"{name}_curves.csv", curves)
-    if EXPERIMENTS[name].measures == SIGNATURE and (found := _signature(runs)) is not None:
+    if is_signature and (found := _signature(runs)) is not None:
         plot_signature(found, _picture(folder, name))
 
 
@@ -77,8 +79,7 @@ def _signature_columns(done: Done) -> dict[str, float | str]:
     return {key: round(value, 5) for key, value in columns.items()}
 
 
-def _row(done: Done, records: Sequence[Row]) -> dict[str, Any]:
-    steps = [record for record in records if record["phase"] == "train"]
+def _row(done: Done, steps: Sequence[Row]) -> dict[str, Any]:
     row: dict[str, Any] = {"variant": done.run.variant, "seed": done.run.seed}
     row |= {key: done.summary.get(key, "") for key in _SUMMARY}
     row |= {key: _mean(steps, key) for key in _MEANS}
@@ -88,11 +89,10 @@ def _row(done: Done, records: Sequence[Row]) -> dict[str, Any]:
     return row | {"config": config, "commit": _commit(), **versions, "command": done.command}
 
 
-def _curve(done: Done, records: Sequence[Row], every: int = 5) -> list[dict[str, Any]]:
-    steps = [record for record in records if record["phase"] == "train"]
+def _curve(done: Done, steps: Sequence[Row]) -> list[dict[str, Any]]:
     points, tokens = [], 0.0
-    for start in range(0, len(steps), every):
-        part = steps[start : start + every]
+    for start in range(0, len(steps), _EVERY):
+        part = steps[start : start + _EVERY]
         tokens += sum(record["decoded_tokens"] for record in part)
         point = {"variant": done.run.variant, "seed": done.run.seed, "step": part[-1]["step"]}
         points.append(

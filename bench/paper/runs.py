@@ -66,11 +66,6 @@ class Runner:
         self._shared = (*(QUICK if quick else ()), *shared)
         self._last = ("train.steps=2",) if quick else ()
 
-    def runs(self, experiment: Experiment, names: Sequence[str], seeds: int) -> list[Run]:
-        """A run of every variant with one seed, then with the next."""
-        variants = experiment.variants
-        return [Run(name, seed, variants[name]) for seed in range(seeds) for name in names]
-
     def make(self, experiment: Experiment, run: Run) -> Done:
         """A run with its variant's budget, from the cold start that all runs share.
 
@@ -131,12 +126,8 @@ def configuration_hash(config: Config, command: str = "train") -> str:
     Those that have their default are left out, so that a run is found again by a version that has
     more settings.
     """
-    kept = ("seed", "model", "prompt", "sft")
-    if command == "train":
-        kept = (
-            *kept[:-1],
-            *("algorithm", "data", "rollout", "reward", "care", "loss", "train", "eval"),
-        )
+    training = ("algorithm", "data", "rollout", "reward", "care", "loss", "train", "eval")
+    kept = ("seed", "model", "prompt", *(training if command == "train" else ("sft",)))
     values, defaults = config_to_dict(config), config_to_dict(Config())
     if command == "sft":
         for settings in (values, defaults):
@@ -145,9 +136,8 @@ def configuration_hash(config: Config, command: str = "train") -> str:
     values["model"]["path"] = "/".join(Path(config.model.path).parts[-2:])
     changed = {name: _changed(values[name], defaults[name]) for name in kept}
     changed["cue"] = config.care.reflection.cue
-    return hashlib.sha256(json.dumps(changed, sort_keys=True, default=str).encode()).hexdigest()[
-        :12
-    ]
+    text = json.dumps(changed, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _changed(values: Any, defaults: Any) -> Any:

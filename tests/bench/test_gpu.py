@@ -73,7 +73,7 @@ def test_failing_sections_cost_no_other_its_results(
     }
     for name, source in sources.items():
         (tmp_path / f"{name}.py").write_text(f"def run(bench):\n    {source}\n")
-    sections = [Section(name, f"{name}:run", 8 if name == "hangs" else 60) for name in sources]
+    sections = [Section(name, f"{name}:run", 4 if name == "hangs" else 60) for name in sources]
     run = Run(tmp_path / "out", 200.0, dry=False, site=tmp_path)
     results = run_sections(sections, run)
     found = results["sections"]
