@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -48,7 +49,9 @@ def main() -> int:
             summaries = [task.result() for task in tasks]
         figures[algorithm] = _figures(summaries)
         if not steps:
-            steps = [f"train.steps={_steps_to_match(summaries, options)}"]
+            sampled = fmean(summary["sampled_sequences"] for summary in summaries)
+            config = load_config(options.config, options.overrides)
+            steps = [f"train.steps={steps_to_sample(sampled, config)}"]
     _print_table(figures, len(options.seeds))
     if options.picture is not None:
         curves = {
@@ -75,12 +78,6 @@ def _text_only_accuracy(config: Config) -> float:
     guesses = [answers[sample.prompt].most_common(1) for sample in test]
     right = [g[0][0] == s.answer for g, s in zip(guesses, test, strict=True) if g]
     return sum(right) / len(test)
-
-
-def _steps_to_match(summaries: Sequence[dict[str, Any]], options: argparse.Namespace) -> int:
-    """Steps after which an algorithm without reflection has sampled what these runs did."""
-    sampled = sum(summary["sampled_sequences"] for summary in summaries) / len(summaries)
-    return steps_to_sample(sampled, load_config(options.config, options.overrides))
 
 
 def _run(
@@ -124,7 +121,7 @@ def _figures(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         or summary["accuracy_after"] < summary["accuracy_before"]
     ]
     for key in ("sampled_sequences", "trained_sequences", "decoded_tokens", "wall_seconds"):
-        figures[key] = round(sum(summary[key] for summary in summaries) / len(summaries))
+        figures[key] = round(fmean(summary[key] for summary in summaries))
     return figures
 
 
