@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from bench.data_corpus import Corpus, build_config, make_corpus
-from care_train.data.building.run import CHUNK_ROWS
+from care_train.data.build import CHUNK_ROWS
 
 MIB = 2**20
 

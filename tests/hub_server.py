@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Repository:
-    """One repository with one branch, `main`, and the tag `v1`."""
+    """One repository with one commit, whose names are `main`, `v1` and its hash."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     is_gated: bool = False
@@ -23,12 +23,8 @@ class Repository:
 
     @property
     def commit(self) -> str:
-        """The hash of the only commit."""
-        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
-
-    def has(self, revision: str) -> bool:
-        """Whether it is a name of the commit."""
-        return revision in ("main", "v1", self.commit)
+        """The commit's hash."""
+        return _oid(repr(sorted(self.files.items())).encode())
 
 
 class Hub:
@@ -41,10 +37,6 @@ class Hub:
         self.token = "hf_secret"
         self.endpoint = ""
 
-    def add(self, name: str, folder: Path, **options: bool) -> None:
-        """Publish a folder's files."""
-        self.repositories[name] = Repository(contents(folder), **options)
-
 
 def contents(folder: Path) -> dict[str, bytes]:
     """A folder's files by their path in it."""
@@ -55,16 +47,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 def running_hub() -> Iterator[Hub]:
     """A Hub that answers while the block runs."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub})) as server:
+        hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield hub
+        finally:
+            server.shutdown()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -79,16 +68,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self._noted()
-        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(.*))?", path):
-            self._describe(f"{found[1]}/{found[2]}", found[3] or "revision/main")
+        if found := re.fullmatch(r"/api/((?:models|datasets)/[^/]+/[^/]+)(?:/(.*))?", path):
+            action, _, rest = (found[2] or "revision/main").partition("/")
+            if repository := self._readable(found[1], rest.split("/")[0]):
+                self._describe(found[1].partition("/")[2], repository, action)
         elif found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self._send_file(f"{found[1] or 'models/'}{found[2]}", found[3], found[4])
+            if repository := self._readable(f"{found[1] or 'models/'}{found[2]}", found[3]):
+                self._send_file(repository, found[4])
         else:
             self._send({"error": f"unknown {path}"}, 404)
 
     def do_POST(self) -> None:
         path, body = self._noted(), self._body()
-        if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+        if not self._has_token():
             self._send({"error": "who are you?"}, 401)
         elif path == "/api/repos/create":
             asked = json.loads(body)
@@ -102,60 +94,53 @@ class _Handler(BaseHTTPRequestHandler):
                 for file in json.loads(body)["files"]
             ]
             self._send({"files": files})
-        elif found := re.fullmatch(r"/api/models/(.+)/commit/main", path):
-            self._commit(found[1], body)
+        elif found := re.fullmatch(r"/api/(models/.+)/commit/main", path):
+            repository = self.hub.repositories[found[1]]
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    repository.files[line["value"]["path"]] = content
+            url = f"{self.hub.endpoint}/{found[1]}/commit/{repository.commit}"
+            self._send({"commitUrl": url, "commitOid": repository.commit, "hookOutput": ""})
         else:
             self._send({"warnings": [], "errors": []})  # /api/validate-yaml
 
-    def _describe(self, name: str, what: str) -> None:
-        action, _, rest = what.partition("/")
-        repository = self._readable(name, rest.split("/")[0])
-        if repository is None:
-            return
-        files = [
-            {"type": "file", "path": path, "size": len(content), "oid": _oid(content)}
-            for path, content in repository.files.items()
-        ]
+    def _describe(self, name: str, repository: Repository, action: str) -> None:
         if action == "tree":
-            self._send(files)
+            files = repository.files.items()
+            self._send(
+                [
+                    {"type": "file", "path": path, "size": len(content), "oid": _oid(content)}
+                    for path, content in files
+                ]
+            )
             return
-        siblings = [{"rfilename": one["path"]} for one in files]
-        name = name.partition("/")[2]
-        self._send({"id": name, "sha": repository.commit, "siblings": siblings, "private": False})
+        siblings = [{"rfilename": path} for path in repository.files]
+        about = {"id": name, "sha": repository.commit, "private": False}
+        self._send(about | {"siblings": siblings})
 
     def _readable(self, name: str, revision: str) -> Repository | None:
         repository = self.hub.repositories.get(name)
-        has_token = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
-        if repository is None or (repository.is_private and not has_token):
-            self._send({"error": "not found"}, 401, "RepoNotFound")
-        elif repository.is_gated and not has_token:
-            self._send({"error": "gated"}, 403, "GatedRepo")
-        elif not repository.has(revision):
-            self._send({"error": "revision"}, 404, "RevisionNotFound")
+        if repository is None:
+            self._send({"error": "not found"}, 401, {"X-Error-Code": "RepoNotFound"})
+        elif repository.is_gated and not self._has_token():
+            self._send({"error": "gated"}, 403, {"X-Error-Code": "GatedRepo"})
+        elif revision not in ("main", "v1", repository.commit):
+            self._send({"error": "revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
         else:
             return repository
         return None
 
-    def _send_file(self, name: str, revision: str, path: str) -> None:
-        repository = self._readable(name, revision)
-        if repository is None:
+    def _send_file(self, repository: Repository, path: str) -> None:
+        content = repository.files.get(path)
+        if content is None:
+            self._send({"error": "entry"}, 404, {"X-Error-Code": "EntryNotFound"})
             return
-        if path not in repository.files:
-            self._send({"error": "entry"}, 404, "EntryNotFound")
-            return
-        content = repository.files[path]
         headers = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": repository.commit}
-        self._send_bytes(content, 200, headers)
+        self._send(content, 200, headers)
 
-    def _commit(self, name: str, body: bytes) -> None:
-        files = self.hub.repositories[f"models/{name}"].files
-        for line in map(json.loads, body.splitlines()):
-            value = line["value"]
-            if line["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-        commit = self.hub.repositories[f"models/{name}"].commit
-        url = f"{self.hub.endpoint}/{name}/commit/{commit}"
-        self._send({"commitUrl": url, "commitOid": commit, "hookOutput": ""})
+    def _has_token(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {self.hub.token}"
 
     def _noted(self) -> str:
         path = unquote(urlsplit(self.path).path)
@@ -172,13 +157,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def _send(self, value: object, status: int = 200, code: str = "") -> None:
-        headers = {"X-Error-Code": code} if code else {}
-        self._send_bytes(json.dumps(value).encode(), status, headers)
-
-    def _send_bytes(self, content: bytes, status: int, headers: dict[str, str]) -> None:
+    def _send(
+        self, value: object, status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
+        """Bytes as they are, anything else as JSON."""
+        content = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
-        for name, text in headers.items():
+        for name, text in (headers or {}).items():
             self.send_header(name, text)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()

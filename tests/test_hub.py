@@ -1,6 +1,5 @@
 """Models and data by their Hub ids, and a trained model uploaded, against a Hub made here."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from care_train.models.load import load_model
 from care_train.planning.workload import read_architecture
 from care_train.publishing import claim, model_card, publish
 from care_train.training import run_folder
-from tests.hub_server import Hub, contents, running_hub
+from tests.data.published import load, write_jsonl
+from tests.hub_server import Hub, Repository, contents, running_hub
 from tests.train.runs import SMALL, python
 
 FILE = "/{repo_id}/resolve/{revision}/{filename}"
@@ -29,18 +29,18 @@ def local_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder):
     rows.mkdir()
     for split, count in (("train", 8), ("test", 4)):
         lines = [{"prompt": f"what is {i} and one?", "answer": f"{i + 1}"} for i in range(count)]
-        (rows / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_jsonl(rows / f"{split}.jsonl", lines)
     splits = [{"split": name, "path": f"{name}.jsonl"} for name in ("train", "test")]
     card = {"configs": [{"config_name": "sums", "data_files": splits}]}
     (rows / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
     with running_hub() as server:
-        server.add("models/acme/tiny", tiny_folder("tiny-qwen2"))
-        server.repositories["models/acme/tiny"].files |= {
+        model = contents(tiny_folder("tiny-qwen2")) | {
             "pytorch_model.bin": b"pickle",
             "modeling.py": b"raise SystemExit",
             "original/model.safetensors": b"again",
         }
-        server.add("datasets/acme/sums", rows)
+        server.repositories["models/acme/tiny"] = Repository(model)
+        server.repositories["datasets/acme/sums"] = Repository(contents(rows))
         for name, value in {
             "HF_ENDPOINT": server.endpoint,
             "HF_HOME": str(tmp_path / "home"),
@@ -59,10 +59,6 @@ def local_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder):
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home" / "datasets")
         yield server
-
-
-def samples(path: str):
-    return load_samples(build_config({"data": {"path": path}}).data, 0, "data")
 
 
 def test_a_model_is_fetched_once_and_then_found_offline(local_hub: Hub, monkeypatch):
@@ -93,7 +89,7 @@ def test_what_is_on_this_disk_comes_first(local_hub: Hub, tmp_path, monkeypatch)
     assert hub.model_folder("acme/tiny") == Path("acme/tiny")
     assert hub.model_folder("runs/a/final") == Path("runs/a/final")
     with pytest.raises(ValueError, match=r"rows/trian\.jsonl does not exist"):
-        samples("rows/trian.jsonl")
+        load("rows/trian.jsonl")
     assert local_hub.requests == []
 
 
@@ -115,20 +111,20 @@ def test_errors_say_what_to_do(local_hub: Hub, monkeypatch):
         "acme/sums:other": "acme/sums:other: the datasets library cannot read it: ",
     }.items():
         with pytest.raises(ValueError, match=message):
-            samples(path)
+            load(path)
 
 
 def test_data_sets_name_configuration_split_and_revision(local_hub: Hub, monkeypatch):
     """Training reads `train`, the held-out rows of the same set `test`; then offline."""
     assert source_of("acme/sums:sums@train#v1") == ("acme/sums:sums", "train", "v1")
-    rows = samples("acme/sums:sums@train#v1")
+    rows = load("acme/sums:sums@train#v1")
     assert (len(rows), rows[7].answer, rows[0].location) == (8, "8", "acme/sums@train: row 1")
     config = build_config({"data": {"path": "acme/sums@train"}, "eval": {"data": "@test"}})
     held_out = load_samples(config.held_out, 0, "eval.data")
     assert [row.answer for row in held_out] == ["1", "2", "3", "4"]
-    assert len(samples("acme/sums@test")) == 4
+    assert len(load("acme/sums@test")) == 4
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert len(samples("acme/sums")) == 8
+    assert len(load("acme/sums")) == 8
 
 
 def test_uploads_say_what_is_missing(local_hub: Hub, tmp_path, monkeypatch):

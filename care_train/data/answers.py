@@ -1,27 +1,56 @@
-"""The key of a row: its answer as text, which answers it accepts, and how they are compared.
+"""The key of a row: which column holds it, what of it is the final answer, and how it is compared.
 
 Functions that read a value raise a ValueError of what was got and wanted; the caller adds the row.
 """
 
-import ast
 import json
 import logging
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 from functools import cache
 from typing import Any
 
-from care_train.data.columns import describe
+from care_train.data.columns import (
+    Conversation,
+    RowError,
+    describe,
+    filled_column,
+    is_conversation,
+    is_empty,
+    message_text,
+    missing_columns,
+    nested,
+    plain,
+)
+from care_train.data.options import Options, option_key
 
 logger = logging.getLogger(__name__)
 
-_MAX_SPELLED_CHARS = 100_000
+_VERL = "reward_model.ground_truth"
+# Of each tuple the first column that holds something is read.
+ANSWER_COLUMNS = ("answer", "solution", "ground_truth", _VERL, "final_answer", "expected_answer")
+"""A key's; verl's is inside another column."""
+
+RESPONSE_COLUMNS = ("completion", "response")
+"""Those of a response with tags, where the messages hold none."""
+
+_MAX_UNMARKED_CHARS = 300
+"""A longer solution that does not mark its one final answer is no key."""
+
 _GROUPED = re.compile(r"[^\w,([{]*\d{1,3}(?:,\d{3})+(?![\d,])[^,]*")
 """A number with thousands separators, which may have a currency or unit."""
-_NESTED = re.compile(r"\s*(?:\[\s*[\"'{]|\{\s*[\"'])")
+
+_THINK = re.compile(r"<(think|thinking|reasoning)>(.*?)</\1>", re.DOTALL)
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_FINAL = re.compile(r"^\s*\**\s*(?:the\s+)?final\s+answer\s*\**\s*:\s*\**\s*", re.IGNORECASE)
+_BOX = re.compile(r"\\boxed\s*\{")
+# GSM8K: the reasoning with its calculator's notes, then the key.
+_HASHES = re.compile(r"^(.*?)(?:^|\s)####\s*(\S[^\n]*?)\s*$", re.DOTALL)
+_CALCULATION = re.compile(r"<<[^<>]*>>")
 
 
 class AnswerType(StrEnum):
@@ -136,52 +165,150 @@ def tolerance(value: object) -> float | None:
     return float(value)
 
 
-def plain(value: Any) -> Any:
-    """A row's value as JSON would hold it: pandas has arrays for lists, and NaN for null."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return None if isinstance(value, float) and math.isnan(value) else value
+@dataclass(frozen=True)
+class Found:
+    """What stands in a row as its key."""
+
+    column: str
+    value: Any
+    rationale: str | None = None
+    """Of a response or a solution: what stands before the answer."""
+    is_derivation: bool = False
+    """The value is a long text that does not say which part of it is the answer."""
 
 
-def is_empty(value: object) -> bool:
-    """Whether a column holds nothing: null, NaN, blank text, or a list or mapping of nothing."""
-    if value is None or isinstance(value, str):
-        return not value or not value.strip()
-    value = plain(value)
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return all(is_empty(entry) for entry in value)
-    return value is None or value == b""
+def verl_answer(row: Mapping[str, Any]) -> Any:
+    """verl's key; its mapping may be JSON text."""
+    model = row.get("reward_model")
+    model = nested(model) if isinstance(model, str) else model
+    return plain(model.get("ground_truth")) if isinstance(model, Mapping) else None
 
 
-def spelled(value: Any) -> Any:
-    """A list or mapping from a text that spells it as JSON or Python does."""
-    if not isinstance(value, str) or len(value) > _MAX_SPELLED_CHARS:
-        return value
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            parsed = parse(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(parsed, (list, tuple, Mapping)):
-            return parsed
-    return value
+def find_key(row: Mapping[str, Any], talk: Conversation, at: str) -> Found:
+    """The key of an answer column, or of a response with tags.
+
+    Raises:
+        RowError: there is none.
+    """
+    response: Any = talk.response
+    if response is None and (name := filled_column(row, RESPONSE_COLUMNS)):
+        response = row[name]
+        last = response[-1] if is_conversation(response) else None
+        if isinstance(last, Mapping) and last.get("content"):
+            response = message_text(last, [], f"{at}: {name}")
+    rationale, answered = split_response(response if isinstance(response, str) else "")
+    row = {**row, _VERL: verl_answer(row)}
+    column = filled_column(row, ANSWER_COLUMNS) or "answer"
+    value = row.get(column)
+    if is_empty(value):
+        if answered is None:
+            row.pop(_VERL)
+            got = missing_columns(row, ANSWER_COLUMNS) if value is None else describe(value)
+            raise RowError(
+                "empty_answer",
+                f"{at}: {column}: got {got}, wanted text, a number or a boolean in one of "
+                f"{', '.join(ANSWER_COLUMNS)}, or a response (an assistant turn, "
+                f"{' or '.join(RESPONSE_COLUMNS)}) with an <answer> span: rename the column that "
+                "holds the final answer, or drop the row",
+            )
+        return Found("response", answered, rationale)
+    # A list of one, or text that spells one: `["34"]`.
+    listed = accepted_answers(value) if isinstance(value, str) else value
+    if isinstance(listed, (list, tuple)) and len(listed) == 1:
+        value = listed[0]
+    if not isinstance(value, str):
+        return Found(column, value, rationale)
+    own_rationale, final = split_solution(value)
+    is_derivation = (
+        final == value
+        and len(value) > _MAX_UNMARKED_CHARS
+        and (column == "solution" or "\\boxed" in value)
+    )
+    return Found(column, final, rationale or own_rationale, is_derivation)
 
 
-def filled_column(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    """The first column that holds something; else the first that is there, for errors to name."""
-    filled = (name for name in names if not is_empty(row.get(name)))
-    return next(filled, next((name for name in names if row.get(name) is not None), None))
+def read_key(
+    found: Found, options: Options, kind: AnswerType | None, column: str | None, at: str
+) -> tuple[str, AnswerType | None, Options]:
+    """The key as text, how it is compared, and the options if it is one of them or need not be.
+
+    Args:
+        found: of `find_key`.
+        options: those of the row, or those that its prompt lists.
+        kind: the row's `answer_type`.
+        column: that of the options; None: the key need not be one of them.
+        at: file, row and column, for errors.
+
+    Raises:
+        RowError: an empty key, or one that is none of the options.
+    """
+    try:
+        answer, kind = read_answer(found.value, kind)
+    except ValueError as error:
+        raise RowError("answer_type", f"{at}: {error}") from None
+    answer = answer.strip()
+    if not answer:
+        raise RowError("empty_answer", f"{at}: got empty text, wanted some: fill or drop the row")
+    accepted = accepted_answers(answer)
+    are_letters = all(len(one) == 1 and one.isalpha() for one in accepted)
+    # Of several options each alone is seldom right, and a list does not say that all are wanted.
+    are_options = len(accepted) > 1 and (options.texts or are_letters)
+    if kind is None and (are_options or found.is_derivation):
+        return answer, AnswerType.FUNCTION, options
+    if not options.texts or kind not in (None, AnswerType.CHOICE, AnswerType.TEXT):
+        return answer, kind, options if column else Options()
+    key = option_key(answer, options)
+    if key is None and isinstance(found.value, bool):
+        key = option_key(str(found.value), options)
+    if key is not None:
+        # MathVista calls options' texts `text`: their letters are right as well.
+        return key, None if kind is AnswerType.TEXT else kind, options
+    if column is None or kind is AnswerType.TEXT:
+        return answer, kind, options if column else Options()
+    shown = ", ".join(options.texts)
+    raise RowError(
+        "key_is_no_option",
+        f"{at}: got {answer[:60]!r}, none of the {len(options.texts)} texts in {column} "
+        f"({shown[:120]}) nor a letter from A to {options.last_letter}: write the letter or the "
+        "option's text (an index counts only where the options have numbers as labels), or set "
+        "answer_type to how it is compared",
+    )
 
 
-def missing_columns(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    """What there is in place of some columns, as messages say it."""
-    empty = " and ".join(repr(name) for name in names if name in row)
-    none = f"nothing in {empty}, and " if empty else ""
-    have = f"the columns {', '.join(map(repr, row))}" if row else "no columns"
-    return none + have
+def split_response(text: str) -> tuple[str | None, str | None]:
+    """(rationale, answer) of a response with tags; None for what it does not have.
+
+    `<think>`, `<thinking>` or `<reasoning>` holds the rationale. The answer is the last `<answer>`
+    span, without a leading "Final Answer:".
+    """
+    think, answers = _THINK.search(text), _ANSWER.findall(text)
+    rationale = think[2].strip() if think else None
+    answer = _FINAL.sub("", answers[-1]).strip() if answers else None
+    return rationale or None, answer or None
 
 
-def nested(text: str) -> Any:
-    """The list or mapping of texts or of further ones that a text spells; else the text."""
-    return spelled(text) if _NESTED.match(text) else text
+def split_solution(text: str) -> tuple[str | None, str]:
+    """(rationale, answer) of an answer column, which may hold more than the final answer.
+
+    Read are a response with tags, GSM8K's `reasoning #### answer`, and a solution whose one
+    `\\boxed{...}` is the answer; any other text is the answer itself.
+    """
+    rationale, answer = split_response(text)
+    if answer is not None:
+        return rationale, answer
+    if match := _HASHES.fullmatch(text):
+        return _CALCULATION.sub("", match[1]).strip() or None, match[2]
+    boxes = list(_BOX.finditer(text))
+    if len(boxes) == 1 and (boxed := _box_content(text[boxes[0].end() :])):
+        return None, boxed
+    return None, text
+
+
+def _box_content(text: str) -> str:
+    """What stands before the brace that closes a box; empty without one."""
+    depth = 1
+    for place, char in enumerate(text):
+        depth += {"{": 1, "}": -1}.get(char, 0)
+        if depth == 0:
+            return text[:place].strip()
+    return ""

@@ -70,10 +70,6 @@ def built_row(sample: Sample) -> dict[str, Any]:
 def sample_of_built(row: Mapping[str, Any], location: str) -> Sample:
     """What `built_row` made a row of; its source's columns and the compared ones are `columns`.
 
-    Args:
-        row: columns by name.
-        location: file and row.
-
     Raises:
         ValueError: the row is not what was written, by its digest.
     """

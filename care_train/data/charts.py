@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from care_train.data.digits import Derived, add_up, derived_sample, is_test, misread, near_misses
+from care_train.data.digits import (
+    Derived,
+    counted,
+    derived,
+    derived_sample,
+    is_test,
+    misread,
+    near_misses,
+)
 from care_train.data.schema import Sample
 
 COLORS = {
@@ -33,7 +41,15 @@ HEIGHTS = range(1, 9)
 
 _LIMITS = range(2, 7)
 
-KINDS = ("sum", "tallest", "shortest", "difference", "above", "value")
+QUESTIONS = {
+    "sum": "what is the sum of all bars?",
+    "tallest": "how tall is the tallest bar?",
+    "shortest": "how tall is the shortest bar?",
+    "difference": "how much taller is the tallest bar than the shortest?",
+    "above": "how many bars are taller than {limit}?",
+    "value": "how tall is the {named} bar?",
+}
+KINDS = tuple(QUESTIONS)
 """What is asked; the last, about one bar by its color, of three bars or more."""
 
 _TILE = 28  # pixels a side, 3 of them per unit of height: one token of Qwen's vision towers
@@ -83,28 +99,15 @@ def derive(question: Question, bars: Sequence[Bar]) -> Derived:
     """The question's text, rationale and answer of bars that are read from left to right."""
     kind, named, limit = question
     heights = [height for _, height in bars]
-    high, low = max(heights), min(heights)
-    sums, total = add_up(heights)
-    above = [height for height in heights if height > limit]
-    listed = " ".join(map(str, above)) or "none"
-    asked = dict(bars).get(named, 0)
-    text, steps, answer = {
-        "sum": ("what is the sum of all bars?", sums, total),
-        "tallest": ("how tall is the tallest bar?", [f"the tallest is {high}"], high),
-        "shortest": ("how tall is the shortest bar?", [f"the shortest is {low}"], low),
-        "difference": (
-            "how much taller is the tallest bar than the shortest?",
-            [f"{high} minus {low} is {high - low}"],
-            high - low,
-        ),
-        "above": (
-            f"how many bars are taller than {limit}?",
-            [f"above {limit} : {listed}", f"that makes {len(above)}"],
-            len(above),
-        ),
-        "value": (f"how tall is the {named} bar?", [f"{named} is {asked}"], asked),
-    }[kind]
+    if kind == "above":
+        steps, answer = counted(f"above {limit}", [height for height in heights if height > limit])
+    elif kind == "value":
+        answer = dict(bars)[named]
+        steps = [f"{named} is {answer}"]
+    else:
+        steps, answer = derived(kind, heights)
     seen = "i see " + " ".join(f"{color} {height}" for color, height in bars)
+    text = QUESTIONS[kind].format(named=named, limit=limit)
     return text, " . ".join([seen, *steps]), str(answer)
 
 

@@ -1,5 +1,8 @@
-"""What a row's columns must hold, and the error that names one that does not."""
+"""What a row's columns hold: values, chat messages, and the error that names a bad one."""
 
+import ast
+import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,15 +26,9 @@ _ROLES = {
 }
 """What the roles that data sets write stand for."""
 
-_THINK = re.compile(r"<(think|thinking|reasoning)>(.*?)</\1>", re.DOTALL)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_FINAL = re.compile(r"^\s*\**\s*(?:the\s+)?final\s+answer\s*\**\s*:\s*\**\s*", re.IGNORECASE)
-_BOX = re.compile(r"\\boxed\s*\{")
-# GSM8K: the reasoning with its calculator's notes, then the key.
-_HASHES = re.compile(r"^(.*?)(?:^|\s)####\s*(\S[^\n]*?)\s*$", re.DOTALL)
-_CALCULATION = re.compile(r"<<[^<>]*>>")
-
 _NUM_SHOWN = 5
+_MAX_SPELLED_CHARS = 100_000
+_NESTED = re.compile(r"\s*(?:\[\s*[\"'{]|\{\s*[\"'])")
 
 
 class RowError(ValueError):
@@ -76,6 +73,57 @@ def describe(value: object) -> str:
     is_long = isinstance(value, (str, bytes)) and len(value) > 60
     shown = "" if is_long else repr(value)
     return shown if 0 < len(shown) <= 60 else f"a {type(value).__name__}"
+
+
+def plain(value: Any) -> Any:
+    """A row's value as JSON would hold it: pandas has arrays for lists, and NaN for null."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def is_empty(value: object) -> bool:
+    """Whether a column holds nothing: null, NaN, blank text, or a list or mapping of nothing."""
+    if value is None or isinstance(value, str):
+        return not value or not value.strip()
+    value = plain(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return all(is_empty(entry) for entry in value)
+    return value is None or value == b""
+
+
+def spelled(value: Any) -> Any:
+    """A list or mapping from a text that spells it as JSON or Python does."""
+    if not isinstance(value, str) or len(value) > _MAX_SPELLED_CHARS:
+        return value
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            parsed = parse(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(parsed, (list, tuple, Mapping)):
+            return parsed
+    return value
+
+
+def filled_column(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    """The first column that holds something; else the first that is there, for errors to name."""
+    filled = (name for name in names if not is_empty(row.get(name)))
+    return next(filled, next((name for name in names if row.get(name) is not None), None))
+
+
+def missing_columns(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """What there is in place of some columns, as messages say it."""
+    empty = " and ".join(repr(name) for name in names if name in row)
+    none = f"nothing in {empty}, and " if empty else ""
+    have = f"the columns {', '.join(map(repr, row))}" if row else "no columns"
+    return none + have
+
+
+def nested(text: str) -> Any:
+    """The list or mapping of texts or of further ones that a text spells; else the text."""
+    return spelled(text) if _NESTED.match(text) else text
 
 
 def is_conversation(value: object) -> bool:
@@ -194,7 +242,7 @@ def read_conversation(messages: Sequence[Any], *, column: str, at: str) -> Conve
         if role is None:
             wanted = f"wanted one of {', '.join(_ROLES)}"
             raise RowError("message", f"{where}: role: got {written!r}, {wanted}")
-        texts[role].append(_content(message, images, where))
+        texts[role].append(message_text(message, images, where))
     if len(texts["user"]) != 1 or len(texts["assistant"]) > 1:
         raise RowError(
             "several_turns",
@@ -210,46 +258,12 @@ def read_conversation(messages: Sequence[Any], *, column: str, at: str) -> Conve
     )
 
 
-def split_response(text: str) -> tuple[str | None, str | None]:
-    """(rationale, answer) of a response with tags; None for what it does not have.
+def message_text(message: Mapping[str, Any], images: list[object], where: str) -> str:
+    """A message's text, `<image>` where a part holds an image; that is added to `images`.
 
-    `<think>`, `<thinking>` or `<reasoning>` holds the rationale. The answer is the last `<answer>`
-    span, without a leading "Final Answer:".
+    Raises:
+        RowError: neither text nor a list of parts; `where` names it.
     """
-    think, answers = _THINK.search(text), _ANSWER.findall(text)
-    rationale = think[2].strip() if think else None
-    answer = _FINAL.sub("", answers[-1]).strip() if answers else None
-    return rationale or None, answer or None
-
-
-def split_solution(text: str) -> tuple[str | None, str]:
-    """(rationale, answer) of an answer column, which may hold more than the final answer.
-
-    Read are a response with tags, GSM8K's `reasoning #### answer`, and a solution whose one
-    `\\boxed{...}` is the answer; any other text is the answer itself.
-    """
-    rationale, answer = split_response(text)
-    if answer is not None:
-        return rationale, answer
-    if match := _HASHES.fullmatch(text):
-        return _CALCULATION.sub("", match[1]).strip() or None, match[2]
-    boxes = list(_BOX.finditer(text))
-    if len(boxes) == 1 and (boxed := _box_content(text[boxes[0].end() :])):
-        return None, boxed
-    return None, text
-
-
-def _box_content(text: str) -> str:
-    """What stands before the brace that closes a box; empty without one."""
-    depth = 1
-    for place, char in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(char, 0)
-        if depth == 0:
-            return text[:place].strip()
-    return ""
-
-
-def _content(message: Mapping[str, Any], images: list[object], where: str) -> str:
     content = message.get("content")
     content = message.get("value") if content is None else content
     if isinstance(content, str):

@@ -22,14 +22,14 @@ from care_train.data.rows import RowFile
 from care_train.data.schema import Sample, sample_digest, sample_from_row
 
 NUM_ROWS = {"train": 12_000, "test": 2_000}
-"""Rows of each split of the shipped data sets that are made: each row when it is asked for."""
+"""Rows of each split of the shipped data sets that are drawn here."""
 
-_MADE = {
+_DRAWN = {
     "digits": (digits_sample, 4),
     "charts": (charts_sample, 3),
     "geometry": (geometry_sample, 3),
 }
-"""What makes a row, and the level of difficulty of the bare name."""
+"""What draws a row, and the level of difficulty of the bare name."""
 
 
 @dataclass(frozen=True)
@@ -210,9 +210,9 @@ def _shipped_samples(name: str, split: str, limit: int | None, seed: int) -> lis
     kind, _, level = name.partition("-")
     if split not in NUM_ROWS:
         raise ValueError(f"{kind}: got split {split!r}, wanted 'train' or 'test'")
-    make, usual = _MADE[kind]
+    draw, usual = _DRAWN[kind]
     places = _choose(NUM_ROWS[split], limit, seed)
-    return [make(int(level or usual), split, place + 1) for place in places]
+    return [draw(int(level or usual), split, place + 1) for place in places]
 
 
 def _check(samples: LazySamples, where: str) -> None:

@@ -19,7 +19,14 @@ from PIL import Image
 
 from care_train.data.schema import Sample
 
-KINDS = ("sum", "largest", "smallest", "difference", "even")
+QUESTIONS = {
+    "sum": "what is the sum of the digits?",
+    "largest": "what is the largest digit?",
+    "smallest": "what is the smallest digit?",
+    "difference": "what is the largest digit minus the smallest?",
+    "even": "how many digits are even?",
+}
+KINDS = tuple(QUESTIONS)
 _NUM_TEST_IMAGES = 400
 _TILE = 28  # pixels a side: four patches of 14, which Qwen's vision towers merge into one token
 
@@ -87,26 +94,12 @@ def derived_sample(
 
 def derive(kind: str, digits: Sequence[int]) -> Derived:
     """Question (one of `KINDS`), rationale and answer of digits that are read left to right."""
-    high, low = max(digits), min(digits)
-    sums, total = add_up(digits)
-    even = [digit for digit in digits if digit % 2 == 0]
-    listed = " ".join(map(str, even)) or "none"
-    question, steps, answer = {
-        "sum": ("what is the sum of the digits?", sums, total),
-        "largest": ("what is the largest digit?", [f"the largest is {high}"], high),
-        "smallest": ("what is the smallest digit?", [f"the smallest is {low}"], low),
-        "difference": (
-            "what is the largest digit minus the smallest?",
-            [f"{high} minus {low} is {high - low}"],
-            high - low,
-        ),
-        "even": (
-            "how many digits are even?",
-            [f"even ones : {listed}", f"that makes {len(even)}"],
-            len(even),
-        ),
-    }[kind]
-    return question, " . ".join([f"i see {' '.join(map(str, digits))}", *steps]), str(answer)
+    seen = f"i see {' '.join(map(str, digits))}"
+    if kind == "even":
+        steps, answer = counted("even ones", [digit for digit in digits if digit % 2 == 0])
+    else:
+        steps, answer = derived(kind, digits)
+    return QUESTIONS[kind], " . ".join([seen, *steps]), str(answer)
 
 
 def _slips(kind: str, digits: Sequence[int]) -> list[Derived]:
@@ -114,13 +107,25 @@ def _slips(kind: str, digits: Sequence[int]) -> list[Derived]:
     return near_misses(partial(derive, kind), digits, misread(digits, range(10)))
 
 
-def add_up(numbers: Sequence[int]) -> tuple[list[str], int]:
-    """A rationale's steps that add one number after the other, and the sum."""
+def derived(kind: str, numbers: Sequence[int]) -> tuple[list[str], int]:
+    """A rationale's steps from numbers to an answer, and that: a sum, an extreme, a difference."""
+    high, low = max(numbers), min(numbers)
+    if kind == "difference":
+        return [f"{high} minus {low} is {high - low}"], high - low
+    if kind in ("largest", "tallest", "smallest", "shortest"):
+        answer = high if kind in ("largest", "tallest") else low
+        return [f"the {kind} is {answer}"], answer
     steps, total = [], numbers[0]
     for number in numbers[1:]:
         steps.append(f"{total} plus {number} is {total + number}")
         total += number
     return steps, total
+
+
+def counted(what: str, numbers: Sequence[int]) -> tuple[list[str], int]:
+    """A rationale's steps that name numbers of a kind and count them, and how many there are."""
+    listed = " ".join(map(str, numbers)) or "none"
+    return [f"{what} : {listed}", f"that makes {len(numbers)}"], len(numbers)
 
 
 def near_misses(

@@ -16,10 +16,16 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from care_train.data.charts import COLORS
-from care_train.data.digits import Derived, add_up, derived_sample, is_test, misread, near_misses
+from care_train.data.digits import Derived, derived, derived_sample, is_test, misread, near_misses
 from care_train.data.schema import Sample
 
-KINDS = ("total", "largest", "smallest", "difference")
+QUESTIONS = {
+    "total": "what is the area of all rectangles?",
+    "largest": "what is the largest area?",
+    "smallest": "what is the smallest area?",
+    "difference": "what is the largest area minus the smallest?",
+}
+KINDS = tuple(QUESTIONS)
 """What is asked of the areas."""
 
 SIDES = range(1, 5)
@@ -61,21 +67,9 @@ def geometry_sample(count: int, split: str, row: int) -> Sample:
 def derive(kind: str, rectangles: Sequence[Sequence[int]]) -> Derived:
     """Question (one of `KINDS`), rationale and answer of (width, height) read left to right."""
     seen = "i see " + " ".join(f"{width} by {height}" for width, height in rectangles)
-    areas = [width * height for width, height in rectangles]
     products = [f"{width} times {height} is {width * height}" for width, height in rectangles]
-    high, low = max(areas), min(areas)
-    sums, total = add_up(areas)
-    question, steps, answer = {
-        "total": ("what is the area of all rectangles?", sums, total),
-        "largest": ("what is the largest area?", [f"the largest is {high}"], high),
-        "smallest": ("what is the smallest area?", [f"the smallest is {low}"], low),
-        "difference": (
-            "what is the largest area minus the smallest?",
-            [f"{high} minus {low} is {high - low}"],
-            high - low,
-        ),
-    }[kind]
-    return question, " . ".join([seen, *products, *steps]), str(answer)
+    steps, answer = derived(kind, [width * height for width, height in rectangles])
+    return QUESTIONS[kind], " . ".join([seen, *products, *steps]), str(answer)
 
 
 def _slips(kind: str, rectangles: Sequence[Rectangle]) -> list[Derived]:

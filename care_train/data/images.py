@@ -4,12 +4,10 @@ They stay encoded until a prompt needs their pixels: paths, encoded bytes, base6
 """
 
 import base64
-import errno
 import hashlib
 import io
-import os.path
+import os
 import re
-import stat
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
@@ -108,46 +106,38 @@ def is_seen(column: str, value: object, base_dir: Path) -> bool:
     return bool(_MAGIC.match(value)) if isinstance(value, bytes) else isinstance(value, Image.Image)
 
 
-def read_image_file(path: str | Path, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
-    """A file's bytes, its kind and size asked before anything is read.
-
-    Raises:
-        OSError: no such file; a device or pipe, which may never end; EFBIG: over `max_bytes`.
-    """
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise FileNotFoundError(errno.ENOENT, "no regular file", str(path))
-    if status.st_size > max_bytes:
-        wanted = f"{status.st_size} bytes, wanted at most {max_bytes}"
-        raise OSError(errno.EFBIG, wanted, str(path))
-    return Path(path).read_bytes()
-
-
-def encoded_image(ref: ImageRef) -> bytes:
+def encoded_image(
+    ref: ImageRef, location: str, max_bytes: int = MAX_IMAGE_BYTES, limit_key: str = ""
+) -> bytes:
     """An encoded image: the file's or the reference's own bytes, PNG for an open image.
 
+    Args:
+        ref: a path, encoded bytes, or an open image.
+        location: what refers to it, for errors.
+        max_bytes: largest file accepted, asked before anything is read.
+        limit_key: the setting that says so, if one does, for errors.
+
     Raises:
-        OSError: as `read_image_file`.
+        RowError: no regular file that can be read, or a larger one.
     """
-    if isinstance(ref, bytes):
-        return ref
     if isinstance(ref, Image.Image):
         buffer = io.BytesIO()
         ref.save(buffer, "PNG")
         return buffer.getvalue()
-    return read_image_file(ref)
+    _check_size(ref, f"{location}: image {_name(ref)}", max_bytes, limit_key)
+    return ref if isinstance(ref, bytes) else Path(ref).read_bytes()
 
 
-def image_digest(ref: ImageRef) -> str:
+def image_digest(ref: ImageRef, location: str) -> str:
     """A checksum of the encoded image, or of an open one's size, mode and pixels.
 
     Raises:
-        OSError: as `read_image_file`.
+        RowError: as `encoded_image`.
     """
     if isinstance(ref, Image.Image):
         content = f"{ref.mode} {ref.size} ".encode() + ref.tobytes()
     else:
-        content = encoded_image(ref)
+        content = encoded_image(ref, location)
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -268,8 +258,7 @@ def _opened(
             raise RowError(
                 "image_too_large",
                 f"{name}: got {width} x {height} = {width * height} pixels, wanted at most "
-                f"{max_pixels}: scale the image down or drop the row"
-                + (f", or raise {limit_key}" if limit_key else ""),
+                f"{max_pixels}: scale the image down or drop the row" + _or_raise(limit_key),
             )
         yield image
     except RowError:
@@ -293,20 +282,31 @@ def _opened(
             image.close()
 
 
-def _open(ref: str | Path | bytes, name: str) -> Image.Image:
+def _check_size(
+    ref: str | Path | bytes, name: str, max_bytes: int = MAX_IMAGE_BYTES, limit_key: str = ""
+) -> None:
     # os.path.isfile is False where Path.is_file raises: text too long for a path, such as base64.
-    if not isinstance(ref, bytes) and not os.path.isfile(ref):
+    if not isinstance(ref, bytes) and not (os.path.isfile(ref) and os.access(ref, os.R_OK)):
         raise RowError(
             "image_missing",
-            f"{name}: no such file: correct the path (relative ones start at the data file's "
-            "folder) or drop the row",
+            f"{name}: no such file, or none that can be read: correct the path (relative ones "
+            "start at the data file's folder) or drop the row",
         )
-    if not isinstance(ref, bytes) and (size := os.path.getsize(ref)) > MAX_IMAGE_BYTES:
+    size = len(ref) if isinstance(ref, bytes) else os.path.getsize(ref)
+    if size > max_bytes:
         raise RowError(
             "image_too_large",
-            f"{name}: got a file of {size} bytes, wanted at most {MAX_IMAGE_BYTES}: replace it or "
-            "drop the row",
+            f"{name}: got a file of {size} bytes, wanted at most {max_bytes}: replace it or drop "
+            "the row" + _or_raise(limit_key),
         )
+
+
+def _or_raise(limit_key: str) -> str:
+    return f", or raise {limit_key}" if limit_key else ""
+
+
+def _open(ref: str | Path | bytes, name: str) -> Image.Image:
+    _check_size(ref, name)
     # Of sizes, before our limit has been looked at, and of odd EXIF tags.
     with warnings.catch_warnings(action="ignore"):
         file = io.BytesIO(ref) if isinstance(ref, bytes) else ref

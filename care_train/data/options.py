@@ -12,8 +12,7 @@ from fractions import Fraction
 from itertools import takewhile
 from typing import Any
 
-from care_train.data.answers import is_empty, plain, spelled
-from care_train.data.columns import describe
+from care_train.data.columns import describe, is_empty, plain, spelled
 
 _MAX_OPTIONS = 26
 

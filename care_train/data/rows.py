@@ -60,7 +60,7 @@ class RowFile:
 
     def values(self) -> Iterator[tuple[int, Any]]:
         """(number, value) of all rows in order, for `named_columns`; few are held in memory."""
-        raise NotImplementedError
+        yield from ((self.number(place), self._value(place)) for place in range(len(self)))
 
     def first_row(self) -> dict[str, Any]:
         """The first row that can be read, which stands for the file's columns; {} without any.
@@ -93,9 +93,6 @@ class ListedRows(RowFile):
         super().__init__(Path(name))
         self.num_rows = len(rows)
         self._rows = rows
-
-    def values(self) -> Iterator[tuple[int, Any]]:
-        yield from enumerate(self._rows, 1)
 
     def _value(self, place: int) -> Any:
         return self._rows[place]

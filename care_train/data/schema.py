@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from care_train.data.answers import (
+    ANSWER_COLUMNS,
+    RESPONSE_COLUMNS,
     AnswerType,
     accepted_answers,
     answer_type,
-    filled_column,
-    is_empty,
-    missing_columns,
-    nested,
-    plain,
+    find_key,
+    read_key,
     tolerance,
 )
 from care_train.data.columns import (
@@ -23,11 +22,15 @@ from care_train.data.columns import (
     Conversation,
     RowError,
     describe,
+    filled_column,
     is_conversation,
+    is_empty,
+    missing_columns,
+    nested,
+    plain,
     read_conversation,
 )
 from care_train.data.images import ImageRef, image_digest, image_refs, is_seen
-from care_train.data.keys import ANSWER_COLUMNS, RESPONSE_COLUMNS, find_key, read_key
 from care_train.data.options import letter_columns, options_in, read_options
 
 # Of each tuple the first column that holds something is read.
@@ -119,13 +122,8 @@ def sample_digest(sample: Sample, image_digests: dict[ImageRef, str] | None = No
     digests = []
     for ref in sample.images:
         is_file = isinstance(ref, (str, Path))
-        try:
-            digest = known.get(ref) if is_file else None
-            digest = digest or image_digest(ref)
-        except OSError as error:
-            raise RowError(
-                "image_missing", f"{sample.location or sample.id}: image {ref}: {error}"
-            ) from None
+        digest = known.get(ref) if is_file else None
+        digest = digest or image_digest(ref, sample.location or sample.id)
         if is_file:
             known[ref] = digest
         digests.append(digest)

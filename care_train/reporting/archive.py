@@ -180,7 +180,7 @@ class ArchiveWriter:
 
     def _keep(self, ref: ImageRef, new: dict[Path, Path]) -> str:
         """The name of an image's file; where it is new its partial file is written, into `new`."""
-        content = encoded_image(ref)
+        content = encoded_image(ref, str(self._folder))
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
             suffix = (image.format or "bin").lower()
         name = f"{hashlib.sha256(content).hexdigest()}.{suffix}"

@@ -17,7 +17,7 @@ from typing import Any
 
 from care_train.config import SHIPPED_REWARDS, RewardFunctionSettings
 from care_train.data import RowError
-from care_train.data.keys import verl_answer
+from care_train.data.answers import verl_answer
 from care_train.verifier.responses import Response, RowImages
 
 _MAX_EXTRA_CHARS = 200

@@ -10,7 +10,7 @@ import pytest
 from bench import audit, batches, data
 from bench.data_corpus import Corpus, build_config, make_corpus
 from care_train.config import ModelSettings, load_build_settings
-from care_train.data.building import build
+from care_train.data.build import build
 from care_train.models.load import load_model
 
 FOUND = {"id": "PYSEC-2026-1", "aliases": ["CVE-2026-1"], "fix_versions": ["2.0"]}

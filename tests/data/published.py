@@ -1,14 +1,16 @@
 """Small data sets in the published schemas (docs/data.md), with images drawn here."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 from PIL import Image, ImageDraw
 
-from care_train.config import load_build_settings
-from care_train.data.building import build
+from care_train.config import DataSettings, load_build_settings
+from care_train.data import Sample, load_samples
+from care_train.data.build import build
 
 TEXT, IMAGE = datasets.Value("string"), datasets.Image()
 INTEGER, FLOAT = datasets.Value("int64"), datasets.Value("float64")
@@ -120,6 +122,11 @@ def build_from(
     path = folder / "build.yaml"
     path.write_text(json.dumps(config))
     return build(load_build_settings(path)), output
+
+
+def load(path: Path | str, key: str = "data", seed: int = 0, **settings: Any) -> Sequence[Sample]:
+    """The rows of a file or folder, such as a build's, or of a data set by its name."""
+    return load_samples(DataSettings(path=str(path), **settings), seed, key)
 
 
 def quarantine(output: Path) -> list[dict[str, Any]]:

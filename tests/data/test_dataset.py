@@ -10,25 +10,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from care_train.config import DataSettings
 from care_train.data import (
     PromptOrder,
     Sample,
     arrow_rows,
     load_images,
-    load_samples,
     require_rationales,
     sample_digests,
 )
-from care_train.data.dataset import LazySamples
 from care_train.data.schema import sample_digest
-from tests.data.published import TEXT, build_from, drawing, write_jsonl
-
-
-def load(path: Path, **settings: object) -> LazySamples:
-    samples = load_samples(DataSettings(path=str(path), **settings))  # type: ignore[arg-type]
-    assert isinstance(samples, LazySamples)
-    return samples
+from tests.data.published import TEXT, build_from, drawing, load, write_jsonl
 
 
 @pytest.fixture
@@ -41,7 +32,7 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for i in range(5)
     ]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    monkeypatch.setattr("care_train.data.building.run._ROW_GROUP", 2)
+    monkeypatch.setattr("care_train.data.build._ROW_GROUP", 2)
     _, output = build_from(tmp_path, [{"name": "mine", "path": str(path)}])
     return output / "train.parquet"
 
@@ -127,8 +118,10 @@ def test_digests_read_image_files(tmp_path: Path):
     with pytest.raises(ValueError, match="9000 x 9000"):
         load_images(load(path)[0])
     (tmp_path / "a.png").unlink()
-    with pytest.raises(ValueError, match=r"r\.jsonl: row 1: image .*a\.png: .*No such file"):
-        list(sample_digests(load(path)))
+    for name in ("a.png", "a\0.png", "a" * 300):
+        write_jsonl(path, [{"prompt": "q", "answer": "1", "image": name}])
+        with pytest.raises(ValueError, match=r"r\.jsonl: row 1: image .*': no such file"):
+            list(sample_digests(load(path)))
 
 
 def test_large_row_groups_are_memory_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

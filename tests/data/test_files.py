@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from care_train.config import DataSettings, build_config
-from care_train.data import Sample, load_images, load_samples, require_rationales, rows
+from care_train.config import build_config
+from care_train.data import Sample, load_images, require_rationales, rows
 from care_train.data.arrow_rows import ParquetRows
 from care_train.data.rows import read_json_list
-from tests.data.published import write_jsonl
+from tests.data.published import load, write_jsonl
 
 ROWS = [{"prompt": f"q{i}", "answer": str(i), "image": "a.png"} for i in range(1, 6)]
 LINES = "\n".join(map(json.dumps, ROWS))
@@ -29,14 +29,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(path: Path | str, key: str = "data") -> list[Sample]:
-    samples = load_samples(DataSettings(path=str(path)), key=key)
-    assert len({sample.id for sample in samples}) == len(samples)
-    return list(samples)
-
-
 def prompts(path: Path | str, key: str = "data") -> list[str]:
-    return [sample.prompt for sample in load(path, key)]
+    samples = load(path, key)
+    assert len({sample.id for sample in samples}) == len(samples)
+    return [sample.prompt for sample in samples]
 
 
 def shards(folder: Path, *names: str) -> Path:
@@ -106,7 +102,7 @@ def test_max_samples(tmp_path: Path):
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
 
     def draw(count: int, seed: int = 0) -> list[str]:
-        return [s.id for s in load_samples(DataSettings(path=str(path), max_samples=count), seed)]
+        return [sample.id for sample in load(path, seed=seed, max_samples=count)]
 
     assert draw(10) == draw(10) != draw(10, seed=1)
     assert len(draw(10)) == 10 and set(draw(10)) < set(draw(30))

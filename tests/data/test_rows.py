@@ -12,13 +12,14 @@ from PIL import Image
 
 from care_train.data import RowError, Sample, sample_from_row
 from care_train.data.answers import AnswerType
-from care_train.data.columns import read_conversation
 from care_train.data.options import options_in, read_options
 from care_train.verifier.responses import item_of
 from care_train.verifier.verify import verify_in_process
 
 PARTS = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "q"}]
 RESPONSE = {"role": "assistant", "content": "<think>so</think><answer>2</answer>"}
+COMPLETION = [RESPONSE | {"content": [{"type": "text", "text": RESPONSE["content"]}]}]
+SYSTEM, IMAGE = {"role": "system", "content": "Be brief."}, {"type": "image"}
 WHICH = "Which?\nA. owl\nB. crow"
 PIXELS = base64.b64encode(b"\x89PNG" + bytes(60)).decode()
 BOX, GOAL = [1, 2, 3, 4], {"target": ["x"]}
@@ -132,11 +133,19 @@ def user(content: Any) -> list[dict[str, Any]]:
             {"prompt": None, "messages": [*user("q"), RESPONSE], "answer": "two"},
             {"answer": "two", "rationale": "so"},
         ),
+        # TRL's, whose content may be parts; what is no message has no response.
+        ({"completion": COMPLETION, "answer": None}, {"answer": "2", "rationale": "so"}),
+        ({"completion": [RESPONSE, "hi"]}, {"answer": "x", "rationale": None}),
         # The cold start must not learn empty reasoning.
         ({"rationale": " ", "failed_rationale": "no"}, {"rationale": None}),
         ({"failed_rationale": "no"}, {"failed_rationale": "no"}),
         # Qwen's format, with an images column that a merge of data sets left empty.
         ({"prompt": user(PARTS), "images": []}, {"images": (Path("/data/a.png"),)}),
+        # Images stand where their parts stood, without what they hold too.
+        (
+            {"prompt": [SYSTEM, *user([PARTS[1], IMAGE, PARTS[1], IMAGE])], "image": ["a.png"] * 2},
+            {"prompt": "q<image>q<image>", "columns": {"system": "Be brief."}},
+        ),
         # transformers' own parts.
         (
             {"prompt": user([{"type": "image", "base64": PIXELS}])},
@@ -285,16 +294,6 @@ def test_images_stay_compressed():
     # Base64's letters alone make no image.
     wanted = (*paths[:3], b"raw", Path("/data") / path, b"raw", paths[3], picture)
     assert make(images=images).images == wanted
-
-
-def test_parts_become_text_and_placeholders():
-    """Images stand where their parts stood, with or without what they hold."""
-    left, right = ({"type": "text", "text": text} for text in ("left ", " right "))
-    parts = [left, {"type": "image", "image": "a.png"}, right, {"type": "image"}]
-    messages = [{"role": "system", "content": "Be brief."}, *user(parts)]
-    talk = read_conversation(messages, column="prompt", at="r: row 1")
-    assert (talk.prompt, talk.system) == ("left <image> right <image>", "Be brief.")
-    assert talk.response is None and len(talk.images) == 1
 
 
 BIRDS = ("owl", "crow", "wren")

@@ -13,15 +13,7 @@ from PIL import Image, ImageColor
 from sklearn.datasets import load_digits
 
 from care_train.config import DataSettings, load_config
-from care_train.data import (
-    Sample,
-    charts,
-    digits,
-    geometry,
-    load_image,
-    load_images,
-    load_samples,
-)
+from care_train.data import Sample, charts, digits, geometry, load_image, load_images
 from care_train.data.charts import Question
 from care_train.data.easy_vqa import (
     FIGURES,
@@ -31,6 +23,7 @@ from care_train.data.easy_vqa import (
     easy_vqa_samples,
     wrong_figure,
 )
+from tests.data.published import load
 
 SPLITS = ("train", "test")
 
@@ -212,24 +205,24 @@ def test_pictures_show_the_rectangles():
 @pytest.mark.parametrize("name", MADE)
 def test_a_made_data_set_is_a_source(name: str):
     """It is a name like `easy_vqa`, with a usual level, its own held-out split and no other."""
-    samples = load_samples(DataSettings(path=f"{name}@test", max_samples=5))
+    samples = load(f"{name}@test", max_samples=5)
     assert len(samples) == 5
     assert all(sample.id.startswith(f"{name}-{MADE[name].level}/test/") for sample in samples)
     held_out = load_config(None, [f"data.path={name}-2"]).held_out
     assert held_out == DataSettings(path=f"{name}-2@test")
     with pytest.raises(ValueError, match=f"{name}: got split 'dev'"):
-        load_samples(DataSettings(path=f"{name}-6@dev"))
+        load(f"{name}-6@dev")
     with pytest.raises(ValueError, match=f"^data.path: got {name}-7, wanted {name}-2 to {name}-6$"):
-        load_samples(DataSettings(path=f"{name}-7"))
+        load(f"{name}-7")
 
 
 def test_easy_vqa_is_a_source():
     """It needs no file, its rows are drawn whole, and there is no other split."""
-    samples = load_samples(DataSettings(path="easy_vqa@test", max_samples=7))
+    samples = load("easy_vqa@test", max_samples=7)
     assert len({sample.id for sample in samples}) == 7
     assert all(sample.id.startswith("easy_vqa/test/") for sample in samples)
     with pytest.raises(ValueError, match=r"easy_vqa: got split 'val', wanted 'train' or 'test'"):
-        load_samples(DataSettings(path="easy_vqa@val"))
+        load("easy_vqa@val")
 
 
 COUNTS = {"train": (38575, 4000, 3578), "test": (9673, 1000, 888)}

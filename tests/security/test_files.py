@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from care_train.config import DataSettings, build_config
-from care_train.data import load_image, load_samples, sample_digests
+from care_train.config import build_config
+from care_train.data import load_image, sample_digests
 from care_train.data import rows as row_files
 from care_train.evaluation.benchmark_run import open_questions
-from tests.data.published import build_from, drawing, quarantine, write_jsonl
+from tests.data.published import build_from, drawing, load, quarantine, write_jsonl
 
 GOOD = {"prompt": "How high?", "answer": "3"}
 GIB = 2**30
@@ -39,10 +39,6 @@ def few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         return read_bytes(path)
 
     monkeypatch.setattr(Path, "read_bytes", bounded)
-
-
-def load(path: Path, key: str = "data") -> list[Any]:
-    return list(load_samples(DataSettings(path=str(path)), key=key))
 
 
 def sparse(path: Path, size: int = 4 * GIB, start: bytes = b"") -> Path:
@@ -213,7 +209,7 @@ def test_devices_and_pipes_are_no_images(tmp_path: Path, name: str):
     row = GOOD | {"image": name}
     path = write_jsonl(tmp_path / "r.jsonl", [row])
     config = build_config({"data": {"path": str(path)}, "eval": {"data": str(path)}})
-    with pytest.raises(ValueError, match=r"r\.jsonl: row 1: image .*no regular file"):
+    with pytest.raises(ValueError, match=r"r\.jsonl: row 1: image .*no such file"):
         open_questions("data", config)
     [sample] = load(path)
     with pytest.raises(ValueError, match=r"r\.jsonl: row 1: image .*no such file"):

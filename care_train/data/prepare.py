@@ -4,7 +4,6 @@ It is written as a part, a function of the chunk alone, so a killed build goes o
 are missing.
 """
 
-import errno
 import json
 import os
 import re
@@ -17,12 +16,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from care_train.config.data import CleanSettings, SourceSettings
-from care_train.data.answers import AnswerType
-from care_train.data.building.dedup import duplicate_keys, look_of
+from care_train.config.data import BuildSettings, CleanSettings, SourceSettings
+from care_train.data.answers import AnswerType, split_response
 from care_train.data.built import built_row, built_schema
-from care_train.data.columns import RowError, check_row, read_conversation, split_response
-from care_train.data.images import ImageRef, encoded_image, load_image, read_image_file
+from care_train.data.columns import RowError, check_row, read_conversation
+from care_train.data.dedup import duplicate_keys, look_of
+from care_train.data.images import ImageRef, encoded_image, load_image
 from care_train.data.rows import named_columns
 from care_train.data.schema import Sample, sample_from_row
 
@@ -39,7 +38,7 @@ _SPECIAL_TOKEN = re.compile(r"<\|[a-z_]+\|>")
 _TAG = re.compile(r"</?(?:think|reasoning|answer)>")
 
 # What zipfile raises on damaged, encrypted and unknown archives, by fault.
-_ARCHIVE_ERRORS = (zipfile.BadZipFile, RuntimeError, zlib.error, EOFError, struct.error)
+_ARCHIVE_ERRORS = (zipfile.BadZipFile, RuntimeError, zlib.error, EOFError, OSError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -132,10 +131,8 @@ ADAPTERS: Mapping[str, Adapter] = {
 class Piece:
     """A chunk of a file's rows, and all that a worker needs to know of it."""
 
+    settings: BuildSettings
     source: SourceSettings
-    clean: CleanSettings
-    max_distance: int
-    """Of duplicates' perceptual hashes, in bits."""
     file: str
     """The file's name, as errors and ids give it."""
     labels: Mapping[str, list[str]]
@@ -148,7 +145,12 @@ class Piece:
 
 
 def prepare(piece: Piece) -> None:
-    """Write a piece's part: each row, usable or rejected with the reason, whole or not at all."""
+    """Write a piece's part: each row, usable or rejected with the reason, whole or not at all.
+
+    What a build that was stopped has written stays.
+    """
+    if piece.part.is_file():
+        return
     import pyarrow
 
     prepared = [_prepare(piece, number, value) for number, value in piece.rows]
@@ -179,16 +181,16 @@ def _prepare(piece: Piece, number: int, value: Any) -> dict[str, Any] | None:
             return None
         sample = _adapt(piece, row, number, at)
         prompt, answer = sample.prompt, sample.answer
-        _check_texts(sample, piece.clean, at)
+        _check_texts(sample, piece.settings.clean, at)
         images = tuple(_encoded(ref, piece, at) for ref in sample.images)
-        looks = [_look(image, piece.clean, at) for image in images]
+        looks = [_look(image, piece.settings.clean, at) for image in images]
     except RowError as error:
         texts = {"prompt": prompt[:NUM_SHOWN], "answer": answer[:NUM_SHOWN]}
         texts |= {"reason": error.reason, "detail": str(error)}
         # A rejected row may hold what no encoding takes.
         texts = {name: text.encode(errors="replace").decode() for name, text in texts.items()}
         return {"number": number, **texts}
-    keys = duplicate_keys(prompt, looks, piece.max_distance)
+    keys = duplicate_keys(prompt, looks, piece.settings.dedup.max_distance)
     kept = built_row(replace(sample, images=images))
     return kept | {"number": number, "keys": keys, "looks": looks}
 
@@ -231,40 +233,30 @@ def _check_texts(sample: Sample, clean: CleanSettings, at: str) -> None:
 
 
 def _encoded(ref: ImageRef, piece: Piece, at: str) -> bytes:
-    limit, roots = piece.clean.max_image_bytes, piece.roots
-    named = f"{at}: image {str(ref)[:300]!r}"
-    try:
-        data = _from_roots(ref, roots, limit) if isinstance(ref, Path) else encoded_image(ref)
-    except FileNotFoundError:
-        where = f"none in {', '.join(map(str, roots))}"
-        raise RowError("image_missing", f"{named}: {where}") from None
-    except _ARCHIVE_ERRORS as error:
-        raise RowError("image_unreadable", f"{named}: {error}") from None
-    # A path too long, with a zero byte, or of a file too large.
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EFBIG:
-            text = f"{named}: {error.args[1]}: clean.max_image_bytes"
-            raise RowError("image_too_large", text) from None
-        raise RowError("image_missing", f"{named}: {error}") from None
-    if len(data) > limit:
-        raise RowError(
-            "image_too_large",
-            f"{at}: image of {len(data)} bytes, wanted {limit} at most: clean.max_image_bytes",
-        )
-    return data
+    limit = piece.settings.clean.max_image_bytes
+    if isinstance(ref, Path):
+        ref = _found(ref, piece.roots, limit, at)
+    return encoded_image(ref, at, limit, "clean.max_image_bytes")
 
 
-def _from_roots(path: Path, roots: Sequence[Path], max_bytes: int) -> bytes:
+def _found(path: Path, roots: Sequence[Path], max_bytes: int, at: str) -> Path | bytes:
+    """The file below one of the roots; what an archive holds, to one byte beyond the limit."""
+    named = f"{at}: image {str(path)[:300]!r}"
     for root in roots:
-        if root.suffix.lower() == ".zip" and root.is_file():
+        if root.suffix.lower() != ".zip" or not root.is_file():
+            # Where Path.is_file raises, this is False: a path too long.
+            if os.path.isfile(root / path):
+                return root / path
+            continue
+        try:
             archive = _archive(root)
             if path.as_posix() in archive.NameToInfo:
                 with archive.open(path.as_posix()) as member:
                     # What the archive says of a member's size is as untrusted as the member.
                     return member.read(max_bytes + 1)
-        elif (root / path).is_file():
-            return read_image_file(root / path, max_bytes)
-    raise FileNotFoundError(path)
+        except _ARCHIVE_ERRORS as error:
+            raise RowError("image_unreadable", f"{named}: {error}") from None
+    raise RowError("image_missing", f"{named}: none in {', '.join(map(str, roots))}")
 
 
 @lru_cache(maxsize=32)

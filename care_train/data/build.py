@@ -1,4 +1,4 @@
-"""The build: workers write a part for each chunk of rows, then the parts become one file.
+"""`care-train data build`: workers write a part for each chunk of rows, then the parts are joined.
 
 Duplicates depend on all rows before, and are told while the parts are joined.
 """
@@ -16,12 +16,13 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from care_train.config import dotted
 from care_train.config.data import BuildSettings, SourceSettings
-from care_train.data.building.dedup import DuplicateIndex
-from care_train.data.building.prepare import ADAPTERS, NUM_SHOWN, Piece, prepare
 from care_train.data.built import FORMAT_VERSION, built_schema
 from care_train.data.columns import check_row
+from care_train.data.dedup import DuplicateIndex
 from care_train.data.files import file_checksums, open_rows, sha256_of
+from care_train.data.prepare import ADAPTERS, NUM_SHOWN, Piece, prepare
 from care_train.data.rows import RowFile
 from care_train.killable import ordered_map
 
@@ -44,7 +45,7 @@ Report = Callable[[int, int | None], None]
 """Called with rows done, and all rows where that is known."""
 
 
-def build(settings: BuildSettings, report: Report | None = None) -> dict[str, Any]:
+def build(settings: BuildSettings, report: Report = lambda done, total: None) -> dict[str, Any]:
     """Build a data set; a killed build goes on where it was, a finished one is left alone.
 
     Args:
@@ -148,26 +149,18 @@ def _locked(work: Path) -> Iterator[None]:
 def _same_build(note: Path, what: str, output: Path, now: Mapping[str, Any]) -> dict[str, Any]:
     """What an earlier build noted, if it had the same settings, inputs and libraries."""
     noted = json.loads(note.read_text())
-    before = {key: noted.get(key) for key in now}
-    if changes := _changes(before, now):
-        changed = ", ".join(dict.fromkeys(change.split(".")[0] for change in changes))
+    before, after = dotted({key: noted.get(key) for key in now}), dotted(now)
+    changes = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    if changes:
+        changed = ", ".join(dict.fromkeys(key.split(".")[0] for key in changes))
+        shown = "; ".join(
+            f"{key}: saved {before.get(key)!r:.200}, got {after.get(key)!r:.200}" for key in changes
+        )
         raise ValueError(
-            f"output: {output} holds {what} of other {changed} ({'; '.join(changes)}): set it "
-            "back, choose another folder, or build anew with overwrite=true"
+            f"output: {output} holds {what} of other {changed} ({shown}): set it back, choose "
+            "another folder, or build anew with overwrite=true"
         )
     return noted
-
-
-def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Each value that differs, by its dotted key."""
-    found = []
-    for key in {**saved, **now}:
-        before, after = saved.get(key), now.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _changes(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key}: saved {before!r:.200}, got {after!r:.200}")
-    return found
 
 
 def _pieces(
@@ -180,44 +173,26 @@ def _pieces(
             roots = named or (file.base_dir, *sorted(file.base_dir.glob("*.zip")))
             values = file.values()
             while rows := list(islice(values, CHUNK_ROWS)):
-                yield Piece(
-                    source,
-                    settings.clean,
-                    settings.dedup.max_distance,
-                    file.name,
-                    file.labels,
-                    roots,
-                    rows,
-                    part=work / f"{next(numbers):08}.arrow",
-                )
+                part = work / f"{next(numbers):08}.arrow"
+                yield Piece(settings, source, file.name, file.labels, roots, rows, part)
 
 
 def _write_parts(
     settings: BuildSettings,
     sources: Sequence[Sequence[RowFile]],
     work: Path,
-    report: Report | None,
+    report: Report,
 ) -> list[Path]:
     """The parts of all chunks, those that are missing written now."""
     sizes = [file.num_rows for files in sources for file in files]
     total = None if None in sizes else sum(size or 0 for size in sizes)
+    workers = settings.workers or len(os.sched_getaffinity(0))
     parts: list[Path] = []
     num_rows = 0
-
-    def missing() -> Iterator[Piece]:
-        nonlocal num_rows
-        for piece in _pieces(settings, sources, work):
-            parts.append(piece.part)
-            if piece.part.is_file():
-                num_rows += len(piece.rows)
-            else:
-                yield piece
-
-    workers = settings.workers or len(os.sched_getaffinity(0))
-    for piece, _ in ordered_map(prepare, missing(), workers):
+    for piece, _ in ordered_map(prepare, _pieces(settings, sources, work), workers):
+        parts.append(piece.part)
         num_rows += len(piece.rows)
-        if report is not None:
-            report(num_rows, total)
+        report(num_rows, total)
     return parts
 
 
@@ -236,50 +211,34 @@ class SourceCounts:
     duplicates: Counter[str] = field(default_factory=Counter)
     """By reason and the source whose row is kept: `near_duplicate of chartqa`."""
 
-    @property
-    def usable(self) -> int:
-        """Rows after cleaning, before duplicates go: the paper's Table 4 counts these."""
-        return self.kept + self.duplicates.total()
-
 
 def _summary(
     sources: Sequence[SourceSettings], counts: Mapping[str, SourceCounts]
 ) -> dict[str, Any]:
     """The manifest's counts: per source as in the paper's Table 4, then in total."""
+    by_source: dict[str, dict[str, Any]] = {}
     total: Counter[str] = Counter()
-    for name, one in counts.items():
-        # Every row is either left out, rejected, a duplicate or kept.
-        assert one.read == one.filtered + one.rejected.total() + one.usable, name
-        total.update(
-            read=one.read,
-            filtered=one.filtered,
-            rejected=one.rejected.total(),
-            usable=one.usable,
-            duplicates=one.duplicates.total(),
-            kept=one.kept,
-            images=one.images,
-        )
-    by_source = {}
     for source in sources:
         one = counts[source.name]
+        reasons = {"rejected": one.rejected, "duplicates": one.duplicates}
+        sums = {name: found.total() for name, found in reasons.items()}
+        # Every row is either left out, rejected, a duplicate or kept. Table 4 counts those that
+        # are left after cleaning, before duplicates go.
+        usable = one.kept + sums["duplicates"]
+        assert one.read == one.filtered + sums["rejected"] + usable, source.name
+        numbers = {"read": one.read, "filtered": one.filtered, "usable": usable}
+        numbers |= {"kept": one.kept, "images": one.images}
+        total.update(numbers | sums)
         by_source[source.name] = {
-            "read": one.read,
-            "filtered": one.filtered,
-            "rejected": dict(sorted(one.rejected.items())),
-            "usable": one.usable,
-            "usable_share": _share(one.usable, total["usable"]),
-            "duplicates": dict(sorted(one.duplicates.items())),
-            "kept": one.kept,
-            "kept_share": _share(one.kept, total["kept"]),
-            "images": one.images,
+            **numbers,
+            **{name: dict(sorted(found.items())) for name, found in reasons.items()},
             "expected_rows": source.expected_rows,
         }
+    for one in by_source.values():
+        for name in ("usable", "kept"):
+            # In percent, to one decimal, as Table 4 prints it.
+            one[f"{name}_share"] = round(100 * one[name] / max(total[name], 1), 1)
     return {"sources": by_source, "total": dict(total)}
-
-
-def _share(part: int, whole: int) -> float:
-    """A part in percent, to one decimal, as Table 4 prints it."""
-    return round(100 * part / whole, 1) if whole else 0.0
 
 
 def _join(
