@@ -25,7 +25,7 @@ _BEFORE = """
 from care_train import serve
 from care_train.rollout import server, weight_sync
 from tests.security.conftest import join_by_pipe
-serve._BODY_SECONDS = 1.0
+serve._BODY_SECONDS = 2.0
 server.LEASE_SECONDS = 3.0
 weight_sync.join_group = join_by_pipe
 """
