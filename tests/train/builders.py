@@ -133,18 +133,19 @@ def batch_of(
 
 def make_engine(
     loaded: LoadedModel,
+    values: dict | None = None,
     *,
     zero_stage: int = 0,
     bf16: bool = False,
     lora: LoraSettings | None = None,
-    seed: int = 0,
     **optimizer: Any,
 ) -> PolicyEngine:
-    """What trains `loaded`; `optimizer` replaces the defaults of these tests."""
+    """What trains `loaded` under the settings `values`; `optimizer` replaces the defaults of these
+    tests."""
     settings = {"learning_rate": 1e-2, "total_steps": 10, "max_grad_norm": 1e9} | optimizer
-    config = make_config({"seed": seed, "deepspeed": {"zero_stage": zero_stage}})
+    config = make_config(merge({"deepspeed": {"zero_stage": zero_stage}}, values or {}))
     model = replace(config.model, dtype="bfloat16" if bf16 else "float32")
-    model = replace(model, lora=lora or LoraSettings())
+    model = replace(model, lora=lora or model.lora)
     return PolicyEngine(
         loaded,
         OptimizerSettings(**settings),

@@ -11,12 +11,10 @@ import yaml
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from care_train.config import ModelSettings
-from care_train.distributed import initialize_process_group
 from care_train.models.load import LoadedModel, load_model
 from care_train.models.policy import Policy
-from care_train.training.engine import MicroBatch, PolicyEngine
+from care_train.training.engine import MicroBatch
 from care_train.training.failures import NotFiniteError
-from care_train.training.optimizer import OptimizerSettings
 from tests.kernels import oracle
 from tests.train.builders import (
     assert_same_weights,
@@ -142,12 +140,11 @@ def test_offload_takes_the_same_steps(own_adam, tiny_folder, tmp_path):
     """The shipped zero3_offload, with either AdamW, beside ZeRO-0; and its checkpoint resumes."""
     section = yaml.safe_load((ROOT / OFFLOAD).read_text())
     more = {} if own_adam else {"zero_force_ds_cpu_optimizer": False}
-    offload = make_config({"deepspeed": {"zero_stage": 3, "config": section["config"] | more}})
-    assert offload.deepspeed.offloads("optimizer")
-    optimizer = OptimizerSettings(learning_rate=1e-3, total_steps=10)
+    offload = {"deepspeed": {"zero_stage": 3, "config": section["config"] | more}}
+    assert make_config(offload).deepspeed.offloads("optimizer")
     engines = [
-        PolicyEngine(load(tiny_folder()), optimizer, config, initialize_process_group())
-        for config in (make_config(), offload, offload)
+        make_engine(load(tiny_folder()), values, learning_rate=1e-3, max_grad_norm=1.0)
+        for values in ({}, offload, offload)
     ]
     assert isinstance(engines[1].optimizer, DeepSpeedCPUAdam) == own_adam
     before = {n: p.detach() for n, p in load(tiny_folder()).model.named_parameters()}

@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from care_train.distributed import (
-    all_sum,
-    gather,
-    initialize_process_group,
-    is_main,
-    rank,
-    world_size,
-)
+from care_train.distributed import all_sum, gather, is_main, rank, world_size
 from care_train.models.batch import TokenSequence
 from care_train.models.load import LoadedModel
+from care_train.models.lora import has_adapters
 from care_train.models.policy import Policy
-from care_train.training.engine import MicroBatch, PolicyEngine
+from care_train.training.engine import MicroBatch
 from care_train.training.log_probs import WithoutAdapters
-from care_train.training.optimizer import OptimizerSettings
-from tests.train.builders import batch_of, encoder_of, image_sample, load, make_config, text_sample
+from tests.train.builders import (
+    batch_of,
+    encoder_of,
+    image_sample,
+    load,
+    make_engine,
+    text_sample,
+)
 from tests.train.runs import run_ranks
 
 STEPS = 2
@@ -47,13 +47,7 @@ def sequences_of(loaded: LoadedModel, place: int) -> list[TokenSequence]:
 def run_case(model: str, stage: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Score, train and score again; every rank's log-probs, in the order of ranks."""
     loaded = load(Path(model))
-    config = make_config({"deepspeed": {"zero_stage": stage}, **settings})
-    engine = PolicyEngine(
-        loaded,
-        OptimizerSettings(learning_rate=1e-3, total_steps=STEPS, max_grad_norm=1e9),
-        config,
-        initialize_process_group(),
-    )
+    engine = make_engine(loaded, settings, zero_stage=stage, learning_rate=1e-3)
     # One rank does what two do together.
     places = [rank()] if world_size() > 1 else [0, 1]
     batches = [engine.collate(sequences_of(loaded, place)) for place in places]
@@ -65,7 +59,7 @@ def run_case(model: str, stage: int, settings: dict[str, Any]) -> dict[str, Any]
         norms.append(engine.step(micro, 1.0).grad_norm)
     after = [engine.log_probs(batch, 1.0)[0] for batch in batches]
     result = {"before": _all(before), "norms": norms, "after": _all(after)}
-    if config.model.adapters is not None:
+    if has_adapters(loaded.model):
         reference = WithoutAdapters(engine)
         result["reference"] = _all([reference.log_probs(batch, 1.0)[0] for batch in batches])
     return result
