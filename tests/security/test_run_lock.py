@@ -128,6 +128,16 @@ def test_another_hosts_dead_holder_loses_its_lock(ahead, tmp_path):
         assert not path.exists()
 
 
+@pytest.mark.parametrize("pid", ['"pid": "x"', '"pid": '])
+def test_a_lock_that_cannot_be_read_is_watched(pid, tmp_path, capsys):
+    """Its file of other types, or no JSON: of nobody that can be looked at, and no traceback."""
+    path = _held_by(tmp_path / "run", OWN)
+    path.write_text(path.read_text().replace(f'"pid": {OWN.pid}', pid))
+    with RunLock(tmp_path / "run", beat=0.02, patience=0.08):
+        assert not path.exists()
+    assert "(unreadable lock)" in capsys.readouterr().err
+
+
 def test_of_many_that_find_a_dead_lock_one_gets_it(tmp_path):
     """Eight at once, twenty times: never none, never two."""
     for round_ in range(20):
