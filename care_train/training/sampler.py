@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from care_train.algorithm.released import answer_prefix
 from care_train.algorithm.selection import reflection_prefix
-from care_train.algorithm.types import Rollout
 from care_train.config import Config
 from care_train.data import Sample
 from care_train.models.prompts import PromptEncoder
@@ -166,24 +165,23 @@ class Sampler:
 
     def _reflection_request(self, group: Group, step: int) -> Request | None:
         """None where the group has no reflection, or one with too long a context (line 13)."""
-        subgroup = group.subgroup
+        subgroup, config = group.subgroup, self._config
         if isinstance(subgroup, str) or subgroup.reflect_on is None:
             return None
-        prefix_ids = self._reflection_prefix(subgroup.others[subgroup.reflect_on].rollout)
-        limit = self._config.prompt.max_prompt_tokens + self._config.rollout.max_new_tokens
+        negative = subgroup.others[subgroup.reflect_on].rollout
+        own = (config.care.reflection.cue, config.prompt.think_tag, config.prompt.answer_tag)
+        if config.care.decisions.repair == "answer":
+            text = answer_prefix(negative.text, *own)
+        else:
+            text = reflection_prefix(negative, *own)
+        prefix_ids = self._encoder.encode_text(text)
+        limit = config.prompt.max_prompt_tokens + config.rollout.max_new_tokens
         if len(group.prompt.token_ids) + len(prefix_ids) > limit:
             return None  # A context is never truncated.
         # The group's own rollouts have the indices below.
-        index = self._config.rollout.group_size
-        seed = request_seed(self._config.seed, step, group.sample.draw, index)
+        index = config.rollout.group_size
+        seed = request_seed(config.seed, step, group.sample.draw, index)
         return Request(group.prompt, seed, prefix_ids)
-
-    def _reflection_prefix(self, negative: Rollout) -> tuple[int, ...]:
-        tags = (self._config.prompt.think_tag, self._config.prompt.answer_tag)
-        cue = self._config.care.reflection.cue
-        if self._config.care.decisions.repair == "answer":
-            return self._encoder.encode_text(answer_prefix(negative.text, cue, *tags))
-        return self._encoder.encode_text(reflection_prefix(negative, cue, *tags))
 
 
 def _done(completions: list[Completion]) -> Future[list[Completion]]:
