@@ -147,7 +147,7 @@ def require_rationales(samples: Sequence[Sample]) -> Sequence[Sample]:
     """
     rows = samples_at(samples, [i for i, row in enumerate(samples) if row.rationale is not None])
     if not rows:
-        shown = ", ".join(sample.location or sample.id for sample in samples[:3])
+        shown = ", ".join(sample.where for sample in samples[:3])
         raise ValueError(
             f"rationale: got none in {len(samples)} rows ({shown}{', ...' * (len(samples) > 3)}), "
             "wanted text: add a `rationale` column, or choose other rows in sft.data"

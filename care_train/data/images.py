@@ -147,8 +147,7 @@ def load_images(sample: "Sample") -> list[Image.Image]:
     Raises:
         RowError: as `load_image`, naming the sample's row.
     """
-    location = sample.location or sample.id
-    return [load_image(ref, location=location) for ref in sample.images]
+    return [load_image(ref, location=sample.where) for ref in sample.images]
 
 
 def load_image(
@@ -177,7 +176,7 @@ def image_sizes(sample: "Sample") -> list[tuple[int, int]]:
     """
     sizes = []
     for ref in sample.images:
-        with _opened(ref, sample.location or sample.id) as image:
+        with _opened(ref, sample.where) as image:
             sizes.append(image.size)
     return sizes
 

@@ -87,6 +87,11 @@ class Sample:
         return f"{self.id}/{self.visit}" if self.visit else self.id
 
     @property
+    def where(self) -> str:
+        """What errors call this row."""
+        return self.location or self.id
+
+    @property
     def right_answer(self) -> str:
         """What a right response says: of several keys the first."""
         return accepted_answers(self.answer)[0]
@@ -102,7 +107,7 @@ class Sample:
         if placeholders not in (0, len(self.images)):
             raise RowError(
                 "placeholders",
-                f"{self.location or self.id}: prompt: got {placeholders} {IMAGE_PLACEHOLDER} "
+                f"{self.where}: prompt: got {placeholders} {IMAGE_PLACEHOLDER} "
                 f"placeholders for {len(self.images)} images, wanted one per image, or none to put "
                 "the images first: add or remove placeholders",
             )
@@ -123,7 +128,7 @@ def sample_digest(sample: Sample, image_digests: dict[ImageRef, str] | None = No
     for ref in sample.images:
         is_file = isinstance(ref, (str, Path))
         digest = known.get(ref) if is_file else None
-        digest = digest or image_digest(ref, sample.location or sample.id)
+        digest = digest or image_digest(ref, sample.where)
         if is_file:
             known[ref] = digest
         digests.append(digest)

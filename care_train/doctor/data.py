@@ -60,7 +60,7 @@ def check_rows(subject: Subject) -> Finding:
         place = min(lengths.keys() - set(short))
         found += (
             f"{len(lengths) - len(short)} prompts over prompt.max_prompt_tokens = "
-            f"{prompt.max_prompt_tokens} ({_where(rows[place])}: {lengths[place]}, the longest: "
+            f"{prompt.max_prompt_tokens} ({rows[place].where}: {lengths[place]}, the longest: "
             f"{max(lengths.values())})"
         )
         fix = "raise it, lower model.image_pixels, or leave them out with prompt.overlong=drop"
@@ -125,12 +125,12 @@ def check_prompt(subject: Subject) -> Finding:
     for row in spread(subject.rows, _NUM_ROWS):
         if not prompt.is_boxed and "\\boxed" in row.prompt:
             return warning(
-                f"{_where(row)}: asks for \\boxed{{}}, and the verifier reads {marks[1]}",
+                f"{row.where}: asks for \\boxed{{}}, and the verifier reads {marks[1]}",
                 "set prompt.tags=[think,boxed], or take that out of the prompt",
             )
         if row.hides_options:
             return warning(
-                f"{_where(row)}: the key is {row.answer[:60]!r}, and no option is in the prompt",
+                f"{row.where}: the key is {row.answer[:60]!r}, and no option is in the prompt",
                 "write the options into the prompt, unless its image shows them",
             )
     return ok(f"names {' and '.join(marks)}")
@@ -165,7 +165,7 @@ def check_rewards(subject: Subject) -> Finding:
     failed = [row for row, score in zip(rows, scores, strict=True) if score.reward < 1]
     if failed:
         return error(
-            f"{_where(failed[0])}: its own answer {failed[0].answer[:60]!r} scores less than 1 in "
+            f"{failed[0].where}: its own answer {failed[0].answer[:60]!r} scores less than 1 in "
             "a well-formed response",
             "correct reward.functions, or the answer where it is no bare one"
             if config.reward.own_functions
@@ -174,7 +174,3 @@ def check_rewards(subject: Subject) -> Finding:
     if seconds > _MAX_REWARD_SECONDS:
         return warning(f"{1000 * seconds:.0f} ms per response", "shorten the answers")
     return ok(f"keys score 1, {1e6 * seconds:.0f} us per response")
-
-
-def _where(row: Sample) -> str:
-    return row.location or row.id

@@ -199,7 +199,7 @@ def check_parity(subject: Subject) -> Finding:
     row = rows[int(batch.sequence_ids[worst])]
     text = (
         f"over {len(gaps)} tokens, rollouts and trainer differ by {mean:.2g} nats on average, "
-        f"{float(gaps[worst]):.2g} at most ({token!r} in {row.location or row.id})"
+        f"{float(gaps[worst]):.2g} at most ({token!r} in {row.where})"
     )
     if not mean <= _ERROR_GAP:  # A NaN is an error too.
         return error(

@@ -75,7 +75,7 @@ class PromptEncoder:
                 prompt = next(with_images)
             else:
                 ids = self._token_ids(self.render(sample))
-                prompt = EncodedPrompt(tuple(ids), location=sample.location or sample.id)
+                prompt = EncodedPrompt(tuple(ids), location=sample.where)
             self._check(sample, prompt)
             prompts.append(prompt)
         return prompts
@@ -100,7 +100,7 @@ class PromptEncoder:
         # What the processor raises on a strip of an image.
         except ValueError as error:
             raise ValueError(
-                f"{sample.location or sample.id}: an image of {width} x {height} pixels: {error}"
+                f"{sample.where}: an image of {width} x {height} pixels: {error}"
             ) from None
         return patches // processor.merge_size**2
 
@@ -137,7 +137,7 @@ class PromptEncoder:
         found = [token for token in self._special if any(token in piece for piece in pieces)]
         if found:
             raise ValueError(
-                f"{sample.location or sample.id}: prompt: holds the special tokens "
+                f"{sample.where}: prompt: holds the special tokens "
                 f"{', '.join(found)}; wanted plain text, as they would end the turn or stand for "
                 "an image: remove them"
             )
@@ -204,7 +204,7 @@ class PromptEncoder:
         pixels = torch.as_tensor(inputs["pixel_values"])
         patches = pixels.split([int(grid.prod(-1).sum()) for grid in grids])
         return [
-            EncodedPrompt(tuple(ids), rows, grid, tuple(row), sample.location or sample.id)
+            EncodedPrompt(tuple(ids), rows, grid, tuple(row), sample.where)
             for ids, rows, grid, row, sample in zip(
                 inputs["input_ids"], patches, grids, images, samples, strict=True
             )

@@ -234,7 +234,7 @@ def engine_gap(
         if gap > largest:
             largest = gap
             worst = (
-                f"{group.sample.location or group.sample.id}: response token {place} (id "
+                f"{group.sample.where}: response token {place} (id "
                 f"{rollout.token_ids[place]}): log-prob {trainer[place]:.4f} in the trainer, "
                 f"{engine[place]:.4f} in the engine"
             )

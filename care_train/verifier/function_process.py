@@ -93,7 +93,7 @@ class RewardFunction:
             first = samples[0]
             raise ValueError(
                 f"{self._title}: got the parameters {', '.join(sorted(missing))}, for which no row "
-                f"has a column ({first.location or first.id} has "
+                f"has a column ({first.where} has "
                 f"{', '.join(sorted(first.columns)) or 'none'}), wanted a column of each name, a "
                 "default value, or the value in `arguments`"
             )
@@ -107,7 +107,7 @@ class RewardFunction:
             return scores
         if reply.error is not None:
             raise reply.error
-        places = list(dict.fromkeys(r.sample.location or r.sample.id for r in responses))
+        places = list(dict.fromkeys(r.sample.where for r in responses))
         more = f" and {len(places) - 3} more" if len(places) > 3 else ""
         text = f"{self._title}: {', '.join(places[:3])}{more}: {reply.reason}"
         if not self._is_per_response:

@@ -115,7 +115,7 @@ class UserFunction:
             Exception: whatever else it raises, with its name noted.
         """
         self._metrics, self._extra = {}, [{} for _ in responses]
-        row = f": {_place(responses[0])}" if self.is_per_response else ""
+        row = f": {responses[0].sample.where}" if self.is_per_response else ""
         with _naming(self._name + row):
             results: Any = self._form(responses, state)
         if hasattr(results, "tolist"):
@@ -168,7 +168,7 @@ class UserFunction:
 
     def _wrong(self, value: Any, response: Response, wanted: str) -> ValueError:
         got = str(value)[:80]
-        return ValueError(f"{self._name}: {_place(response)}: got {got}, wanted {wanted}")
+        return ValueError(f"{self._name}: {response.sample.where}: got {got}, wanted {wanted}")
 
     def _run(self, *arguments: Any, **named: Any) -> Any:
         result = self._call(*arguments, **named)
@@ -237,10 +237,6 @@ class UserFunction:
         """With those values that the function takes; TRL's and verl's own may name fewer."""
         taken = values if self._takes_any else self._parameters & values.keys()
         return self._run(**{name: values[name] for name in taken} | self._settings.arguments)
-
-
-def _place(response: Response) -> str:
-    return response.sample.location or response.sample.id
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def check_comparable(sample: Sample) -> None:
     if sample.answer_type is AnswerType.FUNCTION:
         raise RowError(
             "answer_type",
-            f"{sample.location or sample.id}: answer: got {sample.answer[:60]!r}, which only a "
+            f"{sample.where}: answer: got {sample.answer[:60]!r}, which only a "
             "reward function can read (an object, a list of numbers or options, or a long solution "
             "without one marked answer), wanted the final answer as text, a number or a boolean, "
             "'A, C' for several options, or a list of texts of which any is right: correct the "
@@ -93,7 +93,7 @@ class RowImages(Sequence[Image.Image]):
         if isinstance(index, slice):
             return [self[place] for place in range(len(self))[index]]
         sample = self._sample
-        return load_image(sample.images[index], location=sample.location or sample.id)
+        return load_image(sample.images[index], location=sample.where)
 
 
 def format_score(text: str, think_tag: str = "think", answer_tag: str = "answer") -> float:
