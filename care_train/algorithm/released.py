@@ -85,8 +85,8 @@ def with_rest(update: GroupUpdate, rollouts: Sequence[Rollout], *, has_kl: bool)
         rollouts: all that were sampled for the group, its reflection included.
         has_kl: without a KL the others have no gradient and are not forwarded.
     """
-    trained = {id(sequence.rollout) for sequence in update.sequences}
-    rest = [TrainSequence(r, 0.0, Credit(), role="rest") for r in rollouts if id(r) not in trained]
+    trained = {sequence.rollout for sequence in update.sequences}
+    rest = [TrainSequence(r, 0.0, Credit(), role="rest") for r in rollouts if r not in trained]
     return replace(
         update,
         sequences=(*update.sequences, *(rest if has_kl else ())),

@@ -48,9 +48,9 @@ def _length(span: tuple[int, int] | None) -> int:
     return 0 if span is None else span[1] - span[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rollout:
-    """One response y_i, scored."""
+    """One response y_i, scored. Equal to itself alone, so that it can be a table's key."""
 
     token_ids: tuple[int, ...]
     """The sampled tokens, ending with EOS unless the length limit cut the response."""
@@ -79,9 +79,9 @@ class Rollout:
     """acc before `reward.success_threshold` makes it 0 or 1."""
     log_probs: tuple[float, ...] | None = field(default=None, repr=False)
     """Per token, the log-prob by the engine that sampled it. None where it keeps none."""
-    old_log_probs: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    old_log_probs: torch.Tensor | None = field(default=None, repr=False)
     """[T] fp32 log pi_old of each token, by the trainer. None before its forward."""
-    old_log_normalizer: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    old_log_normalizer: torch.Tensor | None = field(default=None, repr=False)
     """[T] fp32 log sum exp of the logits of the same forward."""
 
 

@@ -127,8 +127,8 @@ def _bounded_ratio(trainer: Any, gap: Tensor) -> Tensor:
 
 def placed(group: RolloutGroup, update: GroupUpdate) -> list[tuple[int, TrainSequence]]:
     """Each trained sequence's row in its group: its own, or for the reflected one a free one."""
-    index = {id(rollout): i for i, rollout in enumerate(group.rollouts)}
-    own = [(index[id(s.rollout)], s) for s in update.sequences if not s.rollout.reflected]
+    index = {rollout: i for i, rollout in enumerate(group.rollouts)}
+    own = [(index[s.rollout], s) for s in update.sequences if not s.rollout.reflected]
     taken = {i for i, _ in own}
     free = (i for i in reversed(range(len(group.rollouts))) if i not in taken)
     return own + [(next(free), s) for s in update.sequences if s.rollout.reflected]

@@ -171,10 +171,10 @@ def care_advantages(
         subgroup = select_subgroup(group, settings, torch.Generator().manual_seed(number))
         if isinstance(subgroup, str):
             continue
-        row_of = {id(rollout): i for i, rollout in zip(rows, group.rollouts, strict=True)}
+        row_of = {rollout: i for i, rollout in zip(rows, group.rollouts, strict=True)}
         sequences = subgroup_update(subgroup, settings).sequences
         for sequence, spread in zip(sequences, split_advantages(sequences), strict=True):
-            advantages[row_of[id(sequence.rollout)], : len(spread)] = spread.to(advantages.device)
+            advantages[row_of[sequence.rollout], : len(spread)] = spread.to(advantages.device)
     return advantages, advantages
 
 

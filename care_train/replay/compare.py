@@ -192,8 +192,8 @@ def _chosen(
 
 def _credited(group: RolloutGroup, update: GroupUpdate, tokens: Iterator[torch.Tensor]) -> Credited:
     """`tokens` has the token advantages of the update's sequences, and of later groups'."""
-    place_of = {id(rollout): place for place, rollout in enumerate(group.responses)}
-    places = [place_of[id(sequence.rollout)] for sequence in update.sequences]
+    place_of = {rollout: place for place, rollout in enumerate(group.responses)}
+    places = [place_of[sequence.rollout] for sequence in update.sequences]
     return Credited(
         *outcome_of(group.subgroup, update),
         {i: s.advantage for i, s in zip(places, update.sequences, strict=True)},

@@ -148,7 +148,7 @@ def _answer(rollout: Rollout) -> dict[str, Any]:
 
 
 def _group_row(
-    group: Group, trained: Mapping[int, dict[str, Any]], dropped: str = ""
+    group: Group, trained: Mapping[Rollout, dict[str, Any]], dropped: str = ""
 ) -> dict[str, Any]:
     update = group.update
     outcome, reason = ("dropped", dropped) if dropped else outcome_of(group.subgroup, update)
@@ -166,14 +166,14 @@ def _group_row(
     }
 
 
-def _rollout_rows(group: Group, trained: Mapping[int, dict[str, Any]]) -> list[dict[str, Any]]:
+def _rollout_rows(group: Group, trained: Mapping[Rollout, dict[str, Any]]) -> list[dict[str, Any]]:
     """The G rollouts, and the reflection behind them where there is one."""
     roles, subgroup, distances = roles_of(group), group.subgroup, None
     if isinstance(subgroup, Subgroup) and group.distances is not None:
         distances = group.distances[subgroup.anchor.index]
     rows = []
     for place, rollout in enumerate(group.responses):
-        own = trained.get(id(rollout))
+        own = trained.get(rollout)
         role, nearness = roles.get(place, ("unused" if own is None else "trained", None))
         is_sampled = place < len(group.rollouts)
         row = _answer(rollout) | _spans(rollout.spans) | (_UNTRAINED if own is None else own)
@@ -201,8 +201,8 @@ def _spans(spans: Spans) -> dict[str, int | None]:
     return found
 
 
-def _trained(items: Sequence[TrainItem]) -> dict[int, dict[str, Any]]:
-    """What each trained sequence was credited with, and the update's numbers, by its rollout's id.
+def _trained(items: Sequence[TrainItem]) -> dict[Rollout, dict[str, Any]]:
+    """What each trained sequence was credited with, and the update's numbers, by its rollout.
 
     Tensors of all sequences are joined first: a GPU is waited for once.
     """
@@ -225,7 +225,7 @@ def _trained(items: Sequence[TrainItem]) -> dict[int, dict[str, Any]]:
         "clipped": on_cpu(clipped),
     }
     return {
-        id(sequence.rollout): {
+        sequence.rollout: {
             "trained": True,
             "raw_advantage": sequence.raw_advantage,
             "sequence_advantage": sequence.advantage,

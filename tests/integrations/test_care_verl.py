@@ -122,10 +122,10 @@ def test_token_advantages_are_algorithm_1s(tiny_folder, settings):
         if isinstance(subgroup, str):
             skipped.append(subgroup)
             continue
-        places = {id(rollout): i for i, rollout in zip(rows, group.rollouts, strict=True)}
+        places = {rollout: i for i, rollout in zip(rows, group.rollouts, strict=True)}
         for sequence in subgroup_update(subgroup, care).sequences:
             row = spread_advantages([sequence])
-            wanted[places[id(sequence.rollout)], : len(row)] = row
+            wanted[places[sequence.rollout], : len(row)] = row
     assert skipped == ["all_correct"]
     assert torch.equal(advantages, wanted) and (advantages > 0).any() and (advantages < 0).any()
     assert (advantages[batch.mask == 0] == 0).all()
