@@ -308,7 +308,7 @@ class VllmServerEngine:
         broadcast = self._ask("/weights/begin", begin, join) or self._broadcast
         self._broadcast, limit = broadcast, BUCKET_BYTES if broadcast else REQUEST_BYTES
         for tensors, content in buckets(described(weights, self._loaded.model.dtype), limit):
-            carried = None if broadcast else content.numpy().tobytes()
+            carried = None if broadcast else content.cpu().numpy().tobytes()
             bucket = Bucket(sender=sender, tensors=tuple(tensors), content=carried)
             self._ask("/weights/bucket", bucket, broadcast and partial(broadcast, content))
             num_bytes += content.numel()
