@@ -190,7 +190,9 @@ class WeightReceiver:
         except (ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
             return f"{sent.name!r} {sent.shape}: vLLM could not load it: {error}"
         self._care_copies += copies.found
-        return None if copies.found else f"{sent.name!r}: vLLM has no parameter of this name"
+        if copies.found:
+            return None
+        return f"{sent.name!r}: vLLM has no parameter of this name, or fills it without a copy"
 
     @_in_words
     def care_failure(self) -> str | None:
@@ -261,6 +263,8 @@ def find_failures(model: Any, copies: Sequence[Copy]) -> list[str]:
             filled[name].append(copy)
     failures = []
     for name, own in filled.items():
+        # A place counts once, however often it was written.
+        own = list({(c.held.storage_offset(), c.held.shape): c for c in own}.values())
         whole, num_filled = tensors[name], sum(copy.held.numel() for copy in own)
         if not own:
             failures.append(f"no tensor was sent for vLLM's {name!r}")

@@ -1,6 +1,7 @@
 """Weight sync into vLLM, whole or adapters alone: what is sent, what is caught, what moves."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,14 +70,16 @@ def test_a_corrupted_tensor_is_caught_and_named(kind, pair, monkeypatch):
 
 
 def test_a_tensor_left_out_unknown_or_misshapen_is_caught(either):
-    """Named, with vLLM's own words; the engine recovers with a whole sync."""
+    """Named, with vLLM's own words; the engine recovers with a whole sync. A neighbour that comes
+    twice does not pass for what is left out."""
     model = either()
     weights = model.weights()
+    [gate] = [weight for weight in weights if "layers.0.mlp.gate_proj" in weight[0]]
     name, tensor = weights[-1]
     cases = {
         r"no tensor was sent for .*lm_head": [w for w in weights if w[0] != "lm_head.weight"],
         r"gate_up_proj.*in part only: .*gate_proj": [
-            w for w in weights if "layers.0.mlp.up_proj" not in w[0]
+            gate if "layers.0.mlp.up_proj" in w[0] else w for w in weights
         ],
         r"weight sync: 'model.language_model.nonsense'": [
             *weights,
@@ -90,6 +93,33 @@ def test_a_tensor_left_out_unknown_or_misshapen_is_caught(either):
     wanted = sum(p.numel() * p.element_size() for p in model.loaded.model.parameters())
     assert model.sync() == {"sync_bytes": float(wanted)}
     assert model.engine.generate(model.requests(1), GREEDY)
+
+
+FILLED = {
+    "index_put": lambda held, new: held.data.index_put_((torch.arange(len(new)),), new),
+    "out": lambda held, new: torch.add(new, 0, out=held.data),
+    "data": lambda held, new: setattr(held, "data", new),
+    "set": lambda held, new: held.set_(new),
+    "another tensor": lambda held, new: held.data.copy_(new + 0),
+}
+
+
+@pytest.mark.parametrize("way", FILLED)
+def test_a_loader_that_cannot_be_followed_is_refused(way):
+    """Nobody would know where to look for the numbers."""
+    pytest.importorskip("vllm")
+    from care_train.rollout.vllm_worker import WeightReceiver
+
+    class Model(torch.nn.Linear):
+        def load_weights(self, weights):
+            FILLED[way](self.weight, weights[0][1])
+
+    worker, model = WeightReceiver(), Model(3, 2, bias=False)
+    worker.model_runner = SimpleNamespace(get_model=lambda: model)
+    worker.care_begin()
+    [(sent, tensor)] = described([("proj.weight", torch.ones(2, 3))], torch.float32)
+    assert "'proj.weight': vLLM has no parameter" in (worker.care_load(sent, tensor) or "")
+    assert torch.equal(model.weight, tensor)
 
 
 def test_weights_go_in_buckets(tiny_folder):
