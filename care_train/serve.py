@@ -92,7 +92,9 @@ def serve(config: Config, host: str, port: int, allowed_hosts: Sequence[str] = (
             file=sys.stderr,
             flush=True,
         )
-        app = Guard(_routes(server), token.value, host, allowed_hosts)
+        # Between GPUs no request carries weights.
+        bucket_bytes = _MAX_BUCKET_BYTES if backend == "http" else _MAX_MESSAGE_BYTES
+        app = Guard(_routes(server, bucket_bytes), token.value, host, allowed_hosts)
         _answer_until_told(app, listening)
         return loop.failure is None
 
@@ -104,7 +106,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"--host, --port: cannot listen at {host}:{port}: {error}") from None
 
 
-def _routes(server: RolloutServer) -> Any:
+def _routes(server: RolloutServer, max_bucket_bytes: int) -> Any:
     from starlette.applications import Starlette
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
@@ -132,7 +134,7 @@ def _routes(server: RolloutServer) -> Any:
         route("/release", server.release, OfSender),
         route("/generate", server.generate, Generate, _MAX_BATCH_BYTES),
         route("/weights/begin", server.begin, Begin),
-        route("/weights/bucket", server.bucket, Bucket, _MAX_BUCKET_BYTES),
+        route("/weights/bucket", server.bucket, Bucket, max_bucket_bytes),
         route("/weights/end", server.end, OfSender),
     ]
     return Starlette(routes=routes, exception_handlers={RequestError: refuse})

@@ -216,13 +216,13 @@ class RolloutServer:
 
     def __init__(self, loop: EngineLoop, info: ServerInfo, loaded: LoadedModel) -> None:
         """Serve `loaded`, a model without weights, whose empty vLLM `loop` drives."""
-        self._loop = loop
-        self._info = info
-        self._loaded = loaded
+        self._loop, self._info, self._loaded = loop, info, loaded
         self._lease: TakeLease | None = None
         self._heard = 0.0
         """`time.monotonic` when the run with the lease last reported that it is alive."""
-        # The next two are used on vLLM's thread alone.
+        # The next three are used on vLLM's thread alone.
+        self._met: str | None = None
+        """The sender whose NCCL group the workers are in."""
         self._is_receiving = False
         """A sync has begun, and has neither failed nor ended."""
         self._has_adapter = False
@@ -293,7 +293,10 @@ class RolloutServer:
             self._is_receiving = False
             self._loop.hold_weights(None)
             if message.unique_id is not None:
+                self._met = message.sender
                 check_sync(llm.collective_rpc("care_open", args=(message.unique_id,)))
+            elif self._met not in (None, message.sender):
+                raise RequestError(409, "weight sync: the server's workers met another trainer")
             llm.collective_rpc("care_begin", args=(keeps_base,))
             self._is_receiving, self._has_adapter = True, False
 

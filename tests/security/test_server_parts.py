@@ -208,6 +208,11 @@ def test_who_has_the_server(monkeypatch):
             rollouts.begin, Begin(sender=two.sender, version=version, unique_id=None)
         )
         assert loop._llm.asked == ("care_begin", (keeps_base,)) and loop.version is None
+    # Two went on with a group from before another run's: nobody would answer there.
+    rollouts._met, again = one.sender, Begin(sender=two.sender, version=None, unique_id=None)
+    assert "workers met another trainer" in refusal(rollouts.begin, again)
+    assert not refusal(rollouts.begin, again.model_copy(update={"unique_id": bytes(128)}))
+    assert not refusal(rollouts.begin, again)
     monkeypatch.setattr(server, "LEASE_SECONDS", 0.0)
     loop.running = {"0": Batch("a", [], [])}
     assert "run 2" in refusal(rollouts.take, one)
