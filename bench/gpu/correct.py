@@ -22,7 +22,7 @@ from bench.gpu.section import Bench
 from bench.peers import Outcome, log_probs_alone, make_problem, ours
 
 _OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
-# Two files compare with the trainer's own, and cannot be imported without pydantic.
+# A file that cannot be imported costs no other its outcomes.
 _OPTIONS = ("-vv", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors")
 _MOST_WORKERS = 12
 _TESTS = Path("tests/kernels")
