@@ -76,7 +76,10 @@ class _Reader:
                 self._note(self._parts(key_node, above), key_node.start_mark.line + 1, is_value)
         # Puts the keys of `<<: *anchor` first, so that the mapping's own replace them.
         self._loader.flatten_mapping(node)
-        for parts, value_node in {self._parts(k, above): v for k, v in node.value}.items():
+        # Once each: an alias of this mapping brings it here again, its merges as keys of its own.
+        node.value = list({self._parts(pair[0], above): pair for pair in node.value}.values())
+        for key_node, value_node in node.value:
+            parts = self._parts(key_node, above)
             below = values
             for part in parts[len(above) : -1]:
                 below = _mapping_at(below, part)

@@ -120,6 +120,7 @@ class RunLock:
         """Put the own file into the lock, unless there is one."""
         own = self._place.with_name(f"{self._place.name}.{self._token}")
         command = shlex.join(["care-train", *sys.argv[1:]])
+        command = command.encode(errors="replace").decode()  # a path may be in no encoding
         holder = Holder(ProcessId.own(), time.time(), command)
         try:
             own.mkdir(exist_ok=True)

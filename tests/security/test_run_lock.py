@@ -67,12 +67,13 @@ assert OWN.start_ticks is not None
 EARLIER = replace(OWN, start_ticks=OWN.start_ticks - 1)
 
 
-def test_a_dead_process_does_not_hold_a_lock(tmp_path):
+def test_a_dead_process_does_not_hold_a_lock(tmp_path, monkeypatch):
     """One whose pid was given again, and one that ended and that nobody waited for yet; a live one
-    does."""
+    does, whatever it was called with."""
     _held_by(tmp_path / "run", EARLIER)
+    monkeypatch.setattr("sys.argv", ["care-train", "model.path=/m\udce4"])
     with RunLock(tmp_path / "run"):
-        with pytest.raises(FolderInUseError), RunLock(tmp_path / "run"):
+        with pytest.raises(FolderInUseError, match=r"model\.path=/m\?"), RunLock(tmp_path / "run"):
             pass
     assert names(tmp_path) == []
     _held_by(tmp_path / "run", OWN)

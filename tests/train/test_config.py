@@ -178,13 +178,15 @@ def test_a_file_that_cannot_be_meant_is_refused(text, message, tmp_path):
 
 def test_a_file_is_read_as_meant(tmp_path):
     """`train.steps: 7` is that key; a free mapping's keys keep their dots; a mapping's own keys
-    replace those that `<<` brings."""
+    replace those that `<<` brings, in an alias of it too."""
     text = "train.steps: 7\ntrain: {warmup_steps: 3}\ndeepspeed.config: {a.b: 1e-3}\n"
     config = load_text(tmp_path, text)
     assert (config.train.steps, config.train.warmup_steps) == (7, 3)
     assert config.deepspeed.config == {"a.b": 0.001}
-    config = load_text(tmp_path, "train:\n  <<: {steps: 3, warmup_steps: 4}\n  steps: 5\n")
-    assert (config.train.steps, config.train.warmup_steps) == (5, 4)
+    own = "{<<: {steps: 3, learning_rate: 4}, steps: 5}"
+    config = load_text(tmp_path, f"train: &own {own}\nsft: *own\n")
+    for section in (config.train, config.sft):
+        assert (section.steps, section.learning_rate) == (5, 4)
 
 
 @pytest.mark.parametrize(
