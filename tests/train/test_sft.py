@@ -50,7 +50,8 @@ def _sft(folder: Path, rows: Path, out: Path, *arguments: str) -> Path:
 
 def test_the_held_out_loss_is_that_of_the_plain_model(tiny_folder, mixed_rows, tmp_path):
     """Mean negative log-likelihood per response token, EOS included, over packs of text and images
-    together; every `train.eval_every` steps and after the last; in the summary too; it falls."""
+    together; every `train.eval_every` steps and after the last; in the summary too; it falls. Packs
+    are learnt as padded rows are."""
     run = _sft(
         tiny_folder(),
         mixed_rows,
@@ -62,6 +63,10 @@ def test_the_held_out_loss_is_that_of_the_plain_model(tiny_folder, mixed_rows, t
     losses = {r["step"]: r["eval_loss"] for r in records(run, None) if "eval_loss" in r}
     assert list(losses) == [10, 20, 25] and losses[25] < 0.8 * losses[10]
     assert summary(run)["eval_loss"] == losses[25]
+    padded = _sft(tiny_folder(), mixed_rows, tmp_path / "padded", "sft.steps=1")
+    one, two = (records(folder, None)[0] for folder in (run, padded))
+    for name in ("loss", "grad_norm"):
+        assert one[name] == pytest.approx(two[name], rel=1e-3)
     session = make_session(run / "final", {"prompt": {"max_prompt_tokens": 2048}})
     log_probs, images = [], set()
     for sample in load_samples(DataSettings(path=str(mixed_rows))):
