@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -36,8 +37,9 @@ class TokenSequence:
         return len(self.prompt.token_ids) + len(self.prefix_ids)
 
 
-Positions = Callable[[Sequence[TokenSequence]], torch.Tensor]
-"""[R, sum of lengths] int64: R kinds of position ids, the first counts each sequence from 0."""
+Positions = Callable[[EncodedPrompt, int], torch.Tensor]
+"""[R, length] int64 of a prompt and the text behind it: R kinds of position ids, the first counts
+from 0."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def collate(
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if positions is not None:
         # The count is that of the attention mask; padding, which is masked, may have any.
-        axes = positions(sequences)[1:].T.split(sizes)
-        inputs["position_ids"] = pad_sequence(list(axes), batch_first=True).permute(2, 0, 1)
+        known = _of_prompts(sequences, positions, max(sizes))
+        inputs["position_ids"] = torch.stack([known[s.prompt][1:] for s in sequences], dim=1)
     inputs |= image_inputs([sequence.prompt for sequence in sequences], input_ids, image_token_id)
     starts = [place * input_ids.shape[1] for place in range(len(rows))]
     return _batch(sequences, inputs, starts, row_starts=[0] * len(rows))
@@ -97,13 +99,23 @@ def pack(
     """
     ids = [sequence.token_ids for sequence in sequences]
     input_ids = _joined(ids).unsqueeze(0)
-    position_ids = positions(sequences)
+    known = _of_prompts(sequences, positions, max(map(len, ids)))
+    position_ids = torch.cat(
+        [known[s.prompt][:, : len(row)] for s, row in zip(sequences, ids, strict=True)], dim=1
+    )
     if len(position_ids) > 1:
         position_ids = position_ids.unsqueeze(1)
     inputs = {"input_ids": input_ids, "position_ids": position_ids}
     inputs |= image_inputs([sequence.prompt for sequence in sequences], input_ids, image_token_id)
     starts = [0, *accumulate(map(len, ids[:-1]))]
     return _batch(sequences, inputs, starts, row_starts=starts)
+
+
+def _of_prompts(
+    sequences: Sequence[TokenSequence], positions: Positions, length: int
+) -> dict[EncodedPrompt, torch.Tensor]:
+    """Position ids of each distinct prompt: a group's rollouts share theirs as far as they go."""
+    return {prompt: positions(prompt, length) for prompt in {s.prompt for s in sequences}}
 
 
 def _joined(rows: Iterable[Sequence[int]]) -> torch.Tensor:
@@ -145,8 +157,7 @@ def packed_positions(model: Any) -> Positions:
             f"forward is not known to equal the padded one; wanted {', '.join(PACKABLE)}, or "
             "train.packing=false"
         )
-    own = multimodal_positions(model)
-    return own or (lambda sequences: torch.cat(list(map(_count, sequences))).unsqueeze(0))
+    return multimodal_positions(model) or (lambda _, length: torch.arange(length)[None])
 
 
 def multimodal_positions(model: Any) -> Positions | None:
@@ -156,11 +167,17 @@ def multimodal_positions(model: Any) -> Positions | None:
     if not hasattr(model.base_model, "get_rope_index"):
         return None
 
-    def multimodal(sequences: Sequence[TokenSequence]) -> torch.Tensor:
-        # A group's rollouts share their prompt, and prompts are long.
-        axes = {prompt: _prompt_axes(model, prompt) for prompt in {s.prompt for s in sequences}}
-        kinds = [torch.cat([_count(s)[None], _extended(axes[s.prompt], s)]) for s in sequences]
-        return torch.cat(kinds, dim=1)
+    # A step has a prompt in several batches.
+    known: WeakKeyDictionary[EncodedPrompt, torch.Tensor] = WeakKeyDictionary()
+
+    def multimodal(prompt: EncodedPrompt, length: int) -> torch.Tensor:
+        axes = known.get(prompt)
+        if axes is None:
+            axes = known[prompt] = _prompt_axes(model, prompt)
+        # Behind the prompt there is only text, which counts on in all three.
+        behind = torch.arange(length - axes.shape[1]) + axes.max() + 1
+        axes = torch.cat([axes, behind.expand(3, -1)], dim=1)
+        return torch.cat([torch.arange(length)[None], axes])
 
     return multimodal
 
@@ -173,17 +190,6 @@ def _prompt_axes(model: Any, prompt: EncodedPrompt) -> torch.Tensor:
         input_ids, mm_token_type_ids=types, image_grid_thw=prompt.image_grid_thw
     )
     return axes[:, 0]
-
-
-def _extended(axes: torch.Tensor, sequence: TokenSequence) -> torch.Tensor:
-    """Behind the prompt there is only text, which counts on in all three."""
-    behind = len(sequence.token_ids) - axes.shape[1]
-    first = int(axes.max()) + 1
-    return torch.cat([axes, torch.arange(first, first + behind).expand(3, -1)], dim=1)
-
-
-def _count(sequence: TokenSequence) -> torch.Tensor:
-    return torch.arange(len(sequence.token_ids))
 
 
 def image_inputs(
